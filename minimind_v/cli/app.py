@@ -1,0 +1,45 @@
+"""The `mmv` root. One file per command; each imports torch only when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from minimind_v import __version__
+from minimind_v.cli import chat, convert, demo, doctor, evaluate, info, train
+from minimind_v.cli.terminal import run_app
+
+app = typer.Typer(
+    name="mmv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train, understand and use a tiny vision-language model."""
+
+
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
+app.command("convert")(convert.convert)
+app.command("demo")(demo.demo)
+app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Entry point of the installed `mmv`."""
+    run_app(app)

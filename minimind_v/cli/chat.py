@@ -1,0 +1,103 @@
+"""`mmv chat`: ask a model about pictures, once or in conversation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.errors import MmvError
+from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+
+if TYPE_CHECKING:
+    from minimind_v.core.generate.session import Session
+
+HELP = "/image FILE adds a picture to the next question, /new starts over, /quit leaves; Ctrl-C stops an answer"
+
+
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="A question; without one, a conversation begins.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A picture; may be given several times.")] = None,
+    model: options.Model = None,
+    vision_model: options.VisionModel = VISION_DIR,
+    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.65,
+    top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.")] = 0.85,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token always; the same as --temperature 0.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Makes the draw repeatable.")] = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Ask about pictures. The answer goes to stdout as it comes; everything else to stderr."""
+    from minimind_v.core.generate.load import load_model
+    from minimind_v.core.generate.sampling import Sampling
+    from minimind_v.core.generate.session import Session
+
+    terminal = Terminal()
+    sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
+    loaded = load_model(model, vision_model, tokenizer, device)
+    session = Session(loaded.model, loaded.tokenizer, sampling)
+    pictures = list(image or ())
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip() or None
+    if prompt is not None:
+        _once(terminal, session, prompt, pictures, max_new_tokens, json)
+    elif json or not sys.stdin.isatty():
+        raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
+    else:
+        terminal.say(f"{loaded.checkpoint.path} — {HELP}")
+        _converse(terminal, session, pictures, max_new_tokens)
+
+
+def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Path], limit: int, json: bool) -> None:
+    started, first, pieces = time.perf_counter(), None, []
+    for piece in session.ask(prompt, pictures, limit):
+        first = first or time.perf_counter() - started
+        pieces.append(piece)
+        if not json:
+            terminal.result(piece, end="")
+    seconds = time.perf_counter() - started
+    if json:
+        terminal.json({
+            "prompt": prompt, "images": [str(picture) for picture in pictures], "answer": "".join(pieces),
+            "tokens": session.new_tokens, "seconds": seconds, "seconds_to_first_token": first or seconds,
+        })  # fmt: skip
+    else:
+        terminal.result("")
+
+
+def _converse(terminal: Terminal, session: Session, pictures: list[Path], limit: int) -> None:
+    while True:
+        try:
+            line = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            terminal.say("")
+            return
+        word, _, rest = line.partition(" ")
+        if word in ("/quit", "/exit"):
+            return
+        if word == "/new":
+            session.restart()
+            pictures = []
+        elif word == "/image" and Path(rest.strip()).is_file():
+            pictures.append(Path(rest.strip()))
+        elif word == "/image":
+            terminal.warn(f"no picture at {rest.strip() or '(no name given)'}")
+        elif word.startswith("/"):
+            terminal.say(HELP)
+        elif line:
+            try:
+                for piece in session.ask(line, pictures, limit):
+                    terminal.result(piece, end="")
+                pictures = []
+            except KeyboardInterrupt:
+                pictures = []
+            except MmvError as error:
+                terminal.warn(str(error))
+            terminal.result("")

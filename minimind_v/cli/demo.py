@@ -1,0 +1,43 @@
+"""`mmv demo`: the whole pipeline on the embedded world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.terminal import Terminal
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Decides pictures, questions and fresh weights.")] = 0,
+    short: Annotated[bool, typer.Option("--short", help="A quarter of the rows: quicker, and sees less well.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Watch a model learn to see: draw a world, pretrain, fine-tune, evaluate, chat, convert. Minutes on two CPU cores."""
+    from minimind_v.cli.train import TrainView
+    from minimind_v.core.demo.run import FULL, SHORT, Demo
+
+    terminal = Terminal()
+
+    def tell(title: str, command: str) -> None:
+        terminal.say(f"\n── {title}\n   $ {command}")
+
+    with TrainView(terminal, "demo") as view:
+        summary = Demo(out, seed, view, tell, SHORT if short else FULL).run()
+    if json:
+        terminal.json(summary)
+        return
+    terminal.table({
+        "scenes never seen": f"{summary['accuracy_heldout_scenes']:.1%} of the answers are right",
+        "shape-colour pairs never seen": f"{summary['accuracy_heldout_pairs']:.1%}",
+        "blank picture": f"{summary['accuracy_blank']:.1%}",
+        "before training": f"{summary['accuracy_before']:.1%}",
+        "training and evaluation": f"{summary['seconds_training_and_evaluation']:.0f} s",
+        "look at": str(out / "report.html"),
+        "talk to it": f"mmv chat --model {out / 'out' / 'sft_vlm_128.pth'} --vision-model {out / 'model' / 'vision_model'} "
+        f"--tokenizer {out / 'model'} --image PICTURE 'What colour is the star?'",
+    })  # fmt: skip

@@ -1,0 +1,47 @@
+"""`mmv doctor`: what is installed, found and missing."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from minimind_v.cli import options
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.config.recipes import pretrain, sft
+from minimind_v.core.hub.sources import OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pillow", "numpy")
+
+
+def doctor(json: options.Json = False) -> None:
+    """Tell what is installed, what the standard folders hold, and how to get what they lack."""
+    import torch
+
+    report: dict[str, str] = {"python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            report[package] = version(package)
+        except PackageNotFoundError:
+            report[package] = "missing"
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        report["gpu"] = f"{card.name}, {card.total_memory / 2**30:.1f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
+    else:
+        report["gpu"] = "none found: training runs on the CPU"
+    report["cpu threads"] = str(torch.get_num_threads())
+    report["free disk here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
+    stages = {"pretrain": pretrain(), "sft": sft()}
+    wanted: dict[str, tuple[Path, str]] = {
+        "vision model": (VISION_DIR / "config.json", SOURCES["clip"].command()),
+        "tokenizer": (TOKENIZER_DIR / "tokenizer.json", SOURCES["tokenizer"].command()),
+        "language model": (stages["pretrain"].init or OUT_DIR, SOURCES["lm"].command()),
+        "pretrain data": (stages["pretrain"].data.file, SOURCES["dataset"].command()),
+        "pretrained weights": (stages["sft"].init or OUT_DIR, "mmv train pretrain"),
+        "sft data": (stages["sft"].data.file, SOURCES["dataset"].command()),
+    }
+    for name, (path, command) in wanted.items():
+        report[name] = f"found, {path}" if path.exists() else f"missing, {path} — `{command}`"
+    terminal = Terminal()
+    terminal.json(report) if json else terminal.table(report)

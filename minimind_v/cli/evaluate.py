@@ -1,0 +1,65 @@
+"""`mmv eval`: how good a model is on rows that it has not seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.hub.sources import DATASET_DIR, TOKENIZER_DIR, VISION_DIR
+
+
+def evaluate(
+    model: options.Model = None,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSONL of held-out rows.")] = DATASET_DIR / "sft_data.jsonl",
+    images: options.Images = None,
+    vision_model: options.VisionModel = VISION_DIR,
+    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Score again with a blank picture: what the picture is worth.")] = False,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per row, pictures included.")] = 1536,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Held-out loss and, where rows have short answers, the share that is right to the letter."""
+    from minimind_v.core.data.dataset import RowDataset
+    from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.stores import JsonlRows, open_pictures
+    from minimind_v.core.evaluate.run import evaluate as score
+    from minimind_v.core.generate.load import load_model
+
+    terminal = Terminal()
+    rows = JsonlRows(data)
+    beside = data.parent / data.name.replace("_data.jsonl", "_images.zip")
+    pictures = open_pictures(images or (beside if beside.is_file() else None))
+    loaded = load_model(model, vision_model, tokenizer, device)
+    spec, words = loaded.model.spec, loaded.tokenizer
+    terminal.say(str(loaded.receipt))
+    found = {}
+    for name in ("seeing", "blind") if blind else ("seeing",):
+        prompts = PromptEncoder(words, spec.tokens_per_image)
+        dataset = RowDataset(rows, pictures, prompts, spec.image_size, max_length, blank=name == "blind")
+        with terminal.progress(f"eval {name}") as progress:
+            found[name] = score(
+                loaded.model, dataset, words.pad_id, words.eos_id, batch_size, limit=limit, progress=progress
+            )
+    for row in found["seeing"].broken[:5]:
+        terminal.warn(f"row skipped: {row}")
+    report = {
+        "model": str(loaded.checkpoint.path), "data": str(data), "rows": found["seeing"].rows,
+        "broken_rows": len(found["seeing"].broken), "supervised_tokens": found["seeing"].supervised_tokens,
+        "short_answers": found["seeing"].short_answers,
+    }  # fmt: skip
+    for name, scores in found.items():
+        suffix = "" if name == "seeing" else "_blind"
+        report |= {f"loss{suffix}": scores.loss, f"perplexity{suffix}": scores.perplexity}
+        report |= {f"accuracy{suffix}": scores.accuracy}
+    report["seconds"] = sum(scores.seconds for scores in found.values())
+    if json:
+        terminal.json(report)
+    else:
+        terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})

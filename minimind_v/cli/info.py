@@ -1,0 +1,72 @@
+"""`mmv info`: what a file is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.errors import MissingInput
+
+
+def info(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, a dataset (.jsonl), or a run's folder or metrics.jsonl.")],
+    json: options.Json = False,
+) -> None:
+    """Tell what a checkpoint, a dataset or a run is."""
+    if not file.exists():
+        raise MissingInput(f"no file {file}")
+    run = file / "metrics.jsonl" if file.is_dir() else file
+    found = _run(run) if run.name == "metrics.jsonl" else _data(file) if file.suffix == ".jsonl" else _weights(file)
+    terminal = Terminal()
+    terminal.json(found) if json else terminal.table(found)
+
+
+def _weights(file: Path) -> dict[str, Any]:
+    from minimind_v.core.checkpoint.weights import name_preset, read_checkpoint
+
+    checkpoint = read_checkpoint(file)
+    types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
+    return {
+        "kind": "weights",
+        "file": str(file),
+        "stage": checkpoint.stage,
+        "preset": name_preset(checkpoint.config),
+        "parameters": checkpoint.parameters,
+        "vision_width": checkpoint.vision_width,
+        "dtype": "/".join(types),
+        "ignored_tensors": len(checkpoint.ignored),
+        "sizes_from": "the shapes of its tensors" if checkpoint.guessed else "its own description",
+        **asdict(checkpoint.config),
+    }
+
+
+def _data(file: Path) -> dict[str, Any]:
+    from minimind_v.core.data.stores import JsonlRows, image_names
+
+    rows = JsonlRows(file)
+    first = rows.row(0)
+    return {
+        "kind": "dataset",
+        "file": str(file),
+        "rows": len(rows),
+        "bytes": file.stat().st_size,
+        "first_row_images": image_names(first),
+        "first_row_messages": len(first.get("conversations") or ()),
+    }
+
+
+def _run(file: Path) -> dict[str, Any]:
+    import json
+
+    if not file.is_file():
+        raise MissingInput(f"{file.parent}: a folder without metrics.jsonl, so it is not a run's")
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if not records:
+        raise MissingInput(f"{file}: the run has logged nothing yet")
+    last = records[-1]
+    return {"kind": "run", "file": str(file), "first_loss": records[0]["loss"], "records": len(records)} | last

@@ -1,0 +1,105 @@
+"""`mmv train`: one loop, two recipes."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.terminal import ProgressLine, Terminal, memory_used
+from minimind_v.core.config.schema import DTYPES, FREEZE_POLICIES
+
+if TYPE_CHECKING:
+    from minimind_v.core.train.metrics import StepMetrics
+
+
+class Stage(str, Enum):
+    """The two recipes."""
+
+    pretrain = "pretrain"
+    sft = "sft"
+
+
+def train(
+    stage: Annotated[Stage, typer.Argument(help="pretrain: captions teach the projector. sft: conversations teach it all.")],
+    config: Annotated[Path | None, typer.Option(metavar="YAML", help="Keys as --print-config shows them.")] = None,
+    preset: Annotated[str | None, typer.Option(help="small, base, moe or demo. [default: small]")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of conversations.")] = None,
+    images: options.Images = None,
+    vision_model: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the CLIP vision model.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of tokenizer.json.")] = None,
+    init: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights to start from; `none` for random ones.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where weights and metrics go.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times that every row is seen.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per row, pictures included.")] = None,
+    freeze: Annotated[str | None, typer.Option(metavar="POLICY", help=", ".join(FREEZE_POLICIES))] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Updates to stop after; 0 for all.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Updates between saves; 0 for only at the end.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Updates between log lines.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides the order of rows and all fresh weights.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES))] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights of an earlier run.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole configuration and exit.")] = False,
+) -> None:
+    """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
+    from minimind_v.core.config.load import build_config, to_yaml
+
+    given = {
+        "preset": preset, "data.file": data, "data.images": images, "vision_model": vision_model,
+        "data.tokenizer": tokenizer, "init": init, "out": out, "epochs": epochs, "data.batch_size": batch_size,
+        "accumulate": accumulate, "lr": lr, "data.max_length": max_length, "freeze": freeze, "max_steps": max_steps,
+        "save_every": save_every, "log_every": log_every, "seed": seed, "dtype": dtype, "device": device,
+        "data.workers": workers,
+    }  # fmt: skip
+    built = build_config(stage.value, config, given, set_ or ())
+    terminal = Terminal()
+    if print_config:
+        terminal.result(to_yaml(built), end="")
+        return
+
+    from minimind_v.core.train.loop import train as run
+
+    with TrainView(terminal, stage.value) as view:
+        summary = run(built, view, overwrite)
+    how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
+    skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
+    terminal.say(f"{how} after {summary.steps} updates{skipped}; weights in {summary.weights}, curve in {summary.metrics}")
+    if summary.stopped_by:
+        raise typer.Exit(128 + summary.stopped_by)
+
+
+class TrainView:
+    """Shows a run: a bar and log lines on a terminal, log lines elsewhere."""
+
+    def __init__(self, terminal: Terminal, stage: str) -> None:
+        self.terminal = terminal
+        self.line = ProgressLine(terminal, stage)
+        self.say = terminal.say
+        self.warn = terminal.warn
+
+    def __enter__(self) -> TrainView:
+        self.line.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.line.__exit__(None, None, None)
+
+    def step(self, metrics: StepMetrics, log: bool) -> None:
+        self.line(metrics.step, metrics.steps, f"loss {metrics.loss:.3f}")
+        if log:
+            minutes, seconds = divmod(int(metrics.seconds_left), 60)
+            self.say(
+                f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  tokens right {metrics.hits:.0%}  "
+                f"lr {metrics.lr:.2e}  grad {metrics.grad_norm:.2f}  {metrics.samples / metrics.seconds:.1f} samples/s  "
+                f"{metrics.tokens / metrics.seconds:.0f} tokens/s  data {metrics.data_seconds / metrics.seconds:.0%}  "
+                f"memory {memory_used()}  left {minutes}:{seconds:02d}"
+            )

@@ -1,0 +1,132 @@
+"""From a recipe, a YAML file and `key=value` overrides to a checked RunConfig, and back to YAML."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.config.recipes import RECIPES
+from minimind_v.core.config.schema import STAGES, RunConfig
+from minimind_v.core.errors import MissingInput, UsageError, nearest
+
+
+def build_config(
+    stage: str, yaml_file: Path | None = None, options: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
+) -> RunConfig:
+    """The stage's recipe, changed by the YAML file, then by options (dotted key → value; None: not given), then by sets.
+
+    The keys are those of RunConfig, nested ones dotted (`data.batch_size`), and `preset`.
+    Raises UsageError naming the key, with the nearest one that exists.
+    """
+    changes: dict[str, Any] = _read_yaml(yaml_file) if yaml_file else {}
+    changes |= {key: value for key, value in (options or {}).items() if value is not None}
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--set {item!r} is not of the form key=value")
+        changes[key.strip()] = _parse_value(item, value)
+    preset = changes.pop("preset", "small")
+    if preset not in PRESETS:
+        raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
+    # The model comes first: the recipe names its files after its size.
+    recipe = RECIPES[stage]
+    sizes = {key: value for key, value in changes.items() if key.startswith("model.")}
+    if {"model.hidden_size"} & set(sizes):
+        sizes.setdefault("model.intermediate_size", 0)
+    sized = recipe(_change(recipe(PRESETS[preset]), sizes).model)
+    return _change(sized, {key: value for key, value in changes.items() if key not in sizes and key != "stage"})
+
+
+def to_yaml(config: RunConfig) -> str:
+    """A configuration as YAML that `--config` reads back to the same."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingInput(f"no configuration file {path}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: not a mapping of keys to values")
+    if found.get("stage", STAGES[0]) not in STAGES:
+        raise UsageError(f"{path}: stage {found['stage']!r} is none of {', '.join(STAGES)}")
+    return _flatten(found)
+
+
+def _parse_value(item: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {item!r}: the value is not YAML") from None
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _change(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
+    hints = typing.get_type_hints(type(config))
+    known = {item.name for item in fields(config)}
+    values: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        name, dot, rest = key.partition(".")
+        if name not in known or bool(dot) != is_dataclass(getattr(config, name)):
+            raise UsageError(f"unknown configuration key {prefix}{key}{nearest(prefix + key, _keys(config, prefix))}")
+        if dot:
+            nested.setdefault(name, {})[rest] = value
+        else:
+            values[name] = _coerce(prefix + name, value, hints[name])
+    for name, inner in nested.items():
+        values[name] = _change(getattr(config, name), inner, f"{prefix}{name}.")
+    return replace(config, **values)
+
+
+def _keys(config: Any, prefix: str) -> list[str]:
+    names = []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        names += _keys(value, f"{prefix}{item.name}.") if is_dataclass(value) else [prefix + item.name]
+    return names + ["preset"]
+
+
+def _coerce(key: str, value: Any, hint: Any) -> Any:
+    """Make a value of YAML or of an option the type that the field has, or say that it cannot be."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    try:
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+        if kind is float and not isinstance(value, bool):
+            return float(value)  # YAML reads 1e-6 as text
+        if kind is str and isinstance(value, str):
+            return value
+        if kind is Path and isinstance(value, str | Path):
+            return Path(value)
+    except (TypeError, ValueError):
+        pass
+    raise UsageError(f"{key} must be of type {kind.__name__}, not {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value

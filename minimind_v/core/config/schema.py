@@ -1,0 +1,122 @@
+"""What a run is made of, as frozen dataclasses that check themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minimind_v.core.errors import UsageError, nearest
+
+STAGES = ("pretrain", "sft")
+FREEZE_POLICIES = ("projector", "projector+last", "attention", "all")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of a language model. The names are those of Hugging Face's Llama and of the published checkpoints."""
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    intermediate_size: int = 0  # 0: 64·ceil(int(hidden·8/3)/64), as the published system has it
+    vocab_size: int = 6400
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
+    use_moe: bool = False
+    num_experts_per_tok: int = 2
+    n_routed_experts: int = 4
+    n_shared_experts: int = 1
+    aux_loss_alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise UsageError(
+                f"model.hidden_size {self.hidden_size} must be an even multiple of "
+                f"model.num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(
+                f"model.num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"model.num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise UsageError(
+                f"model.num_experts_per_tok must lie between 1 and model.n_routed_experts ({self.n_routed_experts})"
+            )
+        if not self.intermediate_size:
+            rounded = 64 * -(-int(self.hidden_size * 8 / 3) // 64)
+            object.__setattr__(self, "intermediate_size", rounded)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the rows, their pictures and the tokenizer are, and how batches are made of them."""
+
+    file: Path = Path("dataset/pretrain_data.jsonl")
+    images: Path | None = None  # a folder or a zip; none for text-only rows
+    tokenizer: Path = Path("model")
+    max_length: int = 640  # tokens per row, placeholders included
+    batch_size: int = 16  # rows per process and micro-batch
+    workers: int = 1
+    bad_rows: float = 0.01  # the share of broken rows above which a run is refused
+
+    def __post_init__(self) -> None:
+        _at_least("max-length", self.max_length, 1)
+        _at_least("batch-size", self.batch_size, 1)
+        _at_least("workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a training run. `recipes` builds a complete one per stage."""
+
+    stage: str
+    model: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    vision_model: Path = Path("model/vision_model/clip-vit-base-patch16")
+    init: Path | None = None  # the weights to start from
+    out: Path = Path("out")
+    freeze: str = "all"
+    epochs: int = 1
+    lr: float = 4e-4
+    accumulate: int = 1
+    max_steps: int = 0  # 0: as many as the epochs have
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    seed: int = 42
+    dtype: str = "auto"  # auto: bf16 autocast where a CUDA device has it, else float32
+    device: str = "auto"
+    save_every: int = 500
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        _one_of("stage", self.stage, STAGES)
+        _one_of("freeze", self.freeze, FREEZE_POLICIES)
+        _one_of("dtype", self.dtype, DTYPES)
+        for flag, value in (("epochs", self.epochs), ("accumulate", self.accumulate), ("log-every", self.log_every)):
+            _at_least(flag, value, 1)
+        for flag, value in (("max-steps", self.max_steps), ("save-every", self.save_every), ("seed", self.seed)):
+            _at_least(flag, value, 0)
+        if not 0 < self.lr < 1:
+            raise UsageError(f"--lr must lie between 0 and 1, not {self.lr:g}")
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"--{flag} must be at least {least}, not {value}")
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"--{flag} {value!r} is none of {', '.join(choices)}{nearest(value, choices)}")

@@ -1,0 +1,77 @@
+"""Examples side by side as tensors, padded to the longest of them and no further."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.data.dataset import BrokenRow, Example
+from minimind_v.core.model.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of up to T tokens with M pictures in reading order."""
+
+    input_ids: Tensor  # [B, T]
+    attention_mask: Tensor  # [B, T], true for tokens
+    labels: Tensor  # [B, T], -100 where not supervised
+    image_mask: Tensor  # [B, T], true where a patch goes
+    pixel_values: Tensor | None = None  # uint8 [M, 3, S, S]
+    image_features: Tensor | None = None  # [M, P, width], in place of pixels
+    places: list[str] = field(default_factory=list)  # file:row of each row
+    broken: list[BrokenRow] = field(default_factory=list)  # rows that were left out of this batch
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that the loss looks at. (The first position of a row has nothing to be predicted from.)"""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; the copy overlaps with computing where memory is pinned."""
+        moved = {
+            item.name: value.to(device, non_blocking=True)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader for transfers to a CUDA device."""
+        pinned = {
+            item.name: value.pin_memory()
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+
+def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Batch:
+    """Right-pad examples into a batch. An empty list gives a batch of no rows."""
+    length = max((len(example.tokens) for example in examples), default=0)
+    shape = (len(examples), length)
+    input_ids = torch.full(shape, pad_id)
+    attention_mask, image_mask = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+    labels = torch.full(shape, IGNORE)
+    for row, example in enumerate(examples):
+        tokens = example.tokens
+        ids = torch.tensor(tokens.input_ids)
+        input_ids[row, : len(tokens)] = ids
+        attention_mask[row, : len(tokens)] = True
+        image_mask[row, : len(tokens)] = torch.tensor(tokens.image_mask)
+        labels[row, : len(tokens)] = torch.where(torch.tensor(tokens.loss_mask), ids, IGNORE)
+    pixels = [torch.from_numpy(example.pixels) for example in examples if example.pixels is not None]
+    return Batch(
+        input_ids,
+        attention_mask,
+        labels,
+        image_mask,
+        torch.cat(pixels) if pixels else None,
+        places=[example.place for example in examples],
+        broken=broken,
+    )

@@ -1,0 +1,188 @@
+"""From a conversation to token ids: what the model reads, which tokens are answers, where pictures go.
+
+The layout is `<|im_start|>role\\n…<|im_end|>\\n` per message. Only answers are supervised: their tokens, their
+`<|im_end|>` and the newline after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
+from minimind_v.core.errors import RowError
+
+IMAGE_MARK = "<image>"
+SYSTEM_PROMPT = "You are a helpful assistant"
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass
+class Tokens:
+    """Token ids with, for each, whether it is supervised and whether it is a patch of a picture."""
+
+    input_ids: list[int] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
+    image_mask: list[bool] = field(default_factory=list)
+    images: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __iadd__(self, other: Tokens) -> Tokens:
+        self.input_ids += other.input_ids
+        self.loss_mask += other.loss_mask
+        self.image_mask += other.image_mask
+        self.images += other.images
+        return self
+
+    def cut(self, length: int, tokens_per_image: int) -> Tokens:
+        """The first `length` tokens, less where the cut would go through a picture."""
+        patches = sum(self.image_mask[:length])
+        if patches % tokens_per_image:
+            length -= patches % tokens_per_image
+        images = patches // tokens_per_image
+        return Tokens(self.input_ids[:length], self.loss_mask[:length], self.image_mask[:length], images)
+
+
+class PromptEncoder:
+    """Encodes conversations with a tokenizer and a number of placeholders per picture."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens_per_image: int) -> None:
+        self.tokenizer = tokenizer
+        self.tokens_per_image = tokens_per_image
+        newline = tokenizer.encode("\n").ids
+        self._end = [tokenizer.eos_id, *newline]  # closes every message
+
+    def row(self, conversations: Any, images: int, max_length: int) -> Tokens:
+        """A training row of at most `max_length` tokens, cut after the last whole turn that fits.
+
+        `images` is how many pictures the row has; `Tokens.images` how many of them, from the first, are left.
+        Raises RowError where the conversation is malformed, marks and pictures differ, or the prompt does not fit.
+        """
+        messages = check_conversations(conversations)
+        if messages[-1]["role"] == "user":
+            messages = messages[:-1]  # a last question without an answer teaches nothing
+        encoded = self._opening(messages)
+        messages = [message for message in messages if message["role"] != "system"]
+        marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
+        if encoded.images:
+            raise RowError(f"{IMAGE_MARK} in the system message", "roles")
+        if marks != images:
+            raise RowError(f"{marks} {IMAGE_MARK} marks for {images} pictures", "placeholders")
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            prompt = self._question(question["content"])
+            reply = self._message("assistant", answer["content"])
+            if len(encoded) + len(prompt) + len(reply) <= max_length:
+                encoded += prompt
+                encoded += reply
+                continue
+            if not any(encoded.loss_mask):  # not even the first turn fits: keep the beginning of its answer
+                encoded += prompt
+                encoded += reply
+                encoded = encoded.cut(max_length, self.tokens_per_image)
+            break
+        if not any(encoded.loss_mask):
+            raise RowError(f"the prompt alone is longer than {max_length} tokens", "too long")
+        return encoded
+
+    def prompt(self, conversations: Any) -> Tokens:
+        """What the model reads before it answers: all messages, then `<|im_start|>assistant\\n`."""
+        messages = check_conversations(conversations)
+        encoded = self._opening(messages)
+        for message in messages:
+            if message["role"] != "system":
+                encoded += self._message(message["role"], message["content"])
+        encoded += self.answer_header()
+        return encoded
+
+    def follow_up(self, question: str) -> Tokens:
+        """A further question behind an answer that is complete, newline included, and the header of its answer."""
+        encoded = self._message("user", question)
+        encoded += self.answer_header()
+        return encoded
+
+    def answer_header(self) -> Tokens:
+        """`<|im_start|>assistant\\n`."""
+        ids = [self.tokenizer.bos_id, *self.tokenizer.encode("assistant\n").ids]
+        return Tokens(ids, [False] * len(ids), [False] * len(ids))
+
+    def _opening(self, messages: list[dict[str, str]]) -> Tokens:
+        system = messages[0]["content"] if messages[0]["role"] == "system" else SYSTEM_PROMPT
+        return self._message("system", system)
+
+    def _question(self, content: str) -> Tokens:
+        return self._message("user", content)
+
+    def _message(self, role: str, content: str) -> Tokens:
+        """One message. Role and text are encoded together, as one string, so that the ids are those of the whole."""
+        header = f"{role}\n"
+        ids, starts, image_mask = self._encode(header + content)
+        supervised = role == "assistant"
+        loss_mask = [
+            supervised and start >= len(header) and not patch for start, patch in zip(starts, image_mask, strict=True)
+        ]
+        return Tokens(
+            [self.tokenizer.bos_id, *ids, *self._end],
+            [False, *loss_mask, *[supervised] * len(self._end)],
+            [False, *image_mask, *[False] * len(self._end)],
+            content.count(IMAGE_MARK),
+        )
+
+    def _encode(self, text: str) -> tuple[list[int], list[int], list[bool]]:
+        """Ids of a text, the character each starts at, and which of them are patches.
+
+        Marks become runs of placeholders and the whole is encoded at once; only the placeholders that a mark stands
+        for are patches, never a user's own. Where the tokenizer would merge a placeholder with its neighbours, the
+        pieces are encoded one by one instead.
+        """
+        pieces = text.split(IMAGE_MARK)
+        run = PLACEHOLDER * self.tokens_per_image
+        whole = self.tokenizer.encode(run.join(pieces))
+        ids, starts = whole.ids, [start for start, _ in whole.offsets]
+        image_mask = [False] * len(ids)
+        if len(pieces) == 1:
+            return ids, starts, image_mask
+        at = {offset: index for index, offset in enumerate(whole.offsets)}
+        begin = 0
+        for piece in pieces[:-1]:
+            begin += len(piece)
+            for place in range(begin, begin + len(run)):
+                index = at.get((place, place + 1))
+                if index is None or ids[index] != self.tokenizer.placeholder_id:
+                    return self._encode_pieces(pieces)
+                image_mask[index] = True
+            begin += len(run)
+        return ids, starts, image_mask
+
+    def _encode_pieces(self, pieces: list[str]) -> tuple[list[int], list[int], list[bool]]:
+        ids: list[int] = []
+        starts: list[int] = []
+        image_mask: list[bool] = []
+        begin = 0
+        for index, piece in enumerate(pieces):
+            if index:
+                ids += [self.tokenizer.placeholder_id] * self.tokens_per_image
+                starts += [begin] * self.tokens_per_image
+                image_mask += [True] * self.tokens_per_image
+            encoding = self.tokenizer.encode(piece)
+            ids += encoding.ids
+            starts += [begin + start for start, _ in encoding.offsets]
+            image_mask += [False] * len(encoding.ids)
+            begin += len(piece)
+        return ids, starts, image_mask
+
+
+def check_conversations(conversations: Any) -> list[dict[str, str]]:
+    """The messages of a row, if they are: system?, then user and assistant in turn. Raises RowError otherwise."""
+    if not isinstance(conversations, list) or not conversations:
+        raise RowError("`conversations` is not a list of messages", "conversations")
+    for number, message in enumerate(conversations, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise RowError(f"message {number} has no text in `content`", "conversations")
+        if message.get("role") not in ROLES:
+            raise RowError(f"message {number} has the role {message.get('role')!r}, not one of {', '.join(ROLES)}", "roles")
+    turns = conversations[1:] if conversations[0]["role"] == "system" else conversations
+    if not turns or any(turn["role"] != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):
+        raise RowError("user and assistant do not take turns", "roles")
+    return conversations

@@ -1,0 +1,58 @@
+"""The tokenizer as the data path needs it: plain text in, ids and places out, and the ids with a meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Encoding
+from tokenizers import Tokenizer as FastTokenizer
+
+from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.hub.sources import how_to_get
+
+PLACEHOLDER = "@"  # one of these stands for one patch of a picture
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A `tokenizer.json` read as text only: a special token written out by a user stays ordinary text."""
+
+    backend: FastTokenizer
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    placeholder_id: int
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Load `tokenizer.json` from a folder. Raises MissingInput or WeightsError, each with the next step."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise MissingInput(f"no tokenizer in {folder} (tokenizer.json is missing) — {how_to_get('tokenizer', folder)}")
+        try:
+            backend = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises plain Exception
+            raise WeightsError(f"{path}: not a tokenizer ({error}) — {how_to_get('tokenizer', folder)}") from None
+        ids = []
+        for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", PLACEHOLDER):
+            found = backend.token_to_id(token)
+            if found is None:
+                raise WeightsError(f"{path}: has no {token!r} token, so it is not a MiniMind-V tokenizer")
+            ids.append(found)
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend, *ids)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> Encoding:
+        """Ids and character offsets of ordinary text."""
+        return self.backend.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, without the special tokens."""
+        return self.backend.decode(ids, skip_special_tokens=True)

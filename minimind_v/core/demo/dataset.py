@@ -1,0 +1,103 @@
+"""Writes sets of the embedded world: real JPEG files in a real zip, beside a real JSONL."""
+
+from __future__ import annotations
+
+import json
+import random
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_v.core.demo import world
+from minimind_v.core.demo.world import Question, Scene
+
+QUESTIONS = 8  # under one picture: the picture's tokens are the cost, the answers are the signal
+
+
+@dataclass(frozen=True)
+class DemoSet:
+    """A JSONL and its zip of pictures."""
+
+    data: Path
+    images: Path
+
+
+@dataclass(frozen=True)
+class Test:
+    """One held-out picture with one question, and where its row stands."""
+
+    picture: bytes
+    question: Question
+
+
+def write_pretrain(folder: Path, rng: random.Random, rows: int) -> tuple[DemoSet, set[Scene]]:
+    """Pictures with captions, in either language."""
+
+    def talk(scene: Scene) -> list[tuple[str, str]]:
+        language = rng.choice(world.LANGUAGES)
+        return [(rng.choice(world.CAPTION_PROMPTS[language]), world.caption(scene, language))]
+
+    scenes = [world.make_scene(rng) for _ in range(rows)]
+    return _write(folder, "pretrain", ((scene, talk(scene)) for scene in scenes), rng), set(scenes)
+
+
+def write_sft(folder: Path, rng: random.Random, rows: int) -> tuple[DemoSet, set[Scene]]:
+    """Pictures with several questions each; a caption now and then, lest it be forgotten."""
+
+    def talk(scene: Scene) -> list[tuple[str, str]]:
+        if rng.random() < 0.05:
+            language = rng.choice(world.LANGUAGES)
+            return [(rng.choice(world.CAPTION_PROMPTS[language]), world.caption(scene, language))]
+        return [(question.text, question.answer) for question in world.questions(scene, rng)][:QUESTIONS]
+
+    scenes = [world.make_scene(rng) for _ in range(rows)]
+    return _write(folder, "sft", ((scene, talk(scene)) for scene in scenes), rng), set(scenes)
+
+
+def write_test(
+    folder: Path, name: str, rng: random.Random, rows: int, seen: set[Scene], held_out_pairs: bool
+) -> tuple[DemoSet, list[Test]]:
+    """One question per row, so that no earlier turn gives an answer away, about scenes that are not in `seen`.
+
+    With `held_out_pairs` every scene has an object of a shape-colour pair that no training knew, and is asked about it.
+    """
+    tests: list[Test] = []
+    entries = []
+    while len(entries) < rows:
+        scene = world.make_scene(rng, held_out=held_out_pairs)
+        if scene in seen:
+            continue
+        about = next((thing for thing in scene if thing.held_out), None)
+        question = _pick(list(world.questions(scene, rng, about)), rng)
+        entries.append((scene, [(question.text, question.answer)]))
+        tests.append(Test(b"", question))
+    written = _write(folder, name, entries, rng)
+    with zipfile.ZipFile(written.images) as archive:
+        tests = [Test(archive.read(_member(name, n)), test.question) for n, test in enumerate(tests)]
+    return written, tests
+
+
+def _pick(questions: list[Question], rng: random.Random) -> Question:
+    """One question, every kind that there is being equally likely."""
+    kind = rng.choice(sorted({question.kind for question in questions}))
+    return next(question for question in questions if question.kind == kind)
+
+
+def _member(name: str, number: int) -> str:
+    return f"{name}_images/{number:06d}.jpg"
+
+
+def _write(folder: Path, name: str, entries: Iterable[tuple[Scene, list[tuple[str, str]]]], rng: random.Random) -> DemoSet:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = DemoSet(folder / f"{name}_data.jsonl", folder / f"{name}_images.zip")
+    with written.data.open("w", encoding="utf-8") as rows, zipfile.ZipFile(written.images, "w") as pictures:
+        for number, (scene, turns) in enumerate(entries):
+            pictures.writestr(_member(name, number), world.jpeg(world.draw(scene, rng)))
+            messages = []
+            for turn, (question, answer) in enumerate(turns):
+                messages.append({"role": "user", "content": question if turn else f"<image>\n{question}"})
+                messages.append({"role": "assistant", "content": answer})
+            row = {"conversations": messages, "image": _member(name, number).rsplit("/", 1)[-1]}
+            rows.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return written

@@ -1,0 +1,338 @@
+"""Makes the assets that the demo ships: a tokenizer, a tiny CLIP and a text-only language model of its world.
+
+    python -m minimind_v.core.demo.forge --seed 7 --out minimind_v/core/demo/assets
+
+Offline work of about an hour on two cores; `figures.json` keeps what it measured. None of it sees a held-out
+shape-colour pair, and the language model never sees a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.data.images import load_pixels
+from minimind_v.core.data.prompt import IMAGE_MARK, SYSTEM_PROMPT, PromptEncoder
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.demo import world
+from minimind_v.core.model.loss import IGNORE, supervised_loss
+from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec
+from minimind_v.core.model.vlm import VLM
+
+VISION = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
+          "num_hidden_layers": 4, "num_attention_heads": 4}  # fmt: skip
+ATTRIBUTES = (list(world.SIZES), list(world.COLOURS), list(world.SHAPES), list(world.PLACES))
+WORDS = [word for words in ATTRIBUTES for word in words]  # what a patch can be said to be
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(out: Path) -> None:
+    """A byte-level BPE whose merges are learnt inside single words, so that no token spans a shape and a colour."""
+    words = set()
+    rng = random.Random(0)
+    for _ in range(2000):
+        scene = world.make_scene(rng)
+        texts = [SYSTEM_PROMPT, "system user assistant", world.caption(scene, "en")]
+        texts += [question.text + " " + question.answer for question in world.questions(scene, rng)]
+        texts += world.CAPTION_PROMPTS["en"]
+        words.update(f"{space}{word}" for text in texts for word in text.split() if word.isascii() for space in ("", " "))
+    chinese = [*world.SHAPES.values(), *(zh for zh, _ in world.COLOURS.values()), *(zh for zh, _ in world.SIZES.values())]
+    chinese += [zh for zh, _ in world.PLACES.values()] + [zh for _, zh in world.NUMBERS.values()]
+    chinese += ["有一个", "有几个物体", "在哪里", "是什么颜色", "是大还是小", "什么形状是", "没有", "吗", "的", "，", "。", "？"]
+    chinese += ["描述", "这张图片", "你看到了什么", "图片里有什么"]
+    tokenizer = FastTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=PRESETS["demo"].vocab_size,
+        min_frequency=1,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(words) + chinese * 2, trainer)
+
+    assert tokenizer.get_vocab_size() == PRESETS["demo"].vocab_size, tokenizer.get_vocab_size()
+    tokenizer.save(str(out / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+              "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": 2048}  # fmt: skip
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+# --- vision -----------------------------------------------------------------------------------------------------------
+
+
+def captioned_picture(rng: random.Random) -> tuple[Tensor, Tensor]:
+    """A picture as the tower is shown it, [3, S, S], and the words of the object that each patch lies on, [P, words]."""
+    side, patches = VISION["image_size"], VISION["image_size"] // VISION["patch_size"]
+    figures = world.pose(world.make_scene(rng), rng)
+    pixels = load_pixels(world.jpeg(world.paint(figures, rng)), "drawn", side)
+    covers = []
+    for figure in figures:
+        mask = Image.new("L", (world.CANVAS, world.CANVAS))
+        figure.paint(ImageDraw.Draw(mask), 255)
+        covers.append(np.asarray(mask.resize((patches, patches), Image.Resampling.BOX)).reshape(-1) / 255)
+    cover = np.stack(covers)  # [objects, P]
+    words = np.zeros((patches * patches, len(WORDS)), dtype=np.float32)
+    for patch, (which, share) in enumerate(zip(cover.argmax(0), cover.max(0), strict=True)):
+        if share > 0.15:
+            thing = figures[which].thing
+            words[patch, [WORDS.index(word) for word in (thing.size, thing.colour, thing.shape, thing.place)]] = 1
+    return torch.from_numpy(pixels), torch.from_numpy(words)
+
+
+def batches(rng: random.Random, count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`count` fresh batches of pictures [B, 3, S, S] and words [B, P, words]."""
+    for _ in range(count):
+        pixels, words = zip(*(captioned_picture(rng) for _ in range(size)), strict=True)
+        yield torch.stack(pixels), torch.stack(words)
+
+
+def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
+    """Train the tower to caption: from each patch a linear layer must tell the words of the object it lies on.
+
+    The words are told by regression to 0 and 1, not by logits, so that the features hold them linearly and at one
+    scale: that is what a linear projector can read.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tower = CLIPVisionModel(CLIPVisionConfig(**VISION, projection_dim=VISION["hidden_size"]))
+    spec = VisionSpec(VISION["image_size"], VISION["patch_size"], VISION["hidden_size"])
+    encoder = VisionEncoder(tower, spec)
+    tower.requires_grad_(True)
+    reader = nn.Linear(VISION["hidden_size"], len(WORDS))
+    parameters = [*tower.parameters(), *reader.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=0.1)
+    started = time.time()
+    for step, (pixels, words) in enumerate(batches(rng, steps, 64), 1):
+        read = reader(_see(encoder, pixels))  # [B, P, words]
+        named = words.any(dim=-1, keepdim=True)  # patches of objects are rare: weigh them up
+        loss = ((read - words).square() * torch.where(named, 4.0, 1.0)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"tower {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+    figures = _score_tower(encoder, reader, random.Random(seed + 1))
+    figures["seconds"] = round(time.time() - started)
+    folder = out / "vision"
+    folder.mkdir(exist_ok=True)
+    tower.half().save_pretrained(folder)
+    normal = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": VISION["image_size"]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normal, indent=1) + "\n")
+    return figures
+
+
+def _see(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
+    """Features with a graph: what VisionEncoder does without one."""
+    return encoder.tower(pixel_values=(pixels.float() / 255 - encoder.mean) / encoder.std).last_hidden_state[:, 1:]
+
+
+@torch.no_grad()
+def _score_tower(encoder: VisionEncoder, reader: nn.Linear, rng: random.Random) -> dict[str, float]:
+    """The share of object patches, over pictures never seen, whose shape, colour, size and place are read off right."""
+    right, total = torch.zeros(len(ATTRIBUTES)), 0
+    for pixels, words in batches(rng, 10, 64):
+        named = words.any(dim=-1)
+        read, truth = reader(_see(encoder, pixels))[named], words[named]
+        total += len(truth)
+        groups = [len(attribute) for attribute in ATTRIBUTES]
+        for n, (guess, target) in enumerate(zip(read.split(groups, -1), truth.split(groups, -1), strict=True)):
+            right[n] += (guess.argmax(-1) == target.argmax(-1)).sum()
+    names = ("size", "colour", "shape", "place")
+    return {f"patch_{name}": round(value, 4) for name, value in zip(names, (right / total).tolist(), strict=True)}
+
+
+# --- language ---------------------------------------------------------------------------------------------------------
+
+
+def talk(scene: world.Scene, rng: random.Random, opening: str) -> list[dict[str, str]]:
+    """A conversation about a scene that `opening` shows: up to ten questions, sometimes a caption first."""
+    turns = []
+    if rng.random() < 0.3:
+        language = rng.choice(world.LANGUAGES)
+        turns.append((rng.choice(world.CAPTION_PROMPTS[language]), world.caption(scene, language)))
+    turns += [(question.text, question.answer) for question in world.questions(scene, rng)][:10]
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        messages.append({"role": "user", "content": question if number else f"{opening}\n{question}"})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def written(scene: world.Scene, rng: random.Random) -> str:
+    """A scene in words, its objects in any order."""
+    return world.caption(tuple(rng.sample(scene, len(scene))), rng.choice(world.LANGUAGES))
+
+
+class ChordBook:
+    """Words that are said at once, like the notes of a chord.
+
+    A picture's patch says size, colour, shape and place in a single position, where writing takes four. So that the
+    language model can follow that, half of its reading is written so: a row of positions, each holding the summed
+    embeddings of all the words for one object, or of the empty mark. Still only words, and no picture.
+    """
+
+    EMPTY = "."
+
+    def __init__(self, tokenizer: Tokenizer, positions: int) -> None:
+        self.tokenizer = tokenizer
+        self.positions = positions
+
+    def write(self, scene: world.Scene, rng: random.Random) -> tuple[list[list[int]], list[float]]:
+        """Token ids of each position, and how loud each is said."""
+        empty = self.tokenizer.encode(self.EMPTY).ids
+        chords, loudness = [empty] * self.positions, [1.0] * self.positions
+        side = int(self.positions**0.5)
+        language = rng.choice((*world.LANGUAGES, "both"))
+        for figure in world.pose(scene, rng):
+            words = [
+                word
+                for lang in (world.LANGUAGES if language == "both" else (language,))
+                for word in figure.thing.words(lang)
+            ]
+            ids = [id_ for word in words for id_ in self.tokenizer.encode(f" {word}" if word.isascii() else word).ids]
+            xs, ys = zip(*figure.outline, strict=True)
+            scale = side / world.CANVAS
+            for row in range(int(min(ys) * scale), min(side - 1, int(max(ys) * scale)) + 1):
+                for column in range(int(min(xs) * scale), min(side - 1, int(max(xs) * scale)) + 1):
+                    if rng.random() < 0.8:
+                        chords[row * side + column] = ids
+                        loudness[row * side + column] = rng.uniform(0.5, 1.5)
+        return chords, loudness
+
+
+def train_base(out: Path, seed: int, steps: int, rows: int) -> dict[str, float]:
+    """Train the language model on the world's language until it answers questions about what it has read."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = Tokenizer.load(out)
+    spec = VisionSpec(VISION["image_size"], VISION["patch_size"], VISION["hidden_size"])
+    model = VLM(PRESETS["demo"], spec, tokenizer.placeholder_id)
+    reader = Reader(model, tokenizer, spec.tokens_per_image)
+    parameters = list(model.model.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=2e-3, total_steps=steps, pct_start=0.05)
+    started = time.time()
+    for step in range(1, steps + 1):
+        loss = reader.loss(rng, rows)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"base {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+        if step % 250 == 0 or step == steps:
+            figures = reader.score(random.Random(seed + 1))
+            print(f"base {step}: {figures}", flush=True)
+            kept = {k: v.half().contiguous() for k, v in model.state_dict().items() if k.startswith("model.")}
+            save_file(kept, out / f"lm_{model.config.hidden_size}.safetensors", metadata={"format": "pt"})
+    return figures | {"seconds": round(time.time() - started), "rows": steps * rows}
+
+
+class Reader:
+    """Makes reading matter for the base and measures how well it is understood."""
+
+    def __init__(self, model: VLM, tokenizer: Tokenizer, positions: int) -> None:
+        self.model = model
+        self.encoder = PromptEncoder(tokenizer, positions)
+        self.chords = ChordBook(tokenizer, positions)
+
+    def batch(self, rng: random.Random, rows: int, written_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [B, T, D], labels and ids [B, T] of rows that are all in writing or all in chords."""
+        encoded, chords = [], []
+        for _ in range(rows):
+            scene = world.make_scene(rng)
+            opening = written(scene, rng) if written_rows else IMAGE_MARK
+            encoded.append(self.encoder.row(talk(scene, rng, opening), 0 if written_rows else 1, 1024))
+            chords.append(self.chords.write(scene, rng))
+        length = max(len(row) for row in encoded)
+        ids = torch.tensor([row.input_ids + [0] * (length - len(row)) for row in encoded])
+        mask = torch.tensor([row.loss_mask + [False] * (length - len(row)) for row in encoded])
+        x = self.model.model.embed_tokens(ids)
+        if not written_rows:
+            place = torch.tensor([row.image_mask + [False] * (length - len(row)) for row in encoded])
+            x = x.masked_scatter(place[..., None], self.sound(chords))
+        return x, torch.where(mask, ids, IGNORE), ids
+
+    def sound(self, chords: list[tuple[list[list[int]], list[float]]]) -> Tensor:
+        """Summed embeddings of every position of every row, [B · P, D], said more or less loud and with some noise."""
+        flat = [ids for row, _ in chords for ids in row]
+        offsets = torch.tensor([0, *[len(ids) for ids in flat]]).cumsum(0)[:-1]
+        table = self.model.model.embed_tokens.weight
+        sums = F.embedding_bag(torch.tensor([n for ids in flat for n in ids]), table, offsets, mode="sum")
+        loud = torch.tensor([volume for _, row in chords for volume in row])[:, None]
+        noise = torch.randn_like(sums) * table.detach().std() * 0.3
+        return sums * loud + noise
+
+    def loss(self, rng: random.Random, rows: int) -> Tensor:
+        x, labels, _ = self.batch(rng, rows, written_rows=rng.random() < 0.4)
+        hidden, _ = self.model.model(x)
+        loss_sum, hits = supervised_loss(hidden, labels, self.model.lm_head.weight)
+        return loss_sum / len(hits)
+
+    @torch.no_grad()
+    def score(self, rng: random.Random) -> dict[str, float]:
+        """The share of answers whose every token is the likeliest one, over new rows in writing and in chords."""
+        scores = {}
+        for name, in_writing in (("written", True), ("chords", False)):
+            right = total = 0
+            for _ in range(4):
+                x, labels, ids = self.batch(rng, 64, in_writing)
+                hidden, _ = self.model.model(x)
+                guess = F.linear(hidden, self.model.lm_head.weight).argmax(-1)[:, :-1]
+                wrong = (guess != ids[:, 1:]) & (labels[:, 1:] != IGNORE)
+                start = (labels[:, 1:] != IGNORE) & (labels[:, :-1] == IGNORE)  # an answer's first token
+                answer = start.cumsum(1) * (labels[:, 1:] != IGNORE)
+                for row in range(len(ids)):
+                    right += int(start[row].sum()) - len(set(answer[row][wrong[row]].tolist()))
+                    total += int(start[row].sum())
+            scores[f"answers_{name}"] = round(right / total, 4)
+        return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--tower-steps", type=int, default=1200)
+    parser.add_argument("--base-steps", type=int, default=4000)
+    parser.add_argument("--base-rows", type=int, default=48)
+    parser.add_argument("--only", choices=("tokenizer", "tower", "base"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "figures.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    figures["seed"] = options.seed
+    if options.only in (None, "tokenizer"):
+        make_tokenizer(options.out)
+    if options.only in (None, "tower"):
+        figures["tower"] = train_tower(options.out, options.seed, options.tower_steps)
+    if options.only in (None, "base"):
+        figures["base"] = train_base(options.out, options.seed, options.base_steps, options.base_rows)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The demo's report: one HTML file with the curves and a sheet of held-out pictures."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.checkpoint.store import write_text
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out picture with a question, the truth, and three answers."""
+
+    picture: bytes  # JPEG
+    question: str
+    truth: str
+    before: str
+    after: str
+    blank: str
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
+h1, h2 { line-height: 1.2 } .figures { display: flex; flex-wrap: wrap; gap: 1rem }
+.figure { background: #f3f4f6; border-radius: .5rem; padding: .75rem 1rem; flex: 1 1 10rem }
+.figure b { display: block; font-size: 1.8rem } .sheet { display: grid; gap: 1rem;
+grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) } .card { border: 1px solid #ddd; border-radius: .5rem;
+padding: .75rem; font-size: .9rem } .card img { width: 100%; image-rendering: pixelated; border-radius: .25rem }
+.right { color: #15803d; font-weight: 600 } .wrong { color: #b91c1c; font-weight: 600 } .dim { color: #777 }
+svg { width: 100%; height: 14rem; background: #f9fafb; border-radius: .5rem } dl { margin: 0; display: grid;
+grid-template-columns: auto 1fr; gap: 0 .5rem } dd { margin: 0 }
+"""
+
+
+def write_report(
+    path: Path, summary: dict[str, Any], curves: dict[str, list[tuple[int, float]]], samples: list[Sample]
+) -> None:
+    """Write the page atomically; it needs nothing besides itself."""
+    figures = {
+        "scenes never seen": summary["accuracy_heldout_scenes"],
+        "shape-colour pairs never seen": summary["accuracy_heldout_pairs"],
+        "the same questions, blank picture": summary["accuracy_blank"],
+        "before training": summary["accuracy_before"],
+    }
+    boxes = "".join(f'<div class="figure"><b>{value:.0%}</b>{escape(name)}</div>' for name, value in figures.items())
+    plots = "".join(f"<h2>Loss while {escape(stage)} runs</h2>{_curve(points)}" for stage, points in curves.items())
+    half = len(samples) // 2
+    sheets = "".join(
+        f"<h2>{title}</h2><div class='sheet'>{''.join(map(_card, part))}</div>"
+        for title, part in (("Scenes never seen", samples[:half]), ("Pairs never seen", samples[half:]))
+    )
+    kinds = "".join(
+        f"<tr><td>{escape(kind)}</td><td>{value:.0%}</td><td>{_percent(summary['by_kind_pairs'].get(kind))}</td></tr>"
+        for kind, value in summary["by_kind_scenes"].items()
+    )
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mmv demo</title><style>{_STYLE}</style>
+<h1>A model that learnt to see</h1>
+<p>Seed {summary["seed"]}, {summary["seconds_training_and_evaluation"]:.0f} seconds of training and evaluation on
+{escape(summary["machine"])}. An answer counts as right when it equals the truth to the letter.</p>
+<div class="figures">{boxes}</div>{plots}
+<h2>By kind of question</h2><table><tr><th>asks for</th><th>scenes</th><th>pairs</th></tr>{kinds}</table>{sheets}</html>
+"""
+    write_text(path, page)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _card(sample: Sample) -> str:
+    source = "data:image/jpeg;base64," + base64.b64encode(sample.picture).decode()
+    verdict = "right" if sample.after == sample.truth else "wrong"
+    return (
+        f'<div class="card"><img src="{source}" alt=""><p>{escape(sample.question)}</p><dl>'
+        f"<dt>truth</dt><dd>{escape(sample.truth)}</dd>"
+        f'<dt>after</dt><dd class="{verdict}">{escape(sample.after) or "–"}</dd>'
+        f'<dt class="dim">before</dt><dd class="dim">{escape(sample.before) or "–"}</dd>'
+        f'<dt class="dim">blank</dt><dd class="dim">{escape(sample.blank) or "–"}</dd></dl></div>'
+    )
+
+
+def _curve(points: list[tuple[int, float]]) -> str:
+    """A polyline of (step, loss) with its first and last value written at its ends."""
+    width, height, edge = 800, 220, 30
+    last, top = max(points[-1][0], 1), max(loss for _, loss in points) or 1.0
+    places = [
+        (edge + step / last * (width - 2 * edge), height - edge - loss / top * (height - 2 * edge)) for step, loss in points
+    ]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    labels = "".join(
+        f'<text x="{x:.0f}" y="{y - 8:.0f}" font-size="13" text-anchor="middle">{loss:.2f}</text>'
+        for (x, y), (_, loss) in ((places[0], points[0]), (places[-1], points[-1]))
+    )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none"><polyline points="{line}" fill="none" '
+        f'stroke="#2563eb" stroke-width="2"/>{labels}<text x="{width // 2}" y="{height - 6}" font-size="13" '
+        f'text-anchor="middle">update 1 to {last}</text></svg>'
+    )

@@ -1,0 +1,207 @@
+"""The whole pipeline on the embedded world, through the functions that the real commands call."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_v.core.checkpoint.store import write_text
+from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
+from minimind_v.core.config.load import build_config
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.images import blank_pixels, load_pixels
+from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.data.stores import JsonlRows, open_pictures
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.demo.dataset import DemoSet, Test, write_pretrain, write_sft, write_test
+from minimind_v.core.demo.report import Sample, write_report
+from minimind_v.core.evaluate.run import Scores, evaluate
+from minimind_v.core.export.files import convert
+from minimind_v.core.generate.load import Loaded, load_model
+from minimind_v.core.generate.sampling import GREEDY
+from minimind_v.core.generate.session import Session
+from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.loop import train
+from minimind_v.core.train.metrics import Listener
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the demo is done."""
+
+    pretrain_rows: int = 3000
+    sft_rows: int = 6000
+    test_rows: int = 600
+    pretrain_lr: float = 4e-3
+    sft_lr: float = 1e-3
+
+
+FULL = Size()
+SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests: still sees, not as well
+
+
+class Demo:
+    """One run of the demo in a folder of its own."""
+
+    def __init__(self, out: Path, seed: int, listener: Listener, tell: Callable[[str, str], None], size: Size = FULL) -> None:
+        """`tell` is given the title of each stage and the real command that it stands for."""
+        self.out, self.seed, self.listener, self.tell, self.size = out, seed, listener, tell, size
+        self.seconds: dict[str, float] = {}
+        self.weights = {stage: out / "out" / f"{stage}.pth" for stage in ("lm_128", "pretrain_vlm_128", "sft_vlm_128")}
+        self.vision, self.tokenizer = out / "model" / "vision_model", out / "model"
+
+    def run(self) -> dict[str, Any]:
+        """Everything in order; returns what `summary.json` holds."""
+        started = time.perf_counter()
+        self._stage("assets", "drawing the world", "hf download …", self._assets)
+        before = self._stage("before", "before training", "mmv eval", lambda: self._score(self._untrained()))
+        self._stage("pretrain", "learning to see: captions", self._command("pretrain"), lambda: self._train("pretrain"))
+        self._stage("sft", "learning to answer: questions", self._command("sft"), lambda: self._train("sft"))
+        loaded = load_model(self.weights["sft_vlm_128"], self.vision, self.tokenizer, "cpu")
+        after = self._stage("eval", "held-out scenes and pairs, and blank pictures", "mmv eval --blind", lambda: self._score(loaded))
+        samples = self._stage("chat", "asking about held-out pictures", "mmv chat --image …", lambda: self._samples(loaded))
+        self._stage("convert", "the same weights as safetensors", "mmv convert --to safetensors", self._convert)
+        summary = self._summary(before, after, time.perf_counter() - started)
+        write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_report(self.out / "report.html", summary, self._curves(), samples)
+        return summary
+
+    def _stage(self, name: str, title: str, command: str, work: Callable[[], Any]) -> Any:
+        self.tell(title, command)
+        started = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        return result
+
+    # --- stages -------------------------------------------------------------------------------------------------------
+
+    def _assets(self) -> None:
+        with as_file(files("minimind_v.core.demo") / "assets") as assets:
+            shutil.copytree(assets / "vision", self.vision, dirs_exist_ok=True)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(assets / name, self.tokenizer / name)
+            (self.out / "out").mkdir(parents=True, exist_ok=True)
+            base = self.out / "out" / "lm_128.safetensors"
+            shutil.copy(assets / base.name, base)
+        convert(base, self.weights["lm_128"], "pth", overwrite=True)
+        folder, size = self.out / "dataset", self.size
+        # Every set has dice of its own, so that the size of one does not change another.
+        dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs")]
+        self.pretrain_set, scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
+        self.sft_set, more = write_sft(folder, dice[1], size.sft_rows)
+        seen = scenes | more
+        self.scenes_set, self.scenes = write_test(folder, "heldout_scenes", dice[2], size.test_rows, seen, False)
+        self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, seen, True)
+
+    def _untrained(self) -> Loaded:
+        """The base with a fresh projector: what pretraining starts from."""
+        torch.manual_seed(self.seed)
+        encoder, tokenizer = VisionEncoder.load(self.vision), Tokenizer.load(self.tokenizer)
+        base = read_checkpoint(self.weights["lm_128"])
+        model = VLM(base.config, encoder.spec, tokenizer.placeholder_id, encoder)
+        return Loaded(model.eval(), tokenizer, base, load_into(model, base, new_projector=True))
+
+    def _command(self, stage: str) -> str:
+        return " ".join(["mmv", "train", stage, *(f"--{key.rpartition('.')[2].replace('_', '-')} {value}" for key, value in self._options(stage).items())])
+
+    def _options(self, stage: str) -> dict[str, Any]:
+        data = self.out / "dataset"
+        before = "lm_128" if stage == "pretrain" else "pretrain_vlm_128"
+        return {
+            "preset": "demo",
+            "data.file": data / f"{stage}_data.jsonl",
+            "data.images": data / f"{stage}_images.zip",
+            "vision_model": self.vision,
+            "data.tokenizer": self.tokenizer,
+            "init": self.weights[before],
+            "out": self.out / "out",
+            "epochs": 1,
+            "data.batch_size": 16,
+            "lr": self.size.pretrain_lr if stage == "pretrain" else self.size.sft_lr,
+            "seed": self.seed,
+            "device": "cpu",
+        }
+
+    def _train(self, stage: str) -> None:
+        train(build_config(stage, options=self._options(stage)), self.listener, overwrite=True)
+
+    def _score(self, loaded: Loaded) -> dict[str, Scores]:
+        return {
+            "scenes": self._evaluate(loaded, self.scenes_set),
+            "pairs": self._evaluate(loaded, self.pairs_set),
+            "blank": self._evaluate(loaded, self.scenes_set, blank=True),
+        }
+
+    def _evaluate(self, loaded: Loaded, rows: DemoSet, blank: bool = False) -> Scores:
+        spec, tokenizer = loaded.model.spec, loaded.tokenizer
+        prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
+        dataset = RowDataset(JsonlRows(rows.data), open_pictures(rows.images), prompts, spec.image_size, 1536, blank)
+        return evaluate(loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id, batch_size=32)
+
+    def _samples(self, loaded: Loaded, count: int = 12) -> list[Sample]:
+        """Questions about held-out pictures, answered before, after, and without the picture."""
+        untrained, side = self._untrained(), loaded.model.spec.image_size
+        samples = []
+        for test in self.scenes[:count] + self.pairs[:count]:
+            pixels = load_pixels(test.picture, "held-out picture", side)
+            before, after = (_answer(who, test, pixels) for who in (untrained, loaded))
+            blank = _answer(loaded, test, blank_pixels(side))
+            samples.append(Sample(test.picture, test.question.text, test.question.answer, before, after, blank))
+        return samples
+
+    def _convert(self) -> None:
+        convert(self.weights["sft_vlm_128"], self.out / "out" / "sft_vlm_128.safetensors", "safetensors", overwrite=True)
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def _curves(self) -> dict[str, list[tuple[int, float]]]:
+        curves = {}
+        for stage in ("pretrain", "sft"):
+            lines = (self.out / "out" / f"{stage}_vlm_128" / "metrics.jsonl").read_text().splitlines()
+            curves[stage] = [(record["step"], record["loss"]) for record in map(json.loads, lines)]
+        return curves
+
+    def _summary(self, before: dict[str, Scores], after: dict[str, Scores], seconds: float) -> dict[str, Any]:
+        work = ("before", "pretrain", "sft", "eval")
+        return {
+            "accuracy_heldout_scenes": after["scenes"].accuracy,
+            "accuracy_heldout_pairs": after["pairs"].accuracy,
+            "accuracy_blank": after["blank"].accuracy,
+            "accuracy_before": before["scenes"].accuracy,
+            "accuracy_before_pairs": before["pairs"].accuracy,
+            "by_kind_scenes": _by_kind(after["scenes"], self.scenes),
+            "by_kind_pairs": _by_kind(after["pairs"], self.pairs),
+            "questions": {"scenes": after["scenes"].short_answers, "pairs": after["pairs"].short_answers},
+            "seconds": self.seconds,
+            "seconds_training_and_evaluation": round(sum(self.seconds[name] for name in work), 2),
+            "seconds_total": round(seconds, 2),
+            "seed": self.seed,
+            "seeds": {"demo": self.seed, "assets": json.loads((files("minimind_v.core.demo") / "assets" / "figures.json").read_text())["seed"]},
+            "rows": {"pretrain": self.size.pretrain_rows, "sft": self.size.sft_rows},
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        }
+
+
+def _answer(loaded: Loaded, test: Test, pixels: Any) -> str:
+    session = Session(loaded.model, loaded.tokenizer, GREEDY, context=512)
+    return "".join(session.ask(test.question.text, [pixels], max_new_tokens=32)).strip()
+
+
+def _by_kind(scores: Scores, tests: list[Test]) -> dict[str, float]:
+    """Accuracy for each kind of question. Rows of a test set hold one question each, in order."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for answers, test in zip(scores.answers.values(), tests, strict=True):
+        right[test.question.kind] += [bool(answer) for answer in answers]
+    return {kind: round(sum(marks) / len(marks), 4) for kind, marks in sorted(right.items())}

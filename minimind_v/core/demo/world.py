@@ -1,0 +1,259 @@
+"""The embedded world: pictures of one to three simple objects, and what can be said and asked about them.
+
+Everything is drawn from a `random.Random`, so a seed decides the pictures, the words and the questions.
+Five shape-colour pairs are kept out of every training set, so that naming one shows composition, not memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+SHAPES = {"circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "cross": "十字形"}
+COLOURS = {
+    "red": ("红色", (210, 35, 40)),
+    "green": ("绿色", (30, 165, 60)),
+    "blue": ("蓝色", (40, 75, 215)),
+    "yellow": ("黄色", (235, 210, 45)),
+    "purple": ("紫色", (145, 45, 175)),
+    "white": ("白色", (238, 238, 238)),
+}
+SIZES = {"small": ("小", (10.0, 13.0)), "big": ("大", (18.0, 22.0))}  # radius range in pixels
+PLACES = {
+    "top left": ("左上角", (30, 30)),
+    "top right": ("右上角", (98, 30)),
+    "centre": ("中间", (64, 64)),
+    "bottom left": ("左下角", (30, 98)),
+    "bottom right": ("右下角", (98, 98)),
+}
+NUMBERS = {1: ("one", "一"), 2: ("two", "两"), 3: ("three", "三")}
+HELD_OUT = frozenset(
+    {("circle", "white"), ("square", "yellow"), ("triangle", "blue"), ("star", "red"), ("cross", "green")}
+)
+CANVAS = 128  # pixels; a picture is larger than what the tower sees, as real ones are
+LANGUAGES = ("en", "zh")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene."""
+
+    shape: str
+    colour: str
+    size: str
+    place: str
+
+    @property
+    def held_out(self) -> bool:
+        return (self.shape, self.colour) in HELD_OUT
+
+    def words(self, language: str) -> tuple[str, str, str, str]:
+        """Size, colour, shape and place as words."""
+        if language == "en":
+            return self.size, self.colour, self.shape, self.place
+        return SIZES[self.size][0], COLOURS[self.colour][0], SHAPES[self.shape], PLACES[self.place][0]
+
+    def phrase(self, language: str) -> str:
+        size, colour, shape, place = self.words(language)
+        if language == "en":
+            return f"a {size} {colour} {shape} {'in' if place == 'centre' else 'at'} the {place}"
+        return f"{place}有一个{size}的{colour}{shape}"
+
+
+Scene = tuple[Thing, ...]  # in reading order of the places
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its short answer, and what it asks for: colour, shape, place, size, count or exists."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def make_scene(rng: random.Random, held_out: bool = False) -> Scene:
+    """One to three objects at different places. With `held_out` exactly one of them is a held-out pair, else none."""
+    count = rng.randint(1, 3)
+    places = rng.sample(list(PLACES), count)
+    special = rng.randrange(count) if held_out else -1
+    things = []
+    for index, place in enumerate(places):
+        pair = rng.choice(sorted(HELD_OUT)) if index == special else _free_pair(rng)
+        things.append(Thing(*pair, rng.choice(list(SIZES)), place))
+    order = list(PLACES)
+    return tuple(sorted(things, key=lambda thing: order.index(thing.place)))
+
+
+def _free_pair(rng: random.Random) -> tuple[str, str]:
+    while (pair := (rng.choice(list(SHAPES)), rng.choice(list(COLOURS)))) in HELD_OUT:
+        pass
+    return pair
+
+
+# --- language ---------------------------------------------------------------------------------------------------------
+
+
+def caption(scene: Scene, language: str) -> str:
+    """The scene in one sentence, in reading order."""
+    phrases = [thing.phrase(language) for thing in scene]
+    return ", ".join(phrases) + "." if language == "en" else "，".join(phrases) + "。"
+
+
+CAPTION_PROMPTS = {
+    "en": ("Describe the picture.", "What do you see?", "What is in the picture?"),
+    "zh": ("描述这张图片。", "你看到了什么？", "图片里有什么？"),
+}
+
+
+def questions(scene: Scene, rng: random.Random, about: Thing | None = None) -> Iterator[Question]:
+    """Every question that has one right answer, shuffled, each in a random language; only those on `about` if given.
+
+    "Is there a …?" comes as often with yes as with no, and a no is often a near miss: the right shape in another
+    colour, or the right colour on another shape.
+    """
+    kinds = [*_about_things(scene, [about] if about else list(scene)), ("exists", about), ("exists", about)]
+    if about is None:
+        kinds.append(("count", None))
+    rng.shuffle(kinds)
+    for kind, thing in kinds:
+        language = rng.choice(LANGUAGES)
+        if kind == "exists":
+            yield _exists(scene, thing, language, rng)
+        else:
+            yield _ask(kind, scene, thing, language)
+
+
+def _about_things(scene: Scene, things: list[Thing]) -> Iterator[tuple[str, Thing | None]]:
+    for thing in things:
+        if sum(other.shape == thing.shape for other in scene) == 1:
+            yield from (("colour", thing), ("place", thing), ("size", thing))
+        if sum(other.colour == thing.colour for other in scene) == 1:
+            yield "shape", thing
+
+
+def _ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Question:
+    if thing is None:
+        ask = {"en": "How many objects are there?", "zh": "有几个物体？"}
+        return Question(kind, ask[language], NUMBERS[len(scene)][language == "zh"])
+    size, colour, shape, place = thing.words(language)
+    ask, answer = {
+        ("colour", "en"): (f"What colour is the {shape}?", colour),
+        ("colour", "zh"): (f"{shape}是什么颜色？", colour),
+        ("place", "en"): (f"Where is the {shape}?", place),
+        ("place", "zh"): (f"{shape}在哪里？", place),
+        ("size", "en"): (f"Is the {shape} big or small?", size),
+        ("size", "zh"): (f"{shape}是大还是小？", size),
+        ("shape", "en"): (f"Which shape is {colour}?", shape),
+        ("shape", "zh"): (f"什么形状是{colour}？", shape),
+    }[kind, language]
+    return Question(kind, ask, answer)
+
+
+def _exists(scene: Scene, about: Thing | None, language: str, rng: random.Random) -> Question:
+    present = {(thing.shape, thing.colour) for thing in scene}
+    thing = about or rng.choice(scene)
+    pair = (thing.shape, thing.colour)
+    yes = rng.random() < 0.5
+    while not yes and pair in present:
+        near = rng.random()
+        shape, colour = _free_pair(rng)
+        pair = (thing.shape, colour) if near < 0.4 else (shape, thing.colour) if near < 0.8 else (shape, colour)
+        if pair in HELD_OUT:  # not even named in training
+            pair = (thing.shape, thing.colour)
+    shape, colour = pair
+    if language == "en":
+        return Question("exists", f"Is there a {colour} {shape}?", "yes" if yes else "no")
+    return Question("exists", f"有{COLOURS[colour][0]}{SHAPES[shape]}吗？", "有" if yes else "没有")
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An object as it is drawn: its outline (two corners of a box for a circle) and its colour."""
+
+    thing: Thing
+    outline: tuple[tuple[float, float], ...]
+    colour: tuple[int, int, int]
+
+    def paint(self, pen: ImageDraw.ImageDraw, fill: tuple[int, int, int] | int) -> None:
+        if self.thing.shape == "circle":
+            pen.ellipse(self.outline, fill=fill)
+        else:
+            pen.polygon(self.outline, fill=fill)
+
+
+def pose(scene: Scene, rng: random.Random) -> list[Figure]:
+    """Where exactly each object lies, how large, turned and tinted: all noise but the background's."""
+    figures = []
+    for thing in rng.sample(scene, len(scene)):
+        x, y = (value + rng.uniform(-5, 5) for value in PLACES[thing.place][1])
+        radius = rng.uniform(*SIZES[thing.size][1])
+        red, green, blue = (min(255, max(0, value + rng.randint(-18, 18))) for value in COLOURS[thing.colour][1])
+        turn = rng.uniform(-0.15, 0.15)
+        if thing.shape == "circle":
+            outline = [(x - radius, y - radius), (x + radius, y + radius)]
+        else:
+            outline = [
+                (x + radius * scale * math.cos(angle + turn), y + radius * scale * math.sin(angle + turn))
+                for scale, angle in _OUTLINES[thing.shape]
+            ]
+        figures.append(Figure(thing, tuple(outline), (red, green, blue)))
+    return figures
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """Draw a scene, RGB, CANVAS × CANVAS."""
+    return paint(pose(scene, rng), rng)
+
+
+def paint(figures: list[Figure], rng: random.Random) -> Image.Image:
+    """Paint figures on a grainy ground of a random grey."""
+    grey = rng.randint(25, 105)
+    ground = tuple(grey + rng.randint(-12, 12) for _ in range(3))
+    grain = Image.frombytes("L", (32, 32), rng.randbytes(1024)).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+    picture = Image.blend(Image.new("RGB", (CANVAS, CANVAS), ground), grain.convert("RGB"), rng.uniform(0, 0.12))
+    pen = ImageDraw.Draw(picture)
+    for figure in figures:
+        figure.paint(pen, figure.colour)
+    return picture
+
+
+def _polygon(corners: int, start: float, scales: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
+    return [(scales[n % len(scales)], start + 2 * math.pi * n / corners) for n in range(corners)]
+
+
+def _plus(arm: float = 0.36) -> list[tuple[float, float]]:
+    """Corners of a plus sign whose arms are `arm` wide on each side, as (scale, angle)."""
+    corner, notch, lean = math.hypot(1, arm), arm * math.sqrt(2), math.atan(arm)
+    return [
+        polar
+        for quarter in range(4)
+        for polar in (
+            (corner, quarter * math.pi / 2 - lean),
+            (corner, quarter * math.pi / 2 + lean),
+            (notch, quarter * math.pi / 2 + math.pi / 4),
+        )
+    ]
+
+
+_OUTLINES = {
+    "square": _polygon(4, math.pi / 4, (1.15,)),
+    "triangle": _polygon(3, -math.pi / 2, (1.2,)),
+    "star": _polygon(10, -math.pi / 2, (1.2, 0.5)),
+    "cross": _plus(),
+}
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """The picture as the bytes of a JPEG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()

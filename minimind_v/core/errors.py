@@ -1,0 +1,62 @@
+"""Every error that a user can cause.
+
+MmvError                  one line: what is wrong, where, and what to do next   (exit code 1)
+├── UsageError            a wrong option, key or value                          (exit code 2)
+├── MissingInput          a stage lacks a file that an earlier command makes
+├── DataError             a row, a picture or a data file is broken
+│   └── RowError          one broken row: it is skipped and counted
+├── WeightsError          a weights file is damaged, foreign or of another size
+└── RunError              a run cannot go on (no finite loss, no room to save)
+
+The command line turns each into one red line; anything else that escapes is a defect of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MmvError(Exception):
+    """Base of all errors that a user can cause; its text is the whole message."""
+
+    exit_code = 1
+
+
+class UsageError(MmvError):
+    """A wrong option, configuration key or value."""
+
+    exit_code = 2
+
+
+class MissingInput(MmvError):
+    """A stage lacks its input; the message names the command that makes it."""
+
+
+class DataError(MmvError):
+    """A data file, or too many of its rows, cannot be used."""
+
+
+class RowError(DataError):
+    """One row cannot be used. `kind` is a short word that reports group by."""
+
+    def __init__(self, message: str, kind: str = "row") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):  # keeps `kind` when a data worker sends the error home
+        return type(self), (self.args[0], self.kind)
+
+
+class WeightsError(MmvError):
+    """A weights file is damaged, foreign or of another size."""
+
+
+class RunError(MmvError):
+    """A run cannot go on."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the choice that looks most like `word`, or an empty string."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,51 @@
+"""The same tensors in another file: `.pth` and `.safetensors`, both ways, read back and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
+from minimind_v.core.errors import RunError, UsageError
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written, and how far it is from its source."""
+
+    path: Path
+    tensors: int
+    bytes: int
+    difference: float  # largest absolute difference of a weight, 0 unless the type was changed
+
+
+def convert(source: Path, target: Path, to: str, dtype: str | None = None, overwrite: bool = False) -> Conversion:
+    """Write `source` as `to` (pth or safetensors), in `dtype` or as it is.
+
+    Raises MissingInput, WeightsError, UsageError where the target is in the way, or RunError where it cannot be written.
+    """
+    if target.suffix != f".{to}":
+        raise UsageError(f"--out {target} does not end with .{to}")
+    if target.exists() and target.resolve() == source.resolve():
+        raise UsageError(f"{target} is the source itself — name another --out")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} is there already — add --overwrite, or name another --out")
+    checkpoint = read_checkpoint(source)
+    tensors = checkpoint.tensors
+    if dtype is not None:
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise RunError(f"{name} does not fit in {dtype}: choose another --dtype")
+    write_checkpoint(target, tensors, checkpoint.config, checkpoint.stage)
+    again = read_checkpoint(target)
+    if again.tensors.keys() != tensors.keys() or again.config != checkpoint.config:
+        raise RunError(f"{target}: reads back with other tensors or sizes than were written")
+    difference = max(
+        float((tensor.double() - again.tensors[name].double()).abs().max()) for name, tensor in checkpoint.tensors.items()
+    )
+    if dtype is None and difference:
+        raise RunError(f"{target}: reads back with values that differ by {difference:g}")
+    return Conversion(target, len(tensors), target.stat().st_size, difference)

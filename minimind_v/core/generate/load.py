@@ -1,0 +1,58 @@
+"""Everything that using a trained model takes, from one weights file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, load_into, read_checkpoint
+from minimind_v.core.config.presets import PRESETS, weights_name
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.device import pick_device
+from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.hub.sources import OUT_DIR
+from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.model.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can be talked to."""
+
+    model: VLM
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    receipt: Receipt
+
+
+def load_model(weights: Path | None, vision_model: Path, tokenizer: Path, device: str = "auto") -> Loaded:
+    """Load weights (None: what the latest stage left in the standard folder), vision model and tokenizer.
+
+    Raises MissingInput or WeightsError; a text-only base is refused, since it has no projector.
+    """
+    checkpoint = read_checkpoint(weights or find_weights(OUT_DIR))
+    encoder = VisionEncoder.load(vision_model)
+    words = Tokenizer.load(tokenizer)
+    if words.vocab_size > checkpoint.config.vocab_size:
+        raise WeightsError(
+            f"{checkpoint.path} knows {checkpoint.config.vocab_size} tokens and the tokenizer in {tokenizer} has "
+            f"{words.vocab_size} — they do not belong together (--tokenizer)"
+        )
+    width = checkpoint.vision_width
+    if width is not None and width != encoder.spec.width:
+        raise WeightsError(
+            f"{checkpoint.path} was trained with features of width {width}, the vision model in {vision_model} "
+            f"gives {encoder.spec.width} — name its own with --vision-model"
+        )
+    model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
+    receipt = load_into(model, checkpoint)
+    return Loaded(model.to(pick_device(device)).eval(), words, checkpoint, receipt)
+
+
+def find_weights(folder: Path) -> Path:
+    """What the latest stage left: sft before pretrain, the newest where there are several sizes."""
+    for stage in ("sft", "pretrain"):
+        names = [folder / weights_name(stage, config) for config in PRESETS.values()]
+        if found := [path for path in names if path.is_file()]:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise MissingInput(f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model")

@@ -1,0 +1,82 @@
+"""Mixture of experts: every token is worked on by its top-k routed experts and by the shared ones.
+
+Follows the published MiniMind block, which follows DeepSeekMoE (Dai et al., 2024).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind_v.core.config.schema import TextConfig
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer, 2020). [..., D] → [..., D]."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Chooses experts: softmax over weight @ x, the k best, renormalised to sum 1. The key is `mlp.gate.weight`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, D] → probabilities [N, E], weights [N, k], chosen experts [N, k]."""
+        probs = F.linear(x, self.weight).float().softmax(dim=-1)
+        top, chosen = probs.topk(self.top_k, dim=-1, sorted=False)
+        return probs, top / (top.sum(dim=-1, keepdim=True) + 1e-20), chosen
+
+
+class MoEFeedForward(nn.Module):
+    """Routed and shared experts in the place of one FeedForward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.alpha = config.aux_loss_alpha
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        self.gate = Router(config)
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] → output [B, T, D] and, while training, the auxiliary loss (a scalar)."""
+        flat = x.flatten(0, 1)  # [N, D]
+        probs, weights, chosen = self.gate(flat)
+        out = torch.zeros_like(flat)
+        # One pass per expert over just its own tokens: sort the N·k picks by expert, work on each slice, add back.
+        order = chosen.flatten().argsort(stable=True)  # [N·k]
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        for expert, picks in zip(self.experts, order.split(counts), strict=True):
+            if picks.numel() == 0:
+                continue
+            token = picks // chosen.shape[1]  # [n]
+            y = expert(flat[token]) * weights.flatten()[picks, None]  # [n, D]
+            out.index_add_(0, token, y.to(out.dtype))
+        for shared in self.shared_experts:
+            out = out + shared(flat)
+        aux = self._balance(probs, chosen, x.shape[:2], attention_mask) if self.training else None
+        return out.view_as(x), aux
+
+    def _balance(self, probs: Tensor, chosen: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor:
+        """alpha · mean over sequences of Σ_e f_e·P_e, padding left out so that the loss does not depend on it."""
+        n_routed = probs.shape[-1]
+        picks = F.one_hot(chosen, n_routed).sum(dim=1).float().view(*shape, n_routed)  # [B, T, E]
+        probs = probs.view(*shape, n_routed)  # [B, T, E]
+        keep = torch.ones(shape, device=probs.device) if mask is None else mask.float()  # [B, T]
+        length = keep.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
+        f = (picks * keep[..., None]).sum(dim=1) / (length * chosen.shape[-1]) * n_routed  # [B, E]
+        p = (probs * keep[..., None]).sum(dim=1) / length  # [B, E]
+        return self.alpha * (f * p).sum(dim=1).mean()

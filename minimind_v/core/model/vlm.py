@@ -1,0 +1,141 @@
+"""The vision-language model: pictures take the places of their placeholders in the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model.loss import supervised_loss
+from minimind_v.core.model.projector import VisionProjector
+from minimind_v.core.model.text import Decoder, KVCache
+from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+
+
+@dataclass
+class Output:
+    """What one forward pass found. Without labels: `logits`; with labels: the losses."""
+
+    logits: Tensor | None  # [B, K, V] for the last K positions
+    loss_sum: Tensor | None  # sum over supervised tokens, so that a step can divide by the tokens of all its parts
+    hits: Tensor | None  # [S], for each supervised token in reading order: was it the likeliest
+    aux_loss: Tensor  # expert balance, a mean over rows; 0 for a dense model
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of this batch's supervised tokens plus the auxiliary loss."""
+        assert self.loss_sum is not None and self.hits is not None, "a loss needs labels"
+        return self.loss_sum / max(len(self.hits), 1) + self.aux_loss
+
+
+class VLM(nn.Module):
+    """CLIP → projector → language model. Without `vision` it reads text only, or features that are given.
+
+    State-dict keys are those of the published checkpoints (`model.*`, `lm_head.weight`, `vision_proj.*`) and
+    `vision_encoder.*`, which is never saved.
+    """
+
+    def __init__(
+        self, config: TextConfig, spec: VisionSpec, placeholder_id: int, vision: VisionEncoder | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        self.placeholder_id = placeholder_id
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.vision_proj = VisionProjector(spec.width, config.hidden_size)
+        self.vision_encoder = vision
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens."""
+        return KVCache(self.config, batch, max_length, self.device, self.lm_head.weight.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Output:
+        """Read a right-padded batch of rows.
+
+        input_ids [B, T]; attention_mask [B, T], 1 for tokens, 0 for padding (None: no padding);
+        pixel_values [M, 3, H, W], all pictures of the batch in reading order, or [B, N, 3, H, W], or 6-D with one
+        dimension of 1 at index 2 or 1; image_features [M, P, width] in place of pixels; image_mask [B, T], true where
+        a picture's feature goes (None: runs of the placeholder id); labels [B, T], -100 where not supervised;
+        logits_to_keep: only the last K positions (0: all).
+
+        Raises ValueError naming the row whose placeholders do not fit its pictures.
+        """
+        x = self.model.embed_tokens(input_ids)  # [B, T, D]
+        per_row = None
+        if pixel_values is not None and image_features is None:
+            pixel_values, per_row = _flatten_pictures(pixel_values)  # [M, 3, H, W]
+            if self.vision_encoder is None:
+                raise ValueError("this model was built without a vision encoder: give image_features")
+            image_features = self.vision_encoder(pixel_values)  # [M, P, width]
+        if image_features is not None:
+            x = self._place_pictures(x, input_ids, image_features, image_mask, per_row)  # [B, T, D]
+        hidden, aux = self.model(x, attention_mask, cache)  # [B, T, D]
+        if labels is not None:
+            loss_sum, hits = supervised_loss(hidden, labels, self.lm_head.weight)
+            return Output(None, loss_sum, hits, aux)
+        logits = F.linear(hidden[:, -logits_to_keep:], self.lm_head.weight)  # [B, K, V]
+        return Output(logits, None, None, aux)
+
+    def _place_pictures(
+        self, x: Tensor, input_ids: Tensor, features: Tensor, image_mask: Tensor | None, per_row: int | None
+    ) -> Tensor:
+        patches = features.shape[1]
+        if image_mask is None:
+            image_mask = find_placeholders(input_ids, self.placeholder_id, patches)  # [B, T]
+        counts = image_mask.sum(dim=1) / patches  # pictures per row [B]
+        for row, count in enumerate(counts.tolist()):
+            if (per_row is not None and count != per_row) or count != int(count):
+                wanted = "a whole number of" if per_row is None else per_row
+                raise ValueError(f"row {row} has placeholders for {count:g} pictures, but {wanted} pictures")
+        if int(counts.sum()) != len(features):
+            found = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
+            raise ValueError(f"{len(features)} pictures for these placeholders: {found}")
+        projected = self.vision_proj(features).flatten(0, 1).to(x.dtype)  # [M·P, D]
+        return x.masked_scatter(image_mask[..., None], projected)  # [B, T, D]
+
+
+def find_placeholders(input_ids: Tensor, placeholder_id: int, patches: int) -> Tensor:
+    """Mask [B, T] of whole pictures: in each run of the placeholder id, as many stretches of `patches` as fit."""
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, ids in enumerate((input_ids == placeholder_id).tolist()):
+        start = 0
+        while start < len(ids):
+            end = start
+            while end < len(ids) and ids[end]:
+                end += 1
+            mask[row, start : start + (end - start) // patches * patches] = True
+            start = end + 1
+    return mask
+
+
+def _flatten_pictures(pixel_values: Tensor) -> tuple[Tensor, int | None]:
+    """[M, 3, H, W] or [B, N, (1,) 3, H, W] → [M, 3, H, W] and, where the shape says it, the pictures per row."""
+    if pixel_values.ndim == 6:
+        pixel_values = pixel_values.squeeze(1 if pixel_values.shape[2] != 1 else 2)
+    if pixel_values.ndim == 5:
+        return pixel_values.flatten(0, 1), pixel_values.shape[1]
+    return pixel_values, None

@@ -1,0 +1,271 @@
+"""The one training loop. A recipe (config.recipes) makes it pretraining or fine-tuning."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+
+import torch
+from torch import nn
+
+from minimind_v.core.checkpoint.store import write_text
+from minimind_v.core.checkpoint.weights import export_tensors, load_into, read_checkpoint, write_checkpoint
+from minimind_v.core.config.load import to_yaml
+from minimind_v.core.config.presets import weights_name
+from minimind_v.core.config.recipes import NO_INIT
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.loader import BatchPlan, load_batches
+from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.data.stores import JsonlRows, open_pictures
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.errors import DataError, MissingInput, RunError, UsageError
+from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.interrupt import StopRequest
+from minimind_v.core.train.metrics import Listener, MetricsFile, StepMetrics
+from minimind_v.core.train.schedule import learning_rate
+
+PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended."""
+
+    weights: Path
+    metrics: Path
+    steps: int
+    last: StepMetrics | None
+    stopped_by: Signals | None  # None: it came to its end
+    broken_rows: int
+
+
+def train(config: RunConfig, listener: Listener, overwrite: bool = False) -> Summary:
+    """Train as the configuration says, and save.
+
+    Raises MissingInput, UsageError, DataError, WeightsError or RunError; what was learnt until then is saved first.
+    """
+    return Run(config, listener, overwrite).fit()
+
+
+class Run:
+    """One training run: everything is built when it is made, `fit` does the work."""
+
+    def __init__(self, config: RunConfig, listener: Listener, overwrite: bool = False) -> None:
+        self.config = config
+        self.listener = listener
+        self.weights = config.out / weights_name(config.stage, config.model)
+        self.folder = self.weights.with_suffix("")  # what a run writes besides weights
+        if self.weights.exists() and not overwrite:
+            raise UsageError(f"{self.weights} is there from an earlier run — add --overwrite to replace it, or name another --out")
+        torch.manual_seed(config.seed)
+        self.device = pick_device(config.device)
+        self.plan = self._open_data()
+        self.model = self._build_model().to(self.device)
+        self.trained = freeze(self.model, config.freeze)
+        # Fused AdamW does the whole update in one pass over each tensor; same arithmetic.
+        self.optimiser = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.total = self.plan.epochs * self._updates_per_epoch
+        if config.max_steps:
+            self.total = min(self.total, config.max_steps)
+        self.broken: set[str] = set()
+        self.skipped = 0  # updates in a row without a finite gradient
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def _open_data(self) -> BatchPlan:
+        data = self.config.data
+        self.encoder = VisionEncoder.load(self.config.vision_model)
+        self.tokenizer = Tokenizer.load(data.tokenizer)
+        if self.tokenizer.vocab_size > self.config.model.vocab_size:
+            raise UsageError(
+                f"the tokenizer in {data.tokenizer} has {self.tokenizer.vocab_size} tokens, the model only "
+                f"{self.config.model.vocab_size} — they do not belong together (--preset, --tokenizer)"
+            )
+        spec = self.encoder.spec
+        prompts = PromptEncoder(self.tokenizer, spec.tokens_per_image)
+        rows, pictures = JsonlRows(data.file), open_pictures(data.images)
+        dataset = RowDataset(rows, pictures, prompts, spec.image_size, data.max_length)
+        return BatchPlan(dataset, data.batch_size, self.tokenizer.pad_id, self.config.seed, self.config.epochs)
+
+    def _build_model(self) -> VLM:
+        config = self.config
+        model = VLM(config.model, self.encoder.spec, self.tokenizer.placeholder_id, self.encoder)
+        if config.init is None or config.init == NO_INIT:
+            self.loaded = False
+            self.listener.warn("starting from random weights: the language model knows nothing yet")
+            return model
+        try:
+            checkpoint = read_checkpoint(config.init)
+        except MissingInput as error:
+            before = "`mmv train pretrain`" if config.stage == "sft" else how_to_get("lm", config.init.parent)
+            raise MissingInput(f"{error} to start from — {before}, or name a file with --init") from None
+        receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")
+        self.loaded = True
+        self.listener.say(str(receipt))
+        return model
+
+    @property
+    def _updates_per_epoch(self) -> int:
+        return -(-self.plan.batches_per_epoch // self.config.accumulate)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Summary:
+        """Run to the end, or until a signal asks to stop; saves either way."""
+        config = self.config
+        self.started, self.waited = time.perf_counter(), 0.0
+        self.samples = self.tokens = self.supervised = 0
+        metrics_path = self.folder / "metrics.jsonl"
+        write_text(self.folder / "config.yaml", to_yaml(config))
+        log = MetricsFile(metrics_path)
+        metrics, step, saved = None, 0, -1
+        self.model.train()
+        self._announce()
+        with StopRequest() as stop:
+            try:
+                for step, batches in enumerate(self._updates(), 1):
+                    metrics = self._update(step, batches)
+                    logged = step % config.log_every == 0 or step in (1, self.total)
+                    if logged:
+                        log.write(metrics)
+                    self.listener.step(metrics, logged)
+                    if config.save_every and step % config.save_every == 0 and step < self.total:
+                        self._save_on_the_way(step)
+                    if stop.signal or step == self.total:
+                        break
+            finally:
+                log.close()
+                if metrics is not None:
+                    self._save()
+        if metrics is None:
+            raise DataError(f"{config.data.file}: no row could be used; the first trouble: {self._first_trouble}")
+        return Summary(self.weights, metrics_path, step, metrics, stop.signal, len(self.broken))
+
+    def _updates(self) -> Iterator[list[Batch]]:
+        """The batches of each update, fetched when they are needed; the last update of an epoch may have fewer."""
+        batches = load_batches(self.plan, self.config.data.workers, pin=self.device.type == "cuda")
+        per_epoch = self.plan.batches_per_epoch
+        for _ in range(self.plan.epochs):
+            for begin in range(0, per_epoch, self.config.accumulate):
+                asked = time.perf_counter()
+                read = [next(batches) for _ in range(min(self.config.accumulate, per_epoch - begin))]
+                self.waited += time.perf_counter() - asked
+                for batch in read:
+                    self._note_broken(batch)
+                yield [batch for batch in read if batch.supervised]
+
+    def _update(self, step: int, batches: list[Batch]) -> StepMetrics:
+        """One optimiser step: the loss is a mean over the supervised tokens of all its batches together."""
+        lr = learning_rate(step - 1, self.total, self.config.lr)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        supervised, rows = sum(batch.supervised for batch in batches), sum(map(len, batches))
+        loss = torch.zeros((), device=self.device)
+        hits = torch.zeros((), device=self.device)
+        for batch in batches:
+            moved = batch.to(self.device)
+            with autocast(self.device, self.config.dtype):
+                out = self.model(
+                    moved.input_ids,
+                    attention_mask=moved.attention_mask,
+                    pixel_values=moved.pixel_values,
+                    image_features=moved.image_features,
+                    image_mask=moved.image_mask,
+                    labels=moved.labels,
+                )
+            part = out.loss_sum / supervised + out.aux_loss * (len(batch) / rows)
+            part.backward()
+            loss += part.detach()
+            hits += out.hits.sum()
+            self.tokens += int(batch.attention_mask.sum())
+        grad_norm = nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
+        self._step_if_finite(step, float(loss), float(grad_norm), batches)
+        if step == 1:
+            self._check_health(float(loss))
+        self.samples += rows
+        self.supervised += supervised
+        return StepMetrics(
+            step,
+            self.total,
+            round(step / self._updates_per_epoch, 4),
+            float(loss),
+            float(hits) / max(supervised, 1),
+            lr,
+            float(grad_norm),
+            self.samples,
+            self.tokens,
+            self.supervised,
+            time.perf_counter() - self.started,
+            self.waited,
+        )
+
+    def _step_if_finite(self, step: int, loss: float, grad_norm: float, batches: list[Batch]) -> None:
+        if batches and math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimiser.step()
+            self.skipped = 0
+        elif batches:
+            self.skipped += 1
+            places = ", ".join(place for batch in batches for place in batch.places[:4])
+            self.listener.warn(f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {places} …")
+            if self.skipped == PATIENCE:
+                raise RunError(f"{PATIENCE} updates in a row without a finite loss — lower --lr, or look at the rows above")
+        self.optimiser.zero_grad(set_to_none=True)
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        config, data = self.config, self.plan.dataset
+        trained = sum(parameter.numel() for parameter in self.trained)
+        everything = sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("vision_"))
+        everything += sum(p.numel() for p in self.model.vision_proj.parameters())
+        self.listener.say(
+            f"{config.stage}: {len(data):,} rows, {config.epochs} epochs, {self.total:,} updates of "
+            f"{config.data.batch_size * config.accumulate} rows on {self.device}; "
+            f"{trained:,} of {everything:,} parameters learn ({config.freeze}); weights go to {self.weights}"
+        )
+
+    def _check_health(self, loss: float) -> None:
+        """Before anything is learnt, a loaded base must already be better than guessing."""
+        guessing = math.log(self.config.model.vocab_size)
+        if self.loaded and loss > 0.9 * guessing:
+            self.listener.warn(
+                f"the first loss is {loss:.2f}, and guessing blindly gives {guessing:.2f}: the base weights do not fit. "
+                f"Either {self.config.init} is not trained, or it belongs to another tokenizer than {self.config.data.tokenizer}"
+            )
+
+    def _note_broken(self, batch: Batch) -> None:
+        for row in batch.broken:
+            if row.place in self.broken:
+                continue
+            if not self.broken:
+                self._first_trouble = str(row)
+            self.broken.add(row.place)
+            if len(self.broken) <= 5:
+                self.listener.warn(f"row skipped: {row}")
+        rows, allowed = len(self.plan.dataset), self.config.data.bad_rows
+        if len(self.broken) > allowed * rows:
+            raise DataError(
+                f"{len(self.broken)} of {rows} rows are broken, more than {allowed:.0%}; the first: {self._first_trouble} — "
+                f"mend the data, or allow more with --set data.bad_rows=0.1"
+            )
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        write_checkpoint(self.weights, export_tensors(self.model), self.config.model, self.config.stage)
+
+    def _save_on_the_way(self, step: int) -> None:
+        try:
+            self._save()
+        except RunError as error:  # a full disk in the night must not end the run
+            self.listener.warn(f"step {step}: {error}")

@@ -1,0 +1,58 @@
+"""What a run tells about itself: one record per update, kept as JSON lines and shown by whoever listens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One update. Counts and seconds add up from the start of the run."""
+
+    step: int  # from 1
+    steps: int  # of the whole run
+    epoch: float  # epochs done after this update
+    loss: float  # nats per supervised token of this update, with the auxiliary loss
+    hits: float  # share of this update's supervised tokens that were the likeliest
+    lr: float
+    grad_norm: float  # before clipping
+    samples: int
+    tokens: int  # real tokens read, placeholders included
+    supervised_tokens: int
+    seconds: float
+    data_seconds: float  # of these, spent waiting for data
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds / self.step * (self.steps - self.step)
+
+
+class Listener(Protocol):
+    """Whoever wants to know how a run goes."""
+
+    def say(self, message: str) -> None:
+        """Something worth a line."""
+
+    def warn(self, message: str) -> None:
+        """Something that the user should act upon."""
+
+    def step(self, metrics: StepMetrics, log: bool) -> None:
+        """An update is done; `log` says that it is one of every log_every."""
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a new file per run, a line per logged update, each flushed."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
