@@ -22,14 +22,18 @@ HELP = "/image FILE adds a picture to the next question, /new starts over, /quit
 
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="A question; without one, a conversation begins.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A picture; may be given several times.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture; may be given several times.")
+    ] = None,
     model: options.Model = None,
     vision_model: options.VisionModel = VISION_DIR,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.65,
     top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.")] = 0.85,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token always; the same as --temperature 0.")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="The likeliest token always; the same as --temperature 0.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Makes the draw repeatable.")] = None,
     device: options.Device = "auto",
     json: options.Json = False,

@@ -30,7 +30,9 @@ class Precision(str, Enum):
 def convert(
     to: Annotated[Format, typer.Option("--to", help="File format to write.")],
     model: options.Model = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: beside the source, with the new ending]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="[default: beside the source, with the new ending]")
+    ] = None,
     dtype: Annotated[Precision | None, typer.Option(help="[default: as in the source]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:

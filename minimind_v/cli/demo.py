@@ -17,7 +17,7 @@ def demo(
     short: Annotated[bool, typer.Option("--short", help="A quarter of the rows: quicker, and sees less well.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Watch a model learn to see: draw a world, pretrain, fine-tune, evaluate, chat, convert. Minutes on two CPU cores."""
+    """Watch a model learn to see: the whole pipeline on an embedded world, in minutes on two CPU cores."""
     from minimind_v.cli.train import TrainView
     from minimind_v.core.demo.run import FULL, SHORT, Demo
 
@@ -31,6 +31,7 @@ def demo(
     if json:
         terminal.json(summary)
         return
+    model, weights = out / "model", out / "out" / "sft_vlm_128.pth"
     terminal.table({
         "scenes never seen": f"{summary['accuracy_heldout_scenes']:.1%} of the answers are right",
         "shape-colour pairs never seen": f"{summary['accuracy_heldout_pairs']:.1%}",
@@ -38,6 +39,6 @@ def demo(
         "before training": f"{summary['accuracy_before']:.1%}",
         "training and evaluation": f"{summary['seconds_training_and_evaluation']:.0f} s",
         "look at": str(out / "report.html"),
-        "talk to it": f"mmv chat --model {out / 'out' / 'sft_vlm_128.pth'} --vision-model {out / 'model' / 'vision_model'} "
-        f"--tokenizer {out / 'model'} --image PICTURE 'What colour is the star?'",
+        "talk to it": f"mmv chat --model {weights} --vision-model {model / 'vision_model'} --tokenizer {model} "
+        f"--image PICTURE 'What colour is the star?'",
     })  # fmt: skip

@@ -9,23 +9,32 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.hub.sources import DATASET_DIR, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+
+FIRST = 200  # rows that are scored where none are named
 
 
 def evaluate(
     model: options.Model = None,
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSONL of held-out rows.")] = DATASET_DIR / "sft_data.jsonl",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"JSONL of held-out rows. [default: {FIRST} rows of the sft data]"),
+    ] = None,
     images: options.Images = None,
     vision_model: options.VisionModel = VISION_DIR,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="Score again with a blank picture: what the picture is worth.")] = False,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Score again with a blank picture: what the picture is worth.")
+    ] = False,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per row, pictures included.")] = 1536,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
     """Held-out loss and, where rows have short answers, the share that is right to the letter."""
+    from minimind_v.core.config.load import images_beside
+    from minimind_v.core.config.recipes import sft
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.data.stores import JsonlRows, open_pictures
@@ -33,9 +42,12 @@ def evaluate(
     from minimind_v.core.generate.load import load_model
 
     terminal = Terminal()
-    rows = JsonlRows(data)
-    beside = data.parent / data.name.replace("_data.jsonl", "_images.zip")
-    pictures = open_pictures(images or (beside if beside.is_file() else None))
+    if data is None:
+        data, limit = sft().data.file, limit or FIRST
+        terminal.warn(
+            f"scoring rows of {data}, which the model may have been trained on: name held-out ones with --data"
+        )
+    rows, pictures = JsonlRows(data), open_pictures(images or images_beside(data))
     loaded = load_model(model, vision_model, tokenizer, device)
     spec, words = loaded.model.spec, loaded.tokenizer
     terminal.say(str(loaded.receipt))

@@ -14,7 +14,8 @@ Model = Annotated[
 VisionModel = Annotated[Path, typer.Option("--vision-model", metavar="DIR", help="Folder of the CLIP vision model.")]
 TokenizerDir = Annotated[Path, typer.Option("--tokenizer", metavar="DIR", help="Folder of tokenizer.json.")]
 Images = Annotated[
-    Path | None, typer.Option("--images", metavar="DIR|ZIP", help="Pictures of the rows: a folder, or a zip read in place.")
+    Path | None,
+    typer.Option("--images", metavar="DIR|ZIP", help="Pictures of the rows: a folder, or a zip read in place."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from minimind_v.core.train.metrics import StepMetrics
 
 
+NOT_CONFIG = {"stage", "config", "overwrite", "set_", "print_config"}  # all other options are configuration keys
+
+
 class Stage(str, Enum):
     """The two recipes."""
 
@@ -24,14 +27,18 @@ class Stage(str, Enum):
 
 
 def train(
-    stage: Annotated[Stage, typer.Argument(help="pretrain: captions teach the projector. sft: conversations teach it all.")],
+    stage: Annotated[
+        Stage, typer.Argument(help="pretrain: captions teach the projector. sft: conversations teach it all.")
+    ],
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="Keys as --print-config shows them.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, base, moe or demo. [default: small]")] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of conversations.")] = None,
     images: options.Images = None,
     vision_model: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the CLIP vision model.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of tokenizer.json.")] = None,
-    init: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights to start from; `none` for random ones.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights to start from; `none` for random ones.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where weights and metrics go.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times that every row is seen.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch.")] = None,
@@ -47,20 +54,18 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights of an earlier run.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key.")] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole configuration and exit.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration and exit.")
+    ] = False,
 ) -> None:
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
+    options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
     from minimind_v.core.config.load import build_config, to_yaml
 
-    given = {
-        "preset": preset, "data.file": data, "data.images": images, "vision_model": vision_model,
-        "data.tokenizer": tokenizer, "init": init, "out": out, "epochs": epochs, "data.batch_size": batch_size,
-        "accumulate": accumulate, "lr": lr, "data.max_length": max_length, "freeze": freeze, "max_steps": max_steps,
-        "save_every": save_every, "log_every": log_every, "seed": seed, "dtype": dtype, "device": device,
-        "data.workers": workers,
-    }  # fmt: skip
-    built = build_config(stage.value, config, given, set_ or ())
+    built = build_config(stage.value, config, options, set_ or ())
     terminal = Terminal()
     if print_config:
         terminal.result(to_yaml(built), end="")
@@ -72,7 +77,9 @@ def train(
         summary = run(built, view, overwrite)
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
-    terminal.say(f"{how} after {summary.steps} updates{skipped}; weights in {summary.weights}, curve in {summary.metrics}")
+    terminal.say(
+        f"{how} after {summary.steps} updates{skipped}; weights in {summary.weights}, curve in {summary.metrics}"
+    )
     if summary.stopped_by:
         raise typer.Exit(128 + summary.stopped_by)
 
@@ -97,9 +104,10 @@ class TrainView:
         self.line(metrics.step, metrics.steps, f"loss {metrics.loss:.3f}")
         if log:
             minutes, seconds = divmod(int(metrics.seconds_left), 60)
+            rate, tokens = metrics.samples / metrics.seconds, metrics.tokens / metrics.seconds
             self.say(
                 f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  tokens right {metrics.hits:.0%}  "
-                f"lr {metrics.lr:.2e}  grad {metrics.grad_norm:.2f}  {metrics.samples / metrics.seconds:.1f} samples/s  "
-                f"{metrics.tokens / metrics.seconds:.0f} tokens/s  data {metrics.data_seconds / metrics.seconds:.0%}  "
+                f"lr {metrics.lr:.2e}  grad {metrics.grad_norm:.2f}  {rate:.1f} samples/s  "
+                f"{tokens:.0f} tokens/s  data {metrics.data_seconds / metrics.seconds:.0%}  "
                 f"memory {memory_used()}  left {minutes}:{seconds:02d}"
             )

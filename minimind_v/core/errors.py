@@ -44,7 +44,9 @@ class RowError(DataError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(self):  # keeps `kind` when a data worker sends the error home
+    def __reduce__(
+        self,
+    ) -> tuple[type[RowError], tuple[str, str]]:  # keeps `kind` when a data worker sends the error home
         return type(self), (self.args[0], self.kind)
 
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from minimind_v.core.errors import RunError
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Give `write` a file that becomes `path` only when it is complete. What stood there before stays till then.
 
     Raises RunError where the disk is full or the folder cannot be written.
@@ -41,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -138,7 +138,9 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise WeightsError(f"{path}: holds no state dict (names and tensors), so it is not a weights file of this model")
+        raise WeightsError(
+            f"{path}: holds no state dict (names and tensors), so it is not a weights file of this model"
+        )
     return dict(found)
 
 
@@ -182,7 +184,7 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
         raise WeightsError(f"{path}: not the weights of a MiniMind model (it holds {some} …)") from None
     layers = 1 + max(int(name.split(".")[2]) for name in tensors if re.match(r"model\.layers\.\d+\.", name))
     kv_heads = 2
-    experts = {}
+    experts: dict[str, Any] = {}
     if moe:
         shared = {name.split(".")[5] for name in tensors if name.startswith("model.layers.0.mlp.shared_experts.")}
         experts = {
@@ -273,7 +275,9 @@ def export_tensors(model: nn.Module, dtype: torch.dtype = torch.float16) -> dict
         if tensor.data_ptr() not in cast:
             cast[tensor.data_ptr()] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
             if not bool(cast[tensor.data_ptr()].isfinite().all()):
-                raise RunError(f"{name} does not fit in {str(dtype).removeprefix('torch.')}: it holds NaN or too large values")
+                raise RunError(
+                    f"{name} does not fit in {str(dtype).removeprefix('torch.')}: it holds NaN or too large values"
+                )
         tensors[name] = cast[tensor.data_ptr()]
     return tensors
 
@@ -284,7 +288,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], config: TextConf
     if path.suffix == ".safetensors":
         apart = {name: tensor.clone() for name, tensor in tensors.items()}  # the format knows no shared storage
         data = save_safetensors(apart, metadata={"format": "pt", "minimind_v": meta})
-        write_atomically(path, lambda file: file.write(data) and None)
+        write_atomically(path, lambda file: file.write(data))
         return
     write_text(path.with_suffix(".json"), meta + "\n")
     write_atomically(path, lambda file: torch.save(dict(tensors), file))

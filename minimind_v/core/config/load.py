@@ -16,22 +16,35 @@ from minimind_v.core.config.recipes import RECIPES
 from minimind_v.core.config.schema import STAGES, RunConfig
 from minimind_v.core.errors import MissingInput, UsageError, nearest
 
+# Options of the command line whose configuration key has another name; all others are called as their key.
+FLAG_KEYS = {
+    "data": "data.file",
+    "images": "data.images",
+    "tokenizer": "data.tokenizer",
+    "batch_size": "data.batch_size",
+    "max_length": "data.max_length",
+    "workers": "data.workers",
+}
+
 
 def build_config(
     stage: str, yaml_file: Path | None = None, options: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
 ) -> RunConfig:
-    """The stage's recipe, changed by the YAML file, then by options (dotted key → value; None: not given), then by sets.
+    """The stage's recipe, changed by the YAML file, then by options (flag → value; None: not given), then by sets.
 
-    The keys are those of RunConfig, nested ones dotted (`data.batch_size`), and `preset`.
+    The keys of YAML and sets are those of RunConfig, nested ones dotted (`data.batch_size`), and `preset`. Rows of
+    another file than the recipe's have their pictures in the zip beside it, or none, unless a key says otherwise.
     Raises UsageError naming the key, with the nearest one that exists.
     """
     changes: dict[str, Any] = _read_yaml(yaml_file) if yaml_file else {}
-    changes |= {key: value for key, value in (options or {}).items() if value is not None}
+    changes |= {FLAG_KEYS.get(flag, flag): value for flag, value in (options or {}).items() if value is not None}
     for item in sets:
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"--set {item!r} is not of the form key=value")
         changes[key.strip()] = _parse_value(item, value)
+    if isinstance(changes.get("data.file"), str | Path):
+        changes.setdefault("data.images", images_beside(Path(changes["data.file"])))
     preset = changes.pop("preset", "small")
     if preset not in PRESETS:
         raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
@@ -42,6 +55,12 @@ def build_config(
         sizes.setdefault("model.intermediate_size", 0)
     sized = recipe(_change(recipe(PRESETS[preset]), sizes).model)
     return _change(sized, {key: value for key, value in changes.items() if key not in sizes and key != "stage"})
+
+
+def images_beside(data: Path) -> Path | None:
+    """`x_images.zip` or the folder `x_images` beside `x_data.jsonl`, as the published data has it, if it is there."""
+    stem = data.with_name(data.name.removesuffix(".jsonl").removesuffix("_data") + "_images")
+    return next((path for path in (stem.with_name(stem.name + ".zip"), stem) if path.exists()), None)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -101,7 +120,7 @@ def _keys(config: Any, prefix: str) -> list[str]:
     for item in fields(config):
         value = getattr(config, item.name)
         names += _keys(value, f"{prefix}{item.name}.") if is_dataclass(value) else [prefix + item.name]
-    return names + ["preset"]
+    return [*names, "preset"]
 
 
 def _coerce(key: str, value: Any, hint: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; the copy overlaps with computing where memory is pinned."""
-        moved = {
+        moved: dict[str, Any] = {
             item.name: value.to(device, non_blocking=True)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
@@ -43,7 +44,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader for transfers to a CUDA device."""
-        pinned = {
+        pinned: dict[str, Any] = {
             item.name: value.pin_memory()
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)

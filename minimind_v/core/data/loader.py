@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 
-WINDOW = 16  # batches per window: 16 leaves 2-4 % padding on captions, and sorting no more than 16 batches keeps order random
+WINDOW = 16  # batches per window: enough to find rows of one length, and few enough to keep the order random
 
 
 class BatchPlan(Dataset[Batch]):
@@ -63,7 +63,10 @@ class BatchPlan(Dataset[Batch]):
         """The permutation of one epoch, [rows]."""
         if self._order[0] != epoch:
             rows = np.arange(self.rows)
-            self._order = (epoch, rows if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(rows))
+            self._order = (
+                epoch,
+                rows if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(rows),
+            )
         return self._order[1]
 
     def _plan(self, epoch: int, window: int) -> list[list[Example | BrokenRow]]:
@@ -75,7 +78,7 @@ class BatchPlan(Dataset[Batch]):
             rows.sort(key=lambda row: len(row.tokens) if isinstance(row, Example) else 0)
         batches = [rows[n * self.batch_size : (n + 1) * self.batch_size] for n in range(count)]
         if self.seed is not None:
-            np.random.default_rng([self.seed, epoch, window]).shuffle(batches)  # type: ignore[arg-type]
+            np.random.default_rng([self.seed, epoch, window]).shuffle(batches)
         return batches
 
 

@@ -181,7 +181,9 @@ def check_conversations(conversations: Any) -> list[dict[str, str]]:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise RowError(f"message {number} has no text in `content`", "conversations")
         if message.get("role") not in ROLES:
-            raise RowError(f"message {number} has the role {message.get('role')!r}, not one of {', '.join(ROLES)}", "roles")
+            raise RowError(
+                f"message {number} has the role {message.get('role')!r}, not one of {', '.join(ROLES)}", "roles"
+            )
     turns = conversations[1:] if conversations[0]["role"] == "system" else conversations
     if not turns or any(turn["role"] != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):
         raise RowError("user and assistant do not take turns", "roles")

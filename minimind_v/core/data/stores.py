@@ -56,7 +56,9 @@ class JsonlRows(_Reopened):
         with path.open("rb") as file:
             head = file.read(512).lstrip().lower()
         if head.startswith((b"<!doctype", b"<html")):
-            raise DataError(f"{path}: this is an HTML page, not data — a link to the page of a file was saved instead of the file")
+            raise DataError(
+                f"{path}: this is an HTML page, not data — a link to the page of a file was saved instead of the file"
+            )
         if head.startswith(b"version https://git-lfs"):
             raise DataError(f"{path}: this is a git-lfs pointer, not the data — {how_to_get('dataset')}")
 

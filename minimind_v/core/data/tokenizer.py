@@ -29,7 +29,9 @@ class Tokenizer:
         """Load `tokenizer.json` from a folder. Raises MissingInput or WeightsError, each with the next step."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise MissingInput(f"no tokenizer in {folder} (tokenizer.json is missing) — {how_to_get('tokenizer', folder)}")
+            raise MissingInput(
+                f"no tokenizer in {folder} (tokenizer.json is missing) — {how_to_get('tokenizer', folder)}"
+            )
         try:
             backend = FastTokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises plain Exception

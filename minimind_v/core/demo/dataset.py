@@ -63,7 +63,7 @@ def write_test(
     With `held_out_pairs` every scene has an object of a shape-colour pair that no training knew, and is asked about it.
     """
     tests: list[Test] = []
-    entries = []
+    entries: list[tuple[Scene, list[tuple[str, str]]]] = []
     while len(entries) < rows:
         scene = world.make_scene(rng, held_out=held_out_pairs)
         if scene in seen:
@@ -88,7 +88,9 @@ def _member(name: str, number: int) -> str:
     return f"{name}_images/{number:06d}.jpg"
 
 
-def _write(folder: Path, name: str, entries: Iterable[tuple[Scene, list[tuple[str, str]]]], rng: random.Random) -> DemoSet:
+def _write(
+    folder: Path, name: str, entries: Iterable[tuple[Scene, list[tuple[str, str]]]], rng: random.Random
+) -> DemoSet:
     folder.mkdir(parents=True, exist_ok=True)
     written = DemoSet(folder / f"{name}_data.jsonl", folder / f"{name}_images.zip")
     with written.data.open("w", encoding="utf-8") as rows, zipfile.ZipFile(written.images, "w") as pictures:

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from minimind_v.core.model.loss import IGNORE, supervised_loss
 from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec
 from minimind_v.core.model.vlm import VLM
 
-VISION = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
+VISION: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
           "num_hidden_layers": 4, "num_attention_heads": 4}  # fmt: skip
 ATTRIBUTES = (list(world.SIZES), list(world.COLOURS), list(world.SHAPES), list(world.PLACES))
 WORDS = [word for words in ATTRIBUTES for word in words]  # what a patch can be said to be
@@ -45,17 +46,36 @@ WORDS = [word for words in ATTRIBUTES for word in words]  # what a patch can be 
 
 def make_tokenizer(out: Path) -> None:
     """A byte-level BPE whose merges are learnt inside single words, so that no token spans a shape and a colour."""
-    words = set()
+    words: set[str] = set()
     rng = random.Random(0)
     for _ in range(2000):
         scene = world.make_scene(rng)
         texts = [SYSTEM_PROMPT, "system user assistant", world.caption(scene, "en")]
         texts += [question.text + " " + question.answer for question in world.questions(scene, rng)]
         texts += world.CAPTION_PROMPTS["en"]
-        words.update(f"{space}{word}" for text in texts for word in text.split() if word.isascii() for space in ("", " "))
-    chinese = [*world.SHAPES.values(), *(zh for zh, _ in world.COLOURS.values()), *(zh for zh, _ in world.SIZES.values())]
+        words.update(
+            f"{space}{word}" for text in texts for word in text.split() if word.isascii() for space in ("", " ")
+        )
+    chinese = [
+        *world.SHAPES.values(),
+        *(zh for zh, _ in world.COLOURS.values()),
+        *(zh for zh, _ in world.SIZES.values()),
+    ]
     chinese += [zh for zh, _ in world.PLACES.values()] + [zh for _, zh in world.NUMBERS.values()]
-    chinese += ["有一个", "有几个物体", "在哪里", "是什么颜色", "是大还是小", "什么形状是", "没有", "吗", "的", "，", "。", "？"]
+    chinese += [
+        "有一个",
+        "有几个物体",
+        "在哪里",
+        "是什么颜色",
+        "是大还是小",
+        "什么形状是",
+        "没有",
+        "吗",
+        "的",
+        "，",
+        "。",
+        "？",
+    ]
     chinese += ["描述", "这张图片", "你看到了什么", "图片里有什么"]
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,7 +100,7 @@ def make_tokenizer(out: Path) -> None:
 
 
 def captioned_picture(rng: random.Random) -> tuple[Tensor, Tensor]:
-    """A picture as the tower is shown it, [3, S, S], and the words of the object that each patch lies on, [P, words]."""
+    """A picture as the tower is shown it, [3, S, S], and the words of the object on each patch, [P, words]."""
     side, patches = VISION["image_size"], VISION["image_size"] // VISION["patch_size"]
     figures = world.pose(world.make_scene(rng), rng)
     pixels = load_pixels(world.jpeg(world.paint(figures, rng)), "drawn", side)

@@ -88,7 +88,8 @@ def _curve(points: list[tuple[int, float]]) -> str:
     width, height, edge = 800, 220, 30
     last, top = max(points[-1][0], 1), max(loss for _, loss in points) or 1.0
     places = [
-        (edge + step / last * (width - 2 * edge), height - edge - loss / top * (height - 2 * edge)) for step, loss in points
+        (edge + step / last * (width - 2 * edge), height - edge - loss / top * (height - 2 * edge))
+        for step, loss in points
     ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     labels = "".join(

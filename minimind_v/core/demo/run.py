@@ -31,6 +31,7 @@ from minimind_v.core.export.files import convert
 from minimind_v.core.generate.load import Loaded, load_model
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
+from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.loop import train
@@ -55,7 +56,9 @@ SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests: sti
 class Demo:
     """One run of the demo in a folder of its own."""
 
-    def __init__(self, out: Path, seed: int, listener: Listener, tell: Callable[[str, str], None], size: Size = FULL) -> None:
+    def __init__(
+        self, out: Path, seed: int, listener: Listener, tell: Callable[[str, str], None], size: Size = FULL
+    ) -> None:
         """`tell` is given the title of each stage and the real command that it stands for."""
         self.out, self.seed, self.listener, self.tell, self.size = out, seed, listener, tell, size
         self.seconds: dict[str, float] = {}
@@ -65,14 +68,25 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Everything in order; returns what `summary.json` holds."""
         started = time.perf_counter()
-        self._stage("assets", "drawing the world", "hf download …", self._assets)
-        before = self._stage("before", "before training", "mmv eval", lambda: self._score(self._untrained()))
+        sft, where = self.weights["sft_vlm_128"], f"--vision-model {self.vision} --tokenizer {self.tokenizer}"
+        test = f"--data {self.out / 'dataset' / 'heldout_scenes_data.jsonl'}"
+        chat = f"mmv chat --model {sft} {where} --greedy --image PICTURE QUESTION"
+        self._stage("assets", "getting the assets: a world is drawn", SOURCES["dataset"].command(), self._assets)
+        before = self._stage(
+            "before", "before training, the projector being new", f"mmv eval {test} {where}",
+            lambda: self._score(self._untrained()),
+        )  # fmt: skip
         self._stage("pretrain", "learning to see: captions", self._command("pretrain"), lambda: self._train("pretrain"))
         self._stage("sft", "learning to answer: questions", self._command("sft"), lambda: self._train("sft"))
-        loaded = load_model(self.weights["sft_vlm_128"], self.vision, self.tokenizer, "cpu")
-        after = self._stage("eval", "held-out scenes and pairs, and blank pictures", "mmv eval --blind", lambda: self._score(loaded))
-        samples = self._stage("chat", "asking about held-out pictures", "mmv chat --image …", lambda: self._samples(loaded))
-        self._stage("convert", "the same weights as safetensors", "mmv convert --to safetensors", self._convert)
+        loaded = load_model(sft, self.vision, self.tokenizer, "cpu")
+        after = self._stage(
+            "eval", "scenes and pairs never seen, and blank pictures", f"mmv eval --model {sft} {test} {where} --blind",
+            lambda: self._score(loaded),
+        )  # fmt: skip
+        samples = self._stage("chat", "asking about pictures never seen", chat, lambda: self._samples(loaded))
+        self._stage(
+            "convert", "the same weights as safetensors", f"mmv convert --model {sft} --to safetensors", self._convert
+        )
         summary = self._summary(before, after, time.perf_counter() - started)
         write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         write_report(self.out / "report.html", summary, self._curves(), samples)
@@ -114,21 +128,22 @@ class Demo:
         return Loaded(model.eval(), tokenizer, base, load_into(model, base, new_projector=True))
 
     def _command(self, stage: str) -> str:
-        return " ".join(["mmv", "train", stage, *(f"--{key.rpartition('.')[2].replace('_', '-')} {value}" for key, value in self._options(stage).items())])
+        options = (f"--{flag.replace('_', '-')} {value}" for flag, value in self._options(stage).items())
+        return " ".join(["mmv train", stage, *options])
 
     def _options(self, stage: str) -> dict[str, Any]:
         data = self.out / "dataset"
         before = "lm_128" if stage == "pretrain" else "pretrain_vlm_128"
         return {
             "preset": "demo",
-            "data.file": data / f"{stage}_data.jsonl",
-            "data.images": data / f"{stage}_images.zip",
+            "data": data / f"{stage}_data.jsonl",
+            "images": data / f"{stage}_images.zip",
             "vision_model": self.vision,
-            "data.tokenizer": self.tokenizer,
+            "tokenizer": self.tokenizer,
             "init": self.weights[before],
             "out": self.out / "out",
             "epochs": 1,
-            "data.batch_size": 16,
+            "batch_size": 16,
             "lr": self.size.pretrain_lr if stage == "pretrain" else self.size.sft_lr,
             "seed": self.seed,
             "device": "cpu",
@@ -162,7 +177,9 @@ class Demo:
         return samples
 
     def _convert(self) -> None:
-        convert(self.weights["sft_vlm_128"], self.out / "out" / "sft_vlm_128.safetensors", "safetensors", overwrite=True)
+        convert(
+            self.weights["sft_vlm_128"], self.out / "out" / "sft_vlm_128.safetensors", "safetensors", overwrite=True
+        )
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -188,7 +205,10 @@ class Demo:
             "seconds_training_and_evaluation": round(sum(self.seconds[name] for name in work), 2),
             "seconds_total": round(seconds, 2),
             "seed": self.seed,
-            "seeds": {"demo": self.seed, "assets": json.loads((files("minimind_v.core.demo") / "assets" / "figures.json").read_text())["seed"]},
+            "seeds": {
+                "demo": self.seed,
+                "assets": json.loads((files("minimind_v.core.demo") / "assets" / "figures.json").read_text())["seed"],
+            },
             "rows": {"pretrain": self.size.pretrain_rows, "sft": self.size.sft_rows},
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         }

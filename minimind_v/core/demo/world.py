@@ -79,7 +79,7 @@ class Question:
 
 def make_scene(rng: random.Random, held_out: bool = False) -> Scene:
     """One to three objects at different places. With `held_out` exactly one of them is a held-out pair, else none."""
-    count = rng.randint(1, 3)
+    count = rng.choice((1, 2, 2, 3, 3))
     places = rng.sample(list(PLACES), count)
     special = rng.randrange(count) if held_out else -1
     things = []
@@ -112,35 +112,34 @@ CAPTION_PROMPTS = {
 
 
 def questions(scene: Scene, rng: random.Random, about: Thing | None = None) -> Iterator[Question]:
-    """Every question that has one right answer, shuffled, each in a random language; only those on `about` if given.
+    """Questions that each have one right answer, shuffled, each in a random language; only those on `about` if given.
 
     "Is there a …?" comes as often with yes as with no, and a no is often a near miss: the right shape in another
-    colour, or the right colour on another shape.
+    colour, or the right colour on another shape. Of an object either the colour is asked for or the shape, since one
+    question would give away the other's answer, and the picture need not be looked at.
     """
-    kinds = [*_about_things(scene, [about] if about else list(scene)), ("exists", about), ("exists", about)]
+    kinds: list[tuple[str, Thing | None]] = [("exists", about)]
+    for thing in [about] if about else scene:
+        alone = sum(other.shape == thing.shape for other in scene) == 1
+        striking = sum(other.colour == thing.colour for other in scene) == 1
+        if alone:
+            kinds += [("place", thing), ("size", thing)]
+        if alone and not (striking and rng.random() < 0.5):
+            kinds.append(("colour", thing))
+        elif striking:
+            kinds.append(("shape", thing))
     if about is None:
         kinds.append(("count", None))
     rng.shuffle(kinds)
-    for kind, thing in kinds:
+    for kind, one in kinds:
         language = rng.choice(LANGUAGES)
-        if kind == "exists":
-            yield _exists(scene, thing, language, rng)
-        else:
-            yield _ask(kind, scene, thing, language)
-
-
-def _about_things(scene: Scene, things: list[Thing]) -> Iterator[tuple[str, Thing | None]]:
-    for thing in things:
-        if sum(other.shape == thing.shape for other in scene) == 1:
-            yield from (("colour", thing), ("place", thing), ("size", thing))
-        if sum(other.colour == thing.colour for other in scene) == 1:
-            yield "shape", thing
+        yield _exists(scene, one, language, rng) if kind == "exists" else _ask(kind, scene, one, language)
 
 
 def _ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Question:
     if thing is None:
-        ask = {"en": "How many objects are there?", "zh": "有几个物体？"}
-        return Question(kind, ask[language], NUMBERS[len(scene)][language == "zh"])
+        how_many = {"en": "How many objects are there?", "zh": "有几个物体？"}[language]
+        return Question(kind, how_many, NUMBERS[len(scene)][language == "zh"])
     size, colour, shape, place = thing.words(language)
     ask, answer = {
         ("colour", "en"): (f"What colour is the {shape}?", colour),

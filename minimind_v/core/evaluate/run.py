@@ -75,7 +75,8 @@ def evaluate(
                 image_mask=moved.image_mask,
                 labels=moved.labels,
             )
-            assert out.loss_sum is not None and out.hits is not None
+            assert out.loss_sum is not None
+            assert out.hits is not None
             total_loss += float(out.loss_sum)
             scores.rows += len(batch)
             scores.supervised_tokens += len(out.hits)

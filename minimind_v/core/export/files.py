@@ -24,7 +24,7 @@ class Conversion:
 def convert(source: Path, target: Path, to: str, dtype: str | None = None, overwrite: bool = False) -> Conversion:
     """Write `source` as `to` (pth or safetensors), in `dtype` or as it is.
 
-    Raises MissingInput, WeightsError, UsageError where the target is in the way, or RunError where it cannot be written.
+    Raises MissingInput, WeightsError, UsageError where the target is in the way, RunError where it cannot be written.
     """
     if target.suffix != f".{to}":
         raise UsageError(f"--out {target} does not end with .{to}")
@@ -44,7 +44,8 @@ def convert(source: Path, target: Path, to: str, dtype: str | None = None, overw
     if again.tensors.keys() != tensors.keys() or again.config != checkpoint.config:
         raise RunError(f"{target}: reads back with other tensors or sizes than were written")
     difference = max(
-        float((tensor.double() - again.tensors[name].double()).abs().max()) for name, tensor in checkpoint.tensors.items()
+        float((tensor.double() - again.tensors[name].double()).abs().max())
+        for name, tensor in checkpoint.tensors.items()
     )
     if dtype is None and difference:
         raise RunError(f"{target}: reads back with values that differ by {difference:g}")

@@ -55,4 +55,6 @@ def find_weights(folder: Path) -> Path:
         names = [folder / weights_name(stage, config) for config in PRESETS.values()]
         if found := [path for path in names if path.is_file()]:
             return max(found, key=lambda path: path.stat().st_mtime)
-    raise MissingInput(f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model")
+    raise MissingInput(
+        f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model"
+    )

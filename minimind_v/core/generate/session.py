@@ -47,7 +47,9 @@ class Session:
         if pictures and IMAGE_MARK not in question:
             question = f"{IMAGE_MARK}\n" * len(pictures) + question
         if question.count(IMAGE_MARK) != len(pictures):
-            raise UsageError(f"the question has {question.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(pictures)} pictures")
+            raise UsageError(
+                f"the question has {question.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(pictures)} pictures"
+            )
         tokens = self._encode(question)
         room = self.cache.max_length - self.cache.used - len(tokens)
         if room < 1:
@@ -84,7 +86,9 @@ class Session:
             for token in produced:
                 ids.append(token)
                 text = self.tokenizer.decode(ids)
-                if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the bytes of a character may come in several tokens
+                if not text.endswith(
+                    "\N{REPLACEMENT CHARACTER}"
+                ):  # the bytes of a character may come in several tokens
                     yield text[len(shown) :]
                     shown = text
             if rest := self.tokenizer.decode(ids)[len(shown) :]:

@@ -10,8 +10,8 @@ class VisionProjector(nn.Module):
 
     def __init__(self, vision_width: int, hidden_size: int) -> None:
         super().__init__()
-        self.vision_proj = nn.Sequential(nn.Linear(vision_width, hidden_size))
+        self.vision_proj = nn.Sequential(nn.Linear(vision_width, hidden_size))  # the published names want the wrapping
 
     def forward(self, image_features: Tensor) -> Tensor:
         """[M, P, vision width] → [M, P, hidden size]."""
-        return self.vision_proj(image_features.to(self.vision_proj[0].weight.dtype))
+        return self.vision_proj(image_features)

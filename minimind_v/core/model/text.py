@@ -65,6 +65,7 @@ class Rotary(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", 1.0 / config.rope_theta**exponent, persistent=False)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +145,7 @@ class Block(nn.Module):
         self.mlp: nn.Module = MoEFeedForward(config) if config.use_moe else FeedForward(config)
 
     def forward(self, x: Tensor, place: Place, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, D] → x [B, T, D] and the auxiliary loss, if the block has one."""
+        """X [B, T, D] → x [B, T, D] and the auxiliary loss, if the block has one."""
         x = x + self.self_attn(self.input_layernorm(x), place)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoEFeedForward):

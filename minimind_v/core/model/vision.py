@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,7 @@ def read_vision_spec(folder: Path) -> VisionSpec:
     """
     config = _read_json(folder / "config.json")
     if config is None:
-        raise MissingInput(
-            f"no vision model in {folder} (config.json is missing) — {how_to_get('clip', folder)}"
-        )
+        raise MissingInput(f"no vision model in {folder} (config.json is missing) — {how_to_get('clip', folder)}")
     # CLIP's own config.json nests the tower and leaves out what equals CLIPVisionConfig's defaults.
     vision = config.get("vision_config", config)
     normal = _read_json(folder / "preprocessor_config.json") or {}
@@ -54,7 +53,7 @@ def read_vision_spec(folder: Path) -> VisionSpec:
     )
 
 
-def _read_json(path: Path) -> dict | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
@@ -73,6 +72,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.tower = tower.eval().requires_grad_(False)
         self.spec = spec
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
 
@@ -90,7 +91,10 @@ class VisionEncoder(nn.Module):
         before = logging.get_verbosity()
         logging.set_verbosity_error()  # the text half of a full CLIP is unexpected, and meant to be
         try:
-            tower, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+            tower: Any
+            tower, info = CLIPVisionModel.from_pretrained(  # type: ignore[misc]
+                folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
+            )
         except Exception as error:  # transformers raises many kinds here, all of them about this folder
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsError(

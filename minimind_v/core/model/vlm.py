@@ -27,7 +27,8 @@ class Output:
     @property
     def loss(self) -> Tensor:
         """Mean loss of this batch's supervised tokens plus the auxiliary loss."""
-        assert self.loss_sum is not None and self.hits is not None, "a loss needs labels"
+        assert self.loss_sum is not None, "a loss needs labels"
+        assert self.hits is not None
         return self.loss_sum / max(len(self.hits), 1) + self.aux_loss
 
 
@@ -114,7 +115,7 @@ class VLM(nn.Module):
         if int(counts.sum()) != len(features):
             found = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
             raise ValueError(f"{len(features)} pictures for these placeholders: {found}")
-        projected = self.vision_proj(features).flatten(0, 1).to(x.dtype)  # [M·P, D]
+        projected = self.vision_proj(features.to(x.dtype)).flatten(0, 1).to(x.dtype)  # [M·P, D]
         return x.masked_scatter(image_mask[..., None], projected)  # [B, T, D]
 
 

@@ -66,7 +66,9 @@ class Run:
         self.weights = config.out / weights_name(config.stage, config.model)
         self.folder = self.weights.with_suffix("")  # what a run writes besides weights
         if self.weights.exists() and not overwrite:
-            raise UsageError(f"{self.weights} is there from an earlier run — add --overwrite to replace it, or name another --out")
+            raise UsageError(
+                f"{self.weights} is there from an earlier run — add --overwrite to replace it, or name another --out"
+            )
         torch.manual_seed(config.seed)
         self.device = pick_device(config.device)
         self.plan = self._open_data()
@@ -128,7 +130,7 @@ class Run:
         metrics_path = self.folder / "metrics.jsonl"
         write_text(self.folder / "config.yaml", to_yaml(config))
         log = MetricsFile(metrics_path)
-        metrics, step, saved = None, 0, -1
+        metrics, step = None, 0
         self.model.train()
         self._announce()
         with StopRequest() as stop:
@@ -216,9 +218,13 @@ class Run:
         elif batches:
             self.skipped += 1
             places = ", ".join(place for batch in batches for place in batch.places[:4])
-            self.listener.warn(f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {places} …")
+            self.listener.warn(
+                f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {places} …"
+            )
             if self.skipped == PATIENCE:
-                raise RunError(f"{PATIENCE} updates in a row without a finite loss — lower --lr, or look at the rows above")
+                raise RunError(
+                    f"{PATIENCE} updates in a row without a finite loss — lower --lr, or look at the rows above"
+                )
         self.optimiser.zero_grad(set_to_none=True)
 
     # --- words --------------------------------------------------------------------------------------------------------
@@ -239,8 +245,9 @@ class Run:
         guessing = math.log(self.config.model.vocab_size)
         if self.loaded and loss > 0.9 * guessing:
             self.listener.warn(
-                f"the first loss is {loss:.2f}, and guessing blindly gives {guessing:.2f}: the base weights do not fit. "
-                f"Either {self.config.init} is not trained, or it belongs to another tokenizer than {self.config.data.tokenizer}"
+                f"the first loss is {loss:.2f} where guessing blindly gives {guessing:.2f}: the base weights do not fit. "
+                f"Either {self.config.init} is not trained, or it belongs to another tokenizer than "
+                f"{self.config.data.tokenizer}"
             )
 
     def _note_broken(self, batch: Batch) -> None:
@@ -255,8 +262,8 @@ class Run:
         rows, allowed = len(self.plan.dataset), self.config.data.bad_rows
         if len(self.broken) > allowed * rows:
             raise DataError(
-                f"{len(self.broken)} of {rows} rows are broken, more than {allowed:.0%}; the first: {self._first_trouble} — "
-                f"mend the data, or allow more with --set data.bad_rows=0.1"
+                f"{len(self.broken)} of {rows} rows are broken, more than {allowed:.0%}; "
+                f"the first: {self._first_trouble} — mend the data, or allow more with --set data.bad_rows=0.1"
             )
 
     # --- saving -------------------------------------------------------------------------------------------------------
