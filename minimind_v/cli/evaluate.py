@@ -69,7 +69,7 @@ def evaluate(
     for name, scores in found.items():
         suffix = "" if name == "seeing" else "_blind"
         report |= {f"loss{suffix}": scores.loss, f"perplexity{suffix}": scores.perplexity}
-        report |= {f"accuracy{suffix}": scores.accuracy}
+        report[f"accuracy{suffix}"] = scores.accuracy
     report["seconds"] = sum(scores.seconds for scores in found.values())
     if json:
         terminal.json(report)

@@ -54,7 +54,8 @@ def build_config(
     if {"model.hidden_size"} & set(sizes):
         sizes.setdefault("model.intermediate_size", 0)
     sized = recipe(_change(recipe(PRESETS[preset]), sizes).model)
-    return _change(sized, {key: value for key, value in changes.items() if key not in sizes and key != "stage"})
+    config = _change(sized, {key: value for key, value in changes.items() if key not in sizes and key != "stage"})
+    return config if "init" in changes else replace(config, init=_find_init(config))
 
 
 def images_beside(data: Path) -> Path | None:
@@ -66,6 +67,15 @@ def images_beside(data: Path) -> Path | None:
 def to_yaml(config: RunConfig) -> str:
     """A configuration as YAML that `--config` reads back to the same."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _find_init(config: RunConfig) -> Path | None:
+    """What the stage before has left: in the run's own folder, or in the standard one; `llm_` is an old name of `lm_`."""
+    if config.init is None:
+        return None
+    names = (config.init.name, f"l{config.init.name}") if config.init.name.startswith("lm_") else (config.init.name,)
+    places = [folder / name for folder in (config.out, config.init.parent) for name in names]
+    return next((place for place in places if place.is_file()), config.init)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

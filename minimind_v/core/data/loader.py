@@ -91,11 +91,12 @@ def load_batches(plan: BatchPlan, workers: int, pin: bool = False) -> Iterator[B
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=_leave_signals,
     )
     return iter(loader)
 
 
-def _quiet_worker(_: int) -> None:
-    """Ctrl-C belongs to the main process, which ends its workers itself."""
+def _leave_signals(_: int) -> None:
+    """Signals to the whole group are the main process's business; it ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -61,16 +61,17 @@ class PromptEncoder:
         Raises RowError where the conversation is malformed, marks and pictures differ, or the prompt does not fit.
         """
         messages = check_conversations(conversations)
-        if messages[-1]["role"] == "user":
-            messages = messages[:-1]  # a last question without an answer teaches nothing
         encoded = self._opening(messages)
-        messages = [message for message in messages if message["role"] != "system"]
-        marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
+        turns = [message for message in messages if message["role"] != "system"]
+        marks = sum(turn["content"].count(IMAGE_MARK) for turn in turns)
         if encoded.images:
             raise RowError(f"{IMAGE_MARK} in the system message", "roles")
         if marks != images:
             raise RowError(f"{marks} {IMAGE_MARK} marks for {images} pictures", "placeholders")
-        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+        if len(turns) == 1:
+            raise RowError("the question has no answer", "no answer")
+        # Not strict: a last question without an answer teaches nothing, and goes with its pictures.
+        for question, answer in zip(turns[::2], turns[1::2], strict=False):
             prompt = self._question(question["content"])
             reply = self._message("assistant", answer["content"])
             if len(encoded) + len(prompt) + len(reply) <= max_length:
@@ -182,7 +183,7 @@ def check_conversations(conversations: Any) -> list[dict[str, str]]:
             raise RowError(f"message {number} has no text in `content`", "conversations")
         if message.get("role") not in ROLES:
             raise RowError(
-                f"message {number} has the role {message.get('role')!r}, not one of {', '.join(ROLES)}", "roles"
+                f"message {number} has the role {message.get('role')!r:.40}, not one of {', '.join(ROLES)}", "roles"
             )
     turns = conversations[1:] if conversations[0]["role"] == "system" else conversations
     if not turns or any(turn["role"] != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):

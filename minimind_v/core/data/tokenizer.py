@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.errors import MissingInput, RowError, WeightsError
 from minimind_v.core.hub.sources import how_to_get
 
 PLACEHOLDER = "@"  # one of these stands for one patch of a picture
@@ -47,13 +48,20 @@ class Tokenizer:
         backend.no_padding()
         return cls(backend, *ids)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True  # the library leaves it out when it is pickled
+
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> Encoding:
-        """Ids and character offsets of ordinary text."""
-        return self.backend.encode(text, add_special_tokens=False)
+        """Ids and character offsets of ordinary text. Raises RowError where it is no text."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except TypeError:  # JSON can spell half of a surrogate pair, which no UTF-8 can
+            raise RowError("the text has half a character in it (a lone surrogate)", "conversations") from None
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, without the special tokens."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, load_into, read_checkpoint
-from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
@@ -52,8 +51,7 @@ def load_model(weights: Path | None, vision_model: Path, tokenizer: Path, device
 def find_weights(folder: Path) -> Path:
     """What the latest stage left: sft before pretrain, the newest where there are several sizes."""
     for stage in ("sft", "pretrain"):
-        names = [folder / weights_name(stage, config) for config in PRESETS.values()]
-        if found := [path for path in names if path.is_file()]:
+        if found := [path for ending in ("pth", "safetensors") for path in folder.glob(f"{stage}_vlm_*.{ending}")]:
             return max(found, key=lambda path: path.stat().st_mtime)
     raise MissingInput(
         f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model"

@@ -91,8 +91,7 @@ class VisionEncoder(nn.Module):
         before = logging.get_verbosity()
         logging.set_verbosity_error()  # the text half of a full CLIP is unexpected, and meant to be
         try:
-            tower: Any
-            tower, info = CLIPVisionModel.from_pretrained(  # type: ignore[misc]
+            loaded: Any = CLIPVisionModel.from_pretrained(
                 folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
             )
         except Exception as error:  # transformers raises many kinds here, all of them about this folder
@@ -102,6 +101,7 @@ class VisionEncoder(nn.Module):
             ) from None
         finally:
             logging.set_verbosity(before)
+        tower, info = loaded
         missing = sorted(key for key in info["missing_keys"] if "post_layernorm" not in key)
         if missing:
             raise WeightsError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -129,11 +130,10 @@ class Run:
         self.samples = self.tokens = self.supervised = 0
         metrics_path = self.folder / "metrics.jsonl"
         write_text(self.folder / "config.yaml", to_yaml(config))
-        log = MetricsFile(metrics_path)
-        metrics, step = None, 0
+        metrics, step, torn = None, 0, False
         self.model.train()
         self._announce()
-        with StopRequest() as stop:
+        with StopRequest() as stop, _explained(config), closing(MetricsFile(metrics_path)) as log:
             try:
                 for step, batches in enumerate(self._updates(), 1):
                     metrics = self._update(step, batches)
@@ -145,11 +145,13 @@ class Run:
                         self._save_on_the_way(step)
                     if stop.signal or step == self.total:
                         break
+            except KeyboardInterrupt:  # a second signal, perhaps in the middle of an update
+                torn = True
+                raise
             finally:
-                log.close()
-                if metrics is not None:
+                if self.supervised and not torn:
                     self._save()
-        if metrics is None:
+        if not self.supervised:
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {self._first_trouble}")
         return Summary(self.weights, metrics_path, step, metrics, stop.signal, len(self.broken))
 
@@ -245,7 +247,7 @@ class Run:
         guessing = math.log(self.config.model.vocab_size)
         if self.loaded and loss > 0.9 * guessing:
             self.listener.warn(
-                f"the first loss is {loss:.2f} where guessing blindly gives {guessing:.2f}: the base weights do not fit. "
+                f"the first loss is {loss:.2f} where blind guessing gives {guessing:.2f}: the base weights do not fit. "
                 f"Either {self.config.init} is not trained, or it belongs to another tokenizer than "
                 f"{self.config.data.tokenizer}"
             )
@@ -276,3 +278,20 @@ class Run:
             self._save()
         except RunError as error:  # a full disk in the night must not end the run
             self.listener.warn(f"step {step}: {error}")
+
+
+@contextmanager
+def _explained(config: RunConfig) -> Iterator[None]:
+    """Turn what torch raises for want of memory into words with a next step."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        half = max(1, config.data.batch_size // 2)
+        more = config.accumulate * config.data.batch_size // half
+        raise RunError(
+            f"out of GPU memory — the same recipe with less: --batch-size {half} --accumulate {more}"
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(f"a data worker died, perhaps for want of memory — try --workers 0 ({error})") from None

@@ -1,0 +1,244 @@
+"""A training run in the shape of the published scripts, written plainly: what ours is measured against.
+
+The same mathematics as `minimind_v`, and nothing of its code: every row padded to the stage's full length, repeated
+key-value heads, logits of every position, pictures prepared by CLIPImageProcessor in the loader, the same parameters
+frozen. Attention comes in two kinds: `explicit` writes out scores, a causal mask and a softmax; `fused` calls torch's
+scaled_dot_product_attention, as the published model does by default where torch has it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+SYSTEM = "You are a helpful assistant"
+IMAGE_TOKENS = 196
+POSITIONS = 32768
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """The settings of one run; paths are those of `material.make_material`."""
+
+    folder: Path
+    stage: str  # pretrain: projector and last layer learn; sft: projector and language model
+    row_numbers: list[int]  # which rows to read, in order, counted from 0
+    batch_size: int
+    length: int  # tokens that every row is padded to
+    lr: float
+    total: int  # updates that the learning rate's schedule spans
+    attention: str
+    workers: int = 1
+
+
+def run_plain(run: PlainRun, on_update: Callable[[int, float, float], None]) -> None:
+    """Train; tells each update's number of samples, loss and gradient norm before clipping."""
+    dataset = PlainDataset(run)
+    loader = DataLoader(dataset, batch_size=run.batch_size, num_workers=run.workers)
+    model = PlainVLM(run.folder, dataset.image_id, run.attention)
+    last = f"layers.{len(model.model.layers) - 1}."
+    for name, parameter in model.named_parameters():
+        learns = run.stage == "sft" or name.startswith("vision_proj.") or last in name
+        parameter.requires_grad_(learns and not name.startswith("vision_encoder."))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=run.lr)
+    model.train()
+    model.vision_encoder.eval()
+    for step, (x, y, loss_mask, pixel_values) in enumerate(loader):
+        lr = run.lr / 10 + 0.5 * run.lr * (1 + math.cos(math.pi * step / run.total))
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        logits = model(x, pixel_values)  # [B, T, V]
+        token_loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1), reduction="none").view(y.shape)
+        loss = (token_loss * loss_mask).sum() / loss_mask.sum()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        on_update(len(x), loss.item(), float(grad_norm))
+
+
+class PlainDataset(Dataset):
+    """Rows as four tensors: inputs [T], targets [T], loss mask [T], pixels [1, 3, 224, 224]."""
+
+    def __init__(self, run: PlainRun) -> None:
+        from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+
+        self.run = run
+        lines = (run.folder / f"{run.stage}.jsonl").read_text(encoding="utf-8").splitlines()
+        self.rows = [json.loads(lines[number]) for number in run.row_numbers]
+        self.zip: zipfile.ZipFile | None = None
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(run.folder / "tokenizer" / "tokenizer.json"))
+        self.processor = CLIPImageProcessor()
+        self.image_id = self.tokenizer.convert_tokens_to_ids("@")
+        self.answer_start = self._ids("<|im_start|>assistant\n")
+        self.answer_end = self._ids("<|im_end|>\n")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        row, length = self.rows[number], self.run.length
+        messages = [{"role": "system", "content": SYSTEM}, *row["conversations"]]
+        text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
+        ids = self._ids(text.replace("<image>", "@" * IMAGE_TOKENS))
+        mask = self._answers(ids)
+        padding = length - len(ids)
+        ids, mask = torch.tensor(ids + [0] * padding), torch.tensor(mask + [0] * padding)
+        if self.zip is None:  # opened in the worker: a handle must not be shared
+            self.zip = zipfile.ZipFile(self.run.folder / f"{self.run.stage}.zip")
+        picture = Image.open(io.BytesIO(self.zip.read(row["image"]))).convert("RGB")
+        pixel_values = self.processor(images=picture, return_tensors="pt")["pixel_values"]  # [1, 3, 224, 224]
+        return ids[:-1], ids[1:], mask[1:], pixel_values
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _answers(self, ids: list[int]) -> list[int]:
+        """1 for every token from behind an answer's header to the newline that closes it."""
+        mask, place = [0] * len(ids), 0
+        start, end = self.answer_start, self.answer_end
+        while place < len(ids):
+            if ids[place : place + len(start)] != start:
+                place += 1
+                continue
+            place += len(start)
+            while ids[place : place + len(end)] != end:
+                mask[place] = 1
+                place += 1
+            mask[place : place + len(end)] = [1] * len(end)
+        return mask
+
+
+class PlainVLM(nn.Module):
+    """CLIP, projector and language model; the parameters have the published names."""
+
+    def __init__(self, folder: Path, image_id: int, attention: str) -> None:
+        from safetensors.torch import load_file
+        from transformers import CLIPVisionModel
+
+        super().__init__()
+        weights = {name: tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()}
+        vocabulary, hidden = weights["model.embed_tokens.weight"].shape
+        layers = sum(name.endswith("input_layernorm.weight") for name in weights)
+        self.image_id = image_id
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(vocabulary, hidden)
+        self.model.layers = nn.ModuleList(PlainBlock(weights, attention) for _ in range(layers))
+        self.model.norm = PlainNorm(hidden)
+        self.lm_head = nn.Linear(hidden, vocabulary, bias=False)
+        self.vision_proj = nn.Module()
+        self.vision_proj.vision_proj = nn.Sequential(nn.Linear(768, hidden))
+        self.load_state_dict(weights)
+        self.lm_head.weight = self.model.embed_tokens.weight
+        self.vision_encoder = CLIPVisionModel.from_pretrained(folder / "clip")
+        head_dim = self.model.layers[0].self_attn.head_dim
+        angles = torch.outer(torch.arange(POSITIONS).float(), 1e6 ** -(torch.arange(0, head_dim, 2) / head_dim))
+        self.cos, self.sin = (torch.cat([part, part], dim=-1) for part in (angles.cos(), angles.sin()))
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        """input_ids [B, T], pixel_values [B, N, 3, H, W] → logits [B, T, V]."""
+        h = self.model.embed_tokens(input_ids)  # [B, T, D]
+        features = torch.stack([self.look(pixel_values[:, n]) for n in range(pixel_values.shape[1])], dim=1)
+        h = self.place(h, input_ids, self.vision_proj.vision_proj(features))
+        cos, sin = self.cos[: h.shape[1]], self.sin[: h.shape[1]]
+        for layer in self.model.layers:
+            h = layer(h, cos, sin)
+        return self.lm_head(self.model.norm(h))
+
+    @torch.no_grad()
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] → features [B, 196, 768]."""
+        return self.vision_encoder(pixel_values=pixel_values).last_hidden_state[:, 1:]
+
+    def place(self, h: Tensor, input_ids: Tensor, projected: Tensor) -> Tensor:
+        """Put the projected pictures [B, N, P, D] over the runs of the image token."""
+        rows = []
+        for row, pictures, ids in zip(h, projected, input_ids.tolist(), strict=True):
+            parts, begin = [], 0
+            for picture in pictures:
+                start = ids.index(self.image_id, begin)
+                parts += [row[begin:start], picture]
+                begin = start + len(picture)
+            rows.append(torch.cat([*parts, row[begin:]]))
+        return torch.stack(rows)
+
+
+class PlainBlock(nn.Module):
+    """A pre-norm decoder layer."""
+
+    def __init__(self, weights: dict[str, Tensor], attention: str) -> None:
+        super().__init__()
+        inner, hidden = weights["model.layers.0.mlp.gate_proj.weight"].shape
+        kv_width = weights["model.layers.0.self_attn.k_proj.weight"].shape[0]
+        self.self_attn = PlainAttention(hidden, kv_width, attention)
+        self.input_layernorm, self.post_attention_layernorm = PlainNorm(hidden), PlainNorm(hidden)
+        self.mlp = nn.Module()
+        self.mlp.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.mlp.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.mlp.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin)
+        x = self.post_attention_layernorm(h)
+        return h + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
+
+
+class PlainNorm(nn.Module):
+    """RMSNorm, step by step in fp32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x)
+
+
+class PlainAttention(nn.Module):
+    """Causal attention with the key-value heads copied out to all query heads."""
+
+    heads = 8
+
+    def __init__(self, hidden: int, kv_width: int, attention: str) -> None:
+        super().__init__()
+        self.head_dim = hidden // self.heads
+        self.attend = {"explicit": self.explicit, "fused": self.fused}[attention]
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (self.split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, heads, T, hd]
+        q, k = (part * cos + self.half_turn(part) * sin for part in (q, k))
+        k, v = (part.repeat_interleave(self.heads // part.shape[1], dim=1) for part in (k, v))
+        return self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    @staticmethod
+    def half_turn(x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+
+    def explicit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        time = q.shape[2]
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # [B, heads, T, T]
+        scores = scores + torch.triu(torch.full((time, time), float("-inf")), diagonal=1)
+        return F.softmax(scores.float(), dim=-1).type_as(q) @ v
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -1,0 +1,317 @@
+"""Samples per second and peak memory of training: ours against a run shaped like the published scripts.
+
+    python -m benchmarks.train              three rounds, some twenty minutes on two cores
+    python -m benchmarks.train --quick      one round
+    python -m benchmarks.train --profile    which operators ours spends its time in
+
+Full size: the small preset under ViT-B/16, each stage with its recipe, on rows made for it (`material`). Ours is the
+real `Run`; the other side is `plain`, with attention written out (`explicit`) and as torch has it (`fused`). Every
+measurement is a process of its own with the same number of threads; sides take turns; the first update is a warm-up.
+Both sides read the same rows in the same order from the same weights, and a run whose losses or gradient norms differ
+by more than 1e-3 fails: the comparison would mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("pretrain", "sft")
+SIDES = {
+    "ours": "ours",
+    "fused": "plain, fused attention",
+    "explicit": "plain, explicit attention",
+}
+UPDATES = {"ours": 7, "fused": 2, "explicit": 2}  # timed ones; a plain sft update takes half a minute on two cores
+SEED = 42
+AGREEMENT = 1e-3  # relative, of losses and gradient norms
+
+
+@dataclass
+class Measured:
+    """What one process found. Times are those of the updates behind the warm-up."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of this process and its threads: what a busy machine disturbs least
+    peak_bytes: int = 0
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Samples per second."""
+        return self.samples / self.seconds
+
+
+class Stopwatch:
+    """Listens to a run of either side."""
+
+    def __init__(self) -> None:
+        self.found = Measured()
+        self._warm_until: tuple[float, float] | None = None
+
+    def update(self, samples: int, loss: float, grad_norm: float) -> None:
+        """An update is done. The first one starts the watch."""
+        now = time.perf_counter(), time.process_time()
+        self.found.losses.append(loss)
+        self.found.grad_norms.append(grad_norm)
+        if self._warm_until is None:
+            self._warm_until = now
+            return
+        self.found.samples += samples
+        self.found.seconds = now[0] - self._warm_until[0]
+        self.found.cpu_seconds = now[1] - self._warm_until[1]
+
+    def stop(self) -> Measured:
+        """The result, with the memory that the whole process ever had."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        self.found.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return self.found
+
+
+# --- in a process of its own ------------------------------------------------------------------------------------------
+
+
+class OursListener:
+    """Hands the steps of the real run to a stopwatch; its words are of no interest here."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+        self.samples = 0
+
+    def say(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    def step(self, metrics, log: bool) -> None:
+        self.watch.update(metrics.samples - self.samples, metrics.loss, metrics.grad_norm)
+        self.samples = metrics.samples
+
+
+def build_ours(folder: Path, stage: str, updates: int, watch: Stopwatch):
+    """The real training run, ready to start."""
+    from minimind_v.core.config.load import build_config
+    from minimind_v.core.train.loop import Run
+
+    options = {
+        "data.file": folder / f"{stage}.jsonl",
+        "data.images": folder / f"{stage}.zip",
+        "data.tokenizer": folder / "tokenizer",
+        "vision_model": folder / "clip",
+        "init": folder / "weights.safetensors",
+        "out": folder / "out",
+        "max_steps": updates,
+        "save_every": 0,
+        "seed": SEED,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return Run(build_config(stage, options=options), OursListener(watch), overwrite=True)
+
+
+def prepare(folder: Path, tokenizer: Path) -> dict:
+    """Make the material; returns per stage the rows of each of ours' batches, which the other side is to read as well."""
+    from benchmarks.material import make_material
+    from minimind_v.core.config.recipes import RECIPES
+
+    updates = 1 + UPDATES["ours"]
+    make_material(folder, tokenizer, {stage: updates * RECIPES[stage]().data.batch_size for stage in STAGES}, SEED)
+    order = {}
+    for stage in STAGES:
+        plan = build_ours(folder, stage, updates, Stopwatch()).plan
+        places = [place for number in range(updates) for place in plan[number].places]
+        order[stage] = [int(place.rpartition(":")[2]) - 1 for place in places]
+    return order
+
+
+def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool) -> dict:
+    """Train with one side, as many updates as UPDATES says and one to warm up."""
+    from benchmarks.plain import PlainRun, run_plain
+    from minimind_v.core.config.recipes import RECIPES
+
+    watch, updates = Stopwatch(), 1 + UPDATES[side]
+    if side == "ours":
+        run = build_ours(folder, stage, 3 if profile else updates, watch)
+        if profile:
+            print_profile(stage, run.fit)
+        else:
+            run.fit()
+    else:
+        recipe = RECIPES[stage]()
+        batch = recipe.data.batch_size
+        run_plain(
+            PlainRun(
+                folder=folder,
+                stage=stage,
+                row_numbers=rows[: updates * batch],
+                batch_size=batch,
+                length=recipe.data.max_length,
+                lr=recipe.lr,
+                total=1 + UPDATES["ours"],
+                attention=side,
+                workers=recipe.data.workers,
+            ),
+            watch.update,
+        )
+    return asdict(watch.stop())
+
+
+def print_profile(stage: str, work) -> None:
+    """Run `work` and print where its time went, on stderr."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work()
+    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=48)
+    print(f"{stage}, ours, three updates:\n{table}", file=sys.stderr)
+
+
+def do_job(job: dict, threads: int) -> None:
+    """What a process of its own is started for; answers on stdout."""
+    import torch
+
+    torch.set_num_threads(threads)
+    folder = Path(job["folder"])
+    if job["do"] == "prepare":
+        answer = prepare(folder, Path(job["tokenizer"]))
+    else:
+        answer = measure(folder, job["stage"], job["do"], job["rows"], job["profile"])
+    print(json.dumps(answer))
+
+
+# --- in the process that was started ----------------------------------------------------------------------------------
+
+
+def start_job(job: dict, threads: int) -> dict:
+    """Do a job in a new process and return its answer."""
+    command = [sys.executable, "-m", "benchmarks.train", "--threads", str(threads), "--job", json.dumps(job)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{job['do']}: the process failed with exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def find_tokenizer() -> Path:
+    """The published tokenizer where it is at hand, else the demo's, which gives somewhat longer rows."""
+    published = ROOT.parent / "shared" / "tokenizer"
+    return published if published.is_dir() else ROOT / "minimind_v" / "core" / "demo" / "assets"
+
+
+def check_agreement(stage: str, sides: dict[str, list[Measured]]) -> float:
+    """The largest relative difference of losses and gradient norms to ours. Stops where it is too large."""
+    largest = 0.0
+    ours = sides["ours"][0]
+    for measured in (one for runs in sides.values() for one in runs):
+        for name in ("losses", "grad_norms"):
+            pairs = zip(
+                getattr(ours, name), getattr(measured, name), strict=False
+            )  # sides do different numbers of updates
+            largest = max(largest, *(abs(b - a) / abs(a) for a, b in pairs))
+    if not largest <= AGREEMENT:
+        raise SystemExit(
+            f"{stage}: the sides do not compute the same (relative difference {largest:.1e}): nothing is compared"
+        )
+    return largest
+
+
+def summarise(runs: list[Measured]) -> dict:
+    """Medians over rounds, and the slowest and the fastest round."""
+    rates = [run.rate for run in runs]
+    return {
+        "samples_per_second": statistics.median(rates),
+        "slowest": min(rates),
+        "fastest": max(rates),
+        "cpu_seconds_per_sample": statistics.median(run.cpu_seconds / run.samples for run in runs),
+        "peak_bytes": statistics.median(run.peak_bytes for run in runs),
+    }
+
+
+def report(results: dict[str, dict[str, dict]], agreement: dict[str, float]) -> str:
+    """The table, and one line of ratios per stage and plain side."""
+    lines = [f"{'stage':10}{'side':28}{'samples/s':>10}{'spread':>14}{'CPU s/sample':>14}{'peak memory':>13}"]
+    ratios = []
+    for stage, sides in results.items():
+        for side, found in sides.items():
+            spread = f"{found['slowest']:.3f}–{found['fastest']:.3f}"
+            lines.append(
+                f"{stage:10}{SIDES[side]:28}{found['samples_per_second']:10.3f}{spread:>14}"
+                f"{found['cpu_seconds_per_sample']:14.2f}{found['peak_bytes'] / 1e9:10.2f} GB"
+            )
+        ours = sides["ours"]
+        for side, other in sides.items():
+            if side != "ours":
+                ratios.append(
+                    f"{stage}: ours against {SIDES[side]}: "
+                    f"{ours['samples_per_second'] / other['samples_per_second']:.2f} × the samples per second, "
+                    f"{ours['peak_bytes'] / other['peak_bytes']:.2f} × the memory; "
+                    f"losses and gradient norms agree within {agreement[stage]:.0e}"
+                )
+    return "\n".join([*lines, "", *ratios])
+
+
+def compare(options: argparse.Namespace) -> dict:
+    """Measure every side of every stage, round by round."""
+    with tempfile.TemporaryDirectory() as name:
+        prepared = start_job({"do": "prepare", "folder": name, "tokenizer": str(find_tokenizer())}, options.threads)
+        runs: dict[str, dict[str, list[Measured]]] = {
+            stage: {side: [] for side in options.sides} for stage in options.stages
+        }
+        if options.profile:
+            for stage in options.stages:
+                job = {"do": "ours", "folder": name, "stage": stage, "rows": [], "profile": True}
+                start_job(job, options.threads)
+            return {}
+        for number in range(options.rounds):
+            for stage in options.stages:
+                for side in options.sides:
+                    job = {"do": side, "folder": name, "stage": stage, "rows": prepared[stage], "profile": False}
+                    one = Measured(**start_job(job, options.threads))
+                    runs[stage][side].append(one)
+                    where = f"round {number + 1}/{options.rounds}  {stage:9}{SIDES[side]:27}"
+                    print(f"{where}{one.rate:7.3f} samples/s  {one.peak_bytes / 1e9:6.2f} GB", file=sys.stderr)
+                check_agreement(stage, runs[stage])
+    agreement = {stage: check_agreement(stage, sides) for stage, sides in runs.items()}
+    results = {stage: {side: summarise(found) for side, found in sides.items()} for stage, sides in runs.items()}
+    print(report(results, agreement))
+    measured = {
+        stage: {side: [asdict(one) for one in found] for side, found in sides.items()} for stage, sides in runs.items()
+    }
+    return {"threads": options.threads, "results": results, "agreement": agreement, "runs": measured}
+
+
+def main() -> None:
+    """Read the options and do what they ask."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="how often every side is measured [3]")
+    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--against", nargs="+", choices=[side for side in SIDES if side != "ours"], help="[both]")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side [all cores]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--profile", action="store_true", help="print ours' costliest operators; measure nothing")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        do_job(json.loads(options.job), options.threads)
+        return
+    options.rounds = 1 if options.quick else options.rounds
+    options.sides = ["ours", *(options.against or [side for side in SIDES if side != "ours"])]
+    found = compare(options)
+    if options.json and found:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
