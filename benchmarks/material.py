@@ -16,7 +16,7 @@ WORDS = (
     "a the of on in with and is are two three small large red green blue white wooden young old man woman dog cat "
     "horse street table window kitchen garden tree river boat car bicycle plate bread fruit sky cloud mountain beach "
     "holding standing sitting looking walking near behind under bright dark quiet busy market building sign picture"
-).split()
+)
 CAPTION_TOKENS = (20, 60)
 QUESTION_TOKENS = (8, 24)
 ANSWER_TOKENS = (20, 160)
@@ -58,7 +58,7 @@ def _write_rows(folder: Path, stage: str, count: int, tokenizer, rng: random.Ran
 def _sentence(rng: random.Random, tokenizer, least: int, most: int) -> str:
     """Words of a drawn number of tokens."""
     wanted = rng.randint(least, most)
-    ids = tokenizer.encode(" ".join(rng.choices(WORDS, k=most)), add_special_tokens=False).ids[:wanted]
+    ids = tokenizer.encode(" ".join(rng.choices(WORDS.split(), k=most)), add_special_tokens=False).ids[:wanted]
     return tokenizer.decode(ids).strip()
 
 
@@ -77,7 +77,9 @@ def _write_clip(folder: Path, seed: int) -> None:
     """CLIP's ViT-B/16 with random weights: as fast as the real one."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
         image_size=224,

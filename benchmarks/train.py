@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def build_ours(folder: Path, stage: str, updates: int, watch: Stopwatch):
 
 
 def prepare(folder: Path, tokenizer: Path) -> dict:
-    """Make the material; returns per stage the rows of each of ours' batches, which the other side is to read as well."""
+    """Make the material; returns per stage the order in which ours reads the rows, which every side follows."""
     from benchmarks.material import make_material
     from minimind_v.core.config.recipes import RECIPES
 
@@ -306,6 +307,7 @@ def main() -> None:
     if options.job:
         do_job(json.loads(options.job), options.threads)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes and the folder go with this one
     options.rounds = 1 if options.quick else options.rounds
     options.sides = ["ours", *(options.against or [side for side in SIDES if side != "ours"])]
     found = compare(options)

@@ -24,7 +24,7 @@ def demo(
     terminal = Terminal()
 
     def tell(title: str, command: str) -> None:
-        terminal.say(f"\n── {title}\n   $ {command}")
+        terminal.say(f"\n── {title}" + (f"\n   $ {command}" if command else ""))
 
     with TrainView(terminal, "demo") as view:
         summary = Demo(out, seed, view, tell, SHORT if short else FULL).run()

@@ -70,10 +70,11 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _find_init(config: RunConfig) -> Path | None:
-    """What the stage before has left: in the run's own folder, or in the standard one; `llm_` is an old name of `lm_`."""
+    """What the stage before has left, in the run's folder or the standard one; `llm_` is an old name of `lm_`."""
     if config.init is None:
         return None
-    names = (config.init.name, f"l{config.init.name}") if config.init.name.startswith("lm_") else (config.init.name,)
+    name = config.init.name
+    names = (name, f"l{name}") if name.startswith("lm_") else (name,)
     places = [folder / name for folder in (config.out, config.init.parent) for name in names]
     return next((place for place in places if place.is_file()), config.init)
 

@@ -22,10 +22,14 @@ def decode(data: bytes | Any, name: str) -> Image.Image:
             picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
             if picture.width * picture.height > PIXEL_LIMIT:
                 raise RowError(f"{name}: {picture.width}×{picture.height} pixels are too many", "picture too large")
+            if picture.format == "EPS":  # a program, which Pillow would have Ghostscript run
+                raise RowError(f"{name}: PostScript, not a picture", "picture broken")
             picture.load()
             return _to_rgb(ImageOps.exif_transpose(picture))
     except RowError:
         raise
+    except Image.DecompressionBombError as error:
+        raise RowError(f"{name}: {error}", "picture too large") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error) or repr(error)
         raise RowError(f"{name}: the picture cannot be decoded ({reason})", "picture broken") from None
@@ -50,8 +54,14 @@ def to_pixels(picture: Image.Image, size: int) -> np.ndarray:
     short = min(width, height)
     resized = (int(size * width / short), int(size * height / short)) if short != size else (width, height)
     left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
-    picture = picture.resize(resized, Image.Resampling.BICUBIC) if resized != picture.size else picture
-    picture = picture.crop((left, top, left + size, top + size))
+    crop = (left, top, left + size, top + size)
+    if resized[0] * resized[1] > PIXEL_LIMIT:  # a thread of a picture: nothing is made that the crop throws away
+        wide, high = width / resized[0], height / resized[1]
+        box = (crop[0] * wide, crop[1] * high, crop[2] * wide, crop[3] * high)
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
+    else:
+        picture = picture.resize(resized, Image.Resampling.BICUBIC) if resized != picture.size else picture
+        picture = picture.crop(crop)
     return np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1).copy()  # [3, size, size]
 
 

@@ -8,7 +8,7 @@ batches are shuffled again. What batch number k holds depends on the seed alone,
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -82,8 +82,8 @@ class BatchPlan(Dataset[Batch]):
         return batches
 
 
-def load_batches(plan: BatchPlan, workers: int, pin: bool = False) -> Iterator[Batch]:
-    """The batches of a plan in order, prepared ahead by worker processes."""
+def load_batches(plan: BatchPlan, workers: int, pin: bool = False) -> Generator[Batch, None, None]:
+    """The batches of a plan in order, prepared ahead by worker processes, which end when this does."""
     loader: DataLoader[Batch] = DataLoader(
         plan,
         batch_size=None,
@@ -93,7 +93,12 @@ def load_batches(plan: BatchPlan, workers: int, pin: bool = False) -> Iterator[B
         pin_memory=pin,
         worker_init_fn=_leave_signals,
     )
-    return iter(loader)
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:  # not left to the garbage collector: a traceback may hold `batches`, and the process would wait for ever
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _leave_signals(_: int) -> None:

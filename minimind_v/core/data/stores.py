@@ -5,11 +5,12 @@ Every store is cheap to pickle and opens its file anew in each process, so data 
 
 from __future__ import annotations
 
+import codecs
 import json
 import mmap
 import os
+import re
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,8 @@ import numpy as np
 from minimind_v.core.errors import DataError, MissingInput, RowError
 from minimind_v.core.hub.sources import how_to_get
 
-MEMBER_LIMIT = 256 * 2**20  # bytes that one member of a zip may unpack to
+PICTURE_LIMIT = 256 * 2**20  # bytes of one picture's file, or that a member of a zip may unpack to
+NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
 
 
 class _Reopened:
@@ -53,14 +55,8 @@ class JsonlRows(_Reopened):
         self.lines, self.offsets = _index_lines(path)
         if len(self.offsets) == 0:
             raise DataError(f"{path}: the file has no rows")
-        with path.open("rb") as file:
-            head = file.read(512).lstrip().lower()
-        if head.startswith((b"<!doctype", b"<html")):
-            raise DataError(
-                f"{path}: this is an HTML page, not data — a link to the page of a file was saved instead of the file"
-            )
-        if head.startswith(b"version https://git-lfs"):
-            raise DataError(f"{path}: this is a git-lfs pointer, not the data — {how_to_get('dataset')}")
+        if stand_in := _stand_in(path):
+            raise DataError(f"{path}: {stand_in}")
 
     def _open(self) -> Any:
         return self.path.open("rb")
@@ -77,8 +73,10 @@ class JsonlRows(_Reopened):
         self.handle.seek(self.offsets[index])
         line = self.handle.readline()
         try:
-            row = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            row = json.loads(line.decode("utf-8-sig"))
+        except json.JSONDecodeError as error:  # its own text speaks of a line 1
+            raise RowError(f"not JSON ({error.msg} at character {error.pos + 1})", "json") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, nested without end
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(row, dict):
             raise RowError("not a JSON object", "json")
@@ -98,11 +96,23 @@ def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
             starts.append(np.flatnonzero(chunk == 10) + begin + 1)
         offsets = np.concatenate(starts)
         offsets = offsets[offsets < size]
-        lengths = np.diff(np.append(offsets, size))
+        ends = np.append(offsets[1:], size)
         lines = np.arange(1, len(offsets) + 1)
-        # Only a short line can be blank, so only those are looked at.
-        blank = [i for i in np.flatnonzero(lengths < 8) if not view[offsets[i] : offsets[i] + lengths[i]].strip()]
+        # Only a line that begins with white space can be blank, so only those are looked at.
+        begins_white = np.frombuffer(view, np.uint8)[offsets] <= ord(" ")
+        blank = [i for i in np.flatnonzero(begins_white) if not view[offsets[i] : ends[i]].strip()]
     return np.delete(lines, blank), np.delete(offsets, blank)
+
+
+def _stand_in(path: Path) -> str | None:
+    """What was saved in the place of a data file, where its beginning shows that."""
+    with path.open("rb") as file:
+        head = file.read(512).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"<"):
+        return "this is an HTML page, not data — a link to the page of a file was saved instead of the file"
+    if head.startswith(b"version https://git-lfs"):
+        return f"this is a git-lfs pointer, not the data — {how_to_get('dataset')}"
+    return None
 
 
 class Pictures(Protocol):
@@ -120,13 +130,14 @@ class FolderPictures:
 
     def read(self, name: str) -> bytes:
         """Found at its path below the folder or, whatever folders the name carries, directly in it."""
-        root = self.path.resolve()
-        for candidate in (root / name, root / Path(name).name):
-            if candidate.is_file() and candidate.resolve().is_relative_to(root):
-                try:
+        root, path = self.path.resolve(), Path(name.replace("\\", "/"))
+        for candidate in (root / path, root / path.name):
+            try:
+                if candidate.is_file() and candidate.resolve().is_relative_to(root):
+                    _check_size(name, candidate.stat().st_size)
                     return candidate.read_bytes()
-                except OSError as error:
-                    raise RowError(f"{name}: cannot be read ({error.strerror})", "picture broken") from None
+            except OSError as error:
+                raise RowError(f"{name:.80}: cannot be read ({error.strerror})", "picture broken") from None
         raise RowError(f"{name}: no such picture in {self.path}", "picture missing")
 
 
@@ -139,40 +150,52 @@ class ZipPictures(_Reopened):
         self._by_name: dict[str, list[str]] = {}
         for member in self.handle.namelist():
             if not member.endswith("/"):
-                self._by_name.setdefault(member.rsplit("/", 1)[-1], []).append(member)
+                self._by_name.setdefault(_plain_path(member).rsplit("/", 1)[-1], []).append(member)
 
     def _open(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f"{self.path}: not a zip that can be read ({error}) — download it again") from None
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+        except Exception as error:  # zipfile raises many kinds on damaged files
+            found = _stand_in(self.path) or f"not a zip that can be read ({error}) — download it again"
+            raise DataError(f"{self.path}: {found}") from None
 
     def read(self, name: str) -> bytes:
         """Found whatever folders the name and the member carry in front, as long as one member fits best."""
-        member = self._find(name.replace("\\", "/").lstrip("./"))
-        info = self.handle.getinfo(member)
+        info = self.handle.getinfo(self._find(name))
         if info.flag_bits & 1:
             raise RowError(f"{name}: encrypted in {self.path}", "picture broken")
-        if info.file_size > MEMBER_LIMIT:
-            raise RowError(f"{name}: unpacks to {info.file_size} bytes, too many for a picture", "picture too large")
+        _check_size(name, info.file_size)
         try:
             return self.handle.read(info)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        except Exception as error:  # so do its decompressors
             raise RowError(f"{name}: damaged in {self.path} ({error})", "picture broken") from None
 
     def _find(self, name: str) -> str:
-        members = self._by_name.get(name.rsplit("/", 1)[-1], [])
+        wanted = _plain_path(name)
+        paths = {member: _plain_path(member) for member in self._by_name.get(wanted.rsplit("/", 1)[-1], [])}
         for fits in (
-            [member for member in members if member == name],
-            [member for member in members if member.endswith("/" + name)],
-            [member for member in members if name.endswith("/" + member)],
-            members,
+            [member for member, path in paths.items() if path == wanted],
+            [member for member, path in paths.items() if path.endswith("/" + wanted)],
+            sorted((member for member, path in paths.items() if wanted.endswith("/" + path)), key=len)[-1:],
+            list(paths),
         ):
-            if len(set(fits)) == 1:
+            if len(fits) == 1:
                 return fits[0]
             if fits:
                 raise RowError(f"{name}: {len(fits)} members of {self.path} have this name", "picture ambiguous")
         raise RowError(f"{name}: no such picture in {self.path}", "picture missing")
+
+
+def _plain_path(name: str) -> str:
+    """A path with forward slashes, without the parts that lead nowhere or upwards."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > PICTURE_LIMIT:
+        raise RowError(f"{name}: {size} bytes are too many for a picture", "picture too large")
 
 
 def open_pictures(path: Path | None) -> Pictures | None:
@@ -193,4 +216,8 @@ def image_names(row: dict[str, Any]) -> list[str]:
         return []
     if not isinstance(names, str):
         raise RowError("`image` is not a text of picture names", "image")
-    return [name.strip() for name in names.split(",") if name.strip()]
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    for name in found:
+        if NO_NAME.search(name):
+            raise RowError(f"{name!r:.80} is no name of a picture", "image")
+    return found

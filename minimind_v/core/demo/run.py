@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import random
+import shlex
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from minimind_v.core.data.stores import JsonlRows, open_pictures
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pretrain, write_sft, write_test
 from minimind_v.core.demo.report import Sample, write_report
+from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
 from minimind_v.core.export.files import convert
 from minimind_v.core.generate.load import Loaded, load_model
@@ -66,27 +69,25 @@ class Demo:
         self.vision, self.tokenizer = out / "model" / "vision_model", out / "model"
 
     def run(self) -> dict[str, Any]:
-        """Everything in order; returns what `summary.json` holds."""
+        """Everything in order; returns what `summary.json` holds. Raises UsageError for a folder of something else."""
+        self._claim_folder()
         started = time.perf_counter()
-        sft, where = self.weights["sft_vlm_128"], f"--vision-model {self.vision} --tokenizer {self.tokenizer}"
-        test = f"--data {self.out / 'dataset' / 'heldout_scenes_data.jsonl'}"
-        chat = f"mmv chat --model {sft} {where} --greedy --image PICTURE QUESTION"
+        sft = self.weights["sft_vlm_128"]
+        trained = ["--model", sft, "--vision-model", self.vision, "--tokenizer", self.tokenizer]
+        test = ["--data", self.out / "dataset" / "heldout_scenes_data.jsonl"]
         self._stage("assets", "getting the assets: a world is drawn", SOURCES["dataset"].command(), self._assets)
-        before = self._stage(
-            "before", "before training, the projector being new", f"mmv eval {test} {where}",
-            lambda: self._score(self._untrained()),
-        )  # fmt: skip
-        self._stage("pretrain", "learning to see: captions", self._command("pretrain"), lambda: self._train("pretrain"))
-        self._stage("sft", "learning to answer: questions", self._command("sft"), lambda: self._train("sft"))
+        before = self._stage("before", "before training: guessing", "", lambda: self._score(self._untrained()))
+        for stage, title in (("pretrain", "learning to see: captions"), ("sft", "learning to answer: questions")):
+            self._stage(stage, title, _command("train", stage, *self._flags(stage)), partial(self._train, stage))
         loaded = load_model(sft, self.vision, self.tokenizer, "cpu")
         after = self._stage(
-            "eval", "scenes and pairs never seen, and blank pictures", f"mmv eval --model {sft} {test} {where} --blind",
+            "eval", "scenes and pairs never seen, and blank pictures", _command("eval", *trained, *test, "--blind"),
             lambda: self._score(loaded),
         )  # fmt: skip
+        chat = _command("chat", *trained, "--greedy", "--image", "PICTURE", "QUESTION")
         samples = self._stage("chat", "asking about pictures never seen", chat, lambda: self._samples(loaded))
-        self._stage(
-            "convert", "the same weights as safetensors", f"mmv convert --model {sft} --to safetensors", self._convert
-        )
+        export = _command("convert", "--model", sft, "--to", "safetensors")
+        self._stage("convert", "the same weights as safetensors", export, self._convert)
         summary = self._summary(before, after, time.perf_counter() - started)
         write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         write_report(self.out / "report.html", summary, self._curves(), samples)
@@ -98,6 +99,12 @@ class Demo:
         result = work()
         self.seconds[name] = round(time.perf_counter() - started, 2)
         return result
+
+    def _claim_folder(self) -> None:
+        mark = self.out / ".mmv-demo"
+        if not mark.exists() and self.out.exists() and (self.out.is_file() or any(self.out.iterdir())):
+            raise UsageError(f"{self.out} holds something else — name a new folder with --out")
+        write_text(mark, "made by `mmv demo`, which may write over what is here\n")
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -127,9 +134,8 @@ class Demo:
         model = VLM(base.config, encoder.spec, tokenizer.placeholder_id, encoder)
         return Loaded(model.eval(), tokenizer, base, load_into(model, base, new_projector=True))
 
-    def _command(self, stage: str) -> str:
-        options = (f"--{flag.replace('_', '-')} {value}" for flag, value in self._options(stage).items())
-        return " ".join(["mmv train", stage, *options])
+    def _flags(self, stage: str) -> list[Any]:
+        return [part for flag, value in self._options(stage).items() for part in (f"--{flag.replace('_', '-')}", value)]
 
     def _options(self, stage: str) -> dict[str, Any]:
         data = self.out / "dataset"
@@ -150,7 +156,9 @@ class Demo:
         }
 
     def _train(self, stage: str) -> None:
-        train(build_config(stage, options=self._options(stage)), self.listener, overwrite=True)
+        summary = train(build_config(stage, options=self._options(stage)), self.listener, overwrite=True)
+        if summary.stopped_by:
+            raise SystemExit(128 + summary.stopped_by)
 
     def _score(self, loaded: Loaded) -> dict[str, Scores]:
         return {
@@ -212,6 +220,10 @@ class Demo:
             "rows": {"pretrain": self.size.pretrain_rows, "sft": self.size.sft_rows},
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         }
+
+
+def _command(*words: Any) -> str:
+    return shlex.join(["mmv", *map(str, words)])
 
 
 def _answer(loaded: Loaded, test: Test, pixels: Any) -> str:

@@ -94,6 +94,9 @@ class VLM(nn.Module):
             image_features = self.vision_encoder(pixel_values)  # [M, P, width]
         if image_features is not None:
             x = self._place_pictures(x, input_ids, image_features, image_mask, per_row)  # [B, T, D]
+        elif image_mask is not None and image_mask.any():
+            row = int(image_mask.any(dim=1).nonzero()[0])
+            raise ValueError(f"row {row} has placeholders for pictures, but no pictures are given")
         hidden, aux = self.model(x, attention_mask, cache)  # [B, T, D]
         if labels is not None:
             loss_sum, hits = supervised_loss(hidden, labels, self.lm_head.weight)

@@ -157,16 +157,16 @@ class Run:
 
     def _updates(self) -> Iterator[list[Batch]]:
         """The batches of each update, fetched when they are needed; the last update of an epoch may have fewer."""
-        batches = load_batches(self.plan, self.config.data.workers, pin=self.device.type == "cuda")
         per_epoch = self.plan.batches_per_epoch
-        for _ in range(self.plan.epochs):
-            for begin in range(0, per_epoch, self.config.accumulate):
-                asked = time.perf_counter()
-                read = [next(batches) for _ in range(min(self.config.accumulate, per_epoch - begin))]
-                self.waited += time.perf_counter() - asked
-                for batch in read:
-                    self._note_broken(batch)
-                yield [batch for batch in read if batch.supervised]
+        with closing(load_batches(self.plan, self.config.data.workers, pin=self.device.type == "cuda")) as batches:
+            for _ in range(self.plan.epochs):
+                for begin in range(0, per_epoch, self.config.accumulate):
+                    asked = time.perf_counter()
+                    read = [next(batches) for _ in range(min(self.config.accumulate, per_epoch - begin))]
+                    self.waited += time.perf_counter() - asked
+                    for batch in read:
+                        self._note_broken(batch)
+                    yield [batch for batch in read if batch.supervised]
 
     def _update(self, step: int, batches: list[Batch]) -> StepMetrics:
         """One optimiser step: the loss is a mean over the supervised tokens of all its batches together."""

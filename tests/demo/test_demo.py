@@ -1,0 +1,73 @@
+"""The demo end to end, by the installed command. Shorter than `make demo`, and held to a bar of its own."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MMV = Path(sys.executable).with_name("mmv")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        [MMV, "demo", "--short", "--seed", "11", "--out", out, "--json"], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout), done.stderr
+
+
+def test_the_model_sees(demo):
+    _, summary, _ = demo
+    assert summary["accuracy_heldout_scenes"] >= 0.75
+    assert summary["accuracy_heldout_pairs"] >= 0.6
+    assert summary["accuracy_blank"] <= 0.45
+    assert summary["accuracy_before"] <= 0.45
+
+
+def test_summary_is_written_and_complete(demo):
+    out, summary, _ = demo
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["seed"] == 11
+    assert {"assets", "before", "pretrain", "sft", "eval", "chat", "convert"} <= set(summary["seconds"])
+
+
+def test_report_is_one_file_with_curves_and_pictures(demo):
+    page = (demo[0] / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert page.count("data:image/jpeg;base64,") == 24
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+
+
+def test_each_stage_names_the_command_that_it_stands_for(demo):
+    for command in ("mmv train pretrain", "mmv train sft", "mmv eval", "mmv chat", "mmv convert"):
+        assert f"$ {command}" in demo[2]
+
+
+def test_printed_commands_are_real(demo):
+    """The commands that the demo prints do what the demo did: here the evaluation, over the same rows."""
+    _, summary, talk = demo
+    line = next(line for line in talk.splitlines() if "$ mmv eval --model" in line).strip().removeprefix("$ mmv ")
+    done = subprocess.run([MMV, *shlex.split(line), "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    assert scores["accuracy"] == pytest.approx(summary["accuracy_heldout_scenes"])
+    assert scores["accuracy_blind"] == pytest.approx(summary["accuracy_blank"])
+
+
+def test_files_stand_under_published_names(demo):
+    names = {path.name for path in (demo[0] / "out").iterdir()}
+    assert {"pretrain_vlm_128.pth", "sft_vlm_128.pth", "sft_vlm_128.safetensors"} <= names
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = subprocess.run([MMV, "demo", "--out", tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "name a new folder" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,121 @@
+"""The embedded world: what it draws, says and asks, and what it keeps out."""
+
+import itertools
+import json
+import random
+import zipfile
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minimind_v.core.data.images import load_pixels
+from minimind_v.core.demo import world
+from minimind_v.core.demo.dataset import write_pretrain, write_sft, write_test
+
+ASSETS = Path(str(files("minimind_v.core.demo") / "assets"))
+
+
+def test_is_as_large_as_promised():
+    assert len(world.SHAPES) >= 4
+    assert len(world.COLOURS) >= 5
+    assert len(world.SIZES) >= 2
+    assert len(world.PLACES) >= 5
+    assert {len(world.make_scene(random.Random(n))) for n in range(50)} == {1, 2, 3}
+
+
+def test_every_shape_and_colour_is_known_from_other_pairs():
+    """A held-out pair is new as a pair only."""
+    free = {(s, c) for s in world.SHAPES for c in world.COLOURS} - world.HELD_OUT
+    assert {shape for shape, _ in free} == set(world.SHAPES)
+    assert {colour for _, colour in free} == set(world.COLOURS)
+
+
+@pytest.mark.parametrize("write", [write_pretrain, write_sft])
+def test_training_sets_never_show_or_name_a_held_out_pair(tmp_path, write):
+    written, scenes = write(tmp_path, random.Random(3), 300)
+    assert not any(thing.held_out for scene in scenes for thing in scene)
+    text = written.data.read_text(encoding="utf-8")
+    for shape, colour in world.HELD_OUT:
+        assert f"{colour} {shape}" not in text
+        assert world.COLOURS[colour][0] + world.SHAPES[shape] not in text
+
+
+def test_scenes_have_no_held_out_pair_unless_asked_for():
+    rng = random.Random(1)
+    assert not any(thing.held_out for _ in range(500) for thing in world.make_scene(rng))
+    for _ in range(200):
+        assert sum(thing.held_out for thing in world.make_scene(rng, held_out=True)) == 1
+
+
+def test_questions_have_the_answers_that_the_scene_gives():
+    scene = (world.Thing("star", "blue", "big", "top left"), world.Thing("circle", "red", "small", "centre"))
+    wanted = {
+        "What colour is the star?": "blue", "星形是什么颜色？": "蓝色", "Which shape is red?": "circle",
+        "什么形状是红色？": "圆形", "Where is the circle?": "centre", "圆形在哪里？": "中间",
+        "Is the star big or small?": "big", "星形是大还是小？": "大", "How many objects are there?": "two",
+        "有几个物体？": "两", "Is there a blue star?": "yes", "有红色圆形吗？": "有", "Is there a blue circle?": "no",
+    }  # fmt: skip
+    found = {q.text: q.answer for seed in range(200) for q in world.questions(scene, random.Random(seed))}
+    assert {text: found.get(text) for text in wanted} == wanted
+
+
+def test_questions_are_only_asked_where_one_answer_is_right():
+    twins = (world.Thing("star", "blue", "big", "top left"), world.Thing("star", "blue", "small", "centre"))
+    kinds = {q.kind for seed in range(50) for q in world.questions(twins, random.Random(seed))}
+    assert kinds == {"exists", "count"}
+
+
+def test_yes_and_no_are_equally_frequent():
+    rng = random.Random(5)
+    answers = [q.answer for _ in range(2000) for q in world.questions(world.make_scene(rng), rng) if q.kind == "exists"]
+    yes = sum(answer in ("yes", "有") for answer in answers) / len(answers)
+    assert 0.45 < yes < 0.55
+
+
+def test_a_test_set_holds_no_scene_that_was_seen(tmp_path):
+    """With every scene of a single object seen, only larger ones are left."""
+    seen = {
+        (world.Thing(*attributes),)
+        for attributes in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.PLACES)
+    }
+    _, tests = write_test(tmp_path, "held", random.Random("b"), 400, seen, held_out_pairs=False)
+    counts = [test.question.answer for test in tests if test.question.kind == "count"]
+    assert len(counts) > 20
+    assert not {"one", "一"} & set(counts)
+
+
+def test_a_seed_decides_every_byte(tmp_path):
+    first, _ = write_sft(tmp_path / "1", random.Random("x"), 20)
+    second, _ = write_sft(tmp_path / "2", random.Random("x"), 20)
+    other, _ = write_sft(tmp_path / "3", random.Random("y"), 20)
+    assert first.data.read_bytes() == second.data.read_bytes() != other.data.read_bytes()
+    with zipfile.ZipFile(first.images) as one, zipfile.ZipFile(second.images) as two:
+        assert [one.read(name) for name in one.namelist()] == [two.read(name) for name in two.namelist()]
+
+
+def test_pictures_differ_where_scenes_are_equal():
+    """Noise in place, size, colour and ground: no picture is drawn twice."""
+    scene = (world.Thing("star", "blue", "big", "top left"),)
+    rng = random.Random(2)
+    one, two = (load_pixels(world.jpeg(world.draw(scene, rng)), "drawn", 64) for _ in range(2))
+    assert np.abs(one.astype(int) - two.astype(int)).mean() > 1
+
+
+def test_rows_name_their_pictures_and_mark_one_image(tmp_path):
+    written, _ = write_sft(tmp_path, random.Random(4), 10)
+    with zipfile.ZipFile(written.images) as archive:
+        names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
+    for line in written.data.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        assert row["image"] in names
+        assert sum(message["content"].count("<image>") for message in row["conversations"]) == 1
+
+
+def test_assets_are_small_and_carry_the_figures_of_their_making():
+    size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
+    assert size < 8 * 2**20
+    figures = json.loads((ASSETS / "figures.json").read_text())
+    assert figures["tower"]["patch_shape"] > 0.95
+    assert figures["base"]["answers_chords"] > 0.9

@@ -1,0 +1,107 @@
+"""Every command of the README is run as it stands there, in a folder laid out as the README says."""
+
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.demo import world
+from minimind_v.core.demo.dataset import write_pretrain, write_sft
+from minimind_v.core.hub.sources import SOURCES
+from minimind_v.core.model.vision import read_vision_spec
+from minimind_v.core.model.vlm import VLM
+
+ROOT = Path(__file__).parents[2]
+ASSETS = Path(str(files("minimind_v.core.demo") / "assets"))
+BIN = Path(sys.executable).parent
+
+
+def commands(readme: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def blank_weights(path: Path, preset: str, projector: bool) -> None:
+    torch.manual_seed(0)
+    model = VLM(PRESETS[preset], read_vision_spec(ASSETS / "vision"), placeholder_id=34)
+    tensors = export_tensors(model)
+    if not projector:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_proj.")}
+    write_checkpoint(path, tensors, PRESETS[preset], "sft" if projector else "lm")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with stand-ins for what the hub would bring: a tiny eye, a small tokenizer, blank weights."""
+    here = tmp_path_factory.mktemp("readme")
+    for model in (here / "model", here / "demo" / "model"):
+        model.mkdir(parents=True)
+        shutil.copy(ASSETS / "tokenizer.json", model)
+    shutil.copytree(ASSETS / "vision", here / SOURCES["clip"].folder)
+    shutil.copytree(ASSETS / "vision", here / "demo" / "model" / "vision_model")
+    blank_weights(here / "out" / "lm_512.pth", "small", projector=False)
+    blank_weights(here / "demo" / "out" / "sft_vlm_128.pth", "demo", projector=True)
+    write_pretrain(here / "dataset", random.Random(1), 16)
+    sft, _ = write_sft(here / "dataset", random.Random(2), 4)
+    for name in ("mine.jsonl", "held_out.jsonl"):
+        shutil.copy(sft.data, here / name)
+    shutil.unpack_archive(sft.images, here / "unpacked")
+    shutil.move(here / "unpacked" / "sft_images", here / "pictures")
+    picture = world.jpeg(world.draw(world.make_scene(random.Random(3)), random.Random(3)))
+    for name in ("dog.jpg", "PICTURE"):
+        (here / name).write_bytes(picture)
+    return here
+
+
+def test_every_mmv_command_runs_as_it_stands(place):
+    lines = [line for line in commands("README.md") if line.startswith("mmv ")]
+    assert len(lines) >= 8
+    for line in lines:
+        done = subprocess.run(
+            [BIN / "mmv", *shlex.split(line)[1:]], cwd=place, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (place / "out" / "sft_vlm_512.safetensors").is_file()
+    assert (place / "mine" / "sft_vlm_512.pth").is_file()
+
+
+def test_hub_commands_are_those_of_the_table():
+    told = [line for line in commands("README.md") if line.startswith("hf ")]
+    assert [" ".join(line.split()) for line in told] == [
+        " ".join(SOURCES[name].command().split()) for name in ("clip", "tokenizer", "lm", "dataset")
+    ]
+
+
+def test_make_targets_exist():
+    for line in commands("README.md"):
+        if line.startswith("make "):
+            done = subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+
+def test_nothing_else_is_asked_to_be_typed():
+    known = ("mmv ", "hf ", "make ", "source .venv/bin/activate")
+    assert [line for line in commands("README.md") if not line.startswith(known)] == []
+
+
+def test_both_languages_give_the_same_commands_and_figures():
+    assert commands("README.md") == commands("README_zh.md")
+    figures = [
+        re.findall(r"\d+(?:\.\d+)? ?%|\d+\.\d+×", (ROOT / name).read_text()) for name in ("README.md", "README_zh.md")
+    ]
+    assert sorted(figures[0]) == sorted(figures[1])
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
