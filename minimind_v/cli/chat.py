@@ -11,7 +11,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import MmvError
+from minimind_v.core.errors import MmvError, UsageError
 from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
 
 if TYPE_CHECKING:
@@ -45,18 +45,27 @@ def chat(
 
     terminal = Terminal()
     sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
+    someone_types = sys.stdin is not None and sys.stdin.isatty()
+    if prompt is None and not someone_types:
+        prompt = _piped()
+    if prompt is None and (json or not someone_types):
+        raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
     loaded = load_model(model, vision_model, tokenizer, device)
     session = Session(loaded.model, loaded.tokenizer, sampling)
     pictures = list(image or ())
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip() or None
     if prompt is not None:
         _once(terminal, session, prompt, pictures, max_new_tokens, json)
-    elif json or not sys.stdin.isatty():
-        raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
     else:
         terminal.say(f"{loaded.checkpoint.path} — {HELP}")
         _converse(terminal, session, pictures, max_new_tokens)
+
+
+def _piped() -> str | None:
+    """The question on stdin, if there is one."""
+    try:
+        return sys.stdin.read().strip() or None if sys.stdin else None
+    except UnicodeDecodeError:
+        raise UsageError("the question on stdin is not UTF-8 text") from None
 
 
 def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Path], limit: int, json: bool) -> None:
@@ -99,9 +108,9 @@ def _converse(terminal: Terminal, session: Session, pictures: list[Path], limit:
             try:
                 for piece in session.ask(line, pictures, limit):
                     terminal.result(piece, end="")
-                pictures = []
             except KeyboardInterrupt:
-                pictures = []
+                pass
             except MmvError as error:
                 terminal.warn(str(error))
+            pictures = []  # after an error too: one that cannot be read would spoil every further question
             terminal.result("")

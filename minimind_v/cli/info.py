@@ -10,7 +10,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import MissingInput
+from minimind_v.core.errors import DataError, MissingInput, RowError
 
 
 def info(
@@ -49,14 +49,18 @@ def _data(file: Path) -> dict[str, Any]:
     from minimind_v.core.data.stores import JsonlRows, image_names
 
     rows = JsonlRows(file)
-    first = rows.row(0)
+    try:
+        first = rows.row(0)
+        images, messages = image_names(first), first.get("conversations")
+    except RowError as error:
+        raise DataError(f"{rows.place(0)}: {error}") from None
     return {
         "kind": "dataset",
         "file": str(file),
         "rows": len(rows),
         "bytes": file.stat().st_size,
-        "first_row_images": image_names(first),
-        "first_row_messages": len(first.get("conversations") or ()),
+        "first_row_images": images,
+        "first_row_messages": len(messages) if isinstance(messages, list) else 0,
     }
 
 
@@ -65,8 +69,15 @@ def _run(file: Path) -> dict[str, Any]:
 
     if not file.is_file():
         raise MissingInput(f"{file.parent}: a folder without metrics.jsonl, so it is not a run's")
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    if not records:
+    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    )  # behind the last newline: a line in the making
+    if not lines:
         raise MissingInput(f"{file}: the run has logged nothing yet")
-    last = records[-1]
-    return {"kind": "run", "file": str(file), "first_loss": records[0]["loss"], "records": len(records)} | last
+    try:
+        records = [json.loads(line) for line in lines]
+        return {"kind": "run", "file": str(file), "first_loss": records[0]["loss"], "records": len(records)} | records[
+            -1
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{file}: not the metrics of a run") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from types import TracebackType
 from typing import Any
@@ -87,6 +86,10 @@ class ProgressLine:
 
 def memory_used() -> str:
     """The most memory that this process has held, in words."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        return "?"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f"{peak / 2**30:.2f} GiB"
 
@@ -107,6 +110,11 @@ def run_app(app: Any) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # no permission, no space, a name too long: the system's own words say it
+        if debug:
+            raise
+        terminal.fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,9 +16,12 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+        float(torch.ones(1, device=device))  # some can be made, and not be computed with
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = textwrap.shorten(str(error), 100, placeholder=" …")
+        raise UsageError(
+            f"--device {name}: not to be had here ({reason}) — auto, cpu, cuda and cuda:1 are usual"
+        ) from None
     return device
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +24,17 @@ from torch import Tensor, nn
 from minimind_v.core.checkpoint.store import write_atomically, write_text
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.errors import MissingInput, RunError, WeightsError
+from minimind_v.core.errors import MissingInput, RunError, UsageError, WeightsError
 
 PROJECTOR = "vision_proj."
 VISION = "vision_encoder."
 # Buffers that older versions of the published model saved and that are computed today.
 _OLD_BUFFERS = re.compile(r"(\.|^)(mask|pos_cis|freqs_cos|freqs_sin|inv_freq)$")
+# What the shapes of tensors tell for certain, so that no description may say otherwise.
+_SHAPED = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "use_moe")
+_SHAPED_EXPERTS = ("n_routed_experts", "n_shared_experts")
+# What changes what weights compute, and no shape.
+_UNSHAPED = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Checkpoint:
     def vision_width(self) -> int | None:
         """Width of the features its projector takes; None for a text-only base."""
         weight = self.tensors.get("vision_proj.vision_proj.0.weight")
-        return None if weight is None else weight.shape[1]
+        return None if weight is None or weight.ndim != 2 else weight.shape[1]
 
     @property
     def parameters(self) -> int:
@@ -89,10 +95,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise WeightsError(f"{path}: {name} holds NaN or infinite values — this file cannot be used")
-    inferred = infer_config(path, tensors)
-    config, guessed = _config_of(meta, inferred), not meta
+        _check_numbers(path, name, tensor)
+    config, guessed = _config_of(path, meta, infer_config(path, tensors)), not meta
     stage = str(meta.get("stage") or _stage_of(path, tensors))
     return Checkpoint(path, tensors, config, stage, ignored, guessed)
 
@@ -121,27 +125,46 @@ def _sniff(path: Path) -> str:
 def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported" in reason or "GLOBAL" in reason or "Weights only load failed" in reason:
-            names = re.findall(r"GLOBAL ([\w.]+)", reason)
-            what = f" ({names[0]})" if names else ""
-            raise WeightsError(
-                f"{path}: the file wants to run code when it is opened{what}, so it was not opened — "
-                f"a weights file holds tensors only; get it from a source that you trust"
-            ) from None
-        raise WeightsError(f"{path}: damaged ({reason.splitlines()[0]}) — download it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{path}: truncated or damaged ({reason}) — download it again") from None
+    except Exception as error:  # torch's reader raises a dozen kinds on damaged files
+        raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    ):
         raise WeightsError(
             f"{path}: holds no state dict (names and tensors), so it is not a weights file of this model"
         )
     return dict(found)
+
+
+def _why_unreadable(error: Exception) -> str:
+    """Why torch would not read a file, and what to do about it."""
+    reason = str(error)
+    if named := re.search(r"GLOBAL ([\w.]+)", reason):
+        return (
+            f"the file wants to run code when it is opened ({named[1]}), so it was not opened — "
+            f"a weights file holds tensors only; get it from a source that you trust"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "damaged, or no plain file of tensors, whose opening could run code, so it was not opened — "
+            "download it again, from a source that you trust"
+        )
+    first = textwrap.shorten((reason or type(error).__name__).splitlines()[0], 100, placeholder=" …")
+    return f"truncated or damaged ({first}) — download it again"
+
+
+def _check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
+        kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
+        raise WeightsError(
+            f"{path}: {name} does not hold plain floating-point numbers ({kind}); quantised weights cannot be read"
+        )
+    numbers = tensor.half() if tensor.element_size() == 1 else tensor  # torch cannot test 8-bit floats
+    if not bool(numbers.isfinite().all()):
+        raise WeightsError(f"{path}: {name} holds NaN or infinite values — this file cannot be used")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -156,13 +179,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_beside(path: Path) -> dict[str, Any]:
     beside = path.with_suffix(".json")
-    return _parse_meta(beside, beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return _parse_meta(beside, beside.read_bytes()) if beside.is_file() else {}
 
 
-def _parse_meta(path: Path, text: str) -> dict[str, Any]:
+def _parse_meta(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
         meta = json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:  # neither JSON nor, perhaps, text
         raise WeightsError(f"{path}: the description of the weights is not JSON — delete it and try again") from None
     return meta if isinstance(meta, dict) and isinstance(meta.get("model"), dict) else {}
 
@@ -179,34 +202,60 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
         moe = "model.layers.0.mlp.gate.weight" in tensors
         ff = "model.layers.0.mlp." + ("experts.0." if moe else "") + "gate_proj.weight"
         intermediate = tensors[ff].shape[0]
-    except (KeyError, ValueError):
+        kv_heads = 2
+        return TextConfig(
+            hidden_size=hidden,
+            num_hidden_layers=_count_layers(tensors),
+            num_attention_heads=max(1, hidden * kv_heads // kv_width),
+            num_key_value_heads=kv_heads,
+            intermediate_size=intermediate,
+            vocab_size=vocab,
+            **(_count_experts(tensors) if moe else {}),
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, UsageError):
         some = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise WeightsError(f"{path}: not the weights of a MiniMind model (it holds {some} …)") from None
-    layers = 1 + max(int(name.split(".")[2]) for name in tensors if re.match(r"model\.layers\.\d+\.", name))
-    kv_heads = 2
-    experts: dict[str, Any] = {}
-    if moe:
-        shared = {name.split(".")[5] for name in tensors if name.startswith("model.layers.0.mlp.shared_experts.")}
-        experts = {
-            "use_moe": True,
-            "n_routed_experts": tensors["model.layers.0.mlp.gate.weight"].shape[0],
-            "n_shared_experts": len(shared),
-        }
-    return TextConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden * kv_heads // kv_width),
-        num_key_value_heads=kv_heads,
-        intermediate_size=intermediate,
-        vocab_size=vocab,
-        **experts,
-    )
 
 
-def _config_of(meta: dict[str, Any], inferred: TextConfig) -> TextConfig:
+def _count_layers(tensors: Mapping[str, Tensor]) -> int:
+    numbers = {int(name.split(".")[2]) for name in tensors if re.match(r"model\.layers\.\d+\.", name)}
+    if numbers != set(range(len(numbers))):
+        raise ValueError("layers are missing")
+    return len(numbers)
+
+
+def _count_experts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    routed = tensors["model.layers.0.mlp.gate.weight"].shape[0]
+    shared = {name.split(".")[5] for name in tensors if name.startswith("model.layers.0.mlp.shared_experts.")}
+    return {
+        "use_moe": True,
+        "n_routed_experts": routed,
+        "n_shared_experts": len(shared),
+        "num_experts_per_tok": min(TextConfig.num_experts_per_tok, routed),
+    }
+
+
+def _config_of(path: Path, meta: dict[str, Any], inferred: TextConfig) -> TextConfig:
+    """The described sizes, where there is a description. Raises WeightsError where it is one of other weights."""
     known = {item.name for item in fields(TextConfig)}
     told = {name: value for name, value in meta.get("model", {}).items() if name in known}
-    return TextConfig(**(asdict(inferred) | told))
+    try:
+        config = TextConfig(**(asdict(inferred) | told))
+        wrong = [
+            f"{name} {getattr(config, name)}, not {getattr(inferred, name)}"
+            for name in (*_SHAPED, *(_SHAPED_EXPERTS if inferred.use_moe else ()))
+            if getattr(config, name) != getattr(inferred, name)
+        ]
+        if config.num_key_value_heads * config.head_dim != inferred.num_key_value_heads * inferred.head_dim:
+            wrong.append("heads of another width")
+    except (TypeError, UsageError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise WeightsError(
+            f"{path}: its description tells of other weights ({'; '.join(wrong)}) — "
+            f"is {path.with_suffix('.json').name} that of an older file?"
+        )
+    return config
 
 
 def _stage_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -245,18 +294,33 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = Fa
             receipt.wrong_shape.append(f"{name} {list(tensor.shape)} for {list(wanted[name].shape)}")
         else:
             receipt.loaded.append(name)
+    config = getattr(model, "config", checkpoint.config)
     if receipt.missing or receipt.unexpected or receipt.wrong_shape:
-        raise WeightsError(f"the weights do not fit. {receipt}{_advice(checkpoint, receipt)}")
+        raise WeightsError(f"the weights do not fit. {receipt}{_advice(checkpoint, receipt, config)}")
+    for name in _UNSHAPED:
+        told = getattr(checkpoint.config, name)
+        if not checkpoint.guessed and told != getattr(config, name):
+            raise WeightsError(
+                f"{checkpoint.path} was trained with {name} {told}, the model has {getattr(config, name)} — "
+                f"say --set model.{name}={told}"
+            )
     if not torch.equal(given["lm_head.weight"], given["model.embed_tokens.weight"]):
         raise WeightsError(f"{checkpoint.path}: lm_head.weight and model.embed_tokens.weight differ, but must be tied")
     model.load_state_dict({name: given[name] for name in receipt.loaded}, strict=False)
     return receipt
 
 
-def _advice(checkpoint: Checkpoint, receipt: Receipt) -> str:
-    if receipt.missing and all(name.startswith(PROJECTOR) for name in receipt.missing) and not receipt.wrong_shape:
-        return " — this is a text-only base without a projector; `mmv train pretrain` makes one"
+def _advice(checkpoint: Checkpoint, receipt: Receipt, config: TextConfig) -> str:
+    trouble = receipt.missing + receipt.unexpected + receipt.wrong_shape
+    if all(name.startswith(PROJECTOR) for name in trouble):
+        if checkpoint.vision_width is None:
+            return " — this is a text-only base without a projector; `mmv train pretrain` makes one"
+        return (
+            f" — it was trained with a vision model whose features are {checkpoint.vision_width} wide (--vision-model)"
+        )
     preset = name_preset(checkpoint.config)
+    if checkpoint.config == config:
+        return ""
     if preset:
         return f" — its sizes are those of --preset {preset}"
     return f" — its sizes are {checkpoint.config.hidden_size} × {checkpoint.config.num_hidden_layers} layers"
@@ -286,9 +350,15 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], config: TextConf
     """Write a `.pth` (with a JSON beside it) or a `.safetensors` (which carries it inside), atomically."""
     meta = json.dumps({"stage": stage, "model": asdict(config)}, indent=1)
     if path.suffix == ".safetensors":
-        apart = {name: tensor.clone() for name, tensor in tensors.items()}  # the format knows no shared storage
+        # The format knows neither shared storage nor strides.
+        apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         data = save_safetensors(apart, metadata={"format": "pt", "minimind_v": meta})
         write_atomically(path, lambda file: file.write(data))
         return
-    write_text(path.with_suffix(".json"), meta + "\n")
-    write_atomically(path, lambda file: torch.save(dict(tensors), file))
+
+    def write(file: BinaryIO) -> None:
+        torch.save(dict(tensors), file)
+        file.flush()  # there is room for the weights: only now may their description change
+        write_text(path.with_suffix(".json"), meta + "\n")
+
+    write_atomically(path, write)

@@ -13,7 +13,7 @@ import yaml
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import RECIPES
-from minimind_v.core.config.schema import STAGES, RunConfig
+from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import MissingInput, UsageError, nearest
 
 # Options of the command line whose configuration key has another name; all others are called as their key.
@@ -46,15 +46,17 @@ def build_config(
     if isinstance(changes.get("data.file"), str | Path):
         changes.setdefault("data.images", images_beside(Path(changes["data.file"])))
     preset = changes.pop("preset", "small")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
+    if (told := changes.pop("stage", stage)) != stage:
+        raise UsageError(f"the configuration is one for stage {told}, the command is for {stage}")
     # The model comes first: the recipe names its files after its size.
     recipe = RECIPES[stage]
     sizes = {key: value for key, value in changes.items() if key.startswith("model.")}
     if {"model.hidden_size"} & set(sizes):
         sizes.setdefault("model.intermediate_size", 0)
     sized = recipe(_change(recipe(PRESETS[preset]), sizes).model)
-    config = _change(sized, {key: value for key, value in changes.items() if key not in sizes and key != "stage"})
+    config = _change(sized, {key: value for key, value in changes.items() if key not in sizes})
     return config if "init" in changes else replace(config, init=_find_init(config))
 
 
@@ -88,8 +90,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(found, dict):
         raise UsageError(f"{path}: not a mapping of keys to values")
-    if found.get("stage", STAGES[0]) not in STAGES:
-        raise UsageError(f"{path}: stage {found['stage']!r} is none of {', '.join(STAGES)}")
     return _flatten(found)
 
 
@@ -143,8 +143,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     try:
         if kind is bool and isinstance(value, bool):
             return value
-        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value))
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind is int and not isinstance(value, bool) and float(value).is_integer():
+            return int(float(value))  # YAML reads 1e3 as text
         if kind is float and not isinstance(value, bool):
             return float(value)  # YAML reads 1e-6 as text
         if kind is str and isinstance(value, str):

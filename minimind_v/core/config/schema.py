@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,8 +34,12 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("intermediate_size", "n_shared_experts", "aux_loss_alpha"):
+            _at_least(f"model.{name}", getattr(self, name), 0)
+        for name in ("max_position_embeddings", "rms_norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"model.{name} must be above 0, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise UsageError(
                 f"model.hidden_size {self.hidden_size} must be an even multiple of "
@@ -68,13 +73,15 @@ class DataConfig:
     tokenizer: Path = Path("model")
     max_length: int = 640  # tokens per row, placeholders included
     batch_size: int = 16  # rows per process and micro-batch
-    workers: int = 1
+    workers: int = field(default_factory=lambda: max(1, min(4, (os.cpu_count() or 1) - 1)))  # one core is the trainer's
     bad_rows: float = 0.01  # the share of broken rows above which a run is refused
 
     def __post_init__(self) -> None:
-        _at_least("max-length", self.max_length, 1)
-        _at_least("batch-size", self.batch_size, 1)
-        _at_least("workers", self.workers, 0)
+        _at_least("--max-length", self.max_length, 1)
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--workers", self.workers, 0)
+        if not 0 <= self.bad_rows <= 1:
+            raise UsageError(f"data.bad_rows is a share from 0 to 1, not {self.bad_rows:g}")
 
 
 @dataclass(frozen=True)
@@ -105,16 +112,22 @@ class RunConfig:
         _one_of("freeze", self.freeze, FREEZE_POLICIES)
         _one_of("dtype", self.dtype, DTYPES)
         for flag, value in (("epochs", self.epochs), ("accumulate", self.accumulate), ("log-every", self.log_every)):
-            _at_least(flag, value, 1)
+            _at_least(f"--{flag}", value, 1)
         for flag, value in (("max-steps", self.max_steps), ("save-every", self.save_every), ("seed", self.seed)):
-            _at_least(flag, value, 0)
+            _at_least(f"--{flag}", value, 0)
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed must be below 2^63, not {self.seed}")
         if not 0 < self.lr < 1:
             raise UsageError(f"--lr must lie between 0 and 1, not {self.lr:g}")
+        if not 0 <= self.weight_decay < 1:
+            raise UsageError(f"weight_decay must be at least 0 and below 1, not {self.weight_decay:g}")
+        if not self.grad_clip > 0:
+            raise UsageError(f"grad_clip must be above 0 (.inf: no clipping), not {self.grad_clip:g}")
 
 
-def _at_least(flag: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"--{flag} must be at least {least}, not {value}")
+def _at_least(name: str, value: float, least: int) -> None:
+    if not value >= least:  # so that NaN is refused too
+        raise UsageError(f"{name} must be at least {least}, not {value}")
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ batches are shuffled again. What batch number k holds depends on the seed alone,
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Generator
 
@@ -94,11 +95,15 @@ def load_batches(plan: BatchPlan, workers: int, pin: bool = False) -> Generator[
         worker_init_fn=_leave_signals,
     )
     batches = iter(loader)
+    # Not left to the garbage collector: a traceback may hold `batches`, or the program's end this generator, and a
+    # process waits for ever for workers that nobody has told to stop.
+    stop = getattr(batches, "_shutdown_workers", lambda: None)
+    atexit.register(stop)
     try:
         yield from batches
-    finally:  # not left to the garbage collector: a traceback may hold `batches`, and the process would wait for ever
-        if workers:
-            batches._shutdown_workers()  # type: ignore[attr-defined]
+    finally:
+        atexit.unregister(stop)
+        stop()
 
 
 def _leave_signals(_: int) -> None:

@@ -181,6 +181,7 @@ class Figure:
     thing: Thing
     outline: tuple[tuple[float, float], ...]
     colour: tuple[int, int, int]
+    named: bool = True  # false where it was painted in a colour that the world has no word for
 
     def paint(self, pen: ImageDraw.ImageDraw, fill: tuple[int, int, int] | int) -> None:
         if self.thing.shape == "circle":

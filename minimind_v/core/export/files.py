@@ -30,8 +30,9 @@ def convert(source: Path, target: Path, to: str, dtype: str | None = None, overw
         raise UsageError(f"--out {target} does not end with .{to}")
     if target.exists() and target.resolve() == source.resolve():
         raise UsageError(f"{target} is the source itself — name another --out")
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} is there already — add --overwrite, or name another --out")
+    for written in (target, target.with_suffix(".json")) if to == "pth" else (target,):
+        if written.exists() and not overwrite:
+            raise UsageError(f"{written} is there already — add --overwrite, or name another --out")
     checkpoint = read_checkpoint(source)
     tensors = checkpoint.tensors
     if dtype is not None:

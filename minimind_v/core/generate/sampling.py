@@ -19,10 +19,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"--temperature must not be negative, not {self.temperature:g}")
+        if not self.temperature >= 0:
+            raise UsageError(f"--temperature must be 0 or more, not {self.temperature:g}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p must lie above 0 and not above 1, not {self.top_p:g}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be 0 or more and below 2^63, not {self.seed}")
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -43,7 +45,8 @@ class Sampler:
         """One id from logits [V]."""
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        probs = (logits.float() / self.sampling.temperature).softmax(dim=-1).cpu()  # [V]
+        behind = (logits - logits.max()).double().cpu()  # so that the smallest temperature cannot overflow
+        probs = (behind / self.sampling.temperature).softmax(dim=-1)  # [V]
         ordered, ids = probs.sort(descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # the mass of all likelier tokens
         ordered[before >= self.sampling.top_p] = 0  # the likeliest always stays

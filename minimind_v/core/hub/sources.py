@@ -23,8 +23,8 @@ class Source:
 
     def command(self, folder: Path | None = None) -> str:
         """The command line that brings it, with the client that huggingface_hub installs."""
-        dataset = " --repo-type dataset" if self.kind == "dataset" else ""
-        return f"hf download {self.repo} {' '.join(self.files)}{dataset} --local-dir {folder or self.folder}"
+        kind = ("--repo-type", "dataset") if self.kind == "dataset" else ()
+        return " ".join(["hf download", self.repo, *self.files, *kind, "--local-dir", str(folder or self.folder)])
 
 
 SOURCES = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from signal import Signals
 
@@ -76,7 +77,8 @@ class Run:
         self.model = self._build_model().to(self.device)
         self.trained = freeze(self.model, config.freeze)
         # Fused AdamW does the whole update in one pass over each tensor; same arithmetic.
-        self.optimiser = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimiser = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         self.total = self.plan.epochs * self._updates_per_epoch
         if config.max_steps:
             self.total = min(self.total, config.max_steps)
@@ -139,10 +141,10 @@ class Run:
                     metrics = self._update(step, batches)
                     logged = step % config.log_every == 0 or step in (1, self.total)
                     if logged:
-                        log.write(metrics)
+                        self._or_warn(step, partial(log.write, metrics))
                     self.listener.step(metrics, logged)
                     if config.save_every and step % config.save_every == 0 and step < self.total:
-                        self._save_on_the_way(step)
+                        self._or_warn(step, self._save)
                     if stop.signal or step == self.total:
                         break
             except KeyboardInterrupt:  # a second signal, perhaps in the middle of an update
@@ -273,10 +275,11 @@ class Run:
     def _save(self) -> None:
         write_checkpoint(self.weights, export_tensors(self.model), self.config.model, self.config.stage)
 
-    def _save_on_the_way(self, step: int) -> None:
+    def _or_warn(self, step: int, write: Callable[[], None]) -> None:
+        """A full disk in the night must not end the run: the next time there may be room."""
         try:
-            self._save()
-        except RunError as error:  # a full disk in the night must not end the run
+            write()
+        except RunError as error:
             self.listener.warn(f"step {step}: {error}")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
+
+from minimind_v.core.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,17 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self._file = path.open("w", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
-        self._file.flush()
+        """Raises RunError where there is no room; the line is kept, and written with the next one that finds some."""
+        try:
+            self._file.write(json.dumps(asdict(metrics)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"{self.path}: not written ({error.strerror})") from None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # told when it was written
+            self._file.close()

@@ -1,0 +1,72 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+import pytest
+from torch.utils.data import Dataset
+
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.metrics import StepMetrics
+
+
+class Recorder:
+    """A listener that keeps all that a run tells."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+        self.steps: list[StepMetrics] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+    def step(self, metrics: StepMetrics, log: bool) -> None:
+        self.steps.append(metrics)
+
+
+class GivenBatches(Dataset[Batch]):
+    """A data plan of batches that exist already, the same in every epoch."""
+
+    def __init__(self, batches: list[Batch], epochs: int) -> None:
+        self.batches = batches
+        self.batches_per_epoch, self.epochs = len(batches), epochs
+        self.dataset = range(sum(map(len, batches)))  # a run asks only how many rows there are
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch * self.epochs
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.batches[number % self.batches_per_epoch]
+
+
+class GivenRun(Run):
+    """The real training run over a model and batches that exist already."""
+
+    def __init__(self, config: RunConfig, model: VLM, batches: list[Batch]) -> None:
+        self.given = model, GivenBatches(batches, config.epochs)
+        self.recorder = Recorder()
+        super().__init__(config, self.recorder)
+
+    def _open_data(self) -> GivenBatches:
+        return self.given[1]
+
+    def _build_model(self) -> VLM:
+        self.loaded = False
+        return self.given[0]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def run_over() -> type[GivenRun]:
+    """`run_over(config, model, batches)` is a run whose `fit()` trains that model on those batches."""
+    return GivenRun

@@ -1,0 +1,61 @@
+"""Tiny models for the tests of this folder. All are drawn from a seed and in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+from minimind_v.core.model.vlm import VLM
+
+PLACEHOLDER_ID = 5
+SPEC = VisionSpec(image_size=16, patch_size=8, width=24)  # 4 tokens per image
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 61,
+}
+
+
+def spread(module: nn.Module, seed: int) -> None:
+    """Draw all weights anew and wide: of a fresh model all answers, and so all differences, are nearly zero."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.ndim < 2:
+            nn.init.normal_(parameter, 1.0, 0.2)
+        else:
+            nn.init.normal_(parameter, 0.0, parameter.shape[-1] ** -0.5)
+
+
+@pytest.fixture
+def make_vlm():
+    """Builds a VLM in evaluation mode with wide random weights; keywords change SIZES. `seen`: with a vision tower."""
+
+    def make(seed: int = 0, seen: bool = False, **sizes: object) -> VLM:
+        model = VLM(TextConfig(**(SIZES | sizes)), SPEC, PLACEHOLDER_ID)
+        spread(model, seed)
+        if seen:
+            model.vision_encoder = make_tower(seed)
+        return model.eval()
+
+    return make
+
+
+def make_tower(seed: int) -> VisionEncoder:
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        image_size=SPEC.image_size,
+        patch_size=SPEC.patch_size,
+        hidden_size=SPEC.width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_factor=20.0,  # else pictures hardly differ
+    )
+    return VisionEncoder(CLIPVisionModel(config), SPEC)

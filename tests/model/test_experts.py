@@ -1,0 +1,138 @@
+"""The mixture of experts against the plainest possible loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model.moe import MoEFeedForward
+
+CONFIG = TextConfig(
+    hidden_size=16,
+    num_attention_heads=2,
+    intermediate_size=24,
+    use_moe=True,
+    num_experts_per_tok=2,
+    n_routed_experts=5,
+    n_shared_experts=1,
+    aux_loss_alpha=0.1,
+)
+VARIANTS = {
+    "top 2 of 5, one shared": CONFIG,
+    "top 1 of 3, none shared": replace(CONFIG, num_experts_per_tok=1, n_routed_experts=3, n_shared_experts=0),
+    "top 3 of 4, two shared": replace(CONFIG, num_experts_per_tok=3, n_routed_experts=4, n_shared_experts=2),
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def moe(request):
+    torch.manual_seed(1)
+    block = MoEFeedForward(request.param)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return block
+
+
+def swiglu(expert, x):
+    return expert.down_proj.weight @ (F.silu(expert.gate_proj.weight @ x) * (expert.up_proj.weight @ x))
+
+
+def route(moe, x):
+    """One token's probabilities of all experts, and the likeliest experts."""
+    probs = (moe.gate.weight @ x).softmax(dim=0)
+    return probs, sorted(range(len(probs)), key=lambda expert: -float(probs[expert]))[: moe.gate.top_k]
+
+
+@torch.no_grad()
+def slow_output(moe, x):
+    out = torch.zeros_like(x)
+    for row in range(x.shape[0]):
+        for at in range(x.shape[1]):
+            token = x[row, at]
+            probs, chosen = route(moe, token)
+            total = sum(probs[expert] for expert in chosen) + 1e-20
+            for expert in chosen:
+                out[row, at] += probs[expert] / total * swiglu(moe.experts[expert], token)
+            for shared in moe.shared_experts:
+                out[row, at] += swiglu(shared, token)
+    return out
+
+
+@torch.no_grad()
+def slow_aux(moe, x, lengths):
+    """alpha · mean over rows of Σ_e f_e·P_e, over the first `lengths` tokens of each row."""
+    experts, total = len(moe.experts), 0.0
+    for row, length in enumerate(lengths):
+        picks, mass = [0.0] * experts, [0.0] * experts
+        for at in range(length):
+            probs, chosen = route(moe, x[row, at])
+            for expert in chosen:
+                picks[expert] += 1
+            for expert in range(experts):
+                mass[expert] += float(probs[expert])
+        for expert in range(experts):
+            f = picks[expert] / (length * moe.gate.top_k) * experts
+            total += f * mass[expert] / length
+    return moe.alpha * total / len(lengths)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_token_gets_its_experts(moe, training):
+    x = torch.randn(3, 17, 16)
+    out, aux = moe.train(training)(x, None)
+    torch.testing.assert_close(out, slow_output(moe, x), atol=1e-4, rtol=1e-5)
+    assert (aux is not None) == training, "the auxiliary loss belongs to training alone"
+
+
+def test_an_expert_that_nobody_chooses(moe):
+    with torch.no_grad():
+        moe.gate.weight[0] = 0.0
+        moe.gate.weight[1:] += 10.0
+    x = torch.rand(2, 9, 16) + 0.1  # expert 0 always comes last
+    out, _ = moe.eval()(x, None)
+    torch.testing.assert_close(out, slow_output(moe, x), atol=1e-4, rtol=1e-5)
+
+
+def test_auxiliary_loss(moe):
+    x, lengths = torch.randn(3, 17, 16), (17, 5, 1)
+    mask = torch.arange(17) < torch.tensor(lengths)[:, None]
+    _, aux = moe.train()(x, mask)
+    assert aux.item() == pytest.approx(slow_aux(moe, x, lengths), rel=1e-5)
+    _, aux = moe(x, None)
+    assert aux.item() == pytest.approx(slow_aux(moe, x, (17, 17, 17)), rel=1e-5)
+
+
+def test_auxiliary_loss_does_not_depend_on_padding(moe):
+    x, mask = torch.randn(2, 12, 16), torch.arange(12) < torch.tensor([[12], [4]])
+    _, aux = moe.train()(x, mask)
+    wider = torch.cat((x, torch.randn(2, 30, 16)), dim=1)
+    _, padded = moe(wider, F.pad(mask, (0, 30)))
+    assert padded.item() == pytest.approx(aux.item(), rel=1e-6)
+    assert moe(wider, None)[1].item() != pytest.approx(aux.item(), rel=1e-2), "the mask makes no difference"
+
+
+def test_auxiliary_loss_teaches_only_the_router(moe):
+    _, aux = moe.train()(torch.randn(2, 12, 16), None)
+    aux.backward()
+    taught = {name for name, parameter in moe.named_parameters() if parameter.grad is not None}
+    assert taught == {"gate.weight"}
+    assert moe.gate.weight.grad.abs().max() > 1e-6
+
+
+def test_model_sums_its_layers(make_vlm):
+    """The model's auxiliary loss is the sum over layers in training, and zero otherwise and without experts."""
+    model, input_ids = make_vlm(use_moe=True, num_hidden_layers=3).train(), torch.randint(0, 61, (2, 15))
+    mask = torch.arange(15) < torch.tensor([[15], [8]])
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, output: seen.append((args[0], output[1])))
+    out = model(input_ids, attention_mask=mask, labels=input_ids)
+    by_hand = [slow_aux(layer.mlp, x.detach(), (15, 8)) for layer, (x, _) in zip(model.model.layers, seen, strict=True)]
+    assert out.aux_loss.item() == pytest.approx(sum(by_hand), rel=1e-5)
+    assert out.loss.item() == pytest.approx((out.loss_sum / len(out.hits) + out.aux_loss).item(), rel=1e-6)
+    assert model.eval()(input_ids, attention_mask=mask).aux_loss.item() == 0
+    assert make_vlm().train()(input_ids, attention_mask=mask).aux_loss.item() == 0

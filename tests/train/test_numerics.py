@@ -1,0 +1,300 @@
+"""The arithmetic of training: the schedule by hand, accumulation, and the whole loop against a plain and slow one."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPVisionModel
+
+import minimind_v.core.demo
+from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.demo.dataset import write_sft
+from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionSpec
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.schedule import learning_rate
+
+ASSETS = Path(minimind_v.core.demo.__file__).parent / "assets"
+TINY = TextConfig(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=64,
+    vocab_size=600,
+)
+EXPERTS = replace(TINY, use_moe=True, n_routed_experts=3, intermediate_size=32)
+
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "peak", "expected"),
+    [
+        (0, 4, 1.0, 1.1),
+        (1, 4, 1.0, 0.6 + 0.25 * math.sqrt(2)),  # cos 45°
+        (2, 4, 1.0, 0.6),
+        (3, 4, 1.0, 0.6 - 0.25 * math.sqrt(2)),
+        (4, 4, 1.0, 0.1),
+        (100, 300, 4e-4, 3.4e-4),  # cos 60°
+        (200, 300, 4e-4, 1.4e-4),
+        (0, 1, 1e-6, 1.1e-6),
+    ],
+)
+def test_schedule_by_hand(step, total, peak, expected):
+    assert learning_rate(step, total, peak) == pytest.approx(expected, rel=1e-12)
+
+
+# --- accumulation -----------------------------------------------------------------------------------------------------
+
+
+def random_batch(lengths: list[int], answers: list[int]) -> Batch:
+    """Rows of these lengths, each behind a picture of four patches, each with so many supervised tokens at its end."""
+    longest = max(lengths)
+    at = torch.arange(longest)
+    ends, starts = torch.tensor(lengths)[:, None], torch.tensor([n - a for n, a in zip(lengths, answers, strict=True)])
+    input_ids = torch.randint(10, 600, (len(lengths), longest))
+    attention_mask = at < ends  # [B, T]
+    labels = torch.where(attention_mask & (at >= starts[:, None]), input_ids, IGNORE)
+    image_mask = ((at >= 1) & (at < 5)).expand_as(input_ids)
+    features = torch.randn(len(lengths), 4, 24)
+    return Batch(input_ids, attention_mask, labels, image_mask.clone(), image_features=features)
+
+
+def part_of(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch, with no more padding than they need."""
+    longest = int(batch.attention_mask[rows].sum(dim=1).max())
+    cut = {
+        name: getattr(batch, name)[rows, :longest] for name in ("input_ids", "attention_mask", "labels", "image_mask")
+    }
+    return replace(batch, **cut, image_features=batch.image_features[rows])
+
+
+@pytest.fixture
+def one_update(run_over, tmp_path):
+    """Trains a fresh model for one update on these batches together; returns its metrics and clipped gradients."""
+
+    def update(config: TextConfig, batches: list[Batch]):
+        torch.manual_seed(1)
+        model = VLM(config, VisionSpec(image_size=2, patch_size=1, width=24), placeholder_id=5)
+        run_config = RunConfig(
+            stage="sft",
+            model=config,
+            data=DataConfig(workers=0),
+            out=tmp_path / f"{len(batches)} batches",
+            accumulate=len(batches),
+            dtype="float32",
+            device="cpu",
+        )
+        run = run_over(run_config, model, batches)
+        gradients = {}
+        run.optimiser.register_step_pre_hook(
+            lambda *_: gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
+        )
+        run.fit()
+        (metrics,) = run.recorder.steps
+        return metrics, gradients
+
+    return update
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize("config", [TINY, EXPERTS], ids=["dense", "experts"])
+def test_two_micro_batches_equal_one(config, first, one_update):
+    """Micro-batches of unequal rows and supervised tokens: every token weighs the same, and so does every row."""
+    torch.manual_seed(0)
+    whole = random_batch(lengths=[30, 12, 25, 9], answers=[20, 1, 5, 2])
+    parts = [part_of(whole, slice(0, first)), part_of(whole, slice(first, 4))]
+    assert parts[0].supervised != parts[1].supervised
+    together, expected = one_update(config, [whole])
+    apart, gradients = one_update(config, parts)
+    assert apart.loss == pytest.approx(together.loss, rel=1e-5)
+    assert apart.grad_norm == pytest.approx(together.grad_norm, rel=1e-5)
+    assert (apart.samples, apart.tokens, apart.supervised_tokens) == (4, 76, 28)
+    assert (together.samples, together.tokens, together.supervised_tokens) == (4, 76, 28)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+# --- the whole loop ---------------------------------------------------------------------------------------------------
+
+STEPS, ROWS, LENGTH = 50, 90, 256
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_sft(tmp_path_factory.mktemp("data"), random.Random(3), ROWS)[0]
+
+
+class PlainModel:
+    """The published model written down as its formulas, over a dict of weights."""
+
+    def __init__(self, config: TextConfig, weights: dict[str, Tensor]) -> None:
+        self.config, self.weights = config, weights
+
+    def __call__(self, input_ids: Tensor, image_mask: Tensor, features: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of all positions [B, T, V], and the auxiliary loss over the positions to `keep`."""
+        w, aux = self.weights, torch.zeros(())
+        x = w["model.embed_tokens.weight"][input_ids]
+        x[image_mask] = (
+            features @ w["vision_proj.vision_proj.0.weight"].T + w["vision_proj.vision_proj.0.bias"]
+        ).flatten(0, 1)
+        for layer in range(self.config.num_hidden_layers):
+            at = f"model.layers.{layer}."
+            x = x + self.attention(self.rms(x, f"{at}input_layernorm"), f"{at}self_attn.")
+            normed = self.rms(x, f"{at}post_attention_layernorm")
+            if self.config.use_moe:
+                y, layer_aux = self.experts(normed, f"{at}mlp.", keep)
+                x, aux = x + y, aux + layer_aux
+            else:
+                x = x + self.swiglu(normed, f"{at}mlp.")
+        return self.rms(x, "model.norm") @ w["model.embed_tokens.weight"].T, aux
+
+    def rms(self, x: Tensor, name: str) -> Tensor:
+        return (
+            x
+            / (x.square().mean(dim=-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
+            * self.weights[f"{name}.weight"]
+        )
+
+    def swiglu(self, x: Tensor, at: str) -> Tensor:
+        gate, up, down = (self.weights[f"{at}{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotary positions [B, heads, T, hd]: dimensions i and i + hd/2 are one complex number, turned by its angle."""
+        half = x.shape[-1] // 2
+        speed = self.config.rope_theta ** (-torch.arange(half) / half)
+        angle = torch.arange(x.shape[2])[:, None] * speed
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    def attention(self, x: Tensor, at: str) -> Tensor:
+        heads, kv = self.config.num_attention_heads, self.config.num_key_value_heads
+        q, k, v = (x @ self.weights[f"{at}{name}_proj.weight"].T for name in "qkv")
+        q, k, v = (y.unflatten(-1, (count, -1)).transpose(1, 2) for y, count in ((q, heads), (k, kv), (v, kv)))
+        k, v = self.turn(k).repeat_interleave(heads // kv, dim=1), v.repeat_interleave(heads // kv, dim=1)
+        scores = self.turn(q) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [B, heads, T, T]
+        scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2) @ self.weights[f"{at}o_proj.weight"].T
+
+    def experts(self, x: Tensor, at: str, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Every expert works on every token; what was not chosen weighs nothing."""
+        count, top_k = self.config.n_routed_experts, self.config.num_experts_per_tok
+        probs = (x @ self.weights[f"{at}gate.weight"].T).softmax(dim=-1)  # [B, T, E]
+        chosen = F.one_hot(probs.topk(top_k).indices, count).sum(dim=2)  # [B, T, E]
+        weight = probs * chosen / ((probs * chosen).sum(dim=-1, keepdim=True) + 1e-20)
+        y = sum(self.swiglu(x, f"{at}experts.{n}.") * weight[..., n, None] for n in range(count))
+        y = y + self.swiglu(x, f"{at}shared_experts.0.")
+        per_row = [
+            (chosen[row, ok].float().mean(dim=0) / top_k * count * probs[row, ok].mean(dim=0)).sum()
+            for row, ok in enumerate(keep)
+        ]
+        return y, self.config.aux_loss_alpha * torch.stack(per_row).mean()
+
+
+def padded(batch: Batch, name: str, filler: int) -> Tensor:
+    tensor = getattr(batch, name)
+    return F.pad(tensor, (0, LENGTH - tensor.shape[1]), value=filler)
+
+
+def plain_loop(
+    config: RunConfig, weights: dict[str, Tensor], learns: set[str], updates: list[list[Batch]]
+) -> list[float]:
+    """Train as slowly and plainly as can be; returns the loss of each update."""
+    tower = CLIPVisionModel.from_pretrained(ASSETS / "vision", dtype=torch.float32).eval()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    model = PlainModel(config.model, weights)
+    moments = {name: (torch.zeros_like(weights[name]), torch.zeros_like(weights[name])) for name in learns}
+    losses = []
+    for step, batches in enumerate(updates):
+        for name in learns:
+            weights[name] = weights[name].detach().requires_grad_()
+        nll, counted, aux, total_rows = torch.zeros(()), 0, torch.zeros(()), sum(map(len, batches))
+        for batch in batches:
+            with torch.no_grad():
+                features = tower((batch.pixel_values / 255 - mean) / std).last_hidden_state[:, 1:]
+            labels, keep = padded(batch, "labels", IGNORE), padded(batch, "attention_mask", 0)
+            logits, batch_aux = model(padded(batch, "input_ids", 0), padded(batch, "image_mask", 0), features, keep)
+            logp = logits.log_softmax(dim=-1)[:, :-1]  # [B, T-1, V]
+            picked = logp.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]  # [B, T-1]
+            supervised = labels[:, 1:] != IGNORE
+            nll = nll - (picked * supervised).sum()
+            counted += int(supervised.sum())
+            aux = aux + batch_aux * len(batch) / total_rows
+        loss = nll / counted + aux
+        losses.append(loss.item())
+        names = sorted(learns)
+        grads = dict(zip(names, torch.autograd.grad(loss, [weights[name] for name in names]), strict=True))
+        norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
+        lr = config.lr / 10 + 0.5 * config.lr * (1 + math.cos(math.pi * step / len(updates)))
+        for name, grad in grads.items():  # AdamW by its formulas
+            grad = grad * min(1.0, config.grad_clip / (norm + 1e-6))
+            first, second = moments[name]
+            first = 0.9 * first + 0.1 * grad
+            second = 0.999 * second + 0.001 * grad.square()
+            moments[name] = first, second
+            ahead = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            weights[name] = weights[name].detach() * (1 - lr * config.weight_decay) - lr * ahead
+    return losses
+
+
+LEARNS = {
+    "all": lambda name: True,
+    "projector+last": lambda name: name.startswith(("vision_proj.", "model.layers.1.")),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "freeze", "accumulate"),
+    [(TINY, "all", 1), (TINY, "projector+last", 2), (EXPERTS, "all", 1)],
+    ids=["dense", "dense, last layer, accumulated", "experts"],
+)
+def test_loss_curve_is_that_of_a_plain_loop(model, freeze, accumulate, rows, recorder, tmp_path):
+    """Fifty updates over more than one epoch: full logits, padding to the full length, a causal mask, AdamW by hand."""
+    data = DataConfig(rows.data, rows.images, ASSETS, max_length=LENGTH, batch_size=2, workers=0)
+    config = RunConfig(
+        stage="sft",
+        model=model,
+        data=data,
+        vision_model=ASSETS / "vision",
+        out=tmp_path,
+        freeze=freeze,
+        epochs=4,
+        lr=3e-3,
+        accumulate=accumulate,
+        max_steps=STEPS,
+        dtype="float32",
+        device="cpu",
+        save_every=0,
+    )
+    run = Run(config, recorder)
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items() if "vision_encoder." not in name}
+    del weights["lm_head.weight"]  # tied
+    run.fit()
+
+    per_epoch = run.plan.batches_per_epoch
+    starts = [(epoch, begin) for epoch in range(4) for begin in range(0, per_epoch, accumulate)][:STEPS]
+    updates = [
+        [run.plan[epoch * per_epoch + n] for n in range(begin, min(begin + accumulate, per_epoch))]
+        for epoch, begin in starts
+    ]
+    learns = {name for name in weights if LEARNS[freeze](name)}
+    expected = plain_loop(config, weights, learns, updates)
+    losses = [metrics.loss for metrics in recorder.steps]
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] < 0.95 * losses[0], "nothing was learnt, so little was compared"
+    for name, tensor in weights.items():
+        torch.testing.assert_close(run.model.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
