@@ -1,7 +1,8 @@
 """Every number written down from the published system, made again by this one.
 
-The set is read from a folder (MMV_CONFORMANCE, else `../shared/conformance`), its tokenizer from `tokenizer` beside it
-(or MMV_TOKENIZER). Nothing here knows a case, a size or an id: another set of the same format runs unchanged.
+The set is read from a folder (MMV_CONFORMANCE, else `../shared/conformance`), its tokenizer from MMV_TOKENIZER, else
+from `tokenizer` beside it, else from the standard place. Nothing here knows a case, a size or an id: another set of the
+same format runs unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from minimind_v.core.model.vlm import VLM
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / os.environ.get("MMV_CONFORMANCE", "../shared/conformance")
-TOKENIZER = ROOT / os.environ["MMV_TOKENIZER"] if "MMV_TOKENIZER" in os.environ else FOLDER.parent / "tokenizer"
+STANDARD = ROOT / "../shared/tokenizer"
+BESIDE = FOLDER.parent / "tokenizer"
+TOKENIZER = ROOT / os.environ.get("MMV_TOKENIZER", BESIDE if BESIDE.is_dir() else STANDARD)
 for needed in (FOLDER / "cases.json", FOLDER / "tensors.safetensors", TOKENIZER / "tokenizer.json"):
     if not needed.is_file():
         pytest.skip(f"the published numbers are not here: no {needed}", allow_module_level=True)

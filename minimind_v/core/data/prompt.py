@@ -15,6 +15,7 @@ from minimind_v.core.errors import RowError
 IMAGE_MARK = "<image>"
 SYSTEM_PROMPT = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")
+TEXT_LIMIT = 10**6  # characters of a message that a row looks at: more than 32768 positions can hold, and no gigabytes
 
 
 @dataclass
@@ -72,8 +73,8 @@ class PromptEncoder:
             raise RowError("the question has no answer", "no answer")
         # Not strict: a last question without an answer teaches nothing, and goes with its pictures.
         for question, answer in zip(turns[::2], turns[1::2], strict=False):
-            prompt = self._question(question["content"])
-            reply = self._message("assistant", answer["content"])
+            prompt = self._message("user", question["content"][:TEXT_LIMIT])
+            reply = self._message("assistant", answer["content"][:TEXT_LIMIT])
             if len(encoded) + len(prompt) + len(reply) <= max_length:
                 encoded += prompt
                 encoded += reply
@@ -111,9 +112,6 @@ class PromptEncoder:
     def _opening(self, messages: list[dict[str, str]]) -> Tokens:
         system = messages[0]["content"] if messages[0]["role"] == "system" else SYSTEM_PROMPT
         return self._message("system", system)
-
-    def _question(self, content: str) -> Tokens:
-        return self._message("user", content)
 
     def _message(self, role: str, content: str) -> Tokens:
         """One message. Role and text are encoded together, as one string, so that the ids are those of the whole."""

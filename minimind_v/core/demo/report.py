@@ -30,7 +30,7 @@ h1, h2 { line-height: 1.2 } .figures { display: flex; flex-wrap: wrap; gap: 1rem
 .figure b { display: block; font-size: 1.8rem } .sheet { display: grid; gap: 1rem;
 grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) } .card { border: 1px solid #ddd; border-radius: .5rem;
 padding: .75rem; font-size: .9rem } .card img { width: 100%; image-rendering: pixelated; border-radius: .25rem }
-.right { color: #15803d; font-weight: 600 } .wrong { color: #b91c1c; font-weight: 600 } .dim { color: #777 }
+td, th { text-align: left; padding: 0 1.5rem .25rem 0 } .right { color: #15803d; font-weight: 600 } .wrong { color: #b91c1c; font-weight: 600 } .dim { color: #777 }
 svg { width: 100%; height: 14rem; background: #f9fafb; border-radius: .5rem } dl { margin: 0; display: grid;
 grid-template-columns: auto 1fr; gap: 0 .5rem } dd { margin: 0 }
 """
@@ -46,7 +46,7 @@ def write_report(
         "the same questions, blank picture": summary["accuracy_blank"],
         "before training": summary["accuracy_before"],
     }
-    boxes = "".join(f'<div class="figure"><b>{value:.0%}</b>{escape(name)}</div>' for name, value in figures.items())
+    boxes = "".join(f'<div class="figure"><b>{value:.1%}</b>{escape(name)}</div>' for name, value in figures.items())
     plots = "".join(f"<h2>Loss while {escape(stage)} runs</h2>{_curve(points)}" for stage, points in curves.items())
     half = len(samples) // 2
     sheets = "".join(

@@ -151,6 +151,7 @@ class Demo:
             "epochs": 1,
             "batch_size": 16,
             "lr": self.size.pretrain_lr if stage == "pretrain" else self.size.sft_lr,
+            "log_every": 10,
             "seed": self.seed,
             "device": "cpu",
         }
