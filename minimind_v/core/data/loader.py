@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 
-WINDOW = 16  # batches per window: enough to find rows of one length, and few enough to keep the order random
+WINDOW = 32  # batches per window: enough to find rows of one length, and few enough to keep the order random
 
 
 class BatchPlan(Dataset[Batch]):

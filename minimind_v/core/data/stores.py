@@ -6,6 +6,7 @@ Every store is cheap to pickle and opens its file anew in each process, so data 
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import mmap
 import os
@@ -153,6 +154,10 @@ class ZipPictures(_Reopened):
                 self._by_name.setdefault(_plain_path(member).rsplit("/", 1)[-1], []).append(member)
 
     def _open(self) -> zipfile.ZipFile:
+        if self._handle is not None:  # inherited by a fork: half a million names need no second reading
+            own = copy.copy(self._handle)
+            own.fp = self.path.open("rb")
+            return own
         try:
             return zipfile.ZipFile(self.path)
         except OSError as error:
