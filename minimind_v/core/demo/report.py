@@ -25,14 +25,20 @@ class Sample:
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
-h1, h2 { line-height: 1.2 } .figures { display: flex; flex-wrap: wrap; gap: 1rem }
+h1, h2 { line-height: 1.2 }
+td, th { text-align: left; padding: 0 1.5rem .25rem 0 }
+dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 0 .5rem }
+dd { margin: 0 }
+svg { width: 100%; height: 14rem; background: #f9fafb; border-radius: .5rem }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem }
 .figure { background: #f3f4f6; border-radius: .5rem; padding: .75rem 1rem; flex: 1 1 10rem }
-.figure b { display: block; font-size: 1.8rem } .sheet { display: grid; gap: 1rem;
-grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) } .card { border: 1px solid #ddd; border-radius: .5rem;
-padding: .75rem; font-size: .9rem } .card img { width: 100%; image-rendering: pixelated; border-radius: .25rem }
-td, th { text-align: left; padding: 0 1.5rem .25rem 0 } .right { color: #15803d; font-weight: 600 } .wrong { color: #b91c1c; font-weight: 600 } .dim { color: #777 }
-svg { width: 100%; height: 14rem; background: #f9fafb; border-radius: .5rem } dl { margin: 0; display: grid;
-grid-template-columns: auto 1fr; gap: 0 .5rem } dd { margin: 0 }
+.figure b { display: block; font-size: 1.8rem }
+.sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
+.card { border: 1px solid #ddd; border-radius: .5rem; padding: .75rem; font-size: .9rem }
+.card img { width: 100%; image-rendering: pixelated; border-radius: .25rem }
+.right { color: #15803d; font-weight: 600 }
+.wrong { color: #b91c1c; font-weight: 600 }
+.dim { color: #777 }
 """
 
 

@@ -35,7 +35,7 @@ class Router(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """X [N, D] → probabilities [N, E], weights [N, k], chosen experts [N, k]."""
+        """x [N, D] → probabilities [N, E], weights [N, k], chosen experts [N, k]."""
         probs = F.linear(x, self.weight).float().softmax(dim=-1)
         top, chosen = probs.topk(self.top_k, dim=-1, sorted=False)
         return probs, top / (top.sum(dim=-1, keepdim=True) + 1e-20), chosen
@@ -52,7 +52,7 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """X [B, T, D] → output [B, T, D] and, while training, the auxiliary loss (a scalar)."""
+        """x [B, T, D] → output [B, T, D] and, while training, the auxiliary loss (a scalar)."""
         flat = x.flatten(0, 1)  # [N, D]
         probs, weights, chosen = self.gate(flat)
         out = torch.zeros_like(flat)

@@ -145,7 +145,7 @@ class Block(nn.Module):
         self.mlp: nn.Module = MoEFeedForward(config) if config.use_moe else FeedForward(config)
 
     def forward(self, x: Tensor, place: Place, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """X [B, T, D] → x [B, T, D] and the auxiliary loss, if the block has one."""
+        """x [B, T, D] → x [B, T, D] and the auxiliary loss, if the block has one."""
         x = x + self.self_attn(self.input_layernorm(x), place)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoEFeedForward):
