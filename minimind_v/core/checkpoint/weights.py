@@ -7,10 +7,12 @@ beside it, or in the safetensors header; where that is absent, sizes are inferre
 
 from __future__ import annotations
 
+import codecs
 import json
 import pickle
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,6 +32,7 @@ PROJECTOR = "vision_proj."
 VISION = "vision_encoder."
 # Buffers that older versions of the published model saved and that are computed today.
 _OLD_BUFFERS = re.compile(r"(\.|^)(mask|pos_cis|freqs_cos|freqs_sin|inv_freq)$")
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
 # What the shapes of tensors tell for certain, so that no description may say otherwise.
 _SHAPED = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "use_moe")
 _SHAPED_EXPERTS = ("n_routed_experts", "n_shared_experts")
@@ -91,7 +94,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise MissingInput(f"no weights at {path}")
     tensors, meta = _read_safetensors(path) if _sniff(path) == "safetensors" else (_read_pth(path), _read_beside(path))
-    tensors = {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
+    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
     for name, tensor in tensors.items():
@@ -105,26 +108,28 @@ def _sniff(path: Path) -> str:
     """Tell what a file is by its first bytes; refuse what is no weights file."""
     with path.open("rb") as file:
         head = file.read(512)
-    text = head.lstrip().lower()
     if not head:
         raise WeightsError(f"{path}: the file is empty — download it again")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if head[8:9] == b"{":  # first of all: the length before it may begin with the byte of a pickle
+        return "safetensors"
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return "pth"
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"<"):
         raise WeightsError(
             f"{path}: this is an HTML page, not weights — a link to the file's page was saved "
             f"(`/blob/` in the address); take the `/resolve/` address or `hf download`"
         )
     if text.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path}: this is a git-lfs pointer, not the weights — run `git lfs pull` or `hf download`")
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return "pth"
-    if head[8:9] == b"{":
-        return "safetensors"
     raise WeightsError(f"{path}: neither a torch nor a safetensors file — download it again")
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # A file, not its name: torch goes by the ending of a name. Its warnings are about files that are refused here.
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader raises a dozen kinds on damaged files
         raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
     for key in ("state_dict", "model"):

@@ -59,7 +59,7 @@ class Session:
     def _encode(self, question: str) -> Tokens:
         if not self._begun:
             return self.prompts.prompt([{"role": "user", "content": question}])
-        tokens = Tokens(self._pending, [False] * len(self._pending), [False] * len(self._pending))
+        tokens = Tokens([*self._pending], [False] * len(self._pending), [False] * len(self._pending))
         tokens += self.prompts.follow_up(question)
         return tokens
 

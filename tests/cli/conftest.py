@@ -1,0 +1,41 @@
+"""What the tests of the command line share: tiny data, weights, and one run of both stages by the installed command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cli import harness
+from tests.cli.harness import Ended, Place
+
+
+@pytest.fixture(scope="session")
+def place() -> Place:
+    return harness.place()
+
+
+@pytest.fixture(scope="session")
+def sighted() -> Path:
+    return harness.sighted()
+
+
+@dataclass
+class Trained:
+    """What the two stages, run by the installed command, left and said."""
+
+    out: Path
+    pretrain: Ended
+    sft: Ended
+
+
+@pytest.fixture(scope="session")
+def trained(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """`mmv train pretrain`, then `mmv train sft`, which finds by itself what pretraining has left."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    pretrain = harness.installed(*place.train(out, lr=1e-3, workers=1))
+    sft = harness.installed(
+        *place.train(out, "sft", lr=1e-4, workers=1, init=None, accumulate=2, epochs=2, log_every=3)
+    )
+    return Trained(out, pretrain, sft)

@@ -1,0 +1,291 @@
+"""Runs `mmv` in the three ways that its tests need, over tiny data of the demo's world.
+
+`here` runs it inside the test's own process: quick, for everything that needs no process of its own. `installed` is the
+command as a user has it, from start to end. `Running` is that command while it runs: to be watched and sent signals.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from minimind_v.cli.app import app
+from minimind_v.cli.terminal import run_app
+from minimind_v.core.checkpoint.weights import export_tensors, load_into, read_checkpoint, write_checkpoint
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.demo import world
+from minimind_v.core.demo.dataset import write_pretrain, write_sft
+from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.model.vlm import VLM
+
+ASSETS = Path(str(files("minimind_v.core.demo") / "assets"))
+BASE = ASSETS / "lm_128.safetensors"
+EYE = ASSETS / "vision"
+ROOT = Path(__file__).parents[2]
+MMV = Path(sys.executable).with_name("mmv")
+PATIENCE = 120  # seconds that a machine full of other work may need for what takes one
+ROWS = 40
+SIGHT = ("--vision-model", EYE, "--tokenizer", ASSETS)
+
+
+@dataclass
+class Ended:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that an error is told in; fails where it is not the last and only one."""
+        lines = self.err.splitlines()
+        assert "Traceback" not in self.err
+        assert "defect of mmv" not in self.err
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
+        return lines[-1].removeprefix("error: ")
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on stdout; fails where anything else is there."""
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1, self.out
+        return json.loads(self.out)
+
+
+def here(*args: object, stdin: str | bytes = b"") -> Ended:
+    """Run `mmv` in this process, with `stdin` piped in."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", ["mmv", *map(str, args)]),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            run_app(app)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def installed(*args: object, stdin: str = "", cwd: Path | None = None) -> Ended:
+    """Run the installed command to its end."""
+    command = [str(MMV), *map(str, args)]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=PATIENCE, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+class Running:
+    """The installed `mmv`, leader of a session of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *args: object,
+        terminal: str | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        """`folder` gets the files `stdout` and `stderr`, unless `terminal` is the name of one.
+
+        `prepare`, a function of a module, is called in the new process before the command begins.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        start = [str(MMV)]
+        if prepare:
+            first = f"from {prepare.__module__} import {prepare.__name__} as prepare; prepare()"
+            code = f"{first}; from minimind_v.cli.app import main; main()"
+            start = [sys.executable, "-c", code]
+        names = [terminal or folder / name for name in ("stdin", "stdout", "stderr")]
+        files = [os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOCTTY) for name in names]
+        self.process = subprocess.Popen(
+            [*start, *map(str, args)],
+            stdin=files[0],
+            stdout=files[1],
+            stderr=files[2],
+            start_new_session=True,
+            preexec_fn=_take_terminal if terminal else _heed_ctrl_c,
+            cwd=ROOT if prepare else None,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for file in files:
+            os.close(file)
+        self.pid = self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def out(self) -> str:
+        return self._read("stdout")
+
+    @property
+    def err(self) -> str:
+        return self._read("stderr")
+
+    def _read(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def until(self, happened: Callable[[], object]) -> Running:
+        """Wait until something has happened; fails where the process ends before it has."""
+        end = time.monotonic() + PATIENCE
+        while not happened():
+            assert self.alive, f"ended with {self.process.returncode}: {self.err}"
+            assert time.monotonic() < end, f"nothing happened: {self.err}"
+            time.sleep(0.01)
+        return self
+
+    def send(self, number: signal.Signals, group: bool = False) -> Running:
+        (os.killpg if group else os.kill)(self.pid, number)
+        return self
+
+    def wait(self) -> Ended:
+        return Ended(self.process.wait(PATIENCE), self.out, self.err)
+
+    def left_behind(self) -> list[int]:
+        """Processes of its session that are still there, itself not counted."""
+        return [pid for pid, session in _sessions() if session == self.pid and pid != self.pid]
+
+
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so do its children
+
+
+def _take_terminal() -> None:
+    _heed_ctrl_c()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there becomes a signal
+
+
+def _sessions() -> Iterator[tuple[int, int]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, _, _, session = (entry / "stat").read_text().rpartition(") ")[2].split()[:4]
+                if state != "Z":
+                    yield int(entry.name), int(session)
+
+
+# --- material ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """A folder with data for both stages."""
+
+    folder: Path
+
+    def data(self, stage: str) -> Path:
+        return self.folder / f"{stage}_data.jsonl"
+
+    def images(self, stage: str) -> Path:
+        return self.folder / f"{stage}_images.zip"
+
+    def train(self, out: Path, stage: str = "pretrain", **changes: object) -> list[str]:
+        """The command line of a short training run; keywords change its options, None leaves one out."""
+        given = {
+            "preset": "demo",
+            "data": self.data(stage),
+            "images": self.images(stage),
+            "vision_model": EYE,
+            "tokenizer": ASSETS,
+            "init": BASE,
+            "out": out,
+            "epochs": 1,
+            "batch_size": 4,
+            "log_every": 1,
+            "seed": 1,
+            "device": "cpu",
+            "workers": 0,
+        } | changes
+        options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None]
+        return ["train", stage, *(word for option in options for word in option)]
+
+    def picture(self, number: int = 0) -> Path:
+        """A picture of the world as a file."""
+        path = self.folder / f"picture{number}.jpg"
+        if not path.exists():
+            rng = random.Random(number)
+            path.write_bytes(world.jpeg(world.draw(world.make_scene(rng), rng)))
+        return path
+
+
+@cache
+def place() -> Place:
+    """Tiny data, made once."""
+    made = Place(_folder())
+    write_pretrain(made.folder, random.Random(0), ROWS)
+    write_sft(made.folder, random.Random(1), ROWS)
+    return made
+
+
+@cache
+def sighted() -> Path:
+    """Weights that can be talked to: the demo's base behind a projector that has learnt nothing."""
+    path = _folder() / "sft_vlm_128.pth"
+    write_checkpoint(path, export_tensors(sighted_model()), read_checkpoint(BASE).config, "sft")
+    return path
+
+
+def sighted_model() -> VLM:
+    """The model of `sighted`, in fp32."""
+    torch.manual_seed(0)
+    base, encoder = read_checkpoint(BASE), VisionEncoder.load(EYE)
+    model = VLM(base.config, encoder.spec, tokenizer().placeholder_id, encoder)
+    load_into(model, base, new_projector=True)
+    return model.eval()
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(ASSETS)
+
+
+@cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="mmv-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    """A JSONL file; a text is taken as the line that it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tree(folder: Path) -> list[str]:
+    """All files below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

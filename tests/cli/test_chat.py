@@ -1,0 +1,172 @@
+"""`mmv chat` with one question."""
+
+import shutil
+
+import pytest
+
+from minimind_v.core.generate.sampling import GREEDY
+from minimind_v.core.generate.session import Session
+from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, here, installed, sighted_model, tokenizer
+
+QUESTION = "What colour is the star?"
+
+
+@pytest.fixture
+def ask(sighted):
+    def run(*args, code=0, stdin=b""):
+        ended = here("chat", "--model", sighted, *SIGHT, "--max-new-tokens", 20, *args, stdin=stdin)
+        assert ended.code == code, ended.err
+        return ended
+
+    return run
+
+
+def test_the_installed_command_answers_on_stdout(ask, sighted, place):
+    args = (QUESTION, "--image", place.picture(), "--greedy")
+    ended = installed("chat", "--model", sighted, *SIGHT, *args)
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    assert ended.out == ask(*args, "--max-new-tokens", 512).out
+    assert ended.out.endswith("\n")
+
+
+def test_json_is_one_object_with_the_answer(ask, place):
+    answer = ask(QUESTION, "--image", place.picture(), "--greedy", "--json").json
+    assert answer["prompt"] == QUESTION
+    assert answer["images"] == [str(place.picture())]
+    assert answer["answer"] + "\n" == ask(QUESTION, "--image", place.picture(), "--greedy").out
+    assert 0 < answer["tokens"] <= 20
+    assert 0 < answer["seconds_to_first_token"] <= answer["seconds"]
+
+
+def test_the_question_may_come_from_a_pipe(ask):
+    assert ask("--greedy", stdin=f"{QUESTION}\n").out == ask(QUESTION, "--greedy").out
+
+
+def test_a_seed_makes_the_draw_repeatable(ask):
+    def draw(seed):
+        return ask("有几个物体？", "--seed", seed, "--temperature", 3, "--top-p", 1).out
+
+    assert draw(5) == draw(5)
+    assert len({draw(seed) for seed in range(5)}) > 1
+
+
+def test_greedy_is_temperature_zero_and_heeds_no_seed(ask):
+    greedy = ask(QUESTION, "--greedy", "--seed", 1, "--temperature", 9).out
+    assert greedy == ask(QUESTION, "--temperature", 0, "--seed", 2).out == ask(QUESTION, "--temperature", 1e-45).out
+
+
+def test_an_answer_is_no_longer_than_wished(ask):
+    assert ask(QUESTION, "--max-new-tokens", 1, "--greedy", "--json").json["tokens"] == 1
+
+
+def test_what_the_picture_shows_reaches_the_model(place):
+    """Not on what is right: the projector of these weights has learnt nothing."""
+    session = Session(sighted_model(), tokenizer(), GREEDY)
+    caches = []
+    for number in (0, 1):
+        session.restart()
+        "".join(session.ask(QUESTION, [place.picture(number)], 1))
+        caches.append(session.cache.values.clone())
+    assert (caches[0] - caches[1]).abs().max() > 1e-3
+
+
+def test_several_pictures_and_marks_that_place_them(ask, place):
+    two = ("--image", place.picture(0), "--image", place.picture(1), "--greedy", "--json")
+    front = ask("Which is bigger?", *two).json
+    assert len(front["images"]) == 2
+    assert ask("<image>\n<image>\nWhich is bigger?", *two).json["answer"] == front["answer"]
+    assert ask("Is <image> bigger than <image>?", *two).json["tokens"] > 0
+
+
+@pytest.mark.parametrize(("marks", "pictures"), [(1, 0), (2, 1), (1, 2)])
+def test_marks_and_pictures_must_be_as_many(ask, place, marks, pictures):
+    images = [word for number in range(pictures) for word in ("--image", place.picture(number))]
+    line = ask("<image>" * marks + "?", *images, code=2).error
+    assert line == f"the question has {marks} <image> marks for {pictures} pictures"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html><html>", "not a picture"),
+        (b"", "cannot be decoded"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a picture"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_told(ask, tmp_path, content, words):
+    (tmp_path / "dog.jpg").write_bytes(content)
+    line = ask(QUESTION, "--image", tmp_path / "dog.jpg", code=1).error
+    assert f"{tmp_path / 'dog.jpg'}: " in line
+    assert words in line
+
+
+def test_a_cut_picture_is_told(ask, place, tmp_path):
+    (tmp_path / "dog.jpg").write_bytes(place.picture().read_bytes()[:500])
+    assert "cannot be decoded" in ask(QUESTION, "--image", tmp_path / "dog.jpg", code=1).error
+
+
+def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
+    assert ask(QUESTION, "--image", "dog.jpg", code=1).error == "no picture at dog.jpg"
+    assert ask(QUESTION, "--image", tmp_path, code=1).error == f"no picture at {tmp_path}"
+    assert "File name too long" in ask("dog.jpg", "--image", QUESTION * 50, code=1).error  # the two mixed up
+
+
+def test_a_question_is_needed(ask):
+    for args in ([], ["--json"]):
+        ended = ask(*args, code=2, stdin="  \n")
+        assert "a question is needed" in ended.err
+        assert "Traceback" not in ended.err
+
+
+def test_a_question_that_is_no_text_is_told(ask):
+    assert ask(code=2, stdin=b"\xff\xfe\x00\x01").error == "the question on stdin is not UTF-8 text"
+    assert ask("What is \udcff?", code=1).error
+
+
+def test_an_empty_question_is_still_a_question(ask):
+    assert ask("", "--greedy", "--json").json["prompt"] == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--temperature", -1, "--temperature must be 0 or more"),
+        ("--temperature", "nan", "--temperature must be 0 or more"),
+        ("--top-p", 0, "--top-p must lie above 0"),
+        ("--top-p", 1.1, "--top-p must lie above 0"),
+        ("--top-p", "nan", "--top-p must lie above 0"),
+        ("--seed", 2**64, "--seed must be 0 or more and below 2^63"),
+        ("--seed", -1, "--seed must be 0 or more"),
+        ("--device", "gpu", "--device gpu"),
+    ],
+)
+def test_a_wrong_value_is_refused(ask, option, value, words):
+    assert words in ask(QUESTION, option, value, code=2).error
+
+
+def test_a_question_longer_than_the_context_is_told(ask):
+    assert "longer than 4096 tokens" in ask("star " * 5000, code=2).error
+
+
+def test_without_weights_the_commands_that_make_them_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = here("chat", QUESTION)
+    assert ended.code == 1
+    assert "`mmv train pretrain`, `mmv train sft`" in ended.error
+
+
+def test_without_options_the_standard_folders_are_used(tmp_path, monkeypatch, sighted, ask):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EYE, "model/vision_model/clip-vit-base-patch16")
+    shutil.copy(ASSETS / "tokenizer.json", "model")
+    (tmp_path / "out").mkdir()
+    shutil.copy(sighted, "out/sft_vlm_128.pth")
+    shutil.copy(BASE, "out/lm_128.pth")  # newer, and nothing to talk to
+    ended = here("chat", QUESTION, "--greedy", "--max-new-tokens", 20)
+    assert ended.code == 0, ended.err
+    assert ended.out == ask(QUESTION, "--greedy").out
+
+
+def test_a_text_only_base_is_refused(ask):
+    assert "text-only base without a projector" in ask(QUESTION, "--model", BASE, code=1).error

@@ -1,0 +1,116 @@
+"""`mmv eval`: one report, for people or for programs."""
+
+import math
+
+import pytest
+
+from tests.cli.harness import SIGHT, here, installed, read_rows, write_rows
+
+
+@pytest.fixture
+def score(sighted, place):
+    def run(*more, data=None, code=0):
+        ended = here("eval", "--model", sighted, "--data", data or place.data("sft"), *SIGHT, *more)
+        assert ended.code == code, ended.err
+        return ended
+
+    return run
+
+
+def test_the_installed_command_prints_one_json_object_and_nothing_else(sighted, place):
+    data = place.data("sft")
+    ended = installed("eval", "--model", sighted, "--data", data, *SIGHT, "--limit", 6, "--blind", "--json")
+    report = ended.json
+    assert report["rows"] == 6
+    assert report["model"] == str(sighted)
+    assert "41 tensors loaded" in ended.err
+
+
+def test_the_report_holds_loss_and_accuracy(score):
+    report = score("--limit", 10, "--json").json
+    assert report["perplexity"] == pytest.approx(math.exp(report["loss"]))
+    assert 0 <= report["accuracy"] <= 1
+    assert report["short_answers"] > report["rows"] == 10
+    assert report["supervised_tokens"] > 2 * report["short_answers"]
+    assert "loss_blind" not in report
+
+
+def test_without_json_it_is_a_table(score):
+    lines = dict(line.split(maxsplit=1) for line in score("--limit", 2).out.splitlines())
+    assert lines["rows"] == "2"
+    assert float(lines["loss"]) > 0
+
+
+def test_blind_scores_the_same_rows_without_their_pictures(score):
+    report = score("--limit", 10, "--blind", "--json").json
+    assert report["loss"] != report["loss_blind"]
+    assert score("--limit", 10, "--json").json["loss"] == report["loss"]
+
+
+def test_a_blind_score_does_not_depend_on_the_pictures(score, place):
+    """A set whose pictures have been swapped around scores differently seeing, and just the same blind."""
+    there = score("--images", place.images("sft"), "--limit", 4, "--blind", "--json").json
+    swapped = score("--images", place.images("pretrain"), "--limit", 4, "--blind", "--json").json
+    assert there["loss"] != swapped["loss"]
+    assert there["loss_blind"] == swapped["loss_blind"]
+
+
+def test_the_batch_size_does_not_change_the_score(score):
+    one, many = (score("--limit", 9, "--batch-size", size, "--json").json for size in (1, 9))
+    assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
+    assert one["supervised_tokens"] == many["supervised_tokens"]
+    assert one["accuracy"] == many["accuracy"]
+
+
+def test_rows_with_long_answers_give_a_loss_only(score, place):
+    report = score("--limit", 3, "--json", data=place.data("pretrain")).json
+    assert report["loss"] > 0
+    assert report["short_answers"] == 0
+    assert report["accuracy"] is None
+
+
+def test_broken_rows_are_left_out_and_counted(score, place, tmp_path):
+    data = write_rows(tmp_path / "mine.jsonl", ["{", *read_rows(place.data("sft"))[:3], {"conversations": []}])
+    ended = score("--images", place.images("sft"), "--json", data=data)
+    assert (ended.json["rows"], ended.json["broken_rows"]) == (3, 2)
+    assert f"row skipped: {data}:1: not JSON" in ended.err
+    assert f"row skipped: {data}:5:" in ended.err
+
+
+def test_pictures_are_found_beside_the_data_or_asked_for(score, place, tmp_path):
+    assert score("--limit", 2, "--json").json["broken_rows"] == 0
+    alone = write_rows(tmp_path / "alone.jsonl", read_rows(place.data("sft"))[:2])
+    assert "no row could be scored; the first trouble:" in score(data=alone, code=1).error
+
+
+def test_rows_without_pictures_need_none(score, tmp_path):
+    talk = [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "no"}]
+    report = score("--json", data=write_rows(tmp_path / "talk.jsonl", [{"conversations": talk}])).json
+    assert (report["rows"], report["short_answers"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--data", "nowhere.jsonl"], 1, "no data file nowhere.jsonl"),
+        (["--images", "nowhere.zip"], 1, "no pictures at nowhere.zip"),
+        (["--model", "nowhere.pth"], 1, "no weights at nowhere.pth"),
+        (["--vision-model", "nowhere"], 1, "no vision model in nowhere"),
+        (["--tokenizer", "nowhere"], 1, "no tokenizer in nowhere"),
+        (["--device", "gpu"], 2, "--device gpu"),
+    ],
+)
+def test_a_missing_input_is_one_line(score, args, code, words):
+    assert words in score(*args, code=code).error
+
+
+def test_with_nothing_there_the_command_that_makes_the_data_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = here("eval")
+    assert ended.code == 1
+    assert "hf download" in ended.error
+
+
+@pytest.mark.parametrize("option", ["--limit", "--batch-size", "--max-length"])
+def test_numbers_are_at_least_one(score, option):
+    assert option in score(option, 0, code=2).err

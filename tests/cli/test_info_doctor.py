@@ -1,0 +1,132 @@
+"""`mmv info` and `mmv doctor`, on everything that there is and much that there is not."""
+
+import json
+
+import pytest
+import torch
+
+from tests.cli.harness import ASSETS, BASE, EYE, ROWS, here, read_rows
+
+
+def test_info_of_weights(sighted):
+    found = here("info", sighted, "--json").json
+    assert found["kind"] == "weights"
+    assert (found["stage"], found["preset"], found["dtype"]) == ("sft", "demo", "float16")
+    assert (found["hidden_size"], found["num_hidden_layers"], found["num_attention_heads"]) == (128, 4, 4)
+    assert found["vision_width"] == 128
+    assert found["parameters"] == sum(
+        tensor.numel() for name, tensor in torch.load(sighted, weights_only=True).items() if name != "lm_head.weight"
+    )
+
+
+def test_info_of_a_base(tmp_path):
+    found = here("info", BASE, "--json").json
+    assert (found["stage"], found["preset"], found["vision_width"]) == ("lm", "demo", None)
+
+
+def test_info_of_weights_without_a_description(sighted, tmp_path):
+    copy = tmp_path / "renamed.pth"
+    copy.write_bytes(sighted.read_bytes())
+    found = here("info", copy, "--json").json
+    assert (found["preset"], found["stage"], found["sizes_from"]) == ("demo", "unknown", "the shapes of its tensors")
+
+
+def test_info_of_data(place):
+    found = here("info", place.data("sft"), "--json").json
+    assert (found["kind"], found["rows"], found["first_row_images"]) == ("dataset", ROWS, ["000000.jpg"])
+    assert found["first_row_messages"] == len(read_rows(place.data("sft"))[0]["conversations"])
+
+
+def test_info_of_a_run(trained):
+    for path in (trained.out / "pretrain_vlm_128", trained.out / "pretrain_vlm_128" / "metrics.jsonl"):
+        found = here("info", path, "--json").json
+        assert (found["kind"], found["step"], found["steps"], found["records"]) == ("run", 10, 10, 10)
+
+
+def test_info_of_a_run_that_is_writing_a_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n{"step": 2, "lo')
+    assert here("info", tmp_path, "--json").json["step"] == 1
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "logged nothing yet" in here("info", tmp_path).error
+
+
+def test_info_as_a_table(sighted):
+    lines = dict(line.split(maxsplit=1) for line in here("info", sighted).out.splitlines())
+    assert lines["preset"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.pth", b"", "empty"),
+        ("page.pth", b"  <html>", "HTML page"),
+        ("text.txt", b"hello", "neither a torch nor a safetensors file"),
+        ("zeros.bin", bytes(100), "neither a torch nor a safetensors file"),
+        ("header.safetensors", b"\xff" * 8 + b"{", "truncated or damaged"),
+        ("rows.jsonl", b"", "the file has no rows"),
+        ("rows.jsonl", b"{\n", "rows.jsonl:1: not JSON"),
+        ("rows.jsonl", b"[]\n", "rows.jsonl:1: not a JSON object"),
+        ("rows.jsonl", b'\n\n{"image": 5}\n', "rows.jsonl:3: `image`"),
+        ("rows.jsonl", b"<html>\n", "HTML page"),
+        ("metrics.jsonl", b"nonsense\n", "not the metrics of a run"),
+        ("metrics.jsonl", b"[1]\n", "not the metrics of a run"),
+        ("metrics.jsonl", b'{"step": 1}\n', "not the metrics of a run"),
+        ("metrics.jsonl", b"\xff\xfe\n", "not the metrics of a run"),
+    ],
+)
+def test_info_of_nonsense_is_one_line_that_names_the_file(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    ended = here("info", tmp_path / name)
+    assert (ended.code, ended.out) == (1, "")
+    assert str(tmp_path / name) in ended.error
+    assert words in ended.error
+
+
+def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"conversations": 7}\n')
+    assert here("info", tmp_path / "rows.jsonl", "--json").json["first_row_messages"] == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        (EYE / "model.safetensors", "not the weights of a MiniMind model"),
+        (ASSETS / "tokenizer.json", "neither a torch nor a safetensors file"),
+        (EYE, "a folder without metrics.jsonl"),
+        ("nowhere", "no file nowhere"),
+        ("/dev/null", "/dev/null"),
+        ("x" * 300, "File name too long"),
+        ("[bold]", "no file [bold]"),
+    ],
+)
+def test_info_of_other_files(file, words):
+    ended = here("info", file)
+    assert ended.code == 1
+    assert words in ended.error
+
+
+def test_info_of_a_zip_of_pictures(place):
+    assert here("info", place.images("sft")).code == 1
+
+
+def test_doctor_says_how_to_get_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = here("doctor", "--json").json
+    assert report["torch"] == torch.__version__
+    missing = {name: value for name, value in report.items() if value.startswith("missing")}
+    assert len(missing) == 6
+    assert all("`hf download " in value or "`mmv train " in value for value in missing.values())
+    assert "  " not in "".join(missing.values())
+
+
+def test_doctor_finds_what_is_there(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model" / "vision_model").mkdir(parents=True)
+    (tmp_path / "model" / "vision_model" / "clip-vit-base-patch16").symlink_to(EYE)
+    (tmp_path / "model" / "tokenizer.json").symlink_to(ASSETS / "tokenizer.json")
+    (tmp_path / "dataset").symlink_to(place.folder)
+    report = here("doctor", "--json").json
+    found = {name for name, value in report.items() if value.startswith("found, ")}
+    assert found == {"vision model", "tokenizer", "pretrain data", "sft data"}
+    assert json.loads(here("doctor", "--json").out) == report
+    assert "vision model " in here("doctor").out

@@ -1,0 +1,273 @@
+"""Every mistake that a beginner makes with `mmv train`: one line, an exit code, a next step, nothing half-written."""
+
+import shutil
+
+import pytest
+
+from tests.cli.harness import ASSETS, BASE, EYE, ROWS, here, read_rows, tree, write_rows
+
+HTML = "<!DOCTYPE html>\n<html><head><title>lm_512.pth · Hugging Face</title></head></html>"
+
+
+@pytest.fixture
+def refused(place, tmp_path):
+    """Runs a training that must be refused with this exit code; returns the line that says why."""
+
+    def run(code, *more, stage="pretrain", out=tmp_path / "out", **changes):
+        ended = here(*place.train(out, stage, **changes), *more)
+        assert ended.code == code, ended.err
+        assert ended.out == ""
+        assert not out.is_dir() or tree(out) == []
+        return ended.error
+
+    return run
+
+
+# --- inputs that are not there ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong", "step"),
+    [
+        ("vision_model", "nowhere", "hf download openai/clip-vit-base-patch16"),
+        ("vision_model", ASSETS, "hf download openai/clip-vit-base-patch16"),  # the tokenizer's folder
+        ("tokenizer", "nowhere", "hf download jingyaogong/MiniMind2-Small-V tokenizer.json"),
+        ("tokenizer", EYE, "hf download jingyaogong/MiniMind2-Small-V tokenizer.json"),
+        ("data", "nowhere.jsonl", "hf download jingyaogong/minimind-v_dataset --repo-type dataset"),
+        ("images", "nowhere.zip", "hf download jingyaogong/minimind-v_dataset --repo-type dataset"),
+        ("init", "nowhere.pth", "hf download jingyaogong/MiniMind2-V-PyTorch lm_512.pth"),
+        ("config", "nowhere.yaml", "no configuration file nowhere.yaml"),
+    ],
+)
+def test_a_missing_input_is_named_with_the_command_that_brings_it(refused, option, wrong, step):
+    line = refused(1, **{option: wrong})
+    assert str(wrong) in line
+    assert step in line
+
+
+def test_fine_tuning_before_pretraining_is_told_to_pretrain_first(refused):
+    assert "`mmv train pretrain`" in refused(1, stage="sft", init=None)
+    assert "text-only base without a projector; `mmv train pretrain` makes one" in refused(1, stage="sft", init=BASE)
+
+
+def test_everything_missing_names_the_first_thing_to_get(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for stage in ("pretrain", "sft"):
+        ended = here("train", stage)
+        assert ended.code == 1
+        assert "hf download openai/clip-vit-base-patch16" in ended.error
+    assert tree(tmp_path) == []
+
+
+# --- inputs that are something else -----------------------------------------------------------------------------------
+
+
+def test_a_web_page_in_the_place_of_a_file_is_recognised(refused, tmp_path):
+    page = tmp_path / "page"
+    page.write_text(HTML)
+    assert "HTML page, not weights" in refused(1, init=page)
+    assert "HTML page, not data" in refused(1, data=page)
+    assert "HTML page" in refused(1, images=page)
+    (tmp_path / "tokenizer.json").write_text(HTML)
+    assert "not a tokenizer" in refused(1, tokenizer=tmp_path)
+    (tmp_path / "config.json").write_text(HTML)
+    assert "not JSON" in refused(1, vision_model=tmp_path)
+
+
+def test_damaged_weights_of_the_vision_model_are_told_with_their_folder(refused, tmp_path):
+    shutil.copytree(EYE, tmp_path / "eye")
+    whole = (EYE / "model.safetensors").read_bytes()
+    for damage in (whole[:1000], HTML.encode(), b""):
+        (tmp_path / "eye" / "model.safetensors").write_bytes(damage)
+        line = refused(1, vision_model=tmp_path / "eye")
+        assert str(tmp_path / "eye") in line
+        assert "hf download openai/clip-vit-base-patch16" in line
+    (tmp_path / "eye" / "model.safetensors").unlink()
+    assert "does not load" in refused(1, vision_model=tmp_path / "eye")
+
+
+def test_a_base_of_another_size_is_told_by_its_preset(refused):
+    line = refused(1, preset="small")
+    assert "wrong shape (model.embed_tokens.weight [600, 128] for [6400, 512]" in line
+    assert line.endswith("its sizes are those of --preset demo")
+
+
+def test_a_base_trained_with_another_vision_model_is_told_so(refused, trained, tmp_path):
+    shutil.copytree(EYE, tmp_path / "eye")
+    (tmp_path / "eye" / "config.json").write_text((EYE / "config.json").read_text().replace("128", "64"))
+    (tmp_path / "eye" / "model.safetensors").unlink()
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path / "eye")).save_pretrained(tmp_path / "eye")
+    line = refused(1, stage="sft", init=trained.out / "pretrain_vlm_128.pth", vision_model=tmp_path / "eye")
+    assert "vision_proj.vision_proj.0.weight [128, 128] for [128, 64]" in line
+    assert line.endswith("trained with a vision model whose features are 128 wide (--vision-model)")
+
+
+def test_heads_that_change_no_shape_must_be_those_of_the_weights(refused, sighted):
+    other = ("--set", "model.num_attention_heads=8", "--set", "model.num_key_value_heads=4")
+    line = refused(1, *other, stage="sft", init=sighted)
+    assert "num_attention_heads 4, the model has 8" in line
+    assert "--set model.num_attention_heads=4" in line
+
+
+def test_a_tokenizer_too_large_for_the_model_is_refused(refused):
+    line = refused(2, "--set", "model.vocab_size=599", init="none")
+    assert "600 tokens, the model only 599" in line
+
+
+def test_a_folder_where_weights_are_wanted_and_the_other_way_round(refused, place, tmp_path):
+    assert "a folder, not a weights file" in refused(1, init=tmp_path)
+    assert "no data file" in refused(1, data=tmp_path)
+    assert "no vision model in" in refused(1, vision_model=place.picture())
+    assert "no tokenizer in" in refused(1, tokenizer=place.picture())
+
+
+def test_an_out_that_is_a_file_is_refused(refused, place):
+    line = refused(1, out=place.picture())
+    assert f"{place.picture()}/pretrain_vlm_128/config.yaml: cannot be written (Not a directory)" in line
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("freeze", "projecter", "did you mean 'projector'?"),
+        ("freeze", "projector-last", "did you mean 'projector+last'?"),
+        ("preset", "smal", "did you mean 'small'?"),
+        ("preset", "", "none of small, base, moe, demo"),
+        ("dtype", "bf16", "none of auto, float32, bfloat16"),
+        ("dtype", "float16", "did you mean"),
+        ("device", "gpu", "--device gpu: not to be had here"),
+        ("device", "", "not to be had here"),
+        ("device", "meta", "not to be had here"),
+        ("device", "hpu", "not to be had here"),
+        ("device", "vulkan", "not to be had here"),
+        ("lr", 5, "--lr must lie between 0 and 1, not 5"),
+        ("lr", 0, "--lr must lie between 0 and 1"),
+        ("lr", -1e-4, "--lr must lie between 0 and 1"),
+        ("lr", "nan", "--lr must lie between 0 and 1"),
+        ("epochs", 0, "--epochs must be at least 1, not 0"),
+        ("epochs", -1, "--epochs must be at least 1, not -1"),
+        ("batch_size", 0, "--batch-size must be at least 1"),
+        ("batch_size", -4, "--batch-size must be at least 1"),
+        ("accumulate", 0, "--accumulate must be at least 1"),
+        ("max_length", -640, "--max-length must be at least 1"),
+        ("max_steps", -1, "--max-steps must be at least 0"),
+        ("save_every", -1, "--save-every must be at least 0"),
+        ("log_every", 0, "--log-every must be at least 1"),
+        ("workers", -1, "--workers must be at least 0"),
+        ("seed", -1, "--seed must be at least 0"),
+        ("seed", 2**64, "--seed must be below 2^63"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_done(refused, option, value, words):
+    line = refused(2, **{option: value})
+    assert words in line
+    assert len(line) < 250
+
+
+def test_a_device_of_another_machine_is_refused(refused):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert "--device cuda:7: not to be had here" in refused(2, device="cuda:7")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["train"], "pretrain"),
+        (["train", "pretrian"], "'pretrain', 'sft'"),
+        (["train", "pretrain", "--batchsize", "4"], "--batch-size"),
+        (["train", "pretrain", "--epochs", "two"], "Invalid value for '--epochs'"),
+        (["train", "pretrain", "--epochs", "1.5"], "Invalid value for '--epochs'"),
+        (["train", "pretrain", "sft"], "unexpected extra argument"),
+        (["trian"], "train"),
+    ],
+)
+def test_a_command_line_that_is_none_says_what_would_be_one(args, words):
+    ended = here(*args)
+    assert ended.code == 2
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(place, tmp_path):
+    """Data in which every so many rows is broken, each in another way."""
+
+    def make(rows, *numbers):
+        good = read_rows(place.data("pretrain"))
+        lines = [good[n % ROWS] for n in range(rows)]
+        damages = ['{"conversations": [', {"image": "a.jpg"}, {**good[0], "image": "nowhere.jpg"}, "[1, 2]"]
+        for damage, number in enumerate(numbers):
+            lines[number - 1] = damages[damage % len(damages)]
+        return write_rows(tmp_path / "mine.jsonl", lines)
+
+    return make
+
+
+def test_a_few_broken_rows_are_named_and_counted(place, broken, tmp_path):
+    data = broken(400, 7, 90, 201, 399)
+    ended = here(*place.train(tmp_path / "out", data=data, batch_size=50, workers=1, epochs=2, max_steps=12))
+    assert ended.code == 0, ended.err
+    for row, why in ((7, "not JSON"), (90, "conversations"), (201, "nowhere.jpg"), (399, "not a JSON object")):
+        assert ended.err.count(f"row skipped: {data}:{row}: ") == 1
+        assert why in next(line for line in ended.err.splitlines() if f"{data}:{row}:" in line)
+    assert "4 broken rows skipped" in ended.err
+    epoch = read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl")[7]
+    assert (epoch["epoch"], epoch["samples"]) == (1.0, 396)
+
+
+def test_more_than_one_row_in_a_hundred_is_an_error_with_the_first_named(place, broken, tmp_path):
+    data = broken(80, 40)
+    ended = here(*place.train(tmp_path / "out", data=data, batch_size=80))
+    assert ended.code == 1
+    assert "1 of 80 rows are broken, more than 1%" in ended.error
+    assert f"the first: {data}:40: not JSON" in ended.error
+    assert "--set data.bad_rows=" in ended.error
+    assert here(*place.train(tmp_path / "out", data=data, batch_size=80), "--set", "data.bad_rows=0.02").code == 0
+
+
+@pytest.mark.parametrize("allowed", ["0.01", "1"])
+def test_data_of_broken_rows_alone_leaves_no_weights(place, tmp_path, allowed):
+    data = write_rows(tmp_path / "mine.jsonl", ["{"] * 20)
+    ended = here(*place.train(tmp_path / "out", data=data, workers=1), "--set", f"data.bad_rows={allowed}")
+    assert ended.code == 1
+    assert f"{data}:" in ended.error
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_empty_data_is_told(refused, tmp_path, content):
+    (tmp_path / "mine.jsonl").write_text(content)
+    assert "mine.jsonl: the file has no rows" in refused(1, data=tmp_path / "mine.jsonl")
+
+
+def test_pictures_of_other_data_are_told(place, tmp_path):
+    ended = here(*place.train(tmp_path / "out", data=place.data("sft"), images=tmp_path))
+    assert ended.code == 1
+    assert f"no such picture in {tmp_path}" in ended.error
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_a_length_that_no_prompt_fits_in_is_told(place, tmp_path):
+    ended = here(*place.train(tmp_path / "out", max_length=50))
+    assert ended.code == 1
+    assert "the prompt alone is longer than 50 tokens" in ended.error
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_no_processes_are_left_when_a_run_fails(place, tmp_path):
+    import multiprocessing
+
+    ended = here(*place.train(tmp_path / "out", data=write_rows(tmp_path / "mine.jsonl", ["{"] * 20), workers=2))
+    assert ended.code == 1
+    assert multiprocessing.active_children() == []

@@ -1,0 +1,95 @@
+"""Defaults are the published ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_v.core.config.load import build_config
+from minimind_v.core.config.presets import PRESETS, weights_name
+from minimind_v.core.config.schema import FREEZE_POLICIES, TextConfig
+from minimind_v.core.errors import UsageError
+from minimind_v.core.model.vision import VisionSpec
+from minimind_v.core.model.vlm import VLM
+
+
+@pytest.mark.parametrize(
+    ("stage", "freeze", "epochs", "batch", "length", "lr"),
+    [("pretrain", "projector+last", 4, 16, 640, 4e-4), ("sft", "all", 2, 4, 1536, 1e-6)],
+)
+def test_a_recipe_is_the_published_one(stage, freeze, epochs, batch, length, lr):
+    config = build_config(stage)
+    assert (config.freeze, config.epochs, config.lr) == (freeze, epochs, lr)
+    assert (config.data.batch_size, config.data.max_length) == (batch, length)
+    assert (config.weight_decay, config.grad_clip, config.accumulate) == (0.01, 1.0, 1)
+    assert config.model == PRESETS["small"]
+    assert config.stage == stage
+
+
+@pytest.mark.parametrize(("stage", "before"), [("pretrain", "lm_512.pth"), ("sft", "pretrain_vlm_512.pth")])
+def test_a_stage_starts_from_the_file_that_the_one_before_leaves(stage, before):
+    config = build_config(stage)
+    assert config.init == Path("out") / before
+    assert config.data.file == Path("dataset") / f"{stage}_data.jsonl"
+    assert config.data.images == Path("dataset") / f"{stage}_images.zip"
+    assert config.vision_model == Path("model/vision_model/clip-vit-base-patch16")
+    assert config.data.tokenizer == Path("model")
+    assert config.out == Path("out")
+
+
+def test_the_policies_are_the_published_ones():
+    assert FREEZE_POLICIES == ("projector", "projector+last", "attention", "all")
+
+
+@pytest.mark.parametrize(
+    ("preset", "hidden", "layers", "moe", "millions"),
+    [("small", 512, 8, False, 26.22), ("base", 768, 16, False, 104.62), ("moe", 640, 8, True, 145.52)],
+)
+def test_a_preset_has_the_published_sizes(preset, hidden, layers, moe, millions):
+    config = PRESETS[preset]
+    assert (config.hidden_size, config.num_hidden_layers, config.use_moe) == (hidden, layers, moe)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (8, 2)
+    assert (config.vocab_size, config.rms_norm_eps, config.rope_theta) == (6400, 1e-5, 1e6)
+    assert config.max_position_embeddings == 32768
+    if moe:
+        assert (config.n_routed_experts, config.n_shared_experts, config.num_experts_per_tok) == (4, 1, 2)
+        assert config.aux_loss_alpha == 0.1
+    with torch.device("meta"):
+        model = VLM(config, VisionSpec(image_size=224, patch_size=16, width=768), placeholder_id=34)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(512, 1408), (768, 2048), (640, 1728), (128, 384), (64, 192), (8, 64)])
+def test_the_inner_size_is_rounded_up_to_64(hidden, inner):
+    assert TextConfig(hidden_size=hidden, num_attention_heads=4).intermediate_size == inner
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"hidden_size": 0}, "model.hidden_size must be at least 1, not 0"),
+        ({"num_hidden_layers": -1}, "model.num_hidden_layers must be at least 1"),
+        ({"vocab_size": 0}, "model.vocab_size must be at least 1"),
+        ({"num_attention_heads": 0}, "model.num_attention_heads must be at least 1"),
+        ({"num_attention_heads": 7}, "512 must be an even multiple of model.num_attention_heads 7"),
+        ({"num_attention_heads": 512}, "even multiple"),  # heads of one number cannot turn
+        ({"num_key_value_heads": 3}, "model.num_attention_heads 8 must be a multiple of model.num_key_value_heads 3"),
+        ({"intermediate_size": -1}, "model.intermediate_size must be at least 0"),
+        ({"rms_norm_eps": 0.0}, "model.rms_norm_eps must be above 0"),
+        ({"rope_theta": float("nan")}, "model.rope_theta must be above 0"),
+        ({"use_moe": True, "num_experts_per_tok": 5}, "model.num_experts_per_tok must lie between 1 and"),
+        ({"use_moe": True, "n_routed_experts": 0}, "model.num_experts_per_tok must lie between 1 and"),
+        ({"use_moe": True, "n_shared_experts": -1}, "model.n_shared_experts must be at least 0"),
+        ({"use_moe": True, "aux_loss_alpha": float("nan")}, "model.aux_loss_alpha must be at least 0"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused_by_their_key(sizes, words):
+    with pytest.raises(UsageError) as caught:
+        TextConfig(**sizes)
+    assert words in str(caught.value)
+
+
+def test_files_are_named_after_stage_and_size():
+    assert weights_name("pretrain", PRESETS["small"]) == "pretrain_vlm_512.pth"
+    assert weights_name("sft", PRESETS["moe"]) == "sft_vlm_640_moe.pth"
+    assert weights_name("lm", PRESETS["base"]) == "lm_768.pth"

@@ -1,0 +1,251 @@
+"""A disk that is full, folders that cannot be written: the old file stays, nothing half-written appears."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_v.core.checkpoint import store
+from minimind_v.core.checkpoint.store import write_atomically, write_text
+from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.errors import RunError
+from minimind_v.core.train.metrics import MetricsFile, StepMetrics
+from tests.cli.harness import BASE, Running, place, read_rows, tree
+
+LIMIT = 200_000  # bytes that a file may have: enough for words, too few for weights
+
+
+@pytest.fixture
+def no_room():
+    """No file of this process may grow beyond LIMIT, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A file that stands there already."""
+    path = tmp_path / "weights.bin"
+    path.write_text("old")
+    return path
+
+
+def untouched(path):
+    return path.read_text() == "old" and tree(path.parent) == [path.name]
+
+
+# --- writing one file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError, SystemExit])
+def test_an_exception_in_the_middle_leaves_the_old_file(old, error):
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(error):
+        write_atomically(old, write)
+    assert untouched(old)
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(old, no_room):
+    with pytest.raises(RunError, match=r"weights\.bin: not saved \(File too large\); what stood there before is still"):
+        write_atomically(old, lambda file: file.write(bytes(2 * LIMIT)))
+    assert untouched(old)
+
+
+def test_a_disk_that_fills_when_the_file_is_synced_leaves_the_old_file(old, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        write_text(old, "new")
+    assert untouched(old)
+
+
+def test_the_new_file_is_whole_before_it_takes_its_name(old):
+    def write(file):
+        file.write(b"new")
+        assert old.read_text() == "old"
+
+    write_atomically(old, write)
+    assert old.read_text() == "new"
+    assert tree(old.parent) == [old.name]
+
+
+def test_readers_see_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "file"
+    texts = {"a" * 200_000, "b" * 300_000}
+    write_text(path, min(texts))
+    done, seen = threading.Event(), set()
+
+    def read():
+        while not done.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(40):
+        for text in texts:
+            write_text(path, text)
+    done.set()
+    reader.join()
+    assert seen <= texts
+
+
+def test_a_file_has_the_rights_that_any_new_file_would_have(tmp_path):
+    write_text(tmp_path / "ours", "")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_in_the_place_of_the_file_is_left_alone(tmp_path):
+    (tmp_path / "weights.pth" / "inner").mkdir(parents=True)
+    with pytest.raises(RunError, match="not saved"):
+        write_text(tmp_path / "weights.pth", "new")
+    assert (tmp_path / "weights.pth" / "inner").is_dir()
+    assert tree(tmp_path) == []
+
+
+@pytest.fixture
+def closed():
+    """A folder that must not be written in; root, to whom no folder is closed, becomes somebody else."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        if user == 0:
+            os.seteuid(65534)
+        yield Path(folder)
+        os.seteuid(user)
+
+
+def test_a_folder_that_cannot_be_written_is_told(closed):
+    with pytest.raises(RunError, match=r"weights\.bin: cannot be written \(Permission denied\)"):
+        write_text(closed / "weights.bin", "text")
+    with pytest.raises(RunError, match=r"weights\.bin: cannot be written \(Permission denied\)"):
+        write_text(closed / "new" / "weights.bin", "text")
+    assert tree(closed) == []
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_weights_on_a_full_disk_leave_the_old_ones_and_their_description(tmp_path, no_room, ending):
+    path = tmp_path / f"w{ending}"
+    small = {"model.norm.weight": torch.ones(4)}
+    write_checkpoint(path, small, PRESETS["demo"], "pretrain")
+    before = {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)}
+    with pytest.raises(RunError, match="File too large"):
+        write_checkpoint(path, read_checkpoint(BASE).tensors, PRESETS["small"], "sft")
+    assert {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)} == before
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_weights_on_a_full_disk_leave_nothing_where_nothing_was(tmp_path, no_room, ending):
+    with pytest.raises(RunError):
+        write_checkpoint(tmp_path / f"w{ending}", read_checkpoint(BASE).tensors, PRESETS["demo"], "sft")
+    assert tree(tmp_path) == []
+
+
+def test_a_description_that_cannot_be_written_leaves_the_old_weights(tmp_path):
+    write_checkpoint(tmp_path / "w.pth", {"a": torch.ones(4)}, PRESETS["demo"], "sft")
+    before = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "w.json").unlink()
+    (tmp_path / "w.json").mkdir()
+    with pytest.raises(RunError, match=r"w\.json: not saved"):
+        write_checkpoint(tmp_path / "w.pth", {"a": torch.zeros(4)}, PRESETS["demo"], "sft")
+    assert (tmp_path / "w.pth").read_bytes() == before
+    assert tree(tmp_path) == ["w.pth"]
+
+
+# --- whole commands ---------------------------------------------------------------------------------------------------
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+
+
+def test_a_run_goes_on_where_a_save_on_the_way_fails_and_says_so(tmp_path):
+    line = place().train(tmp_path / "out", save_every=4)
+    ended = Running(tmp_path, *line, prepare=limit_files).wait()
+    assert ended.code == 1
+    assert [said.split(":")[0] for said in ended.err.splitlines() if "File too large" in said] == [
+        *("step 4", "step 8", "error"),
+    ]
+    assert "step 10/10" in ended.err
+    assert "pretrain_vlm_128.pth: not saved (File too large)" in ended.error
+    assert tree(tmp_path / "out") == ["pretrain_vlm_128/config.yaml", "pretrain_vlm_128/metrics.jsonl"]
+
+
+def test_a_run_goes_on_where_its_metrics_cannot_be_written(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    folder = tmp_path / "out" / "pretrain_vlm_128"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    ended = Running(tmp_path, *place().train(tmp_path / "out", max_steps=2)).wait()
+    assert ended.code == 0, ended.err
+    assert "metrics.jsonl: not written (No space left on device)" in ended.err
+    assert read_checkpoint(tmp_path / "out" / "pretrain_vlm_128.pth").stage == "pretrain"
+
+
+def test_metrics_that_found_no_room_are_written_when_there_is_some(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = MetricsFile(tmp_path / "metrics.jsonl")
+    log.write(metrics(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))
+    try:
+        with pytest.raises(RunError, match="not written"):
+            log.write(metrics(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write(metrics(3))
+    log.close()
+    assert [record["step"] for record in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def metrics(step):
+    return StepMetrics(step, 3, step / 3, 1.0, 0.5, 1e-3, 1.0, 4, 400, 40, 1.0, 0.1)
+
+
+def test_a_conversion_on_a_full_disk_leaves_nothing(tmp_path):
+    for to in ("pth", "safetensors"):
+        out = tmp_path / "new" / f"w.{to}"
+        ended = Running(tmp_path / to, "convert", "--to", to, "--model", BASE, "--out", out, prepare=limit_files).wait()
+        assert ended.code == 1
+        assert f"{out}: not saved (File too large)" in ended.error
+        assert tree(tmp_path / "new") == []
+
+
+def test_a_disk_full_to_the_last_byte(tmp_path):
+    """The real thing, where the system lets a small disk be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        write_checkpoint(disk / "w.pth", {"a": torch.ones(300_000)}, PRESETS["demo"], "sft")
+        before = (disk / "w.pth").read_bytes()
+        for ending in (".pth", ".safetensors"):
+            with pytest.raises(RunError, match="No space left on device"):
+                write_checkpoint(disk / f"w{ending}", {"a": torch.zeros(300_000)}, PRESETS["demo"], "sft")
+        assert (disk / "w.pth").read_bytes() == before
+        assert json.loads((disk / "w.json").read_text())["stage"] == "sft"
+        assert tree(disk) == ["w.json", "w.pth"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,136 @@
+"""Signals to a training run: the first asks, the second insists, and no process outlives the command."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from minimind_v.core.checkpoint.weights import read_checkpoint
+from tests.cli.harness import MMV, PATIENCE, Running, place, read_rows
+
+LONG = {"epochs": 10_000, "workers": 2}
+WEIGHTS = "pretrain_vlm_128.pth"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A training run without end, a few updates after its start."""
+    started = Running(tmp_path, *place().train(tmp_path / "out", **LONG))
+    yield started.until(lambda: "step 3/" in started.err)
+    if started.alive:
+        started.send(signal.SIGKILL)
+        started.wait()
+
+
+def gone(run):
+    """Whether all processes of a run are gone, given the seconds that orphaned data workers may take to notice."""
+    end = time.monotonic() + 30
+    while run.left_behind() and time.monotonic() < end:
+        time.sleep(0.1)
+    return not run.left_behind()
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["to the command", "to its whole group"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_signal_ends_the_update_saves_and_exits(run, tmp_path, number, code, group):
+    ended = run.send(number, group).wait()
+    assert ended.code == code, ended.err
+    assert "Traceback" not in ended.err
+    done = len(read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl"))
+    assert f"stopped by {number.name} after {done} updates; weights in " in ended.err
+    assert read_checkpoint(tmp_path / "out" / WEIGHTS).stage == "pretrain"
+    assert gone(run)
+
+
+def test_the_installed_command_stops_likewise(tmp_path):
+    line = place().train(tmp_path, epochs=10_000, workers=1)
+    with subprocess.Popen(
+        [MMV, *line],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:
+        for said in process.stderr:
+            if said.startswith("step 2/"):
+                process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+    assert read_checkpoint(tmp_path / WEIGHTS).stage == "pretrain"
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    """In the middle of an update: what it would leave is neither before nor after, so it is not saved."""
+    run = Running(tmp_path, *place().train(tmp_path / "out", **LONG), prepare=slow_updates)
+    run.until(lambda: "in an update" in run.err)
+    run.send(signal.SIGINT)
+    time.sleep(0.3)
+    assert run.alive
+    started = time.monotonic()
+    ended = run.send(signal.SIGINT).wait()
+    assert ended.code == 130
+    assert time.monotonic() - started < 20  # the update would have lasted a minute
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+    assert gone(run)
+
+
+def slow_updates():
+    """Make every update last a minute."""
+    import sys
+
+    from minimind_v.core.train.loop import Run
+
+    def update(*_):
+        print("in an update", file=sys.stderr)
+        for _ in range(600):
+            time.sleep(0.1)
+
+    Run._update = update
+
+
+def test_a_signal_before_the_first_update_ends_the_command_too(tmp_path):
+    run = Running(tmp_path, *place().train(tmp_path / "out", **LONG), prepare=slow_loading)
+    run.until(lambda: "loading" in run.err)
+    ended = run.send(signal.SIGINT).wait()
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def slow_loading():
+    """Make loading the vision model last a minute."""
+    import sys
+
+    from minimind_v.core.model.vision import VisionEncoder
+
+    def load(*_):
+        print("loading", file=sys.stderr)
+        time.sleep(60)
+
+    VisionEncoder.load = load
+
+
+def test_killed_outright_no_worker_survives(run):
+    assert len(run.left_behind()) >= 2  # its data workers
+    assert run.send(signal.SIGKILL).wait().code == -signal.SIGKILL
+    assert gone(run)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_next_step(run, tmp_path):
+    import os
+
+    for worker in run.left_behind():
+        os.kill(worker, signal.SIGKILL)
+    ended = run.wait()
+    assert ended.code == 1
+    assert "a data worker died" in ended.error
+    assert "--workers 0" in ended.error
+    assert read_checkpoint(tmp_path / "out" / WEIGHTS).stage == "pretrain"  # what was learnt is kept
+    assert gone(run)
+
+
+def test_after_a_stop_the_next_run_asks_before_it_replaces(run, tmp_path):
+    run.send(signal.SIGTERM).wait()
+    again = Running(tmp_path / "again", *place().train(tmp_path / "out", epochs=1)).wait()
+    assert again.code == 2
+    assert "--overwrite" in again.error

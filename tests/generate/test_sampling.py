@@ -1,0 +1,96 @@
+"""Drawing the next token."""
+
+import pytest
+import torch
+
+from minimind_v.core.errors import UsageError
+from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
+
+PROBS = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1])
+
+
+def shares(sampling, logits=None, draws=4000):
+    """How often each token is drawn."""
+    sampler = Sampler(sampling)
+    logits = PROBS.log() if logits is None else logits
+    drawn = torch.tensor([sampler(logits) for _ in range(draws)])
+    return drawn.bincount(minlength=len(logits)) / draws
+
+
+def test_at_temperature_one_tokens_come_as_likely_as_they_are():
+    assert shares(Sampling(1.0, 1.0, seed=0)).tolist() == pytest.approx(PROBS.tolist(), abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_sharpens_and_flattens(temperature):
+    expected = PROBS ** (1 / temperature)
+    expected = (expected / expected.sum()).tolist()
+    assert shares(Sampling(temperature, 1.0, seed=0)).tolist() == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.01, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [0, 1, 3]),
+        (0.94, [0, 1, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_nucleus_is_the_fewest_tokens_that_hold_the_mass(top_p, kept):
+    found = shares(Sampling(1.0, top_p, seed=1))
+    assert found.nonzero().flatten().tolist() == kept
+    expected = PROBS[kept] / PROBS[kept].sum()
+    assert found[kept].tolist() == pytest.approx(expected.tolist(), abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-320, 1e-6])
+def test_the_coldest_draw_is_the_likeliest(temperature):
+    logits = torch.tensor([1.0, 300.0, -300.0, 299.0])
+    assert shares(Sampling(temperature, 1.0, seed=0), logits, 50).tolist() == [0, 1, 0, 0]
+
+
+def test_the_hottest_draw_heeds_nothing():
+    assert shares(Sampling(float("inf"), 1.0, seed=0)).tolist() == pytest.approx([0.2] * 5, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_any_precision_of_logits_will_do(dtype):
+    assert shares(Sampling(1.0, 1.0, seed=0), PROBS.log().to(dtype)).tolist() == pytest.approx(PROBS.tolist(), abs=0.03)
+
+
+def test_a_seed_decides_the_draws_whatever_else_is_drawn():
+    def draws(seed):
+        sampler = Sampler(Sampling(1.0, 1.0, seed))
+        torch.manual_seed(torch.initial_seed() + 1)
+        return [sampler(PROBS.log()) for _ in range(30)]
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)
+    assert draws(None) != draws(None)
+
+
+def test_greedy_is_deterministic():
+    assert {Sampler(GREEDY)(PROBS.log()) for _ in range(5)} == {1}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(
+            {"temperature": -0.1},
+            {"temperature": float("nan")},
+            {"top_p": 0.0},
+            {"top_p": 1.01},
+            {"top_p": float("nan")},
+        ),
+        *({"seed": -1}, {"seed": 2**63}),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')} must"):
+        Sampling(**wrong)

@@ -1,0 +1,272 @@
+"""A conversation: what is kept between turns changes nothing but the time that an answer takes."""
+
+import numpy as np
+import pytest
+import torch
+
+from minimind_v.core.data.images import load_pixels
+from minimind_v.core.errors import MissingInput, RowError, UsageError
+from minimind_v.core.generate.sampling import GREEDY, Sampling
+from minimind_v.core.generate.session import Session
+from tests.cli.harness import place, sighted_model, tokenizer
+
+FIRST, SECOND, THIRD = "有几个物体？", "What colour is the star?", "Is it big?"
+END = [tokenizer().eos_id, *tokenizer().encode("\n").ids]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sighted_model()
+
+
+class Listening:
+    """A sampler that keeps what it drew, and the first logits of an answer; with a script it draws that."""
+
+    def __init__(self, sampler, script=None):
+        self.sampler, self.script, self.drawn = sampler, script, []
+
+    def __call__(self, logits):
+        if not self.drawn:
+            self.logits = logits.clone()
+        token = self.script.pop(0) if self.script else self.sampler(logits)
+        self.drawn.append(token)
+        return token
+
+
+@pytest.fixture
+def talk(model):
+    def start(sampling=GREEDY, script=None, **how):
+        session = Session(model, tokenizer(), sampling, **how)
+        session.sampler = Listening(session.sampler, script)
+        return session
+
+    return start
+
+
+def pixels(number=0):
+    return load_pixels(place().picture(number).read_bytes(), "picture", 64)
+
+
+def answer(session, question, pictures=(), limit=8):
+    """The ids of an answer, its end not counted."""
+    session.sampler.drawn.clear()
+    text = "".join(session.ask(question, pictures, limit))
+    ids = [token for token in session.sampler.drawn if token != tokenizer().eos_id]
+    assert tokenizer().decode(ids) == text
+    assert session.new_tokens == len(ids)
+    return ids
+
+
+@torch.inference_mode()
+def anew(model, turns, question, pictures, limit=8):
+    """First logits and ids with nothing kept: all is read again for every token. `turns`: (question, answer's ids)."""
+    prompts = Session(model, tokenizer(), GREEDY).prompts
+    asked = [
+        f"<image>\n{question}" if pictures and not n else question
+        for n, question in enumerate([*dict(turns), question])
+    ]
+    tokens = prompts.prompt([{"role": "user", "content": asked[0]}])
+    for (_, ids), following in zip(turns, asked[1:], strict=True):
+        tokens.input_ids += [*ids, *END]
+        tokens.image_mask += [False] * (len(ids) + len(END))
+        tokens += prompts.follow_up(following)
+    features = model.vision_encoder(torch.from_numpy(np.stack(pictures))) if pictures else None
+    drawn, first = [], None
+    while len(drawn) < limit:
+        ids = torch.tensor([tokens.input_ids + drawn])
+        mask = torch.tensor([tokens.image_mask + [False] * len(drawn)])
+        logits = model(ids, image_features=features, image_mask=mask).logits[0, -1]
+        first = logits if first is None else first
+        if int(logits.argmax()) == tokenizer().eos_id:
+            break
+        drawn.append(int(logits.argmax()))
+    return first, drawn
+
+
+def check(model, session, turns, question, pictures):
+    """Ask a greedy question that must be answered, to the logits, as if all before it were read again."""
+    session.sampler.sampler = Session(model, tokenizer(), GREEDY).sampler
+    ids = answer(session, question, [] if turns else pictures)
+    logits, expected = anew(model, turns, question, pictures)
+    assert torch.allclose(session.sampler.logits, logits, atol=1e-4)
+    assert ids == expected
+    return ids
+
+
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_three_turns_give_what_reading_everything_again_gives(model, talk, pictures):
+    session, shown = talk(), [pixels()] * pictures
+    turns = []
+    for question in (FIRST, SECOND, THIRD):
+        turns.append((question, check(model, session, turns, question, shown)))
+    assert all(ids for _, ids in turns)
+
+
+def test_a_picture_may_come_with_a_later_question(talk):
+    session = talk()
+    answer(session, FIRST)
+    used = session.cache.used
+    answer(session, SECOND, [pixels()])
+    assert session.cache.used > used + 64
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_an_answer_that_is_stopped_counts_as_far_as_it_came(model, talk, stop):
+    session = talk(Sampling(temperature=float("inf"), top_p=1.0, seed=3))  # talks on and on
+    pieces = session.ask(FIRST, [pixels()], 400)
+    while len(session.sampler.drawn) < stop:
+        next(pieces)
+    pieces.close()
+    stopped = list(session.sampler.drawn)
+    check(model, session, [(FIRST, stopped)], SECOND, [pixels()])
+
+
+def test_an_answer_that_was_never_begun_was_never_asked_for(model, talk):
+    session = talk()
+    session.ask(FIRST, [pixels()]).close()
+    turns = [(SECOND, check(model, session, [], SECOND, []))]
+    session.ask("Something else entirely?").close()
+    check(model, session, turns, THIRD, [])
+
+
+class Interrupted:
+    """Ctrl-C inside the last layer, in the so-many-th step."""
+
+    def __init__(self, model, step):
+        self.left = step
+        self.handle = model.model.layers[-1].register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_an_interruption_inside_the_model_leaves_a_conversation_that_goes_on(model, talk, step, turn):
+    session, turns = talk(Sampling(temperature=float("inf"), top_p=1.0, seed=4)), []
+    if turn:
+        turns.append((FIRST, answer(session, FIRST, [pixels()])))
+    asked = THIRD if turn else FIRST
+    session.sampler.drawn.clear()
+    interruption = Interrupted(model, step)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.ask(asked, [] if turn else [pixels()], 50))
+    interruption.handle.remove()
+    if step > 1:  # else the question itself was not read
+        turns.append((asked, list(session.sampler.drawn)))
+    check(model, session, turns, SECOND, [pixels()] if turns else [])
+
+
+def test_restarting_forgets_everything(talk):
+    session = talk()
+    first = answer(session, FIRST)
+    answer(session, SECOND, [pixels()])
+    session.restart()
+    assert answer(session, FIRST) == first
+
+
+# --- too long ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_that_is_too_long_is_told_and_can_be_begun_anew(talk):
+    session = talk(Sampling(temperature=float("inf"), top_p=1.0, seed=5), context=150)
+    with pytest.raises(UsageError, match="longer than 150 tokens — start a new one"):
+        [answer(session, FIRST) for _ in range(50)]
+    assert session.cache.used <= 150
+    session.restart()
+    assert answer(session, FIRST)
+
+
+def test_an_answer_ends_where_the_context_does(talk):
+    session = talk(script=[40] * 500, context=100)
+    assert 0 < len(answer(session, FIRST, limit=500)) < 100
+    assert session.cache.used <= 100
+
+
+def test_a_question_that_is_refused_leaves_no_trace(model, talk):
+    session = talk(context=300)
+    turns = [(FIRST, answer(session, FIRST))]
+    for refused in ("star " * 400, "What is <image>?"):
+        with pytest.raises(UsageError):
+            session.ask(refused)
+    check(model, session, turns, SECOND, [])
+
+
+@pytest.mark.parametrize("words", [0, 1])
+def test_a_first_question_that_is_too_long_is_refused(talk, words):
+    session = talk(context=60)
+    with pytest.raises(UsageError, match="longer than 60 tokens"):
+        session.ask("star " * 60 if words else FIRST, [] if words else [pixels()])
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_may_be_a_file_or_its_pixels(talk):
+    one, other = talk(), talk()
+    answer(one, SECOND, [place().picture()])
+    answer(other, SECOND, [pixels()])
+    assert torch.equal(one.cache.values, other.cache.values)
+
+
+def test_the_k_th_picture_goes_to_the_k_th_mark(talk):
+    caches = []
+    for numbers in ((0, 1), (1, 0)):
+        session = talk()
+        answer(session, "Is <image> brighter than <image>?", [pixels(number) for number in numbers], 1)
+        caches.append(session.cache.values[0])
+    assert (caches[0] - caches[1]).abs().max() > 1e-3
+    before = len(Session(sighted_model(), tokenizer(), GREEDY).prompts.prompt([{"role": "user", "content": "Is "}])) - 5
+    assert torch.equal(caches[0][..., :before, :], caches[1][..., :before, :])
+
+
+def test_a_users_own_placeholders_are_no_picture(talk):
+    session = talk()
+    answer(session, "@" * 64)
+    with pytest.raises(UsageError, match="1 <image> marks for 0 pictures"):
+        session.ask("<image>")
+
+
+def test_pictures_that_cannot_be_shown_are_told(talk, tmp_path):
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
+    session = talk()
+    with pytest.raises(RowError, match=r"page\.jpg: the picture cannot be decoded \(not a picture\)"):
+        session.ask(FIRST, [tmp_path / "page.jpg"])
+    with pytest.raises(MissingInput, match="no picture at"):
+        session.ask(FIRST, [tmp_path / "none.jpg"])
+    assert answer(session, FIRST) == answer(talk(), FIRST)
+
+
+# --- text as it comes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["一个大的红色星形。", "naïve café 😀👍🏽!", "a b  c\n\nd", "白white色"])
+def test_pieces_hold_whole_characters_and_make_up_the_text(talk, text):
+    ids = tokenizer().encode(text).ids
+    session = talk(script=[*ids, tokenizer().eos_id])
+    pieces = list(session.ask(FIRST))
+    assert "".join(pieces) == text
+    assert "�" not in "".join(pieces)
+    assert len(pieces) > 1
+    assert all(pieces)
+
+
+def test_a_character_that_is_never_finished_is_shown_as_such(talk):
+    ids = tokenizer().encode("😀").ids
+    assert len(ids) > 2
+    session = talk(script=[*tokenizer().encode("ab").ids, *ids[:2], tokenizer().eos_id])
+    assert "".join(session.ask(FIRST)) == "ab�"
+
+
+def test_special_tokens_are_not_shown(talk):
+    ids = tokenizer().encode("ab").ids
+    session = talk(script=[*ids, tokenizer().bos_id, tokenizer().pad_id, tokenizer().eos_id])
+    assert "".join(session.ask(FIRST)) == "ab"
+
+
+def test_an_answer_may_be_empty(talk, model):
+    session = talk(script=[tokenizer().eos_id])
+    assert answer(session, FIRST) == []
+    check(model, session, [(FIRST, [])], SECOND, [])
