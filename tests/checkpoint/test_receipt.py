@@ -78,6 +78,9 @@ def test_an_unexpected_tensor_is_named(load):
 def test_a_wrong_shape_is_named_with_both_shapes(load):
     line = refused(load, {**state(), "model.norm.weight": torch.ones(31)})
     assert "1 wrong shape (model.norm.weight [31] for [32])" in line
+    name = "model.layers.1.mlp.down_proj.weight"
+    line = refused(load, {**state(), name: state()[name].t()})
+    assert f"1 wrong shape ({name} [48, 32] for [32, 48])" in line
 
 
 def test_nothing_is_loaded_where_something_is_wrong(tmp_path):

@@ -10,6 +10,7 @@ from minimind_v.core.checkpoint.weights import export_tensors, read_checkpoint, 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.model.vision import read_vision_spec
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train import loop
 from tests.cli.harness import BASE, EYE, ROWS, here, read_rows, tree, write_rows
 
 KEYS = {"step", "loss", "lr", "grad_norm", "epoch", "samples", "supervised_tokens", "seconds"}
@@ -148,8 +149,6 @@ def test_sizes_of_ones_own_train_from_a_yaml_file(place, tmp_path):
 
 
 def test_save_every_saves_on_the_way_and_at_the_end(place, tmp_path, monkeypatch):
-    from minimind_v.core.train import loop
-
     real, saved = loop.write_checkpoint, []
     monkeypatch.setattr(loop, "write_checkpoint", lambda path, *rest: (saved.append(path.name), real(path, *rest)))
     assert here(*place.train(tmp_path, save_every=4)).code == 0

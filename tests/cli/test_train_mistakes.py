@@ -1,8 +1,11 @@
 """Every mistake that a beginner makes with `mmv train`: one line, an exit code, a next step, nothing half-written."""
 
+import multiprocessing
 import shutil
 
 import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.cli.harness import ASSETS, BASE, EYE, ROWS, here, read_rows, tree, write_rows
 
@@ -96,8 +99,6 @@ def test_a_base_trained_with_another_vision_model_is_told_so(refused, trained, t
     shutil.copytree(EYE, tmp_path / "eye")
     (tmp_path / "eye" / "config.json").write_text((EYE / "config.json").read_text().replace("128", "64"))
     (tmp_path / "eye" / "model.safetensors").unlink()
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
     CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path / "eye")).save_pretrained(tmp_path / "eye")
     line = refused(1, stage="sft", init=trained.out / "pretrain_vlm_128.pth", vision_model=tmp_path / "eye")
     assert "vision_proj.vision_proj.0.weight [128, 128] for [128, 64]" in line
@@ -170,8 +171,6 @@ def test_a_wrong_value_is_refused_before_anything_is_done(refused, option, value
 
 
 def test_a_device_of_another_machine_is_refused(refused):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     assert "--device cuda:7: not to be had here" in refused(2, device="cuda:7")
@@ -206,7 +205,7 @@ def broken(place, tmp_path):
     def make(rows, *numbers):
         good = read_rows(place.data("pretrain"))
         lines = [good[n % ROWS] for n in range(rows)]
-        damages = ['{"conversations": [', {"image": "a.jpg"}, {**good[0], "image": "nowhere.jpg"}, "[1, 2]"]
+        damages = ['{"conversations": [', {"image": "a.jpg"}, {**good[0], "image": "nowhere.jpg"}]
         for damage, number in enumerate(numbers):
             lines[number - 1] = damages[damage % len(damages)]
         return write_rows(tmp_path / "mine.jsonl", lines)
@@ -215,15 +214,15 @@ def broken(place, tmp_path):
 
 
 def test_a_few_broken_rows_are_named_and_counted(place, broken, tmp_path):
-    data = broken(400, 7, 90, 201, 399)
-    ended = here(*place.train(tmp_path / "out", data=data, batch_size=50, workers=1, epochs=2, max_steps=12))
+    data = broken(300, 7, 90, 201)
+    ended = here(*place.train(tmp_path / "out", data=data, batch_size=60, workers=1, epochs=2, max_steps=7))
     assert ended.code == 0, ended.err
-    for row, why in ((7, "not JSON"), (90, "conversations"), (201, "nowhere.jpg"), (399, "not a JSON object")):
+    for row, why in ((7, "not JSON"), (90, "conversations"), (201, "nowhere.jpg")):
         assert ended.err.count(f"row skipped: {data}:{row}: ") == 1
         assert why in next(line for line in ended.err.splitlines() if f"{data}:{row}:" in line)
-    assert "4 broken rows skipped" in ended.err
-    epoch = read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl")[7]
-    assert (epoch["epoch"], epoch["samples"]) == (1.0, 396)
+    assert "3 broken rows skipped" in ended.err
+    epoch = read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl")[4]
+    assert (epoch["epoch"], epoch["samples"]) == (1.0, 297)
 
 
 def test_more_than_one_row_in_a_hundred_is_an_error_with_the_first_named(place, broken, tmp_path):
@@ -266,8 +265,6 @@ def test_a_length_that_no_prompt_fits_in_is_told(place, tmp_path):
 
 
 def test_no_processes_are_left_when_a_run_fails(place, tmp_path):
-    import multiprocessing
-
     ended = here(*place.train(tmp_path / "out", data=write_rows(tmp_path / "mine.jsonl", ["{"] * 20), workers=2))
     assert ended.code == 1
     assert multiprocessing.active_children() == []

@@ -1,12 +1,16 @@
 """Signals to a training run: the first asks, the second insists, and no process outlives the command."""
 
+import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from minimind_v.core.checkpoint.weights import read_checkpoint
+from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.train.loop import Run
 from tests.cli.harness import MMV, PATIENCE, Running, place, read_rows
 
 LONG = {"epochs": 10_000, "workers": 2}
@@ -75,15 +79,15 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 def slow_updates():
-    """Make every update last a minute."""
-    import sys
+    """Make every update but the first last a minute."""
+    real = Run._update
 
-    from minimind_v.core.train.loop import Run
-
-    def update(*_):
-        print("in an update", file=sys.stderr)
-        for _ in range(600):
-            time.sleep(0.1)
+    def update(run, step, batches):
+        if step > 1:
+            print("in an update", file=sys.stderr)
+            for _ in range(600):
+                time.sleep(0.1)
+        return real(run, step, batches)
 
     Run._update = update
 
@@ -99,9 +103,6 @@ def test_a_signal_before_the_first_update_ends_the_command_too(tmp_path):
 
 def slow_loading():
     """Make loading the vision model last a minute."""
-    import sys
-
-    from minimind_v.core.model.vision import VisionEncoder
 
     def load(*_):
         print("loading", file=sys.stderr)
@@ -117,8 +118,6 @@ def test_killed_outright_no_worker_survives(run):
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_next_step(run, tmp_path):
-    import os
-
     for worker in run.left_behind():
         os.kill(worker, signal.SIGKILL)
     ended = run.wait()

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError
@@ -35,8 +36,6 @@ def test_inputs_that_do_not_belong_together_are_told(tmp_path):
 
 
 def test_a_vision_model_of_another_width_is_told(tmp_path):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
     shutil.copytree(EYE, tmp_path / "eye")
     (tmp_path / "eye" / "model.safetensors").unlink()
     config = CLIPVisionConfig.from_pretrained(EYE)

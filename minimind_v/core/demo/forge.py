@@ -194,7 +194,7 @@ def _score_tower(encoder: VisionEncoder, reader: nn.Linear, rng: random.Random) 
     """The share of object patches, over pictures never seen, whose words are read off right; held-out pairs apart."""
     names, groups = ("size", "colour", "shape", "place"), [len(attribute) for attribute in ATTRIBUTES]
     pairs = [(WORDS.index(shape), WORDS.index(colour)) for shape, colour in sorted(world.HELD_OUT)]
-    figures = {}
+    figures: dict[str, float] = {}
     for held_out, suffix in ((False, ""), (True, "_of_held_out_pairs")):
         right, total = torch.zeros(len(names)), torch.zeros(len(names))
         for pixels, words in batches(rng, 10, 64, held_out):
