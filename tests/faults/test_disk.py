@@ -18,7 +18,7 @@ from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.errors import RunError
 from minimind_v.core.train.metrics import MetricsFile, StepMetrics
-from tests.cli.harness import BASE, Running, place, read_rows, tree
+from tests.cli.harness import BASE, here, place, read_rows, tree
 
 LIMIT = 200_000  # bytes that a file may have: enough for words, too few for weights
 
@@ -26,6 +26,7 @@ LIMIT = 200_000  # bytes that a file may have: enough for words, too few for wei
 @pytest.fixture
 def no_room():
     """No file of this process may grow beyond LIMIT, as on a disk that is full."""
+    place()  # is made before
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
     yield
@@ -173,13 +174,8 @@ def test_a_description_that_cannot_be_written_leaves_the_old_weights(tmp_path):
 # --- whole commands ---------------------------------------------------------------------------------------------------
 
 
-def limit_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
-
-
-def test_a_run_goes_on_where_a_save_on_the_way_fails_and_says_so(tmp_path):
-    line = place().train(tmp_path / "out", save_every=4)
-    ended = Running(tmp_path, *line, prepare=limit_files).wait()
+def test_a_run_goes_on_where_a_save_on_the_way_fails_and_says_so(tmp_path, no_room):
+    ended = here(*place().train(tmp_path / "out", save_every=4))
     assert ended.code == 1
     assert [said.split(":")[0] for said in ended.err.splitlines() if "File too large" in said] == [
         *("step 4", "step 8", "error"),
@@ -195,7 +191,7 @@ def test_a_run_goes_on_where_its_metrics_cannot_be_written(tmp_path):
     folder = tmp_path / "out" / "pretrain_vlm_128"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").symlink_to("/dev/full")
-    ended = Running(tmp_path, *place().train(tmp_path / "out", max_steps=2)).wait()
+    ended = here(*place().train(tmp_path / "out", max_steps=2))
     assert ended.code == 0, ended.err
     assert "metrics.jsonl: not written (No space left on device)" in ended.err
     assert read_checkpoint(tmp_path / "out" / "pretrain_vlm_128.pth").stage == "pretrain"
@@ -220,10 +216,10 @@ def metrics(step):
     return StepMetrics(step, 3, step / 3, 1.0, 0.5, 1e-3, 1.0, 4, 400, 40, 1.0, 0.1)
 
 
-def test_a_conversion_on_a_full_disk_leaves_nothing(tmp_path):
+def test_a_conversion_on_a_full_disk_leaves_nothing(tmp_path, no_room):
     for to in ("pth", "safetensors"):
         out = tmp_path / "new" / f"w.{to}"
-        ended = Running(tmp_path / to, "convert", "--to", to, "--model", BASE, "--out", out, prepare=limit_files).wait()
+        ended = here("convert", "--to", to, "--model", BASE, "--out", out)
         assert ended.code == 1
         assert f"{out}: not saved (File too large)" in ended.error
         assert tree(tmp_path / "new") == []

