@@ -18,7 +18,9 @@ def evaluate(
     model: options.Model = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"JSONL of held-out rows. [default: {FIRST} rows of the sft data]"),
+        typer.Option(
+            metavar="FILE", help=f"Held-out rows: JSONL, parquet, LLaVA JSON. [default: {FIRST} rows of the sft data]"
+        ),
     ] = None,
     images: options.Images = None,
     vision_model: options.VisionModel = VISION_DIR,
@@ -37,7 +39,7 @@ def evaluate(
     from minimind_v.core.config.recipes import sft
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.stores import JsonlRows, open_pictures
+    from minimind_v.core.data.stores import open_rows
     from minimind_v.core.evaluate.run import evaluate as score
     from minimind_v.core.generate.load import load_model
 
@@ -47,14 +49,14 @@ def evaluate(
         terminal.warn(
             f"scoring rows of {data}, which the model may have been trained on: name held-out ones with --data"
         )
-    rows, pictures = JsonlRows(data), open_pictures(images or images_beside(data))
+    rows = open_rows(data, images or images_beside(data))
     loaded = load_model(model, vision_model, tokenizer, device)
     spec, words = loaded.model.spec, loaded.tokenizer
     terminal.say(str(loaded.receipt))
     found = {}
     for name in ("seeing", "blind") if blind else ("seeing",):
         prompts = PromptEncoder(words, spec.tokens_per_image)
-        dataset = RowDataset(rows, pictures, prompts, spec.image_size, max_length, blank=name == "blind")
+        dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind")
         with terminal.progress(f"eval {name}") as progress:
             found[name] = score(
                 loaded.model, dataset, words.pad_id, words.eos_id, batch_size, limit=limit, progress=progress

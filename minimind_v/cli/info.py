@@ -12,18 +12,25 @@ from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import DataError, MissingInput, RowError
 
-
 def info(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, a dataset (.jsonl), or a run's folder or metrics.jsonl.")],
+    file: Annotated[Path, typer.Argument(help="A checkpoint, a dataset, or a run's folder or metrics.jsonl.")],
     json: options.Json = False,
 ) -> None:
     """Tell what a checkpoint, a dataset or a run is."""
     if not file.exists():
         raise MissingInput(f"no file {file}")
     run = file / "metrics.jsonl" if file.is_dir() else file
-    found = _run(run) if run.name == "metrics.jsonl" else _data(file) if file.suffix == ".jsonl" else _weights(file)
+    found = _data(file) if _is_data(file) else _run(run) if run.name == "metrics.jsonl" else _weights(file)
     terminal = Terminal()
     terminal.json(found) if json else terminal.table(found)
+
+
+def _is_data(file: Path) -> bool:
+    if file.is_dir():
+        return any(file.rglob("*.parquet")) or any(file.glob("dataset_*.json"))
+    with file.open("rb") as opened:
+        is_array = file.suffix == ".json" and opened.read(64).lstrip().startswith(b"[")
+    return is_array or (file.suffix in (".jsonl", ".parquet") and file.name != "metrics.jsonl")
 
 
 def _weights(file: Path) -> dict[str, Any]:
@@ -46,21 +53,22 @@ def _weights(file: Path) -> dict[str, Any]:
 
 
 def _data(file: Path) -> dict[str, Any]:
-    from minimind_v.core.data.stores import JsonlRows, image_names
+    from minimind_v.core.config.load import images_beside
+    from minimind_v.core.data.stores import open_rows
 
-    rows = JsonlRows(file)
+    rows = open_rows(file, images_beside(file))
     try:
         first = rows.row(0)
-        images, messages = image_names(first), first.get("conversations")
     except RowError as error:
         raise DataError(f"{rows.place(0)}: {error}") from None
     return {
         "kind": "dataset",
         "file": str(file),
         "rows": len(rows),
-        "bytes": file.stat().st_size,
-        "first_row_images": images,
-        "first_row_messages": len(messages) if isinstance(messages, list) else 0,
+        "bytes": sum(part.stat().st_size for part in (file, *file.rglob("*")) if part.is_file()),
+        "pictures": str(rows.pictures or ""),
+        "first_row_images": first.images,
+        "first_row_messages": len(first.conversations) if isinstance(first.conversations, list) else 0,
     }
 
 

@@ -32,7 +32,9 @@ def train(
     ],
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="Keys as --print-config shows them.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, base, moe or demo. [default: small]")] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of conversations.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Conversations: JSONL, parquet, LLaVA JSON.")
+    ] = None,
     images: options.Images = None,
     vision_model: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the CLIP vision model.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of tokenizer.json.")] = None,

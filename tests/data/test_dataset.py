@@ -13,7 +13,7 @@ import torch
 from minimind_v.core.data.batch import collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
-from minimind_v.core.data.stores import JsonlRows, open_pictures
+from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import RowError
 from minimind_v.core.model.loss import IGNORE
 from tests.data.made import PATCHES, SIZE, picture, png_header, row, shade
@@ -65,7 +65,7 @@ def dataset(tmp_path, demo_tokenizer, images):
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b"\n".join(lines))
         encoder = PromptEncoder(demo_tokenizer, PATCHES)
-        return RowDataset(JsonlRows(path), open_pictures(pictures), encoder, SIZE, max_length, blank)
+        return RowDataset(open_rows(path, pictures), encoder, SIZE, max_length, blank)
 
     return make
 
@@ -100,7 +100,7 @@ def test_a_whole_row(dataset, demo_tokenizer):
     assert example.pixels.shape == (2, 3, SIZE, SIZE)
     assert example.pixels.dtype == np.uint8
     assert example.pixels[:, :, 3, 3].tolist() == [shade(5), shade(11)]
-    assert example.tokens == rows.encoder.row(rows.rows.row(0)["conversations"], 2, 100)
+    assert example.tokens == rows.encoder.row(rows.rows.row(0).conversations, 2, 100)
     text = read(rows, 1)
     assert text.pixels is None
     assert text.names == []

@@ -17,7 +17,7 @@ import torch
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import WINDOW, BatchPlan, load_batches
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import JsonlRows, open_pictures
+from minimind_v.core.data.stores import open_rows
 from tests.data.made import PATCHES, SIZE, picture, row, shade
 
 PAD = 0
@@ -32,9 +32,8 @@ def rows(tmp_path, demo_tokenizer):
 
     def make(lines) -> RowDataset:
         (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
-        pictures = open_pictures(tmp_path / "images.zip")
         encoder = PromptEncoder(demo_tokenizer, PATCHES)
-        return RowDataset(JsonlRows(tmp_path / "rows.jsonl"), pictures, encoder, SIZE, 400)
+        return RowDataset(open_rows(tmp_path / "rows.jsonl", tmp_path / "images.zip"), encoder, SIZE, 400)
 
     return make
 
@@ -147,9 +146,9 @@ def test_every_row_has_its_own_text_and_its_own_pictures(rows, demo_tokenizer):
             number = int(place.rpartition(":")[2]) - 1
             line = data.rows.row(number)
             text = demo_tokenizer.decode(batch.input_ids[n][batch.labels[n] >= 0].tolist())
-            assert text == line["conversations"][1]["content"] + "\n"
+            assert text == line.conversations[1]["content"] + "\n"
             assert text.startswith(f"row {number} shows")
-            for name in filter(None, line["image"].split(", ")):
+            for name in line.images:
                 assert next(pixels)[:, 0, 0].tolist() == shade(int(name.removesuffix(".png")))
             seen += 1
         assert next(pixels, None) is None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import JsonlRows, open_pictures
+from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import DataError
 from minimind_v.core.evaluate.run import SHORT, evaluate
 from minimind_v.core.generate.engine import generate
@@ -41,8 +41,8 @@ def prompts(model):
 @pytest.fixture
 def score(model, prompts, tmp_path):
     def run(rows, blank=False, max_length=1536, **how):
-        data = JsonlRows(write_rows(tmp_path / "rows.jsonl", rows))
-        dataset = RowDataset(data, open_pictures(place().folder), prompts, 64, max_length, blank)
+        data = open_rows(write_rows(tmp_path / "rows.jsonl", rows), place().folder)
+        dataset = RowDataset(data, prompts, 64, max_length, blank)
         return evaluate(model, dataset, tokenizer().pad_id, tokenizer().eos_id, **{"workers": 0} | how)
 
     return run

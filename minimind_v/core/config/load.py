@@ -61,8 +61,8 @@ def build_config(
 
 
 def images_beside(data: Path) -> Path | None:
-    """`x_images.zip` or the folder `x_images` beside `x_data.jsonl`, as the published data has it, if it is there."""
-    stem = data.with_name(data.name.removesuffix(".jsonl").removesuffix("_data") + "_images")
+    """`x_images.zip` or the folder `x_images` beside `x_data.jsonl`, as published data has it, if it is there."""
+    stem = data.with_name(data.name.removesuffix(".jsonl").removesuffix(".json").removesuffix("_data") + "_images")
     return next((path for path in (stem.with_name(stem.name + ".zip"), stem) if path.exists()), None)
 
 

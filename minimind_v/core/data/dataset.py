@@ -8,7 +8,7 @@ import numpy as np
 
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
-from minimind_v.core.data.stores import JsonlRows, Pictures, image_names
+from minimind_v.core.data.row import RowStore
 from minimind_v.core.errors import RowError
 
 
@@ -36,12 +36,11 @@ class Example:
 
 
 class RowDataset:
-    """Joins a store of rows, a store of pictures and a prompt encoder. Picklable."""
+    """Joins a store of rows and a prompt encoder. Picklable."""
 
     def __init__(
         self,
-        rows: JsonlRows,
-        pictures: Pictures | None,
+        rows: RowStore,
         encoder: PromptEncoder,
         image_size: int,
         max_length: int,
@@ -49,7 +48,6 @@ class RowDataset:
     ) -> None:
         """`blank` shows a grey picture in place of every real one."""
         self.rows = rows
-        self.pictures = pictures
         self.encoder = encoder
         self.image_size = image_size
         self.max_length = max_length
@@ -63,24 +61,22 @@ class RowDataset:
         place = self.rows.place(index)
         try:
             row = self.rows.row(index)
-            names = image_names(row)
-            tokens = self.encoder.row(row.get("conversations"), len(names), self.max_length)
+            tokens = self.encoder.row(row.conversations, len(row.images), self.max_length)
         except RowError as error:
             return BrokenRow(place, error.kind, str(error))
-        return Example(index, place, tokens, names[: tokens.images])
+        return Example(index, place, tokens, row.images[: tokens.images])
 
     def load(self, example: Example) -> Example | BrokenRow:
         """Read and decode the pictures of a row."""
         try:
             if example.names:
-                example.pixels = np.stack([self._pixels(name) for name in example.names])  # [N, 3, S, S]
+                pixels = [self._pixels(example.index, position, name) for position, name in enumerate(example.names)]
+                example.pixels = np.stack(pixels)  # [N, 3, S, S]
         except RowError as error:
             return BrokenRow(example.place, error.kind, str(error))
         return example
 
-    def _pixels(self, name: str) -> np.ndarray:
+    def _pixels(self, index: int, position: int, name: str) -> np.ndarray:
         if self.blank:
             return blank_pixels(self.image_size)
-        if self.pictures is None:
-            raise RowError(f"{name}: the row has a picture, but --images was not given", "picture missing")
-        return load_pixels(self.pictures.read(name), name, self.image_size)
+        return load_pixels(self.rows.picture(index, position, name), name, self.image_size)

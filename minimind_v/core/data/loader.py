@@ -2,7 +2,9 @@
 
 Each epoch is a new permutation, drawn from the seed. It is walked in windows of several batches; in a window rows are
 sorted by length and cut into batches, so that a batch holds rows of similar length and hardly any padding, and the
-batches are shuffled again. What batch number k holds depends on the seed alone, not on how many workers there are.
+batches are shuffled again. The windows are walked in a few lanes, batch by batch in turn, each lane a stretch of the
+permutation: as the workers too take batches in turn, each has lanes of its own, tokenises no window that another does,
+and reads parts of a parquet file that no other reads. What batch number k holds depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 
+LANES = 4  # a number that 1, 2 and 4 workers share evenly
 WINDOW = 32  # batches per window: enough to find rows of one length, and few enough to keep the order random
 
 
@@ -40,7 +43,8 @@ class BatchPlan(Dataset[Batch]):
         self.seed = seed
         self.epochs = epochs
         self.batches_per_epoch = -(-self.rows // batch_size)
-        self._window: tuple[int, list[list[Example | BrokenRow]]] = (-1, [])
+        self._sequence = _lanes(self.batches_per_epoch, 1 if seed is None else LANES)
+        self._windows: dict[tuple[int, int], list[list[Example | BrokenRow]]] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -48,11 +52,13 @@ class BatchPlan(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         epoch, batch = divmod(number, self.batches_per_epoch)
-        window, place = divmod(batch, WINDOW)
-        key = epoch * self.batches_per_epoch + window
-        if self._window[0] != key:
-            self._window = (key, self._plan(epoch, window))
-        read = [row if isinstance(row, BrokenRow) else self.dataset.load(row) for row in self._window[1][place]]
+        window, place = divmod(int(self._sequence[batch]), WINDOW)
+        if (epoch, window) not in self._windows:
+            self._windows[epoch, window] = self._plan(epoch, window)
+            if len(self._windows) > LANES:
+                del self._windows[next(iter(self._windows))]
+        planned = self._windows[epoch, window][place]
+        read = [row if isinstance(row, BrokenRow) else self.dataset.load(row) for row in planned]
         examples = [row for row in read if isinstance(row, Example)]
         broken = [row for row in read if isinstance(row, BrokenRow)]
         batch_read = collate(examples, broken, self.pad_id)
@@ -63,11 +69,10 @@ class BatchPlan(Dataset[Batch]):
     def order(self, epoch: int) -> np.ndarray:
         """The permutation of one epoch, [rows]."""
         if self._order[0] != epoch:
-            rows = np.arange(self.rows)
-            self._order = (
-                epoch,
-                rows if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(rows),
-            )
+            order = np.arange(self.rows)
+            if self.seed is not None:
+                order = self.dataset.rows.shuffled(np.random.default_rng([self.seed, epoch]))
+            self._order = epoch, order if len(order) == self.rows else order[order < self.rows]
         return self._order[1]
 
     def _plan(self, epoch: int, window: int) -> list[list[Example | BrokenRow]]:
@@ -81,6 +86,15 @@ class BatchPlan(Dataset[Batch]):
         if self.seed is not None:
             np.random.default_rng([self.seed, epoch, window]).shuffle(batches)
         return batches
+
+
+def _lanes(batches: int, lanes: int) -> np.ndarray:
+    """Which batch of the permutation is the k-th to be read: the lanes' batches in turn, int64 [batches]."""
+    numbers = np.arange(batches)
+    windows = np.array_split(np.arange(-(-batches // WINDOW)), lanes)
+    firsts = np.array([WINDOW * lane[0] for lane in windows if len(lane)], np.int64)
+    lane = np.searchsorted(firsts, numbers, "right") - 1
+    return np.lexsort((lane, numbers - firsts[lane])) if batches else numbers
 
 
 def load_batches(plan: BatchPlan, workers: int, pin: bool = False) -> Generator[Batch, None, None]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from minimind_v.core.data.row import IMAGE_MARK
 from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
 from minimind_v.core.errors import RowError
 
-IMAGE_MARK = "<image>"
 SYSTEM_PROMPT = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")
 TEXT_LIMIT = 10**6  # characters of a message that a row looks at: more than 32768 positions can hold, and no gigabytes

@@ -24,7 +24,7 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import JsonlRows, open_pictures
+from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pretrain, write_sft, write_test
 from minimind_v.core.demo.report import Sample, write_report
@@ -171,7 +171,7 @@ class Demo:
     def _evaluate(self, loaded: Loaded, rows: DemoSet, blank: bool = False) -> Scores:
         spec, tokenizer = loaded.model.spec, loaded.tokenizer
         prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
-        dataset = RowDataset(JsonlRows(rows.data), open_pictures(rows.images), prompts, spec.image_size, 1536, blank)
+        dataset = RowDataset(open_rows(rows.data, rows.images), prompts, spec.image_size, 1536, blank)
         return evaluate(loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id, batch_size=32)
 
     def _samples(self, loaded: Loaded, count: int = 12) -> list[Sample]:

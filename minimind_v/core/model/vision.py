@@ -127,5 +127,7 @@ class VisionEncoder(nn.Module):
             pixel_values = (pixel_values.float() / 255 - self.mean) / self.std  # [M, 3, H, W]
         pixel_values = pixel_values.to(next(self.tower.parameters()).dtype)
         together = CPU_PICTURES if pixel_values.device.type == "cpu" else len(pixel_values)
-        parts = [self.tower(pixel_values=part).last_hidden_state[:, 1:] for part in pixel_values.split(max(together, 1))]
+        parts = [
+            self.tower(pixel_values=part).last_hidden_state[:, 1:] for part in pixel_values.split(max(together, 1))
+        ]
         return torch.cat(parts)  # [M, P, width]

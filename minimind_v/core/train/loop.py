@@ -24,7 +24,7 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import JsonlRows, open_pictures
+from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import autocast, pick_device
 from minimind_v.core.errors import DataError, MissingInput, RunError, UsageError
@@ -98,8 +98,8 @@ class Run:
             )
         spec = self.encoder.spec
         prompts = PromptEncoder(self.tokenizer, spec.tokens_per_image)
-        rows, pictures = JsonlRows(data.file), open_pictures(data.images)
-        dataset = RowDataset(rows, pictures, prompts, spec.image_size, data.max_length)
+        rows = open_rows(data.file, data.images)
+        dataset = RowDataset(rows, prompts, spec.image_size, data.max_length)
         return BatchPlan(dataset, data.batch_size, self.tokenizer.pad_id, self.config.seed, self.config.epochs)
 
     def _build_model(self) -> VLM:

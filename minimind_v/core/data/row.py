@@ -1,0 +1,124 @@
+"""One row of training data, whatever file it stands in, and the interface of the stores that hold rows."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from minimind_v.core.errors import RowError
+
+PICTURE_LIMIT = 256 * 2**20  # bytes of one picture's file, or that a member of a zip may unpack to
+NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
+IMAGE_MARK = "<image>"  # in a message: here goes a picture
+LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation as its file has it, not yet checked, the names of its pictures, and all else that the row says."""
+
+    conversations: Any
+    images: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class RowStore(Protocol):
+    """Rows by index, pictures by row. Cheap to pickle; forked or spawned, each process opens its files for itself."""
+
+    path: Path  # the file or folder of rows
+
+    @property
+    def pictures(self) -> Path | None:
+        """The folder or zip of the pictures; None where they stand in the rows, or where there are none."""
+
+    def __len__(self) -> int:
+        """How many rows there are, broken ones included."""
+
+    def number(self, index: int) -> int:
+        """The number of a row in its file, from 1; in JSONL its line."""
+
+    def place(self, index: int) -> str:
+        """`file:row`."""
+
+    def row(self, index: int) -> Row:
+        """The row, its pictures not read. Raises RowError."""
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        """The bytes of picture `position` (from 0) of a row, which calls it `name`. Raises RowError."""
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """A permutation of all rows, int64 [rows], in which they can be read at a good rate."""
+
+
+class Reopened:
+    """A file that each process opens for itself: a shared handle's position would be everybody's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: Any = None
+        self._pid = 0
+
+    def _open(self) -> Any:
+        return self.path.open("rb")
+
+    @property
+    def handle(self) -> Any:
+        if self._pid != os.getpid():
+            self._handle, self._pid = self._open(), os.getpid()
+        return self._handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handle": None, "_pid": 0}
+
+
+def as_messages(conversations: Any) -> Any:
+    """A conversation with LLaVA's keys (`from`, `value`) under our names; any other as it is."""
+    if not isinstance(conversations, list) or not all(
+        isinstance(message, dict) and "from" in message and "role" not in message for message in conversations
+    ):
+        return conversations
+    return [
+        {
+            "role": LLAVA_ROLES.get(sender, sender) if isinstance(sender := message["from"], str) else sender,
+            "content": message.get("value"),
+        }
+        for message in conversations
+    ]
+
+
+def image_names(names: Any) -> list[str]:
+    """Names of pictures: a text that holds them separated by commas, absent or empty for none. Raises RowError."""
+    if names is None:
+        return []
+    if not isinstance(names, str):
+        raise RowError("`image` is not a text of picture names", "image")
+    return check_names([name.strip() for name in names.split(",") if name.strip()])
+
+
+def check_names(names: list[str]) -> list[str]:
+    """The names, if each could be one of a file. Raises RowError."""
+    for name in names:
+        if NO_NAME.search(name):
+            raise RowError(f"{name!r:.80} is no name of a picture", "image")
+    return names
+
+
+def check_size(name: str, size: int) -> None:
+    """Raises RowError where a picture has more bytes than any has."""
+    if size > PICTURE_LIMIT:
+        raise RowError(f"{name}: {size} bytes are too many for a picture", "picture too large")
+
+
+def picture_bytes(value: Any, name: str) -> bytes:
+    """The bytes in a cell of a table: plain, or as `datasets` keeps a picture (`bytes` and `path`). Raises RowError."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise RowError(f"{name}: the row has no bytes of it", "picture missing")
+    check_size(name, len(value))
+    return bytes(value)
