@@ -12,6 +12,7 @@ from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import DataError, MissingInput, RowError
 
+
 def info(
     file: Annotated[Path, typer.Argument(help="A checkpoint, a dataset, or a run's folder or metrics.jsonl.")],
     json: options.Json = False,
