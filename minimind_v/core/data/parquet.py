@@ -39,7 +39,7 @@ class ParquetRows:
         self.path = path
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not files:
-            raise DataError(f"{path}: a folder without .parquet files")
+            raise DataError(f"{path}: no data file, but a folder without .parquet files")
         footers = [_read_footer(file) for file in files]
         self.files = files
         schema = footers[0].schema.to_arrow_schema()
