@@ -35,8 +35,7 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Held-out loss and, where rows have short answers, the share that is right to the letter."""
-    from minimind_v.core.config.load import images_beside
-    from minimind_v.core.config.recipes import sft
+    from minimind_v.core.config.load import build_config, images_beside
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.data.stores import open_rows
@@ -45,7 +44,8 @@ def evaluate(
 
     terminal = Terminal()
     if data is None:
-        data, limit = sft().data.file, limit or FIRST
+        found_data = build_config("sft").data
+        data, images, limit = found_data.file, images or found_data.images, limit or FIRST
         terminal.warn(
             f"scoring rows of {data}, which the model may have been trained on: name held-out ones with --data"
         )

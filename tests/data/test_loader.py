@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.loader import WINDOW, BatchPlan, load_batches
+from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_batches
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from tests.data.made import PATCHES, SIZE, picture, row, shade
@@ -262,3 +262,14 @@ def test_a_spawned_process_makes_the_same_batches(rows):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         there = list(pool.map(_batch, [plan] * len(plan), range(len(plan)), timeout=240))
     assert all(same(left, right) for left, right in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("batches", [0, 1, WINDOW, 3 * WINDOW + 1, 4 * WINDOW, 13 * WINDOW - 5])
+def test_workers_that_share_lanes_evenly_share_no_window(batches):
+    sequence = _lanes(batches, LANES)
+    assert sorted(sequence) == list(range(batches))
+    count = -(-batches // WINDOW)
+    even = LANES * (WINDOW * (count // LANES) - (WINDOW * count - batches))  # behind it lanes end one after the other
+    for workers in (2, 4):
+        windows = [set(sequence[: max(even, 0)][worker::workers] // WINDOW) for worker in range(workers)]
+        assert sum(map(len, windows)) == len(set.union(*windows))

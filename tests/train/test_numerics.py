@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -295,6 +296,7 @@ def test_loss_curve_is_that_of_a_plain_loop(model, freeze, accumulate, rows, rec
     losses = [metrics.loss for metrics in recorder.steps]
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected, rel=1e-4)
-    assert losses[-1] < 0.95 * losses[0], "nothing was learnt, so little was compared"
+    # The median of the last few: single batches differ more from each other than a frozen model learns.
+    assert statistics.median(losses[-5:]) < 0.95 * losses[0], "nothing was learnt, so little was compared"
     for name, tensor in weights.items():
         torch.testing.assert_close(run.model.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
