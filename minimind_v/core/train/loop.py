@@ -239,8 +239,8 @@ class Run:
         everything = sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("vision_"))
         everything += sum(p.numel() for p in self.model.vision_proj.parameters())
         self.listener.say(
-            f"{config.stage}: {len(data):,} rows of {config.data.file}, {config.epochs} epochs, {self.total:,} updates of "
-            f"{config.data.batch_size * config.accumulate} rows on {self.device}; "
+            f"{config.stage}: {len(data):,} rows of {config.data.file}, {config.epochs} epochs, "
+            f"{self.total:,} updates of {config.data.batch_size * config.accumulate} rows on {self.device}; "
             f"{trained:,} of {everything:,} parameters learn ({config.freeze}); weights go to {self.weights}"
         )
 
