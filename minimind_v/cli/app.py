@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minimind_v import __version__
-from minimind_v.cli import chat, convert, demo, doctor, evaluate, info, train
+from minimind_v.cli import chat, convert, data, demo, doctor, download, evaluate, info, train
 from minimind_v.cli.terminal import run_app
 
 app = typer.Typer(
@@ -31,6 +31,8 @@ def root(
     """Train, understand and use a tiny vision-language model."""
 
 
+app.command("download")(download.download)
+app.add_typer(data.data, name="data")
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
 
 from minimind_v.core.errors import MmvError
 
@@ -47,6 +57,13 @@ class Terminal:
         for name, value in rows.items():
             self.result(f"{name:<{width}}  {value}")
 
+    def pieces(self, line: list[tuple[str, str]]) -> None:
+        """A line as a result, each piece of it with a style that shows on a terminal."""
+        if self.out.is_terminal:
+            self.out.print(Text.assemble(*line))
+        else:
+            self.result("".join(text for text, _ in line))
+
     def progress(self, what: str) -> ProgressLine:
         return ProgressLine(self, what)
 
@@ -82,6 +99,59 @@ class ProgressLine:
         elif not note and done * 10 // max(total, 1) > self._told:
             self._told = done * 10 // max(total, 1)
             self.terminal.say(f"{self.what} {done}/{total}")
+
+
+class BytesProgress:
+    """Bytes that come: a bar for the file and one for all on a terminal; elsewhere a line every tenth or 20 seconds."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._began: tuple[float, int] | None = None  # when, and how many bytes were here
+        self._told = (0.0, -1)  # when, and which tenth
+
+    def __enter__(self) -> BytesProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def say(self, message: str) -> None:
+        self.terminal.say(message)
+
+    def warn(self, message: str) -> None:
+        self.terminal.warn(message)
+
+    def bytes_here(self, file: str, here: int, size: int, all_here: int, all_size: int) -> None:
+        """`here` of the `size` bytes of `file`, and `all_here` of `all_size` in all."""
+        if self.terminal.err.is_terminal:
+            self._draw(file, here, size)
+            self._draw("all", all_here, all_size)
+            return
+        now = time.monotonic()
+        began, first = self._began = self._began or (now, all_here)
+        tenth = all_here * 10 // max(all_size, 1)
+        if tenth == self._told[1] and now - self._told[0] < 20:
+            return
+        self._told = (now, tenth)
+        rate = (all_here - first) / (now - began) if now > began else 0.0
+        left = f", {rate / 1e6:,.1f} MB/s, {(all_size - all_here) / rate:,.0f} s left" if rate else ""
+        share = all_here * 100 // max(all_size, 1)
+        self.say(f"{file}: {here / 1e6:,.1f} of {size / 1e6:,.1f} MB; all {share}% of {all_size / 1e6:,.1f} MB{left}")
+
+    def _draw(self, name: str, here: int, size: int) -> None:
+        if not self._bars:
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                       TimeRemainingColumn())  # fmt: skip
+            self._bars = Progress(*columns, console=self.terminal.err)
+            self._bars.start()
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(escape(name), total=size)
+        self._bars.update(self._tasks[name], completed=here, total=size)
 
 
 def memory_used() -> str:

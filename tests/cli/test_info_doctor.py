@@ -115,7 +115,7 @@ def test_doctor_says_how_to_get_what_is_missing(tmp_path, monkeypatch):
     assert report["torch"] == torch.__version__
     missing = {name: value for name, value in report.items() if value.startswith("missing")}
     assert len(missing) == 6
-    assert all("`hf download " in value or "`mmv train " in value for value in missing.values())
+    assert all("`mmv download " in value or "`mmv train " in value for value in missing.values())
     assert "  " not in "".join(missing.values())
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import random
 import struct
+import threading
 import time
+import warnings
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from minimind_v.core.data import images
 from minimind_v.core.data.images import blank_pixels, decode, load_pixels, to_pixels
@@ -17,6 +20,9 @@ from minimind_v.core.errors import RowError
 from tests.data.made import png_header
 
 SIZE = 224
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL", "ignore::DeprecationWarning:PIL"
+)  # pytest undoes ours
 
 
 def encoded(picture, kind, **options) -> bytes:
@@ -155,6 +161,98 @@ def test_numbers_that_are_none_are_black():
     assert load_pixels(encoded(Image.fromarray(levels), "TIFF"), "nan", SIZE).shape == (3, SIZE, SIZE)
 
 
+@pytest.mark.parametrize("mode", ["HSV", "LAB", "PA", "RGBX", "I;16B", "RGBa"])
+def test_rare_modes_show_what_they_hold(mode):
+    picture = smooth(300, 200)
+    if mode == "LAB":
+        found, expected = load_pixels(encoded(picture.convert("LAB"), "TIFF"), "lab", SIZE), to_pixels(picture, SIZE)
+    elif mode == "I;16B":
+        levels = np.asarray(picture.convert("L"))
+        deep = Image.frombytes("I;16B", picture.size, (levels.astype(">u2") * 257).tobytes())
+        found, expected = to_pixels(deep, SIZE), to_pixels(picture.convert("L"), SIZE)
+    else:
+        base = picture.convert({"PA": "P", "RGBa": "RGBA"}.get(mode, "RGB"))
+        found, expected = to_pixels(base.convert(mode), SIZE), to_pixels(base.convert("RGB"), SIZE)
+    assert np.abs(found.astype(int) - expected.astype(int)).mean() < (
+        1.5 if mode in ("HSV", "LAB") else 0.01
+    )  # of few levels
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+
+
+def drawn(width, height, seed=0) -> Image.Image:
+    """A picture with detail at every scale, hard edges and a slope, so that a shift shows."""
+    octaves = [noise(2**n * 4, 2**n * 3, seed + n).resize((width, height), Image.Resampling.BICUBIC) for n in range(7)]
+    levels = sum(np.asarray(octave, float) * 0.5**n for n, octave in enumerate(octaves)) / 2
+    levels[height // 3 : height // 2, width // 4 : width // 2] = (250, 240, 20)
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+
+
+def exactly(data: bytes, upright=lambda levels: levels) -> np.ndarray:
+    """Full decoding and CLIP's preprocessing, written anew with floats where Pillow's resize allows."""
+    levels = upright(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    height, width = levels.shape[:2]
+    size = (int(SIZE * width / min(width, height)), int(SIZE * height / min(width, height)))
+    bands = [Image.fromarray(levels[..., band].astype(np.float32)).resize(size, 3) for band in range(3)]
+    left, top = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
+    cut = [np.asarray(band)[top : top + SIZE, left : left + SIZE] for band in bands]
+    return np.stack(cut).clip(0, 255).round().astype(int)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "scale"),
+    [
+        *((895, 1200, 1), (896, 1200, 2), (1200, 895, 1), (1201, 897, 2), (1787, 1900, 2), (1793, 1801, 4)),
+        *((3590, 3600, 8), (500, 333, 1), (2000, 400, 1)),
+    ],
+)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_large_jpegs_are_decoded_small_and_look_the_same(monkeypatch, width, height, scale, progressive):
+    if progressive and width > 2000:
+        pytest.skip("slow, and shown by the others")
+    loaded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (loaded.append(self.size), load(self))[1])
+    data = encoded(drawn(width, height), "JPEG", quality=90, progressive=progressive)
+    loaded.clear()
+    found = load_pixels(data, "large", SIZE)
+    assert loaded[0] == (-(-width // scale), -(-height // scale))
+    difference = np.abs(found - exactly(data))
+    assert difference.max() <= (1 if scale == 1 else 24)
+    assert difference.mean() <= (0.4 if scale == 1 else 1.2)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_drafts_of_other_modes(mode):
+    data = encoded(drawn(1203, 905).convert(mode), "JPEG", quality=90)
+    assert np.abs(load_pixels(data, "large", SIZE) - exactly(data)).mean() <= 1.2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height"), [(301, 250), (907, 1205)])
+def test_pictures_are_turned_after_they_were_made_small(orientation, width, height):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(drawn(width, height), "JPEG", quality=90, exif=exif)
+    found = load_pixels(data, "turned", SIZE)
+    back = {6: 8, 8: 6}.get(orientation, orientation)  # the others undo themselves
+    difference = np.abs(found - exactly(data, FROM_UPRIGHT[back]))
+    drafted = min(width, height) >= 896
+    shifted = (int(SIZE * max(width, height) / min(width, height)) - SIZE) % 2 and orientation not in (1, 5)
+    assert difference.mean() <= (1.2 if drafted else 0.4) + (3 if shifted else 0)
+    assert shifted or difference.max() <= (24 if drafted else 2)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_draft_of_a_jpeg_that_breaks_off_is_refused(progressive):
+    data = encoded(drawn(960, 900), "JPEG", quality=60, progressive=progressive)
+    rng = random.Random(7)
+    for length in [*range(len(data) - 12, len(data) - 2), *(rng.randrange(len(data)) for _ in range(8))]:
+        assert refused(data[:length]).kind == "picture broken", length
+        assert "breaks off" in str(refused(data[:length] + bytes(len(data) - length))) or length < 700
+
+
 # --- upright ----------------------------------------------------------------------------------------------------------
 
 FROM_UPRIGHT = {  # how a picture lies in its file that EXIF's orientation brings upright again (EXIF 2.3, tag 0x0112)
@@ -188,6 +286,11 @@ def test_an_orientation_that_does_not_exist_changes_nothing(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert decode(encoded(smooth(60, 40), "JPEG", exif=exif), "odd").size == (60, 40)
+
+
+def test_broken_exif_costs_no_picture():
+    for block in (b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(60))):
+        assert decode(encoded(smooth(60, 40), "JPEG", exif=block), "odd").size == (60, 40)
 
 
 # --- broken -----------------------------------------------------------------------------------------------------------
@@ -232,20 +335,129 @@ def test_half_a_file_is_refused(kind):
         assert refused(data[: int(len(data) * share)]).kind == "picture broken"
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
+def damaged(whole: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, left out and put in, half of the time in the header; or the end cut off."""
+    data = bytearray(whole)
+    reach = 200 if rng.random() < 0.5 else len(data)
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(min(reach, len(data)))
+        length = rng.choice((0, 1, 1, 1, 4))
+        data[at : at + length] = rng.choice(
+            (rng.randbytes(length), b"\xff" * length, bytes(length), b"", rng.randbytes(4))
+        )
+    return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "large JPEG", "progressive", "PNG", "GIF", "WEBP", "BMP", "TIFF", "LZW", "PPM"]
+)
 def test_damage_gives_a_picture_or_a_row_error_and_nothing_else(kind):
+    if kind == "WEBP" and not features.check("webp"):
+        pytest.skip("this Pillow has no WEBP")
     rng = random.Random(kind)
-    whole = encoded(smooth(60, 40), kind)
-    refusals = 0
-    for _ in range(60):
-        data = bytearray(whole)
-        for _ in range(rng.randint(1, 6)):
-            data[rng.randrange(32, len(data))] = rng.randrange(256)
+    options = {"progressive": {"progressive": True}, "LZW": {"compression": "tiff_lzw"}}.get(kind, {})
+    form = {"large JPEG": "JPEG", "progressive": "JPEG", "LZW": "TIFF"}.get(kind, kind)
+    whole = encoded(smooth(*((960, 900) if kind == "large JPEG" else (60, 40))), form, **options)
+    refusals, one_line, rounds = 0, True, 25 if kind == "large JPEG" else 120
+    for _ in range(rounds):
+        data = damaged(whole, rng)
+        begun = time.perf_counter()
         try:
-            assert load_pixels(bytes(data), "damaged", SIZE).shape == (3, SIZE, SIZE)
-        except RowError:
+            assert load_pixels(data, "damaged", SIZE).shape == (3, SIZE, SIZE)
+        except RowError as error:
             refusals += 1
-    assert refusals < 60 or kind == "PNG", "only a PNG's check sums notice everything"
+            one_line &= "\n" not in str(error)
+        assert time.perf_counter() - begun < 20, "a hang"
+    assert refusals > 0
+    assert one_line
+    assert refusals < rounds or kind == "PNG", "only a PNG's check sums notice everything"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "empty file"),
+        (bytes(5000), "nothing but zeros"),
+        (b"\xef\xbb\xbf\n <!DOCTYPE HTML><html>", "HTML page"),
+        (b"<html lang=en>", "HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git-lfs pointer"),
+        (b'<?xml version="1.0"?><svg/>', "SVG"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "video"),
+        (b'{"error":"not found"}', "JSON"),
+        (b"PK\x03\x04" + bytes(30), "zip"),
+        (b"hello", "not a picture"),
+    ],
+    ids=lambda value: repr(value)[:16],
+)
+def test_what_it_is_instead_of_a_picture_is_said(data, said):
+    assert said in str(refused(data))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF", "SGI", "XBM", "IM", "MSP", "PALM"])
+def test_only_common_formats_are_read(kind):
+    data = encoded(smooth(64, 48).convert({"XBM": "1", "MSP": "1", "PALM": "P"}.get(kind, "RGB")), kind)
+    assert refused(data).kind == "picture broken"
+
+
+def test_broken_off_files_are_refused_whatever_pillow_was_told(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for kind in ("JPEG", "PNG", "TIFF", "BMP"):
+        data = encoded(noise(120, 80), kind)
+        assert refused(data[: len(data) * 3 // 4]).kind == "picture broken"
+    assert ImageFile.LOAD_TRUNCATED_IMAGES, "and it is left as it was"
+
+
+def test_threads_decode_side_by_side_and_leave_no_trace():
+    data = [encoded(noise(130, 90, seed), kind) for seed, kind in enumerate(("JPEG", "PNG", "GIF", "TIFF"))]
+    expected, filters, wrong = [load_pixels(one, "one", SIZE) for one in data], list(warnings.filters), []
+
+    def work(number):
+        for _ in range(8):
+            if not (load_pixels(data[number], "one", SIZE) == expected[number]).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number % 4,)) for number in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+    assert warnings.filters == filters
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_walked():
+    whole = bytearray(encoded(smooth(64, 64), "JPEG", progressive=True))
+    struct.pack_into(">HH", whole, whole.find(b"\xff\xc2") + 5, 9990, 10_000)
+    last = whole.rfind(b"\xff\xda")
+    begun = time.perf_counter()
+    assert "scans" in str(refused(bytes(whole[:last] + whole[last:-2] * 1000 + whole[-2:])))
+    assert time.perf_counter() - begun < 1
+
+
+def test_text_in_a_png_unpacks_to_no_gigabytes():
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    whole = encoded(smooth(8, 8), "PNG")
+    for kind, body in ((b"zTXt", bytes(50_000_000)), (b"iCCP", bytes(50_000_000))):
+        assert refused(whole[:33] + chunk(kind, b"a\0\0" + zlib.compress(body)) + whole[33:]).kind == "picture broken"
+    many = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 200
+    assert refused(whole[:33] + many + whole[33:]).kind == "picture broken"
+
+
+def test_a_tiff_with_tiles_larger_than_any_picture_is_refused():
+    tags = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 322: 23_168, 323: 23_168, 324: 300, 325: 2000}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4000)
+    assert refused(data).kind == "picture too large"
+
+
+def test_a_webp_that_would_take_gigabytes_is_refused():
+    if not features.check("webp"):
+        pytest.skip("this Pillow has no WEBP")
+    data = encoded(Image.new("RGB", (9000, 6000)), "WEBP", lossless=True, method=0, quality=0)
+    assert refused(data).kind == "picture too large"
 
 
 @pytest.mark.parametrize(

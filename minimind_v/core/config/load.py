@@ -13,8 +13,9 @@ import yaml
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import RECIPES
-from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.config.schema import DataConfig, RunConfig
 from minimind_v.core.errors import MissingInput, UsageError, nearest
+from minimind_v.core.hub.sources import DATASET_DIR, SAMPLE_DIR, dataset_files
 
 # Options of the command line whose configuration key has another name; all others are called as their key.
 FLAG_KEYS = {
@@ -57,6 +58,8 @@ def build_config(
         sizes.setdefault("model.intermediate_size", 0)
     sized = recipe(_change(recipe(PRESETS[preset]), sizes).model)
     config = _change(sized, {key: value for key, value in changes.items() if key not in sizes})
+    if "data.file" not in changes:
+        config = replace(config, data=_find_data(config))
     return config if "init" in changes else replace(config, init=_find_init(config))
 
 
@@ -69,6 +72,18 @@ def images_beside(data: Path) -> Path | None:
 def to_yaml(config: RunConfig) -> str:
     """A configuration as YAML that `--config` reads back to the same."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _find_data(config: RunConfig) -> DataConfig:
+    """The stage's data in the layout that the hub had when it was downloaded; a sample where there is nothing more."""
+    if config.data.file.is_file():
+        return config.data
+    for folder in (DATASET_DIR, SAMPLE_DIR):
+        for files in dataset_files(config.stage):
+            paths = [folder / file.name for file in files]
+            if all(path.is_file() for path in paths):
+                return replace(config.data, file=paths[0], images=paths[1] if len(paths) > 1 else None)
+    return config.data
 
 
 def _find_init(config: RunConfig) -> Path | None:

@@ -1,7 +1,13 @@
-"""What the pipeline needs from outside: one table of what lives where, and how to bring it here."""
+"""What the pipeline needs from outside: one table of what lives where on which hub, and how to bring it here.
+
+A revision is pinned where a commit is known for sure. Everything else names a branch: the first download resolves it to
+a commit and remembers that in the receipt of the target folder, so that an interrupted run goes on with the very files
+that it began with, and a later run stays on them. `--revision` asks for another.
+"""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,33 +16,120 @@ TOKENIZER_DIR = Path("model")
 VISION_DIR = Path("model/vision_model/clip-vit-base-patch16")
 DATASET_DIR = Path("dataset")
 OUT_DIR = Path("out")
+SAMPLE_DIR = DATASET_DIR / "sample"  # `--sample`: the same names as the whole files, in a folder of their own
+
+STANDARD_PRESET = "small"
 
 
 @dataclass(frozen=True)
+class Place:
+    """A repository on a hub, and the revision that is asked for where nobody asks for another."""
+
+    repo: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it is called here, and the names that hubs have for it, today's first."""
+
+    name: str
+    remote: tuple[str, ...]
+
+
+Layout = tuple[File, ...]  # files that belong together
+
+
+@dataclass(frozen=True, eq=False)
 class Source:
     """A part of a hub repository and the folder that it belongs in."""
 
-    repo: str
-    files: tuple[str, ...]
+    what: str
     folder: Path
+    hubs: dict[str, Place]
     kind: str = "model"
+    per_preset: bool = False  # its files depend on the size of the model
 
-    def command(self, folder: Path | None = None) -> str:
-        """The command line that brings it, with the client that huggingface_hub installs."""
-        kind = ("--repo-type", "dataset") if self.kind == "dataset" else ()
-        return " ".join(["hf download", self.repo, *self.files, *kind, "--local-dir", str(folder or self.folder)])
+    def command(self, folder: Path | None = None, preset: str = STANDARD_PRESET) -> str:
+        """The command line that brings it into `folder`, or as near to it as the standard folders under a root go."""
+        words = ["mmv", "download", self.what]
+        if self.per_preset and preset != STANDARD_PRESET:
+            words += ["--preset", preset]
+        root = self.root_of(folder) if folder else Path()
+        if root not in (None, Path()):
+            words += ["--dir", str(root)]
+        return shlex.join(words)
+
+    def root_of(self, folder: Path) -> Path | None:
+        """The root that has `folder` as its standard folder; None where it is none."""
+        depth = len(self.folder.parts)
+        parts = folder.parts
+        return Path(*parts[:-depth]) if parts[-depth:] == self.folder.parts else None
 
 
+_WEIGHTS = {
+    "hf": Place("jingyaogong/MiniMind2-V-PyTorch", "main"),
+    "modelscope": Place("gongjy/MiniMind2-V-PyTorch", "master"),
+}
 SOURCES = {
-    "clip": Source(
-        "openai/clip-vit-base-patch16", ("config.json", "preprocessor_config.json", "pytorch_model.bin"), VISION_DIR
-    ),
-    "tokenizer": Source("jingyaogong/MiniMind2-Small-V", ("tokenizer.json", "tokenizer_config.json"), TOKENIZER_DIR),
-    "lm": Source("jingyaogong/MiniMind2-V-PyTorch", ("lm_512.pth",), OUT_DIR),
-    "dataset": Source("jingyaogong/minimind-v_dataset", (), DATASET_DIR, "dataset"),
+    source.what: source
+    for source in (
+        Source(
+            "clip",
+            VISION_DIR,
+            {
+                "hf": Place("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
+                "modelscope": Place("openai-mirror/clip-vit-base-patch16", "master"),
+            },
+        ),
+        Source(
+            "tokenizer",
+            TOKENIZER_DIR,
+            {
+                "hf": Place("jingyaogong/MiniMind2-Small-V", "main"),
+                "modelscope": Place("gongjy/MiniMind2-Small-V", "master"),
+            },
+        ),
+        Source("lm", OUT_DIR, _WEIGHTS, per_preset=True),
+        Source(
+            "dataset",
+            DATASET_DIR,
+            {
+                "hf": Place("jingyaogong/minimind-v_dataset", "main"),
+                "modelscope": Place("gongjy/minimind-v_dataset", "master"),
+            },
+            kind="dataset",
+        ),
+        Source("weights", OUT_DIR, _WEIGHTS, per_preset=True),
+    )
 }
 
+# Layouts that a repository may have, today's first.
+CLIP_FILES: tuple[Layout, ...] = (
+    tuple(File(name, (name,)) for name in ("config.json", "preprocessor_config.json", "pytorch_model.bin")),
+)
+TOKENIZER_FILES: tuple[Layout, ...] = (
+    tuple(File(name, (name,)) for name in ("tokenizer.json", "tokenizer_config.json")),
+)
+SPLITS = ("pretrain", "sft")
 
-def how_to_get(what: str, folder: Path | None = None) -> str:
-    """The next step for someone who lacks `what`."""
-    return f"get it with `{SOURCES[what].command(folder)}`"
+
+def dataset_files(split: str) -> tuple[Layout, ...]:
+    """Parquet as it is published today, or the JSONL and the zip of older revisions."""
+    parquet = f"{split}_i2t.parquet"
+    names = {f"{split}_{kind}": (f"{split}_{kind}", f"{split}_vlm_{kind}") for kind in ("data.jsonl", "images.zip")}
+    return (File(parquet, (parquet,)),), tuple(File(name, remote) for name, remote in names.items())
+
+
+def weights_files(*names: str) -> tuple[Layout, ...]:
+    """Weights of one size. The text-only base `lm_*` has been published as `llm_*` too."""
+    return (tuple(File(name, (name, f"l{name}") if name.startswith("lm_") else (name,)) for name in names),)
+
+
+def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRESET) -> str:
+    """The next step for someone who lacks `what`, in `folder` and for the model size `preset`."""
+    source = SOURCES[what]
+    hint = f"get it with `{source.command(folder, preset)}`"
+    if folder and source.root_of(folder) is None:
+        hint += f", which fills {source.folder}"
+    return hint

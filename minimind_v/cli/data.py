@@ -1,0 +1,146 @@
+"""`mmv data`: look at rows, find what is wrong with them, bring them into another form."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minimind_v.cli import data_look, options
+from minimind_v.cli.data_look import File, Stage
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+
+data = typer.Typer(
+    no_args_is_help=True, help="Look at rows before a model does: check, stats, preview, convert, split."
+)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
+
+
+@data.command()
+def check(
+    file: File,
+    images: options.Images = None,
+    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    vision_model: options.VisionModel = VISION_DIR,
+    stage: Stage = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row. [default: the stage's]")] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Held-out rows, none of whose pictures may be in here.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a copy (.jsonl or .parquet) of the rows without fault.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: options.Json = False,
+) -> None:
+    """Find everything that can be wrong with rows, and what training will do about it. Exit 1 where it would refuse."""
+    from minimind_v.core.config.load import images_beside
+    from minimind_v.core.data.dataset import RowDataset
+    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.inspect import check as checking
+
+    terminal = Terminal()
+    recipe, rows, encoder, spec = data_look.open_data(terminal, file, images, tokenizer, vision_model, stage)
+    dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length)
+    held_out = open_rows(against, images_beside(against) or images) if against else None
+    with terminal.progress("check") as progress:
+        report = checking.check(dataset, workers, held_out, progress)
+    found = checking.summary(report, recipe.data.bad_rows)
+    if fix:
+        found["fixed"] = _fix(terminal, report, dataset, fix, overwrite)
+    if json:
+        terminal.json(found)
+    else:
+        _show(terminal, found, file)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def _fix(terminal: Terminal, report: Any, dataset: Any, out: Path, overwrite: bool) -> dict[str, Any]:
+    import numpy as np
+
+    from minimind_v.core.errors import DataError
+    from minimind_v.core.inspect.convert import convert as run
+    from minimind_v.core.inspect.sample import SampledRows
+
+    left_out = report.skipped | report.repeated
+    kept = np.array([index for index in range(report.rows) if index not in left_out], np.int64)
+    if not len(kept):
+        raise DataError(f"{dataset.rows.path}: no row is without fault, so there is nothing to write")
+    with terminal.progress("fix") as progress:
+        done = run(SampledRows(dataset.rows, kept), out, overwrite, progress)
+    repeated = len(report.repeated - report.skipped)
+    terminal.say(f"{out}: {done.rows} rows; left out: {len(report.skipped)} broken, {repeated} repeated or held out")
+    return {"files": [str(path) for path in done.files], "rows": done.rows, "left_out": len(left_out)}
+
+
+def _show(terminal: Terminal, found: dict[str, Any], file: Path) -> None:
+    for kind, told in found["kinds"].items():
+        terminal.result(f"{kind:<18}{told['count']:>8}  training {told['training']}: {', '.join(told['first'])}")
+        first = next(problem for problem in found["problems"] if problem["kind"] == kind)
+        terminal.result(f"{'':<28}{first['message']}")
+    terminal.result(f"{file}: {found['rows']} rows, {found['usable']} of them can be trained on")
+    if not found["ok"]:
+        terminal.fail(f"training would refuse: {found['refusal']} — `--fix OUT.jsonl` writes a clean copy")
+
+
+data.command()(data_look.stats)
+data.command()(data_look.preview)
+
+
+@data.command()
+def convert(
+    file: File,
+    out: Annotated[Path, typer.Argument(help="NAME.parquet, or NAME.jsonl, which gets NAME_images.zip beside it.")],
+    images: options.Images = None,
+    overwrite: Overwrite = False,
+    json: options.Json = False,
+) -> None:
+    """Write rows in another form, pictures to the byte. Stopped and started again, it goes on."""
+    from minimind_v.core.config.load import images_beside
+    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.inspect.convert import convert as run
+
+    terminal = Terminal()
+    with terminal.progress("convert") as progress:
+        done = run(open_rows(file, images or images_beside(file)), out, overwrite, progress)
+    files = ", ".join(map(str, done.files))
+    resumed = f", the first {done.resumed_at} of them by an earlier run" if done.resumed_at else ""
+    terminal.say(f"{files}: {done.rows} rows{resumed}")
+    if json:
+        terminal.json({"files": [str(path) for path in done.files], "rows": done.rows, "resumed_at": done.resumed_at})
+
+
+@data.command()
+def split(
+    file: File,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for train and held_out.")],
+    held_out: Annotated[float, typer.Option("--held-out", help="A share below 1, or a number of rows.")] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which rows.")] = 42,
+    images: options.Images = None,
+    overwrite: Overwrite = False,
+    json: options.Json = False,
+) -> None:
+    """Hold out rows by picture: no picture is on both sides."""
+    from minimind_v.core.config.load import images_beside
+    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.inspect.split import split as run
+
+    if held_out <= 0:
+        raise typer.BadParameter("must be above 0", param_hint="--held-out")
+    terminal = Terminal()
+    rows = open_rows(file, images or images_beside(file))
+    with terminal.progress("split") as progress:
+        done = run(rows, out, held_out, seed, overwrite, progress)
+    where = f"; the pictures of both are in {rows.pictures} (--images)" if rows.pictures else ""
+    terminal.say(f"{done.train}: {done.train_rows} rows; {done.held_out}: {done.held_out_rows} rows{where}")
+    if json:
+        terminal.json({
+            "train": str(done.train), "held_out": str(done.held_out), "train_rows": done.train_rows,
+            "held_out_rows": done.held_out_rows, "groups": done.groups,
+        })  # fmt: skip

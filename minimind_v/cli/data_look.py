@@ -1,0 +1,126 @@
+"""`mmv data stats` and `mmv data preview`: what a set of rows is like, and what a model gets of a row."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.errors import UsageError
+from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+
+if TYPE_CHECKING:
+    from minimind_v.core.config.schema import RunConfig
+    from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.row import RowStore
+    from minimind_v.core.model.vision import VisionSpec
+
+
+class StageName(str, Enum):
+    """The two stages."""
+
+    pretrain = "pretrain"
+    sft = "sft"
+
+
+File = Annotated[Path, typer.Argument(help="Rows: JSONL, LLaVA JSON, parquet (a file or a folder), saved datasets.")]
+Stage = Annotated[
+    StageName | None,
+    typer.Option(help="Whose lengths and batches count. [default: as the file's name begins, else sft]"),
+]
+
+
+def stats(
+    file: File,
+    images: options.Images = None,
+    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    vision_model: options.VisionModel = VISION_DIR,
+    stage: Stage = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Look at so many rows. [default: a sample of 10000]")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures, too.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Count rows, turns, tokens and languages, and foretell padding, truncation, updates and time of a stage."""
+    from minimind_v.core.checkpoint.store import write_text
+    from minimind_v.core.inspect.lines import stats_lines
+    from minimind_v.core.inspect.stats import look_at
+    from minimind_v.core.inspect.stats_page import stats_page
+
+    terminal = Terminal()
+    recipe, store, encoder, _ = open_data(terminal, file, images, tokenizer, vision_model, stage)
+    with terminal.progress("rows") as progress:
+        report = look_at(store, encoder, recipe, limit, progress)
+    if html:
+        write_text(html, stats_page(report))
+        terminal.say(f"the page is in {html}")
+    if json:
+        terminal.json(report)
+        return
+    for line in stats_lines(report):
+        terminal.pieces(line)
+
+
+def preview(
+    file: File,
+    images: options.Images = None,
+    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    vision_model: options.VisionModel = VISION_DIR,
+    stage: Stage = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Which rows are drawn.")] = 0,
+    start: Annotated[int | None, typer.Option(min=1, metavar="ROW", help="Rows from this one on, none drawn.")] = None,
+    html: Annotated[Path, typer.Option(metavar="FILE", help="Where the page goes.")] = Path("preview.html"),
+    json: options.Json = False,
+) -> None:
+    """Show rows as the model gets them: pictures after the crop, text as tokens, what is learnt and what is cut off."""
+    from minimind_v.core.checkpoint.store import write_text
+    from minimind_v.core.inspect.lines import row_lines
+    from minimind_v.core.inspect.preview import Previewer, as_json
+    from minimind_v.core.inspect.preview_page import preview_page
+
+    terminal = Terminal()
+    recipe, store, encoder, spec = open_data(terminal, file, images, tokenizer, vision_model, stage)
+    previewer = Previewer(store, encoder, spec, recipe)
+    chosen = previewer.choose(rows, seed, start)
+    if not chosen:
+        raise UsageError(f"--start {start}: {file} ends before, it has {len(store)} rows")
+    views = [previewer.view(index) for index in chosen]
+    write_text(html, preview_page(views, spec, recipe, str(file)))
+    if json:
+        terminal.json({"file": str(file), "stage": recipe.stage, "html": str(html), "rows": [*map(as_json, views)]})
+    else:
+        for view in views:
+            for line in row_lines(view):
+                terminal.pieces(line)
+    terminal.say(f"the page, with the pictures, is in {html}")
+
+
+def open_data(
+    terminal: Terminal,
+    file: Path,
+    images: Path | None,
+    tokenizer: Path,
+    vision_model: Path,
+    stage: StageName | None,
+) -> tuple[RunConfig, RowStore, PromptEncoder, VisionSpec]:
+    """The recipe that would read these rows, the rows, and what prepares them."""
+    from minimind_v.core.config.load import build_config
+    from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.data.tokenizer import Tokenizer
+    from minimind_v.core.model.vision import read_vision_spec
+
+    if stage is None:
+        stage = next((known for known in StageName if file.name.startswith(known.value)), None)
+        if stage is None:
+            stage = StageName.sft
+            terminal.say("the file's name tells no stage: looked at as sft reads it (--stage pretrain for the other)")
+    given = {"data": file, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
+    recipe = build_config(stage.value, options=given)
+    store = open_rows(file, recipe.data.images)
+    spec = read_vision_spec(vision_model)
+    return recipe, store, PromptEncoder(Tokenizer.load(tokenizer), spec.tokens_per_image), spec

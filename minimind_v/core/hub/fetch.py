@@ -1,0 +1,314 @@
+"""A download from the first question to the last name: what is here, what is not, from where, whether it fits, then it.
+
+Only a proven file gets its final name. Everything on the way stands in `.mmv-download` inside the target folder: the
+receipt, the lock that a second run waits for, and the parts, whose names carry the sum (or the commit) that they belong
+to, so that a part of another version is never gone on with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+
+from minimind_v.core.errors import RunError
+from minimind_v.core.hub.receipt import STAGING, Kept, Receipt
+from minimind_v.core.hub.remote import Hub, HubError, Listing, NotThere, RemoteFile, Unreachable
+from minimind_v.core.hub.transfer import Digests, bring, digests, is_it, settle
+from minimind_v.core.hub.wanted import Want
+
+HUBS = ("hf", "modelscope")  # `auto` tries them in this order
+MARGIN = 16 << 20  # bytes of free space that a download leaves alone
+
+
+class Listener(Protocol):
+    """Whoever watches a download."""
+
+    def say(self, message: str) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def bytes_here(self, file: str, here: int, size: int, all_here: int, all_size: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file of a download, and what happened or would happen to it."""
+
+    path: Path
+    hub: str
+    repo: str
+    commit: str
+    url: str
+    remote: RemoteFile
+    action: str = "kept"  # kept, fetched, would fetch
+    size: int | None = None
+    sha256: str | None = None
+    want: Want | None = None
+    staged: int = 0
+
+    @property
+    def folder(self) -> Path:
+        assert self.want
+        return self.want.folder
+
+    @property
+    def part(self) -> Path:
+        version = self.remote.sha256 or self.remote.git_sha1 or self.commit
+        return self.folder / STAGING / f"{self.path.name}.{version.replace('/', '_')[:16]}.part"
+
+
+def open_hub(name: str, endpoint: str | None) -> Hub:
+    if name == "hf":
+        from minimind_v.core.hub.huggingface import HuggingFace
+
+        return HuggingFace(endpoint)
+    from minimind_v.core.hub.modelscope import ModelScope
+
+    return ModelScope(endpoint)
+
+
+class Download:
+    """One `mmv download`."""
+
+    def __init__(
+        self,
+        wants: Sequence[Want],
+        hubs: Sequence[str],
+        listener: Listener,
+        endpoint: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.wants, self.hubs, self.listener = wants, hubs, listener
+        self.endpoint, self.revision = endpoint, revision
+        self.transferred = 0  # bytes that came over the network for files
+
+    def run(self, dry: bool = False) -> list[Item]:
+        """Bring everything, or with `dry` tell what would be brought. Raises HubError, RunError."""
+        known = self._known()
+        missing = [want for want in self.wants if want.label not in known]
+        items = [item for found in known.values() for item in found]
+        if not missing:
+            return items
+        hub, listings = self._reach(missing)
+        if dry:
+            return items + self._plan(hub, missing, listings)
+        with self._locked({want.folder for want in missing}):
+            known = self._known()  # by now another run may have brought it all
+            planned = self._plan(hub, [want for want in missing if want.label not in known], listings)
+            items += [item for want in missing for item in known.get(want.label, [])]
+            self._check_space(planned)
+            return items + self._fetch(hub, planned)
+
+    # --- what is here ---------------------------------------------------------------------------------------------
+
+    def _known(self) -> dict[str, list[Item]]:
+        """What the receipts answer for, by want. No network, and no file is read."""
+        found: dict[str, list[Item]] = {}
+        receipts = {folder: Receipt.read(folder) for folder in {want.folder for want in self.wants}}
+        for want in self.wants:
+            for name in self.hubs:
+                answer = receipts[want.folder].answers(self._key(name, want))
+                if answer is not None:
+                    found[want.label] = [
+                        Item(
+                            want.folder / file, kept.hub, kept.repo, kept.commit, "",
+                            RemoteFile(kept.remote, kept.size, kept.sha256), "kept", kept.size, kept.sha256,
+                        )
+                        for file, kept in answer.items()
+                    ]  # fmt: skip
+                    break
+        return found
+
+    def _asked(self, hub: str, want: Want) -> str:
+        place = want.source.hubs[hub]
+        return f"{hub} {place.repo}@{self.revision or place.revision}"
+
+    def _key(self, hub: str, want: Want) -> str:
+        return f"{self._asked(hub, want)} {want.label}"
+
+    # --- what there is --------------------------------------------------------------------------------------------
+
+    def _reach(self, missing: Sequence[Want]) -> tuple[Hub, dict[str, Listing]]:
+        """The first hub that has everything, and its listings. Raises HubError, naming all that was tried."""
+        failures: list[HubError] = []
+        for name in self.hubs:
+            hub = open_hub(name, self.endpoint)
+            try:
+                listings = {want.label: self._listing(hub, want) for want in missing}
+                for want in missing:
+                    want.choose(listings[want.label], want.source.hubs[name].repo)
+            except HubError as error:
+                failures.append(error)
+                if name != self.hubs[-1]:
+                    self.listener.warn(f"{name}: {error}; trying {self.hubs[len(failures)]}")
+                continue
+            self.listener.say(f"from {name}, {hub.endpoint}")
+            return hub, listings
+        if all(isinstance(error, Unreachable) for error in failures):
+            folders = ", ".join(dict.fromkeys(str(want.folder) for want in missing))
+            raise Unreachable(
+                f"no hub can be reached (tried {'; '.join(map(str, failures))}) — name a mirror with --endpoint URL "
+                f"or HF_ENDPOINT, or copy the files by hand into {folders} and run this again to check them"
+            )
+        raise failures[0] if len(failures) == 1 else HubError("; ".join(map(str, failures)))
+
+    def _listing(self, hub: Hub, want: Want) -> Listing:
+        place, asked = want.source.hubs[hub.name], self._asked(hub.name, want)
+        cached: dict[str, Listing] = self.__dict__.setdefault("_listings", {})
+        if asked not in cached:
+            remembered = Receipt.read(want.folder).commits.get(asked)
+            revision = self.revision or place.revision
+            try:
+                cached[asked] = hub.listing(place.repo, want.source.kind, remembered or revision)
+            except NotThere:
+                if remembered in (None, revision):
+                    raise
+                self.listener.warn(f"{place.repo} has lost commit {remembered}: taking {revision} as it is now")
+                cached[asked] = hub.listing(place.repo, want.source.kind, revision)
+        return cached[asked]
+
+    def _plan(self, hub: Hub, missing: Sequence[Want], listings: dict[str, Listing]) -> list[Item]:
+        """Every file of what is missing: kept where the right one stands there already, however it came."""
+        items = []
+        for want in missing:
+            listing, place = listings[want.label], want.source.hubs[hub.name]
+            for name, file in want.choose(listing, place.repo).items():
+                remote = hub.complete(place.repo, want.source.kind, listing.commit, file)
+                url = hub.url(place.repo, want.source.kind, listing.commit, remote.path)
+                item = Item(
+                    want.folder / name, hub.name, place.repo, listing.commit, url, remote, "would fetch",
+                    remote.size if want.rows is None else None, remote.sha256 if want.rows is None else None, want,
+                )  # fmt: skip
+                items.append(item if want.rows else self._judge(item))
+        return items
+
+    def _judge(self, item: Item) -> Item:
+        found = self._proven(item)
+        if found:
+            return replace(item, action="kept", size=found.size, sha256=found.sha256)
+        return replace(item, staged=item.part.stat().st_size if item.part.exists() else 0)
+
+    def _proven(self, item: Item) -> Digests | None:
+        """The digests of a file that is here and right. Its bytes are read unless the receipt spares that."""
+        if not item.path.is_file() or (item.remote.sha256 is None and item.remote.git_sha1 is None):
+            return None
+        kept = Receipt.read(item.folder).files.get(item.path.name)
+        if kept and kept.looks_the_same(item.path) and item.remote.sha256 == kept.sha256:
+            return Digests(kept.size, kept.sha256, "")
+        if item.remote.size not in (None, item.path.stat().st_size):
+            self.listener.warn(f"{item.path} is not the hub's file (another size): fetching that")
+            return None
+        found = digests(item.path)
+        if is_it(found, item.remote):
+            return found
+        self.listener.warn(f"{item.path} is not the hub's file (another SHA-256): fetching that")
+        return None
+
+    # --- bringing it ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _locked(self, folders: set[Path]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for folder in sorted(folders):  # in one order, so that two runs never wait for each other
+                (folder / STAGING).mkdir(parents=True, exist_ok=True)
+                lock = FileLock(folder / STAGING / "lock")
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    self.listener.say(f"another download works on {folder}: waiting for it")
+                    lock.acquire()
+                stack.callback(lock.release)
+            yield
+
+    def _check_space(self, items: Sequence[Item]) -> None:
+        """Room for all that is missing, before its first byte. Raises RunError."""
+        needed: dict[int, int] = {}
+        folders: dict[int, Path] = {}
+        for item in items:
+            if item.action != "kept" and item.size is not None:
+                device = item.folder.stat().st_dev
+                needed[device] = needed.get(device, 0) + max(item.size - item.staged, 0)
+                folders[device] = item.folder
+        for device, size in needed.items():
+            free = shutil.disk_usage(folders[device]).free
+            if size and size + MARGIN > free:
+                raise RunError(
+                    f"{folders[device]}: {size / 1e6:,.1f} MB are to come, {free / 1e6:,.1f} MB are free — "
+                    "make room, choose another disk with --dir, or take a taste with --sample N"
+                )
+
+    def _fetch(self, hub: Hub, items: Sequence[Item]) -> list[Item]:
+        for item in items:
+            with _receipt(item.folder) as receipt:
+                receipt.commits[self._origin(item)] = item.commit
+        whole = [item for item in items if item.want and item.want.rows is None]
+        todo = [item for item in whole if item.action != "kept"]
+        total = sum(item.size or 0 for item in todo)
+        before, done = 0, []
+        for item in whole:
+            if item.action != "kept":
+                got = self._bring(hub, item, before, total)
+                before += got.size or 0
+                item = got
+            else:
+                self._record(item)
+            done.append(item)
+        for want in dict.fromkeys(item.want for item in items if item.want and item.want.rows is not None):
+            done += self._sample(hub, [item for item in items if item.want == want])
+        for want in dict.fromkeys(item.want for item in items if item.want):
+            names = [item.path.name for item in items if item.want == want]
+            with _receipt(want.folder) as receipt:
+                receipt.wants[self._key(hub.name, want)] = names
+        return done
+
+    def _bring(self, hub: Hub, item: Item, before: int, total: int) -> Item:
+        size = item.size or 0
+
+        def progress(here: int) -> None:
+            self.listener.bytes_here(item.path.name, here, size, before + here, total)
+
+        for other in (item.folder / STAGING).glob(f"{item.path.name}.*.part"):
+            if other != item.part:  # of a version that nobody asks for any more
+                other.unlink()
+        found = bring(hub, item.url, item.remote, item.part, progress, self.listener.warn)
+        settle(item.part, item.path)
+        self.transferred += max(found.size - item.staged, 0)
+        done = replace(item, action="fetched", size=found.size, sha256=found.sha256)
+        self._record(done)
+        return done
+
+    def _sample(self, hub: Hub, items: list[Item]) -> list[Item]:
+        from minimind_v.core.hub.sample import take_sample
+
+        transferred = take_sample(hub, items, self.listener)
+        self.transferred += transferred
+        done = []
+        for item in items:
+            found = digests(item.path)
+            done.append(replace(item, action="fetched", size=found.size, sha256=found.sha256))
+            self._record(done[-1])
+        return done
+
+    def _origin(self, item: Item) -> str:
+        assert item.want
+        return self._asked(item.hub, item.want)
+
+    def _record(self, item: Item) -> None:
+        seen = item.path.stat()
+        kept = Kept(
+            seen.st_size, seen.st_mtime_ns, item.sha256 or "", item.hub, item.repo, item.commit, item.remote.path
+        )
+        with _receipt(item.folder) as receipt:
+            receipt.files[item.path.name] = kept
+
+
+@contextlib.contextmanager
+def _receipt(folder: Path) -> Iterator[Receipt]:
+    """The receipt of a folder, written again with what was changed in it."""
+    receipt = Receipt.read(folder)
+    yield receipt
+    receipt.write()

@@ -1,0 +1,103 @@
+"""Hugging Face and its mirrors, by huggingface_hub: addresses, tokens, headers and listings are the library's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from minimind_v.core.hub.remote import HubError, Listing, NotThere, RemoteFile, patiently
+
+
+class _Answer:
+    """What huggingface_hub made of an answer, in the shape that `patiently` reads."""
+
+    def __init__(self, value: Any, status_code: int, headers: Any, error: Exception | None = None) -> None:
+        self.value, self.status_code, self.headers, self.error = value, status_code, headers, error
+
+
+class HuggingFace:
+    """The hub at `endpoint`; without one, where HF_ENDPOINT says, else huggingface.co."""
+
+    name = "hf"
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        from huggingface_hub import HfApi, constants
+
+        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        self._api = HfApi(endpoint=self.endpoint, library_name="mmv")
+        self._timeout = constants.HF_HUB_ETAG_TIMEOUT
+
+    def listing(self, repo: str, kind: str, revision: str) -> Listing:
+        def ask() -> Any:
+            return self._api.repo_info(
+                repo, repo_type=kind, revision=revision, files_metadata=True, timeout=self._timeout
+            )
+
+        info = self._ask(ask, repo, f"{repo}@{revision}")
+        files = {found.rfilename: _remote(found) for found in info.siblings or []}
+        return Listing(info.sha or revision, files)
+
+    def complete(self, repo: str, kind: str, commit: str, file: RemoteFile) -> RemoteFile:
+        """By the HEAD that the library itself begins with: some mirrors list names only."""
+        if file.size is not None and (file.sha256 or file.git_sha1):
+            return file
+        from huggingface_hub import get_hf_file_metadata
+
+        url = self.url(repo, kind, commit, file.path)
+
+        def ask() -> Any:
+            return get_hf_file_metadata(url, timeout=self._timeout, headers=self.headers(), endpoint=self.endpoint)
+
+        found = self._ask(ask, repo, f"{file.path} of {repo}@{commit}")
+        tag = found.etag or ""
+        return replace(
+            file,
+            size=file.size if file.size is not None else found.size,
+            sha256=file.sha256 or (tag if _is_hex(tag, 64) else None),
+            git_sha1=file.git_sha1 or (tag if _is_hex(tag, 40) else None),
+        )
+
+    def url(self, repo: str, kind: str, commit: str, path: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.endpoint)
+
+    def headers(self) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers
+
+        return build_hf_headers(library_name="mmv")
+
+    def login(self) -> str:
+        return "run `hf auth login` (or set HF_TOKEN)"
+
+    def _ask(self, ask: Any, repo: str, what: str) -> Any:
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+        def answer() -> _Answer:
+            try:
+                return _Answer(ask(), 200, {})
+            except GatedRepoError as error:
+                return _Answer(None, 403, error.response.headers, error)
+            except RepositoryNotFoundError as error:
+                raise NotThere(  # the hub says 401 both where there is none and where it is hidden
+                    f"no repository {repo} at {self.endpoint}, or a private one — if you may see it, {self.login()}"
+                ) from error
+            except HfHubHTTPError as error:
+                return _Answer(None, error.response.status_code, error.response.headers, error)
+            except (ValueError, TypeError, KeyError) as error:
+                raise HubError(
+                    f"{self.endpoint} does not answer as a hub does for {what} (an HTML page?) — check --endpoint"
+                ) from error
+
+        return patiently(answer, self, what).value
+
+
+def _remote(found: Any) -> RemoteFile:
+    lfs = found.lfs
+    if lfs is None:
+        return RemoteFile(found.rfilename, found.size, git_sha1=found.blob_id)
+    return RemoteFile(found.rfilename, lfs.size if lfs.size is not None else found.size, sha256=lfs.sha256)
+
+
+def _is_hex(text: str, length: int) -> bool:
+    return len(text) == length and all(letter in "0123456789abcdef" for letter in text)

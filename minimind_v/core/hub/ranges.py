@@ -1,0 +1,120 @@
+"""A file on a hub that is read where it is: seek and read, over HTTP ranges."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from minimind_v.core.hub.remote import RETRIED, TRIES, Hub, HubError, Unreachable, http, pause, plain, refused
+
+AHEAD = 1 << 18  # bytes that one request brings at least
+
+
+class RangeFile(io.RawIOBase):
+    """The bytes of `url`, fetched as they are read; the last piece is kept. `transferred` counts what came.
+
+    Raises HubError where the server has no ranges, another size than the listing, or stops answering.
+    """
+
+    def __init__(self, hub: Hub, url: str, name: str, size: int) -> None:
+        self.hub, self.url, self.name, self.size = hub, url, name, size
+        self.transferred = 0
+        self._at = 0
+        self._piece, self._piece_at = b"", 0
+        self._direct: str | None = None  # where the hub redirects to: asked directly until it refuses (signatures end)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self.read(-1)
+
+    def read(self, size: int | None = -1) -> bytes:
+        stop = self.size if size is None or size < 0 else min(self._at + size, self.size)
+        if stop <= self._at:
+            return b""
+        self.hold(self._at, stop)
+        data = self._piece[self._at - self._piece_at : stop - self._piece_at]
+        self._at = stop
+        return data
+
+    def hold(self, start: int, stop: int) -> None:
+        """Have the bytes from `start` to `stop` here."""
+        have = self._piece_at + len(self._piece)
+        if start < self._piece_at or start > have:
+            self._piece, self._piece_at, have = b"", start, start
+        if stop > have:
+            until = min(max(stop, have + AHEAD), self.size)
+            self._piece = self._piece[start - self._piece_at :] + self._get(have, until)
+            self._piece_at = start
+
+    def _get(self, start: int, stop: int) -> bytes:
+        trouble = ""
+        for attempt in range(TRIES):
+            wait = pause(attempt)
+            try:
+                answer = self._ask(start, stop)
+            except (http().HTTPError, ConnectionError, TimeoutError) as error:
+                trouble = plain(error)
+            else:
+                if answer.status_code == 206:
+                    return self._checked(answer, start, stop)
+                if answer.status_code in (401, 403) and self._direct:
+                    self._direct, wait = None, 0
+                elif answer.status_code in RETRIED:
+                    wait, trouble = pause(attempt, answer.headers), f"HTTP {answer.status_code}"
+                    if wait is None or attempt == TRIES - 1:
+                        raise refused(answer.status_code, self.hub, self.name)
+                elif answer.status_code == 200:
+                    raise HubError(
+                        f"{self.hub.endpoint} gives {self.name} only whole, so there is no sample of it — "
+                        "leave out --sample, or use another --endpoint"
+                    )
+                else:
+                    raise refused(answer.status_code, self.hub, self.name)
+            time.sleep(wait or 0)
+        raise Unreachable(
+            f"{self.name} from {self.hub.endpoint}: {trouble}, {TRIES} times — run the same command again"
+        )
+
+    def _ask(self, start: int, stop: int) -> Any:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+
+        url = self._direct or self.url
+        headers = self.hub.headers() | {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
+        if urlsplit(url).netloc != urlsplit(self.url).netloc:
+            headers.pop("Authorization", None)
+            headers.pop("authorization", None)
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as answer:
+            if answer.status_code == 206:
+                answer.read()  # another status may stand before a body of gigabytes
+                self.transferred += len(answer.content)
+                self._direct = str(answer.url)
+            return answer
+
+    def _checked(self, answer: Any, start: int, stop: int) -> bytes:
+        told = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        data: bytes = answer.content
+        if not told or int(told[1]) != start or told[3] not in ("*", str(self.size)) or len(data) != stop - start:
+            raise HubError(f"{self.name} from {self.hub.endpoint}: an answer for other bytes than those asked for")
+        return data

@@ -1,0 +1,69 @@
+"""What a target folder remembers of its downloads: enough to prove the next time, without a hub and without reading
+the files again, that nothing is missing and nothing has changed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.checkpoint.store import write_text
+
+STAGING = ".mmv-download"  # inside the target folder, so that a finished part is renamed, never copied
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A file that was proven, and how it looked then."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+    hub: str
+    repo: str
+    commit: str
+    remote: str  # its name in the repository
+
+    def looks_the_same(self, path: Path) -> bool:
+        try:
+            found = path.stat()
+        except OSError:
+            return False
+        return path.is_file() and (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns)
+
+
+@dataclass
+class Receipt:
+    """The receipt of one target folder. A damaged one is an empty one: everything is proven again."""
+
+    folder: Path
+    files: dict[str, Kept] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)  # "hub repo@revision" → the commit it was at the first time
+    wants: dict[str, list[str]] = field(default_factory=dict)  # what was asked for → the names that it came to
+
+    @classmethod
+    def read(cls, folder: Path) -> Receipt:
+        try:
+            told = json.loads((folder / STAGING / "receipt.json").read_text(encoding="utf-8"))
+            files = {name: Kept(**kept) for name, kept in told["files"].items()}
+            return cls(folder, files, dict(told["commits"]), {key: list(names) for key, names in told["wants"].items()})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return cls(folder)
+
+    def write(self) -> None:
+        told: dict[str, Any] = {
+            "files": {name: asdict(kept) for name, kept in self.files.items()},
+            "commits": self.commits,
+            "wants": self.wants,
+        }
+        write_text(self.folder / STAGING / "receipt.json", json.dumps(told, indent=1) + "\n")
+
+    def answers(self, want: str) -> dict[str, Kept] | None:
+        """The files that `want` came to, where all of them are here and look as they did; else None."""
+        names = self.wants.get(want)
+        if not names or not all(name in self.files for name in names):
+            return None
+        found = {name: self.files[name] for name in names}
+        return found if all(kept.looks_the_same(self.folder / name) for name, kept in found.items()) else None

@@ -1,0 +1,75 @@
+"""What a download comes to: the files of each part, for a size of model, a split, or a sample of the first rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_v.core.config.presets import PRESETS, weights_name
+from minimind_v.core.hub.remote import Listing, NotThere, RemoteFile
+from minimind_v.core.hub.sources import (
+    CLIP_FILES,
+    SAMPLE_DIR,
+    SOURCES,
+    SPLITS,
+    TOKENIZER_FILES,
+    Layout,
+    Source,
+    dataset_files,
+    weights_files,
+)
+
+
+@dataclass(frozen=True)
+class Want:
+    """Files that are wanted together, from one repository into one folder."""
+
+    label: str
+    source: Source
+    layouts: tuple[Layout, ...]
+    folder: Path
+    rows: int | None = None  # only the first rows
+
+    def choose(self, listing: Listing, repo: str) -> dict[str, RemoteFile]:
+        """Name here → file there, by the first layout that the repository has. Raises NotThere, naming what it has."""
+        for layout in self.layouts:
+            chosen = {
+                file.name: listing.files[next(name for name in file.remote if name in listing.files)]
+                for file in layout
+                if any(name in listing.files for name in file.remote)
+            }
+            if len(chosen) == len(layout):
+                return chosen
+        lacking = " / ".join(", ".join(file.name for file in layout) for layout in self.layouts)
+        there = [name for name in sorted(listing.files) if not name.startswith(".")]
+        told = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
+        raise NotThere(f"{repo} at {listing.commit} lacks {lacking} — it has: {told or 'nothing'}")
+
+
+def wants(what: str, root: Path, preset: str, splits: Iterable[str] = SPLITS, rows: int | None = None) -> list[Want]:
+    """Everything that `what` comes to below `root`.
+
+    `all` is what training needs. Trained weights come only when they are asked for: they have the names that a run
+    gives to its own, which it would then refuse to replace.
+    """
+    model = PRESETS[preset]
+    found = []
+    parts = [name for name in SOURCES if name != "weights"] if what == "all" else [what]
+    for source in (SOURCES[part] for part in parts):
+        folder = root / source.folder
+        match source.what:
+            case "clip":
+                found.append(Want("clip", source, CLIP_FILES, folder))
+            case "tokenizer":
+                found.append(Want("tokenizer", source, TOKENIZER_FILES, folder))
+            case "lm":
+                found.append(Want(f"lm {preset}", source, weights_files(weights_name("lm", model)), folder))
+            case "weights":
+                names = [weights_name(stage, model) for stage in ("pretrain", "sft")]
+                found.append(Want(f"weights {preset}", source, weights_files(*names), folder))
+            case "dataset":
+                place = folder if rows is None else root / SAMPLE_DIR
+                some = "" if rows is None else f", first {rows} rows"
+                found += [Want(f"{split}{some}", source, dataset_files(split), place, rows) for split in splits]
+    return found

@@ -1,0 +1,142 @@
+"""Goes through rows in the batches that training makes of them, and counts."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
+from minimind_v.core.data.loader import WINDOW, BatchPlan
+from minimind_v.core.data.prompt import PromptEncoder, Tokens
+from minimind_v.core.data.row import IMAGE_MARK, Row, RowStore
+from minimind_v.core.errors import RowError
+
+NO_LIMIT = 10**9  # tokens: nothing is cut
+LOOKED_AT = 2000  # characters of a row that tell its language
+
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+LATIN = "A-Za-z\u00c0-\u024f"
+_HAN, _LATIN = re.compile(f"[{HAN}]"), re.compile(f"[{LATIN}]+")
+_OTHER = re.compile(rf"(?![{HAN}{LATIN}])[^\W\d_]")
+
+
+@dataclass
+class Counted:
+    """What was counted. Lists have a number per row, of the whole row, before truncation."""
+
+    total: list[int] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)  # tokens that stand for pictures
+    turns: list[int] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
+    languages: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)  # rows by kind
+    first_skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # by kind: its number, where and why
+    cut: int = 0  # rows
+    turns_lost: int = 0
+    answers_lost: int = 0  # tokens
+    used: int = 0  # rows that are trained on
+    kept: int = 0  # their tokens, placeholders included
+    padded: int = 0  # the same, and the padding of their batches
+    supervised: int = 0  # those that are learnt
+    pictures_kept: int = 0
+
+
+def plan_batches(
+    rows: RowStore, encoder: PromptEncoder, config: RunConfig, counted: Counted | None = None
+) -> BatchPlan:
+    """The plan of a run, its rows counted as they are read. No picture is read, so none needs a size."""
+    make = RowDataset if counted is None else _CountedRows
+    dataset = make(rows, encoder, 0, config.data.max_length)
+    if isinstance(dataset, _CountedRows):
+        dataset.counted = counted or Counted()
+    return BatchPlan(dataset, config.data.batch_size, encoder.tokenizer.pad_id, config.seed)
+
+
+def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None]) -> None:
+    """Go through the batches of the first epoch."""
+    done = 0
+    for window in range(-(-plan.batches_per_epoch // WINDOW)):
+        for batch in plan._plan(0, window):  # texts only; plan[k] would read pictures, too
+            lengths = [len(row.tokens) for row in batch if isinstance(row, Example)]
+            counted.padded += max(lengths, default=0) * len(lengths)
+            done += len(batch)
+        progress(done, plan.rows)
+
+
+class _CountedRows(RowDataset):
+    """Rows that are counted when their text is read."""
+
+    counted: Counted
+
+    def text(self, index: int) -> Example | BrokenRow:
+        read, counted = super().text(index), self.counted
+        if isinstance(read, Example):
+            counted.used += 1
+            counted.kept += len(read.tokens)
+            counted.supervised += sum(read.tokens.loss_mask)
+            counted.pictures_kept += read.tokens.images
+        else:
+            counted.skipped[read.kind] += 1
+            found = (self.rows.number(index), str(read))  # rows come in the order of training
+            counted.first_skipped[read.kind] = min(found, counted.first_skipped.get(read.kind, found))
+        try:
+            row = self.rows.row(index)
+        except RowError:
+            return read
+        counted.pictures.append(len(row.images))
+        counted.languages[language(row.conversations)] += 1
+        whole = self._whole(row, read)
+        if whole is not None:
+            self._count(whole)
+            if isinstance(read, Example) and len(whole) > len(read.tokens):
+                counted.cut += 1
+                counted.turns_lost += self._turns(whole) - self._turns(read.tokens)
+                counted.answers_lost += sum(whole.loss_mask) - sum(read.tokens.loss_mask)
+        return read
+
+    def _count(self, whole: Tokens) -> None:
+        counted, images, answers = self.counted, sum(whole.image_mask), sum(whole.loss_mask)
+        counted.total.append(len(whole))
+        counted.images.append(images)
+        counted.answers.append(answers)
+        counted.prompt.append(len(whole) - images - answers)
+        counted.turns.append(self._turns(whole))
+
+    def _whole(self, row: Row, read: Example | BrokenRow) -> Tokens | None:
+        """The tokens without truncation. Tokenised again only where some may be missing."""
+        if isinstance(read, Example):
+            told = [message["role"] for message in row.conversations].count("assistant")
+            # A cut through an answer leaves the greatest length, or less by a part of a picture.
+            if self._turns(read.tokens) == told and len(read.tokens) < self.max_length - self.encoder.tokens_per_image:
+                return read.tokens
+        elif read.kind != "too long":
+            return None
+        try:
+            return self.encoder.row(row.conversations, len(row.images), NO_LIMIT)
+        except RowError:
+            return None
+
+    def _turns(self, tokens: Tokens) -> int:
+        """Questions with answers. Nobody's own text has the id that begins a message."""
+        messages = tokens.input_ids.count(self.encoder.tokenizer.bos_id)
+        return (messages - 1) // 2  # the system's is no turn
+
+
+def language(conversations: Any) -> str:
+    """What a conversation is written in, by its script: a Chinese character counts as much as a Latin word."""
+    if not isinstance(conversations, list):
+        return "other"
+    texts = (message.get("content") for message in conversations if isinstance(message, dict))
+    text = " ".join(part[:LOOKED_AT] for part in texts if isinstance(part, str))[:LOOKED_AT].replace(IMAGE_MARK, "")
+    han, latin, other = (len(pattern.findall(text)) for pattern in (_HAN, _LATIN, _OTHER))
+    if other > han + latin or not han + latin:
+        return "other"
+    if 0.2 < han / (han + latin) < 0.8:
+        return "mixed"
+    return "Chinese" if han > latin else "English"

@@ -1,0 +1,113 @@
+"""Token ids as text that a person can read, and that can do nothing to a page or a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+
+from minimind_v.core.data.prompt import Tokens
+from minimind_v.core.data.tokenizer import Tokenizer
+
+UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # kinds of characters that steer instead of showing
+LONGEST = 4  # bytes of a character of UTF-8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token says; several, where only together they are characters; or all patches of one picture."""
+
+    text: str
+    ids: tuple[int, ...]
+    parts: tuple[str, ...] = ()  # the bytes of each token in hex, where there are several or they are no text
+    special: bool = False
+    supervised: bool = False
+    removed: bool = False  # by truncation
+    picture: int | None = None  # from 0, where these are its patches
+
+
+class TokenReader:
+    """Reads ids back, token by token. Byte-level vocabularies, as MiniMind's, are read by their bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._backend = tokenizer.backend
+        self._specials = {
+            number for number, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special
+        }
+
+    def pieces(self, tokens: Tokens, kept: int, tokens_per_image: int, limit: int) -> list[Piece]:
+        """At most `limit` pieces from the first token on; tokens from `kept` on are removed ones."""
+        found: list[Piece] = []
+        at = pictures = 0
+        while at < len(tokens) and len(found) < limit:
+            if tokens.image_mask[at]:
+                ids = tuple(tokens.input_ids[at : at + tokens_per_image])
+                found.append(Piece("", ids, removed=at >= kept, picture=pictures))
+                pictures += 1
+            else:
+                found.append(self._piece(tokens, at, kept))
+            at += len(found[-1].ids)
+        return found
+
+    def _piece(self, tokens: Tokens, at: int, kept: int) -> Piece:
+        """The token at a place and, if it ends within a character, those that complete it."""
+        supervised, removed = tokens.loss_mask[at], at >= kept
+        first = tokens.input_ids[at]
+        if first in self._specials:
+            return Piece(self._name(first), (first,), (), True, supervised, removed)
+        data, parts, end = b"", [], at
+        while end < len(tokens) and (end < kept or removed) and end - at < LONGEST:
+            if tokens.input_ids[end] in self._specials or tokens.image_mask[end]:
+                break
+            parts.append(self.bytes_of(tokens.input_ids[end]))
+            data += parts[-1]
+            end += 1
+            if (text := _whole(data)) is not None:
+                shown = tuple(part.hex(" ").upper() for part in parts) if len(parts) > 1 else ()
+                return Piece(text, tuple(tokens.input_ids[at:end]), shown, False, supervised, removed)
+        # No text, or the cut went through a character.
+        return Piece("", (first,), (parts[0].hex(" ").upper(),), False, supervised, removed)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for."""
+        name = self._name(token)
+        if all(character in BYTES for character in name):
+            return bytes(BYTES[character] for character in name)
+        return name.encode("utf-8", "surrogatepass")
+
+    def _name(self, token: int) -> str:
+        return self._backend.id_to_token(token) or f"#{token}"
+
+
+def _byte_characters() -> dict[str, int]:
+    """The alphabet of byte-level vocabularies (GPT-2's): printable bytes stand for themselves, others from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTES = _byte_characters()
+
+
+def _whole(data: bytes) -> str | None:
+    """The text that bytes are, if they end where a character does."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def visible(text: str) -> str:
+    """The text with every character that steers (control, direction, half of a pair) written out; newlines as ↵."""
+    if text.isascii() and text.isprintable():
+        return text
+    shown = []
+    for character in text:
+        if character == "\n":
+            shown.append("↵")
+        elif character == "\t":
+            shown.append("⇥")
+        elif unicodedata.category(character) in UNSEEN:
+            shown.append(f"\\u{ord(character):04x}")
+        else:
+            shown.append(character)
+    return "".join(shown)

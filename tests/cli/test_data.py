@@ -1,0 +1,88 @@
+"""`mmv data check | convert | split` as they are typed: what they print, how they end, what they leave."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from minimind_v.core.data.stores import open_rows
+from tests.cli.harness import SIGHT, here, installed, place, read_rows, tree, write_rows
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """The rows of the tiny data, the third of them no JSON, the fifth with a picture that is not there."""
+    rows = read_rows(place().data("sft"))
+    rows[2] = "{"
+    rows[4] = rows[4] | {"image": "none.jpg"}
+    rows[7] = rows[6]
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+def test_check_of_whole_rows_by_the_installed_command():
+    ended = installed("data", "check", place().data("sft"), *SIGHT)
+    assert ended.code == 0, ended.err
+    assert "40 rows, 40 of them can be trained on" in ended.out
+
+
+def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
+    line = ("data", "check", broken, "--images", place().images("sft"), *SIGHT)
+    ended = here(*line, "--json", "--fix", tmp_path / "clean.parquet")
+    assert ended.code == 1, "two of forty rows are more than training allows"
+    told = json.loads(ended.out)
+    assert [(one["row"], one["kind"]) for one in told["problems"]] == [
+        (3, "json"), (5, "picture missing"), (8, "duplicate row")
+    ]  # fmt: skip
+    assert all(set(one) >= {"row", "kind", "message"} for one in told["problems"])
+    assert told["fixed"] == {"files": [str(tmp_path / "clean.parquet")], "rows": 37, "left_out": 3}
+    assert len(open_rows(tmp_path / "clean.parquet")) == 37
+    spoken = here(*line)
+    assert spoken.code == 1
+    assert "training would refuse: 2 of 40 rows are broken" in spoken.error
+    again = here("data", "check", tmp_path / "clean.parquet", *SIGHT, "--json")
+    assert again.json["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("check", "none.jsonl"), "no data file"),
+        (("check", "{rows}", "--tokenizer", "nowhere"), "mmv download tokenizer"),
+        (("check", "{rows}", "--against", "none.jsonl"), "no data file"),
+        (("convert", "{rows}", "rows.csv"), "neither .jsonl nor .parquet"),
+        (("split", "{rows}", "--out", "parts", "--held-out", "1000"), "one side empty"),
+        (("split", "{rows}", "--out", "parts", "--held-out", "0"), "must be above 0"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = [str(place().data("sft")) if arg == "{rows}" else arg for arg in args]
+    sight = SIGHT if args[0] == "check" and "--tokenizer" not in args else SIGHT[:2] if args[0] == "check" else ()
+    ended = here("data", *line, *sight)
+    assert ended.code in (1, 2)
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+    assert tree(tmp_path) == []
+
+
+def test_convert_and_split(tmp_path):
+    out = tmp_path / "rows.parquet"
+    assert here("data", "convert", place().data("sft"), out, "--json").json == {
+        "files": [str(out)], "rows": 40, "resumed_at": 0
+    }  # fmt: skip
+    again = here("data", "convert", place().data("sft"), out)
+    assert (again.code, "--overwrite" in again.error) == (2, True)
+    told = here("data", "split", out, "--out", tmp_path / "parts", "--held-out", "0.25", "--json").json
+    assert (told["train_rows"], told["held_out_rows"]) == (30, 10)
+    assert len(open_rows(tmp_path / "parts" / "held_out.parquet")) == 10
+
+
+def test_a_model_trains_and_is_scored_on_parquet(tmp_path):
+    data = tmp_path / "rows.parquet"
+    here("data", "convert", place().data("sft"), data)
+    trained = here(*place().train(tmp_path / "out", data=data, images=None, max_steps=2, workers=1))
+    assert trained.code == 0, trained.err
+    scored = here("eval", "--model", tmp_path / "out" / "pretrain_vlm_128.pth", "--data", data, *SIGHT, "--json")
+    assert scored.json["rows"] == 40
+    assert here("info", data, "--json").json["rows"] == 40

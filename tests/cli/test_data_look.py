@@ -1,0 +1,94 @@
+"""`mmv data stats` and `mmv data preview` as a user runs them."""
+
+from __future__ import annotations
+
+import pytest
+
+from minimind_v.core.inspect import speed, stats
+from tests.cli.harness import SIGHT, here, installed, tree, write_rows
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(stats, "estimate", lambda *given: speed.Estimate(5400.0, "a guess"))
+
+
+def test_stats(place, tmp_path, quick):
+    page = tmp_path / "stats.html"
+    ended = here("data", "stats", place.data("pretrain"), *SIGHT, "--html", page)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[0].startswith("40 rows of ")
+    assert "looked at as pretrain reads them" in lines[0]
+    assert "updates     12: 4 epochs in batches of 16" in ended.out
+    assert "about 1.5 hours — a guess" in ended.out
+    assert "█" in ended.out
+    assert "\x1b" not in ended.out
+    assert "<svg" in page.read_text()
+    assert tree(tmp_path) == ["stats.html"]
+
+
+def test_stats_as_json(place, quick):
+    found = here("data", "stats", place.data("sft"), *SIGHT, "--limit", 10, "--json").json
+    assert (found["stage"], found["rows"], found["looked_at"], found["sample"]) == ("sft", 40, 10, True)
+    assert list(found["tokens"]["answers"]) == ["min", "p5", "p50", "p95", "p99", "max", "mean", "sum"]
+    assert found["training"]["updates"] == 20
+    assert found["time"]["seconds"] == 5400
+
+
+def test_stage_is_guessed_and_told(place, tmp_path, quick):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_bytes(place.data("sft").read_bytes())
+    ended = here("data", "stats", rows, *SIGHT, "--json")
+    assert "tells no stage: looked at as sft" in ended.err
+    assert ended.json["stage"] == "sft"
+    told = here("data", "stats", rows, *SIGHT, "--json", "--stage", "pretrain")
+    assert "tells no stage" not in told.err
+    assert told.json["max_length"] == 640
+
+
+def test_preview(place, tmp_path):
+    page = tmp_path / "p.html"
+    ended = here("data", "preview", place.data("sft"), *SIGHT, "--rows", 3, "--html", page)
+    assert ended.code == 0, ended.err
+    assert str(page) in ended.err
+    assert ended.out.count("── ") == 3
+    assert "[picture 1: 64 patches]" in ended.out
+    assert "<|im_end|>↵»" in ended.out
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<section>") == 3 + 1  # the lesson
+    assert text.count("data:image/png;base64,") == 3
+
+
+def test_preview_as_json_from_a_row_on(place, tmp_path):
+    ended = here("data", "preview", place.data("sft"), *SIGHT, "--start", 39, "--html", tmp_path / "p.html", "--json")
+    found = ended.json
+    assert [row["place"].rsplit(":", 1)[1] for row in found["rows"]] == ["39", "40"]
+    assert all(row["used"] and len(row["input_ids"]) == row["tokens"] for row in found["rows"])
+    beyond = here("data", "preview", place.data("sft"), *SIGHT, "--start", 41, "--html", tmp_path / "q.html")
+    assert beyond.code == 2
+    assert "it has 40 rows" in beyond.error
+    assert not (tmp_path / "q.html").exists()
+
+
+def test_broken_rows_end_nothing(tmp_path, quick):
+    rows = write_rows(tmp_path / "sft.jsonl", ["{", {"conversations": 3}])
+    shown = here("data", "preview", rows, *SIGHT, "--html", tmp_path / "p.html")
+    assert shown.code == 0
+    assert shown.out.count("skipped: ") == 2
+    counted = here("data", "stats", rows, *SIGHT)
+    assert counted.code == 1
+    assert "sft.jsonl:1: not JSON" in counted.error
+
+
+def test_missing_things_are_named(tmp_path, place):
+    for command in ("stats", "preview"):
+        assert "no data file" in here("data", command, tmp_path / "none.jsonl", *SIGHT).error
+        ended = here("data", command, place.data("sft"), *SIGHT[:2], "--tokenizer", tmp_path)
+        assert "no tokenizer in" in ended.error
+
+
+def test_preview_goes_beside_where_one_stands(place, tmp_path):
+    ended = installed("data", "preview", place.data("sft"), *SIGHT, "--rows", 1, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert tree(tmp_path) == ["preview.html"]

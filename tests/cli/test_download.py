@@ -1,0 +1,104 @@
+"""The installed `mmv download`: killed, stopped, twice at once, and a second time."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+
+from tests.cli.harness import Running, installed, tree
+from tests.hub.server import Hub
+
+LM = random.Random(5).randbytes(8 << 20)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    for name in ("HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    with Hub({"models/jingyaogong/MiniMind2-V-PyTorch": {"lm_512.pth": LM}}, delay=0.008) as hub:
+        yield hub
+
+
+def command(hub, root):
+    return ["download", "lm", "--hub", "hf", "--endpoint", hub.endpoint, "--dir", root]
+
+
+def part_size(root):
+    return sum(part.stat().st_size for part in root.rglob("*.part"))
+
+
+def test_killed_at_any_moment_it_goes_on(hub, tmp_path):
+    root = tmp_path / "root"
+    for number, size in enumerate((1, 2 << 20, 5 << 20, 7 << 20)):
+        running = Running(tmp_path / str(number), *command(hub, root)).until(lambda size=size: part_size(root) >= size)
+        running.send(signal.SIGKILL).wait()
+        assert not (root / "out" / "lm_512.pth").exists()
+    hub.forget()
+    done = installed(*command(hub, root), "--json").json
+    assert (root / "out" / "lm_512.pth").read_bytes() == LM
+    assert hub.sent < 2 << 20
+    assert done["files"][0]["action"] == "fetched"
+    assert done["transferred"] <= len(LM) - (7 << 20)
+
+
+def test_killed_between_the_name_and_the_receipt(hub, tmp_path):
+    hub.delay = 0
+    assert installed(*command(hub, tmp_path)).code == 0
+    receipt = tmp_path / "out" / ".mmv-download" / "receipt.json"
+    told = json.loads(receipt.read_text())
+    receipt.write_text(json.dumps(told | {"files": {}, "wants": {}}))
+    hub.forget()
+    assert installed(*command(hub, tmp_path), "--json").json["files"][0]["action"] == "kept"
+    assert hub.sent == 0
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(hub, tmp_path):
+    running = Running(tmp_path / "log", *command(hub, tmp_path / "root"))
+    ended = running.until(lambda: part_size(tmp_path / "root") > 1 << 20).send(signal.SIGINT).wait()
+    assert ended.code == 130
+    assert "the same command goes on" in ended.err
+    assert "Traceback" not in ended.err
+    assert [name for name in tree(tmp_path / "root") if ".mmv-download" not in name] == []
+
+
+def test_two_at_once_transfer_it_once(hub, tmp_path):
+    root = tmp_path / "root"
+    both = [Running(tmp_path / name, *command(hub, root), "--json") for name in ("one", "two")]
+    ended = [running.wait() for running in both]
+    assert [one.code for one in ended] == [0, 0]
+    assert sorted(one.json["files"][0]["action"] for one in ended) == ["fetched", "kept"]
+    assert "waiting for it" in ended[0].err + ended[1].err
+    assert (root / "out" / "lm_512.pth").read_bytes() == LM
+    assert hub.sent == len(LM)
+
+
+def test_a_second_run_asks_nobody_and_is_quick(hub, tmp_path):
+    hub.delay = 0
+    assert installed(*command(hub, tmp_path)).code == 0
+    hub.forget()
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert installed(*command(hub, tmp_path), "--json").json["transferred"] == 0
+        seconds.append(time.perf_counter() - began)
+    assert hub.requests == []
+    assert min(seconds) < 1
+
+
+def test_progress_is_told_in_lines_where_nobody_watches(hub, tmp_path):
+    hub.delay = 0
+    done = installed(*command(hub, tmp_path))
+    assert "MB/s" in done.err
+    assert "\r" not in done.err
+    assert done.out.startswith("fetched")
+
+
+def test_hf_endpoint_is_heeded(hub, tmp_path, monkeypatch):
+    hub.delay = 0
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    assert installed("download", "lm", "--dir", tmp_path).code == 0
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert installed("download", "lm", "--dir", tmp_path).code == 0
+    assert "no hub can be reached" in installed("download", "lm", "--hub", "hf", "--dir", tmp_path / "new").err

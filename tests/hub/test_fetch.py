@@ -1,0 +1,263 @@
+"""`mmv download` against a hub that behaves, and one that does not: only right bytes ever get their name."""
+
+import hashlib
+import io
+import os
+import shutil
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.cli.harness import here, tree
+from tests.hub.conftest import LM, older_layout
+from tests.hub.server import COMMIT
+
+DATA = "datasets/jingyaogong/minimind-v_dataset"
+
+
+@pytest.fixture
+def get(hub, tmp_path):
+    def get(*words, hub_name="hf"):
+        return here("download", *words, "--hub", hub_name, "--endpoint", hub.endpoint, "--dir", tmp_path)
+
+    return get
+
+
+def finished(root):
+    return [name for name in tree(root) if ".mmv-download" not in name]
+
+
+@pytest.mark.parametrize("name", ["hf", "modelscope"])
+def test_all_lands_where_the_stages_look(get, hub, tmp_path, name):
+    told = get("all", "--json", hub_name=name).json
+    assert finished(tmp_path) == sorted(
+        ["dataset/pretrain_i2t.parquet", "dataset/sft_i2t.parquet", "model/tokenizer.json",
+         "model/tokenizer_config.json", "out/lm_512.pth",
+         *(f"model/vision_model/clip-vit-base-patch16/{file}"
+           for file in ("config.json", "preprocessor_config.json", "pytorch_model.bin"))]
+    )  # fmt: skip
+    assert (told["hub"], len(told["files"])) == (name, 8)
+    for file in told["files"]:
+        data = Path(file["path"]).read_bytes()
+        assert (file["action"], file["bytes"]) == ("fetched", len(data))
+        assert file["sha256"] == hashlib.sha256(data).hexdigest()
+    assert not list(tmp_path.rglob("*.part"))
+    hub.forget()
+    again = get("all", "--json", hub_name=name).json
+    assert {file["action"] for file in again["files"]} == {"kept"}
+    assert (hub.requests, again["transferred"]) == ([], 0)
+
+
+def test_pinned_and_moving_revisions(get, hub, tmp_path):
+    told = get("all", "--json").json
+    assert told["commit"]["openai/clip-vit-base-patch16"] == "57c216476eefef5ab752ec549e440a49ae4ae5f3"
+    assert told["commit"]["jingyaogong/MiniMind2-V-PyTorch"] == COMMIT
+    first, hub.commit = hub.commit, "d" * 40
+    (tmp_path / "out" / "lm_512.pth").unlink()
+    assert get("lm", "--json").json["files"][0]["commit"] == first
+    assert any(first in path for _, path in hub.requests)
+    assert get("lm", "--json", "--revision", "e" * 40).json["files"][0]["commit"] == "e" * 40
+
+
+def test_dry_run_writes_nothing(get, hub, tmp_path):
+    told = get("lm", "--dry-run", "--json").json["files"][0]
+    assert (told["action"], told["bytes"], told["path"]) == ("would fetch", len(LM), str(tmp_path / "out/lm_512.pth"))
+    assert told["url"].startswith(hub.endpoint)
+    assert (tree(tmp_path), hub.sent) == ([], 0)
+    assert "3.0 MB to come" in get("lm", "--dry-run").out
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ([("cut", 1_000_000), ("cut", 500_000)], ""),
+        ([("cut", 0)] * 3, ""),
+        ([("stall", 100_000)], ""),
+        ([("status", 503), ("status", 429), ("status", 500)], ""),
+        ([("html", 0)], "HTML page"),
+        ([("corrupt", 0)], "SHA-256"),
+        ([("cut", 1_000_000), ("whole", 0)], ""),
+        ([("bytes", b"version https://git-lfs.github.com/spec/v1\n")], "bytes instead of"),
+        ([("bytes", b"short")], "bytes instead of"),
+        ([("cut", 2_000_000), ("corrupt", 0), ("cut", 9), ("cut", 70_000)], "SHA-256"),
+    ],
+)
+def test_misbehaviour_ends_with_the_right_bytes(get, hub, tmp_path, faults, words):
+    hub.faults["llm_512.pth"] = list(faults)
+    done = get("lm")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "lm_512.pth").read_bytes() == LM
+    assert words in done.err
+    if not words:
+        assert hub.sent <= len(LM) * (1.5 if ("whole", 0) in faults else 1.1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (("html", 0), "HTML page"),
+        (("corrupt", 0), "SHA-256"),
+        (("bytes", b"x"), "bytes instead of"),
+        (("cut", 0), "goes on from there"),
+        (("status", 500), "goes on from there"),
+        (("status", 403), "hf auth login"),
+        (("status", 404), "not found"),
+    ],
+)
+def test_a_file_that_never_comes_right_gets_no_name(get, hub, tmp_path, fault, words):
+    hub.faults["llm_512.pth"] = [fault] * 99
+    done = get("lm")
+    assert done.code == 1
+    assert words in done.error
+    assert "lm_512.pth" in done.error
+    assert finished(tmp_path) == []
+    assert len(hub.requests) < 25
+
+
+def test_a_lfs_pointer_of_the_right_size_is_refused(get, hub, tmp_path):
+    hub.repos["models/jingyaogong/MiniMind2-V-PyTorch"]["llm_512.pth"] = b"version https://git-lfs.github.com/spec/v1\n"
+    assert "git-lfs pointer" in get("lm").error
+    assert finished(tmp_path) == []
+
+
+def test_wrong_files_are_named_and_fetched_again(get, hub, tmp_path):
+    get("all")
+    lm = tmp_path / "out" / "lm_512.pth"
+    lm.write_bytes(LM[:-1] + b"?")
+    done = get("all", "--json")
+    assert "lm_512.pth is not the hub's file (another SHA-256)" in done.err
+    assert [file["path"] for file in done.json["files"] if file["action"] == "fetched"] == [str(lm)]
+    assert lm.read_bytes() == LM
+    hub.forget()
+    os.utime(lm, ns=(1, 1))  # touched, but right
+    assert {file["action"] for file in get("lm", "--json").json["files"]} == {"kept"}
+    assert hub.sent == 0
+
+
+def test_files_copied_by_hand_are_checked_and_kept(get, hub, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lm_512.pth").write_bytes(LM)
+    assert get("lm", "--json").json["files"][0]["action"] == "kept"
+    assert hub.sent == 0
+
+
+def test_a_damaged_receipt_is_an_empty_one(get, hub, tmp_path):
+    get("lm")
+    (tmp_path / "out" / ".mmv-download" / "receipt.json").write_text('{"files": 3')
+    hub.forget()
+    assert get("lm", "--json").json["files"][0]["action"] == "kept"
+    assert hub.sent == 0
+
+
+def test_a_mirror_that_lists_names_only_is_asked_for_each_file(get, hub, tmp_path):
+    hub.bare = True
+    assert get("lm").code == get("tokenizer").code == 0
+    assert ("HEAD", f"/jingyaogong/MiniMind2-V-PyTorch/resolve/{COMMIT}/llm_512.pth") in hub.requests
+    hub.faults["pytorch_model.bin"] = [("corrupt", 0)]
+    assert "SHA-256" in get("clip").err
+
+
+def test_tokens_stay_with_the_hub(get, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert get("lm").code == 0
+    assert get("dataset", "--sample", 3).code == 0
+    assert hub.authorized == []
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "headers", "told"),
+    [
+        ((), 401, {}, "hf auth login"),
+        ((), 403, {"X-Error-Code": "GatedRepo"}, "hf auth login"),
+        ((), 429, {"Retry-After": "3600"}, "too many requests"),
+        ((), 503, {}, "in trouble"),
+        (("--revision", "nowhere"), 0, {}, "--revision"),
+        (("--preset", "base"), 0, {}, "lacks lm_768.pth — it has: llm_512.pth"),
+    ],
+)
+def test_refusals_are_told_in_one_line(get, hub, tmp_path, words, status, headers, told):
+    hub.status, hub.headers = status, headers
+    assert told in get("lm", *words).error
+    assert finished(tmp_path) == []
+
+
+def test_a_busy_listing_is_asked_again(get, hub):
+    hub.status, hub.status_times, hub.headers = 429, 2, {"Retry-After": "0"}
+    assert get("lm").code == 0
+
+
+def test_auto_says_which_hub_it_took_and_why(get, hub):
+    hub.status = 500
+    done = get("lm", hub_name="auto")
+    assert done.code == 0
+    assert "hf: the hub is in trouble" in done.err
+    assert "from modelscope" in done.err
+
+
+def test_nothing_reachable_is_one_line(tmp_path):
+    done = here("download", "lm", "--endpoint", "http://127.0.0.1:9", "--dir", tmp_path)
+    for words in ("127.0.0.1:9", "--endpoint", "HF_ENDPOINT", "by hand", str(tmp_path / "out")):
+        assert words in done.error
+    assert tree(tmp_path) == []
+
+
+def test_space_is_checked_before_the_first_byte(get, hub, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1_000_000))
+    assert "3.0 MB are to come, 1.0 MB are free" in get("lm").error
+    assert (finished(tmp_path), hub.sent) == ([], 0)
+
+
+@pytest.mark.parametrize("split", ["pretrain", "sft"])
+def test_a_sample_of_parquet(get, hub, tmp_path, split):
+    whole = hub.repos[DATA][f"{split}_i2t.parquet"]
+    told = get("dataset", "--split", split, "--sample", 20, "--json").json
+    path = tmp_path / "dataset" / "sample" / f"{split}_i2t.parquet"
+    wanted = pq.read_table(io.BytesIO(whole))
+    assert pq.read_table(path).equals(wanted.slice(0, 20))
+    assert pq.read_schema(path).equals(wanted.schema, check_metadata=True)
+    assert hub.sent < len(whole) / 2
+    assert told["files"][0]["path"] == str(path)
+    hub.forget()
+    assert get("dataset", "--split", split, "--sample", 20, "--json").json["files"][0]["action"] == "kept"
+    assert hub.requests == []
+    get("dataset", "--split", split, "--sample", 7)
+    assert pq.read_metadata(path).num_rows == 7
+    get("dataset", "--split", split, "--sample", 99999)
+    assert pq.read_table(path).equals(wanted)
+    assert pq.read_metadata(path).row_group(0).num_rows <= 64
+
+
+def test_a_sample_of_the_older_layout(get, hub, tmp_path):
+    hub.repos[DATA] = older_layout(400)
+    assert get("dataset", "--split", "pretrain", "--sample", 5).code == 0
+    folder = tmp_path / "dataset" / "sample"
+    assert (folder / "pretrain_data.jsonl").read_bytes() == b"".join(
+        hub.repos[DATA]["pretrain_data.jsonl"].splitlines(keepends=True)[:5]
+    )
+    whole = zipfile.ZipFile(io.BytesIO(hub.repos[DATA]["pretrain_images.zip"]))
+    with zipfile.ZipFile(folder / "pretrain_images.zip") as archive:
+        assert len(archive.namelist()) == 10
+        assert all(archive.read(name) == whole.read(name) for name in archive.namelist())
+    assert hub.sent < sum(map(len, hub.repos[DATA].values())) / 2
+    assert get("dataset", "--split", "pretrain").code == 0
+    assert (tmp_path / "dataset" / "pretrain_images.zip").read_bytes() == hub.repos[DATA]["pretrain_images.zip"]
+
+
+def test_a_sample_where_ranges_fail(get, hub, tmp_path):
+    hub.faults["pretrain_i2t.parquet"] = [("status", 503), ("cut", 100), ("stall", 9)]
+    assert get("dataset", "--split", "pretrain", "--sample", 3).code == 0
+    hub.faults["sft_i2t.parquet"] = [("whole", 0)]
+    assert "only whole" in get("dataset", "--split", "sft", "--sample", 3).error
+    assert "sft_i2t.parquet" not in "".join(finished(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("lm", "--sample", 3), ("clip", "--split", "sft"), ("lm", "--endpoint", "ftp://x"), ("dataset", "--sample", 0)],
+)
+def test_usage(words):
+    assert here("download", *words).code == 2

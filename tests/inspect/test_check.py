@@ -1,0 +1,126 @@
+"""Every kind of trouble is named, on the right row, and nothing else is; check and training agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import zipfile
+
+import pytest
+
+from minimind_v.core.data.dataset import BrokenRow, RowDataset
+from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.data.stores import open_rows
+from minimind_v.core.inspect import check as checking
+from minimind_v.core.inspect.check import check, check_row, summary
+from tests.data.made import PATCHES, SIZE, picture, png_header, row
+
+
+@pytest.fixture
+def dataset(tmp_path, demo_tokenizer):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for n in range(20):
+            archive.writestr(f"{n}.png", picture(n))
+        archive.writestr("copy.png", picture(7))
+        archive.writestr("cut.png", picture(3)[:-30])
+        archive.writestr("page.jpg", b"<!DOCTYPE html>")
+        archive.writestr("bomb.png", png_header(60_000, 60_000))
+
+    def make(lines, name="rows.jsonl") -> RowDataset:
+        (tmp_path / name).write_bytes(b"\n".join(lines))
+        rows = open_rows(tmp_path / name, tmp_path / "images.zip")
+        return RowDataset(rows, PromptEncoder(demo_tokenizer, PATCHES), SIZE, 100)
+
+    return make
+
+
+LINES = {
+    1: (row("<image>?", "A dog.", "1.png"), []),
+    2: (b"{", ["json"]),
+    3: (row("<image>?", "  ", "2.png"), ["empty answer"]),
+    4: (row("<image>?", " ", "none.png"), ["empty answer", "picture missing"]),
+    5: (row("<image>?", "b", "cut.png"), ["picture broken"]),
+    6: (row("<image>?", "b", "page.jpg"), ["picture broken"]),
+    7: (row("<image>?", "b", "bomb.png"), ["picture too large"]),
+    8: (row("<image><image>?", "b", "3.png"), ["placeholders"]),
+    9: (row("a", "b", roles=("user", "robot")), ["roles"]),
+    10: (row("a", 3), ["conversations"]),
+    11: (row("a", "long " * 300), ["cut"]),
+    12: (row("long " * 300, "b"), ["too long"]),
+    13: (row("<image>?", "A dog.", "1.png"), ["duplicate row"]),
+    14: (row("<image>!", "Other.", "1.png"), ["duplicate picture"]),
+    15: (row("<image><image>", "b", "none.png, cut.png"), ["picture missing", "picture broken"]),
+    16: (json.dumps({"conversations": [{"role": "user", "content": "a"}]}).encode(), ["no answer"]),
+    17: (row("a", "b", "\x00"), ["image"]),
+    18: (row("what", "yes"), []),
+    19: (row("<image>?", "x" * 5, "8.png"), []),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_problem_is_named_on_its_row(dataset, workers):
+    rows = dataset([line for line, _ in LINES.values()])
+    steps = []
+    report = check(rows, workers, progress=lambda done, total: steps.append((done, total)))
+    found = {number: [] for number in LINES}
+    for problem in report.problems:
+        found[problem.row].append(problem.kind)
+        assert problem.place == f"{rows.rows.path}:{problem.row}"
+        assert "\n" not in problem.message
+    assert {number: sorted(kinds) for number, kinds in found.items()} == {
+        number: sorted(kinds) for number, (_, kinds) in LINES.items()
+    }
+    assert steps[-1] == (19, 19)
+    told = summary(report, 0.01)
+    assert told["rows"] == 19
+    assert told["ok"] is False
+    assert "more than 1%" in told["refusal"]
+    assert told["kinds"]["cut"]["training"] == "cuts the row"
+    assert sum(kind["count"] for kind in told["kinds"].values()) == len(told["problems"])
+    assert summary(report, 1.0)["ok"]
+
+
+def test_training_skips_the_very_rows_that_check_calls_broken(dataset):
+    rows = dataset([line for line, _ in LINES.values()])
+    report = check(rows, 1)
+    read = [one if isinstance(one := rows.text(n), BrokenRow) else rows.load(one) for n in range(len(rows))]
+    assert {n for n, one in enumerate(read) if isinstance(one, BrokenRow)} == report.skipped
+
+
+def test_a_broken_picture_behind_the_cut_is_no_reason_to_skip(dataset):
+    talk = [
+        {"role": "user", "content": "<image>a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "<image>" + "long " * 200},
+        {"role": "assistant", "content": "c"},
+    ]
+    rows = dataset([json.dumps({"conversations": talk, "image": "1.png, none.png"}).encode()])
+    found = check_row(rows, 0)
+    assert [kind for kind, _ in found.problems] == ["cut", "cut"]
+    assert not isinstance(rows.load(rows.text(0)), BrokenRow)
+
+
+def test_rows_shared_with_a_held_out_file_are_named(dataset, tmp_path):
+    held = dataset([row("<image>x", "y", "copy.png"), row("text", "only")], "held.jsonl")
+    rows = dataset([row("<image>?", "b", "7.png"), row("<image>?", "b", "8.png"), row("text", "only")])
+    report = check(rows, 1, held.rows)
+    assert [(problem.row, problem.kind) for problem in report.problems] == [(1, "held out"), (3, "held out")]
+    assert report.repeated == {0, 2}
+
+
+def test_no_usable_row_is_a_refusal_however_many_are_allowed(dataset):
+    assert summary(check(dataset([b"{"] * 3), 1), 1.0)["refusal"] == "no row can be used"
+
+
+def _deadly(begin, end):
+    if begin <= 40 < end:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [check_row(checking._dataset, index) for index in range(begin, end)]
+
+
+def test_a_row_that_kills_its_process_is_named_and_the_others_are_checked(dataset, monkeypatch):
+    rows = dataset([b"{" if n == 70 else row(f"q{n}", "a") for n in range(100)])
+    monkeypatch.setattr(checking, "_check_some", _deadly)
+    report = check(rows, 2)
+    assert [(problem.row, problem.kind) for problem in report.problems] == [(41, "crash"), (71, "json")]

@@ -1,0 +1,155 @@
+"""There and back without a byte lost, killed on the way and gone on with; no picture on both sides of a split."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+import zipfile
+
+import pyarrow.parquet as pq
+import pytest
+
+from minimind_v.core.data.stores import open_rows
+from minimind_v.core.errors import DataError, UsageError
+from minimind_v.core.inspect import convert as converting
+from minimind_v.core.inspect.convert import convert
+from minimind_v.core.inspect.split import split
+from tests.cli.harness import ROOT, tree
+from tests.data.made import picture, row
+
+
+def read_all(rows):
+    found = []
+    for index in range(len(rows)):
+        one = rows.row(index)
+        pictures = [rows.picture(index, position, name) for position, name in enumerate(one.images)]
+        found.append((one.conversations, one.images, one.extra, pictures))
+    return found
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Thirty rows with no, one or two pictures, odd names, and keys of their own."""
+    rng, lines = random.Random(0), []
+    names = [f"{n}.png" for n in range(8)] + ["sub/deep/8.png", "图 片.png"]
+    with zipfile.ZipFile(tmp_path / "rows_images.zip", "w") as archive:
+        for n, name in enumerate(names):
+            archive.writestr(f"images/{name}", picture(n) + bytes(n))
+    for n in range(30):
+        shown = rng.sample(names, rng.choice((0, 1, 1, 2)))
+        found = json.loads(row("<image>" * len(shown) + f"q{n} 🐶\ud800", f"a{n}", ", ".join(shown) or None))
+        lines.append(json.dumps(found | ({"id": n, "more": {"x": [1, None]}} if n % 3 else {})))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return open_rows(tmp_path / "rows.jsonl", tmp_path / "rows_images.zip")
+
+
+@pytest.mark.parametrize("part", [1, 7, 1000])
+def test_there_and_back_without_loss(source, tmp_path, monkeypatch, part):
+    monkeypatch.setattr(converting, "PART_ROWS", part)
+    before = read_all(source)
+    done = convert(source, tmp_path / "new" / "rows.parquet")
+    assert (done.rows, done.resumed_at, done.pictures) == (30, 0, sum(len(one[3]) for one in before))
+    there = open_rows(tmp_path / "new" / "rows.parquet")
+    assert read_all(there) == before
+    back = convert(there, tmp_path / "back" / "rows_data.jsonl")
+    assert back.files == [tmp_path / "back" / "rows_data.jsonl", tmp_path / "back" / "rows_images.zip"]
+    assert read_all(open_rows(*back.files)) == before
+    assert len(zipfile.ZipFile(back.files[1]).namelist()) <= 10, "a picture of several rows is stored once"
+    assert tree(tmp_path / "back") == ["rows_data.jsonl", "rows_images.zip"], "no parts are left"
+    with pytest.raises(UsageError, match="--overwrite"):
+        convert(source, tmp_path / "new" / "rows.parquet")
+    with pytest.raises(UsageError, match=r"neither \.jsonl nor \.parquet"):
+        convert(source, tmp_path / "rows.txt")
+
+
+def test_pictures_without_names_and_of_the_same_name(tmp_path):
+    import pyarrow as pa
+
+    talk = row("<image>", "a").decode()
+    table = pa.table(
+        {
+            "conversations": [json.dumps(json.loads(talk)["conversations"])] * 4,
+            "image_bytes": [picture(1), picture(2), picture(1), b"\xff\xd8jpeg"],
+            "image": [None, "x.png", "x.png", "../../x.jpg"],
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    files = convert(open_rows(tmp_path / "rows.parquet"), tmp_path / "out.jsonl").files
+    assert sorted(zipfile.ZipFile(files[1]).namelist()) == ["00000001.png", "x.jpg", "x.png", "x~2.png"]
+    found = [pictures for *_, pictures in read_all(open_rows(*files))]
+    assert found == [[picture(1)], [picture(2)], [picture(1)], [b"\xff\xd8jpeg"]]
+
+
+def test_a_broken_row_stops_it_and_nothing_has_the_final_name(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([row("a", "b"), b"{", row("a", "b")]))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON.*--fix"):
+        convert(open_rows(tmp_path / "rows.jsonl"), tmp_path / "rows.parquet")
+    assert not (tmp_path / "rows.parquet").exists()
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from minimind_v.core.data.stores import open_rows
+from minimind_v.core.inspect import convert as converting
+converting.PART_ROWS = 20
+read = converting.read_whole
+converting.read_whole = lambda rows, index: (time.sleep(0.005), read(rows, index))[1]
+data, images, out = map(Path, sys.argv[1:])
+done = converting.convert(open_rows(data, images), out)
+print(done.resumed_at)
+"""
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_killed_and_started_again_it_goes_on(tmp_path, ending):
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for n in range(50):
+            archive.writestr(f"{n}.png", picture(n))
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(row("<image>", f"a{n}", f"{n % 50}.png") for n in range(300)))
+    out = tmp_path / f"out.{ending}"
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "rows.jsonl"), str(tmp_path / "p.zip"), str(out)]
+    for parts in (2, 6):
+        with subprocess.Popen(command, cwd=ROOT) as process:
+            while len(list(tmp_path.glob(f".out.{ending}.parts/part-*.{ending}"))) < parts:
+                assert process.poll() is None
+                time.sleep(0.005)
+            process.kill()
+        assert not out.exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 120 <= int(done.stdout) < 300
+    images = tmp_path / "out_images.zip" if ending == "jsonl" else None
+    assert read_all(open_rows(out, images)) == read_all(open_rows(tmp_path / "rows.jsonl", tmp_path / "p.zip"))
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_no_picture_is_on_both_sides(tmp_path):
+    rng = random.Random(1)
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for n in range(80):
+            archive.writestr(f"{n}.png", picture(n % 60))  # twenty of them under two names
+    lines = []
+    for n in range(200):
+        shown = rng.sample(range(80), rng.choice((0, 1, 1, 1, 2)))
+        lines.append(row("<image>" * len(shown) + "q", f"a{n}", ", ".join(f"{p}.png" for p in shown) or None))
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    source = open_rows(tmp_path / "rows.jsonl", tmp_path / "p.zip")
+    sides = {}
+    for seed in (1, 1, 2):
+        done = split(source, tmp_path / "parts", 0.1, seed, overwrite=True)
+        train, held = (read_all(open_rows(path, tmp_path / "p.zip")) for path in (done.train, done.held_out))
+        assert 0 < len(held) <= 20
+        assert sorted(one[0][1]["content"] for one in train + held) == sorted(f"a{n}" for n in range(200))
+        assert not {p for one in train for p in one[3]} & {p for one in held for p in one[3]}
+        assert sides.setdefault(seed, held) == held
+    assert sides[1] != sides[2]
+    packed = convert(source, tmp_path / "rows.parquet").files[0]
+    done = split(open_rows(packed), tmp_path / "packed", 15, 1)
+    assert 0 < done.held_out_rows <= 15
+    assert done.held_out.suffix == ".parquet"
+    assert len(open_rows(done.train)) + len(open_rows(done.held_out)) == 200
+    with pytest.raises(UsageError, match="one side empty"):
+        split(source, tmp_path / "none", 0.0001, 1)

@@ -1,0 +1,171 @@
+"""Counts of rows, and what they foretell, against numbers worked out by hand or read from the real loader."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.loader import BatchPlan, load_batches
+from minimind_v.core.data.stores import open_rows
+from minimind_v.core.errors import DataError
+from minimind_v.core.inspect import speed, stats
+from minimind_v.core.inspect.count import language
+from minimind_v.core.inspect.sample import SampledRows
+from tests.inspect.made import SPEC, TROUBLE, encoder, recipe, talk, write
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(stats, "estimate", lambda *given: speed.Estimate(12.0, "a guess"))
+
+
+def look(data, config=None, limit=None):
+    return stats.look_at(open_rows(data, data.parent / "t_images"), encoder(), config or recipe(), limit)
+
+
+def test_counts_of_whole_rows(tmp_path):
+    rows = [{"conversations": talk(*["why", "so"] * n)} for n in (1, 2, 3)]
+    rows.append({"conversations": talk("<image>\nwhat <image>", "red"), "image": "wide.png, square.png"})
+    found = look(write(tmp_path, rows))
+    words = encoder()
+    lengths = [len(words.row(row["conversations"], 2 if "image" in row else 0, 10**6)) for row in rows]
+    assert found["rows"] == found["looked_at"] == 4
+    assert not found["sample"]
+    assert found["turns"]["sum"] == 1 + 2 + 3 + 1
+    assert (found["turns"]["min"], found["turns"]["max"]) == (1, 3)
+    assert found["images"]["sum"] == 2
+    assert found["tokens"]["images"]["sum"] == 2 * SPEC.tokens_per_image
+    assert found["tokens"]["total"]["sum"] == sum(lengths)
+    assert sum(found["tokens"][part]["sum"] for part in ("prompt", "answers", "images")) == sum(lengths)
+    assert sum(found["histogram"]["counts"]) == 4
+    assert found["skipped"]["rows"] == found["cut"]["rows"] == 0
+
+
+def test_padding_is_that_of_the_batches_which_training_reads(tmp_path):
+    rows = [{"conversations": talk("why " * (n * 7 % 31), "so " * (n % 13 + 1))} for n in range(150)]
+    data, config = write(tmp_path, rows), recipe(max_length=60)
+    found = look(data, config)
+    dataset = RowDataset(open_rows(data), encoder(), SPEC.image_size, 60)
+    batches = list(load_batches(BatchPlan(dataset, 4, 0, config.seed), 0))
+    kept = sum(int(batch.attention_mask.sum()) for batch in batches)
+    padded = sum(batch.attention_mask.numel() for batch in batches)
+    used = sum(map(len, batches))
+    assert found["padding"]["batches"] == pytest.approx(1 - kept / padded)
+    assert found["padding"]["fixed"] == pytest.approx(1 - kept / (used * 60))
+    assert found["skipped"]["rows"] == sum(len(batch.broken) for batch in batches)
+    assert found["cut"]["rows"] > 0
+    supervised = sum(batch.supervised for batch in batches)
+    assert found["training"]["supervised_tokens"] == supervised * 2
+
+
+@pytest.mark.parametrize(("rows", "batch", "accumulate", "updates"), [(10, 4, 1, 6), (10, 4, 2, 4), (8, 4, 2, 2)])
+def test_updates_are_those_of_a_run(tmp_path, rows, batch, accumulate, updates):
+    data = write(tmp_path, [{"conversations": talk("a", "b")}] * rows)
+    assert look(data, recipe(batch_size=batch, accumulate=accumulate))["training"]["updates"] == updates
+
+
+def test_what_truncation_takes(tmp_path):
+    words = encoder()
+    short, long = talk("a", "b"), talk("a", "b", "c", "d e f")
+    length = len(words.row(short, 0, 10**6))
+    answers = [sum(words.row(row, 0, 10**6).loss_mask) for row in (short, long)]
+    found = look(write(tmp_path, [{"conversations": short}, {"conversations": long}]), recipe(max_length=length))
+    assert found["cut"]["rows"] == 1
+    assert found["cut"]["turns"] == 1
+    assert found["cut"]["answer_tokens"] == answers[1] - answers[0]
+    one_less = look(tmp_path / "t_data.jsonl", recipe(max_length=length - 1))
+    assert one_less["cut"]["rows"] == 2
+    assert one_less["cut"]["answer_tokens"] == answers[1] - answers[0] + 2
+
+
+def test_broken_rows_are_counted_by_kind(tmp_path):
+    found = look(write(tmp_path, TROUBLE))
+    kinds = {"json": 1, "conversations": 1, "placeholders": 1, "no answer": 1, "too long": 1}
+    assert found["skipped"]["kinds"] == kinds
+    assert found["skipped"]["first"]["json"].startswith(f"{tmp_path / 't_data.jsonl'}:2: ")
+    assert found["skipped"]["refused"]
+    assert found["tokens"]["total"]["max"] > 1536  # the row that is too long counts with its whole length
+
+
+def test_no_row_that_can_be_used(tmp_path):
+    with pytest.raises(DataError, match=r"none of 2 rows .*t_data.jsonl:1"):
+        look(write(tmp_path, ["{", "["]))
+
+
+def test_a_sample_is_the_beginning_of_the_first_epoch(tmp_path):
+    rows = [{"conversations": talk("why " * (n % 9), "so")} for n in range(200)]
+    data = write(tmp_path, rows)
+    found, again = look(data, limit=50), look(data, limit=50)
+    assert found == again
+    assert (found["rows"], found["looked_at"], found["sample"]) == (200, 50, True)
+    assert found["training"]["updates"] == 2 * 50  # of all rows
+    store = open_rows(data)
+    order = BatchPlan(RowDataset(store, encoder(), 0, 99), 4, 0, recipe().seed).order(0)[:50]
+    lengths = [len(encoder().row(store.row(int(n)).conversations, 0, 10**6)) for n in order]
+    assert found["tokens"]["total"]["sum"] == sum(lengths)
+    sampled = SampledRows(store, order)
+    assert len(sampled) == 50
+    assert sampled.place(3) == store.place(int(order[3]))
+    assert sampled.number(3) == order[3] + 1
+    assert (sampled.shuffled(np.random.default_rng(0)) == np.arange(50)).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("What is in this picture?", "English"),
+        ("这张图片里有什么？ OK", "Chinese"),
+        ("图片 shows 一只 cat on 桌子 today", "mixed"),
+        ("Что на этой картинке?", "other"),
+        ("これはとてもかわいいねこです", "other"),
+        ("123 <image> …", "other"),
+    ],
+)
+def test_language(text, name):
+    assert language(talk(text)) == name
+
+
+def test_language_of_nonsense():
+    assert language("x") == language([3, {"content": 5}]) == "other"
+
+
+def test_histogram_has_round_edges_and_every_value():
+    values = [*range(100, 700), 50_000]
+    found = stats.histogram(values)
+    assert sum(found["counts"]) == len(values)
+    assert len(found["counts"]) <= stats.BINS
+    assert found["edges"][0] <= 100
+    assert all(edge % 50 == 0 for edge in found["edges"])
+    assert found["edges"][-1] < 1000  # one giant does not flatten all others
+    assert stats.histogram([7, 7])["counts"] == [2]
+
+
+def test_time_is_measured_without_weights(tmp_path, monkeypatch):
+    """With a clock by which everything takes two seconds: two rows fit into the four that a batch may take."""
+    done = []
+    monkeypatch.setattr(speed, "_seconds", lambda device, work: done.append(work()) or 2.0)
+    (tmp_path / "config.json").write_text(
+        '{"vision_config": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32,'
+        ' "num_hidden_layers": 1, "num_attention_heads": 2}}'
+    )
+    config = replace(recipe(), vision_model=tmp_path, model=PRESETS["demo"])
+    row = speed.TypicalRow(length=20, pictures=1.5, supervised=5)
+    found = speed.estimate(config, row, 1000, 250, 34)
+    assert found.seconds == 1000 * 2.0 / 2 + 250 * 2.0, found.how
+    assert found.how.startswith("an estimate: 2.00 s for 2 made-up rows of 20 tokens and 1.5 pictures each")
+    assert len(done) == 4
+    missing = speed.estimate(replace(config, vision_model=tmp_path / "none"), row, 1000, 250, 34)
+    assert missing.seconds is None
+    assert missing.how.startswith("not measured: no vision model")
+
+
+def test_time_by_a_real_clock_is_some():
+    found = speed.estimate(
+        replace(recipe(), model=PRESETS["demo"]), speed.TypicalRow(length=80, pictures=1, supervised=5), 8, 2, 34
+    )
+    assert found.seconds is not None, found.how
+    assert 0 < found.seconds < 600
