@@ -29,6 +29,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
+	$(BIN)/python -m benchmarks.stores
+	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.train
 
 # About an hour on two cores: makes again what the package ships for the demo.

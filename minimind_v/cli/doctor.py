@@ -9,10 +9,10 @@ from pathlib import Path
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.config.recipes import pretrain, sft
+from minimind_v.core.config.load import build_config
 from minimind_v.core.hub.sources import OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pillow", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow", "pillow", "numpy")
 
 
 def doctor(json: options.Json = False) -> None:
@@ -32,7 +32,7 @@ def doctor(json: options.Json = False) -> None:
         report["gpu"] = "none found: training runs on the CPU"
     report["cpu threads"] = str(torch.get_num_threads())
     report["free disk here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
-    stages = {"pretrain": pretrain(), "sft": sft()}
+    stages = {stage: build_config(stage) for stage in ("pretrain", "sft")}
     wanted: dict[str, tuple[Path, str]] = {
         "vision model": (VISION_DIR / "config.json", SOURCES["clip"].command()),
         "tokenizer": (TOKENIZER_DIR / "tokenizer.json", SOURCES["tokenizer"].command()),

@@ -328,3 +328,25 @@ def test_the_base_is_found_where_it_is(tmp_path, monkeypatch, folder, name):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / name).touch()
     assert build_config("pretrain", options={"out": Path("mine")}).init == Path(folder) / name
+
+
+def test_data_is_found_in_the_layout_that_was_downloaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = Path("dataset")
+
+    def found(stage="sft"):
+        config = build_config(stage).data
+        return str(config.file), str(config.images)
+
+    nothing = found()
+    assert nothing == ("dataset/sft_data.jsonl", "dataset/sft_images.zip")
+    for name, expected in (
+        ("sample/sft_i2t.parquet", ("dataset/sample/sft_i2t.parquet", "None")),
+        ("sft_i2t.parquet", ("dataset/sft_i2t.parquet", "None")),
+        ("sft_data.jsonl", nothing),
+    ):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).touch()
+        assert found() == expected
+    assert found("pretrain")[0] == "dataset/pretrain_data.jsonl"
+    assert build_config("sft", options={"data": Path("mine.parquet")}).data.file == Path("mine.parquet")

@@ -84,6 +84,7 @@ class Download:
     ) -> None:
         self.wants, self.hubs, self.listener = wants, hubs, listener
         self.endpoint, self.revision = endpoint, revision
+        self._listings: dict[str, Listing] = {}
         self.transferred = 0  # bytes that came over the network for files
 
     def run(self, dry: bool = False) -> list[Item]:
@@ -158,7 +159,7 @@ class Download:
 
     def _listing(self, hub: Hub, want: Want) -> Listing:
         place, asked = want.source.hubs[hub.name], self._asked(hub.name, want)
-        cached: dict[str, Listing] = self.__dict__.setdefault("_listings", {})
+        cached = self._listings
         if asked not in cached:
             remembered = Receipt.read(want.folder).commits.get(asked)
             revision = self.revision or place.revision

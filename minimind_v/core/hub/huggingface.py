@@ -11,8 +11,8 @@ from minimind_v.core.hub.remote import HubError, Listing, NotThere, RemoteFile, 
 class _Answer:
     """What huggingface_hub made of an answer, in the shape that `patiently` reads."""
 
-    def __init__(self, value: Any, status_code: int, headers: Any, error: Exception | None = None) -> None:
-        self.value, self.status_code, self.headers, self.error = value, status_code, headers, error
+    def __init__(self, value: Any, status_code: int, headers: Any) -> None:
+        self.value, self.status_code, self.headers = value, status_code, headers
 
 
 class HuggingFace:
@@ -77,13 +77,13 @@ class HuggingFace:
             try:
                 return _Answer(ask(), 200, {})
             except GatedRepoError as error:
-                return _Answer(None, 403, error.response.headers, error)
+                return _Answer(None, 403, error.response.headers)
             except RepositoryNotFoundError as error:
                 raise NotThere(  # the hub says 401 both where there is none and where it is hidden
                     f"no repository {repo} at {self.endpoint}, or a private one — if you may see it, {self.login()}"
                 ) from error
             except HfHubHTTPError as error:
-                return _Answer(None, error.response.status_code, error.response.headers, error)
+                return _Answer(None, error.response.status_code, error.response.headers)
             except (ValueError, TypeError, KeyError) as error:
                 raise HubError(
                     f"{self.endpoint} does not answer as a hub does for {what} (an HTML page?) — check --endpoint"
