@@ -45,7 +45,7 @@ def stats(
     json: options.Json = False,
 ) -> None:
     """Count rows, turns, tokens and languages, and foretell padding, truncation, updates and time of a stage."""
-    from minimind_v.core.checkpoint.store import write_text
+    from minimind_v.core.files import write_text
     from minimind_v.core.inspect.lines import stats_lines
     from minimind_v.core.inspect.stats import look_at
     from minimind_v.core.inspect.stats_page import stats_page
@@ -77,7 +77,7 @@ def preview(
     json: options.Json = False,
 ) -> None:
     """Show rows as the model gets them: pictures after the crop, text as tokens, what is learnt and what is cut off."""
-    from minimind_v.core.checkpoint.store import write_text
+    from minimind_v.core.files import write_text
     from minimind_v.core.inspect.lines import row_lines
     from minimind_v.core.inspect.preview import Previewer, as_json
     from minimind_v.core.inspect.preview_page import preview_page

@@ -179,7 +179,7 @@ def test_a_folder(tmp_path):
         (b"\xef\xbb\xbf<!doctype html>", "HTML page"),
         (b"<!-- saved --><html>", "HTML page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "HTML page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 52\n", "git-lfs pointer.*hf download"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 52\n", "git-lfs pointer.*git lfs pull"),
         (b"Entry not found", "neither a torch nor a safetensors file"),
         (b'{"error": "Repository not found"}', "neither a torch nor a safetensors file"),
         (b"GGUF\x03\x00\x00\x00" + bytes(64), "neither a torch nor a safetensors file"),

@@ -89,9 +89,9 @@ def test_marks_and_pictures_must_be_as_many(ask, place, marks, pictures):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"<!DOCTYPE html><html>", "not a picture"),
+        (b"<!DOCTYPE html><html>", "an HTML page"),
         (b"", "cannot be decoded"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a picture"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
     ],
 )
 def test_a_file_that_is_no_picture_is_told(ask, tmp_path, content, words):

@@ -108,7 +108,7 @@ def test_with_nothing_there_the_command_that_makes_the_data_is_named(tmp_path, m
     monkeypatch.chdir(tmp_path)
     ended = here("eval")
     assert ended.code == 1
-    assert "hf download" in ended.error
+    assert "mmv download dataset" in ended.error
 
 
 @pytest.mark.parametrize("option", ["--limit", "--batch-size", "--max-length"])

@@ -32,13 +32,13 @@ def refused(place, tmp_path):
 @pytest.mark.parametrize(
     ("option", "wrong", "step"),
     [
-        ("vision_model", "nowhere", "hf download openai/clip-vit-base-patch16"),
-        ("vision_model", ASSETS, "hf download openai/clip-vit-base-patch16"),  # the tokenizer's folder
-        ("tokenizer", "nowhere", "hf download jingyaogong/MiniMind2-Small-V tokenizer.json"),
-        ("tokenizer", EYE, "hf download jingyaogong/MiniMind2-Small-V tokenizer.json"),
-        ("data", "nowhere.jsonl", "hf download jingyaogong/minimind-v_dataset --repo-type dataset"),
-        ("images", "nowhere.zip", "hf download jingyaogong/minimind-v_dataset --repo-type dataset"),
-        ("init", "nowhere.pth", "hf download jingyaogong/MiniMind2-V-PyTorch lm_512.pth"),
+        ("vision_model", "nowhere", "mmv download clip"),
+        ("vision_model", ASSETS, "mmv download clip"),  # the tokenizer's folder
+        ("tokenizer", "nowhere", "mmv download tokenizer"),
+        ("tokenizer", EYE, "mmv download tokenizer"),
+        ("data", "nowhere.jsonl", "mmv download dataset"),
+        ("images", "nowhere.zip", "mmv download dataset"),
+        ("init", "nowhere.pth", "mmv download lm"),
         ("config", "nowhere.yaml", "no configuration file nowhere.yaml"),
     ],
 )
@@ -58,7 +58,7 @@ def test_everything_missing_names_the_first_thing_to_get(tmp_path, monkeypatch):
     for stage in ("pretrain", "sft"):
         ended = here("train", stage)
         assert ended.code == 1
-        assert "hf download openai/clip-vit-base-patch16" in ended.error
+        assert "mmv download clip" in ended.error
     assert tree(tmp_path) == []
 
 
@@ -84,7 +84,7 @@ def test_damaged_weights_of_the_vision_model_are_told_with_their_folder(refused,
         (tmp_path / "eye" / "model.safetensors").write_bytes(damage)
         line = refused(1, vision_model=tmp_path / "eye")
         assert str(tmp_path / "eye") in line
-        assert "hf download openai/clip-vit-base-patch16" in line
+        assert "mmv download clip" in line
     (tmp_path / "eye" / "model.safetensors").unlink()
     assert "does not load" in refused(1, vision_model=tmp_path / "eye")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind_v.core.checkpoint import store
-from minimind_v.core.checkpoint.store import write_atomically, write_text
+from minimind_v.core import files
 from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.errors import RunError
+from minimind_v.core.files import write_atomically, write_text
 from minimind_v.core.train.metrics import MetricsFile, StepMetrics
 from tests.cli.harness import BASE, here, place, read_rows, tree
 
@@ -69,7 +69,7 @@ def test_a_disk_that_fills_when_the_file_is_synced_leaves_the_old_file(old, monk
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(RunError, match="No space left on device"):
         write_text(old, "new")
     assert untouched(old)

@@ -232,7 +232,7 @@ def test_a_users_own_placeholders_are_no_picture(talk):
 def test_pictures_that_cannot_be_shown_are_told(talk, tmp_path):
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
     session = talk()
-    with pytest.raises(RowError, match=r"page\.jpg: the picture cannot be decoded \(not a picture\)"):
+    with pytest.raises(RowError, match=r"page\.jpg: the picture cannot be decoded \(an HTML page"):
         session.ask(FIRST, [tmp_path / "page.jpg"])
     with pytest.raises(MissingInput, match="no picture at"):
         session.ask(FIRST, [tmp_path / "none.jpg"])

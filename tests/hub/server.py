@@ -27,6 +27,7 @@ class Hub:
     headers: dict[str, str] = field(default_factory=dict)  # that go with it
     status_times: int = 1 << 30
     bare: bool = False  # a listing of names only, as some mirrors give
+    silent: bool = False  # no listing at all: a mirror that only gives files
     delay: float = 0.0  # seconds before each piece of 64 KiB
     revisions: set[str] = field(default_factory=lambda: {"main", "master"})
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -87,6 +88,8 @@ def _handler(hub: Hub, second: bool) -> type[BaseHTTPRequestHandler]:
             return self.answer(404)
 
         def info(self, kind: str, repo: str, revision: str) -> None:
+            if hub.silent:
+                return self.answer(404)
             if hub.status and hub.status_times > 0:
                 hub.status_times -= 1
                 return self.answer(hub.status, headers=hub.headers)
@@ -109,7 +112,8 @@ def _handler(hub: Hub, second: bool) -> type[BaseHTTPRequestHandler]:
 
         def resolve(self, dataset: str | None, repo: str, revision: str, path: str) -> None:
             key = f"{'datasets' if dataset else 'models'}/{repo}"
-            data = hub.repos[key].get(path)
+            known = revision in hub.revisions | {hub.commit} or re.fullmatch("[0-9a-f]{40}", revision)
+            data = hub.repos[key].get(path) if known and hub.status != 404 else None
             if data is None:
                 return self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
             if not is_large(path):

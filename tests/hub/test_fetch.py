@@ -160,6 +160,17 @@ def test_a_mirror_that_lists_names_only_is_asked_for_each_file(get, hub, tmp_pat
     assert "SHA-256" in get("clip").err
 
 
+def test_a_mirror_that_lists_nothing_is_asked_for_the_names_that_matter(get, hub, tmp_path):
+    hub.silent = True
+    for what in ("tokenizer", "lm", "clip"):
+        assert get(what, "--hub", "hf").code == 0
+    assert (tmp_path / "out" / "lm_512.pth").read_bytes() == LM
+    hub.repos["models/jingyaogong/MiniMind2-Small-V"].clear()
+    ended = get("tokenizer", "--hub", "hf", "--revision", "v2")
+    assert ended.code == 1
+    assert "not found" in ended.err
+
+
 def test_tokens_stay_with_the_hub(get, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert get("lm").code == 0

@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from minimind_v.core.checkpoint.store import write_atomically, write_text
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import MissingInput, RunError, UsageError, WeightsError
+from minimind_v.core.files import write_atomically, write_text
 
 PROJECTOR = "vision_proj."
 VISION = "vision_encoder."
@@ -118,10 +118,12 @@ def _sniff(path: Path) -> str:
     if text.startswith(b"<"):
         raise WeightsError(
             f"{path}: this is an HTML page, not weights — a link to the file's page was saved "
-            f"(`/blob/` in the address); take the `/resolve/` address or `hf download`"
+            f"(`/blob/` in the address); take the `/resolve/` address, or `mmv download`"
         )
     if text.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path}: this is a git-lfs pointer, not the weights — run `git lfs pull` or `hf download`")
+        raise WeightsError(
+            f"{path}: this is a git-lfs pointer, not the weights — run `git lfs pull`, or `mmv download`"
+        )
     raise WeightsError(f"{path}: neither a torch nor a safetensors file — download it again")
 
 

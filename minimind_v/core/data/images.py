@@ -30,9 +30,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")  # no pro
 # The short side of a draft is at least so many times the model's. Measured against decoding at full size, in grey
 # levels of 255 in the 224² pixels that CLIP is shown, over pictures with a natural (1/f) spectrum, edges and text
 # (`python -m benchmarks.pictures`):
-#   short side of the draft   1.1 × 224   1.7 ×   2.1 ×   2.7 ×   3.3 ×
-#   mean difference                 4.6     1.7     1.1     0.7     0.4
-#   largest                          62      28      21      14       7
+#   short side of the draft   2.1 × 224   2.7 ×   3.3 ×
+#   mean difference                 1.1     0.7     0.4
+#   largest                          21      14       7
 DRAFT_MARGIN = 2
 
 TURNS = {  # EXIF orientation (tag 0x0112) → what brings the picture upright

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.checkpoint.store import write_atomically
 from minimind_v.core.errors import RunError
+from minimind_v.core.files import write_atomically
 
 WORTH_KEEPING = 10_000  # entries; fewer are found again in less time than anybody notices
 

@@ -54,7 +54,7 @@ class BatchPlan(Dataset[Batch]):
         epoch, batch = divmod(number, self.batches_per_epoch)
         window, place = divmod(int(self._sequence[batch]), WINDOW)
         if (epoch, window) not in self._windows:
-            self._windows[epoch, window] = self._plan(epoch, window)
+            self._windows[epoch, window] = self.window(epoch, window)
             if len(self._windows) > LANES:
                 del self._windows[next(iter(self._windows))]
         planned = self._windows[epoch, window][place]
@@ -75,8 +75,8 @@ class BatchPlan(Dataset[Batch]):
             self._order = epoch, order if len(order) == self.rows else order[order < self.rows]
         return self._order[1]
 
-    def _plan(self, epoch: int, window: int) -> list[list[Example | BrokenRow]]:
-        """Cut one window of rows into batches of similar length."""
+    def window(self, epoch: int, window: int) -> list[list[Example | BrokenRow]]:
+        """One window of rows, cut into batches of similar length; their pictures are not read."""
         begin = window * WINDOW * self.batch_size
         rows = [self.dataset.text(int(index)) for index in self.order(epoch)[begin : begin + WINDOW * self.batch_size]]
         count = -(-len(rows) // self.batch_size)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.checkpoint.store import write_text
+from minimind_v.core.files import write_text
 
 
 @dataclass(frozen=True)

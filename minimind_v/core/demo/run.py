@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from minimind_v.core.checkpoint.store import write_text
 from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
 from minimind_v.core.config.load import build_config
 from minimind_v.core.data.dataset import RowDataset
@@ -31,6 +30,7 @@ from minimind_v.core.demo.report import Sample, write_report
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
 from minimind_v.core.export.files import convert
+from minimind_v.core.files import write_text
 from minimind_v.core.generate.load import Loaded, load_model
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session

@@ -163,13 +163,15 @@ class Download:
         if asked not in cached:
             remembered = Receipt.read(want.folder).commits.get(asked)
             revision = self.revision or place.revision
+            same = [other for other in self.wants if other.source.hubs[hub.name].repo == place.repo]
+            names = {name for one in same for layout in one.layouts for file in layout for name in file.remote}
             try:
-                cached[asked] = hub.listing(place.repo, want.source.kind, remembered or revision)
+                cached[asked] = hub.listing(place.repo, want.source.kind, remembered or revision, sorted(names))
             except NotThere:
                 if remembered in (None, revision):
                     raise
                 self.listener.warn(f"{place.repo} has lost commit {remembered}: taking {revision} as it is now")
-                cached[asked] = hub.listing(place.repo, want.source.kind, revision)
+                cached[asked] = hub.listing(place.repo, want.source.kind, revision, sorted(names))
         return cached[asked]
 
     def _plan(self, hub: Hub, missing: Sequence[Want], listings: dict[str, Listing]) -> list[Item]:

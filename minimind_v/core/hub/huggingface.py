@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,35 +28,50 @@ class HuggingFace:
         self._api = HfApi(endpoint=self.endpoint, library_name="mmv")
         self._timeout = constants.HF_HUB_ETAG_TIMEOUT
 
-    def listing(self, repo: str, kind: str, revision: str) -> Listing:
+    def listing(self, repo: str, kind: str, revision: str, names: Iterable[str]) -> Listing:
         def ask() -> Any:
             return self._api.repo_info(
                 repo, repo_type=kind, revision=revision, files_metadata=True, timeout=self._timeout
             )
 
-        info = self._ask(ask, repo, f"{repo}@{revision}")
-        files = {found.rfilename: _remote(found) for found in info.siblings or []}
-        return Listing(info.sha or revision, files)
+        try:
+            info = self._ask(ask, repo, f"{repo}@{revision}")
+        except NotThere:
+            found = self._probe(repo, kind, revision, names)
+            if not found.files:
+                raise
+            return found
+        if not info.siblings:
+            return self._probe(repo, kind, info.sha or revision, names)
+        return Listing(info.sha or revision, {found.rfilename: _remote(found) for found in info.siblings})
+
+    def _probe(self, repo: str, kind: str, revision: str, names: Iterable[str]) -> Listing:
+        """What a plain mirror has, which gives files and lists none: it is asked for each name."""
+        commit, files = revision, {}
+        for name in names:
+            try:
+                found = self._head(repo, kind, revision, name)
+            except NotThere:
+                continue
+            commit = found.commit_hash or commit
+            files[name] = _described(RemoteFile(name, None), found)
+        return Listing(commit, files)
 
     def complete(self, repo: str, kind: str, commit: str, file: RemoteFile) -> RemoteFile:
         """By the HEAD that the library itself begins with: some mirrors list names only."""
         if file.size is not None and (file.sha256 or file.git_sha1):
             return file
+        return _described(file, self._head(repo, kind, commit, file.path))
+
+    def _head(self, repo: str, kind: str, revision: str, path: str) -> Any:
         from huggingface_hub import get_hf_file_metadata
 
-        url = self.url(repo, kind, commit, file.path)
+        url = self.url(repo, kind, revision, path)
 
         def ask() -> Any:
             return get_hf_file_metadata(url, timeout=self._timeout, headers=self.headers(), endpoint=self.endpoint)
 
-        found = self._ask(ask, repo, f"{file.path} of {repo}@{commit}")
-        tag = found.etag or ""
-        return replace(
-            file,
-            size=file.size if file.size is not None else found.size,
-            sha256=file.sha256 or (tag if _is_hex(tag, 64) else None),
-            git_sha1=file.git_sha1 or (tag if _is_hex(tag, 40) else None),
-        )
+        return self._ask(ask, repo, f"{path} of {repo}@{revision}")
 
     def url(self, repo: str, kind: str, commit: str, path: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -97,6 +113,17 @@ def _remote(found: Any) -> RemoteFile:
     if lfs is None:
         return RemoteFile(found.rfilename, found.size, git_sha1=found.blob_id)
     return RemoteFile(found.rfilename, lfs.size if lfs.size is not None else found.size, sha256=lfs.sha256)
+
+
+def _described(file: RemoteFile, head: Any) -> RemoteFile:
+    """The file with what the answer to a HEAD adds."""
+    tag = head.etag or ""
+    return replace(
+        file,
+        size=file.size if file.size is not None else head.size,
+        sha256=file.sha256 or (tag if _is_hex(tag, 64) else None),
+        git_sha1=file.git_sha1 or (tag if _is_hex(tag, 40) else None),
+    )
 
 
 def _is_hex(text: str, length: int) -> bool:

@@ -7,6 +7,7 @@ moves between two runs never mixes two versions of a file. Source: modelscope/hu
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlencode
 
@@ -27,7 +28,7 @@ class ModelScope:
         self.endpoint = (endpoint or (domain if "://" in domain else f"https://{domain}")).rstrip("/")
         self._timeout = constants.HF_HUB_ETAG_TIMEOUT
 
-    def listing(self, repo: str, kind: str, revision: str) -> Listing:
+    def listing(self, repo: str, kind: str, revision: str, names: Iterable[str]) -> Listing:
         files: dict[str, RemoteFile] = {}
         for page in range(1, 101):
             found = self._page(repo, kind, revision, page)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.checkpoint.store import write_text
+from minimind_v.core.files import write_text
 
 STAGING = ".mmv-download"  # inside the target folder, so that a finished part is renamed, never copied
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,8 +57,11 @@ class Hub(Protocol):
     name: str
     endpoint: str
 
-    def listing(self, repo: str, kind: str, revision: str) -> Listing:
-        """Every file of a repository. Raises HubError."""
+    def listing(self, repo: str, kind: str, revision: str, names: Iterable[str]) -> Listing:
+        """Every file of a repository; of a hub that gives files but lists none, those of `names` that it has.
+
+        Raises HubError.
+        """
         ...
 
     def complete(self, repo: str, kind: str, commit: str, file: RemoteFile) -> RemoteFile:

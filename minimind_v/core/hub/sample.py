@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from minimind_v.core.checkpoint.store import write_atomically
 from minimind_v.core.errors import DataError
+from minimind_v.core.files import write_atomically
 from minimind_v.core.hub.ranges import RangeFile
 from minimind_v.core.hub.remote import Hub, HubError
 

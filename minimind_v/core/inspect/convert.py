@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from minimind_v.core.checkpoint.store import write_atomically, write_text
 from minimind_v.core.data.row import Row, RowStore
 from minimind_v.core.errors import DataError, RowError, UsageError
+from minimind_v.core.files import write_atomically, write_text
 
 PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
 NUMBERED = re.compile(r"picture \d+")  # what parquet calls a picture without a name

@@ -62,7 +62,7 @@ def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None
     """Go through the batches of the first epoch."""
     done = 0
     for window in range(-(-plan.batches_per_epoch // WINDOW)):
-        for batch in plan._plan(0, window):  # texts only; plan[k] would read pictures, too
+        for batch in plan.window(0, window):
             lengths = [len(row.tokens) for row in batch if isinstance(row, Example)]
             counted.padded += max(lengths, default=0) * len(lengths)
             done += len(batch)

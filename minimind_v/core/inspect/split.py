@@ -10,10 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from minimind_v.core.checkpoint.store import write_atomically
 from minimind_v.core.data.parquet import ParquetRows
 from minimind_v.core.data.row import RowStore
 from minimind_v.core.errors import UsageError
+from minimind_v.core.files import write_atomically
 from minimind_v.core.inspect.check import picture_digest, text_digest
 from minimind_v.core.inspect.convert import as_json, convert, read_whole
 from minimind_v.core.inspect.sample import SampledRows

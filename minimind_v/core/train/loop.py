@@ -14,7 +14,6 @@ from signal import Signals
 import torch
 from torch import nn
 
-from minimind_v.core.checkpoint.store import write_text
 from minimind_v.core.checkpoint.weights import export_tensors, load_into, read_checkpoint, write_checkpoint
 from minimind_v.core.config.load import to_yaml
 from minimind_v.core.config.presets import weights_name
@@ -28,6 +27,7 @@ from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import autocast, pick_device
 from minimind_v.core.errors import DataError, MissingInput, RunError, UsageError
+from minimind_v.core.files import write_text
 from minimind_v.core.hub.sources import how_to_get
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
