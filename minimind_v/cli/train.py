@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +18,15 @@ if TYPE_CHECKING:
     from minimind_v.core.train.metrics import StepMetrics
 
 
-NOT_CONFIG = {"stage", "config", "overwrite", "set_", "print_config"}  # all other options are configuration keys
+NOT_CONFIG = {
+    "stage",
+    "config",
+    "resume",
+    "allow",
+    "overwrite",
+    "set_",
+    "print_config",
+}  # all other options are configuration keys
 
 
 class Stage(str, Enum):
@@ -55,6 +65,12 @@ def train(
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES))] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit; start it if there is none.")
+    ] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="KEY", help="With --resume: what may differ from before.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights of an earlier run.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key.")
@@ -76,13 +92,15 @@ def train(
     from minimind_v.core.train.loop import train as run
 
     with TrainView(terminal, stage.value) as view:
-        summary = run(built, view, overwrite)
+        summary = run(built, view, overwrite, resume, allow or ())
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
     terminal.say(
         f"{how} after {summary.steps} updates{skipped}; weights in {summary.weights}, curve in {summary.metrics}"
     )
     if summary.stopped_by:
+        words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+        terminal.say(f"go on with: {shlex.join(['mmv', *words, '--resume'])}")
         raise typer.Exit(128 + summary.stopped_by)
 
 

@@ -49,6 +49,7 @@ CHANGED = {
     "dtype": "bfloat16",
     "device": "cpu",
     "save_every": 13,
+    "keep": 3,
     "log_every": 17,
 }
 

@@ -18,9 +18,9 @@ def shade(number: int) -> list[int]:
     return [number % 256, 255 - number % 256, number // 256]
 
 
-def picture(number: int) -> bytes:
+def picture(number: int, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (20, 18), tuple(shade(number))).save(buffer, "PNG")
+    Image.new("RGB", (20, 18), tuple(shade(number))).save(buffer, kind)
     return buffer.getvalue()
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
+from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.inspect import check as checking
@@ -124,3 +128,82 @@ def test_a_row_that_kills_its_process_is_named_and_the_others_are_checked(datase
     monkeypatch.setattr(checking, "_check_some", _deadly)
     report = check(rows, 2)
     assert [(problem.row, problem.kind) for problem in report.problems] == [(41, "crash"), (71, "json")]
+
+
+# --- damage of every sort ---------------------------------------------------------------------------------------------
+
+VALUES = (None, 0, 1.5, True, "", "x", [], {}, [None], "\ud800", "<image>" * 3, "a\x00b", "../../etc/passwd", 10**400)
+
+
+def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
+    """Bits flipped, bytes lost, bytes too many, broken off, or something else altogether."""
+    at, other = sorted(rng.choices(range(len(data)), k=2))
+    return rng.choice(
+        [
+            lambda: data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
+            lambda: data[:at] + rng.randbytes(rng.randrange(1, 9)) + data[at:],
+            lambda: data[:at] + data[other:],
+            lambda: data[:at],
+            lambda: data[:at] + bytes(other - at) + data[other:],
+            lambda: rng.choice([b"", b"<html>", b"version https://git-lfs", rng.randbytes(80), data + data]),
+        ]
+    )()
+
+
+def damaged_value(rng: random.Random, value):
+    """The same tree with one thing in it changed."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        if rng.random() < 0.15:
+            return {name: inner for name, inner in value.items() if name != key}
+        return value | {key: damaged_value(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        return [*value[:at], damaged_value(rng, value[at]), *value[at + 1 :]]
+    return rng.choice(VALUES)
+
+
+def damaged_line(rng: random.Random, number: int) -> bytes:
+    line = row("<image>?", "A dog.", f"{number}.jpg").replace(b"\n", b" ")
+    if rng.random() < 0.4:
+        line = damaged_bytes(rng, line)
+    elif rng.random() < 0.5:
+        line = json.dumps(damaged_value(rng, json.loads(line))).encode()
+    return line.replace(b"\n", b" ").replace(b"\r", b" ") or b"{"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("seed", range(2))
+def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, demo_tokenizer, kind, seed):
+    rng, count = random.Random(seed), 300
+    pictures = [picture(n, rng.choice(["JPEG", "PNG", "WEBP", "GIF", "TIFF"])) for n in range(count)]
+    pictures = [damaged_bytes(rng, data) if rng.random() < 0.5 else data for data in pictures]
+    lines = [damaged_line(rng, number) for number in range(count)]
+    if kind == "jsonl":
+        (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+            for number, data in enumerate(pictures):
+                archive.writestr(f"{number}.jpg", data)
+        rows = open_rows(tmp_path / "rows.jsonl", tmp_path / "images.zip")
+    else:
+        told = [b"[" + line[line.find(b"[") + 1 : line.rfind(b"]") + 1] for line in lines]
+        columns = {
+            "conversations": pa.array([text.decode("utf-8", "replace") for text in told]),
+            "image_bytes": pa.array(pictures, pa.binary()),
+        }
+        pq.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=70)
+        rows = open_rows(tmp_path / "rows.parquet", None)
+    dataset = RowDataset(rows, PromptEncoder(demo_tokenizer, PATCHES), SIZE, 100)
+    report = check(dataset, 2)
+    plan = BatchPlan(dataset, 7, pad_id=0, seed=seed)
+    batches = [plan[number] for number in range(len(plan))]
+    read = [place for batch in batches for place in batch.places]
+    broken = {row.place: row.kind for batch in batches for row in batch.broken}
+    assert sorted([*read, *broken]) == sorted(rows.place(index) for index in range(count))
+    assert {rows.place(index) for index in report.skipped} == set(broken)
+    assert 20 < len(broken) < count - 20
+    kinds = {}
+    for problem in report.problems:
+        kinds.setdefault(problem.place, set()).add(problem.kind)
+    assert all(kind in kinds[place] for place, kind in broken.items())
+    assert len(set(broken.values())) > (4 if kind == "jsonl" else 2)

@@ -106,16 +106,17 @@ class RunConfig:
     dtype: str = "auto"  # auto: bf16 autocast where a CUDA device has it, else float32
     device: str = "auto"
     save_every: int = 500
+    keep: int = 2  # states to go on from; each is three times the size of what trains
     log_every: int = 20
 
     def __post_init__(self) -> None:
         _one_of("stage", self.stage, STAGES)
         _one_of("freeze", self.freeze, FREEZE_POLICIES)
         _one_of("dtype", self.dtype, DTYPES)
-        for flag, value in (("epochs", self.epochs), ("accumulate", self.accumulate), ("log-every", self.log_every)):
-            _at_least(f"--{flag}", value, 1)
-        for flag, value in (("max-steps", self.max_steps), ("save-every", self.save_every), ("seed", self.seed)):
-            _at_least(f"--{flag}", value, 0)
+        for flag in ("epochs", "accumulate", "keep", "log_every"):
+            _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 1)
+        for flag in ("max_steps", "save_every", "seed"):
+            _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 0)
         if self.seed >= 2**63:
             raise UsageError(f"--seed must be below 2^63, not {self.seed}")
         if not 0 < self.lr < 1:

@@ -14,6 +14,7 @@ import signal
 from collections.abc import Generator
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from minimind_v.core.data.batch import Batch, collate
@@ -97,16 +98,17 @@ def _lanes(batches: int, lanes: int) -> np.ndarray:
     return np.lexsort((lane, numbers - firsts[lane])) if batches else numbers
 
 
-def load_batches(plan: BatchPlan, workers: int, pin: bool = False) -> Generator[Batch, None, None]:
-    """The batches of a plan in order, prepared ahead by worker processes, which end when this does."""
+def load_batches(plan: BatchPlan, workers: int, pin: bool = False, start: int = 0) -> Generator[Batch, None, None]:
+    """The batches of a plan from number `start` on, prepared ahead by worker processes, which end when this does."""
     loader: DataLoader[Batch] = DataLoader(
         plan,
         batch_size=None,
-        sampler=range(len(plan)),
+        sampler=range(start, len(plan)),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
         worker_init_fn=_leave_signals,
+        generator=torch.Generator(),  # its draw would otherwise be one from the program's own random numbers
     )
     batches = iter(loader)
     # Not left to the garbage collector: a traceback may hold `batches`, or the program's end this generator, and a
@@ -122,5 +124,6 @@ def load_batches(plan: BatchPlan, workers: int, pin: bool = False) -> Generator[
 
 def _leave_signals(_: int) -> None:
     """Signals to the whole group are the main process's business; it ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

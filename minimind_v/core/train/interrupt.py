@@ -6,9 +6,11 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `signal` instead of killing; a second one stops at once."""
+    """While entered, SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) set `signal`; a second one stops at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -16,7 +18,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 

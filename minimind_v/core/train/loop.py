@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -35,6 +35,7 @@ from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.interrupt import StopRequest
 from minimind_v.core.train.metrics import Listener, MetricsFile, StepMetrics
 from minimind_v.core.train.schedule import learning_rate
+from minimind_v.core.train.state import States, check_origin, origin_of, pack, unpack
 
 PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
 
@@ -51,26 +52,51 @@ class Summary:
     broken_rows: int
 
 
-def train(config: RunConfig, listener: Listener, overwrite: bool = False) -> Summary:
+@dataclass
+class Counts:
+    """What adds up over a run, also over one that is resumed."""
+
+    samples: int = 0
+    tokens: int = 0  # real ones, placeholders included
+    supervised: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # of these, for data
+    skipped: int = 0  # updates in a row without a finite gradient
+
+
+def train(
+    config: RunConfig,
+    listener: Listener,
+    overwrite: bool = False,
+    resume: bool = False,
+    allowed: Collection[str] = (),
+) -> Summary:
     """Train as the configuration says, and save.
 
-    Raises MissingInput, UsageError, DataError, WeightsError or RunError; what was learnt until then is saved first.
+    With `resume` a run that was stopped goes on, bit for bit as if it had not been; what differs from it is refused
+    unless its name is in `allowed`. Raises MissingInput, UsageError, DataError, WeightsError or RunError; what was
+    learnt until then is saved first.
     """
-    return Run(config, listener, overwrite).fit()
+    return Run(config, listener, overwrite, resume, allowed).fit()
 
 
 class Run:
     """One training run: everything is built when it is made, `fit` does the work."""
 
-    def __init__(self, config: RunConfig, listener: Listener, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        listener: Listener,
+        overwrite: bool = False,
+        resume: bool = False,
+        allowed: Collection[str] = (),
+    ) -> None:
         self.config = config
         self.listener = listener
         self.weights = config.out / weights_name(config.stage, config.model)
         self.folder = self.weights.with_suffix("")  # what a run writes besides weights
-        if self.weights.exists() and not overwrite:
-            raise UsageError(
-                f"{self.weights} is there from an earlier run — add --overwrite to replace it, or name another --out"
-            )
+        self.states = States(self.folder / "states", config.keep)
+        self._refuse_to_replace(overwrite, resume)
         torch.manual_seed(config.seed)
         self.device = pick_device(config.device)
         self.plan = self._open_data()
@@ -82,8 +108,15 @@ class Run:
         self.total = self.plan.epochs * self._updates_per_epoch
         if config.max_steps:
             self.total = min(self.total, config.max_steps)
-        self.broken: set[str] = set()
-        self.skipped = 0  # updates in a row without a finite gradient
+        self.broken: dict[str, str] = {}  # place → what is wrong there
+        self.done = 0  # updates
+        self.owed = False  # whether a save failed, or is due
+        self.counts = Counts()
+        self.origin = origin_of(config)
+        if resume:
+            self._resume(allowed)
+        else:
+            self.states.supersede()
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -119,6 +152,37 @@ class Run:
         self.listener.say(str(receipt))
         return model
 
+    def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:
+        if overwrite and resume:
+            raise UsageError("--overwrite starts over, --resume goes on: give one of them")
+        there = [path for path in (self.weights, *self.states.paths()) if path.exists()]
+        if resume and self.weights.exists() and not self.states.paths():
+            raise UsageError(
+                f"{self.weights} is there, but no state to go on from (in {self.states.folder}) — "
+                "add --overwrite to replace it, or name another --out"
+            )
+        if there and not overwrite and not resume:
+            raise UsageError(
+                f"{there[0]} is there from an earlier run — add --resume to go on with it, --overwrite to replace it, "
+                "or name another --out"
+            )
+
+    def _resume(self, allowed: Collection[str]) -> None:
+        """Take up the newest state that is whole; without any, this is the start."""
+        state = self.states.newest(self.listener.warn)
+        if state is None:
+            self.listener.say(f"nothing to resume in {self.folder}: starting")
+            return
+        check_origin(state.origin, self.origin, allowed, self.listener.warn)
+        unpack(state.tensors, self._named_trained(), self.optimiser)
+        self.done = state.progress["step"]
+        self.counts = Counts(**state.progress["counts"])
+        self.broken = state.progress["broken"]
+        self.listener.say(f"resuming after update {self.done} of {self.total}, from {state.path}")
+
+    def _named_trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
     @property
     def _updates_per_epoch(self) -> int:
         return -(-self.plan.batches_per_epoch // self.config.accumulate)
@@ -127,23 +191,26 @@ class Run:
 
     def fit(self) -> Summary:
         """Run to the end, or until a signal asks to stop; saves either way."""
-        config = self.config
-        self.started, self.waited = time.perf_counter(), 0.0
-        self.samples = self.tokens = self.supervised = 0
+        config, metrics, torn = self.config, None, False
         metrics_path = self.folder / "metrics.jsonl"
+        if self.done >= self.total:
+            self.listener.say("this run is complete")
+            return Summary(self.weights, metrics_path, self.done, None, None, len(self.broken))
+        self.started = time.perf_counter() - self.counts.seconds
+        begun = self.done
         write_text(self.folder / "config.yaml", to_yaml(config))
-        metrics, step, torn = None, 0, False
         self.model.train()
         self._announce()
-        with StopRequest() as stop, _explained(config), closing(MetricsFile(metrics_path)) as log:
+        with StopRequest() as stop, _explained(config), closing(MetricsFile(metrics_path, self.done)) as log:
             try:
-                for step, batches in enumerate(self._updates(), 1):
+                for step, batches in enumerate(self._updates(), self.done + 1):
                     metrics = self._update(step, batches)
+                    self.done = step
                     logged = step % config.log_every == 0 or step in (1, self.total)
                     if logged:
                         self._or_warn(step, partial(log.write, metrics))
                     self.listener.step(metrics, logged)
-                    if config.save_every and step % config.save_every == 0 and step < self.total:
+                    if self._save_is_due(step, logged) and step < self.total:
                         self._or_warn(step, self._save)
                     if stop.signal or step == self.total:
                         break
@@ -151,24 +218,27 @@ class Run:
                 torn = True
                 raise
             finally:
-                if self.supervised and not torn:
+                if self.done > begun and self.counts.supervised and not torn:
                     self._save()
-        if not self.supervised:
-            raise DataError(f"{config.data.file}: no row could be used; the first trouble: {self._first_trouble}")
-        return Summary(self.weights, metrics_path, step, metrics, stop.signal, len(self.broken))
+        if not self.counts.supervised:
+            trouble = next(iter(self.broken.values()), "every answer is cut off")
+            raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
+        return Summary(self.weights, metrics_path, self.done, metrics, stop.signal, len(self.broken))
 
     def _updates(self) -> Iterator[list[Batch]]:
-        """The batches of each update, fetched when they are needed; the last update of an epoch may have fewer."""
-        per_epoch = self.plan.batches_per_epoch
-        with closing(load_batches(self.plan, self.config.data.workers, pin=self.device.type == "cuda")) as batches:
-            for _ in range(self.plan.epochs):
-                for begin in range(0, per_epoch, self.config.accumulate):
-                    asked = time.perf_counter()
-                    read = [next(batches) for _ in range(min(self.config.accumulate, per_epoch - begin))]
-                    self.waited += time.perf_counter() - asked
-                    for batch in read:
-                        self._note_broken(batch)
-                    yield [batch for batch in read if batch.supervised]
+        """The batches of each update yet to do, fetched when they are needed; the last of an epoch may have fewer."""
+        per_epoch, accumulate = self.plan.batches_per_epoch, self.config.accumulate
+        epoch, update = divmod(self.done, self._updates_per_epoch)
+        begins = [begin for _ in range(epoch, self.plan.epochs) for begin in range(0, per_epoch, accumulate)][update:]
+        pin, start = self.device.type == "cuda", epoch * per_epoch + update * accumulate
+        with closing(load_batches(self.plan, self.config.data.workers, pin, start)) as batches:
+            for begin in begins:
+                asked = time.perf_counter()
+                read = [next(batches) for _ in range(min(accumulate, per_epoch - begin))]
+                self.counts.waited += time.perf_counter() - asked
+                for batch in read:
+                    self._note_broken(batch)
+                yield [batch for batch in read if batch.supervised]
 
     def _update(self, step: int, batches: list[Batch]) -> StepMetrics:
         """One optimiser step: the loss is a mean over the supervised tokens of all its batches together."""
@@ -193,13 +263,15 @@ class Run:
             part.backward()
             loss += part.detach()
             hits += out.hits.sum()
-            self.tokens += int(batch.attention_mask.sum())
         grad_norm = nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
         self._step_if_finite(step, float(loss), float(grad_norm), batches)
         if step == 1:
             self._check_health(float(loss))
-        self.samples += rows
-        self.supervised += supervised
+        counts = self.counts
+        counts.samples += rows
+        counts.supervised += supervised
+        counts.tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
+        counts.seconds = time.perf_counter() - self.started
         return StepMetrics(
             step,
             self.total,
@@ -208,24 +280,24 @@ class Run:
             float(hits) / max(supervised, 1),
             lr,
             float(grad_norm),
-            self.samples,
-            self.tokens,
-            self.supervised,
-            time.perf_counter() - self.started,
-            self.waited,
+            counts.samples,
+            counts.tokens,
+            counts.supervised,
+            counts.seconds,
+            counts.waited,
         )
 
     def _step_if_finite(self, step: int, loss: float, grad_norm: float, batches: list[Batch]) -> None:
         if batches and math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimiser.step()
-            self.skipped = 0
+            self.counts.skipped = 0
         elif batches:
-            self.skipped += 1
+            self.counts.skipped += 1
             places = ", ".join(place for batch in batches for place in batch.places[:4])
             self.listener.warn(
                 f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {places} …"
             )
-            if self.skipped == PATIENCE:
+            if self.counts.skipped == PATIENCE:
                 raise RunError(
                     f"{PATIENCE} updates in a row without a finite loss — lower --lr, or look at the rows above"
                 )
@@ -258,22 +330,32 @@ class Run:
         for row in batch.broken:
             if row.place in self.broken:
                 continue
-            if not self.broken:
-                self._first_trouble = str(row)
-            self.broken.add(row.place)
+            self.broken[row.place] = str(row)
             if len(self.broken) <= 5:
                 self.listener.warn(f"row skipped: {row}")
         rows, allowed = len(self.plan.dataset), self.config.data.bad_rows
         if len(self.broken) > allowed * rows:
+            first = next(iter(self.broken.values()))
             raise DataError(
                 f"{len(self.broken)} of {rows} rows are broken, more than {allowed:.0%}; "
-                f"the first: {self._first_trouble} — mend the data, or allow more with --set data.bad_rows=0.1"
+                f"the first: {first} — mend the data, or allow more with --set data.bad_rows=0.1"
             )
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
+    def _save_is_due(self, step: int, logged: bool) -> bool:
+        """At every save_every-th update, and where that failed at every logged one until it succeeds."""
+        every = self.config.save_every
+        self.owed = self.owed or (bool(every) and step % every == 0)
+        return self.owed and (logged or step % every == 0)
+
     def _save(self) -> None:
-        write_checkpoint(self.weights, export_tensors(self.model), self.config.model, self.config.stage)
+        progress = {"step": self.done, "counts": asdict(self.counts), "broken": self.broken}
+        try:
+            self.states.write(self.done, pack(self._named_trained(), self.optimiser), progress, self.origin)
+        finally:  # there may be room for the weights alone
+            write_checkpoint(self.weights, export_tensors(self.model), self.config.model, self.config.stage)
+        self.owed = False
 
     def _or_warn(self, step: int, write: Callable[[], None]) -> None:
         """A full disk in the night must not end the run: the next time there may be room."""

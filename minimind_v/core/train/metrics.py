@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from minimind_v.core.errors import RunError
+from minimind_v.core.files import write_text
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ class Listener(Protocol):
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a new file per run, a line per logged update, each flushed."""
+    """`metrics.jsonl`: a line per logged update, each flushed. A resumed run keeps the lines up to where it goes on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, after: int = 0) -> None:
+        kept = _lines_until(path, after) if after and path.is_file() else []
+        if path.is_file() and not path.is_symlink():
+            write_text(path, "".join(kept))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
         """Raises RunError where there is no room; the line is kept, and written with the next one that finds some."""
@@ -65,3 +69,15 @@ class MetricsFile:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # told when it was written
             self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The whole lines about the first updates. A kill may have left lines of later ones, and half a line."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return kept

@@ -1,0 +1,200 @@
+"""States of a run: what it takes to go on bit for bit, in files that prove themselves.
+
+A state is one safetensors file, whose name ends in a digest of its bytes: what was cut or changed is not taken for one.
+It holds the weights that train in fp32, the optimiser's moments, the state of the random numbers and, as JSON, how far
+the run was and what it was made of. Frozen weights are not in it: they come from where they came from, and the origin
+proves that they are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+import minimind_v
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.errors import RunError, UsageError, nearest
+from minimind_v.core.files import write_atomically
+
+PIECE = 1 << 20  # bytes read at a time
+MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
+WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
+# What a run may change at will: it decides where things go and what is told, not what is learnt.
+FREE = {"out", "device", "save_every", "keep", "log_every", "data.workers", "data.bad_rows"}
+INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run was. Tensors are named `weight.NAME`, `exp_avg.NAME` and so on, and `rng.cpu`."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    progress: dict[str, Any]
+    origin: dict[str, Any]
+
+
+class States:
+    """The last states of a run, in a folder of their own."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._old: set[Path] = set()
+
+    def supersede(self) -> None:
+        """Those that there are belong to a run that is started over; they go when there is one of the new run."""
+        self._old = set(self.paths())
+
+    def paths(self) -> list[Path]:
+        """The states that there are, the newest first; not yet checked."""
+        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], progress: dict[str, Any], origin: dict[str, Any]) -> None:
+        """Add a state, then drop those that are too many. Raises RunError, and leaves what was there."""
+        meta = {"progress": json.dumps(progress), "origin": json.dumps(origin)}
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=meta)
+        path = self.folder / f"step-{step:010d}-{_digest(data)}.safetensors"
+        write_atomically(path, lambda file: file.write(data))
+        # Later ones, too, are of another past: this run has gone on from before them.
+        earlier = [other for other in self.paths() if other.name[:15] < path.name[:15] and other not in self._old]
+        for other in set(self.paths()) - {path, *earlier[: self.keep - 1]}:
+            other.unlink(missing_ok=True)
+
+    def newest(self, warn: Callable[[str], None]) -> State | None:
+        """The newest state that is whole; says which ones are not. Raises RunError where all are damaged."""
+        paths = self.paths()
+        for path in paths:
+            try:
+                return _read(path)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                warn(f"{path} is damaged ({error}): taking the one before it")
+        if paths:
+            raise RunError(f"{self.folder}: no state in it is whole — start over with --overwrite")
+        return None
+
+
+def _read(path: Path) -> State:
+    data = path.read_bytes()
+    if not path.stem.endswith(f"-{_digest(data)}"):
+        raise ValueError("its bytes are not those that were written")
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+    return State(path, load(data), json.loads(meta["progress"]), json.loads(meta["origin"]))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+# --- the optimiser ----------------------------------------------------------------------------------------------------
+
+
+def pack(named: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The weights that train, their moments, and the state of the random numbers, as one flat dict."""
+    tensors = {f"weight.{name}": parameter for name, parameter in named.items()}
+    for name, parameter in named.items():
+        for key, value in optimiser.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+@torch.no_grad()
+def unpack(tensors: Mapping[str, Tensor], named: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
+    """Put back what `pack` took."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for number, (name, parameter) in enumerate(named.items()):
+        parameter.copy_(tensors[f"weight.{name}"])
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
+        if keys:  # an expert that no token has met yet has none
+            slots[number] = {key: tensors[f"{key}.{name}"] for key in keys}
+    optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+# --- what a run was made of -------------------------------------------------------------------------------------------
+
+
+def origin_of(config: RunConfig) -> dict[str, Any]:
+    """Everything that decides what a run learns, by configuration key; of its inputs, fingerprints."""
+    flat = _flatten(asdict(config))
+    origin = {key: value for key, value in flat.items() if key not in FREE and key not in INPUTS}
+    for key in INPUTS:
+        path = Path(flat[key] or "none")
+        if key == "data.tokenizer":
+            path = path / "tokenizer.json"  # other things may stand in its folder
+        origin[key] = fingerprint(path) if path.exists() else None
+    sources = sorted(Path(minimind_v.__file__).parent.joinpath("core").rglob("*.py"))
+    origin["code"] = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
+    origin["torch"] = torch.__version__
+    return origin
+
+
+def check_origin(
+    there: Mapping[str, Any], here: Mapping[str, Any], allowed: Collection[str], tell: Callable[[str], None]
+) -> None:
+    """Tell every difference between the run that left a state and this one. Raises UsageError over one not allowed."""
+    for name in allowed:
+        if name not in here:
+            raise UsageError(f"--allow {name}: nothing of a run is called so{nearest(name, here)}")
+    differing = [key for key in here if there.get(key) != here[key]]
+    for key in differing:
+        allowance = " (allowed)" if key in allowed else ""
+        tell(f"{key}: {_shown(there.get(key))} in the run that is resumed, {_shown(here[key])} now{allowance}")
+    if refused := [key for key in differing if key not in allowed]:
+        raise UsageError(
+            "this is not the run that left the state — give what it had, start over with --overwrite, or say "
+            + " ".join(f"--allow {key}" for key in refused)
+        )
+
+
+def fingerprint(path: Path) -> str:
+    """Size and digest of a file, of a very large one by pieces all over it; of a folder, of the files in it.
+
+    Of a folder of a great many files, as of pictures, names and sizes alone are looked at.
+    """
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file())
+        told = [(str(file.relative_to(path)), file.stat().st_size if len(found) > MANY else fingerprint(file))
+                for file in found]  # fmt: skip
+        return f"{len(found)} files {_digest(json.dumps(told).encode())}"
+    size = path.stat().st_size
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as file:
+        for at in [*range(0, size, max(1, size // WHOLE) * PIECE), max(0, size - PIECE)]:
+            file.seek(at)
+            digest.update(file.read(PIECE))
+    return f"{size} bytes {digest.hexdigest()}"
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: _plain(value)}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else str(value)

@@ -1,0 +1,269 @@
+"""A run that was stopped, however, and resumed ends as one that never was: the same numbers to the last bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minimind_v.core.checkpoint.weights import read_checkpoint
+from minimind_v.core.train.loop import Run
+from tests.cli.harness import BASE, Running, here, place, read_rows, sighted, write_rows
+
+NAME = "pretrain_vlm_128"
+# Two epochs of 40 rows: 14 micro-batches of 3 rows each, 5 updates, the last of an epoch smaller.
+STEPS = {"epochs": 2, "batch_size": 3, "accumulate": 3, "save_every": 2}
+EXACT = ("step", "loss", "hits", "lr", "grad_norm", "epoch", "samples", "tokens", "supervised_tokens")
+
+
+def curve(out, name=NAME):
+    return [{key: record[key] for key in EXACT} for record in read_rows(out / name / "metrics.jsonl")]
+
+
+def states(out, name=NAME):
+    return sorted((out / name / "states").glob("*"))
+
+
+def assert_same_run(out, reference, name=NAME):
+    assert curve(out, name) == curve(reference, name)
+    ours, theirs = (read_checkpoint(folder / f"{name}.pth").tensors for folder in (out, reference))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    last, expected = (load_file(states(folder, name)[-1]) for folder in (out, reference))
+    assert last.keys() == expected.keys()
+    assert all(torch.equal(last[key], expected[key]) for key in expected)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same run, never interrupted, in this process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    ended = here(*place().train(out, **STEPS))
+    assert ended.code == 0, ended.err
+    return out
+
+
+@pytest.fixture
+def reference(whole, tmp_path):
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(whole, tmp_path / "reference")
+
+
+@pytest.fixture(scope="module")
+def whole_alone(tmp_path_factory):
+    """The same run in a process of its own."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert alone(out).wait().code == 0
+    return out
+
+
+# --- stopped in good order --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """End runs of this process before update `step` + 1, unsaved since the last save, as a kill does."""
+
+    def stop(step):
+        def update(run, number, batches):
+            if number > step:
+                raise KeyboardInterrupt
+            return real(run, number, batches)
+
+        monkeypatch.setattr(Run, "_update", update)
+
+    real = Run._update
+    yield stop
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 9])
+def test_from_any_update_on(tmp_path, reference, stop_after, monkeypatch, step):
+    out = tmp_path / "out"
+    stop_after(step)
+    assert here(*place().train(out, **STEPS)).code == 130
+    monkeypatch.undo()
+    ended = here(*place().train(out, **STEPS), "--resume")
+    assert ended.code == 0, ended.err
+    saved = step // 2 * 2
+    assert (f"resuming after update {saved} of 10" if saved else "nothing to resume") in ended.err
+    assert_same_run(out, reference)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "words"),
+    [
+        ("pretrain", {"workers": 2}, ()),
+        ("sft", {"lr": 1e-4, "init": sighted()}, ()),
+        ("pretrain", {"init": "none"}, ("--set", "model.use_moe=true")),
+        ("pretrain", {"dtype": "bfloat16"}, ()),
+    ],
+    ids=["workers", "sft", "experts", "bf16"],
+)
+def test_stopped_twice(tmp_path, stop_after, monkeypatch, stage, changes, words):
+    line = STEPS | changes
+    name = f"{stage}_vlm_128" + ("_moe" if words else "")
+    assert here(*place().train(tmp_path / "reference", stage, **line | {"workers": 0}), *words).code == 0
+    for step in (3, 7):
+        stop_after(step)
+        assert here(*place().train(tmp_path / "out", stage, **line), *words, "--resume").code == 130
+        monkeypatch.undo()
+    assert here(*place().train(tmp_path / "out", stage, **line), *words, "--resume").code == 0
+    assert_same_run(tmp_path / "out", tmp_path / "reference", name)
+
+
+def test_a_complete_run_is_left_as_it_is(reference):
+    before = {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()}
+    ended = here(*place().train(reference, **STEPS), "--resume")
+    assert ended.code == 0
+    assert "this run is complete" in ended.err
+    assert {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()} == before
+
+
+def test_broken_rows_are_counted_once(tmp_path, stop_after, monkeypatch):
+    lines = place().data("pretrain").read_text().splitlines()
+    data = write_rows(tmp_path / "rows.jsonl", [*lines[:5], "{", *lines[5:9], "nothing", *lines[9:]])
+    line = place().train(tmp_path / "out", data=data, **STEPS)
+    stop_after(6)
+    assert here(*line, "--set", "data.bad_rows=0.5").code == 130
+    monkeypatch.undo()
+    ended = here(*line, "--set", "data.bad_rows=0.5", "--resume")
+    assert "2 broken rows skipped" in ended.err
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def alone(out, *words):
+    """A run in a process of its own, of one thread: what is compared bit for bit has the same number of them."""
+    return Running(
+        out.parent / f"{out.name}.{time.monotonic_ns()}", *place().train(out, **STEPS | {"workers": 1}), *words
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+def test_killed_for_real_again_and_again(tmp_path, whole_alone, number):
+    out, rng, codes = tmp_path / "out", random.Random(number), []
+    for _ in range(3):
+        run = alone(out, "--resume")
+        while run.alive and "epochs, " not in run.err:  # has announced itself: signals are heeded from here on
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        codes.append(run.send(number).wait().code if run.alive else 0)
+    assert set(codes) <= {0, -number if number == signal.SIGKILL else 128 + number}
+    last = alone(out, "--resume").wait()
+    assert last.code == 0, last.err
+    assert_same_run(out, whole_alone)
+
+
+def test_a_stop_says_how_to_go_on(tmp_path):
+    run = Running(tmp_path / "run", *place().train(tmp_path / "out", epochs=10_000, workers=1), "--overwrite")
+    run.until(lambda: "step 3/" in run.err)
+    ended = run.send(signal.SIGTERM).wait()
+    assert ended.code == 143
+    command = ended.err.splitlines()[-1]
+    assert command.startswith("go on with: mmv train pretrain --preset demo ")
+    assert command.endswith(" --resume")
+    assert "--overwrite" not in command
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_holds_what_trains_and_nothing_else(reference):
+    tensors = load_file(states(reference)[-1])
+    names = {name.partition(".")[2] for name in tensors if name.startswith("weight.")}
+    assert {".".join(name.split(".")[:3]) for name in names} == {"vision_proj.vision_proj.0", "model.layers.3"}
+    assert {name.partition(".")[0] for name in tensors} == {"weight", "exp_avg", "exp_avg_sq", "step", "rng"}
+    trained = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("weight."))
+    assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if not name.startswith("rng."))
+    assert states(reference)[-1].stat().st_size < 3 * 4 * trained + 50_000
+
+
+def test_the_last_two_states_are_kept(reference):
+    assert [path.name[:15] for path in states(reference)] == ["step-0000000008", "step-0000000010"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "page"])
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, reference, damage):
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    newest = states(out)[-1]
+    data = newest.read_bytes()
+    middle = len(data) // 2
+    newest.write_bytes({
+        "cut": data[:middle],
+        "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "empty": b"",
+        "page": b"<!DOCTYPE html>",
+    }[damage])  # fmt: skip
+    ended = here(*place().train(out, **STEPS), "--resume")
+    assert ended.code == 0, ended.err
+    assert f"{newest} is damaged" in ended.err
+    assert "resuming after update 8 of 10" in ended.err
+    assert_same_run(out, reference)
+
+
+def test_where_every_state_is_damaged_the_run_is_refused(tmp_path, reference):
+    for path in states(reference):
+        path.write_bytes(b"")
+    ended = here(*place().train(reference, **STEPS), "--resume")
+    assert ended.code == 1
+    assert "no state in it is whole — start over with --overwrite" in ended.error
+
+
+def test_weights_without_a_state_cannot_be_resumed(reference):
+    shutil.rmtree(reference / NAME / "states")
+    ended = here(*place().train(reference, **STEPS), "--resume")
+    assert ended.code == 2
+    assert "no state to go on from" in ended.error
+
+
+def test_starting_over_leaves_no_state_of_before(reference):
+    assert here(*place().train(reference, **STEPS)).code == 2
+    assert here(*place().train(reference, **STEPS | {"max_steps": 1}), "--overwrite").code == 0
+    assert [path.name[:15] for path in states(reference)] == ["step-0000000001"]
+    assert here(*place().train(reference, **STEPS), "--overwrite", "--resume").code == 2
+
+
+# --- another run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def halfway(tmp_path, stop_after, monkeypatch):
+    stop_after(5)
+    assert here(*place().train(tmp_path / "out", **STEPS)).code == 130
+    monkeypatch.undo()
+    return tmp_path / "out"
+
+
+def test_what_differs_is_told_line_by_line_and_refused(tmp_path, halfway):
+    lines = place().data("pretrain").read_text().splitlines()
+    other = write_rows(tmp_path / "other.jsonl", lines[:-1])
+    ended = here(*place().train(halfway, **STEPS, lr=1e-5, data=other), "--resume")
+    assert ended.code == 2
+    assert any(line.startswith("lr: 0.0004 in the run that is resumed, 1e-05 now") for line in ended.err.splitlines())
+    assert any(line.startswith("data.file: ") and " bytes " in line for line in ended.err.splitlines())
+    assert ended.error.endswith("say --allow lr --allow data.file") or ended.error.endswith(
+        "say --allow data.file --allow lr"
+    )
+
+
+def test_what_is_allowed_by_name_may_differ(halfway):
+    line = place().train(halfway, **STEPS, lr=1e-5)
+    ended = here(*line, "--resume", "--allow", "lr")
+    assert ended.code == 0, ended.err
+    assert curve(halfway)[-1]["lr"] < 1.1e-5
+    assert "did you mean 'lr'" in here(*line, "--resume", "--allow", "lrr").error
+
+
+def test_the_same_files_elsewhere_are_the_same_run(tmp_path, halfway, reference):
+    data = shutil.copy(place().data("pretrain"), tmp_path / "copy.jsonl")
+    base = shutil.copy(BASE, tmp_path / "base.safetensors")
+    line = place().train(halfway, **STEPS, data=data, init=base, workers=2, log_every=1)
+    assert here(*line, "--resume").code == 0
+    assert_same_run(halfway, reference)
