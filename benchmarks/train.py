@@ -131,7 +131,7 @@ def prepare(folder: Path, tokenizer: Path) -> dict:
     order = {}
     for stage in STAGES:
         plan = build_ours(folder, stage, updates, Stopwatch()).plan
-        places = [place for number in range(updates) for place in plan[number].places]
+        places = [place for number in range(updates) for batch in plan[number] for place in batch.places]
         order[stage] = [int(place.rpartition(":")[2]) - 1 for place in places]
     return order
 

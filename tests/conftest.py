@@ -30,26 +30,31 @@ class Recorder:
         self.steps.append(metrics)
 
 
-class GivenBatches(Dataset[Batch]):
+class GivenBatches(Dataset[list[Batch]]):
     """A data plan of batches that exist already, the same in every epoch."""
 
-    def __init__(self, batches: list[Batch], epochs: int) -> None:
-        self.batches = batches
-        self.batches_per_epoch, self.epochs = len(batches), epochs
+    pad_id = 0
+    prefetch = 2
+
+    def __init__(self, batches: list[Batch], config: RunConfig) -> None:
+        self.batches, self.accumulate, self.epochs = batches, config.accumulate, config.epochs
+        self.updates_per_epoch = -(-len(batches) // config.accumulate)
         self.dataset = range(sum(map(len, batches)))  # a run asks only how many rows there are
+        self.rows = len(self.dataset)
 
     def __len__(self) -> int:
-        return self.batches_per_epoch * self.epochs
+        return self.updates_per_epoch * self.epochs
 
-    def __getitem__(self, number: int) -> Batch:
-        return self.batches[number % self.batches_per_epoch]
+    def __getitem__(self, number: int) -> list[Batch]:
+        begin = number % self.updates_per_epoch * self.accumulate
+        return self.batches[begin : begin + self.accumulate]
 
 
 class GivenRun(Run):
     """The real training run over a model and batches that exist already."""
 
     def __init__(self, config: RunConfig, model: VLM, batches: list[Batch]) -> None:
-        self.given = model, GivenBatches(batches, config.epochs)
+        self.given = model, GivenBatches(batches, config)
         self.recorder = Recorder()
         super().__init__(config, self.recorder)
 

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from minimind_v.core.errors import MmvError
+from minimind_v.core.train.launch import leave_word
 
 
 class Terminal:
@@ -168,25 +169,24 @@ def run_app(app: Any) -> None:
     """Run the command line; everything that a user can cause ends as one line and an exit code."""
     debug = "--debug" in sys.argv or bool(os.environ.get("MMV_DEBUG"))
     terminal = Terminal()
+
+    def end(message: str, error: Exception, code: int = 1) -> None:
+        if not leave_word(message, error):
+            terminal.fail(message)
+        sys.exit(code)
+
     try:
         app()
-    except MmvError as error:
-        if debug:
-            raise
-        terminal.fail(str(error))
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # `mmv … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # no permission, no space, a name too long: the system's own words say it
-        if debug:
-            raise
-        terminal.fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except BrokenPipeError:  # `mmv … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
-        terminal.fail(f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where")
-        sys.exit(1)
+        if isinstance(error, MmvError):
+            end(str(error), error, error.exit_code)
+        if isinstance(error, OSError):  # no permission, no space, a name too long: the system's own words say it
+            end(f"{error.filename}: {error.strerror}" if error.filename else str(error), error)
+        end(f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where", error)

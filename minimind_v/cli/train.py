@@ -15,6 +15,7 @@ from minimind_v.cli.terminal import ProgressLine, Terminal, memory_used
 from minimind_v.core.config.schema import DTYPES, FREEZE_POLICIES
 
 if TYPE_CHECKING:
+    from minimind_v.core.train.loop import Summary
     from minimind_v.core.train.metrics import StepMetrics
 
 
@@ -26,6 +27,10 @@ NOT_CONFIG = {
     "overwrite",
     "set_",
     "print_config",
+    "nnodes",
+    "node_rank",
+    "rdzv_endpoint",
+    "max_restarts",
 }  # all other options are configuration keys
 
 
@@ -53,7 +58,7 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where weights and metrics go.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times that every row is seen.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch and process.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per row, pictures included.")] = None,
@@ -64,7 +69,16 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Decides the order of rows and all fresh weights.")] = None,
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES))] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that prepare batches, for each GPU.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; with --device cpu, processes.")] = None,
+    nnodes: Annotated[int, typer.Option(help="Machines, each with --gpus of its own.")] = 1,
+    node_rank: Annotated[int | None, typer.Option(help="Which of the machines this is, from 0.")] = None,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: the first one's address.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(help="Times that a lost process makes all go on again from the last state.")
+    ] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit; start it if there is none.")
     ] = False,
@@ -89,19 +103,39 @@ def train(
         terminal.result(to_yaml(built), end="")
         return
 
-    from minimind_v.core.train.loop import train as run
+    from minimind_v.core.train.launch import Launch, launch, mind_the_launcher
 
-    with TrainView(terminal, stage.value) as view:
-        summary = run(built, view, overwrite, resume, allow or ())
+    plan = Launch(built.gpus, nnodes, node_rank, rdzv_endpoint, max_restarts)
+    mind_the_launcher()
+
+    from minimind_v.core.train.distributed import World
+    from minimind_v.core.train.loop import train as run
+    from minimind_v.core.train.metrics import Silent
+
+    world = World.find()
+    if plan.needed and not world.placed:
+        launch(plan, sys.argv[1:])
+        return
+    if not world.leads:
+        summary = run(built, Silent(), overwrite, resume, allow or ())
+    else:
+        with TrainView(terminal, stage.value) as view:
+            summary = run(built, view, overwrite, resume, allow or ())
+        _tell(terminal, summary)
+    if summary.stopped_by:
+        raise typer.Exit(128 + summary.stopped_by)
+
+
+def _tell(terminal: Terminal, summary: Summary) -> None:
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
+    bad = f"; {summary.bad_updates} updates skipped, not finite" if summary.bad_updates else ""
     terminal.say(
-        f"{how} after {summary.steps} updates{skipped}; weights in {summary.weights}, curve in {summary.metrics}"
+        f"{how} after {summary.steps} updates{skipped}{bad}; weights in {summary.weights}, curve in {summary.metrics}"
     )
     if summary.stopped_by:
         words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
         terminal.say(f"go on with: {shlex.join(['mmv', *words, '--resume'])}")
-        raise typer.Exit(128 + summary.stopped_by)
 
 
 class TrainView:

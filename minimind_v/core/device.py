@@ -10,10 +10,21 @@ import torch
 from minimind_v.core.errors import UsageError
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises UsageError for a device that is not there."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Of several processes on a machine, each has a GPU of its own.
+
+    Raises UsageError for a device that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {local_rank + 1} on this machine, which has {torch.cuda.device_count()} GPUs — "
+                "lower --gpus, or count processes on the CPU with --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         float(torch.ones(1, device=device))  # some can be made, and not be computed with

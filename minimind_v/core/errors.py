@@ -7,6 +7,7 @@ MmvError                  one line: what is wrong, where, and what to do next   
 │   └── RowError          one broken row: it is skipped and counted
 ├── WeightsError          a weights file is damaged, foreign or of another size
 └── RunError              a run cannot go on (no finite loss, no room to save)
+    └── LostContact       another process of the run has ended; what ended it is told there
 
 The command line turns each into one red line; anything else that escapes is a defect of ours.
 """
@@ -56,6 +57,10 @@ class WeightsError(MmvError):
 
 class RunError(MmvError):
     """A run cannot go on."""
+
+
+class LostContact(RunError):
+    """Another process of the run has ended; its own error says why."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -77,10 +77,10 @@ def numbers(batch) -> list[int]:
 @pytest.mark.parametrize("seed", [None, 0, 7])
 def test_every_row_comes_once_per_epoch(rows, count, seed):
     plan = BatchPlan(rows(some_lines(count)), 4, PAD, seed, epochs=3)
-    assert plan.batches_per_epoch == -(-count // 4)
-    assert len(plan) == 3 * plan.batches_per_epoch
+    assert plan.updates_per_epoch == -(-count // 4)
+    assert len(plan) == 3 * plan.updates_per_epoch
     for epoch in range(3):
-        batches = [plan[epoch * plan.batches_per_epoch + k] for k in range(plan.batches_per_epoch)]
+        batches = [plan[epoch * plan.updates_per_epoch + k][0] for k in range(plan.updates_per_epoch)]
         assert sorted(n for batch in batches for n in numbers(batch)) == list(range(1, count + 1))
         sizes = Counter(len(batch) + len(batch.broken) for batch in batches)
         assert set(sizes) <= {4, count % 4 or 4}
@@ -89,15 +89,15 @@ def test_every_row_comes_once_per_epoch(rows, count, seed):
 
 def test_without_a_seed_rows_keep_the_order_of_their_file(rows):
     plan = BatchPlan(rows([row("word " * (n * 7 % 11), f"{n}") for n in range(150)]), 4, PAD)
-    assert [n for k in range(len(plan)) for n in numbers(plan[k])] == list(range(1, 151))
+    assert [n for k in range(len(plan)) for n in numbers(plan[k][0])] == list(range(1, 151))
 
 
 def test_an_epoch_has_its_own_order_and_the_seed_decides_it(rows):
     data = rows(some_lines(200))
     plan, twin, other = (BatchPlan(data, 4, PAD, seed, epochs=2) for seed in (1, 1, 2))
-    sequence = [[tuple(numbers(p[k])) for k in range(len(p))] for p in (plan, twin, other)]
+    sequence = [[tuple(numbers(p[k][0])) for k in range(len(p))] for p in (plan, twin, other)]
     assert sequence[0] == sequence[1]
-    half = plan.batches_per_epoch
+    half = plan.updates_per_epoch
     epochs = [sequence[0][:half], sequence[0][half:], sequence[2][:half]]
     for a, b in ((0, 1), (0, 2)):
         flat = [[n for batch in epochs[i] for n in batch] for i in (a, b)]
@@ -109,7 +109,7 @@ def test_an_epoch_has_its_own_order_and_the_seed_decides_it(rows):
 
 def test_the_order_is_not_by_length(rows):
     plan = BatchPlan(rows([row("word " * (n % 40), "x") for n in range(640)]), 4, PAD, seed=3)
-    lengths = np.array([plan[k].input_ids.shape[1] for k in range(len(plan))])
+    lengths = np.array([plan[k][0].input_ids.shape[1] for k in range(len(plan))])
     within = np.corrcoef(np.arange(len(lengths)) % WINDOW, lengths)[0, 1]
     assert abs(within) < 0.3, "short batches do not all come first in their window"
 
@@ -117,17 +117,17 @@ def test_the_order_is_not_by_length(rows):
 def test_batches_can_be_asked_for_in_any_order(rows):
     data = rows(some_lines(150))
     plan, fresh = BatchPlan(data, 4, PAD, 5, epochs=2), BatchPlan(data, 4, PAD, 5, epochs=2)
-    forwards = [plan[k] for k in range(len(plan))]
+    forwards = [plan[k][0] for k in range(len(plan))]
     asked = random.Random(0).sample(range(len(plan)), len(plan))
-    assert all(same(fresh[k], forwards[k]) for k in asked)
-    assert all(same(plan[k], forwards[k]) for k in (0, len(plan) - 1, 0)), "nothing of an earlier reading is left"
+    assert all(same(fresh[k][0], forwards[k]) for k in asked)
+    assert all(same(plan[k][0], forwards[k]) for k in (0, len(plan) - 1, 0)), "nothing of an earlier reading is left"
 
 
 def test_a_limit_leaves_out_all_but_the_first_rows(rows):
     data = rows(some_lines(50))
     for limit, seed in ((10, None), (10, 4), (1, 4), (50, 4), (1000, 4)):
         plan = BatchPlan(data, 4, PAD, seed, limit=limit)
-        assert sorted(n for k in range(len(plan)) for n in numbers(plan[k])) == list(range(1, min(limit, 50) + 1))
+        assert sorted(n for k in range(len(plan)) for n in numbers(plan[k][0])) == list(range(1, min(limit, 50) + 1))
     nothing = BatchPlan(data, 4, PAD, limit=0)
     assert len(nothing) == 0
     assert list(load_batches(nothing, 0)) == []
@@ -159,7 +159,7 @@ def test_every_row_has_its_own_text_and_its_own_pictures(rows, demo_tokenizer):
 def test_broken_rows_are_reported_with_their_batch_in_every_epoch(rows):
     plan = BatchPlan(rows(some_lines(60)), 4, PAD, 1, epochs=2)
     for epoch in range(2):
-        batches = [plan[epoch * plan.batches_per_epoch + k] for k in range(plan.batches_per_epoch)]
+        batches = [plan[epoch * plan.updates_per_epoch + k][0] for k in range(plan.updates_per_epoch)]
         broken = sorted(int(one.place.rpartition(":")[2]) for batch in batches for one in batch.broken)
         assert broken == list(range(4, 61, 7))
 
@@ -190,8 +190,8 @@ def test_a_batch_may_lose_all_its_rows(rows, workers):
 
 def padding(plan) -> float:
     cells = tokens = 0
-    for k in range(plan.batches_per_epoch):
-        batch = plan[k]
+    for k in range(plan.updates_per_epoch):
+        [batch] = plan[k]
         longest = batch.attention_mask.sum(1).max()
         assert batch.input_ids.shape[1] == longest, "padded to the longest row and no further"
         assert (batch.input_ids[~batch.attention_mask] == PAD).all()
@@ -240,7 +240,9 @@ def test_a_reader_that_stops_early_leaves_no_workers(rows, closed):
 
 HOLDING = """
 from minimind_v.core.data.loader import load_batches
-held = load_batches(range(100), 2)
+class Numbers(list):
+    prefetch = 4
+held = load_batches(Numbers([number] for number in range(100)), 2)
 print(next(held), flush=True)
 raise SystemExit(3)
 """
@@ -253,12 +255,12 @@ def test_a_program_that_stops_in_the_middle_of_its_batches_ends():
 
 
 def _batch(plan, number):
-    return plan[number]
+    return plan[number][0]
 
 
 def test_a_spawned_process_makes_the_same_batches(rows):
     plan = BatchPlan(rows([*some_lines(20), row("<|im_end|> and <|im_start|>", "<|im_end|>")]), 4, PAD, 1)
-    here = [plan[k] for k in range(len(plan))]
+    here = [plan[k][0] for k in range(len(plan))]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         there = list(pool.map(_batch, [plan] * len(plan), range(len(plan)), timeout=240))
     assert all(same(left, right) for left, right in zip(here, there, strict=True))

@@ -196,7 +196,7 @@ def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, d
     dataset = RowDataset(rows, PromptEncoder(demo_tokenizer, PATCHES), SIZE, 100)
     report = check(dataset, 2)
     plan = BatchPlan(dataset, 7, pad_id=0, seed=seed)
-    batches = [plan[number] for number in range(len(plan))]
+    batches = [batch for number in range(len(plan)) for batch in plan[number]]
     read = [place for batch in batches for place in batch.places]
     broken = {row.place: row.kind for batch in batches for row in batch.broken}
     assert sorted([*read, *broken]) == sorted(rows.place(index) for index in range(count))

@@ -105,6 +105,7 @@ class RunConfig:
     seed: int = 42
     dtype: str = "auto"  # auto: bf16 autocast where a CUDA device has it, else float32
     device: str = "auto"
+    gpus: int = 1  # processes on this machine, each with a GPU of its own or, with device cpu, without
     save_every: int = 500
     keep: int = 2  # states to go on from; each is three times the size of what trains
     log_every: int = 20
@@ -113,7 +114,7 @@ class RunConfig:
         _one_of("stage", self.stage, STAGES)
         _one_of("freeze", self.freeze, FREEZE_POLICIES)
         _one_of("dtype", self.dtype, DTYPES)
-        for flag in ("epochs", "accumulate", "keep", "log_every"):
+        for flag in ("epochs", "accumulate", "gpus", "keep", "log_every"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 1)
         for flag in ("max_steps", "save_every", "seed"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 0)

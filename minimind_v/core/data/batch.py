@@ -76,3 +76,9 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
         places=[example.place for example in examples],
         broken=broken,
     )
+
+
+def stand_in(pad_id: int) -> Batch:
+    """A row of padding from which nothing is learnt."""
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    return Batch(torch.full((1, 2), pad_id), nothing, torch.full((1, 2), IGNORE), nothing)

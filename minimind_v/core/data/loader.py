@@ -1,17 +1,25 @@
 """The order of rows and the workers that prepare them.
 
-Each epoch is a new permutation, drawn from the seed. It is walked in windows of several batches; in a window rows are
-sorted by length and cut into batches, so that a batch holds rows of similar length and hardly any padding, and the
-batches are shuffled again. The windows are walked in a few lanes, batch by batch in turn, each lane a stretch of the
-permutation: as the workers too take batches in turn, each has lanes of its own, tokenises no window that another does,
-and reads parts of a parquet file that no other reads. What batch number k holds depends on the seed alone.
+Each epoch is a new permutation, drawn from the seed. It is walked in windows of several updates; in a window rows are
+sorted by length and cut into updates, so that an update holds rows of similar length and hardly any padding, and the
+updates are shuffled again. An update's rows are shared out, still in order, into micro-batches, and these to the
+processes in turn: what update number k learns from depends on the seed and on the number of its rows, and not on how
+many processes and micro-batches do it.
+
+The windows are walked in a few lanes, update by update in turn, each lane a stretch of the permutation: as the workers
+too take updates in turn, each has lanes of its own, tokenises no window that another does, and reads parts of a parquet
+file that no other reads.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 from collections.abc import Generator
+from contextlib import closing
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +29,18 @@ from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 
 LANES = 4  # a number that 1, 2 and 4 workers share evenly
-WINDOW = 32  # batches per window: enough to find rows of one length, and few enough to keep the order random
+WINDOW = 32  # updates per window: enough to find rows of one length, and few enough to keep the order random
+
+Planned = list[Example | BrokenRow]  # the rows of a micro-batch, their pictures not read
 
 
-class BatchPlan(Dataset[Batch]):
-    """All batches of a run by number: batch k of epoch e is number e · batches_per_epoch + k."""
+class BatchPlan(Dataset[list[Batch]]):
+    """All updates of a run by number: update k of epoch e is number e · updates_per_epoch + k.
+
+    An update has `rows_per_update` rows (not said: one batch per process). It comes as a list of micro-batches of up to
+    `batch_size` rows: those that fall to process `rank` of `processes`. The last of an epoch may have fewer rows, and a
+    process none of them.
+    """
 
     def __init__(
         self,
@@ -35,95 +50,159 @@ class BatchPlan(Dataset[Batch]):
         seed: int | None = None,
         epochs: int = 1,
         limit: int | None = None,
+        rows_per_update: int | None = None,
+        processes: int = 1,
+        rank: int = 0,
+        keep: np.ndarray | None = None,
     ) -> None:
-        """Without a seed the rows keep the order of their file; `limit` leaves out all but the first so many."""
+        """Without a seed the rows keep the order of their file; `limit` leaves out all but the first so many.
+
+        `keep`, bool [rows of the file], leaves out the rows where it is false.
+        """
         self.dataset = dataset
-        self.rows = len(dataset) if limit is None else min(limit, len(dataset))
+        self.kept = np.ones(len(dataset), bool) if keep is None else keep
+        if limit is not None:
+            self.kept = self.kept & (np.cumsum(self.kept) <= limit)
+        self.rows = int(self.kept.sum())
         self.batch_size = batch_size
         self.pad_id = pad_id
         self.seed = seed
         self.epochs = epochs
-        self.batches_per_epoch = -(-self.rows // batch_size)
-        self._sequence = _lanes(self.batches_per_epoch, 1 if seed is None else LANES)
-        self._windows: dict[tuple[int, int], list[list[Example | BrokenRow]]] = {}
+        self.processes, self.rank = processes, rank
+        self.rows_per_update = rows_per_update or batch_size * processes
+        self.updates_per_epoch = -(-self.rows // self.rows_per_update)
+        self.windows = -(-self.updates_per_epoch // WINDOW)
+        self._sequence = _lanes(self.updates_per_epoch, 1 if seed is None else LANES)
+        self._planned: dict[tuple[int, int], list[list[Planned]]] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        # The process of each worker and the row that it is at, in memory that they share: what killed one can be named.
+        self._reading = torch.zeros(64, 2, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
-        return self.batches_per_epoch * self.epochs
+        return self.updates_per_epoch * self.epochs
 
-    def __getitem__(self, number: int) -> Batch:
-        epoch, batch = divmod(number, self.batches_per_epoch)
-        window, place = divmod(int(self._sequence[batch]), WINDOW)
-        if (epoch, window) not in self._windows:
-            self._windows[epoch, window] = self.window(epoch, window)
-            if len(self._windows) > LANES:
-                del self._windows[next(iter(self._windows))]
-        planned = self._windows[epoch, window][place]
-        read = [row if isinstance(row, BrokenRow) else self.dataset.load(row) for row in planned]
+    def __getitem__(self, number: int) -> list[Batch]:
+        epoch, update = divmod(number, self.updates_per_epoch)
+        window, place = divmod(int(self._sequence[update]), WINDOW)
+        if (epoch, window) not in self._planned:
+            self._planned[epoch, window] = self.window(epoch, window)
+            if len(self._planned) > LANES:
+                del self._planned[next(iter(self._planned))]
+        return [self._read(planned) for planned in self._planned[epoch, window][place][self.rank :: self.processes]]
+
+    def _read(self, planned: Planned) -> Batch:
+        """A micro-batch with its pictures."""
+        read = []
+        for row in planned:
+            if isinstance(row, Example):
+                self._note(row.index)
+                read.append(self.dataset.load(row))
+            else:
+                read.append(row)
         examples = [row for row in read if isinstance(row, Example)]
         broken = [row for row in read if isinstance(row, BrokenRow)]
-        batch_read = collate(examples, broken, self.pad_id)
+        batch = collate(examples, broken, self.pad_id)
         for example in examples:
             example.pixels = None  # the window stays, its pictures need not
-        return batch_read
+        return batch
 
     def order(self, epoch: int) -> np.ndarray:
         """The permutation of one epoch, [rows]."""
         if self._order[0] != epoch:
-            order = np.arange(self.rows)
+            order = np.arange(len(self.kept))
             if self.seed is not None:
                 order = self.dataset.rows.shuffled(np.random.default_rng([self.seed, epoch]))
-            self._order = epoch, order if len(order) == self.rows else order[order < self.rows]
+            self._order = epoch, order[self.kept[order]]
         return self._order[1]
 
-    def window(self, epoch: int, window: int) -> list[list[Example | BrokenRow]]:
-        """One window of rows, cut into batches of similar length; their pictures are not read."""
-        begin = window * WINDOW * self.batch_size
-        rows = [self.dataset.text(int(index)) for index in self.order(epoch)[begin : begin + WINDOW * self.batch_size]]
-        count = -(-len(rows) // self.batch_size)
+    def window(self, epoch: int, window: int) -> list[list[Planned]]:
+        """The updates of one window, each as the micro-batches of all processes; pictures are not read."""
+        wide = WINDOW * self.rows_per_update
+        rows = [self._text(int(index)) for index in self.order(epoch)[window * wide : (window + 1) * wide]]
         if self.seed is not None:
             rows.sort(key=lambda row: len(row.tokens) if isinstance(row, Example) else 0)
-        batches = [rows[n * self.batch_size : (n + 1) * self.batch_size] for n in range(count)]
+        updates = [
+            self._share_out(rows[begin : begin + self.rows_per_update])
+            for begin in range(0, len(rows), self.rows_per_update)
+        ]
         if self.seed is not None:
-            np.random.default_rng([self.seed, epoch, window]).shuffle(batches)
-        return batches
+            np.random.default_rng([self.seed, epoch, window]).shuffle(updates)
+        return updates
+
+    def _text(self, index: int) -> Example | BrokenRow:
+        self._note(index)
+        return self.dataset.text(index)
+
+    def _share_out(self, rows: Planned) -> list[Planned]:
+        """Micro-batches of nearly the same number of rows, as many for each process."""
+        parts = self.processes * self._rounds(len(rows))
+        edges = [len(rows) * part // parts for part in range(parts + 1)]
+        return [rows[begin:end] for begin, end in pairwise(edges)]
+
+    def _rounds(self, rows: int) -> int:
+        """How many micro-batches of so many rows fall to each process."""
+        return -(-rows // (self.batch_size * self.processes))
+
+    @property
+    def prefetch(self) -> int:
+        """Updates that a worker prepares ahead: some four micro-batches."""
+        return max(2, 4 // self._rounds(self.rows_per_update))
+
+    def _note(self, index: int) -> None:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.id < len(self._reading):
+            self._reading[worker.id] = torch.tensor([os.getpid(), index])
+
+    def read_by(self, process: int) -> str | None:
+        """The place of the row that a worker process was at."""
+        at = [index for pid, index in self._reading.tolist() if pid == process]
+        return self.dataset.rows.place(at[0]) if at else None
 
 
-def _lanes(batches: int, lanes: int) -> np.ndarray:
-    """Which batch of the permutation is the k-th to be read: the lanes' batches in turn, int64 [batches]."""
-    numbers = np.arange(batches)
-    windows = np.array_split(np.arange(-(-batches // WINDOW)), lanes)
+def _lanes(updates: int, lanes: int) -> np.ndarray:
+    """Which update of the permutation is the k-th to be read: the lanes' updates in turn, int64 [updates]."""
+    numbers = np.arange(updates)
+    windows = np.array_split(np.arange(-(-updates // WINDOW)), lanes)
     firsts = np.array([WINDOW * lane[0] for lane in windows if len(lane)], np.int64)
     lane = np.searchsorted(firsts, numbers, "right") - 1
-    return np.lexsort((lane, numbers - firsts[lane])) if batches else numbers
+    return np.lexsort((lane, numbers - firsts[lane])) if updates else numbers
 
 
-def load_batches(plan: BatchPlan, workers: int, pin: bool = False, start: int = 0) -> Generator[Batch, None, None]:
-    """The batches of a plan from number `start` on, prepared ahead by worker processes, which end when this does."""
-    loader: DataLoader[Batch] = DataLoader(
+def load_updates(
+    plan: BatchPlan, workers: int, pin: bool = False, start: int = 0
+) -> Generator[list[Batch], None, None]:
+    """The updates of a plan from number `start` on, prepared ahead by worker processes, which end when this does."""
+    loader: DataLoader[list[Batch]] = DataLoader(
         plan,
         batch_size=None,
         sampler=range(start, len(plan)),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=plan.prefetch if workers else None,
         pin_memory=pin,
         worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # its draw would otherwise be one from the program's own random numbers
     )
-    batches = iter(loader)
-    # Not left to the garbage collector: a traceback may hold `batches`, or the program's end this generator, and a
+    updates: Any = iter(loader)
+    # Not left to the garbage collector: a traceback may hold `updates`, or the program's end this generator, and a
     # process waits for ever for workers that nobody has told to stop.
-    stop = getattr(batches, "_shutdown_workers", lambda: None)
+    stop = getattr(updates, "_shutdown_workers", lambda: None)
     atexit.register(stop)
     try:
-        yield from batches
+        yield from updates
     finally:
         atexit.unregister(stop)
         stop()
 
 
+def load_batches(plan: BatchPlan, workers: int) -> Generator[Batch, None, None]:
+    """The batches of a plan one by one."""
+    with closing(load_updates(plan, workers)) as updates:
+        for update in updates:
+            yield from update
+
+
 def _leave_signals(_: int) -> None:
     """Signals to the whole group are the main process's business; it ends its workers itself."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -10,7 +10,7 @@ from typing import Any
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
-from minimind_v.core.data.loader import WINDOW, BatchPlan
+from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.data.row import IMAGE_MARK, Row, RowStore
 from minimind_v.core.errors import RowError
@@ -55,14 +55,23 @@ def plan_batches(
     dataset = make(rows, encoder, 0, config.data.max_length)
     if isinstance(dataset, _CountedRows):
         dataset.counted = counted or Counted()
-    return BatchPlan(dataset, config.data.batch_size, encoder.tokenizer.pad_id, config.seed)
+    data = config.data
+    rows_per_update = data.batch_size * config.accumulate * config.gpus
+    return BatchPlan(
+        dataset,
+        data.batch_size,
+        encoder.tokenizer.pad_id,
+        config.seed,
+        rows_per_update=rows_per_update,
+        processes=config.gpus,
+    )
 
 
 def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None]) -> None:
     """Go through the batches of the first epoch."""
     done = 0
-    for window in range(-(-plan.batches_per_epoch // WINDOW)):
-        for batch in plan.window(0, window):
+    for window in range(plan.windows):
+        for batch in (batch for update in plan.window(0, window) for batch in update):
             lengths = [len(row.tokens) for row in batch if isinstance(row, Example)]
             counted.padded += max(lengths, default=0) * len(lengths)
             done += len(batch)

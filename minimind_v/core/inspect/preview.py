@@ -152,8 +152,8 @@ class Previewer:
 
     def _batch(self, index: int) -> BatchView | None:
         """Found in the plan itself: its neighbours decide how much padding a row gets."""
-        window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self.config.data.batch_size)
-        for batch in self._plan.window(0, window):
+        window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self._plan.rows_per_update)
+        for batch in (batch for update in self._plan.window(0, window) for batch in update):
             examples: list[Example] = [row for row in batch if not isinstance(row, BrokenRow)]
             if any(example.index == index for example in examples):
                 return BatchView(len(examples), max(len(example.tokens) for example in examples))

@@ -41,7 +41,7 @@ def look_at(
     if not counted.used:
         _, first = min(counted.first_skipped.values())
         raise DataError(f"none of {wanted} rows can be used; the first trouble: {first}")
-    updates = config.epochs * -(-every.batches_per_epoch // config.accumulate)
+    updates = config.epochs * every.updates_per_epoch
     seen = counted.used / wanted * len(rows) * config.epochs  # rows that go through the model
     typical = TypicalRow(
         *(total / counted.used for total in (counted.padded, counted.pictures_kept, counted.supervised))

@@ -6,11 +6,14 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopRequest:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) set `signal`; a second one stops at once."""
+    """While entered, SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) set `signal`; a second one stops at once.
+
+    One that is ignored, as SIGHUP under nohup, stays so.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -19,7 +22,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._ask)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(

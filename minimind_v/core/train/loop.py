@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -19,9 +20,9 @@ from minimind_v.core.config.load import to_yaml
 from minimind_v.core.config.presets import weights_name
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.loader import BatchPlan, load_batches
+from minimind_v.core.data.batch import Batch, stand_in
+from minimind_v.core.data.dataset import BrokenRow, RowDataset
+from minimind_v.core.data.loader import BatchPlan, load_updates
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
@@ -31,11 +32,12 @@ from minimind_v.core.files import write_text
 from minimind_v.core.hub.sources import how_to_get
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.distributed import ALONE, World, alone_or_last
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.interrupt import StopRequest
-from minimind_v.core.train.metrics import Listener, MetricsFile, StepMetrics
+from minimind_v.core.train.metrics import Listener, MetricsFile, Silent, StepMetrics
 from minimind_v.core.train.schedule import learning_rate
-from minimind_v.core.train.state import States, check_origin, origin_of, pack, unpack
+from minimind_v.core.train.state import State, States, check_origin, origin_of, pack, unpack
 
 PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
 
@@ -50,6 +52,7 @@ class Summary:
     last: StepMetrics | None
     stopped_by: Signals | None  # None: it came to its end
     broken_rows: int
+    bad_updates: int  # skipped, since loss or gradient was not finite
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Counts:
     seconds: float = 0.0
     waited: float = 0.0  # of these, for data
     skipped: int = 0  # updates in a row without a finite gradient
+    bad: int = 0  # all of them
 
 
 def train(
@@ -71,13 +75,17 @@ def train(
     resume: bool = False,
     allowed: Collection[str] = (),
 ) -> Summary:
-    """Train as the configuration says, and save.
+    """Train as the configuration says, and save. In each of several processes, it does that process's part.
 
     With `resume` a run that was stopped goes on, bit for bit as if it had not been; what differs from it is refused
     unless its name is in `allowed`. Raises MissingInput, UsageError, DataError, WeightsError or RunError; what was
     learnt until then is saved first.
     """
-    return Run(config, listener, overwrite, resume, allowed).fit()
+    world = World.find()
+    with world.contact():
+        summary = Run(config, listener, overwrite, resume, allowed, world).fit()
+        world.leave()
+    return summary
 
 
 class Run:
@@ -90,33 +98,41 @@ class Run:
         overwrite: bool = False,
         resume: bool = False,
         allowed: Collection[str] = (),
+        world: World = ALONE,
     ) -> None:
         self.config = config
-        self.listener = listener
+        self.world = world
+        self.listener = listener if world.leads else Silent()
         self.weights = config.out / weights_name(config.stage, config.model)
         self.folder = self.weights.with_suffix("")  # what a run writes besides weights
         self.states = States(self.folder / "states", config.keep)
-        self._refuse_to_replace(overwrite, resume)
+        self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
+        world.join(self.device)
+        if world.restarts:
+            self.listener.say("a process was lost: all have started again")
+            overwrite, resume = False, True
+        self.rows_per_update = config.data.batch_size * config.accumulate * world.size
+        state = world.broadcast(self._claim(overwrite, resume, allowed) if world.leads else None)
+        if state is not None:
+            self.rows_per_update = state.origin["rows_per_update"]
         torch.manual_seed(config.seed)
-        self.device = pick_device(config.device)
         self.plan = self._open_data()
         self.model = self._build_model().to(self.device)
         self.trained = freeze(self.model, config.freeze)
         # Fused AdamW does the whole update in one pass over each tensor; same arithmetic.
         fused = self.device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-        self.total = self.plan.epochs * self._updates_per_epoch
+        self.total = len(self.plan)
         if config.max_steps:
             self.total = min(self.total, config.max_steps)
         self.broken: dict[str, str] = {}  # place → what is wrong there
         self.done = 0  # updates
+        self.stopped_by: Signals | None = None
         self.owed = False  # whether a save failed, or is due
         self.counts = Counts()
-        self.origin = origin_of(config)
-        if resume:
-            self._resume(allowed)
-        else:
-            self.states.supersede()
+        if state is not None:
+            self._take_up(state)
+        self.shared = world.share(self.model)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -133,7 +149,16 @@ class Run:
         prompts = PromptEncoder(self.tokenizer, spec.tokens_per_image)
         rows = open_rows(data.file, data.images)
         dataset = RowDataset(rows, prompts, spec.image_size, data.max_length)
-        return BatchPlan(dataset, data.batch_size, self.tokenizer.pad_id, self.config.seed, self.config.epochs)
+        return BatchPlan(
+            dataset,
+            data.batch_size,
+            self.tokenizer.pad_id,
+            self.config.seed,
+            self.config.epochs,
+            rows_per_update=self.rows_per_update,
+            processes=self.world.size,
+            rank=self.world.rank,
+        )
 
     def _build_model(self) -> VLM:
         config = self.config
@@ -152,6 +177,31 @@ class Run:
         self.listener.say(str(receipt))
         return model
 
+    # --- starting, or going on ----------------------------------------------------------------------------------------
+
+    def _claim(self, overwrite: bool, resume: bool, allowed: Collection[str]) -> State | None:
+        """Make sure that this run may write where it will; returns what it goes on from, if that is asked for."""
+        self._refuse_to_replace(overwrite, resume)
+        self.origin = origin_of(self.config)
+        self.origin["rows_per_update"] = self.rows_per_update
+        if not resume:
+            self.states.supersede(at_once=self.world.size > 1)
+            return None
+        state = self.states.newest(self.listener.warn)
+        if state is None:
+            self.listener.say(f"nothing to resume in {self.folder}: starting")
+            return None
+        if state.progress.get("split") == self._split:  # more or fewer processes share the same updates
+            self.origin["rows_per_update"] = state.origin["rows_per_update"]
+        check_origin(state.origin, self.origin, allowed, self.listener.warn)
+        before = state.origin.get("rows_per_update", self.origin["rows_per_update"])
+        state.progress["step"] = state.progress["step"] * before // self.origin["rows_per_update"]
+        return replace(state, origin=self.origin)
+
+    @property
+    def _split(self) -> list[int]:
+        return [self.config.data.batch_size, self.config.accumulate]
+
     def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:
         if overwrite and resume:
             raise UsageError("--overwrite starts over, --resume goes on: give one of them")
@@ -167,13 +217,7 @@ class Run:
                 "or name another --out"
             )
 
-    def _resume(self, allowed: Collection[str]) -> None:
-        """Take up the newest state that is whole; without any, this is the start."""
-        state = self.states.newest(self.listener.warn)
-        if state is None:
-            self.listener.say(f"nothing to resume in {self.folder}: starting")
-            return
-        check_origin(state.origin, self.origin, allowed, self.listener.warn)
+    def _take_up(self, state: State) -> None:
         unpack(state.tensors, self._named_trained(), self.optimiser)
         self.done = state.progress["step"]
         self.counts = Counts(**state.progress["counts"])
@@ -183,10 +227,6 @@ class Run:
     def _named_trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    @property
-    def _updates_per_epoch(self) -> int:
-        return -(-self.plan.batches_per_epoch // self.config.accumulate)
-
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def fit(self) -> Summary:
@@ -195,24 +235,27 @@ class Run:
         metrics_path = self.folder / "metrics.jsonl"
         if self.done >= self.total:
             self.listener.say("this run is complete")
-            return Summary(self.weights, metrics_path, self.done, None, None, len(self.broken))
+            return Summary(self.weights, metrics_path, self.done, None, None, len(self.broken), self.counts.bad)
         self.started = time.perf_counter() - self.counts.seconds
         begun = self.done
-        write_text(self.folder / "config.yaml", to_yaml(config))
+        if self.world.leads:
+            write_text(self.folder / "config.yaml", to_yaml(config))
         self.model.train()
         self._announce()
-        with StopRequest() as stop, _explained(config), closing(MetricsFile(metrics_path, self.done)) as log:
+        with StopRequest() as self.stop, _explained(config, self.plan), self._metrics_file(metrics_path) as log:
             try:
                 for step, batches in enumerate(self._updates(), self.done + 1):
                     metrics = self._update(step, batches)
                     self.done = step
                     logged = step % config.log_every == 0 or step in (1, self.total)
-                    if logged:
+                    if logged and log:
                         self._or_warn(step, partial(log.write, metrics))
                     self.listener.step(metrics, logged)
                     if self._save_is_due(step, logged) and step < self.total:
                         self._or_warn(step, self._save)
-                    if stop.signal or step == self.total:
+                    if self.world.size == 1:  # several must stop after the same update
+                        self.stopped_by = self.stop.signal
+                    if self.stopped_by or step == self.total:
                         break
             except KeyboardInterrupt:  # a second signal, perhaps in the middle of an update
                 torn = True
@@ -223,63 +266,60 @@ class Run:
         if not self.counts.supervised:
             trouble = next(iter(self.broken.values()), "every answer is cut off")
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
-        return Summary(self.weights, metrics_path, self.done, metrics, stop.signal, len(self.broken))
+        return Summary(
+            self.weights, metrics_path, self.done, metrics, self.stopped_by, len(self.broken), self.counts.bad
+        )
+
+    def _metrics_file(self, path: Path) -> AbstractContextManager[MetricsFile | None]:
+        return closing(MetricsFile(path, self.done)) if self.world.leads else nullcontext()
 
     def _updates(self) -> Iterator[list[Batch]]:
-        """The batches of each update yet to do, fetched when they are needed; the last of an epoch may have fewer."""
-        per_epoch, accumulate = self.plan.batches_per_epoch, self.config.accumulate
-        epoch, update = divmod(self.done, self._updates_per_epoch)
-        begins = [begin for _ in range(epoch, self.plan.epochs) for begin in range(0, per_epoch, accumulate)][update:]
-        pin, start = self.device.type == "cuda", epoch * per_epoch + update * accumulate
-        with closing(load_batches(self.plan, self.config.data.workers, pin, start)) as batches:
-            for begin in begins:
+        """The batches of each update yet to do that fall to this process, fetched when they are needed."""
+        pin = self.device.type == "cuda"
+        with closing(load_updates(self.plan, self.config.data.workers, pin, self.done)) as updates:
+            while True:
                 asked = time.perf_counter()
-                read = [next(batches) for _ in range(min(accumulate, per_epoch - begin))]
+                batches = next(updates, None)
                 self.counts.waited += time.perf_counter() - asked
-                for batch in read:
-                    self._note_broken(batch)
-                yield [batch for batch in read if batch.supervised]
+                if batches is None:
+                    return
+                yield batches
 
     def _update(self, step: int, batches: list[Batch]) -> StepMetrics:
-        """One optimiser step: the loss is a mean over the supervised tokens of all its batches together."""
+        """One optimiser step: the loss is a mean over the supervised tokens of all batches of all processes."""
         lr = learning_rate(step - 1, self.total, self.config.lr)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        supervised, rows = sum(batch.supervised for batch in batches), sum(map(len, batches))
-        loss = torch.zeros((), device=self.device)
-        hits = torch.zeros((), device=self.device)
-        for batch in batches:
-            moved = batch.to(self.device)
-            with autocast(self.device, self.config.dtype):
-                out = self.model(
-                    moved.input_ids,
-                    attention_mask=moved.attention_mask,
-                    pixel_values=moved.pixel_values,
-                    image_features=moved.image_features,
-                    image_mask=moved.image_mask,
-                    labels=moved.labels,
-                )
-            part = out.loss_sum / supervised + out.aux_loss * (len(batch) / rows)
-            part.backward()
-            loss += part.detach()
-            hits += out.hits.sum()
-        grad_norm = nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
-        self._step_if_finite(step, float(loss), float(grad_norm), batches)
+        found = [row for batch in batches for row in batch.broken]
+        batches = [batch for batch in batches if batch.supervised]
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        mine = [sum(batch.supervised for batch in batches), sum(map(len, batches)), tokens, len(found)]
+        supervised, rows, tokens, broken = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
+        if broken:
+            self._note_broken([row for rows_found in self.world.gather_objects(found) for row in rows_found])
+        parts, right = self._learn(batches, supervised, rows) if supervised else ([], 0)
+        told = self.world.gather([sum(parts), right, self.stop.signal or 0])
+        losses, hits, signals = zip(*told, strict=True)
+        loss = float(sum(losses))
+        self.stopped_by = Signals(int(max(signals))) if any(signals) else None
+        grad_norm = float(nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)) if supervised else 0.0
+        if supervised:
+            self._step_if_finite(step, loss, grad_norm, batches, parts)
         if step == 1:
-            self._check_health(float(loss))
+            self._check_health(loss)
         counts = self.counts
         counts.samples += rows
         counts.supervised += supervised
-        counts.tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
+        counts.tokens += tokens
         counts.seconds = time.perf_counter() - self.started
         return StepMetrics(
             step,
             self.total,
-            round(step / self._updates_per_epoch, 4),
-            float(loss),
-            float(hits) / max(supervised, 1),
+            round(step / self.plan.updates_per_epoch, 4),
+            loss,
+            sum(hits) / max(supervised, 1),
             lr,
-            float(grad_norm),
+            grad_norm,
             counts.samples,
             counts.tokens,
             counts.supervised,
@@ -287,15 +327,49 @@ class Run:
             counts.waited,
         )
 
-    def _step_if_finite(self, step: int, loss: float, grad_norm: float, batches: list[Batch]) -> None:
-        if batches and math.isfinite(loss) and math.isfinite(grad_norm):
+    def _learn(self, batches: list[Batch], supervised: int, rows: int) -> tuple[list[float], int]:
+        """Gradients of this process's batches, summed with those of the others while the last one goes backward.
+
+        Returns each batch's part of the loss, and how many tokens were guessed right. `supervised` tokens and `rows`
+        are those of all processes. One that has no batch learns nothing from a stand-in, since all must take part.
+        """
+        parts, hits = [], torch.zeros((), device=self.device)
+        batches = batches or [stand_in(self.plan.pad_id)]
+        for number, batch in enumerate(batches, 1):
+            moved = batch.to(self.device)
+            with alone_or_last(self.shared, number == len(batches)):
+                with autocast(self.device, self.config.dtype):
+                    out = self.shared(
+                        moved.input_ids,
+                        attention_mask=moved.attention_mask,
+                        pixel_values=moved.pixel_values,
+                        image_features=moved.image_features,
+                        image_mask=moved.image_mask,
+                        labels=moved.labels,
+                    )
+                share = len(batch) / rows if batch.supervised else 0.0
+                part = out.loss_sum / supervised + out.aux_loss * share
+                (part * self.world.size).backward()  # gradients of several processes are averaged
+            parts.append(part.detach())
+            hits += out.hits.sum()
+        return [float(part) for part in parts], int(hits)
+
+    def _step_if_finite(
+        self, step: int, loss: float, grad_norm: float, batches: list[Batch], parts: list[float]
+    ) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimiser.step()
             self.counts.skipped = 0
-        elif batches:
+        else:
             self.counts.skipped += 1
-            places = ", ".join(place for batch in batches for place in batch.places[:4])
+            self.counts.bad += 1
+            worst = [batch for batch, part in zip(batches, parts, strict=False) if not math.isfinite(part)] or batches
+            suspects = self.world.gather_objects([place for batch in worst for place in batch.places])
+            places = [place for process in suspects for place in process]
+            more = f" and {len(places) - 8} more" if len(places) > 8 else ""
             self.listener.warn(
-                f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {places} …"
+                f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: skipped; "
+                f"its rows: {', '.join(places[:8])}{more}"
             )
             if self.counts.skipped == PATIENCE:
                 raise RunError(
@@ -310,9 +384,10 @@ class Run:
         trained = sum(parameter.numel() for parameter in self.trained)
         everything = sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("vision_"))
         everything += sum(p.numel() for p in self.model.vision_proj.parameters())
+        where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
         self.listener.say(
             f"{config.stage}: {len(data):,} rows of {config.data.file}, {config.epochs} epochs, "
-            f"{self.total:,} updates of {config.data.batch_size * config.accumulate} rows on {self.device}; "
+            f"{self.total:,} updates of {self.rows_per_update} rows on {where}; "
             f"{trained:,} of {everything:,} parameters learn ({config.freeze}); weights go to {self.weights}"
         )
 
@@ -326,14 +401,14 @@ class Run:
                 f"{self.config.data.tokenizer}"
             )
 
-    def _note_broken(self, batch: Batch) -> None:
-        for row in batch.broken:
+    def _note_broken(self, found: list[BrokenRow]) -> None:
+        for row in found:
             if row.place in self.broken:
                 continue
             self.broken[row.place] = str(row)
             if len(self.broken) <= 5:
                 self.listener.warn(f"row skipped: {row}")
-        rows, allowed = len(self.plan.dataset), self.config.data.bad_rows
+        rows, allowed = self.plan.rows, self.config.data.bad_rows
         if len(self.broken) > allowed * rows:
             first = next(iter(self.broken.values()))
             raise DataError(
@@ -350,7 +425,9 @@ class Run:
         return self.owed and (logged or step % every == 0)
 
     def _save(self) -> None:
-        progress = {"step": self.done, "counts": asdict(self.counts), "broken": self.broken}
+        if not self.world.leads:
+            return
+        progress = {"step": self.done, "counts": asdict(self.counts), "broken": self.broken, "split": self._split}
         try:
             self.states.write(self.done, pack(self._named_trained(), self.optimiser), progress, self.origin)
         finally:  # there may be room for the weights alone
@@ -366,17 +443,22 @@ class Run:
 
 
 @contextmanager
-def _explained(config: RunConfig) -> Iterator[None]:
-    """Turn what torch raises for want of memory into words with a next step."""
+def _explained(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
+    """Turn what torch raises for want of memory, or over a dead data worker, into words with a next step."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        half = max(1, config.data.batch_size // 2)
-        more = config.accumulate * config.data.batch_size // half
-        raise RunError(
-            f"out of GPU memory — the same recipe with less: --batch-size {half} --accumulate {more}"
-        ) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; a CPU's allocator has none of its own
+        if dead := re.search(r"DataLoader worker \(pid\(?s?\)? ?(\d+)", str(error)):
+            place = plan.read_by(int(dead[1]))
+            raise RunError(
+                f"a data worker died{f' at {place}' if place else ''} — look at that row, or, where memory is short, "
+                f"try --workers 0 ({error})"
+            ) from None
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise RunError(f"a data worker died, perhaps for want of memory — try --workers 0 ({error})") from None
+        batch, accumulate = config.data.batch_size, config.accumulate
+        half = next((size for size in range(batch // 2, 0, -1) if batch % size == 0), 0)
+        advice = f"the same recipe with less: --batch-size {half} --accumulate {accumulate * batch // max(half, 1)}"
+        if not half:
+            advice = f"lower --max-length {config.data.max_length}, or take a smaller --preset"
+        raise RunError(f"out of memory — {advice}") from None

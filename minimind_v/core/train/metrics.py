@@ -47,6 +47,16 @@ class Listener(Protocol):
         """An update is done; `log` says that it is one of every log_every."""
 
 
+class Silent:
+    """A listener for those processes of a run that do not lead it."""
+
+    def say(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    def step(self, metrics: StepMetrics, log: bool) -> None: ...
+
+
 class MetricsFile:
     """`metrics.jsonl`: a line per logged update, each flushed. A resumed run keeps the lines up to where it goes on."""
 

@@ -29,7 +29,9 @@ PIECE = 1 << 20  # bytes read at a time
 MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
 WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
 # What a run may change at will: it decides where things go and what is told, not what is learnt.
-FREE = {"out", "device", "save_every", "keep", "log_every", "data.workers", "data.bad_rows"}
+# How an update's rows are shared out is free as well; how many they are is not, and has a name of its own.
+FREE = {"out", "device", "gpus", "save_every", "keep", "log_every", "data.workers", "data.bad_rows"}
+FREE |= {"data.batch_size", "accumulate"}
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
 
 
@@ -50,9 +52,14 @@ class States:
         self.folder, self.keep = folder, keep
         self._old: set[Path] = set()
 
-    def supersede(self) -> None:
-        """Those that there are belong to a run that is started over; they go when there is one of the new run."""
+    def supersede(self, at_once: bool = False) -> None:
+        """Those that there are belong to a run that is started over; they go when there is one of the new run.
+
+        Or `at_once`, where processes may start again before that, and would go on from them.
+        """
         self._old = set(self.paths())
+        for path in self._old if at_once else ():
+            path.unlink(missing_ok=True)
 
     def paths(self) -> list[Path]:
         """The states that there are, the newest first; not yet checked."""

@@ -1,0 +1,173 @@
+"""Several processes from one command, by torch's elastic launcher, and one error from all of them.
+
+A process that ends with an error leaves word of it in a folder that they share, and the launcher tells it: of several,
+the first that is not about the end of another. Who is started by somebody else's torchrun tells its own errors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.errors import LostContact, MmvError, RunError, UsageError
+
+WORDS = "MMV_LAST_WORDS"  # the folder in which processes leave word, in their environment
+PATIENCE = 600  # seconds that a process may take to finish its update and to save, before it is killed
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1")  # handed on to all processes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes to start here, and with which other machines."""
+
+    processes: int
+    nnodes: int = 1
+    node_rank: int | None = None
+    rdzv_endpoint: str | None = None  # host:port of the first machine
+    max_restarts: int = 0  # times that all processes start again from the last state when one was lost
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("gpus", self.processes, 1),
+            ("nnodes", self.nnodes, 1),
+            ("node-rank", self.node_rank or 0, 0),
+            ("max-restarts", self.max_restarts, 0),
+        ):
+            if value < least:
+                raise UsageError(f"--{flag} must be at least {least}, not {value}")
+        if self.nnodes == 1 and (self.rdzv_endpoint or self.node_rank):
+            raise UsageError("--rdzv-endpoint and --node-rank are for several machines: say how many with --nnodes")
+        if self.nnodes > 1 and not self.rdzv_endpoint:
+            raise UsageError(
+                f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, the first machine's, the same on all"
+            )
+        if (self.node_rank or 0) >= self.nnodes:
+            raise UsageError(f"--node-rank {self.node_rank}: of {self.nnodes} machines the last is {self.nnodes - 1}")
+
+    @property
+    def needed(self) -> bool:
+        """Whether it takes more than this process."""
+        return self.processes > 1 or self.nnodes > 1
+
+
+def launch(plan: Launch, words: Sequence[str]) -> None:
+    """Run `mmv` with these words in every process, to the end.
+
+    Raises the error of the process that failed first, with its exit code; SystemExit where a signal stopped them all.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import launch_agent
+
+    # Their words are for their own developers.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Threads of several processes on the same cores wait for each other: to each its share.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.processes)))
+    with tempfile.TemporaryDirectory(prefix="mmv-") as folder:
+        os.environ[WORDS] = folder
+        try:
+            launch_agent(_elastic(plan), sys.executable, ["-m", "minimind_v", *words])
+        except ChildFailedError as error:
+            raise _first_error(Path(folder), error) from None
+        except SignalException as stop:
+            raise SystemExit(128 + stop.sigval) from None
+        except MmvError:
+            raise
+        except Exception as error:  # the rendezvous: many kinds
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise RunError(f"the processes did not find each other ({first}) — look at --rdzv-endpoint") from None
+        finally:
+            del os.environ[WORDS]  # what ends this process is not for itself to read
+
+
+def _elastic(plan: Launch) -> Any:
+    """What torch's launcher calls the same things."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    alone = plan.nnodes == 1
+    ranked = plan.node_rank is not None and not alone
+    if alone and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody outside has business with this run
+    return LaunchConfig(
+        min_nodes=plan.nnodes,
+        max_nodes=plan.nnodes,
+        nproc_per_node=plan.processes,
+        run_id="mmv",
+        rdzv_backend="static" if ranked else "c10d",
+        rdzv_endpoint=plan.rdzv_endpoint or "127.0.0.1:0",
+        rdzv_configs={"rank": plan.node_rank} if ranked else {"is_host": True} if alone else {},
+        local_addr="127.0.0.1" if alone else None,
+        max_restarts=plan.max_restarts,
+        signals_to_handle=",".join(name for name in SIGNALS if hasattr(signal, name)),
+        shutdown_timeout=PATIENCE,
+    )
+
+
+# --- last words -------------------------------------------------------------------------------------------------------
+
+
+def leave_word(message: str, error: Exception) -> bool:
+    """Leave an error to the launcher. False where there is none: then it is this process that must tell.
+
+    Errors that a user can cause are final: starting again does not mend a wrong option.
+    """
+    if WORDS not in os.environ:
+        return False
+    kind = "lost" if isinstance(error, LostContact) else "final" if isinstance(error, MmvError) else "crash"
+    word = {"kind": kind, "message": message, "code": getattr(error, "exit_code", 1), "time": time.time()}
+    rank = os.environ.get("RANK", "0")
+    path = Path(os.environ[WORDS]) / f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{rank}.json"
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(word), encoding="utf-8")
+    part.replace(path)
+    return True
+
+
+def mind_the_launcher() -> None:
+    """In a process that was launched: end at once where an error is settled already, or when the launcher is gone."""
+    if WORDS not in os.environ:
+        return
+    for word in _words(Path(os.environ[WORDS])):
+        if word["kind"] == "final":
+            raise SystemExit(word["code"])
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _first_error(folder: Path, error: Any) -> MmvError:
+    """What ended the run: an error that was told, else the process that was killed."""
+    words = _words(folder)
+    for kind in ("final", "crash"):
+        for word in words:
+            if word["kind"] == kind:
+                first = RunError(word["message"])
+                first.exit_code = word["code"]
+                return first
+    # Those that missed it have said so, and ended by themselves.
+    rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode)
+    ended = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    hint = ", often the system's answer to a lack of memory" if ended == "SIGKILL" else ""
+    return RunError(f"process {rank} was ended by {ended}{hint} — add --resume to go on from the last state")
+
+
+def _words(folder: Path) -> list[dict[str, Any]]:
+    """What was left, the earliest first."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    return sorted(found, key=lambda word: word["time"])

@@ -1,0 +1,325 @@
+"""Several processes learn what one does: the same losses and weights, the same rows, one voice, one end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_v.core.checkpoint.weights import read_checkpoint
+from minimind_v.core.data.loader import BatchPlan
+from minimind_v.core.errors import UsageError
+from minimind_v.core.train.distributed import World, slurm_address
+from minimind_v.core.train.launch import Launch
+from tests.cli.harness import ROOT, Running, here, installed, place, read_rows, tokenizer, write_rows
+
+NAME = "pretrain_vlm_128"
+ROWS = {"epochs": 2, "batch_size": 8, "save_every": 3}  # 40 rows: 10 updates, none of them short
+HALF = ROWS | {"batch_size": 4, "gpus": 2}
+
+
+def curve(out: Path, name: str = NAME) -> list[dict]:
+    return read_rows(out / name / "metrics.jsonl")
+
+
+def assert_close(out: Path, reference: Path, name: str = NAME, weights: float = 1e-5) -> None:
+    ours, theirs = curve(out, name), curve(reference, name)
+    assert len(ours) == len(theirs)
+    for key in ("step", "samples", "tokens", "supervised_tokens", "hits", "lr", "epoch"):
+        assert [one[key] for one in ours] == [one[key] for one in theirs], key
+    for key in ("loss", "grad_norm"):
+        assert [one[key] for one in ours] == pytest.approx([one[key] for one in theirs], rel=1e-5), key
+    one, other = (newest_state(folder, name) for folder in (out, reference))
+    for key in other:
+        if key.startswith("weight."):
+            torch.testing.assert_close(one[key], other[key], atol=weights, rtol=1e-5)
+
+
+def newest_state(out: Path, name: str = NAME) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(max((out / name / "states").glob("*.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    ended = here(*place().train(out, **ROWS))
+    assert ended.code == 0, ended.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """Two processes with half the batch each."""
+    out = tmp_path_factory.mktemp("pair") / "out"
+    ended = installed(*place().train(out, **HALF))
+    assert ended.code == 0, ended.err
+    assert "10 updates of 8 rows on 2 processes (cpu)" in ended.err
+    assert ended.err.count("done after 10 updates") == 1
+    assert ended.err.count("step 10/10") == 1, "one voice"
+    assert "Warning" not in ended.err
+    return out
+
+
+def test_two_processes_learn_what_one_does(pair, alone):
+    assert_close(pair, alone)
+
+
+def test_fifty_updates_of_fine_tuning_with_experts_uneven_ends_and_accumulation(tmp_path):
+    """Rows that no number here divides: processes without a row, text-only batches, experts that nobody chose."""
+    words = ("--set", "model.use_moe=true", "--set", "model.num_hidden_layers=2")
+    lines = [json.loads(line) for line in place().data("sft").read_text().splitlines()][:31]
+    text = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "red"}]}
+    lines[3:3] = [text] * 3
+    data = write_rows(tmp_path / "rows.jsonl", lines)
+    common = {"data": data, "images": place().images("sft"), "init": "none", "epochs": 9, "max_steps": 50, "lr": 1e-3}
+    one = here(*place().train(tmp_path / "one", "sft", batch_size=6, **common), *words)
+    assert one.code == 0, one.err
+    two = installed(*place().train(tmp_path / "two", "sft", batch_size=1, accumulate=3, gpus=2, **common), *words)
+    assert two.code == 0, two.err
+    assert len(curve(tmp_path / "two", "sft_vlm_128_moe")) == 50
+    assert_close(tmp_path / "two", tmp_path / "one", "sft_vlm_128_moe", weights=2e-4)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
+@pytest.mark.parametrize(("batch_size", "accumulate", "processes"), [(8, 1, 1), (4, 1, 2), (2, 2, 2), (3, 1, 3)])
+def test_no_row_is_lost_or_repeated(tmp_path, count, batch_size, accumulate, processes):
+    from minimind_v.core.data.dataset import RowDataset
+    from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.stores import open_rows
+
+    text = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = open_rows(write_rows(tmp_path / "rows.jsonl", [{"conversations": text}] * count), None)
+    dataset = RowDataset(rows, PromptEncoder(tokenizer(), 4), 8, 100)
+    update = batch_size * accumulate * processes
+
+    def plan(batch_size, processes, rank):
+        return BatchPlan(dataset, batch_size, 0, 5, 2, rows_per_update=update, processes=processes, rank=rank)
+
+    whole = plan(update, 1, 0)
+    parts = [plan(batch_size, processes, rank) for rank in range(processes)]
+    for number in range(len(whole)):
+        batches = [part[number] for part in parts]
+        assert len({len(mine) for mine in batches}) == 1, "all take part equally often"
+        assert all(len(batch) <= batch_size for mine in batches for batch in mine)
+        places = [place for mine in batches for batch in mine for place in batch.places]
+        assert sorted(places) == sorted(place for batch in whole[number] for place in batch.places)
+
+
+# --- another number of processes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({"batch_size": 4, "gpus": 1}, 10), ({"batch_size": 8, "gpus": 1}, 10), ({"batch_size": 4, "gpus": 3}, 10)],
+    ids=["one, as it was called", "one, with the whole batch", "three"],
+)
+def test_a_run_of_two_goes_on_with_another_number(tmp_path, pair, alone, changes, steps):
+    out = shutil.copytree(pair, tmp_path / "out")
+    (out / NAME / "states" / max(path.name for path in (out / NAME / "states").iterdir())).unlink()
+    run = installed if changes["gpus"] > 1 else here
+    ended = run(*place().train(out, **ROWS | changes), "--resume")
+    assert ended.code == 0, ended.err
+    assert "resuming after update 9 of 10" in ended.err
+    assert_close(out, alone)
+
+
+def test_other_rows_per_update_are_another_run(tmp_path, pair):
+    out = shutil.copytree(pair, tmp_path / "out")
+    ended = here(*place().train(out, **ROWS | {"batch_size": 5}), "--resume")
+    assert ended.code == 2
+    assert "rows_per_update: 8 in the run that is resumed, 5 now" in ended.err
+    assert ended.error.endswith("say --allow rows_per_update")
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def workers_of(run: Running) -> list[int]:
+    """The training processes that a launcher has started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def start(folder: Path, out: Path, *words: object, **changes: object) -> Running:
+    return Running(folder, *place().train(out, **HALF | changes), *words)
+
+
+def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair):
+    """Every process on one thread, as in `pair`: what is compared bit for bit."""
+    out, rng = tmp_path / "out", random.Random(0)
+    for number, sent in enumerate((signal.SIGTERM, signal.SIGKILL)):
+        run = start(tmp_path / f"run{number}", out, "--resume")
+        run.until(lambda run=run, number=number: f"step {3 + 3 * number}/" in run.err)
+        time.sleep(rng.uniform(0, 0.2))
+        code = run.send(sent).wait().code
+        assert code in (0, -sent if sent == signal.SIGKILL else 128 + sent)
+        if code == 143:
+            assert run.err.splitlines()[-1].startswith("go on with: mmv train pretrain ")
+    end = time.monotonic() + 20
+    while alive := [pid for pid in processes_of(out) if pid != os.getpid()]:
+        assert time.monotonic() < end, f"a killed launcher left {alive}"
+        time.sleep(0.1)
+    ended = start(tmp_path / "last", out, "--resume").wait()
+    assert ended.code == 0, ended.err
+    exact = ("step", "loss", "hits", "grad_norm", "samples", "supervised_tokens")
+    assert [[one[key] for key in exact] for one in curve(out)] == [[one[key] for key in exact] for one in curve(pair)]
+    ours, theirs = (read_checkpoint(folder / f"{NAME}.pth").tensors for folder in (out, pair))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def processes_of(out: Path) -> list[int]:
+    listed = subprocess.run(["pgrep", "-f", f"--out {out}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_killed_ends_all_within_seconds(tmp_path, victim):
+    run = start(tmp_path / "run", tmp_path / "out", epochs=10_000)
+    run.until(lambda: "step 3/" in run.err)
+    os.kill(sorted(workers_of(run))[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    ended = run.wait()
+    assert time.monotonic() - killed < 20
+    assert ended.code == 1
+    assert "was ended by SIGKILL, often the system's answer to a lack of memory — add --resume" in ended.error
+
+
+def test_one_that_is_killed_makes_all_go_on(tmp_path, pair):
+    out = tmp_path / "out"
+    run = start(tmp_path / "run", out, "--max-restarts", "1", save_every=1)
+    run.until(lambda: "step 4/" in run.err)
+    os.kill(workers_of(run)[0], signal.SIGKILL)
+    ended = run.wait()
+    assert ended.code == 0, ended.err
+    assert "a process was lost: all have started again" in ended.err
+    assert [one["loss"] for one in curve(out)] == [one["loss"] for one in curve(pair)]
+
+
+# --- one error --------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_told_once_and_not_tried_again(tmp_path):
+    began = time.monotonic()
+    ended = installed(*place().train(tmp_path / "out", **HALF | {"init": tmp_path / "none.pth"}), "--max-restarts", 3)
+    assert ended.code == 1
+    assert "no weights at" in ended.error
+    assert "--init" in ended.error
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_run_is_refused_with_the_code_of_a_usage_error(tmp_path, pair):
+    ended = installed(*place().train(pair, **HALF))
+    assert ended.code == 2
+    assert "is there from an earlier run" in ended.error
+
+
+def test_a_row_that_breaks_on_one_process_is_counted_by_all(tmp_path):
+    lines = place().data("pretrain").read_text().splitlines()
+    data = write_rows(tmp_path / "rows.jsonl", ["{", *lines, "{"])
+    images = place().images("pretrain")
+    few = installed(
+        *place().train(tmp_path / "few", **HALF | {"epochs": 1}, data=data, images=images),
+        "--set", "data.bad_rows=0.5",
+    )  # fmt: skip
+    assert few.code == 0, few.err
+    assert "2 broken rows skipped" in few.err
+    assert curve(tmp_path / "few")[-1]["samples"] == 40
+    many = installed(*place().train(tmp_path / "many", **HALF, data=data, images=images))
+    assert many.code == 1
+    assert "of 42 rows are broken, more than 1%" in many.error
+
+
+# --- finding one's place ----------------------------------------------------------------------------------------------
+
+
+def test_a_process_of_torchrun_knows_its_place():
+    found = World.find({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"})
+    assert (found.rank, found.size, found.local_rank, found.restarts, found.leads) == (3, 8, 1, 2, False)
+    assert World.find({"RANK": "0", "WORLD_SIZE": "1"}).placed, "one alone, but launched: it launches nothing"
+
+
+def test_a_process_of_slurm_knows_its_place():
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70123"}
+    found = World.find(slurm)
+    assert (found.rank, found.size, found.local_rank, found.leads) == (5, 8, 1, False)
+    assert World.find({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == World()
+    for hosts, first in (("gpu[07-09,12],login", "gpu07"), ("node3", "node3"), ("a-1,a-2", "a-1"), ("n[1,3]", "n1")):
+        assert slurm_address(slurm | {"SLURM_STEP_NODELIST": hosts}) == {
+            "MASTER_ADDR": first,
+            "MASTER_PORT": "30123",
+        }
+    with pytest.raises(UsageError, match="neither MASTER_ADDR nor"):
+        slurm_address(slurm)
+    with pytest.raises(UsageError, match="cannot be read"):
+        World.find({"RANK": "x", "WORLD_SIZE": "2"})
+
+
+def test_started_by_torchrun_or_slurm(tmp_path, alone):
+    """Two processes with nothing in common but their environment."""
+    port = str(random.Random(os.getpid()).randrange(20000, 40000))
+    places = {
+        "torchrun": [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)],
+        "slurm": [{"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank)} for rank in range(2)],
+    }
+    for name, environments in places.items():
+        out = tmp_path / name
+        command = [sys.executable, "-m", "minimind_v", *place().train(out, **HALF | {"gpus": None})]
+        meeting = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        started = [
+            subprocess.Popen(command, cwd=ROOT, env=meeting | environment, stderr=subprocess.PIPE, text=True)
+            for environment in environments
+        ]
+        told = [process.communicate(timeout=240)[1] for process in started]
+        assert [process.returncode for process in started] == [0, 0], told
+        assert "done after" not in told[1]
+        assert_close(out, alone)
+
+
+def test_two_machines(tmp_path, alone):
+    """Two launchers that meet at an address, each with a process of its own."""
+    port = random.Random(os.getpid() + 1).randrange(20000, 40000)
+    words = ("--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}")
+    runs = [
+        Running(tmp_path / f"machine{rank}", *place().train(tmp_path / "out", **HALF | {"gpus": 1}), *words,
+                "--node-rank", rank)
+        for rank in range(2)
+    ]  # fmt: skip
+    ended = [run.wait() for run in runs]
+    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    assert_close(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"processes": 2, "nnodes": 0}, "--nnodes must be at least 1"),
+        ({"processes": 2, "nnodes": 2}, "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
+        ({"processes": 2, "rdzv_endpoint": "a:1"}, "say how many with --nnodes"),
+        ({"processes": 2, "nnodes": 2, "node_rank": 2, "rdzv_endpoint": "a:1"}, "the last is 1"),
+        ({"processes": 2, "max_restarts": -1}, "--max-restarts must be at least 0"),
+    ],
+)
+def test_what_cannot_be_launched(given, told):
+    with pytest.raises(UsageError, match=told):
+        Launch(**given)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    from minimind_v.core.device import pick_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="process 3 on this machine, which has 2 GPUs"):
+        pick_device("auto", 2)
