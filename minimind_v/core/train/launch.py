@@ -160,8 +160,9 @@ def _first_error(folder: Path, error: Any) -> MmvError:
                 first = RunError(word["message"])
                 first.exit_code = word["code"]
                 return first
-    # Those that missed it have said so, and ended by themselves.
-    rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode)
+    # Those that missed it have ended by themselves, or were asked to by SIGTERM.
+    order = {-signal.SIGTERM: 1}
+    rank, failure = min(error.failures.items(), key=lambda item: order.get(item[1].exitcode, int(item[1].exitcode > 0)))
     ended = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     hint = ", often the system's answer to a lack of memory" if ended == "SIGKILL" else ""
     return RunError(f"process {rank} was ended by {ended}{hint} — add --resume to go on from the last state")
