@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,10 @@ from minimind_v.cli import data_look, options
 from minimind_v.cli.data_look import File, Stage
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+
+if TYPE_CHECKING:
+    from minimind_v.core.data.row import RowStore
+    from minimind_v.core.inspect.check import Report
 
 data = typer.Typer(
     no_args_is_help=True, help="Look at rows before a model does: check, stats, preview, convert, split."
@@ -43,7 +47,10 @@ def check(
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect import check as checking
+    from minimind_v.core.inspect.convert import check_target
 
+    if fix:
+        check_target(fix, overwrite)
     terminal = Terminal()
     recipe, rows, encoder, spec = data_look.open_data(terminal, file, images, tokenizer, vision_model, stage)
     dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length)
@@ -52,41 +59,41 @@ def check(
         report = checking.check(dataset, workers, held_out, progress)
     found = checking.summary(report, recipe.data.bad_rows)
     if fix:
-        found["fixed"] = _fix(terminal, report, dataset, fix, overwrite)
+        found["fixed"] = _fix(terminal, report, rows, fix, overwrite)
     if json:
-        terminal.json(found)
+        terminal.json(found, problems=map(checking.as_json, report.problems()))
     else:
         _show(terminal, found, file)
     if not found["ok"]:
+        clean = "" if fix else " — `--fix OUT.jsonl` writes a clean copy"
+        terminal.fail(f"training would refuse: {found['refusal']}{clean}")
         raise typer.Exit(1)
 
 
-def _fix(terminal: Terminal, report: Any, dataset: Any, out: Path, overwrite: bool) -> dict[str, Any]:
+def _fix(terminal: Terminal, report: Report, rows: RowStore, out: Path, overwrite: bool) -> dict[str, Any]:
     import numpy as np
 
     from minimind_v.core.errors import DataError
     from minimind_v.core.inspect.convert import convert as run
     from minimind_v.core.inspect.sample import SampledRows
 
-    left_out = report.skipped | report.repeated
-    kept = np.array([index for index in range(report.rows) if index not in left_out], np.int64)
+    usable = report.whole & ~report.skipped
+    kept = np.flatnonzero(usable & ~report.repeated)
     if not len(kept):
-        raise DataError(f"{dataset.rows.path}: no row is without fault, so there is nothing to write")
+        raise DataError(f"{rows.path}: no row is without fault, so there is nothing to write")
     with terminal.progress("fix") as progress:
-        done = run(SampledRows(dataset.rows, kept), out, overwrite, progress)
-    repeated = len(report.repeated - report.skipped)
-    terminal.say(f"{out}: {done.rows} rows; left out: {len(report.skipped)} broken, {repeated} repeated or held out")
-    return {"files": [str(path) for path in done.files], "rows": done.rows, "left_out": len(left_out)}
+        done = run(SampledRows(rows, kept), out, overwrite, progress)
+    broken = report.rows - int(usable.sum())
+    repeated = report.rows - broken - done.rows
+    terminal.say(f"{out}: {done.rows} rows; left out: {broken} broken, {repeated} repeated or held out")
+    return {"files": [str(path) for path in done.files], "rows": done.rows, "left_out": broken + repeated}
 
 
 def _show(terminal: Terminal, found: dict[str, Any], file: Path) -> None:
     for kind, told in found["kinds"].items():
         terminal.result(f"{kind:<18}{told['count']:>8}  training {told['training']}: {', '.join(told['first'])}")
-        first = next(problem for problem in found["problems"] if problem["kind"] == kind)
-        terminal.result(f"{'':<28}{first['message']}")
+        terminal.result(f"{'':<28}{told['message']}")
     terminal.result(f"{file}: {found['rows']} rows, {found['usable']} of them can be trained on")
-    if not found["ok"]:
-        terminal.fail(f"training would refuse: {found['refusal']} — `--fix OUT.jsonl` writes a clean copy")
 
 
 data.command()(data_look.stats)

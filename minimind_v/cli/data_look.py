@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.data.row import RowStore
-    from minimind_v.core.model.vision import VisionSpec
+    from minimind_v.core.model.vision_spec import VisionSpec
 
 
 class StageName(str, Enum):
@@ -112,7 +112,7 @@ def open_data(
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.data.tokenizer import Tokenizer
-    from minimind_v.core.model.vision import read_vision_spec
+    from minimind_v.core.model.vision_spec import read_vision_spec
 
     if stage is None:
         stage = next((known for known in StageName if file.name.startswith(known.value)), None)

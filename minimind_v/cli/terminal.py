@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -48,9 +49,15 @@ class Terminal:
         sys.stdout.write(text + end)
         sys.stdout.flush()
 
-    def json(self, value: Any) -> None:
-        """A result for a program, on one line."""
-        self.result(json.dumps(value, ensure_ascii=False, default=str))
+    def json(self, value: Any, **lists: Iterable[Any]) -> None:
+        """A result for a program, on one line. `lists` are further keys, written as their items come."""
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        for name, items in lists.items():
+            sys.stdout.write(f'{text[:-1]}, "{name}": [')
+            for number, item in enumerate(items):
+                sys.stdout.write(", " * (number > 0) + json.dumps(item, ensure_ascii=False, default=str))
+            text = "]}"
+        self.result(text)
 
     def table(self, rows: dict[str, Any]) -> None:
         """Names and values as a result, aligned."""

@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.data.dataset import RowDataset
@@ -15,6 +18,9 @@ from minimind_v.core.errors import DataError
 from minimind_v.core.inspect import speed, stats
 from minimind_v.core.inspect.count import language
 from minimind_v.core.inspect.sample import SampledRows
+from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.freeze import freeze
 from tests.inspect.made import SPEC, TROUBLE, encoder, recipe, talk, write
 
 
@@ -144,23 +150,58 @@ def test_histogram_has_round_edges_and_every_value():
     assert stats.histogram([7, 7])["counts"] == [2]
 
 
+TINY_EYE = (
+    '{"vision_config": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32,'
+    ' "num_hidden_layers": 3, "num_attention_heads": 2}}'
+)
+
+
 def test_time_is_measured_without_weights(tmp_path, monkeypatch):
-    """With a clock by which everything takes two seconds: two rows fit into the four that a batch may take."""
+    """With a clock by which every part takes half a second: two rows fit into the four seconds of a batch."""
     done = []
-    monkeypatch.setattr(speed, "_seconds", lambda device, work: done.append(work()) or 2.0)
-    (tmp_path / "config.json").write_text(
-        '{"vision_config": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32,'
-        ' "num_hidden_layers": 1, "num_attention_heads": 2}}'
-    )
+    monkeypatch.setattr(speed, "_seconds", lambda device, work: done.append(work()) or 0.5)
+    (tmp_path / "config.json").write_text(TINY_EYE)
     config = replace(recipe(), vision_model=tmp_path, model=PRESETS["demo"])
     row = speed.TypicalRow(length=20, pictures=1.5, supervised=5)
     found = speed.estimate(config, row, 1000, 250, 34)
-    assert found.seconds == 1000 * 2.0 / 2 + 250 * 2.0, found.how
+    whole = 0.5 * (1 + 1 + 2)  # the pictures, the model with two of its four layers, twice another layer
+    assert found.seconds == 1000 * whole / 2 + 250 * 0.5, found.how
     assert found.how.startswith("an estimate: 2.00 s for 2 made-up rows of 20 tokens and 1.5 pictures each")
-    assert len(done) == 4
+    assert len(done) == 3 + 3 + 3 + 1
     missing = speed.estimate(replace(config, vision_model=tmp_path / "none"), row, 1000, 250, 34)
     assert missing.seconds is None
     assert missing.how.startswith("not measured: no vision model")
+
+
+@pytest.mark.parametrize("policy", ["projector+last", "attention", "all"])
+@pytest.mark.parametrize("preset", ["demo", "small"])
+def test_few_layers_foretell_the_work_of_all(tmp_path, monkeypatch, policy, preset):
+    """By a clock that counts multiplications, against the model that a run would train."""
+
+    def multiplications(device, work):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    (tmp_path / "config.json").write_text(TINY_EYE)
+    config = replace(recipe(), vision_model=tmp_path, model=PRESETS[preset], freeze=policy)
+    monkeypatch.setattr(speed, "_seconds", multiplications)
+    device = torch.device("cpu")
+    eye = speed._eye(tmp_path)
+    few = speed._Language(config, eye.spec, 34, device)
+    told = speed._look(eye, 2, device) + few.step(speed.TypicalRow(30, 1, 7), [1, 1], 30)
+
+    tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path))
+    whole = VLM(config.model, eye.spec, 34, VisionEncoder(tower, eye.spec))
+    learns = freeze(whole, policy)
+    ids, mask = torch.randint(0, 600, (2, 30)), torch.arange(30).expand(2, 30) < 4
+    labels = torch.where(torch.arange(30) < 23, -100, ids)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    true = multiplications(
+        device, lambda: whole(ids, pixel_values=pixels, image_mask=mask, labels=labels).loss.backward()
+    )
+    assert told == pytest.approx(true, rel=0.03)  # attention is counted for the queries that need no gradient, too
+    assert few.learnt == sum(one.numel() for one in learns)
 
 
 def test_time_by_a_real_clock_is_some():

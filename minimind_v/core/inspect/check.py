@@ -6,19 +6,21 @@ kind of problem stands in `KINDS`.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
+import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.row import Row, RowStore
 from minimind_v.core.errors import RowError
+from minimind_v.core.inspect.digests import Digests, picture_digest, text_digest, whole_digest
+from minimind_v.core.inspect.packed import Packed
+from minimind_v.core.inspect.processes import each_row
 
 SKIPPED, CUT, TRAINED = "skips the row", "cuts the row", "trains on it all the same"
 KINDS = {  # what training does about a row with this problem; every other kind that a row can have is skipped
@@ -29,7 +31,7 @@ KINDS = {  # what training does about a row with this problem; every other kind 
     "duplicate picture": TRAINED,
     "held out": TRAINED,
 }
-TOGETHER = 32  # rows that a process checks at a time
+EXAMPLES = 3  # places that a summary tells of each kind
 NO_LIMIT = 2**31  # tokens
 
 
@@ -48,31 +50,77 @@ class Problem:
         return KINDS.get(self.kind, SKIPPED)
 
 
+Told = tuple[int, str, str]  # index of a row, kind and message of something that is wrong with it
+
+
 @dataclass
 class Found:
     """What one process found out about one row."""
 
     index: int
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind and message
-    text: bytes = b""  # digests: of the conversation, and of each picture
-    pictures: list[bytes] = field(default_factory=list)
+    whole: int | None = None  # a digest of text and pictures, where all of them can be read
+    parts: list[int] = field(default_factory=list)  # digests of each picture or, without any, of the text
 
 
-@dataclass
 class Report:
-    """What is wrong with a set of rows."""
+    """What is wrong with a set of rows. Of a row without fault nothing is kept but numbers."""
 
-    rows: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    skipped: set[int] = field(default_factory=set)  # indices of rows that training would skip
-    repeated: set[int] = field(default_factory=set)  # indices of rows that stand earlier too, or in the held-out file
+    def __init__(self, rows: RowStore, held_out: RowStore | None = None) -> None:
+        self._store, self._held_out = rows, held_out
+        self._told: Packed[Told] = Packed()
+        self._wholes, self._parts = Digests(), Digests()
+        count = len(rows)
+        self.skipped = np.zeros(count, bool)  # [rows], those that training would skip
+        self.repeated = np.zeros(count, bool)  # [rows], those that stand earlier too, or in the held-out file
+        self.whole = np.zeros(count, bool)  # [rows], those that can be copied: nothing that they name is missing
+        # Index of the row with the same text and pictures, with one of the pictures, and of the held-out one; or -1.
+        self._copies, self._shown, self._kept = (np.full(count, -1, np.int64) for _ in range(3))
+
+    @property
+    def rows(self) -> int:
+        return len(self.skipped)
+
+    def add(self, found: Found) -> None:
+        """Take in the next row."""
+        for kind, message in found.problems:
+            self._told.append((found.index, kind, message))
+            if kind not in KINDS:
+                self.skipped[found.index] = True
+        if found.whole is not None:
+            self.whole[found.index] = True
+            self._wholes.add(found.index, found.whole)
+            for digest in found.parts:
+                self._parts.add(found.index, digest)
+
+    def compare(self, held_out: Digests) -> None:
+        """Find the rows that stand twice, when all are here."""
+        self._copies = self._wholes.seen_before(self.rows)
+        self._shown = np.where(self._copies < 0, self._parts.seen_before(self.rows), -1)
+        self._kept = self._parts.seen_in(held_out, self.rows)
+        self.repeated = (self._copies >= 0) | (self._kept >= 0)
+
+    def problems(self) -> Iterator[Problem]:
+        """Everything that was found, in the order of the rows."""
+        for index, kind, message in heapq.merge(self._told, self._repetitions(), key=lambda told: told[0]):
+            yield Problem(self._store.number(index), kind, message, self._store.place(index))
+
+    def _repetitions(self) -> Iterator[Told]:
+        for index in np.flatnonzero((self._shown >= 0) | self.repeated).tolist():
+            if (first := self._copies[index]) >= 0:
+                yield index, "duplicate row", f"the same text and pictures as {self._store.place(int(first))}"
+            if (first := self._shown[index]) >= 0:
+                yield index, "duplicate picture", f"a picture of {self._store.place(int(first))}"
+            if self._held_out and (first := self._kept[index]) >= 0:
+                yield index, "held out", f"shared with {self._held_out.place(int(first))}"
 
     def refusal(self, bad_rows: float) -> str | None:
         """Why training would refuse these rows, if it would; `bad_rows` is the share of broken ones that it allows."""
-        if len(self.skipped) == self.rows:
+        skipped = int(self.skipped.sum())
+        if skipped == self.rows:
             return "no row can be used"
-        if len(self.skipped) > bad_rows * self.rows:
-            return f"{len(self.skipped)} of {self.rows} rows are broken, more than {bad_rows:.0%}"
+        if skipped > bad_rows * self.rows:
+            return f"{skipped} of {self.rows} rows are broken, more than {bad_rows:.0%}"
         return None
 
 
@@ -83,47 +131,23 @@ def check(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Check all rows in several processes. A process that a row kills is replaced, and the row named."""
-    report = Report(len(dataset))
-    kept = _digests_of(held_out) if held_out else {}
-    rows: dict[bytes, str] = {}  # digest → where it stood first
-    shown: dict[bytes, str] = {}
-    for found in _find_all(dataset, workers):
-        place = dataset.rows.place(found.index)
-        problems = list(found.problems)
-        if found.text:
-            whole = hashlib.blake2b(b"".join([found.text, *found.pictures]), digest_size=16).digest()
-            if (first := rows.setdefault(whole, place)) != place:
-                problems.append(("duplicate row", f"the same text and pictures as {first}"))
-                report.repeated.add(found.index)
-            elif seen := next((shown[digest] for digest in found.pictures if digest in shown), None):
-                problems.append(("duplicate picture", f"a picture of {seen}"))
-            for digest in found.pictures:
-                shown.setdefault(digest, place)
-            if shared := next((kept[digest] for digest in found.pictures or [found.text] if digest in kept), None):
-                problems.append(("held out", f"shared with {shared}"))
-                report.repeated.add(found.index)
-        for kind, message in problems:
-            report.problems.append(Problem(dataset.rows.number(found.index), kind, message, place))
-            if kind not in KINDS:
-                report.skipped.add(found.index)
+    report = Report(dataset.rows, held_out)
+    kept = _digests_of(held_out) if held_out else Digests()
+    for found in each_row(check_row, dataset, workers, _crashed):
+        report.add(found)
         if found.index % 100 == 99 or found.index + 1 == len(dataset):
             progress(found.index + 1, len(dataset))
+    report.compare(kept)
     return report
 
 
-def text_digest(row: Row) -> bytes:
-    """A digest of a conversation."""
-    return hashlib.blake2b(json.dumps(row.conversations, sort_keys=True).encode(), digest_size=16).digest()
+def _crashed(index: int) -> Found:
+    return Found(index, [("crash", "reading the row ended the process that read it")])
 
 
-def picture_digest(data: bytes) -> bytes:
-    """A digest of a picture's bytes."""
-    return hashlib.blake2b(data, digest_size=16, person=b"picture").digest()
-
-
-def _digests_of(rows: RowStore) -> dict[bytes, str]:
-    """Each picture of a set, and the text of each row without any, and where it stands."""
-    found: dict[bytes, str] = {}
+def _digests_of(rows: RowStore) -> Digests:
+    """Each picture of a set, and the text of each row without any."""
+    found = Digests()
     for index in range(len(rows)):
         try:
             row = rows.row(index)
@@ -132,7 +156,7 @@ def _digests_of(rows: RowStore) -> dict[bytes, str]:
         except RowError:
             continue  # it is nobody's copy
         for digest in digests or [text_digest(row)]:
-            found.setdefault(digest, rows.place(index))
+            found.add(index, digest)
     return found
 
 
@@ -148,10 +172,11 @@ def check_row(dataset: RowDataset, index: int) -> Found:
         found.problems.append((error.kind, str(error)))
         return found
     used = _check_text(dataset, index, row, found)
+    pictures: list[int] = []
     for position, name in enumerate(row.images):
         try:
             data = dataset.rows.picture(index, position, name)
-            found.pictures.append(picture_digest(data))
+            pictures.append(picture_digest(data))
             load_pixels(data, name, dataset.image_size)
         except RowError as error:
             if position >= used:  # training never looks at it
@@ -160,8 +185,9 @@ def check_row(dataset: RowDataset, index: int) -> Found:
                 found.problems.append((error.kind, str(error)))
             if error.kind == "placeholders":
                 break  # says it of all
-    if len(found.pictures) == len(row.images):
-        found.text = text_digest(row)
+    if len(pictures) == len(row.images):
+        text = text_digest(row)
+        found.whole, found.parts = whole_digest(text, pictures), pictures or [text]
     return found
 
 
@@ -192,81 +218,32 @@ def _check_text(dataset: RowDataset, index: int, row: Row, found: Found) -> int:
     return kept.tokens.images
 
 
-# --- many processes ---------------------------------------------------------------------------------------------------
-
-_dataset: RowDataset  # of a worker process
-
-
-def _start(dataset: RowDataset) -> None:
-    global _dataset
-    _dataset = dataset
-
-
-def _check_some(begin: int, end: int) -> list[Found]:
-    return [check_row(_dataset, index) for index in range(begin, end)]
-
-
-def _pool(dataset: RowDataset, workers: int) -> ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit whatever threads the libraries have
-    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(dataset,))
-
-
-def _find_all(dataset: RowDataset, workers: int) -> Iterator[Found]:
-    """What is found of each row, in the order of the rows."""
-    spans = [(begin, min(begin + TOGETHER, len(dataset))) for begin in range(0, len(dataset), TOGETHER)]
-    at = 0
-    while at < len(spans):
-        with _pool(dataset, workers) as pool:
-            waiting: list[Future[list[Found]]] = []
-            ahead = at
-            try:
-                while at < len(spans):
-                    while ahead < len(spans) and len(waiting) < 4 * workers:
-                        waiting.append(pool.submit(_check_some, *spans[ahead]))
-                        ahead += 1
-                    yield from waiting[0].result()
-                    del waiting[0]
-                    at += 1
-            except BrokenProcessPool:
-                pass
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        if at < len(spans):  # a process died over one of the rows that were under way: go through this span by rows
-            yield from _one_by_one(dataset, *spans[at])
-            at += 1
-
-
-def _one_by_one(dataset: RowDataset, begin: int, end: int) -> Iterator[Found]:
-    pool = _pool(dataset, 1)
-    try:
-        for index in range(begin, end):
-            try:
-                yield pool.submit(_check_some, index, index + 1).result()[0]
-            except BrokenProcessPool:
-                yield Found(index, [("crash", "reading the row ended the process that read it")])
-                pool = _pool(dataset, 1)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def summary(report: Report, bad_rows: float) -> dict[str, Any]:
-    """The report for a program to read."""
-    kinds: dict[str, Any] = {}
-    for problem in report.problems:
-        kind = kinds.setdefault(problem.kind, {"count": 0, "training": problem.training, "first": []})
-        kind["count"] += 1
-        if len(kind["first"]) < 3:
-            kind["first"].append(problem.place)
+    """The report for a program to read, its problems by kind; each by itself is what `Report.problems` gives."""
+    counts: Counter[str] = Counter()
+    first: dict[str, list[Problem]] = {}
+    for problem in report.problems():
+        counts[problem.kind] += 1
+        if len(examples := first.setdefault(problem.kind, [])) < EXAMPLES:
+            examples.append(problem)
     refusal = report.refusal(bad_rows)
     return {
         "rows": report.rows,
-        "usable": report.rows - len(report.skipped),
+        "usable": report.rows - int(report.skipped.sum()),
         "ok": refusal is None,
         "refusal": refusal,
-        "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1]["count"])),
-        "problems": [
-            {"row": problem.row, "kind": problem.kind, "message": problem.message, "place": problem.place}
-            for problem in report.problems
-        ],
+        "kinds": {
+            kind: {
+                "count": count,
+                "training": first[kind][0].training,
+                "first": [problem.place for problem in first[kind]],
+                "message": first[kind][0].message,
+            }
+            for kind, count in counts.most_common()
+        },
     }
+
+
+def as_json(problem: Problem) -> dict[str, Any]:
+    """A problem for a program to read."""
+    return {"row": problem.row, "kind": problem.kind, "message": problem.message, "place": problem.place}

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -64,13 +63,7 @@ def convert(
     Raises UsageError for another ending or a target that exists, DataError for the first row that cannot be read:
     nothing is left out without being asked for.
     """
-    form: type[Form] | None = {".jsonl": JsonlZip, ".parquet": Parquet}.get(out.suffix)  # type: ignore[assignment]
-    if form is None:
-        raise UsageError(f"{out}: ends in neither .jsonl nor .parquet, so it is not clear what to write")
-    target = form(out, out.with_name(f".{out.name}.parts"))
-    for path in target.files:
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} is there already — add --overwrite to replace it")
+    target = check_target(out, overwrite)
     done = begun = _resume(rows, target)
     pictures = 0
     for part in _parts(rows, done):
@@ -81,6 +74,18 @@ def convert(
     target.finish()
     shutil.rmtree(target.folder)
     return Converted(target.files, done, pictures, begun)
+
+
+def check_target(out: Path, overwrite: bool) -> Form:
+    """The form that a file's name asks for. Raises UsageError for another ending, and for a file that is there."""
+    form: type[Form] | None = {".jsonl": JsonlZip, ".parquet": Parquet}.get(out.suffix)  # type: ignore[assignment]
+    if form is None:
+        raise UsageError(f"{out}: ends in neither .jsonl nor .parquet, so it is not clear what to write")
+    target = form(out, out.with_name(f".{out.name}.parts"))
+    for path in target.files:
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} is there already — add --overwrite to replace it")
+    return target
 
 
 def read_whole(rows: RowStore, index: int) -> Whole:
@@ -98,9 +103,12 @@ def _resume(rows: RowStore, target: Form) -> int:
     """Rows that stand in whole parts of an earlier run over the same source; parts of another source are removed."""
     plan = target.folder / "source.json"
     files = [path for path in (rows.path, rows.pictures) if path]
+    files += sorted(rows.path.rglob("*")) if rows.path.is_dir() else []
     stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    numbers = np.array([rows.number(index) for index in range(len(rows))], np.int64)  # not the same of two selections
-    told = json.dumps({"rows": hashlib.sha256(numbers.tobytes()).hexdigest(), "files": stamps})
+    chosen = hashlib.sha256()  # not the same of two selections
+    for index in range(len(rows)):
+        chosen.update(f"{rows.place(index)}\n".encode("utf-8", "surrogateescape"))
+    told = json.dumps({"rows": chosen.hexdigest(), "files": stamps})
     if not plan.is_file() or plan.read_text(encoding="utf-8") != told:
         shutil.rmtree(target.folder, ignore_errors=True)
         write_text(plan, told)

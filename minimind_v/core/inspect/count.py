@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,16 +25,20 @@ _HAN, _LATIN = re.compile(f"[{HAN}]"), re.compile(f"[{LATIN}]+")
 _OTHER = re.compile(rf"(?![{HAN}{LATIN}])[^\W\d_]")
 
 
+def _numbers() -> array[int]:
+    return array("I")  # a list of a million numbers has a million objects
+
+
 @dataclass
 class Counted:
-    """What was counted. Lists have a number per row, of the whole row, before truncation."""
+    """What was counted. Arrays have a number per row, of the whole row, before truncation."""
 
-    total: list[int] = field(default_factory=list)
-    prompt: list[int] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
-    images: list[int] = field(default_factory=list)  # tokens that stand for pictures
-    turns: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
+    total: array[int] = field(default_factory=_numbers)
+    prompt: array[int] = field(default_factory=_numbers)
+    answers: array[int] = field(default_factory=_numbers)
+    images: array[int] = field(default_factory=_numbers)  # tokens that stand for pictures
+    turns: array[int] = field(default_factory=_numbers)
+    pictures: array[int] = field(default_factory=_numbers)
     languages: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)  # rows by kind
     first_skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # by kind: its number, where and why

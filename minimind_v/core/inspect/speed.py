@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, pick_device
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+from minimind_v.core.model.text import Place
+from minimind_v.core.model.vision import VisionEncoder, VisionSpec, read_vision_spec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
 
 SECONDS = 4.0  # that the measured batch may take
+CPU_TOKENS = 1024  # of the measured batch on a CPU, whose time per token is the same for more
+PROBE = 2**22  # numbers that an update is measured with
 
 
 @dataclass(frozen=True)
@@ -41,25 +47,25 @@ class Estimate:
 def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int, placeholder_id: int) -> Estimate:
     """Foretell a run over `rows` rows (all epochs together) in `updates` updates.
 
-    A batch of the recipe's sizes, or as many of its rows as can be done in some seconds, goes forward and backward
-    through a model of the recipe's sizes, vision tower included. No weights are read.
+    A batch of the recipe's sizes, or as many of its rows as can be done in some seconds, goes forward and backward. No
+    weights are read. Layers of one kind take the same time, so few are made: a whole model would be a gigabyte.
     """
     try:
         device = pick_device(config.device)
-        spec, encoder = _tower(config.vision_model)
-        model = VLM(config.model, spec, placeholder_id, encoder).to(device).train()
-        learns = freeze(model, config.freeze)
-        optimiser = torch.optim.AdamW(learns, lr=0.0, fused=True)
-        length = min(round(row.length), config.data.max_length)
+        eye = _eye(config.vision_model).to(device)
+        measured = _Language(config, eye.spec, placeholder_id, device)
+        length = min(max(round(row.length), 2), config.data.max_length)
+        together = max(1, CPU_TOKENS // length) if device.type == "cpu" else config.data.batch_size
 
         def step(count: int) -> float:
-            return _seconds(device, lambda: _learn(config, model, _batch(model, row, length, count).to(device)))
+            pictures = _pictures(row, count, length // eye.spec.tokens_per_image)
+            return _look(eye, sum(pictures), device) + measured.step(row, pictures, length)
 
         alone = step(1)  # the first time pays for what is only made once
         alone = min(alone, step(1)) if alone < SECONDS else alone
-        count = max(1, min(config.data.batch_size, int(SECONDS / alone)))
-        together = step(count) if count > 1 else alone
-        update = _seconds(device, optimiser.step)
+        count = max(1, min(config.data.batch_size, together, int(SECONDS / alone)))
+        taken = step(count) if count > 1 else alone
+        update = measured.update()
     except torch.OutOfMemoryError:
         return Estimate(None, "not measured: a batch of this recipe does not fit into the device's memory")
     except Exception as error:  # an estimate must not end what has been counted
@@ -68,51 +74,94 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int, plac
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
         where += ", which are busy with other work: left alone they may be many times as fast"
     return Estimate(
-        together / count * rows + update * updates,
-        f"an estimate: {together:.2f} s for {count} made-up row{'s' * (count > 1)} of {length} tokens and "
+        taken / count * rows + update * updates,
+        f"an estimate: {taken:.2f} s for {count} made-up row{'s' * (count > 1)} of {length} tokens and "
         f"{row.pictures:.2g} pictures each, forward and backward with random weights, and {update:.3f} s "
         f"for an update, measured just now on {where}; reading, saving and what else runs are not in it",
     )
 
 
-def _tower(folder: Path) -> tuple[VisionSpec, VisionEncoder]:
-    """A vision tower of the sizes that a folder's configuration tells, its weights random."""
+def _pictures(row: TypicalRow, rows: int, most: int) -> list[int]:
+    """How many pictures each row has. Of 1.5 pictures a row: one and two in turn."""
+    ends = [int(number * row.pictures) for number in range(rows + 1)]
+    return [min(end - begin, most) for begin, end in pairwise(ends)]
+
+
+def _eye(folder: Path) -> VisionEncoder:
+    """A vision tower of the sizes that a folder's configuration tells, all of its layers the same random one."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    from minimind_v.core.model.vision import read_vision_spec
-
     spec = read_vision_spec(folder)
-    return spec, VisionEncoder(CLIPVisionModel(CLIPVisionConfig.from_pretrained(folder)), spec)
+    config = CLIPVisionConfig.from_pretrained(folder)
+    layers, config.num_hidden_layers = config.num_hidden_layers, 1
+    tower = CLIPVisionModel(config)
+    stack = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    stack.extend([stack[0]] * (layers - 1))
+    return VisionEncoder(tower, spec)
 
 
-def _batch(model: VLM, row: TypicalRow, length: int, rows: int) -> Batch:
-    """Rows of random ids with the usual number of pictures and answers."""
-    patches, size = model.spec.tokens_per_image, model.spec.image_size
-    length = max(length, 2)
-    input_ids = torch.randint(0, model.config.vocab_size, (rows, length))
-    image_mask = torch.zeros(rows, length, dtype=torch.bool)
-    pictures = 0
-    for number in range(rows):  # 1.5 pictures a row: one and two in turn
-        here = min(int((number + 1) * row.pictures) - int(number * row.pictures), length // patches)
-        image_mask[number, : here * patches] = True
-        pictures += here
-    labels = torch.full((rows, length), IGNORE)
-    answers = min(max(round(row.supervised), 1), length - 1)
-    labels[:, length - answers :] = input_ids[:, length - answers :]
-    pixels = torch.randint(0, 256, (pictures, 3, size, size), dtype=torch.uint8) if pictures else None
-    return Batch(input_ids, torch.ones(rows, length, dtype=torch.bool), labels, image_mask, pixels)
+def _look(eye: VisionEncoder, pictures: int, device: torch.device) -> float:
+    if not pictures:
+        return 0.0
+    size = (pictures, 3, eye.spec.image_size, eye.spec.image_size)
+    pixels = torch.randint(0, 256, size, dtype=torch.uint8).to(device)
+    return _seconds(device, lambda: eye(pixels))
 
 
-def _learn(config: RunConfig, model: VLM, batch: Batch) -> None:
-    with autocast(model.device, config.dtype):
-        out = model(
-            batch.input_ids,
-            attention_mask=batch.attention_mask,
-            pixel_values=batch.pixel_values,
-            image_mask=batch.image_mask,
-            labels=batch.labels,
+class _Language:
+    """A language model with two of its layers, the last and one of those that all others are like."""
+
+    def __init__(self, config: RunConfig, spec: VisionSpec, placeholder_id: int, device: torch.device) -> None:
+        self.device, self.dtype = device, config.dtype
+        whole = config.model.num_hidden_layers
+        self.model = (
+            VLM(replace(config.model, num_hidden_layers=min(whole, 2)), spec, placeholder_id).to(device).train()
         )
-    out.loss.backward()
+        learns = freeze(self.model, config.freeze)
+        self.block, self.missing = self.model.model.layers[0], whole - min(whole, 2)
+        here, more = (
+            sum(one.numel() for one in some if one.requires_grad) for some in (learns, self.block.parameters())
+        )
+        self.learnt = here + self.missing * more
+
+    def step(self, row: TypicalRow, pictures: list[int], length: int) -> float:
+        """Seconds that the whole model takes for a batch of random ids and features, forward and backward."""
+        patches, rows, model = self.model.spec.tokens_per_image, len(pictures), self.model
+        input_ids = torch.randint(0, model.config.vocab_size, (rows, length))
+        labels, answers = torch.full((rows, length), IGNORE), min(max(round(row.supervised), 1), length - 1)
+        labels[:, length - answers :] = input_ids[:, length - answers :]
+        image_mask = torch.arange(length) < torch.tensor(pictures)[:, None] * patches
+        features = torch.randn(sum(pictures), patches, model.spec.width) if sum(pictures) else None
+        batch = Batch(input_ids, torch.ones(rows, length, dtype=torch.bool), labels, image_mask, None, features)
+        taken = _seconds(self.device, partial(self._learn, batch.to(self.device)))
+        if self.missing:
+            hidden = torch.randn(rows, length, model.config.hidden_size, device=self.device, requires_grad=True)
+            taken += self.missing * _seconds(self.device, partial(self._one_more, hidden))
+        return taken
+
+    def _learn(self, batch: Batch) -> None:
+        with autocast(self.device, self.dtype):
+            out = self.model(
+                batch.input_ids,
+                attention_mask=batch.attention_mask,
+                image_features=batch.image_features,
+                image_mask=batch.image_mask,
+                labels=batch.labels,
+            )
+        out.loss.backward()
+
+    def _one_more(self, hidden: Tensor) -> None:
+        with autocast(self.device, self.dtype):
+            out, _ = self.block(hidden, Place(self.model.model.rotary, hidden, None, None), None)
+        out.sum().backward()
+
+    def update(self) -> float:
+        """Seconds of AdamW for all numbers that learn, which take the same time each."""
+        probe = torch.zeros(min(self.learnt, PROBE), device=self.device, requires_grad=True)
+        probe.grad = torch.zeros_like(probe)
+        optimiser = torch.optim.AdamW([probe], lr=0.0, fused=True)
+        optimiser.step()  # makes its state
+        return _seconds(self.device, optimiser.step) * self.learnt / len(probe)
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 
 from minimind_v.core.data.parquet import ParquetRows
 from minimind_v.core.data.row import RowStore
+from minimind_v.core.data.saved import SavedRows
 from minimind_v.core.errors import UsageError
 from minimind_v.core.files import write_atomically
-from minimind_v.core.inspect.check import picture_digest, text_digest
 from minimind_v.core.inspect.convert import as_json, convert, read_whole
+from minimind_v.core.inspect.digests import Digests, picture_digest, text_digest
 from minimind_v.core.inspect.sample import SampledRows
 
 
@@ -43,59 +45,66 @@ def split(
     `held_out` is a share below 1, or a number of rows from 1 on. Rows that share a picture, directly or by way of other
     rows, stay together. Raises UsageError where one side would be empty, DataError for a row that cannot be read.
     """
-    wanted = round(held_out * len(rows)) if held_out < 1 else int(held_out)
-    groups = _groups(rows, progress)
-    order = sorted(groups, key=lambda group: group[0])
-    random.Random(seed).shuffle(order)
-    kept: list[int] = []
-    for group in order:
-        if len(kept) + len(group) <= wanted:
-            kept += group
-    if not 0 < len(kept) < len(rows):
-        raise UsageError(
-            f"--held-out {held_out:g} of {len(rows)} rows, in {len(groups)} groups that share pictures, "
-            "leaves one side empty"
-        )
-    chosen = set(kept)
-    ending = "parquet" if isinstance(rows, ParquetRows) else "jsonl"
-    sides = {
-        out / f"train.{ending}": [index for index in range(len(rows)) if index not in chosen],
-        out / f"held_out.{ending}": sorted(chosen),
-    }
-    for path in sides:
+    packed = isinstance(rows, ParquetRows | SavedRows)  # with the pictures in the rows
+    train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
+    for path in (train, aside):
         if path.exists() and not overwrite:
             raise UsageError(f"{path} is there already — add --overwrite to replace it")
-    for path, indices in sides.items():
-        part = SampledRows(rows, np.array(indices, np.int64))
-        if ending == "parquet":
+    groups = _groups(rows, lambda done: progress(done, 2 * len(rows)))  # rows are read first, then written
+    held = _hold_out(groups, held_out, seed)
+    done = len(rows)
+    for path, chosen in ((train, ~held), (aside, held)):
+        part = SampledRows(rows, np.flatnonzero(chosen))
+        if packed:
             convert(part, path, overwrite)
         else:
             _write_rows(part, path)
-    train, held = sides
-    return Split(train, held, len(sides[train]), len(sides[held]), len(groups))
+        done += len(part)
+        progress(done, 2 * len(rows))
+    return Split(train, aside, int((~held).sum()), int(held.sum()), len(np.unique(groups)))
 
 
-def _groups(rows: RowStore, progress: Callable[[int, int], None]) -> list[list[int]]:
-    """Indices of rows that belong together, by what their pictures are or, without any, by what they say."""
-    parent = list(range(len(rows)))
+def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
+    """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit whole."""
+    wanted = round(held_out * len(groups)) if held_out < 1 else int(held_out)
+    _, which, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order = list(range(len(sizes)))
+    random.Random(seed).shuffle(order)
+    chosen, count = np.zeros(len(sizes), bool), 0
+    for group in order:
+        if count + sizes[group] <= wanted:
+            chosen[group] = True
+            count += int(sizes[group])
+    if not 0 < count < len(groups):
+        raise UsageError(
+            f"--held-out {held_out:g} of {len(groups)} rows, in {len(sizes)} groups that share pictures, "
+            "leaves one side empty"
+        )
+    return chosen[which]
+
+
+def _groups(rows: RowStore, progress: Callable[[int], None]) -> np.ndarray:
+    """For each row the first of those that belong together, int64 [rows]: by pictures or, without any, by the text."""
+    digests = Digests()
+    for index in range(len(rows)):
+        whole = read_whole(rows, index)
+        for digest in [picture_digest(data) for data in whole.pictures] or [text_digest(whole.row)]:
+            digests.add(index, digest)
+        if index % 100 == 99:
+            progress(index + 1)
+    parent = array("q", range(len(rows)))
 
     def root(index: int) -> int:
         while parent[index] != index:
             parent[index] = index = parent[parent[index]]
         return index
 
-    first: dict[bytes, int] = {}
-    for index in range(len(rows)):
-        whole = read_whole(rows, index)
-        for digest in [picture_digest(data) for data in whole.pictures] or [text_digest(whole.row)]:
-            one, other = sorted((root(first.setdefault(digest, index)), root(index)))
-            parent[other] = one
-        if index % 100 == 99:
-            progress(index + 1, len(rows))
-    found: dict[int, list[int]] = {}
-    for index in range(len(rows)):
-        found.setdefault(root(index), []).append(index)
-    return list(found.values())
+    owners, firsts = digests.owners, digests.firsts()
+    shared = owners != firsts
+    for index, first in zip(owners[shared].tolist(), firsts[shared].tolist(), strict=True):
+        one, other = sorted((root(index), root(first)))
+        parent[other] = one
+    return np.array([root(index) for index in range(len(rows))], np.int64)
 
 
 def _write_rows(rows: RowStore, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -97,7 +97,7 @@ def _facts(counted: Counted, encoder: PromptEncoder, config: RunConfig, wanted: 
     }
 
 
-def quantiles(values: list[int]) -> dict[str, float]:
+def quantiles(values: Sequence[int]) -> dict[str, float]:
     """Quantiles, mean and sum of whole numbers; empty for none."""
     if not values:
         return {}
@@ -106,7 +106,7 @@ def quantiles(values: list[int]) -> dict[str, float]:
     return named | {"mean": round(float(np.mean(values)), 2), "sum": int(np.sum(values))}
 
 
-def histogram(values: list[int]) -> dict[str, list[int]]:
+def histogram(values: Sequence[int]) -> dict[str, list[int]]:
     """Counts between round edges. The last bin has all from the 99.5th percentile on: a long tail hides the rest."""
     if not values:
         return {"edges": [], "counts": []}
