@@ -6,6 +6,7 @@ import torch
 
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.errors import MissingInput, RowError, UsageError
+from minimind_v.core.generate.ready import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampling
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import place, sighted_model, tokenizer
@@ -134,12 +135,17 @@ class Interrupted:
 
     def __init__(self, model, step):
         self.left = step
-        self.handle = model.model.layers[-1].register_forward_hook(self.count)
+        self.layer = ready(model).decoder.layers[-1]
+        self.mlp, self.layer.mlp = self.layer.mlp, self
 
-    def count(self, *_):
+    def __call__(self, x):
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
+        return self.mlp(x)
+
+    def remove(self):
+        self.layer.mlp = self.mlp
 
 
 @pytest.mark.parametrize("turn", [0, 1])
@@ -153,7 +159,7 @@ def test_an_interruption_inside_the_model_leaves_a_conversation_that_goes_on(mod
     interruption = Interrupted(model, step)
     with pytest.raises(KeyboardInterrupt):
         list(session.ask(asked, [] if turn else [pixels()], 50))
-    interruption.handle.remove()
+    interruption.remove()
     if step > 1:  # else the question itself was not read
         turns.append((asked, list(session.sampler.drawn)))
     check(model, session, turns, SECOND, [pixels()] if turns else [])

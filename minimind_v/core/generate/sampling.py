@@ -42,12 +42,22 @@ class Sampler:
             self.generator.seed()
 
     def __call__(self, logits: Tensor) -> int:
-        """One id from logits [V]."""
+        """One id from logits [V]. Draws from what a full sort would, without sorting the unlikely."""
         if self.sampling.temperature == 0:
             return int(logits.argmax())
         behind = (logits - logits.max()).double().cpu()  # so that the smallest temperature cannot overflow
         probs = (behind / self.sampling.temperature).softmax(dim=-1)  # [V]
-        ordered, ids = probs.sort(descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # the mass of all likelier tokens
-        ordered[before >= self.sampling.top_p] = 0  # the likeliest always stays
-        return int(ids[torch.multinomial(ordered, 1, generator=self.generator)])
+        if self.sampling.top_p == 1:
+            return _draw(probs.cumsum(dim=-1), self.generator)
+        # All tokens less likely than (1 - p) / V weigh less than 1 - p together, so the nucleus ends before them.
+        likely = (probs >= (1 - self.sampling.top_p) / len(probs)).nonzero().flatten()  # [K], few of V
+        ordered, order = probs[likely].sort(descending=True)
+        mass = ordered.cumsum(dim=-1)
+        end = int((mass - ordered < self.sampling.top_p).sum())  # of the fewest that hold p: those before hold less
+        return int(likely[order[_draw(mass[:end], self.generator)]])
+
+
+def _draw(mass: Tensor, generator: torch.Generator) -> int:
+    """An index as likely as its step in the ascending sums `mass`."""
+    point = torch.rand(1, dtype=mass.dtype, generator=generator) * mass[-1]
+    return int(torch.searchsorted(mass, point, right=True).clamp(max=len(mass) - 1))

@@ -13,14 +13,20 @@ from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MissingInput, UsageError
 from minimind_v.core.generate.engine import generate
+from minimind_v.core.generate.ready import ready, signs_of
 from minimind_v.core.generate.sampling import Sampler, Sampling
+from minimind_v.core.generate.text import TextStream
 from minimind_v.core.model.vlm import VLM
 
 CONTEXT = 4096  # tokens of a conversation; the published models were trained on at most 1536
 
 
 class Session:
-    """Keeps the keys and values of all earlier turns, so that a further question costs only its own tokens."""
+    """Keeps the keys and values of all earlier turns, so that a further question costs only its own tokens.
+
+    A new conversation about a picture that was asked about lately, in this session or another one with the same model,
+    begins behind the picture (`ready`).
+    """
 
     def __init__(self, model: VLM, tokenizer: Tokenizer, sampling: Sampling, context: int = CONTEXT) -> None:
         self.model = model.eval()
@@ -33,7 +39,7 @@ class Session:
 
     def restart(self) -> None:
         """Forget the conversation."""
-        self.cache = self.model.new_cache(1, self.context)
+        self.cache = ready(self.model).decoder.new_cache(1, self.context)
         self._pending: list[int] = []  # said, but not yet read by the model
         self._begun = False
 
@@ -64,34 +70,15 @@ class Session:
         return tokens
 
     def _answer(self, tokens: Tokens, pictures: list[np.ndarray], max_new_tokens: int) -> Iterator[str]:
-        device = self.model.device
-        features = None
-        if pictures:
-            if self.model.vision_encoder is None:
-                raise UsageError("this model was loaded without its vision model")
-            features = self.model.vision_encoder(torch.from_numpy(np.stack(pictures)).to(device))
         ids: list[int] = []
-        produced = generate(
-            self.model,
-            self.cache,
-            torch.tensor([tokens.input_ids], device=device),
-            self.sampler,
-            self.tokenizer.eos_id,
-            max_new_tokens,
-            features,
-            torch.tensor([tokens.image_mask], device=device),
-        )
-        shown, start, ended = "", self.cache.used, False
+        start, ended = self.cache.used, False
+        text = TextStream(self.tokenizer)
         try:
-            for token in produced:
+            for token in self._read(tokens, pictures, max_new_tokens):
                 ids.append(token)
-                text = self.tokenizer.decode(ids)
-                if not text.endswith(
-                    "\N{REPLACEMENT CHARACTER}"
-                ):  # the bytes of a character may come in several tokens
-                    yield text[len(shown) :]
-                    shown = text
-            if rest := self.tokenizer.decode(ids)[len(shown) :]:
+                if piece := text.add(token):
+                    yield piece
+            if rest := text.rest():
                 yield rest
             ended = True
         finally:  # however the answer ended, even inside a layer: the next question follows a closed turn
@@ -103,6 +90,28 @@ class Session:
             else:  # the question itself was not read: as if it had never been asked
                 self.cache.rewind(start)
             self.new_tokens = len(ids)
+
+    def _read(self, tokens: Tokens, pictures: list[np.ndarray], max_new_tokens: int) -> Iterator[int]:
+        """The ids of an answer. The beginning of a first question is recalled, as far as it is known."""
+        memory, first = ready(self.model), not self._begun
+        signs = signs_of(tokens.input_ids, tokens.image_mask, pictures)
+        known = memory.recall(signs, self.cache) if first else 0
+        seen = sum(tokens.image_mask[:known]) // self.prompts.tokens_per_image
+        device = self.model.device
+        answer = generate(
+            self.model,
+            self.cache,
+            torch.tensor([tokens.input_ids[known:]], device=device),
+            self.sampler,
+            self.tokenizer.eos_id,
+            max_new_tokens,
+            memory.features(self.model, pictures[seen:]),
+            torch.tensor([tokens.image_mask[known:]], device=device),
+        )
+        for count, token in enumerate(answer):
+            if first and not count:
+                memory.remember(signs, self.cache)
+            yield token
 
     def _look(self, path: Path) -> np.ndarray:
         if not path.is_file():

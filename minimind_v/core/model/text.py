@@ -17,8 +17,9 @@ from minimind_v.core.model.moe import FeedForward, MoEFeedForward
 class KVCache:
     """Keys and values of every layer, allocated once: [L, B, KV, max_length, head_dim].
 
-    `lengths` counts the tokens that each row really has. The next token of a row is written right behind them,
-    so right-padded prompts of different lengths can be continued together.
+    All rows write to the same columns, behind everything that is there: one slice, and no scattered copies. Where a
+    shorter row has nothing to write, its columns are padding that nobody attends to; a token's position counts only
+    the real tokens before it, so right-padded prompts of different lengths can be continued together.
     """
 
     def __init__(
@@ -27,23 +28,60 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.used = 0  # the longest row, on the host: slicing by it costs no device synchronisation
+        self.used = 0  # columns, on the host: slicing by it costs no device synchronisation
+        self.padding: Tensor | None = None  # [B, max_length], True where a row has nothing; None: in no row
 
     @property
     def max_length(self) -> int:
         return self.keys.shape[3]
 
-    def rewind(self, length: int) -> None:
-        """Forget all tokens from `length` on. For caches whose rows are equally long."""
-        self.used = length
-        self.lengths.fill_(length)
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each row really has [B]."""
+        whole = torch.full((self.keys.shape[1],), self.used, device=self.keys.device)
+        return whole if self.padding is None else whole - self.padding[:, : self.used].sum(dim=1)
 
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, KV, T, hd] at positions [B, T]; returns all that is used so far, [B, KV, S, hd]."""
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]  # [B, 1]
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2).to(self.values.dtype)
+    def rewind(self, length: int) -> None:
+        """Forget all tokens from `length` on. For caches without padding."""
+        self.used = length
+
+    def drop(self, row: int) -> None:
+        """Forget a whole row; the last one takes its number."""
+        last = self.keys.shape[1] - 1
+        for part in (self.keys, self.values):
+            part[:, row, :, : self.used] = part[:, last, :, : self.used]
+        self.keys, self.values = self.keys[:, :last], self.values[:, :last]
+        if self.padding is not None:
+            self.padding[row] = self.padding[last]
+            self.padding = self.padding[:last]
+
+    def extend(self, time: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Make room for a chunk of so many columns; attention_mask [B, T] is 0 where a row has padding.
+
+        Returns the chunk's positions [B, T] (of one row where all are alike) and the mask that attention to all
+        columns needs [B, 1, T, S]; None where the chunk is the first, which is causal, or all may be seen.
+        """
+        start, end = self.used, self.used + time
+        if end > self.max_length:
+            raise ValueError(f"the KV cache holds {self.max_length} tokens, {end} are needed")
+        columns = torch.arange(start, end, device=self.keys.device)  # [T]
+        positions = columns[None] if self.padding is None else self.lengths[:, None] + (columns - start)
+        self.used = end
+        if attention_mask is not None and not attention_mask.all():
+            if self.padding is None:
+                shape = (self.keys.shape[1], self.max_length)
+                self.padding = torch.zeros(shape, dtype=torch.bool, device=self.keys.device)
+            self.padding[:, start:end] = ~attention_mask.bool()
+        if start == 0 or (time == 1 and self.padding is None):
+            return positions, None
+        mask = (torch.arange(end, device=self.keys.device) <= columns[:, None])[None, None]  # [1, 1, T, S]
+        return positions, mask if self.padding is None else mask & ~self.padding[:, None, None, :end]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest chunk's [B, KV, T, hd]; returns all that is used so far, [B, KV, S, hd]."""
+        start = self.used - keys.shape[2]
+        self.keys[layer, :, :, start : self.used] = keys
+        self.values[layer, :, :, start : self.used] = values
         return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
 
 
@@ -101,11 +139,11 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
         if place.cache is not None:
-            keys, values = place.cache.write(self.layer, place.position_ids, k, v)
-            if place.mask is not None:  # an empty cache is attended to like no cache
+            keys, values = place.cache.write(self.layer, k, v)
+            if not place.first:  # an empty cache is attended to like no cache
                 k, v = keys.to(q.dtype), values.to(q.dtype)  # [B, KV, S, hd]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=place.mask, is_causal=place.mask is None, enable_gqa=True
+            q, k, v, attn_mask=place.mask, is_causal=place.first, enable_gqa=True
         )  # [B, heads, T, hd]
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
 
@@ -117,21 +155,14 @@ class Place:
     """
 
     def __init__(self, rotary: Rotary, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
-        batch, time = x.shape[:2]
         self.cache = cache
+        self.first = cache is None or cache.used == 0
         self.mask: Tensor | None = None
-        past = torch.zeros(batch, dtype=torch.long, device=x.device) if cache is None else cache.lengths.clone()
-        self.position_ids = past[:, None] + torch.arange(time, device=x.device)  # [B, T]
-        if cache is not None:
-            empty = cache.used == 0
-            if cache.used + time > cache.max_length:
-                raise ValueError(f"the KV cache holds {cache.max_length} tokens, {cache.used + time} are needed")
-            cache.used += time
-            cache.lengths += time if attention_mask is None else attention_mask.sum(dim=1)
-            if not empty:
-                slots = torch.arange(cache.used, device=x.device)
-                self.mask = slots <= self.position_ids[:, None, :, None]  # [B, 1, T, S]
-        self.cos, self.sin = rotary(self.position_ids)
+        if cache is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]  # [1, T]
+        else:
+            position_ids, self.mask = cache.extend(x.shape[1], attention_mask)
+        self.cos, self.sin = rotary(position_ids)
 
 
 class Block(nn.Module):

@@ -85,24 +85,38 @@ class VLM(nn.Module):
 
         Raises ValueError naming the row whose placeholders do not fit its pictures.
         """
-        x = self.model.embed_tokens(input_ids)  # [B, T, D]
         per_row = None
         if pixel_values is not None and image_features is None:
             pixel_values, per_row = _flatten_pictures(pixel_values)  # [M, 3, H, W]
             if self.vision_encoder is None:
                 raise ValueError("this model was built without a vision encoder: give image_features")
             image_features = self.vision_encoder(pixel_values)  # [M, P, width]
-        if image_features is not None:
-            x = self._place_pictures(x, input_ids, image_features, image_mask, per_row)  # [B, T, D]
-        elif image_mask is not None and image_mask.any():
-            row = int(image_mask.any(dim=1).nonzero()[0])
-            raise ValueError(f"row {row} has placeholders for pictures, but no pictures are given")
+        x = self.embed(input_ids, image_features, image_mask, per_row)  # [B, T, D]
         hidden, aux = self.model(x, attention_mask, cache)  # [B, T, D]
         if labels is not None:
             loss_sum, hits = supervised_loss(hidden, labels, self.lm_head.weight)
             return Output(None, loss_sum, hits, aux)
         logits = F.linear(hidden[:, -logits_to_keep:], self.lm_head.weight)  # [B, K, V]
         return Output(logits, None, None, aux)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        image_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        per_row: int | None = None,
+    ) -> Tensor:
+        """What the language model reads: embeddings [B, T, D] of ids, and projected features in the places of pictures.
+
+        Arguments and errors are those of `forward`; per_row is how many pictures each row must have, where it is known.
+        """
+        x = self.model.embed_tokens(input_ids)  # [B, T, D]
+        if image_features is not None:
+            return self._place_pictures(x, input_ids, image_features, image_mask, per_row)
+        if image_mask is not None and image_mask.any():
+            row = int(image_mask.any(dim=1).nonzero()[0])
+            raise ValueError(f"row {row} has placeholders for pictures, but no pictures are given")
+        return x
 
     def _place_pictures(
         self, x: Tensor, input_ids: Tensor, features: Tensor, image_mask: Tensor | None, per_row: int | None

@@ -1,0 +1,153 @@
+"""The language model made ready to talk: the function of `model.text.Decoder`, laid out for reading few tokens.
+
+To decode one token is to read every weight once, and beside that it costs as many operators as there are. So q, k and
+v are one matrix here, and gate and up another; a rotation is one complex product; of the last layer, only what the
+next token depends on is computed. The weights are copies: the model itself, its names and its training know nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_v.core.model.moe import FeedForward, MoEFeedForward
+from minimind_v.core.model.text import Block, KVCache
+from minimind_v.core.model.vlm import VLM
+
+FEW = 16  # tokens up to which every expert reads all of them: sorting them by expert costs more than it saves
+
+
+class FastDecoder:
+    """Embeddings in, logits of each row's last token out. Of the model as it is now: weights changed later are not seen.
+
+    Keys are cached with the halves of a head interleaved, so a cache is either the model's own or this decoder's.
+    """
+
+    def __init__(self, model: VLM, dtype: torch.dtype) -> None:
+        self.config, self.dtype = model.config, dtype
+        self.inv_freq = model.model.rotary.inv_freq.float()
+        self.layers = [FastLayer(block, dtype) for block in model.model.layers]
+        self.norm = model.model.norm
+        self.head = model.lm_head.weight.detach().to(dtype)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens."""
+        return KVCache(self.config, batch, max_length, self.head.device, self.dtype)
+
+    def read(self, x: Tensor, cache: KVCache, attention_mask: Tensor | None = None) -> Tensor:
+        """Read x [B, T, D] behind what the cache holds → logits [B, V] in fp32; attention_mask as in `VLM.forward`."""
+        first = cache.used == 0
+        positions, mask = cache.extend(x.shape[1], attention_mask)
+        angles = positions[..., None].float() * self.inv_freq  # [B, T, hd/2]
+        turns = torch.polar(torch.ones_like(angles), angles)[:, :, None]  # [B, T, 1, hd/2]
+        x = x.to(self.dtype)
+        for layer in self.layers[:-1]:
+            q, keys, values = layer.look_up(x, turns, cache)
+            x = layer.work(x, _attend(q, keys, values, mask, first))
+        layer = self.layers[-1]
+        q, keys, values = layer.look_up(x, turns, cache)
+        x, q = _last(x, attention_mask), _last(q, attention_mask)  # [B, 1, D], [B, 1, heads, hd]
+        seen = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
+        x = layer.work(x, _attend(q, keys, values, seen, False))
+        return F.linear(self.norm(x[:, 0]), self.head).float()
+
+
+class FastLayer:
+    """One block: `look_up` is what must be done for every token, `work` what only those need that are read further."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        attention = block.self_attn
+        self.number, self.head_dim = attention.layer, attention.head_dim
+        self.kv_heads = attention.k_proj.out_features // attention.head_dim
+        self.heads = attention.q_proj.out_features // attention.head_dim
+        self.qkv = _stack(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight).to(dtype)
+        self.o_proj = attention.o_proj.weight.detach().to(dtype)
+        self.input_norm, self.post_norm = block.input_layernorm, block.post_attention_layernorm
+        self.mlp = _fast_mlp(block.mlp, dtype)
+
+    def look_up(self, x: Tensor, turns: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
+        parts = F.linear(self.input_norm(x), self.qkv).unflatten(-1, (-1, self.head_dim))  # [B, T, heads + 2·KV, hd]
+        first, second = parts[:, :, : -self.kv_heads].float().chunk(2, dim=-1)
+        turned = torch.view_as_real(torch.complex(first, second) * turns).flatten(-2).to(x.dtype)
+        q, k = turned.split((self.heads, self.kv_heads), dim=2)
+        v = parts[:, :, -self.kv_heads :]
+        return q, *cache.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
+
+    def work(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block: [B, T, D] → [B, T, D]."""
+        x = x + F.linear(attended, self.o_proj)
+        return x + self.mlp(self.post_norm(x))
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Queries [B, T, heads, hd] over keys and values [B, KV, S, hd] → [B, T, D]."""
+    if q.shape[1] == 1:  # the query heads of a group see the same keys, as so many positions would
+        grouped = q.unflatten(2, (keys.shape[1], -1))[:, 0]  # [B, KV, heads/KV, hd]
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)[:, None]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True
+    )  # [B, heads, T, hd]
+    return out.transpose(1, 2).flatten(2)
+
+
+def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Each row's last token: [B, T, ...] → [B, 1, ...]."""
+    if attention_mask is None:
+        return x[:, -1:]
+    return x[torch.arange(len(x), device=x.device), attention_mask.sum(dim=1) - 1][:, None]
+
+
+class FastFeedForward:
+    """SwiGLU with gate and up in one matrix."""
+
+    def __init__(self, feed: FeedForward, dtype: torch.dtype) -> None:
+        self.gate_up = _stack(feed.gate_proj.weight, feed.up_proj.weight).to(dtype)  # [2·I, D]
+        self.down = feed.down_proj.weight.detach().to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(up), self.down)
+
+
+class FastExperts:
+    """Few tokens: no sorting. One on a CPU meets its own experts; several meet all, those not chosen counting nothing."""
+
+    def __init__(self, moe: MoEFeedForward, dtype: torch.dtype) -> None:
+        self.router = moe.gate
+        self.experts = [FastFeedForward(expert, dtype) for expert in moe.experts]
+        self.shared = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)  # [N, D]
+        _, weights, chosen = self.router(flat.to(self.router.weight.dtype))
+        if len(flat) > FEW:
+            out = self._sorted(flat, weights, chosen)
+        elif len(flat) == 1 and not flat.is_cuda:
+            picks = zip(chosen[0].tolist(), weights[0].tolist(), strict=True)
+            out = sum((self.experts[number](flat) * weight for number, weight in picks), torch.zeros_like(flat))
+        else:
+            share = weights.new_zeros(len(flat), len(self.experts)).scatter(1, chosen, weights).to(flat.dtype)
+            parts = (expert(flat) * part[:, None] for expert, part in zip(self.experts, share.unbind(1), strict=True))
+            out = sum(parts, torch.zeros_like(flat))
+        return sum((expert(flat) for expert in self.shared), out).view_as(x)
+
+    def _sorted(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """One pass per expert over just its own tokens."""
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, pick = (chosen == number).nonzero(as_tuple=True)
+            out.index_add_(0, token, expert(flat[token]) * weights[token, pick, None].to(flat.dtype))
+        return out
+
+
+def _fast_mlp(mlp: torch.nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExperts:
+    if isinstance(mlp, MoEFeedForward):
+        return FastExperts(mlp, dtype)
+    assert isinstance(mlp, FeedForward)
+    return FastFeedForward(mlp, dtype)
+
+
+def _stack(*weights: Tensor) -> Tensor:
+    return torch.cat([weight.detach() for weight in weights])

@@ -1,0 +1,34 @@
+"""From ids to text as they come."""
+
+from __future__ import annotations
+
+from minimind_v.core.data.tokenizer import Tokenizer
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # how a character looks whose bytes are not all there
+
+
+class TextStream:
+    """Turns ids into pieces of text that hold whole characters: the bytes of one may come in several tokens.
+
+    Only what has not been shown is decoded, so a long answer costs as much per token as a short one. That needs a
+    tokenizer whose text is that of its tokens side by side, as every byte-level one's is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._waiting: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that is complete with this id; empty where none is."""
+        self._waiting.append(token)
+        text = self.tokenizer.decode(self._waiting)
+        if text.endswith(BROKEN):
+            return ""
+        self._waiting.clear()
+        return text
+
+    def rest(self) -> str:
+        """What is left when no more ids come."""
+        text = self.tokenizer.decode(self._waiting) if self._waiting else ""
+        self._waiting.clear()
+        return text
