@@ -31,13 +31,13 @@ def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool
     """
     out = out.resolve()
     _refuse_to_replace(order, out, overwrite)
-    with _beside(out) as staging:
-        manifest = _write(order, to, staging)
-        report = TARGETS[to].verify(order, staging) if check else Report()
+    with _beside(out) as staging, TARGETS[to].verifier() if check else contextlib.nullcontext() as verify:
+        loaded = _write(order, to, staging)
+        report = verify(loaded, staging, order) if verify else Report()
         if report.wrong:
             told = "; ".join(f"{name}: {report.found[name]}" for name in report.wrong)
             raise RunError(f"{out}: not written, because it would not be the same as {order.model} ({told})")
-        manifest["verified"] = report.found
+        manifest = _describe(order, to, loaded, report)
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         _sync(staging)
@@ -79,8 +79,8 @@ def _refuse_to_replace(order: Order, out: Path, overwrite: bool) -> None:
         )
 
 
-def _write(order: Order, to: str, staging: Path) -> dict[str, Any]:
-    """Write the files; returns what the manifest tells of them. The model is out of memory again when this is done."""
+def _write(order: Order, to: str, staging: Path) -> Loaded:
+    """Write the files; returns the source that they were made of."""
     loaded = order.load()
     try:
         TARGETS[to].write(loaded, staging, order)
@@ -89,10 +89,11 @@ def _write(order: Order, to: str, staging: Path) -> dict[str, Any]:
     except (OSError, RuntimeError) as error:  # the safetensors library has errors of its own for a full disk
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise RunError(f"{staging.parent}: the export cannot be written there ({reason}); nothing is left") from error
-    return _describe(order, to, loaded)
+    return loaded
 
 
-def _describe(order: Order, to: str, loaded: Loaded) -> dict[str, Any]:
+def _describe(order: Order, to: str, loaded: Loaded, report: Report) -> dict[str, Any]:
+    """What the manifest tells: no paths, since folders travel."""
     source: dict[str, Any] = {"name": order.model.name}
     if order.model.is_file():
         with order.model.open("rb") as file:
@@ -105,6 +106,7 @@ def _describe(order: Order, to: str, loaded: Loaded) -> dict[str, Any]:
         "preset": name_preset(loaded.checkpoint.config),
         "dtype": order.dtype,
         "quantize": order.quantize,
+        "verified": report.found or None,
     }
 
 
