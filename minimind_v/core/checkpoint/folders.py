@@ -144,6 +144,7 @@ def _text_sizes(config: dict[str, Any]) -> dict[str, Any]:
         told |= {
             "use_moe": True,
             "n_routed_experts": text.get("num_local_experts"),
+            "aux_loss_alpha": text.get("router_aux_loss_coef", TextConfig.aux_loss_alpha),
             "n_shared_experts": (text.get("shared_intermediate_size") or 0) // max(text.get("intermediate_size", 1), 1),
         }
     return told
