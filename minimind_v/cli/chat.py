@@ -12,7 +12,6 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import MmvError, UsageError
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
 
 if TYPE_CHECKING:
     from minimind_v.core.generate.session import Session
@@ -26,8 +25,8 @@ def chat(
         list[Path] | None, typer.Option(metavar="FILE", help="A picture; may be given several times.")
     ] = None,
     model: options.Model = None,
-    vision_model: options.VisionModel = VISION_DIR,
-    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    vision_model: options.VisionOfModel = None,
+    tokenizer: options.TokenizerOfModel = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.65,
     top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.")] = 0.85,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,

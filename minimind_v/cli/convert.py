@@ -1,7 +1,9 @@
-"""`mmv convert`: the same weights in another file format."""
+"""`mmv convert`: the same model for other programs, proven the same."""
 
 from __future__ import annotations
 
+import signal
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +15,9 @@ from minimind_v.cli.terminal import Terminal
 
 
 class Format(str, Enum):
-    """What a checkpoint can be written as."""
+    """What a model can be written as: a folder with all that it takes, or a file of its weights."""
 
+    hf = "hf"
     safetensors = "safetensors"
     pth = "pth"
 
@@ -27,24 +30,66 @@ class Precision(str, Enum):
     float32 = "float32"
 
 
+FILES = ("safetensors", "pth")
+
+
 def convert(
-    to: Annotated[Format, typer.Option("--to", help="File format to write.")],
+    to: Annotated[Format, typer.Option("--to", help="hf: a folder for transformers; else a weights file.")],
     model: options.Model = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="[default: beside the source, with the new ending]")
+        Path | None, typer.Option(metavar="FILE|DIR", help="[default: beside the source, with the format in its name]")
     ] = None,
     dtype: Annotated[Precision | None, typer.Option(help="[default: as in the source]")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Open what was written as its users would, and compare.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote.")] = False,
+    vision_model: options.VisionOfModel = None,
+    tokenizer: options.TokenizerOfModel = None,
+    json: options.Json = False,
 ) -> None:
-    """Write a checkpoint as safetensors or pth, under the published names, and prove it the same."""
-    from minimind_v.core.export.files import convert as run
+    """Write a model for other programs, and prove it the same: nothing that differs is left standing."""
     from minimind_v.core.generate.load import find_weights
     from minimind_v.core.hub.sources import OUT_DIR
 
     source = model or find_weights(OUT_DIR)
-    target = out or source.with_suffix(f".{to.value}")
-    done = run(source, target, to.value, dtype.value if dtype else None, overwrite)
-    Terminal().say(
+    precision = dtype.value if dtype else None
+    if to.value in FILES:
+        _to_file(source, out or _beside(source, f".{to.value}"), to.value, precision, overwrite, json)
+        return
+    from minimind_v.core.export.folder import export
+    from minimind_v.core.export.order import Order
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
+    target = out or _beside(source, f"-{to.value}")
+    order = Order(source, vision_model, tokenizer, precision)
+    report = export(order, to.value, target, verify, overwrite)
+    terminal = Terminal()
+    if json:
+        terminal.json({"out": str(target), "kind": to.value, "verified": report.found if verify else None})
+        return
+    if verify:
+        terminal.table(report.found)
+    terminal.say(f"{target}: {'written, opened again and compared' if verify else 'written, and not verified'}")
+
+
+def _beside(source: Path, ending: str) -> Path:
+    source = source.resolve() if source.name in ("", "..") else source
+    return source.with_name((source.name if source.is_dir() else source.stem) + ending)
+
+
+def _to_file(source: Path, target: Path, to: str, dtype: str | None, overwrite: bool, json: bool) -> None:
+    from minimind_v.core.export.files import convert as run
+
+    done = run(source, target, to, dtype, overwrite)
+    terminal = Terminal()
+    if json:
+        terminal.json({
+            "out": str(done.path), "kind": to, "tensors": done.tensors, "bytes": done.bytes,
+            "largest_difference": done.difference,
+        })  # fmt: skip
+        return
+    terminal.say(
         f"{done.path}: {done.tensors} tensors, {done.bytes:,} bytes; read back and compared, "
         f"largest difference {done.difference:g}"
     )

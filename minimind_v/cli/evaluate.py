@@ -9,7 +9,6 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
 
 FIRST = 200  # rows that are scored where none are named
 
@@ -23,8 +22,8 @@ def evaluate(
         ),
     ] = None,
     images: options.Images = None,
-    vision_model: options.VisionModel = VISION_DIR,
-    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    vision_model: options.VisionOfModel = None,
+    tokenizer: options.TokenizerOfModel = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     blind: Annotated[
         bool, typer.Option("--blind", help="Score again with a blank picture: what the picture is worth.")

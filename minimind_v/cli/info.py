@@ -1,4 +1,4 @@
-"""`mmv info`: what a file is."""
+"""`mmv info`: what a file or a folder is."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from minimind_v.core.errors import DataError, MissingInput, RowError
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, a dataset, or a run's folder or metrics.jsonl.")],
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint, an exported folder, a dataset, or a run's folder or metrics.jsonl.")
+    ],
     json: options.Json = False,
 ) -> None:
-    """Tell what a checkpoint, a dataset or a run is."""
+    """Tell what a checkpoint, an exported folder, a dataset or a run is."""
     if not file.exists():
         raise MissingInput(f"no file {file}")
     run = file / "metrics.jsonl" if file.is_dir() else file
-    found = _data(file) if _is_data(file) else _run(run) if run.name == "metrics.jsonl" else _weights(file)
+    if (file / "config.json").is_file():
+        found = _weights(file) | _export(file)
+    else:
+        found = _data(file) if _is_data(file) else _run(run) if run.name == "metrics.jsonl" else _weights(file)
     terminal = Terminal()
     terminal.json(found) if json else terminal.table(found)
 
@@ -50,6 +55,35 @@ def _weights(file: Path) -> dict[str, Any]:
         "ignored_tensors": len(checkpoint.ignored),
         "sizes_from": "the shapes of its tensors" if checkpoint.guessed else "its own description",
         **asdict(checkpoint.config),
+    }
+
+
+def _export(folder: Path) -> dict[str, Any]:
+    """What a folder that other programs read adds to its weights."""
+    from minimind_v.core.checkpoint.folders import is_llava
+    from minimind_v.core.export.folder import read_manifest
+    from minimind_v.core.export.report import size_of
+
+    found: dict[str, Any] = {"kind": "published layout, with custom code", "bytes": size_of(folder)}
+    if is_llava(folder):
+        from minimind_v.core.model.vision import read_vision_spec
+
+        spec = read_vision_spec(folder)
+        found |= {
+            "kind": "hf",
+            "opened_by": "transformers, AutoModelForImageTextToText",
+            "image_size": spec.image_size,
+            "tokens_per_image": spec.tokens_per_image,
+        }
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return found | {"came_from": "not known: it was not written by mmv convert"}
+    source = manifest.get("source", {})
+    return found | {
+        "came_from": source.get("name"),
+        "source_sha256": source.get("sha256"),
+        "made_by": manifest.get("made_by"),
+        "verified": "; ".join(f"{name}: {value}" for name, value in (manifest.get("verified") or {}).items()) or "no",
     }
 
 

@@ -7,12 +7,35 @@ from typing import Annotated
 
 import typer
 
+from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+
 Model = Annotated[
     Path | None,
-    typer.Option("--model", metavar="FILE", help="Weights, .pth or .safetensors. [default: the latest in ./out]"),
+    typer.Option(
+        "--model",
+        metavar="FILE|DIR",
+        help="Weights, .pth or .safetensors, or a folder for transformers. [default: the latest in ./out]",
+    ),
 ]
 VisionModel = Annotated[Path, typer.Option("--vision-model", metavar="DIR", help="Folder of the CLIP vision model.")]
 TokenizerDir = Annotated[Path, typer.Option("--tokenizer", metavar="DIR", help="Folder of tokenizer.json.")]
+# The same beside --model, which may be a folder that has them itself.
+VisionOfModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--vision-model",
+        metavar="DIR",
+        help=f"Folder of the CLIP vision model. [default: that in the --model folder, else {VISION_DIR}]",
+    ),
+]
+TokenizerOfModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="DIR",
+        help=f"Folder of tokenizer.json. [default: that in the --model folder, else {TOKENIZER_DIR}]",
+    ),
+]
 Images = Annotated[
     Path | None,
     typer.Option("--images", metavar="DIR|ZIP", help="Pictures of the rows: a folder, or a zip read in place."),

@@ -7,29 +7,25 @@ beside it, or in the safetensors header; where that is absent, sizes are inferre
 
 from __future__ import annotations
 
-import codecs
 import json
-import pickle
 import re
-import textwrap
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from minimind_v.core.checkpoint.folders import META, VISION, read_folder
+from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import MissingInput, RunError, UsageError, WeightsError
 from minimind_v.core.files import write_atomically, write_text
 
 PROJECTOR = "vision_proj."
-VISION = "vision_encoder."
 # Buffers that older versions of the published model saved and that are computed today.
 _OLD_BUFFERS = re.compile(r"(\.|^)(mask|pos_cis|freqs_cos|freqs_sin|inv_freq)$")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
@@ -85,103 +81,25 @@ class Receipt:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a `.pth` or `.safetensors` file, whichever it really is.
+    """Read a `.pth` or `.safetensors` file, whichever it really is, or a folder that transformers reads.
 
     Raises MissingInput, or WeightsError with a line for each way in which a file can be wrong.
     """
     if path.is_dir():
-        raise WeightsError(f"{path}: a folder, not a weights file — name the .pth or .safetensors in it")
-    if not path.is_file():
+        tensors, meta = read_folder(path)
+    elif path.is_file():
+        tensors, described = read_tensors(path)
+        meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
+    else:
         raise MissingInput(f"no weights at {path}")
-    tensors, meta = _read_safetensors(path) if _sniff(path) == "safetensors" else (_read_pth(path), _read_beside(path))
     tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
     for name, tensor in tensors.items():
-        _check_numbers(path, name, tensor)
+        check_numbers(path, name, tensor)
     config, guessed = _config_of(path, meta, infer_config(path, tensors)), not meta
     stage = str(meta.get("stage") or _stage_of(path, tensors))
     return Checkpoint(path, tensors, config, stage, ignored, guessed)
-
-
-def _sniff(path: Path) -> str:
-    """Tell what a file is by its first bytes; refuse what is no weights file."""
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        raise WeightsError(f"{path}: the file is empty — download it again")
-    if head[8:9] == b"{":  # first of all: the length before it may begin with the byte of a pickle
-        return "safetensors"
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return "pth"
-    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if text.startswith(b"<"):
-        raise WeightsError(
-            f"{path}: this is an HTML page, not weights — a link to the file's page was saved "
-            f"(`/blob/` in the address); take the `/resolve/` address, or `mmv download`"
-        )
-    if text.startswith(b"version https://git-lfs"):
-        raise WeightsError(
-            f"{path}: this is a git-lfs pointer, not the weights — run `git lfs pull`, or `mmv download`"
-        )
-    raise WeightsError(f"{path}: neither a torch nor a safetensors file — download it again")
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    try:
-        # A file, not its name: torch goes by the ending of a name. Its warnings are about files that are refused here.
-        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises a dozen kinds on damaged files
-        raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
-    ):
-        raise WeightsError(
-            f"{path}: holds no state dict (names and tensors), so it is not a weights file of this model"
-        )
-    return dict(found)
-
-
-def _why_unreadable(error: Exception) -> str:
-    """Why torch would not read a file, and what to do about it."""
-    reason = str(error)
-    if named := re.search(r"GLOBAL ([\w.]+)", reason):
-        return (
-            f"the file wants to run code when it is opened ({named[1]}), so it was not opened — "
-            f"a weights file holds tensors only; get it from a source that you trust"
-        )
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            "damaged, or no plain file of tensors, whose opening could run code, so it was not opened — "
-            "download it again, from a source that you trust"
-        )
-    first = textwrap.shorten((reason or type(error).__name__).splitlines()[0], 100, placeholder=" …")
-    return f"truncated or damaged ({first}) — download it again"
-
-
-def _check_numbers(path: Path, name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
-        kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
-        raise WeightsError(
-            f"{path}: {name} does not hold plain floating-point numbers ({kind}); quantised weights cannot be read"
-        )
-    numbers = tensor.half() if tensor.element_size() == 1 else tensor  # torch cannot test 8-bit floats
-    if not bool(numbers.isfinite().all()):
-        raise WeightsError(f"{path}: {name} holds NaN or infinite values — this file cannot be used")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: truncated or damaged ({error}) — download it again") from None
-    return tensors, _parse_meta(path, meta["minimind_v"]) if "minimind_v" in meta else {}
 
 
 def _read_beside(path: Path) -> dict[str, Any]:
@@ -260,7 +178,7 @@ def _config_of(path: Path, meta: dict[str, Any], inferred: TextConfig) -> TextCo
     if wrong:
         raise WeightsError(
             f"{path}: its description tells of other weights ({'; '.join(wrong)}) — "
-            f"is {path.with_suffix('.json').name} that of an older file?"
+            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} that of an older file?"
         )
     return config
 
@@ -353,13 +271,18 @@ def export_tensors(model: nn.Module, dtype: torch.dtype = torch.float16) -> dict
     return tensors
 
 
+def describe(config: TextConfig, stage: str) -> str:
+    """The JSON text that goes with weights, and tells what their shapes cannot."""
+    return json.dumps({"stage": stage, "model": asdict(config)}, indent=1)
+
+
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], config: TextConfig, stage: str) -> None:
     """Write a `.pth` (with a JSON beside it) or a `.safetensors` (which carries it inside), atomically."""
-    meta = json.dumps({"stage": stage, "model": asdict(config)}, indent=1)
+    meta = describe(config, stage)
     if path.suffix == ".safetensors":
         # The format knows neither shared storage nor strides.
         apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        data = save_safetensors(apart, metadata={"format": "pt", "minimind_v": meta})
+        data = save_safetensors(apart, metadata={"format": "pt", META: meta})
         write_atomically(path, lambda file: file.write(data))
         return
 

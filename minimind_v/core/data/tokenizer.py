@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from minimind_v.core.errors import MissingInput, RowError, WeightsError
 from minimind_v.core.hub.sources import how_to_get
 
 PLACEHOLDER = "@"  # one of these stands for one patch of a picture
+IMAGE_TOKEN = "<|image|>"  # does so in a folder that was exported for transformers, behind the vocabulary
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Tokenizer:
                 f"no tokenizer in {folder} (tokenizer.json is missing) — {how_to_get('tokenizer', folder)}"
             )
         try:
-            backend = FastTokenizer.from_file(str(path))
+            backend = FastTokenizer.from_str(_without_image_token(path.read_text(encoding="utf-8")))
         except Exception as error:  # the Rust library raises plain Exception
             raise WeightsError(f"{path}: not a tokenizer ({error}) — {how_to_get('tokenizer', folder)}") from None
         ids = []
@@ -66,3 +68,23 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, without the special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def with_image_token(text: str, number: int) -> str:
+    """The JSON of a tokenizer with the image token under an id behind its vocabulary."""
+    found = json.loads(text)
+    found["model"]["vocab"][IMAGE_TOKEN] = number
+    found["added_tokens"].append({
+        "id": number, "content": IMAGE_TOKEN, "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True,
+    })  # fmt: skip
+    return json.dumps(found, ensure_ascii=False, indent=1)
+
+
+def _without_image_token(text: str) -> str:
+    if IMAGE_TOKEN not in text:
+        return text
+    found = json.loads(text)
+    found["model"]["vocab"].pop(IMAGE_TOKEN, None)
+    found["added_tokens"] = [token for token in found["added_tokens"] if token["content"] != IMAGE_TOKEN]
+    return json.dumps(found, ensure_ascii=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind_v.core.checkpoint.folders import is_llava
 from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, load_into, read_checkpoint
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
-from minimind_v.core.hub.sources import OUT_DIR
+from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 
@@ -24,12 +25,19 @@ class Loaded:
     receipt: Receipt
 
 
-def load_model(weights: Path | None, vision_model: Path, tokenizer: Path, device: str = "auto") -> Loaded:
+def load_model(
+    weights: Path | None, vision_model: Path | None = None, tokenizer: Path | None = None, device: str = "auto"
+) -> Loaded:
     """Load weights (None: what the latest stage left in the standard folder), vision model and tokenizer.
+
+    Where these two are not named, they are those that the weights' own folder has, else those of the standard folders.
 
     Raises MissingInput or WeightsError; a text-only base is refused, since it has no projector.
     """
-    checkpoint = read_checkpoint(weights or find_weights(OUT_DIR))
+    weights = weights or find_weights(OUT_DIR)
+    checkpoint = read_checkpoint(weights)
+    vision_model = vision_model or (weights if weights.is_dir() and is_llava(weights) else VISION_DIR)
+    tokenizer = tokenizer or (weights if (weights / "tokenizer.json").is_file() else TOKENIZER_DIR)
     encoder = VisionEncoder.load(vision_model)
     words = Tokenizer.load(tokenizer)
     if words.vocab_size > checkpoint.config.vocab_size:

@@ -33,20 +33,27 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> VisionEncoder:
-        """Load the tower's weights from a CLIP or a CLIPVisionModel folder; every tensor must be there.
+        """Load the tower's weights from the folder of a CLIP, a CLIPVisionModel or a LLaVA; every tensor must be there.
 
         Raises MissingInput, or WeightsError naming what does not fit.
         """
-        from transformers import CLIPVisionModel
+        from transformers import CLIPVisionConfig, CLIPVisionModel
         from transformers.utils import logging
 
         spec = read_vision_spec(folder)
+        config = _read_json(folder / "config.json") or {}
+        of_llava: dict[str, Any] = {}
+        if config.get("model_type") == "llava":
+            of_llava = {
+                "config": CLIPVisionConfig(**config.get("vision_config", {})),
+                "key_mapping": {r"^(model\.)?vision_tower\.(vision_model\.)?": ""},
+            }
         logging.disable_progress_bar()
         before = logging.get_verbosity()
-        logging.set_verbosity_error()  # the text half of a full CLIP is unexpected, and meant to be
+        logging.set_verbosity_error()  # the text half of a CLIP or a LLaVA is unexpected, and meant to be
         try:
             loaded: Any = CLIPVisionModel.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
+                folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **of_llava
             )
         except Exception as error:  # transformers raises many kinds here, all of them about this folder
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

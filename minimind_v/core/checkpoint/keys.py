@@ -1,0 +1,149 @@
+"""The names of one model's tensors in two houses: as published, and as transformers' LLaVA has them.
+
+| published                                  | LLaVA                                              |
+|--------------------------------------------|----------------------------------------------------|
+| `model.embed_tokens.weight`                | `model.language_model.embed_tokens.weight`, with a |
+|                                            | row of zeros for the image token                   |
+| `model.layers.N.…`, `model.norm.weight`    | `model.language_model.…`                           |
+| `lm_head.weight` (tied)                    | not stored: tied                                   |
+| `vision_proj.vision_proj.0.{weight,bias}`  | `model.multi_modal_projector.linear_1.…`, before a |
+|                                            | `linear_2` that is the identity                    |
+| `vision_encoder.*` (never stored)          | `model.vision_tower.*`                             |
+
+A mixture of experts is GraniteMoeShared in there, below `model.language_model.layers.N.`:
+
+| published, below `model.layers.N.mlp.`     | GraniteMoeShared                                   |
+|--------------------------------------------|----------------------------------------------------|
+| `gate.weight`                              | `block_sparse_moe.router.weight`                   |
+| `experts.E.{gate,up}_proj.weight`          | `block_sparse_moe.experts.gate_up_proj[E]`, gate   |
+|                                            | above up                                           |
+| `experts.E.down_proj.weight`               | `block_sparse_moe.experts.down_proj[E]`            |
+| `shared_experts.S.{gate,up}_proj.weight`   | `shared_mlp.input_linear.weight`, all gates above  |
+|                                            | all ups                                            |
+| `shared_experts.S.down_proj.weight`        | `shared_mlp.output_linear.weight`, side by side    |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.config.schema import TextConfig
+
+TEXT = "model.language_model."
+TOWER = "model.vision_tower."
+PROJECTOR = "model.multi_modal_projector."
+OUR_PROJECTOR = "vision_proj.vision_proj.0."
+EMBEDDING = "embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# transformers itself saves older names than those of its modules, and reads both.
+_OLDER = (
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.(model\.)?"), TEXT),
+    (re.compile(r"^vision_tower\."), TOWER),
+    (re.compile(r"^model\.vision_tower\.vision_model\."), TOWER),
+    (re.compile(r"^multi_modal_projector\."), PROJECTOR),
+    (re.compile(r"\.block_sparse_moe\.router\.layer\.weight$"), ".block_sparse_moe.router.weight"),
+    (re.compile(r"\.block_sparse_moe\.input_linear\.weight$"), ".block_sparse_moe.experts.gate_up_proj"),
+    (re.compile(r"\.block_sparse_moe\.output_linear\.weight$"), ".block_sparse_moe.experts.down_proj"),
+)
+
+
+def module_name(name: str) -> str:
+    """The name that a tensor has in transformers' module, of whichever name it was saved under."""
+    for pattern, new in _OLDER:
+        name = pattern.sub(new, name)
+    return name
+
+
+def to_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+    """Published tensors → the text model and the projector of a LLaVA, in the types that they have."""
+    named = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    embedding = named.pop(f"model.{EMBEDDING}")  # [V, D]
+    weight, bias = (named.pop(OUR_PROJECTOR + part) for part in ("weight", "bias"))
+    found = {
+        TEXT + EMBEDDING: torch.cat((embedding, embedding.new_zeros(1, embedding.shape[1]))),  # [V + 1, D]
+        f"{PROJECTOR}linear_1.weight": weight,
+        f"{PROJECTOR}linear_1.bias": bias,
+        f"{PROJECTOR}linear_2.weight": torch.eye(config.hidden_size, dtype=weight.dtype),
+        f"{PROJECTOR}linear_2.bias": torch.zeros(config.hidden_size, dtype=weight.dtype),
+    }
+    if config.use_moe:
+        for layer in range(config.num_hidden_layers):
+            found |= _stack_experts(named, layer, config)
+    return found | {TEXT + name.removeprefix("model."): tensor for name, tensor in named.items()}
+
+
+def from_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+    """The way back: a LLaVA's text model and projector under the published names. Raises KeyError for what is missing.
+
+    Rows of the embedding behind the vocabulary (the image token's) fall away; a second layer of the projector that has
+    been trained is multiplied into the first.
+    """
+    named = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
+    embedding = named.pop(TEXT + EMBEDDING)[: config.vocab_size]  # [V, D]
+    found = {f"model.{EMBEDDING}": embedding, HEAD: embedding}
+    if config.use_moe:
+        for layer in range(config.num_hidden_layers):
+            found |= _unstack_experts(named, layer, config)
+    found |= {f"model.{name.removeprefix(TEXT)}": tensor for name, tensor in named.items()}
+    return found | _fold_projector(tensors)
+
+
+def _fold_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Two linear layers without anything between them are one."""
+    first, bias, second, shift = (
+        tensors[f"{PROJECTOR}{name}"]
+        for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+    )
+    if shift.any() or not torch.equal(second, torch.eye(len(second), dtype=second.dtype)):
+        exact = second.double()
+        bias = (exact @ bias.double() + shift.double()).to(bias.dtype)
+        first = (exact @ first.double()).to(first.dtype)
+    return {f"{OUR_PROJECTOR}weight": first, f"{OUR_PROJECTOR}bias": bias}
+
+
+def _stack_experts(named: dict[str, Tensor], layer: int, config: TextConfig) -> dict[str, Tensor]:
+    """Take the experts of a layer out of `named`, and give them as GraniteMoeShared has them."""
+    ours, theirs = f"model.layers.{layer}.mlp.", f"{TEXT}layers.{layer}."
+
+    def take(kind: str, count: int, part: str) -> list[Tensor]:
+        return [named.pop(f"{ours}{kind}.{number}.{part}_proj.weight") for number in range(count)]
+
+    gate, up, down = (take("experts", config.n_routed_experts, part) for part in ("gate", "up", "down"))
+    found = {
+        f"{theirs}block_sparse_moe.router.weight": named.pop(f"{ours}gate.weight"),
+        f"{theirs}block_sparse_moe.experts.gate_up_proj": torch.stack(
+            [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+        ),  # [E, 2I, D]
+        f"{theirs}block_sparse_moe.experts.down_proj": torch.stack(down),  # [E, D, I]
+    }
+    if config.n_shared_experts:
+        gate, up, down = (take("shared_experts", config.n_shared_experts, part) for part in ("gate", "up", "down"))
+        found[f"{theirs}shared_mlp.input_linear.weight"] = torch.cat((*gate, *up))  # [2SI, D]
+        found[f"{theirs}shared_mlp.output_linear.weight"] = torch.cat(down, dim=1)  # [D, SI]
+    return found
+
+
+def _unstack_experts(named: dict[str, Tensor], layer: int, config: TextConfig) -> dict[str, Tensor]:
+    """Take the experts of a layer out of `named`, and give them under their published names."""
+    ours, theirs = f"model.layers.{layer}.mlp.", f"{TEXT}layers.{layer}."
+    found = {f"{ours}gate.weight": named.pop(f"{theirs}block_sparse_moe.router.weight")}
+
+    def give(kind: str, part: str, each: Iterable[Tensor]) -> None:
+        found.update({f"{ours}{kind}.{n}.{part}_proj.weight": tensor.contiguous() for n, tensor in enumerate(each)})
+
+    gate, up = named.pop(f"{theirs}block_sparse_moe.experts.gate_up_proj").chunk(2, dim=1)  # [E, I, D]
+    give("experts", "gate", gate)
+    give("experts", "up", up)
+    give("experts", "down", named.pop(f"{theirs}block_sparse_moe.experts.down_proj"))
+    if shared := config.n_shared_experts:
+        gate, up = named.pop(f"{theirs}shared_mlp.input_linear.weight").chunk(2)  # [SI, D]
+        give("shared_experts", "gate", gate.chunk(shared))
+        give("shared_experts", "up", up.chunk(shared))
+        give("shared_experts", "down", named.pop(f"{theirs}shared_mlp.output_linear.weight").chunk(shared, dim=1))
+    return found

@@ -1,0 +1,160 @@
+"""A folder that is whole and proven, or absent: written beside, verified, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from minimind_v import __version__
+from minimind_v.core.checkpoint.weights import name_preset
+from minimind_v.core.errors import MmvError, RunError, UsageError
+from minimind_v.core.export.order import Order
+from minimind_v.core.export.report import Report
+from minimind_v.core.export.targets import TARGETS
+from minimind_v.core.generate.load import Loaded
+
+MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
+
+
+def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool = False) -> Report:
+    """Write what `order` names as the folder `out`, proven the same unless `check` is false.
+
+    Raises UsageError where `out` is in the way, MissingInput or WeightsError where the source is not good, RunError
+    where the folder cannot be written or is not the same. Nothing is left behind then, and what was there stays.
+    """
+    out = out.resolve()
+    _refuse_to_replace(order, out, overwrite)
+    with _beside(out) as staging, TARGETS[to].verifier() if check else contextlib.nullcontext() as verify:
+        loaded = _write(order, to, staging)
+        report = verify(loaded, staging, order) if verify else Report()
+        if report.wrong:
+            told = "; ".join(f"{name}: {report.found[name]}" for name in report.wrong)
+            raise RunError(f"{out}: not written, because it would not be the same as {order.model} ({told})")
+        manifest = _describe(order, to, loaded, report)
+        manifest["files"] = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _sync(staging)
+        _rename(staging, out)
+    return report
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What `export` noted in a folder that it wrote; None for any other folder."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+
+
+def _refuse_to_replace(order: Order, out: Path, overwrite: bool) -> None:
+    """Only an empty place, or, where that is asked for, a folder of which every file is ours."""
+    sources = [path.resolve() for path in (order.model, order.vision_model, order.tokenizer) if path]
+    if any(out == source or out in source.parents for source in sources):
+        raise UsageError(f"--out {out} holds the source itself — name another --out")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"--out {out} is a file, and a folder is to be written — name another --out")
+    if out == Path.home() or out == Path.cwd() or out in Path.cwd().parents:
+        raise UsageError(f"--out {out} is not a place of its own — name a folder that is not there yet")
+    there = sorted(path.name for path in out.iterdir())
+    if not there:
+        return
+    manifest = read_manifest(out)
+    if manifest is None:
+        raise UsageError(f"{out} is there already, and not by `mmv convert` ({there[0]}) — name another --out")
+    if not overwrite:
+        raise UsageError(f"{out} is there already — add --overwrite, or name another --out")
+    if strange := [name for name in there if name not in manifest["files"] and name != MANIFEST]:
+        raise UsageError(
+            f"{out / strange[0]} is not by `mmv convert` and would be lost — move it, or name another --out"
+        )
+
+
+def _write(order: Order, to: str, staging: Path) -> Loaded:
+    """Write the files; returns the source that they were made of."""
+    loaded = order.load()
+    try:
+        TARGETS[to].write(loaded, staging, order)
+    except MmvError:
+        raise
+    except (OSError, RuntimeError) as error:  # the safetensors library has errors of its own for a full disk
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise RunError(f"{staging.parent}: the export cannot be written there ({reason}); nothing is left") from error
+    return loaded
+
+
+def _describe(order: Order, to: str, loaded: Loaded, report: Report) -> dict[str, Any]:
+    """What the manifest tells: no paths, since folders travel."""
+    source: dict[str, Any] = {"name": order.model.name}
+    if order.model.is_file():
+        with order.model.open("rb") as file:
+            source["sha256"] = file_digest(file, "sha256").hexdigest()
+    return {
+        "made_by": f"mmv {__version__}",
+        "kind": to,
+        "source": source,
+        "stage": loaded.checkpoint.stage,
+        "preset": name_preset(loaded.checkpoint.config),
+        "dtype": order.dtype,
+        "quantize": order.quantize,
+        "verified": report.found or None,
+    }
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it."""
+    made = [parent for parent in out.parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
+    try:
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: it holds what was written
+            for parent in made:
+                parent.rmdir()
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sync(folder: Path) -> None:
+    """Bring all to the disk; some libraries write files that only their owner may read."""
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~_umask())
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _rename(staging: Path, out: Path) -> None:
+    old = staging.with_suffix(".old")
+    try:
+        if out.exists():
+            out.rename(old)
+        staging.rename(out)
+    except OSError as error:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise RunError(
+            f"{out}: cannot be written ({error.strerror or error}); what stood there is still there"
+        ) from None
+    finally:
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""A folder that stock transformers loads: a LLaVA without custom code, its processor, tokenizer and chat template.
+
+A dense model is a Llama in there, a mixture of experts a GraniteMoeShared; both compute exactly what ours does. The
+image token is a new one behind the vocabulary, so that nothing a user writes can be taken for a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimind_v.core.checkpoint.folders import META
+from minimind_v.core.checkpoint.keys import TOWER, to_llava
+from minimind_v.core.checkpoint.weights import describe
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer, with_image_token
+from minimind_v.core.errors import RunError
+from minimind_v.core.export.card import write_card
+from minimind_v.core.export.order import Order
+from minimind_v.core.generate.load import Loaded
+from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+
+BICUBIC = 3  # Pillow's number
+
+
+def write(loaded: Loaded, folder: Path, order: Order) -> None:
+    """Write a model into an empty folder. No `order.dtype`: as stored, and to be run in fp32 as it is here.
+
+    Raises RunError where a weight does not fit in the type.
+    """
+    config, encoder, dtype = loaded.checkpoint.config, loaded.model.vision_encoder, order.dtype
+    assert encoder is not None
+    tensors = to_llava(loaded.checkpoint.tensors, config)
+    tensors |= {TOWER + name: tensor for name, tensor in _tower_tensors(encoder).items()}
+    if dtype:
+        tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt", META: describe(config, loaded.checkpoint.stage)},
+    )
+    written = {
+        "config.json": _model_config(config, encoder, loaded.tokenizer, dtype or "float32"),
+        "generation_config.json": _generation_config(config, loaded.tokenizer),
+        "processor_config.json": _processor_config(encoder.spec),
+        "preprocessor_config.json": _image_processor_config(encoder.spec),
+        "tokenizer_config.json": _tokenizer_config(config, loaded.tokenizer),
+    }
+    for name, value in written.items():
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    words = with_image_token(loaded.tokenizer.backend.to_str(), config.vocab_size)
+    (folder / "tokenizer.json").write_text(words, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    write_card(folder, loaded, order)
+
+
+def chat_template() -> str:
+    """The jinja text that writes standard messages as the model was trained to read them."""
+    return files("minimind_v.core.export").joinpath("assets", "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor in another type. Raises RunError where it does not fit."""
+    changed = tensor.to(getattr(torch, dtype))
+    if not bool(changed.isfinite().all()):
+        raise RunError(f"{name} does not fit in {dtype}: choose another --dtype")
+    return changed
+
+
+def _tower_tensors(encoder: VisionEncoder) -> dict[str, Tensor]:
+    """The vision tower's tensors, in half precision where that loses nothing."""
+    tensors = {name.removeprefix("vision_model."): tensor for name, tensor in encoder.tower.state_dict().items()}
+    halves = {}
+    for name, tensor in tensors.items():
+        halves[name] = tensor.half()
+        if not torch.equal(halves[name].float(), tensor):
+            return tensors
+    return halves
+
+
+def _model_config(config: TextConfig, encoder: VisionEncoder, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    tower: Any = encoder.tower.config
+    vision = {name: value for name, value in tower.to_diff_dict().items() if not name.startswith(("_", "transformers"))}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    text = {
+        "model_type": "granitemoeshared" if config.use_moe else "llama",
+        "vocab_size": config.vocab_size + 1,  # and the image token
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where readers older than transformers 5 look for it
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        **ids,
+    }
+    if config.use_moe:
+        text |= {
+            "num_local_experts": config.n_routed_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "shared_intermediate_size": config.n_shared_experts * config.intermediate_size,
+            "router_aux_loss_coef": config.aux_loss_alpha,
+            "attention_multiplier": config.head_dim**-0.5,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        }
+    else:
+        text |= {"mlp_bias": False}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": dtype,
+        "image_token_index": config.vocab_size,
+        "image_seq_length": encoder.spec.tokens_per_image,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "linear",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": True,
+        **ids,
+        "text_config": text,
+        "vision_config": vision | {"model_type": "clip_vision_model", "image_size": encoder.spec.image_size,
+                                   "patch_size": encoder.spec.patch_size, "hidden_size": encoder.spec.width},
+    }  # fmt: skip
+
+
+def _generation_config(config: TextConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "suppress_tokens": [config.vocab_size],  # a picture is read, never said
+        "max_new_tokens": 512,
+    }
+
+
+def _image_processor_config(spec: VisionSpec) -> dict[str, Any]:
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": spec.image_size},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": spec.image_size, "width": spec.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }
+
+
+def _processor_config(spec: VisionSpec) -> dict[str, Any]:
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": spec.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # CLIP's class token, which "default" leaves out
+    }
+
+
+def _tokenizer_config(config: TextConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    pad, bos, eos = (tokenizer.backend.id_to_token(number) for number in (
+        tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id,
+    ))  # fmt: skip
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "unk_token": pad,
+        "image_token": IMAGE_TOKEN,
+        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+        "model_max_length": config.max_position_embeddings,
+        "padding_side": "left",  # of prompts that are answered together
+        "clean_up_tokenization_spaces": False,
+    }
