@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.hub.sources import how_to_get
-from minimind_v.core.model.vision_spec import CLIP_MEAN, CLIP_STD, VisionSpec, read_vision_spec
+from minimind_v.core.model.vision_spec import CLIP_MEAN, CLIP_STD, VisionSpec, read_json, read_vision_spec
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "VisionEncoder", "VisionSpec", "read_vision_spec"]
 
@@ -41,7 +41,7 @@ class VisionEncoder(nn.Module):
         from transformers.utils import logging
 
         spec = read_vision_spec(folder)
-        config = _read_json(folder / "config.json") or {}
+        config = read_json(folder / "config.json") or {}
         of_llava: dict[str, Any] = {}
         if config.get("model_type") == "llava":
             of_llava = {

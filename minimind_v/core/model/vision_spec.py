@@ -35,12 +35,12 @@ def read_vision_spec(folder: Path) -> VisionSpec:
 
     Raises MissingInput where the folder or its configuration is absent.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
         raise MissingInput(f"no vision model in {folder} (config.json is missing) — {how_to_get('clip', folder)}")
     # CLIP's own config.json nests the tower and leaves out what equals CLIPVisionConfig's defaults.
     vision = config.get("vision_config", config)
-    normal = _read_json(folder / "preprocessor_config.json") or {}
+    normal = read_json(folder / "preprocessor_config.json") or {}
     return VisionSpec(
         image_size=int(vision.get("image_size", 224)),
         patch_size=int(vision.get("patch_size", 32)),
@@ -50,7 +50,8 @@ def read_vision_spec(folder: Path) -> VisionSpec:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file. Raises WeightsError for anything else."""
     if not path.is_file():
         return None
     try:
