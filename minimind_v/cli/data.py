@@ -65,7 +65,7 @@ def check(
     else:
         _show(terminal, found, file)
     if not found["ok"]:
-        clean = "" if fix else " — `--fix OUT.jsonl` writes a clean copy"
+        clean = "" if fix or not found["usable"] else " — `--fix OUT.jsonl` writes a clean copy"
         terminal.fail(f"training would refuse: {found['refusal']}{clean}")
         raise typer.Exit(1)
 
@@ -114,8 +114,13 @@ def convert(
     from minimind_v.core.inspect.convert import convert as run
 
     terminal = Terminal()
-    with terminal.progress("convert") as progress:
-        done = run(open_rows(file, images or images_beside(file)), out, overwrite, progress)
+    rows = open_rows(file, images or images_beside(file))
+    try:
+        with terminal.progress("convert") as progress:
+            done = run(rows, out, overwrite, progress)
+    except KeyboardInterrupt:
+        terminal.say("stopped; the same command goes on from here")
+        raise
     files = ", ".join(map(str, done.files))
     resumed = f", the first {done.resumed_at} of them by an earlier run" if done.resumed_at else ""
     terminal.say(f"{files}: {done.rows} rows{resumed}")

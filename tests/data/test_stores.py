@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ import pytest
 from minimind_v.core.data import row, stores
 from minimind_v.core.data.pictures import FolderPictures, ZipPictures, open_pictures
 from minimind_v.core.data.row import image_names
-from minimind_v.core.data.stores import JsonlRows
+from minimind_v.core.data.stores import JsonlRows, open_rows
 from minimind_v.core.errors import DataError, MissingInput, RowError
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -215,7 +216,8 @@ def test_names_are_separated_by_commas(image, expected):
 
 
 @pytest.mark.parametrize(
-    "image", [3, True, 0, False, [], ["a.jpg"], {}, 1.5, "a\x00.jpg", "a\nb.jpg", "\ud800.jpg", "x" * 500 + "\x1b"]
+    "image",
+    [3, True, 0, False, [3], ["a.jpg", None], {}, 1.5, "a\x00.jpg", "a\nb.jpg", "\ud800.jpg", "x" * 500 + "\x1b"],
 )
 def test_what_is_no_name_is_a_row_error(image):
     with pytest.raises(RowError) as caught:
@@ -571,3 +573,26 @@ def test_a_fork_opens_its_files_anew(shared):
 
 def _read_and_tell(shared):
     raise SystemExit(len(read_many(shared, 1)))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (gzip.compress(b"{}"), "a gzip archive"),
+        ("{}\n".encode("utf-16"), "UTF-16"),
+        (b"PAR1" + bytes(20), "ends in .parquet"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_once_and_not_row_by_row(tmp_path, data, words):
+    (tmp_path / "rows.jsonl").write_bytes(data)
+    with pytest.raises(DataError, match=words):
+        open_rows(tmp_path / "rows.jsonl")
+
+
+def test_names_of_pictures_may_be_a_list_and_an_array_of_rows_is_told_where_it_belongs(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"conversations": [], "image": ["a, b.jpg", "c.jpg"]}\n[{}]\n[\n')
+    rows = open_rows(tmp_path / "rows.jsonl")
+    assert rows.row(0).images == ["a, b.jpg", "c.jpg"]
+    for index in (1, 2):
+        with pytest.raises(RowError, match=r"belong in a \.json file"):
+            rows.row(index)

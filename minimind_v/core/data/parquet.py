@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimind_v.core.data.pictures import open_pictures, stand_in
-from minimind_v.core.data.row import IMAGE_MARK, Row, as_messages, check_names, image_names, picture_bytes
+from minimind_v.core.data.row import IMAGE_MARK, Row, as_messages, image_names, picture_bytes
 from minimind_v.core.errors import DataError, RowError
 
 TALK = ("conversations", "messages")
@@ -91,8 +91,7 @@ class ParquetRows:
         if set(extra) == {"extra"} and isinstance(extra["extra"], str):
             extra = _unpack_extra(extra["extra"])
         messages = as_messages(conversations)
-        several = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        told = check_names(names) if several else image_names(names)  # type: ignore[arg-type]
+        told = image_names(names)
         if not told and self._data:
             # As many as the text has marks; `picture` finds out whether that is so. Only a row without marks has its
             # pictures counted here, since nobody would ask for one of them.

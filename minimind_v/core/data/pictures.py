@@ -19,6 +19,13 @@ from minimind_v.core.hub.sources import how_to_get
 
 ENTRY = 46  # bytes of an entry of a zip's directory before its name, its extra fields and its comment
 LENGTHS = 28  # where it tells how long these three are
+STRANGERS = {  # first bytes of files that are something else than rows or a zip
+    b"\x1f\x8b": "this is a gzip archive — unpack it first",
+    b"7z\xbc\xaf": "this is a 7z archive — unpack it first",
+    b"Rar!": "this is a RAR archive — unpack it first",
+    b"\xff\xfe": "this is text in UTF-16 — save it as UTF-8",
+    b"\xfe\xff": "this is text in UTF-16 — save it as UTF-8",
+}
 PIECE = 2**20  # bytes of the directory that are looked at together
 
 
@@ -200,7 +207,13 @@ def _plain_path(name: str) -> str:
 def stand_in(path: Path) -> str | None:
     """What was saved in the place of a data file, where its beginning shows that."""
     with path.open("rb") as file:
-        head = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+        raw = file.read(512)
+    for beginning, meaning in STRANGERS.items():
+        if raw.startswith(beginning):
+            return meaning
+    if raw.startswith(b"PAR1") and path.suffix != ".parquet":
+        return "this is parquet — give it a name that ends in .parquet"
+    head = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"<"):
         return "this is an HTML page, not data — a link to the page of a file was saved instead of the file"
     if head.startswith(b"version https://git-lfs"):

@@ -92,9 +92,14 @@ def as_messages(conversations: Any) -> Any:
 
 
 def image_names(names: Any) -> list[str]:
-    """Names of pictures: a text that holds them separated by commas, absent or empty for none. Raises RowError."""
+    """Names of pictures: a text that holds them separated by commas, or a list; absent or empty for none.
+
+    Raises RowError.
+    """
     if names is None:
         return []
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return check_names(names)
     if not isinstance(names, str):
         raise RowError("`image` is not a text of picture names", "image")
     return check_names([name.strip() for name in names.split(",") if name.strip()])

@@ -12,7 +12,7 @@ import numpy as np
 
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.pictures import open_pictures, stand_in
-from minimind_v.core.data.row import Reopened, Row, RowStore, as_messages, check_names, image_names
+from minimind_v.core.data.row import Reopened, Row, RowStore, as_messages, image_names
 from minimind_v.core.errors import DataError, MissingInput, RowError
 from minimind_v.core.hub.sources import how_to_get
 
@@ -86,12 +86,16 @@ class _TextRows(Reopened):
         try:
             found = json.loads(data.decode("utf-8-sig"))
         except json.JSONDecodeError as error:  # its own text speaks of a line 1
-            raise RowError(f"not JSON ({error.msg} at character {error.pos + 1})", "json") from None
+            raise RowError(f"not JSON ({error.msg} at character {error.pos + 1}){_array(data)}", "json") from None
         except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, nested without end
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(found, dict):
-            raise RowError("not a JSON object", "json")
+            raise RowError(f"not a JSON object{_array(data)}", "json")
         return found
+
+
+def _array(data: bytes) -> str:
+    return " — rows in one array belong in a .json file" if data.lstrip().startswith(b"[") else ""
 
 
 class JsonlRows(_TextRows):
@@ -139,10 +143,7 @@ class LlavaRows(_TextRows):
         self.handle.seek(offset)
         found = self._parse(self.handle.read(length))
         extra = {key: value for key, value in found.items() if key not in COLUMNS}
-        image = found.get("image")
-        if isinstance(image, list) and all(isinstance(name, str) for name in image):
-            return Row(as_messages(found.get("conversations")), check_names(image), extra)
-        return Row(as_messages(found.get("conversations")), image_names(image), extra)
+        return Row(as_messages(found.get("conversations")), image_names(found.get("image")), extra)
 
     def _find_rows(self) -> np.ndarray:
         """Offset and length in bytes of every element of the array."""

@@ -1,0 +1,69 @@
+"""Many processes: what they find comes in order, and none outlives the one that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+
+from minimind_v.core.inspect.digests import Digests
+from minimind_v.core.inspect.packed import Packed
+from minimind_v.core.inspect.processes import each_row
+from tests.cli.harness import SIGHT, Running, place, read_rows, write_rows
+
+
+def test_repetitions_are_those_of_a_dictionary():
+    rng = np.random.default_rng(0)
+    rows = [[int(digest) for digest in rng.integers(0, 90, rng.integers(0, 4))] for _ in range(60)]
+    held = [[int(digest) for digest in rng.integers(0, 900, 2)] for _ in range(60)]
+    ours, theirs, first, kept = Digests(), Digests(), {}, {}
+    for digests, into, known in ((rows, ours, first), (held, theirs, kept)):
+        for index, some in enumerate(digests):
+            for digest in some:
+                into.add(index, digest)
+                known.setdefault(digest, index)
+    before = [next((first[digest] for digest in some if first[digest] < n), -1) for n, some in enumerate(rows)]
+    shared = [next((kept[digest] for digest in some if digest in kept), -1) for some in rows]
+    assert ours.seen_before(60).tolist() == before
+    assert ours.seen_in(theirs, 60).tolist() == shared
+    assert len({*before, *shared}) > 10
+    assert Digests().seen_before(2).tolist() == ours.seen_in(Digests(), 60)[:2].tolist() == [-1, -1]
+
+
+def test_packed_items_come_back_in_order():
+    packed, items = Packed(), [(n, "kind", f"message {n}") for n in range(10_000)]
+    for item in items:
+        packed.append(item)
+    assert list(packed) == items == list(packed)
+
+
+def _look(rows, index):
+    if index % 40 == 39:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rows[index]
+
+
+def test_every_row_that_kills_is_named():
+    assert list(each_row(_look, range(50), 2, lambda index: f"killed by {index}")) == [
+        "killed by 39" if n == 39 else n for n in range(50)
+    ]
+
+
+def test_ctrl_c_and_a_kill_leave_no_process_and_no_traceback(tmp_path):
+    rows = read_rows(place().data("sft"))
+    many = write_rows(tmp_path / "rows.jsonl", rows * 500)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        folder = tmp_path / number.name
+        running = Running(
+            folder, "data", "check", many, "--images", place().images("sft"), *SIGHT, "--workers", 1
+        )  # fmt: skip
+        running.until(lambda running=running: "check 2" in running.err).send(number, group=number == signal.SIGINT)
+        ended = running.wait()
+        assert ended.code == code
+        assert "Traceback" not in ended.err
+        end = time.monotonic() + 20
+        while running.left_behind() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert running.left_behind() == []
