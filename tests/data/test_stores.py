@@ -596,3 +596,10 @@ def test_names_of_pictures_may_be_a_list_and_an_array_of_rows_is_told_where_it_b
     for index in (1, 2):
         with pytest.raises(RowError, match=r"belong in a \.json file"):
             rows.row(index)
+
+
+def test_where_json_breaks_is_said_in_plain_words(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"conversations": [{"role": "us\n')
+    with pytest.raises(RowError, match=r"not JSON \(\w.* [^a]\w+ at character \d+\)$") as caught:
+        open_rows(tmp_path / "rows.jsonl").row(0)
+    assert "at at" not in str(caught.value)

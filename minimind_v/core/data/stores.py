@@ -86,7 +86,8 @@ class _TextRows(Reopened):
         try:
             found = json.loads(data.decode("utf-8-sig"))
         except json.JSONDecodeError as error:  # its own text speaks of a line 1
-            raise RowError(f"not JSON ({error.msg} at character {error.pos + 1}){_array(data)}", "json") from None
+            what = error.msg.removesuffix(" at")  # some of its messages end there, others do not
+            raise RowError(f"not JSON ({what} at character {error.pos + 1}){_array(data)}", "json") from None
         except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, nested without end
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(found, dict):
