@@ -265,7 +265,8 @@ def test_batches_of_parquet_are_those_of_the_seed(tmp_path, dataset, workers):
             shown.append(number)
     assert sorted(shown) == list(range(700))
     again = BatchPlan(plan.dataset, 4, 0, seed=3)
-    assert shown == [int(place.rpartition(":")[2]) - 1 for k in range(len(again)) for place in again[k].places]
+    places = [place for k in range(len(again)) for batch in again[k] for place in batch.places]
+    assert shown == [int(place.rpartition(":")[2]) - 1 for place in places]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind_v.core.data.stores import open_rows
-from minimind_v.core.errors import DataError, UsageError
+from minimind_v.core.errors import DataError, RunError, UsageError
 from minimind_v.core.inspect import convert as converting
 from minimind_v.core.inspect.convert import convert
 from minimind_v.core.inspect.split import split
@@ -153,3 +153,18 @@ def test_no_picture_is_on_both_sides(tmp_path):
     assert len(open_rows(done.train)) + len(open_rows(done.held_out)) == 200
     with pytest.raises(UsageError, match="one side empty"):
         split(source, tmp_path / "none", 0.0001, 1)
+
+
+def test_a_second_run_into_the_same_file_is_refused_and_harms_nothing(source, tmp_path):
+    out = tmp_path / "rows.parquet"
+    told = []
+
+    def meanwhile(done, total):
+        with pytest.raises(RunError, match="another run is writing it"):
+            convert(source, out)
+        told.append(done)
+
+    convert(source, out, progress=meanwhile)
+    assert told == [30]
+    assert read_all(open_rows(out)) == read_all(source)
+    assert not (tmp_path / ".rows.parquet.parts").exists()

@@ -13,17 +13,20 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from minimind_v.core.data.row import Row, RowStore
-from minimind_v.core.errors import DataError, RowError, UsageError
+from minimind_v.core.errors import DataError, RowError, RunError, UsageError
 from minimind_v.core.files import write_atomically, write_text
 
+LOCK = "lock"  # in the folder of the parts
 PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
 NUMBERED = re.compile(r"picture \d+")  # what parquet calls a picture without a name
 SCHEMA = pa.schema(
@@ -64,15 +67,16 @@ def convert(
     nothing is left out without being asked for.
     """
     target = check_target(out, overwrite)
-    done = begun = _resume(rows, target)
-    pictures = 0
-    for part in _parts(rows, done):
-        pictures += sum(len(whole.pictures) for whole in part)
-        target.write_part(done, part)
-        done += len(part)
-        progress(done, len(rows))
-    target.finish()
-    shutil.rmtree(target.folder)
+    with _alone(target):
+        done = begun = _resume(rows, target)
+        pictures = 0
+        for part in _parts(rows, done):
+            pictures += sum(len(whole.pictures) for whole in part)
+            target.write_part(done, part)
+            done += len(part)
+            progress(done, len(rows))
+        target.finish()
+        shutil.rmtree(target.folder)
     return Converted(target.files, done, pictures, begun)
 
 
@@ -99,6 +103,23 @@ def read_whole(rows: RowStore, index: int) -> Whole:
         ) from None
 
 
+@contextmanager
+def _alone(target: Form) -> Iterator[None]:
+    """No second run writes the same parts, or removes them. Raises RunError."""
+    lock = FileLock(target.folder / LOCK)
+    try:
+        target.folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{target.files[0]}: another run is writing it — wait for that, or name another file") from None
+    except OSError as error:
+        raise RunError(f"{target.files[0]}: cannot be written ({error.strerror or error})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _resume(rows: RowStore, target: Form) -> int:
     """Rows that stand in whole parts of an earlier run over the same source; parts of another source are removed."""
     plan = target.folder / "source.json"
@@ -110,7 +131,9 @@ def _resume(rows: RowStore, target: Form) -> int:
         chosen.update(f"{rows.place(index)}\n".encode("utf-8", "surrogateescape"))
     told = json.dumps({"rows": chosen.hexdigest(), "files": stamps})
     if not plan.is_file() or plan.read_text(encoding="utf-8") != told:
-        shutil.rmtree(target.folder, ignore_errors=True)
+        for path in target.folder.iterdir():
+            if path.name != LOCK:
+                path.unlink()
         write_text(plan, told)
     done = 0
     for begin, count in target.parts():
