@@ -96,7 +96,7 @@ class RowDataset:
         if self.blank:
             return Picture(b"", blank_pixels(self.image_size))
         data = self.rows.picture(index, position, name)
-        key = digest(data) if self.remembered else b""
-        if self.remembered and (features := self.remembered.read(key)) is not None:
+        key = digest(data) if self.remembered is not None else b""
+        if self.remembered is not None and (features := self.remembered.read(key)) is not None:
             return Picture(key, features=features)
         return Picture(key, load_pixels(data, name, self.image_size))

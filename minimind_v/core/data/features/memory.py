@@ -129,9 +129,9 @@ class Memory:
             return torch.stack(list(known.values())).to(pixel_values.device)
         assert self.eye is not None, "pictures need an eye"
         fresh = self.eye.look(pixel_values[missing] if known else pixel_values)  # [K, P, width]
-        if self.form:
+        if self.form is not None:
             fresh = self.form.settle(fresh)
-        if self.store:
+        if self.store is not None:
             self._remember([keys[n] for n in missing], fresh)
         if not known:
             return fresh
@@ -141,7 +141,7 @@ class Memory:
         return found
 
     def _recall(self, key: bytes) -> Tensor | None:
-        return self.store.read(key) if self.store else None
+        return self.store.read(key) if self.store is not None else None
 
     def _remember(self, keys: list[bytes], features: Tensor) -> None:
         assert self.store is not None
@@ -178,7 +178,7 @@ def open_memory(
             say(f"features: not remembered ({why})")
             return Memory(eye)
     told = f"features: remembered as {form.kind} in {store.folder}, {form.record / 1e3:.0f} kB a picture; "
-    told += f"{len(store):,} are there, room for {room:,}"
+    told += f"{store.count():,} are there, room for {room:,}"
     if room < rows and choice != "int8":
         told += f" of the pictures of {rows:,} rows (--features int8: {room * form.record // form.eighth:,})"
     say(told)

@@ -69,7 +69,7 @@ class FeatureStore:
         self.__dict__ |= state
         self._forget()
 
-    def __len__(self) -> int:
+    def count(self) -> int:
         """Pictures that can be found."""
         self._refresh()
         return len(self._sorted[0]) + len(self._loose)
