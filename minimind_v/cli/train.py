@@ -12,7 +12,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import ProgressLine, Terminal, memory_used
-from minimind_v.core.config.schema import DTYPES, FREEZE_POLICIES
+from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES
 
 if TYPE_CHECKING:
     from minimind_v.core.train.loop import Summary
@@ -69,6 +69,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Decides the order of rows and all fresh weights.")] = None,
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES))] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="CHOICE", help=f"Remember what CLIP sees: {', '.join(FEATURES)}.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that prepare batches, for each GPU.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; with --device cpu, processes.")] = None,
     nnodes: Annotated[int, typer.Option(help="Machines, each with --gpus of its own.")] = 1,

@@ -9,7 +9,7 @@ from minimind_v import __version__
 from minimind_v.core.errors import MissingInput
 from tests.cli.harness import here
 
-COMMANDS = ("train", "eval", "chat", "convert", "demo", "info", "doctor")
+COMMANDS = ("train", "eval", "chat", "convert", "demo", "bench", "info", "doctor")
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])

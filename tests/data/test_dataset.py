@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minimind_v.core.data.batch import collate
-from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
+from minimind_v.core.data.dataset import BrokenRow, Example, Picture, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import RowError
@@ -165,8 +165,8 @@ def test_a_row_error_keeps_its_kind_on_the_way_home():
 def example(length, number, pictures=0) -> Example:
     ids = [number * 100 + n for n in range(length)]
     tokens = Tokens(ids, [n % 3 == 1 for n in range(length)], [n % 5 == 2 for n in range(length)], pictures)
-    pixels = np.full((pictures, 3, SIZE, SIZE), number, np.uint8) if pictures else None
-    return Example(number, f"f:{number}", tokens, [], pixels)
+    shown = [Picture(b"", np.full((3, SIZE, SIZE), number, np.uint8)) for _ in range(pictures)]
+    return Example(number, f"f:{number}", tokens, [], shown)
 
 
 def test_a_batch_is_as_long_as_its_longest_row():

@@ -275,6 +275,7 @@ def test_loss_curve_is_that_of_a_plain_loop(model, freeze, accumulate, rows, rec
         epochs=4,
         lr=3e-3,
         accumulate=accumulate,
+        features="off",  # so that the plan gives pixels afterwards
         max_steps=STEPS,
         dtype="float32",
         device="cpu",

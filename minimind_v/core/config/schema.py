@@ -11,6 +11,7 @@ from minimind_v.core.errors import UsageError, nearest
 STAGES = ("pretrain", "sft")
 FREEZE_POLICIES = ("projector", "projector+last", "attention", "all")
 DTYPES = ("auto", "float32", "bfloat16")
+FEATURES = ("off", "auto", "exact", "int8")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class RunConfig:
     dtype: str = "auto"  # auto: bf16 autocast where a CUDA device has it, else float32
     device: str = "auto"
     gpus: int = 1  # processes on this machine, each with a GPU of its own or, with device cpu, without
+    features: str = "auto"  # whether what CLIP sees in a picture is remembered, and as what
+    features_dir: Path | None = None  # where; none: the folder `features` in `out`
     save_every: int = 500
     keep: int = 2  # states to go on from; each is three times the size of what trains
     log_every: int = 20
@@ -114,6 +117,7 @@ class RunConfig:
         _one_of("stage", self.stage, STAGES)
         _one_of("freeze", self.freeze, FREEZE_POLICIES)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("features", self.features, FEATURES)
         for flag in ("epochs", "accumulate", "gpus", "keep", "log_every"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 1)
         for flag in ("max_steps", "save_every", "seed"):

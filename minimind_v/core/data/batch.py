@@ -20,8 +20,10 @@ class Batch:
     attention_mask: Tensor  # [B, T], true for tokens
     labels: Tensor  # [B, T], -100 where not supervised
     image_mask: Tensor  # [B, T], true where a patch goes
-    pixel_values: Tensor | None = None  # uint8 [M, 3, S, S]
+    pixel_values: Tensor | None = None  # uint8 [M, 3, S, S], but for pictures that are remembered
     image_features: Tensor | None = None  # [M, P, width], in place of pixels
+    remembered: Tensor | None = None  # [M], true where a picture is in image_features, where there are both
+    keys: list[bytes] = field(default_factory=list)  # of the pictures in pixel_values, for remembering them
     places: list[str] = field(default_factory=list)  # file:row of each row
     broken: list[BrokenRow] = field(default_factory=list)  # rows that were left out of this batch
 
@@ -66,13 +68,18 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
         attention_mask[row, : len(tokens)] = True
         image_mask[row, : len(tokens)] = torch.tensor(tokens.image_mask)
         labels[row, : len(tokens)] = torch.where(torch.tensor(tokens.loss_mask), ids, IGNORE)
-    pixels = [torch.from_numpy(example.pixels) for example in examples if example.pixels is not None]
+    pictures = [picture for example in examples for picture in example.pictures]
+    pixels = [torch.from_numpy(picture.pixels) for picture in pictures if picture.pixels is not None]
+    features = [picture.features for picture in pictures if picture.features is not None]
     return Batch(
         input_ids,
         attention_mask,
         labels,
         image_mask,
-        torch.cat(pixels) if pixels else None,
+        torch.stack(pixels) if pixels else None,
+        torch.stack(features) if features else None,
+        torch.tensor([picture.features is not None for picture in pictures]) if pixels and features else None,
+        [picture.key for picture in pictures if picture.pixels is not None],
         places=[example.place for example in examples],
         broken=broken,
     )

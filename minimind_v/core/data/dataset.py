@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
+from minimind_v.core.data.features.store import FeatureStore, digest
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.data.row import RowStore
@@ -24,15 +26,30 @@ class BrokenRow:
         return f"{self.place}: {self.message}"
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is to be looked at, uint8 [3, S, S], or that was, features [P, width]."""
+
+    key: bytes  # of its file's content; empty where nothing is remembered
+    pixels: np.ndarray | None = None
+    features: Tensor | None = None
+
+
 @dataclass
 class Example:
-    """One row: its tokens, and its pictures as uint8 [N, 3, S, S] once they are loaded."""
+    """One row: its tokens and, once they are loaded, its pictures, each as what was remembered of it or as pixels."""
 
     index: int
     place: str
     tokens: Tokens
     names: list[str] = field(default_factory=list)
-    pixels: np.ndarray | None = None
+    pictures: list[Picture] = field(default_factory=list)
+
+    @property
+    def pixels(self) -> np.ndarray | None:
+        """The pictures that are to be looked at, uint8 [N, 3, S, S]; None without any."""
+        found = [picture.pixels for picture in self.pictures if picture.pixels is not None]
+        return np.stack(found) if found else None
 
 
 class RowDataset:
@@ -52,6 +69,7 @@ class RowDataset:
         self.image_size = image_size
         self.max_length = max_length
         self.blank = blank
+        self.remembered: FeatureStore | None = None  # what is in it is not decoded
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,16 +85,18 @@ class RowDataset:
         return Example(index, place, tokens, row.images[: tokens.images])
 
     def load(self, example: Example) -> Example | BrokenRow:
-        """Read and decode the pictures of a row."""
+        """Read the pictures of a row, and decode those that are not remembered."""
         try:
-            if example.names:
-                pixels = [self._pixels(example.index, position, name) for position, name in enumerate(example.names)]
-                example.pixels = np.stack(pixels)  # [N, 3, S, S]
+            example.pictures = [self._picture(example.index, n, name) for n, name in enumerate(example.names)]
         except RowError as error:
             return BrokenRow(example.place, error.kind, str(error))
         return example
 
-    def _pixels(self, index: int, position: int, name: str) -> np.ndarray:
+    def _picture(self, index: int, position: int, name: str) -> Picture:
         if self.blank:
-            return blank_pixels(self.image_size)
-        return load_pixels(self.rows.picture(index, position, name), name, self.image_size)
+            return Picture(b"", blank_pixels(self.image_size))
+        data = self.rows.picture(index, position, name)
+        key = digest(data) if self.remembered is not None else b""
+        if self.remembered is not None and (features := self.remembered.read(key)) is not None:
+            return Picture(key, features=features)
+        return Picture(key, load_pixels(data, name, self.image_size))

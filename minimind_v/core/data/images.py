@@ -34,6 +34,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")  # no pro
 #   mean difference                 1.1     0.7     0.4
 #   largest                          21      14       7
 DRAFT_MARGIN = 2
+# What else than its bytes decides a picture's pixels: features are remembered under it. A change of code changes 1.
+RENDERING = f"1, margin {DRAFT_MARGIN}, Pillow {Image.__version__}"
 
 TURNS = {  # EXIF orientation (tag 0x0112) → what brings the picture upright
     2: Transpose.FLIP_LEFT_RIGHT,

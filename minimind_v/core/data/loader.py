@@ -103,7 +103,7 @@ class BatchPlan(Dataset[list[Batch]]):
         broken = [row for row in read if isinstance(row, BrokenRow)]
         batch = collate(examples, broken, self.pad_id)
         for example in examples:
-            example.pixels = None  # the window stays, its pictures need not
+            example.pictures = []  # the window stays, its pictures need not
         return batch
 
     def order(self, epoch: int) -> np.ndarray:

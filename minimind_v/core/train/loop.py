@@ -22,6 +22,7 @@ from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
+from minimind_v.core.data.features.memory import Eye, Memory, open_memory
 from minimind_v.core.data.loader import BatchPlan, load_updates
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
@@ -118,6 +119,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.plan = self._open_data()
         self.model = self._build_model().to(self.device)
+        self.memory = self._open_memory()
         self.trained = freeze(self.model, config.freeze)
         # Fused AdamW does the whole update in one pass over each tensor; same arithmetic.
         fused = self.device.type in ("cpu", "cuda")
@@ -176,6 +178,16 @@ class Run:
         self.loaded = True
         self.listener.say(str(receipt))
         return model
+
+    def _open_memory(self) -> Memory:
+        config, encoder, listener = self.config, self.model.vision_encoder, self.listener
+        if encoder is None:  # features are given
+            return Memory()
+        folder = config.features_dir or config.out / "features"
+        eye = Eye(encoder, self.device, config.dtype)
+        memory = open_memory(config.features, folder, eye, self.plan.rows, listener.say, listener.warn)
+        self.plan.dataset.remembered = memory.store
+        return memory
 
     # --- starting, or going on ----------------------------------------------------------------------------------------
 
@@ -342,8 +354,7 @@ class Run:
                     out = self.shared(
                         moved.input_ids,
                         attention_mask=moved.attention_mask,
-                        pixel_values=moved.pixel_values,
-                        image_features=moved.image_features,
+                        image_features=self.memory.features(moved),
                         image_mask=moved.image_mask,
                         labels=moved.labels,
                     )

@@ -31,7 +31,7 @@ WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; o
 # What a run may change at will: it decides where things go and what is told, not what is learnt.
 # How an update's rows are shared out is free as well; how many they are is not, and has a name of its own.
 FREE = {"out", "device", "gpus", "save_every", "keep", "log_every", "data.workers", "data.bad_rows"}
-FREE |= {"data.batch_size", "accumulate"}
+FREE |= {"data.batch_size", "accumulate", "features_dir"}
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
 
 
@@ -145,6 +145,7 @@ def origin_of(config: RunConfig) -> dict[str, Any]:
             path = path / "tokenizer.json"  # other things may stand in its folder
         origin[key] = fingerprint(path) if path.exists() else None
     sources = sorted(Path(minimind_v.__file__).parent.joinpath("core").rglob("*.py"))
+    origin["features"] = "int8" if config.features == "int8" else "exact"  # remembered or not, they are the same
     origin["code"] = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
     origin["torch"] = torch.__version__
     return origin

@@ -1,0 +1,213 @@
+"""How fast this machine is at what training and talking are made of, and what would hold it up.
+
+Nothing is read or downloaded: random weights of the real sizes, pictures made on the spot.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.config.recipes import pretrain
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.features.memory import Eye
+from minimind_v.core.data.images import load_pixels
+from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.generate.engine import generate
+from minimind_v.core.generate.ready import ready
+from minimind_v.core.generate.sampling import GREEDY, Sampler
+from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.freeze import freeze
+
+QUESTION, ANSWER = 40, 40  # tokens of a caption row besides its picture; those of the answer are supervised
+WORDS = 48  # tokens that are generated
+SIDE = 2048  # of the matrices whose product is timed
+JPEG = (448, 336)
+# Sizes of the vision towers: CLIP's ViT-B/16, and that of the embedded world.
+BASE_TOWER = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12,
+              "num_attention_heads": 12, "intermediate_size": 3072}  # fmt: skip
+DEMO_TOWER = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "num_hidden_layers": 4,
+              "num_attention_heads": 4, "intermediate_size": 512}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured: rates per second, and in words what limits training."""
+
+    preset: str
+    device: str
+    threads: int
+    dtype: str
+    matmul_gflops: float  # of one large product, in 10⁹ operations per second
+    clip_pictures: float
+    decoded_pictures: float  # JPEGs of 448×336, by one process
+    data_workers: int
+    samples_first_epoch: float  # of pretraining, every picture looked at
+    samples_later: float  # features remembered
+    matmul_share: float  # of the rate above that the operations of training reach, in later epochs
+    first_token_seconds: float  # a question about a picture, which is looked at
+    tokens: float  # of one answer
+    limit: str
+
+
+def bench(preset: str, device_name: str, tell: Callable[[str], None]) -> Found:
+    """Measure all; `tell` hears what is being measured. Raises UsageError for an unknown preset or device."""
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset!r} is none of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+    device = pick_device(device_name)
+    torch.manual_seed(0)
+    model = _make_model(preset).to(device)
+    assert model.vision_encoder is not None
+    eye, recipe = Eye(model.vision_encoder, device, "auto"), pretrain(PRESETS[preset])
+    tell("multiplying matrices")
+    gflops = _matmul(device, torch.bfloat16 if eye.kind == "bfloat16" else torch.float32)
+    tell("looking at pictures")
+    pictures = torch.randint(0, 256, (eye.group, 3, *[model.spec.image_size] * 2), dtype=torch.uint8).to(device)
+    looking = _seconds(device, lambda: eye.look(pictures)) / len(pictures)
+    tell("decoding pictures")
+    decoding = _decode(model.spec.image_size)
+    tell("training")
+    learning, operations = _learn(model, recipe.freeze, recipe.data.batch_size if device.type == "cuda" else 4)
+    tell("answering")
+    first, each = _answer(model, looking)
+    workers = recipe.data.workers
+    return Found(
+        preset, str(device), torch.get_num_threads(), eye.kind, gflops, 1 / looking, 1 / decoding, workers,
+        1 / (learning + looking), 1 / learning, operations / learning / (gflops * 1e9), first, 1 / each,
+        _limit(looking, learning, decoding / workers),
+    )  # fmt: skip
+
+
+def _limit(looking: float, learning: float, data: float) -> str:
+    """What most of a sample's time goes to, all in seconds per sample."""
+    if data > looking + learning:
+        return (
+            f"decoding: workers need {data * 1e3:.1f} ms for a picture, training {(looking + learning) * 1e3:.1f} — "
+            "more --workers, or smaller pictures; in later epochs features are remembered and nothing is decoded"
+        )
+    share = looking / (looking + learning)
+    if share > 0.5:
+        return (
+            f"looking at pictures: {share:.0%} of the first epoch's time; "
+            f"with features remembered a later one takes {1 - share:.0%} of it"
+        )
+    return f"the language model: {1 - share:.0%} of the first epoch's time; looking at pictures takes {share:.0%}"
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _make_model(preset: str) -> VLM:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes: dict[str, Any] = DEMO_TOWER if preset == "demo" else BASE_TOWER
+    spec = VisionSpec(sizes["image_size"], sizes["patch_size"], sizes["hidden_size"])
+    encoder = VisionEncoder(CLIPVisionModel(CLIPVisionConfig(**sizes)), spec)
+    return VLM(PRESETS[preset], spec, placeholder_id=34, vision=encoder)
+
+
+def _matmul(device: torch.device, dtype: torch.dtype) -> float:
+    left, right = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
+    return 2 * SIDE**3 / _seconds(device, lambda: left @ right, times=7) / 1e9
+
+
+def _decode(size: int) -> float:
+    """Seconds for a JPEG with about as much detail as a photograph."""
+    noise = np.random.default_rng(0)
+    coarse = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(JPEG)
+    grain = noise.integers(-12, 13, (JPEG[1], JPEG[0], 3))
+    buffer = io.BytesIO()
+    Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    data = buffer.getvalue()
+    return _seconds(torch.device("cpu"), lambda: [load_pixels(data, "picture", size) for _ in range(20)]) / 20
+
+
+def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
+    """Seconds and operations per sample of a pretraining update whose features are known."""
+    model.train()
+    trained = freeze(model, policy)
+    optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    batch, features = _rows(model, rows)
+
+    def update() -> None:
+        with autocast(model.device, "auto"):
+            out = model(batch.input_ids, image_features=features, image_mask=batch.image_mask, labels=batch.labels)
+        out.loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    seconds = _seconds(model.device, update) / rows
+    return seconds, _operations(model, batch.input_ids.shape[1])
+
+
+def _operations(model: VLM, length: int) -> float:
+    """Of one row: two per weight and token forward, two for its input's gradient, two more for a weight that learns.
+
+    Of experts those are counted that a token meets; attention's own products are left out.
+    """
+    config, found = model.config, 0.0
+    for name, weight in model.model.named_parameters():
+        if weight.ndim != 2 or "embed_tokens" in name:
+            continue
+        met = config.num_experts_per_tok / config.n_routed_experts if ".experts." in name else 1.0
+        found += met * weight.numel() * length * (6 if weight.requires_grad else 4)
+    projector = model.spec.width * model.config.hidden_size
+    return found + 4 * projector * model.spec.tokens_per_image + 6 * model.lm_head.weight.numel() * ANSWER
+
+
+def _rows(model: VLM, rows: int) -> tuple[Batch, Tensor]:
+    """Caption rows of random ids behind a picture each, and random features of the pictures."""
+    spec = model.spec
+    length = spec.tokens_per_image + QUESTION + ANSWER
+    input_ids = torch.randint(0, model.config.vocab_size, (rows, length))
+    image_mask = torch.zeros(rows, length, dtype=torch.bool)
+    image_mask[:, 20 : 20 + spec.tokens_per_image] = True
+    labels = input_ids.clone()
+    labels[:, :-ANSWER] = IGNORE
+    batch = Batch(input_ids, torch.ones_like(image_mask), labels, image_mask).to(model.device)
+    return batch, torch.randn(rows, spec.tokens_per_image, spec.width, device=model.device)
+
+
+def _answer(model: VLM, looking: float) -> tuple[float, float]:
+    """Seconds to the first token, the picture's included, and for each of the others."""
+    model.eval()
+    batch, features = _rows(model, 1)
+    prompt = batch.input_ids[:, :-ANSWER]
+    first, each = [], []
+    for _ in range(3):
+        cache = ready(model).decoder.new_cache(1, prompt.shape[1] + WORDS)
+        answer = generate(
+            model, cache, prompt, Sampler(GREEDY), -1, WORDS, features, batch.image_mask[:, :-ANSWER]
+        )  # without an end
+        begun = time.perf_counter()
+        next(answer)
+        then = time.perf_counter()
+        count = sum(1 for _ in answer)
+        first.append(then - begun + looking)
+        each.append((time.perf_counter() - then) / count)
+    return statistics.median(first), statistics.median(each)
+
+
+def _seconds(device: torch.device, work: Callable[[], object], times: int = 3) -> float:
+    """The median of several, the first time left out: it pays for what is only made once."""
+    found = []
+    for _ in range(times + 1):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found[1:])

@@ -1,0 +1,258 @@
+"""Remembered features: the same curve to the last bit, keys that change with what decides features, and 8 bits."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minimind_v.core.demo
+from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.features import memory, store
+from minimind_v.core.data.features.form import Form
+from minimind_v.core.data.features.memory import Eye, open_memory
+from minimind_v.core.data.features.store import digest
+from minimind_v.core.demo.dataset import write_sft
+from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.train.loop import Run
+
+ASSETS = Path(minimind_v.core.demo.__file__).parent / "assets"
+CPU = torch.device("cpu")
+ROWS = 30
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_sft(tmp_path_factory.mktemp("data"), random.Random(3), ROWS)[0]
+
+
+@pytest.fixture
+def config(rows, tmp_path) -> RunConfig:
+    tiny = TextConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=600)
+    data = DataConfig(rows.data, rows.images, ASSETS, max_length=256, batch_size=3, workers=0)
+    return RunConfig(
+        stage="sft",
+        model=tiny,
+        data=data,
+        vision_model=ASSETS / "vision",
+        out=tmp_path / "out",
+        features_dir=tmp_path / "features",
+        epochs=3,
+        lr=3e-3,
+        dtype="float32",
+        device="cpu",
+        save_every=0,
+    )
+
+
+@pytest.fixture
+def train(config, recorder, tmp_path):
+    """Trains with changes to the configuration; returns the run, its curve and what it has learnt."""
+
+    def train(**changes):
+        recorder.steps.clear()
+        recorder.said.clear()
+        run = Run(replace(config, out=tmp_path / f"{random.random()}", **changes), recorder)
+        run.fit()
+        return run, [(step.loss, step.grad_norm) for step in recorder.steps]
+
+    return train
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in run.model.state_dict().items() if "vision_encoder" not in name}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_remembering_changes_no_bit(dtype, workers, config, train, recorder):
+    data = replace(config.data, workers=workers)
+    plain, expected = train(features="off", dtype=dtype, data=data)
+    first, curve = train(features="exact", dtype=dtype, data=data)
+    again, later = train(features="auto", dtype=dtype, data=data)
+    assert expected == curve == later
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, weights(first)[name]), name
+        assert torch.equal(tensor, weights(again)[name]), name
+    pictures = 3 * ROWS
+    assert plain.memory.looked == pictures
+    assert (first.memory.looked, first.memory.read) == (ROWS, 2 * ROWS), "each is looked at once"
+    assert (again.memory.looked, again.memory.read) == (0, pictures)
+    (told,) = [line for line in recorder.said if line.startswith("features:")]
+    assert f"{ROWS} are there" in told
+
+
+def test_eight_bits_keep_the_curve(train):
+    _, exact = train(features="off", epochs=6)
+    first, rough = train(features="int8", epochs=6)
+    again, later = train(features="int8", epochs=6)
+    assert rough == later, "read or looked at, a picture is the same"
+    assert (first.memory.looked, again.memory.looked) == (ROWS, 0)
+    assert exact != rough
+    assert [loss for loss, _ in rough] == pytest.approx([loss for loss, _ in exact], rel=5e-3)
+
+
+def test_a_resumed_run_is_the_same_whatever_is_remembered(config, recorder, train, monkeypatch):
+    plain, expected = train(features="off")
+    half = replace(config, features="exact")
+    tell = recorder.step
+    monkeypatch.setattr(recorder, "step", lambda metrics, log: (tell(metrics, log), signal.raise_signal(signal.SIGINT)))
+    recorder.steps.clear()
+    assert Run(half, recorder).fit().steps == 1
+    monkeypatch.undo()
+    shutil.rmtree(config.features_dir)
+    resumed = Run(replace(half, features="auto"), recorder, resume=True)
+    resumed.fit()
+    assert [(step.loss, step.grad_norm) for step in recorder.steps] == expected
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(plain).items())
+
+
+def test_a_resume_may_change_whether_but_not_into_what(config, recorder):
+    from minimind_v.core.errors import UsageError
+
+    Run(replace(config, max_steps=2, features="exact"), recorder).fit()
+    Run(replace(config, max_steps=2, features="off"), recorder, resume=True)
+    with pytest.raises(UsageError, match="features"):
+        Run(replace(config, max_steps=2, features="int8"), recorder, resume=True)
+
+
+# --- what a name proves -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tower(tmp_path) -> Path:
+    return Path(shutil.copytree(ASSETS / "vision", tmp_path / "tower", copy_function=shutil.copyfile))
+
+
+def name_of(folder: Path, dtype: str = "float32") -> str:
+    return Eye(VisionEncoder.load(folder), CPU, dtype).prove()[0]
+
+
+def test_the_name_changes_with_all_that_decides_features(tower, monkeypatch):
+    before = name_of(tower)
+    assert name_of(tower) == before
+    names = {before, name_of(tower, "bfloat16")}
+
+    normal = (tower / "preprocessor_config.json").read_text()
+    (tower / "preprocessor_config.json").write_text(normal.replace("0.481", "0.482"))
+    names.add(name_of(tower))
+    (tower / "preprocessor_config.json").write_text(normal)
+
+    tensors = load_file(tower / "model.safetensors")
+    key = next(name for name in tensors if name.endswith("layers.3.mlp.fc2.bias"))
+    tensors[key][5] += 1e-3
+    save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
+    names.add(name_of(tower))
+
+    shutil.copyfile(ASSETS / "vision" / "model.safetensors", tower / "model.safetensors")
+    assert name_of(tower) == before
+    monkeypatch.setattr(memory, "RENDERING", "another")
+    names.add(name_of(tower))
+    assert len(names) == 5
+
+
+def test_what_another_tower_saw_is_not_used(tower, train):
+    train(features="exact")
+    tensors = load_file(tower / "model.safetensors")
+    key = next(name for name in tensors if name.endswith("layers.0.mlp.fc2.weight"))
+    tensors[key] *= 1.5
+    save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
+    _, expected = train(features="off", vision_model=tower)
+    other, curve = train(features="exact", vision_model=tower)
+    assert other.memory.looked == ROWS
+    assert curve == expected
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eye() -> Eye:
+    return Eye(VisionEncoder.load(ASSETS / "vision"), CPU, "float32")
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    return torch.randint(0, 256, (11, 3, 64, 64), dtype=torch.uint8)
+
+
+def test_a_picture_is_the_same_in_any_company(eye, pictures):
+    together = eye.look(pictures)
+    for order in (torch.randperm(11), torch.arange(11)):
+        for size in (1, 2, 3, 5, 11):
+            found = torch.cat([eye.look(part) for part in pictures[order].split(size)])
+            assert torch.equal(found, together[order])
+
+
+def test_a_tower_that_adds_up_otherwise_when_alone(pictures):
+    """Groups that are not full are filled up where that makes a difference, and only there."""
+
+    class Moody(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen: list[int] = []
+
+        def forward(self, given):
+            self.seen.append(len(given))
+            return given.float() + (1e-6 if len(given) == 1 else 0.0) + 0.5
+
+    moody = Moody()
+    eye = Eye(moody, CPU, "float32")  # type: ignore[arg-type]
+    assert torch.equal(eye.look(pictures[:1]), pictures[:1] + 0.5)
+    assert torch.equal(eye.look(pictures[:6]), pictures[:6] + 0.5)
+    moody.seen.clear()
+    eye.look(pictures[:1])
+    eye.look(pictures[:6])
+    assert moody.seen == [4, 4, 2]
+
+
+def test_features_can_be_learnt_from(eye, pictures):
+    """They are made without a gradient, and a layer behind them has one."""
+    layer = torch.nn.Linear(eye.encoder.spec.width, 2)
+    layer(eye.look(pictures[:2])).sum().backward()
+    assert layer.weight.grad is not None
+
+
+# --- deciding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reading", "looking", "kept"), [(0.1, 1.0, True), (0.6, 1.0, False), (None, 1.0, False)])
+def test_auto_keeps_what_pays(reading, looking, kept, eye, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "measure_reading", lambda *_: reading)
+    monkeypatch.setattr(eye, "prove", lambda: ("name", looking))
+    said: list[str] = []
+    found = open_memory("auto", tmp_path / "features", eye, 100, said.append, said.append)
+    assert (found.store is not None) == kept
+    assert len(said) == 1
+    assert ("not remembered" in said[0]) != kept
+
+
+def test_a_small_budget_is_told_and_kept(eye, tmp_path, monkeypatch, pictures):
+    form = Form("float32", eye.encoder.spec.tokens_per_image, eye.encoder.spec.width)
+    monkeypatch.setattr(store, "used_and_free", lambda _: (0, 4 * 5 * (form.record + 24)))
+    said, warned = [], []
+    found = open_memory("exact", tmp_path / "features", eye, 100, said.append, warned.append)
+    monkeypatch.undo()
+    assert "room for 5 of the pictures of 100 rows (--features int8: " in said[0]
+    for begin in range(0, 11, 2):  # of eleven pictures four fit in pairs
+        keys = [digest(bytes([n])) for n in range(begin, min(begin + 2, 11))]
+        seen = found.features(Batch(*[torch.empty(0)] * 4, pixel_values=pictures[begin : begin + 2], keys=keys))
+        assert torch.equal(seen, eye.look(pictures[begin : begin + 2]))
+    assert found.store.count() == 4
+    assert len(warned) == 1
+    assert "budget" in warned[0]
+
+
+def test_off_says_and_makes_nothing(eye, tmp_path):
+    said: list[str] = []
+    found = open_memory("off", tmp_path / "features", eye, 100, said.append, said.append)
+    assert found.store is None
+    assert not said
+    assert not (tmp_path / "features").exists()
