@@ -41,7 +41,10 @@ def _is_data(file: Path) -> bool:
 
 def _weights(file: Path) -> dict[str, Any]:
     from minimind_v.core.checkpoint.weights import name_preset, read_checkpoint
+    from minimind_v.core.gguf.files import describe_gguf, is_gguf
 
+    if is_gguf(file):
+        return describe_gguf(file)
     checkpoint = read_checkpoint(file)
     types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
     return {

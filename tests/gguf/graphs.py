@@ -1,9 +1,10 @@
-"""What llama.cpp computes from its two files, written down anew in numpy from its graphs (`llama`, `granitemoe`, LLaVA).
+"""What llama.cpp computes from its two files: its graphs (`llama`, `granitemoe`, LLaVA) written down anew in numpy.
 
 Nothing of ours is used, and of the `gguf` package only the reader.
 """
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import regex
@@ -165,7 +166,7 @@ class Words:
 
     def _merge(self, word):
         parts = [self.letter[byte] for byte in word.encode()]
-        while pairs := [(self.rank[pair], n) for n, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in self.rank]:
+        while pairs := [(self.rank[pair], n) for n, pair in enumerate(pairwise(parts)) if pair in self.rank]:
             _, n = min(pairs)
             parts[n : n + 2] = [parts[n] + parts[n + 1]]
         return [self.ids[part] for part in parts]

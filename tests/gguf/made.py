@@ -55,10 +55,26 @@ def made(name="dense", seed=0, tokenizer=ASSETS, config=None, loud=8.0):
 
 
 TEXTS = (
-    "", " ", "\n", "\n\n\n", " \t\r\n x", "a  b   c", "Hello, world!", "Don't you'll we're I'd IT'S can't've",
-    "请描述这张图片里的内容。", "图中有2只猫，3.14米，２０２４年", "日本語のテキスト、한국어 텍스트", "🙂👨‍👩‍👧‍👦🏳️‍🌈 é é ﬁ",
-    "def f(x):\n    return x[0] @ b  # {'a': 1}\n\n\tprint(f\"{x!r:>10}\")", "<|im_end|>\n<|im_start|>user <|endoftext|>",
-    "@@@@ user@example.com @", "\u200b\ufeff\u00a0\u3000\u2028x\u0085y", "١٢٣ ½ ² Ⅷ ①", "\x00\x01\x7f\x1b[0m", "ǅ ß İ ı ﷺ", "\U0010ffff\U000e0001𝒳𐍈",
+    "",
+    " ",
+    "\n",
+    "\n\n\n",
+    " \t\r\n x",
+    "a  b   c",
+    "Hello, world!",
+    "Don't you'll we're I'd IT'S can't've",
+    "请描述这张图片里的内容。",
+    "图中有2只猫，3.14米，２０２４年",
+    "日本語のテキスト、한국어 텍스트",
+    "🙂👨‍👩‍👧‍👦🏳️‍🌈 é é ﬁ",
+    "def f(x):\n    return x[0] @ b  # {'a': 1}\n\n\tprint(f\"{x!r:>10}\")",
+    "<|im_end|>\n<|im_start|>user <|endoftext|>",
+    "@@@@ user@example.com @",
+    "\u200b\ufeff\u00a0\u3000\u2028x\u0085y",
+    "١٢٣ ½ ² Ⅷ ①",
+    "\x00\x01\x7f\x1b[0m",
+    "ǅ ß İ ı ﷺ",
+    "\U0010ffff\U000e0001𝒳𐍈",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp's two files, for a checkpoint that was trained here: the language model, and what lets it see."""
+"""llama.cpp's two files, for a model that was trained here: the language model, and what lets it see."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from pathlib import Path
 
 from minimind_v import __version__
 from minimind_v.core.checkpoint.weights import PROJECTOR, name_preset
-from minimind_v.core.gguf import language, vision
-from minimind_v.core.gguf.store import MADE_BY, QUANTIZATIONS, Writer, check_quantization
-from minimind_v.core.gguf.words import modelfile, write_words
+from minimind_v.core.export.order import Order
 from minimind_v.core.files import write_text
 from minimind_v.core.generate.load import Loaded
+from minimind_v.core.gguf import language, vision
+from minimind_v.core.gguf.files import MMPROJ, MODEL, MODELFILE
+from minimind_v.core.gguf.store import MADE_BY, QUANTIZATIONS, SOURCE, STAGE, Writer, check_quantization
+from minimind_v.core.gguf.words import modelfile, write_words
 
-MODEL, MMPROJ, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
+DEFAULT = "f16"
 
 
-def write_gguf(loaded: Loaded, folder: Path, quantize: str = "f16") -> list[Path]:
-    """Write `model.gguf`, `mmproj.gguf` and Ollama's `Modelfile` into a folder that is there, and return their paths.
+def write(loaded: Loaded, folder: Path, order: Order) -> None:
+    """Write `model.gguf`, `mmproj.gguf` and Ollama's `Modelfile` into an empty folder.
 
-    `quantize` is the type of the language model's matrices, one of QUANTIZATIONS. Raises UsageError for another,
+    `order.quantize` is the type of the language model's matrices, one of QUANTIZATIONS. Raises UsageError for another,
     MissingInput without the `gguf` package, WeightsError for what llama.cpp has no way to compute.
     """
+    quantize = order.quantize or DEFAULT
     check_quantization(quantize)
     config, encoder = loaded.model.config, loaded.model.vision_encoder
     assert encoder is not None, "load_model gives every model its tower"
@@ -41,12 +44,11 @@ def write_gguf(loaded: Loaded, folder: Path, quantize: str = "f16") -> list[Path
     eye.close()
 
     write_text(folder / MODELFILE, modelfile(MODEL, MMPROJ))
-    return [folder / MODEL, folder / MMPROJ, folder / MODELFILE]
 
 
 def _describe(writer: Writer, type: str, name: str, loaded: Loaded) -> None:
     writer.file.add_type(type)
     writer.file.add_name(name)
     writer.file.add_string(MADE_BY, f"mmv {__version__}")
-    writer.file.add_string("minimind_v.stage", loaded.checkpoint.stage)
-    writer.file.add_string("minimind_v.source", loaded.checkpoint.path.name)
+    writer.file.add_string(STAGE, loaded.checkpoint.stage)
+    writer.file.add_string(SOURCE, loaded.checkpoint.path.name)

@@ -24,6 +24,7 @@ QUANTIZATIONS = {
     "q4_0": "q8_0",
 }
 MADE_BY = "minimind_v.made_by"  # the key by which a file of ours is known
+STAGE, SOURCE = "minimind_v.stage", "minimind_v.source"
 
 
 def need_gguf() -> Any:
@@ -61,7 +62,9 @@ class Writer:
     def embedding(self, name: str, tensor: Tensor) -> None:
         """The embeddings, which are the head as well: never below eight bits."""
         block, size = self.gguf.GGML_QUANT_SIZES[self.type]
-        small = self.gguf.GGMLQuantizationType.Q8_0 if tensor.shape[-1] % 32 == 0 else self.gguf.GGMLQuantizationType.F16
+        small = (
+            self.gguf.GGMLQuantizationType.Q8_0 if tensor.shape[-1] % 32 == 0 else self.gguf.GGMLQuantizationType.F16
+        )
         self._add(name, tensor, self.type if size >= block and tensor.shape[-1] % block == 0 else small)
 
     def half(self, name: str, tensor: Tensor) -> None:

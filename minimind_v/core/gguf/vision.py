@@ -120,6 +120,15 @@ def read_encoder(reader: Reader) -> VisionEncoder:
     return VisionEncoder(model, spec)
 
 
+@torch.no_grad()
+def without_corner(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
+    """Features [M, P, width] of uint8 pictures [M, 3, S, S] as llama.cpp has them: the first is the class token's."""
+    tower: Any = encoder.tower
+    x = tower.embeddings((pixel_values.float() / 255 - encoder.mean) / encoder.std)  # [M, 1 + P, width]
+    x = torch.cat((x[:, :1], x[:, 2:]), dim=1)  # [M, P, width]
+    return tower.encoder(inputs_embeds=tower.pre_layrnorm(x)).last_hidden_state
+
+
 def read_projector(reader: Reader) -> dict[str, Tensor]:
     """The projector under its published names."""
     weight, bias = reader.tensor("mm.0.weight"), reader.tensor("mm.0.bias")

@@ -14,7 +14,7 @@ from minimind_v.core.errors import WeightsError
 from minimind_v.core.gguf.store import Reader, Writer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
-# What a tokenizer must be for llama.cpp's `gpt-2` to give the same ids: byte-level BPE that splits with GPT-2's pattern.
+# What llama.cpp's `gpt-2` gives the same ids as: byte-level BPE that splits with GPT-2's pattern.
 _SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
           "byte_fallback": False, "ignore_merges": False}  # fmt: skip
