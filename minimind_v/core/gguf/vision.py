@@ -16,6 +16,7 @@ What differs from a plain renaming, and why:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def write_keys(writer: Writer, encoder: VisionEncoder, hidden_size: int) -> None
 
 def write_tensors(writer: Writer, encoder: VisionEncoder, projector: dict[str, Tensor]) -> None:
     """The tower, and the projector given under its published names."""
-    tower = {name.removeprefix("vision_model."): value for name, value in encoder.tower.state_dict().items()}
+    tower = _inner(encoder).state_dict()
     writer.half("v.patch_embd.weight", tower["embeddings.patch_embedding.weight"])  # [width, 3, patch, patch]
     positions = tower["embeddings.position_embedding.weight"].float()  # [1 + P, width]
     seen = positions[1:].clone()
@@ -82,11 +83,23 @@ def write_tensors(writer: Writer, encoder: VisionEncoder, projector: dict[str, T
     writer.exact("mm.2.bias", torch.zeros(len(bias)))
 
 
-def read_encoder(reader: Reader) -> VisionEncoder:
-    """The whole of CLIP's tower again, the corner included.
+def read_tower(reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    """The tower's tensors under CLIP's names, one by one, the corner's position included."""
+    seen = reader.tensor("v.position_embd.weight")
+    class_token = seen[0] / _LOUD  # with its position, so that this has none
+    nothing = torch.zeros_like(class_token)
+    yield "embeddings.class_embedding", class_token
+    yield "embeddings.position_embedding.weight", torch.stack((nothing, reader.tensor(_CORNER), *seen[1:]))
+    yield "embeddings.patch_embedding.weight", reader.tensor("v.patch_embd.weight")
+    for part in ("weight", "bias"):
+        yield f"pre_layrnorm.{part}", reader.tensor(f"v.pre_ln.{part}")
+        for layer in range(int(reader.key("clip.vision.block_count"))):
+            for name, published in _LAYER.items():
+                yield f"encoder.layers.{layer}.{published}.{part}", reader.tensor(f"v.blk.{layer}.{name}.{part}")
 
-    Raises WeightsError where the file is no `mmproj` of ours.
-    """
+
+def read_encoder(reader: Reader) -> VisionEncoder:
+    """The whole of CLIP's tower again. Raises WeightsError where the file is no `mmproj` of ours."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     def size(name: str) -> int:
@@ -101,29 +114,24 @@ def read_encoder(reader: Reader) -> VisionEncoder:
         num_attention_heads=size("attention.head_count"), hidden_act=used or "quick_gelu",
         layer_norm_eps=reader.key("clip.vision.attention.layer_norm_epsilon"),
     )  # fmt: skip
-    seen = reader.tensor("v.position_embd.weight")
-    tower = {
-        "embeddings.patch_embedding.weight": reader.tensor("v.patch_embd.weight"),
-        "embeddings.class_embedding": seen[0] / _LOUD,
-        "embeddings.position_embedding.weight": torch.cat(
-            (torch.zeros(1, spec.width), reader.tensor(_CORNER)[None], seen[1:])  # the class token has both in one
-        ),
-    }
-    for part in ("weight", "bias"):
-        tower[f"pre_layrnorm.{part}"] = reader.tensor(f"v.pre_ln.{part}")
-        for layer in range(config.num_hidden_layers):
-            for name, published in _LAYER.items():
-                tower[f"encoder.layers.{layer}.{published}.{part}"] = reader.tensor(f"v.blk.{layer}.{name}.{part}")
-    model = CLIPVisionModel(config)
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""
-    model.load_state_dict({prefix + name: value for name, value in tower.items()}, strict=False)
-    return VisionEncoder(model, spec)
+    encoder = VisionEncoder(CLIPVisionModel(config), spec)
+    _inner(encoder).load_state_dict(dict(read_tower(reader)), strict=False)
+    return encoder
+
+
+def tower_tensors(encoder: VisionEncoder) -> dict[str, Tensor]:
+    """What `read_tower` gives, of a tower in memory."""
+    tensors = dict(_inner(encoder).state_dict())
+    positions = tensors["embeddings.position_embedding.weight"].clone()
+    tensors["embeddings.class_embedding"] = tensors["embeddings.class_embedding"] + positions[0]
+    positions[0] = 0
+    return tensors | {"embeddings.position_embedding.weight": positions}
 
 
 @torch.no_grad()
 def without_corner(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
     """Features [M, P, width] of uint8 pictures [M, 3, S, S] as llama.cpp has them: the first is the class token's."""
-    tower: Any = encoder.tower
+    tower = _inner(encoder)
     x = tower.embeddings((pixel_values.float() / 255 - encoder.mean) / encoder.std)  # [M, 1 + P, width]
     x = torch.cat((x[:, :1], x[:, 2:]), dim=1)  # [M, P, width]
     return tower.encoder(inputs_embeds=tower.pre_layrnorm(x)).last_hidden_state
@@ -141,3 +149,8 @@ def read_projector(reader: Reader) -> dict[str, Tensor]:
 
 def _config(encoder: VisionEncoder) -> Any:
     return encoder.tower.config
+
+
+def _inner(encoder: VisionEncoder) -> Any:
+    """The tower itself, which some versions of transformers wrap."""
+    return getattr(encoder.tower, "vision_model", encoder.tower)

@@ -99,8 +99,8 @@ def read_words(reader: Reader) -> Tokenizer:
         for token, type in zip(tokens, types, strict=True) if type == CONTROL
     ])  # fmt: skip
     backend.encode_special_tokens = True
-    ids = (reader.key(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "bos", "eos"))
-    return Tokenizer(backend, *ids, vocab[PLACEHOLDER])
+    pad, bos, eos = (reader.key(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "bos", "eos"))
+    return Tokenizer(backend, pad, bos, eos, vocab[PLACEHOLDER])
 
 
 def modelfile(model: str, mmproj: str) -> str:
