@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -21,7 +22,7 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.export.cases import CASES, Case, pictures
 from minimind_v.core.export.gguf import DEFAULT
 from minimind_v.core.export.order import Order
-from minimind_v.core.export.report import Report, size_of
+from minimind_v.core.export.report import Report, Verify, size_of
 from minimind_v.core.generate.load import Loaded, load_model
 from minimind_v.core.gguf import language, vision
 from minimind_v.core.gguf.files import MMPROJ, MODEL
@@ -45,13 +46,17 @@ TEXTS = (
 )
 
 
-def verify(order: Order, folder: Path) -> Report:
+def verifier() -> AbstractContextManager[Verify]:
+    """Gives the function that verifies; nothing need be begun before there are files."""
+    return nullcontext(verify)
+
+
+def verify(loaded: Loaded, folder: Path, order: Order) -> Report:
     """Compare the files with their source: sizes, weights, token ids, logits, greedy tokens.
 
     Raises RunError where llama.cpp is installed and does not open them at all.
     """
-    quantize = order.quantize or DEFAULT
-    loaded, report = order.load(), Report()
+    quantize, report = order.quantize or DEFAULT, Report()
     model = Reader(folder / MODEL)
     config = language.read_config(model)
     same = config == loaded.model.config
