@@ -8,12 +8,8 @@ import sys
 import time
 import urllib.request
 
-import pytest
-
-pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; `make interop` compiles it")
-openai = pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
-
 import numpy as np
+import pytest
 import torch
 
 from minimind_v.core.export.gguf import write
@@ -25,6 +21,9 @@ from minimind_v.core.generate.session import Session
 from tests.cli.harness import here
 from tests.gguf.made import SIZES, TEXTS, made, random_texts
 from tests.gguf.test_written import PUBLISHED
+
+pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; `make interop` compiles it")
+openai = pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
 
 
 def answers(seeing):

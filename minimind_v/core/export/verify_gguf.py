@@ -66,7 +66,7 @@ def verify(loaded: Loaded, folder: Path, order: Order) -> Report:
         _compare_ids(report, loaded, [read_words(model).encode(text).ids for text in TEXTS])
     if report.wrong:
         return report
-    if importlib.util.find_spec("llama_cpp") is None:
+    if not _llama_is_installed():
         _compare_read_back(report, loaded, load_model(folder, device="cpu"))
     else:
         with tempfile.TemporaryDirectory(prefix="mmv-verify-") as work:
@@ -101,6 +101,10 @@ def _compare_read_back(report: Report, loaded: Loaded, again: Loaded) -> None:
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def _llama_is_installed() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
 
 
 def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
