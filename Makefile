@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test lint format bench demo-assets clean
+.PHONY: setup demo test lint format bench interop demo-assets clean
 
 setup: $(READY)
 
@@ -32,6 +32,14 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.train
+
+# Compiles llama.cpp the first time, which takes about half an hour on two cores; needs a C++ compiler.
+interop: $(VENV)/.interop
+	$(BIN)/python -m pytest tests/interop
+
+$(VENV)/.interop: $(READY)
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,interop]'
+	touch $@
 
 # About an hour on two cores: makes again what the package ships for the demo.
 demo-assets: $(READY)

@@ -12,12 +12,14 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
+from minimind_v.core.errors import UsageError
 
 
 class Format(str, Enum):
     """What a model can be written as: a folder with all that it takes, or a file of its weights."""
 
     hf = "hf"
+    gguf = "gguf"
     safetensors = "safetensors"
     pth = "pth"
 
@@ -34,12 +36,19 @@ FILES = ("safetensors", "pth")
 
 
 def convert(
-    to: Annotated[Format, typer.Option("--to", help="hf: a folder for transformers; else a weights file.")],
+    to: Annotated[
+        Format,
+        typer.Option("--to", help="hf: a folder for transformers; gguf: one for llama.cpp; else a weights file."),
+    ],
     model: options.Model = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE|DIR", help="[default: beside the source, with the format in its name]")
     ] = None,
     dtype: Annotated[Precision | None, typer.Option(help="[default: as in the source]")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="Of gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. [default: f16]"),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Open what was written as its users would, and compare.")
     ] = True,
@@ -54,6 +63,7 @@ def convert(
 
     source = model or find_weights(OUT_DIR)
     precision = dtype.value if dtype else None
+    _refuse_wrong_type(to, precision, quantize)
     if to.value in FILES:
         _to_file(source, out or _beside(source, f".{to.value}"), to.value, precision, overwrite, json)
         return
@@ -62,7 +72,7 @@ def convert(
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
     target = out or _beside(source, f"-{to.value}")
-    order = Order(source, vision_model, tokenizer, precision)
+    order = Order(source, vision_model, tokenizer, precision, quantize)
     report = export(order, to.value, target, verify, overwrite)
     terminal = Terminal()
     if json:
@@ -71,6 +81,13 @@ def convert(
     if verify:
         terminal.table(report.found)
     terminal.say(f"{target}: {'written, opened again and compared' if verify else 'written, and not verified'}")
+
+
+def _refuse_wrong_type(to: Format, dtype: str | None, quantize: str | None) -> None:
+    if quantize and to is not Format.gguf:
+        raise UsageError(f"--quantize is for --to gguf; the type of --to {to.value} is said with --dtype")
+    if dtype and to is Format.gguf:
+        raise UsageError("the type of --to gguf is said with --quantize (f32, f16, bf16, q8_0 …), not with --dtype")
 
 
 def _beside(source: Path, ending: str) -> Path:

@@ -22,8 +22,12 @@ def info(
     """Tell what a checkpoint, an exported folder, a dataset or a run is."""
     if not file.exists():
         raise MissingInput(f"no file {file}")
+    from minimind_v.core.gguf.files import describe_gguf, is_gguf
+
     run = file / "metrics.jsonl" if file.is_dir() else file
-    if (file / "config.json").is_file():
+    if is_gguf(file):
+        found = describe_gguf(file)
+    elif (file / "config.json").is_file():
         found = _weights(file) | _export(file)
     else:
         found = _data(file) if _is_data(file) else _run(run) if run.name == "metrics.jsonl" else _weights(file)

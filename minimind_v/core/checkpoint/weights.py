@@ -24,6 +24,7 @@ from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import MissingInput, RunError, UsageError, WeightsError
 from minimind_v.core.files import write_atomically, write_text
+from minimind_v.core.gguf.files import is_gguf, read_gguf
 
 PROJECTOR = "vision_proj."
 # Buffers that older versions of the published model saved and that are computed today.
@@ -81,11 +82,13 @@ class Receipt:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a `.pth` or `.safetensors` file, whichever it really is, or a folder that transformers reads.
+    """Read a `.pth` or `.safetensors` file, whichever it really is, or a folder that transformers or llama.cpp reads.
 
     Raises MissingInput, or WeightsError with a line for each way in which a file can be wrong.
     """
-    if path.is_dir():
+    if is_gguf(path):
+        tensors, meta = read_gguf(path)
+    elif path.is_dir():
         tensors, meta = read_folder(path)
     elif path.is_file():
         tensors, described = read_tensors(path)

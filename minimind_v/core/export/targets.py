@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind_v.core.export import hf, verify_hf
+from minimind_v.core.export import gguf, hf, verify_gguf, verify_hf
 from minimind_v.core.export.order import Order
 from minimind_v.core.export.report import Verify
 from minimind_v.core.generate.load import Loaded
@@ -31,4 +31,5 @@ class Target:
 
 TARGETS = {
     "hf": Target(hf.write, verify_hf.verifier),
+    "gguf": Target(gguf.write, verify_gguf.verifier),
 }

@@ -10,6 +10,7 @@ from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, load_into, r
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.gguf.files import is_gguf, read_eye, read_tokenizer
 from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
@@ -36,10 +37,11 @@ def load_model(
     """
     weights = weights or find_weights(OUT_DIR)
     checkpoint = read_checkpoint(weights)
-    vision_model = vision_model or (weights if weights.is_dir() and is_llava(weights) else VISION_DIR)
-    tokenizer = tokenizer or (weights if (weights / "tokenizer.json").is_file() else TOKENIZER_DIR)
-    encoder = VisionEncoder.load(vision_model)
-    words = Tokenizer.load(tokenizer)
+    own = is_gguf(weights)
+    vision_model = vision_model or (weights if own or (weights.is_dir() and is_llava(weights)) else VISION_DIR)
+    tokenizer = tokenizer or (weights if own or (weights / "tokenizer.json").is_file() else TOKENIZER_DIR)
+    encoder = read_eye(vision_model) if is_gguf(vision_model) else VisionEncoder.load(vision_model)
+    words = read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
     if words.vocab_size > checkpoint.config.vocab_size:
         raise WeightsError(
             f"{checkpoint.path} knows {checkpoint.config.vocab_size} tokens and the tokenizer in {tokenizer} has "

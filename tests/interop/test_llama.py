@@ -1,0 +1,139 @@
+"""The real llama.cpp opens both files: words, pictures, answers, and its server asked by the official client."""
+
+import base64
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+
+from minimind_v.core.export.gguf import write
+from minimind_v.core.export.order import Order
+from minimind_v.core.export.probe_llama import LlamaCpp
+from minimind_v.core.generate.load import load_model
+from minimind_v.core.generate.sampling import GREEDY
+from minimind_v.core.generate.session import Session
+from tests.cli.harness import here
+from tests.gguf.made import SIZES, TEXTS, made, random_texts
+from tests.gguf.test_written import PUBLISHED
+
+pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; `make interop` compiles it")
+openai = pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
+
+
+def answers(seeing):
+    loaded = load_model(seeing.weights, seeing.sight[1], seeing.sight[3], "cpu")
+    for question, _, picture in seeing.rows:
+        yield "".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask(question, [picture], 16))
+
+
+def test_conversion_asks_llama_cpp_itself(exported):
+    found = exported[1]
+    assert found["opened by"].startswith("llama.cpp")
+    assert float(re.search(r"at most ([\d.]+)%", found["logits"])[1]) < 1
+    assert float(re.search(r"at most ([\d.]+)%", found["picture features"])[1]) < 1
+
+
+@pytest.mark.parametrize("quantize", ["f32", "bf16", "q8_0", "q4_0"])
+def test_every_type_is_opened(quantize, seeing, tmp_path):
+    out = tmp_path / "out"
+    done = here(
+        "convert", "--to", "gguf", "--quantize", quantize, "--model", seeing.weights, *seeing.sight, "--out", out
+    )
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_logits_with_a_cache_in_full_precision(name, tmp_path):
+    import llama_cpp
+
+    loaded = made(name, loud=3.0)
+    write(loaded, tmp_path, Order(tmp_path, quantize="f32"))
+    ids = [1, 57, 300, 2, 599, 34, 34, 8, 100, 100, 41, 0]
+    llama = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=256, verbose=False, logits_all=True, type_k=0, type_v=0, flash_attn=False
+    )
+    llama.eval(ids)
+    with torch.inference_mode():
+        ours = loaded.model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(ours - llama.scores[: len(ids)]).max() < 1e-4 * max(1, np.abs(ours).max())
+    llama.close()
+
+
+def test_token_ids(tmp_path):
+    if not PUBLISHED.is_dir():
+        pytest.skip(f"the published tokenizer is not at {PUBLISHED}")
+    config = type(SIZES["dense"])(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=6400)
+    loaded = made(tokenizer=PUBLISHED, config=config)
+    write(loaded, tmp_path, Order(tmp_path))
+    llama = LlamaCpp(tmp_path)
+    for text in (*TEXTS, *random_texts(3000)):
+        if "\0" not in text:  # ends a string of llama.cpp's
+            assert llama.ids(text) == loaded.tokenizer.encode(text).ids, text
+
+
+def test_answers_are_those_of_the_source(seeing, exported):
+    llama = LlamaCpp(exported[0])
+    tokenizer = load_model(exported[0]).tokenizer
+    same = 0
+    for ours, (question, _, picture) in zip(answers(seeing), seeing.rows, strict=True):
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        llama.read(llama.prompt([{"role": "user", "content": parts}]), [picture])
+        same += tokenizer.decode(llama.say(16)[0]) == ours
+    assert same >= len(seeing.rows) - 1
+
+
+@pytest.fixture(scope="module")
+def server(exported, tmp_path_factory):
+    """llama.cpp's server in Python on a free port: an OpenAI client that asks it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, log = exported[0], tmp_path_factory.mktemp("server") / "log"
+    command = [
+        sys.executable, "-m", "llama_cpp.server", "--model", folder / "model.gguf", "--clip_model_path",
+        folder / "mmproj.gguf", "--chat_format", "mtmd", "--n_ctx", "2048", "--port", port, "--n_threads", 1,
+    ]  # fmt: skip
+    with log.open("w") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=1).read()
+                break
+            except OSError:
+                time.sleep(0.25)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def asked(server, question, picture=None, **more):
+    content = [{"type": "text", "text": question}]
+    if picture:
+        url = "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    return server.chat.completions.create(
+        model="minimind-v", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=16,
+        extra_body={"repeat_penalty": 1.0}, **more,
+    )  # fmt: skip
+
+
+def test_a_server_answers_picture_questions(server, seeing):
+    for ours, (question, _, picture) in zip(answers(seeing), seeing.rows[:6], strict=False):
+        answer = asked(server, question, picture).choices[0]
+        assert answer.message.content == ours
+        assert answer.finish_reason == "stop"
+        pieces = [piece.choices[0].delta.content or "" for piece in asked(server, question, picture, stream=True)]
+        assert "".join(pieces) == ours
+
+
+def test_a_server_answers_without_a_picture(server):
+    assert isinstance(asked(server, "Who are you?").choices[0].message.content, str)
