@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward
 from minimind_v.core.model.text import Block, KVCache
@@ -19,7 +19,7 @@ FEW = 16  # tokens up to which every expert reads all of them: sorting them by e
 
 
 class FastDecoder:
-    """Embeddings in, logits of each row's last token out. Of the model as it is now: weights changed later are not seen.
+    """Embeddings in, logits of each row's last token out, by the weights that the model has now.
 
     Keys are cached with the halves of a head interleaved, so a cache is either the model's own or this decoder's.
     """
@@ -56,7 +56,8 @@ class FastDecoder:
 class FastLayer:
     """One block: `look_up` is what must be done for every token, `work` what only those need that are read further."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(block, Block)
         attention = block.self_attn
         self.number, self.head_dim = attention.layer, attention.head_dim
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
@@ -102,7 +103,8 @@ def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
 class FastFeedForward:
     """SwiGLU with gate and up in one matrix."""
 
-    def __init__(self, feed: FeedForward, dtype: torch.dtype) -> None:
+    def __init__(self, feed: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(feed, FeedForward)
         self.gate_up = _stack(feed.gate_proj.weight, feed.up_proj.weight).to(dtype)  # [2·I, D]
         self.down = feed.down_proj.weight.detach().to(dtype)
 
@@ -112,7 +114,7 @@ class FastFeedForward:
 
 
 class FastExperts:
-    """Few tokens: no sorting. One on a CPU meets its own experts; several meet all, those not chosen counting nothing."""
+    """Few tokens are not sorted: one on a CPU meets its own experts; several meet all, the share of others being 0."""
 
     def __init__(self, moe: MoEFeedForward, dtype: torch.dtype) -> None:
         self.router = moe.gate
@@ -142,11 +144,8 @@ class FastExperts:
         return out
 
 
-def _fast_mlp(mlp: torch.nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExperts:
-    if isinstance(mlp, MoEFeedForward):
-        return FastExperts(mlp, dtype)
-    assert isinstance(mlp, FeedForward)
-    return FastFeedForward(mlp, dtype)
+def _fast_mlp(mlp: nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExperts:
+    return FastExperts(mlp, dtype) if isinstance(mlp, MoEFeedForward) else FastFeedForward(mlp, dtype)
 
 
 def _stack(*weights: Tensor) -> Tensor:
