@@ -34,7 +34,7 @@ def test_greedy_answers_are_those_of_a_session(kind):
     asked = questions()
     answers = generate_many(model, tokenizer(), asked, max_new_tokens=10, at_once=7)
     assert answers == [alone(model, question) for question in asked]
-    assert len(set(answers)) > 15
+    assert len(set(answers)) > 10
     assert generate_many(model, tokenizer(), asked[::-1], max_new_tokens=10, at_once=20) == answers[::-1]
 
 
