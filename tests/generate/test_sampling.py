@@ -94,3 +94,30 @@ def test_greedy_is_deterministic():
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')} must"):
         Sampling(**wrong)
+
+
+def drawn_from_a_full_sort(logits, temperature, top_p, point):
+    """Nucleus sampling as it is written down: sort everything, keep the fewest that hold p, invert their sums."""
+    probs = (logits.double() / temperature).softmax(dim=-1)
+    ordered, ids = probs.sort(descending=True, stable=True)
+    kept = ordered.cumsum(dim=-1) - ordered < top_p
+    mass = (ordered * kept).cumsum(dim=-1)
+    return int(ids[(mass <= point * mass[-1]).sum()])
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 20.0])
+def test_without_a_full_sort_the_draw_is_the_same(spread):
+    """Token for token with the same random numbers, from flat distributions to sharp ones."""
+    source = torch.Generator().manual_seed(int(spread * 2))
+    for number in range(300):
+        logits = torch.randn(640, generator=source) * spread + torch.rand(640, generator=source) * 1e-3
+        temperature, top_p = (0.2, 0.65, 1.0, 1.7)[number % 4], (0.05, 0.5, 0.85, 0.95, 0.999)[number % 5]
+        twin = torch.Generator().manual_seed(number)
+        point = torch.rand(1, dtype=torch.float64, generator=twin)
+        expected = drawn_from_a_full_sort(logits, temperature, top_p, point)
+        assert Sampler(Sampling(temperature, top_p, seed=number))(logits) == expected
+
+
+def test_equal_tokens_are_cut_to_the_fewest():
+    found = shares(Sampling(1.0, 0.5, seed=0), torch.zeros(10), 300)
+    assert (found > 0).sum() == 5

@@ -32,8 +32,7 @@ from minimind_v.core.evaluate.run import Scores, evaluate
 from minimind_v.core.export.files import convert
 from minimind_v.core.files import write_text
 from minimind_v.core.generate.load import Loaded, load_model
-from minimind_v.core.generate.sampling import GREEDY
-from minimind_v.core.generate.session import Session
+from minimind_v.core.generate.many import Question, generate_many
 from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
@@ -176,14 +175,14 @@ class Demo:
 
     def _samples(self, loaded: Loaded, count: int = 12) -> list[Sample]:
         """Questions about held-out pictures, answered before, after, and without the picture."""
-        untrained, side = self._untrained(), loaded.model.spec.image_size
-        samples = []
-        for test in self.scenes[:count] + self.pairs[:count]:
-            pixels = load_pixels(test.picture, "held-out picture", side)
-            before, after = (_answer(who, test, pixels) for who in (untrained, loaded))
-            blank = _answer(loaded, test, blank_pixels(side))
-            samples.append(Sample(test.picture, test.question.text, test.question.answer, before, after, blank))
-        return samples
+        side, tests = loaded.model.spec.image_size, self.scenes[:count] + self.pairs[:count]
+        pixels = [load_pixels(test.picture, "held-out picture", side) for test in tests]
+        before, after = (_answers(who, tests, pixels) for who in (self._untrained(), loaded))
+        blank = _answers(loaded, tests, [blank_pixels(side)] * len(tests))
+        return [
+            Sample(test.picture, test.question.text, test.question.answer, *given)
+            for test, *given in zip(tests, before, after, blank, strict=True)
+        ]
 
     def _convert(self) -> None:
         convert(
@@ -227,9 +226,9 @@ def _command(*words: Any) -> str:
     return shlex.join(["mmv", *map(str, words)])
 
 
-def _answer(loaded: Loaded, test: Test, pixels: Any) -> str:
-    session = Session(loaded.model, loaded.tokenizer, GREEDY, context=512)
-    return "".join(session.ask(test.question.text, [pixels], max_new_tokens=32)).strip()
+def _answers(loaded: Loaded, tests: list[Test], pixels: list[Any]) -> list[str]:
+    questions = [Question(test.question.text, [seen]) for test, seen in zip(tests, pixels, strict=True)]
+    return [answer.strip() for answer in generate_many(loaded.model, loaded.tokenizer, questions, max_new_tokens=32)]
 
 
 def _by_kind(scores: Scores, tests: list[Test]) -> dict[str, float]:

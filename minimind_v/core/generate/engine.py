@@ -29,9 +29,8 @@ def generate(
     The cache is one of `ready(model).decoder`. Pictures are looked at in the first step only. An id is in the cache
     once the next has been asked for.
     """
-    for step in generate_rows(
-        model, cache, input_ids, [sampler], eos_id, max_new_tokens, None, image_features, image_mask
-    ):
+    limits = [max_new_tokens]
+    for step in generate_rows(model, cache, input_ids, [sampler], eos_id, limits, None, image_features, image_mask):
         yield step[0][1]
 
 
@@ -42,31 +41,37 @@ def generate_rows(
     input_ids: Tensor,
     samplers: Sequence[Draw],
     eos_id: int,
-    max_new_tokens: int,
+    limits: Sequence[int],
     attention_mask: Tensor | None = None,
     image_features: Tensor | None = None,
     image_mask: Tensor | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Several rows at once: input_ids [B, T], right-padded, one sampler each; the other arguments as in `VLM.forward`.
+    """Several rows at once: input_ids [B, T], right-padded; for each a sampler and how many ids it may get.
 
-    Each step yields (row, id) for the rows that go on, in no particular order. A row ends before its `eos_id`, and
-    leaves the cache, so that the others go on faster; all end where the cache is full.
+    Each step yields (row, id) of the rows that go on, in no particular order. A row ends before its `eos_id`, at its
+    limit, or where the cache is full, and leaves the cache, so that the others go on faster.
     """
     decoder = ready(model).decoder
-    limit = min(max_new_tokens, cache.max_length - cache.used - input_ids.shape[1] + 1)
-    logits = decoder.read(model.embed(input_ids, image_features, image_mask), cache, attention_mask)
+    room = cache.max_length - cache.used - input_ids.shape[1] + 1
     rows = list(range(len(input_ids)))  # which row each of the cache's is
-    for count in range(1, limit + 1):
+    logits = decoder.read(model.embed(input_ids, image_features, image_mask), cache, attention_mask)
+    for count in range(1, min(max(limits), room) + 1):
         ids = [samplers[row](one) for row, one in zip(rows, logits.cpu(), strict=True)]
-        for at in reversed(range(len(rows))):
-            if ids[at] == eos_id:
-                if len(rows) > 1:
-                    cache.drop(at)
-                for parts in (rows, ids):
-                    parts[at] = parts[-1]
-                    parts.pop()
+        _leave([at for at, token in enumerate(ids) if token == eos_id], cache, rows, ids)
+        if rows:
+            yield list(zip(rows, ids, strict=True))
+        _leave([at for at, row in enumerate(rows) if limits[row] <= count], cache, rows, ids)
         if not rows:
             return
-        yield list(zip(rows, ids, strict=True))
-        if count < limit:
+        if count < room:
             logits = decoder.read(model.embed(torch.tensor(ids, device=input_ids.device)[:, None]), cache)
+
+
+def _leave(gone: list[int], cache: KVCache, rows: list[int], ids: list[int]) -> None:
+    """Take rows out, by their places; each time the last one takes the place. The cache of the last row is kept."""
+    for at in reversed(gone):
+        if len(rows) > 1:
+            cache.drop(at)
+        for parts in (rows, ids):
+            parts[at] = parts[-1]
+            parts.pop()

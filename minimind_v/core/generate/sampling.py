@@ -49,12 +49,13 @@ class Sampler:
         probs = (behind / self.sampling.temperature).softmax(dim=-1)  # [V]
         if self.sampling.top_p == 1:
             return _draw(probs.cumsum(dim=-1), self.generator)
-        # All tokens less likely than (1 - p) / V weigh less than 1 - p together, so the nucleus ends before them.
-        likely = (probs >= (1 - self.sampling.top_p) / len(probs)).nonzero().flatten()  # [K], few of V
-        ordered, order = probs[likely].sort(descending=True)
-        mass = ordered.cumsum(dim=-1)
+        for count in (64, 512, len(probs)):  # sorting all costs more than the rest of a draw; most mass is on few
+            ordered, ids = probs.topk(min(count, len(probs)))
+            mass = ordered.cumsum(dim=-1)
+            if mass[-1] >= self.sampling.top_p:
+                break
         end = int((mass - ordered < self.sampling.top_p).sum())  # of the fewest that hold p: those before hold less
-        return int(likely[order[_draw(mass[:end], self.generator)]])
+        return int(ids[_draw(mass[:end], self.generator)])
 
 
 def _draw(mass: Tensor, generator: torch.Generator) -> int:

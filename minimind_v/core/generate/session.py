@@ -49,13 +49,7 @@ class Session:
         A question without `<image>` marks gets one per picture in front. Raises UsageError or RowError where the
         pictures do not fit the marks or cannot be read, and where the conversation has become too long.
         """
-        pictures = [picture if isinstance(picture, np.ndarray) else self._look(picture) for picture in images]
-        if pictures and IMAGE_MARK not in question:
-            question = f"{IMAGE_MARK}\n" * len(pictures) + question
-        if question.count(IMAGE_MARK) != len(pictures):
-            raise UsageError(
-                f"the question has {question.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(pictures)} pictures"
-            )
+        question, pictures = open_question(question, images, self.model.spec.image_size)
         tokens = self._encode(question)
         room = self.cache.max_length - self.cache.used - len(tokens)
         if room < 1:
@@ -113,7 +107,23 @@ class Session:
                 memory.remember(signs, self.cache)
             yield token
 
-    def _look(self, path: Path) -> np.ndarray:
-        if not path.is_file():
-            raise MissingInput(f"no picture at {path}")
-        return load_pixels(path.read_bytes(), str(path), self.model.spec.image_size)
+
+def open_question(question: str, images: Iterable[Path | np.ndarray], size: int) -> tuple[str, list[np.ndarray]]:
+    """A question with a mark for each picture, and the pictures as uint8 [3, S, S].
+
+    Raises UsageError, MissingInput or RowError where marks and pictures differ, or one cannot be read.
+    """
+    pictures = [picture if isinstance(picture, np.ndarray) else _look(picture, size) for picture in images]
+    if pictures and IMAGE_MARK not in question:
+        question = f"{IMAGE_MARK}\n" * len(pictures) + question
+    if question.count(IMAGE_MARK) != len(pictures):
+        raise UsageError(
+            f"the question has {question.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(pictures)} pictures"
+        )
+    return question, pictures
+
+
+def _look(path: Path, size: int) -> np.ndarray:
+    if not path.is_file():
+        raise MissingInput(f"no picture at {path}")
+    return load_pixels(path.read_bytes(), str(path), size)

@@ -1,0 +1,26 @@
+"""Tiny models with a vision tower, wide random weights, and the demo's tokenizer."""
+
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model.vlm import VLM
+from tests.cli.harness import tokenizer
+from tests.model.conftest import SIZES, SPEC, make_tower, spread
+
+KINDS = {
+    "dense": {},
+    "one head for all": {"num_key_value_heads": 1},
+    "experts": {"use_moe": True},
+    "many experts, none shared": {
+        "use_moe": True,
+        "n_routed_experts": 7,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 0,
+    },
+}
+
+
+def make_model(seed=0, **sizes):
+    words = tokenizer()
+    model = VLM(TextConfig(**(SIZES | {"vocab_size": words.vocab_size} | sizes)), SPEC, words.placeholder_id)
+    spread(model, seed)
+    model.vision_encoder = make_tower(seed)
+    return model.eval()
