@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.terminal import ProgressLine, Terminal, memory_used
-from minimind_v.core.config.schema import DTYPES, FREEZE_POLICIES
+from minimind_v.cli.live import TrainView
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.config.schema import DTYPES, FREEZE_POLICIES, TRACKERS
 
 if TYPE_CHECKING:
     from minimind_v.core.train.loop import Summary
-    from minimind_v.core.train.metrics import StepMetrics
 
 
 NOT_CONFIG = {
@@ -66,10 +66,14 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Updates to stop after; 0 for all.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Updates between saves; 0 for only at the end.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Updates between log lines.")] = None,
+    val_every: Annotated[
+        int | None, typer.Option(help="Updates between looks at rows held out by picture; 0 for none.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides the order of rows and all fresh weights.")] = None,
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES))] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that prepare batches, for each GPU.")] = None,
+    track: Annotated[str | None, typer.Option(metavar="TRACKER", help=", ".join(TRACKERS))] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; with --device cpu, processes.")] = None,
     nnodes: Annotated[int, typer.Option(help="Machines, each with --gpus of its own.")] = 1,
     node_rank: Annotated[int | None, typer.Option(help="Which of the machines this is, from 0.")] = None,
@@ -90,17 +94,17 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key.")
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the whole configuration and exit.")
+        bool, typer.Option("--print-config", help="Print every setting, and who set it; exit.")
     ] = False,
 ) -> None:
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
-    from minimind_v.core.config.load import build_config, to_yaml
+    from minimind_v.core.config.load import resolve, to_yaml
 
-    built = build_config(stage.value, config, options, set_ or ())
-    terminal = Terminal()
+    resolved, terminal = resolve(stage.value, config, options, set_ or ()), Terminal()
+    built = resolved.config
     if print_config:
-        terminal.result(to_yaml(built), end="")
+        terminal.result(to_yaml(built, resolved.sources), end="")
         return
 
     from minimind_v.core.train.launch import Launch, launch, mind_the_launcher
@@ -136,32 +140,3 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
     if summary.stopped_by:
         words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
         terminal.say(f"go on with: {shlex.join(['mmv', *words, '--resume'])}")
-
-
-class TrainView:
-    """Shows a run: a bar and log lines on a terminal, log lines elsewhere."""
-
-    def __init__(self, terminal: Terminal, stage: str) -> None:
-        self.terminal = terminal
-        self.line = ProgressLine(terminal, stage)
-        self.say = terminal.say
-        self.warn = terminal.warn
-
-    def __enter__(self) -> TrainView:
-        self.line.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.line.__exit__(None, None, None)
-
-    def step(self, metrics: StepMetrics, log: bool) -> None:
-        self.line(metrics.step, metrics.steps, f"loss {metrics.loss:.3f}")
-        if log:
-            minutes, seconds = divmod(int(metrics.seconds_left), 60)
-            rate, tokens = metrics.samples / metrics.seconds, metrics.tokens / metrics.seconds
-            self.say(
-                f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  tokens right {metrics.hits:.0%}  "
-                f"lr {metrics.lr:.2e}  grad {metrics.grad_norm:.2f}  {rate:.1f} samples/s  "
-                f"{tokens:.0f} tokens/s  data {metrics.data_seconds / metrics.seconds:.0%}  "
-                f"memory {memory_used()}  left {minutes}:{seconds:02d}"
-            )

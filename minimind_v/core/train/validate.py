@@ -1,0 +1,76 @@
+"""The loss on rows that are held out, by the mathematics of training; and the same with grey pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.images import blank_pixels
+from minimind_v.core.data.loader import BatchPlan, load_batches
+from minimind_v.core.device import autocast
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.metrics import Validation
+
+Gather = Callable[[list[float]], list[list[float]]]
+
+
+class Validator:
+    """Looks at the same rows whenever it is asked. It draws no random number: training goes on as if it were not."""
+
+    def __init__(self, plan: BatchPlan, dtype: str, gather: Gather = lambda numbers: [numbers]) -> None:
+        """`plan` has the held-out rows of this process; `gather` brings the sums of all processes."""
+        self.plan, self.dtype, self.gather = plan, dtype, gather
+        self._batches: list[Batch] | None = None  # a few hundred rows: they stay
+
+    def __call__(self, model: VLM, step: int, best: Validation | None) -> Validation | None:
+        """What the model is worth after `step` updates; None where no held-out row can be used."""
+        if self._batches is None:
+            self._batches = [batch for batch in load_batches(self.plan, workers=0) if batch.supervised]
+        model.eval()
+        sums = [0.0] * 6
+        for batch in self._batches:
+            sums = [total + part for total, part in zip(sums, self._look(model, batch), strict=True)]
+        model.train()
+        loss, blind, hits, supervised, rows, pictures = map(sum, zip(*self.gather(sums), strict=True))
+        if not supervised:
+            return None
+        loss, blind = loss / supervised, blind / supervised
+        better = best is None or loss < best.loss
+        return Validation(step, loss, hits / supervised, blind if pictures else None, int(rows), better)
+
+    @torch.no_grad()
+    def _look(self, model: VLM, batch: Batch) -> tuple[float, ...]:
+        """Sums over a batch: loss, loss without sight, hits, supervised tokens, rows, pictures."""
+        moved = batch.to(model.device)
+        with autocast(model.device, self.dtype):
+            features = moved.image_features
+            if features is None and moved.pixel_values is not None and model.vision_encoder is not None:
+                features = model.vision_encoder(moved.pixel_values)  # [M, P, width]
+            loss, hits = _losses(model, moved, features)
+            blind = loss if features is None else _losses(model, moved, _grey(model, features))[0]
+        pictures = 0 if features is None else len(features)
+        return float(loss), float(blind), float(hits), batch.supervised, len(batch), pictures
+
+
+def _losses(model: VLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    out = model(
+        batch.input_ids,
+        attention_mask=batch.attention_mask,
+        image_features=features,
+        image_mask=batch.image_mask,
+        labels=batch.labels,
+    )
+    assert out.loss_sum is not None
+    assert out.hits is not None
+    return out.loss_sum, out.hits.sum()
+
+
+def _grey(model: VLM, features: Tensor) -> Tensor:
+    """What the eye makes of grey, for each of [M, P, width]."""
+    if model.vision_encoder is None:
+        return torch.zeros_like(features)
+    pixels = torch.from_numpy(blank_pixels(model.spec.image_size)).to(model.device)  # [3, S, S]
+    return model.vision_encoder(pixels[None]).to(features.dtype).expand_as(features)
