@@ -88,9 +88,10 @@ class TrainView:
         self.validation = found
         self.best = found if found.best or self.best is None else self.best
         if not self._live.is_started:
-            blind = f", {found.blind_loss:.4f} with grey pictures" if found.blind_loss is not None else ""
+            swapped = found.swapped_loss
+            told = "" if swapped is None else f", {swapped:.4f} with pictures of other rows"
             self.say(
-                f"step {found.step}  validation loss {found.loss:.4f}{blind}  tokens right {found.hits:.0%}"
+                f"step {found.step}  validation loss {found.loss:.4f}{told}  tokens right {found.hits:.0%}"
                 + ("  (the best so far)" if found.best else "")
             )
 
@@ -141,8 +142,8 @@ class TrainView:
         if found := self.validation:
             best = f" (best {self.best.loss:.4f} at {self.best.step})" if self.best and self.best != found else ""
             yield Text(f"validation {found.loss:.4f} at {found.step}{best}")
-            if found.blind_loss is not None:
-                yield Text(f"with grey pictures {found.blind_loss:.4f}")
+            if found.swapped_loss is not None:
+                yield Text(f"with pictures of other rows {found.swapped_loss:.4f}")
         yield Text("not saved yet" if self.saved_at is None else f"saved at {self.saved_at}")
 
 

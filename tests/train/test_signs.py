@@ -44,8 +44,8 @@ def told(losses, start=None, norms=None, pictures=1, **more):
     return found
 
 
-def held(*losses, every=20, blind=None):
-    return [Validation(n * every, loss, 0.5, blind and loss * blind, 10) for n, loss in enumerate(losses, 1)]
+def held(*losses, every=20, swapped=None):
+    return [Validation(n * every, loss, 0.5, swapped and loss * swapped, 10) for n, loss in enumerate(losses, 1)]
 
 
 # --- silence ----------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def test_nothing_is_said_over_a_healthy_run(run):
     columns = zip(*(run[key] for key in ("loss", "grad_norm", "seconds", "data_seconds")), strict=True)
     for step, (loss, norm, seconds, waited) in enumerate(columns, 1):
         assert watched.step(update(step, loss, norm, len(run["loss"]), seconds, waited)) == {}
-        if step % 20 == 0:  # a held-out loss that follows that of training, blind ones as the demo's are
+        if step % 20 == 0:  # a held-out loss that follows that of training, others as the demo's are
             here = max(watched.seen.recent, 0.02) + 0.01
             assert watched.validated(Validation(step, here, 0.9, here + 0.5, 50)) == {}
 
@@ -146,9 +146,9 @@ def test_overfitting_is_told_once_also_over_a_resumed_run():
 
 
 def test_a_model_that_does_not_look_is_told():
-    assert "does_not_look" in validated(held(1.9, 1.8, 1.7, 1.6, blind=1.001), [1.5] * 200)
-    assert validated(held(1.9, 1.8, 1.7, 1.6, blind=1.05), [1.5] * 200) == {}
-    assert validated(held(1.9, 1.8, 1.7, blind=1.0), [1.5] * 200, steps=2000) == {}, "it is too early"
+    assert "does_not_look" in validated(held(1.9, 1.8, 1.7, 1.6, swapped=1.001), [1.5] * 200)
+    assert validated(held(1.9, 1.8, 1.7, 1.6, swapped=1.05), [1.5] * 200) == {}
+    assert validated(held(1.9, 1.8, 1.7, swapped=1.0), [1.5] * 200, steps=2000) == {}, "it is too early"
 
 
 # --- in real runs -----------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Validation:
     step: int
     loss: float  # nats per supervised token, by the mathematics of training without the auxiliary loss
     hits: float  # share of the supervised tokens that were the likeliest
-    blind_loss: float | None  # the same with grey pictures; None where the rows have no pictures
+    swapped_loss: float | None  # with the pictures of other rows; None where the rows have no pictures
     rows: int
     best: bool = False  # lower than at every validation before
 

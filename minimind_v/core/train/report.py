@@ -116,8 +116,8 @@ def _warnings(run: Left) -> str:
 def _curves(run: Left) -> str:
     seen, held = run.metrics, run.validations
     loss = {"training": _points(seen, "loss"), "validation": _points(held, "loss")}
-    if any(one.get("blind_loss") is not None for one in held):
-        loss["validation, grey pictures"] = _points(held, "blind_loss")
+    if any(one.get("swapped_loss") is not None for one in held):
+        loss["validation, pictures of other rows"] = _points(held, "swapped_loss")
     others = {
         "Answer tokens right": {"training": _points(seen, "hits"), "validation": _points(held, "hits")},
         "Learning rate": {"lr": _points(seen, "lr")},

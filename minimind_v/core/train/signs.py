@@ -227,16 +227,16 @@ def overfitting(seen: Seen) -> str | None:
 
 
 def does_not_look(seen: Seen) -> str | None:
-    """A model that looks is worse off when its pictures are grey."""
-    found = [one for one in seen.validations[-3:] if one.blind_loss is not None]
+    """A model that looks is worse off with pictures of other rows."""
+    found = [one for one in seen.validations[-3:] if one.swapped_loss is not None]
     if len(found) < 3 or not seen.last or seen.step < 0.3 * seen.last.steps:
         return None
-    if any(one.blind_loss < 0.05 or one.blind_loss - one.loss > 0.005 * one.blind_loss for one in found):  # type: ignore[operator]
+    if any(one.swapped_loss < 0.05 or one.swapped_loss - one.loss > 0.005 * one.swapped_loss for one in found):  # type: ignore[operator]
         return None
     return (
         f"the model does not look: its loss on held-out rows is {found[-1].loss:.3f} with their pictures and "
-        f"{found[-1].blind_loss:.3f} with grey ones — do the answers need the pictures, and do these belong to them "
-        "(mmv data preview)? If so, pretrain for longer or with a higher --lr"
+        f"{found[-1].swapped_loss:.3f} with those of other rows — do the answers need the pictures, and are "
+        "these the right ones (mmv data preview)? If so, pretrain for longer or with a higher --lr"
     )
 
 

@@ -1,4 +1,4 @@
-"""The loss on rows that are held out, by the mathematics of training; and the same with grey pictures."""
+"""The loss on rows that are held out, by the mathematics of training; and the same with pictures of other rows."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class Validator:
         for batch in self._batches:
             sums = [total + part for total, part in zip(sums, self._look(model, batch), strict=True)]
         model.train()
-        loss, blind, hits, supervised, rows, pictures = map(sum, zip(*self.gather(sums), strict=True))
+        loss, swapped, hits, supervised, rows, pictures = map(sum, zip(*self.gather(sums), strict=True))
         if not supervised:
             return None
-        loss, blind = loss / supervised, blind / supervised
+        loss, swapped = loss / supervised, swapped / supervised
         better = best is None or loss < best.loss
-        return Validation(step, loss, hits / supervised, blind if pictures else None, int(rows), better)
+        return Validation(step, loss, hits / supervised, swapped if pictures else None, int(rows), better)
 
     @torch.no_grad()
     def _look(self, model: VLM, batch: Batch) -> tuple[float, ...]:
-        """Sums over a batch: loss, loss without sight, hits, supervised tokens, rows, pictures."""
+        """Sums over a batch: loss, loss with pictures of other rows, hits, supervised tokens, rows, pictures."""
         moved = batch.to(model.device)
         with autocast(model.device, self.dtype):
             features = moved.image_features
             if features is None and moved.pixel_values is not None and model.vision_encoder is not None:
                 features = model.vision_encoder(moved.pixel_values)  # [M, P, width]
             loss, hits = _losses(model, moved, features)
-            blind = loss if features is None else _losses(model, moved, _grey(model, features))[0]
+            swapped = loss if features is None else _losses(model, moved, _others(model, features))[0]
         pictures = 0 if features is None else len(features)
-        return float(loss), float(blind), float(hits), batch.supervised, len(batch), pictures
+        return float(loss), float(swapped), float(hits), batch.supervised, len(batch), pictures
 
 
 def _losses(model: VLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -68,9 +68,14 @@ def _losses(model: VLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, 
     return out.loss_sum, out.hits.sum()
 
 
-def _grey(model: VLM, features: Tensor) -> Tensor:
-    """What the eye makes of grey, for each of [M, P, width]."""
+def _others(model: VLM, features: Tensor) -> Tensor:
+    """Pictures that belong elsewhere, in place of [M, P, width]: those half a batch away; grey where there is but one.
+
+    Not always grey: a model that has only learnt what pictures look like is surprised by grey, and sees nothing.
+    """
+    if len(features) > 1:
+        return features.roll(len(features) // 2, 0)
     if model.vision_encoder is None:
         return torch.zeros_like(features)
     pixels = torch.from_numpy(blank_pixels(model.spec.image_size)).to(model.device)  # [3, S, S]
-    return model.vision_encoder(pixels[None]).to(features.dtype).expand_as(features)
+    return model.vision_encoder(pixels[None]).to(features.dtype)

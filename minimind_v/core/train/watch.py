@@ -82,8 +82,8 @@ class Watch:
         if self.signs:
             self._tell(self.signs.validated(found))
         if self._tracker:
-            blind = {} if found.blind_loss is None else {"validation/blind_loss": found.blind_loss}
-            self._track({"validation/loss": found.loss, "validation/hits": found.hits} | blind)
+            swapped = {} if found.swapped_loss is None else {"validation/swapped_loss": found.swapped_loss}
+            self._track({"validation/loss": found.loss, "validation/hits": found.hits} | swapped)
 
     def saved(self, step: int) -> None:
         self.listener.saved(step)
