@@ -198,11 +198,7 @@ def test_roles_and_parts_that_it_does_not_know_are_refused():
 def test_several_prompts_at_once_are_answered_as_one_by_one():
     processor, model = opened()
     assert processor.tokenizer.padding_side == "left"
-    conversations = [
-        shown((0,)),
-        shown((1, 2), "Compare these two, in many words."),
-        [{"role": "user", "content": "Hi"}],
-    ]
+    conversations = [shown((0,)), shown((1, 2), "Compare these two, in many words."), [{"role": "user", "content": "Hi"}]]
     batch = asked(processor, conversations, padding=True)
     found = model.generate(**batch, do_sample=False, max_new_tokens=12)[:, batch["input_ids"].shape[1] :]
     for conversation, row in zip(conversations, found, strict=True):

@@ -45,7 +45,7 @@ def hold_out(
 
 
 def choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit whole into `wanted` rows."""
+    """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit into `wanted` rows."""
     usable = groups >= 0
     _, which, sizes = np.unique(groups[usable], return_inverse=True, return_counts=True)
     order = list(range(len(sizes)))

@@ -327,7 +327,7 @@ class Run:
 
     def _report(self) -> None:
         if self.world.leads:
-            self._or_warn(self.done, partial(write_report, self.folder))
+            self._or_warn(self.done, lambda: write_report(self.folder))
 
     def _metrics_file(self, path: Path) -> AbstractContextManager[MetricsFile | None]:
         return closing(MetricsFile(path, self.done)) if self.world.leads else nullcontext()
@@ -484,7 +484,7 @@ class Run:
         self.owed = False
         self.listener.saved(self.done)
 
-    def _or_warn(self, step: int, write: Callable[[], None]) -> None:
+    def _or_warn(self, step: int, write: Callable[[], object]) -> None:
         """A full disk in the night must not end the run: the next time there may be room."""
         try:
             write()

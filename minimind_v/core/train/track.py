@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,9 +35,8 @@ def open_tracker(kind: str, folder: Path, name: str, config: dict[str, Any], don
 
     `kind` is one of config.schema.TRACKERS but none. Raises MissingInput where its package is not installed.
     """
-    make = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}[kind]
     try:
-        return make(folder / kind, name, config, done)
+        return KINDS[kind](folder / kind, name, config, done)
     except ImportError as error:
         raise MissingInput(f"--track {kind}: {error} — pip install 'minimind-v[{kind}]'") from None
 
@@ -99,3 +98,10 @@ class Trackio:
 
     def close(self) -> None:
         self._trackio.finish()
+
+
+KINDS: dict[str, Callable[[Path, str, dict[str, Any], int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+}

@@ -37,9 +37,9 @@ class Validator:
         loss, swapped, hits, supervised, rows, pictures = map(sum, zip(*self.gather(sums), strict=True))
         if not supervised:
             return None
-        loss, swapped = loss / supervised, swapped / supervised
-        better = best is None or loss < best.loss
-        return Validation(step, loss, hits / supervised, swapped if pictures else None, int(rows), better)
+        mean, shown = loss / supervised, swapped / supervised if pictures else None
+        better = best is None or mean < best.loss
+        return Validation(step, mean, hits / supervised, shown, int(rows), better)
 
     @torch.no_grad()
     def _look(self, model: VLM, batch: Batch) -> tuple[float, ...]:
