@@ -16,11 +16,15 @@ from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, FREEZE_POLICIES, TRACKERS
 
 if TYPE_CHECKING:
+    from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.train.loop import Summary
 
 
 NOT_CONFIG = {
     "stage",
+    "planned",
+    "price_per_hour",
+    "json",
     "config",
     "resume",
     "allow",
@@ -35,16 +39,22 @@ NOT_CONFIG = {
 
 
 class Stage(str, Enum):
-    """The two recipes."""
+    """The two recipes, and the look ahead."""
 
     pretrain = "pretrain"
     sft = "sft"
+    plan = "plan"
 
 
 def train(
     stage: Annotated[
-        Stage, typer.Argument(help="pretrain: captions teach the projector. sft: conversations teach it all.")
+        Stage,
+        typer.Argument(
+            help="pretrain: captions teach the projector. sft: conversations teach it all. "
+            "plan: what the stage named behind it will take."
+        ),
     ],
+    planned: Annotated[Stage | None, typer.Argument(metavar="[STAGE]", help="With plan: pretrain or sft.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="Keys as --print-config shows them.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, base, moe or demo. [default: small]")] = None,
     data: Annotated[
@@ -93,6 +103,8 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key.")
     ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="With plan: what an hour here costs.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="With plan: print one JSON object and nothing else.")] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print every setting, and who set it; exit.")
     ] = False,
@@ -101,10 +113,18 @@ def train(
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
     from minimind_v.core.config.load import resolve, to_yaml
 
+    planning = stage is Stage.plan
+    stage = (planned or Stage.pretrain) if planning else stage
+    if stage is Stage.plan or (not planning and (planned or json or price_per_hour is not None)):
+        raise typer.BadParameter("`mmv train plan [pretrain|sft]` looks ahead; --json and --price-per-hour are its own")
     resolved, terminal = resolve(stage.value, config, options, set_ or ()), Terminal()
     built = resolved.config
     if print_config:
         terminal.result(to_yaml(built, resolved.sources), end="")
+        return
+
+    if planning:
+        _look_ahead(terminal, built, price_per_hour, json)
         return
 
     from minimind_v.core.train.launch import Launch, launch, mind_the_launcher
@@ -128,6 +148,22 @@ def train(
         _tell(terminal, summary)
     if summary.stopped_by:
         raise typer.Exit(128 + summary.stopped_by)
+
+
+def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | None, json: bool) -> None:
+    from dataclasses import asdict
+
+    from minimind_v.core.train.plan import plan
+    from minimind_v.core.train.report import shown
+
+    with terminal.progress("counting") as progress:
+        found = asdict(plan(config, price_per_hour, progress))
+    if json:
+        terminal.json(found)
+        return
+    names = ("updates", "samples", "tokens", "supervised_tokens", "seconds", "memory_bytes", "disk_bytes", "cost")
+    rows = {name.removesuffix("_bytes").replace("_", " "): shown(name, found[name]) for name in names}
+    terminal.table({name: text for name, text in rows.items() if text != "–"} | {"how": found["how"]})
 
 
 def _tell(terminal: Terminal, summary: Summary) -> None:

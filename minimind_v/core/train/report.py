@@ -135,7 +135,7 @@ def _forecast(run: Left) -> str:
     if not run.forecast:
         return ""
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{_shown(name, foretold)}</td><td>{_shown(name, happened)}</td>"
+        f"<tr><td>{escape(name)}</td><td>{shown(name, foretold)}</td><td>{shown(name, happened)}</td>"
         f"<td>{f'{happened / foretold:.2f}×' if happened and foretold else '–'}</td></tr>"
         for name, foretold, happened in beside(run)
     )
@@ -221,7 +221,8 @@ def _rates(records: list[dict[str, Any]], key: str) -> Points:
     ]
 
 
-def _shown(name: str, value: float | None) -> str:
+def shown(name: str, value: float | None) -> str:
+    """A figure of a forecast or of a run, in words."""
     if value is None:
         return "–"
     if name == "seconds":
