@@ -41,6 +41,7 @@ CHANGED = {
     "freeze": "attention",
     "epochs": 9,
     "lr": 0.25,
+    "gpus": 3,
     "accumulate": 5,
     "max_steps": 11,
     "weight_decay": 0.2,
