@@ -99,6 +99,10 @@ class OursListener:
         self.watch.update(metrics.samples - self.samples, metrics.loss, metrics.grad_norm)
         self.samples = metrics.samples
 
+    def validated(self, found) -> None: ...
+
+    def saved(self, step: int) -> None: ...
+
 
 def build_ours(folder: Path, stage: str, updates: int, watch: Stopwatch):
     """The real training run, ready to start."""

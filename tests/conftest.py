@@ -9,7 +9,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.loop import Run
-from minimind_v.core.train.metrics import StepMetrics
+from minimind_v.core.train.metrics import StepMetrics, Validation
 
 
 class Recorder:
@@ -19,6 +19,8 @@ class Recorder:
         self.said: list[str] = []
         self.warned: list[str] = []
         self.steps: list[StepMetrics] = []
+        self.validations: list[Validation] = []
+        self.saves: list[int] = []
 
     def say(self, message: str) -> None:
         self.said.append(message)
@@ -28,6 +30,12 @@ class Recorder:
 
     def step(self, metrics: StepMetrics, log: bool) -> None:
         self.steps.append(metrics)
+
+    def validated(self, found: Validation) -> None:
+        self.validations.append(found)
+
+    def saved(self, step: int) -> None:
+        self.saves.append(step)
 
 
 class GivenBatches(Dataset[list[Batch]]):
@@ -62,7 +70,7 @@ class GivenRun(Run):
         return self.given[1]
 
     def _build_model(self) -> VLM:
-        self.loaded = False
+        self.loaded = self.new_projector = False
         return self.given[0]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minimind_v import __version__
-from minimind_v.cli import bench, chat, convert, data, demo, doctor, download, evaluate, info, train
+from minimind_v.cli import bench, chat, convert, data, demo, doctor, download, evaluate, info, report, train
 from minimind_v.cli.terminal import run_app
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ def root(
 app.command("download")(download.download)
 app.add_typer(data.data, name="data")
 app.command("train")(train.train)
+app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)

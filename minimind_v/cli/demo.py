@@ -18,7 +18,7 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Watch a model learn to see: the whole pipeline on an embedded world, in minutes on two CPU cores."""
-    from minimind_v.cli.train import TrainView
+    from minimind_v.cli.live import TrainView
     from minimind_v.core.demo.run import FULL, SHORT, Demo
 
     terminal = Terminal()

@@ -112,19 +112,9 @@ def _data(file: Path) -> dict[str, Any]:
 
 
 def _run(file: Path) -> dict[str, Any]:
-    import json
+    from minimind_v.core.train.metrics import read_metrics
 
     if not file.is_file():
         raise MissingInput(f"{file.parent}: a folder without metrics.jsonl, so it is not a run's")
-    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split(
-        "\n"
-    )  # behind the last newline: a line in the making
-    if not lines:
-        raise MissingInput(f"{file}: the run has logged nothing yet")
-    try:
-        records = [json.loads(line) for line in lines]
-        return {"kind": "run", "file": str(file), "first_loss": records[0]["loss"], "records": len(records)} | records[
-            -1
-        ]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{file}: not the metrics of a run") from None
+    metrics = read_metrics(file)
+    return {"kind": "run", "file": str(file), "first_loss": metrics[0]["loss"], "records": len(metrics)} | metrics[-1]

@@ -162,16 +162,6 @@ class BytesProgress:
         self._bars.update(self._tasks[name], completed=here, total=size)
 
 
-def memory_used() -> str:
-    """The most memory that this process has held, in words."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such count
-        return "?"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{peak / 2**30:.2f} GiB"
-
-
 def run_app(app: Any) -> None:
     """Run the command line; everything that a user can cause ends as one line and an exit code."""
     debug = "--debug" in sys.argv or bool(os.environ.get("MMV_DEBUG"))

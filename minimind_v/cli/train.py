@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.terminal import ProgressLine, Terminal, memory_used
-from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES
+from minimind_v.cli.live import TrainView
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
 
 if TYPE_CHECKING:
+    from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.train.loop import Summary
-    from minimind_v.core.train.metrics import StepMetrics
 
 
 NOT_CONFIG = {
     "stage",
+    "planned",
+    "price_per_hour",
+    "json",
     "config",
     "resume",
     "allow",
@@ -35,16 +39,22 @@ NOT_CONFIG = {
 
 
 class Stage(str, Enum):
-    """The two recipes."""
+    """The two recipes, and the look ahead."""
 
     pretrain = "pretrain"
     sft = "sft"
+    plan = "plan"
 
 
 def train(
     stage: Annotated[
-        Stage, typer.Argument(help="pretrain: captions teach the projector. sft: conversations teach it all.")
+        Stage,
+        typer.Argument(
+            help="pretrain: captions teach the projector. sft: conversations teach it all. "
+            "plan: what the stage named behind it will take."
+        ),
     ],
+    planned: Annotated[Stage | None, typer.Argument(metavar="[STAGE]", help="With plan: pretrain or sft.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="Keys as --print-config shows them.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, base, moe or demo. [default: small]")] = None,
     data: Annotated[
@@ -66,6 +76,9 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Updates to stop after; 0 for all.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Updates between saves; 0 for only at the end.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Updates between log lines.")] = None,
+    val_every: Annotated[
+        int | None, typer.Option(help="Updates between looks at rows held out by picture; 0 for none.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides the order of rows and all fresh weights.")] = None,
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES))] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
@@ -73,6 +86,7 @@ def train(
         str | None, typer.Option(metavar="CHOICE", help=f"Remember what CLIP sees: {', '.join(FEATURES)}.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that prepare batches, for each GPU.")] = None,
+    track: Annotated[str | None, typer.Option(metavar="TRACKER", help=", ".join(TRACKERS))] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; with --device cpu, processes.")] = None,
     nnodes: Annotated[int, typer.Option(help="Machines, each with --gpus of its own.")] = 1,
     node_rank: Annotated[int | None, typer.Option(help="Which of the machines this is, from 0.")] = None,
@@ -92,18 +106,28 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key.")
     ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="With plan: what an hour here costs.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="With plan: print one JSON object and nothing else.")] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the whole configuration and exit.")
+        bool, typer.Option("--print-config", help="Print every setting, and who set it; exit.")
     ] = False,
 ) -> None:
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
-    from minimind_v.core.config.load import build_config, to_yaml
+    from minimind_v.core.config.load import resolve, to_yaml
 
-    built = build_config(stage.value, config, options, set_ or ())
-    terminal = Terminal()
+    planning = stage is Stage.plan
+    stage = (planned or Stage.pretrain) if planning else stage
+    if stage is Stage.plan or (not planning and (planned or json or price_per_hour is not None)):
+        raise typer.BadParameter("`mmv train plan [pretrain|sft]` looks ahead; --json and --price-per-hour are its own")
+    resolved, terminal = resolve(stage.value, config, options, set_ or ()), Terminal()
+    built = resolved.config
     if print_config:
-        terminal.result(to_yaml(built), end="")
+        terminal.result(to_yaml(built, resolved.sources), end="")
+        return
+
+    if planning:
+        _look_ahead(terminal, built, price_per_hour, json)
         return
 
     from minimind_v.core.train.launch import Launch, launch, mind_the_launcher
@@ -129,6 +153,22 @@ def train(
         raise typer.Exit(128 + summary.stopped_by)
 
 
+def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | None, json: bool) -> None:
+    from dataclasses import asdict
+
+    from minimind_v.core.train.plan import plan
+    from minimind_v.core.train.report import shown
+
+    with terminal.progress("counting") as progress:
+        found = asdict(plan(config, price_per_hour, progress))
+    if json:
+        terminal.json(found)
+        return
+    names = ("updates", "samples", "tokens", "supervised_tokens", "seconds", "memory_bytes", "disk_bytes", "cost")
+    rows = {name.removesuffix("_bytes").replace("_", " "): shown(name, found[name]) for name in names}
+    terminal.table({name: text for name, text in rows.items() if text != "–"} | {"how": found["how"]})
+
+
 def _tell(terminal: Terminal, summary: Summary) -> None:
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
@@ -139,32 +179,3 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
     if summary.stopped_by:
         words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
         terminal.say(f"go on with: {shlex.join(['mmv', *words, '--resume'])}")
-
-
-class TrainView:
-    """Shows a run: a bar and log lines on a terminal, log lines elsewhere."""
-
-    def __init__(self, terminal: Terminal, stage: str) -> None:
-        self.terminal = terminal
-        self.line = ProgressLine(terminal, stage)
-        self.say = terminal.say
-        self.warn = terminal.warn
-
-    def __enter__(self) -> TrainView:
-        self.line.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.line.__exit__(None, None, None)
-
-    def step(self, metrics: StepMetrics, log: bool) -> None:
-        self.line(metrics.step, metrics.steps, f"loss {metrics.loss:.3f}")
-        if log:
-            minutes, seconds = divmod(int(metrics.seconds_left), 60)
-            rate, tokens = metrics.samples / metrics.seconds, metrics.tokens / metrics.seconds
-            self.say(
-                f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  tokens right {metrics.hits:.0%}  "
-                f"lr {metrics.lr:.2e}  grad {metrics.grad_norm:.2f}  {rate:.1f} samples/s  "
-                f"{tokens:.0f} tokens/s  data {metrics.data_seconds / metrics.seconds:.0%}  "
-                f"memory {memory_used()}  left {minutes}:{seconds:02d}"
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from contextlib import AbstractContextManager, nullcontext
 
@@ -41,3 +42,14 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def peak_memory() -> tuple[int, int]:
+    """The most bytes that this process has held, 0 where that is not known, and of them on its GPU."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        peak = 0
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minimind_v.core.config.load import FLAG_KEYS, build_config, images_beside, to_yaml
+from minimind_v.core.config.load import FLAG_KEYS, build_config, images_beside, resolve, to_yaml
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
 from minimind_v.core.errors import MissingInput, UsageError
@@ -54,6 +54,9 @@ CHANGED = {
     "save_every": 13,
     "keep": 3,
     "log_every": 17,
+    "val_every": 7,
+    "val_rows": 19,
+    "track": "tensorboard",
 }
 
 
@@ -182,11 +185,38 @@ def test_yaml_of_a_configuration_in_which_all_is_changed_gives_it_back(tmp_path)
     assert build_config("sft", write(tmp_path / "c.yaml", to_yaml(without))) == without
 
 
+def test_every_value_says_who_gave_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("preset: base\ntrain: {epochs: 3}\nlr: 1e-5\ndata: {max_length: 99}\n")
+    words = ("--config", "mine.yaml", "--lr", "2e-5", "--set", "train.weight_decay=0.5", "--set", "seed=7")
+    printed = here("train", "sft", "--print-config", *words).out
+    said = {line.split(":")[0].strip(): line.partition("#")[2].strip() for line in printed.splitlines()}
+    assert said["hidden_size"] == "preset base, mine.yaml"
+    assert (said["epochs"], said["max_length"]) == ("mine.yaml", "mine.yaml")
+    assert (said["lr"], said["weight_decay"], said["seed"]) == ("--lr", "--set", "--set")
+    assert (said["accumulate"], said["workers"]) == ("recipe sft", "this machine's cores")
+    assert all(said[key] for key in said if key not in ("stage", "model", "data"))
+    assert yaml.safe_load(printed)["weight_decay"] == 0.5
+    nested = resolve("sft", sets=["train.lr=1e-4", "train.data.batch_size=3"]).config
+    assert (nested.lr, nested.data.batch_size) == (1e-4, 3)
+    assert "did you mean 'lr'" in here("train", "sft", "--set", "train.lrr=1").error
+
+
+def test_the_source_of_data_that_was_found_is_the_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dataset").mkdir()
+    Path("dataset/sft_i2t.parquet").touch()
+    Path("mine_data.jsonl").touch()
+    Path("mine_images").mkdir()
+    assert resolve("sft").sources["data.file"] == "what is there"
+    assert resolve("sft", options={"data": "mine_data.jsonl"}).sources["data.images"] == "what is beside data.file"
+
+
 def test_the_command_prints_what_it_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = here("train", "sft", "--print-config", "--preset", "base", "--lr", "3e-5", "--set", "data.workers=3").out
     again = here("train", "sft", "--print-config", "--config", write(tmp_path / "c.yaml", printed)).out
-    assert again == printed
+    assert yaml.safe_load(again) == yaml.safe_load(printed)
     plain = yaml.safe_load(printed)
     assert plain["lr"] == 3e-5
     assert plain["model"] == asdict(PRESETS["base"])

@@ -198,7 +198,11 @@ def test_roles_and_parts_that_it_does_not_know_are_refused():
 def test_several_prompts_at_once_are_answered_as_one_by_one():
     processor, model = opened()
     assert processor.tokenizer.padding_side == "left"
-    conversations = [shown((0,)), shown((1, 2), "Compare these two, in many words."), [{"role": "user", "content": "Hi"}]]
+    conversations = [
+        shown((0,)),
+        shown((1, 2), "Compare these two, in many words."),
+        [{"role": "user", "content": "Hi"}],
+    ]
     batch = asked(processor, conversations, padding=True)
     found = model.generate(**batch, do_sample=False, max_new_tokens=12)[:, batch["input_ids"].shape[1] :]
     for conversation, row in zip(conversations, found, strict=True):
@@ -280,7 +284,7 @@ def test_stock_trainer_takes_it(tmp_path):
     from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
     processor = opened()[0]
-    rows = [shown((number,)) + [{"role": "assistant", "content": "A star."}] for number in range(4)]
+    rows = [[*shown((number,)), {"role": "assistant", "content": "A star."}] for number in range(4)]
 
     def collate(rows):
         batch = asked(processor, rows, add_generation_prompt=False, padding=True)

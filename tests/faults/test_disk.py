@@ -183,7 +183,8 @@ def test_a_run_goes_on_where_a_save_on_the_way_fails_and_goes_on_trying(tmp_path
     ]
     assert "step 10/10" in ended.err
     assert "pretrain_vlm_128.pth: not saved (File too large)" in ended.error
-    assert tree(tmp_path / "out") == ["pretrain_vlm_128/config.yaml", "pretrain_vlm_128/metrics.jsonl"]
+    kept = ("config.yaml", "events.jsonl", "manifest.json", "metrics.jsonl")
+    assert tree(tmp_path / "out") == [f"pretrain_vlm_128/{name}" for name in kept]
 
 
 def test_a_run_goes_on_where_its_metrics_cannot_be_written(tmp_path):

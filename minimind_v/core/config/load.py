@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,35 @@ FLAG_KEYS = {
 }
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and for each of its keys who gave the value."""
+
+    config: RunConfig
+    sources: dict[str, str]
+
+
 def build_config(
     stage: str, yaml_file: Path | None = None, options: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
 ) -> RunConfig:
+    """The configuration that `resolve` finds."""
+    return resolve(stage, yaml_file, options, sets).config
+
+
+def resolve(
+    stage: str, yaml_file: Path | None = None, options: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
+) -> Resolved:
     """The stage's recipe, changed by the YAML file, then by options (flag → value; None: not given), then by sets.
 
-    The keys of YAML and sets are those of RunConfig, nested ones dotted (`data.batch_size`), and `preset`. Rows of
-    another file than the recipe's have their pictures in the zip beside it, or none, unless a key says otherwise.
+    The keys of YAML and sets are those of RunConfig, nested ones dotted (`data.batch_size`), and `preset`; `train.`
+    before a key of the run itself may be left out. Rows of another file than the recipe's have their pictures in the
+    zip beside it, or none, unless a key says otherwise.
     Raises UsageError naming the key, with the nearest one that exists.
     """
-    changes: dict[str, Any] = _read_yaml(yaml_file) if yaml_file else {}
-    changes |= {FLAG_KEYS.get(flag, flag): value for flag, value in (options or {}).items() if value is not None}
-    for item in sets:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError(f"--set {item!r} is not of the form key=value")
-        changes[key.strip()] = _parse_value(item, value)
-    if isinstance(changes.get("data.file"), str | Path):
-        changes.setdefault("data.images", images_beside(Path(changes["data.file"])))
+    changes, sources = _collect(yaml_file, options or {}, sets)
+    if isinstance(changes.get("data.file"), str | Path) and "data.images" not in changes:
+        changes["data.images"] = images_beside(Path(changes["data.file"]))
+        sources["data.images"] = "what is beside data.file"
     preset = changes.pop("preset", "small")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
@@ -58,9 +69,40 @@ def build_config(
         sizes.setdefault("model.intermediate_size", 0)
     sized = recipe(_change(recipe(PRESETS[preset]), sizes).model)
     config = _change(sized, {key: value for key, value in changes.items() if key not in sizes})
-    if "data.file" not in changes:
-        config = replace(config, data=_find_data(config))
-    return config if "init" in changes else replace(config, init=_find_init(config))
+    if "data.file" not in changes and (data := _find_data(config)) != config.data:
+        config = replace(config, data=data)
+        sources |= dict.fromkeys(("data.file", "data.images"), "what is there")
+    if "init" not in changes and (init := _find_init(config)) != config.init:
+        config, sources["init"] = replace(config, init=init), "what is there"
+    given = f"preset {preset}" + (f", {sources['preset']}" if "preset" in sources else "")
+    default = {key: given if key.startswith("model.") else f"recipe {stage}" for key in _keys(config, "")}
+    default["data.workers"] = "this machine's cores"
+    del default["stage"]  # the command itself
+    return Resolved(config, default | {key: source for key, source in sources.items() if key in default})
+
+
+def _collect(
+    yaml_file: Path | None, options: Mapping[str, Any], sets: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """All values that were given, the last one for each key, and who gave it."""
+    changes: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+
+    def put(key: str, value: Any, source: str) -> None:
+        key = key.strip().removeprefix("train.")
+        changes[key], sources[key] = value, source
+
+    for key, value in (_read_yaml(yaml_file) if yaml_file else {}).items():
+        put(key, value, str(yaml_file))
+    for flag, value in options.items():
+        if value is not None:
+            put(FLAG_KEYS.get(flag, flag), value, f"--{flag.replace('_', '-')}")
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--set {item!r} is not of the form key=value")
+        put(key, _parse_value(item, value), "--set")
+    return changes, sources
 
 
 def images_beside(data: Path) -> Path | None:
@@ -69,9 +111,27 @@ def images_beside(data: Path) -> Path | None:
     return next((path for path in (stem.with_name(stem.name + ".zip"), stem) if path.exists()), None)
 
 
-def to_yaml(config: RunConfig) -> str:
-    """A configuration as YAML that `--config` reads back to the same."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+def to_yaml(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:
+    """A configuration as YAML that `--config` reads back to the same; with sources, each value's as a comment."""
+    return "".join(_yaml_lines(plain(config), sources or {}))
+
+
+def _yaml_lines(tree: Mapping[str, Any], sources: Mapping[str, str], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        indent = "  " * prefix.count(".")
+        if isinstance(value, dict):
+            yield f"{indent}{key}:\n"
+            yield from _yaml_lines(value, sources, f"{prefix}{key}.")
+            continue
+        line = yaml.safe_dump({key: value}, allow_unicode=True, width=10**9).rstrip("\n").replace("\n", "\n" + indent)
+        source = " ".join(sources.get(prefix + key, "").split())
+        yield f"{indent + line:<46}  # {source}\n" if source and "\n" not in line else f"{indent}{line}\n"
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """A configuration as dicts, texts and numbers."""
+    found: dict[str, Any] = _plain(asdict(config))
+    return found
 
 
 def _find_data(config: RunConfig) -> DataConfig:

@@ -12,6 +12,7 @@ STAGES = ("pretrain", "sft")
 FREEZE_POLICIES = ("projector", "projector+last", "attention", "all")
 DTYPES = ("auto", "float32", "bfloat16")
 FEATURES = ("off", "auto", "exact", "int8")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,19 @@ class RunConfig:
     save_every: int = 500
     keep: int = 2  # states to go on from; each is three times the size of what trains
     log_every: int = 20
+    val_every: int = 0  # updates between two looks at rows that are held out by picture; 0: all rows are learnt from
+    val_rows: int = 256  # that are held out, at most a tenth of all
+    track: str = "none"  # who shows the curves besides metrics.jsonl and report.html
 
     def __post_init__(self) -> None:
         _one_of("stage", self.stage, STAGES)
         _one_of("freeze", self.freeze, FREEZE_POLICIES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("features", self.features, FEATURES)
-        for flag in ("epochs", "accumulate", "gpus", "keep", "log_every"):
+        _one_of("track", self.track, TRACKERS)
+        for flag in ("epochs", "accumulate", "gpus", "keep", "log_every", "val_rows"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 1)
-        for flag in ("max_steps", "save_every", "seed"):
+        for flag in ("max_steps", "save_every", "val_every", "seed"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 0)
         if self.seed >= 2**63:
             raise UsageError(f"--seed must be below 2^63, not {self.seed}")

@@ -26,6 +26,8 @@ class Batch:
     keys: list[bytes] = field(default_factory=list)  # of the pictures in pixel_values, for remembering them
     places: list[str] = field(default_factory=list)  # file:row of each row
     broken: list[BrokenRow] = field(default_factory=list)  # rows that were left out of this batch
+    answers: int = 0
+    answers_cut: int = 0  # of these, how many did not fit into the length
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -82,6 +84,8 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
         [picture.key for picture in pictures if picture.pixels is not None],
         places=[example.place for example in examples],
         broken=broken,
+        answers=sum(example.tokens.answers for example in examples),
+        answers_cut=sum(example.tokens.answers_cut for example in examples),
     )
 
 

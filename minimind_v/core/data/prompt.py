@@ -26,6 +26,8 @@ class Tokens:
     loss_mask: list[bool] = field(default_factory=list)
     image_mask: list[bool] = field(default_factory=list)
     images: int = 0
+    answers: int = field(default=0, compare=False)  # of a row: how many it has
+    answers_cut: int = field(default=0, compare=False)  # of these, how many are cut short or cut off
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -71,6 +73,7 @@ class PromptEncoder:
             raise RowError(f"{marks} {IMAGE_MARK} marks for {images} pictures", "placeholders")
         if len(turns) == 1:
             raise RowError("the question has no answer", "no answer")
+        answers, whole = len(turns) // 2, 0
         # Not strict: a last question without an answer teaches nothing, and goes with its pictures.
         for question, answer in zip(turns[::2], turns[1::2], strict=False):
             prompt = self._message("user", question["content"][:TEXT_LIMIT])
@@ -78,6 +81,7 @@ class PromptEncoder:
             if len(encoded) + len(prompt) + len(reply) <= max_length:
                 encoded += prompt
                 encoded += reply
+                whole += 1
                 continue
             if not any(encoded.loss_mask):  # not even the first turn fits: keep the beginning of its answer
                 encoded += prompt
@@ -86,6 +90,7 @@ class PromptEncoder:
             break
         if not any(encoded.loss_mask):
             raise RowError(f"the prompt alone is longer than {max_length} tokens", "too long")
+        encoded.answers, encoded.answers_cut = answers, answers - whole
         return encoded
 
     def prompt(self, conversations: Any) -> Tokens:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.files import write_text
+from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
+from minimind_v.core.inspect.plot import curves as draw
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ h1, h2 { line-height: 1.2 }
 td, th { text-align: left; padding: 0 1.5rem .25rem 0 }
 dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 0 .5rem }
 dd { margin: 0 }
-svg { width: 100%; height: 14rem; background: #f9fafb; border-radius: .5rem }
+:root { --line: #e5e7eb } svg text { fill: #777; font: 12px system-ui, sans-serif }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem }
 .figure { background: #f3f4f6; border-radius: .5rem; padding: .75rem 1rem; flex: 1 1 10rem }
 .figure b { display: block; font-size: 1.8rem }
@@ -53,7 +55,10 @@ def write_report(
         "before training": summary["accuracy_before"],
     }
     boxes = "".join(f'<div class="figure"><b>{value:.1%}</b>{escape(name)}</div>' for name, value in figures.items())
-    plots = "".join(f"<h2>Loss while {escape(stage)} runs</h2>{_curve(points)}" for stage, points in curves.items())
+    plots = "".join(
+        f"<h2>Loss while {escape(stage)} runs</h2>{draw({'loss': list(points)}, from_zero=True)}"
+        for stage, points in curves.items()
+    )
     half = len(samples) // 2
     sheets = "".join(
         f"<h2>{title}</h2><div class='sheet'>{''.join(map(_card, part))}</div>"
@@ -63,7 +68,8 @@ def write_report(
         f"<tr><td>{escape(kind)}</td><td>{value:.0%}</td><td>{_percent(summary['by_kind_pairs'].get(kind))}</td></tr>"
         for kind, value in summary["by_kind_scenes"].items()
     )
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mmv demo</title><style>{_STYLE}</style>
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mmv demo</title>
+<style>{_STYLE}{PLOT_STYLE}</style>
 <h1>A model that learnt to see</h1>
 <p>Seed {summary["seed"]}, {summary["seconds_training_and_evaluation"]:.0f} seconds of training and evaluation on
 {escape(summary["machine"])}. An answer counts as right when it equals the truth to the letter.</p>
@@ -86,24 +92,4 @@ def _card(sample: Sample) -> str:
         f'<dt>after</dt><dd class="{verdict}">{escape(sample.after) or "–"}</dd>'
         f'<dt class="dim">before</dt><dd class="dim">{escape(sample.before) or "–"}</dd>'
         f'<dt class="dim">blank</dt><dd class="dim">{escape(sample.blank) or "–"}</dd></dl></div>'
-    )
-
-
-def _curve(points: list[tuple[int, float]]) -> str:
-    """A polyline of (step, loss) with its first and last value written at its ends."""
-    width, height, edge = 800, 220, 30
-    last, top = max(points[-1][0], 1), max(loss for _, loss in points) or 1.0
-    places = [
-        (edge + step / last * (width - 2 * edge), height - edge - loss / top * (height - 2 * edge))
-        for step, loss in points
-    ]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    labels = "".join(
-        f'<text x="{x:.0f}" y="{y - 8:.0f}" font-size="13" text-anchor="middle">{loss:.2f}</text>'
-        for (x, y), (_, loss) in ((places[0], points[0]), (places[-1], points[-1]))
-    )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none"><polyline points="{line}" fill="none" '
-        f'stroke="#2563eb" stroke-width="2"/>{labels}<text x="{width // 2}" y="{height - 6}" font-size="13" '
-        f'text-anchor="middle">update 1 to {last}</text></svg>'
     )

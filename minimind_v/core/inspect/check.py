@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
+from minimind_v.core.data.digests import Digests, picture_digest, text_digest, whole_digest
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.row import Row, RowStore
 from minimind_v.core.errors import RowError
-from minimind_v.core.inspect.digests import Digests, picture_digest, text_digest, whole_digest
 from minimind_v.core.inspect.packed import Packed
 from minimind_v.core.inspect.processes import each_row
 

@@ -98,9 +98,12 @@ def read_whole(rows: RowStore, index: int) -> Whole:
         row = rows.row(index)
         return Whole(row, [rows.picture(index, position, name) for position, name in enumerate(row.images)])
     except RowError as error:
-        raise DataError(
-            f"{rows.place(index)}: {error} — `mmv data check --fix` writes a copy without such rows"
-        ) from None
+        raise unreadable(rows, index, error) from None
+
+
+def unreadable(rows: RowStore, index: int, error: RowError) -> DataError:
+    """The error over a row that must be read and cannot be."""
+    return DataError(f"{rows.place(index)}: {error} — `mmv data check --fix` writes a copy without such rows")
 
 
 @contextmanager

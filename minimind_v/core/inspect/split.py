@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +9,13 @@ from typing import BinaryIO
 
 import numpy as np
 
+from minimind_v.core.data.heldout import choose, group_by_picture
 from minimind_v.core.data.parquet import ParquetRows
 from minimind_v.core.data.row import RowStore
 from minimind_v.core.data.saved import SavedRows
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import RowError, UsageError
 from minimind_v.core.files import write_atomically
-from minimind_v.core.inspect.convert import as_json, convert, read_whole
-from minimind_v.core.inspect.digests import Digests, picture_digest, text_digest
+from minimind_v.core.inspect.convert import as_json, convert, unreadable
 from minimind_v.core.inspect.sample import SampledRows
 
 
@@ -50,7 +48,12 @@ def split(
     for path in (train, aside):
         if path.exists() and not overwrite:
             raise UsageError(f"{path} is there already — add --overwrite to replace it")
-    groups = _groups(rows, lambda done: progress(done, 2 * len(rows)))  # rows are read first, then written
+
+    def refuse(index: int, error: RowError) -> None:
+        raise unreadable(rows, index, error)
+
+    # Rows are read first, then written.
+    groups = group_by_picture(rows, refuse, lambda done: progress(done, 2 * len(rows)))
     held = _hold_out(groups, held_out, seed)
     done = len(rows)
     for path, chosen in ((train, ~held), (aside, held)):
@@ -67,44 +70,13 @@ def split(
 def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
     """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit whole."""
     wanted = round(held_out * len(groups)) if held_out < 1 else int(held_out)
-    _, which, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    order = list(range(len(sizes)))
-    random.Random(seed).shuffle(order)
-    chosen, count = np.zeros(len(sizes), bool), 0
-    for group in order:
-        if count + sizes[group] <= wanted:
-            chosen[group] = True
-            count += int(sizes[group])
-    if not 0 < count < len(groups):
+    held = choose(groups, wanted, seed)
+    if not 0 < held.sum() < len(groups):
         raise UsageError(
-            f"--held-out {held_out:g} of {len(groups)} rows, in {len(sizes)} groups that share pictures, "
+            f"--held-out {held_out:g} of {len(groups)} rows, in {len(np.unique(groups))} groups that share pictures, "
             "leaves one side empty"
         )
-    return chosen[which]
-
-
-def _groups(rows: RowStore, progress: Callable[[int], None]) -> np.ndarray:
-    """For each row the first of those that belong together, int64 [rows]: by pictures or, without any, by the text."""
-    digests = Digests()
-    for index in range(len(rows)):
-        whole = read_whole(rows, index)
-        for digest in [picture_digest(data) for data in whole.pictures] or [text_digest(whole.row)]:
-            digests.add(index, digest)
-        if index % 100 == 99:
-            progress(index + 1)
-    parent = array("q", range(len(rows)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = index = parent[parent[index]]
-        return index
-
-    owners, firsts = digests.owners, digests.firsts()
-    shared = owners != firsts
-    for index, first in zip(owners[shared].tolist(), firsts[shared].tolist(), strict=True):
-        one, other = sorted((root(index), root(first)))
-        parent[other] = one
-    return np.array([root(index) for index in range(len(rows))], np.int64)
+    return held
 
 
 def _write_rows(rows: RowStore, path: Path) -> None:

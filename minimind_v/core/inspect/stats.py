@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,30 @@ BINS = 20  # of the histogram, at most
 QUANTILES = {"min": 0, "p5": 5, "p50": 50, "p95": 95, "p99": 99, "max": 100}
 
 
-def look_at(
+@dataclass(frozen=True)
+class Outlook:
+    """What was counted in some rows of a set, in the order in which a run reads them."""
+
+    counted: Counted
+    looked_at: int  # rows, of all
+    rows: int
+    updates: int  # of all epochs
+    seen_rows: int  # that the epochs ask for, broken ones included
+
+    @property
+    def samples(self) -> float:
+        """Rows that go through the model."""
+        return self.counted.used / self.looked_at * self.seen_rows
+
+
+def foresee(
     rows: RowStore,
     encoder: PromptEncoder,
     config: RunConfig,
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Count `limit` rows (not given: SAMPLE) and foretell a run over the whole set. No picture is read.
+) -> Outlook:
+    """Count `limit` rows (not given: SAMPLE). No picture is read.
 
     A sample is the beginning of the order in which the first epoch reads the rows, cut into batches as that epoch is.
     Raises DataError where no row can be used.
@@ -41,8 +57,19 @@ def look_at(
     if not counted.used:
         _, first = min(counted.first_skipped.values())
         raise DataError(f"none of {wanted} rows can be used; the first trouble: {first}")
-    updates = config.epochs * every.updates_per_epoch
-    seen = counted.used / wanted * len(rows) * config.epochs  # rows that go through the model
+    return Outlook(counted, wanted, len(rows), config.epochs * every.updates_per_epoch, config.epochs * len(rows))
+
+
+def look_at(
+    rows: RowStore,
+    encoder: PromptEncoder,
+    config: RunConfig,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """What rows are like, as a program reads it, and a run over the whole set foretold. As `foresee` otherwise."""
+    outlook = foresee(rows, encoder, config, limit, progress)
+    counted, wanted, updates, seen = outlook.counted, outlook.looked_at, outlook.updates, outlook.samples
     typical = TypicalRow(
         *(total / counted.used for total in (counted.padded, counted.pictures_kept, counted.supervised))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -12,17 +13,19 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
+import numpy as np
 import torch
 from torch import nn
 
 from minimind_v.core.checkpoint.weights import export_tensors, load_into, read_checkpoint, write_checkpoint
-from minimind_v.core.config.load import to_yaml
+from minimind_v.core.config.load import plain, to_yaml
 from minimind_v.core.config.presets import weights_name
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.features.memory import Eye, Memory, open_memory
+from minimind_v.core.data.heldout import hold_out
 from minimind_v.core.data.loader import BatchPlan, load_updates
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
@@ -36,9 +39,15 @@ from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.distributed import ALONE, World, alone_or_last
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.interrupt import StopRequest
+from minimind_v.core.train.manifest import write_manifest
 from minimind_v.core.train.metrics import Listener, MetricsFile, Silent, StepMetrics
+from minimind_v.core.train.report import write_report
 from minimind_v.core.train.schedule import learning_rate
+from minimind_v.core.train.signs import Start
 from minimind_v.core.train.state import State, States, check_origin, origin_of, pack, unpack
+from minimind_v.core.train.track import open_tracker
+from minimind_v.core.train.validate import Validator
+from minimind_v.core.train.watch import Watch
 
 PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
 
@@ -103,9 +112,10 @@ class Run:
     ) -> None:
         self.config = config
         self.world = world
-        self.listener = listener if world.leads else Silent()
         self.weights = config.out / weights_name(config.stage, config.model)
+        self.best_weights = self.weights.with_name(f"{self.weights.stem}_best.pth")
         self.folder = self.weights.with_suffix("")  # what a run writes besides weights
+        self.listener = Watch(self.folder / "events.jsonl", listener) if world.leads else Silent()
         self.states = States(self.folder / "states", config.keep)
         self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
         world.join(self.device)
@@ -117,6 +127,7 @@ class Run:
         if state is not None:
             self.rows_per_update = state.origin["rows_per_update"]
         torch.manual_seed(config.seed)
+        self.validator: Validator | None = None
         self.plan = self._open_data()
         self.model = self._build_model().to(self.device)
         self.memory = self._open_memory()
@@ -151,22 +162,34 @@ class Run:
         prompts = PromptEncoder(self.tokenizer, spec.tokens_per_image)
         rows = open_rows(data.file, data.images)
         dataset = RowDataset(rows, prompts, spec.image_size, data.max_length)
+        shared_by = {"processes": self.world.size, "rank": self.world.rank}
+        pad_id, learnt = self.tokenizer.pad_id, None
+        if self.config.val_every:
+            held_out = self.world.broadcast(self._hold_out(dataset) if self.world.leads else None)
+            looked_at = BatchPlan(dataset, data.batch_size, pad_id, keep=held_out, **shared_by)
+            self.validator, learnt = Validator(looked_at, self.config.dtype, self.world.gather), ~held_out
         return BatchPlan(
             dataset,
             data.batch_size,
-            self.tokenizer.pad_id,
+            pad_id,
             self.config.seed,
             self.config.epochs,
             rows_per_update=self.rows_per_update,
-            processes=self.world.size,
-            rank=self.world.rank,
+            keep=learnt,
+            **shared_by,
+        )
+
+    def _hold_out(self, dataset: RowDataset) -> np.ndarray:
+        known, inputs = self.folder / "held_out.json", [self.origin[key] for key in ("data.file", "data.images")]
+        return hold_out(
+            dataset.rows, self.config.val_rows, self.config.seed, known, json.dumps(inputs), self.listener.say
         )
 
     def _build_model(self) -> VLM:
         config = self.config
         model = VLM(config.model, self.encoder.spec, self.tokenizer.placeholder_id, self.encoder)
         if config.init is None or config.init == NO_INIT:
-            self.loaded = False
+            self.loaded, self.new_projector = False, True
             self.listener.warn("starting from random weights: the language model knows nothing yet")
             return model
         try:
@@ -175,7 +198,7 @@ class Run:
             before = "`mmv train pretrain`" if config.stage == "sft" else how_to_get("lm", config.init.parent)
             raise MissingInput(f"{error} to start from — {before}, or name a file with --init") from None
         receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")
-        self.loaded = True
+        self.loaded, self.new_projector = True, bool(receipt.new)
         self.listener.say(str(receipt))
         return model
 
@@ -250,11 +273,15 @@ class Run:
             return Summary(self.weights, metrics_path, self.done, None, None, len(self.broken), self.counts.bad)
         self.started = time.perf_counter() - self.counts.seconds
         begun = self.done
-        if self.world.leads:
-            write_text(self.folder / "config.yaml", to_yaml(config))
+        self._open_records()
         self.model.train()
         self._announce()
-        with StopRequest() as self.stop, _explained(config, self.plan), self._metrics_file(metrics_path) as log:
+        with (
+            closing(self.listener),
+            StopRequest() as self.stop,
+            _explained(config, self.plan),
+            self._metrics_file(metrics_path) as log,
+        ):
             try:
                 for step, batches in enumerate(self._updates(), self.done + 1):
                     metrics = self._update(step, batches)
@@ -263,6 +290,8 @@ class Run:
                     if logged and log:
                         self._or_warn(step, partial(log.write, metrics))
                     self.listener.step(metrics, logged)
+                    if self.validator and (step % config.val_every == 0 or step == self.total):
+                        self._validate(self.validator, step)
                     if self._save_is_due(step, logged) and step < self.total:
                         self._or_warn(step, self._save)
                     if self.world.size == 1:  # several must stop after the same update
@@ -275,12 +304,42 @@ class Run:
             finally:
                 if self.done > begun and self.counts.supervised and not torn:
                     self._save()
+                    self._report()
         if not self.counts.supervised:
             trouble = next(iter(self.broken.values()), "every answer is cut off")
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
         return Summary(
             self.weights, metrics_path, self.done, metrics, self.stopped_by, len(self.broken), self.counts.bad
         )
+
+    def _open_records(self) -> None:
+        """What the run leaves besides weights begins here."""
+        if not isinstance(self.listener, Watch):
+            return
+        config, tracker = self.config, None
+        if config.track != "none":
+            tracker = open_tracker(config.track, self.folder, self.folder.name, plain(config), self.done)
+            self.listener.say(f"curves: {tracker.where}")
+        write_text(self.folder / "config.yaml", to_yaml(config))
+        write_manifest(self.folder / "manifest.json", config, self.origin, self.done, self.world.size)
+        if not self.done:  # what was best in a run that is started over
+            for path in (self.best_weights, self.best_weights.with_suffix(".json")):
+                path.unlink(missing_ok=True)
+        self.listener.begin(Start(config, self.loaded, self.new_projector, self.done), tracker)
+
+    def _validate(self, validator: Validator, step: int) -> None:
+        """Look at the held-out rows, and keep the weights where they have never been better."""
+        found = validator(self.model, self.memory.features, step, self.listener.best)
+        if found is None:
+            return
+        self.listener.validated(found)
+        if found.best and self.world.leads:
+            tensors, config = export_tensors(self.model), self.config
+            self._or_warn(step, partial(write_checkpoint, self.best_weights, tensors, config.model, config.stage))
+
+    def _report(self) -> None:
+        if self.world.leads:
+            self._or_warn(self.done, lambda: write_report(self.folder))
 
     def _metrics_file(self, path: Path) -> AbstractContextManager[MetricsFile | None]:
         return closing(MetricsFile(path, self.done)) if self.world.leads else nullcontext()
@@ -295,6 +354,8 @@ class Run:
                 self.counts.waited += time.perf_counter() - asked
                 if batches is None:
                     return
+                for batch in batches:
+                    self.listener.batch(batch)
                 yield batches
 
     def _update(self, step: int, batches: list[Batch]) -> StepMetrics:
@@ -317,8 +378,6 @@ class Run:
         grad_norm = float(nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)) if supervised else 0.0
         if supervised:
             self._step_if_finite(step, loss, grad_norm, batches, parts)
-        if step == 1:
-            self._check_health(loss)
         counts = self.counts
         counts.samples += rows
         counts.supervised += supervised
@@ -402,16 +461,6 @@ class Run:
             f"{trained:,} of {everything:,} parameters learn ({config.freeze}); weights go to {self.weights}"
         )
 
-    def _check_health(self, loss: float) -> None:
-        """Before anything is learnt, a loaded base must already be better than guessing."""
-        guessing = math.log(self.config.model.vocab_size)
-        if self.loaded and loss > 0.9 * guessing:
-            self.listener.warn(
-                f"the first loss is {loss:.2f} where blind guessing gives {guessing:.2f}: the base weights do not fit. "
-                f"Either {self.config.init} is not trained, or it belongs to another tokenizer than "
-                f"{self.config.data.tokenizer}"
-            )
-
     def _note_broken(self, found: list[BrokenRow]) -> None:
         for row in found:
             if row.place in self.broken:
@@ -444,8 +493,9 @@ class Run:
         finally:  # there may be room for the weights alone
             write_checkpoint(self.weights, export_tensors(self.model), self.config.model, self.config.stage)
         self.owed = False
+        self.listener.saved(self.done)
 
-    def _or_warn(self, step: int, write: Callable[[], None]) -> None:
+    def _or_warn(self, step: int, write: Callable[[], object]) -> None:
         """A full disk in the night must not end the run: the next time there may be room."""
         try:
             write()

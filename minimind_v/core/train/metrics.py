@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from minimind_v.core.errors import RunError
+from minimind_v.core.errors import DataError, MissingInput, RunError
 from minimind_v.core.files import write_text
 
 
@@ -34,6 +35,18 @@ class StepMetrics:
         return self.seconds / self.step * (self.steps - self.step)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What the model is worth on rows that it does not learn from."""
+
+    step: int
+    loss: float  # nats per supervised token, by the mathematics of training without the auxiliary loss
+    hits: float  # share of the supervised tokens that were the likeliest
+    swapped_loss: float | None  # with the pictures of other rows; None where the rows have no pictures
+    rows: int
+    best: bool = False  # lower than at every validation before
+
+
 class Listener(Protocol):
     """Whoever wants to know how a run goes."""
 
@@ -46,32 +59,48 @@ class Listener(Protocol):
     def step(self, metrics: StepMetrics, log: bool) -> None:
         """An update is done; `log` says that it is one of every log_every."""
 
+    def validated(self, found: Validation) -> None:
+        """Held-out rows were looked at."""
+
+    def saved(self, step: int) -> None:
+        """All that was learnt until this update is on the disk."""
+
 
 class Silent:
     """A listener for those processes of a run that do not lead it."""
+
+    best: Validation | None = None
 
     def say(self, message: str) -> None: ...
 
     def warn(self, message: str) -> None: ...
 
+    def batch(self, batch: object) -> None: ...
+
     def step(self, metrics: StepMetrics, log: bool) -> None: ...
 
+    def validated(self, found: Validation) -> None: ...
 
-class MetricsFile:
-    """`metrics.jsonl`: a line per logged update, each flushed. A resumed run keeps the lines up to where it goes on."""
+    def saved(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """A line of JSON for whatever has a step, each flushed. A resumed run keeps the lines up to where it goes on."""
 
     def __init__(self, path: Path, after: int = 0) -> None:
-        kept = _lines_until(path, after) if after and path.is_file() else []
+        kept = [line for line, record in _whole_lines(path) if record["step"] <= after] if after else []
         if path.is_file() and not path.is_symlink():
             write_text(path, "".join(kept))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         """Raises RunError where there is no room; the line is kept, and written with the next one that finds some."""
         try:
-            self._file.write(json.dumps(asdict(metrics)) + "\n")
+            self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
             raise RunError(f"{self.path}: not written ({error.strerror})") from None
@@ -81,13 +110,36 @@ class MetricsFile:
             self._file.close()
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines about the first updates. A kill may have left lines of later ones, and half a line."""
-    kept = []
+class MetricsFile(JsonLines):
+    """`metrics.jsonl`: a line per logged update."""
+
+    def write(self, metrics: StepMetrics) -> None:  # type: ignore[override]
+        super().write(asdict(metrics))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JsonLines; none where there is no file. A line in the making is left out."""
+    return (record for _, record in _whole_lines(path))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The logged updates of a run, also of one under way. Raises MissingInput for none, DataError for nonsense."""
+    found = [record for record in read_lines(path) if "loss" in record]
+    if not found and b"\n" in path.read_bytes():
+        raise DataError(f"{path}: not the metrics of a run")
+    if not found:
+        raise MissingInput(f"{path}: the run has logged nothing yet")
+    return found
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines with what they say. A kill may have left half a line."""
+    if not path.is_file():
+        return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):
+            record = json.loads(line)
+        except ValueError:
             continue
-    return kept
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and line.endswith("\n"):
+            yield line, record

@@ -1,0 +1,175 @@
+"""How a training run is shown: a live view on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import pairwise
+
+from rich.live import Live
+from rich.text import Text
+
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.train.metrics import StepMetrics, Validation
+
+BARS = "▁▂▃▄▅▆▇█"
+RECENT = 20  # updates over which rates are measured
+POINTS = 128  # of a curve, at most twice as many
+
+
+class Curve:
+    """A curve of any length in few points: when there are too many, neighbours become their mean."""
+
+    def __init__(self) -> None:
+        self.points: list[float] = []
+        self._each, self._sum, self._count = 1, 0.0, 0
+
+    def add(self, value: float) -> None:
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count < self._each:
+            return
+        self.points.append(self._sum / self._count)
+        self._sum, self._count = 0.0, 0
+        if len(self.points) == 2 * POINTS:
+            self.points = [(one + other) / 2 for one, other in zip(self.points[::2], self.points[1::2], strict=True)]
+            self._each *= 2
+
+
+def sparkline(points: list[float], width: int) -> str:
+    """A curve as a line of blocks of at most `width` characters."""
+    if not points or width < 1:
+        return ""
+    width = min(width, len(points))
+    edges = [column * len(points) // width for column in range(width + 1)]
+    means = [sum(points[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high - low > 0 else 0.0  # a NaN is not above 0 either
+    return "".join(BARS[round((mean - low) * scale)] if scale else BARS[0] for mean in means)
+
+
+class TrainView:
+    """Listens to a run and shows it."""
+
+    def __init__(self, terminal: Terminal, stage: str) -> None:
+        self.terminal, self.stage = terminal, stage
+        self.say = terminal.say
+        self.warn = terminal.warn
+        self._forget()
+        self._live = Live(
+            get_renderable=self._draw, console=terminal.err, refresh_per_second=4, vertical_overflow="crop"
+        )
+
+    def _forget(self) -> None:
+        self.curve = Curve()
+        self.recent: deque[StepMetrics] = deque(maxlen=RECENT + 1)
+        self.validation: Validation | None = None
+        self.best: Validation | None = None
+        self.saved_at: int | None = None
+
+    def __enter__(self) -> TrainView:
+        if self.terminal.err.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    # --- what a run tells ---------------------------------------------------------------------------------------------
+
+    def step(self, metrics: StepMetrics, log: bool) -> None:
+        if self.recent and metrics.step <= self.recent[-1].step:  # another run begins, as in the demo
+            self._forget()
+        self.recent.append(metrics)
+        self.curve.add(metrics.loss)
+        if log and not self._live.is_started:
+            self.say("  ".join(cell.plain for cell in self._cells(metrics)))
+
+    def validated(self, found: Validation) -> None:
+        self.validation = found
+        self.best = found if found.best or self.best is None else self.best
+        if not self._live.is_started:
+            swapped = found.swapped_loss
+            told = "" if swapped is None else f", {swapped:.4f} with pictures of other rows"
+            self.say(
+                f"step {found.step}  validation loss {found.loss:.4f}{told}  tokens right {found.hits:.0%}"
+                + ("  (the best so far)" if found.best else "")
+            )
+
+    def saved(self, step: int) -> None:
+        self.saved_at = step
+
+    # --- what is shown ------------------------------------------------------------------------------------------------
+
+    def _cells(self, metrics: StepMetrics) -> list[Text]:
+        """What there is to know about an update, in pieces that are not broken."""
+        before = self.recent[0]
+        seconds = metrics.seconds - before.seconds
+        if len(self.recent) == 1 or seconds <= 0:  # no stretch yet: from the start of the run
+            samples, tokens, waited, seconds = metrics.samples, metrics.tokens, metrics.data_seconds, metrics.seconds
+        else:
+            samples, tokens = metrics.samples - before.samples, metrics.tokens - before.tokens
+            waited = metrics.data_seconds - before.data_seconds
+        seconds = max(seconds, 1e-9)
+        share = waited / seconds
+        return [
+            Text(f"step {metrics.step}/{metrics.steps}"),
+            Text(f"loss {metrics.loss:.4f}", "bold"),
+            Text(f"tokens right {metrics.hits:.0%}"),
+            Text(f"lr {metrics.lr:.2e}"),
+            Text(f"grad {metrics.grad_norm:.2f}"),
+            Text(f"{samples / seconds:.1f} samples/s"),
+            Text(f"{tokens / seconds:.0f} tokens/s"),
+            Text(f"data {share:.0%}", "yellow" if share > 0.2 else ""),
+            Text(f"memory {memory()}"),
+            Text(f"left {clock(metrics.seconds_left)}"),
+        ]
+
+    def _draw(self) -> Text:
+        width = self.terminal.err.width
+        if not self.recent:
+            return Text(f"{self.stage}: starting …", "dim", no_wrap=True, overflow="ellipsis")
+        metrics = self.recent[-1]
+        step, loss, *others = self._cells(metrics)
+        room = max(8, min(40, width // 3))
+        done = round(room * metrics.step / max(metrics.steps, 1))
+        bar = Text.assemble(("━" * done, "green"), ("━" * (room - done), "dim"))
+        curve = Text(sparkline(self.curve.points, room), "cyan")
+        cells = [bar, step, Text(f"epoch {metrics.epoch:.2f}"), others.pop()]
+        cells += [curve, loss, *others, *self._milestones()]
+        return flow(cells, width)
+
+    def _milestones(self) -> Iterable[Text]:
+        if found := self.validation:
+            best = f" (best {self.best.loss:.4f} at {self.best.step})" if self.best and self.best != found else ""
+            yield Text(f"validation {found.loss:.4f} at {found.step}{best}")
+            if found.swapped_loss is not None:
+                yield Text(f"with pictures of other rows {found.swapped_loss:.4f}")
+        yield Text("not saved yet" if self.saved_at is None else f"saved at {self.saved_at}")
+
+
+def flow(cells: Iterable[Text], width: int) -> Text:
+    """Cells side by side, in as many lines as it takes; one that is wider than a line loses its end."""
+    lines: list[Text] = []
+    for cell in cells:
+        if lines and lines[-1].cell_len + 3 + cell.cell_len < width:
+            lines[-1].append("   ").append_text(cell)
+        else:
+            lines.append(cell.copy())
+    text = Text("\n").join(lines)
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+def memory() -> str:
+    """The most memory that this process has held, in words."""
+    from minimind_v.core.device import peak_memory
+
+    process, gpu = peak_memory()
+    return f"{process / 2**30:.2f} GiB" + (f", GPU {gpu / 2**30:.2f} GiB" if gpu else "")
+
+
+def clock(seconds: float) -> str:
+    """`5:03`, `2:05:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

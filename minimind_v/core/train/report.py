@@ -1,0 +1,249 @@
+"""`report.html`: a run on one page, drawn from what it has left in its folder."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.errors import MissingInput
+from minimind_v.core.files import write_text
+from minimind_v.core.inspect.page import page
+from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
+from minimind_v.core.inspect.plot import Points, curves
+from minimind_v.core.train.metrics import read_lines, read_metrics
+
+STYLE = """
+.cols { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 0 1.5rem }
+.cols .curves { min-width: 0 } h3 { font-size: .95rem; margin: 1rem 0 .2rem } li { margin: .3rem 0 }
+td { vertical-align: top; overflow-wrap: anywhere } table.words td { text-align: left }
+"""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run has left in its folder; empty where it has not."""
+
+    folder: Path
+    metrics: list[dict[str, Any]]  # of logged updates
+    events: list[dict[str, Any]]
+    manifest: dict[str, Any]
+    forecast: dict[str, Any]
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        return [event["validation"] for event in self.events if "validation" in event]
+
+    @property
+    def warnings(self) -> list[tuple[int, str]]:
+        return [(event["step"], event["warning"]) for event in self.events if "warning" in event]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.metrics[-1]
+
+
+def find_run(path: Path) -> Path:
+    """The folder of a run, named by itself, by its weights, or by an --out with one run. Raises MissingInput."""
+    for folder in (path, path.with_suffix("")):
+        if (folder / "metrics.jsonl").is_file():
+            return folder
+    found = sorted(path.glob("*/metrics.jsonl"))
+    if len(found) == 1:
+        return found[0].parent
+    several = ", ".join(str(file.parent) for file in found)
+    raise MissingInput(
+        f"{path} holds several runs: name one of {several}" if found else
+        f"no run in {path}: there is no metrics.jsonl — name the folder that `mmv train` said the curve is in"
+    )  # fmt: skip
+
+
+def read_run(folder: Path) -> Left:
+    """All that a run has left, of one that is under way too. Raises MissingInput or DataError."""
+    metrics = read_metrics(folder / "metrics.jsonl")
+    events = list(read_lines(folder / "events.jsonl"))
+    return Left(folder, metrics, events, _object(folder / "manifest.json"), _object(folder / "forecast.json"))
+
+
+def write_report(folder: Path) -> Path:
+    """Write the page beside what it shows. Raises MissingInput or RunError."""
+    path = folder / "report.html"
+    write_text(path, report_page(read_run(folder)))
+    return path
+
+
+def report_page(run: Left) -> str:
+    """The page."""
+    last = run.last
+    ended = last["step"] >= last.get("steps", last["step"])
+    title = f"{run.manifest.get('stage', 'run')} · {run.folder.name}"
+    how = "to its end" if ended else "so far"
+    body = (
+        f'<h1>{escape(title)}</h1><p class="dim">{last["step"]:,} of {last.get("steps", 0):,} updates {how}, epoch '
+        f"{last.get('epoch', 0):.2f}; <code>{escape(str(run.folder))}</code></p>"
+        f"{_figures(run)}{_warnings(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
+    )
+    return page(f"{title} — report", body, PLOT_STYLE + STYLE)
+
+
+def _figures(run: Left) -> str:
+    last = run.last
+    figures = {
+        "loss, mean of the last logged updates": f"{statistics.fmean(one['loss'] for one in run.metrics[-10:]):.4f}",
+        "of the answers' tokens are right": f"{last.get('hits', 0):.1%}",
+        "of training": duration(last["seconds"]),
+        "samples per second": f"{last['samples'] / max(last['seconds'], 1e-9):,.1f}",
+    }
+    if run.validations:
+        best = min(run.validations, key=lambda one: one["loss"])
+        figures[f"best validation loss, at update {best['step']:,}"] = f"{best['loss']:.4f}"
+    boxes = (f'<div class="figure"><b>{value}</b>{escape(text)}</div>' for text, value in figures.items())
+    return f'<div class="figures">{"".join(boxes)}</div>'
+
+
+def _warnings(run: Left) -> str:
+    if not run.warnings:
+        return '<section><h2>Warnings</h2><p class="dim">none: nothing looked wrong</p></section>'
+    told = "".join(f'<li class="warn">update {step:,}: {escape(line)}</li>' for step, line in run.warnings)
+    return f"<section><h2>Warnings</h2><ul>{told}</ul></section>"
+
+
+def _curves(run: Left) -> str:
+    seen, held = run.metrics, run.validations
+    loss = {"training": _points(seen, "loss"), "validation": _points(held, "loss")}
+    if any(one.get("swapped_loss") is not None for one in held):
+        loss["validation, pictures of other rows"] = _points(held, "swapped_loss")
+    others = {
+        "Answer tokens right": {"training": _points(seen, "hits"), "validation": _points(held, "hits")},
+        "Learning rate": {"lr": _points(seen, "lr")},
+        "Gradient norm before clipping": {"norm": _points(seen, "grad_norm")},
+        "Samples per second": {"samples": _rates(seen, "samples")},
+        "Tokens per second": {"tokens": _rates(seen, "tokens")},
+        "Share of time waiting for data": {"share": _rates(seen, "data_seconds")},
+    }
+    small = "".join(f"<div><h3>{title}</h3>{curves(series, from_zero=True)}</div>" for title, series in others.items())
+    return f'<section><h2>Loss</h2>{curves(loss, from_zero=True)}<div class="cols">{small}</div></section>'
+
+
+def _forecast(run: Left) -> str:
+    """What was foretold beside what happened."""
+    if not run.forecast:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{shown(name, foretold)}</td><td>{shown(name, happened)}</td>"
+        f"<td>{f'{happened / foretold:.2f}×' if happened and foretold else '–'}</td></tr>"
+        for name, foretold, happened in beside(run)
+    )
+    planned, config = run.forecast.get("config", {}), run.manifest.get("config", {})
+    other = [key for key in planned if planned[key] != config.get(key)]
+    note = f'<p class="warn">The plan was for other settings: {escape(", ".join(other))}.</p>' if other else ""
+    if run.last["step"] < run.last.get("steps", 0):
+        note += '<p class="dim">The run is not at its end: what happened is until now.</p>'
+    return (
+        "<section><h2>Forecast and what happened</h2><table><tr><th></th><th>mmv train plan</th><th>the run</th>"
+        f'<th></th></tr>{rows}</table>{note}<p class="dim">{escape(str(run.forecast.get("how", "")))}</p></section>'
+    )
+
+
+def beside(run: Left) -> list[tuple[str, float | None, float | None]]:
+    """Name, forecast and what happened, for all that a plan foretells."""
+    last, told = run.last, run.forecast
+    memory = max((event["memory_bytes"] for event in run.events if "memory_bytes" in event), default=None)
+    price = told.get("price_per_hour")
+    happened: dict[str, float | None] = {
+        "updates": last["step"],
+        "samples": last["samples"],
+        "tokens": last.get("tokens"),
+        "supervised_tokens": last.get("supervised_tokens"),
+        "seconds": last["seconds"],
+        "memory_bytes": memory,
+        "disk_bytes": disk_used(run.folder),
+        "cost": price * last["seconds"] / 3600 if price else None,
+    }
+    return [(name, told[name], value) for name, value in happened.items() if told.get(name) is not None]
+
+
+def disk_used(folder: Path) -> int:
+    """Bytes of the weights, the states and the records of a run, whose folder this is."""
+    weights = [folder.with_name(folder.name + ending) for ending in (".pth", ".json", "_best.pth", "_best.json")]
+    return sum(file.stat().st_size for file in [*folder.rglob("*"), *weights] if file.is_file())
+
+
+def _manifest(run: Left) -> str:
+    found = run.manifest
+    if not found:
+        return ""
+    flat = dict(_flat(found.get("config", {})))
+    starts = [
+        {"time": one.get("time"), "after update": one.get("after_updates"), "command": one.get("command")}
+        | {"commit": (one.get("git") or {}).get("commit"), "machine": (one.get("machine") or {}).get("platform")}
+        for one in found.get("starts", [])
+    ]
+    return (
+        f"<section><h2>Starts</h2>{''.join(_table(one) for one in starts)}</section>"
+        f"<section><h2>What it was made of</h2>"
+        f"{_table(found.get('fingerprints', {}))}{_table(found.get('versions', {}))}</section>"
+        f"<section><h2>Configuration</h2>{_table(flat)}</section>"
+    )
+
+
+def _table(rows: dict[str, Any]) -> str:
+    cells = "".join(
+        f"<tr><td>{escape(str(key))}</td><td><code>{escape('–' if value is None else str(value))}</code></td></tr>"
+        for key, value in rows.items()
+    )
+    return f'<div class="wide"><table class="words">{cells}</table></div><p></p>'
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _points(records: list[dict[str, Any]], key: str) -> Points:
+    return [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+
+
+def _rates(records: list[dict[str, Any]], key: str) -> Points:
+    """How much of what adds up came per second between two records."""
+    return [
+        (later["step"], (later[key] - earlier[key]) / (later["seconds"] - earlier["seconds"]))
+        for earlier, later in pairwise(records)
+        if key in later and key in earlier and later["seconds"] > earlier["seconds"]
+    ]
+
+
+def shown(name: str, value: float | None) -> str:
+    """A figure of a forecast or of a run, in words."""
+    if value is None:
+        return "–"
+    if name == "seconds":
+        return duration(value)
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.2f} GiB"
+    return f"{value:,.2f}" if name == "cost" else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `5 min 3 s`, `2 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,80 @@
+"""The loss on rows that are held out, by the mathematics of training; and the same with pictures of other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.images import blank_pixels
+from minimind_v.core.data.loader import BatchPlan, load_batches
+from minimind_v.core.device import autocast
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.metrics import Validation
+
+Gather = Callable[[list[float]], list[list[float]]]
+See = Callable[[Batch], Tensor | None]  # the features of a batch's pictures [M, P, width], as in training
+
+
+class Validator:
+    """Looks at the same rows whenever it is asked. It draws no random number: training goes on as if it were not."""
+
+    def __init__(self, plan: BatchPlan, dtype: str, gather: Gather = lambda numbers: [numbers]) -> None:
+        """`plan` has the held-out rows of this process; `gather` brings the sums of all processes."""
+        self.plan, self.dtype, self.gather = plan, dtype, gather
+        self._batches: list[Batch] | None = None  # a few hundred rows: they stay
+
+    def __call__(self, model: VLM, see: See, step: int, best: Validation | None) -> Validation | None:
+        """What the model is worth after `step` updates; None where no held-out row can be used."""
+        if self._batches is None:
+            self._batches = [batch for batch in load_batches(self.plan, workers=0) if batch.supervised]
+        model.eval()
+        sums = [0.0] * 6
+        for batch in self._batches:
+            sums = [total + part for total, part in zip(sums, self._look(model, batch, see), strict=True)]
+        model.train()
+        loss, swapped, hits, supervised, rows, pictures = map(sum, zip(*self.gather(sums), strict=True))
+        if not supervised:
+            return None
+        mean, shown = loss / supervised, swapped / supervised if pictures else None
+        better = best is None or mean < best.loss
+        return Validation(step, mean, hits / supervised, shown, int(rows), better)
+
+    @torch.no_grad()
+    def _look(self, model: VLM, batch: Batch, see: See) -> tuple[float, ...]:
+        """Sums over a batch: loss, loss with pictures of other rows, hits, supervised tokens, rows, pictures."""
+        moved = batch.to(model.device)
+        with autocast(model.device, self.dtype):
+            features = see(moved)
+            loss, hits = _losses(model, moved, features)
+            swapped = loss if features is None else _losses(model, moved, _others(model, features))[0]
+        pictures = 0 if features is None else len(features)
+        return float(loss), float(swapped), float(hits), batch.supervised, len(batch), pictures
+
+
+def _losses(model: VLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    out = model(
+        batch.input_ids,
+        attention_mask=batch.attention_mask,
+        image_features=features,
+        image_mask=batch.image_mask,
+        labels=batch.labels,
+    )
+    assert out.loss_sum is not None
+    assert out.hits is not None
+    return out.loss_sum, out.hits.sum()
+
+
+def _others(model: VLM, features: Tensor) -> Tensor:
+    """Pictures that belong elsewhere, in place of [M, P, width]: those half a batch away; grey where there is but one.
+
+    Not always grey: a model that has only learnt what pictures look like is surprised by grey, and sees nothing.
+    """
+    if len(features) > 1:
+        return features.roll(len(features) // 2, 0)
+    if model.vision_encoder is None:
+        return torch.zeros_like(features)
+    pixels = torch.from_numpy(blank_pixels(model.spec.image_size)).to(model.device)  # [3, S, S]
+    return model.vision_encoder(pixels[None]).to(features.dtype)

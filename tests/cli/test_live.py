@@ -1,0 +1,117 @@
+"""The live view: what it shows, at any width, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pty
+import re
+import signal
+import time
+
+import pytest
+from rich.console import Console
+
+from minimind_v.cli.live import POINTS, Curve, TrainView, clock, sparkline
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.train.metrics import StepMetrics, Validation
+from tests.cli.harness import Running, place
+
+
+def update(step, loss=2.0, steps=200):
+    return StepMetrics(
+        step, steps, step / steps, loss, 0.5, 4e-4, 1.5, 4 * step, 900 * step, 90 * step, step, 0.3 * step
+    )
+
+
+def view(width, terminal=True):
+    shown = Terminal()
+    shown.err = Console(file=io.StringIO(), width=width, height=30, force_terminal=terminal, soft_wrap=True)
+    return TrainView(shown, "pretrain")
+
+
+def lines(shown):
+    return shown._draw().plain.split("\n")
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_everything_is_there_and_no_line_is_wider_than_the_terminal(width):
+    shown = view(width)
+    assert "starting" in lines(shown)[0]
+    for step in range(1, 120):
+        shown.step(update(step, 2 - step / 100), step % 20 == 0)
+    shown.validated(Validation(100, 1.25, 0.6, 1.75, 10, True))
+    shown.validated(Validation(110, 1.35, 0.6, 1.75, 10, False))
+    shown.saved(100)
+    text = "\n".join(lines(shown))
+    for words in ("step 119/200", "loss 0.8100", "tokens right 50%", "lr 4.00e-04", "grad 1.50", "4.0 samples/s",
+                  "900 tokens/s", "data 30%", "memory ", "left 1:21", "validation 1.3500", "(best 1.2500 at 100)",
+                  "1.7500", "saved at 100", "█", "▁"):  # fmt: skip
+        assert words in text
+    console = Console(file=io.StringIO(), width=width)
+    console.print(shown._draw())
+    assert max(map(len, console.file.getvalue().splitlines())) <= width
+
+
+def test_another_run_begins_afresh():
+    shown = view(80)
+    shown.step(update(100), True)
+    shown.validated(Validation(100, 1.25, 0.6, None, 10, True))
+    shown.step(update(1), True)
+    assert "validation" not in "\n".join(lines(shown))
+
+
+def test_elsewhere_there_are_plain_lines():
+    shown = view(80, terminal=False)
+    with shown:
+        shown.step(update(1), True)
+        shown.step(update(2), False)
+        shown.validated(Validation(2, 1.25, 0.6, 1.5, 10, True))
+    said = shown.terminal.err.file.getvalue().splitlines()
+    assert len(said) == 2
+    assert said[0].startswith("step 1/200  loss 2.0000  tokens right 50%")
+    assert said[1] == (
+        "step 2  validation loss 1.2500, 1.5000 with pictures of other rows  tokens right 60%  (the best so far)"
+    )
+
+
+def test_a_curve_of_any_length_keeps_its_shape_in_few_points():
+    curve = Curve()
+    for step in range(10_000):
+        curve.add(10_000 - step)
+    assert len(curve.points) < 2 * POINTS
+    assert curve.points == sorted(curve.points, reverse=True)
+    assert sparkline(curve.points, 8) == "█▇▆▅▄▃▂▁"
+    assert sparkline([1.0, 1.0], 8) == "▁▁"
+    assert sparkline([float("nan"), 1.0], 8) == "▁▁"
+    assert sparkline([], 8) == ""
+
+
+def test_clock():
+    assert [clock(59), clock(61), clock(7384)] == ["0:59", "1:01", "2:03:04"]
+
+
+def test_ctrl_c_on_a_terminal_leaves_it_in_order(tmp_path):
+    main, side = pty.openpty()
+    shown = b""
+    run = Running(tmp_path, *place().train(tmp_path / "out", epochs=1000), terminal=os.ttyname(side))
+    os.set_blocking(main, False)
+    end = time.monotonic() + 100
+    asked = False
+    while time.monotonic() < end and (run.alive or not asked):
+        try:
+            shown += os.read(main, 65536)
+        except BlockingIOError:
+            time.sleep(0.02)
+        if not asked and re.search(rb"step [2-9]", shown):
+            os.write(main, b"\x03")
+            asked = True
+    assert run.process.wait(20) == 128 + signal.SIGINT
+    time.sleep(0.1)
+    with contextlib.suppress(BlockingIOError):
+        shown += os.read(main, 65536)
+    os.close(main)
+    os.close(side)
+    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0, "the cursor is back"
+    assert b"go on with: mmv train" in shown

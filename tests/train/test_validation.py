@@ -1,0 +1,177 @@
+"""Rows held out by picture: chosen once, never learnt from, and looked at without leaving a trace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from minimind_v.core.checkpoint.weights import read_checkpoint
+from minimind_v.core.data.heldout import hold_out
+from minimind_v.core.data.stores import open_rows
+from minimind_v.core.errors import UsageError
+from minimind_v.core.generate.load import load_model
+from minimind_v.core.train import loop
+from minimind_v.core.train.loop import Run
+from tests.cli.harness import ASSETS, EYE, here, place, read_rows, write_rows
+
+NAME = "pretrain_vlm_128"
+LINE = {"epochs": 3, "val_every": 5, "lr": 4e-3}  # 36 rows to learn from, 9 updates an epoch
+
+
+def events(out, kind):
+    return [event[kind] for event in read_rows(out / NAME / "events.jsonl") if kind in event]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("validated") / "out"
+    ended = here(*place().train(folder, **LINE))
+    assert ended.code == 0, ended.err
+    assert ended.err.count("validation loss") == 6
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Sixty rows over thirty pictures, two rows each."""
+    rows = read_rows(place().data("pretrain"))[:30]
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows + rows[::-1])
+
+
+def test_held_out_rows_share_no_picture_with_others(shared, tmp_path):
+    rows = open_rows(shared, place().images("pretrain"))
+    mask = hold_out(rows, 20, 1, tmp_path / "known.json", "data", lambda line: None)
+    assert mask.sum() == 6, "a tenth"
+    shown = [{name for index in np.flatnonzero(side) for name in rows.row(index).images} for side in (mask, ~mask)]
+    assert len(shown[0]) == 3
+    assert not shown[0] & shown[1]
+
+
+def test_the_choice_is_the_seeds_and_is_remembered(shared, tmp_path):
+    rows, said = open_rows(shared, place().images("pretrain")), []
+    known = tmp_path / "known.json"
+    first = hold_out(rows, 6, 1, known, "data", said.append)
+    assert len(said) == 1
+    assert (hold_out(rows, 6, 1, known, "data", said.append) == first).all()
+    assert len(said) == 1, "read from the file"
+    assert (hold_out(rows, 6, 1, tmp_path / "other.json", "data", said.append) == first).all()
+    assert (hold_out(rows, 6, 2, tmp_path / "other.json", "data", said.append) != first).any()
+    hold_out(rows, 6, 1, known, "other data", said.append)
+    assert len(said) == 4
+    known.write_text("nonsense")
+    assert (hold_out(rows, 6, 1, known, "data", said.append) == first).all()
+
+
+def test_broken_rows_are_never_held_out(tmp_path):
+    lines = read_rows(place().data("pretrain"))
+    broken = [{**row, "image": "none.jpg"} if n % 2 else row for n, row in enumerate(lines)]
+    rows = open_rows(write_rows(tmp_path / "rows.jsonl", broken), place().images("pretrain"))
+    mask = hold_out(rows, 100, 1, tmp_path / "known.json", "", lambda line: None)
+    assert mask.sum() == 4
+    assert not mask[1::2].any()
+
+
+def test_too_few_rows_are_refused(tmp_path):
+    rows = open_rows(write_rows(tmp_path / "rows.jsonl", read_rows(place().data("pretrain"))[:9]))
+    with pytest.raises(UsageError, match="leave --val-every out"):
+        hold_out(rows, 100, 1, tmp_path / "known.json", "", lambda line: None)
+
+
+def test_held_out_rows_are_not_learnt_from(out):
+    assert read_rows(out / NAME / "metrics.jsonl")[-1]["samples"] == 3 * 36
+    assert len(json.loads((out / NAME / "held_out.json").read_text())["rows"]) == 4
+
+
+def test_the_loss_is_what_eval_finds_on_the_same_rows(out, tmp_path):
+    lines = read_rows(place().data("pretrain"))
+    chosen = json.loads((out / NAME / "held_out.json").read_text())["rows"]
+    data = write_rows(tmp_path / "held.jsonl", [lines[index] for index in chosen])
+    shown = ("--data", data, "--images", place().images("pretrain"), "--vision-model", EYE, "--tokenizer", ASSETS)
+    told = here("eval", "--model", out / f"{NAME}.pth", *shown, "--json", "--device", "cpu").json
+    last = events(out, "validation")[-1]
+    assert last["step"] == 27
+    assert last["rows"] == 4
+    assert last["loss"] == pytest.approx(told["loss"], rel=2e-3)  # the file has half precision
+    assert last["swapped_loss"] > last["loss"]
+
+
+def test_the_best_weights_are_kept(out):
+    found = events(out, "validation")
+    best = min(found, key=lambda one: one["loss"])
+    assert [one["best"] for one in found] == [
+        one["loss"] < min((before["loss"] for before in found[:n]), default=9) for n, one in enumerate(found)
+    ]
+    kept = read_checkpoint(out / f"{NAME}_best.pth")
+    assert kept.stage == "pretrain"
+    if best is found[-1]:
+        final = read_checkpoint(out / f"{NAME}.pth").tensors
+        assert all(torch.equal(kept.tensors[name], final[name]) for name in final)
+    assert load_model(out / f"{NAME}_best.pth", EYE, ASSETS, "cpu").model is not None
+
+
+def test_looking_changes_nothing_of_what_is_learnt(out, tmp_path):
+    assert here(*place().train(tmp_path / "rarely", **LINE | {"val_every": 1000})).code == 0
+    often, rarely = (read_rows(folder / NAME / "metrics.jsonl") for folder in (out, tmp_path / "rarely"))
+    assert [one["loss"] for one in often] == [one["loss"] for one in rarely]
+
+
+def test_a_resumed_run_holds_out_the_same_and_knows_the_best(out, tmp_path, monkeypatch):
+    real = Run._update
+
+    def update(run, step, batches):
+        if step == 13:
+            raise KeyboardInterrupt
+        return real(run, step, batches)
+
+    line = place().train(tmp_path / "out", **LINE, save_every=4)
+    monkeypatch.setattr(Run, "_update", update)
+    assert here(*line).code == 130
+    monkeypatch.undo()
+    ended = here(*line, "--resume")
+    assert ended.code == 0, ended.err
+    assert "looking at the pictures" not in ended.err
+    assert events(tmp_path / "out", "validation") == events(out, "validation")
+    refused = here(*line, "--overwrite", "--set", "val_every=0")
+    assert refused.code == 0
+    assert not (tmp_path / "out" / f"{NAME}_best.pth").exists(), "it was of the run before"
+
+
+def test_overfitting_happens_and_is_told(tmp_path):
+    few = write_rows(tmp_path / "few.jsonl", read_rows(place().data("pretrain"))[:20])
+    changes = {"data": few, "images": place().images("pretrain"), "lr": 6e-3, "epochs": 20, "val_every": 10}
+    ended = here(*place().train(tmp_path / "out", **changes, freeze="all"))
+    assert ended.code == 0, ended.err
+    assert "overfitting since step" in ended.err, [one["loss"] for one in events(tmp_path / "out", "validation")]
+
+
+def test_a_model_whose_pictures_are_of_other_rows_does_not_look(tmp_path):
+    rows = read_rows(place().data("pretrain"))
+    mixed = [{**row, "image": other["image"]} for row, other in zip(rows, rows[7:] + rows[:7], strict=True)]
+    data = write_rows(tmp_path / "mixed.jsonl", mixed)
+    line = place().train(
+        tmp_path / "out", data=data, images=place().images("pretrain"), epochs=4, val_every=10, lr=1e-3
+    )
+    ended = here(*line)
+    assert ended.code == 0, ended.err
+    assert "does not look" in ended.err, events(tmp_path / "out", "validation")
+
+
+def test_a_full_disk_costs_the_best_weights_and_not_the_run(tmp_path, monkeypatch):
+    from minimind_v.core.errors import RunError
+
+    real = loop.write_checkpoint
+
+    def write(path, *rest):
+        if "_best" in path.name:
+            raise RunError(f"{path}: not saved (No space left on device)")
+        return real(path, *rest)
+
+    monkeypatch.setattr(loop, "write_checkpoint", write)
+    ended = here(*place().train(tmp_path / "out", **LINE | {"epochs": 1}))
+    assert ended.code == 0
+    assert "step 5: " in ended.err
+    shutil.rmtree(tmp_path / "out")
