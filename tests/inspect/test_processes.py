@@ -7,8 +7,8 @@ import signal
 import time
 
 import numpy as np
-from minimind_v.core.inspect.digests import Digests
 
+from minimind_v.core.data.digests import Digests
 from minimind_v.core.inspect.packed import Packed
 from minimind_v.core.inspect.processes import each_row
 from tests.cli.harness import SIGHT, Running, place, read_rows, write_rows

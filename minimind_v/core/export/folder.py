@@ -12,6 +12,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from minimind_v import __version__
 from minimind_v.core.checkpoint.weights import name_preset
 from minimind_v.core.errors import MmvError, RunError, UsageError
@@ -86,7 +88,7 @@ def _write(order: Order, to: str, staging: Path) -> Loaded:
         TARGETS[to].write(loaded, staging, order)
     except MmvError:
         raise
-    except (OSError, RuntimeError) as error:  # the safetensors library has errors of its own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library says in its own way that a disk is full
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise RunError(f"{staging.parent}: the export cannot be written there ({reason}); nothing is left") from error
     return loaded

@@ -1,0 +1,123 @@
+"""Folders as others publish them: read by their tensors and their configuration, whatever code lies beside."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minimind_v.core.checkpoint.weights import read_checkpoint
+from minimind_v.core.errors import WeightsError
+from tests.checkpoint.made import DENSE, MOE, state
+from tests.cli.harness import here
+
+CODE = "raise SystemExit('somebody else\\'s code was run')\n"
+
+
+def published(folder, config=DENSE, form="model.safetensors", shards=1, **told):
+    """A folder in the published layout, custom code and all."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["MiniMindVLM"], "model_type": "minimind-v",
+        "auto_map": {"AutoConfig": "model_vlm.VLMConfig", "AutoModelForCausalLM": "model_vlm.MiniMindVLM"},
+        "hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers, "num_key_value_heads": config.num_key_value_heads,
+        "vocab_size": config.vocab_size, "use_moe": config.use_moe, "rope_theta": 1e6, "dropout": 0.0,
+        "image_ids": [34],
+    } | told))  # fmt: skip
+    (folder / "model_vlm.py").write_text(CODE)
+    tensors = {name: tensor.clone() for name, tensor in state(config).items()}
+    tensors |= {"vision_encoder.vision_model.embeddings.class_embedding": torch.ones(4)}
+    names = sorted(tensors)
+    stem, ending = form.rsplit(".", 1)
+    parts = {
+        form if shards == 1 else f"{stem}-{n + 1:05}-of-{shards:05}.{ending}": names[n::shards] for n in range(shards)
+    }
+    for file, chosen in parts.items():
+        part = {name: tensors[name] for name in chosen}
+        save_file(part, folder / file) if ending == "safetensors" else torch.save(part, folder / file)
+    if shards > 1:
+        index = {"weight_map": {name: file for file, chosen in parts.items() for name in chosen}}
+        (folder / f"{form}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_published_layout_is_read(tmp_path, config, form, shards):
+    found = read_checkpoint(published(tmp_path / "folder", config, form, shards))
+    assert found.config == config
+    assert found.ignored == ["vision_encoder.vision_model.embeddings.class_embedding"]
+    wanted = state(config)
+    assert found.tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.tensors.items())
+
+
+def test_a_tied_head_may_be_left_out(tmp_path):
+    folder = published(tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in state().items() if name != "lm_head.weight"}
+    save_file(tensors, folder / "model.safetensors")
+    assert "lm_head.weight" in read_checkpoint(folder).tensors
+
+
+def test_older_names_of_sizes_are_known(tmp_path):
+    folder = published(tmp_path, dim=32, n_heads=4, n_kv_heads=2, norm_eps=1e-6, max_seq_len=999)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = read_checkpoint(folder).config
+    assert (found.num_attention_heads, found.rms_norm_eps, found.max_position_embeddings) == (4, 1e-6, 999)
+
+
+def test_it_becomes_a_file_and_info_tells_of_it(tmp_path):
+    folder = published(tmp_path / "Some.Model")
+    ended = here("convert", "--to", "pth", "--model", folder)
+    assert ended.code == 0, ended.err
+    assert torch.load(tmp_path / "Some.Model.pth", weights_only=True).keys() == state().keys()
+    assert here("info", folder, "--json").json["kind"].startswith("published layout")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "pytorch_model-00002-of-00003.bin").unlink(), "00002-of-00003.bin is missing"),
+        (lambda folder: (folder / "pytorch_model-00002-of-00003.bin").write_bytes(b"PK\3\4"), "truncated or damaged"),
+        (lambda folder: (folder / "pytorch_model.bin.index.json").write_text("{}"), "names no files"),
+        (lambda folder: (folder / "pytorch_model.bin.index.json").unlink(), "has a config.json and no weights"),
+        (lambda folder: (folder / "config.json").write_text("<html>"), "config.json: not JSON"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"hidden_size": 64}'),
+            "description tells of other weights",
+        ),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_told(tmp_path, spoil, words):
+    folder = published(tmp_path / "folder", form="pytorch_model.bin", shards=3)
+    spoil(folder)
+    with pytest.raises(WeightsError, match=words):
+        read_checkpoint(folder)
+
+
+def test_another_llava_is_not_taken_for_ours(tmp_path):
+    folder = published(tmp_path)
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "llava", "projector_hidden_act": "gelu", "text_config": {"model_type": "qwen2"},
+        "image_token_index": 7,
+    }))  # fmt: skip
+    with pytest.raises(WeightsError, match=r"another LLaVA.*projector_hidden_act.*text_config\.model_type"):
+        read_checkpoint(folder)
+
+
+def test_a_folder_with_code_that_wants_to_run_is_not_opened(tmp_path):
+    folder = published(tmp_path, form="pytorch_model.bin")
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save({"x": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="wants to run code"):
+        read_checkpoint(folder)
