@@ -578,7 +578,7 @@ def _read_and_tell(shared):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (gzip.compress(b"{}"), "a gzip archive"),
+        (gzip.compress(b"{}", mtime=0), "a gzip archive"),
         ("{}\n".encode("utf-16"), "UTF-16"),
         (b"PAR1" + bytes(20), "ends in .parquet"),
     ],

@@ -1,4 +1,4 @@
-"""The page on llama.cpp: its commands run as they are written, in a folder that holds what the stages leave."""
+"""The pages on conversion: their commands run as they are written, in a folder that holds what the stages leave."""
 
 import re
 import shlex
@@ -35,6 +35,17 @@ def test_the_commands_run(workplace):
     for name in re.findall(r"minimind-v-gguf/(\S+\.gguf)", PAGE):
         assert (workplace / "minimind-v-gguf" / name).is_file()
     assert (workplace / "minimind-v-gguf" / "Modelfile").is_file()
+
+
+def test_the_commands_of_the_page_on_conversion_run(workplace):
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    for command in re.findall(r"^mmv .*$", page, re.M):
+        done = here(*shlex.split(command)[1:])
+        assert done.code == 0, (command, done.err)
+    told = here("convert", "--to", "hf", "--out", "again-hf")
+    shown = re.search(r"```\n(opened by.*?)```", page, re.DOTALL)[1]
+    names = [line.split("  ")[0] for line in shown.splitlines()]
+    assert names == [line.split("  ")[0] for line in told.out.splitlines()[: len(names)]]
 
 
 def test_every_type_is_named():
