@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test lint format bench interop demo-assets clean
+.PHONY: setup demo test lint format bench soak interop demo-assets clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.train
+
+# Hundreds of kills, each followed by a resume: hours.
+soak: $(READY)
+	$(BIN)/python -m tests.faults.soak
 
 # Compiles llama.cpp the first time, which takes about half an hour on two cores; needs a C++ compiler.
 interop: $(VENV)/.interop

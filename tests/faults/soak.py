@@ -1,0 +1,97 @@
+"""Kills a run at random moments, again and again, and resumes it: it must end as one that was never interrupted.
+
+    python -m tests.faults.soak --kills 300      what `make soak` does: some hours on two cores
+
+Runs of one and of two processes take turns. Each is killed by SIGKILL, SIGTERM or SIGINT after a random time, saves
+included, which are due after every other update; then it is resumed, until it has come to its end. Curve, weights and
+the last state must equal those of the uninterrupted run bit for bit. Stops at the first difference, with its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from minimind_v.core.checkpoint.weights import read_checkpoint
+from tests.cli.harness import Running, place, read_rows
+
+NAME = "pretrain_vlm_128"
+STEPS = {"epochs": 3, "accumulate": 2, "save_every": 2, "workers": 1}
+SIDES = {1: {"batch_size": 4}, 2: {"batch_size": 2, "gpus": 2}}
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+EXACT = ("step", "loss", "hits", "lr", "grad_norm", "epoch", "samples", "tokens", "supervised_tokens")
+
+
+def start(folder: Path, out: Path, processes: int, *words: str) -> Running:
+    """The installed command, on one thread per process: bits depend on how many there are."""
+    return Running(folder, *place().train(out, **STEPS | SIDES[processes]), *words)
+
+
+def same(out: Path, reference: Path) -> bool:
+    """Whether two runs left the same curve, weights and last state."""
+    curves = [[[one[key] for key in EXACT] for one in read_rows(f / NAME / "metrics.jsonl")] for f in (out, reference)]
+    states = [load_file(max((folder / NAME / "states").glob("*.safetensors"))) for folder in (out, reference)]
+    weights = [read_checkpoint(folder / f"{NAME}.pth").tensors for folder in (out, reference)]
+    tensors = all(
+        ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        for ours, theirs in (states, weights)
+    )
+    return curves[0] == curves[1] and tensors
+
+
+def kill_until_done(folder: Path, out: Path, processes: int, rng: random.Random, longest: float) -> int:
+    """Kill and resume one run to its end; returns how often it was killed."""
+    kills = 0
+    while True:
+        run = start(folder / f"{kills}", out, processes, "--resume")
+        end = time.monotonic() + rng.uniform(0, longest)
+        while run.alive and time.monotonic() < end:
+            time.sleep(0.01)
+        if not run.alive:
+            ended = run.wait()
+            assert ended.code == 0, ended.err
+            return kills
+        sent = rng.choice(SIGNALS)
+        code = run.send(sent).wait().code
+        assert code in (0, -sent, 128 + sent), f"{sent.name}: {code}\n{run.err}"
+        if code == 0:
+            return kills
+        kills += 1
+
+
+def main() -> None:
+    """Read the options, and kill."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, kills, runs = random.Random(options.seed), 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        folder, whole, took = Path(name), {}, {}
+        for processes in SIDES:
+            begun, whole[processes] = time.monotonic(), folder / f"whole{processes}"
+            ended = start(folder / f"run{processes}", whole[processes], processes).wait()
+            assert ended.code == 0, ended.err
+            took[processes] = time.monotonic() - begun
+        while kills < options.kills:
+            processes = 1 + runs % 2
+            out = folder / "out"
+            killed = kill_until_done(folder / f"runs{runs}", out, processes, rng, took[processes])
+            runs, kills = runs + 1, kills + killed
+            if not same(out, whole[processes]):
+                raise SystemExit(f"run {runs} of {processes} processes differs (--seed {options.seed})")
+            shutil.rmtree(out)
+            shutil.rmtree(folder / f"runs{runs - 1}", ignore_errors=True)
+            print(f"{kills} kills in {runs} runs: each ended as if it had not been interrupted", flush=True)
+
+
+if __name__ == "__main__":
+    main()
