@@ -31,7 +31,7 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import autocast, pick_device
-from minimind_v.core.errors import DataError, MissingInput, RunError, UsageError
+from minimind_v.core.errors import DataError, MissingInput, MmvError, RunError, UsageError
 from minimind_v.core.files import write_text
 from minimind_v.core.hub.sources import how_to_get
 from minimind_v.core.model.vision import VisionEncoder
@@ -338,8 +338,12 @@ class Run:
             self._or_warn(step, partial(write_checkpoint, self.best_weights, tensors, config.model, config.stage))
 
     def _report(self) -> None:
-        if self.world.leads:
-            self._or_warn(self.done, lambda: write_report(self.folder))
+        if not self.world.leads:
+            return
+        try:
+            write_report(self.folder)
+        except MmvError as error:  # no room, or no metrics for want of room
+            self.listener.warn(f"no report: {error}")
 
     def _metrics_file(self, path: Path) -> AbstractContextManager[MetricsFile | None]:
         return closing(MetricsFile(path, self.done)) if self.world.leads else nullcontext()
@@ -495,7 +499,7 @@ class Run:
         self.owed = False
         self.listener.saved(self.done)
 
-    def _or_warn(self, step: int, write: Callable[[], object]) -> None:
+    def _or_warn(self, step: int, write: Callable[[], None]) -> None:
         """A full disk in the night must not end the run: the next time there may be room."""
         try:
             write()

@@ -125,7 +125,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged updates of a run, also of one under way. Raises MissingInput for none, DataError for nonsense."""
     found = [record for record in read_lines(path) if "loss" in record]
-    if not found and b"\n" in path.read_bytes():
+    if not found and path.is_file() and b"\n" in path.read_bytes():
         raise DataError(f"{path}: not the metrics of a run")
     if not found:
         raise MissingInput(f"{path}: the run has logged nothing yet")
