@@ -31,6 +31,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.pictures
+	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.train
 
 # Hundreds of kills, each followed by a resume: hours.
