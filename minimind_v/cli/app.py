@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minimind_v import __version__
-from minimind_v.cli import bench, chat, convert, data, demo, doctor, download, evaluate, info, report, train
+from minimind_v.cli import bench, chat, convert, data, demo, doctor, download, evaluate, info, report, train, upload
 from minimind_v.cli.terminal import run_app
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
+app.command("upload")(upload.upload)
 app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)

@@ -116,9 +116,15 @@ def spoil_json(folder, name, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def spoil_template(folder, old, new):
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace(old, new))
+
+
 SPOILT = {
     "weights": (spoil_weights, "largest logit difference"),
-    "template": (lambda folder: (folder / "chat_template.jinja").write_text("hello"), "transformers does not open"),
+    "template": (lambda folder: spoil_template(folder, "helpful", "harmful"), "token ids"),
+    "no pictures": (lambda folder: spoil_template(folder, "{{ '<|image|>' }}", ""), "transformers does not open"),
     "pixels": (lambda folder: spoil_json(folder, "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]), "pixels"),
     "layer": (lambda folder: spoil_json(folder, "config.json", vision_feature_layer=-2), "largest logit difference"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "transformers does not open"),
