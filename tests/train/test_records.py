@@ -211,5 +211,5 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, kind
     ended = here(*place().train(tmp_path / "out", max_steps=2, track=kind))
     assert ended.code == 1
     assert f"pip install 'minimind-v[{kind}]'" in ended.error
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / NAME).exists()
     assert "did you mean 'wandb'" in here(*place().train(tmp_path / "out", track="wandbb")).error
