@@ -201,10 +201,10 @@ def test_a_tracker_that_breaks_does_not_end_the_run(tmp_path, calls, monkeypatch
 def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, kind):
     real = builtins.__import__
 
-    def missing(name, *rest):
+    def missing(name, *rest, **more):
         if name.split(".")[0] == kind or name == "torch.utils.tensorboard":
             raise ModuleNotFoundError(f"No module named {kind!r}")
-        return real(name, *rest)
+        return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.setitem(sys.modules, kind, None)
