@@ -34,7 +34,7 @@ def generate_many(
     questions: Sequence[Question],
     sampling: Sampling = GREEDY,
     max_new_tokens: int = 512,
-    at_once: int = 8,
+    at_once: int = 16,
 ) -> list[str]:
     """Answer each question as a conversation of its own, `at_once` side by side; answers in the order of questions.
 
