@@ -37,17 +37,6 @@ def test_the_commands_run(workplace):
     assert (workplace / "minimind-v-gguf" / "Modelfile").is_file()
 
 
-def test_the_commands_of_the_page_on_conversion_run(workplace):
-    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
-    for command in re.findall(r"^mmv .*$", page, re.M):
-        done = here(*shlex.split(command)[1:])
-        assert done.code == 0, (command, done.err)
-    told = here("convert", "--to", "hf", "--out", "again-hf")
-    shown = re.search(r"```\n(opened by.*?)```", page, re.DOTALL)[1]
-    names = [line.split("  ")[0] for line in shown.splitlines()]
-    assert names == [line.split("  ")[0] for line in told.out.splitlines()[: len(names)]]
-
-
 def test_every_type_is_named():
     assert all(f"`{name}`" in PAGE for name in QUANTIZATIONS)
 

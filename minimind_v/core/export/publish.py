@@ -45,9 +45,7 @@ def publish(folder: Path, repo: str, private: bool = False, endpoint: str | None
     if not get_token():
         raise RunError(f"no token for {hub} — run `hf auth login` (or set HF_TOKEN) with one that may write")
     disable_progress_bars()
-    if hub != constants.HUGGINGFACE_CO_URL_HOME.rstrip(
-        "/"
-    ):  # only that one has Xet's storage; every hub has git's for large files
+    if "huggingface.co" not in hub:  # others take large files as git does
         constants.HF_HUB_DISABLE_XET = True
     commit = _send(HfApi(endpoint=hub, library_name="mmv"), folder, files, repo, private)
     size = sum((folder / name).stat().st_size for name in files)
