@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind_v.core.errors import LostContact, UsageError
@@ -73,7 +74,10 @@ class World:
             os.environ |= slurm_address(os.environ)
         with self.contact():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=self.rank, world_size=self.size)
+            # A launcher's store outlives those that it starts again: addresses of the dead must not be found in it.
+            store, _, _ = next(rendezvous("env://", self.rank, self.size))
+            fresh = dist.PrefixStore(f"start{self.restarts}", store)
+            dist.init_process_group(backend, store=fresh, rank=self.rank, world_size=self.size)
 
     def leave(self) -> None:
         """The run is over."""
