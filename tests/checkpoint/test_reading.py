@@ -182,7 +182,6 @@ def test_a_folder(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 52\n", "git-lfs pointer.*git lfs pull"),
         (b"Entry not found", "neither a torch nor a safetensors file"),
         (b'{"error": "Repository not found"}', "neither a torch nor a safetensors file"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(64), "neither a torch nor a safetensors file"),
         (bytes(2000), "neither a torch nor a safetensors file"),
         (struct.pack("<Q", 2**60) + b"{" + bytes(50), "truncated or damaged"),
         (b"PK\x03\x04" + bytes(100), "truncated or damaged"),
@@ -236,3 +235,10 @@ def test_shapes_that_no_model_has(tmp_path, name, shape):
 def test_sizes_are_those_of_the_model(tmp_path):
     checkpoint = saved(tmp_path / "w.pth", state(DENSE))
     assert checkpoint.config == DENSE
+
+
+def test_llama_cpps_file_needs_the_one_beside_it(tmp_path):
+    path = tmp_path / "lm_512.pth"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(64))
+    with pytest.raises(MissingInput, match=r"mmproj\.gguf is missing"):
+        read_checkpoint(path)
