@@ -92,7 +92,8 @@ def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):
     [
         (EYE / "model.safetensors", "not the weights of a MiniMind model"),
         (ASSETS / "tokenizer.json", "neither a torch nor a safetensors file"),
-        (EYE, "a folder without metrics.jsonl"),
+        (EYE, "not the weights of a MiniMind model"),
+        (ASSETS.parent, "a folder without metrics.jsonl"),
         ("nowhere", "no file nowhere"),
         ("/dev/null", "/dev/null"),
         ("x" * 300, "File name too long"),
