@@ -12,7 +12,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 class StopRequest:
     """While entered, SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) set `signal`; a second one stops at once.
 
-    One that is ignored, as SIGHUP under nohup, stays so.
+    SIGHUP stays ignored where it is, as under nohup.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._ask)
         return self
 
