@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -160,9 +161,11 @@ def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair)
     out, rng = tmp_path / "out", random.Random(0)
     for number, sent in enumerate((signal.SIGTERM, signal.SIGKILL)):
         run = start(tmp_path / f"run{number}", out, "--resume")
-        run.until(lambda run=run, number=number: f"step {3 + 3 * number}/" in run.err)
+        run.until(lambda run=run: not run.alive or run.err.count("\nstep ") >= 2)  # a busy machine may let it end
         time.sleep(rng.uniform(0, 0.2))
-        code = run.send(sent).wait().code
+        with contextlib.suppress(ProcessLookupError):
+            run.send(sent)
+        code = run.wait().code
         assert code in (0, -sent if sent == signal.SIGKILL else 128 + sent)
         if code == 143:
             assert run.err.splitlines()[-1].startswith("go on with: mmv train pretrain ")
