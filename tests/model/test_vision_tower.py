@@ -63,10 +63,13 @@ def test_features_are_those_of_clip(folder):
     encoder = VisionEncoder.load(folder)
     pixels = torch.randn(3, 3, 48, 48)
     features = encoder(pixels)
-    found = CLIPVisionModel.from_pretrained(folder)(pixel_values=pixels, output_hidden_states=True)
+    model = CLIPVisionModel.from_pretrained(folder)
+    found = model(pixel_values=pixels, output_hidden_states=True)
     assert features.shape == (3, encoder.spec.tokens_per_image, encoder.spec.width) == (3, 9, 32)
-    torch.testing.assert_close(features, found.last_hidden_state[:, 1:])
-    torch.testing.assert_close(features, found.hidden_states[-1][:, 1:])  # before the post-layernorm
+    assert torch.equal(found.last_hidden_state, found.hidden_states[-1])  # before the post-layernorm
+    exact = model.double()(pixel_values=pixels.double()).last_hidden_state[:, 1:]
+    ours, theirs = ((part - exact).square().mean().sqrt() for part in (features, found.last_hidden_state[:, 1:]))
+    assert ours < 1.5 * theirs, "another function, not other rounding"
     assert (features[0] - features[1]).abs().max() > 0.1, "pictures make no difference"
 
 

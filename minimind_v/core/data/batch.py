@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,6 +46,32 @@ class Batch:
             if isinstance(value := getattr(self, item.name), Tensor)
         }
         return replace(self, **moved)
+
+    def split(self, positions: int) -> list[Batch]:
+        """Parts of consecutive rows, each of up to so many positions or one row, and no wider than its longest row.
+
+        Pictures must have become features.
+        """
+        lengths = self.attention_mask.sum(dim=1).tolist()
+        edges, longest = [0], 0
+        for row, length in enumerate(lengths):
+            longest = max(longest, length)
+            if row > edges[-1] and (row + 1 - edges[-1]) * longest > positions:
+                edges.append(row)
+                longest = length
+        parts, pictures = [], 0
+        for begin, end in pairwise([*edges, len(self)]):
+            wide = max(lengths[begin:end])
+            cut: dict[str, Any] = {
+                name: getattr(self, name)[begin:end, :wide]
+                for name in ("input_ids", "attention_mask", "labels", "image_mask")
+            }
+            if self.image_features is not None:
+                patches = int(cut["image_mask"].sum())
+                first, pictures = pictures, pictures + patches // self.image_features.shape[1]
+                cut["image_features"] = self.image_features[first:pictures]
+            parts.append(Batch(**cut))
+        return parts
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader for transfers to a CUDA device."""

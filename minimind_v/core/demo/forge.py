@@ -32,7 +32,7 @@ from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import IMAGE_MARK, SYSTEM_PROMPT, PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
-from minimind_v.core.model.loss import IGNORE, supervised_loss
+from minimind_v.core.model.loss import IGNORE, supervised, supervised_loss
 from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec
 from minimind_v.core.model.vlm import VLM
 
@@ -350,8 +350,9 @@ class Reader:
 
     def loss(self, rng: random.Random, rows: int) -> Tensor:
         x, labels, _ = self.batch(rng, rows, written_rows=rng.random() < 0.4)
-        hidden, _ = self.model.model(x)
-        loss_sum, hits = supervised_loss(hidden, labels, self.model.lm_head.weight)
+        read = supervised(labels)
+        hidden, _ = self.model.model(x, read=read)
+        loss_sum, hits = supervised_loss(hidden, labels.flatten()[read + 1], self.model.lm_head.weight)
         return loss_sum / len(hits)
 
     @torch.no_grad()

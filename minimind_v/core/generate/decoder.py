@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind_v.core.model.fused import interleave, turn
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward
 from minimind_v.core.model.text import Block, KVCache
 from minimind_v.core.model.vlm import VLM
@@ -20,14 +21,11 @@ FEW = 16  # tokens up to which every expert reads all of them: sorting them by e
 
 
 class FastDecoder:
-    """Embeddings in, logits of each row's last token out, by the weights that the model has now.
-
-    Keys are cached with the halves of a head interleaved, so a cache is either the model's own or this decoder's.
-    """
+    """Embeddings in, logits of each row's last token out, by the weights that the model has now."""
 
     def __init__(self, model: VLM, dtype: torch.dtype) -> None:
         self.config, self.dtype = model.config, dtype
-        self.inv_freq = model.model.rotary.inv_freq.float()
+        self.rotary = model.model.rotary
         self.layers = [FastLayer(block, dtype) for block in model.model.layers]
         self.norm = model.model.norm
         self.head = _flip(model.lm_head.weight).to(dtype)
@@ -40,8 +38,7 @@ class FastDecoder:
         """Read x [B, T, D] behind what the cache holds → logits [B, V] in fp32; attention_mask as in `VLM.forward`."""
         first = cache.used == 0
         positions, mask = cache.extend(x.shape[1], attention_mask)
-        angles = positions[..., None].float() * self.inv_freq  # [B, T, hd/2]
-        turns = torch.polar(torch.ones_like(angles), angles)[:, :, None]  # [B, T, 1, hd/2]
+        turns = self.rotary(positions)  # [B, T, 1, hd/2]
         x = x.to(self.dtype)
         for layer in self.layers[:-1]:
             q, keys, values = layer.look_up(x, turns, cache)
@@ -63,7 +60,8 @@ class FastLayer:
         self.number, self.head_dim = attention.layer, attention.head_dim
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.heads = attention.q_proj.out_features // attention.head_dim
-        self.qkv = _flip(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight).to(dtype)
+        q, k, v = (proj.weight for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+        self.qkv = _flip(interleave(q, self.head_dim), interleave(k, self.head_dim), v).to(dtype)
         self.o_proj = _flip(attention.o_proj.weight).to(dtype)
         self.input_norm, self.post_norm = block.input_layernorm, block.post_attention_layernorm
         self.mlp = _fast_mlp(block.mlp, dtype)
@@ -71,10 +69,8 @@ class FastLayer:
     def look_up(self, x: Tensor, turns: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
         parts = (self.input_norm(x) @ self.qkv).unflatten(-1, (-1, self.head_dim))  # [B, T, heads + 2·KV, hd]
-        first, second = parts[:, :, : -self.kv_heads].float().chunk(2, dim=-1)
-        turned = torch.view_as_real(torch.complex(first, second) * turns).flatten(-2).to(x.dtype)
-        q, k = turned.split((self.heads, self.kv_heads), dim=2)
-        v = parts[:, :, -self.kv_heads :]
+        turn(parts[:, :, : -self.kv_heads], turns)
+        q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         return q, *cache.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
 
     def work(self, x: Tensor, attended: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class _Language:
 
     def _one_more(self, hidden: Tensor) -> None:
         with autocast(self.device, self.dtype):
-            out, _ = self.block(hidden, Place(self.model.model.rotary, hidden, None, None), None)
+            out, _ = self.block(hidden, Place(self.model.model, hidden, None, None), None)
         out.sum().backward()
 
     def update(self) -> float:

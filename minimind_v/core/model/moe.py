@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model.fused import feed_forward
 
 
 class FeedForward(nn.Module):
@@ -22,7 +23,13 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        weights = (proj.weight for proj in (self.gate_proj, self.up_proj, self.down_proj))
+        return feed_forward(x.flatten(0, -2), *weights).view_as(x)
+
+
+def pick(x: Tensor, positions: Tensor, last: int = 1) -> Tensor:
+    """Those at positions [S] of x [B, T, ...], whose dimensions from 0 to `last` are counted as one: [S, ...]."""
+    return x.flatten(0, last).index_select(0, positions)
 
 
 class Router(nn.Module):
@@ -51,10 +58,22 @@ class MoEFeedForward(nn.Module):
         self.gate = Router(config)
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, D] → output [B, T, D] and, while training, the auxiliary loss (a scalar)."""
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] → output [B, T, D] and, while training, the auxiliary loss (a scalar).
+
+        With the positions `read` [S] of some tokens in the flattened batch the output is [S, D], of these alone.
+        """
         flat = x.flatten(0, 1)  # [N, D]
         probs, weights, chosen = self.gate(flat)
+        aux = self._balance(probs, chosen, x.shape[:2], attention_mask) if self.training else None
+        if read is None:
+            return self._work(flat, weights, chosen).view_as(x), aux
+        return self._work(*(pick(part, read, 0) for part in (flat, weights, chosen))), aux
+
+    def _work(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Tokens [N, D], the weights of their experts and these [N, k] → [N, D]."""
         out = torch.zeros_like(flat)
         # One pass per expert over just its own tokens: sort the N·k picks by expert, work on each slice, add back.
         order = chosen.flatten().argsort(stable=True)  # [N·k]
@@ -67,8 +86,7 @@ class MoEFeedForward(nn.Module):
             out.index_add_(0, token, y.to(out.dtype))
         for shared in self.shared_experts:
             out = out + shared(flat)
-        aux = self._balance(probs, chosen, x.shape[:2], attention_mask) if self.training else None
-        return out.view_as(x), aux
+        return out
 
     def _balance(self, probs: Tensor, chosen: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor:
         """Alpha · mean over sequences of Σ_e f_e·P_e, padding left out so that the loss does not depend on it."""

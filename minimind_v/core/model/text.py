@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model.moe import FeedForward, MoEFeedForward
+from minimind_v.core.model.fused import project, rms_norm
+from minimind_v.core.model.moe import FeedForward, MoEFeedForward, pick
 
 
 class KVCache:
@@ -94,7 +95,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Rotary(nn.Module):
@@ -106,17 +107,10 @@ class Rotary(nn.Module):
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", 1.0 / config.rope_theta**exponent, persistent=False)
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids [B, T] → cos, sin [B, 1, T, hd]."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()  # [B, 1, T, hd/2]
-        angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, hd]
-        return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [B, heads, T, hd] by its positions' angles [B, 1, T, hd]."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Positions [B, T] → by what their pairs turn, complex [B, T, 1, hd/2]."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()  # [B, T, hd/2]
+        return torch.polar(torch.ones_like(angles), angles)[:, :, None]
 
 
 class Attention(nn.Module):
@@ -132,20 +126,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, hd]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+    def forward(self, x: Tensor, place: Place, read: Tensor | None) -> Tensor:
+        """x [B, T, D] → [B, T, D], or with the positions `read` [S] of those that are read further, [S, D] of these."""
+        q, k, v = project(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, place.turns)
         if place.cache is not None:
             keys, values = place.cache.write(self.layer, k, v)
             if not place.first:  # an empty cache is attended to like no cache
                 k, v = keys.to(q.dtype), values.to(q.dtype)  # [B, KV, S, hd]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=place.mask, is_causal=place.first, enable_gqa=True
+            q, k, v, attn_mask=place.mask, is_causal=place.first, scale=1.0, enable_gqa=True
         )  # [B, heads, T, hd]
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
+        out = out.transpose(1, 2).flatten(2)  # [B, T, D]
+        return self.o_proj(out if read is None else pick(out, read))
 
 
 class Place:
@@ -154,7 +146,7 @@ class Place:
     A right-padded batch without a past needs no mask: causality already keeps real tokens from the padding behind them.
     """
 
-    def __init__(self, rotary: Rotary, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
+    def __init__(self, model: Decoder, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
         self.cache = cache
         self.first = cache is None or cache.used == 0
         self.mask: Tensor | None = None
@@ -162,7 +154,10 @@ class Place:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]  # [1, T]
         else:
             position_ids, self.mask = cache.extend(x.shape[1], attention_mask)
-        self.cos, self.sin = rotary(position_ids)
+        # Laid out for all heads: one long product is faster than one for each. Queries are scaled by it as well.
+        heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+        self.turns = model.rotary(position_ids).repeat(1, 1, heads + kv_heads, 1)  # [B or 1, T, all but values', hd/2]
+        self.turns[:, :, :heads] *= model.config.head_dim**-0.5
 
 
 class Block(nn.Module):
@@ -175,14 +170,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: nn.Module = MoEFeedForward(config) if config.use_moe else FeedForward(config)
 
-    def forward(self, x: Tensor, place: Place, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, D] → x [B, T, D] and the auxiliary loss, if the block has one."""
-        x = x + self.self_attn(self.input_layernorm(x), place)
-        normed = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, MoEFeedForward):
-            y, aux = self.mlp(normed, attention_mask)
-            return x + y, aux
-        return x + self.mlp(normed), None
+    def forward(
+        self, x: Tensor, place: Place, attention_mask: Tensor | None, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] → x [B, T, D] and the auxiliary loss, if the block has one.
+
+        `read`, positions [S] in the flattened batch: only these are read further, and x comes as [S, D].
+        """
+        if isinstance(self.mlp, MoEFeedForward):  # the balance of its experts is asked of every token
+            x = x + self.self_attn(self.input_layernorm(x), place, None)
+            y, aux = self.mlp(self.post_attention_layernorm(x), attention_mask, read)
+            return (x if read is None else pick(x, read)) + y, aux
+        x = (x if read is None else pick(x, read)) + self.self_attn(self.input_layernorm(x), place, read)
+        return x + self.mlp(self.post_attention_layernorm(x)), None
 
 
 class Decoder(nn.Module):
@@ -194,15 +194,25 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
+        self.config = config
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings x [B, T, D] → hidden states [B, T, D] and the summed auxiliary loss (0 without experts)."""
-        place = Place(self.rotary, x, attention_mask, cache)
+        """Embeddings x [B, T, D] → hidden states [B, T, D] and the summed auxiliary loss (0 without experts).
+
+        `read`, positions [S] in the flattened batch: only the hidden states of these are wanted, and come as [S, D].
+        What of the last block no other token depends on is not computed for the rest.
+        """
+        place = Place(self, x, attention_mask, cache)
         aux = x.new_zeros((), dtype=torch.float32)
         for layer in self.layers:
-            x, layer_aux = layer(x, place, attention_mask)
+            last = layer is self.layers[-1]
+            x, layer_aux = layer(x, place, attention_mask, read if last else None)
             if layer_aux is not None:
                 aux = aux + layer_aux
         return self.norm(x), aux

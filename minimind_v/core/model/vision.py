@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.errors import WeightsError
@@ -17,6 +18,7 @@ __all__ = ["CLIP_MEAN", "CLIP_STD", "VisionEncoder", "VisionSpec", "read_vision_
 # Pictures that a CPU looks at together. Of 16 at once every intermediate tensor is so large that the allocator fetches
 # it anew from the system; parts of 4 and of 8 give the same bits in 0.29 and 0.31 CPU seconds a picture.
 CPU_PICTURES = 4
+QUICK = 1.702  # of CLIP's activation, x · sigmoid(QUICK · x)
 
 
 class VisionEncoder(nn.Module):
@@ -85,7 +87,36 @@ class VisionEncoder(nn.Module):
             pixel_values = (pixel_values.float() / 255 - self.mean) / self.std  # [M, 3, H, W]
         pixel_values = pixel_values.to(next(self.tower.parameters()).dtype)
         together = CPU_PICTURES if pixel_values.device.type == "cpu" else len(pixel_values)
-        parts = [
-            self.tower(pixel_values=part).last_hidden_state[:, 1:] for part in pixel_values.split(max(together, 1))
-        ]
+        parts = [self._look(part)[:, 1:] for part in pixel_values.split(max(together, 1))]
         return torch.cat(parts)  # [M, P, width]
+
+    def _look(self, pictures: Tensor) -> Tensor:
+        tower: Any = self.tower
+        exact = pictures.dtype == torch.float32 and not torch.is_autocast_enabled(pictures.device.type)
+        if pictures.device.type == "cpu" and exact and tower.config.hidden_act == "quick_gelu":
+            return _walk(tower, pictures)
+        return tower(pixel_values=pictures).last_hidden_state
+
+
+def _walk(tower: Any, pictures: Tensor) -> Tensor:
+    """What CLIPVisionModel does, [M, 3, H, W] → [M, 1 + P, width], without its tensors between the products.
+
+    Its activation, x · sigmoid(1.702 x), is silu(1.702 x) / 1.702: the products before and after it scale. What is
+    added is added in place. Some eighth of the time of a picture on a CPU.
+    """
+    x = tower.pre_layrnorm(tower.embeddings(pictures))  # [M, T, width]
+    heads = tower.config.num_attention_heads
+    flat = x.flatten(0, 1)  # [M·T, width]
+    for layer in tower.encoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        normed = layer.layer_norm1(x)
+        q, k, v = (
+            proj(normed).unflatten(-1, (heads, -1)).transpose(1, 2)  # [M, heads, T, hd]
+            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(flat.shape)
+        flat.add_(attention.out_proj.bias).addmm_(out, attention.out_proj.weight.t())
+        normed = layer.layer_norm2(flat)
+        act = torch.addmm(mlp.fc1.bias, normed, mlp.fc1.weight.t(), beta=QUICK, alpha=QUICK)
+        flat.add_(mlp.fc2.bias).addmm_(F.silu(act, inplace=True), mlp.fc2.weight.t(), alpha=1 / QUICK)
+    return x

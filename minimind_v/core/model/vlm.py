@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model.loss import supervised_loss
+from minimind_v.core.model.loss import supervised, supervised_loss
 from minimind_v.core.model.projector import VisionProjector
 from minimind_v.core.model.text import Decoder, KVCache
 from minimind_v.core.model.vision import VisionEncoder, VisionSpec
@@ -92,10 +92,12 @@ class VLM(nn.Module):
                 raise ValueError("this model was built without a vision encoder: give image_features")
             image_features = self.vision_encoder(pixel_values)  # [M, P, width]
         x = self.embed(input_ids, image_features, image_mask, per_row)  # [B, T, D]
-        hidden, aux = self.model(x, attention_mask, cache)  # [B, T, D]
         if labels is not None:
-            loss_sum, hits = supervised_loss(hidden, labels, self.lm_head.weight)
+            read = supervised(labels)  # [S]
+            hidden, aux = self.model(x, attention_mask, cache, read)  # [S, D]
+            loss_sum, hits = supervised_loss(hidden, labels.flatten()[read + 1], self.lm_head.weight)
             return Output(None, loss_sum, hits, aux)
+        hidden, aux = self.model(x, attention_mask, cache)  # [B, T, D]
         logits = F.linear(hidden[:, -logits_to_keep:], self.lm_head.weight)  # [B, K, V]
         return Output(logits, None, None, aux)
 

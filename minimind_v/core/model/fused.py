@@ -1,0 +1,140 @@
+"""Parts of a block whose backward passes are written out, because autograd's own move more memory than they compute.
+
+On a CPU a block's matrix products run near the machine's peak, and a third of the time goes to reading and writing
+tensors between them. Written out, most steps happen in place, what is cheap to compute again is not kept, and gradients
+that add up do so inside a product. The functions are those of the plain formulas; the tests compare them.
+
+Under autocast, products are computed in its type, as `F.linear` would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, computed in fp32 (Zhang & Sennrich, 2019)."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return _RmsNorm.apply(x, weight, eps)
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+
+
+def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """SwiGLU: (silu(x gateᵀ) · x upᵀ) downᵀ (Shazeer, 2020). x [N, D], gate and up [I, D], down [D, I] → [N, D]."""
+    return _FeedForward.apply(x, gate, up, down)
+
+
+def project(x: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, heads, T, hd] of x [B, T, D] by weights [heads · hd, D], queries and keys turned.
+
+    turns [B or 1, T, heads + kv heads, hd/2], complex, are the angles of the positions, and may scale as well. Of
+    queries and keys the two halves of a head come interleaved, so that a pair to be turned is one complex number; their
+    products do not change.
+    """
+    return _Project.apply(x, q, k, v, turns)
+
+
+def interleave(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of [heads · hd, D] reordered: the halves of each head, which rotate with each other, in turn."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """x [B, T, heads, hd] of any strides, halves interleaved, turned by [B or 1, T, heads or 1, hd/2]; in place."""
+    if x.dtype in (torch.float32, torch.float64):
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
+        return x
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns
+    return x.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+def _computing(x: Tensor) -> torch.dtype:
+    """The type that products of x are computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _RmsNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (dy * x).mul_(inverse).flatten(0, -2).sum(dim=0)
+        if ctx.needs_input_grad[0]:
+            dx = dy * weight
+            along = (dx * x).sum(dim=-1, keepdim=True)  # what of it would only change the length of x
+            dx.addcmul_(x, along.mul_(inverse.square()).div_(x.shape[-1]), value=-1).mul_(inverse)
+        return dx, dweight, None
+
+
+class _FeedForward(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_w: Tensor, up_w: Tensor, down_w: Tensor) -> Tensor:
+        x, gate_w, up_w, down_w = (tensor.to(_computing(x)) for tensor in (x, gate_w, up_w, down_w))
+        gate, up = x @ gate_w.t(), x @ up_w.t()  # [N, I]
+        read = x if any(ctx.needs_input_grad[1:3]) else None
+        ctx.save_for_backward(read, gate, up, gate_w, up_w, down_w)
+        return F.silu(gate).mul_(up) @ down_w.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, gate_w, up_w, down_w = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        act = F.silu(gate)
+        ddown = dy.t() @ (act * up) if wanted[3] else None
+        flow = dy @ down_w  # [N, I]
+        dup = act.mul_(flow)
+        dgate = torch.ops.aten.silu_backward.grad_input(flow.mul_(up), gate, grad_input=flow)
+        dx = (dgate @ gate_w).addmm_(dup, up_w) if wanted[0] else None
+        return dx, dgate.t() @ x if wanted[1] else None, dup.t() @ x if wanted[2] else None, ddown
+
+
+class _Project(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, turns: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kind, head_dim = _computing(x), 2 * turns.shape[-1]
+        weight = torch.cat((interleave(q_w, head_dim), interleave(k_w, head_dim), v_w)).to(kind)  # [W, D]
+        x = x.to(kind)
+        parts = (x @ weight.t()).unflatten(-1, (-1, head_dim))  # [B, T, all heads, hd]
+        ctx.heads = [len(rows) // head_dim for rows in (q_w, k_w, v_w)]
+        turn(parts[:, :, : -ctx.heads[2]], turns)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, weight, turns)
+        q, k, v = (part.transpose(1, 2) for part in parts.split(ctx.heads, dim=2))
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, turns = ctx.saved_tensors
+        head_dim = dq.shape[-1]
+        flow = torch.cat([part.transpose(1, 2) for part in (dq, dk, dv)], dim=2)  # [B, T, all heads, hd]
+        turn(flow[:, :, : -ctx.heads[2]], turns.conj_physical())
+        flow = flow.flatten(-2)  # [B, T, W]
+        dx = flow @ weight if ctx.needs_input_grad[0] else None
+        if x is None:
+            return dx, None, None, None, None
+        dq_w, dk_w, dv_w = (flow.flatten(0, 1).t() @ x.flatten(0, 1)).split([n * head_dim for n in ctx.heads])
+        return dx, _part(dq_w, head_dim), _part(dk_w, head_dim), dv_w, None
+
+
+def _part(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `interleave`."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
