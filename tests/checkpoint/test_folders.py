@@ -111,6 +111,17 @@ def test_another_llava_is_not_taken_for_ours(tmp_path):
         read_checkpoint(folder)
 
 
+@pytest.mark.parametrize("told", [{"text_config": []}, {"vision_config": 5}, {"text_config": {"rope_parameters": []}}])
+def test_a_configuration_of_other_kinds_of_values_is_refused(tmp_path, told):
+    folder = published(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"} | told))
+    with pytest.raises(WeightsError, match="another LLaVA"):
+        read_checkpoint(folder)
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match="not JSON"):
+        read_checkpoint(folder)
+
+
 def test_a_folder_with_code_that_wants_to_run_is_not_opened(tmp_path):
     folder = published(tmp_path, form="pytorch_model.bin")
 
