@@ -53,6 +53,8 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
         (("convert", "{rows}", "rows.csv"), "neither .jsonl nor .parquet"),
         (("split", "{rows}", "--out", "parts", "--held-out", "1000"), "one side empty"),
         (("split", "{rows}", "--out", "parts", "--held-out", "0"), "must be above 0"),
+        (("split", "{rows}", "--out", "parts", "--held-out", "nan"), "must be above 0"),
+        (("split", "{rows}", "--out", "parts", "--held-out", "inf"), "must be above 0"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(args, words, tmp_path, monkeypatch):
