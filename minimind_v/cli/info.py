@@ -115,6 +115,6 @@ def _run(file: Path) -> dict[str, Any]:
     from minimind_v.core.train.metrics import read_metrics
 
     if not file.is_file():
-        raise MissingInput(f"{file.parent}: a folder without metrics.jsonl, so it is not a run's")
+        raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run — name a file in it")
     metrics = read_metrics(file)
     return {"kind": "run", "file": str(file), "first_loss": metrics[0]["loss"], "records": len(metrics)} | metrics[-1]

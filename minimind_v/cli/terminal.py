@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import sys
 import time
@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from minimind_v.core.errors import MmvError
+from minimind_v.core.files import as_json
 from minimind_v.core.train.launch import leave_word
 
 
@@ -51,11 +52,11 @@ class Terminal:
 
     def json(self, value: Any, **lists: Iterable[Any]) -> None:
         """A result for a program, on one line. `lists` are further keys, written as their items come."""
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = as_json(value)
         for name, items in lists.items():
             sys.stdout.write(f'{text[:-1]}, "{name}": [')
             for number, item in enumerate(items):
-                sys.stdout.write(", " * (number > 0) + json.dumps(item, ensure_ascii=False, default=str))
+                sys.stdout.write(", " * (number > 0) + as_json(item))
             text = "]}"
         self.result(text)
 
@@ -165,6 +166,9 @@ class BytesProgress:
 def run_app(app: Any) -> None:
     """Run the command line; everything that a user can cause ends as one line and an exit code."""
     debug = "--debug" in sys.argv or bool(os.environ.get("MMV_DEBUG"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A file's name need not be text, nor has every terminal Chinese characters: shown as escapes, as on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     terminal = Terminal()
 
     def end(message: str, error: Exception, code: int = 1) -> None:
