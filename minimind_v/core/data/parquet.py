@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimind_v.core.data.pictures import open_pictures, stand_in
-from minimind_v.core.data.row import IMAGE_MARK, Row, as_messages, image_names, picture_bytes
+from minimind_v.core.data.row import IMAGE_MARK, Row, as_messages, image_names, parse_talk, picture_bytes
 from minimind_v.core.errors import DataError, RowError
 
 TALK = ("conversations", "messages")
@@ -51,7 +51,7 @@ class ParquetRows:
             raise DataError(f"{files[0]}: no column `conversations`, only {', '.join(schema.names)}")
         self._bytes = next((name for name in PICTURES if name in schema.names and _holds_bytes(schema.field(name))), "")
         self._names = "image" if "image" in schema.names and self._bytes != "image" else ""
-        self._images = None if self._bytes else open_pictures(images)
+        self._images = open_pictures(None if self._bytes else images)
         text = [name for name in schema.names if name != self._bytes and not _holds_bytes(schema.field(name))]
         self._text = _Pieces(files, footers, text, KEPT_TEXT)
         self._data = _Pieces(files, footers, [self._bytes], KEPT_PICTURES) if self._bytes else None
@@ -61,7 +61,7 @@ class ParquetRows:
 
     @property
     def pictures(self) -> Path | None:
-        return self._images.path if self._images else None
+        return self._images.path
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -80,10 +80,7 @@ class ParquetRows:
         found = self._text.row(index)
         conversations = found.pop(self._talk)
         if isinstance(conversations, str | bytes):
-            try:
-                conversations = json.loads(conversations)
-            except (ValueError, RecursionError) as error:
-                raise RowError(f"`{self._talk}` is not JSON ({error})", "json") from None
+            conversations = parse_talk(conversations, self._talk)
         elif isinstance(conversations, list):  # a column of records gives every record every field
             conversations = [_without_nulls(message) for message in conversations]
         names = found.pop(self._names, None) if self._names else None
@@ -112,8 +109,6 @@ class ParquetRows:
             if len(cells) != told:
                 raise RowError(f"the text speaks of {told} pictures, the row has {len(cells)}", "placeholders")
             return picture_bytes(cells[position], name)
-        if self._images is None:
-            raise RowError(f"{name}: the row has a picture, but --images was not given", "picture missing")
         return self._images.read(name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
