@@ -146,6 +146,8 @@ def split(
 
     if not 0 < held_out < math.inf:
         raise typer.BadParameter("must be above 0, and finite", param_hint="--held-out")
+    if held_out > 1 and not held_out.is_integer():
+        raise typer.BadParameter("is a share below 1 or a whole number of rows", param_hint="--held-out")
     terminal = Terminal()
     rows = open_rows(file, images or images_beside(file))
     with terminal.progress("split") as progress:

@@ -37,7 +37,7 @@ def info(
 
 def _is_data(file: Path) -> bool:
     if file.is_dir():
-        return any(file.rglob("*.parquet")) or any(file.glob("dataset_*.json"))
+        return any(map(Path.is_file, file.rglob("*.parquet"))) or any(file.glob("dataset_*.json"))
     with file.open("rb") as opened:
         is_array = file.suffix == ".json" and opened.read(64).lstrip().startswith(b"[")
     return is_array or (file.suffix in (".jsonl", ".parquet") and file.name != "metrics.jsonl")

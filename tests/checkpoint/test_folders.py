@@ -1,6 +1,8 @@
 """Folders as others publish them: read by their tensors and their configuration, whatever code lies beside."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +122,13 @@ def test_a_configuration_of_other_kinds_of_values_is_refused(tmp_path, told):
     (folder / "config.json").write_text("[" * 100_000)
     with pytest.raises(WeightsError, match="not JSON"):
         read_checkpoint(folder)
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors"))
+    path.write_bytes(bytes(8) + b"{}")
+    with pytest.raises(WeightsError, match="UTF-8 only"):
+        read_checkpoint(path)
 
 
 def test_a_folder_with_code_that_wants_to_run_is_not_opened(tmp_path):

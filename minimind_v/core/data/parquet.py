@@ -12,7 +12,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,7 @@ class ParquetRows:
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """`images` serves files that have the names of pictures only. Raises DataError or MissingInput."""
         self.path = path
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        files = sorted(filter(Path.is_file, path.rglob("*.parquet"))) if path.is_dir() else [path]
         if not files:
             raise DataError(f"{path}: no data file, but a folder without .parquet files")
         footers = [_read_footer(file) for file in files]
@@ -182,8 +182,8 @@ class _Pieces:
         at = max((piece for piece in self._going if number - part <= piece <= number), default=None)
         if at is None:
             # Without buffering ahead, and without threads, which a fork would not inherit.
-            footer = self._footers.get(file) or self._footers.setdefault(file, pq.read_metadata(self.files[file]))
-            source = pq.ParquetFile(self.files[file], metadata=footer, buffer_size=2**20, pre_buffer=False)
+            footer = self._footers.get(file) or self._footers.setdefault(file, _footer(self.files[file]))
+            source = pq.ParquetFile(source_of(self.files[file]), metadata=footer, buffer_size=2**20, pre_buffer=False)
             at, reader = number - part, source.iter_batches(rows, [group], self.columns, use_threads=False)
         else:
             reader = self._going.pop(at)
@@ -223,9 +223,22 @@ class _Pieces:
         return order
 
 
+def source_of(file: Path) -> Path | BinaryIO:
+    """What pyarrow can open: it takes names of files that are UTF-8 only."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return file.open("rb")
+    return file
+
+
+def _footer(file: Path) -> pq.FileMetaData:
+    return pq.read_metadata(source_of(file))
+
+
 def _read_footer(file: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(file)
+        return _footer(file)
     except (pa.ArrowException, OSError) as error:
         found = stand_in(file) or f"not a parquet file ({' '.join(str(error).split())}) — download it again"
         raise DataError(f"{file}: {found}") from None

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from minimind_v.core.data.parquet import source_of
 from minimind_v.core.data.row import Row, RowStore
 from minimind_v.core.errors import DataError, RowError, RunError, UsageError
 from minimind_v.core.files import as_json, write_atomically, write_text
@@ -201,7 +202,7 @@ class Parquet:
 
     def parts(self) -> Iterator[tuple[int, int]]:
         for path in _named(self.folder, "parquet"):
-            yield int(path.stem.split("-")[1]), pq.read_metadata(path).num_rows
+            yield int(path.stem.split("-")[1]), pq.read_metadata(source_of(path)).num_rows
 
     def write_part(self, begin: int, part: list[Whole]) -> None:
         cells: list[list[Any]] = [[], [], [], []]
@@ -221,7 +222,7 @@ class Parquet:
         def write(file: Any) -> None:
             with pq.ParquetWriter(file, SCHEMA, compression=COMPRESSION) as writer:
                 for path in _named(self.folder, "parquet"):
-                    writer.write_table(pq.read_table(path))
+                    writer.write_table(pq.read_table(source_of(path)))
 
         write_atomically(self.files[0], write)
 
