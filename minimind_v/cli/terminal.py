@@ -166,6 +166,9 @@ class BytesProgress:
 def run_app(app: Any) -> None:
     """Run the command line; everything that a user can cause ends as one line and an exit code."""
     debug = "--debug" in sys.argv or bool(os.environ.get("MMV_DEBUG"))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: nobody listens, and no file may take its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A file's name need not be text, nor has every terminal Chinese characters: shown as escapes, as on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -189,5 +192,6 @@ def run_app(app: Any) -> None:
         if isinstance(error, MmvError):
             end(str(error), error, error.exit_code)
         if isinstance(error, OSError):  # no permission, no space, a name too long: the system's own words say it
-            end(f"{error.filename}: {error.strerror}" if error.filename else str(error), error)
+            said = error.strerror or str(error)
+            end(f"{error.filename}: {said}" if error.filename else said, error)
         end(f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where", error)
