@@ -32,7 +32,9 @@ PIECE = 2**20  # bytes of the directory that are looked at together
 class Pictures(Protocol):
     """Pictures by name."""
 
-    path: Path | None
+    @property
+    def path(self) -> Path | None:
+        """The folder or zip; None where there is none."""
 
     def read(self, name: str) -> bytes:
         """The bytes of a picture. Raises RowError."""
@@ -52,7 +54,7 @@ def open_pictures(path: Path | None) -> Pictures:
 class NoPictures:
     """What there is where nobody said where pictures are."""
 
-    path = None
+    path: None = None
 
     def read(self, name: str) -> bytes:
         raise RowError(f"{name}: the row has a picture, but --images was not given", "picture missing")
