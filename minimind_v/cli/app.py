@@ -46,5 +46,5 @@ app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:
-    """Entry point of the installed `mmv`."""
+    """Run the command line."""
     run_app(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -91,16 +92,19 @@ def _converse(terminal: Terminal, session: Session, pictures: list[Path], limit:
         except (EOFError, KeyboardInterrupt):
             terminal.say("")
             return
+        except UnicodeDecodeError:
+            terminal.warn("that is not UTF-8 text")
+            continue
         word, _, rest = line.partition(" ")
         if word in ("/quit", "/exit"):
             return
         if word == "/new":
             session.restart()
             pictures = []
-        elif word == "/image" and Path(rest.strip()).is_file():
+        elif word == "/image" and os.path.isfile(rest.strip()):  # Path's own raises for names that are too long
             pictures.append(Path(rest.strip()))
         elif word == "/image":
-            terminal.warn(f"no picture at {rest.strip() or '(no name given)'}")
+            terminal.warn(f"no picture at {rest.strip()[:200] or '(no name given)'}")
         elif word.startswith("/"):
             terminal.say(HELP)
         elif line:

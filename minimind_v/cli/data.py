@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,8 +144,10 @@ def split(
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect.split import split as run
 
-    if held_out <= 0:
-        raise typer.BadParameter("must be above 0", param_hint="--held-out")
+    if not 0 < held_out < math.inf:
+        raise typer.BadParameter("must be above 0, and finite", param_hint="--held-out")
+    if held_out > 1 and not held_out.is_integer():
+        raise typer.BadParameter("is a share below 1 or a whole number of rows", param_hint="--held-out")
     terminal = Terminal()
     rows = open_rows(file, images or images_beside(file))
     with terminal.progress("split") as progress:

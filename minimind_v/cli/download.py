@@ -14,7 +14,7 @@ from minimind_v.cli.terminal import BytesProgress, Terminal
 from minimind_v.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from minimind_v.core.hub.fetch import Item
+    from minimind_v.core.hub.item import Item
 
 
 class What(str, Enum):

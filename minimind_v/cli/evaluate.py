@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from minimind_v.core.evaluate.run import Scores
 
 FIRST = 200  # rows that are scored where none are named
 
@@ -52,9 +55,8 @@ def evaluate(
     loaded = load_model(model, vision_model, tokenizer, device)
     spec, words = loaded.model.spec, loaded.tokenizer
     terminal.say(str(loaded.receipt))
-    found = {}
+    prompts, found = PromptEncoder(words, spec.tokens_per_image), {}
     for name in ("seeing", "blind") if blind else ("seeing",):
-        prompts = PromptEncoder(words, spec.tokens_per_image)
         dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind")
         with terminal.progress(f"eval {name}") as progress:
             found[name] = score(
@@ -62,17 +64,21 @@ def evaluate(
             )
     for row in found["seeing"].broken[:5]:
         terminal.warn(f"row skipped: {row}")
-    report = {
-        "model": str(loaded.checkpoint.path), "data": str(data), "rows": found["seeing"].rows,
-        "broken_rows": len(found["seeing"].broken), "supervised_tokens": found["seeing"].supervised_tokens,
-        "short_answers": found["seeing"].short_answers,
+    report = _report(loaded.checkpoint.path, data, found)
+    if json:
+        terminal.json(report)
+    else:
+        terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
+
+
+def _report(model: Path, data: Path, found: dict[str, Scores]) -> dict[str, Any]:
+    seeing = found["seeing"]
+    report: dict[str, Any] = {
+        "model": str(model), "data": str(data), "rows": seeing.rows, "broken_rows": len(seeing.broken),
+        "supervised_tokens": seeing.supervised_tokens, "short_answers": seeing.short_answers,
     }  # fmt: skip
     for name, scores in found.items():
         suffix = "" if name == "seeing" else "_blind"
         report |= {f"loss{suffix}": scores.loss, f"perplexity{suffix}": scores.perplexity}
         report[f"accuracy{suffix}"] = scores.accuracy
-    report["seconds"] = sum(scores.seconds for scores in found.values())
-    if json:
-        terminal.json(report)
-    else:
-        terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
+    return report | {"seconds": sum(scores.seconds for scores in found.values())}

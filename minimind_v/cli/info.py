@@ -37,7 +37,7 @@ def info(
 
 def _is_data(file: Path) -> bool:
     if file.is_dir():
-        return any(file.rglob("*.parquet")) or any(file.glob("dataset_*.json"))
+        return any(map(Path.is_file, file.rglob("*.parquet"))) or any(file.glob("dataset_*.json"))
     with file.open("rb") as opened:
         is_array = file.suffix == ".json" and opened.read(64).lstrip().startswith(b"[")
     return is_array or (file.suffix in (".jsonl", ".parquet") and file.name != "metrics.jsonl")
@@ -115,6 +115,6 @@ def _run(file: Path) -> dict[str, Any]:
     from minimind_v.core.train.metrics import read_metrics
 
     if not file.is_file():
-        raise MissingInput(f"{file.parent}: a folder without metrics.jsonl, so it is not a run's")
+        raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run — name a file in it")
     metrics = read_metrics(file)
     return {"kind": "run", "file": str(file), "first_loss": metrics[0]["loss"], "records": len(metrics)} | metrics[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import sys
 import time
@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from minimind_v.core.errors import MmvError
+from minimind_v.core.files import as_json
 from minimind_v.core.train.launch import leave_word
 
 
@@ -51,11 +52,11 @@ class Terminal:
 
     def json(self, value: Any, **lists: Iterable[Any]) -> None:
         """A result for a program, on one line. `lists` are further keys, written as their items come."""
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = as_json(value)
         for name, items in lists.items():
             sys.stdout.write(f'{text[:-1]}, "{name}": [')
             for number, item in enumerate(items):
-                sys.stdout.write(", " * (number > 0) + json.dumps(item, ensure_ascii=False, default=str))
+                sys.stdout.write(", " * (number > 0) + as_json(item))
             text = "]}"
         self.result(text)
 
@@ -165,6 +166,12 @@ class BytesProgress:
 def run_app(app: Any) -> None:
     """Run the command line; everything that a user can cause ends as one line and an exit code."""
     debug = "--debug" in sys.argv or bool(os.environ.get("MMV_DEBUG"))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: nobody listens, and no file may take its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A file's name need not be text, nor has every terminal Chinese characters: shown as escapes, as on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     terminal = Terminal()
 
     def end(message: str, error: Exception, code: int = 1) -> None:
@@ -185,5 +192,6 @@ def run_app(app: Any) -> None:
         if isinstance(error, MmvError):
             end(str(error), error, error.exit_code)
         if isinstance(error, OSError):  # no permission, no space, a name too long: the system's own words say it
-            end(f"{error.filename}: {error.strerror}" if error.filename else str(error), error)
+            said = error.strerror or str(error)
+            end(f"{error.filename}: {said}" if error.filename else said, error)
         end(f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where", error)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from minimind_v.core.errors import RunError
 
@@ -15,8 +16,12 @@ from minimind_v.core.errors import RunError
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Give `write` a file that becomes `path` only when it is complete. What stood there before stays till then.
 
+    A device or a pipe is written into: nobody who names one wants it replaced by a file.
     Raises RunError where the disk is full or the folder cannot be written.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        _write_into(path, write)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -39,9 +44,29 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.unlink(name)
 
 
+def _write_into(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    try:
+        with path.open("wb") as file:
+            write(file)
+    except BrokenPipeError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"{path}: not written ({_reason(error)})") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def as_json(value: Any) -> str:
+    """JSON on one line, readable where it can be: half a character can only be written as an escape."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, default=str)
+    return text
 
 
 def _sync_folder(folder: Path) -> None:

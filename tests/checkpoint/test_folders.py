@@ -1,6 +1,8 @@
 """Folders as others publish them: read by their tensors and their configuration, whatever code lies beside."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +111,24 @@ def test_another_llava_is_not_taken_for_ours(tmp_path):
     }))  # fmt: skip
     with pytest.raises(WeightsError, match=r"another LLaVA.*projector_hidden_act.*text_config\.model_type"):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("told", [{"text_config": []}, {"vision_config": 5}, {"text_config": {"rope_parameters": []}}])
+def test_a_configuration_of_other_kinds_of_values_is_refused(tmp_path, told):
+    folder = published(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"} | told))
+    with pytest.raises(WeightsError, match="another LLaVA"):
+        read_checkpoint(folder)
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match="not JSON"):
+        read_checkpoint(folder)
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors"))
+    path.write_bytes(bytes(8) + b"{}")
+    with pytest.raises(WeightsError, match="UTF-8 only"):
+        read_checkpoint(path)
 
 
 def test_a_folder_with_code_that_wants_to_run_is_not_opened(tmp_path):

@@ -25,15 +25,15 @@ class Conversation:
     def read(self):
         try:
             while piece := os.read(self.master, 65536):
-                self.seen += piece.decode()
+                self.seen += piece.decode(errors="replace")
         except (BlockingIOError, OSError):  # nothing more yet, or nobody there any more
             pass
         return self.seen
 
-    def type(self, line):
-        """Type a line; returns what came until the next prompt."""
+    def type(self, line, raw=None):
+        """Type a line, or bytes in its place; returns what came until the next prompt."""
         before, prompts = len(self.seen), self.seen.count("you> ")
-        os.write(self.master, f"{line}\n".encode())
+        os.write(self.master, f"{line}\n".encode() if raw is None else raw)
         self.mmv.until(lambda: self.read().count("you> ") > prompts)
         shown = self.seen[before:].replace("\r", "").removeprefix(f"{line}\n").removesuffix("you> ")
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).strip()
@@ -69,9 +69,13 @@ def test_a_conversation_from_the_first_word_to_the_last(talk, place, tmp_path):
     assert "Traceback" not in talk.seen
 
 
-def test_pictures_that_cannot_be_shown_spoil_one_question_only(talk, place, tmp_path):
+def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as where a language is set
+    talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12)
     assert talk.type("/image nowhere.jpg") == "no picture at nowhere.jpg"
     assert talk.type("/image") == "no picture at (no name given)"
+    assert talk.type("/image " + 300 * "x") == "no picture at " + 200 * "x"
+    assert talk.type("", raw=b"\xff\n").splitlines()[-1] == "that is not UTF-8 text"
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>")
     assert talk.type(f"/image {tmp_path / 'page.jpg'}") == ""
     assert "cannot be decoded" in talk.type("What is it?")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from minimind_v.core.data.stores import open_rows
-from tests.cli.harness import SIGHT, here, installed, place, read_rows, tree, write_rows
+from tests.cli.harness import ROWS, SIGHT, here, installed, place, read_rows, tree, write_rows
 
 
 @pytest.fixture
@@ -53,6 +55,9 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
         (("convert", "{rows}", "rows.csv"), "neither .jsonl nor .parquet"),
         (("split", "{rows}", "--out", "parts", "--held-out", "1000"), "one side empty"),
         (("split", "{rows}", "--out", "parts", "--held-out", "0"), "must be above 0"),
+        (("split", "{rows}", "--out", "parts", "--held-out", "nan"), "must be above 0"),
+        (("split", "{rows}", "--out", "parts", "--held-out", "inf"), "must be above 0"),
+        (("split", "{rows}", "--out", "parts", "--held-out", "1.5"), "a whole number of rows"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(args, words, tmp_path, monkeypatch):
@@ -64,6 +69,23 @@ def test_mistakes_are_one_line_and_leave_nothing(args, words, tmp_path, monkeypa
     assert words in ended.err
     assert "Traceback" not in ended.err
     assert tree(tmp_path) == []
+
+
+def test_names_that_are_no_text(tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    there, back = odd / "rows.parquet", odd / "back.jsonl"
+    assert here("data", "convert", place().data("sft"), there).code == 0
+    assert here("data", "convert", there, back, "--json").json["rows"] == ROWS
+    checked = here("data", "check", there, *SIGHT, "--json")
+    assert checked.json["problems"] == []
+    told = here("data", "split", there, "--out", odd / "parts", "--held-out", "0.5", "--json").json
+    assert told["train"] == str(odd / "parts" / "train.parquet")
+
+
+def test_a_folder_with_the_name_of_a_file_is_no_shard(tmp_path):
+    (tmp_path / "rows" / "old.parquet").mkdir(parents=True)
+    here("data", "convert", place().data("sft"), tmp_path / "rows" / "new.parquet")
+    assert here("info", tmp_path / "rows", "--json").json["rows"] == ROWS
 
 
 def test_convert_and_split(tmp_path):

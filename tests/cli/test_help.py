@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from minimind_v import __version__
+from minimind_v.__main__ import main
 from minimind_v.core.errors import MissingInput
 from tests.cli.harness import here
 
@@ -35,6 +36,19 @@ def test_printing_a_configuration_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("stage: sft\n")
+
+
+def test_ctrl_c_before_the_command_line_is_there(monkeypatch):
+    class Interrupt:
+        def find_spec(self, name, *_):
+            if name == "minimind_v.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "minimind_v.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
 
 
 def test_the_version_is_one():

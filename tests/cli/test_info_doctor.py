@@ -1,11 +1,13 @@
 """`mmv info` and `mmv doctor`, on everything that there is and much that there is not."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 
-from tests.cli.harness import ASSETS, BASE, EYE, ROWS, here, read_rows
+from tests.cli.harness import ASSETS, BASE, EYE, ROWS, here, installed, read_rows
 
 
 def test_info_of_weights(sighted):
@@ -93,14 +95,16 @@ def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):
         (EYE / "model.safetensors", "not the weights of a MiniMind model"),
         (ASSETS / "tokenizer.json", "neither a torch nor a safetensors file"),
         (EYE, "not the weights of a MiniMind model"),
-        (ASSETS.parent, "a folder without metrics.jsonl"),
+        (ASSETS.parent, "a folder, but of no model, dataset or run"),
+        ("", "a folder, but of no model, dataset or run"),
         ("nowhere", "no file nowhere"),
         ("/dev/null", "/dev/null"),
         ("x" * 300, "File name too long"),
         ("[bold]", "no file [bold]"),
     ],
 )
-def test_info_of_other_files(file, words):
+def test_info_of_other_files(file, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     ended = here("info", file)
     assert ended.code == 1
     assert words in ended.error
@@ -108,6 +112,23 @@ def test_info_of_other_files(file, words):
 
 def test_info_of_a_zip_of_pictures(place):
     assert here("info", place.images("sft")).code == 1
+
+
+@pytest.mark.parametrize("here_or_up", [".", ".."])
+def test_info_of_the_folder_that_one_stands_in(here_or_up, place, tmp_path, monkeypatch):
+    assert here("data", "convert", place.data("sft"), tmp_path / "rows.parquet").code == 0
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / ("inner" if here_or_up == ".." else ""))
+    assert here("info", here_or_up, "--json").json["rows"] == ROWS
+
+
+def test_a_name_that_is_no_text_is_told_all_the_same(sighted, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as where a language is set
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/w\xff.pth")
+    shutil.copy(sighted, odd)
+    ended = installed("info", odd)
+    assert (ended.code, "w\\udcff.pth" in ended.out) == (0, True)
+    assert installed("info", odd, "--json").json["file"] == odd
 
 
 def test_doctor_says_how_to_get_what_is_missing(tmp_path, monkeypatch):

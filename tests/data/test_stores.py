@@ -175,7 +175,8 @@ def test_a_missing_file_names_the_next_step(tmp_path):
             JsonlRows(path)
     with pytest.raises(MissingInput, match=r"download .*dataset"):
         open_pictures(tmp_path / "none.zip")
-    assert open_pictures(None) is None
+    with pytest.raises(RowError, match="--images was not given"):
+        open_pictures(None).read("a.jpg")
 
 
 def test_memory_holds_offsets_and_no_rows(tmp_path):

@@ -2,12 +2,11 @@
 
 import re
 import shlex
-import shutil
 
 import pytest
 
-from tests.cli import harness
-from tests.cli.harness import ASSETS, EYE, ROOT, here
+from tests.cli.harness import ROOT, here
+from tests.docs.conftest import commands
 from tests.export.made import jpeg
 from tests.export.test_publish import Hub
 
@@ -15,14 +14,8 @@ PAGE = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    shutil.copytree(EYE, tmp_path / "model/vision_model/clip-vit-base-patch16")
-    shutil.copy(ASSETS / "tokenizer.json", tmp_path / "model")
-    (tmp_path / "out").mkdir()
-    for ending in (".pth", ".json"):
-        shutil.copy(harness.sighted().with_suffix(ending), tmp_path / "out" / f"sft_vlm_128{ending}")
-    (tmp_path / "dog.jpg").write_bytes(jpeg(0))
-    monkeypatch.chdir(tmp_path)
+def hub(workplace, monkeypatch):
+    (workplace / "dog.jpg").write_bytes(jpeg(0))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with Hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
@@ -33,14 +26,14 @@ def names(table):
     return [line.split("  ")[0] for line in table]
 
 
-def test_the_commands_and_the_program_run(workplace, capsys):
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
-    assert [command.split()[1] for command in commands] == ["convert", "info", "chat", "convert", "upload"]
-    told = [here(*shlex.split(command)[1:]) for command in commands]
+def test_the_commands_and_the_program_run(hub, capsys):
+    lines = commands(PAGE)
+    assert [line.split()[1] for line in lines] == ["convert", "info", "chat", "convert", "upload"]
+    told = [here(*shlex.split(line)[1:]) for line in lines]
     assert [ended.err for ended in told if ended.code] == []
     shown = re.search(r"```\n(opened by.*?)```", PAGE, re.DOTALL)[1].splitlines()
     assert names(shown) == names(told[0].out.splitlines()[: len(shown)])
-    assert "README.md" in workplace.repos["me/minimind-v"]
+    assert "README.md" in hub.repos["me/minimind-v"]
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     exec(program, {})
     assert capsys.readouterr().out

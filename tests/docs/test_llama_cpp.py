@@ -2,36 +2,28 @@
 
 import re
 import shlex
-import shutil
 
 import pytest
 
 from minimind_v.core.export import verify_gguf
 from minimind_v.core.gguf.store import QUANTIZATIONS
-from tests.cli import harness
-from tests.cli.harness import ASSETS, EYE, ROOT, here
+from tests.cli.harness import ROOT, here
+from tests.docs.conftest import commands
 
 PAGE = (ROOT / "docs" / "llama_cpp.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    shutil.copytree(EYE, tmp_path / "model/vision_model/clip-vit-base-patch16")
-    shutil.copy(ASSETS / "tokenizer.json", tmp_path / "model")
-    (tmp_path / "out").mkdir()
-    for ending in (".pth", ".json"):
-        shutil.copy(harness.sighted().with_suffix(ending), tmp_path / "out" / f"sft_vlm_128{ending}")
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def without_llama(monkeypatch):
     monkeypatch.setattr(verify_gguf, "_llama_is_installed", lambda: False)
-    return tmp_path
 
 
 def test_the_commands_run(workplace):
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
-    assert len(commands) == 4
-    for command in commands:
-        done = here(*shlex.split(command)[1:])
-        assert done.code == 0, (command, done.err)
+    lines = commands(PAGE)
+    assert len(lines) == 4
+    for line in lines:
+        done = here(*shlex.split(line)[1:])
+        assert done.code == 0, (line, done.err)
     for name in re.findall(r"minimind-v-gguf/(\S+\.gguf)", PAGE):
         assert (workplace / "minimind-v-gguf" / name).is_file()
     assert (workplace / "minimind-v-gguf" / "Modelfile").is_file()

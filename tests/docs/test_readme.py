@@ -1,13 +1,10 @@
 """Every command of the README is run as it stands there, in a folder laid out as the README says."""
 
-import os
 import random
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -23,16 +20,11 @@ from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.inspect.convert import convert
 from minimind_v.core.model.vision import read_vision_spec
 from minimind_v.core.model.vlm import VLM
+from tests.cli.harness import ASSETS, ROOT, installed
+from tests.docs.conftest import commands
 from tests.hub.server import Hub
 
-ROOT = Path(__file__).parents[2]
-ASSETS = Path(str(files("minimind_v.core.demo") / "assets"))
-BIN = Path(sys.executable).parent
-
-
-def commands(readme: str) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
 
 
 def blank_weights(path: Path, preset: str, projector: bool) -> None:
@@ -83,22 +75,21 @@ def hub(tmp_path_factory):
         yield hub
 
 
-def test_every_mmv_command_runs_as_it_stands(place, hub):
-    lines = [line for line in commands("README.md") if line.startswith("mmv ")]
+def test_every_mmv_command_runs_as_it_stands(place, hub, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    lines = [line for line in commands(ENGLISH) if line.startswith("mmv ")]
     assert len(lines) >= 14
     for line in lines:
-        done = subprocess.run(
-            [BIN / "mmv", *shlex.split(line)[1:]], cwd=place, capture_output=True, text=True, timeout=300,
-            env=os.environ | {"HF_ENDPOINT": hub.endpoint},
-        )  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        done = installed(*shlex.split(line)[1:])
+        assert done.code == 0, f"{line}\n{done.err}"
     assert "parquet" in (place / "out" / "pretrain_vlm_512" / "config.yaml").read_text()
     assert (place / "out" / "sft_vlm_512.safetensors").is_file()
     assert (place / "mine" / "sft_vlm_512.pth").is_file()
 
 
 def test_make_targets_exist():
-    for line in commands("README.md"):
+    for line in commands(ENGLISH):
         if line.startswith("make "):
             done = subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
@@ -106,15 +97,13 @@ def test_make_targets_exist():
 
 def test_nothing_else_is_asked_to_be_typed():
     known = ("mmv ", "make ", "source .venv/bin/activate")
-    assert [line for line in commands("README.md") if not line.startswith(known)] == []
+    assert [line for line in commands(ENGLISH) if not line.startswith(known)] == []
 
 
 def test_both_languages_give_the_same_commands_and_figures():
-    assert commands("README.md") == commands("README_zh.md")
-    figures = [
-        re.findall(r"\d+(?:\.\d+)? ?%|\d+\.\d+×", (ROOT / name).read_text()) for name in ("README.md", "README_zh.md")
-    ]
-    assert sorted(figures[0]) == sorted(figures[1])
+    assert commands(ENGLISH) == commands(CHINESE)
+    english, chinese = (sorted(re.findall(r"\d+(?:\.\d+)? ?%|\d+\.\d+×", page)) for page in (ENGLISH, CHINESE))
+    assert english == chinese
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)

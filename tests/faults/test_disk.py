@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import stat
 import subprocess
 import tempfile
 import threading
@@ -83,6 +84,28 @@ def test_the_new_file_is_whole_before_it_takes_its_name(old):
     write_atomically(old, write)
     assert old.read_text() == "new"
     assert tree(old.parent) == [old.name]
+
+
+def test_a_device_is_written_into_and_stays_one(tmp_path):
+    device = tmp_path / "device"
+    try:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 7))  # /dev/full, but one that may be lost
+        with pytest.raises(RunError, match=r"device: not written \(No space left on device\)"):
+            write_text(device, "text")
+    except PermissionError:
+        pytest.skip("no device can be made here")
+    assert device.is_char_device()
+    assert tree(tmp_path) == []
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    heard = []
+    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_text(tmp_path / "pipe", "text")
+    reader.join()
+    assert heard == ["text"]
 
 
 def test_readers_see_the_old_file_or_the_new_one(tmp_path):

@@ -127,7 +127,7 @@ def _deadly(dataset, index):
 def test_a_row_that_kills_its_process_is_named_and_the_others_are_checked(dataset, monkeypatch):
     rows = dataset([b"{" if n == 70 else row(f"q{n}", "a") for n in range(100)])
     monkeypatch.setattr(checking, "check_row", _deadly)
-    report = check(rows, 2)
+    report = check(rows, 1)
     assert [(problem.row, problem.kind) for problem in report.problems()] == [(41, "crash"), (71, "json")]
 
 
@@ -195,7 +195,7 @@ def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, d
         pq.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=70)
         rows = open_rows(tmp_path / "rows.parquet", None)
     dataset = RowDataset(rows, PromptEncoder(demo_tokenizer, PATCHES), SIZE, 100)
-    report = check(dataset, 2)
+    report = check(dataset, 1)
     plan = BatchPlan(dataset, 7, pad_id=0, seed=seed)
     batches = [batch for number in range(len(plan)) for batch in plan[number]]
     read = [place for batch in batches for place in batch.places]

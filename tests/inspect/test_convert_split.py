@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,47 @@ def read_all(rows):
         pictures = [rows.picture(index, position, name) for position, name in enumerate(one.images)]
         found.append((one.conversations, one.images, one.extra, pictures))
     return found
+
+
+@pytest.fixture
+def commas(tmp_path):
+    """Ten rows, each with a picture of its own in whose name is a comma, as only a list can tell it."""
+    for n in range(10):
+        (tmp_path / f"{n}, 1.png").write_bytes(picture(n))
+    lines = [json.dumps(json.loads(row("<image>q", "a")) | {"image": [f"{n}, 1.png"]}) for n in range(10)]
+    (tmp_path / "commas.jsonl").write_text("\n".join(lines))
+    return open_rows(tmp_path / "commas.jsonl", tmp_path)
+
+
+def test_names_with_commas_lose_no_picture(commas, tmp_path):
+    pictures = [one[3] for one in read_all(commas)]
+    for out in (tmp_path / "new" / "rows.parquet", tmp_path / "new" / "rows.jsonl"):
+        assert [one[3] for one in read_all(open_rows(*convert(commas, out).files))] == pictures
+    done = split(commas, tmp_path / "parts", 3, seed=0)
+    sides = [read_all(open_rows(path, tmp_path)) for path in (done.train, done.held_out)]
+    assert sorted(one for side in sides for one in side) == sorted(read_all(commas))
+
+
+def test_what_is_read_is_not_written_over(commas, tmp_path):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for write in (
+        lambda: convert(commas, tmp_path / "commas.jsonl", overwrite=True),
+        lambda: split(open_rows(shutil.copy(commas.path, tmp_path / "train.jsonl"), tmp_path), tmp_path, 3, 0, True),
+    ):
+        with pytest.raises(UsageError, match="is what is read"):
+            write()
+    (tmp_path / "train.jsonl").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_that_cannot_be_finished_leaves_neither_side(commas, tmp_path, packed):
+    rows = open_rows(convert(commas, tmp_path / "rows.parquet").files[0]) if packed else commas
+    ending = "parquet" if packed else "jsonl"
+    (tmp_path / "parts" / f"train.{ending}" / "inner").mkdir(parents=True)
+    with pytest.raises(RunError, match=f"train.{ending}: not saved"):
+        split(rows, tmp_path / "parts", 3, seed=0, overwrite=True)
+    assert not (tmp_path / "parts" / f"held_out.{ending}").exists()
 
 
 @pytest.fixture
@@ -87,7 +129,7 @@ def test_a_broken_row_stops_it_and_nothing_has_the_final_name(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([row("a", "b"), b"{", row("a", "b")]))
     with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON.*--fix"):
         convert(open_rows(tmp_path / "rows.jsonl"), tmp_path / "rows.parquet")
-    assert not (tmp_path / "rows.parquet").exists()
+    assert tree(tmp_path) == ["rows.jsonl"]
 
 
 SLOW = """

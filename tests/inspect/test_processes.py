@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 
@@ -12,6 +11,7 @@ from minimind_v.core.data.digests import Digests
 from minimind_v.core.inspect.packed import Packed
 from minimind_v.core.inspect.processes import each_row
 from tests.cli.harness import SIGHT, Running, place, read_rows, write_rows
+from tests.inspect.killer import killed_by_some
 
 
 def test_repetitions_are_those_of_a_dictionary():
@@ -39,27 +39,21 @@ def test_packed_items_come_back_in_order():
     assert list(packed) == items == list(packed)
 
 
-def _look(rows, index):
-    if index % 40 == 39:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rows[index]
-
-
 def test_every_row_that_kills_is_named():
-    assert list(each_row(_look, range(50), 2, lambda index: f"killed by {index}")) == [
+    assert list(each_row(killed_by_some, range(50), 2, lambda index: f"killed by {index}")) == [
         "killed by 39" if n == 39 else n for n in range(50)
     ]
 
 
 def test_ctrl_c_and_a_kill_leave_no_process_and_no_traceback(tmp_path):
     rows = read_rows(place().data("sft"))
-    many = write_rows(tmp_path / "rows.jsonl", rows * 500)
+    many = write_rows(tmp_path / "rows.jsonl", rows * 200)
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         folder = tmp_path / number.name
         running = Running(
             folder, "data", "check", many, "--images", place().images("sft"), *SIGHT, "--workers", 1
         )  # fmt: skip
-        running.until(lambda running=running: "check 2" in running.err).send(number, group=number == signal.SIGINT)
+        running.until(lambda running=running: "check 8" in running.err).send(number, group=number == signal.SIGINT)
         ended = running.wait()
         assert ended.code == code
         assert "Traceback" not in ended.err

@@ -89,7 +89,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise WeightsError(f"{path} is missing — download the folder again") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise WeightsError(f"{path}: not JSON — download the file again") from None
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: not a JSON object — download the file again")
@@ -100,8 +100,8 @@ def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tupl
     saved, metadata = _read_all(files, ("vision_tower.", TOWER))
     tensors = {module_name(name): tensor for name, tensor in saved.items()}
     _refuse_other_llavas(folder, config)
-    model = _text_sizes(config)
     try:
+        model = _text_sizes(config)
         return from_llava(tensors, TextConfig(**model)), {"stage": _told_stage(metadata), "model": model}
     except KeyError as error:
         raise WeightsError(f"{folder}: {error.args[0]} is missing — convert or download it again") from None
@@ -111,7 +111,7 @@ def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tupl
 
 def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
     """Only what computes the same as a published checkpoint can become one."""
-    text = config.get("text_config", {})
+    text = _part(config, "text_config")
     wanted = {
         "projector_hidden_act": config.get("projector_hidden_act", "gelu") == "linear",
         "vision_feature_layer": config.get("vision_feature_layer", -2) == -1,
@@ -121,7 +121,7 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
         "text_config.attention_bias": not text.get("attention_bias"),
         "text_config.hidden_act": text.get("hidden_act", "silu") == "silu",
         "tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        "vision_config.model_type": config.get("vision_config", {}).get("model_type") == "clip_vision_model",
+        "vision_config.model_type": _part(config, "vision_config").get("model_type") == "clip_vision_model",
     }
     if wrong := [name for name, right in wanted.items() if not right]:
         raise WeightsError(
@@ -130,10 +130,15 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _text_sizes(config: dict[str, Any]) -> dict[str, Any]:
     """What a LLaVA's configuration tells, in the words of TextConfig."""
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
-    rope = text.get("rope_parameters") or {}
+    text = _part(config, "text_config")
+    rope = _part(text, "rope_parameters")
     told = {name: text[name] for name in TextConfig.__dataclass_fields__ if text.get(name) is not None}
     told |= {
         "rope_theta": rope.get("rope_theta", text.get("rope_theta", 10000.0)),

@@ -100,6 +100,10 @@ def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
 
 def _read_safetensors(path: Path, without: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise WeightsError(f"{path}: safetensors files are opened by names that are UTF-8 only — rename it") from None
+    try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(without)}  # noqa: SIM118

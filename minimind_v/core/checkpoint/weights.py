@@ -113,7 +113,7 @@ def _read_beside(path: Path) -> dict[str, Any]:
 def _parse_meta(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
         meta = json.loads(text)
-    except ValueError:  # neither JSON nor, perhaps, text
+    except (ValueError, RecursionError):  # neither JSON nor, perhaps, text
         raise WeightsError(f"{path}: the description of the weights is not JSON — delete it and try again") from None
     return meta if isinstance(meta, dict) and isinstance(meta.get("model"), dict) else {}
 

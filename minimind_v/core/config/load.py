@@ -107,6 +107,9 @@ def _collect(
 
 def images_beside(data: Path) -> Path | None:
     """`x_images.zip` or the folder `x_images` beside `x_data.jsonl`, as published data has it, if it is there."""
+    data = data if data.name not in ("", "..") else data.resolve()
+    if not data.name:  # the root
+        return None
     stem = data.with_name(data.name.removesuffix(".jsonl").removesuffix(".json").removesuffix("_data") + "_images")
     return next((path for path in (stem.with_name(stem.name + ".zip"), stem) if path.exists()), None)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 STAGES = ("pretrain", "sft")
 FREEZE_POLICIES = ("projector", "projector+last", "attention", "all")
@@ -70,9 +71,9 @@ class TextConfig:
 class DataConfig:
     """Where the rows, their pictures and the tokenizer are, and how batches are made of them."""
 
-    file: Path = Path("dataset/pretrain_data.jsonl")
+    file: Path = DATASET_DIR / "pretrain_data.jsonl"
     images: Path | None = None  # a folder or a zip; none for text-only rows
-    tokenizer: Path = Path("model")
+    tokenizer: Path = TOKENIZER_DIR
     max_length: int = 640  # tokens per row, placeholders included
     batch_size: int = 16  # rows per process and micro-batch
     # One core is the trainer's; three workers would share the loader's four lanes unevenly.
@@ -94,9 +95,9 @@ class RunConfig:
     stage: str
     model: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    vision_model: Path = Path("model/vision_model/clip-vit-base-patch16")
+    vision_model: Path = VISION_DIR
     init: Path | None = None  # the weights to start from
-    out: Path = Path("out")
+    out: Path = OUT_DIR
     freeze: str = "all"
     epochs: int = 1
     lr: float = 4e-4

@@ -12,14 +12,14 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimind_v.core.data.pictures import open_pictures, stand_in
-from minimind_v.core.data.row import IMAGE_MARK, Row, as_messages, image_names, picture_bytes
+from minimind_v.core.data.row import IMAGE_MARK, Row, as_messages, image_names, parse_talk, picture_bytes
 from minimind_v.core.errors import DataError, RowError
 
 TALK = ("conversations", "messages")
@@ -37,7 +37,7 @@ class ParquetRows:
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """`images` serves files that have the names of pictures only. Raises DataError or MissingInput."""
         self.path = path
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        files = sorted(filter(Path.is_file, path.rglob("*.parquet"))) if path.is_dir() else [path]
         if not files:
             raise DataError(f"{path}: no data file, but a folder without .parquet files")
         footers = [_read_footer(file) for file in files]
@@ -51,7 +51,7 @@ class ParquetRows:
             raise DataError(f"{files[0]}: no column `conversations`, only {', '.join(schema.names)}")
         self._bytes = next((name for name in PICTURES if name in schema.names and _holds_bytes(schema.field(name))), "")
         self._names = "image" if "image" in schema.names and self._bytes != "image" else ""
-        self._images = None if self._bytes else open_pictures(images)
+        self._images = open_pictures(None if self._bytes else images)
         text = [name for name in schema.names if name != self._bytes and not _holds_bytes(schema.field(name))]
         self._text = _Pieces(files, footers, text, KEPT_TEXT)
         self._data = _Pieces(files, footers, [self._bytes], KEPT_PICTURES) if self._bytes else None
@@ -61,7 +61,7 @@ class ParquetRows:
 
     @property
     def pictures(self) -> Path | None:
-        return self._images.path if self._images else None
+        return self._images.path
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -80,10 +80,7 @@ class ParquetRows:
         found = self._text.row(index)
         conversations = found.pop(self._talk)
         if isinstance(conversations, str | bytes):
-            try:
-                conversations = json.loads(conversations)
-            except (ValueError, RecursionError) as error:
-                raise RowError(f"`{self._talk}` is not JSON ({error})", "json") from None
+            conversations = parse_talk(conversations, self._talk)
         elif isinstance(conversations, list):  # a column of records gives every record every field
             conversations = [_without_nulls(message) for message in conversations]
         names = found.pop(self._names, None) if self._names else None
@@ -112,8 +109,6 @@ class ParquetRows:
             if len(cells) != told:
                 raise RowError(f"the text speaks of {told} pictures, the row has {len(cells)}", "placeholders")
             return picture_bytes(cells[position], name)
-        if self._images is None:
-            raise RowError(f"{name}: the row has a picture, but --images was not given", "picture missing")
         return self._images.read(name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
@@ -187,8 +182,8 @@ class _Pieces:
         at = max((piece for piece in self._going if number - part <= piece <= number), default=None)
         if at is None:
             # Without buffering ahead, and without threads, which a fork would not inherit.
-            footer = self._footers.get(file) or self._footers.setdefault(file, pq.read_metadata(self.files[file]))
-            source = pq.ParquetFile(self.files[file], metadata=footer, buffer_size=2**20, pre_buffer=False)
+            footer = self._footers.get(file) or self._footers.setdefault(file, _footer(self.files[file]))
+            source = pq.ParquetFile(source_of(self.files[file]), metadata=footer, buffer_size=2**20, pre_buffer=False)
             at, reader = number - part, source.iter_batches(rows, [group], self.columns, use_threads=False)
         else:
             reader = self._going.pop(at)
@@ -228,9 +223,22 @@ class _Pieces:
         return order
 
 
+def source_of(file: Path) -> Path | BinaryIO:
+    """What pyarrow can open: it takes names of files that are UTF-8 only."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return file.open("rb")
+    return file
+
+
+def _footer(file: Path) -> pq.FileMetaData:
+    return pq.read_metadata(source_of(file))
+
+
 def _read_footer(file: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(file)
+        return _footer(file)
     except (pa.ArrowException, OSError) as error:
         found = stand_in(file) or f"not a parquet file ({' '.join(str(error).split())}) — download it again"
         raise DataError(f"{file}: {found}") from None

@@ -32,21 +32,32 @@ PIECE = 2**20  # bytes of the directory that are looked at together
 class Pictures(Protocol):
     """Pictures by name."""
 
-    path: Path
+    @property
+    def path(self) -> Path | None:
+        """The folder or zip; None where there is none."""
 
     def read(self, name: str) -> bytes:
         """The bytes of a picture. Raises RowError."""
 
 
-def open_pictures(path: Path | None) -> Pictures | None:
-    """Open a folder or a zip of pictures; None for rows without any. Raises MissingInput or DataError."""
+def open_pictures(path: Path | None) -> Pictures:
+    """Open a folder or a zip of pictures; None for rows that should have none. Raises MissingInput or DataError."""
     if path is None:
-        return None
+        return NoPictures()
     if path.is_dir():
         return FolderPictures(path)
     if path.is_file():
         return ZipPictures(path)
     raise MissingInput(f"no pictures at {path} — {how_to_get('dataset')}, or name a folder or a zip with --images")
+
+
+class NoPictures:
+    """What there is where nobody said where pictures are."""
+
+    path: None = None
+
+    def read(self, name: str) -> bytes:
+        raise RowError(f"{name}: the row has a picture, but --images was not given", "picture missing")
 
 
 class FolderPictures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -89,6 +90,14 @@ def as_messages(conversations: Any) -> Any:
         }
         for message in conversations
     ]
+
+
+def parse_talk(text: str | bytes, column: str) -> Any:
+    """A conversation that stands in a cell of a table as JSON. Raises RowError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"`{column}` is not JSON ({error})", "json") from None
 
 
 def image_names(names: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 
 from minimind_v.core.data.parquet import PICTURES, TALK
 from minimind_v.core.data.pictures import open_pictures
-from minimind_v.core.data.row import Row, as_messages, image_names, picture_bytes
-from minimind_v.core.errors import DataError, MissingInput, RowError
+from minimind_v.core.data.row import Row, as_messages, image_names, parse_talk, picture_bytes
+from minimind_v.core.errors import DataError, MissingInput
 
 
 class SavedRows:
@@ -46,11 +45,11 @@ class SavedRows:
         self._names = "image" if "image" in found.column_names and self._bytes != "image" else ""
         self._rows = found
         self._texts = found.select_columns([name for name in found.column_names if name != self._bytes])
-        self._images = None if self._bytes else open_pictures(images)
+        self._images = open_pictures(None if self._bytes else images)
 
     @property
     def pictures(self) -> Path | None:
-        return self._images.path if self._images else None
+        return self._images.path
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -65,10 +64,7 @@ class SavedRows:
         found = dict(self._texts[index])
         conversations = found.pop(self._talk)
         if isinstance(conversations, str):
-            try:
-                conversations = json.loads(conversations)
-            except (ValueError, RecursionError) as error:
-                raise RowError(f"`{self._talk}` is not JSON ({error})", "json") from None
+            conversations = parse_talk(conversations, self._talk)
         told = image_names(found.pop(self._names, None)) if self._names else []
         if self._bytes:
             count = len(self._cells(index))
@@ -82,8 +78,6 @@ class SavedRows:
     def picture(self, index: int, position: int, name: str) -> bytes:
         if self._bytes:
             return picture_bytes(self._cells(index)[position], name)
-        if self._images is None:
-            raise RowError(f"{name}: the row has a picture, but --images was not given", "picture missing")
         return self._images.read(name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:

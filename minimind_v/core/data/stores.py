@@ -62,7 +62,7 @@ class _TextRows(Reopened):
 
     @property
     def pictures(self) -> Path | None:
-        return self._images.path if self._images else None
+        return self._images.path
 
     def __len__(self) -> int:
         return len(self._index)
@@ -75,14 +75,12 @@ class _TextRows(Reopened):
         return f"{self.path}:{self.number(index)}"
 
     def picture(self, index: int, position: int, name: str) -> bytes:
-        if self._images is None:
-            raise RowError(f"{name}: the row has a picture, but --images was not given", "picture missing")
         return self._images.read(name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(len(self))
 
-    def _parse(self, data: bytes) -> dict[str, Any]:
+    def _parse(self, data: bytes) -> Row:
         try:
             found = json.loads(data.decode("utf-8-sig"))
         except json.JSONDecodeError as error:  # its own text speaks of a line 1
@@ -92,7 +90,8 @@ class _TextRows(Reopened):
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(found, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
-        return found
+        extra = {key: value for key, value in found.items() if key not in COLUMNS}
+        return Row(as_messages(found.get("conversations")), image_names(found.get("image")), extra)
 
 
 def _array(data: bytes) -> str:
@@ -107,9 +106,7 @@ class JsonlRows(_TextRows):
 
     def row(self, index: int) -> Row:
         self.handle.seek(int(self._index.array[0, index]))
-        found = self._parse(self.handle.readline())
-        extra = {key: value for key, value in found.items() if key not in COLUMNS}
-        return Row(as_messages(found.get("conversations")), image_names(found.get("image")), extra)
+        return self._parse(self.handle.readline())
 
     def _find_rows(self) -> np.ndarray:
         """Offset and line number (from 1) of every line that is not blank. Read in pieces, so that none stays."""
@@ -142,9 +139,7 @@ class LlavaRows(_TextRows):
     def row(self, index: int) -> Row:
         offset, length = (int(number) for number in self._index.array[:, index])
         self.handle.seek(offset)
-        found = self._parse(self.handle.read(length))
-        extra = {key: value for key, value in found.items() if key not in COLUMNS}
-        return Row(as_messages(found.get("conversations")), image_names(found.get("image")), extra)
+        return self._parse(self.handle.read(length))
 
     def _find_rows(self) -> np.ndarray:
         """Offset and length in bytes of every element of the array."""

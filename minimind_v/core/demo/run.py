@@ -37,7 +37,7 @@ from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.loop import train
-from minimind_v.core.train.metrics import Listener
+from minimind_v.core.train.metrics import Listener, read_metrics
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class Demo:
         folder, size = self.out / "dataset", self.size
         # Every set has dice of its own, so that the size of one does not change another.
         dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs")]
-        self.pretrain_set, scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
-        self.sft_set, more = write_sft(folder, dice[1], size.sft_rows)
+        _, scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
+        _, more = write_sft(folder, dice[1], size.sft_rows)
         seen = scenes | more
         self.scenes_set, self.scenes = write_test(folder, "heldout_scenes", dice[2], size.test_rows, seen, False)
         self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, seen, True)
@@ -194,8 +194,8 @@ class Demo:
     def _curves(self) -> dict[str, list[tuple[int, float]]]:
         curves = {}
         for stage in ("pretrain", "sft"):
-            lines = (self.out / "out" / f"{stage}_vlm_128" / "metrics.jsonl").read_text().splitlines()
-            curves[stage] = [(record["step"], record["loss"]) for record in map(json.loads, lines)]
+            records = read_metrics(self.out / "out" / f"{stage}_vlm_128" / "metrics.jsonl")
+            curves[stage] = [(record["step"], record["loss"]) for record in records]
         return curves
 
     def _summary(self, before: dict[str, Scores], after: dict[str, Scores], seconds: float) -> dict[str, Any]:

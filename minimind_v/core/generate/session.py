@@ -124,6 +124,10 @@ def open_question(question: str, images: Iterable[Path | np.ndarray], size: int)
 
 
 def _look(path: Path, size: int) -> np.ndarray:
-    if not path.is_file():
-        raise MissingInput(f"no picture at {path}")
-    return load_pixels(path.read_bytes(), str(path), size)
+    try:
+        if not path.is_file():
+            raise MissingInput(f"no picture at {path}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise MissingInput(f"no picture at {path!s:.200} ({error.strerror})") from None
+    return load_pixels(data, str(path), size)

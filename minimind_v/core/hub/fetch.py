@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from filelock import FileLock, Timeout
 
 from minimind_v.core.errors import RunError
+from minimind_v.core.hub.item import Item, Listener
 from minimind_v.core.hub.receipt import STAGING, Kept, Receipt
 from minimind_v.core.hub.remote import Hub, HubError, Listing, NotThere, RemoteFile, Unreachable
 from minimind_v.core.hub.transfer import Digests, bring, digests, is_it, settle
@@ -24,41 +24,6 @@ from minimind_v.core.hub.wanted import Want
 
 HUBS = ("hf", "modelscope")  # `auto` tries them in this order
 MARGIN = 16 << 20  # bytes of free space that a download leaves alone
-
-
-class Listener(Protocol):
-    """Whoever watches a download."""
-
-    def say(self, message: str) -> None: ...
-    def warn(self, message: str) -> None: ...
-    def bytes_here(self, file: str, here: int, size: int, all_here: int, all_size: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Item:
-    """A file of a download, and what happened or would happen to it."""
-
-    path: Path
-    hub: str
-    repo: str
-    commit: str
-    url: str
-    remote: RemoteFile
-    action: str = "kept"  # kept, fetched, would fetch
-    size: int | None = None
-    sha256: str | None = None
-    want: Want | None = None
-    staged: int = 0
-
-    @property
-    def folder(self) -> Path:
-        assert self.want
-        return self.want.folder
-
-    @property
-    def part(self) -> Path:
-        version = self.remote.sha256 or self.remote.git_sha1 or self.commit
-        return self.folder / STAGING / f"{self.path.name}.{version.replace('/', '_')[:16]}.part"
 
 
 def open_hub(name: str, endpoint: str | None) -> Hub:

@@ -20,7 +20,7 @@ from minimind_v.core.hub.ranges import RangeFile
 from minimind_v.core.hub.remote import Hub, HubError
 
 if TYPE_CHECKING:
-    from minimind_v.core.hub.fetch import Item, Listener
+    from minimind_v.core.hub.item import Item, Listener
 
 GROUP = 64  # rows in a row group of the sample
 TOGETHER = 1 << 22  # bytes of neighbouring zip members that are fetched by one request

@@ -19,6 +19,7 @@ from minimind_v.core.data.digests import Digests, picture_digest, text_digest, w
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.row import Row, RowStore
 from minimind_v.core.errors import RowError
+from minimind_v.core.inspect.count import NO_LIMIT
 from minimind_v.core.inspect.packed import Packed
 from minimind_v.core.inspect.processes import each_row
 
@@ -32,7 +33,6 @@ KINDS = {  # what training does about a row with this problem; every other kind 
     "held out": TRAINED,
 }
 EXAMPLES = 3  # places that a summary tells of each kind
-NO_LIMIT = 2**31  # tokens
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from minimind_v.core.data.parquet import source_of
 from minimind_v.core.data.row import Row, RowStore
 from minimind_v.core.errors import DataError, RowError, RunError, UsageError
-from minimind_v.core.files import write_atomically, write_text
+from minimind_v.core.files import as_json, write_atomically, write_text
 
 LOCK = "lock"  # in the folder of the parts
 PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
@@ -67,6 +68,7 @@ def convert(
     nothing is left out without being asked for.
     """
     target = check_target(out, overwrite)
+    keep_source(rows, target.files)
     with _alone(target):
         done = begun = _resume(rows, target)
         pictures = 0
@@ -90,6 +92,14 @@ def check_target(out: Path, overwrite: bool) -> Form:
         if path.exists() and not overwrite:
             raise UsageError(f"{path} is there already — add --overwrite to replace it")
     return target
+
+
+def keep_source(rows: RowStore, files: list[Path]) -> None:
+    """Raises UsageError where the rows, or their pictures, would be written over while they are read."""
+    sources = [path.resolve() for path in (rows.path, rows.pictures) if path]
+    for file in files:
+        if file.resolve() in sources:
+            raise UsageError(f"{file} is what is read, so it cannot be written — name another file")
 
 
 def read_whole(rows: RowStore, index: int) -> Whole:
@@ -120,6 +130,8 @@ def _alone(target: Form) -> Iterator[None]:
     try:
         yield
     finally:
+        if not any(target.folder.glob("part-*")):  # nothing to go on from
+            shutil.rmtree(target.folder, ignore_errors=True)
         lock.release()
 
 
@@ -190,7 +202,7 @@ class Parquet:
 
     def parts(self) -> Iterator[tuple[int, int]]:
         for path in _named(self.folder, "parquet"):
-            yield int(path.stem.split("-")[1]), pq.read_metadata(path).num_rows
+            yield int(path.stem.split("-")[1]), pq.read_metadata(source_of(path)).num_rows
 
     def write_part(self, begin: int, part: list[Whole]) -> None:
         cells: list[list[Any]] = [[], [], [], []]
@@ -199,7 +211,7 @@ class Parquet:
             named = row.images and not all(NUMBERED.fullmatch(name) for name in row.images)
             cells[0].append(as_json(row.conversations))
             cells[1].append(whole.pictures)
-            cells[2].append(", ".join(row.images) if named else None)
+            cells[2].append(", ".join(name.replace(",", "_") for name in row.images) if named else None)
             cells[3].append(as_json(row.extra) if row.extra else None)
         table = pa.table(cells, schema=SCHEMA)
         path = self.folder / f"part-{begin:09d}.parquet"
@@ -210,7 +222,7 @@ class Parquet:
         def write(file: Any) -> None:
             with pq.ParquetWriter(file, SCHEMA, compression=COMPRESSION) as writer:
                 for path in _named(self.folder, "parquet"):
-                    writer.write_table(pq.read_table(path))
+                    writer.write_table(pq.read_table(source_of(path)))
 
         write_atomically(self.files[0], write)
 
@@ -292,13 +304,3 @@ class JsonlZip:
 def _directory(path: Path) -> dict[str, tuple[int, int]]:
     with zipfile.ZipFile(path) as archive:
         return {member.filename: (member.CRC, member.file_size) for member in archive.infolist()}
-
-
-def as_json(value: Any) -> str:
-    """JSON on one line, readable where it can be: half a character can only be written as an escape."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value)
-    return text

@@ -56,11 +56,11 @@ def plan_batches(
     rows: RowStore, encoder: PromptEncoder, config: RunConfig, counted: Counted | None = None
 ) -> BatchPlan:
     """The plan of a run, its rows counted as they are read. No picture is read, so none needs a size."""
-    make = RowDataset if counted is None else _CountedRows
-    dataset = make(rows, encoder, 0, config.data.max_length)
-    if isinstance(dataset, _CountedRows):
-        dataset.counted = counted or Counted()
     data = config.data
+    dataset = RowDataset(rows, encoder, 0, data.max_length)
+    if counted is not None:
+        dataset = _CountedRows(rows, encoder, 0, data.max_length)
+        dataset.counted = counted
     rows_per_update = data.batch_size * config.accumulate * config.gpus
     return BatchPlan(
         dataset,

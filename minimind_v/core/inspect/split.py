@@ -11,11 +11,11 @@ import numpy as np
 
 from minimind_v.core.data.heldout import choose, group_by_picture
 from minimind_v.core.data.parquet import ParquetRows
-from minimind_v.core.data.row import RowStore
+from minimind_v.core.data.row import RowStore, image_names
 from minimind_v.core.data.saved import SavedRows
 from minimind_v.core.errors import RowError, UsageError
-from minimind_v.core.files import write_atomically
-from minimind_v.core.inspect.convert import as_json, convert, unreadable
+from minimind_v.core.files import as_json, write_atomically
+from minimind_v.core.inspect.convert import convert, keep_source, unreadable
 from minimind_v.core.inspect.sample import SampledRows
 
 
@@ -49,21 +49,28 @@ def split(
         if path.exists() and not overwrite:
             raise UsageError(f"{path} is there already — add --overwrite to replace it")
 
+    keep_source(rows, [train, aside])
+
     def refuse(index: int, error: RowError) -> None:
         raise unreadable(rows, index, error)
 
     # Rows are read first, then written.
     groups = group_by_picture(rows, refuse, lambda done: progress(done, 2 * len(rows)))
     held = _hold_out(groups, held_out, seed)
-    done = len(rows)
-    for path, chosen in ((train, ~held), (aside, held)):
-        part = SampledRows(rows, np.flatnonzero(chosen))
-        if packed:
-            convert(part, path, overwrite)
-        else:
-            _write_rows(part, path)
-        done += len(part)
-        progress(done, 2 * len(rows))
+    written: list[Path] = []
+    try:
+        for path, chosen in ((aside, held), (train, ~held)):
+            part = SampledRows(rows, np.flatnonzero(chosen))
+            if packed:
+                convert(part, path, overwrite)
+            else:
+                _write_rows(part, path)
+            written.append(path)
+            progress(len(rows) + len(part), 2 * len(rows))
+    except BaseException:  # one side without the other, or beside an older one, would not keep the promise
+        for path in written:
+            path.unlink()
+        raise
     return Split(train, aside, int((~held).sum()), int(held.sum()), len(np.unique(groups)))
 
 
@@ -85,7 +92,13 @@ def _write_rows(rows: RowStore, path: Path) -> None:
     def write(file: BinaryIO) -> None:
         for index in range(len(rows)):
             row = rows.row(index)
-            image = {"image": ", ".join(row.images)} if row.images else {}
+            image = {"image": _told(row.images)} if row.images else {}
             file.write((as_json({"conversations": row.conversations} | image | row.extra) + "\n").encode())
 
     write_atomically(path, write)
+
+
+def _told(names: list[str]) -> str | list[str]:
+    """Names as one text where it reads back as these names; one with a comma in it needs a list."""
+    text = ", ".join(names)
+    return text if image_names(text) == names else names

@@ -1,0 +1,28 @@
+"""Where results go is closed, full, or has heard enough: a line at the most, never a traceback."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.harness import MMV, place
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "out", "err"),
+    [
+        (">&-", 0, "", ""),
+        ("2>&- >&-", 0, "", ""),
+        (">/dev/full", 1, "", "error: No space left on device\n"),
+        ("| head -1", 1, "kind                dataset\n", ""),
+        ("| true", 1, "", ""),
+    ],
+)
+def test_a_result_that_nobody_takes(where, code, out, err):
+    if "/dev/full" in where and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = f"set -o pipefail; {shlex.join([str(MMV), 'info', str(place().data('sft'))])} {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=os.environ)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
