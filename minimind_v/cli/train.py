@@ -6,7 +6,7 @@ import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRA
 
 if TYPE_CHECKING:
     from minimind_v.core.config.schema import RunConfig
+    from minimind_v.core.train.launch import Launch
     from minimind_v.core.train.loop import Summary
 
 
@@ -115,24 +116,26 @@ def train(
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
     from minimind_v.core.config.load import resolve, to_yaml
+    from minimind_v.core.train.launch import Launch
 
     planning = stage is Stage.plan
     stage = (planned or Stage.pretrain) if planning else stage
     if stage is Stage.plan or (not planning and (planned or json or price_per_hour is not None)):
         raise typer.BadParameter("`mmv train plan [pretrain|sft]` looks ahead; --json and --price-per-hour are its own")
     resolved, terminal = resolve(stage.value, config, options, set_ or ()), Terminal()
-    built = resolved.config
     if print_config:
-        terminal.result(to_yaml(built, resolved.sources), end="")
-        return
+        terminal.result(to_yaml(resolved.config, resolved.sources), end="")
+    elif planning:
+        _look_ahead(terminal, resolved.config, price_per_hour, json)
+    else:
+        several = Launch(resolved.config.gpus, nnodes, node_rank, rdzv_endpoint, max_restarts)
+        _run(terminal, resolved.config, several, overwrite=overwrite, resume=resume, allowed=allow or ())
 
-    if planning:
-        _look_ahead(terminal, built, price_per_hour, json)
-        return
 
-    from minimind_v.core.train.launch import Launch, launch, mind_the_launcher
+def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> None:
+    """Train in this process, or start the processes that do; `how` is what the run is told besides."""
+    from minimind_v.core.train.launch import launch, mind_the_launcher
 
-    plan = Launch(built.gpus, nnodes, node_rank, rdzv_endpoint, max_restarts)
     mind_the_launcher()
 
     from minimind_v.core.train.distributed import World
@@ -140,14 +143,14 @@ def train(
     from minimind_v.core.train.metrics import Silent
 
     world = World.find()
-    if plan.needed and not world.placed:
-        launch(plan, sys.argv[1:])
+    if several.needed and not world.placed:
+        launch(several, sys.argv[1:])
         return
     if not world.leads:
-        summary = run(built, Silent(), overwrite, resume, allow or ())
+        summary = run(config, Silent(), **how)
     else:
-        with TrainView(terminal, stage.value) as view:
-            summary = run(built, view, overwrite, resume, allow or ())
+        with TrainView(terminal, config.stage) as view:
+            summary = run(config, view, **how)
         _tell(terminal, summary)
     if summary.stopped_by:
         raise typer.Exit(128 + summary.stopped_by)
