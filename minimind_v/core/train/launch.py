@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import LostContact, MmvError, RunError, UsageError
+from minimind_v.core.interrupt import SIGNALS
 
 WORDS = "MMV_LAST_WORDS"  # the folder in which processes leave word, in their environment
+LAUNCHER = "MMV_LAUNCHER"  # the launcher's own number there: it may be gone before a process has looked for its parent
 PATIENCE = 600  # seconds that a process may take to finish its update and to save, before it is killed
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1")  # handed on to all processes
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,12 @@ def launch(plan: Launch, words: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import launch_agent
 
-    # Their words are for their own developers.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()  # torch's words are for its developers; this process has none of its own in a log
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Threads of several processes on the same cores wait for each other: to each its share.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.processes)))
     with tempfile.TemporaryDirectory(prefix="mmv-") as folder:
-        os.environ[WORDS] = folder
+        os.environ |= {WORDS: folder, LAUNCHER: str(os.getpid())}
         try:
             launch_agent(_elastic(plan), sys.executable, ["-m", "minimind_v", *words])
         except ChildFailedError as error:
@@ -109,7 +109,7 @@ def _elastic(plan: Launch) -> Any:
         rdzv_configs={"rank": plan.node_rank} if ranked else {"is_host": True} if alone else {},
         local_addr="127.0.0.1" if alone else None,
         max_restarts=plan.max_restarts,
-        signals_to_handle=",".join(name for name in SIGNALS if hasattr(signal, name)),
+        signals_to_handle=",".join(["SIGQUIT"] * hasattr(signal, "SIGQUIT") + [number.name for number in SIGNALS]),
         shutdown_timeout=PATIENCE,
     )
 
@@ -141,10 +141,10 @@ def mind_the_launcher() -> None:
     for word in _words(Path(os.environ[WORDS])):
         if word["kind"] == "final":
             raise SystemExit(word["code"])
-    parent = os.getppid()
+    launcher = int(os.environ[LAUNCHER])
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == launcher:
             time.sleep(0.5)
         os._exit(1)
 
