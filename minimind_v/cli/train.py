@@ -16,6 +16,7 @@ from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
 
 if TYPE_CHECKING:
+    from minimind_v.core.config.load import Resolved
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.train.launch import Launch
     from minimind_v.core.train.loop import Summary
@@ -47,6 +48,16 @@ class Stage(str, Enum):
     plan = "plan"
 
 
+def _rows(text: str) -> int | str:
+    """What --batch-size says."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of rows nor `auto`") from None
+
+
 def train(
     stage: Annotated[
         Stage,
@@ -69,7 +80,14 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where weights and metrics go.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times that every row is seen.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch and process.")] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            parser=_rows,
+            help="Rows per micro-batch and process; auto: as many of an update's rows as there is memory for.",
+        ),
+    ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per row, pictures included.")] = None,
@@ -124,12 +142,26 @@ def train(
         raise typer.BadParameter("`mmv train plan [pretrain|sft]` looks ahead; --json and --price-per-hour are its own")
     resolved, terminal = resolve(stage.value, config, options, set_ or ()), Terminal()
     if print_config:
-        terminal.result(to_yaml(resolved.config, resolved.sources), end="")
+        built, sources = _fitted(resolved)
+        terminal.result(to_yaml(built, sources), end="")
     elif planning:
-        _look_ahead(terminal, resolved.config, price_per_hour, json)
+        _look_ahead(terminal, _fitted(resolved)[0], price_per_hour, json)
     else:
         several = Launch(resolved.config.gpus, nnodes, node_rank, rdzv_endpoint, max_restarts)
-        _run(terminal, resolved.config, several, overwrite=overwrite, resume=resume, allowed=allow or ())
+        how = {"overwrite": overwrite, "resume": resume, "allowed": allow or (), "auto": resolved.auto}
+        _run(terminal, resolved.config, several, **how)
+
+
+def _fitted(resolved: Resolved) -> tuple[RunConfig, dict[str, str]]:
+    """The configuration and its sources, with the batch size that is yet to be found."""
+    if not resolved.auto:
+        return resolved.config, resolved.sources
+    from minimind_v.core.device import pick_device
+    from minimind_v.core.train.fit import fit
+
+    config, why = fit(resolved.config, pick_device(resolved.config.device))
+    source = resolved.sources["data.batch_size"]
+    return config, resolved.sources | {"data.batch_size": f"{source} auto: {why}", "accumulate": "follows"}
 
 
 def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> None:

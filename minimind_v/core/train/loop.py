@@ -26,6 +26,7 @@ from minimind_v.core.files import write_text
 from minimind_v.core.interrupt import StopRequest
 from minimind_v.core.train.build import build_model, open_data
 from minimind_v.core.train.distributed import ALONE, World, alone_or_last
+from minimind_v.core.train.fit import fit
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.manifest import write_manifest
 from minimind_v.core.train.metrics import Listener, MetricsFile, Silent, StepMetrics
@@ -74,16 +75,18 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     allowed: Collection[str] = (),
+    auto: bool = False,
 ) -> Summary:
     """Train as the configuration says, and save. In each of several processes, it does that process's part.
 
     With `resume` a run that was stopped goes on, bit for bit as if it had not been; what differs from it is refused
-    unless its name is in `allowed`. Raises MissingInput, UsageError, DataError, WeightsError or RunError; what was
+    unless its name is in `allowed`. With `auto` an update's rows are divided into the largest batches that there is
+    memory for. Raises MissingInput, UsageError, DataError, WeightsError or RunError; what was
     learnt until then is saved first.
     """
     world = World.find()
     with world.contact():
-        summary = Run(config, listener, overwrite, resume, allowed, world).fit()
+        summary = Run(config, listener, overwrite, resume, allowed, auto, world).fit()
         world.leave()
     return summary
 
@@ -98,9 +101,10 @@ class Run:
         overwrite: bool = False,
         resume: bool = False,
         allowed: Collection[str] = (),
+        auto: bool = False,
         world: World = ALONE,
     ) -> None:
-        self.config, self.world, self.place = config, world, Place(config)
+        self.world, self.place = world, Place(config)
         self.listener = Watch(self.place.folder / "events.jsonl", listener) if world.leads else Silent()
         self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
         world.join(self.device)
@@ -109,6 +113,7 @@ class Run:
             overwrite, resume = False, True
         claim = self.place.claim(world.size, overwrite, resume, allowed, self.listener) if world.leads else None
         self.claim = world.broadcast(claim)
+        self.config = config = self._fit(config) if auto else config
         torch.manual_seed(config.seed)
         data = open_data(config, self.claim.origin, self.place.folder, world, self.listener)
         self.plan = data.plan
@@ -130,6 +135,16 @@ class Run:
         if self.claim.state is not None:
             self._take_up(self.claim.state)
         self.shared = world.share(self.model)
+
+    def _fit(self, config: RunConfig) -> RunConfig:
+        """The batch size that is to be found: as before where a run goes on, else the largest that fits."""
+        state = self.claim.state
+        if state is not None and self.place.same_rows(state):
+            size, accumulate = state.progress["split"]
+            return replace(config, data=replace(config.data, batch_size=size), accumulate=accumulate)
+        config, why = fit(config, self.device, self.world)
+        self.listener.say(why)
+        return config
 
     def _open_memory(self) -> Memory:
         config, encoder, listener = self.config, self.model.vision_encoder, self.listener
@@ -346,7 +361,7 @@ class Run:
         if not self.world.leads:
             return
         progress = {"step": self.done, "counts": asdict(self.counts), "broken": self.broken}
-        progress["split"] = self.place.split
+        progress["split"] = [self.config.data.batch_size, self.config.accumulate]
         try:
             tensors = pack(self._named_trained(), self.optimiser)
             self.place.states.write(self.done, tensors, progress, self.claim.origin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Place:
         self.folder = self.weights.with_suffix("")  # what a run writes besides weights
         self.metrics = self.folder / "metrics.jsonl"
         self.states = States(self.folder / "states", config.keep)
-        self.split = [config.data.batch_size, config.accumulate]
+        self.rows = config.data.batch_size * config.accumulate  # of an update that fall to a process
 
     def claim(
         self, processes: int, overwrite: bool, resume: bool, allowed: Collection[str], listener: Listener
@@ -46,7 +47,7 @@ class Place:
         """
         self._refuse_to_replace(overwrite, resume)
         origin = origin_of(self.config)
-        origin["rows_per_update"] = self.config.data.batch_size * self.config.accumulate * processes
+        origin["rows_per_update"] = self.rows * processes
         if not resume:
             self.states.supersede(at_once=processes > 1)
             return Claim(origin)
@@ -54,12 +55,16 @@ class Place:
         if state is None:
             listener.say(f"nothing to resume in {self.folder}: starting")
             return Claim(origin)
-        if state.progress.get("split") == self.split:  # more or fewer processes share the same updates
+        if self.same_rows(state):  # more or fewer processes share the same updates
             origin["rows_per_update"] = state.origin["rows_per_update"]
         check_origin(state.origin, origin, allowed, listener.warn)
         before = state.origin.get("rows_per_update", origin["rows_per_update"])
         state.progress["step"] = state.progress["step"] * before // origin["rows_per_update"]
         return Claim(origin, state)
+
+    def same_rows(self, state: State) -> bool:
+        """Whether as many rows of an update were asked of each process, in whatever batches."""
+        return math.prod(state.progress.get("split", ())) == self.rows
 
     def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:
         if overwrite and resume:
