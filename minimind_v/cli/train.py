@@ -166,9 +166,11 @@ def _fitted(resolved: Resolved) -> tuple[RunConfig, dict[str, str]]:
 
 def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> None:
     """Train in this process, or start the processes that do; `how` is what the run is told besides."""
-    from minimind_v.core.train.launch import launch, mind_the_launcher
+    from minimind_v.core.train.launch import hush, launch, mind_the_launcher
 
     mind_the_launcher()
+    if several.needed:
+        hush()
 
     from minimind_v.core.train.distributed import World
     from minimind_v.core.train.loop import train as run
@@ -176,7 +178,7 @@ def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> 
 
     world = World.find()
     if several.needed and not world.placed:
-        launch(several, sys.argv[1:])
+        launch(several, sys.argv[1:], terminal.say)
         return
     if not world.leads:
         summary = run(config, Silent(), **how)
