@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 from torch.utils.data import Dataset
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train import loop
+from minimind_v.core.train.build import Data, Loaded
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.metrics import StepMetrics, Validation
 
@@ -62,16 +66,13 @@ class GivenRun(Run):
     """The real training run over a model and batches that exist already."""
 
     def __init__(self, config: RunConfig, model: VLM, batches: list[Batch]) -> None:
-        self.given = model, GivenBatches(batches, config)
         self.recorder = Recorder()
-        super().__init__(config, self.recorder)
-
-    def _open_data(self) -> GivenBatches:
-        return self.given[1]
-
-    def _build_model(self) -> VLM:
-        self.loaded = self.new_projector = False
-        return self.given[0]
+        data, loaded = Data(None, None, GivenBatches(batches, config), None), Loaded(model, False, False)
+        with (
+            mock.patch.object(loop, "open_data", return_value=data),
+            mock.patch.object(loop, "build_model", return_value=loaded),
+        ):
+            super().__init__(config, self.recorder)
 
 
 @pytest.fixture

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -179,19 +182,42 @@ def run_app(app: Any) -> None:
             terminal.fail(message)
         sys.exit(code)
 
+    with _ctrl_c() as pressed:
+        try:
+            app()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:  # `mmv … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if pressed:  # what was interrupted has made an error of its own of it, as imports may
+                sys.exit(130)
+            if debug:
+                raise
+            if isinstance(error, MmvError):
+                end(str(error), error, error.exit_code)
+            if isinstance(error, OSError):  # no permission, no space, a name too long: the system's own words say it
+                said = error.strerror or str(error)
+                end(f"{error.filename}: {said}" if error.filename else said, error)
+            end(f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where", error)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """Ctrl-C is a KeyboardInterrupt as ever; the list tells whether there was one."""
+    pressed: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    usual = usual and threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    if usual:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `mmv … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if debug:
-            raise
-        if isinstance(error, MmvError):
-            end(str(error), error, error.exit_code)
-        if isinstance(error, OSError):  # no permission, no space, a name too long: the system's own words say it
-            said = error.strerror or str(error)
-            end(f"{error.filename}: {said}" if error.filename else said, error)
-        end(f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where", error)
+        yield pressed
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,7 +6,7 @@ import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,9 @@ from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
 
 if TYPE_CHECKING:
+    from minimind_v.core.config.load import Resolved
     from minimind_v.core.config.schema import RunConfig
+    from minimind_v.core.train.launch import Launch
     from minimind_v.core.train.loop import Summary
 
 
@@ -46,6 +48,16 @@ class Stage(str, Enum):
     plan = "plan"
 
 
+def _rows(text: str) -> int | str:
+    """What --batch-size says."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of rows nor `auto`") from None
+
+
 def train(
     stage: Annotated[
         Stage,
@@ -68,7 +80,14 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where weights and metrics go.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times that every row is seen.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch and process.")] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            parser=_rows,
+            help="Rows per micro-batch and process; auto: as many of an update's rows as there is memory for.",
+        ),
+    ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per row, pictures included.")] = None,
@@ -115,39 +134,57 @@ def train(
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
     from minimind_v.core.config.load import resolve, to_yaml
+    from minimind_v.core.train.launch import Launch
 
     planning = stage is Stage.plan
     stage = (planned or Stage.pretrain) if planning else stage
     if stage is Stage.plan or (not planning and (planned or json or price_per_hour is not None)):
         raise typer.BadParameter("`mmv train plan [pretrain|sft]` looks ahead; --json and --price-per-hour are its own")
     resolved, terminal = resolve(stage.value, config, options, set_ or ()), Terminal()
-    built = resolved.config
     if print_config:
-        terminal.result(to_yaml(built, resolved.sources), end="")
-        return
+        built, sources = _fitted(resolved)
+        terminal.result(to_yaml(built, sources), end="")
+    elif planning:
+        _look_ahead(terminal, _fitted(resolved)[0], price_per_hour, json)
+    else:
+        several = Launch(resolved.config.gpus, nnodes, node_rank, rdzv_endpoint, max_restarts)
+        how = {"overwrite": overwrite, "resume": resume, "allowed": allow or (), "auto": resolved.auto}
+        _run(terminal, resolved.config, several, **how)
 
-    if planning:
-        _look_ahead(terminal, built, price_per_hour, json)
-        return
 
-    from minimind_v.core.train.launch import Launch, launch, mind_the_launcher
+def _fitted(resolved: Resolved) -> tuple[RunConfig, dict[str, str]]:
+    """The configuration and its sources, with the batch size that is yet to be found."""
+    if not resolved.auto:
+        return resolved.config, resolved.sources
+    from minimind_v.core.device import pick_device
+    from minimind_v.core.train.fit import fit
 
-    plan = Launch(built.gpus, nnodes, node_rank, rdzv_endpoint, max_restarts)
+    config, why = fit(resolved.config, pick_device(resolved.config.device))
+    source = resolved.sources["data.batch_size"]
+    return config, resolved.sources | {"data.batch_size": f"{source} auto: {why}", "accumulate": "follows"}
+
+
+def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> None:
+    """Train in this process, or start the processes that do; `how` is what the run is told besides."""
+    from minimind_v.core.train.launch import hush, launch, mind_the_launcher
+
     mind_the_launcher()
+    if several.needed:
+        hush()
 
     from minimind_v.core.train.distributed import World
     from minimind_v.core.train.loop import train as run
     from minimind_v.core.train.metrics import Silent
 
     world = World.find()
-    if plan.needed and not world.placed:
-        launch(plan, sys.argv[1:])
+    if several.needed and not world.placed:
+        launch(several, sys.argv[1:], terminal.say)
         return
     if not world.leads:
-        summary = run(built, Silent(), overwrite, resume, allow or ())
+        summary = run(config, Silent(), **how)
     else:
-        with TrainView(terminal, stage.value) as view:
-            summary = run(built, view, overwrite, resume, allow or ())
+        with TrainView(terminal, config.stage) as view:
+            summary = run(config, view, **how)
         _tell(terminal, summary)
     if summary.stopped_by:
         raise typer.Exit(128 + summary.stopped_by)

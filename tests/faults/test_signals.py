@@ -95,6 +95,23 @@ def slow_loading():
     VisionEncoder.load = load
 
 
+def test_an_interrupt_that_became_another_error_on_its_way_is_an_interrupt(tmp_path, monkeypatch):
+    """An import that is interrupted in the middle may fail over what it left half-done."""
+
+    def load(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise AttributeError("module 'numpy' has no attribute 'matrix'") from None
+
+    monkeypatch.setattr(VisionEncoder, "load", load)
+    before = signal.getsignal(signal.SIGINT)
+    ended = here(*place().train(tmp_path / "out"))
+    assert ended.code == 130
+    assert "defect" not in ended.err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_killed_outright_no_worker_survives(run):
     assert len(run.left_behind()) >= 2  # its data workers
     assert run.send(signal.SIGKILL).wait().code == -signal.SIGKILL

@@ -168,6 +168,7 @@ def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair)
         code = run.wait().code
         assert code in (0, -sent if sent == signal.SIGKILL else 128 + sent)
         if code == 143:
+            assert "death signal" not in run.err, "torch's own words"
             assert run.err.splitlines()[-1].startswith("go on with: mmv train pretrain ")
     end = time.monotonic() + 20
     while alive := [pid for pid in processes_of(out) if pid != os.getpid()]:
@@ -184,6 +185,16 @@ def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair)
 def processes_of(out: Path) -> list[int]:
     listed = subprocess.run(["pgrep", "-f", f"--out {out}"], capture_output=True, text=True, check=False)
     return [int(pid) for pid in listed.stdout.split()]
+
+
+def test_who_starts_when_the_launcher_is_gone_already_ends(tmp_path):
+    """Killed at once, a launcher is no parent any more when its processes look for it."""
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left = {"MMV_LAST_WORDS": str(tmp_path), "MMV_LAUNCHER": gone.stdout.decode().strip()}
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [sys.executable, "-m", "minimind_v", *place().train(tmp_path / "out", **HALF)]
+    assert subprocess.run(command, cwd=ROOT, env=os.environ | left | alone, timeout=100, check=False).returncode == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -28,12 +28,16 @@ FLAG_KEYS = {
 }
 
 
+AUTO = "auto"  # in place of a batch size: the largest that this machine has room for
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A configuration, and for each of its keys who gave the value."""
 
     config: RunConfig
     sources: dict[str, str]
+    auto: bool = False  # whether the batch size is yet to be found; the one that is here gives the rows of an update
 
 
 def build_config(
@@ -48,12 +52,13 @@ def resolve(
 ) -> Resolved:
     """The stage's recipe, changed by the YAML file, then by options (flag → value; None: not given), then by sets.
 
-    The keys of YAML and sets are those of RunConfig, nested ones dotted (`data.batch_size`), and `preset`; `train.`
-    before a key of the run itself may be left out. Rows of another file than the recipe's have their pictures in the
-    zip beside it, or none, unless a key says otherwise.
+    The keys of YAML and sets are those of RunConfig, nested ones dotted (`data.batch_size`, which may be `auto`), and
+    `preset`; `train.` before a key of the run itself may be left out. Rows of another file than the recipe's have their
+    pictures in the zip beside it, or none, unless a key says otherwise.
     Raises UsageError naming the key, with the nearest one that exists.
     """
     changes, sources = _collect(yaml_file, options or {}, sets)
+    auto = changes.pop(AUTO, False)
     if isinstance(changes.get("data.file"), str | Path) and "data.images" not in changes:
         changes["data.images"] = images_beside(Path(changes["data.file"]))
         sources["data.images"] = "what is beside data.file"
@@ -78,7 +83,7 @@ def resolve(
     default = {key: given if key.startswith("model.") else f"recipe {stage}" for key in _keys(config, "")}
     default["data.workers"] = "this machine's cores"
     del default["stage"]  # the command itself
-    return Resolved(config, default | {key: source for key, source in sources.items() if key in default})
+    return Resolved(config, default | {key: source for key, source in sources.items() if key in default}, auto)
 
 
 def _collect(
@@ -90,7 +95,11 @@ def _collect(
 
     def put(key: str, value: Any, source: str) -> None:
         key = key.strip().removeprefix("train.")
-        changes[key], sources[key] = value, source
+        if key == "data.batch_size":
+            changes[AUTO] = value == AUTO
+        if not (key == "data.batch_size" and value == AUTO):  # which leaves the number that was given before
+            changes[key] = value
+        sources[key] = source
 
     for key, value in (_read_yaml(yaml_file) if yaml_file else {}).items():
         put(key, value, str(yaml_file))

@@ -38,6 +38,12 @@ class Batch:
         """Tokens that the loss looks at. (The first position of a row has nothing to be predicted from.)"""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """What the model's forward takes of a batch besides its pictures, by its names."""
+        names = ("input_ids", "attention_mask", "image_mask", "labels")
+        return {name: getattr(self, name) for name in names}
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; the copy overlaps with computing where memory is pinned."""
         moved: dict[str, Any] = {

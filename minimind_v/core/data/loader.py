@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
+from minimind_v.core.interrupt import SIGNALS
 
 LANES = 4  # a number that 1, 2 and 4 workers share evenly
 WINDOW = 32  # updates per window: enough to find rows of one length, and few enough to keep the order random
@@ -203,6 +204,5 @@ def load_batches(plan: BatchPlan, workers: int) -> Generator[Batch, None, None]:
 
 def _leave_signals(_: int) -> None:
     """Signals to the whole group are the main process's business; it ends its workers itself."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

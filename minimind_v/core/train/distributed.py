@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind_v.core.errors import LostContact, UsageError
+from minimind_v.core.train.launch import way_to
 
 # What torch's backends say when another process is gone.
 _GONE = re.compile(r"closed by peer|reset by peer|gloo|nccl|broken pipe|socket|store|connection", re.IGNORECASE)
@@ -72,6 +73,9 @@ class World:
             return
         if "MASTER_ADDR" not in os.environ:
             os.environ |= slurm_address(os.environ)
+        # Left alone, gloo asks what the machine's name stands for, which on many is the loopback that no other reaches.
+        if way := way_to(os.environ["MASTER_ADDR"]):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", way.interface)
         with self.contact():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             # A launcher's store outlives those that it starts again: addresses of the dead must not be found in it.

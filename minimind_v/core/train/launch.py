@@ -6,24 +6,31 @@ the first that is not about the end of another. Who is started by somebody else'
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import re
 import signal
+import socket
+import struct
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import LostContact, MmvError, RunError, UsageError
+from minimind_v.core.interrupt import SIGNALS
 
 WORDS = "MMV_LAST_WORDS"  # the folder in which processes leave word, in their environment
+LAUNCHER = "MMV_LAUNCHER"  # the launcher's own number there: it may be gone before a process has looked for its parent
+SIOCGIFADDR = 0x8915  # Linux: the address of an interface
+MEETING = 600  # seconds that machines may be started apart
 PATIENCE = 600  # seconds that a process may take to finish its update and to save, before it is killed
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1")  # handed on to all processes
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Launch:
             raise UsageError(
                 f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, the first machine's, the same on all"
             )
+        if self.rdzv_endpoint and not re.fullmatch(r".+:\d+", self.rdzv_endpoint):
+            raise UsageError(f"--rdzv-endpoint {self.rdzv_endpoint}: not of the form HOST:PORT")
         if (self.node_rank or 0) >= self.nnodes:
             raise UsageError(f"--node-rank {self.node_rank}: of {self.nnodes} machines the last is {self.nnodes - 1}")
 
@@ -60,7 +69,12 @@ class Launch:
         return self.processes > 1 or self.nnodes > 1
 
 
-def launch(plan: Launch, words: Sequence[str]) -> None:
+def hush() -> None:
+    """Keep what torch's own machinery warns of from the user. Only heeded before torch is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what is an error is raised as well
+
+
+def launch(plan: Launch, words: Sequence[str], say: Callable[[str], None]) -> None:
     """Run `mmv` with these words in every process, to the end.
 
     Raises the error of the process that failed first, with its exit code; SystemExit where a signal stopped them all.
@@ -69,16 +83,20 @@ def launch(plan: Launch, words: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import launch_agent
 
-    # Their words are for their own developers.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.disable()  # torch's words are for its developers; this process has none of its own in a log
     # Threads of several processes on the same cores wait for each other: to each its share.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.processes)))
+    if plan.nnodes > 1:
+        _look_up(plan)
+        say(f"{plan.nnodes} machines meet at {plan.rdzv_endpoint}: waiting for the others for up to {MEETING} s")
     with tempfile.TemporaryDirectory(prefix="mmv-") as folder:
-        os.environ[WORDS] = folder
+        os.environ |= {WORDS: folder, LAUNCHER: str(os.getpid())}
         try:
             launch_agent(_elastic(plan), sys.executable, ["-m", "minimind_v", *words])
         except ChildFailedError as error:
+            codes = {failure.exitcode for failure in error.failures.values()}
+            if codes <= {128 + number for number in SIGNALS}:  # one was asked to stop, here or elsewhere, and all did
+                raise SystemExit(max(codes)) from None
             raise _first_error(Path(folder), error) from None
         except SignalException as stop:
             raise SystemExit(128 + stop.sigval) from None
@@ -86,32 +104,76 @@ def launch(plan: Launch, words: Sequence[str]) -> None:
             raise
         except Exception as error:  # the rendezvous: many kinds
             first = (str(error) or type(error).__name__).splitlines()[0]
-            raise RunError(f"the processes did not find each other ({first}) — look at --rdzv-endpoint") from None
+            raise RunError(f"{_met_nobody(plan)} ({first})") from None
         finally:
             del os.environ[WORDS]  # what ends this process is not for itself to read
+
+
+def _look_up(plan: Launch) -> None:
+    host = (plan.rdzv_endpoint or "").rpartition(":")[0]
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except OSError as error:
+        raise UsageError(f"--rdzv-endpoint: no host {host} ({error.strerror})") from None
+
+
+def _met_nobody(plan: Launch) -> str:
+    if plan.nnodes == 1:
+        return "the processes did not find each other"
+    return (
+        f"{plan.nnodes} machines did not meet at {plan.rdzv_endpoint} — start the command on each, with its own "
+        "--node-rank and the same --rdzv-endpoint, an address of the first one that the others reach"
+    )
 
 
 def _elastic(plan: Launch) -> Any:
     """What torch's launcher calls the same things."""
     from torch.distributed.launcher.api import LaunchConfig
 
-    alone = plan.nnodes == 1
+    alone = plan.nnodes == 1  # then nobody outside has business with this run
     ranked = plan.node_rank is not None and not alone
-    if alone and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody outside has business with this run
+    meeting = plan.rdzv_endpoint or "127.0.0.1:0"
+    way = way_to(meeting.rpartition(":")[0])
     return LaunchConfig(
         min_nodes=plan.nnodes,
         max_nodes=plan.nnodes,
         nproc_per_node=plan.processes,
         run_id="mmv",
         rdzv_backend="static" if ranked else "c10d",
-        rdzv_endpoint=plan.rdzv_endpoint or "127.0.0.1:0",
+        rdzv_endpoint=meeting,
         rdzv_configs={"rank": plan.node_rank} if ranked else {"is_host": True} if alone else {},
-        local_addr="127.0.0.1" if alone else None,
+        local_addr=way.address if way else None,
+        rdzv_timeout=MEETING,
         max_restarts=plan.max_restarts,
-        signals_to_handle=",".join(name for name in SIGNALS if hasattr(signal, name)),
+        signals_to_handle=",".join(["SIGQUIT"] * hasattr(signal, "SIGQUIT") + [number.name for number in SIGNALS]),
         shutdown_timeout=PATIENCE,
     )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How this machine reaches another, or itself."""
+
+    address: str  # of this machine, as the other sees it
+    interface: str
+
+
+def way_to(host: str) -> Way | None:
+    """The way to a host by IPv4; None where the system does not tell. Nothing is sent."""
+    try:
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))
+            address = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # an interface without an address
+                    told = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                    if socket.inet_ntoa(told[20:24]) == address:
+                        return Way(address, name)
+    except (ImportError, OSError):
+        pass
+    return None
 
 
 # --- last words -------------------------------------------------------------------------------------------------------
@@ -141,10 +203,10 @@ def mind_the_launcher() -> None:
     for word in _words(Path(os.environ[WORDS])):
         if word["kind"] == "final":
             raise SystemExit(word["code"])
-    parent = os.getppid()
+    launcher = int(os.environ[LAUNCHER])
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == launcher:
             time.sleep(0.5)
         os._exit(1)
 
@@ -163,9 +225,12 @@ def _first_error(folder: Path, error: Any) -> MmvError:
     # Those that missed it have ended by themselves, or were asked to by SIGTERM.
     order = {-signal.SIGTERM: 1}
     rank, failure = min(error.failures.items(), key=lambda item: order.get(item[1].exitcode, int(item[1].exitcode > 0)))
+    again = "add --resume to go on from the last state"
+    if words and (failure.exitcode > 0 or failure.exitcode in order):  # all they have to tell is that one was missed
+        return RunError(f"another machine has left the run, or cannot be reached — {again}")
     ended = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     hint = ", often the system's answer to a lack of memory" if ended == "SIGKILL" else ""
-    return RunError(f"process {rank} was ended by {ended}{hint} — add --resume to go on from the last state")
+    return RunError(f"process {rank} was ended by {ended}{hint} — {again}")
 
 
 def _words(folder: Path) -> list[dict[str, Any]]:

@@ -124,10 +124,10 @@ def _measure(config: RunConfig, updates: int) -> tuple[Stopwatch, int, int]:
         few = replace(config, out=Path(folder), init=NO_INIT, save_every=0, val_every=0, track="none", gpus=1)
         watch.run = run = Run(few, watch)
         run.fit()
-        state = sum(path.stat().st_size for path in run.states.paths())
-        best = run.weights.stat().st_size if config.val_every else 0
+        state = sum(path.stat().st_size for path in run.place.states.paths())
+        best = run.place.weights.stat().st_size if config.val_every else 0
         saves = -(-updates // config.save_every) if config.save_every else 1
-        return watch, max(peak_memory()), disk_used(run.folder) + best + (min(config.keep, saves) - 1) * state
+        return watch, max(peak_memory()), disk_used(run.place.folder) + best + (min(config.keep, saves) - 1) * state
 
 
 def _of_run(outlook: Outlook, updates: int, counted: int) -> int:

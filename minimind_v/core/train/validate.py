@@ -55,13 +55,7 @@ class Validator:
 
 
 def _losses(model: VLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
-    out = model(
-        batch.input_ids,
-        attention_mask=batch.attention_mask,
-        image_features=features,
-        image_mask=batch.image_mask,
-        labels=batch.labels,
-    )
+    out = model(**batch.tokens, image_features=features)
     assert out.loss_sum is not None
     assert out.hits is not None
     return out.loss_sum, out.hits.sum()

@@ -1,0 +1,100 @@
+"""What a run is built from: rows in their order, rows to validate on, and the model with its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
+from minimind_v.core.config.recipes import NO_INIT
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.heldout import hold_out
+from minimind_v.core.data.loader import BatchPlan
+from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.data.stores import open_rows
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.errors import MissingInput, UsageError
+from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.distributed import World
+from minimind_v.core.train.metrics import Listener
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: the updates that it learns from, and the rows that it is looked at with."""
+
+    encoder: VisionEncoder
+    tokenizer: Tokenizer
+    plan: BatchPlan
+    held_out: BatchPlan | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model as a run begins with it."""
+
+    model: VLM
+    weights: bool  # and not random numbers
+    new_projector: bool
+
+
+def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world: World, listener: Listener) -> Data:
+    """Open everything that is read; the choice of held-out rows is kept in `folder`.
+
+    `origin` is what the run is made of, its rows per update among it. Raises MissingInput, UsageError or DataError.
+    """
+    data = config.data
+    encoder, tokenizer = VisionEncoder.load(config.vision_model), Tokenizer.load(data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UsageError(
+            f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} tokens, the model only "
+            f"{config.model.vocab_size} — they do not belong together (--preset, --tokenizer)"
+        )
+    prompts = PromptEncoder(tokenizer, encoder.spec.tokens_per_image)
+    dataset = RowDataset(open_rows(data.file, data.images), prompts, encoder.spec.image_size, data.max_length)
+    shared = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
+    held_out, learnt = None, None
+    if config.val_every:
+        chosen = world.broadcast(_hold_out(config, dataset, origin, folder, listener) if world.leads else None)
+        held_out, learnt = BatchPlan(dataset, data.batch_size, keep=chosen, **shared), ~chosen
+    plan = BatchPlan(
+        dataset,
+        data.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+        rows_per_update=origin["rows_per_update"],
+        keep=learnt,
+        **shared,
+    )
+    return Data(encoder, tokenizer, plan, held_out)
+
+
+def _hold_out(
+    config: RunConfig, dataset: RowDataset, origin: Mapping[str, Any], folder: Path, listener: Listener
+) -> np.ndarray:
+    inputs = json.dumps([origin[key] for key in ("data.file", "data.images")])
+    return hold_out(dataset.rows, config.val_rows, config.seed, folder / "held_out.json", inputs, listener.say)
+
+
+def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
+    """The model with the weights that it starts from. Raises MissingInput, naming what makes them, or WeightsError."""
+    model = VLM(config.model, data.encoder.spec, data.tokenizer.placeholder_id, data.encoder)
+    if config.init is None or config.init == NO_INIT:
+        listener.warn("starting from random weights: the language model knows nothing yet")
+        return Loaded(model, weights=False, new_projector=True)
+    try:
+        checkpoint = read_checkpoint(config.init)
+    except MissingInput as error:
+        before = "`mmv train pretrain`" if config.stage == "sft" else how_to_get("lm", config.init.parent)
+        raise MissingInput(f"{error} to start from — {before}, or name a file with --init") from None
+    receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")
+    listener.say(str(receipt))
+    return Loaded(model, weights=True, new_projector=bool(receipt.new))

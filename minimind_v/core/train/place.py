@@ -1,0 +1,82 @@
+"""Where a run leaves what it makes, whether it may, and what it goes on from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from minimind_v.core.config.presets import weights_name
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.errors import UsageError
+from minimind_v.core.train.metrics import Listener
+from minimind_v.core.train.state import State, States, check_origin, origin_of
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run is made of, and the state that it goes on from; none where it begins."""
+
+    origin: dict[str, Any]
+    state: State | None = None
+
+    @property
+    def rows_per_update(self) -> int:
+        return int(self.origin["rows_per_update"])
+
+
+class Place:
+    """The files of a run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.weights = config.out / weights_name(config.stage, config.model)
+        self.best_weights = self.weights.with_name(f"{self.weights.stem}_best.pth")
+        self.folder = self.weights.with_suffix("")  # what a run writes besides weights
+        self.metrics = self.folder / "metrics.jsonl"
+        self.states = States(self.folder / "states", config.keep)
+        self.rows = config.data.batch_size * config.accumulate  # of an update that fall to a process
+
+    def claim(
+        self, processes: int, overwrite: bool, resume: bool, allowed: Collection[str], listener: Listener
+    ) -> Claim:
+        """Make sure that a run of so many processes may write here, and find what it goes on from if that is asked for.
+
+        Raises UsageError where it may not, or is another run than the one that is here.
+        """
+        self._refuse_to_replace(overwrite, resume)
+        origin = origin_of(self.config)
+        origin["rows_per_update"] = self.rows * processes
+        if not resume:
+            self.states.supersede(at_once=processes > 1)
+            return Claim(origin)
+        state = self.states.newest(listener.warn)
+        if state is None:
+            listener.say(f"nothing to resume in {self.folder}: starting")
+            return Claim(origin)
+        if self.same_rows(state):  # more or fewer processes share the same updates
+            origin["rows_per_update"] = state.origin["rows_per_update"]
+        check_origin(state.origin, origin, allowed, listener.warn)
+        before = state.origin.get("rows_per_update", origin["rows_per_update"])
+        state.progress["step"] = state.progress["step"] * before // origin["rows_per_update"]
+        return Claim(origin, state)
+
+    def same_rows(self, state: State) -> bool:
+        """Whether as many rows of an update were asked of each process, in whatever batches."""
+        return math.prod(state.progress.get("split", ())) == self.rows
+
+    def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:
+        if overwrite and resume:
+            raise UsageError("--overwrite starts over, --resume goes on: give one of them")
+        there = [path for path in (self.weights, *self.states.paths()) if path.exists()]
+        if resume and self.weights.exists() and not self.states.paths():
+            raise UsageError(
+                f"{self.weights} is there, but no state to go on from (in {self.states.folder}) — "
+                "add --overwrite to replace it, or name another --out"
+            )
+        if there and not overwrite and not resume:
+            raise UsageError(
+                f"{there[0]} is there from an earlier run — add --resume to go on with it, --overwrite to replace it, "
+                "or name another --out"
+            )
