@@ -58,8 +58,7 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write a model for other programs, and prove it the same: nothing that differs is left standing."""
-    from minimind_v.core.generate.load import find_weights
-    from minimind_v.core.hub.sources import OUT_DIR
+    from minimind_v.core.hub.sources import OUT_DIR, find_weights
 
     source = model or find_weights(OUT_DIR)
     precision = dtype.value if dtype else None

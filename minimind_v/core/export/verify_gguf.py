@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +21,7 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.export.cases import CASES, Case, pictures
 from minimind_v.core.export.gguf import DEFAULT
 from minimind_v.core.export.order import Order
-from minimind_v.core.export.report import Report, Verify, size_of
+from minimind_v.core.export.report import Report, size_of
 from minimind_v.core.generate.load import Loaded, load_model
 from minimind_v.core.gguf import language, vision
 from minimind_v.core.gguf.files import MMPROJ, MODEL
@@ -44,11 +43,6 @@ TEXTS = (
     "🙂👨‍👩‍👧 é ﬁ ½ \u00a0\u3000 user@example.com @@@@",
     "def f(x):\n    return x[0] @ {'a': 1}  # <|im_end|>",
 )
-
-
-def verifier() -> AbstractContextManager[Verify]:
-    """Gives the function that verifies; nothing need be begun before there are files."""
-    return nullcontext(verify)
 
 
 def verify(loaded: Loaded, folder: Path, order: Order) -> Report:
