@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from enum import Enum
@@ -69,6 +70,7 @@ def convert(
     from minimind_v.core.export.folder import export
     from minimind_v.core.export.order import Order
 
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `core/export/worker.py`; heeded before torch is there
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
     target = out or _beside(source, f"-{to.value}")
     order = Order(source, vision_model, tokenizer, precision, quantize)

@@ -33,7 +33,8 @@ def _to_gguf(order: Order, folder: Path, check: bool) -> tuple[Made, Report]:
     from minimind_v.core.export import gguf, verify_gguf
 
     loaded = gguf.make(order, folder)
-    return Made.of(loaded.checkpoint), verify_gguf.verify(loaded, folder, order) if check else Report()
+    made = Made.of(loaded.checkpoint)
+    return made, verify_gguf.verify(loaded, folder, order) if check else Report()
 
 
 TARGETS: dict[str, Callable[[Order, Path, bool], tuple[Made, Report]]] = {"hf": _to_hf, "gguf": _to_gguf}
