@@ -40,7 +40,7 @@ soak: $(READY)
 
 # Compiles llama.cpp the first time, which takes about half an hour on two cores; needs a C++ compiler.
 interop: $(VENV)/.interop
-	$(BIN)/python -m pytest tests/interop
+	$(BIN)/python -m pytest --timeout=1800 tests/interop
 
 $(VENV)/.interop: $(READY)
 	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,interop]'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from enum import Enum
@@ -58,8 +59,7 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write a model for other programs, and prove it the same: nothing that differs is left standing."""
-    from minimind_v.core.generate.load import find_weights
-    from minimind_v.core.hub.sources import OUT_DIR
+    from minimind_v.core.hub.sources import OUT_DIR, find_weights
 
     source = model or find_weights(OUT_DIR)
     precision = dtype.value if dtype else None
@@ -70,6 +70,7 @@ def convert(
     from minimind_v.core.export.folder import export
     from minimind_v.core.export.order import Order
 
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `core/export/worker.py`; heeded before torch is there
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
     target = out or _beside(source, f"-{to.value}")
     order = Order(source, vision_model, tokenizer, precision, quantize)

@@ -1,16 +1,24 @@
-"""Files that are whole or absent: written beside, synced, then renamed."""
+"""Files that are whole or absent: written beside, synced, then renamed.
+
+What is being written is called `.NAME.xxxxxxxx.tmp` and locked as long as a process writes it. A process that is killed
+leaves it behind, unlocked: `sweep` removes that.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minimind_v.core.errors import RunError
+from safetensors import SafetensorError
+
+from minimind_v.core.errors import MmvError, RunError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -29,6 +37,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
     try:
         with os.fdopen(handle, "wb") as file:
+            _lock(handle)
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -67,6 +76,61 @@ def as_json(value: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(value, default=str)
     return text
+
+
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """While this lasts no other process takes `path` for something that a dead one left."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes that are dead have left of writing `path`; never what a living one uses."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    with contextlib.suppress(OSError):  # no folder, no rights: then nothing can be removed
+        for left in sorted(path.parent.iterdir()):
+            if ours.fullmatch(left.name) and _is_left(left.with_suffix(".tmp")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _is_left(path: Path) -> bool:
+    """Whether nobody uses a file or folder, which may be gone already."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, ImportError):  # in use, or of a system without locks
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _lock(handle: int) -> None:
+    with contextlib.suppress(OSError, ImportError):  # some systems have no locks, and then nothing is ever swept there
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what libraries say of a full disk, each in its own way, into a RunError that names `folder`."""
+    try:
+        yield
+    except MmvError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"{folder}: the export cannot be written there ({_reason(error)}); nothing is left") from error
 
 
 def _sync_folder(folder: Path) -> None:

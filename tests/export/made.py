@@ -15,6 +15,7 @@ from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.demo import world
 from minimind_v.core.export import hf
 from minimind_v.core.export.order import Order
+from minimind_v.core.export.source import read_source
 from minimind_v.core.generate.load import Loaded
 from minimind_v.core.model.vision import read_vision_spec
 from minimind_v.core.model.vlm import VLM
@@ -73,7 +74,7 @@ def _exported(kind: str, dtype: str | None) -> Path:
     folder = _folder() / f"{weights(kind).parent.name}-{dtype}"
     folder.mkdir()
     made = order(kind, dtype=dtype)
-    hf.write(made.load(), folder, made)
+    hf.write(read_source(made), folder, made)
     return folder
 
 

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from safetensors.torch import load_file
 from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export import folder as folders
-from minimind_v.core.export import hf, verify_hf
+from minimind_v.core.export import hf
 from minimind_v.core.export.folder import export, read_manifest
+from minimind_v.core.export.worker import Worker
+from minimind_v.core.files import sweep
 from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, Running, here, installed, tree
 from tests.export.made import exported, jpeg, order, weights
 
@@ -135,11 +139,13 @@ SPOILT = {
 def test_an_export_that_is_not_the_same_is_refused_and_gone(what, tmp_path, monkeypatch):
     spoil, words = SPOILT[what]
 
-    def write(loaded, folder, given):
-        hf.write(loaded, folder, given)
+    def write_and_prove(order, folder, check):
+        made = hf.make(order, folder)
         spoil(folder)
+        with Worker("minimind_v.core.export.probe") as prover:
+            return made, prover.call("minimind_v.core.export.verify_hf:verify", order, folder)
 
-    monkeypatch.setitem(folders.TARGETS, "hf", folders.TARGETS["hf"].__class__(write, verify_hf.verifier))
+    monkeypatch.setitem(folders.TARGETS, "hf", write_and_prove)
     ended = here("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", tmp_path / "new" / "out")
     assert ended.code == 1
     assert words in ended.error
@@ -245,21 +251,13 @@ def wide(tmp):
     return tmp / "wide.pth"
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no small disk can be mounted here")
-    try:
-        ended = here("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", disk / "out", "--no-verify")
+def test_a_full_disk_leaves_nothing(small_disk):
+    disk = small_disk(1)
+    for check in ((), ("--no-verify",)):
+        ended = here("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", disk / "out", *check)
         assert ended.code == 1
         assert "No space left on device" in ended.error or "os error 28" in ended.error
         assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -274,6 +272,50 @@ def test_a_signal_leaves_nothing(tmp_path, number):
     assert ended.code == 128 + number
     assert list(out.iterdir()) == []
     assert running.left_behind() == []
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    args = ("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", place / "out")
+    running = Running(tmp_path / "said", *args)
+    running.until(lambda: any(path.name == "tokenizer.json" for path in place.rglob("*")))
+    (living,) = place.iterdir()
+    sweep(place / "out")
+    assert living.is_dir()  # of a process that lives
+    running.send(signal.SIGKILL).wait()
+    assert [path.name for path in place.iterdir()] == [living.name]
+    for name in (".out.mine.tmp", ".other.abcdefgh.tmp"):  # nobody's, and another's
+        (place / name).mkdir()
+    assert waited_for(lambda: not running.left_behind())
+    assert here(*args, "--no-verify").code == 0
+    assert sorted(path.name for path in place.iterdir()) == [".other.abcdefgh.tmp", ".out.mine.tmp", "out"]
+
+
+def waited_for(happened):
+    for _ in range(1000):
+        if happened():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_what_a_killed_writer_of_a_file_left_goes_with_the_next(tmp_path):
+    out = tmp_path / "w.pth"
+    code = (
+        "import sys, time; from minimind_v.core.files import write_atomically\n"
+        "def write(file):\n    file.write(b'half'); file.flush(); print('here', flush=True); time.sleep(100)\n"
+        f"write_atomically(__import__('pathlib').Path({str(out)!r}), write)"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    writer.stdout.readline()
+    (left,) = tmp_path.iterdir()
+    sweep(out)
+    assert left.exists()
+    writer.kill()
+    writer.communicate()
+    assert here("convert", "--to", "pth", "--model", weights("dense"), "--out", out).code == 0
+    assert tree(tmp_path) == ["w.json", "w.pth"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -12,6 +12,7 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import RunError
 from minimind_v.core.export import hf
 from minimind_v.core.export.cases import _parts
+from minimind_v.core.export.source import read_source
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
 from tests.export.made import CONFIGS, exported, jpeg, opened, order, picture, source
@@ -239,7 +240,7 @@ def test_types():
 
 def test_a_weight_too_large_for_the_type_is_refused(tmp_path):
     made = order(dtype="float16")
-    loaded = made.load()
+    loaded = read_source(made)
     loaded.checkpoint.tensors["model.norm.weight"] = loaded.checkpoint.tensors["model.norm.weight"].float() + 1e5
     with pytest.raises(RunError, match=r"model\.language_model\.norm\.weight does not fit in float16"):
         hf.write(loaded, tmp_path, made)

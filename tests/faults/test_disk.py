@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import stat
-import subprocess
 import tempfile
 import threading
 from pathlib import Path
@@ -250,23 +249,14 @@ def test_a_conversion_on_a_full_disk_leaves_nothing(tmp_path, no_room):
         assert tree(tmp_path / "new") == []
 
 
-def test_a_disk_full_to_the_last_byte(tmp_path):
+def test_a_disk_full_to_the_last_byte(small_disk):
     """The real thing, where the system lets a small disk be mounted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no small disk can be mounted here")
-    try:
-        write_checkpoint(disk / "w.pth", {"a": torch.ones(300_000)}, PRESETS["demo"], "sft")
-        before = (disk / "w.pth").read_bytes()
-        for ending in (".pth", ".safetensors"):
-            with pytest.raises(RunError, match="No space left on device"):
-                write_checkpoint(disk / f"w{ending}", {"a": torch.zeros(300_000)}, PRESETS["demo"], "sft")
-        assert (disk / "w.pth").read_bytes() == before
-        assert json.loads((disk / "w.json").read_text())["stage"] == "sft"
-        assert tree(disk) == ["w.json", "w.pth"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    disk = small_disk(2)
+    write_checkpoint(disk / "w.pth", {"a": torch.ones(300_000)}, PRESETS["demo"], "sft")
+    before = (disk / "w.pth").read_bytes()
+    for ending in (".pth", ".safetensors"):
+        with pytest.raises(RunError, match="No space left on device"):
+            write_checkpoint(disk / f"w{ending}", {"a": torch.zeros(300_000)}, PRESETS["demo"], "sft")
+    assert (disk / "w.pth").read_bytes() == before
+    assert json.loads((disk / "w.json").read_text())["stage"] == "sft"
+    assert tree(disk) == ["w.json", "w.pth"]

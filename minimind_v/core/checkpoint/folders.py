@@ -44,7 +44,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises WeightsError with the next step where the folder is something else, or lacks a part.
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
     config = _read_json(folder / "config.json")
     if is_llava(folder):
         return _read_llava(folder, files, config)
@@ -55,7 +55,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"model": known}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The file, or the shards, of a folder's weights. Raises WeightsError where there are none, or one is missing."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return [folder / name]

@@ -60,6 +60,29 @@ def module_name(name: str) -> str:
     return name
 
 
+def published_shapes(config: TextConfig, vision_width: int) -> dict[str, torch.Size]:
+    """Every tensor of a published checkpoint of these sizes."""
+    wide, narrow, inner = config.hidden_size, config.num_key_value_heads * config.head_dim, config.intermediate_size
+    all_heads = config.num_attention_heads * config.head_dim
+    layer = {"input_layernorm": (wide,), "post_attention_layernorm": (wide,), "self_attn.q_proj": (all_heads, wide),
+             "self_attn.k_proj": (narrow, wide), "self_attn.v_proj": (narrow, wide),
+             "self_attn.o_proj": (wide, all_heads)}  # fmt: skip
+    forward = {"gate_proj": (inner, wide), "up_proj": (inner, wide), "down_proj": (wide, inner)}
+    blocks = ["mlp."]
+    if config.use_moe:
+        layer["mlp.gate"] = (config.n_routed_experts, wide)
+        blocks = [f"mlp.experts.{number}." for number in range(config.n_routed_experts)]
+        blocks += [f"mlp.shared_experts.{number}." for number in range(config.n_shared_experts)]
+    layer |= {block + name: shape for block in blocks for name, shape in forward.items()}
+    found = {
+        f"model.layers.{n}.{name}": shape for n in range(config.num_hidden_layers) for name, shape in layer.items()
+    }
+    found |= {"model.embed_tokens": (config.vocab_size, wide), "model.norm": (wide,)}
+    found |= {"lm_head": (config.vocab_size, wide), OUR_PROJECTOR[:-1]: (wide, vision_width)}
+    shapes = {f"{name}.weight": torch.Size(shape) for name, shape in found.items()}
+    return shapes | {f"{OUR_PROJECTOR}bias": torch.Size((wide,))}
+
+
 def to_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
     """Published tensors → the text model and the projector of a LLaVA, in the types that they have."""
     named = {name: tensor for name, tensor in tensors.items() if name != HEAD}

@@ -54,7 +54,8 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
         # A file, not its name: torch goes by the ending of a name. Its warnings are about files that are refused here.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            mapped = path.suffix == ".bin" and file.peek(4)[:4] == b"PK\x03\x04"  # what is not used is not even read
+            found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch's reader raises a dozen kinds on damaged files
         raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
     for key in ("state_dict", "model"):

@@ -23,7 +23,7 @@ from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import MissingInput, RunError, UsageError, WeightsError
-from minimind_v.core.files import write_atomically, write_text
+from minimind_v.core.files import sweep, write_atomically, write_text
 from minimind_v.core.gguf.files import is_gguf, read_gguf
 
 PROJECTOR = "vision_proj."
@@ -204,7 +204,20 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = Fa
     Raises WeightsError with the receipt, and the preset that would fit, where anything else is missing, unexpected or
     of another shape.
     """
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(VISION)}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(VISION)}
+    config = getattr(model, "config", checkpoint.config)
+    given, receipt = fit(checkpoint, wanted, config, new_projector)
+    model.load_state_dict(given, strict=False)
+    return receipt
+
+
+def fit(
+    checkpoint: Checkpoint, wanted: Mapping[str, torch.Size], config: TextConfig, new_projector: bool = False
+) -> tuple[dict[str, Tensor], Receipt]:
+    """The tensors that a model takes that has these names, shapes and sizes, the tied head included.
+
+    Raises WeightsError as `load_into` does.
+    """
     given = dict(checkpoint.tensors)
     if "lm_head.weight" not in given and "model.embed_tokens.weight" in given:
         given["lm_head.weight"] = given["model.embed_tokens.weight"]  # tied
@@ -218,11 +231,10 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = Fa
     for name, tensor in given.items():
         if name not in wanted:
             receipt.unexpected.append(name)
-        elif tensor.shape != wanted[name].shape:
-            receipt.wrong_shape.append(f"{name} {list(tensor.shape)} for {list(wanted[name].shape)}")
+        elif tensor.shape != wanted[name]:
+            receipt.wrong_shape.append(f"{name} {list(tensor.shape)} for {list(wanted[name])}")
         else:
             receipt.loaded.append(name)
-    config = getattr(model, "config", checkpoint.config)
     if receipt.missing or receipt.unexpected or receipt.wrong_shape:
         raise WeightsError(f"the weights do not fit. {receipt}{_advice(checkpoint, receipt, config)}")
     for name in _UNSHAPED:
@@ -234,8 +246,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = Fa
             )
     if not torch.equal(given["lm_head.weight"], given["model.embed_tokens.weight"]):
         raise WeightsError(f"{checkpoint.path}: lm_head.weight and model.embed_tokens.weight differ, but must be tied")
-    model.load_state_dict({name: given[name] for name in receipt.loaded}, strict=False)
-    return receipt
+    return given, receipt
 
 
 def _advice(checkpoint: Checkpoint, receipt: Receipt, config: TextConfig) -> str:
@@ -282,6 +293,7 @@ def describe(config: TextConfig, stage: str) -> str:
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], config: TextConfig, stage: str) -> None:
     """Write a `.pth` (with a JSON beside it) or a `.safetensors` (which carries it inside), atomically."""
     meta = describe(config, stage)
+    sweep(path)
     if path.suffix == ".safetensors":
         # The format knows neither shared storage nor strides.
         apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

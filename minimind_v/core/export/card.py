@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from minimind_v.core.export.order import Order
-from minimind_v.core.generate.load import Loaded
+from minimind_v.core.export.source import Source
 
 HEAD = """---
 library_name: transformers
@@ -57,9 +57,9 @@ pictures above all, and repeats what its data got wrong.
 """
 
 
-def write_card(folder: Path, loaded: Loaded, order: Order) -> None:
+def write_card(folder: Path, source: Source, order: Order) -> None:
     """Write `README.md` into an exported folder."""
-    config, spec = loaded.checkpoint.config, loaded.model.spec
+    config, spec = source.checkpoint.config, source.tower.spec
     reader = "a language model with a mixture of experts" if config.use_moe else "a Llama"
     sizes = {
         "layers × width": f"{config.num_hidden_layers} × {config.hidden_size}",
@@ -74,20 +74,20 @@ def write_card(folder: Path, loaded: Loaded, order: Order) -> None:
             f"and {config.n_shared_experts} for all"
         )
     head = HEAD.format(
-        name=order.model.stem, reader=reader, millions=loaded.checkpoint.parameters / 1e6, sizes=_table(sizes)
+        name=order.model.stem, reader=reader, millions=source.checkpoint.parameters / 1e6, sizes=_table(sizes)
     )
-    (folder / "README.md").write_text(head + _training(loaded, order) + USE, encoding="utf-8")
+    (folder / "README.md").write_text(head + _training(source, order) + USE, encoding="utf-8")
 
 
 def _table(rows: dict[str, Any]) -> str:
     return "\n".join(("| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())))
 
 
-def _training(loaded: Loaded, order: Order) -> str:
+def _training(source: Source, order: Order) -> str:
     """What the run beside the weights tells, if there is one. Files by their names only: folders travel."""
     run = order.model.with_suffix("")
     settings, last = _settings(run / "config.yaml"), _last_update(run / "metrics.jsonl")
-    rows: dict[str, Any] = {"stage": loaded.checkpoint.stage}
+    rows: dict[str, Any] = {"stage": source.checkpoint.stage}
     for name, keys in {
         "data": ("data", "file"), "started from": ("init",), "vision model": ("vision_model",), "trained": ("freeze",),
         "peak learning rate": ("lr",), "seed": ("seed",),

@@ -12,15 +12,12 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from minimind_v import __version__
-from minimind_v.core.checkpoint.weights import name_preset
-from minimind_v.core.errors import MmvError, RunError, UsageError
-from minimind_v.core.export.order import Order
+from minimind_v.core.errors import RunError, UsageError
+from minimind_v.core.export.order import Made, Order
 from minimind_v.core.export.report import Report
 from minimind_v.core.export.targets import TARGETS
-from minimind_v.core.generate.load import Loaded
+from minimind_v.core.files import in_use, sweep
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
@@ -33,13 +30,12 @@ def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool
     """
     out = out.resolve()
     _refuse_to_replace(order, out, overwrite)
-    with _beside(out) as staging, TARGETS[to].verifier() if check else contextlib.nullcontext() as verify:
-        loaded = _write(order, to, staging)
-        report = verify(loaded, staging, order) if verify else Report()
+    with _beside(out) as staging:
+        made, report = TARGETS[to](order, staging, check)
         if report.wrong:
             told = "; ".join(f"{name}: {report.found[name]}" for name in report.wrong)
             raise RunError(f"{out}: not written, because it would not be the same as {order.model} ({told})")
-        manifest = _describe(order, to, loaded, report)
+        manifest = _describe(order, to, made, report)
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         _sync(staging)
@@ -81,20 +77,7 @@ def _refuse_to_replace(order: Order, out: Path, overwrite: bool) -> None:
         )
 
 
-def _write(order: Order, to: str, staging: Path) -> Loaded:
-    """Write the files; returns the source that they were made of."""
-    loaded = order.load()
-    try:
-        TARGETS[to].write(loaded, staging, order)
-    except MmvError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library says in its own way that a disk is full
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise RunError(f"{staging.parent}: the export cannot be written there ({reason}); nothing is left") from error
-    return loaded
-
-
-def _describe(order: Order, to: str, loaded: Loaded, report: Report) -> dict[str, Any]:
+def _describe(order: Order, to: str, made: Made, report: Report) -> dict[str, Any]:
     """What the manifest tells: no paths, since folders travel."""
     source: dict[str, Any] = {"name": order.model.name}
     if order.model.is_file():
@@ -104,8 +87,8 @@ def _describe(order: Order, to: str, loaded: Loaded, report: Report) -> dict[str
         "made_by": f"mmv {__version__}",
         "kind": to,
         "source": source,
-        "stage": loaded.checkpoint.stage,
-        "preset": name_preset(loaded.checkpoint.config),
+        "stage": made.stage,
+        "preset": made.preset,
         "dtype": order.dtype,
         "quantize": order.quantize,
         "verified": report.found or None,
@@ -114,7 +97,11 @@ def _describe(order: Order, to: str, loaded: Loaded, report: Report) -> dict[str
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it."""
+    """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it.
+
+    What a process that was killed has left there goes first.
+    """
+    sweep(out)
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +110,8 @@ def _beside(out: Path) -> Iterator[Path]:
         raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
     try:
         staging.chmod(0o777 & ~_umask())
-        yield staging
+        with in_use(staging):
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: it holds what was written

@@ -7,7 +7,7 @@ from pathlib import Path
 from minimind_v import __version__
 from minimind_v.core.checkpoint.weights import PROJECTOR, name_preset
 from minimind_v.core.export.order import Order
-from minimind_v.core.files import write_text
+from minimind_v.core.files import disk_errors, write_text
 from minimind_v.core.generate.load import Loaded
 from minimind_v.core.gguf import language, vision
 from minimind_v.core.gguf.files import MMPROJ, MODEL, MODELFILE
@@ -15,6 +15,14 @@ from minimind_v.core.gguf.store import MADE_BY, QUANTIZATIONS, SOURCE, STAGE, Wr
 from minimind_v.core.gguf.words import modelfile, write_words
 
 DEFAULT = "f16"
+
+
+def make(order: Order, folder: Path) -> Loaded:
+    """Write what `order` names into an empty folder, and return what that was made of. Raises RunError for no room."""
+    loaded = order.load()
+    with disk_errors(folder.parent):
+        write(loaded, folder, order)
+    return loaded
 
 
 def write(loaded: Loaded, folder: Path, order: Order) -> None:

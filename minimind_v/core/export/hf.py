@@ -22,42 +22,51 @@ from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer, with_image_token
 from minimind_v.core.errors import RunError
 from minimind_v.core.export.card import write_card
-from minimind_v.core.export.order import Order
-from minimind_v.core.generate.load import Loaded
-from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+from minimind_v.core.export.order import Made, Order
+from minimind_v.core.export.source import Source, Tower, read_source
+from minimind_v.core.files import disk_errors, in_use
+from minimind_v.core.model.vision_spec import VisionSpec
 
 BICUBIC = 3  # Pillow's number
 
 
-def write(loaded: Loaded, folder: Path, order: Order) -> None:
+def make(order: Order, folder: Path) -> Made:
+    """Write what `order` names into an empty folder. Raises as `read_source` and `write`, and RunError for no room."""
+    with in_use(folder):
+        source = read_source(order)
+        with disk_errors(folder.parent):
+            write(source, folder, order)
+    return Made.of(source.checkpoint)
+
+
+def write(source: Source, folder: Path, order: Order) -> None:
     """Write a model into an empty folder. No `order.dtype`: as stored, and to be run in fp32 as it is here.
 
     Raises RunError where a weight does not fit in the type.
     """
-    config, encoder, dtype = loaded.checkpoint.config, loaded.model.vision_encoder, order.dtype
-    assert encoder is not None
-    tensors = to_llava(loaded.checkpoint.tensors, config)
-    tensors |= {TOWER + name: tensor for name, tensor in _tower_tensors(encoder).items()}
+    config, spec, dtype = source.checkpoint.config, source.tower.spec, order.dtype
+    tensors = to_llava(source.checkpoint.tensors, config)
+    tensors |= {TOWER + name: tensor if dtype else _halved(tensor) for name, tensor in source.tower.tensors.items()}
     if dtype:
         tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         folder / "model.safetensors",
-        metadata={"format": "pt", META: describe(config, loaded.checkpoint.stage)},
+        metadata={"format": "pt", META: describe(config, source.checkpoint.stage)},
     )
     written = {
-        "config.json": _model_config(config, encoder, loaded.tokenizer, dtype or "float32"),
-        "generation_config.json": _generation_config(config, loaded.tokenizer),
-        "processor_config.json": _processor_config(encoder.spec),
-        "preprocessor_config.json": _image_processor_config(encoder.spec),
-        "tokenizer_config.json": _tokenizer_config(config, loaded.tokenizer),
+        "config.json": _model_config(config, source.tower, source.tokenizer, dtype or "float32"),
+        "generation_config.json": _generation_config(config, source.tokenizer),
+        "processor_config.json": _processor_config(spec),
+        "preprocessor_config.json": _image_processor_config(spec),
+        "tokenizer_config.json": _tokenizer_config(config, source.tokenizer),
     }
     for name, value in written.items():
         (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    words = with_image_token(loaded.tokenizer.backend.to_str(), config.vocab_size)
+    words = with_image_token(source.tokenizer.backend.to_str(), config.vocab_size)
     (folder / "tokenizer.json").write_text(words, encoding="utf-8")
     (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
-    write_card(folder, loaded, order)
+    write_card(folder, source, order)
 
 
 def chat_template() -> str:
@@ -73,20 +82,13 @@ def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
     return changed
 
 
-def _tower_tensors(encoder: VisionEncoder) -> dict[str, Tensor]:
-    """The vision tower's tensors, in half precision where that loses nothing."""
-    tensors = {name.removeprefix("vision_model."): tensor for name, tensor in encoder.tower.state_dict().items()}
-    halves = {}
-    for name, tensor in tensors.items():
-        halves[name] = tensor.half()
-        if not torch.equal(halves[name].float(), tensor):
-            return tensors
-    return halves
+def _halved(tensor: Tensor) -> Tensor:
+    """A tensor of the vision tower, in half precision where that loses nothing: most of CLIP was published so."""
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
-def _model_config(config: TextConfig, encoder: VisionEncoder, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    tower: Any = encoder.tower.config
-    vision = {name: value for name, value in tower.to_diff_dict().items() if not name.startswith(("_", "transformers"))}
+def _model_config(config: TextConfig, tower: Tower, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     text = {
         "model_type": "granitemoeshared" if config.use_moe else "llama",
@@ -125,7 +127,7 @@ def _model_config(config: TextConfig, encoder: VisionEncoder, tokenizer: Tokeniz
         "model_type": "llava",
         "dtype": dtype,
         "image_token_index": config.vocab_size,
-        "image_seq_length": encoder.spec.tokens_per_image,
+        "image_seq_length": tower.spec.tokens_per_image,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
         "projector_hidden_act": "linear",
@@ -133,9 +135,8 @@ def _model_config(config: TextConfig, encoder: VisionEncoder, tokenizer: Tokeniz
         "tie_word_embeddings": True,
         **ids,
         "text_config": text,
-        "vision_config": vision | {"model_type": "clip_vision_model", "image_size": encoder.spec.image_size,
-                                   "patch_size": encoder.spec.patch_size, "hidden_size": encoder.spec.width},
-    }  # fmt: skip
+        "vision_config": {"model_type": "clip_vision_model", **tower.config},
+    }
 
 
 def _generation_config(config: TextConfig, tokenizer: Tokenizer) -> dict[str, Any]:

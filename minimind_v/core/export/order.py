@@ -1,11 +1,14 @@
-"""What is to be exported, and how."""
+"""What is to be exported, and how; and what was made of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from minimind_v.core.generate.load import Loaded, load_model
+if TYPE_CHECKING:  # whoever only gives an order needs no torch
+    from minimind_v.core.checkpoint.weights import Checkpoint
+    from minimind_v.core.generate.load import Loaded
 
 
 @dataclass(frozen=True)
@@ -23,4 +26,20 @@ class Order:
 
     def load(self) -> Loaded:
         """The source, on the CPU. Raises MissingInput or WeightsError."""
+        from minimind_v.core.generate.load import load_model
+
         return load_model(self.model, self.vision_model, self.tokenizer, "cpu")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a folder was made of."""
+
+    stage: str
+    preset: str | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Made:
+        from minimind_v.core.checkpoint.weights import name_preset
+
+        return cls(checkpoint.stage, name_preset(checkpoint.config))

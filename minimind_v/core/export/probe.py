@@ -1,13 +1,7 @@
-"""Ask a folder questions as its user would: stock transformers, no code from the folder, nothing of ours.
-
-A program that `verify_hf` starts. For each line on stdin, a JSON object with `folder`, `cases`, `dtype` and `answers`,
-it answers the cases, saves that to the file `answers` and prints a line.
-"""
+"""Ask a folder questions as its user would: stock transformers, no code from the folder, nothing of ours."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import torch
@@ -55,10 +49,3 @@ def with_pictures(messages: list[dict[str, Any]], pictures: list[str]) -> list[d
         ]}
         for said in messages
     ]  # fmt: skip
-
-
-if __name__ == "__main__":
-    for line in sys.stdin:
-        request = json.loads(line)
-        torch.save(ask(request["folder"], request["cases"], request["dtype"]), request["answers"])
-        print("done", flush=True)

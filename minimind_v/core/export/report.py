@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from minimind_v.core.export.order import Order
-from minimind_v.core.generate.load import Loaded
 
 
 @dataclass
@@ -21,10 +17,6 @@ class Report:
         self.found[name] = found
         if not good:
             self.wrong.append(name)
-
-
-# Compares a source, the folder that was made of it, and what was asked for.
-Verify = Callable[[Loaded, Path, Order], Report]
 
 
 def size_of(path: Path) -> int:

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -22,8 +21,8 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.export.cases import CASES, Case, pictures
 from minimind_v.core.export.gguf import DEFAULT
 from minimind_v.core.export.order import Order
-from minimind_v.core.export.report import Report, Verify, size_of
-from minimind_v.core.generate.load import Loaded, load_model
+from minimind_v.core.export.report import Report, size_of
+from minimind_v.core.generate.load import Loaded
 from minimind_v.core.gguf import language, vision
 from minimind_v.core.gguf.files import MMPROJ, MODEL
 from minimind_v.core.gguf.store import QUANTIZATIONS, Reader
@@ -46,28 +45,24 @@ TEXTS = (
 )
 
 
-def verifier() -> AbstractContextManager[Verify]:
-    """Gives the function that verifies; nothing need be begun before there are files."""
-    return nullcontext(verify)
-
-
 def verify(loaded: Loaded, folder: Path, order: Order) -> Report:
     """Compare the files with their source: sizes, weights, token ids, logits, greedy tokens.
 
-    Raises RunError where llama.cpp is installed and does not open them at all.
+    `loaded` is of no more use then. Raises RunError where llama.cpp is installed and does not open them at all.
     """
     quantize, report = order.quantize or DEFAULT, Report()
-    model = Reader(folder / MODEL)
-    config = language.read_config(model)
+    loaded.checkpoint.tensors.clear()  # the model has them
+    config = language.read_config(Reader(folder / MODEL))
     same = config == loaded.model.config
     report.add("sizes", "the same" if same else f"{config}, not {loaded.model.config}", same)
     if same:
         _compare_weights(report, loaded, folder, quantize)
-        _compare_ids(report, loaded, [read_words(model).encode(text).ids for text in TEXTS])
+        words = read_words(Reader(folder / MODEL))
+        _compare_ids(report, loaded, [words.encode(text).ids for text in TEXTS])
     if report.wrong:
         return report
     if not _llama_is_installed():
-        _compare_read_back(report, loaded, load_model(folder, device="cpu"))
+        _compare_read_back(report, loaded, folder)
     else:
         with tempfile.TemporaryDirectory(prefix="mmv-verify-") as work:
             _compare_llama(report, loaded, _ask(folder, Path(work), loaded.model.spec.image_size), quantize)
@@ -76,11 +71,14 @@ def verify(loaded: Loaded, folder: Path, order: Order) -> Report:
 
 
 def _compare_weights(report: Report, loaded: Loaded, folder: Path, quantize: str) -> None:
-    model, eye = Reader(folder / MODEL), Reader(folder / MMPROJ)
+    """File after file, so that one goes out of memory before the other comes."""
     ours, encoder = loaded.model.state_dict(), loaded.model.vision_encoder
     assert encoder is not None
-    theirs = language.read_tensors(model, loaded.model.config) | vision.read_projector(eye)
+    theirs = language.read_tensors(Reader(folder / MODEL), loaded.model.config)
     worst = max(_apart(ours[name], tensor) for name, tensor in theirs.items())
+    del theirs
+    eye = Reader(folder / MMPROJ)
+    worst = max(worst, *(_apart(ours[name], tensor) for name, tensor in vision.read_projector(eye).items()))
     report.add("weights", f"at most {worst:.1g} of the largest apart", worst <= STEP[quantize] * 1.02)
     tower, step = vision.tower_tensors(encoder), STEP[QUANTIZATIONS[quantize]]
     worst = max(_apart(tower[name], tensor) for name, tensor in vision.read_tower(eye))
@@ -92,12 +90,24 @@ def _compare_ids(report: Report, loaded: Loaded, found: list[list[int]]) -> None
     report.add("token ids", f"the same in {same} of {len(TEXTS)} texts", same == len(TEXTS))
 
 
-def _compare_read_back(report: Report, loaded: Loaded, again: Loaded) -> None:
+def _compare_read_back(report: Report, loaded: Loaded, folder: Path) -> None:
     report.add("opened by", "our own reader; llama.cpp is asked as well where llama-cpp-python is installed")
-    worst = max(
-        _apart(*(_think(model, case, [], _features(model, case)) for model in (loaded, again))) for case in CASES
-    )
-    report.add("logits", f"at most {worst:.2%} of the largest apart")
+    ours = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
+    _take_weights(loaded, folder)
+    theirs = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
+    report.add("logits", f"at most {max(map(_apart, ours, theirs)):.2%} of the largest apart")
+
+
+@torch.no_grad()
+def _take_weights(loaded: Loaded, folder: Path) -> None:
+    """Put the files' numbers in the place of the source's: no second model is in memory."""
+    model, eye = Reader(folder / MODEL), Reader(folder / MMPROJ)
+    assert loaded.model.vision_encoder is not None
+    ours, tower = loaded.model.state_dict(), vision.inner(loaded.model.vision_encoder).state_dict()
+    for name, tensor in (language.read_tensors(model, loaded.model.config) | vision.read_projector(eye)).items():
+        ours[name].copy_(tensor)
+    for name, tensor in vision.read_tower(eye):
+        tower[name].copy_(tensor)
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------

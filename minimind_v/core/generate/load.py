@@ -9,10 +9,10 @@ from minimind_v.core.checkpoint.folders import is_llava
 from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, load_into, read_checkpoint
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
-from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.errors import WeightsError
 from minimind_v.core.gguf.files import is_gguf, read_eye, read_tokenizer
-from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR
-from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, find_weights
+from minimind_v.core.model.vision import VisionEncoder, VisionSpec
 from minimind_v.core.model.vlm import VLM
 
 
@@ -37,32 +37,35 @@ def load_model(
     """
     weights = weights or find_weights(OUT_DIR)
     checkpoint = read_checkpoint(weights)
+    vision_model, tokenizer = find_senses(weights, vision_model, tokenizer)
+    encoder = read_eye(vision_model) if is_gguf(vision_model) else VisionEncoder.load(vision_model)
+    words = read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
+    check_senses(checkpoint, words, tokenizer, encoder.spec, vision_model)
+    model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
+    receipt = load_into(model, checkpoint)
+    return Loaded(model.to(pick_device(device)).eval(), words, checkpoint, receipt)
+
+
+def find_senses(weights: Path, vision_model: Path | None, tokenizer: Path | None) -> tuple[Path, Path]:
+    """Where the vision model and the tokenizer of some weights are, unless they are named."""
     own = is_gguf(weights)
     vision_model = vision_model or (weights if own or (weights.is_dir() and is_llava(weights)) else VISION_DIR)
     tokenizer = tokenizer or (weights if own or (weights / "tokenizer.json").is_file() else TOKENIZER_DIR)
-    encoder = read_eye(vision_model) if is_gguf(vision_model) else VisionEncoder.load(vision_model)
-    words = read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
+    return vision_model, tokenizer
+
+
+def check_senses(
+    checkpoint: Checkpoint, words: Tokenizer, tokenizer: Path, spec: VisionSpec, vision_model: Path
+) -> None:
+    """Raises WeightsError where weights, tokenizer and vision model do not belong together."""
     if words.vocab_size > checkpoint.config.vocab_size:
         raise WeightsError(
             f"{checkpoint.path} knows {checkpoint.config.vocab_size} tokens and the tokenizer in {tokenizer} has "
             f"{words.vocab_size} — they do not belong together (--tokenizer)"
         )
     width = checkpoint.vision_width
-    if width is not None and width != encoder.spec.width:
+    if width is not None and width != spec.width:
         raise WeightsError(
             f"{checkpoint.path} was trained with features of width {width}, the vision model in {vision_model} "
-            f"gives {encoder.spec.width} — name its own with --vision-model"
+            f"gives {spec.width} — name its own with --vision-model"
         )
-    model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
-    receipt = load_into(model, checkpoint)
-    return Loaded(model.to(pick_device(device)).eval(), words, checkpoint, receipt)
-
-
-def find_weights(folder: Path) -> Path:
-    """What the latest stage left: sft before pretrain, the newest where there are several sizes."""
-    for stage in ("sft", "pretrain"):
-        if found := [path for ending in ("pth", "safetensors") for path in folder.glob(f"{stage}_vlm_*.{ending}")]:
-            return max(found, key=lambda path: path.stat().st_mtime)
-    raise MissingInput(
-        f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model"
-    )

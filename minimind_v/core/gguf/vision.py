@@ -61,7 +61,7 @@ def write_keys(writer: Writer, encoder: VisionEncoder, hidden_size: int) -> None
 
 def write_tensors(writer: Writer, encoder: VisionEncoder, projector: dict[str, Tensor]) -> None:
     """The tower, and the projector given under its published names."""
-    tower = _inner(encoder).state_dict()
+    tower = inner(encoder).state_dict()
     writer.half("v.patch_embd.weight", tower["embeddings.patch_embedding.weight"])  # [width, 3, patch, patch]
     positions = tower["embeddings.position_embedding.weight"].float()  # [1 + P, width]
     seen = positions[1:].clone()
@@ -115,13 +115,13 @@ def read_encoder(reader: Reader) -> VisionEncoder:
         layer_norm_eps=reader.key("clip.vision.attention.layer_norm_epsilon"),
     )  # fmt: skip
     encoder = VisionEncoder(CLIPVisionModel(config), spec)
-    _inner(encoder).load_state_dict(dict(read_tower(reader)), strict=False)
+    inner(encoder).load_state_dict(dict(read_tower(reader)), strict=False)
     return encoder
 
 
 def tower_tensors(encoder: VisionEncoder) -> dict[str, Tensor]:
     """What `read_tower` gives, of a tower in memory."""
-    tensors = dict(_inner(encoder).state_dict())
+    tensors = dict(inner(encoder).state_dict())
     positions = tensors["embeddings.position_embedding.weight"].clone()
     tensors["embeddings.class_embedding"] = tensors["embeddings.class_embedding"] + positions[0]
     positions[0] = 0
@@ -131,7 +131,7 @@ def tower_tensors(encoder: VisionEncoder) -> dict[str, Tensor]:
 @torch.no_grad()
 def without_corner(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
     """Features [M, P, width] of uint8 pictures [M, 3, S, S] as llama.cpp has them: the first is the class token's."""
-    tower = _inner(encoder)
+    tower = inner(encoder)
     x = tower.embeddings((pixel_values.float() / 255 - encoder.mean) / encoder.std)  # [M, 1 + P, width]
     x = torch.cat((x[:, :1], x[:, 2:]), dim=1)  # [M, P, width]
     return tower.encoder(inputs_embeds=tower.pre_layrnorm(x)).last_hidden_state
@@ -151,6 +151,6 @@ def _config(encoder: VisionEncoder) -> Any:
     return encoder.tower.config
 
 
-def _inner(encoder: VisionEncoder) -> Any:
+def inner(encoder: VisionEncoder) -> Any:
     """The tower itself, which some versions of transformers wrap."""
     return getattr(encoder.tower, "vision_model", encoder.tower)

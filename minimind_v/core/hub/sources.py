@@ -11,6 +11,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind_v.core.errors import MissingInput
+
 # Where each stage looks, relative to the working folder; every command has an option to look elsewhere.
 TOKENIZER_DIR = Path("model")
 VISION_DIR = Path("model/vision_model/clip-vit-base-patch16")
@@ -133,3 +135,13 @@ def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRE
     if folder and source.root_of(folder) is None:
         hint += f", which fills {source.folder}"
     return hint
+
+
+def find_weights(folder: Path) -> Path:
+    """What the latest stage left: sft before pretrain, the newest where there are several sizes."""
+    for stage in ("sft", "pretrain"):
+        if found := [path for ending in ("pth", "safetensors") for path in folder.glob(f"{stage}_vlm_*.{ending}")]:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise MissingInput(
+        f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model"
+    )

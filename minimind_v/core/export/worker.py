@@ -1,0 +1,95 @@
+"""A process of its own that calls functions for us: its memory goes with it, and it has only what it was told to load.
+
+As a program: imports the modules that it is given, then for each call on stdin puts the result or the error on stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from minimind_v.core.errors import MmvError, RunError
+
+SETTINGS = {
+    # transformers is to say nothing, and to look nowhere but into the folders that it is given.
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # glibc then gives the memory of a model back when the model goes: 50 MB less where a second one follows.
+    "MALLOC_MMAP_THRESHOLD_": "1000000",
+    # Threads that wait asleep: beside other busy processes spinning ones took 80 CPU seconds for what takes 14.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}  # fmt: skip
+
+
+class Worker:
+    """`with Worker("a.module") as worker`: that module is being imported there at once, while we do something else."""
+
+    def __init__(self, *modules: str) -> None:
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 — closed with the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__, *modules],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            env=os.environ | SETTINGS,
+        )  # fmt: skip
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+    def call(self, function: str, *args: Any) -> Any:
+        """What `function` ("a.module:name") returns there.
+
+        Raises the MmvError that it raises, and RunError with the last words of a process that fails otherwise.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            pickle.dump((function, args), self.process.stdin)
+            self.process.stdin.flush()
+            error, result = pickle.load(self.process.stdout)
+        except (BrokenPipeError, EOFError):
+            raise RunError(self._last_words()) from None
+        if error is not None:
+            raise error
+        return result
+
+    def _last_words(self) -> str:
+        code = self.process.wait()
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip().splitlines()
+        return f"{said[-1]:.300}" if said else f"a process ended with exit code {code}"
+
+
+def serve(modules: list[str]) -> None:
+    """Answer calls until there are no more."""
+    calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    for module in modules:
+        importlib.import_module(module)
+    while True:
+        try:
+            function, args = pickle.load(calls)
+        except EOFError:
+            return
+        pickle.dump(_answer(function, args), answers)
+        answers.flush()
+
+
+def _answer(function: str, args: tuple[Any, ...]) -> tuple[MmvError | None, Any]:
+    module, _, name = function.partition(":")
+    try:
+        return None, getattr(importlib.import_module(module), name)(*args)
+    except MmvError as error:
+        return error, None
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])
