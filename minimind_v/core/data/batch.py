@@ -12,6 +12,8 @@ from torch import Tensor
 from minimind_v.core.data.dataset import BrokenRow, Example
 from minimind_v.core.model.loss import IGNORE
 
+TOKENS = ("input_ids", "attention_mask", "image_mask", "labels")  # [B, T] each
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -41,8 +43,7 @@ class Batch:
     @property
     def tokens(self) -> dict[str, Tensor]:
         """What the model's forward takes of a batch besides its pictures, by its names."""
-        names = ("input_ids", "attention_mask", "image_mask", "labels")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in TOKENS}
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; the copy overlaps with computing where memory is pinned."""
@@ -58,7 +59,7 @@ class Batch:
 
         Pictures must have become features.
         """
-        lengths = self.attention_mask.sum(dim=1).tolist()
+        lengths = self.attention_mask.sum(dim=1).clamp(min=1).tolist()
         edges, longest = [0], 0
         for row, length in enumerate(lengths):
             longest = max(longest, length)
@@ -68,10 +69,7 @@ class Batch:
         parts, pictures = [], 0
         for begin, end in pairwise([*edges, len(self)]):
             wide = max(lengths[begin:end])
-            cut: dict[str, Any] = {
-                name: getattr(self, name)[begin:end, :wide]
-                for name in ("input_ids", "attention_mask", "labels", "image_mask")
-            }
+            cut: dict[str, Any] = {name: getattr(self, name)[begin:end, :wide] for name in TOKENS}
             if self.image_features is not None:
                 patches = int(cut["image_mask"].sum())
                 first, pictures = pictures, pictures + patches // self.image_features.shape[1]

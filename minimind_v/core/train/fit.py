@@ -28,6 +28,7 @@ from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.parts import parts_of
 
 HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
 GPU_HEADROOM = 0.08  # of all the memory of a GPU: its allocator leaves gaps as lengths change
@@ -113,11 +114,11 @@ class Trial:
 
     def __call__(self, rows: int) -> None:
         """Forward and backward over one batch. Raises what torch raises where memory is out."""
-        batch = self._batch(rows).to(self.device)
-        with autocast(self.device, self.config.dtype):
-            out = self.model(**batch.tokens, image_features=self.memory.features(batch))
-        assert out.loss_sum is not None
-        (out.loss_sum / batch.supervised + out.aux_loss).backward()
+        for part in parts_of(self._batch(rows), self.memory, self.device):
+            with autocast(self.device, self.config.dtype):
+                out = self.model(**part.tokens, image_features=part.image_features)
+            assert out.loss_sum is not None
+            (out.loss_sum / part.supervised + out.aux_loss).backward()
         self.model.zero_grad(set_to_none=True)
 
     def _batch(self, rows: int) -> Batch:

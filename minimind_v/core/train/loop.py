@@ -12,7 +12,7 @@ from pathlib import Path
 from signal import Signals
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
 from minimind_v.core.config.load import plain, to_yaml
@@ -30,6 +30,7 @@ from minimind_v.core.train.fit import fit
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.manifest import write_manifest
 from minimind_v.core.train.metrics import Listener, MetricsFile, Silent, StepMetrics
+from minimind_v.core.train.parts import parts_of
 from minimind_v.core.train.place import Place
 from minimind_v.core.train.report import write_report
 from minimind_v.core.train.schedule import learning_rate
@@ -316,19 +317,22 @@ class Run:
         Returns each batch's part of the loss, and how many tokens were guessed right. `supervised` tokens and `rows`
         are those of all processes. One that has no batch learns nothing from a stand-in, since all must take part.
         """
-        parts, hits = [], torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
+        hits = torch.zeros((), device=self.device)
         batches = batches or [stand_in(self.plan.pad_id)]
         for number, batch in enumerate(batches, 1):
-            moved = batch.to(self.device)
-            with alone_or_last(self.shared, number == len(batches)):
-                with autocast(self.device, self.config.dtype):
-                    out = self.shared(**moved.tokens, image_features=self.memory.features(moved))
-                share = len(batch) / rows if batch.supervised else 0.0
-                part = out.loss_sum / supervised + out.aux_loss * share
-                (part * self.world.size).backward()  # gradients of several processes are averaged
-            parts.append(part.detach())
-            hits += out.hits.sum()
-        return [float(part) for part in parts], int(hits)
+            losses.append(torch.zeros((), device=self.device))
+            parts = parts_of(batch, self.memory, self.device)
+            for part in parts:
+                with alone_or_last(self.shared, number == len(batches) and part is parts[-1]):
+                    with autocast(self.device, self.config.dtype):
+                        out = self.shared(**part.tokens, image_features=part.image_features)
+                    share = len(part) / rows if batch.supervised else 0.0
+                    loss = out.loss_sum / supervised + out.aux_loss * share
+                    (loss * self.world.size).backward()  # gradients of several processes are averaged
+                losses[-1] += loss.detach()
+                hits += out.hits.sum()
+        return [float(loss) for loss in losses], int(hits)
 
     def _step_if_finite(
         self, step: int, loss: float, grad_norm: float, batches: list[Batch], parts: list[float]
