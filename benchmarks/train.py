@@ -5,9 +5,10 @@
     python -m benchmarks.train --profile    which operators ours spends its time in
 
 Full size: the small preset under ViT-B/16, each stage with its recipe, on rows made for it (`material`). Ours is the
-real `Run`; the other side is `plain`, with attention written out (`explicit`) and as torch has it (`fused`). Every
+real `Run`, in a first epoch, where every picture is looked at and remembered, and in a later one, where all are
+remembered; the other side is `plain`, with attention written out (`explicit`) and as torch has it (`fused`). Every
 measurement is a process of its own with the same number of threads; sides take turns; the first update is a warm-up.
-Both sides read the same rows in the same order from the same weights, and a run whose losses or gradient norms differ
+All sides read the same rows in the same order from the same weights, and a run whose losses or gradient norms differ
 by more than 1e-3 fails: the comparison would mean nothing.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -25,15 +27,23 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "sft")
 SIDES = {
-    "ours": "ours",
+    "ours": "ours, first epoch",
+    "later": "ours, later epochs",
     "fused": "plain, fused attention",
     "explicit": "plain, explicit attention",
 }
-UPDATES = {"ours": 7, "fused": 2, "explicit": 2}  # timed ones; a plain sft update takes half a minute on two cores
+OURS = ("ours", "later")
+UPDATES = {
+    "ours": 7,
+    "later": 7,
+    "fused": 2,
+    "explicit": 2,
+}  # timed ones; a plain sft update takes half a minute on two cores
 SEED = 42
 AGREEMENT = 1e-3  # relative, of losses and gradient norms
 
@@ -45,6 +55,8 @@ class Measured:
     samples: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0  # of this process and its threads: what a busy machine disturbs least
+    waited: float = 0.0  # of the seconds, for data
+    operations: float = 0.0  # that the mathematics needs, attention's own products left out
     peak_bytes: int = 0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -60,11 +72,11 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.found = Measured()
-        self._warm_until: tuple[float, float] | None = None
+        self._warm_until: tuple[float, float, float] | None = None
 
-    def update(self, samples: int, loss: float, grad_norm: float) -> None:
+    def update(self, samples: int, loss: float, grad_norm: float, waited: float = 0.0) -> None:
         """An update is done. The first one starts the watch."""
-        now = time.perf_counter(), time.process_time()
+        now = time.perf_counter(), time.process_time(), waited
         self.found.losses.append(loss)
         self.found.grad_norms.append(grad_norm)
         if self._warm_until is None:
@@ -73,6 +85,7 @@ class Stopwatch:
         self.found.samples += samples
         self.found.seconds = now[0] - self._warm_until[0]
         self.found.cpu_seconds = now[1] - self._warm_until[1]
+        self.found.waited = now[2] - self._warm_until[2]
 
     def stop(self) -> Measured:
         """The result, with the memory that the whole process ever had."""
@@ -90,22 +103,23 @@ class OursListener:
     def __init__(self, watch: Stopwatch) -> None:
         self.watch = watch
         self.samples = 0
+        self.last: Any = None  # metrics
 
     def say(self, message: str) -> None: ...
 
     def warn(self, message: str) -> None: ...
 
     def step(self, metrics, log: bool) -> None:
-        self.watch.update(metrics.samples - self.samples, metrics.loss, metrics.grad_norm)
-        self.samples = metrics.samples
+        self.watch.update(metrics.samples - self.samples, metrics.loss, metrics.grad_norm, metrics.data_seconds)
+        self.samples, self.last = metrics.samples, metrics
 
     def validated(self, found) -> None: ...
 
     def saved(self, step: int) -> None: ...
 
 
-def build_ours(folder: Path, stage: str, updates: int, watch: Stopwatch):
-    """The real training run, ready to start."""
+def build_ours(folder: Path, stage: str, updates: int, listener: OursListener, features: Path):
+    """The real training run, ready to start; `features` is where pictures are remembered."""
     from minimind_v.core.config.load import build_config
     from minimind_v.core.train.loop import Run
 
@@ -116,17 +130,19 @@ def build_ours(folder: Path, stage: str, updates: int, watch: Stopwatch):
         "vision_model": folder / "clip",
         "init": folder / "weights.safetensors",
         "out": folder / "out",
+        "features": "exact",
+        "features_dir": features,
         "max_steps": updates,
         "save_every": 0,
         "seed": SEED,
         "device": "cpu",
         "dtype": "float32",
     }
-    return Run(build_config(stage, options=options), OursListener(watch), overwrite=True)
+    return Run(build_config(stage, options=options), listener, overwrite=True)
 
 
 def prepare(folder: Path, tokenizer: Path) -> dict:
-    """Make the material; returns per stage the order in which ours reads the rows, which every side follows."""
+    """Make the material, and remember all pictures; returns per stage the order of the rows, which all sides follow."""
     from benchmarks.material import make_material
     from minimind_v.core.config.recipes import RECIPES
 
@@ -134,7 +150,9 @@ def prepare(folder: Path, tokenizer: Path) -> dict:
     make_material(folder, tokenizer, {stage: updates * RECIPES[stage]().data.batch_size for stage in STAGES}, SEED)
     order = {}
     for stage in STAGES:
-        plan = build_ours(folder, stage, updates, Stopwatch()).plan
+        run = build_ours(folder, stage, updates, OursListener(Stopwatch()), folder / "features")
+        run.fit()
+        plan = run.plan
         places = [place for number in range(updates) for batch in plan[number] for place in batch.places]
         order[stage] = [int(place.rpartition(":")[2]) - 1 for place in places]
     return order
@@ -146,12 +164,8 @@ def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool)
     from minimind_v.core.config.recipes import RECIPES
 
     watch, updates = Stopwatch(), 1 + UPDATES[side]
-    if side == "ours":
-        run = build_ours(folder, stage, 3 if profile else updates, watch)
-        if profile:
-            print_profile(stage, run.fit)
-        else:
-            run.fit()
+    if side in OURS:
+        measure_ours(folder, stage, side, 3 if profile else updates, watch, profile)
     else:
         recipe = RECIPES[stage]()
         batch = recipe.data.batch_size
@@ -172,6 +186,34 @@ def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool)
     return asdict(watch.stop())
 
 
+def measure_ours(folder: Path, stage: str, side: str, updates: int, watch: Stopwatch, profile: bool) -> None:
+    """The real run, with nothing remembered yet or all of it."""
+    from minimind_v.core.bench import looking_operations, operations
+
+    listener = OursListener(watch)
+    features = folder / "features" if side == "later" else Path(tempfile.mkdtemp(dir=folder))
+    run = build_ours(folder, stage, updates, listener, features)
+    if profile:
+        print_profile(stage, run.fit)
+    else:
+        run.fit()
+    last, found = listener.last, watch.found
+    each = operations(run.model, last.tokens / last.samples, last.supervised_tokens / last.samples)
+    if side == "ours":
+        each += looking_operations(run.model)
+        shutil.rmtree(features)
+    found.operations = each * found.samples
+
+
+def measure_matmul() -> dict:
+    """The rate of large products, in operations per second."""
+    import torch
+
+    from minimind_v.core.bench import matmul_rate
+
+    return {"rate": matmul_rate(torch.device("cpu"), torch.float32)}
+
+
 def print_profile(stage: str, work) -> None:
     """Run `work` and print where its time went, on stderr."""
     from torch.profiler import ProfilerActivity, profile
@@ -190,6 +232,8 @@ def do_job(job: dict, threads: int) -> None:
     folder = Path(job["folder"])
     if job["do"] == "prepare":
         answer = prepare(folder, Path(job["tokenizer"]))
+    elif job["do"] == "matmul":
+        answer = measure_matmul()
     else:
         answer = measure(folder, job["stage"], job["do"], job["rows"], job["profile"])
     print(json.dumps(answer))
@@ -231,8 +275,8 @@ def check_agreement(stage: str, sides: dict[str, list[Measured]]) -> float:
     return largest
 
 
-def summarise(runs: list[Measured]) -> dict:
-    """Medians over rounds, and the slowest and the fastest round."""
+def summarise(runs: list[Measured], matmul: float) -> dict:
+    """Medians over rounds, and the slowest and the fastest round; `matmul` is the machine's rate of products."""
     rates = [run.rate for run in runs]
     return {
         "samples_per_second": statistics.median(rates),
@@ -240,6 +284,8 @@ def summarise(runs: list[Measured]) -> dict:
         "fastest": max(rates),
         "cpu_seconds_per_sample": statistics.median(run.cpu_seconds / run.samples for run in runs),
         "peak_bytes": statistics.median(run.peak_bytes for run in runs),
+        "waiting": statistics.median(run.waited / run.seconds for run in runs),
+        "matmul_share": statistics.median(run.operations / run.seconds for run in runs) / matmul,
     }
 
 
@@ -254,15 +300,20 @@ def report(results: dict[str, dict[str, dict]], agreement: dict[str, float]) -> 
                 f"{stage:10}{SIDES[side]:28}{found['samples_per_second']:10.3f}{spread:>14}"
                 f"{found['cpu_seconds_per_sample']:14.2f}{found['peak_bytes'] / 1e9:10.2f} GB"
             )
-        ours = sides["ours"]
-        for side, other in sides.items():
-            if side != "ours":
-                ratios.append(
-                    f"{stage}: ours against {SIDES[side]}: "
-                    f"{ours['samples_per_second'] / other['samples_per_second']:.2f} × the samples per second, "
-                    f"{ours['peak_bytes'] / other['peak_bytes']:.2f} × the memory; "
-                    f"losses and gradient norms agree within {agreement[stage]:.0e}"
-                )
+        for mine in OURS:
+            ours = sides[mine]
+            ratios.append(
+                f"{stage}: {SIDES[mine]}: {ours['matmul_share']:.0%} of the rate of products, "
+                f"{ours['waiting']:.1%} of the time waiting for data"
+            )
+            ratios += [
+                f"{stage}: {SIDES[mine]} against {SIDES[side]}: "
+                f"{ours['samples_per_second'] / other['samples_per_second']:.2f} × the samples per second, "
+                f"{ours['peak_bytes'] / other['peak_bytes']:.2f} × the memory"
+                for side, other in sides.items()
+                if side not in OURS
+            ]
+        ratios.append(f"{stage}: losses and gradient norms of all agree within {agreement[stage]:.0e}")
     return "\n".join([*lines, "", *ratios])
 
 
@@ -278,7 +329,9 @@ def compare(options: argparse.Namespace) -> dict:
                 job = {"do": "ours", "folder": name, "stage": stage, "rows": [], "profile": True}
                 start_job(job, options.threads)
             return {}
+        rates = []
         for number in range(options.rounds):
+            rates.append(start_job({"do": "matmul", "folder": name}, options.threads)["rate"])
             for stage in options.stages:
                 for side in options.sides:
                     job = {"do": side, "folder": name, "stage": stage, "rows": prepared[stage], "profile": False}
@@ -288,12 +341,16 @@ def compare(options: argparse.Namespace) -> dict:
                     print(f"{where}{one.rate:7.3f} samples/s  {one.peak_bytes / 1e9:6.2f} GB", file=sys.stderr)
                 check_agreement(stage, runs[stage])
     agreement = {stage: check_agreement(stage, sides) for stage, sides in runs.items()}
-    results = {stage: {side: summarise(found) for side, found in sides.items()} for stage, sides in runs.items()}
+    matmul = statistics.median(rates)
+    results = {
+        stage: {side: summarise(found, matmul) for side, found in sides.items()} for stage, sides in runs.items()
+    }
+    print(f"matrix products: {matmul / 1e9:.0f} GFLOP/s with {options.threads} threads")
     print(report(results, agreement))
     measured = {
         stage: {side: [asdict(one) for one in found] for side, found in sides.items()} for stage, sides in runs.items()
     }
-    return {"threads": options.threads, "results": results, "agreement": agreement, "runs": measured}
+    return {"threads": options.threads, "matmul": matmul, "results": results, "agreement": agreement, "runs": measured}
 
 
 def main() -> None:
@@ -302,7 +359,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often every side is measured [3]")
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--against", nargs="+", choices=[side for side in SIDES if side != "ours"], help="[both]")
+    parser.add_argument("--against", nargs="+", choices=[side for side in SIDES if side not in OURS], help="[both]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side [all cores]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     parser.add_argument("--profile", action="store_true", help="print ours' costliest operators; measure nothing")
@@ -313,7 +370,7 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes and the folder go with this one
     options.rounds = 1 if options.quick else options.rounds
-    options.sides = ["ours", *(options.against or [side for side in SIDES if side != "ours"])]
+    options.sides = [*OURS, *(options.against or [side for side in SIDES if side not in OURS])]
     found = compare(options)
     if options.json and found:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -73,20 +73,20 @@ def bench(preset: str, device_name: str, tell: Callable[[str], None]) -> Found:
     assert model.vision_encoder is not None
     eye, recipe = Eye(model.vision_encoder, device, "auto"), pretrain(PRESETS[preset])
     tell("multiplying matrices")
-    gflops = _matmul(device, torch.bfloat16 if eye.kind == "bfloat16" else torch.float32)
+    rate = matmul_rate(device, torch.bfloat16 if eye.kind == "bfloat16" else torch.float32)
     tell("looking at pictures")
     pictures = torch.randint(0, 256, (eye.group, 3, *[model.spec.image_size] * 2), dtype=torch.uint8).to(device)
     looking = _seconds(device, lambda: eye.look(pictures)) / len(pictures)
     tell("decoding pictures")
     decoding = _decode(model.spec.image_size)
     tell("training")
-    learning, operations = _learn(model, recipe.freeze, recipe.data.batch_size if device.type == "cuda" else 4)
+    learning, needed = _learn(model, recipe.freeze, recipe.data.batch_size if device.type == "cuda" else 4)
     tell("answering")
     first, each = _answer(model, looking)
     workers = recipe.data.workers
     return Found(
-        preset, str(device), torch.get_num_threads(), eye.kind, gflops, 1 / looking, 1 / decoding, workers,
-        1 / (learning + looking), 1 / learning, operations / learning / (gflops * 1e9), first, 1 / each,
+        preset, str(device), torch.get_num_threads(), eye.kind, rate / 1e9, 1 / looking, 1 / decoding, workers,
+        1 / (learning + looking), 1 / learning, needed / learning / rate, first, 1 / each,
         _limit(looking, learning, decoding / workers),
     )  # fmt: skip
 
@@ -119,9 +119,10 @@ def _make_model(preset: str) -> VLM:
     return VLM(PRESETS[preset], spec, placeholder_id=34, vision=encoder)
 
 
-def _matmul(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of one large product."""
     left, right = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
-    return 2 * SIDE**3 / _seconds(device, lambda: left @ right, times=7) / 1e9
+    return 2 * SIDE**3 / _seconds(device, lambda: left @ right, times=7)
 
 
 def _decode(size: int) -> float:
@@ -150,22 +151,38 @@ def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
         optimiser.zero_grad(set_to_none=True)
 
     seconds = _seconds(model.device, update) / rows
-    return seconds, _operations(model, batch.input_ids.shape[1])
+    return seconds, operations(model, batch.input_ids.shape[1], ANSWER)
 
 
-def _operations(model: VLM, length: int) -> float:
-    """Of one row: two per weight and token forward, two for its input's gradient, two more for a weight that learns.
+def operations(model: VLM, length: float, answer: float) -> float:
+    """What must be computed of a row of so many tokens and one picture whose features are known.
 
-    Of experts those are counted that a token meets; attention's own products are left out.
+    Two operations per weight and token forward, two for its input's gradient, two more for a weight that learns. Of
+    experts those are counted that a token meets, of the last layer what an answer's tokens or their attention need;
+    attention's own products are left out.
     """
     config, found = model.config, 0.0
+    last = f"layers.{config.num_hidden_layers - 1}."
     for name, weight in model.model.named_parameters():
         if weight.ndim != 2 or "embed_tokens" in name:
             continue
         met = config.num_experts_per_tok / config.n_routed_experts if ".experts." in name else 1.0
-        found += met * weight.numel() * length * (6 if weight.requires_grad else 4)
-    projector = model.spec.width * model.config.hidden_size
-    return found + 4 * projector * model.spec.tokens_per_image + 6 * model.lm_head.weight.numel() * ANSWER
+        tokens = answer if name.startswith(last) and ".k_proj" not in name and ".v_proj" not in name else length
+        found += met * weight.numel() * tokens * (6 if weight.requires_grad else 4)
+    head = model.lm_head.weight
+    found += head.numel() * answer * (6 if head.requires_grad else 4)
+    return found + 4 * model.spec.width * model.config.hidden_size * model.spec.tokens_per_image  # the projector
+
+
+def looking_operations(model: VLM) -> float:
+    """What the vision tower must compute for one picture, attention's own products left out."""
+    assert model.vision_encoder is not None
+    tower, patches = model.vision_encoder.tower, model.spec.tokens_per_image
+    return sum(
+        2 * weight.numel() * (patches + (weight.ndim == 2))  # the patches' convolution sees no class token
+        for name, weight in tower.named_parameters()
+        if weight.ndim in (2, 4) and "position" not in name
+    )
 
 
 def _rows(model: VLM, rows: int) -> tuple[Batch, Tensor]:
