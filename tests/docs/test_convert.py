@@ -40,6 +40,7 @@ def test_the_commands_and_the_program_run(hub, capsys):
 
 
 def test_the_server_is_started_as_the_interop_tests_start_it():
-    tested = (ROOT / "tests" / "interop" / "test_transformers_serve.py").read_text(encoding="utf-8")
+    files = ("test_transformers_serve.py", "conftest.py")
+    tested = "".join((ROOT / "tests" / "interop" / name).read_text(encoding="utf-8") for name in files)
     (command,) = re.findall(r"transformers serve \./minimind-v (.*)", PAGE)
     assert all(f'"{option}"' in tested for option in re.findall(r"--\w+", command))

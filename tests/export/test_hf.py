@@ -216,8 +216,35 @@ def test_the_pipeline_answers():
     from transformers import pipeline
 
     asks = pipeline("image-text-to-text", model=str(exported()))
-    found = asks(text=shown((0,)), max_new_tokens=4, do_sample=False)
-    assert found[0]["generated_text"][-1]["role"] == "assistant"
+    processor, model = opened()
+    for talk in (shown((0,)), shown((1, 2), "Compare.")):
+        inputs = asked(processor, talk)
+        answer = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        found = asks(text=talk, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]
+        assert found == {"role": "assistant", "content": processor.decode(answer, skip_special_tokens=True)}
+
+
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "AutoModelForMultimodalLM"])
+def test_other_classes_open_it_too(name):
+    import transformers
+
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    processor, model = opened()
+    inputs = asked(processor, shown((0,)))
+    with torch.no_grad():
+        found = getattr(transformers, name).from_pretrained(exported()).eval()(**inputs).logits
+        assert torch.equal(found, model(**inputs).logits)
+
+
+def test_the_tokenizer_alone_writes_the_same_prompt():
+    from transformers import AutoTokenizer
+
+    words, processor = AutoTokenizer.from_pretrained(exported()), opened()[0]
+    for content in ("Hi", [{"type": "text", "text": "Hi"}]):
+        said = [{"role": "user", "content": content}]
+        told = words.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert told == asked(processor, said)["input_ids"][0].tolist()
 
 
 def test_what_it_says_is_never_the_image_token():

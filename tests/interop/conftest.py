@@ -1,6 +1,11 @@
 """A model that sees, made once, and its two files for llama.cpp."""
 
+import contextlib
 import json
+import socket
+import subprocess
+import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +47,27 @@ def exported(seeing, tmp_path_factory):
     done = here("convert", "--to", "gguf", "--model", seeing.weights, *seeing.sight, "--out", folder, "--json")
     assert done.code == 0, done.err
     return folder, json.loads(done.out)["verified"]
+
+
+@contextlib.contextmanager
+def serving(log, answers_at, *command):
+    """An OpenAI client of a server that is started with `command` and a free `--port`, and answers there when ready."""
+    import openai
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with log.open("w") as file:
+        process = subprocess.Popen([*map(str, command), "--port", str(port)], stdout=file, stderr=file)
+    try:
+        for _ in range(480):
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{answers_at}", timeout=1).read()
+                break
+            except OSError:
+                time.sleep(0.25)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    finally:
+        process.terminate()
+        process.wait(20)

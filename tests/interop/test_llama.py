@@ -2,11 +2,7 @@
 
 import base64
 import re
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -21,9 +17,10 @@ from minimind_v.core.generate.session import Session
 from tests.cli.harness import here
 from tests.gguf.made import SIZES, TEXTS, made, random_texts
 from tests.gguf.test_written import PUBLISHED
+from tests.interop.conftest import serving
 
 pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; `make interop` compiles it")
-openai = pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
+pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
 
 
 def answers(seeing):
@@ -91,28 +88,12 @@ def test_answers_are_those_of_the_source(seeing, exported):
 @pytest.fixture(scope="module")
 def server(exported, tmp_path_factory):
     """llama.cpp's server in Python on a free port: an OpenAI client that asks it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder, log = exported[0], tmp_path_factory.mktemp("server") / "log"
-    command = [
-        sys.executable, "-m", "llama_cpp.server", "--model", folder / "model.gguf", "--clip_model_path",
-        folder / "mmproj.gguf", "--chat_format", "mtmd", "--n_ctx", "2048", "--port", port, "--n_threads", 1,
-    ]  # fmt: skip
-    with log.open("w") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
-    try:
-        for _ in range(240):
-            assert process.poll() is None, log.read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=1).read()
-                break
-            except OSError:
-                time.sleep(0.25)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    finally:
-        process.terminate()
-        process.wait(20)
+    with serving(
+        log, "/v1/models", sys.executable, "-m", "llama_cpp.server", "--model", folder / "model.gguf",
+        "--clip_model_path", folder / "mmproj.gguf", "--chat_format", "mtmd", "--n_ctx", "2048", "--n_threads", "1",
+    ) as client:  # fmt: skip
+        yield client
 
 
 def asked(server, question, picture=None, **more):

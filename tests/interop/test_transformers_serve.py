@@ -1,18 +1,15 @@
 """`transformers serve` on an exported folder, asked about pictures by the official client."""
 
 import base64
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from tests.export.made import exported, jpeg, opened, picture
+from tests.interop.conftest import serving
 
-openai = pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
+pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
 pytest.importorskip("fastapi", reason="transformers cannot serve here; `make interop` brings what it takes")
 
 QUESTION = "What colour is the star?"
@@ -22,28 +19,9 @@ QUESTION = "What colour is the star?"
 def served(request, tmp_path_factory):
     """The kind of model, its folder, and a client of the server that serves it."""
     folder, log = exported(request.param), tmp_path_factory.mktemp("serve") / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        Path(sys.executable).with_name("transformers"), "serve", folder, "--host", "127.0.0.1", "--port", port,
-        "--device", "cpu",
-    ]  # fmt: skip
-    with log.open("w") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
-    try:
-        for _ in range(480):
-            assert process.poll() is None, log.read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
-                break
-            except OSError:
-                time.sleep(0.25)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    program = Path(sys.executable).with_name("transformers")
+    with serving(log, "/health", program, "serve", folder, "--host", "127.0.0.1", "--device", "cpu") as client:
         yield request.param, str(folder), client
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def asked(served, content, **more):
@@ -75,11 +53,13 @@ def test_a_picture_question_is_answered_as_in_python(served, numbers):
     assert asked(served, shown(*numbers)).choices[0].message.content == wanted(served[0], *numbers)
 
 
-def test_streamed(served):
-    pieces = [chunk.choices[0].delta.content or "" for chunk in asked(served, shown(0), stream=True) if chunk.choices]
+@pytest.mark.parametrize("numbers", [(0,), (1, 2, 3)])
+def test_streamed(served, numbers):
+    chunks = asked(served, shown(*numbers), stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert len([piece for piece in pieces if piece]) > 1
     # A character that is not whole when the answer ends is never streamed.
-    assert "".join(pieces).rstrip("\ufffd") == wanted(served[0], 0).rstrip("\ufffd")
+    assert "".join(pieces).rstrip("\ufffd") == wanted(served[0], *numbers).rstrip("\ufffd")
 
 
 def test_plain_text(served):
