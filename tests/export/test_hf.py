@@ -54,7 +54,7 @@ def pixels_of(number):
     return torch.from_numpy(load_pixels(jpeg(number), "picture", source().model.spec.image_size))
 
 
-@pytest.mark.parametrize(("kind", "pictures"), [("dense", 20), ("moe", 6)])
+@pytest.mark.parametrize(("kind", "pictures"), [("dense", 20), ("moe", 20)])
 def test_it_says_the_same_of_many_pictures(kind, pictures):
     processor, model = opened(kind)
     for first in range(pictures):

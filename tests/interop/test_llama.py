@@ -92,6 +92,7 @@ def server(exported, tmp_path_factory):
     with serving(
         log, "/v1/models", sys.executable, "-m", "llama_cpp.server", "--model", folder / "model.gguf",
         "--clip_model_path", folder / "mmproj.gguf", "--chat_format", "mtmd", "--n_ctx", "2048", "--n_threads", "1",
+        "--n_threads_batch", "1",
     ) as client:  # fmt: skip
         yield client
 
