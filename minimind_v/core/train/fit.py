@@ -112,6 +112,12 @@ class Trial:
         """Bytes that the optimiser will hold."""
         return sum(2 * parameter.nbytes for parameter in self.trained)
 
+    @property
+    def row(self) -> int:
+        """Bytes that a row of a batch takes by itself, its picture and what is seen in it; the least for one more."""
+        spec = self.model.spec
+        return 18 * self.length + 3 * spec.image_size**2 + 4 * spec.tokens_per_image * spec.width
+
     def __call__(self, rows: int) -> None:
         """Forward and backward over one batch. Raises what torch raises where memory is out."""
         for part in parts_of(self._batch(rows), self.memory, self.device):
@@ -216,7 +222,7 @@ def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gau
         if 2 * taken[0] > usable:  # two may be too many
             break
     gauge.peak(lambda: None)
-    each = max(taken[-1] - taken[0], 0) if len(taken) > 1 else taken[0]
+    each = max(taken[-1] - taken[0], trial.row) if len(taken) > 1 else taken[0]
 
     def takes(size: int) -> int:
         return taken[0] + each * (size - 1) + trial.moments
