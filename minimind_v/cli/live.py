@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.control import Control
 from rich.live import Live
 from rich.live_render import LiveRender
+from rich.segment import Segment
 from rich.text import Text
 
 from minimind_v.cli.terminal import Terminal
@@ -61,6 +62,7 @@ class Drawn(LiveRender):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         self.widths = [0]
         for segment in super().__rich_console__(console, options):
+            assert isinstance(segment, Segment)
             if segment.text == "\n":
                 self.widths.append(0)
             else:
