@@ -6,7 +6,11 @@ from collections import deque
 from collections.abc import Iterable
 from itertools import pairwise
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.control import Control
 from rich.live import Live
+from rich.live_render import LiveRender
+from rich.segment import Segment
 from rich.text import Text
 
 from minimind_v.cli.terminal import Terminal
@@ -47,6 +51,32 @@ def sparkline(points: list[float], width: int) -> str:
     return "".join(BARS[round((mean - low) * scale)] if scale else BARS[0] for mean in means)
 
 
+class Drawn(LiveRender):
+    """What stands on the terminal, to be wiped whole: made narrower, the terminal has broken its lines into more."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__("")
+        self.console = console
+        self.widths: list[int] = []  # of the lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.widths = [0]
+        for segment in super().__rich_console__(console, options):
+            assert isinstance(segment, Segment)
+            if segment.text == "\n":
+                self.widths.append(0)
+            else:
+                self.widths[-1] += segment.cell_length
+            yield segment
+
+    def position_cursor(self) -> Control:
+        """Back to where the drawing began."""
+        if self._shape is not None:
+            width = max(1, self.console.width)
+            self._shape = width, sum(max(1, -(-cells // width)) for cells in self.widths)
+        return super().position_cursor()
+
+
 class TrainView:
     """Listens to a run and shows it."""
 
@@ -58,6 +88,7 @@ class TrainView:
         self._live = Live(
             get_renderable=self._draw, console=terminal.err, refresh_per_second=4, vertical_overflow="crop"
         )
+        self._live._live_render = Drawn(terminal.err)
 
     def _forget(self) -> None:
         self.curve = Curve()

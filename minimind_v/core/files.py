@@ -47,7 +47,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(name, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise RunError(f"{path}: not saved ({_reason(error)}); what stood there before is still there") from error
+        kept = "; what stood there before is still there" if path.exists() else ""
+        raise RunError(f"{path}: not saved ({_reason(error)}){kept}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)

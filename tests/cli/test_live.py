@@ -27,7 +27,9 @@ def update(step, loss=2.0, steps=200):
 
 def view(width, terminal=True):
     shown = Terminal()
-    shown.err = Console(file=io.StringIO(), width=width, height=30, force_terminal=terminal, soft_wrap=True)
+    shown.err = Console(
+        file=io.StringIO(), width=width, height=30, force_terminal=terminal, force_interactive=terminal, soft_wrap=True
+    )
     return TrainView(shown, "pretrain")
 
 
@@ -52,6 +54,27 @@ def test_everything_is_there_and_no_line_is_wider_than_the_terminal(width):
     console = Console(file=io.StringIO(), width=width)
     console.print(shown._draw())
     assert max(map(len, console.file.getvalue().splitlines())) <= width
+
+
+def test_a_terminal_that_was_made_narrower_is_wiped_whole():
+    """Its lines have become more than were drawn."""
+    shown = view(80)
+    for step in range(1, 50):
+        shown.step(update(step), False)
+    drawn = lines(shown)
+    shown._live.auto_refresh = False
+    with shown:
+        shown._live.refresh()
+        file = shown.terminal.err.file
+        begun = file.tell()
+        shown._live.refresh()
+        assert file.getvalue()[begun:].count("\x1b[1A") == len(drawn) - 1
+        shown.terminal.err.width = 40
+        begun = file.tell()
+        shown._live.refresh()
+        broken = sum(-(-len(line) // 40) for line in drawn)
+        assert broken > len(drawn)
+        assert file.getvalue()[begun:].count("\x1b[1A") == broken - 1
 
 
 def test_another_run_begins_afresh():

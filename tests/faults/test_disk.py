@@ -204,9 +204,24 @@ def test_a_run_goes_on_where_a_save_on_the_way_fails_and_goes_on_trying(tmp_path
         "error",
     ]
     assert "step 10/10" in ended.err
-    assert "pretrain_vlm_128.pth: not saved (File too large)" in ended.error
+    assert ended.error.endswith("pretrain_vlm_128.pth: not saved (File too large) — make room, and start again")
     kept = ("config.yaml", "events.jsonl", "manifest.json", "metrics.jsonl")
     assert tree(tmp_path / "out") == [f"pretrain_vlm_128/{name}" for name in kept]
+
+
+def test_what_killed_writers_have_left_is_removed_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    line = place().train(out, max_steps=2)
+    assert here(*line).code == 0
+    before = tree(out)
+    half = ("pretrain_vlm_128.pth", "pretrain_vlm_128.json", "pretrain_vlm_128/states/step-0000000002-ab.safetensors")
+    for name in half:
+        (out / name).with_name(f".{Path(name).name}.x1y2z3_a.tmp").write_bytes(b"half")
+    others = (out / ".pretrain_vlm_128_moe.pth.x1y2z3_a.tmp", out / ".mine")
+    for path in others:
+        path.write_bytes(b"another's")
+    assert here(*line, "--resume").code == 0
+    assert tree(out) == sorted([*before, *(path.name for path in others)])
 
 
 def test_a_run_goes_on_where_its_metrics_cannot_be_written(tmp_path):

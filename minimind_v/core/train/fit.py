@@ -112,6 +112,12 @@ class Trial:
         """Bytes that the optimiser will hold."""
         return sum(2 * parameter.nbytes for parameter in self.trained)
 
+    @property
+    def row(self) -> int:
+        """Bytes that a row of a batch takes by itself, its picture and what is seen in it; the least for one more."""
+        spec = self.model.spec
+        return 18 * self.length + 3 * spec.image_size**2 + 4 * spec.tokens_per_image * spec.width
+
     def __call__(self, rows: int) -> None:
         """Forward and backward over one batch. Raises what torch raises where memory is out."""
         for part in parts_of(self._batch(rows), self.memory, self.device):
@@ -201,7 +207,7 @@ def _goes_through(trial: Trial, size: int, besides: int) -> bool:
 
 
 def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gauge: Gauge) -> tuple[int, str]:
-    """On a CPU, which kills who takes too much: measured with one row and with two, and drawn on in a straight line.
+    """On a CPU, which kills who takes too much: measured with a few rows and drawn on in a straight line.
 
     The processes of a machine share its memory; where none has been started yet, `gpus` says how many there will be.
     """
@@ -210,16 +216,17 @@ def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gau
     held, room = gauge.held(), gauge.room()
     hosts = world.gather_objects(platform.node())  # and all have looked before anyone begins
     usable = int(room * (1 - HEADROOM)) // (hosts.count(platform.node()) if world.placed else gpus)
-    taken = []
-    for rows in (1, 2):
-        taken.append(gauge.peak(partial(trial, rows)) - held)
-        if 2 * taken[0] > usable:  # two may be too many
+    taken = {0: 0}  # rows → bytes
+    for rows in (1, 2, 4):
+        taken[rows] = gauge.peak(partial(trial, rows)) - held
+        if 2 * taken[rows] > usable or 2 * rows > sizes[0]:  # twice as many may be too many, or need not be known
             break
     gauge.peak(lambda: None)
-    each = max(taken[-1] - taken[0], 0) if len(taken) > 1 else taken[0]
+    fewer, most = list(taken)[-2:]
+    each = max((taken[most] - taken[fewer]) // (most - fewer), trial.row)
 
     def takes(size: int) -> int:
-        return taken[0] + each * (size - 1) + trial.moments
+        return trial.moments + taken.get(size, taken[most] + each * (size - most))
 
     size = next((size for size in sizes if takes(size) <= usable), 1)
     told = f"{takes(size) / GIB:.1f} GiB with rows of {trial.length} tokens, of {usable / GIB:.1f} GiB to be had"

@@ -209,7 +209,7 @@ class Run:
                 raise
             finally:
                 if self.done > begun and self.counts.supervised and not torn:
-                    self._save()
+                    self._save_at_the_end()
                     self._report()
         if not self.counts.supervised:
             trouble = next(iter(self.broken.values()), "every answer is cut off")
@@ -373,6 +373,12 @@ class Run:
             write_checkpoint(self.place.weights, export_tensors(self.model), self.config.model, self.config.stage)
         self.owed = False
         self.listener.saved(self.done)
+
+    def _save_at_the_end(self) -> None:
+        try:
+            self._save()
+        except RunError as error:
+            raise RunError(f"{error} — {self.place.next_step()}") from None
 
     def _or_warn(self, step: int, write: Callable[[], None]) -> None:
         """A full disk in the night must not end the run: the next time there may be room."""

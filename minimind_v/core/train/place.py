@@ -10,6 +10,7 @@ from typing import Any
 from minimind_v.core.config.presets import weights_name
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import UsageError
+from minimind_v.core.files import sweep
 from minimind_v.core.train.metrics import Listener
 from minimind_v.core.train.state import State, States, check_origin, origin_of
 
@@ -46,6 +47,7 @@ class Place:
         Raises UsageError where it may not, or is another run than the one that is here.
         """
         self._refuse_to_replace(overwrite, resume)
+        self._sweep()
         origin = origin_of(self.config)
         origin["rows_per_update"] = self.rows * processes
         if not resume:
@@ -61,6 +63,20 @@ class Place:
         before = state.origin.get("rows_per_update", origin["rows_per_update"])
         state.progress["step"] = state.progress["step"] * before // origin["rows_per_update"]
         return Claim(origin, state)
+
+    def _sweep(self) -> None:
+        """Remove what a killed run was writing; of states, which are all called differently, by the part's own name."""
+        for weights in (self.weights, self.best_weights):
+            sweep(weights)
+            sweep(weights.with_suffix(".json"))
+        for folder in (self.folder, self.states.folder):
+            for part in folder.glob(".*.tmp"):
+                sweep(part.with_name(part.name[1:].rsplit(".", 2)[0]))
+
+    def next_step(self) -> str:
+        """What to do about files that could not be written."""
+        states = self.states.paths()
+        return "make room, and " + ("go on from the last state with --resume" if states else "start again")
 
     def same_rows(self, state: State) -> bool:
         """Whether as many rows of an update were asked of each process, in whatever batches."""
