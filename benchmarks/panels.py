@@ -111,4 +111,4 @@ def _ticks(highest: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    return f"{value / 1000:g} k" if value >= 10_000 else f"{value:g}"
+    return f"{value / 1000:g} k" if value >= 10_000 else f"{value:,g}"
