@@ -220,13 +220,14 @@ def table(points: Points, curves: Curves) -> str:
     return "\n".join(lines)
 
 
-def summary(points: Points, curves: Curves, threads: int, passes: int) -> str:
+def summary(points: Points, curves: Curves, threads: int, passes: int, quick: bool) -> str:
     """The table, what padding would cost, and how all was measured."""
     longest, ratio = saved(curves)
+    how = f"{'--quick ' if quick else ''}--threads {threads} --passes {passes}"
     return (
-        f"{table(points, curves)}\n\nPadding all rows to one of {longest:,} tokens would make the update cost "
-        f"{ratio:.1f} times as much. {threads} {'thread' if threads == 1 else 'threads'}, the best of "
-        f"{passes} {'pass' if passes == 1 else 'passes'}."
+        f"{table(points, curves)}\n\n"
+        f"Padding all rows to one of {longest:,} tokens would make the update cost {ratio:.1f} times as much.\n"
+        f"Measured with `{how}`."
     )
 
 
@@ -260,7 +261,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         curves = measure(points, passes, Path(folder))
-    told = summary(points, curves, options.threads, passes)
+    told = summary(points, curves, options.threads, passes, options.quick)
     print(f"\n{told}")
     if options.json:
         found = {"threads": options.threads, "passes": passes, "curves": curves}

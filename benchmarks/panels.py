@@ -12,7 +12,7 @@ import numpy as np
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 420, 250  # of a panel
-LEFT, RIGHT, TOP, FOOT = 52, 18, 46, 42
+LEFT, RIGHT, TOP, FOOT = 52, 24, 46, 42
 COLUMNS = 2
 COLOURS = ("#3b7ddd", "#d9685d")
 STYLE = """
