@@ -32,6 +32,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.curves
 	$(BIN)/python -m benchmarks.train
 
 # Hundreds of kills, each followed by a resume: hours.
