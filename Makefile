@@ -31,9 +31,9 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.pictures
-	$(BIN)/python -m benchmarks.generate
-	$(BIN)/python -m benchmarks.curves
-	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.generate --docs
+	$(BIN)/python -m benchmarks.curves --docs --plot docs/images
+	$(BIN)/python -m benchmarks.train --docs
 
 # Hundreds of kills, each followed by a resume: hours.
 soak: $(READY)

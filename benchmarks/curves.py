@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.pages import write_block
+from benchmarks.pages import PAGE, write_block
 from benchmarks.panels import Panel, draw, fit
 from benchmarks.stores import make_jsonl, make_parquet
 from minimind_v.core.config.presets import PRESETS
@@ -40,8 +40,7 @@ from minimind_v.core.train.distributed import ALONE
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.loop import Counts, Run
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE, PICTURE = ROOT / "docs" / "performance.md", "growth.svg"
+PICTURE = "growth.svg"
 VIT_B_16 = VisionSpec(image_size=224, patch_size=16, width=768)
 PICTURE_AT = 4  # the position of a row's first patch
 OPENINGS = 20  # of a file in one pass
@@ -255,7 +254,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="[all cores]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all points")
     parser.add_argument("--plot", type=Path, metavar="DIR", help=f"draw them as {PICTURE}")
-    parser.add_argument("--docs", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/performance.md")
     options = parser.parse_args()
     points, passes = (QUICK, options.passes or 1) if options.quick else (Points(), options.passes or 2)
     torch.set_num_threads(options.threads)

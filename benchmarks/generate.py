@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.material import make_material
+from benchmarks.pages import PAGE, write_block
 from benchmarks.plain_chat import PlainChat
 from benchmarks.train import find_tokenizer
 from minimind_v.core.generate import many
@@ -157,7 +158,14 @@ class Plain:
     eight_at_once = one_stream
 
 
-MEASURES = ("first_token", "next_question", "new_conversation", "one_stream", "eight_at_once")
+MEASURES = {  # → what the page calls it
+    "first_token": "first token, a picture never seen",
+    "next_question": "next question in the conversation",
+    "new_conversation": "another conversation about the picture",
+    "one_stream": "one stream",
+    "eight_at_once": "eight at once",
+}
+RATES = ("one_stream", "eight_at_once")
 
 
 def make_pictures(folder: Path, count: int, tokenizer: Path) -> list[Path]:
@@ -205,9 +213,29 @@ def compare(rounds: int, folder: Path) -> dict[str, dict]:
 def line_of(name: str, found: dict) -> str:
     """One line of the table: milliseconds to a token, or tokens per second."""
     ours, plain = found["seconds"].values()
-    rate = name in ("one_stream", "eight_at_once")
+    rate = name in RATES
     values = f"{1 / plain:9.0f} tokens/s{1 / ours:9.0f} tokens/s" if rate else f"{plain:13.3f} s   {ours:13.3f} s   "
     return f"{name.replace('_', ' '):18}{values}{found['ratio']:8.1f} ×{found['cpu_ratio']:10.1f} ×"
+
+
+def page(found: dict[str, dict], threads: int) -> str:
+    """The table of docs/performance.md."""
+    lines = [
+        f"Medians of {len(next(iter(found.values()))['runs']['ours'])} rounds, {threads} threads; in brackets the "
+        "slowest and the fastest round.",
+        "",
+        "| | published shape | mmv | ratio | of CPU time |",
+        "|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        ours, plain = one["seconds"].values()
+        shown = [f"{1 / taken:.0f} tokens/s" if name in RATES else f"{taken:.3f} s" for taken in (plain, ours)]
+        rounds = [b[0] / a[0] for a, b in zip(one["runs"]["ours"], one["runs"]["plain"], strict=True)]
+        spread = f"({min(rounds):.2f} – {max(rounds):.2f})"
+        lines.append(
+            f"| {MEASURES[name]} | {' | '.join(shown)} | {one['ratio']:.2f}× {spread} | {one['cpu_ratio']:.2f}× |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -217,6 +245,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side [all cores]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/performance.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{'':18}{'published shape':>17}{'ours':>17}{'ratio':>11}{'of CPU':>12}   ({options.threads} threads)")
@@ -224,6 +253,8 @@ def main() -> None:
         found = compare(1 if options.quick else options.rounds, Path(folder))
     if options.json:
         options.json.write_text(json.dumps({"threads": options.threads, "results": found}, indent=1) + "\n")
+    if options.docs:
+        write_block(PAGE, "generation", page(found, options.threads))
 
 
 if __name__ == "__main__":

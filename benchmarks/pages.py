@@ -6,6 +6,8 @@ from pathlib import Path
 
 from minimind_v.core.files import write_text
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+
 
 def write_block(page: Path, name: str, text: str) -> None:
     """Put Markdown between the lines `<!-- begin NAME -->` and `<!-- end NAME -->`, in place of what is there.

@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import PAGE, write_block
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "sft")
 SIDES = {
@@ -317,6 +319,35 @@ def report(results: dict[str, dict[str, dict]], agreement: dict[str, float]) -> 
     return "\n".join([*lines, "", *ratios])
 
 
+def page(results: dict[str, dict[str, dict]], threads: int, matmul: float) -> str:
+    """The table of docs/performance.md."""
+    plain = [side for side in SIDES if side not in OURS]
+    lines = [
+        f"{threads} threads, which multiply fp32 matrices at {matmul / 1e9:.0f} GFLOP/s; medians, in brackets the "
+        "slowest and the fastest round.",
+        "",
+        "| | samples/s | peak memory | share of the products' rate | waiting for data "
+        f"| {' | '.join(f'against {SIDES[side]}' for side in plain)} |",
+        "|---|---|---|---|---|" + "---|" * len(plain),
+    ]
+    for stage, sides in results.items():
+        for side, found in sides.items():
+            share, waiting = (f"{found['matmul_share']:.0%}", f"{found['waiting']:.1%}") if side in OURS else ("", "")
+            ratios = [
+                f"{found['samples_per_second'] / sides[other]['samples_per_second']:.2f}×, "
+                f"{found['peak_bytes'] / sides[other]['peak_bytes']:.2f} of the memory"
+                if side in OURS and other in sides
+                else ""
+                for other in plain
+            ]
+            lines.append(
+                f"| {stage}, {SIDES[side]} | {found['samples_per_second']:.2f} "
+                f"({found['slowest']:.2f} – {found['fastest']:.2f}) | {found['peak_bytes'] / 1e9:.2f} GB "
+                f"| {share} | {waiting} | {' | '.join(ratios)} |"
+            )
+    return "\n".join(lines)
+
+
 def compare(options: argparse.Namespace) -> dict:
     """Measure every side of every stage, round by round."""
     with tempfile.TemporaryDirectory() as name:
@@ -347,6 +378,8 @@ def compare(options: argparse.Namespace) -> dict:
     }
     print(f"matrix products: {matmul / 1e9:.0f} GFLOP/s with {options.threads} threads")
     print(report(results, agreement))
+    if options.docs:
+        write_block(PAGE, "training", page(results, options.threads, matmul))
     measured = {
         stage: {side: [asdict(one) for one in found] for side, found in sides.items()} for stage, sides in runs.items()
     }
@@ -362,6 +395,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", choices=[side for side in SIDES if side not in OURS], help="[both]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side [all cores]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/performance.md")
     parser.add_argument("--profile", action="store_true", help="print ours' costliest operators; measure nothing")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -41,7 +41,6 @@ def test_the_quick_form_tells_draws_and_writes(tmp_path, monkeypatch, capsys):
     tiny = replace(QUICK, preset="demo", rows=(1, 2), supervised=(16, 64), supervised_rows=1, longest=(240, 480))
     monkeypatch.setattr(curves, "QUICK", replace(tiny, padded=(480,), longest_rows=2, files=(10, 2_500)))
     monkeypatch.setattr(curves, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(curves, "ROOT", tmp_path)
     (tmp_path / "page.md").write_text("<!-- begin curves -->\n<!-- end curves -->\n")
     threads = torch.get_num_threads()
     options = [
