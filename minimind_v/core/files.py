@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
-
 from minimind_v.core.errors import MmvError, RunError
 
 
@@ -126,6 +124,8 @@ def _lock(handle: int) -> None:
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turn what libraries say of a full disk, each in its own way, into a RunError that names `folder`."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except MmvError:

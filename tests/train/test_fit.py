@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -151,12 +153,18 @@ def test_the_room_is_what_the_tightest_limit_leaves(tmp_path):
 
 
 def test_what_is_measured_is_enough_for_more_rows(config):
-    """The real thing, with rows so short that many go through together."""
+    """The real thing, with rows so short that many go through together; in a process that has nothing to spare."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        two, four, more, row = fresh.submit(_taken, config).result()
+    assert 0 < two <= four <= more
+    assert more < (four + 5 * max((four - two) / 2, row)) / (1 - HEADROOM)
+
+
+def _taken(config):
+    """The bytes of 2, 4 and 9 rows, and what is said of one."""
     gauge, trial = Gauge(), Trial(config, CPU)
     held = gauge.held()
-    two, four, more = (gauge.peak(partial(trial, rows)) - held for rows in (2, 4, 9))
-    assert 0 < two <= four <= more
-    assert more < (four + 5 * max((four - two) / 2, trial.row)) / (1 - HEADROOM)
+    return *(gauge.peak(partial(trial, rows)) - held for rows in (2, 4, 9)), trial.row
 
 
 # --- no trace --------------------------------------------------------------------------------------------------------
