@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, computed in fp32 (Zhang & Sennrich, 2019)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32:
         return _RmsNorm.apply(x, weight, eps)
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
