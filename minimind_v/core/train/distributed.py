@@ -6,6 +6,7 @@ numbers and words travels over the CPU; gradients go the way that torch's Distri
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported after the processes have met, it would keep their group for ever
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -84,8 +86,13 @@ class World:
             dist.init_process_group(backend, store=fresh, rank=self.rank, world_size=self.size)
 
     def leave(self) -> None:
-        """The run is over."""
+        """The run is over, and nothing of it is held any more.
+
+        Only then do gloo's threads end here. One that is left may want to free a tensor while the interpreter shuts
+        down, and ends the process by SIGABRT.
+        """
         if self.size > 1 and dist.is_initialized():
+            gc.collect()  # a shared model holds the group
             dist.destroy_process_group()
 
     @contextmanager
