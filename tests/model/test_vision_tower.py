@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from minimind_v.core.data.images import load_pixels, to_pixels
 from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.model.packed import Product
 from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec, read_vision_spec
 
 VISION = {
@@ -71,6 +72,32 @@ def test_features_are_those_of_clip(folder):
     ours, theirs = ((part - exact).square().mean().sqrt() for part in (features, found.last_hidden_state[:, 1:]))
     assert ours < 1.5 * theirs, "another function, not other rounding"
     assert (features[0] - features[1]).abs().max() > 0.1, "pictures make no difference"
+
+
+@torch.no_grad()
+def test_weights_that_are_written_to_are_noticed(folder):
+    """What is packed for the products of a CPU is made again."""
+    encoder, other = VisionEncoder.load(folder), VisionEncoder.load(folder)
+    pixels = torch.randn(2, 3, 48, 48)
+    before = encoder(pixels)
+    for tower in (encoder.tower, other.tower):
+        tower.encoder.layers[1].mlp.fc1.weight.mul_(1.5)
+    assert torch.equal(encoder(pixels), other(pixels))
+    assert not torch.equal(encoder(pixels), before)
+
+
+@torch.no_grad()
+def test_products_without_mkl(monkeypatch):
+    x, weight, bias = torch.randn(7, 20), torch.randn(30, 20), torch.randn(30)
+    here = Product(weight, bias, 7)
+    assert (here.packed is None) != torch.backends.mkl.is_available()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    elsewhere = Product(weight, bias, 7)
+    assert elsewhere.packed is None
+    torch.testing.assert_close(here(x), elsewhere(x))
+    if here.packed is not None:
+        with pytest.raises(ValueError, match="packed for 7 rows, not 6"):
+            here(x[1:])
 
 
 @torch.no_grad()

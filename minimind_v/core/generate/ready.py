@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.decoder import FastDecoder
+from minimind_v.core.model.packed import state_of
 from minimind_v.core.model.text import KVCache
 from minimind_v.core.model.vlm import VLM
 
@@ -131,6 +132,4 @@ def ready(model: VLM) -> Ready:
 
 
 def _state(model: VLM) -> object:
-    """Differs when a weight is another tensor, or has been written to."""
-    learns = (*model.model.parameters(), *model.vision_proj.parameters())
-    return id(model.vision_encoder), [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in learns]
+    return id(model.vision_encoder), state_of([*model.model.parameters(), *model.vision_proj.parameters()])
