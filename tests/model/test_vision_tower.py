@@ -87,17 +87,27 @@ def test_weights_that_are_written_to_are_noticed(folder):
 
 
 @torch.no_grad()
-def test_products_without_mkl(monkeypatch):
-    x, weight, bias = torch.randn(7, 20), torch.randn(30, 20), torch.randn(30)
-    here = Product(weight, bias, 7)
+def test_products_with_and_without_mkl(monkeypatch):
+    linear = torch.nn.Linear(20, 30)
+    here = Product(linear, 7, 1.5)
     assert (here.packed is None) != torch.backends.mkl.is_available()
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    elsewhere = Product(weight, bias, 7)
+    elsewhere = Product(linear, 7, 1.5)
     assert elsewhere.packed is None
-    torch.testing.assert_close(here(x), elsewhere(x))
-    if here.packed is not None:
-        with pytest.raises(ValueError, match="packed for 7 rows, not 6"):
-            here(x[1:])
+    for x in (torch.randn(7, 20), torch.randn(6, 20)):  # any other number of rows is computed as without MKL
+        for product in (here, elsewhere):
+            torch.testing.assert_close(product(x), x @ linear.weight.T + 1.5 * linear.bias)
+
+
+@torch.no_grad()
+def test_memory_is_spared_and_nothing_else_changes(folder):
+    encoder = VisionEncoder.load(folder)
+    pixels = torch.randn(2, 3, 48, 48)
+    before = encoder(pixels)
+    tensors = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    encoder.spare_memory()
+    assert torch.equal(encoder(pixels), before)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in encoder.state_dict().items())
 
 
 @torch.no_grad()

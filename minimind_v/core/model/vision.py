@@ -88,23 +88,35 @@ class VisionEncoder(nn.Module):
         return self._look(pixel_values)[:, 1:]  # [M, P, width]
 
     def _look(self, pictures: Tensor) -> Tensor:
-        tower: Any = self.tower
         exact = pictures.dtype == torch.float32 and not torch.is_autocast_enabled(pictures.device.type)
-        if not (pictures.device.type == "cpu" and exact and tower.config.hidden_act == "quick_gelu"):
-            return tower(pixel_values=pictures).last_hidden_state
-        state = state_of(tower.parameters())
+        walk = self._packed() if exact else None
+        if walk is None:
+            return self.tower(pixel_values=pictures).last_hidden_state
+        return torch.stack([walk(one) for one in pictures.split(1)])
+
+    def _packed(self) -> Walk | None:
+        """The weights packed for a CPU, as they are now; None elsewhere."""
+        tower: Any = self.tower
+        weights = list(tower.parameters())
+        if weights[0].device.type != "cpu" or tower.config.hidden_act != "quick_gelu":
+            return None
+        state = state_of(weights)
         if self._walk is None or self._walk[0] != state:
             self._walk = state, Walk(tower, 1 + self.spec.tokens_per_image)
-        walk = self._walk[1]
-        return torch.stack([walk(one) for one in pictures.split(1)])
+        return self._walk[1]
+
+    def spare_memory(self) -> None:
+        """Before a long run: where the weights are packed, the system need not keep them in memory twice."""
+        if self._packed():
+            for weight in self.tower.parameters():
+                set_aside(weight)
 
 
 class Walk:
     """What CLIPVisionModel does to a picture, on a CPU: as fast as its products, which are packed.
 
     Pictures go alone, so that what lies between two products stays in the cache. The activation, x · sigmoid(1.702 x),
-    is silu(1.702 x) / 1.702: the products before and after it scale, as the one that makes queries does. What is added
-    is added in place.
+    is silu(1.702 x) / 1.702: the norm before and the sum behind it scale. What is added is added in place.
     """
 
     def __init__(self, tower: Any, tokens: int) -> None:
@@ -112,28 +124,23 @@ class Walk:
         self.heads = tower.config.num_attention_heads
         self.layers = [self._pack(layer, tokens) for layer in tower.encoder.layers]
 
-    def _pack(self, layer: Any, tokens: int) -> tuple[Product, Product, Product, Product]:
+    def _pack(self, layer: Any, tokens: int) -> tuple[list[Product], Product, Product, Product]:
         attention, mlp = layer.self_attn, layer.mlp
-        projections = [(proj.weight, proj.bias) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        projections[0] = tuple(part * attention.scale for part in projections[0])
-        weight, bias = (torch.cat(parts) for parts in zip(*projections, strict=True))
-        products = (
-            Product(weight, bias, tokens),
-            Product(attention.out_proj.weight, attention.out_proj.bias, tokens),
-            Product(mlp.fc1.weight * QUICK, mlp.fc1.bias * QUICK, tokens),
-            Product(mlp.fc2.weight / QUICK, mlp.fc2.bias, tokens),
+        return (
+            [Product(proj, tokens) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)],
+            Product(attention.out_proj, tokens),
+            Product(mlp.fc1, tokens, QUICK),
+            Product(mlp.fc2, tokens, QUICK),
         )
-        for weight in layer.parameters():
-            set_aside(weight)
-        return products
 
     def __call__(self, picture: Tensor) -> Tensor:
         """[1, 3, H, W] → [1 + P, width]."""
         x = self.tower.pre_layrnorm(self.tower.embeddings(picture))[0]  # [T, width]
-        for layer, (qkv, out, fc1, fc2) in zip(self.tower.encoder.layers, self.layers, strict=True):
-            parts = qkv(layer.layer_norm1(x)).view(len(x), 3, 1, self.heads, -1).permute(1, 2, 3, 0, 4)
-            q, k, v = parts.unbind()  # [1, heads, T, hd]
-            seen = F.scaled_dot_product_attention(q, k, v, scale=1.0)[0].transpose(0, 1).reshape(x.shape)
-            x.add_(out(seen))
-            x.add_(fc2(F.silu(fc1(layer.layer_norm2(x)), inplace=True)))
+        for layer, (projections, out, fc1, fc2) in zip(self.tower.encoder.layers, self.layers, strict=True):
+            normed = layer.layer_norm1(x)
+            q, k, v = (proj(normed).view(1, len(x), self.heads, -1).transpose(1, 2) for proj in projections)
+            seen = F.scaled_dot_product_attention(q, k, v)[0]  # [heads, T, hd]
+            x.add_(out(seen.transpose(0, 1).reshape(x.shape)))
+            normed = layer.layer_norm2(x).mul_(QUICK)
+            x.add_(fc2(F.silu(fc1(normed), inplace=True)), alpha=1 / QUICK)
         return x
