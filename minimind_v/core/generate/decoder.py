@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minimind_v.core.model.fused import interleave, turn
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward
-from minimind_v.core.model.text import Block, KVCache
+from minimind_v.core.model.text import Block, KVCache, RMSNorm
 from minimind_v.core.model.vlm import VLM
 
 FEW = 16  # tokens up to which every expert reads all of them: sorting them by expert costs more than it saves
@@ -27,7 +27,7 @@ class FastDecoder:
         self.config, self.dtype = model.config, dtype
         self.rotary = model.model.rotary
         self.layers = [FastLayer(block, dtype) for block in model.model.layers]
-        self.norm = model.model.norm
+        self.norm = FastNorm(model.model.norm)
         self.head = _flip(model.lm_head.weight).to(dtype)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
@@ -36,19 +36,19 @@ class FastDecoder:
 
     def read(self, x: Tensor, cache: KVCache, attention_mask: Tensor | None = None) -> Tensor:
         """Read x [B, T, D] behind what the cache holds → logits [B, V] in fp32; attention_mask as in `VLM.forward`."""
-        first = cache.used == 0
+        rows, first = len(x), cache.used == 0
         positions, mask = cache.extend(x.shape[1], attention_mask)
         turns = self.rotary(positions)  # [B, T, 1, hd/2]
-        x = x.to(self.dtype)
+        x = x.to(self.dtype, copy=True).flatten(0, 1)  # [B·T, D], added to in place
         for layer in self.layers[:-1]:
-            q, keys, values = layer.look_up(x, turns, cache)
-            x = layer.work(x, _attend(q, keys, values, mask, first))
+            q, keys, values = layer.look_up(x, rows, turns, cache)
+            layer.work(x, _attend(q, keys, values, mask, first))
         layer = self.layers[-1]
-        q, keys, values = layer.look_up(x, turns, cache)
-        x, q = _last(x, attention_mask), _last(q, attention_mask)  # [B, 1, D], [B, 1, heads, hd]
+        q, keys, values = layer.look_up(x, rows, turns, cache)
+        x, q = _last(x.unflatten(0, (rows, -1)), attention_mask)[:, 0], _last(q, attention_mask)  # [B, D]
         seen = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
-        x = layer.work(x, _attend(q, keys, values, seen, False))
-        return (self.norm(x[:, 0]) @ self.head).float()
+        layer.work(x, _attend(q, keys, values, seen, False))
+        return torch.mm(self.norm(x), self.head).float()
 
 
 class FastLayer:
@@ -63,31 +63,50 @@ class FastLayer:
         q, k, v = (proj.weight for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
         self.qkv = _flip(interleave(q, self.head_dim), interleave(k, self.head_dim), v).to(dtype)
         self.o_proj = _flip(attention.o_proj.weight).to(dtype)
-        self.input_norm, self.post_norm = block.input_layernorm, block.post_attention_layernorm
+        self.input_norm, self.post_norm = FastNorm(block.input_layernorm), FastNorm(block.post_attention_layernorm)
         self.mlp = _fast_mlp(block.mlp, dtype)
 
-    def look_up(self, x: Tensor, turns: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
-        parts = (self.input_norm(x) @ self.qkv).unflatten(-1, (-1, self.head_dim))  # [B, T, heads + 2·KV, hd]
+    def look_up(self, x: Tensor, rows: int, turns: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B·T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
+        parts = torch.mm(self.input_norm(x), self.qkv).view(rows, -1, self.heads + 2 * self.kv_heads, self.head_dim)
         turn(parts[:, :, : -self.kv_heads], turns)
         q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         return q, *cache.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
 
-    def work(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the block: [B, T, D] → [B, T, D]."""
-        x = x + attended @ self.o_proj
-        return x + self.mlp(self.post_norm(x))
+    def work(self, x: Tensor, attended: Tensor) -> None:
+        """The rest of the block, in x [N, D]; attended [N, D]."""
+        x.addmm_(attended, self.o_proj)
+        self.mlp(self.post_norm(x), x)
+
+
+class FastNorm:
+    """RMS norm in four operators where torch needs eight: √(mean(x²) + eps) is hypot(|x|, √(D·eps)) / √D."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        assert isinstance(norm, RMSNorm)
+        self.norm = norm
+        width = len(norm.weight)
+        self.weight = norm.weight.detach() * width**0.5
+        self.least = norm.weight.new_tensor((width * norm.eps) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x / sqrt(mean(x²) + eps) · weight; x [N, D]."""
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return self.norm(x)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x.div(torch.hypot(length, self.least)).mul_(self.weight)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Queries [B, T, heads, hd] over keys and values [B, KV, S, hd] → [B, T, D]."""
-    if q.shape[1] == 1:  # the query heads of a group see the same keys, as so many positions would
-        grouped = q.unflatten(2, (keys.shape[1], -1))[:, 0]  # [B, KV, heads/KV, hd]
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)[:, None]
+    """Queries [B, T, heads, hd] over keys and values [B, KV, S, hd] → [B·T, D]."""
+    rows, time, _, head_dim = q.shape
+    if time == 1:  # the query heads of a group see the same keys, as so many positions would
+        grouped = q.view(rows, keys.shape[1], -1, head_dim)  # [B, KV, heads/KV, hd]
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view(rows, -1)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True
     )  # [B, heads, T, hd]
-    return out.transpose(1, 2).flatten(2)
+    return out.transpose(1, 2).reshape(rows * time, -1)
 
 
 def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -105,9 +124,17 @@ class FastFeedForward:
         self.gate_up = _flip(feed.gate_proj.weight, feed.up_proj.weight).to(dtype)  # [D, 2·I]
         self.down = _flip(feed.down_proj.weight).to(dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = (x @ self.gate_up).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up) @ self.down
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """Add what comes of x [N, D] to out [N, D]."""
+        out.addmm_(self._inner(x), self.down)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """[N, D] → [N, D]."""
+        return self._inner(x) @ self.down
+
+    def _inner(self, x: Tensor) -> Tensor:
+        gate, up = torch.mm(x, self.gate_up).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
 class FastExperts:
@@ -118,27 +145,26 @@ class FastExperts:
         self.experts = [FastFeedForward(expert, dtype) for expert in moe.experts]
         self.shared = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, 1)  # [N, D]
-        _, weights, chosen = self.router(flat.to(self.router.weight.dtype))
-        if len(flat) > FEW:
-            out = self._sorted(flat, weights, chosen)
-        elif len(flat) == 1 and not flat.is_cuda:
-            picks = zip(chosen[0].tolist(), weights[0].tolist(), strict=True)
-            out = sum((self.experts[number](flat) * weight for number, weight in picks), torch.zeros_like(flat))
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """Add what comes of x [N, D] to out [N, D]."""
+        _, weights, chosen = self.router(x.to(self.router.weight.dtype))
+        if len(x) > FEW:
+            self._sorted(x, out, weights, chosen)
+        elif len(x) == 1 and not x.is_cuda:
+            for number, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
+                out.add_(self.experts[number].alone(x), alpha=weight)
         else:
-            share = weights.new_zeros(len(flat), len(self.experts)).scatter(1, chosen, weights).to(flat.dtype)
-            parts = (expert(flat) * part[:, None] for expert, part in zip(self.experts, share.unbind(1), strict=True))
-            out = sum(parts, torch.zeros_like(flat))
-        return sum((expert(flat) for expert in self.shared), out).view_as(x)
+            share = weights.new_zeros(len(x), len(self.experts)).scatter(1, chosen, weights).to(x.dtype)
+            for expert, part in zip(self.experts, share.unbind(1), strict=True):
+                out.addcmul_(expert.alone(x), part[:, None])
+        for expert in self.shared:
+            expert(x, out)
 
-    def _sorted(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def _sorted(self, x: Tensor, out: Tensor, weights: Tensor, chosen: Tensor) -> None:
         """One pass per expert over just its own tokens."""
-        out = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
             token, pick = (chosen == number).nonzero(as_tuple=True)
-            out.index_add_(0, token, expert(flat[token]) * weights[token, pick, None].to(flat.dtype))
-        return out
+            out.index_add_(0, token, expert.alone(x[token]) * weights[token, pick, None].to(x.dtype))
 
 
 def _fast_mlp(mlp: nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExperts:

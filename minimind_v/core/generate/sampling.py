@@ -9,6 +9,8 @@ from torch import Tensor
 
 from minimind_v.core.errors import UsageError
 
+FEW = 64  # of the likeliest, in which a draw mostly ends
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,11 +51,13 @@ class Sampler:
         probs = (behind / self.sampling.temperature).softmax(dim=-1)  # [V]
         if self.sampling.top_p == 1:
             return _draw(probs.cumsum(dim=-1), self.generator)
-        for count in (64, 512, len(probs)):  # sorting all costs more than the rest of a draw; most mass is on few
-            ordered, ids = probs.topk(min(count, len(probs)))
+        ordered, ids = probs.topk(min(FEW, len(probs)))  # most mass is on few
+        mass = ordered.cumsum(dim=-1)
+        if mass[-1] < self.sampling.top_p:  # numpy sorts in a quarter of the time that torch takes
+            values = probs.numpy()
+            ids = torch.from_numpy((-values).argsort())
+            ordered = torch.from_numpy(values[ids])
             mass = ordered.cumsum(dim=-1)
-            if mass[-1] >= self.sampling.top_p:
-                break
         end = int((mass - ordered < self.sampling.top_p).sum())  # of the fewest that hold p: those before hold less
         return int(ids[_draw(mass[:end], self.generator)])
 

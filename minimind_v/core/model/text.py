@@ -80,10 +80,11 @@ class KVCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest chunk's [B, KV, T, hd]; returns all that is used so far, [B, KV, S, hd]."""
-        start = self.used - keys.shape[2]
-        self.keys[layer, :, :, start : self.used] = keys
-        self.values[layer, :, :, start : self.used] = values
-        return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
+        time = keys.shape[2]
+        parts = self.keys[layer], self.values[layer]
+        for part, new in zip(parts, (keys, values), strict=True):
+            part.narrow(2, self.used - time, time).copy_(new)
+        return parts[0].narrow(2, 0, self.used), parts[1].narrow(2, 0, self.used)
 
 
 class RMSNorm(nn.Module):
