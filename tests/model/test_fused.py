@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind_v.core.model.fused import feed_forward, interleave, project, rms_norm
+from minimind_v.core.model import fused
+from minimind_v.core.model.fused import attend, feed_forward, interleave, project, rms_norm
 
 HEADS, KV, HEAD_DIM, WIDTH, TIME = 4, 2, 6, 24, 7
 
@@ -124,3 +125,28 @@ def test_under_autocast_products_are_in_its_type():
     for one, other in zip((*exact, *exact_gradients), (*lower, *gradients), strict=True):
         assert not torch.equal(one, other.float())
         assert F.cosine_similarity(one.flatten(), other.float().flatten(), dim=0) > 0.999
+
+
+def plain_attend(q, k, v):
+    """Written out, with a key for every query head."""
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    scores = (q @ k.mT).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), float("-inf"))
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("time", [1, 2, fused.BLOCK, fused.BLOCK + 1, 2 * fused.BLOCK + 17])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_that_keeps_its_weights(time, heads):
+    laid_out = torch.randn(2, time, heads + 4, 16)  # as `project` has them
+    q, k, v = (part.transpose(1, 2).requires_grad_() for part in laid_out.split((heads, 2, 2), dim=2))
+    ours, plain = attend(q, k, v), plain_attend(q, k, v)
+    assert ours.grad_fn.name() == "_AttendBackward"
+    check_gradients([ours], [plain], [q, k, v], [True] * 3)
+
+
+def test_attention_that_keeps_nothing():
+    """Of long rows, and where nothing is learnt."""
+    q, k, v = (drawn(1, heads, fused.WEIGHTS_KEPT + 1, 8) for heads in (4, 2, 2))
+    assert attend(q, k, v).grad_fn.name() != "_AttendBackward"
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v), plain_attend(q, k, v), rtol=1e-5, atol=1e-6)

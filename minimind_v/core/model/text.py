@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model.fused import project, rms_norm
+from minimind_v.core.model.fused import attend, project, rms_norm
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward, pick
 
 
@@ -134,10 +134,11 @@ class Attention(nn.Module):
             keys, values = place.cache.write(self.layer, k, v)
             if not place.first:  # an empty cache is attended to like no cache
                 k, v = keys.to(q.dtype), values.to(q.dtype)  # [B, KV, S, hd]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=place.mask, is_causal=place.first, scale=1.0, enable_gqa=True
-        )  # [B, heads, T, hd]
-        out = out.transpose(1, 2).flatten(2)  # [B, T, D]
+        if place.first:
+            out = attend(q, k, v)  # [B, T, D]
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=place.mask, scale=1.0, enable_gqa=True)
+            out = out.transpose(1, 2).flatten(2)
         return self.o_proj(out if read is None else pick(out, read))
 
 

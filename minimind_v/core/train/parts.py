@@ -9,9 +9,9 @@ import torch
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.features.memory import Memory
 
-# Positions that a CPU works through together, or one row. Of more the tensors between the products are fetched from
-# the system anew each time and fill no cache: twice the memory, and no more speed.
-CPU_POSITIONS = 1200
+# Positions that a CPU works through together, or one row. Of 1,200 it takes some 2 % longer; 2,400 save another 1 %, for
+# a sixth more of the run's memory.
+CPU_POSITIONS = 1600
 
 
 def parts_of(batch: Batch, memory: Memory, device: torch.device) -> list[Batch]:
