@@ -9,8 +9,8 @@ import torch
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.features.memory import Memory
 
-# Positions that a CPU works through together, or one row. Of 1,200 it takes some 2 % longer; 2,400 save another 1 %, for
-# a sixth more of the run's memory.
+# Positions that a CPU works through together, or one row. Of 1,200 it takes some 2 % longer; 2,400 save another 1 %
+# and take a sixth more of the run's memory.
 CPU_POSITIONS = 1600
 
 
