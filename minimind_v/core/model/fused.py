@@ -167,7 +167,7 @@ class _Attend(Function):
         for begin, end in _blocks(time):
             rows = slice(begin * each, end * each)
             weights = torch.bmm(q[:, rows], k[:, :end].mT)  # [B·KV, n·each, end]
-            weights.view(len(q), -1, each, end)[..., begin:] += ahead[: end - begin, :, : end - begin]
+            weights.view(len(q), -1, each, end)[..., begin:].add_(ahead[: end - begin, :, : end - begin])
             torch.ops.aten._softmax.out(weights, -1, False, out=weights)
             out[:, rows] = torch.bmm(weights, v[:, :end])
             kept.append(weights)
