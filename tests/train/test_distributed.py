@@ -281,7 +281,7 @@ def test_a_process_of_slurm_knows_its_place():
 
 
 RUN_AND_LIST_THREADS = """
-import os, pathlib
+import pathlib
 from minimind_v.cli.app import main
 try:
     main()

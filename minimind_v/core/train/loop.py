@@ -154,7 +154,8 @@ class Run:
         folder = config.features_dir or config.out / "features"
         eye = Eye(encoder, self.device, config.dtype)
         memory = open_memory(config.features, folder, eye, self.plan.rows, listener.say, listener.warn)
-        encoder.spare_memory()
+        if eye.kind == "float32":  # of lower precision nothing is packed
+            encoder.spare_memory()
         self.plan.dataset.remembered = memory.store
         return memory
 
