@@ -2,11 +2,14 @@
 
 To decode one token is to read every weight once, and beside that it costs as many operators as there are. So q, k and
 v are one matrix here, and gate and up another; a rotation is one complex product; of the last layer, only what the
-next token depends on is computed. The weights are copies, laid out [in, out]: a CPU's library multiplies 8 rows with
-that in 82 % of the time that [out, in] takes, one row in 94 %. The model, its names and its training know nothing.
+next token depends on is computed. The weights are copies, laid out for products with few rows (`model.packed`). The
+model, its names and its training know nothing.
 """
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +17,26 @@ from torch import Tensor, nn
 
 from minimind_v.core.model.fused import interleave, turn
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward
+from minimind_v.core.model.packed import FEW, Product
 from minimind_v.core.model.text import Block, KVCache, RMSNorm
 from minimind_v.core.model.vlm import VLM
-
-FEW = 16  # tokens up to which every expert reads all of them: sorting them by expert costs more than it saves
 
 
 class FastDecoder:
     """Embeddings in, logits of each row's last token out, by the weights that the model has now."""
 
     def __init__(self, model: VLM, dtype: torch.dtype) -> None:
-        self.config, self.dtype = model.config, dtype
+        self.config, self.device, self.dtype = model.config, model.device, dtype
         self.rotary = model.model.rotary
-        self.layers = [FastLayer(block, dtype) for block in model.model.layers]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # laying out a weight takes one core
+            head = pool.submit(_product, dtype, model.lm_head.weight)
+            self.layers = list(pool.map(partial(FastLayer, dtype=dtype), model.model.layers))
         self.norm = FastNorm(model.model.norm)
-        self.head = _flip(model.lm_head.weight).to(dtype)
+        self.head = head.result()
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
-        return KVCache(self.config, batch, max_length, self.head.device, self.dtype)
+        return KVCache(self.config, batch, max_length, self.device, self.dtype)
 
     def read(self, x: Tensor, cache: KVCache, attention_mask: Tensor | None = None) -> Tensor:
         """Read x [B, T, D] behind what the cache holds → logits [B, V] in fp32; attention_mask as in `VLM.forward`."""
@@ -48,7 +52,7 @@ class FastDecoder:
         x, q = _last(x.unflatten(0, (rows, -1)), attention_mask)[:, 0], _last(q, attention_mask)  # [B, D]
         seen = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
         layer.work(x, _attend(q, keys, values, seen, False))
-        return torch.mm(self.norm(x), self.head).float()
+        return self.head(self.norm(x)).float()
 
 
 class FastLayer:
@@ -61,22 +65,22 @@ class FastLayer:
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.heads = attention.q_proj.out_features // attention.head_dim
         q, k, v = (proj.weight for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-        self.qkv = _flip(interleave(q, self.head_dim), interleave(k, self.head_dim), v).to(dtype)
-        self.o_proj = _flip(attention.o_proj.weight).to(dtype)
+        self.qkv = _product(dtype, interleave(q, self.head_dim), interleave(k, self.head_dim), v)
+        self.o_proj = _product(dtype, attention.o_proj.weight)
         self.input_norm, self.post_norm = FastNorm(block.input_layernorm), FastNorm(block.post_attention_layernorm)
         self.mlp = _fast_mlp(block.mlp, dtype)
 
     def look_up(self, x: Tensor, rows: int, turns: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
         """x [B·T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
-        parts = torch.mm(self.input_norm(x), self.qkv).view(rows, -1, self.heads + 2 * self.kv_heads, self.head_dim)
+        parts = self.qkv(self.input_norm(x)).view(rows, -1, self.heads + 2 * self.kv_heads, self.head_dim)
         turn(parts[:, :, : -self.kv_heads], turns)
         q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         return q, *cache.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
 
     def work(self, x: Tensor, attended: Tensor) -> None:
         """The rest of the block, in x [N, D]; attended [N, D]."""
-        x.addmm_(attended, self.o_proj)
-        self.mlp(self.post_norm(x), x)
+        x.add_(self.o_proj(attended))
+        x.add_(self.mlp(self.post_norm(x)))
 
 
 class FastNorm:
@@ -117,24 +121,16 @@ def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 class FastFeedForward:
-    """SwiGLU with gate and up in one matrix."""
+    """SwiGLU with gate and up in one matrix: [N, D] → [N, D]."""
 
     def __init__(self, feed: nn.Module, dtype: torch.dtype) -> None:
         assert isinstance(feed, FeedForward)
-        self.gate_up = _flip(feed.gate_proj.weight, feed.up_proj.weight).to(dtype)  # [D, 2·I]
-        self.down = _flip(feed.down_proj.weight).to(dtype)
+        self.gate_up = _product(dtype, feed.gate_proj.weight, feed.up_proj.weight)
+        self.down = _product(dtype, feed.down_proj.weight)
 
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """Add what comes of x [N, D] to out [N, D]."""
-        out.addmm_(self._inner(x), self.down)
-
-    def alone(self, x: Tensor) -> Tensor:
-        """[N, D] → [N, D]."""
-        return self._inner(x) @ self.down
-
-    def _inner(self, x: Tensor) -> Tensor:
-        gate, up = torch.mm(x, self.gate_up).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up))
 
 
 class FastExperts:
@@ -145,32 +141,34 @@ class FastExperts:
         self.experts = [FastFeedForward(expert, dtype) for expert in moe.experts]
         self.shared = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
 
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """Add what comes of x [N, D] to out [N, D]."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, D] → [N, D]."""
         _, weights, chosen = self.router(x.to(self.router.weight.dtype))
+        out = torch.zeros_like(x)
         if len(x) > FEW:
             self._sorted(x, out, weights, chosen)
         elif len(x) == 1 and not x.is_cuda:
             for number, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
-                out.add_(self.experts[number].alone(x), alpha=weight)
+                out.add_(self.experts[number](x), alpha=weight)
         else:
             share = weights.new_zeros(len(x), len(self.experts)).scatter(1, chosen, weights).to(x.dtype)
             for expert, part in zip(self.experts, share.unbind(1), strict=True):
-                out.addcmul_(expert.alone(x), part[:, None])
+                out.addcmul_(expert(x), part[:, None])
         for expert in self.shared:
-            expert(x, out)
+            out.add_(expert(x))
+        return out
 
     def _sorted(self, x: Tensor, out: Tensor, weights: Tensor, chosen: Tensor) -> None:
         """One pass per expert over just its own tokens."""
         for number, expert in enumerate(self.experts):
             token, pick = (chosen == number).nonzero(as_tuple=True)
-            out.index_add_(0, token, expert.alone(x[token]) * weights[token, pick, None].to(x.dtype))
+            out.index_add_(0, token, expert(x[token]) * weights[token, pick, None].to(x.dtype))
 
 
 def _fast_mlp(mlp: nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExperts:
     return FastExperts(mlp, dtype) if isinstance(mlp, MoEFeedForward) else FastFeedForward(mlp, dtype)
 
 
-def _flip(*weights: Tensor) -> Tensor:
-    """Matrices [out, in] side by side, as [in, out]."""
-    return torch.cat([weight.detach() for weight in weights]).t().contiguous()
+def _product(dtype: torch.dtype, *weights: Tensor) -> Product:
+    """With matrices [out, in] below each other."""
+    return Product(torch.cat([weight.detach() for weight in weights]).to(dtype))

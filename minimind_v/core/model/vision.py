@@ -124,13 +124,14 @@ class Walk:
         self.heads = tower.config.num_attention_heads
         self.layers = [self._pack(layer, tokens) for layer in tower.encoder.layers]
 
-    def _pack(self, layer: Any, tokens: int) -> tuple[list[Product], Product, Product, Product]:
+    @staticmethod
+    def _pack(layer: Any, tokens: int) -> tuple[list[Product], Product, Product, Product]:
         attention, mlp = layer.self_attn, layer.mlp
         return (
-            [Product(proj, tokens) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)],
-            Product(attention.out_proj, tokens),
-            Product(mlp.fc1, tokens, QUICK),
-            Product(mlp.fc2, tokens, QUICK),
+            [Product(proj.weight, proj.bias, tokens) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)],
+            Product(attention.out_proj.weight, attention.out_proj.bias, tokens),
+            Product(mlp.fc1.weight, mlp.fc1.bias * QUICK, tokens),
+            Product(mlp.fc2.weight, mlp.fc2.bias * QUICK, tokens),
         )
 
     def __call__(self, picture: Tensor) -> Tensor:
