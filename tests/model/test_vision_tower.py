@@ -12,7 +12,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from minimind_v.core.data.images import load_pixels, to_pixels
 from minimind_v.core.errors import MissingInput, WeightsError
-from minimind_v.core.model.packed import Product
 from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec, read_vision_spec
 
 VISION = {
@@ -84,19 +83,6 @@ def test_weights_that_are_written_to_are_noticed(folder):
         tower.encoder.layers[1].mlp.fc1.weight.mul_(1.5)
     assert torch.equal(encoder(pixels), other(pixels))
     assert not torch.equal(encoder(pixels), before)
-
-
-@torch.no_grad()
-def test_products_with_and_without_mkl(monkeypatch):
-    linear = torch.nn.Linear(20, 30)
-    here = Product(linear, 7, 1.5)
-    assert (here.packed is None) != torch.backends.mkl.is_available()
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    elsewhere = Product(linear, 7, 1.5)
-    assert elsewhere.packed is None
-    for x in (torch.randn(7, 20), torch.randn(6, 20)):  # any other number of rows is computed as without MKL
-        for product in (here, elsewhere):
-            torch.testing.assert_close(product(x), x @ linear.weight.T + 1.5 * linear.bias)
 
 
 @torch.no_grad()

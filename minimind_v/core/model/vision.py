@@ -126,13 +126,12 @@ class Walk:
 
     @staticmethod
     def _pack(layer: Any, tokens: int) -> tuple[list[Product], Product, Product, Product]:
+        def pack(linear: nn.Linear, scale: float = 1.0) -> Product:
+            return Product(linear.weight, linear.bias * scale, tokens)
+
         attention, mlp = layer.self_attn, layer.mlp
-        return (
-            [Product(proj.weight, proj.bias, tokens) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)],
-            Product(attention.out_proj.weight, attention.out_proj.bias, tokens),
-            Product(mlp.fc1.weight, mlp.fc1.bias * QUICK, tokens),
-            Product(mlp.fc2.weight, mlp.fc2.bias * QUICK, tokens),
-        )
+        projections = [pack(proj) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        return projections, pack(attention.out_proj), pack(mlp.fc1, QUICK), pack(mlp.fc2, QUICK)
 
     def __call__(self, picture: Tensor) -> Tensor:
         """[1, 3, H, W] → [1 + P, width]."""
