@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind_v.core.generate.replay import Columns, Replay
 from minimind_v.core.model.fused import interleave, turn
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward
 from minimind_v.core.model.packed import FEW, Product
@@ -33,6 +34,7 @@ class FastDecoder:
             self.layers = list(pool.map(partial(FastLayer, dtype=dtype), model.model.layers))
         self.norm = FastNorm(model.model.norm)
         self.head = head.result()
+        self.replay = Replay(self._step) if model.device.type == "cuda" else None
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
@@ -40,17 +42,35 @@ class FastDecoder:
 
     def read(self, x: Tensor, cache: KVCache, attention_mask: Tensor | None = None) -> Tensor:
         """Read x [B, T, D] behind what the cache holds → logits [B, V] in fp32; attention_mask as in `VLM.forward`."""
-        rows, first = len(x), cache.used == 0
+        first = cache.used == 0
         positions, mask = cache.extend(x.shape[1], attention_mask)
+        if self.replay and x.shape[1] == 1 and not first and len(x) <= FEW:
+            return self.replay(x, positions, cache)
+        seen = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
+        return self._pass(x, positions, mask, seen, cache, first, attention_mask)
+
+    def _step(self, x: Tensor, positions: Tensor, mask: Tensor, columns: Columns) -> Tensor:
+        return self._pass(x, positions, mask, mask, columns)
+
+    def _pass(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,  # [B, 1, T, S] of all tokens
+        seen: Tensor | None,  # [B, 1, 1, S] of each row's last
+        columns: Columns,
+        causal: bool = False,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        rows = len(x)
         turns = self.rotary(positions)  # [B, T, 1, hd/2]
         x = x.to(self.dtype, copy=True).flatten(0, 1)  # [B·T, D], added to in place
         for layer in self.layers[:-1]:
-            q, keys, values = layer.look_up(x, rows, turns, cache)
-            layer.work(x, _attend(q, keys, values, mask, first))
+            q, keys, values = layer.look_up(x, rows, turns, columns)
+            layer.work(x, _attend(q, keys, values, mask, causal))
         layer = self.layers[-1]
-        q, keys, values = layer.look_up(x, rows, turns, cache)
+        q, keys, values = layer.look_up(x, rows, turns, columns)
         x, q = _last(x.unflatten(0, (rows, -1)), attention_mask)[:, 0], _last(q, attention_mask)  # [B, D]
-        seen = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
         layer.work(x, _attend(q, keys, values, seen, False))
         return self.head(self.norm(x)).float()
 
@@ -70,12 +90,12 @@ class FastLayer:
         self.input_norm, self.post_norm = FastNorm(block.input_layernorm), FastNorm(block.post_attention_layernorm)
         self.mlp = _fast_mlp(block.mlp, dtype)
 
-    def look_up(self, x: Tensor, rows: int, turns: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+    def look_up(self, x: Tensor, rows: int, turns: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
         """x [B·T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
         parts = self.qkv(self.input_norm(x)).view(rows, -1, self.heads + 2 * self.kv_heads, self.head_dim)
         turn(parts[:, :, : -self.kv_heads], turns)
         q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        return q, *cache.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
+        return q, *columns.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
 
     def work(self, x: Tensor, attended: Tensor) -> None:
         """The rest of the block, in x [N, D]; attended [N, D]."""
@@ -138,6 +158,7 @@ class FastExperts:
 
     def __init__(self, moe: MoEFeedForward, dtype: torch.dtype) -> None:
         self.router = moe.gate
+        self.chosen_are_told = moe.gate.weight.device.type == "cpu"  # elsewhere the host would have to wait for it
         self.experts = [FastFeedForward(expert, dtype) for expert in moe.experts]
         self.shared = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
 
@@ -147,7 +168,7 @@ class FastExperts:
         out = torch.zeros_like(x)
         if len(x) > FEW:
             self._sorted(x, out, weights, chosen)
-        elif len(x) == 1 and not x.is_cuda:
+        elif len(x) == 1 and self.chosen_are_told:
             for number, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
                 out.add_(self.experts[number](x), alpha=weight)
         else:

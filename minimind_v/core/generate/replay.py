@@ -1,0 +1,109 @@
+"""A token for each row as a CUDA graph: recorded once, and replayed for every further token.
+
+One step of so small a model is some 200 kernels, and to launch them takes a host longer than a GPU needs for them. A
+recording launches them all at once, always with the same tensors: so what changes from step to step is copied into
+tensors that stay, and attention always spans the same columns of the cache, of which a mask hides those to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.model.text import KVCache
+
+SPAN = 256  # columns by which the width of a recording grows
+EAGER = 8  # steps that are launched one by one before one is recorded: a short answer is not worth a recording
+
+Work = Callable[[], object]
+Record = Callable[[Work], Work]  # what returns does again what the work did, without its Python
+
+
+class Columns(Protocol):
+    """Where a step stores its keys and values, and finds all that it attends to."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, KV, T, hd]; returns what is attended to, [B, KV, S, hd]."""
+
+
+Step = Callable[[Tensor, Tensor, Tensor, Columns], Tensor]  # x, positions, mask [B, 1, 1, S], columns → logits
+
+
+def record_cuda(work: Work) -> Work:
+    """The work as a CUDA graph, or the work itself where something in it cannot be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    except RuntimeError:
+        return work
+    return graph.replay
+
+
+class Replay:
+    """The recordings of one model's steps, one for each cache, and another one when the cache has outgrown it."""
+
+    def __init__(self, step: Step, record: Record = record_cuda) -> None:
+        self.step, self.record = step, record
+        self._recordings: WeakKeyDictionary[KVCache, Recording] = WeakKeyDictionary()
+
+    def __call__(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """Logits [B, V] of one token per row, x [B, 1, D] at positions [B or 1, 1], which has its column already."""
+        recording = self._recordings.get(cache)
+        if recording is None or not recording.fits(cache):
+            recording = self._recordings[cache] = Recording(self.step, cache, x)
+        return recording.read(x, positions, cache, self.record)
+
+
+class Recording:
+    """The step of a cache's rows over its first `span` columns."""
+
+    def __init__(self, step: Step, cache: KVCache, x: Tensor) -> None:
+        self.step, self.rows = step, len(x)
+        self.span = min(-(-cache.used // SPAN) * SPAN, cache.max_length)
+        self.keys, self.values = (part[..., : self.span, :] for part in (cache.keys, cache.values))
+        self.x = torch.empty_like(x)
+        self.positions = torch.empty(self.rows, 1, dtype=torch.int64, device=x.device)
+        self.column = torch.empty(1, dtype=torch.int64, device=x.device)
+        self.columns = torch.arange(self.span, device=x.device)
+        self.mask = torch.empty(self.rows, 1, 1, self.span, dtype=torch.bool, device=x.device)
+        self.logits: Tensor | None = None
+        self.steps = 0
+        self.replay: Work = self._work
+
+    def fits(self, cache: KVCache) -> bool:
+        """Whether the cache has these rows, and no more columns."""
+        return cache.keys.shape[1] == self.rows and cache.used <= self.span
+
+    def read(self, x: Tensor, positions: Tensor, cache: KVCache, record: Record) -> Tensor:
+        """As `Replay` is called."""
+        self.x.copy_(x)
+        self.positions.copy_(positions)
+        self.column.fill_(cache.used - 1)
+        self.mask.copy_(self.columns < cache.used)
+        if cache.padding is not None:
+            self.mask.logical_and_(~cache.padding[:, None, None, : self.span])
+        if self.steps == EAGER:
+            self.replay = record(self._work)
+        self.steps += 1
+        self.replay()
+        assert self.logits is not None
+        return self.logits.clone()
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns' own."""
+        parts = self.keys[layer], self.values[layer]
+        for part, new in zip(parts, (keys, values), strict=True):
+            part.index_copy_(2, self.column, new)
+        return parts
+
+    def _work(self) -> None:
+        logits = self.step(self.x, self.positions, self.mask, self)
+        if self.logits is None:
+            self.logits = logits
+        else:
+            self.logits.copy_(logits)
