@@ -35,27 +35,46 @@ def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return _FeedForward.apply(x, gate, up, down)
 
 
-def project(x: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    x: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, shared: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, heads, T, hd] of x [B, T, D] by weights [heads · hd, D], queries and keys turned.
 
     turns [B or 1, T, heads + kv heads, hd/2], complex, are the angles of the positions, and may scale as well. Of
     queries and keys the two halves of a head come interleaved, so that a pair to be turned is one complex number; their
-    products do not change.
+    products do not change. `shared` as in `attend_together`.
     """
-    return _Project.apply(x, q, k, v, turns)
+    return _Project.apply(x, q, k, v, turns, shared)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention: q [B, heads, T, hd], scaled already, k and v [B, KV, T, hd] → [B, T, heads · hd].
+    """Causal attention: q [B, heads, T, hd], scaled already, k and v [B, KV, S, hd] → [B, T, heads · hd].
 
+    Queries are those of the last T of S positions.
     Learning from rows of ordinary length on a CPU, it keeps the weights of attention for the backward pass, which
     torch's own computes again: memory grows with T², time falls by a third.
     """
     plain = q.device.type != "cpu" or q.dtype != torch.float32 or q.shape[2] > WEIGHTS_KEPT
     if plain or not (torch.is_grad_enabled() and q.requires_grad):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+        ahead = k.shape[2] - q.shape[2]
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril_(ahead) if ahead else None
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not ahead, scale=1.0, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)
     return _Attend.apply(q, k, v)
+
+
+def attend_together(q: Tensor, k: Tensor, v: Tensor, shared: int, rows: int) -> Tensor:
+    """`attend` of rows that all begin with the same `shared` positions: these stand once, in front of all rows' others.
+
+    q [1, heads, N, hd], k and v [1, KV, N, hd] → [1, N, heads · hd], N = shared + rows · (T - shared).
+    """
+    front = [part[:, :, :shared] for part in (q, k, v)]
+    apart = [part[0, :, shared:].unflatten(1, (rows, -1)).transpose(0, 1) for part in (q, k, v)]  # [B, heads, ·, hd]
+    keys, values = (
+        torch.cat([part.expand(rows, -1, -1, -1), own], dim=2)  # [B, KV, T, hd]
+        for part, own in zip(front[1:], apart[1:], strict=True)
+    )
+    return torch.cat([attend(*front), attend(apart[0], keys, values).flatten(0, 1)[None]], dim=1)
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:
@@ -126,14 +145,15 @@ class _FeedForward(Function):
 class _Project(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, turns: Tensor
+        ctx: Any, x: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, turns: Tensor, shared: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind, head_dim = _computing(x), 2 * turns.shape[-1]
         weight = torch.cat((interleave(q_w, head_dim), interleave(k_w, head_dim), v_w)).to(kind)  # [W, D]
         x = x.to(kind)
         parts = (x @ weight.t()).unflatten(-1, (-1, head_dim))  # [B, T, all heads, hd]
         ctx.heads = [len(rows) // head_dim for rows in (q_w, k_w, v_w)]
-        turn(parts[:, :, : -ctx.heads[2]], turns)
+        _turn_together(parts[:, :, : -ctx.heads[2]], turns, shared)
+        ctx.shared = shared
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, weight, turns)
         q, k, v = (part.transpose(1, 2) for part in parts.split(ctx.heads, dim=2))
         return q, k, v
@@ -144,13 +164,21 @@ class _Project(Function):
         x, weight, turns = ctx.saved_tensors
         head_dim = dq.shape[-1]
         flow = torch.cat([part.transpose(1, 2) for part in (dq, dk, dv)], dim=2)  # [B, T, all heads, hd]
-        turn(flow[:, :, : -ctx.heads[2]], turns.conj_physical())
+        _turn_together(flow[:, :, : -ctx.heads[2]], turns.conj_physical(), ctx.shared)
         flow = flow.flatten(-2)  # [B, T, W]
         dx = flow @ weight if ctx.needs_input_grad[0] else None
         if x is None:
-            return dx, None, None, None, None
+            return dx, None, None, None, None, None
         dq_w, dk_w, dv_w = (flow.flatten(0, 1).t() @ x.flatten(0, 1)).split([n * head_dim for n in ctx.heads])
-        return dx, _part(dq_w, head_dim), _part(dk_w, head_dim), dv_w, None
+        return dx, _part(dq_w, head_dim), _part(dk_w, head_dim), dv_w, None, None
+
+
+def _turn_together(x: Tensor, turns: Tensor, shared: int) -> None:
+    """`turn`, where `shared` positions stand once, in front of all rows' others: x [1, N, heads, hd]."""
+    if shared:
+        turn(x[:, :shared], turns[:, :shared])
+        x, turns = x[0, shared:].unflatten(0, (-1, turns.shape[1] - shared)), turns[:, shared:]
+    turn(x, turns)
 
 
 class _Attend(Function):
@@ -158,14 +186,13 @@ class _Attend(Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (batch, heads, time, width), groups = q.shape, k.shape[1]
+        (batch, heads, time, width), (_, groups, long, _) = q.shape, k.shape
         each = heads // groups
         q = q.unflatten(1, (groups, each)).transpose(2, 3).reshape(batch * groups, time * each, width)
-        k, v = (part.reshape(batch * groups, time, width) for part in (k, v))
+        k, v = (part.reshape(batch * groups, long, width) for part in (k, v))
         out, kept = torch.empty_like(q), []
         ahead = q.new_full((BLOCK, BLOCK), -math.inf).triu_(1)[:, None]  # [n, 1, n], of keys that are not to be seen
-        for begin, end in _blocks(time):
-            rows = slice(begin * each, end * each)
+        for rows, begin, end in _blocks(time, long, each):
             weights = torch.bmm(q[:, rows], k[:, :end].mT)  # [B·KV, n·each, end]
             weights.view(len(q), -1, each, end)[..., begin:].add_(ahead[: end - begin, :, : end - begin])
             torch.ops.aten._softmax.out(weights, -1, False, out=weights)
@@ -182,19 +209,21 @@ class _Attend(Function):
         each = q.shape[1] // time
         dout = dout.view(batch, time, -1, each, width).transpose(1, 2).reshape(q.shape)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for weights, (begin, end) in zip(kept, _blocks(time), strict=True):
-            rows = slice(begin * each, end * each)
+        for weights, (rows, _, end) in zip(kept, _blocks(time, k.shape[1], each), strict=True):
             dv[:, :end].baddbmm_(weights.mT, dout[:, rows])
             flow = torch.bmm(dout[:, rows], v[:, :end].mT)
             torch.ops.aten._softmax_backward_data.out(flow, weights, -1, flow.dtype, grad_input=flow)
             dq[:, rows] = torch.bmm(flow, k[:, :end])
             dk[:, :end].baddbmm_(flow.mT, q[:, rows])
         dq = dq.view(batch, -1, time, each, width).transpose(2, 3).flatten(1, 2)
-        return dq, dk.view(batch, -1, time, width), dv.view(batch, -1, time, width)
+        return dq, *(part.unflatten(0, (batch, -1)) for part in (dk, dv))
 
 
-def _blocks(time: int) -> Iterator[tuple[int, int]]:
-    return ((begin, min(begin + BLOCK, time)) for begin in range(0, time, BLOCK))
+def _blocks(time: int, long: int, each: int) -> Iterator[tuple[slice, int, int]]:
+    """The rows of each block of queries, and from and to which position it is, the last being number `long`."""
+    for begin in range(0, time, BLOCK):
+        end = min(begin + BLOCK, time)
+        yield slice(begin * each, end * each), long - time + begin, long - time + end
 
 
 def _part(weight: Tensor, head_dim: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model.fused import attend, project, rms_norm
+from minimind_v.core.model.fused import attend, attend_together, project, rms_norm
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward, pick
 
 
@@ -129,12 +129,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, place: Place, read: Tensor | None) -> Tensor:
         """x [B, T, D] → [B, T, D], or with the positions `read` [S] of those that are read further, [S, D] of these."""
-        q, k, v = project(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, place.turns)
+        q, k, v = project(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, place.turns, place.shared)
         if place.cache is not None:
             keys, values = place.cache.write(self.layer, k, v)
             if not place.first:  # an empty cache is attended to like no cache
                 k, v = keys.to(q.dtype), values.to(q.dtype)  # [B, KV, S, hd]
-        if place.first:
+        if place.shared:
+            out = attend_together(q, k, v, place.shared, place.rows)  # [1, N, D]
+        elif place.first:
             out = attend(q, k, v)  # [B, T, D]
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=place.mask, scale=1.0, enable_gqa=True)
@@ -148,8 +150,10 @@ class Place:
     A right-padded batch without a past needs no mask: causality already keeps real tokens from the padding behind them.
     """
 
-    def __init__(self, model: Decoder, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
-        self.cache = cache
+    def __init__(
+        self, model: Decoder, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None, shared: int = 0
+    ) -> None:
+        self.cache, self.shared, self.rows = cache, shared, len(x)
         self.first = cache is None or cache.used == 0
         self.mask: Tensor | None = None
         if cache is None:
@@ -204,13 +208,21 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         read: Tensor | None = None,
+        shared: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings x [B, T, D] → hidden states [B, T, D] and the summed auxiliary loss (0 without experts).
 
         `read`, positions [S] in the flattened batch: only the hidden states of these are wanted, and come as [S, D].
-        What of the last block no other token depends on is not computed for the rest.
+        What of the last block no other token depends on is not computed for the rest. `shared`, with `read`: at so
+        many positions from the beginning all rows are alike, and none is read; they are computed once.
         """
-        place = Place(self, x, attention_mask, cache)
+        if self.config.use_moe:  # whose balance is one of whole rows
+            shared = 0
+        place = Place(self, x, attention_mask, cache, shared)
+        if shared and read is not None:
+            rest = x.shape[1] - shared
+            x = torch.cat([x[0, :shared], x[:, shared:].flatten(0, 1)])[None]  # [1, N, D]
+            read = read // (shared + rest) * rest + read % (shared + rest)  # where they are now
         aux = x.new_zeros((), dtype=torch.float32)
         for layer in self.layers:
             last = layer is self.layers[-1]

@@ -74,6 +74,7 @@ class VLM(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
+        shared: int = 0,
     ) -> Output:
         """Read a right-padded batch of rows.
 
@@ -81,7 +82,8 @@ class VLM(nn.Module):
         pixel_values [M, 3, H, W], all pictures of the batch in reading order, or [B, N, 3, H, W], or 6-D with one
         dimension of 1 at index 2 or 1; image_features [M, P, width] in place of pixels; image_mask [B, T], true where
         a picture's feature goes (None: runs of the placeholder id); labels [B, T], -100 where not supervised;
-        logits_to_keep: only the last K positions (0: all).
+        logits_to_keep: only the last K positions (0: all); shared, with labels: in so many positions from the
+        beginning all rows are alike, have no picture, and are not followed by what is supervised.
 
         Raises ValueError naming the row whose placeholders do not fit its pictures.
         """
@@ -94,7 +96,7 @@ class VLM(nn.Module):
         x = self.embed(input_ids, image_features, image_mask, per_row)  # [B, T, D]
         if labels is not None:
             read = supervised(labels)  # [S]
-            hidden, aux = self.model(x, attention_mask, cache, read)  # [S, D]
+            hidden, aux = self.model(x, attention_mask, cache, read, shared)  # [S, D]
             loss_sum, hits = supervised_loss(hidden, labels.flatten()[read + 1], self.lm_head.weight)
             return Output(None, loss_sum, hits, aux)
         hidden, aux = self.model(x, attention_mask, cache)  # [B, T, D]
