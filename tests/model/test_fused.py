@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minimind_v.core.model import fused
-from minimind_v.core.model.fused import attend, feed_forward, interleave, project, rms_norm
+from minimind_v.core.model.fused import attend, attend_together, feed_forward, interleave, project, rms_norm
 
 HEADS, KV, HEAD_DIM, WIDTH, TIME = 4, 2, 6, 24, 7
 
@@ -150,3 +150,30 @@ def test_attention_that_keeps_nothing():
     assert attend(q, k, v).grad_fn.name() != "_AttendBackward"
     with torch.no_grad():
         torch.testing.assert_close(attend(q, k, v), plain_attend(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("time", [1, 5, fused.BLOCK + 9])
+@pytest.mark.parametrize("kept", [True, False])
+def test_attention_of_the_last_positions(monkeypatch, time, kept):
+    """What all positions together would give for them."""
+    monkeypatch.setattr(fused, "WEIGHTS_KEPT", 768 if kept else 0)
+    earlier = 11
+    q, k, v = (drawn(2, heads, earlier + time, 16) for heads in (4, 2, 2))
+    ours, plain = attend(q[:, :, earlier:], k, v), plain_attend(q, k, v)[:, earlier:]
+    assert (ours.grad_fn.name() == "_AttendBackward") == kept
+    check_gradients([ours], [plain], [q, k, v], [True] * 3)
+
+
+def test_rows_that_begin_alike():
+    """What is projected and attended to once is what each row would have alone."""
+    torch.manual_seed(5)
+    rows, shared = 3, 4
+    front, own = drawn(shared, WIDTH), drawn(rows, TIME - shared, WIDTH)
+    weights = [(torch.randn(heads * HEAD_DIM, WIDTH) / 5).requires_grad_() for heads in (HEADS, KV, KV)]
+    turns = torch.polar(torch.ones(1, TIME, HEADS + KV, HEAD_DIM // 2), torch.rand(1, TIME, 1, HEAD_DIM // 2) * 6)
+    together = torch.cat([front, own.flatten(0, 1)])[None]
+    found = attend_together(*project(together, *weights, turns, shared), shared, rows)[0]
+    whole = torch.cat([front.expand(rows, -1, -1), own], dim=1)
+    alone = attend(*project(whole, *weights, turns))
+    expected = torch.cat([alone[0, :shared], alone[:, shared:].flatten(0, 1)])
+    check_gradients([found], [expected], [front, own, *weights], [True] * 5)

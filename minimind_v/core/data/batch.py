@@ -61,12 +61,17 @@ class Batch:
         Pictures must have become features.
         """
         lengths = self.attention_mask.sum(dim=1).clamp(min=1).tolist()
-        edges, longest = [0], 0
-        for row, length in enumerate(lengths):
-            longest = max(longest, length)
-            if row > edges[-1] and (row + 1 - edges[-1]) * longest > positions:
+
+        def fits(begin: int, end: int) -> bool:
+            return end - begin == 1 or (end - begin) * max(lengths[begin:end]) <= positions
+
+        edges = [0]
+        for row in range(1, len(self)):
+            if not fits(edges[-1], row + 1):
                 edges.append(row)
-                longest = length
+        even = [len(self) * number // len(edges) for number in range(len(edges))]  # not all but a last one of few rows
+        if all(fits(begin, end) for begin, end in pairwise([*even, len(self)])):
+            edges = even
         parts, pictures = [], 0
         for begin, end in pairwise([*edges, len(self)]):
             wide = max(lengths[begin:end])
