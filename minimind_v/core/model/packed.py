@@ -34,23 +34,22 @@ class Product:
 
 
 def _lay_out(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-    ops = torch.ops
+    ops, instructions = torch.ops, torch.backends.cpu.get_cpu_capability()
+    half = "fbgemm" in torch.backends.quantized.supported_engines and hasattr(ops.quantized, "linear_dynamic_fp16")
+    mkl = torch.backends.mkl.is_available() and hasattr(ops.mkl, "_mkl_linear")
+    onednn = torch.backends.mkldnn.is_available() and hasattr(ops.mkldnn, "_linear_pointwise")
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return lambda x: F.linear(x, weight, bias)
-    if rows <= FEW and "fbgemm" in torch.backends.quantized.supported_engines and _is_half(weight):
-        half = ops.quantized.linear_prepack_fp16(weight, bias)
-        return lambda x: ops.quantized.linear_dynamic_fp16(x, half)
-    if rows > FEW and torch.backends.mkl.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability():
+    if half and rows <= FEW and torch.equal(weight.half().float(), weight):
+        packed = ops.quantized.linear_prepack_fp16(weight, bias)
+        return lambda x: ops.quantized.linear_dynamic_fp16(x, packed)
+    if mkl and rows > FEW and "AVX512" in instructions:
         packed = ops.mkl._mkl_reorder_linear_weight(weight, rows)
         return lambda x: ops.mkl._mkl_linear(x, packed, weight, bias, rows)
-    if torch.backends.mkldnn.is_available():
+    if onednn:
         packed = ops.mkldnn._reorder_linear_weight(weight, rows)
         return lambda x: ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
-
-
-def _is_half(weight: Tensor) -> bool:
-    return torch.equal(weight.half().float(), weight)
 
 
 def set_aside(weight: Tensor) -> None:
