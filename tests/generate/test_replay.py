@@ -6,12 +6,15 @@ which stands in for one here.
 
 import gc
 import inspect
+import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from minimind_v.core.generate import replay
 from minimind_v.core.generate.decoder import FastDecoder, FastExperts
 from minimind_v.core.generate.replay import EAGER, SPAN, Replay, record_cuda
 from tests.generate.made import KINDS, make_model
@@ -30,7 +33,7 @@ class Recorder:
     def __init__(self):
         self.recorded = self.replayed = 0
 
-    def __call__(self, work):
+    def __call__(self, work, device):
         def traced():
             work()
             return torch.zeros(())
@@ -49,7 +52,7 @@ class Recorder:
 def pair(model):
     """A decoder that replays, one that does not, and the recorder."""
     recorder, decoders = Recorder(), [FastDecoder(model, torch.float32) for _ in range(2)]
-    decoders[0].replay = Replay(decoders[0]._step, recorder)
+    decoders[0].replay = Replay(recorder)
     for layer in decoders[0].layers:
         if isinstance(layer.mlp, FastExperts):
             layer.mlp.chosen_are_told = False  # as on a GPU
@@ -113,24 +116,80 @@ def test_caches_have_recordings_of_their_own_which_go_with_them(model, pair):
     assert len(replay._recordings) == 0
 
 
-@pytest.mark.parametrize("recordable", [True, False])
-def test_what_cannot_be_recorded_is_done_step_by_step(monkeypatch, recordable):
-    """With a stand-in for torch's CUDA graphs, that takes what they take."""
-    takes, done = inspect.signature(torch.cuda.graph), []
+class StandIn:
+    """For torch's CUDA graphs: takes what they take, and notes what happens."""
 
-    class Graph:
-        def replay(self):
-            done.append("replayed")
+    takes = inspect.signature(torch.cuda.graph)
+
+    def __init__(self, recordable):
+        self.recordable, self.stream, self.current, self.done = recordable, "main", None, []
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.done.append("replayed"))
 
     @contextmanager
-    def capture(*args, **options):
-        takes.bind(*args, **options)
+    def graph(self, *args, **options):
+        self.takes.bind(*args, **options)
+        self.stream = options["stream"]
+        self.done.append(f"recording on {self.current}, {self.stream}")
         yield
-        if not recordable:
+        if not self.recordable:  # torch does not get to put the stream back
             raise RuntimeError("operation not permitted when stream is capturing")
+        self.stream = "main"
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    again = record_cuda(lambda: done.append("worked"))
-    again()
-    assert done == ["worked", "replayed" if recordable else "worked"]
+    @contextmanager
+    def device(self, device):
+        self.current = device
+        yield
+
+    def Stream(self, device):
+        return f"stream of {device}"
+
+    def current_stream(self, device):
+        return self.stream
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+
+@pytest.mark.parametrize("recordable", [True, False])
+def test_what_cannot_be_recorded_is_done_step_by_step(monkeypatch, recordable):
+    cuda, second = StandIn(recordable), torch.device("cuda:1")
+    for name in ("CUDAGraph", "graph", "device", "Stream", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(replay, "_FAILED", [])
+    monkeypatch.setattr(replay, "_stream", cuda.Stream)
+    for _ in range(2):
+        again = record_cuda(lambda: cuda.done.append("worked"), second)
+        assert cuda.stream == "main"
+        assert (again is None) == (not recordable)
+        if again:
+            again()
+    once = ["recording on cuda:1, stream of cuda:1", "worked"]
+    assert cuda.done == ([*once, "replayed"] * 2 if recordable else once), "what has failed is not tried again"
+
+
+@torch.no_grad()
+def test_without_recordings_answers_are_the_same(model, pair):
+    width, caches = model.config.hidden_size, [decoder.new_cache(1, 64) for decoder in pair[:2]]
+    pair[0].replay = Replay(lambda work, device: None)
+    both(pair, caches, torch.randn(1, 5, width))
+    for _ in range(EAGER + 3):
+        both(pair, caches, torch.randn(1, 1, width))
+
+
+def test_a_decoder_goes_at_once_when_nobody_has_it(model):
+    """A GPU that is full waits for no garbage collector."""
+    gc.disable()
+    try:
+        decoder = FastDecoder(model, torch.float32)
+        decoder.replay = Replay(lambda work, device: None)
+        cache = decoder.new_cache(1, 64)
+        with torch.no_grad():
+            for _ in range(EAGER + 3):
+                decoder.read(torch.randn(1, 1, model.config.hidden_size), cache)
+        gone = weakref.ref(decoder), weakref.ref(cache), weakref.ref(decoder.replay._recordings[cache])
+        del decoder, cache
+        assert [one() for one in gone] == [None] * 3
+    finally:
+        gc.enable()

@@ -34,7 +34,7 @@ class FastDecoder:
             self.layers = list(pool.map(partial(FastLayer, dtype=dtype), model.model.layers))
         self.norm = FastNorm(model.model.norm)
         self.head = head.result()
-        self.replay = Replay(self._step) if model.device.type == "cuda" else None
+        self.replay = Replay() if model.device.type == "cuda" else None
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
@@ -45,7 +45,7 @@ class FastDecoder:
         first = cache.used == 0
         positions, mask = cache.extend(x.shape[1], attention_mask)
         if self.replay and x.shape[1] == 1 and not first and len(x) <= FEW:
-            return self.replay(x, positions, cache)
+            return self.replay(self._step, x, positions, cache)
         seen = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
         return self._pass(x, positions, mask, seen, cache, first, attention_mask)
 

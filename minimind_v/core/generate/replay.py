@@ -8,6 +8,7 @@ tensors that stay, and attention always spans the same columns of the cache, of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,6 @@ SPAN = 256  # columns by which the width of a recording grows
 EAGER = 8  # steps that are launched one by one before one is recorded: a short answer is not worth a recording
 
 Work = Callable[[], object]
-Record = Callable[[Work], Work]  # what returns does again what the work did, without its Python
 
 
 class Columns(Protocol):
@@ -31,40 +31,59 @@ class Columns(Protocol):
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Columns], Tensor]  # x, positions, mask [B, 1, 1, S], columns → logits
+Record = Callable[[Work, torch.device], Work | None]  # → what does the same again without its Python, if it can be had
 
 
-def record_cuda(work: Work) -> Work:
-    """The work as a CUDA graph, or the work itself where something in it cannot be recorded."""
-    graph = torch.cuda.CUDAGraph()
+def record_cuda(work: Work, device: torch.device) -> Work | None:
+    """The work as a CUDA graph; None where something in it cannot be recorded, and from then on."""
+    if _FAILED:  # the allocator may believe that it still records
+        return None
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"),
+        ):
             work()
     except RuntimeError:
-        return work
+        _FAILED.append(graph)  # of which the allocator may still have the address
+        torch.cuda.set_stream(before)
+        return None
     return graph.replay
+
+
+_FAILED: list[object] = []
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one, since cuBLAS keeps memory for each
 
 
 class Replay:
     """The recordings of one model's steps, one for each cache, and another one when the cache has outgrown it."""
 
-    def __init__(self, step: Step, record: Record = record_cuda) -> None:
-        self.step, self.record = step, record
+    def __init__(self, record: Record = record_cuda) -> None:
+        self.record = record
         self._recordings: WeakKeyDictionary[KVCache, Recording] = WeakKeyDictionary()
 
-    def __call__(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Logits [B, V] of one token per row, x [B, 1, D] at positions [B or 1, 1], which has its column already."""
+    def __call__(self, step: Step, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """Logits [B, V] of one token per row, x [B, 1, D] at positions [B or 1, 1], which has its column already.
+
+        The step must be the same one every time.
+        """
         recording = self._recordings.get(cache)
         if recording is None or not recording.fits(cache):
-            recording = self._recordings[cache] = Recording(self.step, cache, x)
-        return recording.read(x, positions, cache, self.record)
+            recording = self._recordings[cache] = Recording(cache, x)
+        recording.prepare(x, positions, cache)
+        return recording.read(step, self.record)
 
 
 class Recording:
-    """The step of a cache's rows over its first `span` columns."""
+    """The step of a cache's rows over its first `span` columns. (It holds no step, which may hold what holds it.)"""
 
-    def __init__(self, step: Step, cache: KVCache, x: Tensor) -> None:
-        self.step, self.rows = step, len(x)
-        self.span = min(-(-cache.used // SPAN) * SPAN, cache.max_length)
+    def __init__(self, cache: KVCache, x: Tensor) -> None:
+        self.rows, self.span = len(x), min(-(-cache.used // SPAN) * SPAN, cache.max_length)
         self.keys, self.values = (part[..., : self.span, :] for part in (cache.keys, cache.values))
         self.x = torch.empty_like(x)
         self.positions = torch.empty(self.rows, 1, dtype=torch.int64, device=x.device)
@@ -73,24 +92,28 @@ class Recording:
         self.mask = torch.empty(self.rows, 1, 1, self.span, dtype=torch.bool, device=x.device)
         self.logits: Tensor | None = None
         self.steps = 0
-        self.replay: Work = self._work
+        self.replay: Work | None = None
 
     def fits(self, cache: KVCache) -> bool:
         """Whether the cache has these rows, and no more columns."""
         return cache.keys.shape[1] == self.rows and cache.used <= self.span
 
-    def read(self, x: Tensor, positions: Tensor, cache: KVCache, record: Record) -> Tensor:
-        """As `Replay` is called."""
+    def prepare(self, x: Tensor, positions: Tensor, cache: KVCache) -> None:
+        """Copy what the next step reads to where it reads it."""
         self.x.copy_(x)
         self.positions.copy_(positions)
         self.column.fill_(cache.used - 1)
         self.mask.copy_(self.columns < cache.used)
         if cache.padding is not None:
             self.mask.logical_and_(~cache.padding[:, None, None, : self.span])
+
+    def read(self, step: Step, record: Record) -> Tensor:
+        """Do the step, or do it again → logits [B, V]."""
+        work = partial(self._work, step)
         if self.steps == EAGER:
-            self.replay = record(self._work)
+            self.replay = record(work, self.x.device)
         self.steps += 1
-        self.replay()
+        (self.replay or work)()
         assert self.logits is not None
         return self.logits.clone()
 
@@ -101,8 +124,8 @@ class Recording:
             part.index_copy_(2, self.column, new)
         return parts
 
-    def _work(self) -> None:
-        logits = self.step(self.x, self.positions, self.mask, self)
+    def _work(self, step: Step) -> None:
+        logits = step(self.x, self.positions, self.mask, self)
         if self.logits is None:
             self.logits = logits
         else:
