@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minimind_v.core.generate.replay import Columns, Replay
 from minimind_v.core.model.fused import interleave, turn
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward
-from minimind_v.core.model.packed import FEW, Product
+from minimind_v.core.model.packed import FEW, Product, product
 from minimind_v.core.model.text import Block, KVCache, RMSNorm
 from minimind_v.core.model.vlm import VLM
 
@@ -192,4 +192,4 @@ def _fast_mlp(mlp: nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExper
 
 def _product(dtype: torch.dtype, *weights: Tensor) -> Product:
     """With matrices [out, in] below each other."""
-    return Product(torch.cat([weight.detach() for weight in weights]).to(dtype))
+    return product(torch.cat([weight.detach() for weight in weights]).to(dtype))

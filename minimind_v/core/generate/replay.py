@@ -7,8 +7,8 @@ tensors that stay, and attention always spans the same columns of the cache, of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import cache, partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -55,7 +55,7 @@ def record_cuda(work: Work, device: torch.device) -> Work | None:
 _FAILED: list[object] = []
 
 
-@cache
+@functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # one, since cuBLAS keeps memory for each
 
@@ -109,7 +109,7 @@ class Recording:
 
     def read(self, step: Step, record: Record) -> Tensor:
         """Do the step, or do it again → logits [B, V]."""
-        work = partial(self._work, step)
+        work = functools.partial(self._work, step)
         if self.steps == EAGER:
             self.replay = record(work, self.x.device)
         self.steps += 1

@@ -14,8 +14,10 @@ from torch import Tensor
 MADV_PAGEOUT = 21  # Linux
 FEW = 16  # rows
 
+Product = Callable[[Tensor], Tensor]
 
-class Product:
+
+def product(weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> Product:
     """x [N, in] → x weightᵀ + bias [N, out], for a weight that stays. Right for any N, laid out for about `rows`.
 
     A library for matrix products copies a weight into an order of its own before it multiplies. That is done once here,
@@ -25,21 +27,13 @@ class Product:
       ones are, FBGEMM keeps and reads 2 bytes of each, and multiplies and adds in fp32: nothing is rounded.
     - else MKL for CPUs with AVX-512, where it was a tenth faster than oneDNN; without it oneDNN was.
     """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> None:
-        self._multiply = _lay_out(weight.detach(), bias, rows)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(x)
-
-
-def _lay_out(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+    weight = weight.detach()
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return lambda x: F.linear(x, weight, bias)
     ops, instructions = torch.ops, torch.backends.cpu.get_cpu_capability()
     half = "fbgemm" in torch.backends.quantized.supported_engines and hasattr(ops.quantized, "linear_dynamic_fp16")
     mkl = torch.backends.mkl.is_available() and hasattr(ops.mkl, "_mkl_linear")
     onednn = torch.backends.mkldnn.is_available() and hasattr(ops.mkldnn, "_linear_pointwise")
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return lambda x: F.linear(x, weight, bias)
     if half and rows <= FEW and torch.equal(weight.half().float(), weight):
         packed = ops.quantized.linear_prepack_fp16(weight, bias)
         return lambda x: ops.quantized.linear_dynamic_fp16(x, packed)

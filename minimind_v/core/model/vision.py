@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.hub.sources import how_to_get
-from minimind_v.core.model.packed import Product, set_aside, state_of
+from minimind_v.core.model.packed import Product, product, set_aside, state_of
 from minimind_v.core.model.vision_spec import CLIP_MEAN, CLIP_STD, VisionSpec, read_json, read_vision_spec
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "VisionEncoder", "VisionSpec", "read_vision_spec"]
@@ -127,7 +127,7 @@ class Walk:
     @staticmethod
     def _pack(layer: Any, tokens: int) -> tuple[list[Product], Product, Product, Product]:
         def pack(linear: nn.Linear, scale: float = 1.0) -> Product:
-            return Product(linear.weight, linear.bias * scale, tokens)
+            return product(linear.weight, linear.bias * scale, tokens)
 
         attention, mlp = layer.self_attn, layer.mlp
         projections = [pack(proj) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)]
