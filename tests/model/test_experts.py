@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model.moe import MoEFeedForward
+from minimind_v.core.model import moe as module
+from minimind_v.core.model.moe import MoEFeedForward, grouped
 
 CONFIG = TextConfig(
     hidden_size=16,
@@ -95,6 +97,66 @@ def test_an_expert_that_nobody_chooses(moe):
     x = torch.rand(2, 9, 16) + 0.1  # expert 0 always comes last
     out, _ = moe.eval()(x, None)
     torch.testing.assert_close(out, slow_output(moe, x), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+def test_grouped_products_are_those_of_every_expert(moe, monkeypatch):
+    with torch.no_grad():
+        moe.gate.weight[0] = -moe.gate.weight[1:].sum(dim=0)
+    x = torch.randn(3, 17, 16)
+    flow = torch.randn(3, 17, 16)
+    found = []
+    for at_once in (False, True):
+        monkeypatch.setattr(module, "grouped", lambda *_, at_once=at_once: at_once)
+        read = x.clone().requires_grad_()
+        out, _ = moe(read, None)
+        moe.zero_grad()
+        (out * flow).sum().backward()
+        found.append([out, read.grad, *(parameter.grad for parameter in moe.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+def test_the_host_need_not_know_whose_tokens_are_whose(monkeypatch):
+    """Tensors that are only shapes stand for those of a GPU: to wait for a number of theirs raises."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        block = MoEFeedForward(CONFIG).eval()
+        x = torch.empty(2, 9, 16, requires_grad=True)
+        with pytest.raises(DynamicOutputShapeException):
+            block(x, None)
+        monkeypatch.setattr(module, "grouped", lambda *_: True)
+        out, _ = block(x, None)
+        out.sum().backward()
+    assert x.grad.shape == out.shape == x.shape
+    assert block.experts[4].up_proj.weight.grad.shape == (24, 16)
+
+
+@dataclass
+class OnAGpu:
+    """All that is asked of a tensor there."""
+
+    dtype: torch.dtype = torch.bfloat16
+    tokens: int = 5
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+    def __len__(self):
+        return self.tokens
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+def test_where_experts_are_grouped(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert grouped(OnAGpu(), 1408, 512)
+    assert not grouped(OnAGpu(), 1404, 512), "rows of whole 16 bytes only"
+    assert not grouped(OnAGpu(dtype=torch.float32), 1408, 512)
+    assert not grouped(OnAGpu(tokens=0), 1408, 512)
+    assert not grouped(torch.empty(5, 512, dtype=torch.bfloat16), 1408, 512), "a CPU has no such kernel"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not grouped(OnAGpu(), 1408, 512)
 
 
 def test_auxiliary_loss(moe):

@@ -91,7 +91,7 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
     return x.copy_(torch.view_as_real(turned).flatten(-2))
 
 
-def _computing(x: Tensor) -> torch.dtype:
+def computing(x: Tensor) -> torch.dtype:
     """The type that products of x are computed in."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -122,7 +122,7 @@ class _RmsNorm(Function):
 class _FeedForward(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_w: Tensor, up_w: Tensor, down_w: Tensor) -> Tensor:
-        x, gate_w, up_w, down_w = (tensor.to(_computing(x)) for tensor in (x, gate_w, up_w, down_w))
+        x, gate_w, up_w, down_w = (tensor.to(computing(x)) for tensor in (x, gate_w, up_w, down_w))
         gate, up = x @ gate_w.t(), x @ up_w.t()  # [N, I]
         inner = F.silu(gate).mul_(up)
         read = x if any(ctx.needs_input_grad[1:3]) else None
@@ -147,7 +147,7 @@ class _Project(Function):
     def forward(
         ctx: Any, x: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, turns: Tensor, shared: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kind, head_dim = _computing(x), 2 * turns.shape[-1]
+        kind, head_dim = computing(x), 2 * turns.shape[-1]
         weight = torch.cat((interleave(q_w, head_dim), interleave(k_w, head_dim), v_w)).to(kind)  # [W, D]
         x = x.to(kind)
         parts = (x @ weight.t()).unflatten(-1, (-1, head_dim))  # [B, T, all heads, hd]
