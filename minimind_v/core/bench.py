@@ -27,8 +27,10 @@ from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.ready import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler
+from minimind_v.core.model.clip import ClipVision
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+from minimind_v.core.model.vision_spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
 
@@ -111,11 +113,9 @@ def _limit(looking: float, learning: float, data: float) -> str:
 
 
 def _make_model(preset: str) -> VLM:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
     sizes: dict[str, Any] = DEMO_TOWER if preset == "demo" else BASE_TOWER
     spec = VisionSpec(sizes["image_size"], sizes["patch_size"], sizes["hidden_size"])
-    encoder = VisionEncoder(CLIPVisionModel(CLIPVisionConfig(**sizes)), spec)
+    encoder = VisionEncoder(ClipVision(ClipConfig(**sizes)), spec)
     return VLM(PRESETS[preset], spec, placeholder_id=34, vision=encoder)
 
 

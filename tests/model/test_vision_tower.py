@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from minimind_v.core.data.images import load_pixels, to_pixels
 from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.model.clip import ACTIVATIONS
 from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec, read_vision_spec
 
 VISION = {
@@ -71,6 +72,22 @@ def test_features_are_those_of_clip(folder):
     ours, theirs = ((part - exact).square().mean().sqrt() for part in (features, found.last_hidden_state[:, 1:]))
     assert ours < 1.5 * theirs, "another function, not other rounding"
     assert (features[0] - features[1]).abs().max() > 0.1, "pictures make no difference"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_towers_of_every_kind(activation, dtype, tmp_path):
+    """In types that nothing is packed for, too; as transformers' module computes them, and from the same files."""
+    CLIPVisionModel(CLIPVisionConfig(**VISION, hidden_act=activation)).save_pretrained(tmp_path)
+    encoder, model = VisionEncoder.load(tmp_path).to(dtype), CLIPVisionModel.from_pretrained(tmp_path)
+    pixels = torch.randn(3, 3, 48, 48)
+    exact = model.double()(pixel_values=pixels.double()).last_hidden_state[:, 1:]
+    theirs = model.to(dtype)(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]
+    ours_off, theirs_off = ((part.double() - exact).square().mean().sqrt() for part in (encoder(pixels), theirs))
+    assert ours_off < 1.5 * theirs_off + 1e-14, "another function, not other rounding"
+    stand_in = VisionEncoder(model, encoder.spec)
+    torch.testing.assert_close(stand_in(pixels), encoder(pixels))
 
 
 @torch.no_grad()

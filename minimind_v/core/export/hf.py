@@ -7,6 +7,7 @@ image token is a new one behind the vocabulary, so that nothing a user writes ca
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from minimind_v.core.checkpoint.folders import META
 from minimind_v.core.checkpoint.keys import TOWER, to_llava
+from minimind_v.core.checkpoint.tower import Tower
 from minimind_v.core.checkpoint.weights import describe
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer, with_image_token
 from minimind_v.core.errors import RunError
 from minimind_v.core.export.card import write_card
 from minimind_v.core.export.order import Made, Order
-from minimind_v.core.export.source import Source, Tower, read_source
+from minimind_v.core.export.source import Source, read_source
 from minimind_v.core.files import disk_errors, in_use
 from minimind_v.core.model.vision_spec import VisionSpec
 
@@ -135,7 +137,7 @@ def _model_config(config: TextConfig, tower: Tower, tokenizer: Tokenizer, dtype:
         "tie_word_embeddings": True,
         **ids,
         "text_config": text,
-        "vision_config": {"model_type": "clip_vision_model", **tower.config},
+        "vision_config": {"model_type": "clip_vision_model", **asdict(tower.config)},
     }
 
 

@@ -103,7 +103,7 @@ def _take_weights(loaded: Loaded, folder: Path) -> None:
     """Put the files' numbers in the place of the source's: no second model is in memory."""
     model, eye = Reader(folder / MODEL), Reader(folder / MMPROJ)
     assert loaded.model.vision_encoder is not None
-    ours, tower = loaded.model.state_dict(), vision.inner(loaded.model.vision_encoder).state_dict()
+    ours, tower = loaded.model.state_dict(), loaded.model.vision_encoder.tower.state_dict()
     for name, tensor in (language.read_tensors(model, loaded.model.config) | vision.read_projector(eye)).items():
         ours[name].copy_(tensor)
     for name, tensor in vision.read_tower(eye):

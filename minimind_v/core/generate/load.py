@@ -12,6 +12,7 @@ from minimind_v.core.device import pick_device
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.gguf.files import is_gguf, read_eye, read_tokenizer
 from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, find_weights
+from minimind_v.core.model.bare import Bare
 from minimind_v.core.model.vision import VisionEncoder, VisionSpec
 from minimind_v.core.model.vlm import VLM
 
@@ -41,7 +42,8 @@ def load_model(
     encoder = read_eye(vision_model) if is_gguf(vision_model) else VisionEncoder.load(vision_model)
     words = read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
     check_senses(checkpoint, words, tokenizer, encoder.spec, vision_model)
-    model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
+    with Bare():
+        model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
     receipt = load_into(model, checkpoint)
     return Loaded(model.to(pick_device(device)).eval(), words, checkpoint, receipt)
 

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.gguf.store import Reader, Writer
+from minimind_v.core.model.clip import ClipVision, encode
 from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+from minimind_v.core.model.vision_spec import ClipConfig
 
 _LAYER = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
           "attn_out": "self_attn.out_proj", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2", "ln1": "layer_norm1",
@@ -39,7 +41,7 @@ _ACTIVATIONS = {"quick_gelu": None, "gelu": "use_gelu", "gelu_new": "use_gelu", 
 
 def write_keys(writer: Writer, encoder: VisionEncoder, hidden_size: int) -> None:
     """Everything that llama.cpp must know of the tower. Raises WeightsError for a tower that it cannot compute."""
-    file, config, spec = writer.file, _config(encoder), encoder.spec
+    file, config, spec = writer.file, encoder.config, encoder.spec
     if config.hidden_act not in _ACTIVATIONS:
         raise WeightsError(f"llama.cpp has no vision tower whose activation is {config.hidden_act!r}")
     if switch := _ACTIVATIONS[config.hidden_act]:
@@ -61,7 +63,7 @@ def write_keys(writer: Writer, encoder: VisionEncoder, hidden_size: int) -> None
 
 def write_tensors(writer: Writer, encoder: VisionEncoder, projector: dict[str, Tensor]) -> None:
     """The tower, and the projector given under its published names."""
-    tower = inner(encoder).state_dict()
+    tower = encoder.tower.state_dict()
     writer.half("v.patch_embd.weight", tower["embeddings.patch_embedding.weight"])  # [width, 3, patch, patch]
     positions = tower["embeddings.position_embedding.weight"].float()  # [1 + P, width]
     seen = positions[1:].clone()
@@ -70,7 +72,7 @@ def write_tensors(writer: Writer, encoder: VisionEncoder, projector: dict[str, T
     writer.exact(_CORNER, positions[1])
     for part in ("weight", "bias"):
         writer.exact(f"v.pre_ln.{part}", tower[f"pre_layrnorm.{part}"])
-    for layer in range(_config(encoder).num_hidden_layers):
+    for layer in range(encoder.config.num_hidden_layers):
         for name, published in _LAYER.items():
             weight, bias = (tower[f"encoder.layers.{layer}.{published}.{part}"] for part in ("weight", "bias"))
             (writer.exact if weight.ndim == 1 else writer.matrix)(f"v.blk.{layer}.{name}.weight", weight)
@@ -100,7 +102,6 @@ def read_tower(reader: Reader) -> Iterator[tuple[str, Tensor]]:
 
 def read_encoder(reader: Reader) -> VisionEncoder:
     """The whole of CLIP's tower again. Raises WeightsError where the file is no `mmproj` of ours."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
 
     def size(name: str) -> int:
         return int(reader.key(f"clip.vision.{name}"))
@@ -108,20 +109,20 @@ def read_encoder(reader: Reader) -> VisionEncoder:
     mean, std = (tuple(reader.key(f"clip.vision.image_{name}")) for name in ("mean", "std"))
     spec = VisionSpec(size("image_size"), size("patch_size"), size("embedding_length"), mean, std)
     used = next((act for act, switch in _ACTIVATIONS.items() if switch and reader.keys.get(f"clip.{switch}")), None)
-    config = CLIPVisionConfig(
+    config = ClipConfig(
         image_size=spec.image_size, patch_size=spec.patch_size, hidden_size=spec.width,
         intermediate_size=size("feed_forward_length"), num_hidden_layers=size("block_count"),
         num_attention_heads=size("attention.head_count"), hidden_act=used or "quick_gelu",
         layer_norm_eps=reader.key("clip.vision.attention.layer_norm_epsilon"),
     )  # fmt: skip
-    encoder = VisionEncoder(CLIPVisionModel(config), spec)
-    inner(encoder).load_state_dict(dict(read_tower(reader)), strict=False)
-    return encoder
+    tower = ClipVision(config)
+    tower.load_state_dict(dict(read_tower(reader)), strict=False)
+    return VisionEncoder(tower, spec)
 
 
 def tower_tensors(encoder: VisionEncoder) -> dict[str, Tensor]:
     """What `read_tower` gives, of a tower in memory."""
-    tensors = dict(inner(encoder).state_dict())
+    tensors = dict(encoder.tower.state_dict())
     positions = tensors["embeddings.position_embedding.weight"].clone()
     tensors["embeddings.class_embedding"] = tensors["embeddings.class_embedding"] + positions[0]
     positions[0] = 0
@@ -131,10 +132,10 @@ def tower_tensors(encoder: VisionEncoder) -> dict[str, Tensor]:
 @torch.no_grad()
 def without_corner(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
     """Features [M, P, width] of uint8 pictures [M, 3, S, S] as llama.cpp has them: the first is the class token's."""
-    tower = inner(encoder)
+    tower: Any = encoder.tower
     x = tower.embeddings((pixel_values.float() / 255 - encoder.mean) / encoder.std)  # [M, 1 + P, width]
     x = torch.cat((x[:, :1], x[:, 2:]), dim=1)  # [M, P, width]
-    return tower.encoder(inputs_embeds=tower.pre_layrnorm(x)).last_hidden_state
+    return encode(tower, x)
 
 
 def read_projector(reader: Reader) -> dict[str, Tensor]:
@@ -145,12 +146,3 @@ def read_projector(reader: Reader) -> dict[str, Tensor]:
         "vision_proj.vision_proj.0.weight": weight[:hidden] / _FAR,
         "vision_proj.vision_proj.0.bias": bias[:hidden] / _FAR,
     }
-
-
-def _config(encoder: VisionEncoder) -> Any:
-    return encoder.tower.config
-
-
-def inner(encoder: VisionEncoder) -> Any:
-    """The tower itself, which some versions of transformers wrap."""
-    return getattr(encoder.tower, "vision_model", encoder.tower)

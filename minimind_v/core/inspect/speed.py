@@ -9,16 +9,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.model.clip import ClipVision
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.text import Place
 from minimind_v.core.model.vision import VisionEncoder, VisionSpec, read_vision_spec
+from minimind_v.core.model.vision_spec import read_config
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
 
@@ -89,14 +92,10 @@ def _pictures(row: TypicalRow, rows: int, most: int) -> list[int]:
 
 def _eye(folder: Path) -> VisionEncoder:
     """A vision tower of the sizes that a folder's configuration tells, all of its layers the same random one."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    spec = read_vision_spec(folder)
-    config = CLIPVisionConfig.from_pretrained(folder)
-    layers, config.num_hidden_layers = config.num_hidden_layers, 1
-    tower = CLIPVisionModel(config)
-    stack = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
-    stack.extend([stack[0]] * (layers - 1))
+    spec, config = read_vision_spec(folder), read_config(folder)
+    tower = ClipVision(replace(config, num_hidden_layers=1))
+    stack: Any = tower.encoder.layers
+    stack.extend([stack[0]] * (config.num_hidden_layers - 1))
     return VisionEncoder(tower, spec)
 
 

@@ -1,4 +1,4 @@
-"""The frozen eye: transformers' CLIP vision tower, of any size. All facts about it come from its folder."""
+"""The frozen eye: CLIP's vision tower, of any size. All facts about it come from its folder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_v.core.errors import WeightsError
-from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.checkpoint.tower import read_tower
+from minimind_v.core.model.bare import Bare
+from minimind_v.core.model.clip import QUICK, ClipVision, encode
 from minimind_v.core.model.packed import Product, product, set_aside, state_of
-from minimind_v.core.model.vision_spec import CLIP_MEAN, CLIP_STD, VisionSpec, read_json, read_vision_spec
+from minimind_v.core.model.vision_spec import CLIP_MEAN, CLIP_STD, VisionSpec, read_vision_spec
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "VisionEncoder", "VisionSpec", "read_vision_spec"]
-
-QUICK = 1.702  # of CLIP's activation, x · sigmoid(QUICK · x)
 
 
 class VisionEncoder(nn.Module):
@@ -34,43 +33,17 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> VisionEncoder:
-        """Load the tower's weights from the folder of a CLIP, a CLIPVisionModel or a LLaVA; every tensor must be there.
+        """Load the tower in the folder of a CLIP, a CLIPVisionModel or a LLaVA. Raises as `read_tower`."""
+        found = read_tower(folder)
+        with Bare():
+            tower = ClipVision(found.config)
+        tower.load_state_dict({name: tensor.float() for name, tensor in found.tensors.items()}, assign=True)
+        return cls(tower, found.spec)
 
-        Raises MissingInput, or WeightsError naming what does not fit.
-        """
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-        from transformers.utils import logging
-
-        spec = read_vision_spec(folder)
-        config = read_json(folder / "config.json") or {}
-        of_llava: dict[str, Any] = {}
-        if config.get("model_type") == "llava":
-            of_llava = {
-                "config": CLIPVisionConfig(**config.get("vision_config", {})),
-                "key_mapping": {r"^(model\.)?vision_tower\.(vision_model\.)?": ""},
-            }
-        logging.disable_progress_bar()
-        before = logging.get_verbosity()
-        logging.set_verbosity_error()  # the text half of a CLIP or a LLaVA is unexpected, and meant to be
-        try:
-            loaded: Any = CLIPVisionModel.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **of_llava
-            )
-        except Exception as error:  # transformers raises many kinds here, all of them about this folder
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise WeightsError(
-                f"{folder}: the vision model does not load ({reason}) — {how_to_get('clip', folder)}"
-            ) from None
-        finally:
-            logging.set_verbosity(before)
-        tower, info = loaded
-        missing = sorted(key for key in info["missing_keys"] if "post_layernorm" not in key)
-        if missing:
-            raise WeightsError(
-                f"{folder}: {len(missing)} tensors of the vision model are missing, the first is {missing[0]} "
-                f"— {how_to_get('clip', folder)}"
-            )
-        return cls(tower, spec)
+    @property
+    def config(self) -> Any:
+        """What decides what the tower computes, by the names of ClipConfig."""
+        return self.tower.config
 
     def train(self, mode: bool = True) -> VisionEncoder:
         """Stays in evaluation mode whatever the rest of the model does: it is frozen."""
@@ -91,7 +64,8 @@ class VisionEncoder(nn.Module):
         exact = pictures.dtype == torch.float32 and not torch.is_autocast_enabled(pictures.device.type)
         walk = self._packed() if exact else None
         if walk is None:
-            return self.tower(pixel_values=pictures).last_hidden_state
+            tower: Any = self.tower
+            return encode(tower, tower.embeddings(pictures))
         return torch.stack([walk(one) for one in pictures.split(1)])
 
     def _packed(self) -> Walk | None:

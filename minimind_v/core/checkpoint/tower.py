@@ -1,0 +1,65 @@
+"""A CLIP vision tower as it lies in its folder: tensors that stay in their files, and no modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.checkpoint.folders import weight_files
+from minimind_v.core.checkpoint.tensors import read_tensors
+from minimind_v.core.errors import WeightsError
+from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.model.bare import Bare
+from minimind_v.core.model.clip import ACTIVATIONS, ClipVision
+from minimind_v.core.model.vision_spec import ClipConfig, VisionSpec, does_not_load, read_config, read_vision_spec
+
+_OTHERS = ("text_model.", "text_projection", "visual_projection", "logit_scale", "language_model.",
+           "multi_modal_projector.", "lm_head.", "model.language_model.", "model.multi_modal_projector.")  # fmt: skip
+_PREFIXES = ("model.", "vision_tower.", "vision_model.")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """All that a tower is: `tensors` have the names and shapes of ClipVision's."""
+
+    config: ClipConfig
+    spec: VisionSpec
+    tensors: dict[str, Tensor]
+
+
+def read_tower(folder: Path) -> Tower:
+    """The tower in the folder of a CLIP, a CLIPVisionModel or a LLaVA. Raises MissingInput or WeightsError."""
+    spec = read_vision_spec(folder)
+    config = read_config(folder)
+    if config.hidden_act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise WeightsError(does_not_load(folder, f"its activation {config.hidden_act!r} is none of {known}"))
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        for name, tensor in read_tensors(file, _OTHERS)[0].items():
+            for prefix in _PREFIXES:
+                name = name.removeprefix(prefix)
+            tensors[name] = tensor
+    return Tower(config, spec, _complete(folder, tensors, config))
+
+
+def _complete(folder: Path, tensors: dict[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+    """The tensors of a tower. The last norm may be missing: features are taken before it."""
+    with Bare():
+        wanted = ClipVision(config).state_dict()
+    for part, make in (("weight", torch.ones), ("bias", torch.zeros)):
+        name = f"post_layernorm.{part}"
+        tensors.setdefault(name, make(wanted[name].shape))
+    if missing := [name for name in wanted if name not in tensors]:
+        raise WeightsError(
+            f"{folder}: {len(missing)} tensors of the vision model are missing, the first is {missing[0]} "
+            f"— {how_to_get('clip', folder)}"
+        )
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            shape = f"{list(tensors[name].shape)}, and by config.json {list(tensor.shape)}"
+            raise WeightsError(does_not_load(folder, f"{name} is {shape}"))
+    return {name: tensors[name] for name in wanted}

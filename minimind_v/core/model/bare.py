@@ -1,0 +1,20 @@
+"""Modules whose weights come from a file: no random numbers are drawn for them first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+
+class Bare(TorchFunctionMode):
+    """Within it, torch's random initialisations do nothing: what a module has before it is loaded is not defined."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":  # not all that is called has one
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
