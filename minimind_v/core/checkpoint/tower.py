@@ -37,13 +37,22 @@ def read_tower(folder: Path) -> Tower:
     if config.hidden_act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise WeightsError(does_not_load(folder, f"its activation {config.hidden_act!r} is none of {known}"))
+    try:
+        tensors = _read(folder)
+    except WeightsError as error:
+        why, _, _ = str(error).removeprefix(f"{folder}").lstrip("/: ").partition(" — ")
+        raise WeightsError(does_not_load(folder, why)) from None
+    return Tower(config, spec, _complete(folder, tensors, config))
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         for name, tensor in read_tensors(file, _OTHERS)[0].items():
             for prefix in _PREFIXES:
                 name = name.removeprefix(prefix)
             tensors[name] = tensor
-    return Tower(config, spec, _complete(folder, tensors, config))
+    return tensors
 
 
 def _complete(folder: Path, tensors: dict[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
