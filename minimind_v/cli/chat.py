@@ -39,17 +39,17 @@ def chat(
     json: options.Json = False,
 ) -> None:
     """Ask about pictures. The answer goes to stdout as it comes; everything else to stderr."""
-    from minimind_v.core.generate.load import load_model
-    from minimind_v.core.generate.sampling import Sampling
-    from minimind_v.core.generate.session import Session
-
     terminal = Terminal()
-    sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
     someone_types = sys.stdin is not None and sys.stdin.isatty()
     if prompt is None and not someone_types:
         prompt = _piped()
     if prompt is None and (json or not someone_types):
         raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
+    from minimind_v.core.generate.load import load_model
+    from minimind_v.core.generate.sampling import Sampling
+    from minimind_v.core.generate.session import Session
+
+    sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
     loaded = load_model(model, vision_model, tokenizer, device)
     session = Session(loaded.model, loaded.tokenizer, sampling)
     pictures = list(image or ())

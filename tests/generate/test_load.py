@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +23,19 @@ def test_what_is_loaded_is_what_the_file_holds():
     assert not loaded.model.training
     assert len(loaded.receipt.loaded) == len(held)
     assert loaded.model.config == loaded.checkpoint.config
+
+
+def test_nothing_is_drawn_or_imported_that_is_not_used():
+    """Before an answer, importing is most of the time: of transformers, and of the compiler behind some of torch."""
+    before = torch.get_rng_state()
+    load_model(sighted(), EYE, ASSETS, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    code = (
+        "import sys; from pathlib import Path; from minimind_v.core.generate.load import load_model; "
+        "load_model(*map(Path, sys.argv[1:]), device='cpu'); "
+        "assert not {'transformers', 'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, sighted(), EYE, ASSETS], check=True)
 
 
 def test_inputs_that_do_not_belong_together_are_told(tmp_path):

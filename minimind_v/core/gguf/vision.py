@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.gguf.store import Reader, Writer
+from minimind_v.core.model.bare import Bare
 from minimind_v.core.model.clip import ClipVision, encode
 from minimind_v.core.model.vision import VisionEncoder, VisionSpec
 from minimind_v.core.model.vision_spec import ClipConfig
@@ -115,7 +116,8 @@ def read_encoder(reader: Reader) -> VisionEncoder:
         num_attention_heads=size("attention.head_count"), hidden_act=used or "quick_gelu",
         layer_norm_eps=reader.key("clip.vision.attention.layer_norm_epsilon"),
     )  # fmt: skip
-    tower = ClipVision(config)
+    with Bare():
+        tower = ClipVision(config)
     tower.load_state_dict(dict(read_tower(reader)), strict=False)
     return VisionEncoder(tower, spec)
 
