@@ -95,6 +95,15 @@ def slow_loading():
     VisionEncoder.load = load
 
 
+@pytest.fixture
+def heard():
+    """SIGINT raises, as it does in a terminal: what a shell starts in its background begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_an_interrupt_that_became_another_error_on_its_way_is_an_interrupt(tmp_path, monkeypatch):
     """An import that is interrupted in the middle may fail over what it left half-done."""
 
