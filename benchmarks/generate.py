@@ -9,6 +9,7 @@ and what is reported are medians. Before anything is measured both sides must gi
 about the same pictures: else the comparison would mean nothing.
 
 first token              a picture that nobody has seen, from its file to the first token
+picture before           the same, where the picture was named before the question was typed
 next question            a second question in the same conversation
 new conversation         another question about a picture that was asked about before
 one stream               tokens after the first, drawn at temperature 0.65 from the likeliest 85 %
@@ -105,6 +106,11 @@ class Ours:
         session = self.start()
         return seconds(lambda: list(session.ask(QUESTIONS[0], [picture], 1)))
 
+    def picture_before(self, picture: Path) -> tuple[float, float]:
+        session = self.start()
+        shown = session.look(picture)
+        return seconds(lambda: list(session.ask(QUESTIONS[0], [shown], 1)))
+
     def next_question(self, picture: Path) -> tuple[float, float]:
         session = self.start()
         list(session.ask(QUESTIONS[0], [picture], AGREED))
@@ -144,6 +150,8 @@ class Plain:
     def first_token(self, picture: Path) -> tuple[float, float]:
         return seconds(lambda: self.ask([QUESTIONS[0]], picture, 1))
 
+    picture_before = first_token  # it looks at pictures when it is asked
+
     def next_question(self, picture: Path) -> tuple[float, float]:
         answer = self.ask([QUESTIONS[0]], picture, AGREED)[-1][1]
         return seconds(lambda: self.ask([QUESTIONS[0], answer, QUESTIONS[2]], picture, 1))
@@ -160,11 +168,13 @@ class Plain:
 
 MEASURES = {  # → what the page calls it
     "first_token": "first token, a picture never seen",
+    "picture_before": "first token, the picture named before the question is typed",
     "next_question": "next question in the conversation",
     "new_conversation": "another conversation about the picture",
     "one_stream": "one stream",
     "eight_at_once": "eight at once",
 }
+NEW = {"first_token": 0, "picture_before": 1}  # ask about pictures of their own
 RATES = ("one_stream", "eight_at_once")
 
 
@@ -186,7 +196,7 @@ def check_agreement(sides: dict[str, Ours | Plain], picture: Path) -> None:
 
 def compare(rounds: int, folder: Path) -> dict[str, dict]:
     """Per measure and side, seconds of every round on the wall and of CPU; medians, and their ratios."""
-    pictures = make_pictures(folder, 2 + 2 * rounds, find_tokenizer())
+    pictures = make_pictures(folder, 2 + 3 * rounds, find_tokenizer())
     sides = {"ours": Ours(folder), "plain": Plain(folder)}
     check_agreement(sides, pictures[0])
     for side in sides.values():
@@ -195,7 +205,7 @@ def compare(rounds: int, folder: Path) -> dict[str, dict]:
     for name in MEASURES:
         runs: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for number in range(rounds):
-            picture = pictures[2 + number if name == "first_token" else 2 + rounds + number]
+            picture = pictures[2 + number + rounds * NEW.get(name, 2)]
             for label, side in sides.items():
                 runs[label].append(getattr(side, name)(picture))
         walls, cpus = ({label: statistics.median(run[n] for run in runs[label]) for label in sides} for n in (0, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,8 @@ from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import MmvError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from minimind_v.core.generate.session import Session
 
 HELP = "/image FILE adds a picture to the next question, /new starts over, /quit leaves; Ctrl-C stops an answer"
@@ -52,12 +53,11 @@ def chat(
     sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
     loaded = load_model(model, vision_model, tokenizer, device)
     session = Session(loaded.model, loaded.tokenizer, sampling)
-    pictures = list(image or ())
     if prompt is not None:
-        _once(terminal, session, prompt, pictures, max_new_tokens, json)
+        _once(terminal, session, prompt, image or [], max_new_tokens, json)
     else:
         terminal.say(f"{loaded.checkpoint.path} — {HELP}")
-        _converse(terminal, session, pictures, max_new_tokens)
+        _converse(terminal, session, [session.look(path) for path in image or ()], max_new_tokens)
 
 
 def _piped() -> str | None:
@@ -85,7 +85,8 @@ def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Path
         terminal.result("")
 
 
-def _converse(terminal: Terminal, session: Session, pictures: list[Path], limit: int) -> None:
+def _converse(terminal: Terminal, session: Session, pictures: list[np.ndarray], limit: int) -> None:
+    """Pictures are looked at as soon as they are named: nobody waits for that who is still typing a question."""
     while True:
         try:
             line = input("you> ").strip()
@@ -101,10 +102,13 @@ def _converse(terminal: Terminal, session: Session, pictures: list[Path], limit:
         if word == "/new":
             session.restart()
             pictures = []
-        elif word == "/image" and os.path.isfile(rest.strip()):  # Path's own raises for names that are too long
-            pictures.append(Path(rest.strip()))
-        elif word == "/image":
-            terminal.warn(f"no picture at {rest.strip()[:200] or '(no name given)'}")
+        elif word == "/image" and rest:
+            try:
+                pictures.append(session.look(Path(rest.strip())))
+            except KeyboardInterrupt:
+                terminal.say("")
+            except MmvError as error:
+                terminal.warn(str(error))
         elif word.startswith("/"):
             terminal.say(HELP)
         elif line:

@@ -19,7 +19,7 @@ class Conversation:
         os.set_blocking(self.master, False)
         self.seen = ""
         self.mmv = Running(folder, "chat", *SIGHT, *args, terminal=os.ttyname(slave))
-        self.mmv.until(lambda: self.read().count("you> ") == 1)
+        self.mmv.until(lambda: self.read().count("you> ") == 1 or not self.mmv.alive)
         os.close(slave)
 
     def read(self):
@@ -73,15 +73,27 @@ def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path,
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as where a language is set
     talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12)
     assert talk.type("/image nowhere.jpg") == "no picture at nowhere.jpg"
-    assert talk.type("/image") == "no picture at (no name given)"
-    assert talk.type("/image " + 300 * "x") == "no picture at " + 200 * "x"
+    assert talk.type("/image").startswith("/image FILE adds a picture")
+    assert talk.type("/image " + 300 * "x") == "no picture at " + 200 * "x" + " (File name too long)"
     assert talk.type("", raw=b"\xff\n").splitlines()[-1] == "that is not UTF-8 text"
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>")
-    assert talk.type(f"/image {tmp_path / 'page.jpg'}") == ""
-    assert "cannot be decoded" in talk.type("What is it?")
+    assert "cannot be decoded" in talk.type(f"/image {tmp_path / 'page.jpg'}")
     assert "cannot be decoded" not in talk.type("What is it?")
     assert "1 <image> marks for 0 pictures" in talk.type("What is <image>?")
     assert talk.leave("\x04") == 0  # Ctrl-D
+
+
+def test_a_picture_that_is_named_first_is_read_before_the_first_question(sighted, place, tmp_path):
+    talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--image", place.picture())
+    asked = talk.type("What colour is the star?")
+    talk.type("/new")
+    talk.type(f"/image {place.picture()}")
+    assert talk.type("What colour is the star?") == asked
+    assert talk.leave() == 0
+    refused = Conversation(tmp_path, "--model", sighted, "--image", "dog.jpg")
+    assert refused.mmv.wait().code == 1
+    assert "no picture at dog.jpg" in refused.read()
+    assert "you> " not in refused.seen
 
 
 def test_ctrl_c_stops_an_answer_and_then_the_conversation(sighted, tmp_path):

@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate import ready as kept
@@ -70,6 +71,20 @@ def test_a_new_conversation_about_the_same_picture_reads_only_the_question(model
         assert question <= counted["tokens"] - again.new_tokens < question + 15
         again.restart()
         assert ask(again, SECOND, shown) == expected
+
+
+def test_a_picture_that_was_looked_at_before_the_question_is_not_looked_at_again(model, counted, tmp_path):
+    path = tmp_path / "dog.png"
+    Image.fromarray(picture(1).transpose(1, 2, 0)).save(path)
+    expected = fresh(model, FIRST, [path])
+    kept._READY.clear()
+    session = Session(model, tokenizer(), GREEDY)
+    counted.update(pictures=0)
+    shown = session.look(path)
+    assert np.array_equal(shown, picture(1))
+    assert counted["pictures"] == 1
+    assert ask(session, FIRST, [shown]) == expected
+    assert counted["pictures"] == 1
 
 
 def test_other_pictures_and_another_order_are_not_mistaken(model):
