@@ -190,7 +190,7 @@ def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool)
 
 def measure_ours(folder: Path, stage: str, side: str, updates: int, watch: Stopwatch, profile: bool) -> None:
     """The real run, with nothing remembered yet or all of it."""
-    from minimind_v.core.bench import looking_operations, operations
+    from minimind_v.core.bench import operations
 
     listener = OursListener(watch)
     features = folder / "features" if side == "later" else Path(tempfile.mkdtemp(dir=folder))
@@ -205,6 +205,17 @@ def measure_ours(folder: Path, stage: str, side: str, updates: int, watch: Stopw
         each += looking_operations(run.model)
         shutil.rmtree(features)
     found.operations = each * found.samples
+
+
+def looking_operations(model) -> float:
+    """What the vision tower must compute for one picture, attention's own products left out."""
+    assert model.vision_encoder is not None
+    tower, patches = model.vision_encoder.tower, model.spec.tokens_per_image
+    return sum(
+        2 * weight.numel() * (patches + (weight.ndim == 2))  # the patches' convolution sees no class token
+        for name, weight in tower.named_parameters()
+        if weight.ndim in (2, 4) and "position" not in name
+    )
 
 
 def measure_matmul() -> dict:

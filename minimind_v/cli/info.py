@@ -66,7 +66,7 @@ def _export(folder: Path) -> dict[str, Any]:
     """What a folder that other programs read adds to its weights."""
     from minimind_v.core.checkpoint.folders import is_llava
     from minimind_v.core.export.folder import read_manifest
-    from minimind_v.core.export.report import size_of
+    from minimind_v.core.files import size_of
 
     found: dict[str, Any] = {"kind": "published layout, with custom code", "bytes": size_of(folder)}
     if is_llava(folder):
@@ -94,6 +94,7 @@ def _export(folder: Path) -> dict[str, Any]:
 def _data(file: Path) -> dict[str, Any]:
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.files import size_of
 
     rows = open_rows(file, images_beside(file))
     try:
@@ -104,7 +105,7 @@ def _data(file: Path) -> dict[str, Any]:
         "kind": "dataset",
         "file": str(file),
         "rows": len(rows),
-        "bytes": sum(part.stat().st_size for part in (file, *file.rglob("*")) if part.is_file()),
+        "bytes": size_of(file),
         "pictures": str(rows.pictures or ""),
         "first_row_images": first.images,
         "first_row_messages": len(first.conversations) if isinstance(first.conversations, list) else 0,

@@ -174,17 +174,6 @@ def operations(model: VLM, length: float, answer: float) -> float:
     return found + 4 * model.spec.width * model.config.hidden_size * model.spec.tokens_per_image  # the projector
 
 
-def looking_operations(model: VLM) -> float:
-    """What the vision tower must compute for one picture, attention's own products left out."""
-    assert model.vision_encoder is not None
-    tower, patches = model.vision_encoder.tower, model.spec.tokens_per_image
-    return sum(
-        2 * weight.numel() * (patches + (weight.ndim == 2))  # the patches' convolution sees no class token
-        for name, weight in tower.named_parameters()
-        if weight.ndim in (2, 4) and "position" not in name
-    )
-
-
 def _rows(model: VLM, rows: int) -> tuple[Batch, Tensor]:
     """Caption rows of random ids behind a picture each, and random features of the pictures."""
     spec = model.spec

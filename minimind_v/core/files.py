@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minimind_v.core.errors import MmvError, RunError
+from minimind_v.core.errors import MmvError, RunError, WeightsError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -39,9 +39,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
+        os.chmod(name, 0o666 & ~umask())
         os.replace(name, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
@@ -50,6 +48,31 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object that came with weights; None where there is no file. Raises WeightsError for anything else."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # not even text, or lists in lists in lists
+        raise WeightsError(f"{path}: not JSON ({error}) — download the file again") from None
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: not a JSON object — download the file again")
+    return found
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())
+
+
+def umask() -> int:
+    """The permissions that this process takes from what it makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write_into(path: Path, write: Callable[[BinaryIO], object]) -> None:

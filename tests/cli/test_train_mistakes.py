@@ -48,6 +48,10 @@ def test_a_missing_input_is_named_with_the_command_that_brings_it(refused, optio
     assert step in line
 
 
+def test_the_base_that_is_missing_is_that_of_the_size_that_was_asked_for(refused):
+    assert "`mmv download lm --preset base`" in refused(1, init="out/lm_768.pth", preset="base")
+
+
 def test_fine_tuning_before_pretraining_is_told_to_pretrain_first(refused):
     assert "`mmv train pretrain`" in refused(1, stage="sft", init=None)
     assert "text-only base without a projector; `mmv train pretrain` makes one" in refused(1, stage="sft", init=BASE)

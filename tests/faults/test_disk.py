@@ -7,6 +7,7 @@ import resource
 import stat
 import tempfile
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.errors import RunError
 from minimind_v.core.files import write_atomically, write_text
-from minimind_v.core.train.metrics import MetricsFile, StepMetrics
+from minimind_v.core.train.metrics import JsonLines, StepMetrics
 from tests.cli.harness import BASE, here, place, read_rows, tree
 
 LIMIT = 200_000  # bytes that a file may have: enough for words, too few for weights
@@ -238,15 +239,15 @@ def test_a_run_goes_on_where_its_metrics_cannot_be_written(tmp_path):
 
 def test_metrics_that_found_no_room_are_written_when_there_is_some(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = MetricsFile(tmp_path / "metrics.jsonl")
-    log.write(metrics(1))
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    log.write(asdict(metrics(1)))
     resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))
     try:
         with pytest.raises(RunError, match="not written"):
-            log.write(metrics(2))
+            log.write(asdict(metrics(2)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    log.write(metrics(3))
+    log.write(asdict(metrics(3)))
     log.close()
     assert [record["step"] for record in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 

@@ -62,7 +62,7 @@ def test_info_says_what_it_is(convert, tmp_path):
 
 
 def test_what_is_wrong_is_not_left_standing(convert, tmp_path, monkeypatch):
-    monkeypatch.setattr(language, "_to_pairs", lambda weight, heads: weight)
+    monkeypatch.setattr(language, "interleave", lambda weight, head_dim: weight)
     done = convert()
     assert done.code == 1
     assert "not written, because it would not be the same" in done.error

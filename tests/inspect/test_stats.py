@@ -163,12 +163,12 @@ def test_time_is_measured_without_weights(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(TINY_EYE)
     config = replace(recipe(), vision_model=tmp_path, model=PRESETS["demo"])
     row = speed.TypicalRow(length=20, pictures=1.5, supervised=5)
-    found = speed.estimate(config, row, 1000, 250, 34)
+    found = speed.estimate(config, row, 1000, 250)
     whole = 0.5 * (1 + 1 + 2)  # the pictures, the model with two of its four layers, twice another layer
     assert found.seconds == 1000 * whole / 2 + 250 * 0.5, found.how
     assert found.how.startswith("an estimate: 2.00 s for 2 made-up rows of 20 tokens and 1.5 pictures each")
     assert len(done) == 3 + 3 + 3 + 1
-    missing = speed.estimate(replace(config, vision_model=tmp_path / "none"), row, 1000, 250, 34)
+    missing = speed.estimate(replace(config, vision_model=tmp_path / "none"), row, 1000, 250)
     assert missing.seconds is None
     assert missing.how.startswith("not measured: no vision model")
 
@@ -188,7 +188,7 @@ def test_few_layers_foretell_the_work_of_all(tmp_path, monkeypatch, policy, pres
     monkeypatch.setattr(speed, "_seconds", multiplications)
     device = torch.device("cpu")
     eye = speed._eye(tmp_path)
-    few = speed._Language(config, eye.spec, 34, device)
+    few = speed._Language(config, eye.spec, device)
     told = speed._look(eye, 2, device) + few.step(speed.TypicalRow(30, 1, 7), [1, 1], 30)
 
     tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path))
@@ -206,7 +206,7 @@ def test_few_layers_foretell_the_work_of_all(tmp_path, monkeypatch, policy, pres
 
 def test_time_by_a_real_clock_is_some():
     found = speed.estimate(
-        replace(recipe(), model=PRESETS["demo"]), speed.TypicalRow(length=80, pictures=1, supervised=5), 8, 2, 34
+        replace(recipe(), model=PRESETS["demo"]), speed.TypicalRow(length=80, pictures=1, supervised=5), 8, 2
     )
     assert found.seconds is not None, found.how
     assert 0 < found.seconds < 600

@@ -6,7 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind_v.core.model.loss import IGNORE, labels_from_mask, supervised, supervised_loss
+from minimind_v.core.model.loss import IGNORE, supervised, supervised_loss
+
+
+def labels_of(input_ids, loss_mask):
+    return torch.where(loss_mask.bool(), input_ids, IGNORE)
 
 
 def full_loss(hidden, labels, head):
@@ -29,7 +33,7 @@ def sample():
     loss_mask = torch.rand(3, 21) < 0.3
     loss_mask[:, 0] = True  # nothing can predict a row's first token, supervised or not
     loss_mask[1] = False  # a row without an answer
-    return hidden, labels_from_mask(input_ids, loss_mask), head
+    return hidden, labels_of(input_ids, loss_mask), head
 
 
 def test_equals_full_logits(sample):
@@ -71,7 +75,7 @@ def test_model_loss_equals_its_own_logits(use_moe, make_vlm):
     """Through the whole model, and whatever padding there is."""
     model = make_vlm(use_moe=use_moe).train()
     input_ids, mask = torch.randint(0, 61, (2, 14)), torch.arange(14) < torch.tensor([[14], [9]])
-    labels = labels_from_mask(input_ids, mask & (torch.rand(2, 14) < 0.5))
+    labels = labels_of(input_ids, mask & (torch.rand(2, 14) < 0.5))
     out = model(input_ids, attention_mask=mask, labels=labels)
     logits = model(input_ids, attention_mask=mask).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
@@ -92,7 +96,7 @@ def test_positions_in_which_all_rows_are_alike(shared, use_moe, make_vlm):
     model = make_vlm(use_moe=use_moe).train()
     input_ids, mask = torch.randint(0, 61, (4, 20)), torch.arange(20) < torch.tensor([[20], [18], [16], [19]])
     input_ids[:, :14] = input_ids[0, :14]
-    labels = labels_from_mask(input_ids, mask & (torch.arange(20) >= 14) & (torch.rand(4, 20) < 0.8))
+    labels = labels_of(input_ids, mask & (torch.arange(20) >= 14) & (torch.rand(4, 20) < 0.8))
     found = []
     for positions in (0, shared):
         model.zero_grad()

@@ -17,6 +17,7 @@ from minimind_v.core.checkpoint.keys import HEAD, TOWER, from_llava, module_name
 from minimind_v.core.checkpoint.tensors import read_tensors
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError, WeightsError
+from minimind_v.core.files import read_json
 
 META = "minimind_v"  # the key of our description in a safetensors header
 VISION = "vision_encoder."
@@ -36,7 +37,7 @@ _OLD_NAMES = {
 def is_llava(folder: Path) -> bool:
     """Whether a folder is a LLaVA, and so has a vision tower and a tokenizer of its own."""
     path = folder / "config.json"
-    return path.is_file() and _read_json(path).get("model_type") == "llava"
+    return (read_json(path) or {}).get("model_type") == "llava"
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,7 +46,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises WeightsError with the next step where the folder is something else, or lacks a part.
     """
     files = weight_files(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise WeightsError(f"{folder / 'config.json'} is missing — download the folder again")
     if is_llava(folder):
         return _read_llava(folder, files, config)
     tensors, _ = _read_all(files, ())
@@ -62,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = _read_json(index).get("weight_map")
+            shards = (read_json(index) or {}).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise WeightsError(f"{index}: names no files — download the folder again")
             files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
@@ -83,18 +86,6 @@ def _read_all(files: list[Path], without: tuple[str, ...]) -> tuple[dict[str, Te
         tensors |= found
         metadata |= told
     return tensors, metadata
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise WeightsError(f"{path} is missing — download the folder again") from None
-    except (ValueError, RecursionError):
-        raise WeightsError(f"{path}: not JSON — download the file again") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: not a JSON object — download the file again")
-    return found
 
 
 def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

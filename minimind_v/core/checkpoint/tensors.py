@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minimind_v.core.errors import WeightsError
+from minimind_v.core.errors import RunError, WeightsError
 
 
 def read_tensors(path: Path, without: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -111,3 +111,11 @@ def _read_safetensors(path: Path, without: tuple[str, ...]) -> tuple[dict[str, T
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path}: truncated or damaged ({error}) — download it again") from None
     return tensors, meta
+
+
+def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor in another type. Raises RunError where it does not fit."""
+    changed = tensor.to(getattr(torch, dtype))
+    if not bool(changed.isfinite().all()):
+        raise RunError(f"{name} does not fit in {dtype}: choose another --dtype")
+    return changed

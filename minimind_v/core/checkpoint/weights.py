@@ -265,10 +265,10 @@ def _advice(checkpoint: Checkpoint, receipt: Receipt, config: TextConfig) -> str
     return f" — its sizes are {checkpoint.config.hidden_size} × {checkpoint.config.num_hidden_layers} layers"
 
 
-def export_tensors(model: nn.Module, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under their published names: no vision encoder; tied tensors stay one.
+def export_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under their published names: half precision, no vision encoder; tied ones stay one.
 
-    Raises RunError where a weight does not fit in the type.
+    Raises RunError where a weight does not fit.
     """
     cast: dict[int, Tensor] = {}
     tensors = {}
@@ -276,11 +276,9 @@ def export_tensors(model: nn.Module, dtype: torch.dtype = torch.float16) -> dict
         if name.startswith(VISION):
             continue
         if tensor.data_ptr() not in cast:
-            cast[tensor.data_ptr()] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            cast[tensor.data_ptr()] = tensor.detach().to("cpu", torch.float16, copy=True).contiguous()
             if not bool(cast[tensor.data_ptr()].isfinite().all()):
-                raise RunError(
-                    f"{name} does not fit in {str(dtype).removeprefix('torch.')}: it holds NaN or too large values"
-                )
+                raise RunError(f"{name} does not fit in float16: it holds NaN or too large values")
         tensors[name] = cast[tensor.data_ptr()]
     return tensors
 

@@ -70,7 +70,7 @@ def group_by_picture(
     digests, unread = Digests(), []
     for index in range(len(rows)):
         try:
-            for digest in _digests(rows, index):
+            for digest in digests_of(rows, index):
                 digests.add(index, digest)
         except RowError as error:
             unread.append(index)
@@ -94,7 +94,8 @@ def group_by_picture(
     return groups
 
 
-def _digests(rows: RowStore, index: int) -> list[int]:
+def digests_of(rows: RowStore, index: int) -> list[int]:
+    """Of each picture of a row, or of the text of a row without any. Raises RowError."""
     row = rows.row(index)
     pictures = [rows.picture(index, position, name) for position, name in enumerate(row.images)]
     return [picture_digest(data) for data in pictures] or [text_digest(row)]

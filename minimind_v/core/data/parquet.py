@@ -172,7 +172,7 @@ class _Pieces:
                 raise RowError(
                     f"damaged in {file.name}, row group {self.groups[number, 1]} ({text})", "parquet"
                 ) from None
-            self._drop(number)
+            self._drop()
         self._kept.move_to_end(number)
         return self._kept[number], index - int(self.starts[number])
 
@@ -198,7 +198,7 @@ class _Pieces:
                 del self._going[next(iter(self._going))]
         return found
 
-    def _drop(self, newest: int) -> None:
+    def _drop(self) -> None:
         """Leave out what was not asked for longest, where all together are too much."""
         held = sum(int(self.sizes[number]) for number in self._kept)
         while held > self.kept and len(self._kept) > 1:

@@ -13,8 +13,9 @@ from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.export.cases import CASES, Case, pictures
 from minimind_v.core.export.order import Order
-from minimind_v.core.export.report import Report, size_of
+from minimind_v.core.export.report import Report
 from minimind_v.core.export.verify_hf import ask
+from minimind_v.core.files import size_of
 from minimind_v.core.generate.load import Loaded
 
 TOLERANCE = 1e-4  # of a logit in fp32; what rounding alone does is near 1e-6

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from minimind_v.core.checkpoint.tensors import cast
 from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
 from minimind_v.core.errors import RunError, UsageError
 
@@ -36,10 +35,7 @@ def convert(source: Path, target: Path, to: str, dtype: str | None = None, overw
     checkpoint = read_checkpoint(source)
     tensors = checkpoint.tensors
     if dtype is not None:
-        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            if not bool(tensor.isfinite().all()):
-                raise RunError(f"{name} does not fit in {dtype}: choose another --dtype")
+        tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
     write_checkpoint(target, tensors, checkpoint.config, checkpoint.stage)
     again = read_checkpoint(target)
     if again.tensors.keys() != tensors.keys() or again.config != checkpoint.config:

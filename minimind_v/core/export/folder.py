@@ -17,7 +17,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.order import Made, Order
 from minimind_v.core.export.report import Report
 from minimind_v.core.export.targets import TARGETS
-from minimind_v.core.files import in_use, sweep
+from minimind_v.core.files import in_use, sweep, umask
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
@@ -109,7 +109,7 @@ def _beside(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
     try:
-        staging.chmod(0o777 & ~_umask())
+        staging.chmod(0o777 & ~umask())
         with in_use(staging):
             yield staging
     finally:
@@ -119,16 +119,10 @@ def _beside(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def _sync(folder: Path) -> None:
     """Bring all to the disk; some libraries write files that only their owner may read."""
     for path in folder.iterdir():
-        path.chmod(0o666 & ~_umask())
+        path.chmod(0o666 & ~umask())
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from minimind_v.core.checkpoint.folders import META
 from minimind_v.core.checkpoint.keys import TOWER, to_llava
+from minimind_v.core.checkpoint.tensors import cast
 from minimind_v.core.checkpoint.tower import Tower
 from minimind_v.core.checkpoint.weights import describe
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer, with_image_token
-from minimind_v.core.errors import RunError
 from minimind_v.core.export.card import write_card
 from minimind_v.core.export.order import Made, Order
 from minimind_v.core.export.source import Source, read_source
@@ -74,14 +74,6 @@ def write(source: Source, folder: Path, order: Order) -> None:
 def chat_template() -> str:
     """The jinja text that writes standard messages as the model was trained to read them."""
     return files("minimind_v.core.export").joinpath("assets", "chat_template.jinja").read_text(encoding="utf-8")
-
-
-def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """A tensor in another type. Raises RunError where it does not fit."""
-    changed = tensor.to(getattr(torch, dtype))
-    if not bool(changed.isfinite().all()):
-        raise RunError(f"{name} does not fit in {dtype}: choose another --dtype")
-    return changed
 
 
 def _halved(tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 @dataclass
@@ -17,8 +16,3 @@ class Report:
         self.found[name] = found
         if not good:
             self.wrong.append(name)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    return sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())

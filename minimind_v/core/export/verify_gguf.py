@@ -21,7 +21,8 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.export.cases import CASES, Case, pictures
 from minimind_v.core.export.gguf import DEFAULT
 from minimind_v.core.export.order import Order
-from minimind_v.core.export.report import Report, size_of
+from minimind_v.core.export.report import Report
+from minimind_v.core.files import size_of
 from minimind_v.core.generate.load import Loaded
 from minimind_v.core.gguf import language, vision
 from minimind_v.core.gguf.files import MMPROJ, MODEL

@@ -6,18 +6,19 @@ A dense model is llama.cpp's `llama`. A mixture of experts is its `granitemoe`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.gguf.store import Reader, Writer
+from minimind_v.core.model.fused import interleave, separate
 
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _MATRICES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
              "attn_output": "self_attn.o_proj"}  # fmt: skip
+# llama.cpp turns neighbours of a head together, not component i and i + half: `interleave` makes them neighbours.
+_TURNED = ("attn_q", "attn_k")
 _FORWARD = ("gate", "up", "down")
 
 
@@ -60,8 +61,8 @@ def write_tensors(writer: Writer, config: TextConfig, tensors: dict[str, Tensor]
         for name, published in _NORMS.items():
             writer.exact(f"{theirs}{name}.weight", tensors[f"{ours}{published}.weight"])
         for name, published in _MATRICES.items():
-            turned = _rows(name, config, _to_pairs)
-            writer.matrix(f"{theirs}{name}.weight", turned(tensors[f"{ours}{published}.weight"]))
+            weight = tensors[f"{ours}{published}.weight"]
+            writer.matrix(f"{theirs}{name}.weight", interleave(weight, config.head_dim) if name in _TURNED else weight)
         _write_forward(writer, config, tensors, ours + "mlp.", theirs)
 
 
@@ -127,8 +128,8 @@ def read_tensors(reader: Reader, config: TextConfig) -> dict[str, Tensor]:
         for name, published in _NORMS.items():
             tensors[f"{ours}{published}.weight"] = reader.tensor(f"{theirs}{name}.weight")
         for name, published in _MATRICES.items():
-            turned = _rows(name, config, _to_halves)
-            tensors[f"{ours}{published}.weight"] = turned(reader.tensor(f"{theirs}{name}.weight"))
+            weight = reader.tensor(f"{theirs}{name}.weight")
+            tensors[f"{ours}{published}.weight"] = separate(weight, config.head_dim) if name in _TURNED else weight
         _read_forward(reader, config, tensors, ours + "mlp.", theirs)
     return tensors
 
@@ -146,21 +147,3 @@ def _read_forward(reader: Reader, config: TextConfig, tensors: dict[str, Tensor]
             wide = reader.tensor(f"{theirs}ffn_{kind}_shexp.weight")
             for n, shared in enumerate(wide.chunk(config.n_shared_experts, dim=1 if kind == "down" else 0)):
                 tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] = shared
-
-
-# --- rotary positions -------------------------------------------------------------------------------------------------
-# MiniMind turns component i of a head together with i + half; llama.cpp turns neighbours. So the rows of each head of q
-# and k are dealt out anew: 0, half, 1, half + 1, …
-
-
-def _rows(name: str, config: TextConfig, order: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor], Tensor]:
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name)
-    return (lambda weight: order(weight, heads)) if heads else (lambda weight: weight)
-
-
-def _to_pairs(weight: Tensor, heads: int) -> Tensor:
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _to_halves(weight: Tensor, heads: int) -> Tensor:
-    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

@@ -110,9 +110,6 @@ class Reader:
         self.dequantize = gguf.dequantize
         self.found = {tensor.name: tensor for tensor in self.file.tensors}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.found
-
     def key(self, name: str) -> Any:
         """A value. Raises WeightsError where it is not there."""
         if name not in self.keys:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.digests import Digests, picture_digest, text_digest, whole_digest
+from minimind_v.core.data.heldout import digests_of
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.row import Row, RowStore
 from minimind_v.core.errors import RowError
@@ -149,14 +151,9 @@ def _digests_of(rows: RowStore) -> Digests:
     """Each picture of a set, and the text of each row without any."""
     found = Digests()
     for index in range(len(rows)):
-        try:
-            row = rows.row(index)
-            names = enumerate(row.images)
-            digests = [picture_digest(rows.picture(index, position, name)) for position, name in names]
-        except RowError:
-            continue  # it is nobody's copy
-        for digest in digests or [text_digest(row)]:
-            found.add(index, digest)
+        with suppress(RowError):  # it is nobody's copy
+            for digest in digests_of(rows, index):
+                found.add(index, digest)
     return found
 
 

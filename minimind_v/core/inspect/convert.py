@@ -47,7 +47,6 @@ class Converted:
 
     files: list[Path]
     rows: int
-    pictures: int
     resumed_at: int  # rows that an earlier run had done
 
 
@@ -71,15 +70,13 @@ def convert(
     keep_source(rows, target.files)
     with _alone(target):
         done = begun = _resume(rows, target)
-        pictures = 0
         for part in _parts(rows, done):
-            pictures += sum(len(whole.pictures) for whole in part)
             target.write_part(done, part)
             done += len(part)
             progress(done, len(rows))
         target.finish()
         shutil.rmtree(target.folder)
-    return Converted(target.files, done, pictures, begun)
+    return Converted(target.files, done, begun)
 
 
 def check_target(out: Path, overwrite: bool) -> Form:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from html import escape
 
 from minimind_v.core.inspect.tokens import visible
@@ -46,6 +47,12 @@ def page(title: str, body: str, style: str = "") -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(visible(title))}</title><style>{STYLE}{style}</style></head><body>{body}</body></html>\n"
     )
+
+
+def figures(told: Mapping[str, str]) -> str:
+    """Boxes with a number each, large, and what it is the number of. Numbers are HTML already."""
+    boxes = (f'<div class="figure"><b>{number}</b>{escape(of)}</div>' for of, number in told.items())
+    return f'<div class="figures">{"".join(boxes)}</div>'
 
 
 def data_uri(data: bytes, kind: str) -> str:

@@ -19,17 +19,17 @@ STYLE = """
 """
 
 
-def curves(series: dict[str, Points], unit: str = "update", from_zero: bool = False) -> str:
-    """Named curves of (x, y) over one axis, with a legend where there are several; what is not finite is left out.
+def curves(series: dict[str, Points]) -> str:
+    """Named curves of (update, y) over one axis that begins at 0, with a legend where there are several.
 
-    `unit` is what x counts; `from_zero` keeps 0 on the y axis.
+    What is not finite is left out.
     """
     shown = {name: thin([point for point in points if math.isfinite(point[1])]) for name, points in series.items()}
     shown = {name: points for name, points in shown.items() if points}
     if not shown:
         return '<p class="dim">nothing to show</p>'
     xs, ys = zip(*(point for points in shown.values() for point in points), strict=True)
-    x_low, x_high, y_low, y_high = min(xs), max(xs), 0.0 if from_zero else min(ys), max(ys)
+    x_low, x_high, y_low, y_high = min(xs), max(xs), 0.0, max(ys)
     y_low, y_high = (y_low, y_high) if y_high > y_low else (y_low - 0.5, y_high + 0.5)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def curves(series: dict[str, Points], unit: str = "update", from_zero: bool = Fa
         up = (y - y_low) / (y_high - y_low)
         return LEFT + across * (WIDTH - LEFT - 10), HEIGHT - FOOT - up * (HEIGHT - FOOT - TOP)
 
-    drawn = [_axes(x_low, x_high, y_low, y_high, unit)]
+    drawn = [_axes(x_low, x_high, y_low, y_high)]
     for colour, points in zip(COLOURS * len(shown), shown.values(), strict=False):
         line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
         drawn.append(f'<polyline points="{line}" stroke="{colour}"/>')
@@ -59,13 +59,13 @@ def thin(points: Points) -> Points:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
-def _axes(x_low: float, x_high: float, y_low: float, y_high: float, unit: str) -> str:
+def _axes(x_low: float, x_high: float, y_low: float, y_high: float) -> str:
     drawn = []
     for number in range(5):
         y = HEIGHT - FOOT - number / 4 * (HEIGHT - FOOT - TOP)
         value = y_low + number / 4 * (y_high - y_low)
         drawn.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
         drawn.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    drawn.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">{escape(unit)} {x_low:,.0f}</text>')
+    drawn.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">update {x_low:,.0f}</text>')
     drawn.append(f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">{x_high:,.0f}</text>')
     return "".join(drawn)

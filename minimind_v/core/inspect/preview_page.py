@@ -153,7 +153,7 @@ def _row(view: RowView, spec: VisionSpec, config: RunConfig) -> str:
         pictures = (_picture(one, n, n in removed, spec) for n, one in enumerate(view.pictures))
         parts.append(f'<div class="pictures">{"".join(pictures)}</div>')
     if view.whole:
-        parts += [_facts(view, config), "".join(_messages(view, spec))]
+        parts += [_facts(view, config), "".join(_messages(view))]
     if view.unanswered:
         parts.append(
             f"<p>The last question has no answer, so there is nothing to learn from it and it is left out: "
@@ -230,7 +230,7 @@ def _padding(batch: BatchView | None, tokens: int, config: RunConfig) -> str:
     )
 
 
-def _messages(view: RowView, spec: VisionSpec) -> Iterator[str]:
+def _messages(view: RowView) -> Iterator[str]:
     """The pieces, a block for each message: a message begins with the first special token of its kind."""
     opening = view.pieces[0].ids if view.pieces else ()
     blocks: list[list[Piece]] = []
@@ -242,13 +242,13 @@ def _messages(view: RowView, spec: VisionSpec) -> Iterator[str]:
     for block in blocks:
         role = "".join(piece.text for piece in block[1:6] if piece.picture is None).partition("\n")[0]
         kind = role if role in ("user", "assistant", "system") else "system"
-        yield f'<div class="message {kind}">{"".join(_chip(piece, spec) for piece in block)}</div>'
+        yield f'<div class="message {kind}">{"".join(_chip(piece) for piece in block)}</div>'
     if view.hidden:
         yield f'<p class="dim">… and {view.hidden:,} more tokens, not shown here.</p>'
     yield "</div>"
 
 
-def _chip(piece: Piece, spec: VisionSpec) -> str:
+def _chip(piece: Piece) -> str:
     kinds = ["t", "s" * piece.special, "l" * piece.supervised, "x" * piece.removed, "many" if piece.parts else ""]
     ids = " ".join(map(str, piece.ids))
     if piece.picture is not None:

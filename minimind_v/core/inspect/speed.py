@@ -47,7 +47,7 @@ class Estimate:
     how: str
 
 
-def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int, placeholder_id: int) -> Estimate:
+def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int) -> Estimate:
     """Foretell a run over `rows` rows (all epochs together) in `updates` updates.
 
     A batch of the recipe's sizes, or as many of its rows as can be done in some seconds, goes forward and backward. No
@@ -56,7 +56,7 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int, plac
     try:
         device = pick_device(config.device)
         eye = _eye(config.vision_model).to(device)
-        measured = _Language(config, eye.spec, placeholder_id, device)
+        measured = _Language(config, eye.spec, device)
         length = min(max(round(row.length), 2), config.data.max_length)
         together = max(1, CPU_TOKENS // length) if device.type == "cpu" else config.data.batch_size
 
@@ -110,12 +110,10 @@ def _look(eye: VisionEncoder, pictures: int, device: torch.device) -> float:
 class _Language:
     """A language model with two of its layers, the last and one of those that all others are like."""
 
-    def __init__(self, config: RunConfig, spec: VisionSpec, placeholder_id: int, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, spec: VisionSpec, device: torch.device) -> None:
         self.device, self.dtype = device, config.dtype
         whole = config.model.num_hidden_layers
-        self.model = (
-            VLM(replace(config.model, num_hidden_layers=min(whole, 2)), spec, placeholder_id).to(device).train()
-        )
+        self.model = VLM(replace(config.model, num_hidden_layers=min(whole, 2)), spec, 0).to(device).train()
         learns = freeze(self.model, config.freeze)
         self.block, self.missing = self.model.model.layers[0], whole - min(whole, 2)
         here, more = (

@@ -27,7 +27,6 @@ class Outlook:
 
     counted: Counted
     looked_at: int  # rows, of all
-    rows: int
     updates: int  # of all epochs
     seen_rows: int  # that the epochs ask for, broken ones included
 
@@ -57,7 +56,7 @@ def foresee(
     if not counted.used:
         _, first = min(counted.first_skipped.values())
         raise DataError(f"none of {wanted} rows can be used; the first trouble: {first}")
-    return Outlook(counted, wanted, len(rows), config.epochs * every.updates_per_epoch, config.epochs * len(rows))
+    return Outlook(counted, wanted, config.epochs * every.updates_per_epoch, config.epochs * len(rows))
 
 
 def look_at(
@@ -88,7 +87,7 @@ def look_at(
             "updates": updates,
             "supervised_tokens": round(counted.supervised / counted.used * seen),
         },
-        "time": asdict(estimate(config, typical, seen, updates, encoder.tokenizer.placeholder_id)),
+        "time": asdict(estimate(config, typical, seen, updates)),
     }
 
 

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from minimind_v.core.inspect.lines import summary, table_of_quantiles
-from minimind_v.core.inspect.page import page
+from minimind_v.core.inspect.page import figures, page
 from minimind_v.core.inspect.tokens import visible
 
 STYLE = """
@@ -25,7 +25,7 @@ def stats_page(report: dict[str, Any]) -> str:
     """A report of `stats.look_at` as a page."""
     name = escape(visible(str(report["file"])))
     told = f"a sample of {report['looked_at']:,} rows, the first of the first epoch" if report["sample"] else "all rows"
-    figures = {
+    numbers = {
         "rows": f"{report['rows']:,}",
         "tokens, half of the rows have more": f"{report['tokens']['total']['p50']:,}",
         f"of the rows are cut at {report['max_length']} tokens": f"{report['cut']['share']:.1%}",
@@ -33,7 +33,6 @@ def stats_page(report: dict[str, Any]) -> str:
         "padding in training's batches": f"{report['padding']['batches']:.1%}",
         "updates": f"{report['training']['updates']:,}",
     }
-    boxes = "".join(f'<div class="figure"><b>{value}</b>{escape(text)}</div>' for text, value in figures.items())
     tables = table_of_quantiles(report)
     head = "".join(f"<th>{escape(title)}</th>" for title in ["", *next(iter(tables.values()))])
     rows = "".join(
@@ -44,7 +43,7 @@ def stats_page(report: dict[str, Any]) -> str:
     words = "".join(f"<dt>{escape(key)}</dt><dd>{escape(visible(text))}</dd>" for key, text in summary(report).items())
     body = (
         f'<h1>What these rows are like</h1><p class="dim"><code>{name}</code>, read as <b>{report["stage"]}</b> would '
-        f'read it; {told}.</p><div class="figures">{boxes}</div>'
+        f"read it; {told}.</p>{figures(numbers)}"
         f"<section><h2>Tokens per row, before truncation</h2>"
         f'<div class="wide">{_plot(report["histogram"], report["max_length"])}</div></section>'
         f'<section><h2>Quantiles</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div></section>'

@@ -82,6 +82,11 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
     return weight.view(-1, 2, head_dim // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
+def separate(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `interleave`."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
 def turn(x: Tensor, turns: Tensor) -> Tensor:
     """x [B, T, heads, hd] of any strides, halves interleaved, turned by [B or 1, T, heads or 1, hd/2]; in place."""
     if x.dtype in (torch.float32, torch.float64):
@@ -170,7 +175,7 @@ class _Project(Function):
         if x is None:
             return dx, None, None, None, None, None
         dq_w, dk_w, dv_w = (flow.flatten(0, 1).t() @ x.flatten(0, 1)).split([n * head_dim for n in ctx.heads])
-        return dx, _part(dq_w, head_dim), _part(dk_w, head_dim), dv_w, None, None
+        return dx, separate(dq_w, head_dim), separate(dk_w, head_dim), dv_w, None, None
 
 
 def _turn_together(x: Tensor, turns: Tensor, shared: int) -> None:
@@ -224,8 +229,3 @@ def _blocks(time: int, long: int, each: int) -> Iterator[tuple[slice, int, int]]
     for begin in range(0, time, BLOCK):
         end = min(begin + BLOCK, time)
         yield slice(begin * each, end * each), long - time + begin, long - time + end
-
-
-def _part(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `interleave`."""
-    return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,8 +22,3 @@ def supervised_loss(hidden: Tensor, wanted: Tensor, head: Tensor) -> tuple[Tenso
     """
     logits = F.linear(hidden, head).float()  # [S, V]
     return F.cross_entropy(logits, wanted, reduction="sum"), logits.detach().argmax(-1) == wanted
-
-
-def labels_from_mask(input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-    """Labels for a mask that is 1 where a token is supervised; both [B, T]."""
-    return torch.where(loss_mask.bool(), input_ids, torch.full_like(input_ids, IGNORE))

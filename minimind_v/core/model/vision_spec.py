@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -84,16 +83,3 @@ def read_vision_spec(folder: Path) -> VisionSpec:
 def does_not_load(folder: Path, why: str) -> str:
     """What is wrong with a folder, and the next step."""
     return f"{folder}: the vision model does not load ({why}) — {how_to_get('clip', folder)}"
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no file. Raises WeightsError for anything else."""
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: not JSON ({error}) — download the file again") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: not a JSON object — download the file again")
-    return found

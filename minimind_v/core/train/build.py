@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
+from minimind_v.core.checkpoint.weights import load_into, name_preset, read_checkpoint
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import RowDataset
@@ -20,7 +20,7 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MissingInput, UsageError
-from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.hub.sources import STANDARD_PRESET, how_to_get
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.distributed import World
@@ -93,7 +93,8 @@ def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
     try:
         checkpoint = read_checkpoint(config.init)
     except MissingInput as error:
-        before = "`mmv train pretrain`" if config.stage == "sft" else how_to_get("lm", config.init.parent)
+        size = name_preset(config.model) or STANDARD_PRESET
+        before = "`mmv train pretrain`" if config.stage == "sft" else how_to_get("lm", config.init.parent, size)
         raise MissingInput(f"{error} to start from — {before}, or name a file with --init") from None
     receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")
     listener.say(str(receipt))

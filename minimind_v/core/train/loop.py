@@ -29,7 +29,7 @@ from minimind_v.core.train.distributed import ALONE, World, alone_or_last
 from minimind_v.core.train.fit import fit
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.manifest import write_manifest
-from minimind_v.core.train.metrics import Listener, MetricsFile, Silent, StepMetrics
+from minimind_v.core.train.metrics import JsonLines, Listener, Silent, StepMetrics
 from minimind_v.core.train.parts import parts_of
 from minimind_v.core.train.place import Place
 from minimind_v.core.train.report import write_report
@@ -51,7 +51,6 @@ class Summary:
     weights: Path
     metrics: Path
     steps: int
-    last: StepMetrics | None
     stopped_by: Signals | None  # None: it came to its end
     broken_rows: int
     bad_updates: int  # skipped, since loss or gradient was not finite
@@ -173,10 +172,10 @@ class Run:
 
     def fit(self) -> Summary:
         """Run to the end, or until a signal asks to stop; saves either way."""
-        config, metrics, torn = self.config, None, False
+        config, torn = self.config, False
         if self.done >= self.total:
             self.listener.say("this run is complete")
-            return self._summary(None)
+            return self._summary()
         self.started = time.perf_counter() - self.counts.seconds
         begun = self.done
         self._open_records()
@@ -196,7 +195,7 @@ class Run:
                     self.done = step
                     logged = step % config.log_every == 0 or step in (1, self.total)
                     if logged and log:
-                        self._or_warn(step, partial(log.write, metrics))
+                        self._or_warn(step, partial(log.write, asdict(metrics)))
                     self.listener.step(metrics, logged)
                     if self.validator and (step % config.val_every == 0 or step == self.total):
                         self._validate(self.validator, step)
@@ -216,11 +215,11 @@ class Run:
         if not self.counts.supervised:
             trouble = next(iter(self.broken.values()), "every answer is cut off")
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
-        return self._summary(metrics)
+        return self._summary()
 
-    def _summary(self, last: StepMetrics | None) -> Summary:
+    def _summary(self) -> Summary:
         place, broken = self.place, len(self.broken)
-        return Summary(place.weights, place.metrics, self.done, last, self.stopped_by, broken, self.counts.bad)
+        return Summary(place.weights, place.metrics, self.done, self.stopped_by, broken, self.counts.bad)
 
     def _open_records(self) -> None:
         """What the run leaves besides weights begins here."""
@@ -255,8 +254,8 @@ class Run:
         except MmvError as error:  # no room, or no metrics for want of room
             self.listener.warn(f"no report: {error}")
 
-    def _metrics_file(self) -> AbstractContextManager[MetricsFile | None]:
-        return closing(MetricsFile(self.place.metrics, self.done)) if self.world.leads else nullcontext()
+    def _metrics_file(self) -> AbstractContextManager[JsonLines | None]:
+        return closing(JsonLines(self.place.metrics, self.done)) if self.world.leads else nullcontext()
 
     def _updates(self) -> Iterator[list[Batch]]:
         """The batches of each update yet to do that fall to this process, fetched when they are needed."""

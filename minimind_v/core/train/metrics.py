@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,13 +108,6 @@ class JsonLines:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # told when it was written
             self._file.close()
-
-
-class MetricsFile(JsonLines):
-    """`metrics.jsonl`: a line per logged update."""
-
-    def write(self, metrics: StepMetrics) -> None:  # type: ignore[override]
-        super().write(asdict(metrics))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.config.load import plain
-from minimind_v.core.config.presets import weights_name
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.prompt import PromptEncoder
@@ -22,6 +21,7 @@ from minimind_v.core.inspect.stats import Outlook, foresee
 from minimind_v.core.model.vision import read_vision_spec
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.metrics import Silent, StepMetrics
+from minimind_v.core.train.place import Place
 from minimind_v.core.train.report import disk_used
 
 SECONDS = 30.0  # that the measured updates may take, once there are ENOUGH
@@ -80,8 +80,8 @@ def plan(
         "and longer rows than those measured may need more memory",
         plain(config),
     )
-    folder = (config.out / weights_name(config.stage, config.model)).with_suffix("")
-    write_text(folder / "forecast.json", json.dumps(asdict(forecast), indent=1, ensure_ascii=False) + "\n")
+    told = json.dumps(asdict(forecast), indent=1, ensure_ascii=False)
+    write_text(Place(config).folder / "forecast.json", f"{told}\n")
     return forecast
 
 

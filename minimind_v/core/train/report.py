@@ -13,7 +13,7 @@ from typing import Any
 
 from minimind_v.core.errors import MissingInput
 from minimind_v.core.files import write_text
-from minimind_v.core.inspect.page import page
+from minimind_v.core.inspect.page import figures, page
 from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.plot import Points, curves
 from minimind_v.core.train.metrics import read_lines, read_metrics
@@ -93,7 +93,7 @@ def report_page(run: Left) -> str:
 
 def _figures(run: Left) -> str:
     last = run.last
-    figures = {
+    told = {
         "loss, mean of the last logged updates": f"{statistics.fmean(one['loss'] for one in run.metrics[-10:]):.4f}",
         "of the answers' tokens are right": f"{last.get('hits', 0):.1%}",
         "of training": duration(last["seconds"]),
@@ -101,9 +101,8 @@ def _figures(run: Left) -> str:
     }
     if run.validations:
         best = min(run.validations, key=lambda one: one["loss"])
-        figures[f"best validation loss, at update {best['step']:,}"] = f"{best['loss']:.4f}"
-    boxes = (f'<div class="figure"><b>{value}</b>{escape(text)}</div>' for text, value in figures.items())
-    return f'<div class="figures">{"".join(boxes)}</div>'
+        told[f"best validation loss, at update {best['step']:,}"] = f"{best['loss']:.4f}"
+    return figures(told)
 
 
 def _warnings(run: Left) -> str:
@@ -126,8 +125,8 @@ def _curves(run: Left) -> str:
         "Tokens per second": {"tokens": _rates(seen, "tokens")},
         "Share of time waiting for data": {"share": _rates(seen, "data_seconds")},
     }
-    small = "".join(f"<div><h3>{title}</h3>{curves(series, from_zero=True)}</div>" for title, series in others.items())
-    return f'<section><h2>Loss</h2>{curves(loss, from_zero=True)}<div class="cols">{small}</div></section>'
+    small = "".join(f"<div><h3>{title}</h3>{curves(series)}</div>" for title, series in others.items())
+    return f'<section><h2>Loss</h2>{curves(loss)}<div class="cols">{small}</div></section>'
 
 
 def _forecast(run: Left) -> str:

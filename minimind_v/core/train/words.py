@@ -21,8 +21,7 @@ NAMED = 8  # rows of an update that are named
 def announcement(config: RunConfig, plan: BatchPlan, updates: int, rows: int, model: VLM, where: str) -> str:
     """What is about to happen: so many updates of so many rows each."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_"))
-    everything += sum(p.numel() for p in model.vision_proj.parameters())
+    everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_encoder."))
     return (
         f"{config.stage}: {len(plan.dataset):,} rows of {config.data.file}, {config.epochs} epochs, "
         f"{updates:,} updates of {rows} rows on {where}; "
