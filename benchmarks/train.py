@@ -273,19 +273,20 @@ def find_tokenizer() -> Path:
 
 def check_agreement(stage: str, sides: dict[str, list[Measured]]) -> float:
     """The largest relative difference of losses and gradient norms to ours. Stops where it is too large."""
-    largest = 0.0
+    differences = [0.0]
     ours = sides["ours"][0]
     for measured in (one for runs in sides.values() for one in runs):
         for name in ("losses", "grad_norms"):
             pairs = zip(
                 getattr(ours, name), getattr(measured, name), strict=False
             )  # sides do different numbers of updates
-            largest = max(largest, *(abs(b - a) / abs(a) for a, b in pairs))
-    if not largest <= AGREEMENT:
+            differences += [abs(b - a) / abs(a) for a, b in pairs]
+    if not all(difference <= AGREEMENT for difference in differences):  # nor is NaN
         raise SystemExit(
-            f"{stage}: the sides do not compute the same (relative difference {largest:.1e}): nothing is compared"
+            f"{stage}: the sides do not compute the same (relative differences up to {max(differences):.1e}): "
+            "nothing is compared"
         )
-    return largest
+    return max(differences)
 
 
 def summarise(runs: list[Measured], matmul: float) -> dict:

@@ -24,10 +24,11 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
                 f"process {local_rank + 1} on this machine, which has {torch.cuda.device_count()} GPUs — "
                 "lower --gpus, or count processes on the CPU with --device cpu"
             )
-        torch.cuda.set_device(local_rank)
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what is asked without naming a device is meant of this one
         float(torch.ones(1, device=device))  # some can be made, and not be computed with
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = textwrap.shorten(str(error), 100, placeholder=" …")
@@ -40,8 +41,13 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
     """bf16 autocast where asked for or, with `auto`, on a CUDA device that has it; fp32 master weights always."""
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if has_bf16(device) else "float32"
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16 by itself. Older GPUs imitate it, and are slower for that."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def peak_memory() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minimind_v.core.generate.decoder import FEW
@@ -152,3 +153,19 @@ def test_greedy_tokens_are_those_of_llama():
     for text, tokens in zip(texts, expected, strict=True):
         cache = ready(ours).decoder.new_cache(1, 80)
         assert list(generate(ours, cache, text, Sampler(GREEDY), -1, 30)) == tokens
+
+
+@torch.inference_mode()
+def test_a_kernel_may_lay_out_its_result_as_it_likes(model, monkeypatch):
+    """As CUDA's memory-efficient one does where there is a mask: [B, T, heads, hd], seen as [B, heads, T, hd]."""
+    decoder, input_ids = ready(model).decoder, ids_of(model, 1, 9)
+    attention, expected = F.scaled_dot_product_attention, model(input_ids).logits
+
+    def otherwise(*args, **kwargs):
+        return attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", otherwise)
+    cache = decoder.new_cache(1, 9)
+    for part in (input_ids[:, :7], input_ids[:, 7:8], input_ids[:, 8:]):
+        logits = decoder.read(model.embed(part), cache)
+    torch.testing.assert_close(logits, expected[:, -1], **CLOSE)

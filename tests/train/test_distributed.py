@@ -353,3 +353,42 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="process 3 on this machine, which has 2 GPUs"):
         pick_device("auto", 2)
+
+
+def test_a_gpu_that_is_named_is_the_one_that_is_asked(monkeypatch):
+    from minimind_v.core import device
+
+    chosen, meta = [], torch.ones
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "ones", lambda count, device: meta(count))  # there is no such GPU here
+    assert device.pick_device("cuda:1") == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+    device.pick_device("cpu")
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_that_a_gpu_only_imitates_is_not_taken(native, monkeypatch):
+    from minimind_v.core.device import has_bf16
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert has_bf16(torch.device("cuda:0")) is native
+    assert not has_bf16(torch.device("cpu"))
+
+
+def test_the_tower_that_each_process_has_read_is_not_sent_again(tmp_path):
+    from torch import distributed, nn
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision_encoder, self.vision_proj = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        model = Model()
+        shared = World(size=2).share(model)
+        assert shared.parameters_to_ignore == {"vision_encoder.weight", "vision_encoder.bias"}
+        assert model.vision_encoder.weight._version < model.vision_proj.weight._version
+    finally:
+        distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
@@ -18,6 +19,7 @@ import minimind_v.core.demo
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.demo.dataset import write_sft
+from minimind_v.core.generate.ready import ready
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionSpec
 from minimind_v.core.model.vlm import VLM
@@ -296,3 +298,56 @@ def test_loss_curve_is_that_of_a_plain_loop(model, freeze, accumulate, rows, rec
     assert statistics.median(losses[-5:]) < 0.95 * losses[0], "nothing was learnt, so little was compared"
     for name, tensor in weights.items():
         torch.testing.assert_close(run.model.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+# --- only the projector learns ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words_and_pictures(rows, tmp_path):
+    """Rows without a picture, long enough to be micro-batches of their own, behind the rows with one."""
+    talk = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a star " * 20}]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(rows.data.read_text() + 12 * (json.dumps({"conversations": talk}) + "\n"))
+    return path
+
+
+@pytest.mark.parametrize("only_words", [False, True])
+def test_rows_without_a_picture_teach_a_projector_nothing(only_words, words_and_pictures, rows, recorder, tmp_path):
+    path = words_and_pictures
+    if only_words:
+        path = tmp_path / "words.jsonl"
+        path.write_text("".join(words_and_pictures.read_text().splitlines(True)[-12:]))
+    data = DataConfig(path, None if only_words else rows.images, ASSETS, max_length=LENGTH, batch_size=2, workers=0)
+    config = RunConfig(
+        stage="sft", model=TINY, data=data, vision_model=ASSETS / "vision", out=tmp_path / "out", freeze="projector",
+        epochs=1, lr=3e-3, dtype="float32", device="cpu", save_every=0, weight_decay=0.0,
+    )  # fmt: skip
+    run = Run(config, recorder)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.fit()
+    assert 0.0 in [metrics.grad_norm for metrics in recorder.steps]
+    learnt = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert learnt == (set() if only_words else {name for name in before if name.startswith("vision_proj.")})
+
+
+def test_who_asks_a_model_in_training_hears_what_it_has_learnt(rows, recorder, tmp_path):
+    """What is laid out for talking is made of the weights, and follows them though a fused step does not say so."""
+    data = DataConfig(rows.data, rows.images, ASSETS, max_length=LENGTH, batch_size=2, workers=0)
+    config = RunConfig(
+        stage="sft", model=TINY, data=data, vision_model=ASSETS / "vision", out=tmp_path, freeze="all", epochs=1,
+        lr=1e-2, max_steps=2, dtype="float32", device="cpu", save_every=0,
+    )  # fmt: skip
+    run, ids = Run(config, recorder), torch.arange(10, 30)[None]
+
+    @torch.inference_mode()
+    def heard() -> Tensor:
+        decoder = ready(run.model).decoder
+        return decoder.read(run.model.embed(ids), decoder.new_cache(1, 32))
+
+    before = heard()
+    run.fit()
+    run.model.eval()
+    assert not torch.allclose(heard(), before)
+    with torch.inference_mode():
+        torch.testing.assert_close(heard(), run.model(ids).logits[:, -1], atol=1e-5, rtol=0)

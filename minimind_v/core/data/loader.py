@@ -17,7 +17,7 @@ import atexit
 import os
 import signal
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -173,6 +173,8 @@ def load_updates(
     plan: BatchPlan, workers: int, pin: bool = False, start: int = 0
 ) -> Generator[list[Batch], None, None]:
     """The updates of a plan from number `start` on, prepared ahead by worker processes, which end when this does."""
+    if workers:
+        _allow_files()
     loader: DataLoader[list[Batch]] = DataLoader(
         plan,
         batch_size=None,
@@ -193,6 +195,15 @@ def load_updates(
     finally:
         atexit.unregister(stop)
         stop()
+
+
+def _allow_files() -> None:
+    """Each tensor on its way from a worker is an open file; updates of many micro-batches exceed what shells allow."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def load_batches(plan: BatchPlan, workers: int) -> Generator[Batch, None, None]:

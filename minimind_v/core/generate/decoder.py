@@ -126,7 +126,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal
     rows, time, _, head_dim = q.shape
     if time == 1:  # the query heads of a group see the same keys, as so many positions would
         grouped = q.view(rows, keys.shape[1], -1, head_dim)  # [B, KV, heads/KV, hd]
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view(rows, -1)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        return out.reshape(rows, -1)  # some kernels lay it out as [B, heads/KV, KV, hd]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True
     )  # [B, heads, T, hd]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minimind_v.core.device import has_bf16
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.decoder import FastDecoder
 from minimind_v.core.model.packed import state_of
@@ -40,8 +41,8 @@ class Ready:
     """One model, ready to talk. Pictures are known by their content."""
 
     def __init__(self, model: VLM) -> None:
-        cuda = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.decoder = FastDecoder(model, torch.bfloat16 if cuda else model.lm_head.weight.dtype)
+        dtype = torch.bfloat16 if has_bf16(model.device) else model.lm_head.weight.dtype
+        self.decoder = FastDecoder(model, dtype)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
         self._prefixes: list[Prefix] = []
 

@@ -98,6 +98,8 @@ class VLM(nn.Module):
             read = supervised(labels)  # [S]
             hidden, aux = self.model(x, attention_mask, cache, read, shared)  # [S, D]
             loss_sum, hits = supervised_loss(hidden, labels.flatten()[read + 1], self.lm_head.weight)
+            if torch.is_grad_enabled() and not loss_sum.requires_grad:  # only the projector learns, and nothing is seen
+                loss_sum = loss_sum + 0 * sum(weight.sum() for weight in self.vision_proj.parameters())
             return Output(None, loss_sum, hits, aux)
         hidden, aux = self.model(x, attention_mask, cache)  # [B, T, D]
         logits = F.linear(hidden[:, -logits_to_keep:], self.lm_head.weight)  # [B, K, V]

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from minimind_v.core.checkpoint.folders import VISION
 from minimind_v.core.errors import LostContact, UsageError
 from minimind_v.core.train.launch import way_to
 
@@ -143,6 +144,8 @@ class World:
         """
         if self.size == 1:
             return model
+        frozen = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.startswith(VISION)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each has read it itself
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that older versions know
             return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
 

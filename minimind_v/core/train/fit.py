@@ -101,7 +101,7 @@ class Trial:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         encoder = VisionEncoder.load(config.vision_model)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             self.model = VLM(config.model, encoder.spec, 0, encoder).to(device)
         self.memory = Memory(Eye(encoder, device, config.dtype))
         self.trained = freeze(self.model, config.freeze)

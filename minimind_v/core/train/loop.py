@@ -13,6 +13,7 @@ from signal import Signals
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
 from minimind_v.core.config.load import plain, to_yaml
@@ -340,6 +341,9 @@ class Run:
     ) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimiser.step()
+            increment_version(
+                self.trained
+            )  # which a fused step leaves as it was: what is made of weights would not see it
             self.counts.skipped = 0
         else:
             self.counts.skipped += 1

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,3 +234,27 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_reading_is_measured(tmp_path):
     assert 0 < measure_reading(tmp_path / "features", 10_000) < 1
     assert not list((tmp_path / "features").iterdir())
+
+
+@pytest.mark.parametrize("ending", ["features", "index"])
+def test_a_segment_that_cannot_be_opened_hides_no_other(ending, store):
+    fill(store, range(3))
+    (lost,) = segment_files(store.folder, ending)
+    other = FeatureStore(store.folder, FORM, PLENTY)
+    fill(other, range(3, 6))
+    lost.unlink()
+    open_files = len(os.listdir("/proc/self/fd"))
+    late = FeatureStore(store.folder, FORM, PLENTY)
+    assert [late.read(key(n)) is not None for n in range(6)] == [False] * 3 + [True] * 3
+    assert late.read(key(9)) is None
+    assert len(os.listdir("/proc/self/fd")) == open_files + 2, "what could not be used is closed again"
+
+
+def test_a_folder_that_is_deleted_under_a_run_is_begun_anew(store):
+    fill(store, range(3))
+    shutil.rmtree(store.folder)
+    fill(store, range(3, 6))
+    late = FeatureStore(store.folder, FORM, PLENTY)
+    assert [late.read(key(n)) is not None for n in range(6)] == [False] * 3 + [True] * 3
+    assert store.read(key(1)) is None
+    assert store.trouble is None

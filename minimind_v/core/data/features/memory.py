@@ -129,7 +129,7 @@ class Memory:
         fresh = self.eye.look(pixel_values[missing] if known else pixel_values)  # [K, P, width]
         if self.form is not None:
             fresh = self.form.settle(fresh)
-        if self.store is not None:
+        if self.store is not None and not self.store.trouble:
             self._remember([keys[n] for n in missing], fresh)
         if not known:
             return fresh
@@ -143,9 +143,8 @@ class Memory:
 
     def _remember(self, keys: list[bytes], features: Tensor) -> None:
         assert self.store is not None
-        before = self.store.trouble
         self.store.write(keys, features.cpu())
-        if self.store.trouble and not before:
+        if self.store.trouble:
             self.warn(f"no more pictures are remembered: {self.store.trouble}")
 
 

@@ -106,11 +106,13 @@ class FeatureStore:
         """Take in what has been written since; says whether there was anything. Costs some microseconds."""
         if self._pid != os.getpid():
             self._forget()
+        names: set[str] = set()
         with contextlib.suppress(OSError):
             names = {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".index")}
-            for name in sorted(names - self._names):  # in the order in which they were begun
+        for name in sorted(names - self._names):  # in the order in which they were begun
+            self._names.add(name)
+            with contextlib.suppress(OSError):  # half deleted, or not for us
                 self._segments.append(_Segment(self.folder / name[: -len(".index")], self.form.record))
-                self._names.add(name)
         grown = False
         for number, segment in enumerate(self._segments):
             shorts, numbers = segment.grown()
@@ -142,6 +144,8 @@ class FeatureStore:
         if self.trouble or not fresh:
             return
         try:
+            if self._own is not None and self._own.deleted():
+                self.close()
             self.trouble = self._no_room(len(fresh) * self.form.record)
             if self.trouble:
                 return
@@ -184,15 +188,19 @@ class _Segment:
         self.record = record
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL if new else os.O_RDONLY
         self._data = os.open(path.with_suffix(".features"), flags, 0o666)
-        self._index = os.open(path.with_suffix(".index"), flags, 0o666)
+        try:
+            self._index = os.open(path.with_suffix(".index"), flags, 0o666)
+        except OSError:
+            os.close(self._data)
+            raise
         self._seen = 0  # entries
 
     def grown(self) -> tuple[np.ndarray, np.ndarray]:
         """The beginnings of keys and the numbers of entries that are new here and prove themselves."""
-        behind = os.fstat(self._index).st_size // ENTRY - self._seen
-        if behind <= 0:
-            return np.empty(0, np.uint64), np.empty(0, np.int64)
-        data = os.pread(self._index, behind * ENTRY, self._seen * ENTRY)
+        data = b""
+        with contextlib.suppress(OSError):
+            behind = os.fstat(self._index).st_size // ENTRY - self._seen
+            data = os.pread(self._index, max(behind, 0) * ENTRY, self._seen * ENTRY)
         return self._keep(data[: len(data) // ENTRY * ENTRY])
 
     def _keep(self, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -204,6 +212,10 @@ class _Segment:
         numbers = np.flatnonzero(whole) + self._seen
         self._seen += len(words)
         return words[whole, 0], numbers
+
+    def deleted(self) -> bool:
+        """Whether its files have no name any more: what is written then takes room and is found by nobody."""
+        return not os.fstat(self._data).st_nlink or not os.fstat(self._index).st_nlink
 
     def read(self, key: bytes, number: int) -> bytearray | None:
         """The record of an entry, if it has this key and is whole."""
