@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
+from minimind_v.core.data.features.memory import Eye
 from tests.cli.harness import here, place, read_rows, tree
 
 NAME = "pretrain_vlm_128"
@@ -64,6 +66,25 @@ def test_it_needs_no_base_and_says_all_in_words(tmp_path):
     assert rows["samples"] == "24"
     assert "2 processes taken for 2 times as fast" in rows["how"]
     assert "cost" not in rows
+
+
+def test_later_epochs_do_not_look_again(tmp_path, monkeypatch):
+    encode = Eye._encode
+
+    def slowly(eye, pictures):
+        time.sleep(0.05 * len(pictures))
+        return encode(eye, pictures)
+
+    monkeypatch.setattr(Eye, "_encode", slowly)
+    seconds = {}
+    for choice in ("exact", "off"):
+        _, *line = place().train(tmp_path / choice, epochs=5, features=choice)
+        told = here("train", "plan", *line, "--json").json
+        assert ("with the pictures remembered" in told["how"]) == (choice == "exact")
+        seconds[choice] = told["seconds"]
+    looking = 0.05 * 40  # of an epoch
+    assert seconds["exact"] > looking
+    assert seconds["off"] - seconds["exact"] > 3 * looking
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -60,9 +60,11 @@ def plan(
     rows = open_rows(config.data.file, config.data.images)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
     updates = min(outlook.updates, config.max_steps or outlook.updates)
-    watch, memory, disk = _measure(config, updates)
-    tokens = _of_run(outlook, updates, outlook.counted.kept)
-    seconds = watch.per_token * tokens / config.gpus
+    first = min(outlook.updates // config.epochs, updates)  # in the epoch that looks at the pictures
+    watch, later, memory, disk = _measure(config, updates, first)
+    tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (updates, first))
+    seconds = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
+    remembered = ", and once more with the pictures remembered, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes taken for {config.gpus} times as fast as one" if config.gpus > 1 else ""
     forecast = Forecast(
         config.stage,
@@ -75,7 +77,7 @@ def plan(
         disk,
         price_per_hour,
         None if price_per_hour is None else price_per_hour * seconds / 3600,
-        f"{watch.measured} updates of the real run, measured on this machine, reading included: "
+        f"{watch.measured} updates of the real run, measured on this machine, reading included{remembered}: "
         f"{seconds / updates:.2f} s for one of average length{several}; saving and validation are not in the time, "
         "and longer rows than those measured may need more memory",
         plain(config),
@@ -117,17 +119,28 @@ class Stopwatch(Silent):
         return (self.last.seconds - seconds) / max(self.last.tokens - tokens, 1)
 
 
-def _measure(config: RunConfig, updates: int) -> tuple[Stopwatch, int, int]:
-    """A few updates of the real run; what they held of memory, and what a whole run will have on the disk."""
-    watch = Stopwatch()
+def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, Stopwatch, int, int]:
+    """A few updates of the real run, as they are in its first epoch, whose updates are `first`, and in later ones.
+
+    Besides what they held of memory, and what a whole run will have on the disk.
+    """
+    watch = later = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as folder:
-        few = replace(config, out=Path(folder), init=NO_INIT, save_every=0, val_every=0, track="none", gpus=1)
+        few = replace(
+            config, out=Path(folder), init=NO_INIT, save_every=0, val_every=0, track="none", gpus=1,
+            max_steps=min(updates, max(first, WARM + ENOUGH)),
+        )  # fmt: skip
         watch.run = run = Run(few, watch)
         run.fit()
         state = sum(path.stat().st_size for path in run.place.states.paths())
         best = run.place.weights.stat().st_size if config.val_every else 0
         saves = -(-updates // config.save_every) if config.save_every else 1
-        return watch, max(peak_memory()), disk_used(run.place.folder) + best + (min(config.keep, saves) - 1) * state
+        memory, disk = max(peak_memory()), disk_used(run.place.folder) + best + (min(config.keep, saves) - 1) * state
+        if updates > first and run.memory.store is not None:
+            later = Stopwatch()
+            later.run = Run(replace(few, max_steps=run.done), later, overwrite=True)
+            later.run.fit()
+        return watch, later, memory, disk
 
 
 def _of_run(outlook: Outlook, updates: int, counted: int) -> int:
