@@ -27,14 +27,14 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # what is asked without naming a device is meant of this one
         float(torch.ones(1, device=device))  # some can be made, and not be computed with
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = textwrap.shorten(str(error), 100, placeholder=" …")
         raise UsageError(
             f"--device {name}: not to be had here ({reason}) — auto, cpu, cuda and cuda:1 are usual"
         ) from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what is asked without naming a device is meant of this one
     return device
 
 
