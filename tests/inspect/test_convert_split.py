@@ -93,7 +93,7 @@ def test_there_and_back_without_loss(source, tmp_path, monkeypatch, part):
     monkeypatch.setattr(converting, "PART_ROWS", part)
     before = read_all(source)
     done = convert(source, tmp_path / "new" / "rows.parquet")
-    assert (done.rows, done.resumed_at) == (30, 0)
+    assert (done.rows, done.resumed_at, done.pictures) == (30, 0, sum(len(one[3]) for one in before))
     there = open_rows(tmp_path / "new" / "rows.parquet")
     assert read_all(there) == before
     back = convert(there, tmp_path / "back" / "rows_data.jsonl")

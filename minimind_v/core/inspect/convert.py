@@ -8,37 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from minimind_v.core.data.parquet import source_of
-from minimind_v.core.data.row import Row, RowStore
+from minimind_v.core.data.row import RowStore
 from minimind_v.core.errors import DataError, RowError, RunError, UsageError
-from minimind_v.core.files import as_json, write_atomically, write_text
+from minimind_v.core.files import write_text
+from minimind_v.core.inspect.forms import Form, JsonlZip, Parquet, Whole
 
 LOCK = "lock"  # in the folder of the parts
 PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
-NUMBERED = re.compile(r"picture \d+")  # what parquet calls a picture without a name
-SCHEMA = pa.schema(
-    [
-        ("conversations", pa.string()),
-        ("image_bytes", pa.list_(pa.binary())),
-        ("image", pa.string()),  # the names, as JSONL has them
-        ("extra", pa.string()),  # all other keys of the row, as JSON
-    ]
-)
-ENDINGS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*": "tif"}
 
 
 @dataclass(frozen=True)
@@ -47,15 +31,8 @@ class Converted:
 
     files: list[Path]
     rows: int
+    pictures: int
     resumed_at: int  # rows that an earlier run had done
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A row with the bytes of its pictures."""
-
-    row: Row
-    pictures: list[bytes]
 
 
 def convert(
@@ -70,13 +47,15 @@ def convert(
     keep_source(rows, target.files)
     with _alone(target):
         done = begun = _resume(rows, target)
+        pictures = 0
         for part in _parts(rows, done):
+            pictures += sum(len(whole.pictures) for whole in part)
             target.write_part(done, part)
             done += len(part)
             progress(done, len(rows))
         target.finish()
         shutil.rmtree(target.folder)
-    return Converted(target.files, done, begun)
+    return Converted(target.files, done, pictures, begun)
 
 
 def check_target(out: Path, overwrite: bool) -> Form:
@@ -167,137 +146,3 @@ def _parts(rows: RowStore, begin: int) -> Iterator[list[Whole]]:
             part, size = [], 0
     if part:
         yield part
-
-
-class Form(Protocol):
-    """A form that rows are written in."""
-
-    files: list[Path]  # what it comes to
-    folder: Path  # of its parts
-
-    def __init__(self, out: Path, folder: Path) -> None: ...
-
-    def parts(self) -> Iterator[tuple[int, int]]:
-        """First row and number of rows of each whole part, in order."""
-
-    def write_part(self, begin: int, part: list[Whole]) -> None:
-        """Write some rows, the first of which is number `begin` from 0."""
-
-    def finish(self) -> None:
-        """Make the files of the parts."""
-
-
-def _named(folder: Path, ending: str) -> list[Path]:
-    return sorted(folder.glob(f"part-*.{ending}"))
-
-
-class Parquet:
-    """One file, a row group per part."""
-
-    def __init__(self, out: Path, folder: Path) -> None:
-        self.files, self.folder = [out], folder
-
-    def parts(self) -> Iterator[tuple[int, int]]:
-        for path in _named(self.folder, "parquet"):
-            yield int(path.stem.split("-")[1]), pq.read_metadata(source_of(path)).num_rows
-
-    def write_part(self, begin: int, part: list[Whole]) -> None:
-        cells: list[list[Any]] = [[], [], [], []]
-        for whole in part:
-            row = whole.row
-            named = row.images and not all(NUMBERED.fullmatch(name) for name in row.images)
-            cells[0].append(as_json(row.conversations))
-            cells[1].append(whole.pictures)
-            cells[2].append(", ".join(name.replace(",", "_") for name in row.images) if named else None)
-            cells[3].append(as_json(row.extra) if row.extra else None)
-        table = pa.table(cells, schema=SCHEMA)
-        path = self.folder / f"part-{begin:09d}.parquet"
-        # Pictures are compressed already.
-        write_atomically(path, lambda file: pq.write_table(table, file, compression=COMPRESSION))
-
-    def finish(self) -> None:
-        def write(file: Any) -> None:
-            with pq.ParquetWriter(file, SCHEMA, compression=COMPRESSION) as writer:
-                for path in _named(self.folder, "parquet"):
-                    writer.write_table(pq.read_table(source_of(path)))
-
-        write_atomically(self.files[0], write)
-
-
-COMPRESSION = {"conversations": "zstd", "image_bytes.list.element": "none", "image": "zstd", "extra": "zstd"}
-
-
-class JsonlZip:
-    """A JSONL, and a zip of its pictures beside it under the name by which it is found."""
-
-    def __init__(self, out: Path, folder: Path) -> None:
-        name = out.name.removesuffix(".jsonl").removesuffix("_data")
-        self.files, self.folder = [out, out.with_name(f"{name}_images.zip")], folder
-        self._members: dict[str, tuple[int, int]] | None = None  # name → CRC and size
-
-    def parts(self) -> Iterator[tuple[int, int]]:
-        for path in _named(self.folder, "jsonl"):
-            yield int(path.stem.split("-")[1]), path.read_bytes().count(b"\n")
-
-    def write_part(self, begin: int, part: list[Whole]) -> None:
-        if self._members is None:
-            self._members = {}
-            for path in _named(self.folder, "zip"):
-                if path.with_suffix(".jsonl").exists() and int(path.stem.split("-")[1]) < begin:
-                    self._members |= _directory(path)
-        lines: list[str] = []
-        archive_path = self.folder / f"part-{begin:09d}.zip"
-
-        def write(file: Any) -> None:
-            with zipfile.ZipFile(file, "w") as archive:
-                for number, whole in enumerate(part, begin + 1):
-                    names = [
-                        self._store(archive, self._name(name, data, number, position), data)
-                        for position, (name, data) in enumerate(zip(whole.row.images, whole.pictures, strict=True))
-                    ]
-                    image = {"image": ", ".join(names)} if names else {}
-                    lines.append(as_json({"conversations": whole.row.conversations} | image | whole.row.extra))
-
-        write_atomically(archive_path, write)  # before its rows, whose being there says that the part is whole
-        write_text(archive_path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
-
-    def _name(self, name: str, data: bytes, row: int, position: int) -> str:
-        """The picture's own name, as a member may be called and a list of names may hold it; else its row's number."""
-        if NUMBERED.fullmatch(name):
-            ending = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "bin")
-            return f"{row:08d}_{position + 1}.{ending}" if position else f"{row:08d}.{ending}"
-        parts = [part for part in name.replace("\\", "/").replace(",", "_").split("/") if part not in ("", ".", "..")]
-        return "/".join(parts) or f"{row:08d}"
-
-    def _store(self, archive: zipfile.ZipFile, name: str, data: bytes) -> str:
-        """Put a picture in unless it is there; another one of the same name gets a new name. Returns the name."""
-        assert self._members is not None
-        stem, dot, ending = name.rpartition(".")
-        known, copy = (zlib.crc32(data), len(data)), 1
-        while self._members.get(name, known) != known:
-            copy += 1
-            name = f"{stem}~{copy}{dot}{ending}"
-        if name not in self._members:
-            archive.writestr(zipfile.ZipInfo(name), data)  # a fixed date: the same rows give the same bytes
-            self._members[name] = known
-        return name
-
-    def finish(self) -> None:
-        def write_pictures(file: Any) -> None:
-            with zipfile.ZipFile(file, "w") as whole:
-                for path in _named(self.folder, "zip"):
-                    with zipfile.ZipFile(path) as part:
-                        for member in part.infolist():
-                            whole.writestr(zipfile.ZipInfo(member.filename), part.read(member))
-
-        def write_rows(file: Any) -> None:
-            for path in _named(self.folder, "jsonl"):
-                file.write(path.read_bytes())
-
-        write_atomically(self.files[1], write_pictures)
-        write_atomically(self.files[0], write_rows)
-
-
-def _directory(path: Path) -> dict[str, tuple[int, int]]:
-    with zipfile.ZipFile(path) as archive:
-        return {member.filename: (member.CRC, member.file_size) for member in archive.infolist()}
