@@ -63,6 +63,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """A JSON object that `mmv` noted; an empty one where it is absent or has become something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     return sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())

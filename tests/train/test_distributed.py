@@ -358,9 +358,9 @@ def test_more_processes_than_gpus(monkeypatch):
 def test_a_gpu_that_is_named_is_the_one_that_is_asked(monkeypatch):
     from minimind_v.core import device
 
-    chosen, meta = [], torch.ones
+    chosen, ones = [], torch.ones
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "ones", lambda count, device: meta(count))  # there is no such GPU here
+    monkeypatch.setattr(torch, "ones", lambda count, device: ones(count))  # there is no such GPU here
     assert device.pick_device("cuda:1") == torch.device("cuda:1")
     assert chosen == [torch.device("cuda:1")]
     device.pick_device("cpu")

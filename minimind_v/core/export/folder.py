@@ -17,7 +17,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.order import Made, Order
 from minimind_v.core.export.report import Report
 from minimind_v.core.export.targets import TARGETS
-from minimind_v.core.files import in_use, sweep, umask
+from minimind_v.core.files import in_use, read_notes, sweep, umask
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
@@ -45,11 +45,8 @@ def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What `export` noted in a folder that it wrote; None for any other folder."""
-    try:
-        found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+    found = read_notes(folder / MANIFEST)
+    return found if isinstance(found.get("files"), dict) else None
 
 
 def _refuse_to_replace(order: Order, out: Path, overwrite: bool) -> None:

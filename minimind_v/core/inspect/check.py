@@ -134,7 +134,7 @@ def check(
 ) -> Report:
     """Check all rows in several processes. A process that a row kills is replaced, and the row named."""
     report = Report(dataset.rows, held_out)
-    kept = _digests_of(held_out) if held_out else Digests()
+    kept = _all_digests(held_out) if held_out else Digests()
     for found in each_row(check_row, dataset, workers, _crashed):
         report.add(found)
         if found.index % 100 == 99 or found.index + 1 == len(dataset):
@@ -147,7 +147,7 @@ def _crashed(index: int) -> Found:
     return Found(index, [("crash", "reading the row ended the process that read it")])
 
 
-def _digests_of(rows: RowStore) -> Digests:
+def _all_digests(rows: RowStore) -> Digests:
     """Each picture of a set, and the text of each row without any."""
     found = Digests()
     for index in range(len(rows)):

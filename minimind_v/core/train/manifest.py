@@ -19,7 +19,7 @@ import torch
 import minimind_v
 from minimind_v.core.config.load import plain
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.files import write_text
+from minimind_v.core.files import read_notes, write_text
 from minimind_v.core.train.state import INPUTS
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "pyarrow")
@@ -31,7 +31,7 @@ def write_manifest(path: Path, config: RunConfig, origin: Mapping[str, Any], don
     `origin` is what state.origin_of gave: the fingerprints of data and weights are in it. Raises RunError.
     """
     begun = start(done, processes)
-    there = _read(path) if done else {}
+    there = read_notes(path) if done else {}
     manifest = {
         "mmv": minimind_v.__version__,
         "stage": config.stage,
@@ -97,11 +97,3 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": [line[2:].strip() for line in changed]}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

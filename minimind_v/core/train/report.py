@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import MissingInput
-from minimind_v.core.files import write_text
+from minimind_v.core.files import read_notes, write_text
 from minimind_v.core.inspect.page import figures, page
 from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.plot import Points, curves
@@ -67,7 +66,7 @@ def read_run(folder: Path) -> Left:
     """All that a run has left, of one that is under way too. Raises MissingInput or DataError."""
     metrics = read_metrics(folder / "metrics.jsonl")
     events = list(read_lines(folder / "events.jsonl"))
-    return Left(folder, metrics, events, _object(folder / "manifest.json"), _object(folder / "forecast.json"))
+    return Left(folder, metrics, events, read_notes(folder / "manifest.json"), read_notes(folder / "forecast.json"))
 
 
 def write_report(folder: Path) -> Path:
@@ -238,11 +237,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours:,} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -129,8 +129,7 @@ class Memory:
         fresh = self.eye.look(pixel_values[missing] if known else pixel_values)  # [K, P, width]
         if self.form is not None:
             fresh = self.form.settle(fresh)
-        if self.store is not None and not self.store.trouble:
-            self._remember([keys[n] for n in missing], fresh)
+        self._remember([keys[n] for n in missing], fresh)
         if not known:
             return fresh
         found = fresh.new_empty(len(pixel_values), *fresh.shape[1:])
@@ -142,7 +141,8 @@ class Memory:
         return self.store.read(key) if self.store is not None else None
 
     def _remember(self, keys: list[bytes], features: Tensor) -> None:
-        assert self.store is not None
+        if self.store is None or self.store.trouble:
+            return
         self.store.write(keys, features.cpu())
         if self.store.trouble:
             self.warn(f"no more pictures are remembered: {self.store.trouble}")

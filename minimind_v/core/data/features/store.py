@@ -200,7 +200,9 @@ class _Segment:
         data = b""
         with contextlib.suppress(OSError):
             behind = os.fstat(self._index).st_size // ENTRY - self._seen
-            data = os.pread(self._index, max(behind, 0) * ENTRY, self._seen * ENTRY)
+            data = os.pread(self._index, behind * ENTRY, self._seen * ENTRY) if behind > 0 else b""
+        if not data:  # mostly: asked for every picture that is not there yet
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
         return self._keep(data[: len(data) // ENTRY * ENTRY])
 
     def _keep(self, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
