@@ -101,6 +101,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Decides the order of rows and all fresh weights.")] = None,
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES))] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="The same bits from the same run on a GPU too; slower.")
+    ] = None,
     features: Annotated[
         str | None, typer.Option(metavar="CHOICE", help=f"Remember what CLIP sees: {', '.join(FEATURES)}.")
     ] = None,

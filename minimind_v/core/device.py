@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
                 "lower --gpus, or count processes on the CPU with --device cpu"
             )
         name = f"cuda:{local_rank}"
+    _choose_kernels()
     try:
         device = torch.device(name)
         float(torch.ones(1, device=device))  # some can be made, and not be computed with
@@ -38,16 +40,46 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
+def _choose_kernels() -> None:
+    """Which of CUDA's kernels may be used. These are switches of torch's, which need no GPU."""
+    # cuDNN's attention makes a plan for every new number of rows and tokens, which takes up to a second.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # fp32 means fp32: TF32 keeps 10 bits of a product's factors, and convolutions use it unless told otherwise.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def require_determinism() -> None:
+    """The same bits from the same run on a GPU too, for this process. Must be called before a GPU multiplies matrices.
+
+    Without this, backward passes of attention add up in the order in which a GPU's blocks end.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written before it is read
+
+
+def resolve_dtype(device: torch.device, dtype: str) -> str:
+    """The precision of products that `auto` stands for: bfloat16 on a CUDA device that has it, else float32."""
+    if dtype == "auto":
+        return "bfloat16" if has_bf16(device) else "float32"
+    return dtype
+
+
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
     """bf16 autocast where asked for or, with `auto`, on a CUDA device that has it; fp32 master weights always."""
-    if dtype == "auto":
-        dtype = "bfloat16" if has_bf16(device) else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    kind = resolve_dtype(device, dtype)
+    return torch.autocast(device.type, torch.bfloat16) if kind == "bfloat16" else nullcontext()
 
 
 def has_bf16(device: torch.device) -> bool:
     """Whether a device computes in bf16 by itself. Older GPUs imitate it, and are slower for that."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the name of a GPU, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_memory() -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,8 +192,9 @@ def test_a_picture_is_the_same_in_any_company(eye, pictures):
             assert torch.equal(found, together[order])
 
 
-def test_a_tower_that_adds_up_otherwise_when_alone(pictures):
-    """Groups that are not full are filled up where that makes a difference, and only there."""
+@pytest.mark.parametrize(("device", "groups"), [("cpu", [4, 4, 4]), ("cuda", [1, 4, 2])])
+def test_groups_are_filled_up_where_bits_must_be_the_same(device, groups, pictures, monkeypatch):
+    """A tower may add up in another order when it has fewer pictures. A GPU promises no bits unless told to."""
 
     class Moody(torch.nn.Module):
         def __init__(self):
@@ -206,12 +208,12 @@ def test_a_tower_that_adds_up_otherwise_when_alone(pictures):
     moody = Moody()
     eye = Eye(moody, CPU, "float32")  # type: ignore[arg-type]
     eye.group = 4  # not one by one, as on a CPU
-    assert torch.equal(eye.look(pictures[:1]), pictures[:1] + 0.5)
-    assert torch.equal(eye.look(pictures[:6]), pictures[:6] + 0.5)
-    moody.seen.clear()
-    eye.look(pictures[:1])
+    monkeypatch.setattr(eye, "device", torch.device(device))
+    monkeypatch.setattr(memory, "autocast", lambda *_: nullcontext())
+    alone = eye.look(pictures[:1])
+    assert torch.equal(alone, pictures[:1] + 0.5) == (device == "cpu")
     eye.look(pictures[:6])
-    assert moody.seen == [4, 4, 2]
+    assert moody.seen == groups
 
 
 def test_features_can_be_learnt_from(eye, pictures):

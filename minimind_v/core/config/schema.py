@@ -108,6 +108,7 @@ class RunConfig:
     seed: int = 42
     dtype: str = "auto"  # auto: bf16 autocast where a CUDA device has it, else float32
     device: str = "auto"
+    deterministic: bool = False  # the same bits from the same run on a GPU too, at some cost; on a CPU they always are
     gpus: int = 1  # processes on this machine, each with a GPU of its own or, with device cpu, without
     features: str = "auto"  # whether what CLIP sees in a picture is remembered, and as what
     features_dir: Path | None = None  # where; none: the folder `features` in `out`

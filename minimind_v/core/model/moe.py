@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.model.fused import computing, feed_forward
 
+GROUPED_ON = (
+    9,
+    10,
+)  # compute capabilities on which torch's grouped product is one kernel: Hopper, data-centre Blackwell
+
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer, 2020). [..., D] → [..., D]."""
@@ -35,13 +40,16 @@ def pick(x: Tensor, positions: Tensor, last: int = 1) -> Tensor:
 
 
 def grouped(x: Tensor, *widths: int) -> bool:
-    """Whether torch multiplies every expert's tokens in one kernel: in bf16 on a GPU, with rows of whole 16 bytes."""
+    """Whether torch multiplies every expert's tokens in one kernel: in bf16 on such a GPU, with rows of whole 16 bytes.
+
+    On others its `grouped_mm` is a loop that waits for the GPU more often than the one here.
+    """
     return (
         x.device.type == "cuda"
         and len(x) > 0
         and computing(x) == torch.bfloat16
         and hasattr(F, "grouped_mm")
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and torch.cuda.get_device_capability(x.device)[0] in GROUPED_ON
         and not any(width % 8 for width in widths)
     )
 

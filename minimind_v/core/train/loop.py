@@ -21,7 +21,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
 from minimind_v.core.data.features.memory import Eye, Memory, open_memory
 from minimind_v.core.data.loader import load_updates
-from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.device import autocast, pick_device, require_determinism
 from minimind_v.core.errors import DataError, MmvError, RunError
 from minimind_v.core.files import write_text
 from minimind_v.core.interrupt import StopRequest
@@ -108,11 +108,17 @@ class Run:
         self.world, self.place = world, Place(config)
         self.listener = Watch(self.place.folder / "events.jsonl", listener) if world.leads else Silent()
         self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
+        if config.deterministic and self.device.type == "cuda":
+            require_determinism()
         world.join(self.device)
         if world.restarts:
             self.listener.say("a process was lost: all have started again")
             overwrite, resume = False, True
-        claim = self.place.claim(world.size, overwrite, resume, allowed, self.listener) if world.leads else None
+        claim = (
+            self.place.claim(world.size, self.device, overwrite, resume, allowed, self.listener)
+            if world.leads
+            else None
+        )
         self.claim = world.broadcast(claim)
         self.config = config = self._fit(config) if auto else config
         torch.manual_seed(config.seed)

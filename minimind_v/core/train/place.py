@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from minimind_v.core.config.presets import weights_name
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import UsageError
@@ -40,7 +42,13 @@ class Place:
         self.rows = config.data.batch_size * config.accumulate  # of an update that fall to a process
 
     def claim(
-        self, processes: int, overwrite: bool, resume: bool, allowed: Collection[str], listener: Listener
+        self,
+        processes: int,
+        device: torch.device,
+        overwrite: bool,
+        resume: bool,
+        allowed: Collection[str],
+        listener: Listener,
     ) -> Claim:
         """Make sure that a run of so many processes may write here, and find what it goes on from if that is asked for.
 
@@ -48,7 +56,7 @@ class Place:
         """
         self._refuse_to_replace(overwrite, resume)
         self._sweep()
-        origin = origin_of(self.config)
+        origin = origin_of(self.config, device)
         origin["rows_per_update"] = self.rows * processes
         if not resume:
             self.states.supersede(at_once=processes > 1)

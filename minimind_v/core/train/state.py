@@ -22,6 +22,7 @@ from torch import Tensor
 
 import minimind_v
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import RunError, UsageError, nearest
 from minimind_v.core.files import write_atomically
 
@@ -135,7 +136,7 @@ def unpack(tensors: Mapping[str, Tensor], named: Mapping[str, Tensor], optimiser
 # --- what a run was made of -------------------------------------------------------------------------------------------
 
 
-def origin_of(config: RunConfig) -> dict[str, Any]:
+def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """Everything that decides what a run learns, by configuration key; of its inputs, fingerprints."""
     flat = _flatten(asdict(config))
     origin = {key: value for key, value in flat.items() if key not in FREE and key not in INPUTS}
@@ -148,6 +149,8 @@ def origin_of(config: RunConfig) -> dict[str, Any]:
     origin["features"] = "int8" if config.features == "int8" else "exact"  # remembered or not, they are the same
     origin["code"] = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
     origin["torch"] = torch.__version__
+    origin["precision"] = resolve_dtype(device, config.dtype)  # which `auto` leaves to the device
+    origin["computed_on"] = device_name(device)
     return origin
 
 
