@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test lint format bench soak interop demo-assets clean
+.PHONY: setup demo test lint format bench gpu soak interop demo-assets clean
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.generate --docs
 	$(BIN)/python -m benchmarks.curves --docs --plot docs/images
 	$(BIN)/python -m benchmarks.train --docs
+
+# On a machine with a CUDA card: some eight minutes. Writes out/gpu/gpu.json and gpu.md.
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu --out out/gpu --budget 440
 
 # Hundreds of kills, each followed by a resume: hours.
 soak: $(READY)

@@ -7,6 +7,8 @@ import json
 import random
 import shutil
 import zipfile
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,30 +28,39 @@ PICTURE_SIZE = (448, 336)
 
 def make_material(folder: Path, tokenizer_source: Path, rows: dict[str, int], seed: int) -> None:
     """Write `tokenizer/`, `clip/`, `weights.safetensors` and, per stage, `<stage>.jsonl` with `<stage>.zip`."""
-    from tokenizers import Tokenizer
+    from minimind_v.core.bench import BASE_TOWER
+    from minimind_v.core.config.presets import PRESETS
 
     shutil.copytree(tokenizer_source, folder / "tokenizer", copy_function=shutil.copyfile)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     rng = random.Random(seed)
     for stage, count in rows.items():
-        _write_rows(folder, stage, count, tokenizer, rng)
-    _write_clip(folder / "clip", seed)
-    _write_weights(folder / "weights.safetensors", seed)
+        write_rows(folder, stage, make_pictures(rng.getrandbits(32), count), rng)
+    write_clip(folder / "clip", BASE_TOWER, seed)
+    write_weights(folder / "weights.safetensors", PRESETS["small"], seed)
 
 
-def _write_rows(folder: Path, stage: str, count: int, tokenizer, rng: random.Random) -> None:
-    noise = np.random.default_rng(rng.getrandbits(32))
+def make_pictures(seed: int, count: int, size: tuple[int, int] = PICTURE_SIZE) -> list[bytes]:
+    """JPEGs of one size, drawn from a seed."""
+    noise = np.random.default_rng(seed)
+    return [_picture(noise, size) for _ in range(count)]
+
+
+def write_rows(folder: Path, stage: str, pictures: Iterable[bytes], rng: random.Random) -> None:
+    """Write `<stage>.jsonl`, a row for each picture, and the pictures as `<stage>.zip`; needs `tokenizer/`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     with (
         (folder / f"{stage}.jsonl").open("w", encoding="utf-8") as lines,
-        zipfile.ZipFile(folder / f"{stage}.zip", "w") as pictures,
+        zipfile.ZipFile(folder / f"{stage}.zip", "w") as archive,
     ):
-        for number in range(count):
+        for number, picture in enumerate(pictures):
             name = f"{number:06d}.jpg"
-            pictures.writestr(name, _picture(noise))
+            archive.writestr(name, picture)
             messages = []
-            for turn in range(1 if stage == "pretrain" else rng.randint(*TURNS)):
+            for turn in range(rng.randint(*TURNS) if stage == "sft" else 1):
                 question = _sentence(rng, tokenizer, *QUESTION_TOKENS)
-                answer = _sentence(rng, tokenizer, *(CAPTION_TOKENS if stage == "pretrain" else ANSWER_TOKENS))
+                answer = _sentence(rng, tokenizer, *(ANSWER_TOKENS if stage == "sft" else CAPTION_TOKENS))
                 messages.append({"role": "user", "content": question if turn else f"{question}\n<image>"})
                 messages.append({"role": "assistant", "content": answer})
             lines.write(json.dumps({"conversations": messages, "image": name}) + "\n")
@@ -62,9 +73,9 @@ def _sentence(rng: random.Random, tokenizer, least: int, most: int) -> str:
     return tokenizer.decode(ids).strip()
 
 
-def _picture(noise: np.random.Generator) -> bytes:
+def _picture(noise: np.random.Generator, size: tuple[int, int]) -> bytes:
     """A JPEG with about as much detail as a photograph: coarse patches with fine noise on them."""
-    width, height = PICTURE_SIZE
+    width, height = size
     coarse = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     grain = noise.integers(-12, 13, smooth.shape, dtype=np.int16)
@@ -73,37 +84,34 @@ def _picture(noise: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def _write_clip(folder: Path, seed: int) -> None:
-    """CLIP's ViT-B/16 with random weights: as fast as the real one."""
+def write_clip(folder: Path, sizes: dict, seed: int) -> None:
+    """A CLIP vision tower of these sizes with random weights: as fast as a real one. transformers opens it too."""
     import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-    from transformers.utils import logging
+    from safetensors.torch import save_file
 
-    logging.disable_progress_bar()
+    from minimind_v.core.model.clip import ClipVision
+    from minimind_v.core.model.vision_spec import ClipConfig
+
     torch.manual_seed(seed)
-    config = CLIPVisionConfig(
-        image_size=224,
-        patch_size=16,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-    )
-    CLIPVisionModel(config).save_pretrained(folder)
+    config = ClipConfig(**sizes)
+    tensors = {f"vision_model.{name}": tensor for name, tensor in ClipVision(config).state_dict().items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    told = {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]} | asdict(config)
+    (folder / "config.json").write_text(json.dumps(told), encoding="utf-8")
 
 
-def _write_weights(path: Path, seed: int) -> None:
-    """A small preset whose logits are far from uniform: with fresh weights any mistake gives the same ln(6400)."""
+def write_weights(path: Path, config, seed: int, width: int = 768) -> None:
+    """A language model whose logits are far from uniform: with fresh weights any mistake gives the same ln(6400)."""
     import torch
 
     from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
-    from minimind_v.core.config.presets import PRESETS
     from minimind_v.core.model.vision import VisionSpec
     from minimind_v.core.model.vlm import VLM
 
     torch.manual_seed(seed)
-    model = VLM(PRESETS["small"], VisionSpec(image_size=224, patch_size=16, width=768), placeholder_id=0)
+    model = VLM(config, VisionSpec(image_size=224, patch_size=16, width=width), placeholder_id=0)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and not name.startswith("vision_proj."):
             torch.nn.init.normal_(parameter, std=0.06)
-    write_checkpoint(path, export_tensors(model), PRESETS["small"], "lm")
+    write_checkpoint(path, export_tensors(model), config, "lm")

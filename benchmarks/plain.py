@@ -40,13 +40,16 @@ class PlainRun:
     total: int  # updates that the learning rate's schedule spans
     attention: str
     workers: int = 1
+    device: str = "cpu"
+    bfloat16: bool = False  # products in bf16, by autocast
 
 
 def run_plain(run: PlainRun, on_update: Callable[[int, float, float], None]) -> None:
     """Train; tells each update's number of samples, loss and gradient norm before clipping."""
     dataset = PlainDataset(run)
-    loader = DataLoader(dataset, batch_size=run.batch_size, num_workers=run.workers)
-    model = PlainVLM(run.folder, dataset.image_id, run.attention)
+    device = torch.device(run.device)
+    loader = DataLoader(dataset, batch_size=run.batch_size, num_workers=run.workers, pin_memory=device.type == "cuda")
+    model = PlainVLM(run.folder, dataset.image_id, run.attention).to(device)
     last = f"layers.{len(model.model.layers) - 1}."
     for name, parameter in model.named_parameters():
         learns = run.stage == "sft" or name.startswith("vision_proj.") or last in name
@@ -55,13 +58,15 @@ def run_plain(run: PlainRun, on_update: Callable[[int, float, float], None]) -> 
     optimiser = torch.optim.AdamW(trained, lr=run.lr)
     model.train()
     model.vision_encoder.eval()
-    for step, (x, y, loss_mask, pixel_values) in enumerate(loader):
+    for step, batch in enumerate(loader):
+        x, y, loss_mask, pixel_values = (part.to(device, non_blocking=True) for part in batch)
         lr = run.lr / 10 + 0.5 * run.lr * (1 + math.cos(math.pi * step / run.total))
         for group in optimiser.param_groups:
             group["lr"] = lr
-        logits = model(x, pixel_values)  # [B, T, V]
-        token_loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1), reduction="none").view(y.shape)
-        loss = (token_loss * loss_mask).sum() / loss_mask.sum()
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.bfloat16):
+            logits = model(x, pixel_values)  # [B, T, V]
+            token_loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1), reduction="none").view(y.shape)
+            loss = (token_loss * loss_mask).sum() / loss_mask.sum()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
@@ -145,7 +150,8 @@ class PlainVLM(nn.Module):
         self.vision_encoder = CLIPVisionModel.from_pretrained(folder / "clip")
         head_dim = self.model.layers[0].self_attn.head_dim
         angles = torch.outer(torch.arange(POSITIONS).float(), 1e6 ** -(torch.arange(0, head_dim, 2) / head_dim))
-        self.cos, self.sin = (torch.cat([part, part], dim=-1) for part in (angles.cos(), angles.sin()))
+        for name, part in (("cos", angles.cos()), ("sin", angles.sin())):
+            self.register_buffer(name, torch.cat([part, part], dim=-1), persistent=False)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """input_ids [B, T], pixel_values [B, N, 3, H, W] → logits [B, T, V]."""
@@ -237,7 +243,7 @@ class PlainAttention(nn.Module):
     def explicit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         time = q.shape[2]
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # [B, heads, T, T]
-        scores = scores + torch.triu(torch.full((time, time), float("-inf")), diagonal=1)
+        scores = scores + torch.triu(torch.full((time, time), float("-inf"), device=q.device), diagonal=1)
         return F.softmax(scores.float(), dim=-1).type_as(q) @ v
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ Past = tuple[Tensor, Tensor]
 class PlainChat:
     """A model that answers conversations."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer" / "tokenizer.json"))
         self.processor = CLIPImageProcessor()
         image_id, self.eos_id = self.tokenizer.convert_tokens_to_ids(["@", "<|im_end|>"])
-        self.model = PlainVLM(folder, image_id, "fused").eval()
+        self.model = PlainVLM(folder, image_id, "fused").eval().to(device)
         self.heads = PlainAttention.heads
 
     @torch.no_grad()
@@ -40,12 +40,17 @@ class PlainChat:
         self, messages: list[dict[str, str]], pictures: list[Path], limit: int, temperature: float, top_p: float
     ) -> Iterator[tuple[int, str]]:
         """The ids of an answer, each with the text so far. `<image>` in a message marks a picture."""
+        device = self.model.cos.device
         shown = [Image.open(path).convert("RGB") for path in pictures]
-        pixel_values = self.processor(images=shown, return_tensors="pt")["pixel_values"][None] if shown else None
+        pixel_values = (
+            self.processor(images=shown, return_tensors="pt")["pixel_values"][None].to(device) if shown else None
+        )
         turns = [{"role": "system", "content": SYSTEM}, *messages]
         text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
         text = text.replace("<image>", "@" * IMAGE_TOKENS) + "<|im_start|>assistant\n"
-        input_ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]  # [1, T]
+        input_ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(
+            device
+        )  # [1, T]
         start, past = input_ids.shape[1], None
         while input_ids.shape[1] < start + limit:
             unread = input_ids if past is None else input_ids[:, -1:]
@@ -87,7 +92,7 @@ class PlainChat:
             out = attention.fused(q, keys, values)
         else:
             scores = q @ keys.transpose(-2, -1) / math.sqrt(attention.head_dim)  # [1, heads, 1, S]
-            scores = scores + torch.triu(torch.full((1, 1), float("-inf")), diagonal=1)
+            scores = scores + torch.triu(torch.full((1, 1), float("-inf"), device=q.device), diagonal=1)
             out = F.softmax(scores.float(), dim=-1).type_as(q) @ values
         return attention.o_proj(out.transpose(1, 2).flatten(2)), (k, v)
 

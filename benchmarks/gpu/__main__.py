@@ -1,0 +1,197 @@
+"""Prove the GPU path on one card, then measure it.
+
+    python -m benchmarks.gpu --out DIR --budget 440       on a machine with a card, from the checkout; nothing to install
+    python -m benchmarks.gpu --out DIR --device cpu --tiny    every part with stand-ins: finds mistakes in the script
+    python -m benchmarks.gpu --pack .gpu                  what to carry to a machine that has only the checkout
+    python -m benchmarks.gpu --page DIR/gpu.json          docs/gpu.md from what was found
+
+Each part has a limit of its own and is caught; `gpu.json` is written again after each, `gpu.md` at the end. What proves
+comes first, what measures second. The exit code is 1 where a check failed or a part broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+STARTED = time.perf_counter()
+# Before CUDA starts: deterministic algorithms are asked for in some parts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+from benchmarks.gpu import answers, ceilings, feeding, proofs, report, resident, training  # noqa: E402
+from benchmarks.gpu.card import Card, Found  # noqa: E402
+from benchmarks.gpu.material import material  # noqa: E402
+from minimind_v.core.device import device_name, pick_device  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+CARRIED = ROOT / ".gpu"
+LEAST = 3.0  # seconds that must be left for a part to be begun
+
+
+@dataclass(frozen=True)
+class Part:
+    """A name, the seconds that it may take, and what it does."""
+
+    name: str
+    limit: float
+    work: Callable[[Card, Found], None]
+
+
+PARTS = (
+    Part("start", 20, ceilings.start),
+    Part("ceilings", 20, ceilings.ceilings),
+    Part("material", 60, material),
+    Part("conformance", 60, proofs.conformance),
+    Part("curve", 60, proofs.loss_curve),
+    Part("plans", 30, proofs.plans),
+    Part("waits", 40, proofs.waits),
+    Part("decoding", 60, answers.decoding),
+    Part("resume", 80, proofs.resume),
+    Part("automatic batch", 30, proofs.automatic_batch),
+    Part("experts", 30, proofs.experts),
+    Part("training", 160, training.ours),
+    Part("plain", 80, training.plain),
+    Part("talking", 50, answers.talking),
+    Part("feeding", 50, feeding.feeding),
+    Part("resident", 90, resident.resident),
+)
+MAKES = {"material"}  # parts that are always done, since others need them
+
+
+class TooLong(Exception):
+    """A part has used up its seconds."""
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raises TooLong in the main thread after so many seconds."""
+
+    def ring(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def main() -> int:
+    options = _options()
+    if options.pack:
+        return pack(options.pack)
+    if options.page:
+        report.write_page(json.loads(options.page.read_text(encoding="utf-8")))
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = pick_device(options.device)
+    disk = "/dev/shm" if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 16e9 else None
+    folder = Path(tempfile.mkdtemp(prefix="mmv-gpu-", dir=disk))
+    card = Card(
+        device, options.tiny, next((place for place in _places(options.carried) if place.is_dir()), None), folder
+    )
+    found = {
+        "card": device_name(device),
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "tiny": options.tiny,
+        "seconds": 0.0,
+        "parts": card.results,
+    }
+    try:
+        for part in PARTS:
+            if options.only and part.name not in {*options.only, *MAKES}:
+                continue
+            do(part, card, options.budget)
+            found["seconds"] = time.perf_counter() - STARTED
+            write(options.out / "gpu.json", json.dumps(found, indent=1, ensure_ascii=False, default=str))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    page = report.markdown(found)
+    write(options.out / "gpu.md", page)
+    print(page)
+    failures = report.failures(card.results)
+    for failure in failures:
+        print(f"FAILED  {failure}")
+    return 1 if failures else 0
+
+
+def do(part: Part, card: Card, budget: float) -> None:
+    """One part, within its limit and what is left of all; whatever it found by then stays."""
+    card.results[part.name] = found = {"status": "done"}
+    begun = time.perf_counter()
+    left = budget - (begun - STARTED)
+    if left < LEAST:
+        found["status"] = "not begun: no time left"
+        return
+    try:
+        with limit(min(part.limit, left)):
+            part.work(card, found)
+    except TooLong:
+        found["status"] = f"stopped after {time.perf_counter() - begun:.0f} s"
+    except Exception as error:
+        found["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        found["traceback"] = traceback.format_exc()[-3000:]
+        print(found["traceback"], file=sys.stderr)
+    finally:
+        found["seconds"] = round(time.perf_counter() - begun, 1)
+        if card.cuda:
+            torch.cuda.empty_cache()
+    print(f"{time.perf_counter() - STARTED:6.1f} s  {part.name}: {found['status']}", file=sys.stderr, flush=True)
+
+
+def pack(target: Path) -> int:
+    """Copy the published numbers and the tokenizer to where they can be carried from."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("conformance", "tokenizer"):
+        source = ROOT.parent / "shared" / name
+        if not source.is_dir():
+            print(f"{source} is not here: {name} was not packed")
+            continue
+        shutil.rmtree(target / name, ignore_errors=True)
+        shutil.copytree(source, target / name, copy_function=shutil.copyfile)
+    return 0
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _places(given: Path | None) -> list[Path]:
+    return [given] if given else [CARRIED, ROOT.parent / "shared"]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--budget", type=float, default=440.0, help="seconds for everything")
+    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], metavar="PART")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes: proves the script, measures nothing")
+    parser.add_argument("--carried", type=Path, help="a folder with `conformance` and `tokenizer` [.gpu]")
+    parser.add_argument("--pack", type=Path, metavar="DIR")
+    parser.add_argument("--page", type=Path, metavar="JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

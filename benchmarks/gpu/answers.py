@@ -1,0 +1,218 @@
+"""Talking: whether recorded steps are those that are launched one by one, and how many tokens come in a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.gpu import curve
+from benchmarks.gpu.card import Card, Found
+from minimind_v.core.generate import ready as memory
+from minimind_v.core.generate import replay
+from minimind_v.core.generate.engine import generate_rows
+from minimind_v.core.generate.ready import ready
+from minimind_v.core.generate.replay import SPAN, Replay, record_cuda
+from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
+from minimind_v.core.model.vlm import VLM
+
+WARM = Sampling(0.65, 0.85, seed=1)  # as published
+
+
+class Recorder:
+    """Records steps, and counts. A CPU does them again."""
+
+    def __init__(self, card: Card) -> None:
+        self.card, self.made, self.failed = card, 0, 0
+
+    def __call__(self, work, device):
+        replayed = record_cuda(work, device) if self.card.cuda else work
+        self.made += replayed is not None
+        self.failed += replayed is None
+        return replayed
+
+
+class Likeliest:
+    """Draws the likeliest id and keeps the logits."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def __call__(self, logits: Tensor) -> int:
+        self.logits.append(logits.float().clone())
+        return int(logits.argmax())
+
+
+@contextmanager
+def precision(card: Card, half: bool) -> Iterator[None]:
+    """In which a model talks: bf16 where the card has it, or fp32."""
+    memory._READY.clear()
+    with mock.patch.object(memory, "has_bf16", lambda device: half and card.cuda):
+        yield
+    memory._READY.clear()
+
+
+def prompts(rows: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Random ids [B, T] and their mask; rows are shorter in turn."""
+    draw = torch.Generator().manual_seed(rows)
+    ids = torch.randint(3, 6400, (rows, longest), generator=draw)
+    lengths = longest - torch.arange(rows) % 7
+    return ids, torch.arange(longest) < lengths[:, None]
+
+
+def answer(
+    model: VLM, recorder: Callable | None, ids: Tensor, mask: Tensor, limits: list[int], draws: list
+) -> list[list[int]]:
+    """The ids of each row, by steps that are recorded or not."""
+    decoder = ready(model).decoder
+    decoder.replay = Replay(recorder) if recorder else None
+    cache = decoder.new_cache(len(ids), ids.shape[1] + max(limits))
+    device, found = model.device, [[] for _ in ids]
+    attention = None if bool(mask.all()) else mask.to(device)
+    for step in generate_rows(model, cache, ids.to(device), draws, -1, limits, attention):
+        for row, token in step:
+            found[row].append(token)
+    return found
+
+
+def decoding(card: Card, found: Found) -> None:
+    """Graph = eager: ids and logits, over the end of a recording's span, with rows that leave, after a rewind."""
+    model = curve.make_model(card.tiny).to(card.device).eval()
+    begin, count = (SPAN - 12, 24) if card.tiny else (SPAN - 60, 160)
+    checks = found.setdefault("checks", {})
+    for half in (False, True):
+        with precision(card, half):
+            for rows in (1, 2) if card.tiny else (1, 8, 16):
+                ids, mask = prompts(rows, begin)
+                limits = [count - 5 * (row % 4) for row in range(rows)]  # some leave before others
+                sides: list[tuple[list[list[int]], list[Likeliest]]] = []
+                recorder = Recorder(card)
+                for record in (None, recorder):
+                    draws = [Likeliest() for _ in range(rows)]
+                    sides.append((answer(model, record, ids, mask, limits, draws), draws))
+                name = f"{'bf16' if half else 'fp32'}, {rows} rows"
+                found[name] = one = compare(*sides) | {"recorded": recorder.made, "failed": recorder.failed}
+                checks[f"{name}: recorded"] = recorder.made > 0 and not recorder.failed and not replay._FAILED
+                checks[f"{name}: as eager"] = one["largest_gap"] <= (0.02 if half else 1e-3)
+                if not half:
+                    checks[f"{name}: the same ids"] = one["same_ids"]
+            if not half:
+                checks["the same after a rewind"] = _after_a_rewind(card, model)
+    if card.cuda:
+        found["pool"] = pool = _conversations(card, model)
+        checks["20 conversations take no more memory than 3"] = pool["after_20"] <= 1.05 * pool["after_3"]
+
+
+def compare(eager, recorded) -> Found:
+    """Ids, and logits up to where the ids part: after a tie both go on with other words."""
+    gap, same = 0.0, eager[0] == recorded[0]
+    for row, (one, other) in enumerate(zip(eager[0], recorded[0], strict=True)):
+        parted = next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one) - 1)
+        for a, b in zip(eager[1][row].logits[: parted + 1], recorded[1][row].logits, strict=False):
+            gap = max(gap, float((a - b).abs().max() / a.abs().max()))
+    return {"same_ids": same, "largest_gap": gap}
+
+
+def _after_a_rewind(card: Card, model: VLM) -> bool:
+    """A conversation is taken back and goes on otherwise, with a recording that is there."""
+    ids, _ = prompts(1, 40)
+    sides = []
+    for record in (None, Recorder(card)):
+        decoder = ready(model).decoder
+        decoder.replay = Replay(record) if record else None
+        cache, found = decoder.new_cache(1, SPAN), []
+        for turn in range(3):
+            part = ids[:, 10 * turn : 10 * turn + 10].to(card.device)
+            steps = generate_rows(model, cache, part, [Likeliest()], -1, [14])
+            found.append([token for step in steps for _, token in step])
+            cache.rewind(cache.used - 9)
+        sides.append(found)
+    return sides[0] == sides[1]
+
+
+def _conversations(card: Card, model: VLM) -> Found:
+    found = {}
+    for number in range(1, 21):
+        ids, mask = prompts(1, 100 + 3 * number)
+        answer(model, record_cuda, ids, mask, [24], [Likeliest()])
+        if number in (3, 20):
+            found[f"after_{number}"] = torch.cuda.memory_reserved(card.device)
+    return found
+
+
+def talking(card: Card, found: Found) -> None:
+    """Tokens per second by streams, drawing and launching; the first token; the plain side at one stream."""
+    model = curve.make_model(card.tiny).to(card.device).eval()
+    count = 12 if card.tiny else 128
+    with precision(card, True):
+        for streams in (1, 2) if card.tiny else (1, 8, 16, 64):
+            for drawing, sampling in (("greedy", GREEDY), ("sampled", WARM)):
+                for launching, record in (("eager", None), ("graph", record_cuda if card.cuda else Recorder(card))):
+                    if launching == "graph" and streams > 16:
+                        continue  # more rows are not recorded
+                    times: list[float] = []
+                    ids, mask = prompts(streams, 240)
+                    for _ in range(2):  # the first time makes what stays
+                        times.clear()
+                        draws = [_timed(Sampler(sampling), times) for _ in range(streams)]
+                        answer(model, record, ids, mask, [count] * streams, draws)
+                    later = times[4 * streams :]  # behind a few steps, of which a recording is made in one
+                    found[f"{streams} streams, {drawing}, {launching}"] = {
+                        "tokens_s": round((len(later) - streams) / (later[-1] - later[streams - 1]), 1)
+                    }
+        seen, new = _first_tokens(card, model)
+        found["first token, length seen"] = {"ms": round(seen * 1e3, 2)}
+        found["first token, new length"] = {"ms": round(new * 1e3, 2)}
+    if (card.folder / "clip").is_dir():
+        found["plain, 1 stream, sampled"] = _plain(card, count)
+
+
+def _timed(sampler: Sampler, times: list[float]):
+    def draw(logits: Tensor) -> int:
+        token = sampler(logits)
+        times.append(time.perf_counter())
+        return token
+
+    return draw
+
+
+def _first_tokens(card: Card, model: VLM) -> tuple[float, float]:
+    """Medians of reading a prompt and drawing, at lengths that were met before and at others. Without a picture."""
+    found = []
+    for lengths in ([240] * 8, range(241, 249)):
+        times = []
+        for length in lengths:
+            ids, mask = prompts(1, length)
+            card.wait()
+            begun = time.perf_counter()
+            answer(model, None, ids, mask, [1], [Likeliest()])
+            times.append(time.perf_counter() - begun)
+        found.append(sorted(times)[len(times) // 2])
+    return found[0], found[1]
+
+
+def _plain(card: Card, count: int) -> Found:
+    from benchmarks.plain_chat import PlainChat
+
+    chat = PlainChat(card.folder, str(card.device))
+    picture = card.folder / "asked.png"
+    Image.new("RGB", (128, 128), "red").save(picture)
+    times: list[float] = []
+    with torch.autocast(card.device.type, torch.bfloat16, enabled=card.cuda):
+        for _ in range(2):
+            times.clear()
+            begun = time.perf_counter()
+            message = {"role": "user", "content": "<image>\nWhat is this?"}
+            for _ in chat.answer([message], [picture], count, 0.65, 0.85):
+                times.append(time.perf_counter())
+    if len(times) < 3:
+        return {"skipped": "its answer ended at once"}
+    return {
+        "tokens_s": round((len(times) - 1) / (times[-1] - times[0]), 1),
+        "first_ms": round((times[0] - begun) * 1e3, 2),
+    }

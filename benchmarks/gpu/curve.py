@@ -1,0 +1,80 @@
+"""Fifty steps on made-up features, the same on every device. As a program: those of the CPU, as JSON.
+
+The numbers are drawn on the CPU from a seed, so a card and a CPU begin with the same weights and read the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.card import TINY_TEXT
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.model.vision import VisionSpec
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.schedule import learning_rate
+
+STEPS, ROWS = 50, 8
+SPEC = VisionSpec(image_size=224, patch_size=16, width=768)
+SEED = 1
+
+
+def make_model(tiny: bool, preset: str = "small") -> VLM:
+    """Random weights whose logits are far from uniform."""
+    torch.manual_seed(SEED)
+    config = TINY_TEXT[preset] if tiny else PRESETS[preset]
+    model = VLM(config, SPEC, placeholder_id=34)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and not name.startswith("vision_proj."):
+            nn.init.normal_(parameter, std=0.06)
+    return model
+
+
+def make_batch(number: int, rows: int = ROWS, length: int = 0, answer: int = 40) -> Batch:
+    """Rows of random ids, a picture's features in each, the last `answer` ids of each supervised; one row is shorter."""
+    draw = torch.Generator().manual_seed(number)
+    length = length or 240 + 5 * (number % 5)
+    patches = SPEC.tokens_per_image
+    ids = torch.randint(0, 6400, (rows, length), generator=draw)
+    image_mask = torch.zeros(rows, length, dtype=torch.bool)
+    image_mask[:, 20 : 20 + patches] = True
+    labels = torch.where(torch.arange(length) >= length - min(answer, length - patches - 21), ids, IGNORE)
+    attention_mask = torch.ones_like(image_mask)
+    attention_mask[0, -7:], labels[0, -7:] = False, IGNORE
+    features = torch.randn(rows, patches, SPEC.width, generator=draw)
+    return Batch(ids, attention_mask, labels, image_mask, image_features=features)
+
+
+def losses(device: torch.device, dtype: str, tiny: bool) -> tuple[list[float], Tensor]:
+    """The loss of each step, and the gradient of the first as one long vector."""
+    model = make_model(tiny).to(device).train()
+    trained = list(model.parameters())
+    optimiser = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
+    found, first = [], torch.empty(0)
+    steps = 3 if tiny else STEPS
+    for step in range(steps):
+        batch = make_batch(step, 2 if tiny else ROWS).to(device)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, 4e-4)
+        with autocast(device, dtype):
+            out = model(**batch.tokens, image_features=batch.image_features)
+        out.loss.backward()
+        if not step:
+            first = torch.cat([one.grad.flatten().float().cpu() for one in trained if one.grad is not None])
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        found.append(out.loss.detach())
+    return [float(loss) for loss in found], first
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true")
+    print(json.dumps(losses(pick_device("cpu"), "float32", parser.parse_args().tiny)[0]))

@@ -1,0 +1,326 @@
+"""Whether the card computes what the published numbers and the CPU say, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.gpu import curve
+from benchmarks.gpu.card import Card, Found, Kernels, close
+from benchmarks.gpu.runs import Hearer, configure, make_run
+from minimind_v.core.model import moe
+from minimind_v.core.model.fused import attend
+from minimind_v.core.model.moe import MoEFeedForward
+from minimind_v.core.train.fit import Trial, fit
+from minimind_v.core.train.loop import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFORMANCE = ROOT / "tests" / "conformance" / "test_published_numbers.py"
+
+
+class Outcomes:
+    """A pytest plugin that keeps what became of each test."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.failed: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.counts[report.outcome] += 1
+        if report.outcome == "failed":
+            lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+            self.failed[report.nodeid.rpartition("::")[2]] = " / ".join(lines[:3])[:300]
+
+
+def conformance(card: Card, found: Found) -> None:
+    """The published numbers in fp32 with TF32 off, then the losses in bf16."""
+    import pytest
+
+    if card.carried is None or not (card.carried / "conformance").is_dir():
+        found["skipped"] = "the published numbers were not carried here (--pack)"
+        return
+    for precision, chosen in (("float32", "test_loss" if card.tiny else ""), ("bfloat16", "test_loss")):
+        told = {
+            "MMV_CONFORMANCE": str(card.carried / "conformance"),
+            "MMV_TOKENIZER": str(card.carried / "tokenizer"),
+            "MMV_DEVICE": str(card.device),
+            "MMV_DTYPE": precision,
+        }
+        outcomes = Outcomes()
+        with mock.patch.dict(os.environ, told):
+            for name in [name for name in sys.modules if name.startswith("tests.conformance")]:
+                del sys.modules[name]  # it reads the environment when it is imported
+            pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", chosen, str(CONFORMANCE)], [outcomes])
+        found[precision] = dict(outcomes.counts) | {"failures": outcomes.failed}
+        passed = not outcomes.failed and outcomes.counts["passed"] > 0
+        found.setdefault("checks", {})[f"the published numbers, {precision}"] = passed
+
+
+def loss_curve(card: Card, found: Found) -> None:
+    """50 steps on given features: the card in fp32 against the CPU, and in bf16 against itself."""
+    size = ["--tiny"] if card.tiny else []
+    command = [sys.executable, "-m", "benchmarks.gpu.curve", *size]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as reference:
+        ours, gradient = curve.losses(card.device, "float32", card.tiny)
+        # A CPU that stands in for a card is not slowed down by imitated bf16.
+        lower, bent = curve.losses(card.device, "bfloat16" if card.cuda else "float32", card.tiny)
+        answer, _ = reference.communicate()
+    expected = json.loads(answer.splitlines()[-1])
+    found["steps"] = len(ours)
+    found["losses"] = {"first": ours[0], "last": ours[-1]}
+    gaps = [abs(a - b) / abs(b) for a, b in zip(ours, expected, strict=True)]
+    halves = [abs(a - b) / abs(b) for a, b in zip(lower, ours, strict=True)]
+    found["fp32_against_cpu"] = {"first": gaps[0], "to_10": max(gaps[:10]), "to_50": max(gaps)}
+    found["bf16_against_fp32"] = max(halves)
+    found["gradient_cosine"] = float(torch.nn.functional.cosine_similarity(bent, gradient, dim=0))
+    found["checks"] = {
+        "fp32 loss, step 1, within 1e-4 of the CPU's": gaps[0] <= 1e-4,
+        "to step 10 within 1e-3": max(gaps[:10]) <= 1e-3,
+        "to step 50 within 1e-2": max(gaps) <= 1e-2,
+        "bf16 within 2 % of fp32": max(halves) <= 0.02,
+        "bf16 gradient, cosine above 0.99": found["gradient_cosine"] > 0.99,
+    }
+
+
+def plans(card: Card, found: Found) -> None:
+    """What attention costs at a length that was never seen, by kernel; and which kernel a run's attention takes."""
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    if not card.cuda:
+        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.MATH}
+    lengths = range(230, 236) if card.tiny else range(230, 430, 10)
+    kind = torch.bfloat16 if card.cuda else torch.float32
+
+    def tensors(length: int) -> list[Tensor]:
+        sizes = [(16, heads, length, 64) for heads in (8, 2, 2)]
+        return [torch.randn(size, device=card.device, dtype=kind, requires_grad=True) for size in sizes]
+
+    for number, (name, backend) in enumerate(backends.items()):
+        first, later = [], []
+        try:
+            for length in lengths:
+                q, k, v = tensors(length + number)  # lengths of its own: nothing is ready for them
+
+                def attention(q=q, k=k, v=v) -> None:
+                    with sdpa_kernel([backend]):
+                        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                    out.backward(q.detach())
+
+                times = card.each(attention, 10)
+                first.append(times[0])
+                later.append(min(times[5:]))
+        except RuntimeError as error:
+            found[name] = {"not to be had": " ".join(str(error).split())[:200]}
+            continue
+        middle = len(first) // 2
+        found[name] = {
+            "first_ms": round(sorted(first[1:])[middle - 1] * 1e3, 3),
+            "tenth_ms": round(sorted(later)[middle] * 1e3, 3),
+        }
+    kernels = Kernels(card)
+    q, k, v = tensors(300)
+    attend(q, k, v)
+    kernels.start()
+    attend(q, k, v).sum().backward()
+    kernels.stop()
+    found["kernels_of_a_run"] = kernels.longest(4)
+    if card.cuda:
+        names = " ".join(name for name, _, _ in kernels.events)
+        found["checks"] = {
+            "a run's attention is flash": "flash" in names,
+            "and not cuDNN's": "cudnn" not in names.lower(),
+        }
+
+
+def waits(card: Card, found: Found) -> None:
+    """How often an update waits for the card, where, and how many kernels it launches."""
+    for preset, stage in (("small", "pretrain"), ("small", "sft"), ("moe", "sft")):
+        if card.tiny and (preset, stage) == ("small", "sft"):
+            continue
+        caught: list[warnings.WarningMessage] = []
+        kernels = Kernels(card)
+        warm, looked = (2, 1) if card.tiny else (6, 3)
+
+        def on_step(metrics, kernels=kernels, warm=warm, looked=looked) -> bool:
+            if metrics.step == warm:
+                _watch_waits(card, "warn")
+            elif metrics.step == warm + looked:
+                _watch_waits(card, "default")
+                kernels.start()
+            elif metrics.step == warm + 2 * looked:
+                kernels.stop()
+                return True
+            return False
+
+        try:
+            with _warnings_into(caught):
+                make_run(configure(card, preset, stage), Hearer(on_step)).fit()
+        finally:
+            _watch_waits(card, "default")
+        places = Counter(
+            f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)
+        )
+        found[f"{preset} {stage}"] = {
+            "waits": round(sum(places.values()) / looked, 2),
+            "where": {place: round(count / looked, 2) for place, count in places.most_common(12)},
+            "kernels": round(len(kernels.events) / looked),
+            "busy": round(kernels.busy, 3),
+        }
+
+
+@contextmanager
+def _warnings_into(caught: list[warnings.WarningMessage]) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+    caught += seen
+
+
+def _watch_waits(card: Card, mode: str) -> None:
+    if card.cuda:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def resume(card: Card, found: Found) -> None:
+    """The same run twice, once stopped in its middle, once with features remembered: are the bits equal?"""
+    steps = 4 if card.tiny else 12
+    found["checks"] = {}
+    for mode in ("default", "deterministic"):
+        strict = mode == "deterministic"
+
+        def weights(name: str, strict=strict, mode=mode, **options) -> dict[str, Tensor]:
+            config = configure(
+                card,
+                "small",
+                "sft",
+                max_steps=steps,
+                deterministic=strict,
+                out=card.folder / f"{mode}-{name}",
+                **options,
+            )
+            if name == "stopped":
+
+                def stop(metrics) -> bool:
+                    if metrics.step == steps // 2:
+                        os.kill(os.getpid(), signal.SIGINT)
+                    return False
+
+                make_run(config, Hearer(stop), Run).fit()
+                run = make_run(config, Hearer(), Run, overwrite=False, resume=True)
+            else:
+                run = make_run(config, Hearer(), Run)
+            run.fit()
+            return {key: tensor.detach().cpu() for key, tensor in run.model.model.state_dict().items()}
+
+        try:
+            once = weights("once")
+            others = {"again": weights("again"), "stopped": weights("stopped")}
+            if strict:
+                others["features first"] = weights("first", features="exact", features_dir=card.folder / "strict")
+                others["features read"] = weights("read", features="exact", features_dir=card.folder / "strict")
+            for name, other in others.items():
+                same = all(torch.equal(once[key], other[key]) for key in once)
+                gap = max(float((once[key] - other[key]).abs().max()) for key in once)
+                found[f"{mode}: {name}"] = {"equal": same, "largest_difference": gap}
+                if strict or not card.cuda:
+                    found["checks"][f"{mode}: {name}: the same bits"] = same
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def automatic_batch(card: Card, found: Found) -> None:
+    """`--batch-size auto` where not all rows of an update fit, and then an update of the longest rows."""
+    config = configure(card, "small", "pretrain")
+    if not card.cuda:
+        room = 10**9
+        gauge = SimpleNamespace(held=lambda: 0, room=lambda: room, peak=lambda work: (work(), 10**8)[1])
+        chosen, why = fit(config, card.device, gauge=gauge)  # type: ignore[arg-type]
+    else:
+        trial = Trial(config, card.device)
+        with card.memory(found):
+            trial(config.data.batch_size)
+        most, total = found["max_reserved"], torch.cuda.get_device_properties(card.device).total_memory
+        del trial
+        torch.cuda.empty_cache()
+        try:
+            torch.cuda.set_per_process_memory_fraction(0.7 * most / total, card.device)
+            chosen, why = fit(config, card.device)
+            trial = Trial(chosen, card.device)
+            trial(chosen.data.batch_size)
+            found["checks"] = {"a smaller batch than the recipe's": chosen.data.batch_size < config.data.batch_size}
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, card.device)
+            torch.cuda.empty_cache()
+    found["chosen"], found["why"] = chosen.data.batch_size, why
+    found.setdefault("checks", {})["the rows of an update stay"] = (
+        chosen.data.batch_size * chosen.accumulate == config.data.batch_size * config.accumulate
+    )
+
+
+def experts(card: Card, found: Found) -> None:
+    """Experts by one grouped product, by a loop, and in fp32; one of them has no token."""
+    config = replace(card.text("moe"))
+    torch.manual_seed(0)
+    layer = MoEFeedForward(config).to(card.device).train()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.06)
+    with torch.no_grad():
+        layer.gate.weight[-1] = 0
+        layer.gate.weight[-1, 0] = -100.0  # the last expert is never chosen where the first feature is positive
+    x = torch.randn(4, 32 if card.tiny else 500, config.hidden_size, device=card.device)
+    x[..., 0] = 4.0
+
+    def once(kind: str) -> tuple[Tensor, dict[str, Tensor], int]:
+        layer.zero_grad(set_to_none=True)
+        given = x.clone().requires_grad_()
+        caught: list[warnings.WarningMessage] = []
+        lower = torch.autocast(card.device.type, torch.bfloat16, enabled=kind != "fp32")
+        forced = {} if kind == "grouped" else {"grouped": lambda *_: False}
+        with mock.patch.multiple(moe, **forced) if forced else mock.MagicMock(), lower, _warnings_into(caught):
+            _watch_waits(card, "warn")
+            out, aux = layer(given, None)
+            loss = out.float().square().mean() + aux
+            loss.backward()
+            _watch_waits(card, "default")
+        gradients = {name: one.grad for name, one in layer.named_parameters() if one.grad is not None}
+        count = sum("synchroniz" in str(one.message) for one in caught)
+        return out.detach(), gradients | {"x": given.grad}, count
+
+    truth, truth_gradients, _ = once("fp32")
+    found["checks"] = {}
+    for kind in ("loop", "grouped"):
+        once(kind)
+        out, gradients, count = once(kind)
+        worst = max(close(gradient, truth_gradients[name]) for name, gradient in gradients.items() if name in truth_gradients
+                    and float(truth_gradients[name].abs().max()) > 0)  # fmt: skip
+        idle = [
+            name for name in gradients if f"experts.{config.n_routed_experts - 1}." in name and "shared" not in name
+        ]
+        nothing = all(float(gradients[name].abs().max()) == 0 for name in idle)
+        taken = card.seconds(lambda kind=kind: once(kind), 20)
+        found[kind] = {
+            "output": close(out, truth), "gradients": worst, "waits": count, "ms": round(taken * 1e3, 3),
+            "idle expert": "no gradient" if not idle else "zero" if nothing else "not zero",
+        }  # fmt: skip
+        found["checks"][f"{kind}: output within 2 %"] = close(out, truth) < 0.02
+        found["checks"][f"{kind}: gradients within 5 %"] = worst < 0.05
+        found["checks"][f"{kind}: an expert without tokens learns nothing"] = nothing
+    if card.cuda and moe.grouped(torch.zeros(8, 8, device=card.device, dtype=torch.bfloat16), 8):
+        found["checks"]["the grouped product waits for nothing"] = found["grouped"]["waits"] == 0

@@ -1,0 +1,97 @@
+"""What was found as Markdown: predicted beside measured, and the card's name on every table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.files import write_text
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
+# Written down before the first run on a card: arithmetic for an H100 (989 TFLOP/s nominal), by part and line.
+PREDICTED = {
+    "waits": {"small pretrain": "7 waits, 560 kernels", "small sft": "7 waits, 690 kernels", "moe sft": "7, 1,600"},
+    "training": {
+        "small pretrain, pictures encoded": "1.5–1.8 K",
+        "small pretrain, encoded and stored": "0.9–1.0 K",
+        "small pretrain, features read": "2.0–2.7 K",
+        "small sft, pictures encoded": "0.3 K",
+        "small sft, encoded and stored": "0.2–0.3 K",
+        "small sft, features read": "0.4–0.5 K",
+    },
+    "resident": {
+        "pretrain, eager": "3.0 ms of the card, 6–8 of the host", "pretrain, graph": "3.0 ms", "pretrain, both": "1.9 ms",
+        "sft, eager": "8–10 ms of the host", "sft, graph": "2.4 ms", "sft, both": "1.8 ms",
+    },
+    "talking": {
+        "1 streams, sampled, eager": "550–650", "1 streams, sampled, graph": "1.1–1.4 K",
+        "8 streams, greedy, eager": "3 K", "8 streams, sampled, graph": "4–5 K", "8 streams, greedy, graph": "8–9 K",
+        "64 streams, greedy, eager": "30 K", "64 streams, sampled, eager": "6–8 K",
+    },
+    "plans": {"cuDNN": "23–440 ms for a plan", "flash": "none"},
+}  # fmt: skip
+HIDDEN = {"losses", "rows", "checks", "longest", "schedule", "features", "where"}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report as a page."""
+    card, parts = report["card"], report["parts"]
+    lines = [
+        "# On a GPU",
+        "",
+        f"Measured by `make gpu` on **{card}**, {report['date']}, torch {report['torch']}, in "
+        f"{report['seconds']:.0f} s. Predictions were written down before the first run, as arithmetic for an H100. "
+        "A ratio is printed only where the losses of both sides agree; every figure is of this card alone.",
+        "",
+    ]
+    failed = [f"{part}: {name}" for part, found in parts.items() for name, right in _checks(found) if not right]
+    troubled = [f"{part}: {found['status']}" for part, found in parts.items() if found["status"] != "done"]
+    right = sum(1 for found in parts.values() for _, passed in _checks(found) if passed)
+    lines += [f"{right} checks passed, {len(failed)} failed.", ""]
+    lines += [f"- **failed** {name}" for name in failed] + [f"- **not whole** {name}" for name in troubled]
+    for part, found in parts.items():
+        lines += ["", f"## {part} · {card}", "", *_table(part, found), ""]
+        lines += [f"- {'✓' if passed else '✗'} {name}" for name, passed in _checks(found)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _checks(found: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """All checks of a part, those of its lines included."""
+    yield from found.get("checks", {}).items()
+    for value in found.values():
+        if isinstance(value, dict):
+            yield from value.get("checks", {}).items()
+
+
+def failures(parts: dict[str, Any]) -> list[str]:
+    """Checks that failed and parts that did not end well; what was skipped for want of time is none."""
+    found = [f"{part}: {name}" for part, one in parts.items() for name, passed in _checks(one) if not passed]
+    return found + [f"{part}: {one['status']}" for part, one in parts.items() if one["status"].startswith("failed")]
+
+
+def _table(part: str, found: dict[str, Any]) -> list[str]:
+    predicted = PREDICTED.get(part, {})
+    lines = [f"| | measured{' | predicted' if predicted else ''} |", f"|---|---|{'---|' if predicted else ''}"]
+    for name, value in found.items():
+        if name in ("status", "seconds", *HIDDEN):
+            continue
+        more = f" | {predicted.get(name, '')}" if predicted else ""
+        lines.append(f"| {name} | {_shown(value)}{more} |")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        told = [f"{name.replace('_', ' ')} {_shown(one)}" for name, one in value.items() if name not in HIDDEN]
+        return ", ".join(told)
+    if isinstance(value, list):
+        return "; ".join(_shown(one) if not isinstance(one, list) else " ".join(map(str, one)) for one in value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def write_page(report: dict[str, Any], path: Path = PAGE) -> None:
+    """Write the page. Raises RunError."""
+    write_text(path, markdown(report))

@@ -1,0 +1,115 @@
+"""A step alone, on batches that lie on the card: eager, compiled, as a CUDA graph, and both.
+
+What a step that asks the card nothing could reach; the run does not work so yet. Positions of patches and of supervised
+tokens are worked out beforehand, the optimiser takes its numbers from the card, and no number is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu import curve
+from benchmarks.gpu.card import Card, Found, bf16
+from minimind_v.core.model.loss import supervised, supervised_loss
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.freeze import freeze
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # ids, features, places of patches, positions read, next ids
+STAGES = {  # rows, lengths, answer, what trains
+    "pretrain": (16, range(230, 310, 5), 41, "projector+last"),
+    "sft": (4, range(260, 900, 40), 225, "all"),
+}
+
+
+def resident(card: Card, found: Found) -> None:
+    """Milliseconds of an update by each way of launching it."""
+    for stage, (rows, lengths, answer, policy) in STAGES.items():
+        if card.tiny and stage == "sft":
+            continue
+        rows, lengths = (2, range(230, 240, 5)) if card.tiny else (rows, lengths)
+        batches = [_prepare(card, rows, length, answer) for length in lengths]
+        for name, compiled, graph in (
+            ("eager", False, False), ("graph", False, True), ("compiled", True, False), ("both", True, True)
+        ):  # fmt: skip
+            key = f"{stage}, {name}"
+            try:
+                step, losses = _steps(card, batches, policy, compiled, graph)
+                taken = card.seconds(step, 4 * len(batches), 2 * len(batches))
+                found[key] = {"ms": round(taken * 1e3, 3), "samples_s": round(rows / taken, 1), "loss": losses()}
+            except (RuntimeError, AssertionError, torch._dynamo.exc.TorchDynamoException) as error:
+                found[key] = {"failed": " ".join(str(error).split())[:300]}
+            torch._dynamo.reset()
+        eager = found[f"{stage}, eager"]
+        for name in ("graph", "compiled", "both"):
+            other = found[f"{stage}, {name}"]
+            if "loss" in other:
+                gap = abs(other["loss"] - eager["loss"]) / abs(eager["loss"])
+                found.setdefault("checks", {})[f"{stage}: {name} learns as eager does"] = gap < 0.02
+
+
+def _prepare(card: Card, rows: int, length: int, answer: int) -> Batch:
+    batch = curve.make_batch(length, rows, length, answer).to(card.device)
+    read = supervised(batch.labels)
+    places = batch.image_mask.flatten().nonzero()[:, 0]
+    return batch.input_ids, batch.image_features, places, read, batch.labels.flatten()[read + 1]
+
+
+def _steps(card: Card, batches: list[Batch], policy: str, compiled: bool, graph: bool):
+    """What does the next update, and what tells the last loss."""
+    model = curve.make_model(card.tiny).to(card.device).train()
+    trained = freeze(model, policy)
+    decoder = model.model
+    if compiled:
+        decoder = torch.compile(decoder, dynamic=True, backend="inductor" if card.cuda else "eager")
+    device_numbers = {"capturable": True} if card.cuda else {}
+    optimiser = torch.optim.AdamW(trained, lr=torch.tensor(1e-5, device=card.device), fused=True, **device_numbers)
+    loss = torch.zeros((), device=card.device)
+
+    def update(batch: Batch) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        with bf16(card):
+            total = _loss(model, decoder, batch)
+        total.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        loss.copy_(total.detach())
+
+    works: list[Callable[[], object]] = [lambda batch=batch: update(batch) for batch in batches]
+    if graph:
+        works = _record(card, works)
+    order = cycle(works)
+    return lambda: next(order)(), lambda: float(loss)
+
+
+def _loss(model: VLM, decoder: nn.Module, batch: Batch) -> Tensor:
+    ids, features, places, read, following = batch
+    x = model.model.embed_tokens(ids)  # [B, T, D]
+    projected = model.vision_proj(features.to(x.dtype)).flatten(0, 1).to(x.dtype)  # [M·P, D]
+    x = x.flatten(0, 1).index_copy(0, places, projected).view_as(x)
+    hidden, aux = decoder(x, None, None, read)  # [S, D]
+    loss, _ = supervised_loss(hidden, following, model.lm_head.weight)
+    return loss / len(read) + aux
+
+
+def _record(card: Card, works: list[Callable[[], object]]) -> list[Callable[[], object]]:
+    """Each as a CUDA graph, all of them in one pool of memory. A CPU does them as they are."""
+    if not card.cuda:
+        return works
+    stream, pool, graphs = torch.cuda.Stream(), None, []
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for work in works:
+            work()
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    for work in works:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            work()
+        pool = graph.pool()
+        graphs.append(graph)
+    return [graph.replay for graph in graphs]

@@ -1,0 +1,116 @@
+"""The real training run over the material, stopped by a listener; and what a listener can do on its way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.material import SEED
+from minimind_v.core.config.load import build_config
+from minimind_v.core.config.recipes import NO_INIT
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.metrics import Silent, StepMetrics
+
+EPOCHS = 1000  # so that a run ends when its listener says so
+
+
+class Hearer(Silent):
+    """Calls a function after every step, which may stop the run."""
+
+    def __init__(self, on_step: Callable[[StepMetrics], bool] = lambda _: False) -> None:
+        self.on_step = on_step
+        self.run: Run | None = None
+        self.losses: list[float] = []
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+    def step(self, metrics: StepMetrics, log: bool) -> None:
+        self.losses.append(metrics.loss)
+        if self.on_step(metrics):
+            self.run.total = metrics.step
+
+
+class Measured(Run):
+    """A run that leaves nothing behind: what it would save at its end is not what is measured."""
+
+    def _save_at_the_end(self) -> None: ...
+
+    def _report(self) -> None: ...
+
+
+def configure(card: Card, preset: str, stage: str, data: str | None = None, **options: Any) -> RunConfig:
+    """The recipe of a stage over the material; `data` names other rows than the stage's."""
+    data = data or stage
+    given = {
+        "data.file": card.folder / f"{data}.jsonl",
+        "data.images": card.folder / f"{data}.zip",
+        "data.tokenizer": card.folder / "tokenizer",
+        "data.workers": 1 if card.tiny else None,
+        "vision_model": card.folder / "clip",
+        "init": card.folder / "weights.safetensors" if preset == "small" else NO_INIT,
+        "out": card.folder / "out",
+        "features": "off",
+        "features_dir": card.folder / "features",
+        "epochs": EPOCHS,
+        "save_every": 0,
+        "seed": SEED,
+        "device": str(card.device),
+    }
+    config = build_config(stage, options=given | options)
+    return replace(config, model=card.text(preset))
+
+
+def make_run(config: RunConfig, hearer: Hearer, kind: type[Run] = Measured, **how: Any) -> Run:
+    """The run, ready to start."""
+    run = kind(config, hearer, **({"overwrite": True} | how))
+    hearer.run = run
+    return run
+
+
+class Window:
+    """A hearer's function that measures updates: some to warm up, then all for so many seconds."""
+
+    def __init__(self, seconds: float, warm_seconds: float = 2.0, warm_steps: int = 10) -> None:
+        self.limit, self.warm_seconds, self.warm_steps = seconds, warm_seconds, warm_steps
+        self.begun = time.perf_counter()
+        self.first: StepMetrics | None = None  # where measuring begins
+        self.last: StepMetrics | None = None
+        self.times: list[float] = []  # of each update, in seconds
+        self._then = 0.0
+
+    def __call__(self, metrics: StepMetrics) -> bool:
+        now = time.perf_counter()
+        if self.first is None:
+            if metrics.step == 1:
+                self.begun = now
+            if metrics.step >= self.warm_steps and now - self.begun >= self.warm_seconds:
+                self.first, self._then, self.begun = metrics, now, now
+            return False
+        self.times.append(now - self._then)
+        self._then, self.last = now, metrics
+        return now - self.begun >= self.limit
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.times)
+
+    def difference(self, name: str) -> float:
+        """What was added meanwhile to one of the counts of StepMetrics."""
+        assert self.first
+        assert self.last
+        return getattr(self.last, name) - getattr(self.first, name)
+
+
+def row_numbers(run: Run, updates: int) -> list[int]:
+    """Which rows the first updates of a run read, in their order, from 0."""
+    places = [place for number in range(updates) for batch in run.plan[number] for place in batch.places]
+    return [int(place.rpartition(":")[2]) - 1 for place in places]
