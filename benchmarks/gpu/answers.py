@@ -17,7 +17,7 @@ from minimind_v.core.generate import ready as memory
 from minimind_v.core.generate import replay
 from minimind_v.core.generate.engine import generate_rows
 from minimind_v.core.generate.ready import ready
-from minimind_v.core.generate.replay import SPAN, Replay, record_cuda
+from minimind_v.core.generate.replay import EAGER, SPAN, Replay, record_cuda
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
 from minimind_v.core.model.vlm import VLM
 
@@ -52,7 +52,7 @@ class Likeliest:
 def precision(card: Card, half: bool) -> Iterator[None]:
     """In which a model talks: bf16 where the card has it, or fp32."""
     memory._READY.clear()
-    with mock.patch.object(memory, "has_bf16", lambda device: half and card.cuda):
+    with mock.patch.object(memory, "has_bf16", return_value=half and card.cuda):
         yield
     memory._READY.clear()
 
@@ -98,9 +98,8 @@ def decoding(card: Card, found: Found) -> None:
                 name = f"{'bf16' if half else 'fp32'}, {rows} rows"
                 found[name] = one = compare(*sides) | {"recorded": recorder.made, "failed": recorder.failed}
                 checks[f"{name}: recorded"] = recorder.made > 0 and not recorder.failed and not replay._FAILED
-                checks[f"{name}: as eager"] = one["largest_gap"] <= (0.02 if half else 1e-3)
-                if not half:
-                    checks[f"{name}: the same ids"] = one["same_ids"]
+                checks[f"{name}: as eager"] = one["largest_gap"] <= (0.05 if half else 1e-3)
+                checks[f"{name}: the same ids"] = one["same_ids"] or (half and one["ties"])
             if not half:
                 checks["the same after a rewind"] = _after_a_rewind(card, model)
     if card.cuda:
@@ -109,13 +108,16 @@ def decoding(card: Card, found: Found) -> None:
 
 
 def compare(eager, recorded) -> Found:
-    """Ids, and logits up to where the ids part: after a tie both go on with other words."""
-    gap, same = 0.0, eager[0] == recorded[0]
+    """Ids, and logits up to where the ids part. A tie is a choice between two that differ less than the sides do."""
+    gap, same, ties = 0.0, eager[0] == recorded[0], True
     for row, (one, other) in enumerate(zip(eager[0], recorded[0], strict=True)):
-        parted = next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one) - 1)
+        parted = next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
         for a, b in zip(eager[1][row].logits[: parted + 1], recorded[1][row].logits, strict=False):
             gap = max(gap, float((a - b).abs().max() / a.abs().max()))
-    return {"same_ids": same, "largest_gap": gap}
+        if parted < len(one):
+            a, b = eager[1][row].logits[parted], recorded[1][row].logits[parted]
+            ties &= float(a[one[parted]] - a[other[parted]]) <= 2 * float((a - b).abs().max())
+    return {"same_ids": same, "ties": ties, "largest_gap": gap}
 
 
 def _after_a_rewind(card: Card, model: VLM) -> bool:
@@ -148,7 +150,7 @@ def _conversations(card: Card, model: VLM) -> Found:
 def talking(card: Card, found: Found) -> None:
     """Tokens per second by streams, drawing and launching; the first token; the plain side at one stream."""
     model = curve.make_model(card.tiny).to(card.device).eval()
-    count = 12 if card.tiny else 128
+    count = 16 if card.tiny else 128
     with precision(card, True):
         for streams in (1, 2) if card.tiny else (1, 8, 16, 64):
             for drawing, sampling in (("greedy", GREEDY), ("sampled", WARM)):
@@ -157,11 +159,11 @@ def talking(card: Card, found: Found) -> None:
                         continue  # more rows are not recorded
                     times: list[float] = []
                     ids, mask = prompts(streams, 240)
-                    for _ in range(2):  # the first time makes what stays
+                    for tokens in (8, count):  # the first time makes what stays
                         times.clear()
                         draws = [_timed(Sampler(sampling), times) for _ in range(streams)]
-                        answer(model, record, ids, mask, [count] * streams, draws)
-                    later = times[4 * streams :]  # behind a few steps, of which a recording is made in one
+                        answer(model, record, ids, mask, [tokens] * streams, draws)
+                    later = times[(EAGER + 3) * streams :]  # behind the steps in which a recording is made
                     found[f"{streams} streams, {drawing}, {launching}"] = {
                         "tokens_s": round((len(later) - streams) / (later[-1] - later[streams - 1]), 1)
                     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Card:
     carried: Path | None  # a folder with `conformance` and `tokenizer`
     folder: Path  # material, runs and features
     results: dict[str, Found] = field(default_factory=dict)  # of the parts that are done
+    reference: subprocess.Popen[str] | None = None  # computes the CPU's losses meanwhile
 
     @property
     def cuda(self) -> bool:

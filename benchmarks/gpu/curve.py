@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from minimind_v.core.model.vision import VisionSpec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.schedule import learning_rate
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, ROWS = 50, 8
 SPEC = VisionSpec(image_size=224, patch_size=16, width=768)
 SEED = 1
@@ -37,7 +42,7 @@ def make_model(tiny: bool, preset: str = "small") -> VLM:
 
 
 def make_batch(number: int, rows: int = ROWS, length: int = 0, answer: int = 40) -> Batch:
-    """Rows of random ids, a picture's features in each, the last `answer` ids of each supervised; one row is shorter."""
+    """Rows of random ids behind a picture's features, the last `answer` ids supervised; the first row is shorter."""
     draw = torch.Generator().manual_seed(number)
     length = length or 240 + 5 * (number % 5)
     patches = SPEC.tokens_per_image
@@ -49,6 +54,13 @@ def make_batch(number: int, rows: int = ROWS, length: int = 0, answer: int = 40)
     attention_mask[0, -7:], labels[0, -7:] = False, IGNORE
     features = torch.randn(rows, patches, SPEC.width, generator=draw)
     return Batch(ids, attention_mask, labels, image_mask, image_features=features)
+
+
+def start(tiny: bool) -> subprocess.Popen[str]:
+    """A process that computes the losses on half of the CPU's cores and prints them."""
+    command = [sys.executable, "-m", "benchmarks.gpu.curve", *(["--tiny"] if tiny else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def losses(device: torch.device, dtype: str, tiny: bool) -> tuple[list[float], Tensor]:

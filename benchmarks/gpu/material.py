@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Found
 from benchmarks.material import make_pictures, write_clip, write_rows, write_weights
 
@@ -40,3 +41,4 @@ def material(card: Card, found: Found) -> None:
             found[stage] = {"rows": len(pictures), "bytes_a_picture": sum(map(len, pictures)) // len(pictures)}
     write_clip(card.folder / "clip", card.tower, SEED)
     write_weights(card.folder / "weights.safetensors", card.text("small"), SEED)
+    card.reference = curve.start(card.tiny)

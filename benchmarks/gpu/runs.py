@@ -55,6 +55,8 @@ def configure(card: Card, preset: str, stage: str, data: str | None = None, **op
         "data.images": card.folder / f"{data}.zip",
         "data.tokenizer": card.folder / "tokenizer",
         "data.workers": 1 if card.tiny else None,
+        "data.batch_size": 2 if card.tiny else None,
+        "data.max_length": (300 if stage == "pretrain" else 800) if card.tiny else None,
         "vision_model": card.folder / "clip",
         "init": card.folder / "weights.safetensors" if preset == "small" else NO_INIT,
         "out": card.folder / "out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import torch
@@ -109,7 +110,7 @@ class Enough(Exception):
 def plain(card: Card, found: Found) -> None:
     """The loop of the published shape on the same rows, for the small preset: fused and explicit attention."""
     measured = card.results.get("training", {})
-    for stage in ("pretrain", "sft"):
+    for stage in ("pretrain",) if card.tiny else ("pretrain", "sft"):
         for attention in ("fused",) if card.tiny else ("fused", "explicit"):
             found[f"{stage}, {attention}"] = one = {}
             reference = next((r for name, r in measured.items() if f"small {stage}" in name and "losses" in r), None)
@@ -142,26 +143,23 @@ def _measure_plain(card: Card, found: Found, stage: str, attention: str, referen
         if now - begun[0] > seconds:
             raise Enough
 
-    with card.memory(found):
-        try:
-            run_plain(
-                PlainRun(
-                    folder=card.folder,
-                    stage=stage,
-                    row_numbers=rows * (1 if card.tiny else 8),
-                    batch_size=batch,
-                    length=config.data.max_length,
-                    lr=config.lr,
-                    total=reference["schedule"] if reference else 1000,
-                    attention=attention,
-                    workers=config.data.workers,
-                    device=str(card.device),
-                    bfloat16=card.cuda,
-                ),
-                on_update,
-            )
-        except Enough:
-            pass
+    with card.memory(found), contextlib.suppress(Enough):
+        run_plain(
+            PlainRun(
+                folder=card.folder,
+                stage=stage,
+                row_numbers=rows * (1 if card.tiny else 8),
+                batch_size=batch,
+                length=config.data.max_length,
+                lr=config.lr,
+                total=reference["schedule"] if reference else 1000,
+                attention=attention,
+                workers=config.data.workers,
+                device=str(card.device),
+                bfloat16=card.cuda,
+            ),
+            on_update,
+        )
     found |= quantiles(times) | {"samples_s": round(samples[0] / sum(times), 1), "updates": len(times)}
     found["losses"] = seen[:COMPARED]
     if reference:
