@@ -142,7 +142,7 @@ def do(part: Part, card: Card, budget: float) -> None:
         found["status"] = "not begun: no time left"
         return
     try:
-        with limit(min(part.limit, left)):
+        with limit(left if card.tiny else min(part.limit, left)):  # with stand-ins a busy machine is no fault
             part.work(card, found)
     except TooLong:
         found["status"] = f"stopped after {time.perf_counter() - begun:.0f} s"

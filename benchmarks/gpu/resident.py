@@ -33,7 +33,7 @@ def resident(card: Card, found: Found) -> None:
         for stage, (rows, lengths, answer, policy) in STAGES.items():
             if card.tiny and (stage == "sft" or name == "both"):
                 continue
-            rows, lengths = (2, range(230, 240, 5)) if card.tiny else (rows, lengths)
+            rows, lengths = (2, range(230, 235, 5)) if card.tiny else (rows, lengths)
             batches = [_prepare(card, rows, length, answer) for length in lengths]
             try:
                 step, loss = _steps(card, batches, policy, compiled, graph)

@@ -9,6 +9,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
+from minimind_v.core.config.schema import DTYPES, one_of
 
 if TYPE_CHECKING:
     from minimind_v.core.evaluate.run import Scores
@@ -34,16 +35,19 @@ def evaluate(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per row, pictures included.")] = 1536,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     device: options.Device = "auto",
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "auto",
     json: options.Json = False,
 ) -> None:
     """Held-out loss and, where rows have short answers, the share that is right to the letter."""
     from minimind_v.core.config.load import build_config, images_beside
     from minimind_v.core.data.dataset import RowDataset
+    from minimind_v.core.data.features.memory import Eye, open_memory
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.evaluate.run import evaluate as score
     from minimind_v.core.generate.load import load_model
 
+    one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
     if data is None:
         found_data = build_config("sft").data
@@ -55,13 +59,19 @@ def evaluate(
     loaded = load_model(model, vision_model, tokenizer, device)
     spec, words = loaded.model.spec, loaded.tokenizer
     terminal.say(str(loaded.receipt))
+    memory, encoder = None, loaded.model.vision_encoder
+    features = loaded.checkpoint.path.parent / "features"
+    if encoder and features.is_dir():  # where the run that made these weights has left them
+        eye = Eye(encoder, loaded.model.device, dtype)
+        memory = open_memory("exact", features, eye, len(rows), terminal.say, terminal.warn)
     prompts, found = PromptEncoder(words, spec.tokens_per_image), {}
     for name in ("seeing", "blind") if blind else ("seeing",):
         dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind")
         with terminal.progress(f"eval {name}") as progress:
             found[name] = score(
-                loaded.model, dataset, words.pad_id, words.eos_id, batch_size, limit=limit, progress=progress
-            )
+                loaded.model, dataset, words.pad_id, words.eos_id, batch_size,
+                limit=limit, progress=progress, dtype=dtype, memory=memory if name == "seeing" else None,
+            )  # fmt: skip
     for row in found["seeing"].broken[:5]:
         terminal.warn(f"row skipped: {row}")
     report = _report(loaded.checkpoint.path, data, found)

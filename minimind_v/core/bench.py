@@ -10,12 +10,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import pretrain
@@ -36,7 +37,9 @@ from minimind_v.core.train.freeze import freeze
 
 QUESTION, ANSWER = 40, 40  # tokens of a caption row besides its picture; those of the answer are supervised
 WORDS = 48  # tokens that are generated
-SIDE = 2048  # of the matrices whose product is timed
+SIDE = {"cpu": 2048}  # of the matrices whose product is timed
+SIDE_ELSEWHERE = 8192  # a GPU needs work for longer than the host needs to ask for it
+SPREAD = range(-14, 15, 4)  # tokens by which rows of the measured updates differ: a run meets new lengths all the time
 JPEG = (448, 336)
 # Sizes of the vision towers: CLIP's ViT-B/16, and that of the embedded world.
 BASE_TOWER = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12,
@@ -121,8 +124,9 @@ def _make_model(preset: str) -> VLM:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of one large product."""
-    left, right = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
-    return 2 * SIDE**3 / _seconds(device, lambda: left @ right, times=7)
+    side = SIDE.get(device.type, SIDE_ELSEWHERE)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _seconds(device, lambda: left @ right, times=7)
 
 
 def _decode(size: int) -> float:
@@ -137,21 +141,25 @@ def _decode(size: int) -> float:
 
 
 def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
-    """Seconds and operations per sample of a pretraining update whose features are known."""
+    """Seconds and operations per sample of a pretraining update whose features are known, done as a run does it."""
     model.train()
     trained = freeze(model, policy)
     optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    batch, features = _rows(model, rows)
+    batches = [_rows(model, rows, QUESTION + more) for more in (SPREAD if model.device.type == "cuda" else (0,))]
+    order = cycle(batches)
 
-    def update() -> None:
+    def update() -> float:
+        batch, features = next(order)
         with autocast(model.device, "auto"):
             out = model(batch.input_ids, image_features=features, image_mask=batch.image_mask, labels=batch.labels)
         out.loss.backward()
+        read = float(out.loss.detach()) + float(nn.utils.clip_grad_norm_(trained, 1.0))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        return read
 
-    seconds = _seconds(model.device, update) / rows
-    return seconds, operations(model, batch.input_ids.shape[1], ANSWER)
+    seconds = _seconds(model.device, update, times=max(3, 4 * len(batches)), warm=len(batches)) / rows
+    return seconds, operations(model, batches[0][0].input_ids.shape[1], ANSWER)
 
 
 def operations(model: VLM, length: float, answer: float) -> float:
@@ -174,10 +182,10 @@ def operations(model: VLM, length: float, answer: float) -> float:
     return found + 4 * model.spec.width * model.config.hidden_size * model.spec.tokens_per_image  # the projector
 
 
-def _rows(model: VLM, rows: int) -> tuple[Batch, Tensor]:
+def _rows(model: VLM, rows: int, question: int = QUESTION) -> tuple[Batch, Tensor]:
     """Caption rows of random ids behind a picture each, and random features of the pictures."""
     spec = model.spec
-    length = spec.tokens_per_image + QUESTION + ANSWER
+    length = spec.tokens_per_image + question + ANSWER
     input_ids = torch.randint(0, model.config.vocab_size, (rows, length))
     image_mask = torch.zeros(rows, length, dtype=torch.bool)
     image_mask[:, 20 : 20 + spec.tokens_per_image] = True
@@ -210,13 +218,23 @@ def _answer(model: VLM) -> tuple[float, float]:
     return statistics.median(first), statistics.median(each)
 
 
-def _seconds(device: torch.device, work: Callable[[], object], times: int = 3) -> float:
-    """The median of several, the first time left out: it pays for what is only made once."""
+def _seconds(device: torch.device, work: Callable[[], object], times: int = 3, warm: int = 1) -> float:
+    """The median of several, the first ones left out: they pay for what is only made once.
+
+    On a GPU it is the mean, of calls that are queued behind each other as a run queues them.
+    """
+    for _ in range(warm):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        for _ in range(times):
+            work()
+        torch.cuda.synchronize(device)
+        return (time.perf_counter() - begun) / times
     found = []
-    for _ in range(times + 1):
+    for _ in range(times):
         begun = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - begun)
-    return statistics.median(found[1:])
+    return statistics.median(found)

@@ -114,3 +114,9 @@ def test_with_nothing_there_the_command_that_makes_the_data_is_named(tmp_path, m
 @pytest.mark.parametrize("option", ["--limit", "--batch-size", "--max-length"])
 def test_numbers_are_at_least_one(score, option):
     assert option in score(option, 0, code=2).err
+
+
+def test_an_unknown_precision_is_refused_before_anything_is_read(place):
+    ended = here("eval", "--model", "nothing.pth", "--data", "nothing.jsonl", "--dtype", "bfloat")
+    assert ended.code == 2
+    assert "--dtype 'bfloat' is none of auto, float32, bfloat16" in ended.err

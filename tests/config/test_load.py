@@ -48,6 +48,7 @@ CHANGED = {
     "seed": 2**62 + 1,
     "dtype": "bfloat16",
     "device": "cpu",
+    "deterministic": True,
     "gpus": 2,
     "features": "int8",
     "features_dir": "seen",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.features.memory import Eye, open_memory
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
@@ -225,3 +226,24 @@ def test_progress_counts_batches(score):
     seen = []
     score([row([("What?", "red")])] * 5, batch_size=2, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+# --- as training computes ---------------------------------------------------------------------------------------------
+
+
+def test_the_precision_is_that_of_validation(score):
+    """In bf16 products are rounded: the loss is another one, and about the same."""
+    rows = [row([("What is this?", "A red star.")], picture=n) for n in range(3)]
+    exact, rounded = score(rows, dtype="float32").loss, score(rows, dtype="bfloat16").loss
+    assert score(rows).loss == exact, "a CPU's own precision is fp32"
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.03)
+
+
+def test_features_that_are_stored_are_not_encoded_again(score, model, tmp_path):
+    rows = [row([("What is this?", "A red star.")], picture=n) for n in range(3)]
+    eye, said = Eye(model.vision_encoder, torch.device("cpu"), "auto"), []
+    first, again = (open_memory("exact", tmp_path / "features", eye, 3, said.append, said.append) for _ in range(2))
+    fresh = score(rows).loss
+    assert [score(rows, memory=memory).loss for memory in (first, again)] == [fresh, fresh]
+    assert (first.looked, first.read, again.looked, again.read) == (3, 0, 0, 3)

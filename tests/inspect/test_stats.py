@@ -187,12 +187,12 @@ def test_few_layers_foretell_the_work_of_all(tmp_path, monkeypatch, policy, pres
     config = replace(recipe(), vision_model=tmp_path, model=PRESETS[preset], freeze=policy)
     monkeypatch.setattr(speed, "_seconds", multiplications)
     device = torch.device("cpu")
-    eye = speed._eye(tmp_path)
-    few = speed._Language(config, eye.spec, device)
-    told = speed._look(eye, 2, device) + few.step(speed.TypicalRow(30, 1, 7), [1, 1], 30)
+    encoder = speed._encoder(tmp_path)
+    few = speed._Language(config, encoder.spec, device)
+    told = speed._look(speed.Eye(encoder, device, "float32"), 2) + few.step(speed.TypicalRow(30, 1, 7), [1, 1], 30)
 
     tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path))
-    whole = VLM(config.model, eye.spec, 34, VisionEncoder(tower, eye.spec))
+    whole = VLM(config.model, encoder.spec, 34, VisionEncoder(tower, encoder.spec))
     learns = freeze(whole, policy)
     ids, mask = torch.randint(0, 600, (2, 30)), torch.arange(30).expand(2, 30) < 4
     labels = torch.where(torch.arange(30) < 23, -100, ids)

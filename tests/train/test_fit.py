@@ -6,7 +6,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from itertools import cycle
 
 import pytest
 import torch
@@ -107,23 +107,35 @@ def test_all_take_what_fits_on_the_smallest(config, monkeypatch):
 
 def test_a_gpu_is_tried_from_the_largest_down(config, monkeypatch):
     asked = []
-    card = SimpleNamespace(total_memory=8 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    share = 1.0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
     monkeypatch.setattr(torch, "empty", lambda size, **more: asked.append(size))
 
     class Full(NoModel):
         def __call__(self, rows):
             if rows > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
+                raise next(errors)
             self.gauge.append(rows)
 
+    errors = cycle(
+        [
+            torch.OutOfMemoryError("CUDA out of memory."),
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ]
+    )
     gone, limit = [], 9
     size, why = fitting._by_trial(Full(gone), [24, 12, 8, 6], several=False)
     assert (size, gone, len(asked)) == (8, [8], 3)
     assert asked[0] == 10 * MIB + int(0.08 * 8 * 2**30), "what a run holds besides, and some more"
     assert why == "tried with rows of 128 tokens on 8.0 GiB"
-    limit = 0
-    with pytest.raises(RunError, match="not one row of 128 tokens fits into 8"):
+    limit, share = 0, 0.25
+    with pytest.raises(RunError, match="not one row of 128 tokens fits into 4"):
+        fitting._by_trial(Full(gone), [2, 1], several=True)
+    errors = cycle([RuntimeError("CUDA error: an illegal memory access was encountered")])
+    with pytest.raises(RuntimeError, match="illegal"):
         fitting._by_trial(Full(gone), [2, 1], several=True)
 
 

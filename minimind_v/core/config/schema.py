@@ -120,11 +120,11 @@ class RunConfig:
     track: str = "none"  # who shows the curves besides metrics.jsonl and report.html
 
     def __post_init__(self) -> None:
-        _one_of("stage", self.stage, STAGES)
-        _one_of("freeze", self.freeze, FREEZE_POLICIES)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("features", self.features, FEATURES)
-        _one_of("track", self.track, TRACKERS)
+        one_of("stage", self.stage, STAGES)
+        one_of("freeze", self.freeze, FREEZE_POLICIES)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("features", self.features, FEATURES)
+        one_of("track", self.track, TRACKERS)
         for flag in ("epochs", "accumulate", "gpus", "keep", "log_every", "val_rows"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 1)
         for flag in ("max_steps", "save_every", "val_every", "seed"):
@@ -144,6 +144,7 @@ def _at_least(name: str, value: float, least: int) -> None:
         raise UsageError(f"{name} must be at least {least}, not {value}")
 
 
-def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UsageError where the value of an option is none of its choices."""
     if value not in choices:
         raise UsageError(f"--{flag} {value!r} is none of {', '.join(choices)}{nearest(value, choices)}")

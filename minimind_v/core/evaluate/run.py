@@ -12,7 +12,9 @@ from torch import Tensor
 
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
+from minimind_v.core.data.features.memory import Eye, Memory
 from minimind_v.core.data.loader import BatchPlan, load_batches
+from minimind_v.core.device import autocast
 from minimind_v.core.errors import DataError
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM
@@ -53,8 +55,12 @@ def evaluate(
     workers: int = 1,
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    dtype: str = "auto",
+    memory: Memory | None = None,
 ) -> Scores:
-    """Score every turn of every row, given the true turns before it.
+    """Score every turn of every row, given the true turns before it, in the precision of training.
+
+    `memory` has the features of pictures that were encoded before; without it each picture is encoded here.
 
     One forward pass does it all: a greedy answer equals the truth exactly where each of its tokens, and the end, is
     the likeliest one after the true tokens before it.
@@ -64,17 +70,16 @@ def evaluate(
     plan = BatchPlan(dataset, batch_size, pad_id, limit=limit)
     scores = Scores()
     total_loss = 0.0
+    if memory is None:
+        memory = Memory(Eye(model.vision_encoder, model.device, dtype) if model.vision_encoder else None)
+    dataset.remembered = memory.store
     for number, batch in enumerate(load_batches(plan, workers), 1):
         scores.broken += batch.broken
         if len(batch):
             moved = batch.to(model.device)
-            out = model(
-                moved.input_ids,
-                attention_mask=moved.attention_mask,
-                pixel_values=moved.pixel_values,
-                image_mask=moved.image_mask,
-                labels=moved.labels,
-            )
+            features = memory.features(moved)
+            with autocast(model.device, dtype):
+                out = model(**moved.tokens, image_features=features)
             assert out.loss_sum is not None
             assert out.hits is not None
             total_loss += float(out.loss_sum)

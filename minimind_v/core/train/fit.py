@@ -29,9 +29,10 @@ from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.parts import parts_of
+from minimind_v.core.train.words import out_of_memory
 
 HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
-GPU_HEADROOM = 0.08  # of all the memory of a GPU: its allocator leaves gaps as lengths change
+GPU_HEADROOM = 0.08  # of the memory of a GPU that may be taken: its allocator leaves gaps as lengths change
 GIB = 2**30
 
 
@@ -181,7 +182,7 @@ def _discarded(device: torch.device) -> Iterator[None]:
 
 def _by_trial(trial: Trial, sizes: Sequence[int], several: bool) -> tuple[int, str]:
     """On a GPU, which says when it is full: the first of the sizes, from the largest on, that goes through."""
-    total = torch.cuda.get_device_properties(trial.device).total_memory
+    total = _gpu_memory(trial.device)
     # What a run holds besides: its optimiser's moments, its gradients once more on their way to others.
     besides = (trial.moments * 3 // 2 if several else trial.moments) + int(total * GPU_HEADROOM)
     for size in sizes:
@@ -201,9 +202,18 @@ def _goes_through(trial: Trial, size: int, besides: int) -> bool:
         taken = torch.empty(besides, dtype=torch.uint8, device=trial.device)
         trial(size)
         del taken
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # libraries have errors of their own for it
+        if not out_of_memory(error):
+            raise
         return False
     return True
+
+
+def _gpu_memory(device: torch.device) -> int:
+    """What this process may take of a GPU: what is free there or its own already, and no more than its share."""
+    free, whole = torch.cuda.mem_get_info(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(torch.cuda.current_device())
+    return min(free + torch.cuda.memory_reserved(device), int(whole * share))
 
 
 def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gauge: Gauge) -> tuple[int, str]:

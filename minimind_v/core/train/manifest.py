@@ -78,8 +78,15 @@ def machine() -> dict[str, Any]:
         "host": platform.node(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        "gpus": _gpus(),
     }
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs. A run on the CPU has not started CUDA, which would take memory of each of them."""
+    if not torch.cuda.is_initialized():
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -25,7 +25,9 @@ from minimind_v.core.train.place import Place
 from minimind_v.core.train.report import disk_used
 
 SECONDS = 30.0  # that the measured updates may take, once there are ENOUGH
-WARM, ENOUGH, MOST = 2, 3, 20  # updates that are not measured, that must be, and that may be
+ENOUGH = 3  # updates that must be measured
+WARM, MOST = {"cuda": 10}, {"cuda": 300}  # updates that are not measured, and that may be; a GPU does them quickly
+WARM_ELSEWHERE, MOST_ELSEWHERE = 2, 20
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,12 @@ class Stopwatch(Silent):
 
     def step(self, metrics: StepMetrics, log: bool) -> None:
         self.last = metrics
-        if metrics.step <= min(WARM, metrics.steps - 1):
+        kind = self.run.device.type
+        if metrics.step <= min(WARM.get(kind, WARM_ELSEWHERE), metrics.steps - 1):
             self.warm = metrics
             return
         spent = metrics.seconds - (self.warm.seconds if self.warm else 0.0)
-        if self.measured >= MOST or (self.measured >= ENOUGH and spent > SECONDS):
+        if self.measured >= MOST.get(kind, MOST_ELSEWHERE) or (self.measured >= ENOUGH and spent > SECONDS):
             self.run.total = metrics.step
 
     @property
@@ -128,7 +131,7 @@ def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, St
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as folder:
         few = replace(
             config, out=Path(folder), init=NO_INIT, save_every=0, val_every=0, track="none", gpus=1,
-            max_steps=min(updates, max(first, WARM + ENOUGH)),
+            max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
         )  # fmt: skip
         watch.run = run = Run(few, watch)
         run.fit()

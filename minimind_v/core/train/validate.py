@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,8 +33,11 @@ class Validator:
             self._batches = [batch for batch in load_batches(self.plan, workers=0) if batch.supervised]
         model.eval()
         sums = [0.0] * 6
-        for batch in self._batches:
-            sums = [total + part for total, part in zip(sums, self._look(model, batch, see), strict=True)]
+        for number, batch in enumerate(self._batches):
+            moved = self._encoded(model, batch, see)
+            if model.device.type != "cpu":  # where they take a tenth of a gigabyte; a CPU's run may remember them
+                self._batches[number] = moved
+            sums = [total + part for total, part in zip(sums, self._look(model, moved), strict=True)]
         model.train()
         loss, swapped, hits, supervised, rows, pictures = map(sum, zip(*self.gather(sums), strict=True))
         if not supervised:
@@ -43,13 +47,20 @@ class Validator:
         return Validation(step, mean, hits / supervised, shown, int(rows), better)
 
     @torch.no_grad()
-    def _look(self, model: VLM, batch: Batch, see: See) -> tuple[float, ...]:
-        """Sums over a batch: loss, loss with pictures of other rows, hits, supervised tokens, rows, pictures."""
+    def _encoded(self, model: VLM, batch: Batch, see: See) -> Batch:
+        """The batch on the model's device with features in place of pixels."""
         moved = batch.to(model.device)
         with autocast(model.device, self.dtype):
             features = see(moved)
-            loss, hits = _losses(model, moved, features)
-            swapped = loss if features is None else _losses(model, moved, _others(model, features))[0]
+        return replace(moved, pixel_values=None, image_features=features, remembered=None, keys=[])
+
+    @torch.no_grad()
+    def _look(self, model: VLM, batch: Batch) -> tuple[float, ...]:
+        """Sums over a batch: loss, loss with pictures of other rows, hits, supervised tokens, rows, pictures."""
+        features = batch.image_features
+        with autocast(model.device, self.dtype):
+            loss, hits = _losses(model, batch, features)
+            swapped = loss if features is None else _losses(model, batch, _others(model, features))[0]
         pictures = 0 if features is None else len(features)
         return float(loss), float(swapped), float(hits), batch.supervised, len(batch), pictures
 

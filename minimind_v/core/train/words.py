@@ -16,6 +16,13 @@ from minimind_v.core.model.vlm import VLM
 
 TOLD = 5  # broken rows that are told one by one
 NAMED = 8  # rows of an update that are named
+# What torch's CPU allocator says, and what becomes of a failed allocation inside CUDA's libraries.
+NO_MEMORY = (
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 
 
 def announcement(config: RunConfig, plan: BatchPlan, updates: int, rows: int, model: VLM, where: str) -> str:
@@ -78,5 +85,5 @@ def explained(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that there is no memory left, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether torch, or a library that it calls, says that there is no memory left, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)

@@ -1,0 +1,97 @@
+"""The proof of the GPU path with stand-ins on a CPU: no mistake in the script may cost time on a card."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import report
+from benchmarks.gpu.__main__ import PARTS, Part, TooLong, do, limit
+from benchmarks.gpu.card import Card
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the script writes."""
+    out = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--out", str(out)]
+    done = subprocess.run([*command, "--budget", "280"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((out / "gpu.json").read_text()), (out / "gpu.md").read_text()
+
+
+def test_every_part_is_done_and_no_check_fails(found):
+    parts = found[0]["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {part.name: "done" for part in PARTS}
+    assert not report.failures(parts)
+    # Without the published numbers one part has nothing to check, and parts that only measure never have.
+    unchecked = {name for name, part in parts.items() if not list(report._checks(part))}
+    assert unchecked <= {"conformance", "ceilings", "material", "plans", "waits", "training", "talking", "feeding"}
+
+
+def test_what_is_measured_is_there(found):
+    parts = found[0]["parts"]
+    assert parts["ceilings"]["bf16_tflops"] > 0
+    assert parts["waits"]["small pretrain"]["kernels"] > 100
+    read = parts["training"]["small pretrain, features read"]
+    assert read["samples_s"] > 0
+    assert 0 < read["busy"] <= 1
+    plain = parts["plain"]["pretrain, fused"]
+    assert plain["loss_gap"] < 1e-3
+    assert plain["ratio, small pretrain, features read"] == pytest.approx(
+        read["samples_s"] / plain["samples_s"], rel=0.05
+    )
+    assert parts["talking"]["1 streams, greedy, graph"]["tokens_s"] > 0
+    assert set(parts["feeding"]) >= {"128² JPEG", "448×336 JPEG", "features"}
+    assert parts["resident"]["pretrain, graph"]["loss"] == pytest.approx(parts["resident"]["pretrain, eager"]["loss"])
+
+
+def test_the_page_names_the_card_on_every_table_and_sets_predictions_beside(found):
+    page = found[1]
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings == [f"## {part.name} · cpu" for part in PARTS]
+    assert "| | measured | predicted |" in page
+
+
+def test_a_part_that_breaks_or_takes_too_long_ends_nothing_else(tmp_path):
+    card = Card(None, True, None, tmp_path)  # type: ignore[arg-type]
+    card.__class__ = type("NoCard", (Card,), {"cuda": False})
+
+    def breaks(card, found):
+        found["before"] = 1
+        raise RuntimeError("as it happens")
+
+    def lasts(card, found):
+        try:
+            time.sleep(30)
+        except Exception:  # what a part calls may catch all that is ordinary
+            time.sleep(30)
+
+    do(Part("breaks", 5, breaks), card, 1e9)
+    do(Part("lasts", 0.2, lasts), card, 1e9)
+    do(Part("late", 5, breaks), card, 0)
+    assert card.results["breaks"]["status"] == "failed: RuntimeError: as it happens"
+    assert card.results["breaks"]["before"] == 1
+    assert card.results["lasts"]["status"].startswith("stopped after")
+    assert card.results["late"]["status"] == "not begun: no time left"
+    assert report.failures(card.results) == ["breaks: failed: RuntimeError: as it happens"]
+
+
+def test_a_check_that_failed_is_told_and_no_ratio_is_printed_without_agreement():
+    parts = {"plain": {"status": "done", "pretrain": {"agrees": False, "checks": {"both sides": False}}}}
+    assert report.failures(parts) == ["plain: both sides"]
+    told = {"card": "C", "date": "D", "torch": "T", "seconds": 1.0, "parts": parts}
+    assert "- **failed** plain: both sides" in report.markdown(told)
+
+
+def test_the_limit_ends_with_the_part():
+    with pytest.raises(TooLong), limit(0.05):
+        time.sleep(5)
+    with limit(0.3):
+        pass
+    time.sleep(0.4)
