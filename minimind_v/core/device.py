@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from minimind_v.core.cpu_sharing import share_cpu
 from minimind_v.core.errors import UsageError
 
 
@@ -35,6 +36,8 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
         raise UsageError(
             f"--device {name}: not to be had here ({reason}) — auto, cpu, cuda and cuda:1 are usual"
         ) from None
+    if device.type == "cpu":
+        share_cpu()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what is asked without naming a device is meant of this one
     return device

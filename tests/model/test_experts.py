@@ -160,7 +160,7 @@ def test_where_experts_are_grouped(monkeypatch):
         (8, 0),
         (8, 6),
         (12, 0),
-    ):  # torch's own form is a loop there, which waits more often than ours
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=older: found)
         assert not grouped(OnAGpu(), 1408, 512)
 
