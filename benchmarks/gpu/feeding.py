@@ -10,24 +10,23 @@ from benchmarks.gpu.card import Card, Found
 from benchmarks.gpu.runs import Hearer, configure, make_run
 from minimind_v.core.data.loader import load_updates
 
-KINDS = {  # rows of the material, whether their features are read
-    "128² JPEG": ("pretrain", False),
-    "448×336 JPEG": ("large", False),
-    "features": ("pretrain", True),
+ROWS = {  # of the material → kinds of picture, and whether their features are read
+    "pretrain": {"128² JPEG": False, "features": True},
+    "large": {"448×336 JPEG": False},
 }
 
 
 def feeding(card: Card, found: Found) -> None:
     """Rows per second by the number of workers, for each kind of picture."""
     cores = os.cpu_count() or 1
-    numbers = (1,) if card.tiny else tuple(n for n in (1, 4, 8, 12, 15) if n <= max(1, cores - 1))
-    run = make_run(configure(card, "small", "pretrain", features="exact"), Hearer())
-    store = run.memory.store
-    for kind, (rows, remembered) in KINDS.items():
-        plan = make_run(configure(card, "small", "pretrain", data=rows), Hearer()).plan
-        plan.dataset.remembered = store if remembered else None
-        for workers in numbers:
-            found.setdefault(kind, {})[str(workers)] = _rate(plan, workers, 0.2 if card.tiny else 1.5)
+    numbers = (1,) if card.tiny else tuple(n for n in (1, 4, 8, 15) if n <= max(1, cores - 1))
+    for rows in ROWS:
+        run = make_run(configure(card, "small", "pretrain", data=rows, features="exact"), Hearer())
+        store = run.memory.store
+        for kind, remembered in ROWS[rows].items():
+            run.plan.dataset.remembered = store if remembered else None
+            for workers in numbers:
+                found.setdefault(kind, {})[str(workers)] = _rate(run.plan, workers, 0.2 if card.tiny else 1.5)
 
 
 def _rate(plan, workers: int, seconds: float) -> float:

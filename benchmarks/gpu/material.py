@@ -14,7 +14,7 @@ from benchmarks.gpu.card import Card, Found
 from benchmarks.material import make_pictures, write_clip, write_rows, write_weights
 
 SEED = 42
-ROWS = {"pretrain": 4096, "sft": 2048, "large": 512}  # `large`: for decoding only
+ROWS = {"pretrain": 4096, "sft": 1024, "large": 512}  # `large`: for decoding only
 TINY_ROWS = {"pretrain": 48, "sft": 16, "large": 16}
 SIZES = {"pretrain": (128, 128), "sft": (128, 128), "large": (448, 336)}  # the published data has 128²
 DEMO_TOKENIZER = Path(__file__).resolve().parents[2] / "minimind_v" / "core" / "demo" / "assets"

@@ -46,7 +46,7 @@ def ours(card: Card, found: Found) -> None:
 
 def _measure(card: Card, found: Found, preset: str, stage: str, features: str, options: dict) -> None:
     storing = features == "store"  # a single epoch, since a second one would read
-    window = Window(0.3, 0, 1) if card.tiny else Window(7.0, *((0.5, 8) if storing else (2.0, 20)))
+    window = Window(0.3, 0, 1) if card.tiny else Window(12.0, 0.5, 8) if storing else Window(6.0, 2.0, 20)
     kernels, profiled = Kernels(card), 2 if card.tiny else 20
     ends = [0]  # the step at which profiling ends, once it has begun
 
