@@ -30,8 +30,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 section h2 { margin: 0 0 .4rem; font-size: 1.1rem }
 td, th { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line) }
-td:first-child, th:first-child { text-align: left; white-space: nowrap }
-th { font-weight: 600; color: var(--dim); white-space: nowrap } td code { overflow-wrap: normal }
+td:first-child, th:first-child { text-align: left } th { font-weight: 600; color: var(--dim) }
+td + td { white-space: nowrap } td code { overflow-wrap: normal }
 .wide { overflow-x: auto } .figures { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1rem 0 }
 .figure { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: .7rem 1rem;
   flex: 1 1 9rem; color: var(--dim); font-size: .9rem; line-height: 1.35 }

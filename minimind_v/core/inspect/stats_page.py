@@ -12,7 +12,8 @@ from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.tokens import visible
 
 STYLE = """
-.chart rect { fill: #35a35c } .chart rect.over { fill: #d9685d }
+.chart rect { fill: var(--whole) } .chart rect.over { fill: var(--over) }
+:root { --whole: #35a35c; --over: #d9685d }
 .share { display: flex; height: 1.1rem; border-radius: .4rem; overflow: hidden; max-width: 44rem;
   background: var(--chip) }
 .share i { display: block }
@@ -75,4 +76,5 @@ def _plot(histogram: dict[str, list[int]], max_length: int) -> str:
         bars.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{HEIGHT}"/>')
     every = -(-len(counts) // LABELS)
     labels = [(number / len(counts), f"{edges[number]:,}") for number in range(0, len(edges), every)]
-    return chart("".join(bars), ticks, labels)
+    key = {"var(--whole)": "read whole", "var(--over)": f"longer than the {max_length:,} tokens that training takes"}
+    return chart("".join(bars), ticks, labels) + (legend(key.items()) if edges[-1] > max_length else "")

@@ -20,7 +20,7 @@ from minimind_v.core.train.metrics import read_lines, read_metrics
 STYLE = """
 .cols { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0 1.5rem }
 h3 { font-size: .95rem; margin: 1rem 0 .2rem } li { margin: .3rem 0 }
-td { vertical-align: top } table.words td { text-align: left }
+td { vertical-align: top } table.words td { text-align: left; white-space: normal }
 """
 
 
