@@ -3,15 +3,22 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.ready-dev
 
 .PHONY: setup demo test lint format bench gpu soak interop demo-assets clean
 
 setup: $(READY)
 
+# What running takes: this is all that the demo installs.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $(READY)
+	$(BIN)/pip install --constraint constraints.txt --editable .
+	touch $@
+
+# What working on it takes besides: tests, linters, and what they look into.
+$(DEV): $(READY)
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
 
 demo: $(READY)
 	$(BIN)/mmv demo
@@ -19,16 +26,16 @@ demo: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
+bench: $(DEV)
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.generate --docs
@@ -40,15 +47,15 @@ gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu --out out/gpu --budget 440
 
 # Hundreds of kills, each followed by a resume: hours.
-soak: $(READY)
+soak: $(DEV)
 	$(BIN)/python -m tests.faults.soak
 
 # Compiles llama.cpp the first time, which takes about half an hour on two cores; needs a C++ compiler.
 interop: $(VENV)/.interop
 	$(BIN)/python -m pytest --timeout=1800 tests/interop
 
-$(VENV)/.interop: $(READY)
-	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,interop]'
+$(VENV)/.interop: $(DEV)
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/pip install --constraint constraints.txt --editable '.[dev,interop]'
 	touch $@
 
 # About an hour on two cores: makes again what the package ships for the demo.

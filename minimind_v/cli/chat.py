@@ -51,7 +51,7 @@ def chat(
     from minimind_v.core.generate.session import Session
 
     sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
-    loaded = load_model(model, vision_model, tokenizer, device)
+    loaded = load_model(model, vision_model, tokenizer, device, terminal.say)
     session = Session(loaded.model, loaded.tokenizer, sampling)
     if prompt is not None:
         _once(terminal, session, prompt, image or [], max_new_tokens, json)

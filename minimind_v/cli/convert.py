@@ -59,9 +59,9 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write a model for other programs, and prove it the same: nothing that differs is left standing."""
-    from minimind_v.core.hub.sources import OUT_DIR, find_weights
+    from minimind_v.core.hub.sources import find_model
 
-    source = model or find_weights(OUT_DIR)
+    source = model or find_model(Terminal().say)
     precision = dtype.value if dtype else None
     _refuse_wrong_type(to, precision, quantize)
     if to.value in FILES:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 
 
 def demo(
@@ -20,6 +21,7 @@ def demo(
     """Watch a model learn to see: the whole pipeline on an embedded world, in minutes on two CPU cores."""
     from minimind_v.cli.live import TrainView
     from minimind_v.core.demo.run import FULL, SHORT, Demo
+    from minimind_v.core.files import size_of
 
     terminal = Terminal()
 
@@ -31,14 +33,17 @@ def demo(
     if json:
         terminal.json(summary)
         return
-    model, weights = out / "model", out / "out" / "sft_vlm_128.pth"
+    example = summary["example"]
+    chat = ["chat", "--model", example["model"], "--image", example["image"], example["question"]]
     terminal.table({
         "scenes never seen": f"{summary['accuracy_heldout_scenes']:.1%} of the answers are right",
         "shape-colour pairs never seen": f"{summary['accuracy_heldout_pairs']:.1%}",
         "blank picture": f"{summary['accuracy_blank']:.1%}",
         "before training": f"{summary['accuracy_before']:.1%}",
         "training and evaluation": f"{summary['seconds_training_and_evaluation']:.0f} s",
-        "look at": str(out / "report.html"),
-        "talk to it": f"mmv chat --model {weights} --vision-model {model / 'vision_model'} --tokenizer {model} "
-        f"--image PICTURE 'What colour is the star?'",
+        "report": str(out / "report.html"),
+        "pictures": f"{Path(example['image']).parent}: a dozen to ask about",
+        "ask the model": command_line(*chat),
+        "free the disk": f"{shlex.join(['rm', '-r', str(out)])} ({size_of(out) / 1e6:,.0f} MB)",
     })  # fmt: skip
+    terminal.say(f"\n{summary['knows']}")

@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from minimind_v.cli import options
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.config.load import build_config
-from minimind_v.core.hub.sources import OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.errors import MissingInput
+from minimind_v.core.files import size_of
+from minimind_v.core.hub.sources import DEMO_DIR, OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR, find_weights
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow", "pillow", "numpy")
 
@@ -43,5 +45,16 @@ def doctor(json: options.Json = False) -> None:
     }
     for name, (path, command) in wanted.items():
         report[name] = f"found, {path}" if path.exists() else f"missing, {path} — `{command}`"
+    report |= _demo()
     terminal = Terminal()
     terminal.json(report) if json else terminal.table(report)
+
+
+def _demo() -> dict[str, str]:
+    """The demo's model, where `mmv demo` has left one."""
+    try:
+        weights = find_weights(DEMO_DIR / OUT_DIR)
+    except MissingInput:
+        return {}
+    use = command_line("chat", "--model", weights)
+    return {"demo": f"found, {weights} — `{use}`; {size_of(DEMO_DIR) / 1e6:,.0f} MB, `rm -r {DEMO_DIR}` frees them"}

@@ -56,7 +56,7 @@ def evaluate(
             f"scoring rows of {data}, which the model may have been trained on: name held-out ones with --data"
         )
     rows = open_rows(data, images or images_beside(data))
-    loaded = load_model(model, vision_model, tokenizer, device)
+    loaded = load_model(model, vision_model, tokenizer, device, terminal.say)
     spec, words = loaded.model.spec, loaded.tokenizer
     terminal.say(str(loaded.receipt))
     memory, encoder = None, loaded.model.vision_encoder

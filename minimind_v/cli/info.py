@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import DataError, MissingInput, RowError
+
+if TYPE_CHECKING:
+    from minimind_v.core.checkpoint.weights import Checkpoint
 
 
 def info(
@@ -57,8 +60,18 @@ def _weights(file: Path) -> dict[str, Any]:
         "vision_width": checkpoint.vision_width,
         "dtype": "/".join(types),
         "ignored_tensors": len(checkpoint.ignored),
+        **_trained_with(checkpoint),
         "sizes_from": "the shapes of its tensors" if checkpoint.guessed else "its own description",
         **asdict(checkpoint.config),
+    }
+
+
+def _trained_with(checkpoint: Checkpoint) -> dict[str, str]:
+    """Where the vision model and the tokenizer of its run are, as far as the weights or their run tell."""
+    known = {name: companion for name, companion in vars(checkpoint.companions).items() if companion}
+    return {
+        name: str(next((place for place in companion.places if place.exists()), f"{companion.places[-1]}, not there"))
+        for name, companion in known.items()
     }
 
 

@@ -14,7 +14,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="FILE|DIR",
-        help="Weights, .pth or .safetensors, or a folder for transformers. [default: the latest in ./out]",
+        help="Weights (.pth, .safetensors) or an exported folder. [default: the latest in ./out, else the demo's]",
     ),
 ]
 VisionModel = Annotated[Path, typer.Option("--vision-model", metavar="DIR", help="Folder of the CLIP vision model.")]
@@ -25,7 +25,7 @@ VisionOfModel = Annotated[
     typer.Option(
         "--vision-model",
         metavar="DIR",
-        help=f"Folder of the CLIP vision model. [default: that in the --model folder, else {VISION_DIR}]",
+        help=f"Folder of the CLIP vision model. [default: that of --model's folder or run, else {VISION_DIR}]",
     ),
 ]
 TokenizerOfModel = Annotated[
@@ -33,7 +33,7 @@ TokenizerOfModel = Annotated[
     typer.Option(
         "--tokenizer",
         metavar="DIR",
-        help=f"Folder of tokenizer.json. [default: that in the --model folder, else {TOKENIZER_DIR}]",
+        help=f"Folder of tokenizer.json. [default: that of --model's folder or run, else {TOKENIZER_DIR}]",
     ),
 ]
 Images = Annotated[

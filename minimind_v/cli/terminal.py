@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -164,6 +167,16 @@ class BytesProgress:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(escape(name), total=size)
         self._bars.update(self._tasks[name], completed=here, total=size)
+
+
+def command_line(*words: object) -> str:
+    """A line that can be pasted into the shell that started this program, where `mmv` need not be on the path."""
+    me, known = Path(sys.argv[0]), shutil.which("mmv")
+    if me.name == "__main__.py":
+        program = [sys.executable, "-m", "minimind_v"]
+    else:
+        program = ["mmv" if known and me.exists() and me.samefile(known) else str(me)]
+    return shlex.join([*program, *map(str, words)])
 
 
 def run_app(app: Any) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.live import TrainView
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
 
 if TYPE_CHECKING:
@@ -216,6 +216,11 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
     terminal.say(
         f"{how} after {summary.steps} updates{skipped}{bad}; weights in {summary.weights}, curve in {summary.metrics}"
     )
+    report = summary.metrics.with_name("report.html")
+    if report.is_file():
+        terminal.say(f"report: {report}")
+    if summary.weights.is_file():
+        terminal.say(f"ask it: {command_line('chat', '--model', summary.weights)}")
     if summary.stopped_by:
         words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
         terminal.say(f"go on with: {shlex.join(['mmv', *words, '--resume'])}")

@@ -168,5 +168,21 @@ def test_without_options_the_standard_folders_are_used(tmp_path, monkeypatch, si
     assert ended.out == ask(QUESTION, "--greedy").out
 
 
+def test_with_nothing_else_the_model_of_the_demo_is_used_and_named(tmp_path, monkeypatch, sighted, ask):
+    monkeypatch.chdir(tmp_path)
+    demo = tmp_path / "demo"
+    shutil.copytree(EYE, demo / "model/vision_model/clip-vit-base-patch16")
+    shutil.copy(ASSETS / "tokenizer.json", demo / "model")
+    (demo / "out").mkdir()
+    shutil.copy(sighted, demo / "out")
+    ended = here("chat", QUESTION, "--greedy", "--max-new-tokens", 20)
+    assert (ended.code, ended.out) == (0, ask(QUESTION, "--greedy").out)
+    assert ended.err == "no trained weights in out: using the demo's model, demo/out/sft_vlm_128.pth\n"
+    assert here("convert", "--to", "safetensors", "--out", "w.safetensors").code == 0
+    shutil.copytree(demo / "out", "out")
+    shutil.copytree(demo / "model", "model")
+    assert here("chat", QUESTION, "--greedy", "--max-new-tokens", 20).err == ""
+
+
 def test_a_text_only_base_is_refused(ask):
     assert "text-only base without a projector" in ask(QUESTION, "--model", BASE, code=1).error

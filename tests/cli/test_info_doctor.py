@@ -152,3 +152,15 @@ def test_doctor_finds_what_is_there(tmp_path, monkeypatch, place):
     assert found == {"vision model", "tokenizer", "pretrain data", "sft data"}
     assert json.loads(here("doctor", "--json").out) == report
     assert "vision model " in here("doctor").out
+
+
+def test_doctor_knows_the_demo(tmp_path, monkeypatch, sighted):
+    monkeypatch.chdir(tmp_path)
+    assert "demo" not in here("doctor", "--json").json
+    out = tmp_path / "demo" / "out"
+    out.mkdir(parents=True)
+    (out / "sft_vlm_128.pth").write_bytes(sighted.read_bytes())
+    told = here("doctor", "--json").json["demo"]
+    assert told.startswith("found, demo/out/sft_vlm_128.pth")
+    assert "mmv chat --model demo/out/sft_vlm_128.pth" in told
+    assert f"{sighted.stat().st_size / 1e6:,.0f} MB, `rm -r demo`" in told

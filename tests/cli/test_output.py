@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind_v.cli.terminal import command_line
 from tests.cli.harness import MMV, place
 
 
@@ -33,3 +34,19 @@ def test_a_result_of_which_the_first_line_is_taken():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=os.environ)
     assert (done.stdout, done.stderr) == ("kind                dataset\n", "")
     assert done.returncode in (0, 1)
+
+
+def test_a_line_to_paste_names_this_program_as_the_shell_can_find_it(tmp_path, monkeypatch):
+    """As `make demo` starts it, `mmv` is not on the path."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    program = tmp_path / ".venv" / "bin" / "mmv"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sys.argv", [".venv/bin/mmv", "demo"])
+    assert command_line("chat", "--image", Path("a b.jpg")) == ".venv/bin/mmv chat --image 'a b.jpg'"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert command_line("chat") == "mmv chat"
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "__main__.py"), "demo"])
+    assert command_line("chat").endswith(" -m minimind_v chat")

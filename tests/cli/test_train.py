@@ -1,6 +1,8 @@
 """`mmv train`, both stages, as a user runs them."""
 
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,20 @@ def test_a_run_talks_on_stderr_only(trained):
     assert trained.pretrain.out == trained.sft.out == ""
     assert "step 1/10  loss " in trained.pretrain.err
     assert f"done after 10 updates; weights in {trained.out / 'pretrain_vlm_128.pth'}" in trained.pretrain.err
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_run_ends_with_its_report_and_a_chat_that_works(trained, stage):
+    ended = getattr(trained, stage)
+    *_, report, chat = ended.err.splitlines()
+    assert report == f"report: {trained.out / f'{stage}_vlm_128' / 'report.html'}"
+    assert Path(report.removeprefix("report: ")).is_file()
+    assert str(trained.out / f"{stage}_vlm_128.pth") in chat
+    done = subprocess.run(
+        ["bash", "-c", f"echo 'Is there a red circle?' | {chat.removeprefix('ask it: ')} --max-new-tokens 5"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_metrics_hold_the_promised_keys_of_every_logged_update(trained):

@@ -1,12 +1,17 @@
 """The demo end to end, by the installed command. Shorter than `make demo`, and held to a bar of its own."""
 
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from tests.cli.harness import here
 
 MMV = Path(sys.executable).with_name("mmv")
 
@@ -39,6 +44,8 @@ def test_summary_is_written_and_complete(demo):
 def test_report_is_one_file_with_curves_and_pictures(demo):
     page = (demo[0] / "report.html").read_text()
     assert page.count("<svg") == 2
+    assert all(f"<dt>{word}</dt>" in page for word in ("truth", "after", "before", "blank"))  # the legend
+    assert "cannot see" in page
     assert page.count("data:image/jpeg;base64,") == 24
     assert 'src="http' not in page
     assert 'href="http' not in page
@@ -58,6 +65,59 @@ def test_printed_commands_are_real(demo):
     scores = json.loads(done.stdout)
     assert scores["accuracy"] == pytest.approx(summary["accuracy_heldout_scenes"])
     assert scores["accuracy_blind"] == pytest.approx(summary["accuracy_blank"])
+
+
+@pytest.fixture(scope="module")
+def shown(demo):
+    """What the demo says at its end where nobody asks for JSON, over a summary that is there already."""
+    out, summary, _ = demo
+    with mock.patch("minimind_v.core.demo.run.Demo.run", return_value=summary):
+        ended = here("demo", "--out", out)
+    assert ended.code == 0
+    return dict(re.split(r"  +", line, maxsplit=1) for line in ended.out.splitlines()), ended.err
+
+
+def test_the_last_lines_can_be_pasted(demo, shown):
+    line = shown[0]["ask the model"]
+    path = {"PATH": f"{MMV.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", f"{line} --greedy"], capture_output=True, text=True, timeout=120, env=os.environ | path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == demo[1]["example"]["answer"]
+    assert {"--vision-model", "--tokenizer", "PICTURE"}.isdisjoint(shlex.split(line))
+
+
+def test_the_last_lines_say_what_it_sees_and_how_to_free_the_disk(demo, shown):
+    lines, talk = shown
+    size = sum(path.stat().st_size for path in demo[0].rglob("*") if path.is_file())
+    assert lines["free the disk"] == f"rm -r {demo[0]} ({size / 1e6:,.0f} MB)"
+    assert size < 60e6
+    assert "dark ground" in talk
+
+
+def test_the_chat_stage_shows_a_question_and_its_answer(demo):
+    example, lines = demo[1]["example"], [line.strip() for line in demo[2].splitlines()]
+    begin = next(n for n, line in enumerate(lines) if line.startswith("$ mmv chat"))
+    assert lines[begin + 1] == example["question"]
+    assert lines[begin + 2].startswith(f"{example['answer']} (")
+    assert shlex.split(lines[begin])[-2:] == [example["image"], example["question"]]
+
+
+def test_a_dozen_pictures_lie_as_files(demo):
+    pictures = sorted((demo[0] / "pictures").glob("*.jpg"))
+    assert len(pictures) == 12
+    assert demo[0] / "pictures" / "star.jpg" in pictures
+
+
+def test_the_folder_is_a_project_of_its_own(demo, monkeypatch):
+    """Everything is where the standard folders are: in it no command needs an option."""
+    monkeypatch.chdir(demo[0])
+    assert here("chat", "--greedy", "--image", "pictures/star.jpg", demo[1]["example"]["question"]).err == ""
+    doctor = here("doctor", "--json").json
+    assert all(
+        doctor[name].startswith("found, ") for name in ("vision model", "tokenizer", "pretrain data", "sft data")
+    )
 
 
 def test_files_stand_under_published_names(demo):

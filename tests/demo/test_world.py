@@ -6,13 +6,14 @@ import random
 import zipfile
 from importlib.resources import files
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.demo import world
-from minimind_v.core.demo.dataset import write_pretrain, write_sft, write_test
+from minimind_v.core.demo.dataset import write_pictures, write_pretrain, write_sft, write_test
 
 ASSETS = Path(str(files("minimind_v.core.demo") / "assets"))
 
@@ -84,6 +85,30 @@ def test_a_test_set_holds_no_scene_that_was_seen(tmp_path):
     counts = [test.question.answer for test in tests if test.question.kind == "count"]
     assert len(counts) > 20
     assert not {"one", "一"} & set(counts)
+
+
+def test_the_pictures_that_are_left_fit_their_questions(tmp_path):
+    """The scene is not seen from a file: what was drawn is watched."""
+    drawn, draw = [], world.draw
+    seen = {(world.Thing(*one),) for one in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.PLACES)}
+    with mock.patch.object(world, "draw", lambda scene, rng: drawn.append(scene) or draw(scene, rng)):
+        written = write_pictures(tmp_path, random.Random(9), seen)
+    assert len(written) == len(drawn) == 12
+    assert {path.stem for path, _ in written} >= {"star", "red_star", "white_circle", "two_objects"}
+    for (path, question), scene in zip(written, drawn, strict=True):
+        assert load_pixels(path.read_bytes(), path.name, 64).shape == (3, 64, 64)
+        assert scene not in seen
+        if question.kind == "count":
+            assert question.answer == world.NUMBERS[len(scene)][0]
+            continue
+        (thing,) = (thing for thing in scene if f"the {thing.shape}?" in question.text)
+        assert question.answer == thing.colour
+        assert path.stem == (f"{thing.colour}_{thing.shape}" if thing.held_out else thing.shape)
+
+
+def test_what_it_knows_names_all_that_there_is():
+    told = world.knows()
+    assert all(word in told for word in (*world.SHAPES, *world.COLOURS, "three", "dark", "cannot", "photographs"))
 
 
 def test_a_seed_decides_every_byte(tmp_path):

@@ -12,7 +12,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError
-from minimind_v.core.generate.load import find_weights, load_model
+from minimind_v.core.generate.load import load_model
+from minimind_v.core.hub.sources import find_weights
 from tests.cli.harness import ASSETS, BASE, EYE, sighted
 
 

@@ -36,7 +36,7 @@ def seeing(tmp_path_factory):
         picture.write_bytes(store.picture(number, 0, row.images[0]))
         asked, answered = (said["content"] for said in row.conversations[:2])
         rows.append((asked.removeprefix("<image>\n"), answered, picture))
-    sight = ("--vision-model", out / "model/vision_model", "--tokenizer", out / "model")
+    sight = ("--vision-model", out / "model/vision_model/clip-vit-base-patch16", "--tokenizer", out / "model")
     return Seeing(out / "out/sft_vlm_128.pth", sight, rows)
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from minimind_v.core.checkpoint.companions import RECORD, UNKNOWN, Companions, as_record, of_the_run, read_record
 from minimind_v.core.checkpoint.folders import META, VISION, read_folder
 from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
 from minimind_v.core.config.presets import PRESETS
@@ -47,6 +48,7 @@ class Checkpoint:
     stage: str  # lm, pretrain, sft or unknown
     ignored: list[str]  # names that were left out: old buffers, the vision encoder
     guessed: bool  # true where the sizes were inferred from the tensors alone
+    companions: Companions = UNKNOWN
 
     @property
     def vision_width(self) -> int | None:
@@ -102,7 +104,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         check_numbers(path, name, tensor)
     config, guessed = _config_of(path, meta, infer_config(path, tensors)), not meta
     stage = str(meta.get("stage") or _stage_of(path, tensors))
-    return Checkpoint(path, tensors, config, stage, ignored, guessed)
+    companions = read_record(meta[RECORD], path.parent) if RECORD in meta else of_the_run(path)
+    return Checkpoint(path, tensors, config, stage, ignored, guessed, companions)
 
 
 def _read_beside(path: Path) -> dict[str, Any]:
@@ -283,14 +286,20 @@ def export_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def describe(config: TextConfig, stage: str) -> str:
+def describe(config: TextConfig, stage: str, record: Mapping[str, Any] | None = None) -> str:
     """The JSON text that goes with weights, and tells what their shapes cannot."""
-    return json.dumps({"stage": stage, "model": asdict(config)}, indent=1)
+    return json.dumps({"stage": stage, "model": asdict(config)} | ({RECORD: record} if record else {}), indent=1)
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], config: TextConfig, stage: str) -> None:
+def write_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: TextConfig,
+    stage: str,
+    companions: Companions = UNKNOWN,
+) -> None:
     """Write a `.pth` (with a JSON beside it) or a `.safetensors` (which carries it inside), atomically."""
-    meta = describe(config, stage)
+    meta = describe(config, stage, as_record(companions, path.parent))
     sweep(path)
     if path.suffix == ".safetensors":
         # The format knows neither shared storage nor strides.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_v.core.demo import world
-from minimind_v.core.demo.world import Question, Scene
+from minimind_v.core.demo.world import Question, Scene, Thing
 
 QUESTIONS = 8  # under one picture: the picture's tokens are the cost, the answers are the signal
 
@@ -76,6 +76,40 @@ def write_test(
     with zipfile.ZipFile(written.images) as archive:
         tests = [Test(archive.read(_member(name, n)), test.question) for n, test in enumerate(tests)]
     return written, tests
+
+
+def write_pictures(folder: Path, rng: random.Random, seen: set[Scene]) -> list[tuple[Path, Question]]:
+    """A dozen pictures as files, of scenes that are not in `seen`, each with a question in English that fits it.
+
+    Of each shape there are two, to be asked for its colour: `star.jpg`, and `red_star.jpg` with the pair that no
+    training knew. Of two and of three objects there is one each, to be counted.
+    """
+
+    def scene(suits: Callable[[Scene], object], held_out: bool) -> Scene:
+        while (scene := world.make_scene(rng, held_out)) in seen or not suits(scene):
+            pass
+        return scene
+
+    chosen: list[tuple[str, Scene, Question]] = []
+    for shape, colour in sorted(world.HELD_OUT):
+        for held_out in (False, True):
+            shown = scene(lambda scene: len(_of_shape(scene, shape, held_out)) == 1, held_out)  # noqa: B023
+            (thing,) = _of_shape(shown, shape, held_out)
+            name = f"{colour}_{shape}" if held_out else shape
+            chosen.append((name, shown, world.ask("colour", shown, thing, "en")))
+    for count in (2, 3):
+        shown = scene(lambda scene: len(scene) == count, False)  # noqa: B023
+        chosen.append((f"{world.NUMBERS[count][0]}_objects", shown, world.ask("count", shown, None, "en")))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shown, _ in chosen:
+        (folder / f"{name}.jpg").write_bytes(world.jpeg(world.draw(shown, rng)))
+    return [(folder / f"{name}.jpg", question) for name, _, question in chosen]
+
+
+def _of_shape(scene: Scene, shape: str, held_out: bool) -> list[Thing]:
+    """The things of a shape; none where it is there in a pair of the other sort, so that `the star` is one star."""
+    things = [thing for thing in scene if thing.shape == shape]
+    return things if all(thing.held_out == held_out for thing in things) else []
 
 
 def _pick(questions: list[Question], rng: random.Random) -> Question:

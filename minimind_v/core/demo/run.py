@@ -25,7 +25,8 @@ from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.demo.dataset import DemoSet, Test, write_pretrain, write_sft, write_test
+from minimind_v.core.demo import world
+from minimind_v.core.demo.dataset import DemoSet, Test, write_pictures, write_pretrain, write_sft, write_test
 from minimind_v.core.demo.report import Sample, write_report
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
@@ -33,7 +34,9 @@ from minimind_v.core.export.files import convert
 from minimind_v.core.files import write_text
 from minimind_v.core.generate.load import Loaded, load_model
 from minimind_v.core.generate.many import Question, generate_many
-from minimind_v.core.hub.sources import SOURCES
+from minimind_v.core.generate.sampling import GREEDY
+from minimind_v.core.generate.session import Session
+from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.loop import train
@@ -55,8 +58,12 @@ FULL = Size()
 SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests: still sees, not as well
 
 
+PICTURES = "pictures"  # the folder of those that are left as files
+EXAMPLE = "star"  # the one of these that is asked about
+
+
 class Demo:
-    """One run of the demo in a folder of its own."""
+    """One run of the demo in a folder of its own, in which everything lies where the standard folders are."""
 
     def __init__(
         self, out: Path, seed: int, listener: Listener, tell: Callable[[str, str], None], size: Size = FULL
@@ -64,30 +71,32 @@ class Demo:
         """`tell` is given the title of each stage and the real command that it stands for."""
         self.out, self.seed, self.listener, self.tell, self.size = out, seed, listener, tell, size
         self.seconds: dict[str, float] = {}
-        self.weights = {stage: out / "out" / f"{stage}.pth" for stage in ("lm_128", "pretrain_vlm_128", "sft_vlm_128")}
-        self.vision, self.tokenizer = out / "model" / "vision_model", out / "model"
+        self.runs, self.dataset = out / OUT_DIR, out / DATASET_DIR
+        self.weights = {stage: self.runs / f"{stage}.pth" for stage in ("lm_128", "pretrain_vlm_128", "sft_vlm_128")}
+        self.vision, self.tokenizer = out / VISION_DIR, out / TOKENIZER_DIR
 
     def run(self) -> dict[str, Any]:
         """Everything in order; returns what `summary.json` holds. Raises UsageError for a folder of something else."""
         self._claim_folder()
         started = time.perf_counter()
         sft = self.weights["sft_vlm_128"]
-        trained = ["--model", sft, "--vision-model", self.vision, "--tokenizer", self.tokenizer]
-        test = ["--data", self.out / "dataset" / "heldout_scenes_data.jsonl"]
+        test = ["--data", self.dataset / "heldout_scenes_data.jsonl"]
         self._stage("assets", "getting the assets: a world is drawn", SOURCES["dataset"].command(), self._assets)
         before = self._stage("before", "before training: guessing", "", lambda: self._score(self._untrained()))
         for stage, title in (("pretrain", "learning to see: captions"), ("sft", "learning to answer: questions")):
             self._stage(stage, title, _command("train", stage, *self._flags(stage)), partial(self._train, stage))
-        loaded = load_model(sft, self.vision, self.tokenizer, "cpu")
+        loaded = load_model(sft, device="cpu")
         after = self._stage(
-            "eval", "scenes and pairs never seen, and blank pictures", _command("eval", *trained, *test, "--blind"),
-            lambda: self._score(loaded),
+            "eval", "scenes and pairs never seen, and blank pictures",
+            _command("eval", "--model", sft, *test, "--blind"), lambda: self._score(loaded),
         )  # fmt: skip
-        chat = _command("chat", *trained, "--greedy", "--image", "PICTURE", "QUESTION")
-        samples = self._stage("chat", "asking about pictures never seen", chat, lambda: self._samples(loaded))
+        picture, question = self.pictures[EXAMPLE]
+        chat = _command("chat", "--model", sft, "--greedy", "--image", picture, question.text)
+        answer = self._stage("chat", "asking about a picture never seen", chat, lambda: self._chat(loaded))
+        samples = self._samples(loaded)
         export = _command("convert", "--model", sft, "--to", "safetensors")
         self._stage("convert", "the same weights as safetensors", export, self._convert)
-        summary = self._summary(before, after, time.perf_counter() - started)
+        summary = self._summary(before, after, answer, time.perf_counter() - started)
         write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         write_report(self.out / "report.html", summary, self._curves(), samples)
         return summary
@@ -112,18 +121,20 @@ class Demo:
             shutil.copytree(assets / "vision", self.vision, dirs_exist_ok=True)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(assets / name, self.tokenizer / name)
-            (self.out / "out").mkdir(parents=True, exist_ok=True)
-            base = self.out / "out" / "lm_128.safetensors"
+            self.runs.mkdir(parents=True, exist_ok=True)
+            base = self.runs / "lm_128.safetensors"
             shutil.copy(assets / base.name, base)
         convert(base, self.weights["lm_128"], "pth", overwrite=True)
-        folder, size = self.out / "dataset", self.size
+        folder, size = self.dataset, self.size
         # Every set has dice of its own, so that the size of one does not change another.
-        dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs")]
+        dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs", "files")]
         _, scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
         _, more = write_sft(folder, dice[1], size.sft_rows)
         seen = scenes | more
         self.scenes_set, self.scenes = write_test(folder, "heldout_scenes", dice[2], size.test_rows, seen, False)
         self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, seen, True)
+        written = write_pictures(self.out / PICTURES, dice[4], seen)
+        self.pictures = {path.stem: (path, question) for path, question in written}
 
     def _untrained(self) -> Loaded:
         """The base with a fresh projector: what pretraining starts from."""
@@ -137,7 +148,7 @@ class Demo:
         return [part for flag, value in self._options(stage).items() for part in (f"--{flag.replace('_', '-')}", value)]
 
     def _options(self, stage: str) -> dict[str, Any]:
-        data = self.out / "dataset"
+        data = self.dataset
         before = "lm_128" if stage == "pretrain" else "pretrain_vlm_128"
         return {
             "preset": "demo",
@@ -146,7 +157,8 @@ class Demo:
             "vision_model": self.vision,
             "tokenizer": self.tokenizer,
             "init": self.weights[before],
-            "out": self.out / "out",
+            "out": self.runs,
+            "features": "off",  # each picture is encoded once, and to keep them would take 300 MB
             "epochs": 1,
             "batch_size": 16,
             "lr": self.size.pretrain_lr if stage == "pretrain" else self.size.sft_lr,
@@ -173,6 +185,14 @@ class Demo:
         dataset = RowDataset(open_rows(rows.data, rows.images), prompts, spec.image_size, 1536, blank)
         return evaluate(loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id, batch_size=32)
 
+    def _chat(self, loaded: Loaded) -> str:
+        """The answer to the question about one of the pictures that are left as files."""
+        picture, question = self.pictures[EXAMPLE]
+        answer = "".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask(question.text, [picture], 32)).strip()
+        verdict = "right" if answer == question.answer else f"wrong: the right answer is {question.answer}"
+        self.listener.say(f"   {question.text}\n   {answer} ({verdict})")
+        return answer
+
     def _samples(self, loaded: Loaded, count: int = 12) -> list[Sample]:
         """Questions about held-out pictures, answered before, after, and without the picture."""
         side, tests = loaded.model.spec.image_size, self.scenes[:count] + self.pairs[:count]
@@ -185,20 +205,22 @@ class Demo:
         ]
 
     def _convert(self) -> None:
-        convert(
-            self.weights["sft_vlm_128"], self.out / "out" / "sft_vlm_128.safetensors", "safetensors", overwrite=True
-        )
+        target = self.runs / "sft_vlm_128.safetensors"
+        convert(self.weights["sft_vlm_128"], target, "safetensors", overwrite=True)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
     def _curves(self) -> dict[str, list[tuple[int, float]]]:
         curves = {}
         for stage in ("pretrain", "sft"):
-            records = read_metrics(self.out / "out" / f"{stage}_vlm_128" / "metrics.jsonl")
+            records = read_metrics(self.runs / f"{stage}_vlm_128" / "metrics.jsonl")
             curves[stage] = [(record["step"], record["loss"]) for record in records]
         return curves
 
-    def _summary(self, before: dict[str, Scores], after: dict[str, Scores], seconds: float) -> dict[str, Any]:
+    def _summary(
+        self, before: dict[str, Scores], after: dict[str, Scores], answer: str, seconds: float
+    ) -> dict[str, Any]:
+        picture, question = self.pictures[EXAMPLE]
         work = ("before", "pretrain", "sft", "eval")
         return {
             "accuracy_heldout_scenes": after["scenes"].accuracy,
@@ -209,6 +231,14 @@ class Demo:
             "by_kind_scenes": _by_kind(after["scenes"], self.scenes),
             "by_kind_pairs": _by_kind(after["pairs"], self.pairs),
             "questions": {"scenes": after["scenes"].short_answers, "pairs": after["pairs"].short_answers},
+            "example": {
+                "model": str(self.weights["sft_vlm_128"]),
+                "image": str(picture),
+                "question": question.text,
+                "answer": answer,
+                "truth": question.answer,
+            },
+            "knows": world.knows(),
             "seconds": self.seconds,
             "seconds_training_and_evaluation": round(sum(self.seconds[name] for name in work), 2),
             "seconds_total": round(seconds, 2),

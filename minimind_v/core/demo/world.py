@@ -96,6 +96,19 @@ def _free_pair(rng: random.Random) -> tuple[str, str]:
     return pair
 
 
+def knows() -> str:
+    """What a model of this world can see, and what it cannot, in two sentences."""
+    *shapes, last_shape = (f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES)
+    *colours, last_colour = COLOURS
+    *_, most = (word for word, _ in NUMBERS.values())
+    return (
+        f"This model can see one to {most} {', '.join(shapes)} and {last_shape}, in {', '.join(colours)} and "
+        f"{last_colour}, drawn on a dark ground; it answers the demo's own questions, in English and Chinese. "
+        "It cannot see anything else: no photographs, no bright grounds, no other shapes or colours, and it knows no "
+        "other words."
+    )
+
+
 # --- language ---------------------------------------------------------------------------------------------------------
 
 
@@ -133,15 +146,16 @@ def questions(scene: Scene, rng: random.Random, about: Thing | None = None) -> I
     rng.shuffle(kinds)
     for kind, one in kinds:
         language = rng.choice(LANGUAGES)
-        yield _exists(scene, one, language, rng) if kind == "exists" else _ask(kind, scene, one, language)
+        yield _exists(scene, one, language, rng) if kind == "exists" else ask(kind, scene, one, language)
 
 
-def _ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Question:
+def ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Question:
+    """A question of a kind about a thing, or about how many there are; the scene must have one answer to it."""
     if thing is None:
         how_many = {"en": "How many objects are there?", "zh": "有几个物体？"}[language]
         return Question(kind, how_many, NUMBERS[len(scene)][language == "zh"])
     size, colour, shape, place = thing.words(language)
-    ask, answer = {
+    text, answer = {
         ("colour", "en"): (f"What colour is the {shape}?", colour),
         ("colour", "zh"): (f"{shape}是什么颜色？", colour),
         ("place", "en"): (f"Where is the {shape}?", place),
@@ -151,7 +165,7 @@ def _ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Questio
         ("shape", "en"): (f"Which shape is {colour}?", shape),
         ("shape", "zh"): (f"什么形状是{colour}？", shape),
     }[kind, language]
-    return Question(kind, ask, answer)
+    return Question(kind, text, answer)
 
 
 def _exists(scene: Scene, about: Thing | None, language: str, rng: random.Random) -> Question:

@@ -36,7 +36,7 @@ def convert(source: Path, target: Path, to: str, dtype: str | None = None, overw
     tensors = checkpoint.tensors
     if dtype is not None:
         tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
-    write_checkpoint(target, tensors, checkpoint.config, checkpoint.stage)
+    write_checkpoint(target, tensors, checkpoint.config, checkpoint.stage, checkpoint.companions)
     again = read_checkpoint(target)
     if again.tensors.keys() != tensors.keys() or again.config != checkpoint.config:
         raise RunError(f"{target}: reads back with other tensors or sizes than were written")

@@ -29,13 +29,13 @@ class Source:
 def read_source(order: Order) -> Source:
     """Read what `order` names. Raises MissingInput, or WeightsError where a part is damaged or does not fit."""
     checkpoint = read_checkpoint(order.model)
-    vision_model, tokenizer = find_senses(order.model, order.vision_model, order.tokenizer)
-    if is_gguf(vision_model):
-        eye = read_eye(vision_model)
+    senses = find_senses(checkpoint, order.vision_model, order.tokenizer)
+    if is_gguf(senses.vision_model):
+        eye = read_eye(senses.vision_model)
         tower = Tower(eye.config, eye.spec, dict(eye.tower.state_dict()))
     else:
-        tower = read_tower(vision_model)
-    words = read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
-    check_senses(checkpoint, words, tokenizer, tower.spec, vision_model)
+        tower = read_tower(senses.vision_model)
+    words = read_tokenizer(senses.tokenizer) if is_gguf(senses.tokenizer) else Tokenizer.load(senses.tokenizer)
+    check_senses(checkpoint, senses, words, tower.spec, tower.tensors)
     fit(checkpoint, published_shapes(checkpoint.config, tower.spec.width), checkpoint.config)
     return Source(checkpoint, words, tower)

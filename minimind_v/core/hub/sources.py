@@ -8,6 +8,7 @@ that it began with, and a later run stays on them. `--revision` asks for another
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ TOKENIZER_DIR = Path("model")
 VISION_DIR = Path("model/vision_model/clip-vit-base-patch16")
 DATASET_DIR = Path("dataset")
 OUT_DIR = Path("out")
+DEMO_DIR = Path("demo")  # of `mmv demo`: all of these, in a folder of its own
 SAMPLE_DIR = DATASET_DIR / "sample"  # `--sample`: the same names as the whole files, in a folder of their own
 
 STANDARD_PRESET = "small"
@@ -135,6 +137,24 @@ def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRE
     if folder and source.root_of(folder) is None:
         hint += f", which fills {source.folder}"
     return hint
+
+
+def find_model(say: Callable[[str], None]) -> Path:
+    """The weights that a command takes where none are named: the latest, or the demo's where there are no others.
+
+    Raises MissingInput where there are none at all.
+    """
+    try:
+        return find_weights(OUT_DIR)
+    except MissingInput:
+        try:
+            weights = find_weights(DEMO_DIR / OUT_DIR)
+        except MissingInput:
+            pass
+        else:
+            say(f"no trained weights in {OUT_DIR}: using the demo's model, {weights}")
+            return weights
+        raise
 
 
 def find_weights(folder: Path) -> Path:

@@ -31,11 +31,11 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 section h2 { margin: 0 0 .4rem; font-size: 1.1rem }
 td, th { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line) }
 td:first-child, th:first-child { text-align: left } th { font-weight: 600; color: var(--dim) }
+td + td { white-space: nowrap } td code { overflow-wrap: normal }
 .wide { overflow-x: auto } .figures { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1rem 0 }
 .figure { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: .7rem 1rem;
   flex: 1 1 9rem; color: var(--dim); font-size: .9rem; line-height: 1.35 }
 .figure b { display: block; font-size: 1.6rem; color: var(--ink); font-weight: 650 }
-svg text { fill: var(--dim); font: 12px system-ui, sans-serif }
 """
 
 

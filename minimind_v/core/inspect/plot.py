@@ -1,26 +1,37 @@
-"""Curves as SVG for a page that is one file."""
+"""Charts for a page that is one file: shapes as SVG, stretched to the page's width; labels as text, never scaled."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from html import escape
 from itertools import pairwise
 
-WIDTH, HEIGHT, LEFT, FOOT, TOP = 800, 240, 60, 28, 14
+WIDTH, HEIGHT = 1000, 100  # of the drawing, before it is stretched
 POINTS = 400  # of a curve; of more, neighbours become their mean
-COLOURS = ("#2457d6", "#d9685d", "#35a35c", "#d98a2b")
+COLOURS = ("var(--accent)", "#d9685d", "#35a35c", "#d98a2b")
+GRID = 4  # steps of the vertical axis, at most
 
 Points = list[tuple[float, float]]
 
 STYLE = """
-.curves { width: 100%; height: auto; min-width: 30rem } .curves polyline { fill: none; stroke-width: 1.8 }
-.curves line { stroke: var(--line) } .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .2rem 0 }
-.legend i { display: inline-block; width: 1.2rem; height: .2rem; vertical-align: middle; margin-right: .4rem }
+.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .35rem .5rem; margin: .9rem 0 .3rem;
+  font-size: .8rem; line-height: 1; color: var(--dim) }
+.chart svg { width: 100%; height: 13rem; display: block; overflow: visible } .cols .chart svg { height: 7rem }
+.chart .y { display: flex; flex-direction: column; justify-content: space-between; text-align: right; margin: -.5em 0 }
+.chart .x { grid-column: 2; position: relative; height: 1em; white-space: nowrap }
+.chart .x span { position: absolute; transform: translateX(-50%) }
+.chart .x .first { transform: none } .chart .x .last { transform: translateX(-100%) }
+.chart line, .chart polyline { vector-effect: non-scaling-stroke } .chart line { stroke: var(--line) }
+.chart polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
+.chart .point { stroke-width: 7 } .chart .limit { stroke: #d9685d; stroke-dasharray: 5 4 }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .2rem 0; font-size: .9rem }
+.legend i { display: inline-block; width: 1.2rem; height: .25rem; vertical-align: middle; margin-right: .4rem }
 """
 
 
 def curves(series: dict[str, Points]) -> str:
-    """Named curves of (update, y) over one axis that begins at 0, with a legend where there are several.
+    """Named curves of (step, y) over one axis that begins at 0, with a legend where there are several.
 
     What is not finite is left out.
     """
@@ -29,25 +40,63 @@ def curves(series: dict[str, Points]) -> str:
     if not shown:
         return '<p class="dim">nothing to show</p>'
     xs, ys = zip(*(point for points in shown.values() for point in points), strict=True)
-    x_low, x_high, y_low, y_high = min(xs), max(xs), 0.0, max(ys)
-    y_low, y_high = (y_low, y_high) if y_high > y_low else (y_low - 0.5, y_high + 0.5)
+    x_low, x_high, ticks = min(xs), max(xs), axis(min(0.0, *ys), max(ys))
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def place(x: float, y: float) -> str:
         across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-        up = (y - y_low) / (y_high - y_low)
-        return LEFT + across * (WIDTH - LEFT - 10), HEIGHT - FOOT - up * (HEIGHT - FOOT - TOP)
+        return f"{across * WIDTH:.1f},{HEIGHT * (ticks[-1] - y) / (ticks[-1] - ticks[0]):.2f}"
 
-    drawn = [_axes(x_low, x_high, y_low, y_high)]
+    lines = []
     for colour, points in zip(COLOURS * len(shown), shown.values(), strict=False):
-        line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
-        drawn.append(f'<polyline points="{line}" stroke="{colour}"/>')
-        if len(points) < 2:
-            x, y = place(*points[0])
-            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-    names = zip(COLOURS * len(shown), shown, strict=False)
-    legend = "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for colour, name in names)
-    below = f'<div class="legend dim">{legend}</div>' if len(shown) > 1 else ""
-    return f'<div class="wide"><svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(drawn)}</svg></div>{below}'
+        kind = ' class="point"' if len(points) == 1 else ""  # a line from there to there, with round ends
+        places = " ".join(place(*point) for point in points * (2 if len(points) == 1 else 1))
+        lines.append(f'<polyline{kind} points="{places}" style="stroke:{colour}"/>')
+    labels = (
+        [(0.0, f"update {x_low:,.0f}"), (1.0, f"{x_high:,.0f}")] if x_high > x_low else [(0.5, f"update {x_low:,.0f}")]
+    )
+    below = legend(zip(COLOURS * len(shown), shown, strict=False)) if len(shown) > 1 else ""
+    return chart("".join(lines), ticks, labels) + below
+
+
+def chart(shapes: str, ticks: list[float], labels: Iterable[tuple[float, str]]) -> str:
+    """Shapes in a drawing of WIDTH × HEIGHT, a vertical axis, and labels below, each at its share of the width."""
+    steps = len(ticks) - 1
+    heights = (f"{HEIGHT * number / steps:.2f}" for number in range(len(ticks)))
+    grid = "".join(f'<line x1="0" x2="{WIDTH}" y1="{y}" y2="{y}"/>' for y in heights)
+    names = "".join(f"<span>{number(tick)}</span>" for tick in reversed(ticks))
+    ends = {0.0: ' class="first"', 1.0: ' class="last"'}
+    below = "".join(
+        f'<span{ends.get(share, "")} style="left:{share:.2%}">{escape(text)}</span>' for share, text in labels
+    )
+    return (
+        f'<div class="chart"><div class="y">{names}</div><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'preserveAspectRatio="none">{grid}{shapes}</svg><div class="x">{below}</div></div>'
+    )
+
+
+def legend(colours: Iterable[tuple[str, str]]) -> str:
+    """Which colour is what."""
+    names = (f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for colour, name in colours)
+    return f'<div class="legend dim">{"".join(names)}</div>'
+
+
+def axis(low: float, high: float) -> list[float]:
+    """At most GRID + 1 round numbers, equally far apart, around what lies between two others."""
+    high = high if high > low else low + 1
+    rough = (high - low) / GRID
+    power = 10 ** math.floor(math.log10(rough))
+    while True:
+        for step in (1, 2, 2.5, 5):
+            first, last = math.floor(low / (step * power) + 1e-9), math.ceil(high / (step * power) - 1e-9)
+            if last - first <= GRID:
+                return [n * step * power for n in range(first, last + 1)]
+        power *= 10
+
+
+def number(value: float) -> str:
+    """A number of an axis, as short as it can be."""
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text.replace("e-0", "e-").replace("-", "−")
 
 
 def thin(points: Points) -> Points:
@@ -57,15 +106,3 @@ def thin(points: Points) -> Points:
     edges = [number * len(points) // POINTS for number in range(POINTS + 1)]
     parts = [points[a:b] for a, b in pairwise(edges)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
-
-
-def _axes(x_low: float, x_high: float, y_low: float, y_high: float) -> str:
-    drawn = []
-    for number in range(5):
-        y = HEIGHT - FOOT - number / 4 * (HEIGHT - FOOT - TOP)
-        value = y_low + number / 4 * (y_high - y_low)
-        drawn.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    drawn.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">update {x_low:,.0f}</text>')
-    drawn.append(f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">{x_high:,.0f}</text>')
-    return "".join(drawn)

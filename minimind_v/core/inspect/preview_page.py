@@ -62,7 +62,7 @@ details { margin: .6rem 0 } summary { cursor: pointer; color: var(--accent) } de
 .lesson { columns: 2 21rem; column-gap: 2.2rem } .lesson div { break-inside: avoid; margin-bottom: 1.1rem }
 .lesson h3 { margin: 0 0 .15rem; font-size: 1rem } .lesson p { margin: 0; font-size: .95rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--chip); padding: .7rem; border-radius: .5rem;
-  font-size: .85rem } .shift td, .shift th { text-align: left; padding-right: 1.4rem }
+  font-size: .85rem } .shift td, .shift th { text-align: left; padding-right: 1.4rem; white-space: normal }
 """
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minimind_v.core.checkpoint.companions import UNKNOWN, Companion, Companions, tokenizer_digest, vision_digest
 from minimind_v.core.checkpoint.weights import load_into, name_preset, read_checkpoint
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
@@ -44,6 +45,7 @@ class Loaded:
     model: VLM
     weights: bool  # and not random numbers
     new_projector: bool
+    companions: Companions = UNKNOWN  # what its weights will be trained with
 
 
 def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world: World, listener: Listener) -> Data:
@@ -89,7 +91,7 @@ def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
     model = VLM(config.model, data.encoder.spec, data.tokenizer.placeholder_id, data.encoder)
     if config.init is None or config.init == NO_INIT:
         listener.warn("starting from random weights: the language model knows nothing yet")
-        return Loaded(model, weights=False, new_projector=True)
+        return Loaded(model, weights=False, new_projector=True, companions=_companions(config, data))
     try:
         checkpoint = read_checkpoint(config.init)
     except MissingInput as error:
@@ -98,4 +100,12 @@ def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
         raise MissingInput(f"{error} to start from — {before}, or name a file with --init") from None
     receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")
     listener.say(str(receipt))
-    return Loaded(model, weights=True, new_projector=bool(receipt.new))
+    return Loaded(model, weights=True, new_projector=bool(receipt.new), companions=_companions(config, data))
+
+
+def _companions(config: RunConfig, data: Data) -> Companions:
+    vision = vision_digest(data.encoder.spec, data.encoder.tower.state_dict())
+    return Companions(
+        vision_model=Companion((config.vision_model,), vision),
+        tokenizer=Companion((config.data.tokenizer,), tokenizer_digest(data.tokenizer)),
+    )

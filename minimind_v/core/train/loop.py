@@ -127,6 +127,7 @@ class Run:
         self.validator = Validator(data.held_out, config.dtype, world.gather) if data.held_out else None
         loaded = build_model(config, data, self.listener)
         self.start = Start(config, loaded.weights, loaded.new_projector)
+        self.companions = loaded.companions
         self.model = loaded.model.to(self.device)
         self.memory = self._open_memory()
         self.trained = freeze(self.model, config.freeze)
@@ -251,7 +252,8 @@ class Run:
         self.listener.validated(found)
         if found.best and self.world.leads:
             tensors, config = export_tensors(self.model), self.config
-            self._or_warn(step, partial(write_checkpoint, self.place.best_weights, tensors, config.model, config.stage))
+            what = (tensors, config.model, config.stage, self.companions)
+            self._or_warn(step, partial(write_checkpoint, self.place.best_weights, *what))
 
     def _report(self) -> None:
         if not self.world.leads:
@@ -381,7 +383,8 @@ class Run:
             tensors = pack(self._named_trained(), self.optimiser)
             self.place.states.write(self.done, tensors, progress, self.claim.origin)
         finally:  # there may be room for the weights alone
-            write_checkpoint(self.place.weights, export_tensors(self.model), self.config.model, self.config.stage)
+            tensors, config = export_tensors(self.model), self.config
+            write_checkpoint(self.place.weights, tensors, config.model, config.stage, self.companions)
         self.owed = False
         self.listener.saved(self.done)
 

@@ -18,9 +18,9 @@ from minimind_v.core.inspect.plot import Points, curves
 from minimind_v.core.train.metrics import read_lines, read_metrics
 
 STYLE = """
-.cols { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 0 1.5rem }
-.cols .curves { min-width: 0 } h3 { font-size: .95rem; margin: 1rem 0 .2rem } li { margin: .3rem 0 }
-td { vertical-align: top; overflow-wrap: anywhere } table.words td { text-align: left }
+.cols { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0 1.5rem }
+h3 { font-size: .95rem; margin: 1rem 0 .2rem } li { margin: .3rem 0 }
+td { vertical-align: top } table.words td { text-align: left; white-space: normal }
 """
 
 
@@ -143,8 +143,9 @@ def _forecast(run: Left) -> str:
     if run.last["step"] < run.last.get("steps", 0):
         note += '<p class="dim">The run is not at its end: what happened is until now.</p>'
     return (
-        "<section><h2>Forecast and what happened</h2><table><tr><th></th><th>mmv train plan</th><th>the run</th>"
-        f'<th></th></tr>{rows}</table>{note}<p class="dim">{escape(str(run.forecast.get("how", "")))}</p></section>'
+        '<section><h2>Forecast and what happened</h2><div class="wide"><table><tr><th></th><th>mmv train plan</th>'
+        f"<th>the run</th><th></th></tr>{rows}</table></div>"
+        f'{note}<p class="dim">{escape(str(run.forecast.get("how", "")))}</p></section>'
     )
 
 
