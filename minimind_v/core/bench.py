@@ -22,7 +22,7 @@ from minimind_v.core.config.recipes import pretrain
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.features.memory import Eye
 from minimind_v.core.data.images import load_pixels
-from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.device import autocast, has_fused_adamw, pick_device, wait_for
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.ready import ready
@@ -82,7 +82,7 @@ def bench(preset: str, device_name: str, tell: Callable[[str], None]) -> Found:
     tell("decoding pictures")
     decoding = _decode(model.spec.image_size)
     tell("training")
-    learning, needed = _learn(model, recipe.freeze, recipe.data.batch_size if device.type == "cuda" else 4)
+    learning, needed = _learn(model, recipe.freeze, 4 if device.type == "cpu" else recipe.data.batch_size)
     tell("answering")
     first, each = _answer(model)
     workers = recipe.data.workers
@@ -140,7 +140,7 @@ def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
     """Seconds and operations per sample of a pretraining update whose features are known."""
     model.train()
     trained = freeze(model, policy)
-    optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=has_fused_adamw(model.device))
     batch, features = _rows(model, rows)
 
     def update() -> None:
@@ -216,7 +216,6 @@ def _seconds(device: torch.device, work: Callable[[], object], times: int = 3) -
     for _ in range(times + 1):
         begun = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         found.append(time.perf_counter() - begun)
     return statistics.median(found[1:])

@@ -19,6 +19,7 @@ import torch
 import minimind_v
 from minimind_v.core.config.load import plain
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.device import gpu_names
 from minimind_v.core.files import read_notes, write_text
 from minimind_v.core.train.state import INPUTS
 
@@ -78,7 +79,7 @@ def machine() -> dict[str, Any]:
         "host": platform.node(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        "gpus": gpu_names(),
     }
 
 

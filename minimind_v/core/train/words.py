@@ -60,7 +60,7 @@ def explained(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
     """Turn what torch raises for want of memory, or over a dead data worker, into words with a next step."""
     try:
         yield
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; a CPU's allocator has none of its own
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
         if dead := re.search(r"DataLoader worker \(pid\(?s?\)? ?(\d+)", str(error)):
             place = plan.read_by(int(dead[1]))
             raise RunError(
@@ -79,4 +79,5 @@ def explained(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch says that there is no memory left, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "MPS backend out of memory")  # by those that have no error of their own for it
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
