@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shlex
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import MmvError, UsageError
+from minimind_v.core.errors import MmvError, UsageError, shorten
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from minimind_v.core.generate.picture_names import Picture
     from minimind_v.core.generate.session import Session
 
 HELP = "/image FILE adds a picture to the next question, /new starts over, /quit leaves; Ctrl-C stops an answer"
+BLIND = "no picture: the answer comes from the words alone"
 
 
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="A question; without one, a conversation begins.")] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A picture; may be given several times.")
+        list[str] | None, typer.Option(metavar="FILE", help="A picture; may be given several times.")
     ] = None,
     model: options.Model = None,
     vision_model: options.VisionOfModel = None,
@@ -41,11 +47,13 @@ def chat(
 ) -> None:
     """Ask about pictures. The answer goes to stdout as it comes; everything else to stderr."""
     terminal = Terminal()
+    prompt = prompt and _as_text(prompt)
     someone_types = sys.stdin is not None and sys.stdin.isatty()
     if prompt is None and not someone_types:
         prompt = _piped()
     if prompt is None and (json or not someone_types):
         raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
+    pictures = _read(image or [], prompt)
     from minimind_v.core.generate.load import load_model
     from minimind_v.core.generate.sampling import Sampling
     from minimind_v.core.generate.session import Session
@@ -54,21 +62,58 @@ def chat(
     loaded = load_model(model, vision_model, tokenizer, device, terminal.say)
     session = Session(loaded.model, loaded.tokenizer, sampling)
     if prompt is not None:
-        _once(terminal, session, prompt, image or [], max_new_tokens, json)
-    else:
-        terminal.say(f"{loaded.checkpoint.path} — {HELP}")
-        _converse(terminal, session, [session.look(path) for path in image or ()], max_new_tokens)
+        _once(terminal, session, prompt, pictures, max_new_tokens, json)
+        return
+    terminal.say(f"{loaded.checkpoint.path} — {HELP}")
+    conversation = Conversation(terminal, session, max_new_tokens)
+    if pictures:
+        conversation.add(pictures)
+    conversation.run()
 
 
 def _piped() -> str | None:
     """The question on stdin, if there is one."""
     try:
+        _take_as_text("strict")
         return sys.stdin.read().strip() or None if sys.stdin else None
     except UnicodeDecodeError:
         raise UsageError("the question on stdin is not UTF-8 text") from None
 
 
-def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Path], limit: int, json: bool) -> None:
+def _take_as_text(errors: str) -> None:
+    """Read UTF-8 where the locale knows no more than ASCII, which is nobody's wish."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        ascii_only = sys.stdin.encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968", "646")
+        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors=errors)
+
+
+def _as_text(word: str) -> str:
+    """A word of the command line as the UTF-8 that it is, where the locale knew no more than ASCII."""
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError:
+        return word
+
+
+def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
+    """The pictures of the command line, before any time is spent on a model. Raises UsageError or MissingInput."""
+    from minimind_v.core.generate.picture_names import pictures_in, read_pictures, split_names
+
+    named = [split_names(image) for image in images]
+    if not all(named):
+        raise UsageError("--image is empty — name a picture")
+    names = [name for some in named for name in some]
+    pictures = read_pictures(names)
+    if prompt is not None and (asked := pictures_in(prompt)):
+        words = [word for name in (*names, *asked) for word in ("--image", name)]
+        command = shlex.join(["mmv", "chat", *words, "What is in the picture?"])
+        raise UsageError(f"{prompt!r} names a picture and asks nothing — {command}")
+    return pictures
+
+
+def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Picture], limit: int, json: bool) -> None:
+    if not pictures and not json:
+        terminal.say(f"{BLIND} (--image FILE shows one)")
     started, first, pieces = time.perf_counter(), None, []
     for piece in session.ask(prompt, pictures, limit):
         first = first or time.perf_counter() - started
@@ -78,46 +123,117 @@ def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Path
     seconds = time.perf_counter() - started
     if json:
         terminal.json({
-            "prompt": prompt, "images": [str(picture) for picture in pictures], "answer": "".join(pieces),
+            "prompt": prompt, "images": [picture.name for picture in pictures], "answer": "".join(pieces),
             "tokens": session.new_tokens, "seconds": seconds, "seconds_to_first_token": first or seconds,
         })  # fmt: skip
     else:
         terminal.result("")
 
 
-def _converse(terminal: Terminal, session: Session, pictures: list[np.ndarray], limit: int) -> None:
-    """Pictures are looked at as soon as they are named: nobody waits for that who is still typing a question."""
-    while True:
-        try:
-            line = input("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            terminal.say("")
-            return
-        except UnicodeDecodeError:
-            terminal.warn("that is not UTF-8 text")
-            continue
-        word, _, rest = line.partition(" ")
-        if word in ("/quit", "/exit"):
-            return
-        if word == "/new":
-            session.restart()
-            pictures = []
-        elif word == "/image" and rest:
+class Conversation:
+    """Someone at a terminal. What pictures the model has been shown, and which it will be, is said at every change.
+
+    Pictures are encoded as soon as they are named: nobody waits for that who is still typing a question.
+    """
+
+    def __init__(self, terminal: Terminal, session: Session, limit: int) -> None:
+        self.terminal, self.session, self.limit = terminal, session, limit
+        self.shown: list[str] = []  # names of the pictures that the model has read
+        self.waiting: list[tuple[str, np.ndarray]] = []  # those of the next question
+        self.offered: list[str] = []  # names that were typed in the place of a question
+        self.warned = False  # that there is no picture
+
+    def run(self) -> None:
+        """Until someone leaves."""
+        _take_as_text("surrogateescape")  # as names of files are read
+        while True:
             try:
-                pictures.append(session.look(Path(rest.strip())))
+                line = input("you> ")
+            except (EOFError, KeyboardInterrupt):
+                self.terminal.say("")
+                return
+            if line.strip() in ("/quit", "/exit"):
+                return
+            try:
+                self.take(line)
             except KeyboardInterrupt:
-                terminal.say("")
+                self.terminal.result("")
             except MmvError as error:
-                terminal.warn(str(error))
+                self.terminal.warn(str(error))
+
+    def take(self, line: str) -> None:
+        """One line: a command, pictures, or a question. Raises MmvError for what cannot be done."""
+        from minimind_v.core.generate.picture_names import pictures_in, read_pictures, split_names
+
+        offered, self.offered = self.offered, []
+        word, rest = (*line.split(maxsplit=1), "", "")[:2]
+        names = pictures_in(line)
+        if not line.strip():
+            if offered:
+                self.add(read_pictures(offered))
+        elif word == "/new":
+            self.renew()
+        elif word == "/image" and rest.strip():
+            self.add(read_pictures(split_names(rest)))
+        elif word == "/image":
+            self.terminal.say(f"{HELP}\n{self.contents()}")
+        elif names and not set(names) <= set(offered):
+            self.offer([*offered, *names])
         elif word.startswith("/"):
-            terminal.say(HELP)
-        elif line:
-            try:
-                for piece in session.ask(line, pictures, limit):
-                    terminal.result(piece, end="")
-            except KeyboardInterrupt:
-                pass
-            except MmvError as error:
-                terminal.warn(str(error))
-            pictures = []  # after an error too: one that cannot be read would spoil every further question
-            terminal.result("")
+            self.terminal.say(HELP)
+        else:
+            self.ask(line.strip())
+
+    def offer(self, names: list[str]) -> None:
+        """What was typed names pictures and asks nothing."""
+        self.offered = names
+        self.terminal.say(
+            f"{_listed(names)}: a picture, not a question — Enter adds it to the next question, as /image does; "
+            "typed again it is asked as it stands"
+        )
+
+    def add(self, pictures: list[Picture]) -> None:
+        """Pictures for the next question: all of them, or none where one cannot be decoded."""
+        self.waiting += [(picture.name, self.session.look(picture)) for picture in pictures]
+        self.terminal.say(self.contents())
+
+    def renew(self) -> None:
+        """A new conversation without pictures."""
+        dropped = [*self.shown, *(name for name, _ in self.waiting)]
+        self.session.restart()
+        self.shown, self.waiting = [], []
+        again = f"; no longer in it: {_listed(dropped)}, /image FILE shows one again" if dropped else ""
+        self.terminal.say(f"a new conversation, without a picture{again}")
+
+    def ask(self, question: str) -> None:
+        """Ask, with the pictures that wait. Those of a question that was not read wait for the next one."""
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise UsageError("that is not UTF-8 text") from None
+        if not (self.shown or self.waiting or self.warned):
+            self.terminal.say(f"{BLIND} (/image FILE shows one)")
+            self.warned = True
+        read = self.session.questions
+        try:
+            with closing(self.session.ask(question, [pixels for _, pixels in self.waiting], self.limit)) as answer:
+                for piece in answer:
+                    self.terminal.result(piece, end="")
+        finally:
+            if self.session.questions > read:
+                self.shown += [name for name, _ in self.waiting]
+                self.waiting = []
+        self.terminal.result("")
+
+    def contents(self) -> str:
+        """The pictures of the conversation, in words."""
+        parts = []
+        if self.waiting:
+            parts.append(f"with the next question: {_listed([name for name, _ in self.waiting])}")
+        if self.shown:
+            parts.append(f"in the conversation: {_listed(self.shown)}")
+        return "; ".join(parts) or "no picture in the conversation"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(shorten(name, 120) for name in names)

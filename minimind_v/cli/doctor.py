@@ -21,6 +21,8 @@ def doctor(json: options.Json = False) -> None:
     """Tell what is installed, what the standard folders hold, and how to get what they lack."""
     import torch
 
+    from minimind_v.core.device import gpu_names
+
     report: dict[str, str] = {"python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
         try:
@@ -31,7 +33,7 @@ def doctor(json: options.Json = False) -> None:
         card = torch.cuda.get_device_properties(0)
         report["gpu"] = f"{card.name}, {card.total_memory / 2**30:.1f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
     else:
-        report["gpu"] = "none found: training runs on the CPU"
+        report["gpu"] = ", ".join(gpu_names()) or "none found: training runs on the CPU"
     report["cpu threads"] = str(torch.get_num_threads())
     report["free disk here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
     stages = {stage: build_config(stage) for stage in ("pretrain", "sft")}

@@ -40,5 +40,5 @@ Images = Annotated[
     Path | None,
     typer.Option("--images", metavar="DIR|ZIP", help="Pictures of the rows: a folder, or a zip read in place."),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

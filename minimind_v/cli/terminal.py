@@ -29,7 +29,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from minimind_v.core.errors import MmvError
+from minimind_v.core.errors import MmvError, readable
 from minimind_v.core.files import as_json
 from minimind_v.core.train.launch import leave_word
 
@@ -46,10 +46,10 @@ class Terminal:
         self.err.print(escape(message))
 
     def warn(self, message: str) -> None:
-        self.err.print(f"[yellow]{escape(message)}[/yellow]")
+        self.err.print(f"[yellow]{escape(readable(message))}[/yellow]")
 
     def fail(self, message: str) -> None:
-        self.err.print(f"[bold red]error:[/bold red] {escape(message)}")
+        self.err.print(f"[bold red]error:[/bold red] {escape(readable(message))}")
 
     def result(self, text: str, end: str = "\n") -> None:
         """A result, exactly as it is."""
@@ -58,11 +58,12 @@ class Terminal:
 
     def json(self, value: Any, **lists: Iterable[Any]) -> None:
         """A result for a program, on one line. `lists` are further keys, written as their items come."""
-        text = as_json(value)
+        encoding = sys.stdout.encoding or "utf-8"
+        text = as_json(value, encoding)
         for name, items in lists.items():
             sys.stdout.write(f'{text[:-1]}, "{name}": [')
             for number, item in enumerate(items):
-                sys.stdout.write(", " * (number > 0) + as_json(item))
+                sys.stdout.write(", " * (number > 0) + as_json(item, encoding))
             text = "]}"
         self.result(text)
 
@@ -70,7 +71,7 @@ class Terminal:
         """Names and values as a result, aligned."""
         width = max(map(len, rows))
         for name, value in rows.items():
-            self.result(f"{name:<{width}}  {value}")
+            self.result(f"{name:<{width}}  {readable(str(value))}")
 
     def pieces(self, line: list[tuple[str, str]]) -> None:
         """A line as a result, each piece of it with a style that shows on a terminal."""

@@ -23,7 +23,7 @@ from minimind_v.core.config.recipes import pretrain
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.features.memory import Eye
 from minimind_v.core.data.images import load_pixels
-from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.device import autocast, has_fused_adamw, pick_device, wait_for
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.ready import ready
@@ -85,7 +85,7 @@ def bench(preset: str, device_name: str, tell: Callable[[str], None]) -> Found:
     tell("decoding pictures")
     decoding = _decode(model.spec.image_size)
     tell("training")
-    learning, needed = _learn(model, recipe.freeze, recipe.data.batch_size if device.type == "cuda" else 4)
+    learning, needed = _learn(model, recipe.freeze, 4 if device.type == "cpu" else recipe.data.batch_size)
     tell("answering")
     first, each = _answer(model)
     workers = recipe.data.workers
@@ -144,7 +144,7 @@ def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
     """Seconds and operations per sample of a pretraining update whose features are known, done as a run does it."""
     model.train()
     trained = freeze(model, policy)
-    optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=has_fused_adamw(model.device))
     batches = [_rows(model, rows, QUESTION + more) for more in (SPREAD if model.device.type == "cuda" else (0,))]
     order = cycle(batches)
 
@@ -236,5 +236,6 @@ def _seconds(device: torch.device, work: Callable[[], object], times: int = 3, w
     for _ in range(times):
         begun = time.perf_counter()
         work()
+        wait_for(device)
         found.append(time.perf_counter() - begun)
     return statistics.median(found)

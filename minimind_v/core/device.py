@@ -14,12 +14,16 @@ from minimind_v.core.errors import UsageError
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Of several processes on a machine, each has a GPU of its own.
+    """`auto` is CUDA where there is one, else Apple's GPU (MPS), else the CPU.
 
+    Of several processes on a machine, each has a GPU of its own; they do not share Apple's, of which there is one.
     Raises UsageError for a device that is not there.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        alone = local_rank is None
+        name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+    if name.startswith("mps") and local_rank is not None:
+        raise UsageError(f"--device {name} is one GPU for one process — leave out --gpus, or add --device cpu to it")
     if name == "cuda" and local_rank is not None:
         if local_rank >= torch.cuda.device_count():
             raise UsageError(
@@ -34,7 +38,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = textwrap.shorten(str(error), 100, placeholder=" …")
         raise UsageError(
-            f"--device {name}: not to be had here ({reason}) — auto, cpu, cuda and cuda:1 are usual"
+            f"--device {name}: not to be had here ({reason}) — auto, cpu, cuda, cuda:1 and mps are usual"
         ) from None
     if device.type == "cpu":
         share_cpu()
@@ -63,26 +67,47 @@ def require_determinism() -> None:
 
 
 def resolve_dtype(device: torch.device, dtype: str) -> str:
-    """The precision of products that `auto` stands for: bfloat16 on a CUDA device that has it, else float32."""
+    """The precision of products that `auto` stands for: bfloat16 on a GPU that has it, else float32."""
     if dtype == "auto":
         return "bfloat16" if has_bf16(device) else "float32"
     return dtype
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
-    """bf16 autocast where asked for or, with `auto`, on a CUDA device that has it; fp32 master weights always."""
+    """bf16 autocast where asked for or, with `auto`, on a GPU that has it; fp32 master weights always."""
     kind = resolve_dtype(device, dtype)
     return torch.autocast(device.type, torch.bfloat16) if kind == "bfloat16" else nullcontext()
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bf16 by itself. Older GPUs imitate it, and are slower for that."""
+    """Whether a device computes in bf16 by itself. Older GPUs imitate it and are slower; macOS 13 lacks it."""
+    if device.type == "mps":
+        return torch.amp.is_autocast_available("mps") and torch.backends.mps.is_macos_or_newer(14, 0)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether AdamW's fused form, one pass over each tensor with the same arithmetic, was tried on a device."""
+    return device.type in ("cpu", "cuda")
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when a device has done all that it was given, so that time can be measured."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def device_name(device: torch.device) -> str:
     """What computes: the name of a GPU, else the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def gpu_names() -> list[str]:
+    """The GPUs of this machine. This starts CUDA."""
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return names or ["Apple GPU (MPS)"] * torch.backends.mps.is_available()
 
 
 def peak_memory() -> tuple[int, int]:

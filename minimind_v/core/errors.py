@@ -15,13 +15,19 @@ The command line turns each into one red line; anything else that escapes is a d
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+NAME, MESSAGE = 300, 4000  # characters of a name, and of a whole message, beyond which their middle is left out
 
 
 class MmvError(Exception):
-    """Base of all errors that a user can cause; its text is the whole message."""
+    """Base of all errors that a user can cause; its text is the whole message, one line that can be read."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(readable(message))
 
 
 class UsageError(MmvError):
@@ -61,6 +67,22 @@ class RunError(MmvError):
 
 class LostContact(RunError):
     """Another process of the run has ended; its own error says why."""
+
+
+def shorten(text: str, longest: int = NAME) -> str:
+    """The beginning and the end of a text that is longer than so many characters, and its length."""
+    if len(text) <= longest:
+        return text
+    note = f" ({len(text):,} characters)"
+    kept = max(longest - len(note) - 1, 8)
+    return f"{text[: kept * 3 // 4]}…{text[-(kept // 4) :]}{note}"
+
+
+def readable(message: str) -> str:
+    """A message on one line. What is no word in it, as a picture in base64, and what is too much of it, are cut."""
+    message = re.sub(r"\s*[\r\n]\s*", " ", message.strip("\r\n"))
+    long_word = rf"\S{{{NAME},}}[^\s:;,.)\]'\"]"  # without the marks behind it
+    return shorten(re.sub(long_word, lambda word: shorten(word[0]), message), MESSAGE)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

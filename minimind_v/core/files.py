@@ -99,11 +99,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def as_json(value: Any) -> str:
-    """JSON on one line, readable where it can be: half a character can only be written as an escape."""
+def as_json(value: Any, encoding: str = "utf-8") -> str:
+    """JSON on one line, readable where it can be: what an encoding lacks can only be written as an escape."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     try:
-        text.encode()
+        text.encode(encoding)
     except UnicodeEncodeError:
         return json.dumps(value, default=str)
     return text

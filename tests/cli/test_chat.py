@@ -1,5 +1,6 @@
 """`mmv chat` with one question."""
 
+import base64
 import shutil
 
 import pytest
@@ -108,8 +109,61 @@ def test_a_cut_picture_is_told(ask, place, tmp_path):
 
 def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
     assert ask(QUESTION, "--image", "dog.jpg", code=1).error == "no picture at dog.jpg"
-    assert ask(QUESTION, "--image", tmp_path, code=1).error == f"no picture at {tmp_path}"
+    assert ask(QUESTION, "--image", tmp_path, code=1).error == f"{tmp_path} is a folder — name a picture in it"
     assert "File name too long" in ask("dog.jpg", "--image", QUESTION * 50, code=1).error  # the two mixed up
+
+
+def test_all_pictures_that_are_not_there_are_told_at_once(ask, place, tmp_path):
+    line = ask(QUESTION, "--image", "a.jpg", "--image", place.picture(), "--image", tmp_path, code=1).error
+    assert line == f"no picture at a.jpg; {tmp_path} is a folder — name a picture in it"
+    assert "--image is empty" in ask(QUESTION, "--image", "", code=2).error
+
+
+def test_pictures_are_looked_for_before_the_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert here("chat", QUESTION, "--image", "a.jpg").error == "no picture at a.jpg"
+
+
+def test_an_address_is_read_or_refused(ask, place, tmp_path):
+    picture = tmp_path / "a dog's 100% ä.jpg"
+    picture.write_bytes(place.picture().read_bytes())
+    expected = ask(QUESTION, "--image", picture, "--greedy").out
+    inline = "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()
+    for address in (picture.as_uri(), picture.as_uri().replace("file://", "file://localhost"), inline):
+        assert ask(QUESTION, "--image", address, "--greedy").out == expected
+    shown = ask(QUESTION, "--image", inline, "--greedy", "--json").json["images"]
+    assert len(shown[0]) <= 120
+    for address in ("https://example.org/dog.jpg", "s3://bucket/dog.jpg", "file://elsewhere/dog.jpg"):
+        line = ask(QUESTION, "--image", address, code=2).error
+        assert line.startswith(f"{address} is an address")
+        assert "download it first" in line
+    assert "without its content" in ask(QUESTION, "--image", "data:image/png", code=2).error
+    damaged = ask(QUESTION, "--image", inline[:100] + "!", code=2).error
+    assert "damaged or cut" in damaged
+    assert len(damaged) < 300
+
+
+def test_without_a_picture_it_says_so_once(ask, place):
+    assert (
+        ask(QUESTION, "--greedy").err == "no picture: the answer comes from the words alone (--image FILE shows one)\n"
+    )
+    assert ask(QUESTION, "--greedy", "--image", place.picture()).err == ""
+    assert ask(QUESTION, "--greedy", "--json").err == ""
+
+
+def test_a_picture_in_the_place_of_the_question_is_offered_as_one(ask, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my dog.jpg", "plain", "other.jpg"):
+        (tmp_path / name).write_bytes(place.picture().read_bytes())
+    (tmp_path / "notes").write_text("no picture")
+    for name, quoted in (("my dog.jpg", "'my dog.jpg'"), ("plain", "plain"), ("nowhere.PNG", "nowhere.PNG")):
+        line = ask(name, "--image", "other.jpg", code=2).error
+        assert line == (
+            f"{name!r} names a picture and asks nothing — "
+            f"mmv chat --image other.jpg --image {quoted} 'What is in the picture?'"
+        )
+    assert ask("notes", "--greedy").out
+    assert ask("Is it nowhere.png or plain", "--greedy").out
 
 
 def test_a_question_is_needed(ask):

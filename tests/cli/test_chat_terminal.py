@@ -3,12 +3,15 @@
 import os
 import pty
 import re
+import shlex
 import signal
 import time
 
 import pytest
 
 from tests.cli.harness import SIGHT, Running
+
+BLIND = "no picture: the answer comes from the words alone (/image FILE shows one)"  # as chat says once
 
 
 class Conversation:
@@ -57,10 +60,10 @@ def test_a_conversation_from_the_first_word_to_the_last(talk, place, tmp_path):
     assert first
     second = talk.type("What colour is the star?")
     assert second
-    assert talk.type("/new") == ""
-    assert talk.type("有几个物体？") == first  # the conversation was forgotten
+    assert talk.type("/new") == "a new conversation, without a picture"
+    assert f"{BLIND}\n{talk.type('有几个物体？')}" == first  # the conversation was forgotten, and that is said once
     talk.type("/new")
-    assert talk.type(f"/image {place.picture()}") == ""
+    assert talk.type(f"/image {place.picture()}") == f"with the next question: {place.picture()}"
     seen = talk.type("What colour is the star?")
     assert seen
     assert talk.type("") == ""
@@ -74,7 +77,9 @@ def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path,
     talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12)
     assert talk.type("/image nowhere.jpg") == "no picture at nowhere.jpg"
     assert talk.type("/image").startswith("/image FILE adds a picture")
-    assert talk.type("/image " + 300 * "x") == "no picture at " + 200 * "x" + " (File name too long)"
+    long = talk.type("/image " + 300 * "x")
+    assert re.fullmatch(r"no picture at x+…x+ \(300 characters\) \(File name too long\)", long)
+    assert len(long) < 200
     assert talk.type("", raw=b"\xff\n").splitlines()[-1] == "that is not UTF-8 text"
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>")
     assert "cannot be decoded" in talk.type(f"/image {tmp_path / 'page.jpg'}")
@@ -86,7 +91,8 @@ def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path,
 def test_a_picture_that_is_named_first_is_read_before_the_first_question(sighted, place, tmp_path):
     talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--image", place.picture())
     asked = talk.type("What colour is the star?")
-    talk.type("/new")
+    dropped = f"no longer in it: {place.picture()}, /image FILE shows one again"
+    assert talk.type("/new") == f"a new conversation, without a picture; {dropped}"
     talk.type(f"/image {place.picture()}")
     assert talk.type("What colour is the star?") == asked
     assert talk.leave() == 0
@@ -94,6 +100,62 @@ def test_a_picture_that_is_named_first_is_read_before_the_first_question(sighted
     assert refused.mmv.wait().code == 1
     assert "no picture at dog.jpg" in refused.read()
     assert "you> " not in refused.seen
+
+
+def test_what_a_terminal_drops_is_taken(talk, place, tmp_path, monkeypatch):
+    """Quotes, backslashes, addresses, spaces behind, and several at once."""
+    names = ["a dog's.jpg", "ä 100%.jpg", "plain.jpg"]
+    first, second, third = paths = [tmp_path / name for name in names]
+    for number, path in enumerate(paths):
+        path.write_bytes(place.picture(number % 2).read_bytes())
+    escaped = str(first).replace(" ", "\\ ").replace("'", "\\'")
+    for dropped in (f"{first}", shlex.quote(str(first)) + " ", escaped + "  ", f'"{first}"', first.as_uri()):
+        assert talk.type(f"/image {dropped}").startswith("with the next question: ")
+        assert talk.type("/new").count("a dog") == 1
+    several = f"/image {escaped} {shlex.quote(str(second))} {third.as_uri()}"
+    assert talk.type(several) == f"with the next question: {first}, {second}, {third}"
+    assert talk.type("Which is bigger?")
+    assert talk.type("/image").endswith(f"\nin the conversation: {first}, {second}, {third}")
+    assert talk.type("/image https://example.org/dog.jpg").startswith("https://example.org/dog.jpg is an address")
+    both = talk.type(f"/image {third} nowhere.jpg")
+    assert both == "no picture at nowhere.jpg"
+    assert "with the next question" not in talk.type("/image")  # all, or none
+    assert talk.leave() == 0
+
+
+def test_pictures_typed_as_a_question_are_offered(talk, place):
+    offer = talk.type(f"'{place.picture(0)}' ")
+    assert "a picture, not a question" in offer
+    talk.type(place.picture(1).as_uri())  # a drop of several comes line by line
+    added = talk.type("")
+    assert added == f"with the next question: {place.picture(0)}, {place.picture(1)}"
+    assert talk.type("") == ""
+    assert "a picture, not a question" in talk.type("nowhere.jpg")
+    assert talk.type("nowhere.jpg") != talk.type("/image")  # asked as it stands
+    assert "in the conversation" in talk.type("/image")
+    assert "a picture, not a question" in talk.type("nowhere.jpg")
+    assert talk.type("") == "no picture at nowhere.jpg"
+    assert talk.leave() == 0
+
+
+def test_a_question_that_was_not_read_leaves_its_pictures_waiting(talk, place):
+    talk.type(f"/image {place.picture()}")
+    assert talk.type("<image> or <image>?") == "the question has 2 <image> marks for 1 pictures"
+    assert talk.type("/image").endswith(f"with the next question: {place.picture()}")
+    assert "marks" not in talk.type("What is it?")
+    assert talk.type("/image").endswith(f"in the conversation: {place.picture()}")
+    assert talk.leave() == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_posix_locale_takes_any_words(sighted, place, tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12, "--image", place.picture())
+    assert "UTF-8" not in talk.type("有几个物体？")
+    assert "in the conversation" in talk.type("/image")
+    assert talk.leave() == 0
+    assert "Traceback" not in talk.seen
 
 
 def test_ctrl_c_stops_an_answer_and_then_the_conversation(sighted, tmp_path):

@@ -106,7 +106,7 @@ class RunConfig:
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     seed: int = 42
-    dtype: str = "auto"  # auto: bf16 autocast where a CUDA device has it, else float32
+    dtype: str = "auto"  # auto: bf16 autocast where a GPU has it, else float32
     device: str = "auto"
     deterministic: bool = False  # the same bits from the same run on a GPU too, at some cost; on a CPU they always are
     gpus: int = 1  # processes on this machine, each with a GPU of its own or, with device cpu, without

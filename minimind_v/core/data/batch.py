@@ -47,9 +47,13 @@ class Batch:
         return {name: getattr(self, name) for name in (*TOKENS, "shared")}
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; the copy overlaps with computing where memory is pinned."""
+        """The same batch on a device; the copy overlaps with computing where memory is pinned, as it is for CUDA.
+
+        An overlapping copy to MPS may read memory that has been given to something else meanwhile.
+        """
+        overlap = device.type == "cuda"
         moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=True)
+            item.name: value.to(device, non_blocking=overlap)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }

@@ -58,7 +58,8 @@ def _refuse_to_replace(order: Order, out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"--out {out} is a file, and a folder is to be written — name another --out")
-    if out == Path.home() or out == Path.cwd() or out in Path.cwd().parents:
+    home = Path(os.path.expanduser("~"))  # which, unlike Path.home, does without one
+    if out == home or out == Path.cwd() or out in Path.cwd().parents:
         raise UsageError(f"--out {out} is not a place of its own — name a folder that is not there yet")
     there = sorted(path.name for path in out.iterdir())
     if not there:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.generate.replay import Columns, Replay
+from minimind_v.core.model import ops
 from minimind_v.core.model.fused import interleave, turn
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward
 from minimind_v.core.model.packed import FEW, Product, product
@@ -29,7 +30,8 @@ class FastDecoder:
     def __init__(self, model: VLM, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = model.config, model.device, dtype
         self.rotary = model.model.rotary
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # laying out a weight takes one core
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1  # Metal wants its commands from one
+        with ThreadPoolExecutor(threads) as pool:  # laying out a weight takes one core
             head = pool.submit(_product, dtype, model.lm_head.weight)
             self.layers = list(pool.map(partial(FastLayer, dtype=dtype), model.model.layers))
         self.norm = FastNorm(model.model.norm)
@@ -126,11 +128,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal
     rows, time, _, head_dim = q.shape
     if time == 1:  # the query heads of a group see the same keys, as so many positions would
         grouped = q.view(rows, keys.shape[1], -1, head_dim)  # [B, KV, heads/KV, hd]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        out = ops.attention(grouped, keys, values, mask)
         return out.reshape(rows, -1)  # some kernels lay it out as [B, heads/KV, KV, hd]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True
-    )  # [B, heads, T, hd]
+    out = ops.attention(q.transpose(1, 2), keys, values, mask, causal)  # [B, heads, T, hd]
     return out.transpose(1, 2).reshape(rows * time, -1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,16 +15,16 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.engine import generate_rows
 from minimind_v.core.generate.ready import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
-from minimind_v.core.generate.session import CONTEXT, open_question
+from minimind_v.core.generate.session import CONTEXT, Image, open_question
 from minimind_v.core.model.vlm import VLM
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and about which pictures: files, or uint8 [3, S, S]."""
+    """What is asked, and about which pictures."""
 
     text: str
-    images: Sequence[Path | np.ndarray] = field(default=())
+    images: Sequence[Image] = field(default=())
 
 
 def generate_many(

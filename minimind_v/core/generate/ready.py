@@ -41,7 +41,8 @@ class Ready:
     """One model, ready to talk. Pictures are known by their content."""
 
     def __init__(self, model: VLM) -> None:
-        dtype = torch.bfloat16 if has_bf16(model.device) else model.lm_head.weight.dtype
+        half = model.device.type == "cuda" and has_bf16(model.device)  # elsewhere nobody has seen a gain from it
+        dtype = torch.bfloat16 if half else model.lm_head.weight.dtype
         self.decoder = FastDecoder(model, dtype)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
         self._prefixes: list[Prefix] = []

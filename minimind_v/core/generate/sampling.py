@@ -47,7 +47,7 @@ class Sampler:
         """One id from logits [V]. Draws from what a full sort would, without sorting the unlikely."""
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        behind = (logits - logits.max()).double().cpu()  # so that the smallest temperature cannot overflow
+        behind = (logits - logits.max()).cpu().double()  # so that the smallest temperature cannot overflow
         probs = (behind / self.sampling.temperature).softmax(dim=-1)  # [V]
         if self.sampling.top_p == 1:
             return _draw(probs.cumsum(dim=-1), self.generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,15 @@ import torch
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.errors import MissingInput, UsageError
+from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.engine import generate
+from minimind_v.core.generate.picture_names import Picture, read_picture
 from minimind_v.core.generate.ready import ready, signs_of
 from minimind_v.core.generate.sampling import Sampler, Sampling
 from minimind_v.core.generate.text import TextStream
 from minimind_v.core.model.vlm import VLM
+
+Image = Picture | Path | str | np.ndarray  # a file read already, its name, or uint8 [3, S, S]
 
 CONTEXT = 4096  # tokens of a conversation; the published models were trained on at most 1536
 
@@ -41,10 +44,10 @@ class Session:
         """Forget the conversation."""
         self.cache = ready(self.model).decoder.new_cache(1, self.context)
         self._pending: list[int] = []  # said, but not yet read by the model
-        self._begun = False
+        self.questions = 0  # that the model has read
 
-    def ask(self, question: str, images: Iterable[Path | np.ndarray] = (), max_new_tokens: int = 512) -> Iterator[str]:
-        """Ask, with pictures (files, or uint8 [3, S, S]), and get the answer piece by piece.
+    def ask(self, question: str, images: Iterable[Image] = (), max_new_tokens: int = 512) -> Generator[str]:
+        """Ask, with pictures, and get the answer piece by piece.
 
         A question without `<image>` marks gets one per picture in front. Raises UsageError or RowError where the
         pictures do not fit the marks or cannot be read, and where the conversation has become too long.
@@ -56,23 +59,23 @@ class Session:
             raise UsageError(f"the conversation is longer than {self.cache.max_length} tokens — start a new one")
         return self._answer(tokens, pictures, min(room, max_new_tokens))
 
-    def look(self, path: Path) -> np.ndarray:
+    def look(self, image: Image) -> np.ndarray:
         """Open a picture and look at it before a question is known, whose answer then begins sooner.
 
-        Returns the picture as `ask` takes it. Raises MissingInput or RowError where it cannot be read.
+        Returns the picture as `ask` takes it. Raises MissingInput, UsageError or RowError where it cannot be read.
         """
-        picture = _open(path, self.model.spec.image_size)
+        picture = _open(image, self.model.spec.image_size)
         ready(self.model).features(self.model, [picture])
         return picture
 
     def _encode(self, question: str) -> Tokens:
-        if not self._begun:
+        if not self.questions:
             return self.prompts.prompt([{"role": "user", "content": question}])
         tokens = Tokens([*self._pending], [False] * len(self._pending), [False] * len(self._pending))
         tokens += self.prompts.follow_up(question)
         return tokens
 
-    def _answer(self, tokens: Tokens, pictures: list[np.ndarray], max_new_tokens: int) -> Iterator[str]:
+    def _answer(self, tokens: Tokens, pictures: list[np.ndarray], max_new_tokens: int) -> Generator[str]:
         ids: list[int] = []
         start, ended = self.cache.used, False
         text = TextStream(self.tokenizer)
@@ -89,14 +92,14 @@ class Session:
                 read = max(0, len(ids) - 1)  # the latest token may be half read, and is read again
                 self.cache.rewind(start + len(tokens) + read)
                 self._pending = [*ids[read:], self.tokenizer.eos_id, *self.tokenizer.encode("\n").ids]
-                self._begun = True
+                self.questions += 1
             else:  # the question itself was not read: as if it had never been asked
                 self.cache.rewind(start)
             self.new_tokens = len(ids)
 
     def _read(self, tokens: Tokens, pictures: list[np.ndarray], max_new_tokens: int) -> Iterator[int]:
         """The ids of an answer. The beginning of a first question is recalled, as far as it is known."""
-        memory, first = ready(self.model), not self._begun
+        memory, first = ready(self.model), not self.questions
         signs = signs_of(tokens.input_ids, tokens.image_mask, pictures)
         known = memory.recall(signs, self.cache) if first else 0
         seen = sum(tokens.image_mask[:known]) // self.prompts.tokens_per_image
@@ -117,12 +120,12 @@ class Session:
             yield token
 
 
-def open_question(question: str, images: Iterable[Path | np.ndarray], size: int) -> tuple[str, list[np.ndarray]]:
+def open_question(question: str, images: Iterable[Image], size: int) -> tuple[str, list[np.ndarray]]:
     """A question with a mark for each picture, and the pictures as uint8 [3, S, S].
 
     Raises UsageError, MissingInput or RowError where marks and pictures differ, or one cannot be read.
     """
-    pictures = [picture if isinstance(picture, np.ndarray) else _open(picture, size) for picture in images]
+    pictures = [_open(image, size) for image in images]
     if pictures and IMAGE_MARK not in question:
         question = f"{IMAGE_MARK}\n" * len(pictures) + question
     if question.count(IMAGE_MARK) != len(pictures):
@@ -132,11 +135,8 @@ def open_question(question: str, images: Iterable[Path | np.ndarray], size: int)
     return question, pictures
 
 
-def _open(path: Path, size: int) -> np.ndarray:
-    try:
-        if not path.is_file():
-            raise MissingInput(f"no picture at {path}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise MissingInput(f"no picture at {path!s:.200} ({error.strerror})") from None
-    return load_pixels(data, str(path), size)
+def _open(image: Image, size: int) -> np.ndarray:
+    if isinstance(image, np.ndarray):
+        return image
+    picture = image if isinstance(image, Picture) else read_picture(str(image))
+    return load_pixels(picture.data, picture.name, size)

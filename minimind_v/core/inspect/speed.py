@@ -17,7 +17,7 @@ from torch import Tensor
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.features.memory import Eye
-from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.device import autocast, gpu_names, has_fused_adamw, pick_device, wait_for
 from minimind_v.core.model.clip import ClipVision
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.text import Place
@@ -78,7 +78,7 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int) -> E
         return Estimate(None, "not measured: a batch of this recipe does not fit into the device's memory")
     except Exception as error:  # an estimate must not end what has been counted
         return Estimate(None, f"not measured: {' '.join(str(error).split())[:200] or type(error).__name__}")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else gpu_names()[device.index or 0]
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
         where += ", which are busy with other work: left alone they may be many times as fast"
     return Estimate(
@@ -162,19 +162,14 @@ class _Language:
         """Seconds of AdamW for all numbers that learn, which take the same time each."""
         probe = torch.zeros(min(self.learnt, PROBE), device=self.device, requires_grad=True)
         probe.grad = torch.zeros_like(probe)
-        optimiser = torch.optim.AdamW([probe], lr=0.0, fused=True)
+        optimiser = torch.optim.AdamW([probe], lr=0.0, fused=has_fused_adamw(self.device))
         optimiser.step()  # makes its state
         return _seconds(self.device, optimiser.step) * self.learnt / len(probe)
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    _wait(device)
+    wait_for(device)
     started = time.perf_counter()
     work()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind_v.core.model import ops
 from minimind_v.core.model.vision_spec import ClipConfig
 
 QUICK = 1.702  # of CLIP's own activation
@@ -73,7 +74,7 @@ def encode(tower: Any, x: Tensor) -> Tensor:
         attention, normed = layer.self_attn, layer.layer_norm1(x)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (proj(normed).unflatten(-1, (heads, -1)).transpose(1, 2) for proj in projections)
-        seen = F.scaled_dot_product_attention(q, k, v)  # [M, heads, T, hd]
+        seen = ops.attention(q, k, v)  # [M, heads, T, hd]
         x = x + attention.out_proj(seen.transpose(1, 2).flatten(2))
         x = x + layer.mlp.fc2(activate(layer.mlp.fc1(layer.layer_norm2(x))))
     return x

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from minimind_v.core.model import ops
+
 BLOCK = 96  # queries that attend together; 64 and 128 take as long
 WEIGHTS_KEPT = 768  # tokens of a row up to which its attention is kept: of 1,200 there is no gain any more
 
@@ -27,11 +29,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, computed in fp32 (Zhang & Sennrich, 2019)."""
     if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32:
         return _RmsNorm.apply(x, weight, eps)
+    if x.device.type == "mps":
+        return ops.rms_norm(x, weight, eps)
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """SwiGLU: (silu(x gateᵀ) · x upᵀ) downᵀ (Shazeer, 2020). x [N, D], gate and up [I, D], down [D, I] → [N, D]."""
+    if x.device.type == "mps":
+        return ops.feed_forward(x, gate, up, down)
     return _FeedForward.apply(x, gate, up, down)
 
 
@@ -42,8 +48,11 @@ def project(
 
     turns [B or 1, T, heads + kv heads, hd/2], complex, are the angles of the positions, and may scale as well. Of
     queries and keys the two halves of a head come interleaved, so that a pair to be turned is one complex number; their
-    products do not change. `shared` as in `attend_together`.
+    products do not change. `shared` as in `attend_together`. Of real turns, as `turn` says, no more than plain formulas
+    are asked.
     """
+    if not turns.is_complex():
+        return ops.project(x, interleave(q, 2 * turns.shape[-2]), interleave(k, 2 * turns.shape[-2]), v, turns)
     return _Project.apply(x, q, k, v, turns, shared)
 
 
@@ -58,7 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if plain or not (torch.is_grad_enabled() and q.requires_grad):
         ahead = k.shape[2] - q.shape[2]
         mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril_(ahead) if ahead else None
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not ahead, scale=1.0, enable_gqa=True)
+        out = ops.attention(q, k, v, mask, causal=not ahead, scale=1.0)
         return out.transpose(1, 2).flatten(2)
     return _Attend.apply(q, k, v)
 
@@ -88,7 +97,12 @@ def separate(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def turn(x: Tensor, turns: Tensor) -> Tensor:
-    """x [B, T, heads, hd] of any strides, halves interleaved, turned by [B or 1, T, heads or 1, hd/2]; in place."""
+    """x [B, T, heads, hd] of any strides, halves interleaved, turned by [B or 1, T, heads or 1, hd/2]; in place.
+
+    Where complex numbers are not to be relied on, as on MPS, turns are real, [..., hd/2, 2].
+    """
+    if not turns.is_complex():
+        return x.copy_(ops.turned(x, turns))
     if x.dtype in (torch.float32, torch.float64):
         torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
         return x

@@ -7,10 +7,10 @@ transformers' LlamaForCausalLM with the same tensors.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model import ops
 from minimind_v.core.model.fused import attend, attend_together, project, rms_norm
 from minimind_v.core.model.moe import FeedForward, MoEFeedForward, pick
 
@@ -109,8 +109,10 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", 1.0 / config.rope_theta**exponent, persistent=False)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Positions [B, T] → by what their pairs turn, complex [B, T, 1, hd/2]."""
+        """Positions [B, T] → by what their pairs turn, complex [B, T, 1, hd/2]; on MPS, as `fused.turn` says."""
         angles = position_ids[..., None].float() * self.inv_freq.float()  # [B, T, hd/2]
+        if angles.device.type == "mps":
+            return torch.stack((angles.cos(), angles.sin()), dim=-1)[:, :, None]  # [B, T, 1, hd/2, 2]
         return torch.polar(torch.ones_like(angles), angles)[:, :, None]
 
 
@@ -139,7 +141,7 @@ class Attention(nn.Module):
         elif place.first:
             out = attend(q, k, v)  # [B, T, D]
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=place.mask, scale=1.0, enable_gqa=True)
+            out = ops.attention(q, k, v, place.mask, scale=1.0)
             out = out.transpose(1, 2).flatten(2)
         return self.o_proj(out if read is None else pick(out, read))
 
@@ -162,7 +164,9 @@ class Place:
             position_ids, self.mask = cache.extend(x.shape[1], attention_mask)
         # Laid out for all heads: one long product is faster than one for each. Queries are scaled by it as well.
         heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-        self.turns = model.rotary(position_ids).repeat(1, 1, heads + kv_heads, 1)  # [B or 1, T, all but values', hd/2]
+        turns = model.rotary(position_ids)
+        more = (1,) * (turns.ndim - 3)
+        self.turns = turns.repeat(1, 1, heads + kv_heads, *more)  # [B or 1, T, all but values', hd/2]
         self.turns[:, :, :heads] *= model.config.head_dim**-0.5
 
 
@@ -216,7 +220,7 @@ class Decoder(nn.Module):
         What of the last block no other token depends on is not computed for the rest. `shared`, with `read`: at so
         many positions from the beginning all rows are alike, and none is read; they are computed once.
         """
-        if self.config.use_moe:  # whose balance is one of whole rows
+        if self.config.use_moe or x.device.type == "mps":  # the balance of experts is one of whole rows
             shared = 0
         place = Place(self, x, attention_mask, cache, shared)
         if shared and read is not None:

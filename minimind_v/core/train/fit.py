@@ -34,6 +34,7 @@ from minimind_v.core.train.words import out_of_memory
 HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
 GPU_HEADROOM = 0.08  # of the memory of a GPU that may be taken: its allocator leaves gaps as lengths change
 GIB = 2**30
+UNMEASURED = "--batch-size auto can measure memory on CUDA and on Linux only: give a number"
 
 
 class Gauge:
@@ -151,6 +152,8 @@ def fit(
     Nothing of the run changes but how its updates are divided: no weight, no random number. Raises UsageError where
     memory cannot be measured, RunError where a GPU has no room for a single row.
     """
+    if device.type == "mps":  # whose memory is the machine's: what is too much is swapped, and nothing says so
+        raise UsageError(UNMEASURED)
     rows = config.data.batch_size * config.accumulate
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     with _discarded(device):
@@ -222,7 +225,7 @@ def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gau
     The processes of a machine share its memory; where none has been started yet, `gpus` says how many there will be.
     """
     if not sys.platform.startswith("linux"):
-        raise UsageError("--batch-size auto can measure memory on CUDA and on Linux only: give a number")
+        raise UsageError(UNMEASURED)
     held, room = gauge.held(), gauge.room()
     hosts = world.gather_objects(platform.node())  # and all have looked before anyone begins
     usable = int(room * (1 - HEADROOM)) // (hosts.count(platform.node()) if world.placed else gpus)

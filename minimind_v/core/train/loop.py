@@ -21,7 +21,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
 from minimind_v.core.data.features.memory import Eye, Memory, open_memory
 from minimind_v.core.data.loader import load_updates
-from minimind_v.core.device import autocast, pick_device, require_determinism
+from minimind_v.core.device import autocast, has_fused_adamw, pick_device, require_determinism
 from minimind_v.core.errors import DataError, MmvError, RunError
 from minimind_v.core.files import write_text
 from minimind_v.core.interrupt import StopRequest
@@ -131,8 +131,7 @@ class Run:
         self.model = loaded.model.to(self.device)
         self.memory = self._open_memory()
         self.trained = freeze(self.model, config.freeze)
-        # Fused AdamW does the whole update in one pass over each tensor; same arithmetic.
-        fused = self.device.type in ("cpu", "cuda")
+        fused = has_fused_adamw(self.device)
         self.optimiser = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         self.total = min(len(self.plan), config.max_steps or len(self.plan))
         self.broken: dict[str, str] = {}  # place → what is wrong there

@@ -19,6 +19,7 @@ import torch
 import minimind_v
 from minimind_v.core.config.load import plain
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.device import gpu_names
 from minimind_v.core.files import read_notes, write_text
 from minimind_v.core.train.state import INPUTS
 
@@ -84,9 +85,7 @@ def machine() -> dict[str, Any]:
 
 def _gpus() -> list[str]:
     """Names of the GPUs. A run on the CPU has not started CUDA, which would take memory of each of them."""
-    if not torch.cuda.is_initialized():
-        return []
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return gpu_names() if torch.cuda.is_initialized() or torch.backends.mps.is_available() else []
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

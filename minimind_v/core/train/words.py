@@ -16,9 +16,10 @@ from minimind_v.core.model.vlm import VLM
 
 TOLD = 5  # broken rows that are told one by one
 NAMED = 8  # rows of an update that are named
-# What torch's CPU allocator says, and what becomes of a failed allocation inside CUDA's libraries.
+# What torch says that has no error of its own for it, and what becomes of a failed allocation inside CUDA's libraries.
 NO_MEMORY = (
     "can't allocate memory",
+    "MPS backend out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
@@ -67,7 +68,7 @@ def explained(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
     """Turn what torch raises for want of memory, or over a dead data worker, into words with a next step."""
     try:
         yield
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; a CPU's allocator has none of its own
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
         if dead := re.search(r"DataLoader worker \(pid\(?s?\)? ?(\d+)", str(error)):
             place = plan.read_by(int(dead[1]))
             raise RunError(

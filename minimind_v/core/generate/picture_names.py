@@ -1,0 +1,137 @@
+"""Pictures as people name them: files, what a terminal writes when files are dropped on it, and addresses."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image
+
+from minimind_v.core.data.images import FORMATS
+from minimind_v.core.errors import MissingInput, MmvError, UsageError, shorten
+
+SHOWN = 120  # characters of a name
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # longer than the letter of a drive
+LOCAL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
+INLINE = re.compile(r"data:([^,]*),(.*)", re.IGNORECASE | re.DOTALL)
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file, not yet decoded, and its name as messages show it."""
+
+    name: str
+    data: bytes
+
+
+def split_names(text: str) -> list[str]:
+    """The names in what was typed or dropped: one file as it stands, or several, quoted or escaped as for a shell."""
+    whole = text.strip()
+    if not whole or _exists(whole) or INLINE.match(whole):
+        return [whole] if whole else []
+    words = shlex.shlex(text, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.commenters = True, ""
+    if os.name == "nt":
+        words.escape = ""  # a backslash is part of a path
+    try:
+        names = list(words)
+    except ValueError:  # a quote without its other half
+        return [whole]
+    if len(names) > 1 and not any(_exists(name) or ADDRESS.match(name) for name in names):
+        return [whole]  # one name with spaces, and no such file
+    return names
+
+
+def read_pictures(names: Iterable[str]) -> list[Picture]:
+    """Read all files. Raises MissingInput or UsageError that tells every one that cannot be read."""
+    pictures: list[Picture] = []
+    errors: list[MmvError] = []
+    for name in names:
+        try:
+            pictures.append(read_picture(name))
+        except MmvError as error:
+            errors.append(error)
+    if errors:
+        kind = next((type(error) for error in errors if isinstance(error, UsageError)), type(errors[0]))
+        raise kind("; ".join(map(str, errors)))
+    return pictures
+
+
+def read_picture(name: str) -> Picture:
+    """Read the file that a name or a file: address names, or the content of a data: address.
+
+    Raises MissingInput where it cannot be read, UsageError for an address of something else.
+    """
+    shown = shorten(name, SHOWN)
+    if not _exists(name):
+        if inline := INLINE.fullmatch(name):
+            return Picture(shown, _inline(shown, *inline.groups()))
+        if name.lower().startswith("data:"):
+            raise UsageError(f"{shown}: a data: address without its content — it goes data:image/png;base64,CONTENT")
+        if ADDRESS.match(name) and not LOCAL.match(name):
+            raise UsageError(
+                f"{shown} is an address, and pictures are read from files of this machine — "
+                "download it first (curl -LO ADDRESS), then give the file's name"
+            )
+    path = _path(name)
+    if LOCAL.match(name):
+        shown = shorten(str(path), SHOWN)
+    try:
+        if path.is_dir():
+            raise MissingInput(f"{shown} is a folder — name a picture in it")
+        if not path.is_file():
+            raise MissingInput(f"no picture at {shown}")
+        return Picture(shown, path.read_bytes())
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
+        raise MissingInput(f"no picture at {shown} ({getattr(error, 'strerror', None) or error})") from None
+
+
+def pictures_in(text: str) -> list[str]:
+    """The names in a question that is nothing but names of pictures; empty for any other."""
+    names = split_names(text)
+    there = [_exists(name) and _is_picture(_path(name)) for name in names]
+    alone = len(names) == 1 and " " not in names[0]
+    ending = alone and (names[0].lower().endswith(ENDINGS) or names[0].lower().startswith("data:image/"))
+    return names if names and (all(there) or ending) else []
+
+
+def _path(name: str) -> Path:
+    """The path that a name means."""
+    if not os.path.lexists(name) and (local := LOCAL.fullmatch(name)):
+        path = os.fsdecode(unquote_to_bytes(local[1].encode(errors="surrogateescape")))
+        return Path(path[1:] if os.name == "nt" else path)
+    return Path(name if os.path.lexists(name) else os.path.expanduser(name))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return _path(name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except Exception:  # Pillow raises many kinds
+        return path.suffix.lower() in ENDINGS
+
+
+def _inline(shown: str, head: str, body: str) -> bytes:
+    """The content of a data: address."""
+    data = unquote_to_bytes(body)
+    if head.lower().split(";")[-1].strip() != "base64":
+        return data
+    data = re.sub(rb"\s", b"", data).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError:
+        raise UsageError(f"{shown}: its base64 is damaged or cut — copy the whole address again") from None

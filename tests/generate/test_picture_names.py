@@ -1,0 +1,99 @@
+"""The names of pictures, as people and terminals write them."""
+
+import base64
+import os
+
+import pytest
+
+from minimind_v.core.errors import MissingInput, UsageError
+from minimind_v.core.generate.picture_names import pictures_in, read_picture, read_pictures, split_names
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
+ADDRESS = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("dog.jpg", "my dog.jpg", "it's.jpg", "two  spaces.jpg", "back\\slash.jpg", "#1.jpg", "100%25.jpg"):
+        (tmp_path / name).write_bytes(PNG)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("dog.jpg", ["dog.jpg"]),
+        ("  dog.jpg \r\n", ["dog.jpg"]),
+        ("my dog.jpg", ["my dog.jpg"]),
+        ("'my dog.jpg' ", ["my dog.jpg"]),
+        ('"my dog.jpg"', ["my dog.jpg"]),
+        ("my\\ dog.jpg ", ["my dog.jpg"]),
+        ("it's.jpg", ["it's.jpg"]),
+        ("'it'\\''s.jpg'", ["it's.jpg"]),
+        ("back\\slash.jpg", ["back\\slash.jpg"]),
+        ("dog.jpg 'my dog.jpg' it\\'s.jpg", ["dog.jpg", "my dog.jpg", "it's.jpg"]),
+        ("dog.jpg #1.jpg", ["dog.jpg", "#1.jpg"]),
+        ("dog.jpg\nnowhere.jpg", ["dog.jpg", "nowhere.jpg"]),
+        ("no such cat.jpg", ["no such cat.jpg"]),
+        ("it's nowhere.jpg", ["it's nowhere.jpg"]),
+        (ADDRESS, [ADDRESS]),
+        ("  ", []),
+    ],
+)
+def test_names_are_told_apart(typed, names):
+    assert split_names(typed) == names
+
+
+@pytest.mark.parametrize("name", ["~/dog.jpg", "dog.jpg", "100%25.jpg", "file:///{}/my%20dog.jpg", "FILE://localhost/{}/dog.jpg",
+                                  "file:/{}/100%2525.jpg"])  # fmt: skip
+def test_files_are_read(name, folder):
+    assert read_picture(name.format(str(folder)[1:])).data == PNG
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_a_name_need_not_be_text(folder):
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(PNG)
+    assert read_picture(f"{folder.as_uri()}/caf%E9.jpg").data == PNG
+
+
+def test_without_a_home_a_tilde_is_a_name(monkeypatch, tmp_path):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["uid not found"])
+    with pytest.raises(MissingInput, match=r"no picture at ~/dog\.jpg"):
+        read_picture("~/dog.jpg")
+
+
+def test_inline_pictures_are_read_however_they_were_written():
+    body = ADDRESS.partition(",")[2]
+    wrapped = "\n".join(body[at : at + 40] for at in range(0, len(body), 40))
+    for address in (ADDRESS, ADDRESS.rstrip("="), f"DATA:image/png;base64,{wrapped}",
+                    "data:;base64," + body.replace("+", "-").replace("/", "_"),
+                    "data:image/png;name=a.png;base64," + body.replace("=", "%3D"),
+                    "data:image/png," + "".join(f"%{byte:02x}" for byte in PNG)):  # fmt: skip
+        assert read_picture(address).data == PNG
+    with pytest.raises(UsageError, match="damaged or cut"):
+        read_picture("data:image/png;base64,!!!!")
+
+
+def test_a_zero_byte_in_a_name_is_told():
+    with pytest.raises(MissingInput, match="no picture at"):
+        read_picture("a\0b.jpg")
+
+
+def test_every_name_that_is_not_there_is_told():
+    with pytest.raises(UsageError) as error:
+        read_pictures(["a.jpg", "dog.jpg", "http://example.org/" + "x" * 100000, "."])
+    words = str(error.value)
+    assert all(part in words for part in ("no picture at a.jpg; ", "is an address", ". is a folder"))
+    assert len(words) < 500
+
+
+@pytest.mark.parametrize(("text", "found"), [("dog.jpg", 1), ("'dog.jpg' 'my dog.jpg' ", 2), ("nowhere.webp", 1),
+                                             ("What is dog.jpg", 0), ("dog", 0), ("", 0), ("it's", 0),
+                                             ("dog.jpg nowhere.jpg", 0)])  # fmt: skip
+def test_a_question_of_nothing_but_names(text, found):
+    assert len(pictures_in(text)) == found
