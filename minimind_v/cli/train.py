@@ -207,8 +207,13 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
 
 
 def _tell(terminal: Terminal, summary: Summary) -> None:
+    from minimind_v.core.data.row import describe_text_rows
+
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
-    skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in summary.broken_rows.items())
+    skipped = f"; {sum(summary.broken_rows.values())} broken rows skipped ({kinds})" if kinds else ""
+    if summary.text_rows:
+        terminal.say(describe_text_rows(summary.text_rows, summary.rows))
     bad = f"; {summary.bad_updates} updates skipped, not finite" if summary.bad_updates else ""
     terminal.say(
         f"{how} after {summary.steps} updates{skipped}{bad}; weights in {summary.weights}, curve in {summary.metrics}"
