@@ -72,6 +72,7 @@ def train(
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Conversations: JSONL, parquet, LLaVA JSON.")
     ] = None,
+    split: options.Split = None,
     images: options.Images = None,
     vision_model: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the CLIP vision model.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of tokenizer.json.")] = None,
@@ -197,7 +198,7 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
     from minimind_v.core.train.report import shown
 
     with terminal.progress("counting") as progress:
-        found = asdict(plan(config, price_per_hour, progress))
+        found = asdict(plan(config, price_per_hour, progress, terminal.say))
     if json:
         terminal.json(found)
         return
