@@ -67,10 +67,13 @@ def refuse_unread(row: Row, columns: Mapping[str, Any] | None = None) -> Row:
             )
     if not row.images:
         for tree in (row.extra, columns or {}, *_rests(row.conversations)):
-            if found := next(_named_in(tree, "", 0), None):
+            for key, value in _named_in(tree, "", 0):
+                instead = "put the names of pictures in `image`"
+                if isinstance(value, bytes):
+                    instead = "put pictures in a column `image_bytes`, as binary or lists of it"
                 raise RowError(
-                    f"pictures or videos in `{found:.60}` are not read: put the names of pictures in `image`, and "
-                    "<image> in the text where each goes",
+                    f"pictures or videos in `{key:.60}` are not read: {instead}, and <image> in the text where each "
+                    "goes",
                     KIND,
                 )
     return row
@@ -103,8 +106,8 @@ def _unread_mark(text: str) -> str | None:
     return None
 
 
-def _named_in(value: Any, key: str, depth: int) -> Iterator[str]:
-    """Keys of a tree that name pictures or videos; `key` is what stands above it."""
+def _named_in(value: Any, key: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """What names pictures or videos in a tree, or is one, by its key; `key` is what stands above the tree."""
     if isinstance(value, dict) and depth < DEPTH:
         for number, (inner, below) in enumerate(value.items()):
             if number < WIDTH:
@@ -113,7 +116,7 @@ def _named_in(value: Any, key: str, depth: int) -> Iterator[str]:
         for below in value[:WIDTH]:
             yield from _named_in(below, key, depth + 1)
     elif _names_picture(key, value):
-        yield key
+        yield key, value
 
 
 def _names_picture(key: str, value: Any) -> bool:

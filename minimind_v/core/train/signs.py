@@ -139,7 +139,7 @@ def base_not_loaded(seen: Seen) -> str | None:
 
 def no_pictures(seen: Seen) -> str | None:
     """A projector learns from pictures alone."""
-    if seen.start.config.stage != "pretrain" or seen.step != 10 or seen.pictures or not seen.begun:
+    if seen.start.config.stage != "pretrain" or seen.step != 10 or seen.pictures or seen.text_rows or not seen.begun:
         return None
     return (
         "none of the rows of the first 10 updates has a picture, so the projector learns nothing: look at the key "

@@ -75,9 +75,11 @@ class BrokenRows:
             share = f"{broken} of the first {read} rows that were read are broken"
         else:
             return
+        # Where no row was whole there is nothing to allow.
+        more = f", or allow more with --set data.bad_rows={_above(broken / read):g}" if broken < read else ""
         raise DataError(
             f"{share}, more than {self.allowed:.0%}; the first: {self.first} — mend the data (`mmv data check` names "
-            f"every such row), or allow more with --set data.bad_rows={self._enough(broken / read):g}"
+            f"every such row){more}"
         )
 
     def _bearable(self, read: int) -> float:
@@ -90,9 +92,10 @@ class BrokenRows:
         begun = min(read + LANES * WINDOW * self.rows_per_update, self.rows)
         return self.allowed * begun + 5 * math.sqrt(self.allowed * begun) + FEW
 
-    def _enough(self, share: float) -> float:
-        """A round share above this one."""
-        return next((round_share for round_share in (0.02, 0.05, 0.1, 0.2, 0.5) if round_share > share), 1.0)
+
+def _above(share: float) -> float:
+    """A round share above this one."""
+    return next((round_share for round_share in (0.02, 0.05, 0.1, 0.2, 0.5) if round_share > share), 1.0)
 
 
 @contextmanager
