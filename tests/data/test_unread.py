@@ -129,6 +129,14 @@ def test_a_column_of_pictures_that_is_not_read_is_named(tmp_path, column):
     assert rows.row(1).images == rows.row(2).images == []
 
 
+def test_a_column_of_bytes_beside_the_pictures_is_told_of(tmp_path):
+    columns = {"conversations": [json.dumps(talk("<image>?"))], "image_bytes": [picture(1)], "thumbnail": [picture(2)]}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    said = []
+    assert open_rows(tmp_path / "rows.parquet", say=said.append).row(0).images == ["picture 1"]
+    assert said == [f"{tmp_path / 'rows.parquet'}: bytes in thumbnail are neither read nor copied"]
+
+
 def test_names_in_a_column_of_parquet_are_named(tmp_path):
     columns = {"messages": [talk("<image>?"), talk("<image>!")], "images": [["a.jpg"], ["b.jpg"]]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")

@@ -60,6 +60,7 @@ class ParquetRows:
         binary = [name for name in schema.names if _holds_bytes(schema.field(name))]
         text = [name for name in schema.names if name not in binary]
         others = [name for name in binary if name != self._bytes]  # read only where a row seems to have no picture
+        self.left_out = f"{path}: bytes in {', '.join(others)} are neither read nor copied" if others else ""
         self._text = _Pieces(files, footers, text, KEPT_TEXT)
         self._others = _Pieces(files, footers, others, KEPT_TEXT) if others else None
         self._data = _Pieces(files, footers, [self._bytes], KEPT_PICTURES) if self._bytes else None

@@ -19,6 +19,8 @@ from minimind_v.core.errors import DataError, MissingInput, UsageError
 class SavedRows:
     """A saved dataset, or one of the splits of a saved set of them. Its files are mapped, not read."""
 
+    left_out = ""
+
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:

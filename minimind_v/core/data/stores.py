@@ -37,8 +37,8 @@ def open_rows(
     """Open rows of any kind: JSONL, a LLaVA `.json`, parquet (a file or a folder of shards), a saved `datasets` folder.
 
     `images` is the folder or zip of the pictures, where they do not stand in the rows. Of a folder that has several
-    splits one is taken, which is said: `split` or, where that is None, the first of `order`. Opening reads no row.
-    Raises MissingInput, DataError or UsageError.
+    splits one is read, and `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no
+    row. Raises MissingInput, DataError or UsageError.
     """
     if not data.is_dir():
         if not data.is_file():
@@ -55,8 +55,8 @@ def open_rows(
         rows = ParquetRows(data, images, split, order)
     else:
         return (LlavaRows if data.suffix == ".json" else JsonlRows)(data, images)
-    if rows.choice.told:
-        say(rows.choice.told)
+    for note in filter(None, (rows.choice.told, rows.left_out)):
+        say(note)
     return rows
 
 
