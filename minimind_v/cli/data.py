@@ -28,6 +28,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that
 @data.command()
 def check(
     file: File,
+    split: options.Split = None,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
     vision_model: options.VisionModel = VISION_DIR,
@@ -46,6 +47,7 @@ def check(
     """Find everything that can be wrong with rows, and what training will do about it. Exit 1 where it would refuse."""
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.data.dataset import RowDataset
+    from minimind_v.core.data.splits import SCORE
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect import check as checking
     from minimind_v.core.inspect.convert import check_target
@@ -53,9 +55,11 @@ def check(
     if fix:
         check_target(fix, overwrite)
     terminal = Terminal()
-    recipe, rows, encoder, spec = data_look.open_data(terminal, file, images, tokenizer, vision_model, stage)
+    recipe, rows, encoder, spec = data_look.open_data(terminal, file, split, images, tokenizer, vision_model, stage)
     dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length)
-    held_out = open_rows(against, images_beside(against) or images) if against else None
+    held_out = None
+    if against:
+        held_out = open_rows(against, images_beside(against) or images, say=terminal.say, order=SCORE)
     with terminal.progress("check") as progress:
         report = checking.check(dataset, workers, held_out, progress)
     found = checking.summary(report, recipe.data.bad_rows)
@@ -94,6 +98,8 @@ def _show(terminal: Terminal, found: dict[str, Any], file: Path) -> None:
     for kind, told in found["kinds"].items():
         terminal.result(f"{kind:<18}{told['count']:>8}  training {told['training']}: {', '.join(told['first'])}")
         terminal.result(f"{'':<28}{told['message']}")
+    if (text_rows := found["text_rows"])["count"]:
+        terminal.result(f"information: {text_rows['message']}: {', '.join(text_rows['first'])}")
     terminal.result(f"{file}: {found['rows']} rows, {found['usable']} of them can be trained on")
 
 
@@ -105,6 +111,7 @@ data.command()(data_look.preview)
 def convert(
     file: File,
     out: Annotated[Path, typer.Argument(help="NAME.parquet, or NAME.jsonl, which gets NAME_images.zip beside it.")],
+    split: options.Split = None,
     images: options.Images = None,
     overwrite: Overwrite = False,
     json: options.Json = False,
@@ -115,7 +122,7 @@ def convert(
     from minimind_v.core.inspect.convert import convert as run
 
     terminal = Terminal()
-    rows = open_rows(file, images or images_beside(file))
+    rows = open_rows(file, images or images_beside(file), split, terminal.say)
     try:
         with terminal.progress("convert") as progress:
             done = run(rows, out, overwrite, progress)
@@ -135,6 +142,7 @@ def split(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for train and held_out.")],
     held_out: Annotated[float, typer.Option("--held-out", help="A share below 1, or a number of rows.")] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Decides which rows.")] = 42,
+    split: options.Split = None,
     images: options.Images = None,
     overwrite: Overwrite = False,
     json: options.Json = False,
@@ -149,7 +157,7 @@ def split(
     if held_out > 1 and not held_out.is_integer():
         raise typer.BadParameter("is a share below 1 or a whole number of rows", param_hint="--held-out")
     terminal = Terminal()
-    rows = open_rows(file, images or images_beside(file))
+    rows = open_rows(file, images or images_beside(file), split, terminal.say)
     with terminal.progress("split") as progress:
         done = run(rows, out, held_out, seed, overwrite, progress)
     where = f"; the pictures of both are in {rows.pictures} (--images)" if rows.pictures else ""

@@ -36,6 +36,7 @@ Stage = Annotated[
 
 def stats(
     file: File,
+    split: options.Split = None,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
     vision_model: options.VisionModel = VISION_DIR,
@@ -51,7 +52,7 @@ def stats(
     from minimind_v.core.inspect.stats_page import stats_page
 
     terminal = Terminal()
-    recipe, store, encoder, _ = open_data(terminal, file, images, tokenizer, vision_model, stage)
+    recipe, store, encoder, _ = open_data(terminal, file, split, images, tokenizer, vision_model, stage)
     with terminal.progress("rows") as progress:
         report = look_at(store, encoder, recipe, limit, progress)
     if html:
@@ -66,6 +67,7 @@ def stats(
 
 def preview(
     file: File,
+    split: options.Split = None,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
     vision_model: options.VisionModel = VISION_DIR,
@@ -83,7 +85,7 @@ def preview(
     from minimind_v.core.inspect.preview_page import preview_page
 
     terminal = Terminal()
-    recipe, store, encoder, spec = open_data(terminal, file, images, tokenizer, vision_model, stage)
+    recipe, store, encoder, spec = open_data(terminal, file, split, images, tokenizer, vision_model, stage)
     previewer = Previewer(store, encoder, spec, recipe)
     chosen = previewer.choose(rows, seed, start)
     if not chosen:
@@ -102,6 +104,7 @@ def preview(
 def open_data(
     terminal: Terminal,
     file: Path,
+    split: str | None,
     images: Path | None,
     tokenizer: Path,
     vision_model: Path,
@@ -119,8 +122,8 @@ def open_data(
         if stage is None:
             stage = StageName.sft
             terminal.say("the file's name tells no stage: looked at as sft reads it (--stage pretrain for the other)")
-    given = {"data": file, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
+    given = {"data": file, "split": split, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
     recipe = build_config(stage.value, options=given)
-    store = open_rows(file, recipe.data.images)
+    store = open_rows(file, recipe.data.images, split, terminal.say)
     spec = read_vision_spec(vision_model)
     return recipe, store, PromptEncoder(Tokenizer.load(tokenizer), spec.tokens_per_image), spec

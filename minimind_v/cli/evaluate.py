@@ -25,6 +25,10 @@ def evaluate(
             metavar="FILE", help=f"Held-out rows: JSONL, parquet, LLaVA JSON. [default: {FIRST} rows of the sft data]"
         ),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which split of a folder. [default: test, validation or held_out, as said]"),
+    ] = None,
     images: options.Images = None,
     vision_model: options.VisionOfModel = None,
     tokenizer: options.TokenizerOfModel = None,
@@ -43,6 +47,8 @@ def evaluate(
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.features.memory import Eye, open_memory
     from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.row import describe_text_rows
+    from minimind_v.core.data.splits import SCORE
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.evaluate.run import evaluate as score
     from minimind_v.core.generate.load import load_model
@@ -55,7 +61,7 @@ def evaluate(
         terminal.warn(
             f"scoring rows of {data}, which the model may have been trained on: name held-out ones with --data"
         )
-    rows = open_rows(data, images or images_beside(data))
+    rows = open_rows(data, images or images_beside(data), split, terminal.say, SCORE)
     loaded = load_model(model, vision_model, tokenizer, device, terminal.say)
     spec, words = loaded.model.spec, loaded.tokenizer
     terminal.say(str(loaded.receipt))
@@ -72,19 +78,23 @@ def evaluate(
                 loaded.model, dataset, words.pad_id, words.eos_id, batch_size,
                 limit=limit, progress=progress, dtype=dtype, memory=memory if name == "seeing" else None,
             )  # fmt: skip
-    for row in found["seeing"].broken[:5]:
+    seeing = found["seeing"]
+    for row in seeing.broken[:5]:
         terminal.warn(f"row skipped: {row}")
-    report = _report(loaded.checkpoint.path, data, found)
+    if seeing.text_rows:
+        terminal.say(describe_text_rows(seeing.text_rows, seeing.rows))
+    report = _report(loaded.checkpoint.path, data, rows.split, found)
     if json:
         terminal.json(report)
     else:
         terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
 
 
-def _report(model: Path, data: Path, found: dict[str, Scores]) -> dict[str, Any]:
+def _report(model: Path, data: Path, split: str, found: dict[str, Scores]) -> dict[str, Any]:
     seeing = found["seeing"]
     report: dict[str, Any] = {
-        "model": str(model), "data": str(data), "rows": seeing.rows, "broken_rows": len(seeing.broken),
+        "model": str(model), "data": str(data), **({"split": split} if split else {}),
+        "rows": seeing.rows, "broken_rows": len(seeing.broken), "text_rows": seeing.text_rows,
         "supervised_tokens": seeing.supervised_tokens, "short_answers": seeing.short_answers,
     }  # fmt: skip
     for name, scores in found.items():

@@ -109,7 +109,7 @@ def _data(file: Path) -> dict[str, Any]:
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.files import size_of
 
-    rows = open_rows(file, images_beside(file))
+    rows = open_rows(file, images_beside(file), say=Terminal().say)
     try:
         first = rows.row(0)
     except RowError as error:
@@ -117,6 +117,7 @@ def _data(file: Path) -> dict[str, Any]:
     return {
         "kind": "dataset",
         "file": str(file),
+        **({"split": rows.split} if rows.split else {}),
         "rows": len(rows),
         "bytes": size_of(file),
         "pictures": str(rows.pictures or ""),

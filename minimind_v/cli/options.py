@@ -40,5 +40,13 @@ Images = Annotated[
     Path | None,
     typer.Option("--images", metavar="DIR|ZIP", help="Pictures of the rows: a folder, or a zip read in place."),
 ]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        metavar="NAME",
+        help="Which split of a folder: train, validation, test, held_out, all. [default: train]",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

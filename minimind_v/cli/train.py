@@ -72,6 +72,7 @@ def train(
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Conversations: JSONL, parquet, LLaVA JSON.")
     ] = None,
+    split: options.Split = None,
     images: options.Images = None,
     vision_model: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the CLIP vision model.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of tokenizer.json.")] = None,
@@ -200,7 +201,7 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
     from minimind_v.core.train.report import shown
 
     with terminal.progress("counting") as progress:
-        found = asdict(plan(config, price_per_hour, progress))
+        found = asdict(plan(config, price_per_hour, progress, terminal.say))
     if json:
         terminal.json(found)
         return
@@ -210,8 +211,13 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
 
 
 def _tell(terminal: Terminal, summary: Summary) -> None:
+    from minimind_v.core.data.row import describe_text_rows
+
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
-    skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in summary.broken_rows.items())
+    skipped = f"; {sum(summary.broken_rows.values())} broken rows skipped ({kinds})" if kinds else ""
+    if summary.text_rows:
+        terminal.say(describe_text_rows(summary.text_rows, summary.rows))
     bad = f"; {summary.bad_updates} updates skipped, not finite" if summary.bad_updates else ""
     terminal.say(
         f"{how} after {summary.steps} updates{skipped}{bad}; weights in {summary.weights}, curve in {summary.metrics}"

@@ -37,8 +37,8 @@ from minimind_v.core.train.freeze import freeze
 
 QUESTION, ANSWER = 40, 40  # tokens of a caption row besides its picture; those of the answer are supervised
 WORDS = 48  # tokens that are generated
-SIDE = {"cpu": 2048}  # of the matrices whose product is timed
-SIDE_ELSEWHERE = 8192  # a GPU needs work for longer than the host needs to ask for it
+SIDE = 2048  # of the matrices whose product is timed
+SIDE_CUDA = 8192  # a large GPU needs work for longer than the host needs to ask for it
 SPREAD = range(-14, 15, 4)  # tokens by which rows of the measured updates differ: a run meets new lengths all the time
 JPEG = (448, 336)
 # Sizes of the vision towers: CLIP's ViT-B/16, and that of the embedded world.
@@ -124,7 +124,7 @@ def _make_model(preset: str) -> VLM:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of one large product."""
-    side = SIDE.get(device.type, SIDE_ELSEWHERE)
+    side = SIDE_CUDA if device.type == "cuda" else SIDE
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / _seconds(device, lambda: left @ right, times=7)
 

@@ -108,3 +108,76 @@ def test_a_model_trains_and_is_scored_on_parquet(tmp_path):
     scored = here("eval", "--model", tmp_path / "out" / "pretrain_vlm_128.pth", "--data", data, *SIGHT, "--json")
     assert scored.json["rows"] == 40
     assert here("info", data, "--json").json["rows"] == 40
+
+
+def test_text_rows_are_told_as_information(tmp_path):
+    rows = read_rows(place().data("sft"))[:4]
+    for message in rows[1]["conversations"]:
+        message["content"] = message["content"].replace("<image>", "")
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    line = ("data", "check", data, "--images", place().images("sft"), *SIGHT)
+    ended = here(*line)
+    assert ended.code == 0, ended.err
+    assert "information: 1 of 4 rows have a picture but no <image> mark: text rows" in ended.out
+    assert f"{data}:2" in ended.out
+    fixed = here(*line, "--json", "--fix", tmp_path / "clean.parquet").json
+    assert (fixed["text_rows"]["count"], fixed["fixed"]["rows"]) == (1, 4)
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """A folder of shards: 3 rows to train on, 2 for validation, 1 to test."""
+    folder, rows, begin = tmp_path / "set", read_rows(place().data("sft")), 0
+    (folder / "data").mkdir(parents=True)
+    for name, count in (("train-00000-of-00002", 2), ("train-00001-of-00002", 1), ("validation-00000-of-00001", 2),
+                        ("test-00000-of-00001", 1)):  # fmt: skip
+        data = write_rows(tmp_path / f"{name}.jsonl", rows[begin : begin + count])
+        out = folder / "data" / f"{name}.parquet"
+        assert here("data", "convert", data, out, "--images", place().images("sft")).code == 0
+        begin += count
+    return folder
+
+
+def test_the_commands_read_one_split_and_say_which(splits, tmp_path):
+    out = {"convert": [tmp_path / "{}.jsonl"], "split": ["--out", tmp_path / "{}", "--held-out", "1"],
+           "preview": ["--html", tmp_path / "{}.html"], "check": [], "stats": []}  # fmt: skip
+    counts = {"check": "rows", "stats": "rows", "convert": "rows"}
+    for command, words in out.items():
+        sight = SIGHT if command in ("check", "stats", "preview") else ()
+        for chosen, rows in ((None, 3), ("val", 2), ("all", 6)):
+            more = ("--split", chosen) if chosen else ()
+            given = [str(word).replace("{}", f"{command}-{chosen}") for word in words]
+            ended = here("data", command, splits, *given, *sight, *more, "--json")
+            assert ended.code == 0, ended.err
+            told = {None: "the split train is read (2 files), not", "val": "the split validation is read (1 file), not",
+                    "all": "all splits together"}[chosen]  # fmt: skip
+            assert told in ended.err, (command, chosen)
+            if command in counts:
+                assert ended.json[counts[command]] == rows, (command, chosen)
+            elif command == "preview":
+                assert len(ended.json["rows"]) == rows
+            else:
+                assert ended.json["train_rows"] + ended.json["held_out_rows"] == rows
+        wrong = here("data", command, splits, *words, *sight, "--split", "tset")
+        assert (wrong.code, "did you mean 'test'" in wrong.error) == (2, True)
+    against = here("data", "check", splits, "--against", splits, *SIGHT, "--json")
+    assert "the split test is read" in against.err
+    assert here("info", splits, "--json").json["split"] == "train"
+
+
+def test_a_model_trains_on_one_split_and_is_scored_on_another(splits, tmp_path):
+    line = place().train(tmp_path / "out", data=splits, images=None, batch_size=1)
+    trained = here(*line)
+    assert trained.code == 0, trained.err
+    assert "the split train is read (2 files), not" in trained.err
+    assert "3 rows of" in trained.err
+    scoring = ("eval", "--model", tmp_path / "out" / "pretrain_vlm_128.pth", "--data", splits, *SIGHT, "--json")
+    for more, name, rows in (((), "test", 1), (("--split", "train"), "train", 3)):
+        scored = here(*scoring, *more)
+        assert (scored.json["split"], scored.json["rows"]) == (name, rows)
+        assert f"the split {name} is read" in scored.err
+    other = here(*line, "--split", "validation", "--resume")
+    assert other.code == 2
+    assert "data.split: nothing in the run that is resumed, validation now" in other.err
+    planned = here(*line[:1], "plan", *line[1:], "--split", "test", "--json")
+    assert "the split test is read" in planned.err

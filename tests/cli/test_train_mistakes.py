@@ -272,3 +272,51 @@ def test_no_processes_are_left_when_a_run_fails(place, tmp_path):
     ended = here(*place.train(tmp_path / "out", data=write_rows(tmp_path / "mine.jsonl", ["{"] * 20), workers=2))
     assert ended.code == 1
     assert multiprocessing.active_children() == []
+
+
+# --- pictures that are not shown --------------------------------------------------------------------------------------
+
+
+def test_rows_with_a_picture_and_no_mark_are_text_rows_told_once(place, sighted, tmp_path):
+    rows = read_rows(place.data("sft"))
+    for row in rows[::4]:
+        for message in row["conversations"]:
+            message["content"] = message["content"].replace("<image>", "").strip()
+        row["image"] = "none.jpg"  # nobody looks
+    data = write_rows(tmp_path / "mine.jsonl", rows)
+    ended = here(*place.train(tmp_path / "out", "sft", data=data, init=sighted, epochs=2, workers=1))
+    assert ended.code == 0, ended.err
+    told = [line for line in ended.err.splitlines() if "no <image> mark" in line]
+    assert [line.startswith("step ") for line in told] == [True, False], ended.err
+    assert told[-1].startswith("10 of 40 rows have a picture but no <image> mark: text rows")
+    assert "skipped" not in ended.err
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_set_that_lacks_its_marks_is_warned_of(place, sighted, tmp_path, stage):
+    rows = read_rows(place.data(stage))
+    for row in rows:
+        for message in row["conversations"]:
+            message["content"] = message["content"].replace("<image>", "").strip()
+    data = write_rows(tmp_path / "mine.jsonl", rows)
+    ended = here(*place.train(tmp_path / "out", stage, data=data, init=sighted if stage == "sft" else BASE))
+    assert ended.code == 0, ended.err
+    assert "40 of the first 40 rows have a picture but no <image> mark in their text" in ended.err
+    assert "40 of 40 rows have a picture but no <image> mark: text rows" in ended.err
+
+
+def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(place, sighted, tmp_path):
+    rows = read_rows(place.data("sft"))
+    rows[3] = {"conversations": rows[3]["conversations"], "images": ["a.jpg"]}
+    talk = [{"from": "user", "value": "<img>a.jpg</img>\nWhat?"}, {"from": "assistant", "value": "A star."}]
+    rows[20] = {"conversations": talk}
+    data = write_rows(tmp_path / "mine.jsonl", rows)
+    line = place.train(tmp_path / "out", "sft", data=data, init=sighted)
+    ended = here(*line, "--set", "data.bad_rows=0.1")
+    assert ended.code == 0, ended.err
+    assert f"row skipped: {data}:4: pictures or videos in `images` are not read" in ended.err
+    assert f"row skipped: {data}:21: '<img>a.jpg</img>' in its text is not read as a picture" in ended.err
+    assert "2 broken rows skipped (2 pictures not read)" in ended.err
+    refused = here(*line, "--overwrite")
+    assert refused.code == 1
+    assert "of 40 rows are broken, more than 1%" in refused.error

@@ -29,6 +29,7 @@ CHANGED = {
     "model.n_shared_experts": 2,
     "model.aux_loss_alpha": 0.5,
     "data.file": "rows.jsonl",
+    "data.split": "validation",
     "data.images": "pictures",
     "data.tokenizer": "words",
     "data.max_length": 99,

@@ -31,7 +31,7 @@ BROKEN = {  # kind → lines of the file that are broken in this way
     ],
     "roles": [b'{"conversations":[{"role":"x","content":"a"}]}', row("a", "b", roles=("user", "user"))],
     "no answer": [b'{"conversations":[{"role":"user","content":"a"}]}'],
-    "placeholders": [row("<image>", "b"), row("a", "b", "7.png"), row("<image>", "b", "7.png, 8.png")],
+    "placeholders": [row("<image>", "b"), row("<image><image>", "b", "7.png"), row("<image>", "b", "7.png, 8.png")],
     "image": [row("<image>", "b", [7]), row("<image>", "b", "a\nb.png"), row("<image>", "b", "\ud800.png")],
     "too long": [row("long " * 200, "b"), row("<image>" * 30, "b", ", ".join(["7.png"] * 30))],
     "picture missing": [

@@ -130,7 +130,6 @@ def dataset(demo_tokenizer):
         (json.dumps(talk(1)), [b""], "placeholders"),
         (json.dumps(talk(1)), [picture(1), picture(2)], "placeholders"),
         (json.dumps(talk(1, 2)), [picture(1)], "placeholders"),
-        (json.dumps(talk(1, 0)), [picture(1)], "placeholders"),
         (json.dumps(talk(1)), [b"<html>"], "picture broken"),
         (json.dumps(talk(1)), [picture(1)[:-30]], "picture broken"),
     ],

@@ -445,11 +445,18 @@ def test_a_question_alone_teaches_nothing(encoder, opening):
     assert encoder.prompt([*opening, user("Hi")]).input_ids, "but it can be answered"
 
 
-@pytest.mark.parametrize(("marks", "images"), [(1, 0), (0, 1), (2, 1), (1, 2), (0, 3)])
+@pytest.mark.parametrize(("marks", "images"), [(1, 0), (2, 1), (1, 2), (1, 3)])
 def test_marks_and_pictures_must_agree(encoder, marks, images):
     with pytest.raises(RowError, match=f"{marks} <image> marks for {images} pictures") as caught:
         encoder.row([user(IMAGE_MARK * marks), assistant("x")], images, PLENTY)
     assert caught.value.kind == "placeholders"
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_pictures_without_any_mark_leave_a_text_row(encoder, images):
+    row = encoder.row([user("Hi"), assistant("x")], images, PLENTY)
+    assert row == encoder.row([user("Hi"), assistant("x")], 0, PLENTY)
+    assert (row.images, row.unmarked) == (0, images)
 
 
 # --- rows that are no conversations -----------------------------------------------------------------------------------

@@ -208,3 +208,35 @@ def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, d
         kinds.setdefault(problem.place, set()).add(problem.kind)
     assert all(kind in kinds[place] for place, kind in broken.items())
     assert len(set(broken.values())) > (4 if kind == "jsonl" else 2)
+
+
+# --- pictures that are not shown --------------------------------------------------------------------------------------
+
+
+def test_text_rows_are_information_and_their_pictures_are_not_decoded(dataset, tmp_path):
+    held = dataset([row("Another?", "text", "page.jpg")], "held.jsonl")
+    lines = [row("<image>?", "b", "1.png"), *[row(f"Number {n}?", "b", "page.jpg") for n in range(5)]]
+    rows = dataset([*lines, row("Missing?", "b", "none.png")])
+    report = check(rows, 1, held.rows)
+    assert [(problem.row, problem.kind) for problem in report.problems()] == [(7, "unused picture")]
+    told = summary(report, 0.0)
+    assert (told["ok"], told["usable"], told["text_rows"]["count"]) == (True, 7, 6)
+    assert told["text_rows"]["first"][0] == f"{rows.rows.path}:2"
+    assert told["text_rows"]["message"].startswith("6 of 7 rows have a picture but no <image> mark")
+    assert not report.repeated.any(), "a black picture that fills a column makes no row a copy of another"
+    assert list(np.flatnonzero(~report.whole)) == [6], "what cannot be copied"
+
+
+def test_pictures_that_are_not_read_are_a_kind_of_their_own(dataset):
+    plain = json.loads(row("What?", "b"))
+    lines = [
+        plain | {"images": ["1.png"]},
+        plain | {"video": "a.mp4"},
+        json.loads(row("<img>1.png</img>?", "b")),
+        plain,
+    ]
+    told = summary(check(dataset([json.dumps(line).encode() for line in lines]), 1), 0.01)
+    assert told["kinds"]["pictures not read"]["count"] == 3
+    assert told["kinds"]["pictures not read"]["training"] == "skips the row"
+    assert (told["usable"], told["ok"]) == (1, False)
+    assert told["text_rows"] == {"count": 0, "first": [], "message": ""}

@@ -200,3 +200,13 @@ def test_a_giant_row_makes_no_giant_page(tmp_path):
     page = preview_page(found, SPEC, recipe(), "x")
     assert len(page) < 3_000_000
     assert f"{found[0].hidden:,} more tokens" in page
+
+
+def test_a_text_row_shows_no_picture_and_says_so(tmp_path):
+    rows = [{"conversations": talk("What is red?", "A rose."), "image": "broken.jpg"}]
+    (view,) = views(write(tmp_path, rows))
+    assert (view.trouble, view.pictures, view.unmarked) == ("", [], 1)
+    told = "a text row: it has a picture but no <image> mark, so the model is shown none"
+    assert told in "\n".join("".join(text for text, _ in line) for line in row_lines(view))
+    assert told in Page(preview_page([view], SPEC, recipe(), "rows")).text
+    assert (as_json(view)["used"], as_json(view)["unmarked_pictures"]) == (True, 1)

@@ -17,6 +17,7 @@ from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import DataError
 from minimind_v.core.inspect import speed, stats
 from minimind_v.core.inspect.count import language
+from minimind_v.core.inspect.lines import summary
 from minimind_v.core.inspect.sample import SampledRows
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
@@ -210,3 +211,13 @@ def test_time_by_a_real_clock_is_some():
     )
     assert found.seconds is not None, found.how
     assert 0 < found.seconds < 600
+
+
+def test_text_rows_have_no_pictures_and_are_counted(tmp_path):
+    rows = [{"conversations": talk("<image>?", "A rose."), "image": "wide.png"}] * 3
+    rows.append({"conversations": talk("?", "A rose."), "image": "wide.png"})
+    rows.append({"conversations": talk("?", "No."), "img": "a"})
+    found = look(write(tmp_path, rows))
+    assert (found["text_rows"], found["images"]["sum"]) == (1, 3)
+    assert found["skipped"]["kinds"] == {"pictures not read": 1}
+    assert "1 of 5 rows have a picture but no <image> mark" in summary(found)["text rows"]

@@ -193,6 +193,18 @@ def test_a_real_run_without_pictures(tmp_path):
     assert set(found) == {"no_pictures"}
 
 
+def test_a_real_run_whose_rows_lack_their_marks(tmp_path):
+    rows = read_rows(place().data("pretrain"))
+    for number, row in enumerate(rows):
+        if number % 4:
+            row["conversations"][0]["content"] = "What is there?"
+    found = run(tmp_path, data=write_rows(tmp_path / "unmarked.jsonl", rows))
+    assert set(found) == {"no_marks"}
+    for row in rows[: len(rows) // 2]:
+        row["conversations"][0]["content"] = "<image>What is there?"
+    assert run(tmp_path, "pretrain", "--overwrite", data=write_rows(tmp_path / "half.jsonl", rows)) == {}
+
+
 def test_a_real_run_whose_pictures_come_slowly(tmp_path, monkeypatch):
     monkeypatch.setattr(signs, "STRETCH", 0.2)
     real = pictures.ZipPictures.read

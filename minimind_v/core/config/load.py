@@ -20,6 +20,7 @@ from minimind_v.core.hub.sources import DATASET_DIR, SAMPLE_DIR, dataset_files
 # Options of the command line whose configuration key has another name; all others are called as their key.
 FLAG_KEYS = {
     "data": "data.file",
+    "split": "data.split",
     "images": "data.images",
     "tokenizer": "data.tokenizer",
     "batch_size": "data.batch_size",

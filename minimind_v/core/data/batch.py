@@ -31,6 +31,7 @@ class Batch:
     broken: list[BrokenRow] = field(default_factory=list)  # rows that were left out of this batch
     answers: int = 0
     answers_cut: int = 0  # of these, how many did not fit into the length
+    text_rows: int = 0  # rows with pictures that no mark shows
     shared: int = 0  # positions at the beginning that are computed once for all rows
 
     def __len__(self) -> int:
@@ -135,6 +136,7 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
         broken=broken,
         answers=sum(example.tokens.answers for example in examples),
         answers_cut=sum(example.tokens.answers_cut for example in examples),
+        text_rows=sum(example.tokens.unmarked > 0 for example in examples),
     )
 
 

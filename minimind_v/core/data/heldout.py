@@ -95,9 +95,9 @@ def group_by_picture(
 
 
 def digests_of(rows: RowStore, index: int) -> list[int]:
-    """Of each picture of a row, or of the text of a row without any. Raises RowError."""
+    """Of each picture that a row shows, or of the text of a row that shows none. Raises RowError."""
     row = rows.row(index)
-    pictures = [rows.picture(index, position, name) for position, name in enumerate(row.images)]
+    pictures = [rows.picture(index, position, name) for position, name in enumerate(row.shown)]
     return [picture_digest(data) for data in pictures] or [text_digest(row)]
 
 

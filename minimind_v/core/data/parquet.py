@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimind_v.core.data.pictures import open_pictures, stand_in
-from minimind_v.core.data.row import IMAGE_MARK, Row, as_messages, image_names, parse_talk, picture_bytes
-from minimind_v.core.errors import DataError, RowError
+from minimind_v.core.data.row import Row, as_messages, count_marks, image_names, parse_talk, picture_bytes
+from minimind_v.core.data.splits import ALL, LEARN, Choice, choose, split_of
+from minimind_v.core.data.unread import refuse_unread
+from minimind_v.core.errors import DataError, RowError, UsageError
 
 TALK = ("conversations", "messages")
 PICTURES = ("image_bytes", "images", "image")  # columns that may hold pictures as bytes, the first that does counts
@@ -32,14 +34,17 @@ READERS = 8  # groups, or places in a large one, that are being read through at 
 
 
 class ParquetRows:
-    """Rows of a parquet file, or of all below a folder in the order of their names."""
+    """Rows of a parquet file, or of those below a folder that are of one split, in the order of their names."""
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
-        """`images` serves files that have the names of pictures only. Raises DataError or MissingInput."""
+    def __init__(
+        self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+    ) -> None:
+        """`images` serves files that have the names of pictures only; `split` and `order` say which files of a folder.
+
+        Raises DataError, MissingInput or UsageError.
+        """
         self.path = path
-        files = sorted(filter(Path.is_file, path.rglob("*.parquet"))) if path.is_dir() else [path]
-        if not files:
-            raise DataError(f"{path}: no data file, but a folder without .parquet files")
+        files, self.choice = _files_of(path, split, order) if path.is_dir() else ([path], Choice(""))
         footers = [_read_footer(file) for file in files]
         self.files = files
         schema = footers[0].schema.to_arrow_schema()
@@ -52,12 +57,20 @@ class ParquetRows:
         self._bytes = next((name for name in PICTURES if name in schema.names and _holds_bytes(schema.field(name))), "")
         self._names = "image" if "image" in schema.names and self._bytes != "image" else ""
         self._images = open_pictures(None if self._bytes else images)
-        text = [name for name in schema.names if name != self._bytes and not _holds_bytes(schema.field(name))]
+        binary = [name for name in schema.names if _holds_bytes(schema.field(name))]
+        text = [name for name in schema.names if name not in binary]
+        others = [name for name in binary if name != self._bytes]  # read only where a row seems to have no picture
+        self.left_out = f"{path}: bytes in {', '.join(others)} are neither read nor copied" if others else ""
         self._text = _Pieces(files, footers, text, KEPT_TEXT)
+        self._others = _Pieces(files, footers, others, KEPT_TEXT) if others else None
         self._data = _Pieces(files, footers, [self._bytes], KEPT_PICTURES) if self._bytes else None
         self._ends = np.cumsum([footer.num_rows for footer in footers])  # of each file, in rows
         if len(self) == 0:
             raise DataError(f"{path}: the file has no rows")
+
+    @property
+    def split(self) -> str:
+        return self.choice.name
 
     @property
     def pictures(self) -> Path | None:
@@ -92,9 +105,10 @@ class ParquetRows:
         if not told and self._data:
             # As many as the text has marks; `picture` finds out whether that is so. Only a row without marks has its
             # pictures counted here, since nobody would ask for one of them.
-            marks = (_marks(messages) if isinstance(messages, list) else 0) or len(self._cells(index))
+            marks = count_marks(messages) or len(self._cells(index))
             told = [f"picture {n}" for n in range(1, marks + 1)]
-        return Row(messages, told, extra)
+        others = self._others.row(index) if self._others and not told else None
+        return refuse_unread(Row(messages, told, extra), others)
 
     def _cells(self, index: int) -> list[Any]:
         """What the row has of pictures."""
@@ -119,6 +133,24 @@ class ParquetRows:
         parts = [(self._text, MIXED_TEXT), *([(self._data, MIXED_PICTURES)] if self._data else [])]
         rows = min(int(bytes_ / max(part.sizes.sum() / len(self), 1)) for part, bytes_ in parts)
         return parts[-1][0].shuffled(rng, max(rows, 1))
+
+
+def _files_of(folder: Path, wanted: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
+    """The files of one split, and which one that is. Raises DataError for no files, UsageError for no such split."""
+    named = {}
+    for file in sorted(filter(Path.is_file, folder.rglob("*.parquet"))):
+        place = file.relative_to(folder)
+        if not any(part.startswith(".") for part in place.parts):  # left by a conversion, or another program's own
+            named[file] = split_of(place)
+    if not named:
+        raise DataError(f"{folder}: no data file, but a folder without .parquet files")
+    if not any(named.values()):
+        if wanted not in (None, ALL, LEARN[0]):
+            raise UsageError(f"--split {wanted}: no name of a file in {folder} says a split, so they are all train")
+        return list(named), Choice("")
+    sizes = Counter(split or LEARN[0] for split in named.values())
+    choice = choose(folder, sizes, wanted, order, "file")
+    return [file for file, split in named.items() if choice.name in (ALL, split or LEARN[0])], choice
 
 
 class _Pieces:
@@ -256,12 +288,6 @@ def _holds_bytes(column: pa.Field) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _marks(messages: Any) -> int:
-    """Pictures that a conversation speaks of; none where it is no conversation."""
-    texts = [message.get("content") for message in messages if isinstance(message, dict)]
-    return sum(text.count(IMAGE_MARK) for text in texts if isinstance(text, str))
 
 
 def _without_nulls(message: Any) -> Any:

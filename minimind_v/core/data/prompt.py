@@ -28,6 +28,7 @@ class Tokens:
     images: int = 0
     answers: int = field(default=0, compare=False)  # of a row: how many it has
     answers_cut: int = field(default=0, compare=False)  # of these, how many are cut short or cut off
+    unmarked: int = field(default=0, compare=False)  # pictures of a text row, which no mark shows
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -60,7 +61,8 @@ class PromptEncoder:
     def row(self, conversations: Any, images: int, max_length: int) -> Tokens:
         """A training row of at most `max_length` tokens, cut after the last whole turn that fits.
 
-        `images` is how many pictures the row has; `Tokens.images` how many of them, from the first, are left.
+        `images` is how many pictures the row has; `Tokens.images` how many of them, from the first, are left. A row
+        with pictures and no mark is a text row: its pictures are `Tokens.unmarked`.
         Raises RowError where the conversation is malformed, marks and pictures differ, or the prompt does not fit.
         """
         messages = check_conversations(conversations)
@@ -69,7 +71,7 @@ class PromptEncoder:
         marks = sum(turn["content"].count(IMAGE_MARK) for turn in turns)
         if encoded.images:
             raise RowError(f"{IMAGE_MARK} in the system message", "roles")
-        if marks != images:
+        if marks and marks != images:
             raise RowError(f"{marks} {IMAGE_MARK} marks for {images} pictures", "placeholders")
         if len(turns) == 1:
             raise RowError("the question has no answer", "no answer")
@@ -91,6 +93,7 @@ class PromptEncoder:
         if not any(encoded.loss_mask):
             raise RowError(f"the prompt alone is longer than {max_length} tokens", "too long")
         encoded.answers, encoded.answers_cut = answers, answers - whole
+        encoded.unmarked = 0 if marks else images
         return encoded
 
     def prompt(self, conversations: Any) -> Tokens:

@@ -27,11 +27,24 @@ class Row:
     images: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> list[str]:
+        """The names of the pictures that a model is shown: none where the text has no mark for any, else all.
+
+        A row with pictures and no mark is a text row. Published fine-tuning data has very many of them, each with a
+        small black picture that only fills the column.
+        """
+        return self.images if count_marks(self.conversations) else []
+
 
 class RowStore(Protocol):
     """Rows by index, pictures by row. Cheap to pickle; forked or spawned, each process opens its files for itself."""
 
     path: Path  # the file or folder of rows
+
+    @property
+    def split(self) -> str:
+        """Which of the splits of `path` these rows are; empty where it has none."""
 
     @property
     def pictures(self) -> Path | None:
@@ -77,6 +90,22 @@ class Reopened:
         return self.__dict__ | {"_handle": None, "_pid": 0}
 
 
+def count_marks(conversations: Any) -> int:
+    """The pictures that a conversation speaks of; none where it is no conversation."""
+    if not isinstance(conversations, list):
+        return 0
+    texts = [message.get("content") for message in conversations if isinstance(message, dict)]
+    return sum(text.count(IMAGE_MARK) for text in texts if isinstance(text, str))
+
+
+def describe_text_rows(count: int, rows: int) -> str:
+    """What is said of text rows that have pictures, `count` of so many rows."""
+    return (
+        f"{count:,} of {rows:,} rows have a picture but no {IMAGE_MARK} mark: text rows, whose pictures the model is "
+        f"not shown (write {IMAGE_MARK} where one belongs in the text)"
+    )
+
+
 def as_messages(conversations: Any) -> Any:
     """A conversation with LLaVA's keys (`from`, `value`) under our names; any other as it is."""
     if not isinstance(conversations, list) or not all(
@@ -87,6 +116,7 @@ def as_messages(conversations: Any) -> Any:
         {
             "role": LLAVA_ROLES.get(sender, sender) if isinstance(sender := message["from"], str) else sender,
             "content": message.get("value"),
+            **{key: value for key, value in message.items() if key not in ("from", "value", "content")},
         }
         for message in conversations
     ]

@@ -4,45 +4,66 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.pictures import open_pictures, stand_in
 from minimind_v.core.data.row import Reopened, Row, RowStore, as_messages, image_names
-from minimind_v.core.errors import DataError, MissingInput, RowError
+from minimind_v.core.data.splits import LEARN
+from minimind_v.core.data.unread import refuse_unread
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 from minimind_v.core.hub.sources import how_to_get
+
+if TYPE_CHECKING:
+    from minimind_v.core.data.parquet import ParquetRows
+    from minimind_v.core.data.saved import SavedRows
 
 CHUNK = 2**22  # bytes that are looked at together when a file is indexed
 ROW_LIMIT = 2**28  # bytes of one row of a JSON array: what is longer is a file that was never closed
 COLUMNS = {"conversations", "image"}  # keys of a row with a meaning; all others are carried along
 
 
-def open_rows(data: Path, images: Path | None = None) -> RowStore:
+def open_rows(
+    data: Path,
+    images: Path | None = None,
+    split: str | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    order: Sequence[str] = LEARN,
+) -> RowStore:
     """Open rows of any kind: JSONL, a LLaVA `.json`, parquet (a file or a folder of shards), a saved `datasets` folder.
 
-    `images` is the folder or zip of the pictures, where they do not stand in the rows. Opening reads no row.
-    Raises MissingInput or DataError.
+    `images` is the folder or zip of the pictures, where they do not stand in the rows. Of a folder that has several
+    splits one is read, and `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no
+    row. Raises MissingInput, DataError or UsageError.
     """
-    if data.is_dir():
-        if (data / "dataset_info.json").is_file() or (data / "dataset_dict.json").is_file():
-            from minimind_v.core.data.saved import SavedRows
+    if not data.is_dir():
+        if not data.is_file():
+            raise MissingInput(f"no data file {data} — {how_to_get('dataset')}, or name yours with --data")
+        if split is not None:
+            raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    if data.is_dir() and any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        from minimind_v.core.data.saved import SavedRows
 
-            return SavedRows(data, images)
-    elif not data.is_file():
-        raise MissingInput(f"no data file {data} — {how_to_get('dataset')}, or name yours with --data")
-    if data.is_dir() or data.suffix == ".parquet":
+        rows: SavedRows | ParquetRows = SavedRows(data, images, split, order)
+    elif data.is_dir() or data.suffix == ".parquet":
         from minimind_v.core.data.parquet import ParquetRows
 
-        return ParquetRows(data, images)
-    return (LlavaRows if data.suffix == ".json" else JsonlRows)(data, images)
+        rows = ParquetRows(data, images, split, order)
+    else:
+        return (LlavaRows if data.suffix == ".json" else JsonlRows)(data, images)
+    for note in filter(None, (rows.choice.told, rows.left_out)):
+        say(note)
+    return rows
 
 
 class _TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
+
+    split = ""
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""
@@ -91,7 +112,7 @@ class _TextRows(Reopened):
         if not isinstance(found, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
         extra = {key: value for key, value in found.items() if key not in COLUMNS}
-        return Row(as_messages(found.get("conversations")), image_names(found.get("image")), extra)
+        return refuse_unread(Row(as_messages(found.get("conversations")), image_names(found.get("image")), extra))
 
 
 def _array(data: bytes) -> str:

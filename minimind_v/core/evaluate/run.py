@@ -34,6 +34,7 @@ class Scores:
     seconds: float = 0.0
     answers: dict[str, list[bool | None]] = field(default_factory=dict)  # per row: right or not; None where not short
     broken: list[BrokenRow] = field(default_factory=list)
+    text_rows: int = 0  # of the rows, those with pictures that no mark shows
 
     @property
     def accuracy(self) -> float | None:
@@ -84,6 +85,7 @@ def evaluate(
             assert out.hits is not None
             total_loss += float(out.loss_sum)
             scores.rows += len(batch)
+            scores.text_rows += batch.text_rows
             scores.supervised_tokens += len(out.hits)
             _score_answers(scores, batch, out.hits.cpu(), eos_id)
         progress(number, len(plan))

@@ -19,7 +19,7 @@ from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.digests import Digests, picture_digest, text_digest, whole_digest
 from minimind_v.core.data.heldout import digests_of
 from minimind_v.core.data.images import load_pixels
-from minimind_v.core.data.row import Row, RowStore
+from minimind_v.core.data.row import Row, RowStore, describe_text_rows
 from minimind_v.core.errors import RowError
 from minimind_v.core.inspect.count import NO_LIMIT
 from minimind_v.core.inspect.packed import Packed
@@ -30,6 +30,7 @@ KINDS = {  # what training does about a row with this problem; every other kind 
     "cut": CUT,
     "unanswered": CUT,
     "empty answer": TRAINED,
+    "unused picture": TRAINED,
     "duplicate row": TRAINED,
     "duplicate picture": TRAINED,
     "held out": TRAINED,
@@ -62,7 +63,8 @@ class Found:
     index: int
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind and message
     whole: int | None = None  # a digest of text and pictures, where all of them can be read
-    parts: list[int] = field(default_factory=list)  # digests of each picture or, without any, of the text
+    parts: list[int] = field(default_factory=list)  # digests of each picture shown or, without any, of the text
+    text_row: bool = False  # it has pictures and no mark for any
 
 
 class Report:
@@ -76,6 +78,7 @@ class Report:
         self.skipped = np.zeros(count, bool)  # [rows], those that training would skip
         self.repeated = np.zeros(count, bool)  # [rows], those that stand earlier too, or in the held-out file
         self.whole = np.zeros(count, bool)  # [rows], those that can be copied: nothing that they name is missing
+        self.text_rows = np.zeros(count, bool)  # [rows], those with pictures that no mark shows: no problem
         # Index of the row with the same text and pictures, with one of the pictures, and of the held-out one; or -1.
         self._copies, self._shown, self._kept = (np.full(count, -1, np.int64) for _ in range(3))
 
@@ -85,6 +88,7 @@ class Report:
 
     def add(self, found: Found) -> None:
         """Take in the next row."""
+        self.text_rows[found.index] = found.text_row
         for kind, message in found.problems:
             self._told.append((found.index, kind, message))
             if kind not in KINDS:
@@ -101,6 +105,10 @@ class Report:
         self._shown = np.where(self._copies < 0, self._parts.seen_before(self.rows), -1)
         self._kept = self._parts.seen_in(held_out, self.rows)
         self.repeated = (self._copies >= 0) | (self._kept >= 0)
+
+    def place(self, index: int) -> str:
+        """`file:row`."""
+        return self._store.place(index)
 
     def problems(self) -> Iterator[Problem]:
         """Everything that was found, in the order of the rows."""
@@ -174,9 +182,12 @@ def check_row(dataset: RowDataset, index: int) -> Found:
         try:
             data = dataset.rows.picture(index, position, name)
             pictures.append(picture_digest(data))
-            load_pixels(data, name, dataset.image_size)
+            if not found.text_row:
+                load_pixels(data, name, dataset.image_size)
         except RowError as error:
-            if position >= used:  # training never looks at it
+            if found.text_row:
+                found.problems.append(("unused picture", f"{error} (of a text row: training never reads it)"))
+            elif position >= used:  # training never looks at it
                 found.problems.append(("cut", f"{error} (in a part that is cut off)"))
             else:
                 found.problems.append((error.kind, str(error)))
@@ -184,7 +195,7 @@ def check_row(dataset: RowDataset, index: int) -> Found:
                 break  # says it of all
     if len(pictures) == len(row.images):
         text = text_digest(row)
-        found.whole, found.parts = whole_digest(text, pictures), pictures or [text]
+        found.whole, found.parts = whole_digest(text, pictures), (pictures if row.shown else []) or [text]
     return found
 
 
@@ -200,6 +211,7 @@ def _check_text(dataset: RowDataset, index: int, row: Row, found: Found) -> int:
     except RowError as error:
         found.problems.append((error.kind, str(error)))
         return len(row.images)
+    found.text_row = whole.unmarked > 0
     if row.conversations[-1]["role"] == "user":
         found.problems.append(("unanswered", "the last question has no answer: it is left out"))
     if len(whole) <= dataset.max_length:
@@ -223,7 +235,7 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
         counts[problem.kind] += 1
         if len(examples := first.setdefault(problem.kind, [])) < EXAMPLES:
             examples.append(problem)
-    refusal = report.refusal(bad_rows)
+    refusal, text_rows = report.refusal(bad_rows), np.flatnonzero(report.text_rows)
     return {
         "rows": report.rows,
         "usable": report.rows - int(report.skipped.sum()),
@@ -237,6 +249,11 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
                 "message": first[kind][0].message,
             }
             for kind, count in counts.most_common()
+        },
+        "text_rows": {
+            "count": len(text_rows),
+            "first": [report.place(int(index)) for index in text_rows[:EXAMPLES]],
+            "message": describe_text_rows(len(text_rows), report.rows) if len(text_rows) else "",
         },
     }
 

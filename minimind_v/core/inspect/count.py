@@ -42,6 +42,7 @@ class Counted:
     languages: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)  # rows by kind
     first_skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # by kind: its number, where and why
+    text_rows: int = 0  # with pictures that no mark shows
     cut: int = 0  # rows
     turns_lost: int = 0
     answers_lost: int = 0  # tokens
@@ -95,6 +96,7 @@ class _CountedRows(RowDataset):
             counted.kept += len(read.tokens)
             counted.supervised += sum(read.tokens.loss_mask)
             counted.pictures_kept += read.tokens.images
+            counted.text_rows += read.tokens.unmarked > 0
         else:
             counted.skipped[read.kind] += 1
             found = (self.rows.number(index), str(read))  # rows come in the order of training
@@ -103,7 +105,7 @@ class _CountedRows(RowDataset):
             row = self.rows.row(index)
         except RowError:
             return read
-        counted.pictures.append(len(row.images))
+        counted.pictures.append(len(row.shown))
         counted.languages[language(row.conversations)] += 1
         whole = self._whole(row, read)
         if whole is not None:

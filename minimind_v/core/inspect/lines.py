@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from minimind_v.core.inspect.preview import RowView
+from minimind_v.core.data.row import describe_text_rows
+from minimind_v.core.inspect.preview import TEXT_ROW, RowView
 from minimind_v.core.inspect.tokens import Piece, visible
 
 BAR = 40  # characters of the longest bar
@@ -48,6 +49,8 @@ def row_lines(view: RowView) -> Iterator[Line]:
         yield line
     if view.hidden:
         yield [(f"… and {view.hidden:,} more tokens", DIM)]
+    if view.unmarked:
+        yield [(TEXT_ROW, DIM)]
     if view.unanswered:
         yield [("a last question without an answer is left out: ", DIM), (visible(view.unanswered), CUT)]
     if view.source:
@@ -121,6 +124,7 @@ def summary(report: dict[str, Any]) -> dict[str, str]:
         "skipped": f"{skipped['rows']:,} rows ({skipped['share']:.2%}){f': {kinds}' if kinds else ''}"
         + ("; training would refuse so many" if skipped["refused"] else "")
         + "; pictures were not opened, `mmv data check` does",
+        **({"text rows": describe_text_rows(report["text_rows"], report["looked_at"])} if report["text_rows"] else {}),
         "cut": f"{cut['rows']:,} rows ({cut['share']:.2%}) at {report['max_length']} tokens, {cut['turns']:,} turns "
         f"and {cut['answer_tokens']:,} answer tokens ({cut['answer_tokens_share']:.2%}) with them",
         "padding": f"{report['padding']['batches']:.2%} in training's batches; "

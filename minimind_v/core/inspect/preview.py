@@ -16,7 +16,7 @@ from minimind_v.core.data.dataset import BrokenRow, Example
 from minimind_v.core.data.images import decode, load_pixels
 from minimind_v.core.data.loader import WINDOW, BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
-from minimind_v.core.data.row import Row, RowStore
+from minimind_v.core.data.row import IMAGE_MARK, Row, RowStore
 from minimind_v.core.errors import RowError
 from minimind_v.core.inspect.count import NO_LIMIT, plan_batches
 from minimind_v.core.inspect.tokens import Piece, TokenReader
@@ -26,6 +26,7 @@ THUMBNAIL = 360  # pixels of the longer side
 MOST_PIECES = 4000  # tokens of one row that are shown
 MOST_PICTURES = 16  # of one row that are shown
 MOST_TEXT = 2000  # characters of a broken row that are shown
+TEXT_ROW = f"a text row: it has a picture but no {IMAGE_MARK} mark, so the model is shown none"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class RowView:
     whole: int = 0  # tokens before truncation
     answers_lost: int = 0  # tokens of answers that truncation took
     unanswered: str = ""  # a last question without an answer, which is left out
+    unmarked: int = 0  # pictures of a text row, which no mark shows
     pictures: list[PictureView] = field(default_factory=list)
     batch: BatchView | None = None
     source: str = ""  # of a broken row
@@ -108,7 +110,7 @@ class Previewer:
             row = self.rows.row(index)
         except RowError as error:
             return RowView(place, str(error), error.kind)
-        pictures = [self._picture(index, n, name) for n, name in enumerate(row.images[:MOST_PICTURES])]
+        pictures = [self._picture(index, n, name) for n, name in enumerate(row.shown[:MOST_PICTURES])]
         try:
             whole = self.encoder.row(row.conversations, len(row.images), NO_LIMIT)
         except RowError as error:
@@ -132,6 +134,7 @@ class Previewer:
             len(whole),
             sum(whole.loss_mask) - sum(kept.loss_mask),
             _unanswered(row.conversations),
+            whole.unmarked,
             pictures,
             None if trouble else self._batch(index),
         )
@@ -184,6 +187,7 @@ def as_json(view: RowView) -> dict[str, Any]:
         "tokens_before_truncation": view.whole,
         "supervised_tokens": view.supervised,
         "answer_tokens_cut": view.answers_lost,
+        "unmarked_pictures": view.unmarked,
         "image_tokens": sum(view.tokens.image_mask),
         "padded_to": view.batch.length if view.batch else None,
         "pictures": [

@@ -7,7 +7,7 @@ from html import escape
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.inspect.page import data_uri, page
-from minimind_v.core.inspect.preview import BatchView, PictureView, RowView
+from minimind_v.core.inspect.preview import TEXT_ROW, BatchView, PictureView, RowView
 from minimind_v.core.inspect.tokens import Piece, visible
 from minimind_v.core.model.vision import VisionSpec
 
@@ -154,6 +154,8 @@ def _row(view: RowView, spec: VisionSpec, config: RunConfig) -> str:
         parts.append(f'<div class="pictures">{"".join(pictures)}</div>')
     if view.whole:
         parts += [_facts(view, config), "".join(_messages(view))]
+    if view.unmarked:
+        parts.append(f'<p class="dim">This is {_safe(TEXT_ROW)}.</p>')
     if view.unanswered:
         parts.append(
             f"<p>The last question has no answer, so there is nothing to learn from it and it is left out: "

@@ -18,6 +18,10 @@ class SampledRows:
         self._indices = indices
 
     @property
+    def split(self) -> str:
+        return self._rows.split
+
+    @property
     def pictures(self) -> Path | None:
         return self._rows.pictures
 

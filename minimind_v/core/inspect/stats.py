@@ -109,6 +109,7 @@ def _facts(counted: Counted, encoder: PromptEncoder, config: RunConfig, wanted: 
             "first": {kind: text for kind, (_, text) in counted.first_skipped.items()},
             "refused": skipped > config.data.bad_rows * wanted,  # more than a run puts up with
         },
+        "text_rows": counted.text_rows,  # with pictures that no mark shows
         "cut": {
             "rows": counted.cut,
             "share": counted.cut / wanted,

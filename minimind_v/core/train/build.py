@@ -61,7 +61,8 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
             f"{config.model.vocab_size} — they do not belong together (--preset, --tokenizer)"
         )
     prompts = PromptEncoder(tokenizer, encoder.spec.tokens_per_image)
-    dataset = RowDataset(open_rows(data.file, data.images), prompts, encoder.spec.image_size, data.max_length)
+    rows = open_rows(data.file, data.images, data.split, listener.say)
+    dataset = RowDataset(rows, prompts, encoder.spec.image_size, data.max_length)
     shared = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
     held_out, learnt = None, None
     if config.val_every:
@@ -82,7 +83,7 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
 def _hold_out(
     config: RunConfig, dataset: RowDataset, origin: Mapping[str, Any], folder: Path, listener: Listener
 ) -> np.ndarray:
-    inputs = json.dumps([origin[key] for key in ("data.file", "data.images")])
+    inputs = json.dumps([origin[key] for key in ("data.file", "data.split", "data.images")])
     return hold_out(dataset.rows, config.val_rows, config.seed, folder / "held_out.json", inputs, listener.say)
 
 

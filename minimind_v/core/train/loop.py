@@ -21,6 +21,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
 from minimind_v.core.data.features.memory import Eye, Memory, open_memory
 from minimind_v.core.data.loader import load_updates
+from minimind_v.core.data.row import describe_text_rows
 from minimind_v.core.device import autocast, has_fused_adamw, pick_device, require_determinism
 from minimind_v.core.errors import DataError, MmvError, RunError
 from minimind_v.core.files import write_text
@@ -40,7 +41,7 @@ from minimind_v.core.train.state import State, pack, unpack
 from minimind_v.core.train.track import open_tracker
 from minimind_v.core.train.validate import Validator
 from minimind_v.core.train.watch import Watch
-from minimind_v.core.train.words import announcement, explained, not_finite, note_broken
+from minimind_v.core.train.words import BrokenRows, announcement, explained, not_finite
 
 PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
 
@@ -53,7 +54,9 @@ class Summary:
     metrics: Path
     steps: int
     stopped_by: Signals | None  # None: it came to its end
-    broken_rows: int
+    broken_rows: dict[str, int]  # by kind
+    text_rows: int  # rows with pictures that no mark shows, of
+    rows: int  # of the set that were read
     bad_updates: int  # skipped, since loss or gradient was not finite
 
 
@@ -62,6 +65,7 @@ class Counts:
     """What adds up over a run, also over one that is resumed."""
 
     samples: int = 0
+    text_rows: int = 0  # rows with pictures that no mark shows, in the first epoch
     tokens: int = 0  # real ones, placeholders included
     supervised: int = 0
     seconds: float = 0.0
@@ -134,7 +138,7 @@ class Run:
         fused = has_fused_adamw(self.device)
         self.optimiser = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         self.total = min(len(self.plan), config.max_steps or len(self.plan))
-        self.broken: dict[str, str] = {}  # place → what is wrong there
+        self.broken = BrokenRows(self.plan.rows, self.claim.rows_per_update, config.data.bad_rows)
         self.done = 0  # updates
         self.stopped_by: Signals | None = None
         self.owed = False  # whether a save failed, or is due
@@ -169,7 +173,7 @@ class Run:
         unpack(state.tensors, self._named_trained(), self.optimiser)
         self.done = state.progress["step"]
         self.counts = Counts(**state.progress["counts"])
-        self.broken = state.progress["broken"]
+        self.broken.known = state.progress["broken"]
         self.listener.say(f"resuming after update {self.done} of {self.total}, from {state.path}")
 
     def _named_trained(self) -> dict[str, nn.Parameter]:
@@ -220,13 +224,18 @@ class Run:
                     self._save_at_the_end()
                     self._report()
         if not self.counts.supervised:
-            trouble = next(iter(self.broken.values()), "every answer is cut off")
+            trouble = self.broken.first or "every answer is cut off"
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
         return self._summary()
 
     def _summary(self) -> Summary:
-        place, broken = self.place, len(self.broken)
-        return Summary(place.weights, place.metrics, self.done, self.stopped_by, broken, self.counts.bad)
+        place, counts = self.place, self.counts
+        told = (self.broken.kinds, counts.text_rows, self._rows_read(self.done), counts.bad)
+        return Summary(place.weights, place.metrics, self.done, self.stopped_by, *told)
+
+    def _rows_read(self, step: int) -> int:
+        """Rows of the set that were read until then, each counted once."""
+        return min(step * self.claim.rows_per_update, self.plan.rows)
 
     def _open_records(self) -> None:
         """What the run leaves besides weights begins here."""
@@ -287,11 +296,15 @@ class Run:
         found = [row for batch in batches for row in batch.broken]
         batches = [batch for batch in batches if batch.supervised]
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-        mine = [sum(batch.supervised for batch in batches), sum(map(len, batches)), tokens, len(found)]
-        supervised, rows, tokens, broken = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
+        unmarked = sum(batch.text_rows for batch in batches)
+        mine = [sum(batch.supervised for batch in batches), sum(map(len, batches)), tokens, unmarked, len(found)]
+        summed = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
+        supervised, rows, tokens, unmarked, broken = summed
         if broken:
             everyone = [row for rows_found in self.world.gather_objects(found) for row in rows_found]
-            note_broken(self.broken, everyone, self.plan.rows, self.config.data.bad_rows, self.listener.warn)
+            self.broken.add(everyone, self._rows_read(step), self.listener.warn)
+        if unmarked and not self.counts.text_rows:
+            self.listener.say(f"step {step}: {describe_text_rows(unmarked, rows)}; from here on they are only counted")
         parts, right = self._learn(batches, supervised, rows) if supervised else ([], 0)
         told = self.world.gather([sum(parts), right, self.stop.signal or 0])
         losses, hits, signals = zip(*told, strict=True)
@@ -302,6 +315,7 @@ class Run:
             self._step_if_finite(step, loss, grad_norm, batches, parts)
         counts = self.counts
         counts.samples += rows
+        counts.text_rows += unmarked if step <= self.plan.updates_per_epoch else 0
         counts.supervised += supervised
         counts.tokens += tokens
         counts.seconds = time.perf_counter() - self.started
@@ -376,7 +390,7 @@ class Run:
     def _save(self) -> None:
         if not self.world.leads:
             return
-        progress = {"step": self.done, "counts": asdict(self.counts), "broken": self.broken}
+        progress = {"step": self.done, "counts": asdict(self.counts), "broken": self.broken.known}
         progress["split"] = [self.config.data.batch_size, self.config.accumulate]
         try:
             tensors = pack(self._named_trained(), self.optimiser)

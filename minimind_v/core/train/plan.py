@@ -52,6 +52,7 @@ def plan(
     config: RunConfig,
     price_per_hour: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Forecast:
     """Foretell a run, and leave the forecast in the run's folder, where its report looks for it.
 
@@ -59,7 +60,7 @@ def plan(
     folder of its own, from random weights, which take as long as any. Raises what a run raises.
     """
     tokenizer, spec = Tokenizer.load(config.data.tokenizer), read_vision_spec(config.vision_model)
-    rows = open_rows(config.data.file, config.data.images)
+    rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
     updates = min(outlook.updates, config.max_steps or outlook.updates)
     first = min(outlook.updates // config.epochs, updates)  # in the epoch that looks at the pictures

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.row import IMAGE_MARK
 from minimind_v.core.train.metrics import StepMetrics, Validation
 
 FEW = 20  # updates whose mean is taken for the loss at a place
@@ -42,6 +43,8 @@ class Seen:
     lowest: float = math.inf  # mean of FEW losses
     lowest_at: int = 0
     pictures: int = 0
+    rows: int = 0
+    text_rows: int = 0  # of these, rows with pictures that no mark shows
     answers: int = 0
     cut: int = 0  # of these, cut short or cut off
     enough_at_first: bool = False  # tokens in the first update for its loss to mean something
@@ -90,6 +93,8 @@ class Signs:
         """A batch that is about to be learnt from."""
         self.seen.pictures += 0 if batch.pixel_values is None else len(batch.pixel_values)
         self.seen.pictures += 0 if batch.image_features is None else len(batch.image_features)
+        self.seen.rows += len(batch)
+        self.seen.text_rows += batch.text_rows
         self.seen.answers += batch.answers
         self.seen.cut += batch.answers_cut
 
@@ -134,11 +139,22 @@ def base_not_loaded(seen: Seen) -> str | None:
 
 def no_pictures(seen: Seen) -> str | None:
     """A projector learns from pictures alone."""
-    if seen.start.config.stage != "pretrain" or seen.step != 10 or seen.pictures or not seen.begun:
+    if seen.start.config.stage != "pretrain" or seen.step != 10 or seen.pictures or seen.text_rows or not seen.begun:
         return None
     return (
         "none of the rows of the first 10 updates has a picture, so the projector learns nothing: look at the key "
         f"`image` of the rows (mmv data preview {seen.start.config.data.file})"
+    )
+
+
+def no_marks(seen: Seen) -> str | None:
+    """A set may have many text rows; one of them alone was meant to show its pictures."""
+    enough = seen.step == seen.start.done + 10 or (seen.last is not None and seen.step == seen.last.steps)
+    if not enough or 2 * seen.text_rows <= seen.rows:
+        return None
+    return (
+        f"{seen.text_rows} of the first {seen.rows} rows have a picture but no {IMAGE_MARK} mark in their text, so the "
+        f'model is not shown it: write {IMAGE_MARK} where the picture belongs, as in "{IMAGE_MARK}\\nWhat is this?"'
     )
 
 
@@ -243,6 +259,7 @@ def does_not_look(seen: Seen) -> str | None:
 STEP_RULES = (
     base_not_loaded,
     no_pictures,
+    no_marks,
     projector_does_not_learn,
     no_gradient,
     answers_are_cut,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,11 +12,12 @@ import torch
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import BrokenRow
-from minimind_v.core.data.loader import BatchPlan
+from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan
 from minimind_v.core.errors import DataError, RunError
 from minimind_v.core.model.vlm import VLM
 
 TOLD = 5  # broken rows that are told one by one
+FEW = 50  # broken rows that no rate is judged by
 NAMED = 8  # rows of an update that are named
 # What torch says that has no error of its own for it, and what becomes of a failed allocation inside CUDA's libraries.
 NO_MEMORY = (
@@ -43,24 +46,64 @@ def not_finite(loss: float, grad_norm: float, places: Sequence[str]) -> str:
     return f"loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {', '.join(places[:NAMED])}{more}"
 
 
-def note_broken(
-    known: dict[str, str], found: list[BrokenRow], rows: int, allowed: float, warn: Callable[[str], None]
-) -> None:
-    """Add rows that were left out to those that are known, by place, and tell of the first ones.
+class BrokenRows:
+    """The rows of a run that were left out, each counted once however often it is met."""
 
-    Raises DataError where more than the share `allowed` of all `rows` are broken.
-    """
-    for row in found:
-        if row.place in known:
-            continue
-        known[row.place] = str(row)
-        if len(known) <= TOLD:
-            warn(f"row skipped: {row}")
-    if len(known) > allowed * rows:
+    def __init__(self, rows: int, rows_per_update: int, allowed: float) -> None:
+        """`allowed` is the share of all `rows` that may be broken."""
+        self.rows, self.rows_per_update, self.allowed = rows, rows_per_update, allowed
+        self.known: dict[str, list[str]] = {}  # by place: the kind and the whole message
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many there are of each kind, the most frequent first."""
+        return dict(Counter(kind for kind, _ in self.known.values()).most_common())
+
+    @property
+    def first(self) -> str | None:
+        """What is wrong with the first one."""
+        return next((message for _, message in self.known.values()), None)
+
+    def add(self, found: list[BrokenRow], read: int, warn: Callable[[str], None]) -> None:
+        """Take in broken rows when so many rows of the set have been `read`, and name the first ones.
+
+        Raises DataError where too many of all rows are broken, or so many of those read that the rest hardly matters.
+        It depends on nothing else, so it is the same after a resume and for any number of processes.
+        """
+        for row in found:
+            if row.place in self.known:
+                continue
+            self.known[row.place] = [row.kind, str(row)]
+            if len(self.known) <= TOLD:
+                warn(f"row skipped: {row}")
+        broken = len(self.known)
+        if broken > self.allowed * self.rows:
+            share = f"{broken} of {self.rows} rows are broken"
+        elif broken > self._bearable(read):
+            share = f"{broken} of the first {read} rows that were read are broken"
+        else:
+            return
+        # Where no row was whole there is nothing to allow.
+        more = f", or allow more with --set data.bad_rows={_above(broken / read):g}" if broken < read else ""
         raise DataError(
-            f"{len(known)} of {rows} rows are broken, more than {allowed:.0%}; "
-            f"the first: {next(iter(known.values()))} — mend the data, or allow more with --set data.bad_rows=0.1"
+            f"{share}, more than {self.allowed:.0%}; the first: {self.first} — mend the data (`mmv data check` names "
+            f"every such row){more}"
         )
+
+    def _bearable(self, read: int) -> float:
+        """Broken rows that `read` rows may have where the share of all is within what is allowed.
+
+        Broken rows of a window come together, since it is sorted by length, and windows are read in lanes side by
+        side. So those seen so far are set against all rows of the windows that have been begun, and beyond that count
+        five standard deviations and a few rows are left to chance.
+        """
+        begun = min(read + LANES * WINDOW * self.rows_per_update, self.rows)
+        return self.allowed * begun + 5 * math.sqrt(self.allowed * begun) + FEW
+
+
+def _above(share: float) -> float:
+    """A round share above this one."""
+    return next((round_share for round_share in (0.02, 0.05, 0.1, 0.2, 0.5) if round_share > share), 1.0)
 
 
 @contextmanager

@@ -1,0 +1,92 @@
+"""Train, validation and test parts of one set, told apart by the names of their files and folders.
+
+The words are those of Hugging Face's `datasets`, and `held_out`, which `mmv data split` writes. A file whose name and
+folders say nothing belongs to train.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from minimind_v.core.errors import UsageError, nearest
+
+WORDS = {
+    "train": "train|training|trainset|trainval|.*训练.*",
+    "validation": "validation|validate|valid|val|dev|valset|devset|minival|.*验证.*",
+    "test": "test|testing|testset|eval|evaluation|.*测试.*",
+    "held_out": "heldout|holdout",
+}
+ALL = "all"  # every file, whatever its name says
+LEARN = ("train",)  # what a command takes that is told no split: the first of these that there is
+SCORE = ("test", "validation", "held_out", "train")  # the same for one that measures
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The split that is taken, and what is said of that; `name` is empty where no name says one."""
+
+    name: str
+    told: str = ""
+
+
+def split_of(path: PurePath) -> str | None:
+    """The split that a path says it belongs to, its last part first; None where it says none."""
+    for part in reversed([*path.parts[:-1], path.name.partition(".parquet")[0]]):
+        for word in _words(part):
+            for split, known in WORDS.items():
+                if re.fullmatch(known, word):
+                    return split
+    return None
+
+
+def _words(name: str) -> list[str]:
+    """`coco_val2017`, `myTrainSet` and `训练集-00001` as words, small letters."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    joined = re.sub(r"(?i)(?<![a-z])(held|hold)[\W_]?out(?![a-z])", "heldout", parted)
+    return [word.lower() for word in re.findall(r"[A-Za-z]+|[^\W\d_A-Za-z]+", joined)]
+
+
+def choose(where: object, sizes: Mapping[str, int], wanted: str | None, order: Sequence[str], unit: str) -> Choice:
+    """Which of the splits of a set is taken; `sizes` tells how large each is, in some unit (`file`, `row`).
+
+    Without a wish it is the first of `order` that there is, or the only one. Raises UsageError for a split that there
+    is not, and where there are several and none of `order`.
+    """
+    listed = _listed(sizes, unit)
+    if wanted is not None:
+        name = ALL if wanted == ALL else _find(wanted, sizes)
+        if name is None:
+            raise UsageError(f"--split {wanted}: {where} has only {listed}{nearest(wanted, sizes)}")
+    else:
+        name = next(filter(None, (_find(name, sizes) for name in order)), None)
+        name = name or (next(iter(sizes)) if len(sizes) == 1 else None)
+        if name is None:
+            raise UsageError(f"{where} has the splits {listed} and no train — name one with --split")
+    if len(sizes) == 1:
+        only = next(iter(sizes))
+        return Choice(only, "" if only == order[0] else f"{where}: its only split is {only}")
+    if name == ALL:
+        return Choice(ALL, f"{where}: all splits together, {listed}")
+    others = _listed({other: size for other, size in sizes.items() if other != name}, unit)
+    taken = f"{where}: the split {name} is read ({_count(sizes[name], unit)}), not {others}"
+    return Choice(name, f"{taken} — --split NAME reads another")
+
+
+def _find(wanted: str, names: Iterable[str]) -> str | None:
+    """The split of this name or, where that is only one, of this meaning (`val` for `validation`)."""
+    if wanted in names:
+        return wanted
+    meant = split_of(PurePath(wanted))
+    same = [name for name in names if meant and split_of(PurePath(name)) == meant]
+    return same[0] if len(same) == 1 else None
+
+
+def _listed(sizes: Mapping[str, int], unit: str) -> str:
+    return ", ".join(f"{name} ({_count(size, unit)})" for name, size in sizes.items())
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
