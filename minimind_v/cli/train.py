@@ -69,6 +69,14 @@ def train(
     planned: Annotated[Stage | None, typer.Argument(metavar="[STAGE]", help="With plan: pretrain or sft.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="Keys as --print-config shows them.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, base, moe or demo. [default: small]")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="small-data, with sft: learn up to a few hundred rows of one's own, and measure what that costs. "
+            "[default: the stage's own]",
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Conversations: JSONL, parquet, LLaVA JSON.")
     ] = None,
@@ -90,7 +98,7 @@ def train(
         ),
     ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate: falls from 1.1 × this to 0.1 × this.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per row, pictures included.")] = None,
     freeze: Annotated[str | None, typer.Option(metavar="POLICY", help=", ".join(FREEZE_POLICIES))] = None,
     max_steps: Annotated[int | None, typer.Option(help="Updates to stop after; 0 for all.")] = None,
@@ -205,9 +213,17 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
     if json:
         terminal.json(found)
         return
+    if found["warning"]:
+        terminal.warn(found["warning"])
     names = ("updates", "samples", "tokens", "supervised_tokens", "seconds", "memory_bytes", "disk_bytes", "cost")
     rows = {name.removesuffix("_bytes").replace("_", " "): shown(name, found[name]) for name in names}
-    terminal.table({name: text for name, text in rows.items() if text != "–"} | {"how": found["how"]})
+    terminal.table(
+        {name: text for name, text in rows.items() if text != "–"}
+        | {
+            "learning rate": "from {:.2g} down to {:.2g}".format(*found["learning_rate"]),
+            "how": found["how"],
+        }
+    )
 
 
 def _tell(terminal: Terminal, summary: Summary) -> None:

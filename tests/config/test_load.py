@@ -58,6 +58,8 @@ CHANGED = {
     "log_every": 17,
     "val_every": 7,
     "val_rows": 19,
+    "until_right": True,
+    "recall_rows": 23,
     "track": "tensorboard",
 }
 

@@ -44,7 +44,7 @@ def place(tmp_path_factory):
     shutil.copy(ASSETS / "tokenizer.json", here / "demo" / TOKENIZER_DIR)
     write_pictures(here / "demo" / "pictures", random.Random(4), set())
     blank_weights(here / "demo" / "out" / "sft_vlm_128.pth", "demo", projector=True)
-    sft, _ = write_sft(here / "mine", random.Random(2), 10)
+    sft, _ = write_sft(here / "mine", random.Random(2), 5)
     for name in ("mine.jsonl", "held_out.jsonl"):
         shutil.copy(sft.data, here / name)
     shutil.unpack_archive(sft.images, here / "unpacked")
@@ -86,6 +86,7 @@ def test_every_mmv_command_runs_as_it_stands(place, hub, monkeypatch):
     assert "parquet" in (place / "out" / "pretrain_vlm_512" / "config.yaml").read_text()
     assert (place / "out" / "sft_vlm_512.safetensors").is_file()
     assert (place / "mine" / "sft_vlm_512.pth").is_file()
+    assert (place / "few" / "sft_vlm_512.pth").is_file()
 
 
 def test_make_targets_exist():

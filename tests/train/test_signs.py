@@ -82,10 +82,49 @@ def test_random_weights_may_guess_and_a_trained_projector_may_stay_as_it_is():
 # --- each rule --------------------------------------------------------------------------------------------------------
 
 
+def first_line(loss, **known):
+    """What is said of a first loss."""
+    watched = Signs(started("sft", **known))
+    return watched.step(update(1, loss))["first_loss_high"]
+
+
 def test_weights_that_guess_are_told_at_once_and_a_little_later():
-    assert told([6.4, 6.3, 6.2]) == {"base_not_loaded": 1}
+    assert told([6.4, 6.3, 6.2]) == {"first_loss_high": 1}
     falling = [5.7] * 20 + [5.5] * 20 + [5.3] * 40
-    assert told(falling)["base_not_loaded"] == 60
+    assert told(falling)["loss_stays_high"] == 60
+    assert told([14.9 * 0.95**step for step in range(100)]) == {"first_loss_high": 1}, "it learns"
+
+
+def test_a_first_loss_says_what_is_known_about_its_cause():
+    assert "either it is not trained" in first_line(6.4)
+    for loss in (8.0, 14.9):
+        line = first_line(loss)
+        assert f"the first loss is {loss:.2f} where blind guessing gives 6.40" in line
+        assert "these rows are unlike what it learnt from" in line
+        assert "do not fit" not in line
+        assert "not trained" not in line
+        assert "is not its tokenizer" in line
+    assert "tokenizer" not in first_line(14.9, same_tokenizer=True)
+    assert "was trained with another tokenizer" in first_line(14.9, same_tokenizer=False)
+
+
+def test_a_loss_that_hardly_falls_names_the_rate_and_for_few_rows_the_recipe():
+    losses = [14.9 - step / 100 for step in range(100)]
+    watched, said = Signs(started("sft", lr=1e-6, rows=12)), {}
+    for step, loss in enumerate(losses, 1):
+        said |= watched.step(update(step, loss))
+    assert set(said) == {"first_loss_high", "loss_stays_high"}
+    assert "raise --lr (now 1e-06), or take --recipe small-data" in said["loss_stays_high"]
+    assert told(losses, started("sft", rows=10**6)).keys() == said.keys()
+
+
+def test_few_rows_are_learnt_by_heart_and_that_is_how_it_is_called():
+    falling = [2 - step / 200 for step in range(200)]
+    _, line = validated(held(1.9, 1.8, 1.85, 1.9, 2.0), falling, started("sft", rows=12))["overfitting"]
+    assert line.startswith("overfitting since step 40")
+    assert "12 rows are learnt by heart; answers about other pictures need more rows" in line
+    _, line = validated(held(1.9, 1.8, 1.85, 1.9, 2.0), falling, started("sft", rows=10**5))["overfitting"]
+    assert "stop here, or train on more rows" in line
 
 
 def test_a_learning_rate_that_throws_the_loss_out_is_told():

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from minimind_v.core.config.presets import PRESETS
-from minimind_v.core.config.recipes import RECIPES
+from minimind_v.core.config.presets import PRESETS, weights_name
+from minimind_v.core.config.recipes import OWN_KEYS, RECIPES
 from minimind_v.core.config.schema import DataConfig, RunConfig
 from minimind_v.core.errors import MissingInput, UsageError, nearest
 from minimind_v.core.hub.sources import DATASET_DIR, SAMPLE_DIR, dataset_files
@@ -53,12 +53,20 @@ def resolve(
 ) -> Resolved:
     """The stage's recipe, changed by the YAML file, then by options (flag → value; None: not given), then by sets.
 
-    The keys of YAML and sets are those of RunConfig, nested ones dotted (`data.batch_size`, which may be `auto`), and
-    `preset`; `train.` before a key of the run itself may be left out. Rows of another file than the recipe's have their
-    pictures in the zip beside it, or none, unless a key says otherwise.
+    The keys of YAML and sets are those of RunConfig, nested ones dotted (`data.batch_size`, which may be `auto`),
+    `preset` and `recipe`; `train.` before a key of the run itself may be left out. A recipe that an option or a set
+    names also replaces what the YAML file says of the keys that this recipe is made of. Rows of another file than the
+    recipe's have their pictures in the zip beside it, or none, unless a key says otherwise.
     Raises UsageError naming the key, with the nearest one that exists.
     """
     changes, sources = _collect(yaml_file, options or {}, sets)
+    name = _recipe_name(stage, changes.pop("recipe", stage))
+    own = OWN_KEYS.get(name, set())
+    if sources.get("recipe", str(yaml_file)) != str(yaml_file):  # an option or a set named it
+        for key in [key for key in own if sources.get(key) == str(yaml_file)]:
+            changes.pop(AUTO if key == "data.batch_size" else key, None)
+            changes.pop(key, None)
+            del sources[key]
     auto = changes.pop(AUTO, False)
     if isinstance(changes.get("data.file"), str | Path) and "data.images" not in changes:
         changes["data.images"] = images_beside(Path(changes["data.file"]))
@@ -69,7 +77,7 @@ def resolve(
     if (told := changes.pop("stage", stage)) != stage:
         raise UsageError(f"the configuration is one for stage {told}, the command is for {stage}")
     # The model comes first: the recipe names its files after its size.
-    recipe = RECIPES[stage]
+    recipe = RECIPES[name]
     sizes = {key: value for key, value in changes.items() if key.startswith("model.")}
     if {"model.hidden_size"} & set(sizes):
         sizes.setdefault("model.intermediate_size", 0)
@@ -82,9 +90,19 @@ def resolve(
         config, sources["init"] = replace(config, init=init), "what is there"
     given = f"preset {preset}" + (f", {sources['preset']}" if "preset" in sources else "")
     default = {key: given if key.startswith("model.") else f"recipe {stage}" for key in _keys(config, "")}
+    default |= dict.fromkeys(own | {"init", "out"} if own else (), f"recipe {name}")
     default["data.workers"] = "this machine's cores"
     del default["stage"]  # the command itself
     return Resolved(config, default | {key: source for key, source in sources.items() if key in default}, auto)
+
+
+def _recipe_name(stage: str, name: Any) -> str:
+    """The name of a recipe, if it is one for this stage. Raises UsageError."""
+    if not isinstance(name, str) or name not in RECIPES:
+        raise UsageError(f"recipe {name!r} is none of {', '.join(RECIPES)}{nearest(str(name), RECIPES)}")
+    if (meant := RECIPES[name]().stage) != stage:
+        raise UsageError(f"recipe {name} is one for {meant}: `mmv train {meant} --recipe {name}`")
+    return name
 
 
 def _collect(
@@ -160,13 +178,19 @@ def _find_data(config: RunConfig) -> DataConfig:
 
 
 def _find_init(config: RunConfig) -> Path | None:
-    """What the stage before has left, in the run's folder or the standard one; `llm_` is an old name of `lm_`."""
+    """What the stage before has left, in the run's folder or the standard one; `llm_` is an old name of `lm_`.
+
+    Where a recipe starts from fine-tuned weights, pretrained ones do as well; what the run itself writes does not.
+    """
     if config.init is None:
         return None
-    name = config.init.name
+    name, folders = config.init.name, (config.out, config.init.parent)
     names = (name, f"l{name}") if name.startswith("lm_") else (name,)
-    places = [folder / name for folder in (config.out, config.init.parent) for name in names]
-    return next((place for place in places if place.is_file()), config.init)
+    places = [folder / name for folder in folders for name in names]
+    if name == weights_name("sft", config.model):
+        places += [folder / weights_name("pretrain", config.model) for folder in folders]
+    own = (config.out / weights_name(config.stage, config.model)).resolve()
+    return next((place for place in places if place.is_file() and place.resolve() != own), config.init)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -219,7 +243,7 @@ def _keys(config: Any, prefix: str) -> list[str]:
     for item in fields(config):
         value = getattr(config, item.name)
         names += _keys(value, f"{prefix}{item.name}.") if is_dataclass(value) else [prefix + item.name]
-    return [*names, "preset"]
+    return [*names, "preset", "recipe"]
 
 
 def _coerce(key: str, value: Any, hint: Any) -> Any:

@@ -1,4 +1,7 @@
-"""The two recipes: complete run configurations for pretraining and for fine-tuning, with the published defaults."""
+"""The recipes: complete run configurations for pretraining and for fine-tuning, with the published defaults.
+
+One more, `small-data`, fine-tunes on up to a few hundred rows of one's own.
+"""
 
 from __future__ import annotations
 
@@ -52,4 +55,34 @@ def sft(model: TextConfig = PRESETS["small"]) -> RunConfig:
     )
 
 
-RECIPES = {"pretrain": pretrain, "sft": sft}
+def small_data(model: TextConfig = PRESETS["small"]) -> RunConfig:
+    """Fine-tuning on a dozen rows of one's own: many small steps, and an end as soon as every answer is right.
+
+    Measured over twelve pictures, all of whose answers are learnt, on what the demo's model knew of held-out scenes:
+
+        before                       99.7 %
+        lr 5e-4, one row a step      97.3 %
+        lr 1e-3, two rows a step     85.0 %
+        projector and last layer     88.0 %  (4e-3, the lowest rate that learns; the projector alone does not learn)
+
+    What moves least is kept best, so no step is taken once the rows are known.
+    """
+    published = sft(model)
+    return replace(
+        published,
+        data=replace(published.data, batch_size=1),
+        init=OUT_DIR / weights_name("sft", model),
+        out=OUT_DIR / "small-data",  # the weights that it starts from stay
+        epochs=60,
+        lr=5e-4,
+        until_right=True,
+        recall_rows=32,
+    )
+
+
+RECIPES = {"pretrain": pretrain, "sft": sft, "small-data": small_data}  # by name; the first two are the stages' own
+# The keys that make a recipe what it is, where it is not the stage's own: named on the command line, it decides them,
+# whatever a configuration file says.
+OWN_KEYS = {
+    "small-data": {"freeze", "epochs", "lr", "data.batch_size", "accumulate", "until_right", "recall_rows"},
+}

@@ -118,6 +118,8 @@ class RunConfig:
     log_every: int = 20
     val_every: int = 0  # updates between two looks at rows that are held out by picture; 0: all rows are learnt from
     val_rows: int = 256  # that are held out, at most a tenth of all
+    until_right: bool = False  # end before the last epoch, after one in which every answer was predicted right
+    recall_rows: int = 0  # rows of the data behind `init`, to measure what the run forgets; 0: not measured
     track: str = "none"  # who shows the curves besides metrics.jsonl and report.html
 
     def __post_init__(self) -> None:
@@ -128,7 +130,7 @@ class RunConfig:
         one_of("track", self.track, TRACKERS)
         for flag in ("epochs", "accumulate", "gpus", "keep", "log_every", "val_rows"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 1)
-        for flag in ("max_steps", "save_every", "val_every", "seed"):
+        for flag in ("max_steps", "save_every", "val_every", "recall_rows", "seed"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 0)
         if self.seed >= 2**63:
             raise UsageError(f"--seed must be below 2^63, not {self.seed}")

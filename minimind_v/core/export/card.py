@@ -10,6 +10,7 @@ import yaml
 
 from minimind_v.core.export.order import Order
 from minimind_v.core.export.source import Source
+from minimind_v.core.train.schedule import peak
 
 HEAD = """---
 library_name: transformers
@@ -90,13 +91,15 @@ def _training(source: Source, order: Order) -> str:
     rows: dict[str, Any] = {"stage": source.checkpoint.stage}
     for name, keys in {
         "data": ("data", "file"), "started from": ("init",), "vision model": ("vision_model",), "trained": ("freeze",),
-        "peak learning rate": ("lr",), "seed": ("seed",),
+        "learning rate": ("lr",), "seed": ("seed",),
     }.items():  # fmt: skip
         value: Any = settings
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             rows[name] = Path(value).name if isinstance(value, str) else value
+    if isinstance(lr := rows.pop("learning rate", None), float):
+        rows["peak learning rate"] = f"{peak(lr):.3g}"
     for name, key in {
         "updates": "step", "rows seen": "samples", "tokens learnt from": "supervised_tokens", "last loss": "loss",
     }.items():  # fmt: skip

@@ -34,6 +34,7 @@ from minimind_v.core.train.manifest import write_manifest
 from minimind_v.core.train.metrics import JsonLines, Listener, Silent, StepMetrics
 from minimind_v.core.train.parts import parts_of
 from minimind_v.core.train.place import Place
+from minimind_v.core.train.recall import Recall, earlier_run, recall_earlier, recall_own
 from minimind_v.core.train.report import write_report
 from minimind_v.core.train.schedule import learning_rate
 from minimind_v.core.train.signs import Start
@@ -41,7 +42,7 @@ from minimind_v.core.train.state import State, pack, unpack
 from minimind_v.core.train.track import open_tracker
 from minimind_v.core.train.validate import Validator
 from minimind_v.core.train.watch import Watch
-from minimind_v.core.train.words import BrokenRows, announcement, explained, not_finite
+from minimind_v.core.train.words import BrokenRows, announcement, before_the_start, explained, not_finite, recalled
 
 PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
 
@@ -72,6 +73,7 @@ class Counts:
     waited: float = 0.0  # of these, for data
     skipped: int = 0  # updates in a row without a finite gradient
     bad: int = 0  # all of them
+    right: int = 0  # updates in a row in which every answer was predicted right
 
 
 def train(
@@ -130,7 +132,9 @@ class Run:
         self.plan = data.plan
         self.validator = Validator(data.held_out, config.dtype, world.gather) if data.held_out else None
         loaded = build_model(config, data, self.listener)
-        self.start = Start(config, loaded.weights, loaded.new_projector)
+        earlier = earlier_run(config.init)
+        same = None if earlier is None else earlier.tokenizer == self.claim.origin["data.tokenizer"]
+        self.start = Start(config, loaded.weights, loaded.new_projector, same, self.plan.rows)
         self.companions = loaded.companions
         self.model = loaded.model.to(self.device)
         self.memory = self._open_memory()
@@ -142,6 +146,7 @@ class Run:
         self.done = 0  # updates
         self.stopped_by: Signals | None = None
         self.owed = False  # whether a save failed, or is due
+        self.earlier: Recall | str = ""  # rows that the weights learnt before, or why none are measured
         self.counts = Counts()
         if self.claim.state is not None:
             self._take_up(self.claim.state)
@@ -174,6 +179,7 @@ class Run:
         self.done = state.progress["step"]
         self.counts = Counts(**state.progress["counts"])
         self.broken.known = state.progress["broken"]
+        self._end_if_right(self.done)
         self.listener.say(f"resuming after update {self.done} of {self.total}, from {state.path}")
 
     def _named_trained(self) -> dict[str, nn.Parameter]:
@@ -187,13 +193,17 @@ class Run:
         if self.done >= self.total:
             self.listener.say("this run is complete")
             return self._summary()
-        self.started = time.perf_counter() - self.counts.seconds
         begun = self.done
         self._open_records()
         self.model.train()
         where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
         about = announcement(config, self.plan, self.total, self.claim.rows_per_update, self.model, where)
         self.listener.say(f"{about}; weights go to {self.place.weights}")
+        if not begun:
+            for line in before_the_start(config, self.plan, self.total):
+                self.listener.warn(line)
+        self._recall_before()
+        self.started = time.perf_counter() - self.counts.seconds
         with (
             closing(self.listener),
             StopRequest() as self.stop,
@@ -222,11 +232,54 @@ class Run:
             finally:
                 if self.done > begun and self.counts.supervised and not torn:
                     self._save_at_the_end()
+                    self._recall_after()
                     self._report()
         if not self.counts.supervised:
             trouble = self.broken.first or "every answer is cut off"
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
         return self._summary()
+
+    def _recall_before(self) -> None:
+        """Measure a sample of what the weights learnt before the run, while it is all there."""
+        config, listener = self.config, self.listener
+        if not config.recall_rows or not isinstance(listener, Watch):
+            return
+        if self.world.size > 1:
+            self.earlier = "a run of several processes does not measure it"
+            return
+        if config.init is None or not self.start.loaded:
+            self.earlier = "it started from random weights"
+            return
+        self.earlier = recall_earlier(config, self.plan, self.memory.store)
+        if isinstance(self.earlier, Recall) and not self.done:
+            listener.say(f"measuring what {config.init} knows of {self.earlier.rows} rows of {self.earlier.name}")
+            listener.keep_recalled("before", self.earlier(self.model, self.memory.features))
+
+    def _recall_after(self) -> None:
+        """Measure the run's own rows, and again those that its weights learnt before; say what was found."""
+        config, listener = self.config, self.listener
+        if not config.recall_rows or not isinstance(listener, Watch) or self.done < self.total:
+            return
+        try:
+            if self.world.size == 1:
+                listener.keep_recalled("own", recall_own(config, self.plan)(self.model, self.memory.features))
+            if isinstance(self.earlier, Recall) and "before" in listener.recalled:
+                listener.keep_recalled("after", self.earlier(self.model, self.memory.features))
+        except MmvError as error:  # the weights are there: a row that was broken meanwhile does not end the run badly
+            listener.warn(f"what the run has learnt and forgotten was not measured: {error}")
+            return
+        why = self.earlier if isinstance(self.earlier, str) else "its rows could not be measured before the run"
+        said, warned = recalled(config, self.place.weights, listener.recalled, why)
+        for line in said:
+            listener.say(line)
+        for line in warned:
+            listener.warn(line)
+
+    def _end_if_right(self, step: int) -> None:
+        """End the run with this step where a whole epoch of right answers is behind it and no more is asked for."""
+        epoch = self.plan.updates_per_epoch
+        if self.config.until_right and step % epoch == 0 and self.counts.right >= epoch:
+            self.total = step
 
     def _summary(self) -> Summary:
         place, counts = self.place, self.counts
@@ -318,6 +371,8 @@ class Run:
         counts.text_rows += unmarked if step <= self.plan.updates_per_epoch else 0
         counts.supervised += supervised
         counts.tokens += tokens
+        counts.right = counts.right + 1 if sum(hits) == supervised else 0
+        self._end_if_right(step)
         counts.seconds = time.perf_counter() - self.started
         return StepMetrics(
             step,

@@ -47,6 +47,16 @@ class Validation:
     best: bool = False  # lower than at every validation before
 
 
+@dataclass(frozen=True)
+class Recalled:
+    """What a model knows of some rows of a file, without learning from them."""
+
+    data: str
+    rows: int
+    loss: float  # nats per supervised token
+    hits: float  # share of the supervised tokens that were the likeliest
+
+
 class Listener(Protocol):
     """Whoever wants to know how a run goes."""
 

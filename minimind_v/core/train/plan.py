@@ -23,6 +23,8 @@ from minimind_v.core.train.loop import Run
 from minimind_v.core.train.metrics import Silent, StepMetrics
 from minimind_v.core.train.place import Place
 from minimind_v.core.train.report import disk_used
+from minimind_v.core.train.schedule import peak
+from minimind_v.core.train.words import too_little
 
 SECONDS = 30.0  # that the measured updates may take, once there are ENOUGH
 ENOUGH = 3  # updates that must be measured
@@ -45,6 +47,8 @@ class Forecast:
     price_per_hour: float | None
     cost: float | None
     how: str  # it is known
+    learning_rate: list[float]  # of the first update, and what it falls to
+    warning: str | None  # what is known to go wrong
     config: dict[str, Any]
 
 
@@ -69,6 +73,7 @@ def plan(
     seconds = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
     remembered = ", and once more with the pictures remembered, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes taken for {config.gpus} times as fast as one" if config.gpus > 1 else ""
+    most = "; the run ends once every answer is right, so this is the most that it takes" if config.until_right else ""
     forecast = Forecast(
         config.stage,
         updates,
@@ -82,7 +87,9 @@ def plan(
         None if price_per_hour is None else price_per_hour * seconds / 3600,
         f"{watch.measured} updates of the real run, measured on this machine, reading included{remembered}: "
         f"{seconds / updates:.2f} s for one of average length{several}; saving and validation are not in the time, "
-        "and longer rows than those measured may need more memory",
+        f"and longer rows than those measured may need more memory{most}",
+        [peak(config.lr), config.lr / 10],
+        too_little(config, len(rows), updates),
         plain(config),
     )
     told = json.dumps(asdict(forecast), indent=1, ensure_ascii=False)
@@ -131,8 +138,8 @@ def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, St
     watch = later = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as folder:
         few = replace(
-            config, out=Path(folder), init=NO_INIT, save_every=0, val_every=0, track="none", gpus=1,
-            max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
+            config, out=Path(folder), init=NO_INIT, save_every=0, val_every=0, until_right=False, recall_rows=0,
+            track="none", gpus=1, max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
         )  # fmt: skip
         watch.run = run = Run(few, watch)
         run.fit()

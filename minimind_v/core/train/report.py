@@ -43,6 +43,11 @@ class Left:
         return [(event["step"], event["warning"]) for event in self.events if "warning" in event]
 
     @property
+    def recalled(self) -> dict[str, dict[str, Any]]:
+        """What was measured of rows without learning from them: the run's `own`; earlier ones, `before`, `after`."""
+        return {when: found for event in self.events for when, found in event.get("recalled", {}).items()}
+
+    @property
     def last(self) -> dict[str, Any]:
         return self.metrics[-1]
 
@@ -85,7 +90,7 @@ def report_page(run: Left) -> str:
     body = (
         f'<h1>{escape(title)}</h1><p class="dim">{last["step"]:,} of {last.get("steps", 0):,} updates {how}, epoch '
         f"{last.get('epoch', 0):.2f}; <code>{escape(str(run.folder))}</code></p>"
-        f"{_figures(run)}{_warnings(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
+        f"{_figures(run)}{_warnings(run)}{_recalled(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
     )
     return page(f"{title} — report", body, PLOT_STYLE + STYLE)
 
@@ -109,6 +114,26 @@ def _warnings(run: Left) -> str:
         return '<section><h2>Warnings</h2><p class="dim">none: nothing looked wrong</p></section>'
     told = "".join(f'<li class="warn">update {step:,}: {escape(line)}</li>' for step, line in run.warnings)
     return f"<section><h2>Warnings</h2><ul>{told}</ul></section>"
+
+
+def _recalled(run: Left) -> str:
+    """What the run knows of its own rows, and what became of what its weights knew before; told where it was asked."""
+    if not run.manifest.get("config", {}).get("recall_rows"):
+        return ""
+    names = {"own": "its own rows, now", "before": "rows learnt before, at the start", "after": "the same, now"}
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{found['rows']} of {escape(found['data'])}</td><td>{found['hits']:.1%}</td>"
+        f"<td>{found['loss']:.4f}</td></tr>"
+        for when, name in names.items()
+        if (found := run.recalled.get(when))
+    )
+    note = (
+        ""
+        if "after" in run.recalled
+        else "<p>What the weights knew before and may have forgotten was not measured.</p>"
+    )
+    head = "<tr><th></th><th>rows</th><th>answers' tokens right</th><th>loss</th></tr>"
+    return f"<section><h2>Learnt and kept</h2>{f'<table>{head}{rows}</table>' if rows else ''}{note}</section>"
 
 
 def _curves(run: Left) -> str:

@@ -5,6 +5,16 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """lr/10 + ½·lr·(1 + cos(π·step/total)): the published cosine, from 1.1·lr at step 0 down to lr/10."""
-    return peak / 10 + 0.5 * peak * (1 + math.cos(math.pi * step / total))
+def learning_rate(step: int, total: int, lr: float) -> float:
+    """lr/10 + ½·lr·(1 + cos(π·step/total)): the published cosine. `lr` is not its peak: see `peak`."""
+    return lr / 10 + 0.5 * lr * (1 + math.cos(math.pi * step / total))
+
+
+def peak(lr: float) -> float:
+    """The highest rate of a run, that of its first step: 1.1·lr."""
+    return learning_rate(0, 1, lr)
+
+
+def reach(lr: float, total: int) -> float:
+    """How far a run can move a weight: AdamW moves one by about its rate in each step, so by their sum in all."""
+    return 0.6 * lr * total  # the cosine's mean is 0.6·lr

@@ -19,6 +19,7 @@ from minimind_v.core.data.row import IMAGE_MARK
 from minimind_v.core.train.metrics import StepMetrics, Validation
 
 FEW = 20  # updates whose mean is taken for the loss at a place
+SMALL_SET = 500  # rows, for which there is a recipe of its own
 STRETCH = 30.0  # seconds over which the share of waiting is measured
 
 
@@ -29,6 +30,8 @@ class Start:
     config: RunConfig
     loaded: bool  # weights, and not random numbers
     new_projector: bool
+    same_tokenizer: bool | None = None  # as the weights were trained with; None where that is not known
+    rows: int = 0  # that are learnt from
     done: int = 0  # updates of an earlier part of the run, which were not seen
 
 
@@ -120,20 +123,47 @@ class Signs:
 # --- rules about updates ----------------------------------------------------------------------------------------------
 
 
-def base_not_loaded(seen: Seen) -> str | None:
-    """Before anything is learnt a loaded base is already better than guessing, and soon after it is much better."""
-    config, guessing = seen.start.config, math.log(seen.start.config.model.vocab_size)
-    if not (seen.start.loaded and seen.begun):
+def first_loss_high(seen: Seen) -> str | None:
+    """Trained weights are better than guessing on data of their kind before anything is learnt.
+
+    A run begins only with weights that loaded whole. So a loss about as high as guessing means that they know nothing,
+    and a higher one that they are sure of something else: trained, but on other data, or with another tokenizer.
+    """
+    start, guessing = seen.start, math.log(seen.start.config.model.vocab_size)
+    if not (start.loaded and seen.begun and seen.step == 1 and seen.losses[0] > 0.9 * guessing):
         return None
-    if seen.step == 1 and seen.losses[0] > 0.9 * guessing:
-        figure = f"the first loss is {seen.losses[0]:.2f}"
-    elif seen.step == 3 * FEW and seen.recent > 0.8 * guessing:
-        figure = f"the loss is still {seen.recent:.2f} after {seen.step} updates"
-    else:
-        return None
+    figure = f"the first loss is {seen.losses[0]:.2f} where blind guessing gives {guessing:.2f}"
+    init, tokenizer = start.config.init, start.config.data.tokenizer
+    if start.same_tokenizer is False:
+        return f"{figure}: {init} was trained with another tokenizer than {tokenizer} — name the right one"
+    if seen.losses[0] < 1.05 * guessing:
+        other = "" if start.same_tokenizer else f", or was trained with another tokenizer than {tokenizer}"
+        return (
+            f"{figure}, although all of {init} was loaded: either it is not trained{other}, or these rows are unlike "
+            f"what it learnt from — ask it something with `mmv chat --model {init}`"
+        )
+    unsure = "" if start.same_tokenizer else f" If {tokenizer} is not its tokenizer, stop here and name the right one."
     return (
-        f"{figure} where blind guessing gives {guessing:.2f}: the base weights do not fit. Either {config.init} is not "
-        f"trained, or it belongs to another tokenizer than {config.data.tokenizer}"
+        f"{figure}, although all of {init} was loaded: it is sure of other answers, so these rows are unlike what it "
+        f"learnt from. It can learn them where the loss falls well below {guessing:.2f}.{unsure}"
+    )
+
+
+def loss_stays_high(seen: Seen) -> str | None:
+    """Soon after the start a run over trained weights is much better than guessing."""
+    config, guessing = seen.start.config, math.log(seen.start.config.model.vocab_size)
+    if not (seen.start.loaded and seen.begun and seen.step == 3 * FEW and seen.recent > 0.8 * guessing):
+        return None
+    first = _mean(seen.losses[:FEW])
+    if seen.recent < 0.8 * first:  # it is on its way
+        return None
+    advice = f"raise --lr (now {config.lr:g})"
+    if config.stage == "sft" and seen.start.rows <= SMALL_SET and not config.until_right:
+        advice += ", or take --recipe small-data, made for few rows"
+    trained = "" if seen.start.same_tokenizer else f", and see that {config.data.tokenizer} is the weights' tokenizer"
+    return (
+        f"the loss was {first:.2f} in the first {FEW} updates and is still {seen.recent:.2f} after {seen.step}, where "
+        f"blind guessing gives {guessing:.2f}: {advice}{trained}"
     )
 
 
@@ -235,11 +265,14 @@ def overfitting(seen: Seen) -> str | None:
     before, now = _mean(seen.losses[max(0, there - FEW) : max(there, FEW)]), seen.recent
     if not now < before:
         return None
-    return (
-        f"overfitting since step {best.step}: from there on the loss on held-out rows rose from {best.loss:.3f} to "
-        f"{since[-1].loss:.3f} while that of training fell from {before:.3f} to {now:.3f} — the weights of step "
-        f"{best.step} are kept (…_best.pth); stop here, or train on more rows, or with fewer --epochs"
+    figures = (
+        f"from there on the loss on held-out rows rose from {best.loss:.3f} to {since[-1].loss:.3f} while that of "
+        f"training fell from {before:.3f} to {now:.3f} — the weights of step {best.step} are kept (…_best.pth)"
     )
+    advice = "stop here, or train on more rows, or with fewer --epochs"
+    if 0 < seen.start.rows <= SMALL_SET:
+        advice = f"{seen.start.rows} rows are learnt by heart; answers about other pictures need more rows"
+    return f"overfitting since step {best.step}: {figures}; {advice}"
 
 
 def does_not_look(seen: Seen) -> str | None:
@@ -257,7 +290,8 @@ def does_not_look(seen: Seen) -> str | None:
 
 
 STEP_RULES = (
-    base_not_loaded,
+    first_loss_high,
+    loss_stays_high,
     no_pictures,
     no_marks,
     projector_does_not_learn,

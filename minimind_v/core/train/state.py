@@ -31,7 +31,7 @@ MANY = 1000  # files of a folder beyond which their bytes are not read for its f
 WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
 # What a run may change at will: it decides where things go and what is told, not what is learnt.
 # How an update's rows are shared out is free as well; how many they are is not, and has a name of its own.
-FREE = {"out", "device", "gpus", "save_every", "keep", "log_every", "data.workers", "data.bad_rows"}
+FREE = {"out", "device", "gpus", "save_every", "keep", "log_every", "recall_rows", "data.workers", "data.bad_rows"}
 FREE |= {"data.batch_size", "accumulate", "features_dir", "track"}
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
 

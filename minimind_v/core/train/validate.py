@@ -22,9 +22,14 @@ See = Callable[[Batch], Tensor | None]  # the features of a batch's pictures [M,
 class Validator:
     """Looks at the same rows whenever it is asked. It draws no random number: training goes on as if it were not."""
 
-    def __init__(self, plan: BatchPlan, dtype: str, gather: Gather = lambda numbers: [numbers]) -> None:
-        """`plan` has the held-out rows of this process; `gather` brings the sums of all processes."""
-        self.plan, self.dtype, self.gather = plan, dtype, gather
+    def __init__(
+        self, plan: BatchPlan, dtype: str, gather: Gather = lambda numbers: [numbers], swapped: bool = True
+    ) -> None:
+        """`plan` has the held-out rows of this process; `gather` brings the sums of all processes.
+
+        Without `swapped` the rows are not measured with pictures of other rows.
+        """
+        self.plan, self.dtype, self.gather, self.swapped = plan, dtype, gather, swapped
         self._batches: list[Batch] | None = None  # a few hundred rows: they stay
 
     def __call__(self, model: VLM, see: See, step: int, best: Validation | None) -> Validation | None:
@@ -60,8 +65,10 @@ class Validator:
         features = batch.image_features
         with autocast(model.device, self.dtype):
             loss, hits = _losses(model, batch, features)
-            swapped = loss if features is None else _losses(model, batch, _others(model, features))[0]
-        pictures = 0 if features is None else len(features)
+            swapped, pictures = loss, 0
+            if features is not None and self.swapped:
+                swapped = _losses(model, batch, _others(model, features))[0]
+                pictures = len(features)
         return float(loss), float(swapped), float(hits), batch.supervised, len(batch), pictures
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import peak_memory
 from minimind_v.core.errors import RunError
-from minimind_v.core.train.metrics import JsonLines, Listener, StepMetrics, Validation, read_lines
+from minimind_v.core.train.metrics import JsonLines, Listener, Recalled, StepMetrics, Validation, read_lines
 from minimind_v.core.train.signs import Signs, Start
 from minimind_v.core.train.track import Tracker
 
@@ -27,6 +27,7 @@ class Watch:
         self.path, self.listener = path, listener
         self.signs: Signs | None = None
         self.best: Validation | None = None
+        self.recalled: dict[str, Recalled] = {}  # what was measured of rows: `before`, `after`, `own`
         self._tracker: Tracker | None = None
         self._file: JsonLines | None = None
         self._early: list[dict[str, Any]] = []
@@ -40,6 +41,8 @@ class Watch:
         told = [event["sign"] for event in events if "sign" in event]
         found = [Validation(**event["validation"]) for event in events if "validation" in event]
         self.best = min(found, key=lambda one: one.loss, default=None)
+        for event in events:
+            self.recalled |= {when: Recalled(**rows) for when, rows in event.get("recalled", {}).items()}
         self.signs = Signs(start, told, found)
         self._step = start.done
         for event in self._early:
@@ -87,6 +90,12 @@ class Watch:
 
     def saved(self, step: int) -> None:
         self.listener.saved(step)
+
+    def keep_recalled(self, when: str, found: Recalled | None) -> None:
+        """What was measured `before` and `after` of rows that the weights had learnt, and of the run's `own`."""
+        if found:
+            self.recalled[when] = found
+            self._keep(recalled={when: asdict(found)})
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,262 @@
+"""A dozen rows of one's own: the recipe learns them, measures what that costs, and says what it did not measure."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minimind_v.core.config.load import build_config, resolve
+from minimind_v.core.config.recipes import OWN_KEYS, small_data
+from minimind_v.core.errors import UsageError
+from minimind_v.core.train.report import read_run, report_page
+from minimind_v.core.train.schedule import learning_rate, peak
+from minimind_v.core.train.words import LEAST_REACH, too_little
+from tests.cli.harness import EYE, here, place, read_rows, sighted, write_rows
+
+ANSWERS = (
+    "Momo sleeps.", "Our boat.", "A wheel.", "The garden.", "Uncle Tom.", "My cake.",
+    "A bridge.", "Two horses.", "A hat.", "The market.", "Bread.", "Dad at work.",
+)  # fmt: skip
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Twelve pictures of noise as files, all asked the same question."""
+    from PIL import Image
+
+    dice, rows = random.Random(4), []
+    (tmp_path / "pictures").mkdir()
+    for number, answer in enumerate(ANSWERS):
+        picture = Image.frombytes("RGB", (6, 6), dice.randbytes(108)).resize((90, 70), Image.Resampling.BICUBIC)
+        picture.save(tmp_path / "pictures" / f"{number}.jpg")
+        talk = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": answer}]
+        rows.append({"conversations": talk, "image": f"{number}.jpg"})
+    return {"data": write_rows(tmp_path / "mine.jsonl", rows), "images": tmp_path / "pictures"}
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """Weights with the folder of the run that made them."""
+    out = tmp_path_factory.mktemp("earlier")
+    ended = here(*place().train(out, "sft", init=sighted(), lr=1e-3))
+    assert ended.code == 0, ended.err
+    return out / "sft_vlm_128.pth"
+
+
+def small(out, init, mine, *words, **changes):
+    """Run the recipe."""
+    given = {"init": init, "epochs": None, "batch_size": None, "log_every": None, "recipe": "small-data"}
+    return here(*place().train(out, "sft", **mine, **given | changes), *words)
+
+
+def events(out, key):
+    return [event[key] for event in read_rows(out / "sft_vlm_128" / "events.jsonl") if key in event]
+
+
+# --- what it does -----------------------------------------------------------------------------------------------------
+
+
+def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, mine, earlier):
+    ended = small(tmp_path / "out", earlier, mine)
+    assert ended.code == 0, ended.err
+    assert f"learnt: every answer to the 12 rows of {mine['data']} is right, token for token" in ended.err
+    assert f"kept: of 32 rows of {place().data('sft')}, which {earlier} learnt before," in ended.err
+    last = read_rows(tmp_path / "out" / "sft_vlm_128" / "metrics.jsonl")[-1]
+    assert last["step"] == last["steps"] < 60 * 12, "it ends as soon as all is right"
+    assert last["step"] % 12 == 0
+    for line in ("raise --lr", "move a weight", "not measured"):
+        assert line not in ended.err
+    model = ("--model", tmp_path / "out" / "sft_vlm_128.pth", "--vision-model", EYE, "--tokenizer", EYE.parent)
+    scores = here("eval", *model, "--data", mine["data"], "--images", mine["images"], "--json").json
+    assert (scores["short_answers"], scores["accuracy"]) == (12, 1.0)
+    found = {when: one for event in events(tmp_path / "out", "recalled") for when, one in event.items()}
+    assert set(found) == {"before", "own", "after"}
+    assert (found["own"]["hits"], found["own"]["rows"], found["before"]["rows"]) == (1.0, 12, 32)
+    assert found["before"]["loss"] < found["after"]["loss"]
+    page = report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
+    assert "Learnt and kept" in page
+    assert "was not measured" not in page
+    assert "updates to its end" in page
+    again = small(tmp_path / "out", earlier, mine, "--resume")
+    assert (again.code, "this run is complete" in again.err) == (0, True), again.err
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, mine, earlier, monkeypatch):
+    from minimind_v.core.train.loop import Run
+
+    given = {"lr": 1e-3, "save_every": 30}
+    assert small(tmp_path / "whole", earlier, mine, **given).code == 0
+
+    def stop(self, step):
+        if step == 31:
+            raise KeyboardInterrupt
+        real(self, step)
+
+    real = Run._end_if_right
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_end_if_right", stop)
+        assert small(tmp_path / "parts", earlier, mine, **given).code == 130
+    ended = small(tmp_path / "parts", earlier, mine, "--resume", **given)
+    assert ended.code == 0, ended.err
+    assert "resuming after update 30" in ended.err
+    assert "kept: of 32 rows" in ended.err, "what was measured before the stop is known"
+    whole, parts = ((tmp_path / name / "sft_vlm_128.pth").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.parametrize("trouble", ["no folder", "no rows", "same rows"])
+def test_what_cannot_be_measured_is_said(tmp_path, mine, earlier, trouble):
+    init = tmp_path / "sft_vlm_128.pth"
+    for ending in (".pth", ".json"):
+        init.with_suffix(ending).write_bytes(earlier.with_suffix(ending).read_bytes())
+    if trouble != "no folder":
+        (tmp_path / "sft_vlm_128").mkdir()
+        for name in ("manifest.json", "config.yaml"):
+            text = (earlier.with_suffix("") / name).read_text()
+            here_now = mine["data"] if trouble == "same rows" else tmp_path / "gone.jsonl"
+            text = text.replace(str(place().data("sft")), str(here_now))
+            (tmp_path / "sft_vlm_128" / name).write_text(text)
+    why = {
+        "no folder": f"nothing beside {init} names the rows that it learnt from",
+        "no rows": f"{tmp_path / 'gone.jsonl'}, which {init} learnt from, is not there",
+        "same rows": "learnt from these same rows",
+    }[trouble]
+    ended = small(tmp_path / "out", init, mine, epochs=2)
+    assert ended.code == 0, ended.err
+    assert f"not measured: what {init} knew before" in ended.err
+    assert why in ended.err
+    assert "not all is learnt: " in ended.err
+    assert "was not measured" in report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
+
+
+# --- what it is made of -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_decides_over_a_file_and_single_values_over_the_recipe(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 1e-6\nepochs: 2\nfreeze: attention\naccumulate: 4\ndata: {batch_size: auto, max_length: 99}\n")
+    resolved = resolve("sft", file, {"recipe": "small-data", "epochs": 5}, ["weight_decay=0.5"])
+    config, wanted = resolved.config, small_data()
+    assert (config.lr, config.freeze, config.accumulate) == (wanted.lr, wanted.freeze, 1)
+    assert (config.data.batch_size, resolved.auto) == (wanted.data.batch_size, False)
+    assert (config.epochs, config.data.max_length, config.weight_decay) == (5, 99, 0.5)
+    assert (resolved.sources["lr"], resolved.sources["epochs"]) == ("recipe small-data", "--epochs")
+    assert resolved.sources["weight_decay"] == "--set"
+    file.write_text("recipe: small-data\nlr: 1e-4\n")
+    config = build_config("sft", file)
+    assert (config.lr, config.epochs, config.until_right) == (1e-4, wanted.epochs, True)
+    assert build_config("sft", sets=["recipe=small-data"]) == build_config("sft", options={"recipe": "small-data"})
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").glob("sft_*.yaml")), ids=lambda file: file.stem)
+def test_the_recipe_works_over_every_file_of_the_stage(file):
+    resolved = resolve("sft", file, {"recipe": "small-data"})
+    given = {key: resolved.sources[key] for key in OWN_KEYS["small-data"]}
+    assert set(given.values()) == {"recipe small-data"}
+    assert resolved.config.model == build_config("sft", file).model
+
+
+def test_the_recipe_is_printed_and_read_again(tmp_path):
+    printed = here("train", "sft", "--recipe", "small-data", "--print-config").out
+    (tmp_path / "c.yaml").write_text(printed)
+    assert build_config("sft", tmp_path / "c.yaml") == build_config("sft", options={"recipe": "small-data"})
+    assert yaml.safe_load(printed)["out"] == "out/small-data"
+
+
+def test_a_recipe_for_another_stage_or_of_no_such_name_is_refused():
+    assert "`mmv train sft --recipe small-data`" in here("train", "pretrain", "--recipe", "small-data").error
+    assert "did you mean 'small-data'" in here("train", "sft", "--recipe", "smal-data").error
+    with pytest.raises(UsageError, match="recipe 3 is none of"):
+        build_config("sft", sets=["recipe=3"])
+
+
+def test_it_starts_from_the_best_weights_there_are_and_never_from_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "small-data").mkdir(parents=True)
+
+    def init(**options):
+        return build_config("sft", options={"recipe": "small-data"} | options).init
+
+    assert init() == Path("out/sft_vlm_512.pth"), "nothing is there"
+    Path("out/small-data/sft_vlm_512.pth").touch()
+    Path("out/pretrain_vlm_512.pth").touch()
+    assert init() == Path("out/pretrain_vlm_512.pth")
+    Path("out/sft_vlm_512.pth").touch()
+    assert init() == Path("out/sft_vlm_512.pth")
+    for own in ("out", tmp_path / "out"):
+        assert init(out=own).resolve() == tmp_path / "out" / "pretrain_vlm_512.pth"
+
+
+# --- what is said before the start ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lr", "updates"), [(1e-6, 180), (1e-6, 3), (4e-4, 4), (1e-9, 10**5), (1e-5, 40)])
+def test_a_run_that_can_move_nothing_is_told_with_a_value_that_can(lr, updates):
+    config = build_config("sft", options={"lr": lr, "epochs": 2})
+    line = too_little(config, 12, updates)
+    assert f"--lr {lr:g} cannot move a weight" in line
+    assert "or --recipe small-data" in line
+    words = line.partition("try ")[2].replace(",", "").split()
+    advised = {word: float(words[at + 1]) for at, word in enumerate(words) if word in ("--lr", "--epochs")}
+    assert advised
+    better = build_config("sft", options={"lr": advised.get("--lr", lr)})
+    more = round(updates * advised.get("--epochs", 2) / 2)
+    assert too_little(better, 12, more) is None
+    assert too_little(config, 10**6, updates) == line.replace(", or --recipe small-data, made for few rows", "")
+
+
+def test_nothing_is_said_of_the_published_runs_nor_of_the_recipe():
+    for stage, updates in (("pretrain", 4 * 595_000 // 16), ("sft", 2 * 300_000 // 4)):
+        assert too_little(build_config(stage), 10**6, updates) is None
+    assert too_little(small_data(), 3, 180) is None
+
+
+def test_max_steps_that_are_too_few_are_named():
+    config = build_config("sft", options={"lr": 5e-4, "max_steps": 2})
+    assert "try --max-steps 34" in too_little(config, 10**6, 2)
+
+
+def test_it_is_said_before_the_first_step_and_by_the_plan(tmp_path, mine):
+    ended = here(*place().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-6, epochs=5, batch_size=16))
+    lines = ended.err.splitlines()
+    at = next(n for n, line in enumerate(lines) if "5 updates of 12 rows" in line)
+    assert "learning rate from 1.1e-06 down to 1e-07" in lines[at]
+    assert "5 updates at --lr 1e-06 cannot move a weight" in lines[at + 1]
+    assert lines[at + 2].startswith("step 1/5")
+    assert events(tmp_path, "warning")[0] in lines[at + 1]
+    words = place().train(tmp_path / "plan", "sft", **mine, init=sighted(), lr=1e-6, epochs=5)
+    planned = here("train", "plan", *words[1:], "--json").json
+    assert planned["learning_rate"] == pytest.approx([1.1e-6, 1e-7])
+    assert "cannot move a weight" in planned["warning"]
+    assert here("train", "plan", *words[1:]).err.count("cannot move a weight") == 1
+
+
+def test_few_rows_held_out_are_told_to_say_little(tmp_path, mine):
+    ended = here(*place().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-3, epochs=2, val_every=3))
+    assert ended.code == 0, ended.err
+    assert "12 rows of" in ended.err
+    assert "(1 of them held out)" in ended.err
+    assert "6 updates of 4 rows" in ended.err
+    assert "only 1 row of 12 held out" in ended.err
+
+
+def test_the_peak_is_the_highest_rate():
+    rates = [learning_rate(step, 50, 3e-4) for step in range(50)]
+    assert max(rates) == peak(3e-4) == pytest.approx(3.3e-4)
+    assert sum(rates) == pytest.approx(0.6 * 3e-4 * 50, rel=0.02), "what LEAST_REACH is compared with"
+    assert 0 < LEAST_REACH < 0.01
+
+
+def test_the_card_of_an_export_gives_the_true_peak(tmp_path):
+    from types import SimpleNamespace
+
+    from minimind_v.core.export import card
+
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "config.yaml").write_text(yaml.safe_dump({"lr": 1e-6, "freeze": "all"}))
+    order = SimpleNamespace(model=tmp_path / "w.pth")
+    text = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft")), order)
+    assert "| peak learning rate | 1.1e-06 |" in text
