@@ -1,10 +1,15 @@
 """What it takes to open and read data of full size: rows, seconds and memory, each figure from a process of its own.
 
     python -m benchmarks.stores [--rows 600000] [--members 500000] [--parquet-rows 1300000] [--folder DIR]
+    python -m benchmarks.stores --loader
 
 Makes a JSONL of that many rows with a zip of that many members, and a parquet file with the pictures in its rows; then
 measures the first opening, which indexes, the second, which does not, random reading, and a shuffled epoch. Pictures
 are stand-ins of a few bytes: what is measured is finding them.
+
+The loader is measured by the time that its process has a core: rows a second for one core, whoever else is busy, from
+the file to the batch. Text alone the first time, which tokenises and keeps, and again; then, with kept tokens, rows
+with a JPEG of some sizes, and with CLIP's features of the picture remembered as bf16.
 """
 
 from __future__ import annotations
@@ -20,7 +25,12 @@ import time
 import zipfile
 from pathlib import Path
 
+from benchmarks.pictures import as_jpeg, photograph
+
 ROUNDS = 3
+TOKENIZER = Path(__file__).parents[1] / "minimind_v" / "core" / "demo" / "assets"
+SHAPES = ((128, 128), (224, 224), (448, 336))  # of the loader's JPEGs; the published ones are 128²
+SIZE, PATCHES = 224, 196  # what CLIP's ViT-B/16 is shown and gives
 WORDS = "a the small large red green dog cat table window garden tree holding standing near bright".split()  # noqa: SIM905
 
 
@@ -51,6 +61,24 @@ def make_parquet(folder: Path, rows: int, group: int = 2000) -> None:
             numbers = range(begin, min(begin + group, rows))
             cells = [[json.dumps(talk(rng)) for _ in numbers], [b"%09d" % number for number in numbers]]
             writer.write_table(pa.table(cells, schema=schema))
+
+
+def make_loader_rows(folder: Path, count: int) -> None:
+    """Rows of one picture each, `text.jsonl` of none, and a zip of JPEGs for each shape."""
+    rng = random.Random(2)
+    talks = [talk(rng) for _ in range(count)]
+    for name in ("text", "pictures"):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for number, (question, answer) in enumerate(talks):
+                if name == "text":
+                    question = question | {"content": "What is shown?"}
+                image = {"image": f"{number}.jpg"} if name == "pictures" else {}
+                file.write(json.dumps({"conversations": [question, answer]} | image) + "\n")
+    for width, height in SHAPES:
+        files = [as_jpeg(photograph(width, height, seed)) for seed in range(8)]
+        with zipfile.ZipFile(folder / f"{width}x{height}.zip", "w") as archive:
+            for number in range(count):
+                archive.writestr(f"{number}.jpg", files[number % len(files)] + b"%d" % number)  # no two are the same
 
 
 # --- what a process measures ------------------------------------------------------------------------------------------
@@ -88,6 +116,42 @@ def measure(data: Path, images: Path | None) -> dict[str, float]:
     return found
 
 
+def measure_loader(folder: Path) -> dict[str, float]:
+    """Rows for a second of one core."""
+    import torch
+
+    from minimind_v.core.data.dataset import RowDataset
+    from minimind_v.core.data.features.form import Form
+    from minimind_v.core.data.features.store import FeatureStore, digest
+    from minimind_v.core.data.loader import BatchPlan, load_batches
+    from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.data.token_store import keep_tokens
+    from minimind_v.core.data.tokenizer import Tokenizer
+
+    torch.set_num_threads(1)
+    encoder = PromptEncoder(Tokenizer.load(TOKENIZER), PATCHES)
+
+    def rate(name: str, images: Path | None, features: FeatureStore | None = None) -> float:
+        dataset = RowDataset(open_rows(folder / f"{name}.jsonl", images), encoder, SIZE, 640)
+        dataset.remembered = features
+        plan = BatchPlan(dataset, 16, 0, seed=0, tokens=keep_tokens(dataset, name, folder, print))
+        started = time.process_time()
+        rows = sum(len(batch) for batch in load_batches(plan, 0))
+        assert rows == len(dataset)
+        return rows / (time.process_time() - started)
+
+    found = {"text, first": rate("text", None), "text": rate("text", None), "pictures, first": 0.0}
+    first, *others = [folder / f"{width}x{height}.zip" for width, height in SHAPES]
+    found["pictures, first"] = rate("pictures", first)
+    found |= {path.stem: rate("pictures", path) for path in (first, *others)}
+    store = FeatureStore(folder / "features" / "made", Form("bfloat16", PATCHES, 768), 2**40)
+    rows = open_rows(folder / "pictures.jsonl", first)
+    for number in range(len(rows)):
+        store.write([digest(rows.picture(number, 0, f"{number}.jpg"))], torch.randn(1, PATCHES, 768))
+    return found | {"features": rate("pictures", first, store)}
+
+
 def _count_reads(rows) -> callable:
     count, read = [0], rows._text._read
 
@@ -109,6 +173,10 @@ def _peak_memory() -> float:
 
 def in_process(data: Path, images: Path | None) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.stores", "--measure", str(data), *([str(images)] if images else [])]
+    return _run(command)
+
+
+def _run(command: list[str]) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -124,13 +192,28 @@ def main() -> None:
     parser.add_argument("--parquet-rows", type=int, default=1_300_000)
     parser.add_argument("--folder", type=Path, help="where the data goes and stays")
     parser.add_argument("--measure", nargs="+", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--loader", action="store_true", help="only the loader")
+    parser.add_argument("--loader-rows", type=int, default=1024, help="rows that the loader reads [1024]")
+    parser.add_argument("--measure-loader", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.measure_loader:
+        print(json.dumps(measure_loader(args.measure_loader)))
+        return
     if args.measure:
         print(json.dumps(measure(args.measure[0], args.measure[1] if len(args.measure) > 1 else None)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        loader = folder / "loader"
+        loader.mkdir(exist_ok=True)
+        make_loader_rows(loader, args.loader_rows)
+        for kept in loader.glob(".*tokens*"):
+            kept.unlink()
+        command = [sys.executable, "-m", "benchmarks.stores", "--measure-loader", str(loader)]
+        show("loader, rows/s a core", [_run(command)])
+        if args.loader:
+            return
         if not (folder / "rows.parquet").exists():
             make_jsonl(folder, args.rows, args.members)
             make_parquet(folder, args.parquet_rows)

@@ -389,3 +389,17 @@ def test_data_is_found_in_the_layout_that_was_downloaded(tmp_path, monkeypatch):
         assert found() == expected
     assert found("pretrain")[0] == "dataset/pretrain_data.jsonl"
     assert build_config("sft", options={"data": Path("mine.parquet")}).data.file == Path("mine.parquet")
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (4, 2), (8, 6), (16, 14), (128, 16), (None, 1)])
+def test_data_workers_leave_two_cores_to_training(monkeypatch, cores, workers):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert resolve("sft").config.data.workers == workers
+    assert DataConfig().workers == workers
+    assert resolve("sft", options={"workers": 3}).config.data.workers == 3
+
+
+def test_processes_of_one_machine_share_its_cores_among_their_data_workers(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert [resolve("sft", options={"gpus": gpus}).config.data.workers for gpus in (1, 2, 8, 32)] == [14, 7, 1, 1]
+    assert resolve("sft", options={"gpus": 2, "workers": 9}).config.data.workers == 9

@@ -138,8 +138,8 @@ def test_a_gradient_of_zero_is_told():
     assert told([2.0] * 30, started("sft"), norms=[0.0] * 10 + [1.0] + [0.0] * 19) == {}
 
 
-def waits(share, seconds=100):
-    watched, found = Signs(started("sft", workers=0)), {}
+def waits(share, seconds=100, workers=0):
+    watched, found = Signs(started("sft", workers=workers)), {}
     for step in range(1, seconds + 1):
         found |= watched.step(update(step, 2 - step / 1000, steps=10**6, waited=share * step))
     return found
@@ -150,6 +150,23 @@ def test_waiting_for_data_is_told_with_the_number_of_workers():
     assert waits(0.9, seconds=60) == {}, "one stretch is no habit"
     assert "raise --workers (now 0) to 1" in waits(0.3)["data_is_slow"]
     assert "30% of the time" in waits(0.3)["data_is_slow"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "advice"),
+    [
+        (16, 0, "raise --workers (now 0) to 14"),
+        (16, 4, "raise --workers (now 4) to 14"),
+        (16, 14, "raise --workers (now 14) to 16"),
+        (64, 16, "raise --workers (now 16) to 32"),
+        (2, 1, "raise --workers (now 1) to 2"),
+        (16, 16, "16 cores have 16 workers — smaller pictures or a faster disk would help"),
+        (2, 4, "smaller pictures or a faster disk would help"),
+    ],
+)
+def test_more_workers_are_advised_as_long_as_there_are_cores(monkeypatch, cores, workers, advice):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert advice in waits(0.3, workers=workers)["data_is_slow"]
 
 
 def validated(found, losses, start=None, steps=200):

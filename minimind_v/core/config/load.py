@@ -13,7 +13,7 @@ import yaml
 
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.recipes import OWN_KEYS, RECIPES
-from minimind_v.core.config.schema import DataConfig, RunConfig
+from minimind_v.core.config.schema import DataConfig, RunConfig, usual_workers
 from minimind_v.core.errors import MissingInput, UsageError, nearest
 from minimind_v.core.hub.sources import DATASET_DIR, SAMPLE_DIR, dataset_files
 
@@ -88,6 +88,8 @@ def resolve(
         sources |= dict.fromkeys(("data.file", "data.images"), "what is there")
     if "init" not in changes and (init := _find_init(config)) != config.init:
         config, sources["init"] = replace(config, init=init), "what is there"
+    if "data.workers" not in sources:
+        config = replace(config, data=replace(config.data, workers=usual_workers(config.gpus)))
     given = f"preset {preset}" + (f", {sources['preset']}" if "preset" in sources else "")
     default = {key: given if key.startswith("model.") else f"recipe {stage}" for key in _keys(config, "")}
     default |= dict.fromkeys(own | {"init", "out"} if own else (), f"recipe {name}")

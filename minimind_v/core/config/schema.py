@@ -13,6 +13,7 @@ STAGES = ("pretrain", "sft")
 FREEZE_POLICIES = ("projector", "projector+last", "attention", "all")
 DTYPES = ("auto", "float32", "bfloat16")
 FEATURES = ("off", "auto", "exact", "int8")
+MOST_WORKERS = 16  # data workers of a run that nobody gave a number: more than feed any of today's GPUs
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 
 
@@ -67,6 +68,11 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
 
+def usual_workers(processes: int = 1) -> int:
+    """Data workers for each of the training processes of this machine; two of its cores are left to training."""
+    return max(1, min(MOST_WORKERS, ((os.cpu_count() or 1) - 2) // processes))
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the rows, their pictures and the tokenizer are, and how batches are made of them."""
@@ -77,8 +83,7 @@ class DataConfig:
     tokenizer: Path = TOKENIZER_DIR
     max_length: int = 640  # tokens per row, placeholders included
     batch_size: int = 16  # rows per process and micro-batch
-    # One core is the trainer's; three workers would share the loader's four lanes unevenly.
-    workers: int = field(default_factory=lambda: next(n for n in (4, 2, 1) if n < (os.cpu_count() or 1) or n == 1))
+    workers: int = field(default_factory=usual_workers)
     bad_rows: float = 0.01  # the share of broken rows above which a run is refused
 
     def __post_init__(self) -> None:

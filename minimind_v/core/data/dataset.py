@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minimind_v.core.data.features.store import FeatureStore, digest
 from minimind_v.core.data.images import blank_pixels, load_pixels
-from minimind_v.core.data.prompt import PromptEncoder, Tokens
+from minimind_v.core.data.prompt import PackedTokens, PromptEncoder, Tokens
 from minimind_v.core.data.row import RowStore
 from minimind_v.core.errors import RowError
 
@@ -41,7 +41,7 @@ class Example:
 
     index: int
     place: str
-    tokens: Tokens
+    tokens: Tokens | PackedTokens
     names: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
 

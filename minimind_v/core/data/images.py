@@ -251,7 +251,7 @@ def _shrink(picture: Image.Image, size: int, extent: tuple[float, float]) -> Ima
 
 
 def _crop(picture: Image.Image, size: int) -> np.ndarray:
-    """The square in the middle: uint8 [3, size, size]."""
+    """The square in the middle: uint8 [3, size, size], not yet in that order in memory: its batch has it so."""
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     square = picture.crop((left, top, left + size, top + size)).convert("RGB")
-    return np.asarray(square).transpose(2, 0, 1).copy()
+    return np.asarray(square).transpose(2, 0, 1)

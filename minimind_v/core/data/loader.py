@@ -7,8 +7,9 @@ processes in turn: what update number k learns from depends on the seed and on t
 many processes and micro-batches do it.
 
 The windows are walked in a few lanes, update by update in turn, each lane a stretch of the permutation: as the workers
-too take updates in turn, each has lanes of its own, tokenises no window that another does, and reads parts of a parquet
-file that no other reads.
+too take updates in turn, 2 or 4 of them have lanes of their own, and read parts of a parquet file that no other reads.
+Whatever their number, they share their tokens through a file (`token_store.py`): a window is tokenised once, by all
+that wait for it together, and planned from the lengths alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import signal
 from collections.abc import Generator
 from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,12 +29,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
+from minimind_v.core.data.token_store import Text, TokenStore, not_kept
 from minimind_v.core.interrupt import SIGNALS
 
-LANES = 4  # a number that 1, 2 and 4 workers share evenly
+LANES = 4  # each holds parts of a parquet file in memory; 1, 2 and 4 workers share them evenly
 WINDOW = 32  # updates per window: enough to find rows of one length, and few enough to keep the order random
 
-Planned = list[Example | BrokenRow]  # the rows of a micro-batch, their pictures not read
+
+@dataclass(frozen=True)
+class Window:
+    """The updates of a window, each as the micro-batches of all processes, each of these the rows that it reads."""
+
+    updates: list[list[np.ndarray]]
+    texts: dict[int, Text]  # of rows that no file keeps
 
 
 class BatchPlan(Dataset[list[Batch]]):
@@ -55,12 +64,13 @@ class BatchPlan(Dataset[list[Batch]]):
         processes: int = 1,
         rank: int = 0,
         keep: np.ndarray | None = None,
+        tokens: TokenStore | None = None,
     ) -> None:
         """Without a seed the rows keep the order of their file; `limit` leaves out all but the first so many.
 
-        `keep`, bool [rows of the file], leaves out the rows where it is false.
+        `keep`, bool [rows of the file], leaves out the rows where it is false. `tokens` is where they are kept.
         """
-        self.dataset = dataset
+        self.dataset, self.tokens = dataset, tokens
         self.kept = np.ones(len(dataset), bool) if keep is None else keep
         if limit is not None:
             self.kept = self.kept & (np.cumsum(self.kept) <= limit)
@@ -72,34 +82,41 @@ class BatchPlan(Dataset[list[Batch]]):
         self.processes, self.rank = processes, rank
         self.rows_per_update = rows_per_update or batch_size * processes
         self.updates_per_epoch = -(-self.rows // self.rows_per_update)
-        self.windows = -(-self.updates_per_epoch // WINDOW)
+        self.wide = 1 if seed is None else WINDOW  # nothing is sorted in the order of the file
+        self.windows = -(-self.updates_per_epoch // self.wide)
         self._sequence = _lanes(self.updates_per_epoch, 1 if seed is None else LANES)
-        self._planned: dict[tuple[int, int], list[list[Planned]]] = {}
+        self._planned: dict[tuple[int, int], Window] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         # The process of each worker and the row that it is at, in memory that they share: what killed one can be named.
         self._reading = torch.zeros(64, 2, dtype=torch.int64).share_memory_()
+        self._told = False  # that this process keeps no more tokens
 
     def __len__(self) -> int:
         return self.updates_per_epoch * self.epochs
 
     def __getitem__(self, number: int) -> list[Batch]:
         epoch, update = divmod(number, self.updates_per_epoch)
-        window, place = divmod(int(self._sequence[update]), WINDOW)
-        if (epoch, window) not in self._planned:
-            self._planned[epoch, window] = self.window(epoch, window)
+        number, place = divmod(int(self._sequence[update]), self.wide)
+        if (epoch, number) not in self._planned:
+            self._planned[epoch, number] = self.window(epoch, number)
             if len(self._planned) > LANES:
                 del self._planned[next(iter(self._planned))]
-        return [self._read(planned) for planned in self._planned[epoch, window][place][self.rank :: self.processes]]
+        window = self._planned[epoch, number]
+        batches = [self._read(rows, window.texts) for rows in window.updates[place][self.rank :: self.processes]]
+        if batches and self.tokens and self.tokens.trouble and not self._told:
+            batches[0] = replace(batches[0], trouble=not_kept(f"{self.tokens.path}: {self.tokens.trouble}"))
+            self._told = True
+        return batches
 
-    def _read(self, planned: Planned) -> Batch:
+    def _read(self, rows: np.ndarray, texts: dict[int, Text]) -> Batch:
         """A micro-batch with its pictures."""
-        read = []
-        for row in planned:
-            if isinstance(row, Example):
-                self._note(row.index)
-                read.append(self.dataset.load(row))
-            else:
-                read.append(row)
+        read, kept = [], self.tokens.read(rows) if self.tokens else {}
+        for index in rows.tolist():
+            self._note(index)
+            row = texts.get(index) or kept.get(index) or self.dataset.text(index)  # a damaged disk may lose some
+            if not row.place:
+                row = replace(row, place=self.dataset.rows.place(index))
+            read.append(self.dataset.load(row) if isinstance(row, Example) else row)
         examples = [row for row in read if isinstance(row, Example)]
         broken = [row for row in read if isinstance(row, BrokenRow)]
         batch = collate(examples, broken, self.pad_id)
@@ -116,25 +133,34 @@ class BatchPlan(Dataset[list[Batch]]):
             self._order = epoch, order[self.kept[order]]
         return self._order[1]
 
-    def window(self, epoch: int, window: int) -> list[list[Planned]]:
-        """The updates of one window, each as the micro-batches of all processes; pictures are not read."""
-        wide = WINDOW * self.rows_per_update
-        rows = [self._text(int(index)) for index in self.order(epoch)[window * wide : (window + 1) * wide]]
+    def window(self, epoch: int, window: int) -> Window:
+        """One window; pictures are not read."""
+        wide = self.wide * self.rows_per_update
+        rows = self.order(epoch)[window * wide : (window + 1) * wide]
+        lengths, texts = self._lengths(rows)
         if self.seed is not None:
-            rows.sort(key=lambda row: len(row.tokens) if isinstance(row, Example) else 0)
+            rows = rows[lengths.argsort(kind="stable")]
         updates = [
             self._share_out(rows[begin : begin + self.rows_per_update])
             for begin in range(0, len(rows), self.rows_per_update)
         ]
         if self.seed is not None:
             np.random.default_rng([self.seed, epoch, window]).shuffle(updates)
-        return updates
+        return Window(updates, texts)
 
-    def _text(self, index: int) -> Example | BrokenRow:
+    def _lengths(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, Text]]:
+        """The tokens of each row, 0 for a broken one, int64 [rows]; and the rows that no file keeps."""
+        if self.tokens is None:
+            texts = {index: self._tokenise(index) for index in rows.tolist()}
+            lengths = [len(text.tokens) if isinstance(text, Example) else 0 for text in texts.values()]
+            return np.array(lengths, np.int64), texts
+        return self.tokens.lengths(rows, self._tokenise)
+
+    def _tokenise(self, index: int) -> Text:
         self._note(index)
         return self.dataset.text(index)
 
-    def _share_out(self, rows: Planned) -> list[Planned]:
+    def _share_out(self, rows: np.ndarray) -> list[np.ndarray]:
         """Micro-batches of nearly the same number of rows, as many for each process."""
         parts = self.processes * self._rounds(len(rows))
         edges = [len(rows) * part // parts for part in range(parts + 1)]

@@ -6,8 +6,11 @@ The layout is `<|im_start|>role\\n…<|im_end|>\\n` per message. Only answers ar
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from minimind_v.core.data.row import IMAGE_MARK
 from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
@@ -49,6 +52,22 @@ class Tokens:
         return Tokens(self.input_ids[:length], self.loss_mask[:length], self.image_mask[:length], images)
 
 
+@dataclass(frozen=True)
+class PackedTokens:
+    """The tokens of a row in arrays [T], as they are kept in a file and written into batches."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    image_mask: np.ndarray
+    images: int
+    answers: int
+    answers_cut: int
+    unmarked: int = 0  # pictures of a text row
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
 class PromptEncoder:
     """Encodes conversations with a tokenizer and a number of placeholders per picture."""
 
@@ -57,6 +76,7 @@ class PromptEncoder:
         self.tokens_per_image = tokens_per_image
         newline = tokenizer.encode("\n").ids
         self._end = [tokenizer.eos_id, *newline]  # closes every message
+        self._system = "", Tokens()  # the last one: mostly that of all rows
 
     def row(self, conversations: Any, images: int, max_length: int) -> Tokens:
         """A training row of at most `max_length` tokens, cut after the last whole turn that fits.
@@ -119,16 +139,20 @@ class PromptEncoder:
 
     def _opening(self, messages: list[dict[str, str]]) -> Tokens:
         system = messages[0]["content"] if messages[0]["role"] == "system" else SYSTEM_PROMPT
-        return self._message("system", system)
+        if self._system[0] != system:
+            self._system = system, self._message("system", system)
+        opening = Tokens()
+        opening += self._system[1]
+        return opening
 
     def _message(self, role: str, content: str) -> Tokens:
         """One message. Role and text are encoded together, as one string, so that the ids are those of the whole."""
         header = f"{role}\n"
         ids, starts, image_mask = self._encode(header + content)
         supervised = role == "assistant"
-        loss_mask = [
-            supervised and start >= len(header) and not patch for start, patch in zip(starts, image_mask, strict=True)
-        ]
+        loss_mask = [False] * len(ids)
+        if supervised:
+            loss_mask = [start >= len(header) and not patch for start, patch in zip(starts, image_mask, strict=True)]
         return Tokens(
             [self.tokenizer.bos_id, *ids, *self._end],
             [False, *loss_mask, *[supervised] * len(self._end)],
@@ -150,16 +174,15 @@ class PromptEncoder:
         image_mask = [False] * len(ids)
         if len(pieces) == 1:
             return ids, starts, image_mask
-        at = {offset: index for index, offset in enumerate(whole.offsets)}
-        begin = 0
+        placeholders, begin = [self.tokenizer.placeholder_id] * len(run), 0
         for piece in pieces[:-1]:
             begin += len(piece)
-            for place in range(begin, begin + len(run)):
-                index = at.get((place, place + 1))
-                if index is None or ids[index] != self.tokenizer.placeholder_id:
-                    return self._encode_pieces(pieces)
-                image_mask[index] = True
-            begin += len(run)
+            first = bisect_left(starts, begin)
+            last, end = first + len(run), begin + len(run)
+            if ids[first:last] != placeholders or starts[first:last] != list(range(begin, end)):
+                return self._encode_pieces(pieces)
+            image_mask[first:last] = [True] * len(run)
+            begin = end
         return ids, starts, image_mask
 
     def _encode_pieces(self, pieces: list[str]) -> tuple[list[int], list[int], list[bool]]:

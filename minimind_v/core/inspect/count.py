@@ -77,8 +77,10 @@ def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None
     """Go through the batches of the first epoch."""
     done = 0
     for window in range(plan.windows):
-        for batch in (batch for update in plan.window(0, window) for batch in update):
-            lengths = [len(row.tokens) for row in batch if isinstance(row, Example)]
+        planned = plan.window(0, window)
+        for batch in (batch for update in planned.updates for batch in update):
+            texts = [planned.texts[row] for row in batch.tolist()]
+            lengths = [len(row.tokens) for row in texts if isinstance(row, Example)]
             counted.padded += max(lengths, default=0) * len(lengths)
             done += len(batch)
         progress(done, plan.rows)
@@ -92,6 +94,7 @@ class _CountedRows(RowDataset):
     def text(self, index: int) -> Example | BrokenRow:
         read, counted = super().text(index), self.counted
         if isinstance(read, Example):
+            assert isinstance(read.tokens, Tokens)
             counted.used += 1
             counted.kept += len(read.tokens)
             counted.supervised += sum(read.tokens.loss_mask)
@@ -111,6 +114,7 @@ class _CountedRows(RowDataset):
         if whole is not None:
             self._count(whole)
             if isinstance(read, Example) and len(whole) > len(read.tokens):
+                assert isinstance(read.tokens, Tokens)
                 counted.cut += 1
                 counted.turns_lost += self._turns(whole) - self._turns(read.tokens)
                 counted.answers_lost += sum(whole.loss_mask) - sum(read.tokens.loss_mask)
@@ -127,6 +131,7 @@ class _CountedRows(RowDataset):
     def _whole(self, row: Row, read: Example | BrokenRow) -> Tokens | None:
         """The tokens without truncation. Tokenised again only where some may be missing."""
         if isinstance(read, Example):
+            assert isinstance(read.tokens, Tokens)
             told = [message["role"] for message in row.conversations].count("assistant")
             # A cut through an answer leaves the greatest length, or less by a part of a picture.
             if self._turns(read.tokens) == told and len(read.tokens) < self.max_length - self.encoder.tokens_per_image:

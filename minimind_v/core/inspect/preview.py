@@ -156,8 +156,10 @@ class Previewer:
     def _batch(self, index: int) -> BatchView | None:
         """Found in the plan itself: its neighbours decide how much padding a row gets."""
         window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self._plan.rows_per_update)
-        for batch in (batch for update in self._plan.window(0, window) for batch in update):
-            examples: list[Example] = [row for row in batch if not isinstance(row, BrokenRow)]
+        planned = self._plan.window(0, window)
+        for batch in (batch for update in planned.updates for batch in update):
+            texts = [planned.texts[row] for row in batch.tolist()]
+            examples: list[Example] = [row for row in texts if not isinstance(row, BrokenRow)]
             if any(example.index == index for example in examples):
                 return BatchView(len(examples), max(len(example.tokens) for example in examples))
         return None

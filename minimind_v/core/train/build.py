@@ -19,6 +19,7 @@ from minimind_v.core.data.heldout import hold_out
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
+from minimind_v.core.data.token_store import keep_tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MissingInput, UsageError
 from minimind_v.core.hub.sources import STANDARD_PRESET, how_to_get
@@ -63,11 +64,12 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     prompts = PromptEncoder(tokenizer, encoder.spec.tokens_per_image)
     rows = open_rows(data.file, data.images, data.split, listener.say)
     dataset = RowDataset(rows, prompts, encoder.spec.image_size, data.max_length)
+    tokens = keep_tokens(dataset, origin["data.file"], folder, listener.warn)
     shared = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
     held_out, learnt = None, None
     if config.val_every:
         chosen = world.broadcast(_hold_out(config, dataset, origin, folder, listener) if world.leads else None)
-        held_out, learnt = BatchPlan(dataset, data.batch_size, keep=chosen, **shared), ~chosen
+        held_out, learnt = BatchPlan(dataset, data.batch_size, keep=chosen, tokens=tokens, **shared), ~chosen
     plan = BatchPlan(
         dataset,
         data.batch_size,
@@ -75,6 +77,7 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
         epochs=config.epochs,
         rows_per_update=origin["rows_per_update"],
         keep=learnt,
+        tokens=tokens,
         **shared,
     )
     return Data(encoder, tokenizer, plan, held_out)

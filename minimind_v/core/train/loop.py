@@ -143,6 +143,7 @@ class Run:
         self.optimiser = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         self.total = min(len(self.plan), config.max_steps or len(self.plan))
         self.broken = BrokenRows(self.plan.rows, self.claim.rows_per_update, config.data.bad_rows)
+        self.troubles: set[str] = set()  # of data workers, each told once
         self.done = 0  # updates
         self.stopped_by: Signals | None = None
         self.owed = False  # whether a save failed, or is due
@@ -338,6 +339,9 @@ class Run:
                 if batches is None:
                     return
                 for batch in batches:
+                    if batch.trouble and batch.trouble not in self.troubles:
+                        self.troubles.add(batch.trouble)
+                        self.listener.warn(batch.trouble)
                     self.listener.batch(batch)
                 yield batches
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.config.schema import RunConfig, usual_workers
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.row import IMAGE_MARK
 from minimind_v.core.train.metrics import StepMetrics, Validation
@@ -243,9 +243,13 @@ def data_is_slow(seen: Seen) -> str | None:
     """Two stretches in a row, so that neither a start nor one slow part of a file is taken for it."""
     if len(seen.waiting) < 2 or min(seen.waiting[-2:]) <= 0.2:
         return None
-    workers, cores = seen.start.config.data.workers, os.cpu_count() or 1
-    more = next((n for n in (1, 2, 4) if n > workers and n <= cores), None)
-    advice = f"raise --workers (now {workers}) to {more}" if more else "a faster disk, or smaller pictures, would help"
+    config, cores = seen.start.config, os.cpu_count() or 1
+    workers, most = config.data.workers, max(1, cores // config.gpus)
+    if workers < most:
+        more = min(most, max(2 * workers, usual_workers(config.gpus)))
+        advice = f"raise --workers (now {workers}) to {more}"
+    else:
+        advice = f"{cores} cores have {workers * config.gpus} workers — smaller pictures or a faster disk would help"
     return f"{seen.waiting[-1]:.0%} of the time is spent waiting for data: {advice}"
 
 

@@ -1,0 +1,336 @@
+"""Token ids of rows in one file beside the data: a row is tokenised once, whoever reads it and however often.
+
+The file has a table with one entry per row, and behind it records in the order in which they were written. A process
+appends records, then writes their entries; all others see an entry at once. An entry proves itself by a checksum and
+its record by another, so that a killed writer, two writers at once, a crash of the machine or a damaged disk can leave
+nothing that is taken for a row's tokens: such a row is tokenised again. The head of the file names what decides the
+tokens (see `identify`); a file with another head is replaced as a whole.
+
+The processes of one machine share the work. Rows that are needed together are tokenised in chunks, and a lock of the
+system on each chunk, which dies with its process, keeps two from doing the same. Locks only save work: where a system
+has none, or where somebody stopped in the middle of a chunk, the same rows are tokenised twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import tokenizers
+
+from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
+from minimind_v.core.data.prompt import PackedTokens
+from minimind_v.core.errors import RunError
+from minimind_v.core.files import sweep, write_atomically
+
+MAGIC = b"mmv tokens 1\n"
+HEAD = 64  # bytes: the magic words, the identity, zeros
+ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("length", "<u4"), ("check", "<u8")])
+# Checksum of all that follows · row · tokens · images · answers · cut · pictures without a mark · name bytes
+RECORD = struct.Struct("<IQIIIIII")
+CHUNK = 16  # rows that one process tokenises while others do the next ones
+PATIENCE = 5.0  # seconds of waiting for chunks of others, after which they are tokenised here as well
+RESERVE = 2**28  # free bytes of a disk that are left alone
+MOST = 4  # files of one data file, each with other settings; of more, those unused for longest are removed
+PASSING = {"parquet"}  # kinds of broken rows that may be a reading error, gone the next time
+
+Text = Example | BrokenRow  # what a row says, or why it cannot be used
+
+
+class TokenStore:
+    """Tokens by row. Cheap to pickle; forked or spawned, each process opens the file for itself."""
+
+    def __init__(self, path: Path, rows: int, identity: bytes, wide: bool) -> None:
+        """Raises OSError where the file cannot be made; `wide` is for vocabularies that 16 bits do not number."""
+        self.path, self.rows, self.identity = path, rows, identity
+        self.ids = np.dtype("<u4" if wide else "<u2")
+        self._forget()
+        if self._open():
+            with contextlib.suppress(OSError):  # not ours: whoever else uses it keeps it
+                os.utime(path)
+        else:
+            sweep(path)
+            _refuse_a_full_disk(path.parent)
+            try:
+                write_atomically(path, self._begin)
+            except RunError as error:
+                raise error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error)) from None
+            if not self._open():
+                raise OSError(self.trouble)
+            self._remove_others()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._file: BinaryIO | None = None  # entries are written and records read here
+        self._end: BinaryIO | None = None  # and records appended here
+        self._table = np.empty(0, ENTRY)
+        self.trouble: str | None = None  # why this process writes nothing more
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "trouble" and name[0] != "_"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state
+        self._forget()
+
+    # --- the file -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _head(self) -> bytes:
+        return (MAGIC + self.identity).ljust(HEAD, b"\0")
+
+    def _begin(self, file: BinaryIO) -> None:
+        file.write(self._head)
+        file.truncate(HEAD + self.rows * ENTRY.itemsize)
+
+    def _open(self) -> bool:
+        """Open the file if it is there and is the right one."""
+        self._forget()
+        try:
+            file = self.path.open("r+b", buffering=0)
+            size = HEAD + self.rows * ENTRY.itemsize
+            end = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)
+            same = os.path.sameopenfile(file.fileno(), end.fileno())  # and not replaced in between
+            if not same or file.read(HEAD) != self._head or os.fstat(file.fileno()).st_size < size:
+                raise OSError(errno.ESTALE, "it is of other data or damaged")
+        except OSError as error:
+            self.trouble = _say(error)
+            return False
+        self._file, self._end = file, end
+        self._table = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), ENTRY, offset=HEAD)
+        return True
+
+    def _mine(self) -> bool:
+        """Whether this process has the file open."""
+        if self._pid != os.getpid() or (self._file is None and self.trouble is None):
+            self._open()
+        return self._file is not None
+
+    def _remove_others(self) -> None:
+        """Let the oldest files of the same data go."""
+        with contextlib.suppress(OSError):
+            begins = self.path.name.rpartition("-")[0]
+            beside = [path for path in self.path.parent.iterdir() if path.name.rpartition("-")[0] == begins]
+            for path in sorted(beside, key=lambda path: path.stat().st_mtime)[:-MOST]:
+                path.unlink()
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self, rows: np.ndarray) -> dict[int, Text]:
+        """Those of the rows that are kept and whole. Their pictures are not read, their places not said."""
+        found: dict[int, Text] = {}
+        rows = rows[self._kept(rows)]
+        for row, entry in zip(rows.tolist(), self._table[rows].tolist(), strict=True):
+            assert self._file is not None
+            data = bytearray(entry[1])
+            read = os.preadv(self._file.fileno(), [data], entry[0])
+            text = self._decode(row, data) if read == len(data) else None
+            if text is not None:
+                found[row] = text
+        return found
+
+    def _kept(self, rows: np.ndarray) -> np.ndarray:
+        """Which rows have an entry that proves itself, bool [rows]."""
+        if not self._mine():
+            return np.zeros(len(rows), bool)
+        entries = self._table[rows]
+        return (entries["offset"] > 0) & (entries["check"] == _check(rows, entries))
+
+    def _decode(self, row: int, data: bytearray) -> Text | None:
+        if len(data) < RECORD.size:
+            return None
+        check, number, length, images, answers, cut, unmarked, named = RECORD.unpack_from(data)
+        if check != zlib.crc32(memoryview(data)[4:]) or number != row:
+            return None
+        bits = -(-length // 8)
+        at = RECORD.size + length * self.ids.itemsize
+        if at + 2 * bits + named != len(data):
+            return None
+        names = bytes(data[at + 2 * bits :]).decode("utf-8", "surrogatepass")
+        if not length:
+            return BrokenRow("", *json.loads(names))
+        ids = np.frombuffer(data, self.ids, length, RECORD.size)
+        masks = np.unpackbits(np.frombuffer(data, np.uint8, 2 * bits, at).reshape(2, bits), 1, length).view(bool)
+        tokens = PackedTokens(ids, masks[0], masks[1], images, answers, cut, unmarked)
+        return Example(row, "", tokens, names.split("\n") if names else [])
+
+    def _encode(self, row: int, text: Text) -> bytes:
+        if isinstance(text, BrokenRow):
+            names = json.dumps([text.kind, text.message]).encode()
+            body = RECORD.pack(0, row, 0, 0, 0, 0, 0, len(names)) + names
+        else:
+            tokens, names = text.tokens, "\n".join(text.names).encode("utf-8", "surrogatepass")
+            masks = np.packbits(np.array([tokens.loss_mask, tokens.image_mask], bool), 1)  # [2, ⌈T/8⌉]
+            counts = (tokens.images, tokens.answers, tokens.answers_cut, tokens.unmarked)
+            body = RECORD.pack(0, row, len(tokens), *counts, len(names))
+            body += np.array(tokens.input_ids, self.ids).tobytes() + masks.tobytes() + names
+        return zlib.crc32(memoryview(body)[4:]).to_bytes(4, "little") + body[4:]
+
+    # --- tokenising together ------------------------------------------------------------------------------------------
+
+    def lengths(self, rows: np.ndarray, tokenise: Callable[[int], Text]) -> tuple[np.ndarray, dict[int, Text]]:
+        """Tokens of each row, 0 for a broken one; and the rows that could not be kept.
+
+        What is not kept yet is tokenised and kept, in common with all processes that are at the same rows.
+        """
+        loose: dict[int, Text] = {}
+        chunks = np.split(rows, range(CHUNK, len(rows), CHUNK))
+        waited_since: float | None = None
+        while chunks := [chunk for chunk in chunks if self._missing(chunk, loose)]:
+            alone = self.trouble is not None or (waited_since and time.monotonic() - waited_since > PATIENCE)
+            busy = True
+            for chunk in chunks:
+                with self._claim(int(chunk[0])) as claimed:
+                    if claimed or alone:
+                        busy = False
+                        self._write({row: tokenise(row) for row in self._missing(chunk, loose)}, loose)
+            if not busy:
+                waited_since = None
+            elif waited_since is None:
+                waited_since = time.monotonic()
+            else:
+                time.sleep(0.001)
+        lengths = self._table["length"][rows].astype(np.int64) if self._mine() else np.zeros(len(rows), np.int64)
+        for at, row in enumerate(rows.tolist() if loose else []):
+            if row in loose:
+                lengths[at] = _length(loose[row])
+        return lengths, loose
+
+    def _missing(self, rows: np.ndarray, loose: dict[int, Text]) -> list[int]:
+        return [row for row in rows[~self._kept(rows)].tolist() if row not in loose]
+
+    @contextlib.contextmanager
+    def _claim(self, row: int) -> Iterator[bool]:
+        """Whether the chunk that begins with this row is ours for a while."""
+        if not self._mine():
+            yield True
+            return
+        try:
+            import fcntl
+        except ImportError:
+            yield True
+            return
+        assert self._file is not None
+        place = HEAD + row * ENTRY.itemsize
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except OSError as error:  # in use, or without locks
+            yield error.errno not in (errno.EACCES, errno.EAGAIN)
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+
+    def _write(self, texts: dict[int, Text], loose: dict[int, Text]) -> None:
+        """Keep rows; those that cannot be kept go to `loose`."""
+        for row, text in texts.items():
+            if isinstance(text, BrokenRow) and text.kind in PASSING:
+                loose[row] = text
+        kept = {row: text for row, text in texts.items() if row not in loose}
+        if self.trouble is None and kept and self._mine():
+            try:
+                self._append(kept)
+                return
+            except OSError as error:
+                self.trouble = _say(error)
+        loose |= kept
+
+    def _append(self, texts: dict[int, Text]) -> None:
+        assert self._file is not None
+        assert self._end is not None
+        _refuse_a_full_disk(self.path.parent)
+        records = [self._encode(row, text) for row, text in texts.items()]
+        data = b"".join(records)
+        written = self._end.write(data)
+        if written != len(data):  # a disk that has room for a part takes a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sizes = np.array([len(record) for record in records])
+        entries = np.zeros(len(records), ENTRY)
+        entries["offset"] = self._end.tell() - written + sizes.cumsum() - sizes
+        entries["size"], entries["length"] = sizes, [_length(text) for text in texts.values()]
+        rows = np.array(list(texts))
+        entries["check"] = _check(rows, entries)
+        for row, entry in zip(rows.tolist(), entries, strict=True):
+            os.pwrite(self._file.fileno(), entry.tobytes(), HEAD + row * ENTRY.itemsize)
+
+
+def _say(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _length(text: Text) -> int:
+    return len(text.tokens) if isinstance(text, Example) else 0
+
+
+def _check(rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """The checksum of each entry, uint64 [rows]: numpy computes a window's at once."""
+    mixed = rows.astype(np.uint64) + np.uint64(1)
+    for field in ("offset", "size", "length"):
+        mixed = (mixed ^ entries[field].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+def _refuse_a_full_disk(folder: Path) -> None:
+    found = os.statvfs(folder)
+    if found.f_bavail * found.f_frsize < RESERVE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# --- which file -------------------------------------------------------------------------------------------------------
+
+
+def keep_tokens(dataset: RowDataset, data: str, elsewhere: Path, warn: Callable[[str], None]) -> TokenStore | None:
+    """The store of a dataset's tokens: beside its file or, where that cannot be written, in the folder `elsewhere`.
+
+    `data` tells the content of the file. Where nothing can be kept this is said, and the result is None.
+    """
+    path, tokenizer = dataset.rows.path.resolve(), dataset.encoder.tokenizer
+    settings, identity = identify(dataset, data)
+    troubles = []
+    for folder in (path.parent, elsewhere):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f".{path.name}.tokens-{settings}.bin"
+            return TokenStore(file, len(dataset), identity, tokenizer.vocab_size > 2**16)
+        except OSError as error:
+            troubles.append(f"{folder}: {_say(error)}")
+    warn(not_kept("; ".join(troubles)))
+    return None
+
+
+def not_kept(trouble: str) -> str:
+    """What a run says where it cannot keep tokens."""
+    return f"token ids are not kept ({trouble}): rows are tokenised again in every epoch"
+
+
+def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:
+    """What decides the tokens of a dataset: a name for the settings, and a digest of these and of the data.
+
+    The code that makes tokens and the library below it are part of the settings. The time of the data file is part of
+    the digest, since of a very large file not every byte is in `data`.
+    """
+    encoder, path = dataset.encoder, dataset.rows.path
+    digest = hashlib.blake2b(digest_size=32)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    digest.update(encoder.tokenizer.backend.to_str().encode())
+    digest.update(json.dumps([tokenizers.__version__, encoder.tokens_per_image, dataset.max_length]).encode())
+    name = digest.hexdigest()[:8]
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest.update(
+        json.dumps([data, dataset.rows.split, len(dataset), *(file.stat().st_mtime_ns for file in files)]).encode()
+    )
+    return name, digest.digest()
