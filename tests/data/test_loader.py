@@ -46,7 +46,7 @@ def some_lines(count, seed=0):
         names = ", ".join(f"{p}.png" for p in shown)
         lines.append(row("<image>" * len(shown) + "word " * rng.randint(0, 30), f"row {n} shows {names}", names))
     for n in range(3, count, 7):
-        bad = [b"{", b"null", row("<image>", "b", "none.png"), row("a", "b", "1.png")]
+        bad = [b"{", b"null", row("<image>", "b", "none.png"), row("<image>" * 2, "b", "1.png")]
         lines[n] = bad[n % 4]
     return lines
 
