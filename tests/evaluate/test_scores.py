@@ -199,10 +199,17 @@ def test_a_limit_takes_the_first_rows(score):
 
 
 def test_broken_rows_are_kept_apart(score, tmp_path):
-    good = row([("What?", "red")])
-    scores = score([good, "{", json.dumps({"conversations": good["conversations"], "image": "none.jpg"}), good])
+    good, marked = row([("What?", "red")]), row([("<image>What?", "red")])
+    scores = score([good, "{", json.dumps({"conversations": marked["conversations"], "image": "none.jpg"}), good])
     assert scores.rows == 2
     assert [broken.place.rpartition(":")[2] for broken in scores.broken] == ["2", "3"]
+    assert scores.loss == pytest.approx(score([good]).loss)
+
+
+def test_a_picture_that_no_mark_shows_is_not_asked_for(score):
+    good = row([("What?", "red")])
+    scores = score([good, good | {"image": "none.jpg"}])
+    assert (scores.rows, scores.text_rows, scores.broken) == (2, 1, [])
     assert scores.loss == pytest.approx(score([good]).loss)
 
 
