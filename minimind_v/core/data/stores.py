@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from minimind_v.core.data.index import Index
-from minimind_v.core.data.pictures import open_pictures, stand_in
+from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Reopened, Row, RowStore, as_messages, image_names
+from minimind_v.core.data.strangers import no_rows, stand_in
 from minimind_v.core.errors import DataError, MissingInput, RowError
 from minimind_v.core.hub.sources import how_to_get
 
@@ -44,14 +45,16 @@ def open_rows(data: Path, images: Path | None = None) -> RowStore:
 class _TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
 
+    kind: str  # of the index
+
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""
         super().__init__(path)
         if not path.is_file():
             raise MissingInput(f"no data file {path} — {how_to_get('dataset')}, or name yours with --data")
-        if (found := stand_in(path)) and path.stat().st_size:
+        if found := stand_in(path) or no_rows(path):
             raise DataError(f"{path}: {found}")
-        self._index = Index(path, self._find_rows)
+        self._index = Index(path, self.kind, self._find_rows)
         if len(self._index) == 0:
             raise DataError(f"{path}: the file has no rows")
         self._images = open_pictures(images)
@@ -101,6 +104,8 @@ def _array(data: bytes) -> str:
 class JsonlRows(_TextRows):
     """Rows of a JSONL file. Of each only its offset and its line are kept: 16 bytes."""
 
+    kind = "JSONL rows: offset, line"
+
     def number(self, index: int) -> int:
         return int(self._index.array[1, index])
 
@@ -135,6 +140,8 @@ def _is_blank(file: Any, offset: int) -> bool:
 
 class LlavaRows(_TextRows):
     """Rows of one JSON array, as LLaVA's data has them: `conversations` of from and value, `image` a name or a list."""
+
+    kind = "JSON array of rows: offset, length"
 
     def row(self, index: int) -> Row:
         offset, length = (int(number) for number in self._index.array[:, index])
