@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import MmvError, UsageError
+from minimind_v.core.errors import MmvError, UsageError, open_all
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,12 +47,16 @@ def chat(
         prompt = _piped()
     if prompt is None and (json or not someone_types):
         raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
-    from minimind_v.core.generate.load import load_model
-    from minimind_v.core.generate.sampling import Sampling
-    from minimind_v.core.generate.session import Session
+    from minimind_v.core.generate.settings import Sampling
+    from minimind_v.core.inputs import find_picture
 
     sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
-    loaded = load_model(model, vision_model, tokenizer, device)
+    loaded, *_ = open_all(
+        lambda: options.load(model, vision_model, tokenizer, device),
+        *(partial(find_picture, path) for path in image or ()),
+    )
+    from minimind_v.core.generate.session import Session
+
     session = Session(loaded.model, loaded.tokenizer, sampling)
     if prompt is not None:
         _once(terminal, session, prompt, image or [], max_new_tokens, json)

@@ -59,14 +59,16 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write a model for other programs, and prove it the same: nothing that differs is left standing."""
-    from minimind_v.core.hub.sources import OUT_DIR, find_weights
+    from minimind_v.core.hub.sources import OUT_DIR, find_weights, weights_at
+    from minimind_v.core.inputs import find_model
 
-    source = model or find_weights(OUT_DIR)
     precision = dtype.value if dtype else None
     _refuse_wrong_type(to, precision, quantize)
     if to.value in FILES:
+        source = weights_at(model) if model else find_weights(OUT_DIR)
         _to_file(source, out or _beside(source, f".{to.value}"), to.value, precision, overwrite, json)
         return
+    source = find_model(model, vision_model, tokenizer)
     from minimind_v.core.export.folder import export
     from minimind_v.core.export.order import Order
 

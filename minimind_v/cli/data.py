@@ -12,7 +12,8 @@ import typer
 from minimind_v.cli import data_look, options
 from minimind_v.cli.data_look import File, Stage
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.errors import open_all
+from minimind_v.core.hub.sources import TOKENIZER_DIR
 
 if TYPE_CHECKING:
     from minimind_v.core.data.row import RowStore
@@ -30,7 +31,7 @@ def check(
     file: File,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
-    vision_model: options.VisionModel = VISION_DIR,
+    vision_model: options.VisionOfRows = None,
     stage: Stage = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row. [default: the stage's]")] = None,
     against: Annotated[
@@ -53,7 +54,7 @@ def check(
     if fix:
         check_target(fix, overwrite)
     terminal = Terminal()
-    recipe, rows, encoder, spec = data_look.open_data(terminal, file, images, tokenizer, vision_model, stage)
+    recipe, rows, encoder, spec = data_look.open_data(terminal, file, images, tokenizer, vision_model, stage, against)
     dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length)
     held_out = open_rows(against, images_beside(against) or images) if against else None
     with terminal.progress("check") as progress:
@@ -110,12 +111,10 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write rows in another form, pictures to the byte. Stopped and started again, it goes on."""
-    from minimind_v.core.config.load import images_beside
-    from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect.convert import convert as run
 
     terminal = Terminal()
-    rows = open_rows(file, images or images_beside(file))
+    rows = _open(file, images)
     try:
         with terminal.progress("convert") as progress:
             done = run(rows, out, overwrite, progress)
@@ -140,8 +139,6 @@ def split(
     json: options.Json = False,
 ) -> None:
     """Hold out rows by picture: no picture is on both sides."""
-    from minimind_v.core.config.load import images_beside
-    from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect.split import split as run
 
     if not 0 < held_out < math.inf:
@@ -149,7 +146,7 @@ def split(
     if held_out > 1 and not held_out.is_integer():
         raise typer.BadParameter("is a share below 1 or a whole number of rows", param_hint="--held-out")
     terminal = Terminal()
-    rows = open_rows(file, images or images_beside(file))
+    rows = _open(file, images)
     with terminal.progress("split") as progress:
         done = run(rows, out, held_out, seed, overwrite, progress)
     where = f"; the pictures of both are in {rows.pictures} (--images)" if rows.pictures else ""
@@ -159,3 +156,14 @@ def split(
             "train": str(done.train), "held_out": str(done.held_out), "train_rows": done.train_rows,
             "held_out_rows": done.held_out_rows, "groups": done.groups,
         })  # fmt: skip
+
+
+def _open(file: Path, images: Path | None) -> RowStore:
+    """The rows, with the pictures that were named or are beside them."""
+    from minimind_v.core.config.load import images_beside
+    from minimind_v.core.data.pictures import find_pictures
+    from minimind_v.core.data.stores import find_rows, open_rows
+
+    images = images or images_beside(file)
+    open_all(lambda: find_rows(file), lambda: find_pictures(images))
+    return open_rows(file, images)

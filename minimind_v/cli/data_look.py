@@ -10,8 +10,8 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import UsageError
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.errors import UsageError, open_all
+from minimind_v.core.hub.sources import TOKENIZER_DIR
 
 if TYPE_CHECKING:
     from minimind_v.core.config.schema import RunConfig
@@ -38,7 +38,7 @@ def stats(
     file: File,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
-    vision_model: options.VisionModel = VISION_DIR,
+    vision_model: options.VisionOfRows = None,
     stage: Stage = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at so many rows. [default: a sample of 10000]")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures, too.")] = None,
@@ -68,7 +68,7 @@ def preview(
     file: File,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
-    vision_model: options.VisionModel = VISION_DIR,
+    vision_model: options.VisionOfRows = None,
     stage: Stage = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Which rows are drawn.")] = 0,
@@ -104,13 +104,19 @@ def open_data(
     file: Path,
     images: Path | None,
     tokenizer: Path,
-    vision_model: Path,
+    vision_model: Path | None,
     stage: StageName | None,
+    against: Path | None = None,
 ) -> tuple[RunConfig, RowStore, PromptEncoder, VisionSpec]:
-    """The recipe that would read these rows, the rows, and what prepares them."""
+    """The recipe that would read these rows, the rows, and what prepares them.
+
+    Without a vision model they are counted as the published one would take them. Raises MissingInput that names all
+    that is missing, `against`, the held-out rows, among it.
+    """
     from minimind_v.core.config.load import build_config
+    from minimind_v.core.data.pictures import find_pictures
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.data.stores import find_rows, open_rows
     from minimind_v.core.data.tokenizer import Tokenizer
     from minimind_v.core.model.vision_spec import read_vision_spec
 
@@ -121,6 +127,17 @@ def open_data(
             terminal.say("the file's name tells no stage: looked at as sft reads it (--stage pretrain for the other)")
     given = {"data": file, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
     recipe = build_config(stage.value, options=given)
+    _, _, words, spec, _ = open_all(
+        lambda: find_rows(file),
+        lambda: find_pictures(recipe.data.images),
+        lambda: Tokenizer.load(tokenizer),
+        lambda: read_vision_spec(recipe.vision_model, standard=vision_model is None),
+        lambda: against and find_rows(against),
+    )
     store = open_rows(file, recipe.data.images)
-    spec = read_vision_spec(vision_model)
-    return recipe, store, PromptEncoder(Tokenizer.load(tokenizer), spec.tokens_per_image), spec
+    if not (recipe.vision_model / "config.json").is_file():
+        terminal.say(
+            f"no vision model in {recipe.vision_model}: taking the pictures of the presets, "
+            f"{spec.image_size} × {spec.image_size} and {spec.tokens_per_image} tokens each"
+        )
+    return recipe, store, PromptEncoder(words, spec.tokens_per_image), spec

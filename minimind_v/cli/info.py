@@ -44,7 +44,8 @@ def _is_data(file: Path) -> bool:
 
 
 def _weights(file: Path) -> dict[str, Any]:
-    from minimind_v.core.checkpoint.weights import name_preset, read_checkpoint
+    from minimind_v.core.checkpoint.weights import read_checkpoint
+    from minimind_v.core.config.presets import name_preset
 
     checkpoint = read_checkpoint(file)
     types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})

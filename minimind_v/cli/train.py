@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,6 +135,7 @@ def train(
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
     from minimind_v.core.config.load import resolve, to_yaml
+    from minimind_v.core.inputs import find_inputs
     from minimind_v.core.train.launch import Launch
 
     planning = stage is Stage.plan
@@ -145,8 +147,10 @@ def train(
         built, sources = _fitted(resolved)
         terminal.result(to_yaml(built, sources), end="")
     elif planning:
+        find_inputs(replace(resolved.config, init=None))  # it measures with random weights
         _look_ahead(terminal, _fitted(resolved)[0], price_per_hour, json)
     else:
+        find_inputs(resolved.config)
         several = Launch(resolved.config.gpus, nnodes, node_rank, rdzv_endpoint, max_restarts)
         how = {"overwrite": overwrite, "resume": resume, "allowed": allow or (), "auto": resolved.auto}
         _run(terminal, resolved.config, several, **how)

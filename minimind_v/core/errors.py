@@ -15,7 +15,8 @@ The command line turns each into one red line; anything else that escapes is a d
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class MmvError(Exception):
@@ -31,7 +32,15 @@ class UsageError(MmvError):
 
 
 class MissingInput(MmvError):
-    """A stage lacks its input; the message names the command that makes it."""
+    """A stage lacks its input, or several; each message names the command that makes it."""
+
+    def __init__(self, *missing: str) -> None:
+        several = f"{len(missing)} things are missing: " if len(missing) > 1 else ""
+        super().__init__(several + "; ".join(missing))
+        self.missing = missing
+
+    def __reduce__(self) -> tuple[type[MissingInput], tuple[str, ...]]:
+        return type(self), self.missing
 
 
 class DataError(MmvError):
@@ -61,6 +70,20 @@ class RunError(MmvError):
 
 class LostContact(RunError):
     """Another process of the run has ended; its own error says why."""
+
+
+def open_all(*openers: Callable[[], Any]) -> list[Any]:
+    """What each opener returns. Raises one MissingInput that names everything that is missing, not the first thing."""
+    opened: list[Any] = []
+    missing: dict[str, None] = {}
+    for opener in openers:
+        try:
+            opened.append(opener())
+        except MissingInput as error:
+            missing |= dict.fromkeys(error.missing)
+    if missing:
+        raise MissingInput(*missing)
+    return opened
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

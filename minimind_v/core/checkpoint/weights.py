@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from minimind_v.core.checkpoint.folders import META, VISION, read_folder
 from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
-from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.errors import MissingInput, RunError, UsageError, WeightsError
+from minimind_v.core.errors import RunError, UsageError, WeightsError
 from minimind_v.core.files import sweep, write_atomically, write_text
 from minimind_v.core.gguf.files import is_gguf, read_gguf
+from minimind_v.core.hub.sources import weights_at
 
 PROJECTOR = "vision_proj."
 # Buffers that older versions of the published model saved and that are computed today.
@@ -84,17 +85,17 @@ class Receipt:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a `.pth` or `.safetensors` file, whichever it really is, or a folder that transformers or llama.cpp reads.
 
+    A run's folder stands for the weights of the run.
     Raises MissingInput, or WeightsError with a line for each way in which a file can be wrong.
     """
+    path = weights_at(path)
     if is_gguf(path):
         tensors, meta = read_gguf(path)
     elif path.is_dir():
         tensors, meta = read_folder(path)
-    elif path.is_file():
+    else:
         tensors, described = read_tensors(path)
         meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
-    else:
-        raise MissingInput(f"no weights at {path}")
     tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
@@ -190,11 +191,6 @@ def _stage_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if not any(name.startswith(PROJECTOR) for name in tensors):
         return "lm"
     return next((stage for stage in ("pretrain", "sft") if path.name.startswith(stage)), "unknown")
-
-
-def name_preset(config: TextConfig) -> str | None:
-    """The preset of exactly these sizes, if there is one."""
-    return next((name for name, preset in PRESETS.items() if preset == config), None)
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = False) -> Receipt:

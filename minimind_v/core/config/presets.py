@@ -12,6 +12,11 @@ PRESETS: dict[str, TextConfig] = {
 }
 
 
+def name_preset(config: TextConfig) -> str | None:
+    """The preset of exactly these sizes, if there is one."""
+    return next((name for name, preset in PRESETS.items() if preset == config), None)
+
+
 def weights_name(stage: str, config: TextConfig) -> str:
     """The published file name of a stage's weights: `lm_512.pth`, `pretrain_vlm_512.pth`, `sft_vlm_640_moe.pth`."""
     prefix = "lm" if stage == "lm" else f"{stage}_vlm"

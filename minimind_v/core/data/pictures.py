@@ -37,13 +37,17 @@ class Pictures(Protocol):
 
 def open_pictures(path: Path | None) -> Pictures:
     """Open a folder or a zip of pictures; None for rows that should have none. Raises MissingInput or DataError."""
+    path = find_pictures(path)
     if path is None:
         return NoPictures()
-    if path.is_dir():
-        return FolderPictures(path)
-    if path.is_file():
-        return ZipPictures(path)
-    raise MissingInput(f"no pictures at {path} — {how_to_get('dataset')}, or name a folder or a zip with --images")
+    return FolderPictures(path) if path.is_dir() else ZipPictures(path)
+
+
+def find_pictures(path: Path | None) -> Path | None:
+    """The folder or zip, if it is there. Raises MissingInput."""
+    if path is not None and not path.is_dir() and not path.is_file():
+        raise MissingInput(f"no pictures at {path} — {how_to_get('dataset')}, or name a folder or a zip with --images")
+    return path
 
 
 class NoPictures:

@@ -13,8 +13,8 @@ import numpy as np
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Reopened, Row, RowStore, as_messages, image_names
-from minimind_v.core.data.strangers import no_rows, stand_in
-from minimind_v.core.errors import DataError, MissingInput, RowError
+from minimind_v.core.data.strangers import ROWS, no_rows, stand_in
+from minimind_v.core.errors import DataError, MissingInput, RowError, nearest
 from minimind_v.core.hub.sources import how_to_get
 
 CHUNK = 2**22  # bytes that are looked at together when a file is indexed
@@ -28,18 +28,27 @@ def open_rows(data: Path, images: Path | None = None) -> RowStore:
     `images` is the folder or zip of the pictures, where they do not stand in the rows. Opening reads no row.
     Raises MissingInput or DataError.
     """
-    if data.is_dir():
-        if (data / "dataset_info.json").is_file() or (data / "dataset_dict.json").is_file():
-            from minimind_v.core.data.saved import SavedRows
+    find_rows(data)
+    if any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        from minimind_v.core.data.saved import SavedRows
 
-            return SavedRows(data, images)
-    elif not data.is_file():
-        raise MissingInput(f"no data file {data} — {how_to_get('dataset')}, or name yours with --data")
+        return SavedRows(data, images)
     if data.is_dir() or data.suffix == ".parquet":
         from minimind_v.core.data.parquet import ParquetRows
 
         return ParquetRows(data, images)
     return (LlavaRows if data.suffix == ".json" else JsonlRows)(data, images)
+
+
+def find_rows(data: Path) -> Path:
+    """The file or folder of rows, if it is there. Raises MissingInput with the name beside it that is most like it."""
+    if data.is_dir() or data.is_file():
+        return data
+    try:
+        beside = [path.name for path in data.parent.iterdir() if path.name.endswith(ROWS)]
+    except OSError:  # no folder either
+        beside = []
+    raise MissingInput(f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or name your own")
 
 
 class _TextRows(Reopened):
@@ -50,8 +59,6 @@ class _TextRows(Reopened):
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""
         super().__init__(path)
-        if not path.is_file():
-            raise MissingInput(f"no data file {path} — {how_to_get('dataset')}, or name yours with --data")
         if found := stand_in(path) or no_rows(path):
             raise DataError(f"{path}: {found}")
         self._index = Index(path, self.kind, self._find_rows)

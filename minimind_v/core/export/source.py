@@ -13,7 +13,7 @@ from minimind_v.core.checkpoint.tower import Tower, read_tower
 from minimind_v.core.checkpoint.weights import Checkpoint, fit, read_checkpoint
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.export.order import Order
-from minimind_v.core.generate.load import check_senses, find_senses
+from minimind_v.core.generate.load import check_senses, find_senses, require_senses
 from minimind_v.core.gguf.files import is_gguf, read_eye, read_tokenizer
 
 
@@ -30,6 +30,7 @@ def read_source(order: Order) -> Source:
     """Read what `order` names. Raises MissingInput, or WeightsError where a part is damaged or does not fit."""
     checkpoint = read_checkpoint(order.model)
     vision_model, tokenizer = find_senses(order.model, order.vision_model, order.tokenizer)
+    require_senses(vision_model, tokenizer)
     if is_gguf(vision_model):
         eye = read_eye(vision_model)
         tower = Tower(eye.config, eye.spec, dict(eye.tower.state_dict()))

@@ -16,6 +16,7 @@ from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.ready import ready, signs_of
 from minimind_v.core.generate.sampling import Sampler, Sampling
 from minimind_v.core.generate.text import TextStream
+from minimind_v.core.inputs import find_picture
 from minimind_v.core.model.vlm import VLM
 
 CONTEXT = 4096  # tokens of a conversation; the published models were trained on at most 1536
@@ -134,9 +135,7 @@ def open_question(question: str, images: Iterable[Path | np.ndarray], size: int)
 
 def _open(path: Path, size: int) -> np.ndarray:
     try:
-        if not path.is_file():
-            raise MissingInput(f"no picture at {path}")
-        data = path.read_bytes()
+        data = find_picture(path).read_bytes()
     except OSError as error:
         raise MissingInput(f"no picture at {path!s:.200} ({error.strerror})") from None
     return load_pixels(data, str(path), size)

@@ -91,8 +91,11 @@ def _pictures(row: TypicalRow, rows: int, most: int) -> list[int]:
 
 
 def _eye(folder: Path) -> VisionEncoder:
-    """A vision tower of the sizes that a folder's configuration tells, all of its layers the same random one."""
-    spec, config = read_vision_spec(folder), read_config(folder)
+    """A vision tower of the sizes that a folder's configuration tells, all of its layers the same random one.
+
+    Of the standard sizes where there is none: rows can be counted before a tower is there.
+    """
+    spec, config = read_vision_spec(folder, standard=True), read_config(folder, standard=True)
     tower = ClipVision(replace(config, num_hidden_layers=1))
     stack: Any = tower.encoder.layers
     stack.extend([stack[0]] * (config.num_hidden_layers - 1))
