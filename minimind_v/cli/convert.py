@@ -99,6 +99,9 @@ def _beside(source: Path, ending: str) -> Path:
 
 
 def _to_file(source: Path, target: Path, to: str, dtype: str | None, overwrite: bool, json: bool) -> None:
+    from minimind_v.core.outputs import check_weights
+
+    check_weights(target, source, to, overwrite)  # before torch is imported
     from minimind_v.core.export.files import convert as run
 
     done = run(source, target, to, dtype, overwrite)

@@ -49,10 +49,10 @@ def check(
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect import check as checking
-    from minimind_v.core.inspect.convert import check_target
+    from minimind_v.core.inspect.convert import find_target
 
     if fix:
-        check_target(fix, overwrite)
+        find_target(fix, overwrite, file, images or images_beside(file), against)
     terminal = Terminal()
     recipe, rows, encoder, spec = data_look.open_data(terminal, file, images, tokenizer, vision_model, stage, against)
     dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length)
@@ -66,8 +66,10 @@ def check(
         terminal.json(found, problems=map(checking.as_json, report.problems()))
     else:
         _show(terminal, found, file)
-    if not found["ok"]:
-        clean = "" if fix or not found["usable"] else " — `--fix OUT.jsonl` writes a clean copy"
+    if not found["ok"] and fix:
+        terminal.say(f"training would refuse {file} ({found['refusal']}), and takes {fix}")
+    elif not found["ok"]:
+        clean = " — `--fix OUT.jsonl` writes a clean copy" if found["usable"] else ""
         terminal.fail(f"training would refuse: {found['refusal']}{clean}")
         raise typer.Exit(1)
 
@@ -111,9 +113,12 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write rows in another form, pictures to the byte. Stopped and started again, it goes on."""
+    from minimind_v.core.config.load import images_beside
     from minimind_v.core.inspect.convert import convert as run
+    from minimind_v.core.inspect.convert import find_target
 
     terminal = Terminal()
+    find_target(out, overwrite, file, images or images_beside(file))  # before a large file is looked through
     rows = _open(file, images)
     try:
         with terminal.progress("convert") as progress:

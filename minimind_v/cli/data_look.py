@@ -45,17 +45,19 @@ def stats(
     json: options.Json = False,
 ) -> None:
     """Count rows, turns, tokens and languages, and foretell padding, truncation, updates and time of a stage."""
-    from minimind_v.core.files import write_text
     from minimind_v.core.inspect.lines import stats_lines
+    from minimind_v.core.inspect.page import check_page, write_page
     from minimind_v.core.inspect.stats import look_at
     from minimind_v.core.inspect.stats_page import stats_page
 
     terminal = Terminal()
+    if html:
+        check_page(html)
     recipe, store, encoder, _ = open_data(terminal, file, images, tokenizer, vision_model, stage)
     with terminal.progress("rows") as progress:
         report = look_at(store, encoder, recipe, limit, progress)
     if html:
-        write_text(html, stats_page(report))
+        write_page(html, stats_page(report))
         terminal.say(f"the page is in {html}")
     if json:
         terminal.json(report)
@@ -77,19 +79,20 @@ def preview(
     json: options.Json = False,
 ) -> None:
     """Show rows as the model gets them: pictures after the crop, text as tokens, what is learnt and what is cut off."""
-    from minimind_v.core.files import write_text
     from minimind_v.core.inspect.lines import row_lines
+    from minimind_v.core.inspect.page import check_page, write_page
     from minimind_v.core.inspect.preview import Previewer, as_json
     from minimind_v.core.inspect.preview_page import preview_page
 
     terminal = Terminal()
+    check_page(html)
     recipe, store, encoder, spec = open_data(terminal, file, images, tokenizer, vision_model, stage)
     previewer = Previewer(store, encoder, spec, recipe)
     chosen = previewer.choose(rows, seed, start)
     if not chosen:
         raise UsageError(f"--start {start}: {file} ends before, it has {len(store)} rows")
     views = [previewer.view(index) for index in chosen]
-    write_text(html, preview_page(views, spec, recipe, str(file)))
+    write_page(html, preview_page(views, spec, recipe, str(file)))
     if json:
         terminal.json({"file": str(file), "stage": recipe.stage, "html": str(html), "rows": [*map(as_json, views)]})
     else:

@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.files import write_text
-from minimind_v.core.inspect.page import data_uri, figures, page
+from minimind_v.core.inspect.page import data_uri, figures, page, write_page
 from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.plot import curves as draw
 
@@ -64,7 +63,7 @@ def write_report(
         f"<h2>By kind of question</h2><table><tr><th>asks for</th><th>scenes</th><th>pairs</th></tr>{kinds}</table>"
         f"{sheets}"
     )
-    write_text(path, page("mmv demo", body, PLOT_STYLE + STYLE))
+    write_page(path, page("mmv demo", body, PLOT_STYLE + STYLE))
 
 
 def _percent(value: float | None) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.hub.sources import VISION_DIR
 from minimind_v.core.model.clip import ClipVision
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.text import Place
@@ -93,9 +94,10 @@ def _pictures(row: TypicalRow, rows: int, most: int) -> list[int]:
 def _eye(folder: Path) -> VisionEncoder:
     """A vision tower of the sizes that a folder's configuration tells, all of its layers the same random one.
 
-    Of the standard sizes where there is none: rows can be counted before a tower is there.
+    Of the standard sizes where the standard folder has none: rows can be counted before a tower is there.
     """
-    spec, config = read_vision_spec(folder, standard=True), read_config(folder, standard=True)
+    standard = folder == VISION_DIR
+    spec, config = read_vision_spec(folder, standard), read_config(folder, standard)
     tower = ClipVision(replace(config, num_hidden_layers=1))
     stack: Any = tower.encoder.layers
     stack.extend([stack[0]] * (config.num_hidden_layers - 1))

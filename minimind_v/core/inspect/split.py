@@ -15,7 +15,7 @@ from minimind_v.core.data.row import RowStore, image_names
 from minimind_v.core.data.saved import SavedRows
 from minimind_v.core.errors import RowError, UsageError
 from minimind_v.core.files import as_json, write_atomically
-from minimind_v.core.inspect.convert import convert, keep_source, unreadable
+from minimind_v.core.inspect.convert import check_files, convert, unreadable
 from minimind_v.core.inspect.sample import SampledRows
 
 
@@ -45,11 +45,7 @@ def split(
     """
     packed = isinstance(rows, ParquetRows | SavedRows)  # with the pictures in the rows
     train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
-    for path in (train, aside):
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} is there already — add --overwrite to replace it")
-
-    keep_source(rows, [train, aside])
+    check_files([train, aside], overwrite, rows.path, rows.pictures)
 
     def refuse(index: int, error: RowError) -> None:
         raise unreadable(rows, index, error)

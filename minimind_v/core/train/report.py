@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import MissingInput
-from minimind_v.core.files import read_notes, write_text
-from minimind_v.core.inspect.page import figures, page
+from minimind_v.core.files import read_notes
+from minimind_v.core.inspect.page import figures, page, write_page
 from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.plot import Points, curves
 from minimind_v.core.train.metrics import read_lines, read_metrics
@@ -72,7 +72,7 @@ def read_run(folder: Path) -> Left:
 def write_report(folder: Path) -> Path:
     """Write the page beside what it shows. Raises MissingInput or RunError."""
     path = folder / "report.html"
-    write_text(path, report_page(read_run(folder)))
+    write_page(path, report_page(read_run(folder)))
     return path
 
 
