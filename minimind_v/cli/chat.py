@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_v.cli import options
+from minimind_v.cli.command import Command
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import MmvError, UsageError, open_all
+from minimind_v.core.hub.sources import PICTURE_ENDINGS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +24,19 @@ if TYPE_CHECKING:
     from minimind_v.core.generate.session import Session
 
 HELP = "/image FILE adds a picture to the next question, /new starts over, /quit leaves; Ctrl-C stops an answer"
+
+
+class ChatCommand(Command):
+    """Takes one question, and the last of several --model."""
+
+    once = ()
+
+    def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
+        words = [str(values.get("prompt") or ""), *extra]
+        if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in words[:-1]):
+            options = [word for picture in [*values["image"], *words[:-1]] for word in ("--image", picture)]
+            return f"each picture needs an --image of its own: {shlex.join(['mmv', 'chat', *options, words[-1]])}"
+        return f"the question is one word for the shell, in quotes: {shlex.join(['mmv', 'chat', ' '.join(words)])}"
 
 
 def chat(

@@ -14,6 +14,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError
+from minimind_v.core.wording import plural
 
 
 class Format(str, Enum):
@@ -113,6 +114,6 @@ def _to_file(source: Path, target: Path, to: str, dtype: str | None, overwrite: 
         })  # fmt: skip
         return
     terminal.say(
-        f"{done.path}: {done.tensors} tensors, {done.bytes:,} bytes; read back and compared, "
+        f"{done.path}: {plural(done.tensors, 'tensor')}, {done.bytes:,} bytes; read back and compared, "
         f"largest difference {done.difference:g}"
     )

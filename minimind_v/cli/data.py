@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import data_look, options
+from minimind_v.cli.command import Command
 from minimind_v.cli.data_look import File, Stage
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import open_all
 from minimind_v.core.hub.sources import TOKENIZER_DIR
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.data.row import RowStore
@@ -26,7 +28,7 @@ data = typer.Typer(
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 
 
-@data.command()
+@data.command(cls=Command)
 def check(
     file: File,
     images: options.Images = None,
@@ -89,7 +91,7 @@ def _fix(terminal: Terminal, report: Report, rows: RowStore, out: Path, overwrit
         done = run(SampledRows(rows, kept), out, overwrite, progress)
     broken = report.rows - int(usable.sum())
     repeated = report.rows - broken - done.rows
-    terminal.say(f"{out}: {done.rows} rows; left out: {broken} broken, {repeated} repeated or held out")
+    terminal.say(f"{out}: {plural(done.rows, 'row')}; left out: {broken} broken, {repeated} repeated or held out")
     return {"files": [str(path) for path in done.files], "rows": done.rows, "left_out": broken + repeated}
 
 
@@ -97,14 +99,14 @@ def _show(terminal: Terminal, found: dict[str, Any], file: Path) -> None:
     for kind, told in found["kinds"].items():
         terminal.result(f"{kind:<18}{told['count']:>8}  training {told['training']}: {', '.join(told['first'])}")
         terminal.result(f"{'':<28}{told['message']}")
-    terminal.result(f"{file}: {found['rows']} rows, {found['usable']} of them can be trained on")
+    terminal.result(f"{file}: {plural(found['rows'], 'row')}, {found['usable']} of them can be trained on")
 
 
-data.command()(data_look.stats)
-data.command()(data_look.preview)
+data.command(cls=Command)(data_look.stats)
+data.command(cls=Command)(data_look.preview)
 
 
-@data.command()
+@data.command(cls=Command)
 def convert(
     file: File,
     out: Annotated[Path, typer.Argument(help="NAME.parquet, or NAME.jsonl, which gets NAME_images.zip beside it.")],
@@ -128,12 +130,12 @@ def convert(
         raise
     files = ", ".join(map(str, done.files))
     resumed = f", the first {done.resumed_at} of them by an earlier run" if done.resumed_at else ""
-    terminal.say(f"{files}: {done.rows} rows{resumed}")
+    terminal.say(f"{files}: {plural(done.rows, 'row')}{resumed}")
     if json:
         terminal.json({"files": [str(path) for path in done.files], "rows": done.rows, "resumed_at": done.resumed_at})
 
 
-@data.command()
+@data.command(cls=Command)
 def split(
     file: File,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for train and held_out.")],
@@ -155,7 +157,9 @@ def split(
     with terminal.progress("split") as progress:
         done = run(rows, out, held_out, seed, overwrite, progress)
     where = f"; the pictures of both are in {rows.pictures} (--images)" if rows.pictures else ""
-    terminal.say(f"{done.train}: {done.train_rows} rows; {done.held_out}: {done.held_out_rows} rows{where}")
+    terminal.say(
+        f"{done.train}: {plural(done.train_rows, 'row')}; {done.held_out}: {plural(done.held_out_rows, 'row')}{where}"
+    )
     if json:
         terminal.json({
             "train": str(done.train), "held_out": str(done.held_out), "train_rows": done.train_rows,

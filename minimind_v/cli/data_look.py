@@ -12,6 +12,7 @@ from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError, open_all
 from minimind_v.core.hub.sources import TOKENIZER_DIR
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.config.schema import RunConfig
@@ -90,7 +91,7 @@ def preview(
     previewer = Previewer(store, encoder, spec, recipe)
     chosen = previewer.choose(rows, seed, start)
     if not chosen:
-        raise UsageError(f"--start {start}: {file} ends before, it has {len(store)} rows")
+        raise UsageError(f"--start {start}: {file} ends before, it has {plural(len(store), 'row')}")
     views = [previewer.view(index) for index in chosen]
     write_page(html, preview_page(views, spec, recipe, str(file)))
     if json:

@@ -15,6 +15,7 @@ from minimind_v.cli import options
 from minimind_v.cli.live import TrainView
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.config.load import Resolved
@@ -212,10 +213,11 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
 
 def _tell(terminal: Terminal, summary: Summary) -> None:
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
-    skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
-    bad = f"; {summary.bad_updates} updates skipped, not finite" if summary.bad_updates else ""
+    skipped = f"; {plural(summary.broken_rows, 'broken row')} skipped" if summary.broken_rows else ""
+    bad = f"; {plural(summary.bad_updates, 'update')} skipped, not finite" if summary.bad_updates else ""
     terminal.say(
-        f"{how} after {summary.steps} updates{skipped}{bad}; weights in {summary.weights}, curve in {summary.metrics}"
+        f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; weights in {summary.weights}, "
+        f"curve in {summary.metrics}"
     )
     if summary.stopped_by:
         words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]

@@ -13,6 +13,7 @@ from minimind_v.core.data.tokenizer import find_tokenizer
 from minimind_v.core.errors import MissingInput, open_all
 from minimind_v.core.hub.sources import (
     OUT_DIR,
+    PICTURE_ENDINGS,
     STANDARD_PRESET,
     TOKENIZER_DIR,
     VISION_DIR,
@@ -21,8 +22,6 @@ from minimind_v.core.hub.sources import (
     weights_at,
 )
 from minimind_v.core.model.vision_spec import read_config
-
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 
 
 def find_inputs(config: RunConfig) -> None:

@@ -26,6 +26,7 @@ from minimind_v.core.errors import RunError, UsageError, WeightsError
 from minimind_v.core.files import sweep, write_atomically, write_text
 from minimind_v.core.gguf.files import is_gguf, read_gguf
 from minimind_v.core.hub.sources import weights_at
+from minimind_v.core.wording import plural
 
 PROJECTOR = "vision_proj."
 # Buffers that older versions of the published model saved and that are computed today.
@@ -74,7 +75,7 @@ class Receipt:
     ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        counts = [f"{len(self.loaded)} tensors loaded"]
+        counts = [f"{plural(len(self.loaded), 'tensor')} loaded"]
         for name in ("new", "missing", "unexpected", "wrong_shape", "ignored"):
             if found := getattr(self, name):
                 shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

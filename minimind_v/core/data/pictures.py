@@ -98,6 +98,10 @@ class ZipPictures(Reopened):
             found = stand_in(path) or f"not a zip that can be read ({error}) — download it again"
             raise DataError(f"{path}: {found}") from None
 
+    def __len__(self) -> int:
+        """How many members it has, folders not counted."""
+        return len(self._index)
+
     def _find_entries(self) -> np.ndarray:
         """Hash of the file name and place of every entry, sorted by hash: uint64 [2, members]."""
         begin, end, count = self._directory()

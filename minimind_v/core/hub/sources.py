@@ -22,6 +22,7 @@ SAMPLE_DIR = DATASET_DIR / "sample"  # `--sample`: the same names as the whole f
 
 STANDARD_PRESET = "small"
 WEIGHTS_ENDINGS = (".pth", ".safetensors")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 
 
 @dataclass(frozen=True)

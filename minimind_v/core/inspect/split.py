@@ -17,6 +17,7 @@ from minimind_v.core.errors import RowError, UsageError
 from minimind_v.core.files import as_json, write_atomically
 from minimind_v.core.inspect.convert import check_files, convert, unreadable
 from minimind_v.core.inspect.sample import SampledRows
+from minimind_v.core.wording import plural
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
     held = choose(groups, wanted, seed)
     if not 0 < held.sum() < len(groups):
         raise UsageError(
-            f"--held-out {held_out:g} of {len(groups)} rows, in {len(np.unique(groups))} groups that share pictures, "
-            "leaves one side empty"
+            f"--held-out {held_out:g} of {plural(len(groups), 'row')}, in {plural(len(np.unique(groups)), 'group')} "
+            "that share pictures, leaves one side empty"
         )
     return held
 

@@ -49,7 +49,10 @@ class Left:
 
 def find_run(path: Path) -> Path:
     """The folder of a run, named by itself, by its weights, or by an --out with one run. Raises MissingInput."""
-    for folder in (path, path.with_suffix("")):
+    path = path.resolve() if path.name in ("", "..") else path
+    stem = path.with_suffix("") if path.name else path  # the root has no name
+    of_best = stem.with_name(stem.name.removesuffix("_best")) if stem.name.removesuffix("_best") else stem
+    for folder in (path, stem, of_best, *([path.parent] if path.is_file() else [])):
         if (folder / "metrics.jsonl").is_file():
             return folder
     found = sorted(path.glob("*/metrics.jsonl"))

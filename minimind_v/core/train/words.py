@@ -13,6 +13,7 @@ from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.errors import DataError, RunError
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.wording import plural
 
 TOLD = 5  # broken rows that are told one by one
 NAMED = 8  # rows of an update that are named
@@ -23,8 +24,8 @@ def announcement(config: RunConfig, plan: BatchPlan, updates: int, rows: int, mo
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_encoder."))
     return (
-        f"{config.stage}: {len(plan.dataset):,} rows of {config.data.file}, {config.epochs} epochs, "
-        f"{updates:,} updates of {rows} rows on {where}; "
+        f"{config.stage}: {plural(len(plan.dataset), 'row')} of {config.data.file}, {plural(config.epochs, 'epoch')}, "
+        f"{plural(updates, 'update')} of {plural(rows, 'row')} on {where}; "
         f"{trained:,} of {everything:,} parameters learn ({config.freeze})"
     )
 
