@@ -65,8 +65,10 @@ def chat(
     if prompt is None and (json or not someone_types):
         raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
     from minimind_v.core.generate.settings import Sampling
-    from minimind_v.core.inputs import find_picture
+    from minimind_v.core.inputs import check_marks, find_picture
 
+    if prompt is not None:
+        check_marks(prompt, len(image or ()))
     sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
     loaded, *_ = open_all(
         lambda: options.load(model, vision_model, tokenizer, device),

@@ -15,6 +15,7 @@ from minimind_v.cli import options
 from minimind_v.cli.live import TrainView
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
+from minimind_v.core.errors import UsageError
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def train(
     from minimind_v.core.inputs import find_inputs
     from minimind_v.core.train.launch import Launch
 
+    if overwrite and resume:
+        raise UsageError("--overwrite starts over, --resume goes on: give one of them")
     planning = stage is Stage.plan
     stage = (planned or Stage.pretrain) if planning else stage
     if stage is Stage.plan or (not planning and (planned or json or price_per_hour is not None)):

@@ -8,9 +8,10 @@ from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.pictures import find_pictures
+from minimind_v.core.data.row import IMAGE_MARK
 from minimind_v.core.data.stores import find_rows
 from minimind_v.core.data.tokenizer import find_tokenizer
-from minimind_v.core.errors import MissingInput, open_all
+from minimind_v.core.errors import MissingInput, UsageError, open_all
 from minimind_v.core.hub.sources import (
     OUT_DIR,
     PICTURE_ENDINGS,
@@ -81,3 +82,10 @@ def find_picture(path: Path) -> Path:
         raise MissingInput(f"no picture at {path!s:.200} ({error.strerror})") from None
     example = f", for example {inside[0]}" if inside else ""
     raise MissingInput(f"{path} is a folder, and a picture is needed — name one file{example}")
+
+
+def check_marks(question: str, pictures: int) -> None:
+    """Raises UsageError where a question has marks for another number of pictures than there are."""
+    marks = question.count(IMAGE_MARK)
+    if marks and marks != pictures:
+        raise UsageError(f"the question has {marks} {IMAGE_MARK} marks for {pictures} pictures")

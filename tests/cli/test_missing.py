@@ -59,8 +59,11 @@ def test_what_is_there_is_not_missed(tmp_path, monkeypatch, place, sighted):
 
 
 @pytest.mark.parametrize("line", ["train sft", "eval", "chat hello --image a.jpg", "convert --to hf",
-                                  "chat hello --temperature -1", "chat hello --top-p 2"])  # fmt: skip
+                                  "chat hello --temperature -1", "chat hello --top-p 2",
+                                  "chat <image>? --greedy", "bench --preset smal", "train sft --overwrite --resume",
+                                  "convert --to pth --model w.pth --out x.bin"])  # fmt: skip
 def test_what_is_wrong_is_told_before_torch_is_imported(line, tmp_path):
+    (tmp_path / "w.pth").touch()
     program = (
         "import sys\nfrom minimind_v.cli.app import main\n"
         f"sys.argv = ['mmv', *{line.split()!r}]\n"

@@ -16,7 +16,7 @@ from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.ready import ready, signs_of
 from minimind_v.core.generate.sampling import Sampler, Sampling
 from minimind_v.core.generate.text import TextStream
-from minimind_v.core.inputs import find_picture
+from minimind_v.core.inputs import check_marks, find_picture
 from minimind_v.core.model.vlm import VLM
 
 CONTEXT = 4096  # tokens of a conversation; the published models were trained on at most 1536
@@ -126,10 +126,7 @@ def open_question(question: str, images: Iterable[Path | np.ndarray], size: int)
     pictures = [picture if isinstance(picture, np.ndarray) else _open(picture, size) for picture in images]
     if pictures and IMAGE_MARK not in question:
         question = f"{IMAGE_MARK}\n" * len(pictures) + question
-    if question.count(IMAGE_MARK) != len(pictures):
-        raise UsageError(
-            f"the question has {question.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(pictures)} pictures"
-        )
+    check_marks(question, len(pictures))
     return question, pictures
 
 
