@@ -62,5 +62,6 @@ $(VENV)/.interop: $(DEV)
 demo-assets: $(READY)
 	$(BIN)/python -m minimind_v.core.demo.forge --out minimind_v/core/demo/assets
 
+# Only what these targets made themselves: trained weights lie in out, and VENV may name an environment of one's own.
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf .venv build *.egg-info

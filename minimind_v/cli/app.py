@@ -8,10 +8,16 @@ import typer
 
 from minimind_v import __version__
 from minimind_v.cli import bench, chat, convert, data, demo, doctor, download, evaluate, info, report, train, upload
+from minimind_v.cli.command import Command
 from minimind_v.cli.terminal import run_app
 
 app = typer.Typer(
-    name="mmv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    name="mmv",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -31,18 +37,18 @@ def root(
     """Train, understand and use a tiny vision-language model."""
 
 
-app.command("download")(download.download)
+app.command("download", cls=Command)(download.download)
 app.add_typer(data.data, name="data")
-app.command("train")(train.train)
-app.command("report")(report.report)
-app.command("eval")(evaluate.evaluate)
-app.command("chat")(chat.chat)
-app.command("convert")(convert.convert)
-app.command("upload")(upload.upload)
-app.command("demo")(demo.demo)
-app.command("bench")(bench.bench)
-app.command("info")(info.info)
-app.command("doctor")(doctor.doctor)
+app.command("train", cls=Command)(train.train)
+app.command("report", cls=Command)(report.report)
+app.command("eval", cls=Command)(evaluate.evaluate)
+app.command("chat", cls=chat.ChatCommand)(chat.chat)
+app.command("convert", cls=Command)(convert.convert)
+app.command("upload", cls=Command)(upload.upload)
+app.command("demo", cls=Command)(demo.demo)
+app.command("bench", cls=Command)(bench.bench)
+app.command("info", cls=Command)(info.info)
+app.command("doctor", cls=Command)(doctor.doctor)
 
 
 def main() -> None:

@@ -18,6 +18,9 @@ def bench(
     """Measure this machine in under a minute: matrices, pictures, training, answers. Needs no downloads."""
     from dataclasses import asdict
 
+    from minimind_v.core.config.presets import check_preset
+
+    check_preset(preset)
     from minimind_v.core.bench import bench as measure
 
     terminal = Terminal()

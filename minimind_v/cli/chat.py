@@ -9,13 +9,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_v.cli import options
+from minimind_v.cli.command import Command
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import MmvError, UsageError, shorten
+from minimind_v.core.errors import MmvError, UsageError, open_all, shorten
+from minimind_v.core.hub.sources import PICTURE_ENDINGS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +28,19 @@ if TYPE_CHECKING:
 
 HELP = "/image FILE adds a picture to the next question, /new starts over, /quit leaves; Ctrl-C stops an answer"
 BLIND = "no picture: the answer comes from the words alone"
+
+
+class ChatCommand(Command):
+    """Takes one question, and the last of several --model."""
+
+    once = ()
+
+    def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
+        words = [str(values.get("prompt") or ""), *extra]
+        if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in words[:-1]):
+            options = [word for picture in [*values["image"], *words[:-1]] for word in ("--image", picture)]
+            return f"each picture needs an --image of its own: {shlex.join(['mmv', 'chat', *options, words[-1]])}"
+        return f"the question is one word for the shell, in quotes: {shlex.join(['mmv', 'chat', ' '.join(words)])}"
 
 
 def chat(
@@ -53,13 +69,15 @@ def chat(
         prompt = _piped()
     if prompt is None and (json or not someone_types):
         raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
-    pictures = _read(image or [], prompt)
-    from minimind_v.core.generate.load import load_model
-    from minimind_v.core.generate.sampling import Sampling
-    from minimind_v.core.generate.session import Session
+    from minimind_v.core.generate.settings import Sampling
 
     sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
-    loaded = load_model(model, vision_model, tokenizer, device, terminal.say)
+    pictures, loaded = open_all(
+        lambda: _read(image or [], prompt),
+        lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
+    )
+    from minimind_v.core.generate.session import Session
+
     session = Session(loaded.model, loaded.tokenizer, sampling)
     if prompt is not None:
         _once(terminal, session, prompt, pictures, max_new_tokens, json)
@@ -98,6 +116,7 @@ def _as_text(word: str) -> str:
 def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
     """The pictures of the command line, before any time is spent on a model. Raises UsageError or MissingInput."""
     from minimind_v.core.generate.picture_names import pictures_in, read_pictures, split_names
+    from minimind_v.core.inputs import check_marks
 
     named = [split_names(image) for image in images]
     if not all(named):
@@ -108,6 +127,8 @@ def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
         words = [word for name in (*names, *asked) for word in ("--image", name)]
         command = shlex.join(["mmv", "chat", *words, "What is in the picture?"])
         raise UsageError(f"{prompt!r} names a picture and asks nothing — {command}")
+    if prompt is not None:
+        check_marks(prompt, len(pictures))
     return pictures
 
 

@@ -14,6 +14,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError
+from minimind_v.core.wording import plural
 
 
 class Format(str, Enum):
@@ -59,14 +60,16 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write a model for other programs, and prove it the same: nothing that differs is left standing."""
-    from minimind_v.core.hub.sources import find_model
+    from minimind_v.core.hub.sources import latest_model, weights_at
+    from minimind_v.core.inputs import find_model
 
-    source = model or find_model(Terminal().say)
     precision = dtype.value if dtype else None
     _refuse_wrong_type(to, precision, quantize)
     if to.value in FILES:
+        source = weights_at(model) if model else latest_model(Terminal().say)
         _to_file(source, out or _beside(source, f".{to.value}"), to.value, precision, overwrite, json)
         return
+    source = find_model(model, vision_model, tokenizer, Terminal().say)
     from minimind_v.core.export.folder import export
     from minimind_v.core.export.order import Order
 
@@ -97,6 +100,9 @@ def _beside(source: Path, ending: str) -> Path:
 
 
 def _to_file(source: Path, target: Path, to: str, dtype: str | None, overwrite: bool, json: bool) -> None:
+    from minimind_v.core.outputs import check_weights
+
+    check_weights(target, source, to, overwrite)  # before torch is imported
     from minimind_v.core.export.files import convert as run
 
     done = run(source, target, to, dtype, overwrite)
@@ -108,6 +114,6 @@ def _to_file(source: Path, target: Path, to: str, dtype: str | None, overwrite: 
         })  # fmt: skip
         return
     terminal.say(
-        f"{done.path}: {done.tensors} tensors, {done.bytes:,} bytes; read back and compared, "
+        f"{done.path}: {plural(done.tensors, 'tensor')}, {done.bytes:,} bytes; read back and compared, "
         f"largest difference {done.difference:g}"
     )

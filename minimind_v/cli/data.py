@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import data_look, options
+from minimind_v.cli.command import Command
 from minimind_v.cli.data_look import File, Stage
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.errors import open_all
+from minimind_v.core.hub.sources import TOKENIZER_DIR
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.data.row import RowStore
@@ -25,13 +28,13 @@ data = typer.Typer(
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 
 
-@data.command()
+@data.command(cls=Command)
 def check(
     file: File,
     split: options.Split = None,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
-    vision_model: options.VisionModel = VISION_DIR,
+    vision_model: options.VisionOfRows = None,
     stage: Stage = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row. [default: the stage's]")] = None,
     against: Annotated[
@@ -50,12 +53,14 @@ def check(
     from minimind_v.core.data.splits import SCORE
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect import check as checking
-    from minimind_v.core.inspect.convert import check_target
+    from minimind_v.core.inspect.convert import find_target
 
     if fix:
-        check_target(fix, overwrite)
+        find_target(fix, overwrite, file, images or images_beside(file), against)
     terminal = Terminal()
-    recipe, rows, encoder, spec = data_look.open_data(terminal, file, split, images, tokenizer, vision_model, stage)
+    recipe, rows, encoder, spec = data_look.open_data(
+        terminal, file, split, images, tokenizer, vision_model, stage, against
+    )
     dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length)
     held_out = None
     if against:
@@ -69,8 +74,10 @@ def check(
         terminal.json(found, problems=map(checking.as_json, report.problems()))
     else:
         _show(terminal, found, file)
-    if not found["ok"]:
-        clean = "" if fix or not found["usable"] else " — `--fix OUT.jsonl` writes a clean copy"
+    if not found["ok"] and fix:
+        terminal.say(f"training would refuse {file} ({found['refusal']}), and takes {fix}")
+    elif not found["ok"]:
+        clean = " — `--fix OUT.jsonl` writes a clean copy" if found["usable"] else ""
         terminal.fail(f"training would refuse: {found['refusal']}{clean}")
         raise typer.Exit(1)
 
@@ -90,7 +97,7 @@ def _fix(terminal: Terminal, report: Report, rows: RowStore, out: Path, overwrit
         done = run(SampledRows(rows, kept), out, overwrite, progress)
     broken = report.rows - int(usable.sum())
     repeated = report.rows - broken - done.rows
-    terminal.say(f"{out}: {done.rows} rows; left out: {broken} broken, {repeated} repeated or held out")
+    terminal.say(f"{out}: {plural(done.rows, 'row')}; left out: {broken} broken, {repeated} repeated or held out")
     return {"files": [str(path) for path in done.files], "rows": done.rows, "left_out": broken + repeated}
 
 
@@ -100,14 +107,14 @@ def _show(terminal: Terminal, found: dict[str, Any], file: Path) -> None:
         terminal.result(f"{'':<28}{told['message']}")
     if (text_rows := found["text_rows"])["count"]:
         terminal.result(f"information: {text_rows['message']}: {', '.join(text_rows['first'])}")
-    terminal.result(f"{file}: {found['rows']} rows, {found['usable']} of them can be trained on")
+    terminal.result(f"{file}: {plural(found['rows'], 'row')}, {found['usable']} of them can be trained on")
 
 
-data.command()(data_look.stats)
-data.command()(data_look.preview)
+data.command(cls=Command)(data_look.stats)
+data.command(cls=Command)(data_look.preview)
 
 
-@data.command()
+@data.command(cls=Command)
 def convert(
     file: File,
     out: Annotated[Path, typer.Argument(help="NAME.parquet, or NAME.jsonl, which gets NAME_images.zip beside it.")],
@@ -118,11 +125,12 @@ def convert(
 ) -> None:
     """Write rows in another form, pictures to the byte. Stopped and started again, it goes on."""
     from minimind_v.core.config.load import images_beside
-    from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect.convert import convert as run
+    from minimind_v.core.inspect.convert import find_target
 
     terminal = Terminal()
-    rows = open_rows(file, images or images_beside(file), split, terminal.say)
+    find_target(out, overwrite, file, images or images_beside(file))  # before a large file is looked through
+    rows = _open(terminal, file, split, images)
     try:
         with terminal.progress("convert") as progress:
             done = run(rows, out, overwrite, progress)
@@ -131,12 +139,12 @@ def convert(
         raise
     files = ", ".join(map(str, done.files))
     resumed = f", the first {done.resumed_at} of them by an earlier run" if done.resumed_at else ""
-    terminal.say(f"{files}: {done.rows} rows{resumed}")
+    terminal.say(f"{files}: {plural(done.rows, 'row')}{resumed}")
     if json:
         terminal.json({"files": [str(path) for path in done.files], "rows": done.rows, "resumed_at": done.resumed_at})
 
 
-@data.command()
+@data.command(cls=Command)
 def split(
     file: File,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for train and held_out.")],
@@ -148,8 +156,6 @@ def split(
     json: options.Json = False,
 ) -> None:
     """Hold out rows by picture: no picture is on both sides."""
-    from minimind_v.core.config.load import images_beside
-    from minimind_v.core.data.stores import open_rows
     from minimind_v.core.inspect.split import split as run
 
     if not 0 < held_out < math.inf:
@@ -157,13 +163,26 @@ def split(
     if held_out > 1 and not held_out.is_integer():
         raise typer.BadParameter("is a share below 1 or a whole number of rows", param_hint="--held-out")
     terminal = Terminal()
-    rows = open_rows(file, images or images_beside(file), split, terminal.say)
+    rows = _open(terminal, file, split, images)
     with terminal.progress("split") as progress:
         done = run(rows, out, held_out, seed, overwrite, progress)
     where = f"; the pictures of both are in {rows.pictures} (--images)" if rows.pictures else ""
-    terminal.say(f"{done.train}: {done.train_rows} rows; {done.held_out}: {done.held_out_rows} rows{where}")
+    terminal.say(
+        f"{done.train}: {plural(done.train_rows, 'row')}; {done.held_out}: {plural(done.held_out_rows, 'row')}{where}"
+    )
     if json:
         terminal.json({
             "train": str(done.train), "held_out": str(done.held_out), "train_rows": done.train_rows,
             "held_out_rows": done.held_out_rows, "groups": done.groups,
         })  # fmt: skip
+
+
+def _open(terminal: Terminal, file: Path, split: str | None, images: Path | None) -> RowStore:
+    """The rows, with the pictures that were named or are beside them."""
+    from minimind_v.core.config.load import images_beside
+    from minimind_v.core.data.pictures import find_pictures
+    from minimind_v.core.data.stores import find_rows, open_rows
+
+    images = images or images_beside(file)
+    open_all(lambda: find_rows(file), lambda: find_pictures(images))
+    return open_rows(file, images, split, terminal.say)

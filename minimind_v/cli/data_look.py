@@ -10,8 +10,9 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import UsageError
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.errors import UsageError, open_all
+from minimind_v.core.hub.sources import TOKENIZER_DIR
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.config.schema import RunConfig
@@ -39,24 +40,26 @@ def stats(
     split: options.Split = None,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
-    vision_model: options.VisionModel = VISION_DIR,
+    vision_model: options.VisionOfRows = None,
     stage: Stage = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at so many rows. [default: a sample of 10000]")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures, too.")] = None,
     json: options.Json = False,
 ) -> None:
     """Count rows, turns, tokens and languages, and foretell padding, truncation, updates and time of a stage."""
-    from minimind_v.core.files import write_text
     from minimind_v.core.inspect.lines import stats_lines
+    from minimind_v.core.inspect.page import check_page, write_page
     from minimind_v.core.inspect.stats import look_at
     from minimind_v.core.inspect.stats_page import stats_page
 
     terminal = Terminal()
+    if html:
+        check_page(html)
     recipe, store, encoder, _ = open_data(terminal, file, split, images, tokenizer, vision_model, stage)
     with terminal.progress("rows") as progress:
         report = look_at(store, encoder, recipe, limit, progress)
     if html:
-        write_text(html, stats_page(report))
+        write_page(html, stats_page(report))
         terminal.say(f"the page is in {html}")
     if json:
         terminal.json(report)
@@ -70,7 +73,7 @@ def preview(
     split: options.Split = None,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
-    vision_model: options.VisionModel = VISION_DIR,
+    vision_model: options.VisionOfRows = None,
     stage: Stage = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Which rows are drawn.")] = 0,
@@ -79,19 +82,20 @@ def preview(
     json: options.Json = False,
 ) -> None:
     """Show rows as the model gets them: pictures after the crop, text as tokens, what is learnt and what is cut off."""
-    from minimind_v.core.files import write_text
     from minimind_v.core.inspect.lines import row_lines
+    from minimind_v.core.inspect.page import check_page, write_page
     from minimind_v.core.inspect.preview import Previewer, as_json
     from minimind_v.core.inspect.preview_page import preview_page
 
     terminal = Terminal()
+    check_page(html)
     recipe, store, encoder, spec = open_data(terminal, file, split, images, tokenizer, vision_model, stage)
     previewer = Previewer(store, encoder, spec, recipe)
     chosen = previewer.choose(rows, seed, start)
     if not chosen:
-        raise UsageError(f"--start {start}: {file} ends before, it has {len(store)} rows")
+        raise UsageError(f"--start {start}: {file} ends before, it has {plural(len(store), 'row')}")
     views = [previewer.view(index) for index in chosen]
-    write_text(html, preview_page(views, spec, recipe, str(file)))
+    write_page(html, preview_page(views, spec, recipe, str(file)))
     if json:
         terminal.json({"file": str(file), "stage": recipe.stage, "html": str(html), "rows": [*map(as_json, views)]})
     else:
@@ -107,13 +111,19 @@ def open_data(
     split: str | None,
     images: Path | None,
     tokenizer: Path,
-    vision_model: Path,
+    vision_model: Path | None,
     stage: StageName | None,
+    against: Path | None = None,
 ) -> tuple[RunConfig, RowStore, PromptEncoder, VisionSpec]:
-    """The recipe that would read these rows, the rows, and what prepares them."""
+    """The recipe that would read these rows, the rows, and what prepares them.
+
+    Without a vision model they are counted as the published one would take them. Raises MissingInput that names all
+    that is missing, `against`, the held-out rows, among it.
+    """
     from minimind_v.core.config.load import build_config
+    from minimind_v.core.data.pictures import find_pictures
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.data.stores import find_rows, open_rows
     from minimind_v.core.data.tokenizer import Tokenizer
     from minimind_v.core.model.vision_spec import read_vision_spec
 
@@ -124,6 +134,17 @@ def open_data(
             terminal.say("the file's name tells no stage: looked at as sft reads it (--stage pretrain for the other)")
     given = {"data": file, "split": split, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
     recipe = build_config(stage.value, options=given)
+    _, _, words, spec, _ = open_all(
+        lambda: find_rows(file),
+        lambda: find_pictures(recipe.data.images),
+        lambda: Tokenizer.load(tokenizer),
+        lambda: read_vision_spec(recipe.vision_model, standard=vision_model is None),
+        lambda: against and find_rows(against),
+    )
     store = open_rows(file, recipe.data.images, split, terminal.say)
-    spec = read_vision_spec(vision_model)
-    return recipe, store, PromptEncoder(Tokenizer.load(tokenizer), spec.tokens_per_image), spec
+    if not (recipe.vision_model / "config.json").is_file():
+        terminal.say(
+            f"no vision model in {recipe.vision_model}: taking the pictures of the presets, "
+            f"{spec.image_size} × {spec.image_size} and {spec.tokens_per_image} tokens each"
+        )
+    return recipe, store, PromptEncoder(words, spec.tokens_per_image), spec

@@ -10,6 +10,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, one_of
+from minimind_v.core.errors import open_all
 
 if TYPE_CHECKING:
     from minimind_v.core.evaluate.run import Scores
@@ -44,14 +45,9 @@ def evaluate(
 ) -> None:
     """Held-out loss and, where rows have short answers, the share that is right to the letter."""
     from minimind_v.core.config.load import build_config, images_beside
-    from minimind_v.core.data.dataset import RowDataset
-    from minimind_v.core.data.features.memory import Eye, open_memory
-    from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.row import describe_text_rows
+    from minimind_v.core.data.pictures import find_pictures
     from minimind_v.core.data.splits import SCORE
-    from minimind_v.core.data.stores import open_rows
-    from minimind_v.core.evaluate.run import evaluate as score
-    from minimind_v.core.generate.load import load_model
+    from minimind_v.core.data.stores import find_rows, open_rows
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
@@ -61,8 +57,19 @@ def evaluate(
         terminal.warn(
             f"scoring rows of {data}, which the model may have been trained on: name held-out ones with --data"
         )
-    rows = open_rows(data, images or images_beside(data), split, terminal.say, SCORE)
-    loaded = load_model(model, vision_model, tokenizer, device, terminal.say)
+    images = images or images_beside(data)
+    _, _, loaded = open_all(
+        lambda: find_rows(data),
+        lambda: find_pictures(images),
+        lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
+    )
+    from minimind_v.core.data.dataset import RowDataset
+    from minimind_v.core.data.features.memory import Eye, open_memory
+    from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.row import describe_text_rows
+    from minimind_v.core.evaluate.run import evaluate as score
+
+    rows = open_rows(data, images, split, terminal.say, SCORE)
     spec, words = loaded.model.spec, loaded.tokenizer
     terminal.say(str(loaded.receipt))
     memory, encoder = None, loaded.model.vision_encoder

@@ -10,7 +10,8 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import DataError, MissingInput, RowError
+from minimind_v.core.errors import DataError, MissingInput, RowError, nearest
+from minimind_v.core.hub.sources import PICTURE_ENDINGS, WEIGHTS_ENDINGS, weights_at
 
 if TYPE_CHECKING:
     from minimind_v.core.checkpoint.weights import Checkpoint
@@ -24,18 +25,31 @@ def info(
 ) -> None:
     """Tell what a checkpoint, an exported folder, a dataset or a run is."""
     if not file.exists():
-        raise MissingInput(f"no file {file}")
-    from minimind_v.core.gguf.files import describe_gguf, is_gguf
-
-    run = file / "metrics.jsonl" if file.is_dir() else file
-    if is_gguf(file):
-        found = describe_gguf(file)
-    elif (file / "config.json").is_file():
-        found = _weights(file) | _export(file)
-    else:
-        found = _data(file) if _is_data(file) else _run(run) if run.name == "metrics.jsonl" else _weights(file)
+        beside = [path.name for path in file.parent.glob("*")]
+        raise MissingInput(f"no file {file}{nearest(file.name, beside)}")
+    found = _described(file)
     terminal = Terminal()
     terminal.json(found) if json else terminal.table(found)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """What a file is, by its name first: only weights need torch."""
+    ending = file.suffix.lower()
+    if file.is_file() and ending == ".zip":
+        return _zip(file)
+    if file.is_file() and ending in PICTURE_ENDINGS:
+        return _picture(file)
+    if (file / "config.json").is_file():
+        return _weights(file) | _export(file)
+    if _is_data(file):
+        return _data(file)
+    if file.name == "metrics.jsonl" or (file / "metrics.jsonl").is_file():
+        return _run(file / "metrics.jsonl" if file.is_dir() else file)
+    from minimind_v.core.gguf.files import describe_gguf, is_gguf
+
+    if is_gguf(file):
+        return describe_gguf(file)
+    return _run(file / "metrics.jsonl") if file.is_dir() else _weights(file)
 
 
 def _is_data(file: Path) -> bool:
@@ -46,8 +60,25 @@ def _is_data(file: Path) -> bool:
     return is_array or (file.suffix in (".jsonl", ".parquet") and file.name != "metrics.jsonl")
 
 
+def _zip(file: Path) -> dict[str, Any]:
+    from minimind_v.core.data.pictures import ZipPictures
+    from minimind_v.core.data.strangers import no_rows
+
+    members = len(ZipPictures(file))
+    return {"kind": "zip", "file": str(file), "members": members, "bytes": file.stat().st_size, "use": no_rows(file)}
+
+
+def _picture(file: Path) -> dict[str, Any]:
+    from minimind_v.core.data.images import decode
+
+    width, height = decode(file.read_bytes(), str(file)).size
+    size = file.stat().st_size
+    return {"kind": "picture", "file": str(file), "width": width, "height": height, "bytes": size}
+
+
 def _weights(file: Path) -> dict[str, Any]:
-    from minimind_v.core.checkpoint.weights import name_preset, read_checkpoint
+    from minimind_v.core.checkpoint.weights import read_checkpoint
+    from minimind_v.core.config.presets import name_preset
 
     checkpoint = read_checkpoint(file)
     types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
@@ -127,9 +158,15 @@ def _data(file: Path) -> dict[str, Any]:
 
 
 def _run(file: Path) -> dict[str, Any]:
+    from minimind_v.core.data.strangers import ROWS
     from minimind_v.core.train.metrics import read_metrics
 
     if not file.is_file():
-        raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run — name a file in it")
+        files = sorted(path.name for path in file.parent.iterdir() if path.suffix in (*WEIGHTS_ENDINGS, *ROWS))
+        which = f"one of its files ({', '.join(files[:5])})" if files else "a file in it"
+        raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run — name {which}")
     metrics = read_metrics(file)
-    return {"kind": "run", "file": str(file), "first_loss": metrics[0]["loss"], "records": len(metrics)} | metrics[-1]
+    weights = weights_at(file.parent)
+    made = {} if weights == file.parent else {"weights": str(weights)}
+    about = {"first_loss": metrics[0]["loss"], "records": len(metrics)}
+    return {"kind": "run", "file": str(file)} | made | about | metrics[-1]

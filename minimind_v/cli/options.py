@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+
+if TYPE_CHECKING:
+    from minimind_v.core.generate.load import Loaded
 
 Model = Annotated[
     Path | None,
@@ -17,7 +21,14 @@ Model = Annotated[
         help="Weights (.pth, .safetensors) or an exported folder. [default: the latest in ./out, else the demo's]",
     ),
 ]
-VisionModel = Annotated[Path, typer.Option("--vision-model", metavar="DIR", help="Folder of the CLIP vision model.")]
+VisionOfRows = Annotated[
+    Path | None,
+    typer.Option(
+        "--vision-model",
+        metavar="DIR",
+        help=f"Folder of the CLIP vision model. [default: {VISION_DIR}; without it, the size that all presets look at]",
+    ),
+]
 TokenizerDir = Annotated[Path, typer.Option("--tokenizer", metavar="DIR", help="Folder of tokenizer.json.")]
 # The same beside --model, which may be a folder that has them itself.
 VisionOfModel = Annotated[
@@ -50,3 +61,15 @@ Split = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def load(
+    model: Path | None, vision_model: Path | None, tokenizer: Path | None, device: str, say: Callable[[str], None]
+) -> Loaded:
+    """The model that these options name. Whether it is there at all is found before torch is imported."""
+    from minimind_v.core.inputs import find_model
+
+    weights = find_model(model, vision_model, tokenizer, say)
+    from minimind_v.core.generate.load import load_model
+
+    return load_model(weights, vision_model, tokenizer, device, say)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,8 @@ from minimind_v.cli import options
 from minimind_v.cli.live import TrainView
 from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
+from minimind_v.core.errors import UsageError
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.config.load import Resolved
@@ -146,8 +149,11 @@ def train(
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
     from minimind_v.core.config.load import resolve, to_yaml
+    from minimind_v.core.inputs import find_inputs
     from minimind_v.core.train.launch import Launch
 
+    if overwrite and resume:
+        raise UsageError("--overwrite starts over, --resume goes on: give one of them")
     planning = stage is Stage.plan
     stage = (planned or Stage.pretrain) if planning else stage
     if stage is Stage.plan or (not planning and (planned or json or price_per_hour is not None)):
@@ -157,8 +163,10 @@ def train(
         built, sources = _fitted(resolved)
         terminal.result(to_yaml(built, sources), end="")
     elif planning:
+        find_inputs(replace(resolved.config, init=None))  # it measures with random weights
         _look_ahead(terminal, _fitted(resolved)[0], price_per_hour, json)
     else:
+        find_inputs(resolved.config)
         several = Launch(resolved.config.gpus, nnodes, node_rank, rdzv_endpoint, max_restarts)
         how = {"overwrite": overwrite, "resume": resume, "allowed": allow or (), "auto": resolved.auto}
         _run(terminal, resolved.config, several, **how)
@@ -231,12 +239,14 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
 
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     kinds = ", ".join(f"{count} {kind}" for kind, count in summary.broken_rows.items())
-    skipped = f"; {sum(summary.broken_rows.values())} broken rows skipped ({kinds})" if kinds else ""
+    broken = sum(summary.broken_rows.values())
+    skipped = f"; {plural(broken, 'broken row')} skipped ({kinds})" if kinds else ""
     if summary.text_rows:
         terminal.say(describe_text_rows(summary.text_rows, summary.rows))
-    bad = f"; {summary.bad_updates} updates skipped, not finite" if summary.bad_updates else ""
+    bad = f"; {plural(summary.bad_updates, 'update')} skipped, not finite" if summary.bad_updates else ""
     terminal.say(
-        f"{how} after {summary.steps} updates{skipped}{bad}; weights in {summary.weights}, curve in {summary.metrics}"
+        f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; weights in {summary.weights}, "
+        f"curve in {summary.metrics}"
     )
     report = summary.metrics.with_name("report.html")
     if report.is_file():

@@ -10,6 +10,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
+from minimind_v.core.wording import plural
 
 
 def upload(
@@ -29,4 +30,4 @@ def upload(
     if json:
         terminal.json(asdict(done))
     else:
-        terminal.say(f"{done.url}: {done.files} files, {done.bytes:,} bytes, commit {done.commit[:10]}")
+        terminal.say(f"{done.url}: {plural(done.files, 'file')}, {done.bytes:,} bytes, commit {done.commit[:10]}")

@@ -18,13 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.config.presets import PRESETS, check_preset
 from minimind_v.core.config.recipes import pretrain
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.features.memory import Eye
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.device import autocast, has_fused_adamw, pick_device, wait_for
-from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.ready import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler
@@ -70,8 +69,7 @@ class Found:
 
 def bench(preset: str, device_name: str, tell: Callable[[str], None]) -> Found:
     """Measure all; `tell` hears what is being measured. Raises UsageError for an unknown preset or device."""
-    if preset not in PRESETS:
-        raise UsageError(f"--preset {preset!r} is none of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+    check_preset(preset)
     device = pick_device(device_name)
     torch.manual_seed(0)
     model = _make_model(preset).to(device)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 NAME, MESSAGE = 300, 4000  # characters of a name, and of a whole message, beyond which their middle is left out
 
@@ -37,7 +38,15 @@ class UsageError(MmvError):
 
 
 class MissingInput(MmvError):
-    """A stage lacks its input; the message names the command that makes it."""
+    """A stage lacks its input, or several; each message names the command that makes it."""
+
+    def __init__(self, *missing: str) -> None:
+        several = f"{len(missing)} things are missing: " if len(missing) > 1 else ""
+        super().__init__(several + "; ".join(missing))
+        self.missing = missing
+
+    def __reduce__(self) -> tuple[type[MissingInput], tuple[str, ...]]:
+        return type(self), self.missing
 
 
 class DataError(MmvError):
@@ -83,6 +92,20 @@ def readable(message: str) -> str:
     message = re.sub(r"\s*[\r\n]\s*", " ", message.strip("\r\n"))
     long_word = rf"\S{{{NAME},}}[^\s:;,.)\]'\"]"  # without the marks behind it
     return shorten(re.sub(long_word, lambda word: shorten(word[0]), message), MESSAGE)
+
+
+def open_all(*openers: Callable[[], Any]) -> list[Any]:
+    """What each opener returns. Raises one MissingInput that names everything that is missing, not the first thing."""
+    opened: list[Any] = []
+    missing: dict[str, None] = {}
+    for opener in openers:
+        try:
+            opened.append(opener())
+        except MissingInput as error:
+            missing |= dict.fromkeys(error.missing)
+    if missing:
+        raise MissingInput(*missing)
+    return opened
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -13,11 +13,10 @@ from minimind_v.core.checkpoint.weights import (
     export_tensors,
     infer_config,
     load_into,
-    name_preset,
     read_checkpoint,
     write_checkpoint,
 )
-from minimind_v.core.config.presets import PRESETS, weights_name
+from minimind_v.core.config.presets import PRESETS, name_preset, weights_name
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import RunError, WeightsError
 from tests.checkpoint.made import DENSE, MOE, model, state, text_only, written

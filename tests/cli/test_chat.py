@@ -110,6 +110,10 @@ def test_a_cut_picture_is_told(ask, place, tmp_path):
 def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
     assert ask(QUESTION, "--image", "dog.jpg", code=1).error == "no picture at dog.jpg"
     assert ask(QUESTION, "--image", tmp_path, code=1).error == f"{tmp_path} is a folder — name a picture in it"
+    (tmp_path / "cat.JPG").touch()
+    assert (
+        f"name a picture in it, for example {tmp_path / 'cat.JPG'}" in ask(QUESTION, "--image", tmp_path, code=1).error
+    )
     assert "File name too long" in ask("dog.jpg", "--image", QUESTION * 50, code=1).error  # the two mixed up
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.cli.harness import SIGHT, here, installed, read_rows, write_rows
+from tests.cli.harness import ASSETS, EYE, SIGHT, here, installed, read_rows, write_rows
 
 
 @pytest.fixture
@@ -90,18 +90,20 @@ def test_rows_without_pictures_need_none(score, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "words"),
+    ("option", "wrong", "code", "words"),
     [
-        (["--data", "nowhere.jsonl"], 1, "no data file nowhere.jsonl"),
-        (["--images", "nowhere.zip"], 1, "no pictures at nowhere.zip"),
-        (["--model", "nowhere.pth"], 1, "no weights at nowhere.pth"),
-        (["--vision-model", "nowhere"], 1, "no vision model in nowhere"),
-        (["--tokenizer", "nowhere"], 1, "no tokenizer in nowhere"),
-        (["--device", "gpu"], 2, "--device gpu"),
+        ("--data", "nowhere.jsonl", 1, "no data file nowhere.jsonl"),
+        ("--images", "nowhere.zip", 1, "no pictures at nowhere.zip"),
+        ("--model", "nowhere.pth", 1, "no weights at nowhere.pth"),
+        ("--vision-model", "nowhere", 1, "no vision model in nowhere"),
+        ("--tokenizer", "nowhere", 1, "no tokenizer in nowhere"),
+        ("--device", "gpu", 2, "--device gpu"),
     ],
 )
-def test_a_missing_input_is_one_line(score, args, code, words):
-    assert words in score(*args, code=code).error
+def test_a_missing_input_is_one_line(sighted, place, option, wrong, code, words):
+    given = {"--model": sighted, "--data": place.data("sft"), "--vision-model": EYE, "--tokenizer": ASSETS}
+    ended = here("eval", *(word for pair in (given | {option: wrong}).items() for word in pair))
+    assert (ended.code, words in ended.error) == (code, True)
 
 
 def test_with_nothing_there_the_command_that_makes_the_data_is_named(tmp_path, monkeypatch):

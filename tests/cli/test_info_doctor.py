@@ -42,6 +42,7 @@ def test_info_of_data(place):
 def test_info_of_a_run(trained):
     for path in (trained.out / "pretrain_vlm_128", trained.out / "pretrain_vlm_128" / "metrics.jsonl"):
         found = here("info", path, "--json").json
+        assert found["weights"] == str(trained.out / "pretrain_vlm_128.pth")
         assert (found["kind"], found["step"], found["steps"], found["records"]) == ("run", 10, 10, 10)
 
 
@@ -110,8 +111,14 @@ def test_info_of_other_files(file, words, tmp_path, monkeypatch):
     assert words in ended.error
 
 
-def test_info_of_a_zip_of_pictures(place):
-    assert here("info", place.images("sft")).code == 1
+def test_info_of_pictures_and_of_a_zip_of_them(place, tmp_path):
+    found = here("info", place.images("sft"), "--json").json
+    assert (found["kind"], found["members"]) == ("zip", ROWS)
+    assert f"name the rows ({place.data('sft')}) in its place, and the zip with --images" in found["use"]
+    found = here("info", place.picture(), "--json").json
+    assert (found["kind"], found["width"], found["height"]) == ("picture", 128, 128)
+    (tmp_path / "cut.zip").write_bytes(place.images("sft").read_bytes()[:1000])
+    assert "not a zip that can be read" in here("info", tmp_path / "cut.zip").error
 
 
 @pytest.mark.parametrize("here_or_up", [".", ".."])

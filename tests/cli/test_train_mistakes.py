@@ -57,15 +57,6 @@ def test_fine_tuning_before_pretraining_is_told_to_pretrain_first(refused):
     assert "text-only base without a projector; `mmv train pretrain` makes one" in refused(1, stage="sft", init=BASE)
 
 
-def test_everything_missing_names_the_first_thing_to_get(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for stage in ("pretrain", "sft"):
-        ended = here("train", stage)
-        assert ended.code == 1
-        assert "mmv download clip" in ended.error
-    assert tree(tmp_path) == []
-
-
 # --- inputs that are something else -----------------------------------------------------------------------------------
 
 

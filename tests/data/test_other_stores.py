@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from minimind_v.core.data import index, pictures, stores
+from minimind_v.core.data.index import Index
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import DataError, RowError
 from tests.data.made import picture
@@ -188,6 +189,24 @@ def test_a_damaged_index_is_made_again(large, damage):
         kept.write_bytes(damage(kept.read_bytes()))
     assert check(50) == [".jsonl", ".zip"]
     assert check(50) == []
+
+
+def test_an_index_of_another_kind_or_another_reader_is_made_again(large):
+    """The same file may have been named in another place, or was read by another version."""
+    make, check, folder = large
+    make(50)
+    check(50)
+    for kept, reader in ((".pictures.zip.index.npy", "JSONL rows"), (".rows.jsonl.index.npy", "zip members")):
+        (folder / kept).unlink()
+        path = folder / kept.removesuffix(".index.npy")[1:]
+        Index(path, reader, lambda: np.arange(200, dtype=np.uint64).reshape(2, 100))
+        assert (folder / kept).is_file()
+    assert check(50) == [".jsonl", ".zip"]
+    assert check(50) == []
+    for kept in folder.glob(".*.npy"):  # as before an index told its kind
+        found = np.load(kept)
+        np.save(kept, np.delete(found, 1, axis=1))
+    assert check(50) == [".jsonl", ".zip"]
 
 
 def test_a_small_file_gets_no_index(tmp_path):

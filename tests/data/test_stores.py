@@ -582,12 +582,45 @@ def _read_and_tell(shared):
         (gzip.compress(b"{}", mtime=0), "a gzip archive"),
         ("{}\n".encode("utf-16"), "UTF-16"),
         (b"PAR1" + bytes(20), "ends in .parquet"),
+        (b"BZh91AY&SY", "a bzip2 archive"),
+        (b"\x28\xb5\x2f\xfd" + bytes(20), "a zstd archive"),
+        (bytes(257) + b"ustar\x0000" + bytes(700), "a tar archive"),
+        (b"\x89PNG\r\n\x1a\n", "a picture, not rows"),
+        (b"GGUF" + bytes(20), "weights of a model, not rows"),
+        (b"\x40\0\0\0\0\0\0\0{}", "weights of a model, not rows"),
+        (b"\x01\x02\0\x03", "no text"),
     ],
 )
 def test_a_file_of_another_kind_is_named_once_and_not_row_by_row(tmp_path, data, words):
     (tmp_path / "rows.jsonl").write_bytes(data)
     with pytest.raises(DataError, match=words):
         open_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        (["a.jpg", "b.jpg"], "a zip of pictures — name the rows .*, and the zip with --images"),
+        (["rows/mine.jsonl", "rows/a.jpg"], "unpack it first, and name rows/mine.jsonl"),
+        (["archive/data.pkl", "archive/data/0"], "weights of a model"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.zip", "x.jsonl", "x.json", "x.parquet"])
+def test_a_zip_in_the_place_of_rows_is_told_where_it_belongs(tmp_path, members, words, name):
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        for member in members:
+            archive.writestr(member, b"{}\n")
+    with pytest.raises(DataError, match=words):
+        open_rows(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_rows_beside_a_zip_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "cats_images.zip", "w") as archive:
+        archive.writestr("a.jpg", b"")
+    (tmp_path / "cats_data.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"name the rows \(.*cats_data\.jsonl\)"):
+        open_rows(tmp_path / "cats_images.zip")
 
 
 def test_names_of_pictures_may_be_a_list_and_an_array_of_rows_is_told_where_it_belongs(tmp_path):

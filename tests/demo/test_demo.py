@@ -11,6 +11,9 @@ from unittest import mock
 
 import pytest
 
+from minimind_v.core.demo import run
+from minimind_v.core.errors import UsageError
+from minimind_v.core.train.metrics import Silent
 from tests.cli.harness import here
 
 MMV = Path(sys.executable).with_name("mmv")
@@ -131,3 +134,22 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert done.returncode == 2
     assert "name a new folder" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_demo_is_repeated_unless_its_weights_were_trained_on_since(tmp_path, monkeypatch):
+    def stop(*args):
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "as_file", stop)  # the first that it does after it has looked at its folder
+    demo = run.Demo(tmp_path / "demo", 0, Silent(), lambda *told: None)
+    (tmp_path / "demo" / "out").mkdir(parents=True)
+    for path in demo.weights.values():
+        path.write_bytes(b"by the demo")
+    demo._note_weights()
+    with pytest.raises(InterruptedError):
+        demo.run()
+    demo._note_weights()
+    demo.weights["sft_vlm_128"].write_bytes(b"by its user")
+    with pytest.raises(UsageError, match=r"sft_vlm_128\.pth is not as the demo left it"):
+        demo.run()
+    assert demo.weights["sft_vlm_128"].read_bytes() == b"by its user"

@@ -137,6 +137,46 @@ def test_wrong_files_are_named_and_fetched_again(get, hub, tmp_path):
     assert hub.sent == 0
 
 
+def test_what_was_damaged_or_edited_is_kept_beside(get, tmp_path):
+    get("tokenizer")
+    words = tmp_path / "model" / "tokenizer_config.json"
+    for number in ("", "2"):
+        words.write_text(f"mine{number}")
+        done = get("tokenizer")
+        assert done.code == 0, done.err
+        assert f"what stood at {words} is now {words}.old{number}" in done.err
+        assert Path(f"{words}.old{number}").read_text() == f"mine{number}"
+        assert words.read_text() != f"mine{number}"
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_what_a_user_made_is_in_the_way_and_stays(get, hub, tmp_path, more):
+    """Trained weights have the names of published ones; rows of one's own may have, too."""
+    hub.repos["models/jingyaogong/MiniMind2-V-PyTorch"] |= {"pretrain_vlm_512.pth": b"hub", "sft_vlm_512.pth": b"hub"}
+    for what, name in (("weights", "out/sft_vlm_512.pth"), ("dataset", "dataset/sft_i2t.parquet"),
+                       ("tokenizer", "model/tokenizer.json"), ("lm", "out/lm_512.pth")):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+        ended = get(what, *more)
+        assert (ended.code, f"in the way, and not as they were downloaded: {tmp_path / name} " in ended.error) == (
+            2,
+            True,
+        )
+        assert (tmp_path / name).read_bytes() == b"mine"
+    assert hub.sent == 0
+
+
+def test_weights_that_were_trained_on_and_samples_that_were_edited_stay(get, hub, tmp_path):
+    hub.repos["models/jingyaogong/MiniMind2-V-PyTorch"] |= {"pretrain_vlm_512.pth": b"hub", "sft_vlm_512.pth": b"hub"}
+    for words, name in ((("weights",), "out/sft_vlm_512.pth"),
+                        (("dataset", "--split", "sft", "--sample", 5), "dataset/sample/sft_i2t.parquet")):  # fmt: skip
+        assert get(*words).code == 0
+        (tmp_path / name).write_bytes(b"mine")
+        ended = get(*words)
+        assert (ended.code, str(tmp_path / name) in ended.error) == (2, True)
+        assert (tmp_path / name).read_bytes() == b"mine"
+
+
 def test_files_copied_by_hand_are_checked_and_kept(get, hub, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lm_512.pth").write_bytes(LM)

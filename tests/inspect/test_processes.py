@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import threading
 import time
 
 import numpy as np
+import pytest
 
 from minimind_v.core.data.digests import Digests
+from minimind_v.core.errors import RunError
 from minimind_v.core.inspect.packed import Packed
 from minimind_v.core.inspect.processes import each_row
 from tests.cli.harness import SIGHT, Running, place, read_rows, write_rows
-from tests.inspect.killer import killed_by_some
+from tests.inspect.killer import EndsItsReader, divided_by, killed_by_some
 
 
 def test_repetitions_are_those_of_a_dictionary():
@@ -43,6 +47,30 @@ def test_every_row_that_kills_is_named():
     assert list(each_row(killed_by_some, range(50), 2, lambda index: f"killed by {index}")) == [
         "killed by 39" if n == 39 else n for n in range(50)
     ]
+
+
+def test_nothing_is_left_when_it_ends_however_it_ends():
+    """What is left would still be at work while the interpreter ends, which shows as a traceback on a busy machine."""
+    threads = set(threading.enumerate())
+    found = each_row(killed_by_some, range(39), 2, str)
+    assert [*found] == [*range(39)]
+    assert (multiprocessing.active_children(), set(threading.enumerate())) == ([], threads)
+    begun = each_row(killed_by_some, range(39), 2, str)
+    assert next(begun) == 0
+    begun.close()
+    assert (multiprocessing.active_children(), set(threading.enumerate())) == ([], threads)
+
+
+def test_an_error_over_a_row_is_raised_where_the_rows_are_asked_for():
+    with pytest.raises(ZeroDivisionError):
+        list(each_row(divided_by, range(40), 1, str))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_cannot_begin_is_not_the_fault_of_a_row():
+    with pytest.raises(RunError, match="ended before it began"):
+        list(each_row(divided_by, EndsItsReader(), 2, str))
+    assert multiprocessing.active_children() == []
 
 
 def test_ctrl_c_and_a_kill_leave_no_process_and_no_traceback(tmp_path):

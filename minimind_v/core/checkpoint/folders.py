@@ -18,6 +18,7 @@ from minimind_v.core.checkpoint.tensors import read_tensors
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.files import read_json
+from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
 
 META = "minimind_v"  # the key of our description in a safetensors header
 VISION = "vision_encoder."
@@ -75,7 +76,9 @@ def weight_files(folder: Path) -> list[Path]:
             return files
     if (folder / "config.json").is_file():
         raise WeightsError(f"{folder}: has a config.json and no weights ({' or '.join(WEIGHTS)}) — download it again")
-    raise WeightsError(f"{folder}: a folder, not a weights file — name the .pth or .safetensors in it")
+    inside = ", ".join(path.name for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS_ENDINGS)
+    which = f"one of {inside}" if inside else "the .pth or .safetensors"
+    raise WeightsError(f"{folder}: a folder, not a weights file — name {which} in it")
 
 
 def _read_all(files: list[Path], without: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from minimind_v.core.checkpoint.companions import RECORD, UNKNOWN, Companions, as_record, of_the_run, read_record
 from minimind_v.core.checkpoint.folders import META, VISION, read_folder
 from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
-from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.errors import MissingInput, RunError, UsageError, WeightsError
+from minimind_v.core.errors import RunError, UsageError, WeightsError
 from minimind_v.core.files import sweep, write_atomically, write_text
 from minimind_v.core.gguf.files import is_gguf, read_gguf
+from minimind_v.core.hub.sources import weights_at
+from minimind_v.core.wording import plural
 
 PROJECTOR = "vision_proj."
 # Buffers that older versions of the published model saved and that are computed today.
@@ -75,7 +77,7 @@ class Receipt:
     ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        counts = [f"{len(self.loaded)} tensors loaded"]
+        counts = [f"{plural(len(self.loaded), 'tensor')} loaded"]
         for name in ("new", "missing", "unexpected", "wrong_shape", "ignored"):
             if found := getattr(self, name):
                 shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
@@ -86,17 +88,17 @@ class Receipt:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a `.pth` or `.safetensors` file, whichever it really is, or a folder that transformers or llama.cpp reads.
 
+    A run's folder stands for the weights of the run.
     Raises MissingInput, or WeightsError with a line for each way in which a file can be wrong.
     """
+    path = weights_at(path)
     if is_gguf(path):
         tensors, meta = read_gguf(path)
     elif path.is_dir():
         tensors, meta = read_folder(path)
-    elif path.is_file():
+    else:
         tensors, described = read_tensors(path)
         meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
-    else:
-        raise MissingInput(f"no weights at {path}")
     tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
@@ -193,11 +195,6 @@ def _stage_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if not any(name.startswith(PROJECTOR) for name in tensors):
         return "lm"
     return next((stage for stage in ("pretrain", "sft") if path.name.startswith(stage)), "unknown")
-
-
-def name_preset(config: TextConfig) -> str | None:
-    """The preset of exactly these sizes, if there is one."""
-    return next((name for name, preset in PRESETS.items() if preset == config), None)
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = False) -> Receipt:

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from minimind_v.core.data.pictures import open_pictures, stand_in
+from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Row, as_messages, count_marks, image_names, parse_talk, picture_bytes
 from minimind_v.core.data.splits import ALL, LEARN, Choice, choose, split_of
+from minimind_v.core.data.strangers import no_rows, stand_in
 from minimind_v.core.data.unread import refuse_unread
 from minimind_v.core.errors import DataError, RowError, UsageError
 
@@ -272,7 +273,11 @@ def _read_footer(file: Path) -> pq.FileMetaData:
     try:
         return _footer(file)
     except (pa.ArrowException, OSError) as error:
-        found = stand_in(file) or f"not a parquet file ({' '.join(str(error).split())}) — download it again"
+        found = (
+            stand_in(file)
+            or no_rows(file)
+            or f"not a parquet file ({' '.join(str(error).split())}) — download it again"
+        )
         raise DataError(f"{file}: {found}") from None
 
 

@@ -14,18 +14,13 @@ import numpy as np
 
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.row import Reopened, check_size
+from minimind_v.core.data.strangers import stand_in
 from minimind_v.core.errors import DataError, MissingInput, RowError
 from minimind_v.core.hub.sources import how_to_get
 
 ENTRY = 46  # bytes of an entry of a zip's directory before its name, its extra fields and its comment
 LENGTHS = 28  # where it tells how long these three are
-STRANGERS = {  # first bytes of files that are something else than rows or a zip
-    b"\x1f\x8b": "this is a gzip archive — unpack it first",
-    b"7z\xbc\xaf": "this is a 7z archive — unpack it first",
-    b"Rar!": "this is a RAR archive — unpack it first",
-    b"\xff\xfe": "this is text in UTF-16 — save it as UTF-8",
-    b"\xfe\xff": "this is text in UTF-16 — save it as UTF-8",
-}
+KIND = "zip members: hash of the file name, place of the entry"  # of the index
 PIECE = 2**20  # bytes of the directory that are looked at together
 
 
@@ -42,13 +37,17 @@ class Pictures(Protocol):
 
 def open_pictures(path: Path | None) -> Pictures:
     """Open a folder or a zip of pictures; None for rows that should have none. Raises MissingInput or DataError."""
+    path = find_pictures(path)
     if path is None:
         return NoPictures()
-    if path.is_dir():
-        return FolderPictures(path)
-    if path.is_file():
-        return ZipPictures(path)
-    raise MissingInput(f"no pictures at {path} — {how_to_get('dataset')}, or name a folder or a zip with --images")
+    return FolderPictures(path) if path.is_dir() else ZipPictures(path)
+
+
+def find_pictures(path: Path | None) -> Path | None:
+    """The folder or zip, if it is there. Raises MissingInput."""
+    if path is not None and not path.is_dir() and not path.is_file():
+        raise MissingInput(f"no pictures at {path} — {how_to_get('dataset')}, or name a folder or a zip with --images")
+    return path
 
 
 class NoPictures:
@@ -92,12 +91,16 @@ class ZipPictures(Reopened):
         super().__init__(path)
         self._prefix = 0  # bytes that stand before the zip in its file, as in an archive that unpacks itself
         try:
-            self._index = Index(path, self._find_entries)
+            self._index = Index(path, KIND, self._find_entries)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # zipfile raises many kinds on damaged files
             found = stand_in(path) or f"not a zip that can be read ({error}) — download it again"
             raise DataError(f"{path}: {found}") from None
+
+    def __len__(self) -> int:
+        """How many members it has, folders not counted."""
+        return len(self._index)
 
     def _find_entries(self) -> np.ndarray:
         """Hash of the file name and place of every entry, sorted by hash: uint64 [2, members]."""
@@ -213,20 +216,3 @@ def _hash(name: str) -> int:
 def _plain_path(name: str) -> str:
     """A path with forward slashes, without the parts that lead nowhere or upwards."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
-
-
-def stand_in(path: Path) -> str | None:
-    """What was saved in the place of a data file, where its beginning shows that."""
-    with path.open("rb") as file:
-        raw = file.read(512)
-    for beginning, meaning in STRANGERS.items():
-        if raw.startswith(beginning):
-            return meaning
-    if raw.startswith(b"PAR1") and path.suffix != ".parquet":
-        return "this is parquet — give it a name that ends in .parquet"
-    head = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"<"):
-        return "this is an HTML page, not data — a link to the page of a file was saved instead of the file"
-    if head.startswith(b"version https://git-lfs"):
-        return f"this is a git-lfs pointer, not the data — {how_to_get('dataset')}"
-    return None

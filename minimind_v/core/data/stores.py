@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minimind_v.core.data.index import Index
-from minimind_v.core.data.pictures import open_pictures, stand_in
+from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Reopened, Row, RowStore, as_messages, image_names
 from minimind_v.core.data.splits import LEARN
+from minimind_v.core.data.strangers import ROWS, no_rows, stand_in
 from minimind_v.core.data.unread import refuse_unread
-from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
 from minimind_v.core.hub.sources import how_to_get
 
 if TYPE_CHECKING:
@@ -40,12 +41,10 @@ def open_rows(
     splits one is read, and `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no
     row. Raises MissingInput, DataError or UsageError.
     """
-    if not data.is_dir():
-        if not data.is_file():
-            raise MissingInput(f"no data file {data} — {how_to_get('dataset')}, or name yours with --data")
-        if split is not None:
-            raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
-    if data.is_dir() and any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+    find_rows(data)
+    if split is not None and not data.is_dir():
+        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    if any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         from minimind_v.core.data.saved import SavedRows
 
         rows: SavedRows | ParquetRows = SavedRows(data, images, split, order)
@@ -60,19 +59,29 @@ def open_rows(
     return rows
 
 
+def find_rows(data: Path) -> Path:
+    """The file or folder of rows, if it is there. Raises MissingInput with the name beside it that is most like it."""
+    if data.is_dir() or data.is_file():
+        return data
+    try:
+        beside = [path.name for path in data.parent.iterdir() if path.name.endswith(ROWS)]
+    except OSError:  # no folder either
+        beside = []
+    raise MissingInput(f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or name your own")
+
+
 class _TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
 
+    kind: str  # of the index
     split = ""
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""
         super().__init__(path)
-        if not path.is_file():
-            raise MissingInput(f"no data file {path} — {how_to_get('dataset')}, or name yours with --data")
-        if (found := stand_in(path)) and path.stat().st_size:
+        if found := stand_in(path) or no_rows(path):
             raise DataError(f"{path}: {found}")
-        self._index = Index(path, self._find_rows)
+        self._index = Index(path, self.kind, self._find_rows)
         if len(self._index) == 0:
             raise DataError(f"{path}: the file has no rows")
         self._images = open_pictures(images)
@@ -122,6 +131,8 @@ def _array(data: bytes) -> str:
 class JsonlRows(_TextRows):
     """Rows of a JSONL file. Of each only its offset and its line are kept: 16 bytes."""
 
+    kind = "JSONL rows: offset, line"
+
     def number(self, index: int) -> int:
         return int(self._index.array[1, index])
 
@@ -156,6 +167,8 @@ def _is_blank(file: Any, offset: int) -> bool:
 
 class LlavaRows(_TextRows):
     """Rows of one JSON array, as LLaVA's data has them: `conversations` of from and value, `image` a name or a list."""
+
+    kind = "JSON array of rows: offset, length"
 
     def row(self, index: int) -> Row:
         offset, length = (int(number) for number in self._index.array[:, index])

@@ -30,11 +30,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Load `tokenizer.json` from a folder. Raises MissingInput or WeightsError, each with the next step."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise MissingInput(
-                f"no tokenizer in {folder} (tokenizer.json is missing) — {how_to_get('tokenizer', folder)}"
-            )
+        path = find_tokenizer(folder)
         try:
             backend = FastTokenizer.from_str(_without_image_token(path.read_text(encoding="utf-8")))
         except Exception as error:  # the Rust library raises plain Exception
@@ -68,6 +64,14 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, without the special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The `tokenizer.json` of a folder. Raises MissingInput."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise MissingInput(f"no tokenizer in {folder} (tokenizer.json is missing) — {how_to_get('tokenizer', folder)}")
+    return path
 
 
 def with_image_token(text: str, number: int) -> str:

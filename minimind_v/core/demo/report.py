@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.demo import world
-from minimind_v.core.files import write_text
-from minimind_v.core.inspect.page import data_uri, figures, page
+from minimind_v.core.inspect.page import data_uri, figures, page, write_page
 from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.plot import curves as draw
 
@@ -77,7 +76,7 @@ def write_report(
         f"{kinds}</table></div><h2>Pictures never seen, with questions and answers</h2>"
         f'<dl class="key">{key}</dl>{sheets}'
     )
-    write_text(path, page("mmv demo", body, PLOT_STYLE + STYLE))
+    write_page(path, page("mmv demo", body, PLOT_STYLE + STYLE))
 
 
 def _percent(value: float | None) -> str:

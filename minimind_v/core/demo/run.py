@@ -31,7 +31,7 @@ from minimind_v.core.demo.report import Sample, write_report
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
 from minimind_v.core.export.files import convert
-from minimind_v.core.files import write_text
+from minimind_v.core.files import read_notes, write_text
 from minimind_v.core.generate.load import Loaded, load_model
 from minimind_v.core.generate.many import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY
@@ -41,6 +41,8 @@ from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.loop import train
 from minimind_v.core.train.metrics import Listener, read_metrics
+
+MARK = ".mmv-demo"  # in the folder of a demo, which may write over what it left there
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Demo:
         samples = self._samples(loaded)
         export = _command("convert", "--model", sft, "--to", "safetensors")
         self._stage("convert", "the same weights as safetensors", export, self._convert)
+        self._note_weights()
         summary = self._summary(before, after, answer, time.perf_counter() - started)
         write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         write_report(self.out / "report.html", summary, self._curves(), samples)
@@ -109,10 +112,18 @@ class Demo:
         return result
 
     def _claim_folder(self) -> None:
-        mark = self.out / ".mmv-demo"
+        mark = self.out / MARK
         if not mark.exists() and self.out.exists() and (self.out.is_file() or any(self.out.iterdir())):
             raise UsageError(f"{self.out} holds something else — name a new folder with --out")
-        write_text(mark, "made by `mmv demo`, which may write over what is here\n")
+        for name, stamp in read_notes(mark).get("weights", {}).items():
+            if (path := self.out / "out" / name).exists() and _stamp(path) != stamp:
+                raise UsageError(f"{path} is not as the demo left it — move it, or name a new folder with --out")
+        write_text(mark, json.dumps({"made_by": "mmv demo"}) + "\n")
+
+    def _note_weights(self) -> None:
+        """Note how the weights look: those that were trained on since are not written over."""
+        weights = {path.name: _stamp(path) for path in self.weights.values()}
+        write_text(self.out / MARK, json.dumps({"made_by": "mmv demo", "weights": weights}) + "\n")
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -267,3 +278,8 @@ def _by_kind(scores: Scores, tests: list[Test]) -> dict[str, float]:
     for answers, test in zip(scores.answers.values(), tests, strict=True):
         right[test.question.kind] += [bool(answer) for answer in answers]
     return {kind: round(sum(marks) / len(marks), 4) for kind, marks in sorted(right.items())}
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file is written."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]

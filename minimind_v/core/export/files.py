@@ -7,7 +7,8 @@ from pathlib import Path
 
 from minimind_v.core.checkpoint.tensors import cast
 from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
-from minimind_v.core.errors import RunError, UsageError
+from minimind_v.core.errors import RunError
+from minimind_v.core.outputs import check_weights
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,7 @@ def convert(source: Path, target: Path, to: str, dtype: str | None = None, overw
 
     Raises MissingInput, WeightsError, UsageError where the target is in the way, RunError where it cannot be written.
     """
-    if target.suffix != f".{to}":
-        raise UsageError(f"--out {target} does not end with .{to}")
-    if target.exists() and target.resolve() == source.resolve():
-        raise UsageError(f"{target} is the source itself — name another --out")
-    for written in (target, target.with_suffix(".json")) if to == "pth" else (target,):
-        if written.exists() and not overwrite:
-            raise UsageError(f"{written} is there already — add --overwrite, or name another --out")
+    check_weights(target, source, to, overwrite)
     checkpoint = read_checkpoint(source)
     tensors = checkpoint.tensors
     if dtype is not None:

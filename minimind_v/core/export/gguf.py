@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from minimind_v import __version__
-from minimind_v.core.checkpoint.weights import PROJECTOR, name_preset
+from minimind_v.core.checkpoint.weights import PROJECTOR
+from minimind_v.core.config.presets import name_preset
 from minimind_v.core.export.order import Order
 from minimind_v.core.files import disk_errors, write_text
 from minimind_v.core.generate.load import Loaded

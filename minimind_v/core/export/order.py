@@ -40,6 +40,6 @@ class Made:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Made:
-        from minimind_v.core.checkpoint.weights import name_preset
+        from minimind_v.core.config.presets import name_preset
 
         return cls(checkpoint.stage, name_preset(checkpoint.config))

@@ -15,7 +15,7 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
 from minimind_v.core.gguf.files import is_gguf, read_eye, read_tokenizer
-from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, find_model, how_to_get
+from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, how_to_get, latest_model
 from minimind_v.core.model.bare import Bare
 from minimind_v.core.model.vision import VisionEncoder, VisionSpec
 from minimind_v.core.model.vlm import VLM
@@ -47,7 +47,8 @@ def load_model(
     Where these two are not named, `find_senses` finds them. `say` is given a line about each choice that is not plain.
     Raises MissingInput or WeightsError; a text-only base is refused, since it has no projector.
     """
-    checkpoint = read_checkpoint(weights or find_model(say))
+    chosen = pick_device(device)  # a wrong name is told before anything is read
+    checkpoint = read_checkpoint(weights or latest_model(say))
     senses = find_senses(checkpoint, vision_model, tokenizer, say)
     encoder = read_eye(senses.vision_model) if is_gguf(senses.vision_model) else VisionEncoder.load(senses.vision_model)
     words = read_tokenizer(senses.tokenizer) if is_gguf(senses.tokenizer) else Tokenizer.load(senses.tokenizer)
@@ -55,7 +56,7 @@ def load_model(
     with Bare():
         model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
     receipt = load_into(model, checkpoint)
-    return Loaded(model.to(pick_device(device)).eval(), words, checkpoint, receipt)
+    return Loaded(model.to(chosen).eval(), words, checkpoint, receipt)
 
 
 # --- the vision model and the tokenizer of some weights ---------------------------------------------------------------
@@ -113,7 +114,7 @@ def find_senses(
         if not kind.is_at(path)
     ]
     if missing:
-        raise MissingInput("; ".join(missing))
+        raise MissingInput(*missing)
     return senses
 
 

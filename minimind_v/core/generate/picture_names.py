@@ -15,6 +15,7 @@ from PIL import Image
 
 from minimind_v.core.data.images import FORMATS
 from minimind_v.core.errors import MissingInput, MmvError, UsageError, shorten
+from minimind_v.core.hub.sources import PICTURE_ENDINGS
 
 SHOWN = 120  # characters of a name
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # longer than the letter of a drive
@@ -85,7 +86,9 @@ def read_picture(name: str) -> Picture:
         shown = shorten(str(path), SHOWN)
     try:
         if path.is_dir():
-            raise MissingInput(f"{shown} is a folder — name a picture in it")
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_ENDINGS)
+            example = f", for example {inside[0]}" if inside else ""
+            raise MissingInput(f"{shown} is a folder — name a picture in it{example}")
         if not path.is_file():
             raise MissingInput(f"no picture at {shown}")
         return Picture(shown, path.read_bytes())

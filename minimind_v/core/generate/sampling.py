@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from minimind_v.core.errors import UsageError
+from minimind_v.core.generate.settings import GREEDY, Sampling
+
+__all__ = ["GREEDY", "Sampler", "Sampling"]
 
 FEW = 64  # of the likeliest, in which a draw mostly ends
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: nucleus sampling (Holtzman et al., 2020), or the likeliest where temperature is 0."""
-
-    temperature: float = 0.65
-    top_p: float = 0.85
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UsageError(f"--temperature must be 0 or more, not {self.temperature:g}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p must lie above 0 and not above 1, not {self.top_p:g}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must be 0 or more and below 2^63, not {self.seed}")
-
-
-GREEDY = Sampling(temperature=0.0)
 
 
 class Sampler:

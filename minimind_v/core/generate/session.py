@@ -17,6 +17,7 @@ from minimind_v.core.generate.picture_names import Picture, read_picture
 from minimind_v.core.generate.ready import ready, signs_of
 from minimind_v.core.generate.sampling import Sampler, Sampling
 from minimind_v.core.generate.text import TextStream
+from minimind_v.core.inputs import check_marks
 from minimind_v.core.model.vlm import VLM
 
 Image = Picture | Path | str | np.ndarray  # a file read already, its name, or uint8 [3, S, S]
@@ -128,10 +129,7 @@ def open_question(question: str, images: Iterable[Image], size: int) -> tuple[st
     pictures = [_open(image, size) for image in images]
     if pictures and IMAGE_MARK not in question:
         question = f"{IMAGE_MARK}\n" * len(pictures) + question
-    if question.count(IMAGE_MARK) != len(pictures):
-        raise UsageError(
-            f"the question has {question.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(pictures)} pictures"
-        )
+    check_marks(question, len(pictures))
     return question, pictures
 
 

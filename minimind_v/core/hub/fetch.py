@@ -8,6 +8,7 @@ to, so that a part of another version is never gone on with.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from minimind_v.core.errors import RunError
+from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.hub.item import Item, Listener
 from minimind_v.core.hub.receipt import STAGING, Kept, Receipt
 from minimind_v.core.hub.remote import Hub, HubError, Listing, NotThere, RemoteFile, Unreachable
@@ -53,7 +54,7 @@ class Download:
         self.transferred = 0  # bytes that came over the network for files
 
     def run(self, dry: bool = False) -> list[Item]:
-        """Bring everything, or with `dry` tell what would be brought. Raises HubError, RunError."""
+        """Bring everything, or with `dry` tell what would be brought. Raises HubError, UsageError, RunError."""
         known = self._known()
         missing = [want for want in self.wants if want.label not in known]
         items = [item for found in known.values() for item in found]
@@ -61,11 +62,14 @@ class Download:
             return items
         hub, listings = self._reach(missing)
         if dry:
-            return items + self._plan(hub, missing, listings)
+            planned = self._plan(hub, missing, listings)
+            self._refuse_to_replace(planned)
+            return items + planned
         with self._locked({want.folder for want in missing}):
             known = self._known()  # by now another run may have brought it all
             planned = self._plan(hub, [want for want in missing if want.label not in known], listings)
             items += [item for want in missing for item in known.get(want.label, [])]
+            self._refuse_to_replace(planned)
             self._check_space(planned)
             return items + self._fetch(hub, planned)
 
@@ -176,6 +180,14 @@ class Download:
         self.listener.warn(f"{item.path} is not the hub's file (another SHA-256): fetching that")
         return None
 
+    def _refuse_to_replace(self, items: Sequence[Item]) -> None:
+        """Raises UsageError for files in the way that a user made: trained weights, own rows, edited samples."""
+        mine = [str(item.path) for item in items if item.action != "kept" and item.path.exists() and _is_mine(item)]
+        if mine:
+            raise UsageError(
+                f"in the way, and not as they were downloaded: {', '.join(mine)} — move them, or name another --dir"
+            )
+
     # --- bringing it ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -243,6 +255,10 @@ class Download:
             if other != item.part:  # of a version that nobody asks for any more
                 other.unlink()
         found = bring(hub, item.url, item.remote, item.part, progress, self.listener.warn)
+        if item.path.exists() and not _looks_downloaded(item):  # damaged, or edited: who knows?
+            aside = _free_name(item.path)
+            item.path.rename(aside)
+            self.listener.warn(f"what stood at {item.path} is now {aside}")
         settle(item.part, item.path)
         self.transferred += max(found.size - item.staged, 0)
         done = replace(item, action="fetched", size=found.size, sha256=found.sha256)
@@ -272,6 +288,25 @@ class Download:
         )
         with _receipt(item.folder) as receipt:
             receipt.files[item.path.name] = kept
+
+
+def _looks_downloaded(item: Item) -> bool:
+    kept = Receipt.read(item.folder).files.get(item.path.name)
+    return kept is not None and kept.looks_the_same(item.path)
+
+
+def _is_mine(item: Item) -> bool:
+    """Whether a file was made by a user: it never came from a hub or, of what is often changed, looks otherwise now."""
+    if item.path.name not in Receipt.read(item.folder).files:
+        return True
+    often = item.want is not None and (item.want.source.what == "weights" or item.want.rows is not None)
+    return often and not _looks_downloaded(item)
+
+
+def _free_name(path: Path) -> Path:
+    """`NAME.old`, or `NAME.old2` and so on where that is there."""
+    names = (path.with_name(f"{path.name}.old{number if number > 1 else ''}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from minimind_v.core.errors import DataError
 from minimind_v.core.files import write_atomically
 from minimind_v.core.hub.ranges import RangeFile
 from minimind_v.core.hub.remote import Hub, HubError
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.hub.item import Item, Listener
@@ -44,7 +45,7 @@ def take_sample(hub: Hub, items: Sequence[Item], listener: Listener) -> int:
         raise DataError(f"{items[0].remote.path} on {hub.endpoint} cannot be read ({error})") from None
     came, whole = sum(file.transferred for file in files.values()), sum(file.size for file in files.values())
     listener.say(
-        f"{count} rows of {', '.join(file.name for file in files.values())}: "
+        f"{plural(count, 'row')} of {', '.join(file.name for file in files.values())}: "
         f"{came / 1e6:,.1f} of {whole / 1e6:,.1f} MB transferred"
     )
     if count < rows:

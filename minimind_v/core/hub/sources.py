@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind_v.core.errors import MissingInput
+from minimind_v.core.errors import MissingInput, nearest
 
 # Where each stage looks, relative to the working folder; every command has an option to look elsewhere.
 TOKENIZER_DIR = Path("model")
@@ -23,6 +23,8 @@ DEMO_DIR = Path("demo")  # of `mmv demo`: all of these, in a folder of its own
 SAMPLE_DIR = DATASET_DIR / "sample"  # `--sample`: the same names as the whole files, in a folder of their own
 
 STANDARD_PRESET = "small"
+WEIGHTS_ENDINGS = (".pth", ".safetensors")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRE
     return hint
 
 
-def find_model(say: Callable[[str], None]) -> Path:
+def latest_model(say: Callable[[str], None]) -> Path:
     """The weights that a command takes where none are named: the latest, or the demo's where there are no others.
 
     Raises MissingInput where there are none at all.
@@ -157,10 +159,25 @@ def find_model(say: Callable[[str], None]) -> Path:
         raise
 
 
+def weights_at(path: Path) -> Path:
+    """The weights that a path stands for: a run's folder stands for the file that the run wrote, all else for itself.
+
+    Raises MissingInput where nothing is there.
+    """
+    if not path.exists():
+        beside = [other.name for other in path.parent.glob("*") if other.suffix in WEIGHTS_ENDINGS]
+        raise MissingInput(f"no weights at {path}{nearest(path.name, beside)}")
+    if not (path / "metrics.jsonl").is_file():
+        return path
+    run = path if path.name not in ("", "..") else path.resolve()
+    written = [run.with_name(run.name + ending) for ending in WEIGHTS_ENDINGS]
+    return next((file for file in written if file.is_file()), path)
+
+
 def find_weights(folder: Path) -> Path:
     """What the latest stage left: sft before pretrain, the newest where there are several sizes."""
     for stage in ("sft", "pretrain"):
-        if found := [path for ending in ("pth", "safetensors") for path in folder.glob(f"{stage}_vlm_*.{ending}")]:
+        if found := [path for ending in WEIGHTS_ENDINGS for path in folder.glob(f"{stage}_vlm_*{ending}")]:
             return max(found, key=lambda path: path.stat().st_mtime)
     raise MissingInput(
         f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model"

@@ -20,6 +20,7 @@ from minimind_v.core.data.row import RowStore
 from minimind_v.core.errors import DataError, RowError, RunError, UsageError
 from minimind_v.core.files import write_text
 from minimind_v.core.inspect.forms import Form, JsonlZip, Parquet, Whole
+from minimind_v.core.outputs import keep_inputs, keep_set
 
 LOCK = "lock"  # in the folder of the parts
 PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
@@ -43,8 +44,7 @@ def convert(
     Raises UsageError for another ending or a target that exists, DataError for the first row that cannot be read:
     nothing is left out without being asked for.
     """
-    target = check_target(out, overwrite)
-    keep_source(rows, target.files)
+    target = find_target(out, overwrite, rows.path, rows.pictures)
     with _alone(target):
         done = begun = _resume(rows, target)
         pictures = 0
@@ -58,24 +58,29 @@ def convert(
     return Converted(target.files, done, pictures, begun)
 
 
-def check_target(out: Path, overwrite: bool) -> Form:
-    """The form that a file's name asks for. Raises UsageError for another ending, and for a file that is there."""
+def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *others: Path | None) -> Form:
+    """The form that a file's name asks for, where it may be written.
+
+    Raises UsageError for another ending, for a file that is there, and where one of the other paths, which are read,
+    would be written over.
+    """
     form: type[Form] | None = {".jsonl": JsonlZip, ".parquet": Parquet}.get(out.suffix)  # type: ignore[assignment]
     if form is None:
         raise UsageError(f"{out}: ends in neither .jsonl nor .parquet, so it is not clear what to write")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder, and a file is to be written — name another file")
     target = form(out, out.with_name(f".{out.name}.parts"))
-    for path in target.files:
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} is there already — add --overwrite to replace it")
+    check_files(target.files, overwrite, rows, pictures, *others)
     return target
 
 
-def keep_source(rows: RowStore, files: list[Path]) -> None:
-    """Raises UsageError where the rows, or their pictures, would be written over while they are read."""
-    sources = [path.resolve() for path in (rows.path, rows.pictures) if path]
-    for file in files:
-        if file.resolve() in sources:
-            raise UsageError(f"{file} is what is read, so it cannot be written — name another file")
+def check_files(files: list[Path], overwrite: bool, rows: Path, *others: Path | None) -> None:
+    """Raises UsageError where files of rows may not be written, as `find_target` does."""
+    keep_inputs(files, (rows, *others))
+    keep_set(files, rows)
+    for path in files:
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} is there already — add --overwrite to replace it")
 
 
 def read_whole(rows: RowStore, index: int) -> Whole:

@@ -12,6 +12,7 @@ from typing import Any
 from minimind_v.core.data.row import describe_text_rows
 from minimind_v.core.inspect.preview import TEXT_ROW, RowView
 from minimind_v.core.inspect.tokens import Piece, visible
+from minimind_v.core.wording import plural
 
 BAR = 40  # characters of the longest bar
 LEARNT, SPECIAL, PICTURE, CUT, DIM, BOLD = "green", "magenta", "blue", "red", "dim", "bold"
@@ -27,7 +28,9 @@ def row_lines(view: RowView) -> Iterator[Line]:
         size = f"{visible(one.name)}, {one.width}×{one.height}, {1 - one.kept:.0%} outside the crop"
         yield [(f"picture {number}: {visible(one.trouble) or size}", DIM)]
     if view.whole:
-        told = f"{len(view.tokens)} tokens, {sum(view.tokens.image_mask)} of pictures, {view.supervised} learnt"
+        told = (
+            f"{plural(len(view.tokens), 'token')}, {sum(view.tokens.image_mask)} of pictures, {view.supervised} learnt"
+        )
         if lost:
             told += f"; {lost} cut off, {view.answers_lost} of them of answers"
         if view.batch:
@@ -48,7 +51,7 @@ def row_lines(view: RowView) -> Iterator[Line]:
     if any(text for text, _ in line):
         yield line
     if view.hidden:
-        yield [(f"… and {view.hidden:,} more tokens", DIM)]
+        yield [(f"… and {plural(view.hidden, 'more token')}", DIM)]
     if view.unmarked:
         yield [(TEXT_ROW, DIM)]
     if view.unanswered:
@@ -77,9 +80,14 @@ def _look(piece: Piece) -> tuple[str, str, str]:
 
 def stats_lines(report: dict[str, Any]) -> Iterator[Line]:
     """A report of `stats.look_at`, for reading."""
-    yield [(f"{report['rows']:,} rows of {visible(report['file'])}, looked at as {report['stage']} reads them", BOLD)]
+    yield [
+        (
+            f"{plural(report['rows'], 'row')} of {visible(report['file'])}, looked at as {report['stage']} reads them",
+            BOLD,
+        )
+    ]
     if report["sample"]:
-        yield [(f"a sample: the first {report['looked_at']:,} rows in the order of the first epoch", DIM)]
+        yield [(f"a sample: the first {plural(report['looked_at'], 'row')} in the order of the first epoch", DIM)]
     yield [("", "")]
     yield from _quantile_lines(report)
     yield [("", "")]
@@ -121,16 +129,18 @@ def summary(report: dict[str, Any]) -> dict[str, str]:
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped["kinds"].items())
     found = {
         "languages": ", ".join(f"{name} {share:.1%}" for name, share in report["languages"].items()) + " (by script)",
-        "skipped": f"{skipped['rows']:,} rows ({skipped['share']:.2%}){f': {kinds}' if kinds else ''}"
+        "skipped": f"{plural(skipped['rows'], 'row')} ({skipped['share']:.2%}){f': {kinds}' if kinds else ''}"
         + ("; training would refuse so many" if skipped["refused"] else "")
         + "; pictures were not opened, `mmv data check` does",
         **({"text rows": describe_text_rows(report["text_rows"], report["looked_at"])} if report["text_rows"] else {}),
-        "cut": f"{cut['rows']:,} rows ({cut['share']:.2%}) at {report['max_length']} tokens, {cut['turns']:,} turns "
-        f"and {cut['answer_tokens']:,} answer tokens ({cut['answer_tokens_share']:.2%}) with them",
+        "cut": f"{plural(cut['rows'], 'row')} ({cut['share']:.2%}) at {report['max_length']} tokens, "
+        f"{plural(cut['turns'], 'turn')} and {plural(cut['answer_tokens'], 'answer token')} "
+        f"({cut['answer_tokens_share']:.2%}) with them",
         "padding": f"{report['padding']['batches']:.2%} in training's batches; "
         f"{report['padding']['fixed']:.1%} if every row were filled up to {report['max_length']}",
-        "updates": f"{training['updates']:,}: {training['epochs']} epochs in batches of {training['batch_size']}, "
-        f"{training['accumulate']} per update; {training['supervised_tokens']:,} tokens learnt",
+        "updates": f"{training['updates']:,}: {plural(training['epochs'], 'epoch')} in batches of "
+        f"{training['batch_size']}, {training['accumulate']} per update; "
+        f"{plural(training['supervised_tokens'], 'token')} learnt",
     }
     seconds = report["time"]["seconds"]
     found["time"] = f"{_duration(seconds)} — {report['time']['how']}" if seconds else report["time"]["how"]

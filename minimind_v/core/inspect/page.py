@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 
+from minimind_v.core.errors import UsageError
+from minimind_v.core.files import write_text
 from minimind_v.core.inspect.tokens import visible
 
 # Whatever a row of data smuggles in, a browser that heeds this neither runs nor fetches it.
@@ -39,11 +42,30 @@ td + td { white-space: nowrap } td code { overflow-wrap: normal }
 """
 
 
+BEGIN = (
+    f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+)
+
+
+def check_page(path: Path) -> None:
+    """Raises UsageError where something else than an earlier page of ours would be written over."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, and a page is to be written — name a file")
+    if path.is_file() and path.stat().st_size and path.read_bytes()[: len(BEGIN)] != BEGIN.encode():
+        raise UsageError(f"{path} is there already, and not a page by mmv — name another file")
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page atomically. Raises UsageError as `check_page` does, RunError where it cannot be written."""
+    check_page(path)
+    write_text(path, text)
+
+
 def page(title: str, body: str, style: str = "") -> str:
     """A whole page. `body` and `style` are HTML and CSS already."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f"{BEGIN}"
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(visible(title))}</title><style>{STYLE}{style}</style></head><body>{body}</body></html>\n"
     )

@@ -10,6 +10,7 @@ from minimind_v.core.inspect.page import data_uri, page
 from minimind_v.core.inspect.preview import TEXT_ROW, BatchView, PictureView, RowView
 from minimind_v.core.inspect.tokens import Piece, visible
 from minimind_v.core.model.vision import VisionSpec
+from minimind_v.core.wording import plural
 
 NEWLINE = '<span class="dim">↵</span>'
 SHIFTS = 6  # predictions of a row that are written out
@@ -71,7 +72,8 @@ def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name
     side = spec.image_size // spec.patch_size
     used = sum(not view.trouble for view in views)
     head = (
-        f"<h1>What the model gets</h1><p class='dim'>{len(views)} rows of <code>{escape(visible(name))}</code>, "
+        f"<h1>What the model gets</h1><p class='dim'>{plural(len(views), 'row')} of "
+        f"<code>{escape(visible(name))}</code>, "
         f"prepared as <b>{config.stage}</b> would read them: at most {config.data.max_length} tokens a row, batches of "
         f"{config.data.batch_size}, pictures of {spec.image_size} × {spec.image_size} pixels. "
         f"{used} of them would be trained on.</p>"
@@ -226,9 +228,9 @@ def _padding(batch: BatchView | None, tokens: int, config: RunConfig) -> str:
     if batch is None:
         return ""
     return (
-        f'<p class="dim">In the first epoch it shares a batch with {batch.rows - 1} rows of up to {batch.length} '
-        f"tokens and gets <b>{batch.length - tokens}</b> tokens of padding; filled up to {config.data.max_length} "
-        f"it would get {config.data.max_length - tokens}.</p>"
+        f'<p class="dim">In the first epoch it shares a batch with {plural(batch.rows - 1, "row")} of up to '
+        f"{batch.length} tokens and gets <b>{batch.length - tokens}</b> tokens of padding; filled up to "
+        f"{config.data.max_length} it would get {config.data.max_length - tokens}.</p>"
     )
 
 

@@ -1,89 +1,145 @@
-"""Every row of a set through a function, in several processes, in the order of the rows; a row that kills is named."""
+"""Every row of a set through a function, in several processes, in the order of the rows; a row that kills is named.
+
+The processes are ours, each at one end of a pipe, and not a `ProcessPoolExecutor`: that one has a thread which outlives
+`shutdown(wait=False)` and closes its pipe while the interpreter, at its end, still writes into it: a traceback in one
+of eight runs on a busy machine. Here nothing runs beside the caller, and nothing is left when `each_row` has ended.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
+
+from minimind_v.core.errors import RunError
 
 T = TypeVar("T")
 Look = Callable[[Any, int], T]
+Span = tuple[int, int]  # rows from the first number on, up to the second
 TOGETHER = 32  # rows that a process is given at a time
-AHEAD = 4  # such spans per process that are under way
-
-_rows: Any  # of a worker process
+QUEUED = 2  # spans that a process has: one to work on, one so that it need not wait
+AHEAD = 4 * TOGETHER  # rows per process that may be done before the row that is next in order
 
 
 def each_row(look: Look[T], rows: Sized, workers: int, crashed: Callable[[int], T]) -> Iterator[T]:
-    """`look(rows, index)` for every row, in order; `crashed(index)` of one that ends its process. All are pickled."""
-    at = 0  # the first row whose result is not out
-    while at < len(rows):
-        pool, waiting, ahead = _pool(rows, workers), deque[Future[list[T]]](), at
-        try:
-            while at < len(rows):
-                while ahead < len(rows) and len(waiting) < AHEAD * workers:
-                    waiting.append(_submit(pool, look, ahead, min(ahead + TOGETHER, len(rows))))
-                    ahead += TOGETHER
-                found = waiting[0].result()
-                waiting.popleft()
-                at += len(found)
-                yield from found
-        except BrokenProcessPool:  # over one of the rows that were under way: go through the first of them one by one
-            end = min(at + TOGETHER, len(rows))
-            yield from _one_by_one(look, rows, at, end, crashed)
-            at = end
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    """`look(rows, index)` for every row, in order; `crashed(index)` of one that ends its process. All are pickled.
 
-
-def _one_by_one(look: Look[T], rows: Sized, begin: int, end: int, crashed: Callable[[int], T]) -> Iterator[T]:
-    pool = _pool(rows, 1)
+    Raises what `look` raises, and RunError where a process ends before it has begun.
+    """
+    pool: list[_Worker[T]] = []
+    todo = deque((begin, min(begin + TOGETHER, len(rows))) for begin in range(0, len(rows), TOGETHER))
+    done: dict[int, list[T]] = {}  # results by their first row
+    at = 0  # the row that is next in order
     try:
-        for index in range(begin, end):
-            try:
-                found = _submit(pool, look, index, index + 1).result()[0]
-            except BrokenProcessPool:
-                found, pool = crashed(index), _pool(rows, 1)
-            yield found
+        for _ in range(min(workers, len(todo))):
+            pool.append(_Worker(look, rows))
+        while at < len(rows):
+            if at in done:
+                found = done.pop(at)
+                yield from found
+                at += len(found)
+                continue
+            for worker in pool:
+                while todo and todo[0][0] < at + AHEAD * workers and len(worker.spans) < QUEUED:
+                    worker.give(todo.popleft())
+            by_pipe: dict[Any, _Worker[T]] = {worker.pipe: worker for worker in pool if worker.spans}
+            for pipe in wait(list(by_pipe)):
+                worker = by_pipe[pipe]
+                if not worker.begun:
+                    worker.begin()
+                    continue
+                result = worker.take()
+                (begin, end), *others = worker.spans
+                if isinstance(result, Exception):
+                    raise result
+                if result is not None:
+                    done[begin] = result
+                    worker.spans.popleft()
+                    continue
+                # The process has ended over one of the rows of the first span: each of them gets a turn of its own.
+                todo.extendleft(reversed(others))
+                if begin + 1 == end:
+                    done[begin] = [crashed(begin)]
+                else:
+                    todo.extendleft((index, index + 1) for index in reversed(range(begin, end)))
+                worker.end()
+                pool[pool.index(worker)] = _Worker(look, rows)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        with _no_ctrl_c():
+            for worker in pool:
+                worker.end()
 
 
-def _pool(rows: Sized, workers: int) -> ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit whatever threads the libraries have
-    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(rows,))
+class _Worker(Generic[T]):
+    """A process that looks at rows, the pipe to it, and the spans that it has been given."""
+
+    def __init__(self, look: Look[T], rows: Sized) -> None:
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit whatever threads the libraries have
+        self.spans: deque[Span] = deque()
+        self.begun = False
+        self.pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_work, args=(theirs, look, rows), daemon=True)
+        try:
+            with _no_ctrl_c():  # inherited: Ctrl-C is the business of the process that waits for the results
+                self._process.start()
+        except BrokenPipeError:
+            raise _too_early() from None
+        theirs.close()  # so that the process is the only one that holds the pipe open
+
+    def give(self, span: Span) -> None:
+        self.spans.append(span)
+        with suppress(ConnectionError):  # it has ended: `take` says so
+            self.pipe.send(span)
+
+    def begin(self) -> None:
+        """Take note that the process can read rows. Raises RunError where it has ended before."""
+        try:
+            self.begun = self.pipe.recv()
+        except (EOFError, OSError):
+            raise _too_early() from None
+
+    def take(self) -> list[T] | Exception | None:
+        """The results of the first span, or what was raised over it; None where the process has ended."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            return None
+
+    def end(self) -> None:
+        """At once: all that it could still say is of no use."""
+        self.pipe.close()
+        self._process.kill()
+        self._process.join()
 
 
-def _submit(pool: ProcessPoolExecutor, look: Look[T], begin: int, end: int) -> Future[list[T]]:
-    """The first call starts the processes. They inherit that Ctrl-C is held back: it is the parent's business."""
+def _too_early() -> RunError:
+    return RunError("a process that checks rows ended before it began: it may lack memory — try fewer --workers")
+
+
+def _work(pipe: Connection, look: Look[T], rows: Any) -> None:
+    with suppress(EOFError, ConnectionError):  # whoever asked has ended
+        pipe.send(True)
+        while True:
+            begin, end = pipe.recv()
+            try:
+                found: Any = [look(rows, index) for index in range(begin, end)]
+            except Exception as error:
+                found = error
+            pipe.send(found)
+
+
+@contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Holds Ctrl-C back, where signals can be held back."""
     if not hasattr(signal, "pthread_sigmask"):
-        return pool.submit(_look_at, look, begin, end)
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        return pool.submit(_look_at, look, begin, end)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start(rows: Any) -> None:
-    global _rows
-    _rows = rows
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed tells nobody to stop, and a process would wait for rows for ever."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
-
-
-def _look_at(look: Look[T], begin: int, end: int) -> list[T]:
-    return [look(_rows, index) for index in range(begin, end)]

@@ -18,6 +18,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.features.memory import Eye
 from minimind_v.core.device import autocast, gpu_names, has_fused_adamw, pick_device, wait_for
+from minimind_v.core.hub.sources import VISION_DIR
 from minimind_v.core.model.clip import ClipVision
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.text import Place
@@ -96,8 +97,12 @@ def _pictures(row: TypicalRow, rows: int, most: int) -> list[int]:
 
 
 def _encoder(folder: Path) -> VisionEncoder:
-    """A vision tower of the sizes that a folder's configuration tells, all of its layers the same random one."""
-    spec, config = read_vision_spec(folder), read_config(folder)
+    """A vision tower of the sizes that a folder's configuration tells, all of its layers the same random one.
+
+    Of the standard sizes where the standard folder has none: rows can be counted before a tower is there.
+    """
+    standard = folder == VISION_DIR
+    spec, config = read_vision_spec(folder, standard), read_config(folder, standard)
     tower = ClipVision(replace(config, num_hidden_layers=1))
     stack: Any = tower.encoder.layers
     stack.extend([stack[0]] * (config.num_hidden_layers - 1))

@@ -15,8 +15,9 @@ from minimind_v.core.data.row import RowStore, image_names
 from minimind_v.core.data.saved import SavedRows
 from minimind_v.core.errors import RowError, UsageError
 from minimind_v.core.files import as_json, write_atomically
-from minimind_v.core.inspect.convert import convert, keep_source, unreadable
+from minimind_v.core.inspect.convert import check_files, convert, unreadable
 from minimind_v.core.inspect.sample import SampledRows
+from minimind_v.core.wording import plural
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,7 @@ def split(
     """
     packed = isinstance(rows, ParquetRows | SavedRows)  # with the pictures in the rows
     train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
-    for path in (train, aside):
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} is there already — add --overwrite to replace it")
-
-    keep_source(rows, [train, aside])
+    check_files([train, aside], overwrite, rows.path, rows.pictures)
 
     def refuse(index: int, error: RowError) -> None:
         raise unreadable(rows, index, error)
@@ -80,8 +77,8 @@ def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
     held = choose(groups, wanted, seed)
     if not 0 < held.sum() < len(groups):
         raise UsageError(
-            f"--held-out {held_out:g} of {len(groups)} rows, in {len(np.unique(groups))} groups that share pictures, "
-            "leaves one side empty"
+            f"--held-out {held_out:g} of {plural(len(groups), 'row')}, in {plural(len(np.unique(groups)), 'group')} "
+            "that share pictures, leaves one side empty"
         )
     return held
 

@@ -28,6 +28,9 @@ class ClipConfig:
     layer_norm_eps: float = 1e-5
 
 
+STANDARD = ClipConfig(patch_size=16)  # ViT-B/16, which the published models look with
+
+
 @dataclass(frozen=True)
 class VisionSpec:
     """What the rest of the system must know of a vision tower."""
@@ -44,13 +47,16 @@ class VisionSpec:
         return (self.image_size // self.patch_size) ** 2
 
 
-def read_config(folder: Path) -> ClipConfig:
+def read_config(folder: Path, standard: bool = False) -> ClipConfig:
     """Read `config.json`, that of a CLIP, a CLIPVisionModel or a LLaVA.
 
-    Raises MissingInput where the folder or the file is absent, WeightsError where no tower can be so.
+    Raises MissingInput where the folder or the file is absent, unless the `standard` sizes do then; WeightsError where
+    no tower can be so.
     """
     told = read_json(folder / "config.json")
     if told is None:
+        if standard:
+            return STANDARD
         raise MissingInput(f"no vision model in {folder} (config.json is missing) — {how_to_get('clip', folder)}")
     # CLIP's own nests the tower.
     told = told.get("vision_config", told)
@@ -67,9 +73,9 @@ def read_config(folder: Path) -> ClipConfig:
     return config
 
 
-def read_vision_spec(folder: Path) -> VisionSpec:
+def read_vision_spec(folder: Path, standard: bool = False) -> VisionSpec:
     """As `read_config`, with what `preprocessor_config.json` tells, if it is present."""
-    config = read_config(folder)
+    config = read_config(folder, standard)
     normal = read_json(folder / "preprocessor_config.json") or {}
     return VisionSpec(
         image_size=config.image_size,

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from minimind_v.core.checkpoint.companions import UNKNOWN, Companion, Companions, tokenizer_digest, vision_digest
-from minimind_v.core.checkpoint.weights import load_into, name_preset, read_checkpoint
-from minimind_v.core.config.recipes import NO_INIT
+from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.heldout import hold_out
@@ -21,8 +20,8 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.token_store import keep_tokens
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.errors import MissingInput, UsageError
-from minimind_v.core.hub.sources import STANDARD_PRESET, how_to_get
+from minimind_v.core.errors import UsageError
+from minimind_v.core.inputs import find_init
 from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.distributed import World
@@ -93,15 +92,11 @@ def _hold_out(
 def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
     """The model with the weights that it starts from. Raises MissingInput, naming what makes them, or WeightsError."""
     model = VLM(config.model, data.encoder.spec, data.tokenizer.placeholder_id, data.encoder)
-    if config.init is None or config.init == NO_INIT:
+    init = find_init(config)
+    if init is None:
         listener.warn("starting from random weights: the language model knows nothing yet")
         return Loaded(model, weights=False, new_projector=True, companions=_companions(config, data))
-    try:
-        checkpoint = read_checkpoint(config.init)
-    except MissingInput as error:
-        size = name_preset(config.model) or STANDARD_PRESET
-        before = "`mmv train pretrain`" if config.stage == "sft" else how_to_get("lm", config.init.parent, size)
-        raise MissingInput(f"{error} to start from — {before}, or name a file with --init") from None
+    checkpoint = read_checkpoint(init)
     receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")
     listener.say(str(receipt))
     return Loaded(model, weights=True, new_projector=bool(receipt.new), companions=_companions(config, data))

@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
-from minimind_v.core.config.presets import weights_name
+from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import UsageError
 from minimind_v.core.files import sweep
-from minimind_v.core.train.metrics import Listener
+from minimind_v.core.hub.sources import weights_at
+from minimind_v.core.outputs import keep_description
+from minimind_v.core.train.metrics import Listener, read_lines
 from minimind_v.core.train.state import State, States, check_origin, origin_of
+
+RECORDS = {"config.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "held_out.json", "forecast.json", "states"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Place:
             return Claim(origin)
         state = self.states.newest(listener.warn)
         if state is None:
+            self._refuse_other_run()
             listener.say(f"nothing to resume in {self.folder}: starting")
             return Claim(origin)
         if self.same_rows(state):  # more or fewer processes share the same updates
@@ -93,6 +98,7 @@ class Place:
     def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:
         if overwrite and resume:
             raise UsageError("--overwrite starts over, --resume goes on: give one of them")
+        self._keep_others()
         there = [path for path in (self.weights, *self.states.paths()) if path.exists()]
         if resume and self.weights.exists() and not self.states.paths():
             raise UsageError(
@@ -104,3 +110,37 @@ class Place:
                 f"{there[0]} is there from an earlier run — add --resume to go on with it, --overwrite to replace it, "
                 "or name another --out"
             )
+        if not overwrite and not resume and any(read_lines(self.metrics)):
+            raise UsageError(
+                f"{self.metrics} is there from an earlier run, whose weights are gone — add --overwrite to replace it, "
+                "or name another --out"
+            )
+
+    def _keep_others(self) -> None:
+        """Raises UsageError where the run would write over what it starts from, or over what no run has left."""
+        init = self.config.init
+        for weights in (self.weights, self.best_weights):
+            if init and init.exists() and weights.exists() and weights.samefile(weights_at(init)):
+                raise UsageError(f"--init {init} is what this run would write over — name another --out")
+            keep_description(weights)
+        inside = sorted(path.name for path in self.folder.glob("[!.]*")) if self.folder.is_dir() else []
+        if inside and not RECORDS & set(inside):
+            raise UsageError(
+                f"{self.folder}, where this run would keep its records, is not a run's folder (it holds {inside[0]}) — "
+                "move it, or name another --out"
+            )
+
+    def _refuse_other_run(self) -> None:
+        """Raises UsageError where there is nothing to resume, and beside it a run of the same stage of another size."""
+        others = self.config.out.glob(f"{self.config.stage}_vlm_*/states/step-*.safetensors")
+        other = next((path.parents[1].name for path in others), None)
+        if other is None:
+            return
+        preset = next(
+            (name for name, model in PRESETS.items() if weights_name(self.config.stage, model) == f"{other}.pth"), None
+        )
+        which = f", of --preset {preset}" if preset else ""
+        raise UsageError(
+            f"nothing to resume in {self.folder}, but {self.config.out / other} has a run{which} — give its size to go "
+            "on with it, or leave --resume out to start this one"
+        )

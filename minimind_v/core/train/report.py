@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import MissingInput
-from minimind_v.core.files import read_notes, write_text
-from minimind_v.core.inspect.page import figures, page
+from minimind_v.core.files import read_notes
+from minimind_v.core.inspect.page import figures, page, write_page
 from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.plot import Points, curves
 from minimind_v.core.train.metrics import read_lines, read_metrics
@@ -54,7 +54,10 @@ class Left:
 
 def find_run(path: Path) -> Path:
     """The folder of a run, named by itself, by its weights, or by an --out with one run. Raises MissingInput."""
-    for folder in (path, path.with_suffix("")):
+    path = path.resolve() if path.name in ("", "..") else path
+    stem = path.with_suffix("") if path.name else path  # the root has no name
+    of_best = stem.with_name(stem.name.removesuffix("_best")) if stem.name.removesuffix("_best") else stem
+    for folder in (path, stem, of_best, *([path.parent] if path.is_file() else [])):
         if (folder / "metrics.jsonl").is_file():
             return folder
     found = sorted(path.glob("*/metrics.jsonl"))
@@ -77,7 +80,7 @@ def read_run(folder: Path) -> Left:
 def write_report(folder: Path) -> Path:
     """Write the page beside what it shows. Raises MissingInput or RunError."""
     path = folder / "report.html"
-    write_text(path, report_page(read_run(folder)))
+    write_page(path, report_page(read_run(folder)))
     return path
 
 

@@ -19,6 +19,7 @@ from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.metrics import Recalled
 from minimind_v.core.train.schedule import peak, reach
 from minimind_v.core.train.signs import SMALL_SET
+from minimind_v.core.wording import plural
 
 TOLD = 5  # broken rows that are told one by one
 FEW = 50  # broken rows that no rate is judged by
@@ -47,8 +48,8 @@ def announcement(config: RunConfig, plan: BatchPlan, updates: int, rows: int, mo
     kept = f" ({held_out:,} of them held out)" if held_out else ""
     end = ", or fewer: it ends once every answer is right" if config.until_right else ""
     return (
-        f"{config.stage}: {count(len(plan.dataset), 'row')} of {config.data.file}{kept}, "
-        f"{count(config.epochs, 'epoch')}, {count(updates, 'update')} of {count(min(rows, plan.rows), 'row')} "
+        f"{config.stage}: {plural(len(plan.dataset), 'row')} of {config.data.file}{kept}, "
+        f"{plural(config.epochs, 'epoch')}, {plural(updates, 'update')} of {plural(min(rows, plan.rows), 'row')} "
         f"on {where}{end}; learning rate from {peak(config.lr):.2g} down to {config.lr / 10:.2g}; "
         f"{trained:,} of {everything:,} parameters learn ({config.freeze})"
     )
@@ -61,7 +62,7 @@ def before_the_start(config: RunConfig, plan: BatchPlan, updates: int) -> Iterat
     held_out = len(plan.dataset) - plan.rows
     if config.val_every and held_out < FEW_HELD_OUT:
         yield (
-            f"only {count(held_out, 'row')} of {len(plan.dataset)} held out: the loss on so few says little, and the "
+            f"only {plural(held_out, 'row')} of {len(plan.dataset)} held out: the loss on so few says little, and the "
             f"best weights are chosen by it — leave --val-every out, or measure rows of another file with `mmv eval`"
         )
 
@@ -82,7 +83,7 @@ def too_little(config: RunConfig, rows: int, updates: int) -> str | None:
     few = config.stage == "sft" and rows <= SMALL_SET and not config.until_right
     small = ", or --recipe small-data, made for few rows" if few else ""
     return (
-        f"{count(updates, 'update')} at --lr {config.lr:g} cannot move a weight by more than {moved:.1g}: the model "
+        f"{plural(updates, 'update')} at --lr {config.lr:g} cannot move a weight by more than {moved:.1g}: the model "
         f"will stay almost as it is — try {advice}{small}"
     )
 
@@ -94,7 +95,7 @@ def recalled(config: RunConfig, weights: Path, known: Mapping[str, Recalled], wh
     """
     said, warned = [], []
     if own := known.get("own"):
-        rows = f"{count(own.rows, 'row')} of {own.data}"
+        rows = f"{plural(own.rows, 'row')} of {own.data}"
         if own.hits == 1:
             said.append(f"learnt: every answer to the {rows} is right, token for token")
         else:
@@ -110,7 +111,7 @@ def recalled(config: RunConfig, weights: Path, known: Mapping[str, Recalled], wh
         return said, warned
     before, after = known["before"], known["after"]
     said.append(
-        f"kept: of {count(after.rows, 'row')} of {after.data}, which {config.init} learnt before, "
+        f"kept: of {plural(after.rows, 'row')} of {after.data}, which {config.init} learnt before, "
         f"{before.hits:.1%} of the answers' tokens were right and {after.hits:.1%} are now "
         f"(loss {before.loss:.3f}, now {after.loss:.3f})"
     )
@@ -120,11 +121,6 @@ def recalled(config: RunConfig, weights: Path, known: Mapping[str, Recalled], wh
             f"--lr (now {config.lr:g})"
         )
     return said, warned
-
-
-def count(number: int, thing: str) -> str:
-    """`1 row`, `1,200 rows`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def not_finite(loss: float, grad_norm: float, places: Sequence[str]) -> str:

@@ -1,0 +1,84 @@
+"""What was saved, or named, in the place of a data file."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from minimind_v.core.hub.sources import how_to_get
+
+STRANGERS = {  # first bytes of files that are something else than rows or a zip
+    b"\x1f\x8b": "this is a gzip archive — unpack it first",
+    b"7z\xbc\xaf": "this is a 7z archive — unpack it first",
+    b"Rar!": "this is a RAR archive — unpack it first",
+    b"BZh": "this is a bzip2 archive — unpack it first",
+    b"\xfd7zXZ": "this is an xz archive — unpack it first",
+    b"\x28\xb5\x2f\xfd": "this is a zstd archive — unpack it first",
+    b"\xff\xfe": "this is text in UTF-16 — save it as UTF-8",
+    b"\xfe\xff": "this is text in UTF-16 — save it as UTF-8",
+}
+TAR = slice(257, 262)  # where a tar archive says that it is one
+WEIGHTS = "these are weights of a model, not rows"
+PICTURE = "this is a picture, not rows"
+NO_ROWS = {  # first bytes of files that belong to `mmv`, in another place
+    b"GGUF": WEIGHTS,
+    b"\x89PNG": PICTURE,
+    b"\xff\xd8\xff": PICTURE,
+    b"GIF8": PICTURE,
+    b"RIFF": PICTURE,
+    b"BM": PICTURE,
+    b"II*\0": PICTURE,
+    b"MM\0*": PICTURE,
+}
+ROWS = (".jsonl", ".json", ".parquet")  # endings of files of rows
+
+
+def stand_in(path: Path) -> str | None:
+    """What was saved in the place of a data file, where its beginning shows that."""
+    with path.open("rb") as file:
+        raw = file.read(512)
+    for beginning, meaning in STRANGERS.items():
+        if raw.startswith(beginning):
+            return meaning
+    if raw[TAR] == b"ustar":
+        return "this is a tar archive — unpack it first"
+    if raw.startswith(b"PAR1") and path.suffix != ".parquet":
+        return "this is parquet — give it a name that ends in .parquet"
+    head = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"<"):
+        return "this is an HTML page, not data — a link to the page of a file was saved instead of the file"
+    if head.startswith(b"version https://git-lfs"):
+        return f"this is a git-lfs pointer, not the data — {how_to_get('dataset')}"
+    return None
+
+
+def no_rows(path: Path) -> str | None:
+    """What a file is that was named in the place of rows, where its beginning shows that, and where it belongs."""
+    if zipfile.is_zipfile(path):
+        return _of_zip(path)
+    with path.open("rb") as file:
+        raw = file.read(512)
+    for beginning, meaning in NO_ROWS.items():
+        if raw.startswith(beginning):
+            return meaning
+    if raw[8:9] == b"{" and b"\0" in raw[:8]:  # safetensors: the length of a header, and the header
+        return WEIGHTS
+    if b"\0" in raw and path.suffix != ".parquet" and not raw.lstrip().startswith((b"{", b"[")):
+        return "this is no text, so it has no rows"
+    return None
+
+
+def _of_zip(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # zipfile raises many kinds on damaged files
+        names = []
+    if any(name.endswith("data.pkl") for name in names):  # what torch.save writes
+        return WEIGHTS
+    if rows := [name for name in names if name.endswith(ROWS)]:
+        return f"this is a zip — unpack it first, and name {rows[0]:.80}"
+    stem = path.name.removesuffix(".zip").removesuffix("_images")
+    beside = [path.with_name(f"{stem}{ending}") for ending in ("_data.jsonl", *ROWS)]
+    rows_here = next((str(file) for file in beside if file.is_file()), "a .jsonl, .json or .parquet")
+    return f"this is a zip of pictures — name the rows ({rows_here}) in its place, and the zip with --images"

@@ -1,0 +1,130 @@
+"""Wrong words get right answers: what is wrong, and the line that was meant."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+
+import pytest
+
+from minimind_v.core.wording import plural
+from tests.cli.harness import ASSETS, SIGHT, here, installed, read_rows, write_rows
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train stf", "(did you mean 'sft'?)"),
+        ("train pretrian", "(did you mean 'pretrain'?)"),
+        ("download weigths", "(did you mean 'weights'?)"),
+        ("download all --hub modelscop", "(did you mean 'modelscope'?)"),
+        ("convert --to safetensor", "(did you mean 'safetensors'?)"),
+        ("data stats x.jsonl --stage pretain", "(did you mean 'pretrain'?)"),
+        ("trian", "Did you mean 'train'?"),
+        ("data chekc x.jsonl", "Did you mean 'check'?"),
+        ("eval --modle x", "--model"),
+        # a word too many
+        ("chat --image a.jpg b.png 'What is this?'", "mmv chat --image a.jpg --image b.png 'What is this?'"),
+        ("chat --image a.jpg b.png c.webp 'Which?'", "mmv chat --image a.jpg --image b.png --image c.webp 'Which?'"),
+        ("chat what is this", "mmv chat 'what is this'"),
+        ("chat --image a.jpg what is this", "in quotes: mmv chat"),
+        ("data check x.jsonl y.jsonl", "'y.jsonl'"),
+        ("info x y", "'y': too many words"),
+        # twice what can be one thing only
+        ("eval --model a.pth --model b.pth", "--model was given 2 times"),
+        ("eval --data a.jsonl --data b.jsonl --data c.jsonl", "--data was given 3 times"),
+        ("train sft --data a.jsonl --data b.jsonl", "--data was given 2 times"),
+        ("train sft --images a.zip --images b.zip", "--images was given 2 times"),
+        ("data check a.jsonl --images a.zip --images b.zip", "--images was given 2 times"),
+        ("convert --to hf --model a.pth --model b.pth", "--model was given 2 times"),
+    ],
+)
+def test_the_line_that_was_meant_is_told(line, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = here(*shlex.split(line))
+    assert (ended.code, ended.out) == (2, "")
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("line", ["", "train", "eval", "chat", "data", "data check", "data split", "demo"])
+def test_h_is_help(line):
+    short, long = here(*line.split(), "-h"), here(*line.split(), "--help")
+    assert (short.code, short.out) == (0, long.out)
+    assert "-h, --help" in short.out
+
+
+def test_options_that_may_be_repeated_still_may(place):
+    line = place.train("nowhere", epochs=None)
+    sets = [word for n in (3, 4) for word in ("--set", f"epochs={n}")]
+    assert "epochs: 4" in here(*line, *sets, "--print-config").out
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_report_takes_the_folder_that_one_stands_in_and_what_is_in_it(trained, tmp_path, monkeypatch):
+    run = shutil.copytree(trained.out / "sft_vlm_128", tmp_path / "sft_vlm_128")
+    monkeypatch.chdir(run)
+    for name in (".", "metrics.jsonl", "config.yaml", "../sft_vlm_128.pth", "../sft_vlm_128_best.pth", ".."):
+        ended = here("report", name)
+        assert ended.code == 0, ended.err
+        assert os.path.samefile(ended.out.strip(), run / "report.html")
+    monkeypatch.chdir(tmp_path / "sft_vlm_128" / "states")
+    assert os.path.samefile(here("report", "..").out.strip(), run / "report.html")
+    for name in (".", "/", "none", "none.pth"):
+        ended = here("report", name)
+        assert (ended.code, "no run in" in ended.error) == (1, True)
+
+
+def test_the_folder_of_a_run_stands_for_its_weights(trained, place, tmp_path, monkeypatch):
+    run = trained.out / "sft_vlm_128"
+    asked = ("chat", "What colour is the star?", *SIGHT, "--greedy", "--max-new-tokens", 4, "--model")
+    ended = here(*asked, run)
+    assert ended.code == 0, ended.err
+    assert ended.out == here(*asked, run.with_suffix(".pth")).out
+    scored = here("eval", "--model", run, "--data", place.data("sft"), *SIGHT, "--limit", 1, "--json").json
+    assert scored["model"] == str(run.with_suffix(".pth"))
+    out = tmp_path / "w.safetensors"
+    assert here("convert", "--to", "safetensors", "--model", run, "--out", out).code == 0
+    monkeypatch.chdir(run)
+    assert here("info", ".", "--json").json["kind"] == "run"
+
+
+def test_a_folder_of_weights_names_them(trained):
+    told = here("chat", "hello", "--model", trained.out, *SIGHT).error
+    assert "name one of pretrain_vlm_128.pth, sft_vlm_128.pth" in told
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_row_is_one_row(place, tmp_path):
+    assert [plural(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    one = write_rows(tmp_path / "sft.jsonl", read_rows(place.data("sft"))[:1])
+    images = ("--images", place.images("sft"))
+    assert "sft.jsonl: 1 row, 1 of them" in here("data", "check", one, *images, *SIGHT).out
+    assert "1 row of " in here("data", "stats", one, *images, *SIGHT).out
+    assert here("data", "convert", one, tmp_path / "one.parquet", *images).err.endswith("one.parquet: 1 row\n")
+    assert "it has 1 row" in here("data", "preview", one, *images, *SIGHT, "--start", 2).error
+    shown = here("data", "preview", one, *images, *SIGHT, "--html", tmp_path / "p.html")
+    assert "1 row of" in (tmp_path / "p.html").read_text(encoding="utf-8"), shown.err
+
+
+def test_no_option_is_named_that_a_command_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("check", "stats", "preview"):
+        assert "--data" not in here("data", command, "none.jsonl", "--tokenizer", ASSETS).error
+
+
+def test_a_copy_without_faults_ends_well_and_one_that_cannot_be_written_does_not(place, tmp_path):
+    rows = write_rows(tmp_path / "sft.jsonl", ["{", *read_rows(place.data("sft"))[:4]])
+    line = ("data", "check", rows, "--images", place.images("sft"), *SIGHT)
+    assert installed(*line, "--workers", 1).code == 1
+    ended = installed(*line, "--workers", 1, "--fix", tmp_path / "clean.jsonl")
+    assert ended.code == 0, ended.err
+    assert f"and takes {tmp_path / 'clean.jsonl'}" in ended.err
+    all_bad = write_rows(tmp_path / "bad.jsonl", ["{"])
+    ended = here("data", "check", all_bad, *SIGHT, "--fix", tmp_path / "none.jsonl")
+    assert (ended.code, "nothing to write" in ended.error) == (1, True)
