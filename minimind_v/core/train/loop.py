@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -86,8 +86,8 @@ def train(
     learnt until then is saved first.
     """
     world = World.find()
-    with world.contact():
-        summary = Run(config, listener, overwrite, resume, allowed, auto, world).fit()
+    with world.contact(), ExitStack() as held:
+        summary = Run(config, listener, overwrite, resume, allowed, auto, world, held).fit()
         world.leave()
     return summary
 
@@ -104,7 +104,9 @@ class Run:
         allowed: Collection[str] = (),
         auto: bool = False,
         world: World = ALONE,
+        held: ExitStack | None = None,
     ) -> None:
+        """`held` gets the lock of what the run writes, to release it when the run is over; without it none is taken."""
         self.world, self.place = world, Place(config)
         self.listener = Watch(self.place.folder / "events.jsonl", listener) if world.leads else Silent()
         self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
@@ -112,6 +114,8 @@ class Run:
         if world.restarts:
             self.listener.say("a process was lost: all have started again")
             overwrite, resume = False, True
+        if held and world.leads:
+            self.place.lock(held, self.listener)
         claim = self.place.claim(world.size, overwrite, resume, allowed, self.listener) if world.leads else None
         self.claim = world.broadcast(claim)
         self.config = config = self._fit(config) if auto else config
