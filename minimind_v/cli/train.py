@@ -210,9 +210,8 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     skipped = f"; {summary.broken_rows} broken rows skipped" if summary.broken_rows else ""
     bad = f"; {summary.bad_updates} updates skipped, not finite" if summary.bad_updates else ""
-    terminal.say(
-        f"{how} after {summary.steps} updates{skipped}{bad}; weights in {summary.weights}, curve in {summary.metrics}"
-    )
+    where = f"weights in {summary.weights}, curve in {summary.metrics}" if summary.steps else "nothing to save yet"
+    terminal.say(f"{how} after {summary.steps} updates{skipped}{bad}; {where}")
     if summary.stopped_by:
         words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
         terminal.say(f"go on with: {shlex.join(['mmv', *words, '--resume'])}")

@@ -12,10 +12,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from minimind_v.core.data.workers import semaphores
+
 T = TypeVar("T")
 Look = Callable[[Any, int], T]
 TOGETHER = 32  # rows that a process is given at a time
 AHEAD = 4  # such spans per process that are under way
+SEMAPHORES = 8  # that a pool's queues have, and a few more
 
 _rows: Any  # of a worker process
 
@@ -23,6 +26,9 @@ _rows: Any  # of a worker process
 def each_row(look: Look[T], rows: Sized, workers: int, crashed: Callable[[int], T]) -> Iterator[T]:
     """`look(rows, index)` for every row, in order; `crashed(index)` of one that ends its process. All are pickled."""
     at = 0  # the first row whose result is not out
+    if semaphores(SEMAPHORES) < SEMAPHORES:  # a container without shared memory: in this process
+        yield from (look(rows, index) for index in range(len(rows)))
+        return
     while at < len(rows):
         pool, waiting, ahead = _pool(rows, workers), deque[Future[list[T]]](), at
         try:

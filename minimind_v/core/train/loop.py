@@ -191,12 +191,14 @@ class Run:
         with (
             closing(self.listener),
             StopRequest() as self.stop,
-            explained(config, self.plan),
+            explained(config),
             self._metrics_file() as log,
         ):
             try:
                 for step, batches in enumerate(self._updates(), self.done + 1):
                     metrics = self._update(step, batches)
+                    if metrics is None:  # asked to stop before there was data
+                        break
                     self.done = step
                     logged = step % config.log_every == 0 or step in (1, self.total)
                     if logged and log:
@@ -217,7 +219,7 @@ class Run:
                 if self.done > begun and self.counts.supervised and not torn:
                     self._save_at_the_end()
                     self._report()
-        if not self.counts.supervised:
+        if not self.counts.supervised and not self.stopped_by:
             trouble = next(iter(self.broken.values()), "every answer is cut off")
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
         return self._summary()
@@ -262,30 +264,39 @@ class Run:
     def _metrics_file(self) -> AbstractContextManager[JsonLines | None]:
         return closing(JsonLines(self.place.metrics, self.done)) if self.world.leads else nullcontext()
 
-    def _updates(self) -> Iterator[list[Batch]]:
-        """The batches of each update yet to do that fall to this process, fetched when they are needed."""
-        pin = self.device.type == "cuda"
-        with closing(load_updates(self.plan, self.config.data.workers, pin, self.done)) as updates:
-            while True:
+    def _updates(self) -> Iterator[list[Batch] | None]:
+        """The batches of each update yet to do that fall to this process, fetched when they are needed.
+
+        None, as the last one, where a signal asked to stop while they were waited for.
+        """
+        pin, workers = self.device.type == "cuda", self.config.data.workers
+        with closing(load_updates(self.plan, workers, pin, self.done, self.listener.warn)) as updates:
+            for _ in range(self.done, len(self.plan)):
                 asked = time.perf_counter()
-                batches = next(updates, None)
+                batches = self.stop.wait(partial(next, updates))
                 self.counts.waited += time.perf_counter() - asked
-                if batches is None:
-                    return
-                for batch in batches:
+                for batch in batches or ():
                     self.listener.batch(batch)
                 yield batches
 
-    def _update(self, step: int, batches: list[Batch]) -> StepMetrics:
-        """One optimiser step: the loss is a mean over the supervised tokens of all batches of all processes."""
+    def _update(self, step: int, batches: list[Batch] | None) -> StepMetrics | None:
+        """One optimiser step: the loss is a mean over the supervised tokens of all batches of all processes.
+
+        None, and nothing is done, where one of the processes was asked to stop before it had its batches.
+        """
         lr = learning_rate(step - 1, self.total, self.config.lr)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        found = [row for batch in batches for row in batch.broken]
-        batches = [batch for batch in batches if batch.supervised]
+        stopped = (self.stop.signal or 0) if batches is None else 0
+        found = [row for batch in batches or () for row in batch.broken]
+        batches = [batch for batch in batches or () if batch.supervised]
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-        mine = [sum(batch.supervised for batch in batches), sum(map(len, batches)), tokens, len(found)]
-        supervised, rows, tokens, broken = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
+        mine = [sum(batch.supervised for batch in batches), sum(map(len, batches)), tokens, len(found), stopped]
+        *sums, signals = zip(*self.world.gather(mine), strict=True)
+        if any(signals):
+            self.stopped_by = Signals(int(max(signals)))
+            return None
+        supervised, rows, tokens, broken = (int(sum(column)) for column in sums)
         if broken:
             everyone = [row for rows_found in self.world.gather_objects(found) for row in rows_found]
             note_broken(self.broken, everyone, self.plan.rows, self.config.data.bad_rows, self.listener.warn)
