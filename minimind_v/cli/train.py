@@ -94,6 +94,9 @@ def train(
     freeze: Annotated[str | None, typer.Option(metavar="POLICY", help=", ".join(FREEZE_POLICIES))] = None,
     max_steps: Annotated[int | None, typer.Option(help="Updates to stop after; 0 for all.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Updates between saves; 0 for only at the end.")] = None,
+    save_minutes: Annotated[
+        float | None, typer.Option(help="Minutes after which to save as well; 0 for never by time.")
+    ] = None,
     log_every: Annotated[int | None, typer.Option(help="Updates between log lines.")] = None,
     val_every: Annotated[
         int | None, typer.Option(help="Updates between looks at rows held out by picture; 0 for none.")

@@ -34,6 +34,7 @@ from minimind_v.core.train.metrics import JsonLines, Listener, Silent, StepMetri
 from minimind_v.core.train.parts import parts_of
 from minimind_v.core.train.place import Place
 from minimind_v.core.train.report import write_report
+from minimind_v.core.train.saver import Saver, Snapshot
 from minimind_v.core.train.schedule import learning_rate
 from minimind_v.core.train.signs import Start
 from minimind_v.core.train.state import State, pack, unpack
@@ -42,6 +43,7 @@ from minimind_v.core.train.validate import Validator
 from minimind_v.core.train.watch import Watch
 from minimind_v.core.train.words import announcement, explained, not_finite, note_broken
 
+MINUTE = 60.0  # seconds
 PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
 
 
@@ -135,7 +137,9 @@ class Run:
         self.broken: dict[str, str] = {}  # place → what is wrong there
         self.done = 0  # updates
         self.stopped_by: Signals | None = None
+        self.saver, self.snapshot = Saver(), Snapshot()
         self.owed = False  # whether a save failed, or is due
+        self.saved_at = time.monotonic()  # or when the run began
         self.counts = Counts()
         if self.claim.state is not None:
             self._take_up(self.claim.state)
@@ -206,8 +210,10 @@ class Run:
                     self.listener.step(metrics, logged)
                     if self.validator and (step % config.val_every == 0 or step == self.total):
                         self._validate(self.validator, step)
-                    if self._save_is_due(step, logged) and step < self.total:
-                        self._or_warn(step, self._save)
+                    if self.world.leads and step < self.total:
+                        self._notice_save()
+                        if self._save_is_due(step, logged):
+                            self._begin_save()
                     if self.world.size == 1:  # several must stop after the same update
                         self.stopped_by = self.stop.signal
                     if self.stopped_by or step == self.total:
@@ -216,7 +222,8 @@ class Run:
                 torn = True
                 raise
             finally:
-                if self.done > begun and self.counts.supervised and not torn:
+                self._notice_save(wait=True)
+                if self.done > begun and self.counts.supervised and not torn and self.world.leads:
                     self._save_at_the_end()
                     self._report()
         if not self.counts.supervised and not self.stopped_by:
@@ -254,8 +261,6 @@ class Run:
             self._or_warn(step, partial(write_checkpoint, self.place.best_weights, tensors, config.model, config.stage))
 
     def _report(self) -> None:
-        if not self.world.leads:
-            return
         try:
             write_report(self.place.folder)
         except MmvError as error:  # no room, or no metrics for want of room
@@ -376,32 +381,66 @@ class Run:
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def _save_is_due(self, step: int, logged: bool) -> bool:
-        """At every save_every-th update, and where that failed at every logged one until it succeeds."""
-        every = self.config.save_every
-        self.owed = self.owed or (bool(every) and step % every == 0)
-        return self.owed and (logged or step % every == 0)
+        """After save_every updates and save_minutes; where that failed, at every logged one until it succeeds.
 
-    def _save(self) -> None:
-        if not self.world.leads:
-            return
-        progress = {"step": self.done, "counts": asdict(self.counts), "broken": self.broken}
-        progress["split"] = [self.config.data.batch_size, self.config.accumulate]
+        Only the first process saves, and every process has the same weights: none has to ask the others.
+        """
+        every, minutes = self.config.save_every, self.config.save_minutes
+        late = bool(minutes) and time.monotonic() - self.saved_at >= minutes * MINUTE and not self.saver.busy
+        due = late or (bool(every) and step % every == 0)
+        self.owed = self.owed or due
+        return due or (self.owed and logged)
+
+    def _begin_save(self) -> None:
+        """Take what the next update will change; the rest is done by a thread. Waits where a save is still running."""
+        self._notice_save(wait=True)
+        self.owed, self.saved_at = False, time.monotonic()
+        self.saver.start(self.done, self._save())
+
+    def _save(self) -> Callable[[], None]:
+        """What writes the state of this moment, and the weights."""
+        step, split = self.done, [self.config.data.batch_size, self.config.accumulate]
+        progress = {"step": step, "counts": asdict(self.counts), "broken": dict(self.broken), "split": split}
+        tensors, ready = self.snapshot.take(pack(self._named_trained(), self.optimiser))
+        weights: dict[str, Tensor] | RunError
         try:
-            tensors = pack(self._named_trained(), self.optimiser)
-            self.place.states.write(self.done, tensors, progress, self.claim.origin)
-        finally:  # there may be room for the weights alone
-            write_checkpoint(self.place.weights, export_tensors(self.model), self.config.model, self.config.stage)
-        self.owed = False
-        self.listener.saved(self.done)
+            weights = export_tensors(self.model)
+        except RunError as error:  # there may be a state all the same
+            weights = error
+
+        def write() -> None:
+            ready()
+            try:
+                self.place.states.write(step, tensors, progress, self.claim.origin)
+            finally:  # there may be room for the weights alone
+                if isinstance(weights, RunError):
+                    raise weights
+                write_checkpoint(self.place.weights, weights, self.config.model, self.config.stage)
+
+        return write
+
+    def _notice_save(self, wait: bool = False) -> None:
+        """Tell how the save in the background has ended. A full disk in the night must not end the run."""
+        ended = self.saver.outcome(wait)
+        if ended is None:
+            return
+        if ended.error is None:
+            self.listener.saved(ended.step)
+        elif isinstance(ended.error, RunError):
+            self.owed = True  # the next time there may be room
+            self.listener.warn(f"step {ended.step}: {ended.error}")
+        else:
+            raise ended.error
 
     def _save_at_the_end(self) -> None:
         try:
-            self._save()
+            self._save()()
         except RunError as error:
             raise RunError(f"{error} — {self.place.next_step()}") from None
+        self.listener.saved(self.done)
 
     def _or_warn(self, step: int, write: Callable[[], None]) -> None:
-        """A full disk in the night must not end the run: the next time there may be room."""
+        """A full disk in the night must not end the run."""
         try:
             write()
         except RunError as error:

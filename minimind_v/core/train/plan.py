@@ -127,7 +127,7 @@ def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, St
     watch = later = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as folder:
         few = replace(
-            config, out=Path(folder), init=NO_INIT, save_every=0, val_every=0, track="none", gpus=1,
+            config, out=Path(folder), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, track="none", gpus=1,
             max_steps=min(updates, max(first, WARM + ENOUGH)),
         )  # fmt: skip
         watch.run = run = Run(few, watch)
