@@ -136,6 +136,7 @@ def build_ours(folder: Path, stage: str, updates: int, listener: OursListener, f
         "features_dir": features,
         "max_steps": updates,
         "save_every": 0,
+        "save_minutes": 0,
         "seed": SEED,
         "device": "cpu",
         "dtype": "float32",

@@ -106,6 +106,9 @@ def train(
     freeze: Annotated[str | None, typer.Option(metavar="POLICY", help=", ".join(FREEZE_POLICIES))] = None,
     max_steps: Annotated[int | None, typer.Option(help="Updates to stop after; 0 for all.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Updates between saves; 0 for only at the end.")] = None,
+    save_minutes: Annotated[
+        float | None, typer.Option(help="Minutes after which to save as well; 0 for never by time.")
+    ] = None,
     log_every: Annotated[int | None, typer.Option(help="Updates between log lines.")] = None,
     val_every: Annotated[
         int | None, typer.Option(help="Updates between looks at rows held out by picture; 0 for none.")
@@ -244,10 +247,8 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
     if summary.text_rows:
         terminal.say(describe_text_rows(summary.text_rows, summary.rows))
     bad = f"; {plural(summary.bad_updates, 'update')} skipped, not finite" if summary.bad_updates else ""
-    terminal.say(
-        f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; weights in {summary.weights}, "
-        f"curve in {summary.metrics}"
-    )
+    where = f"weights in {summary.weights}, curve in {summary.metrics}" if summary.steps else "nothing to save yet"
+    terminal.say(f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; {where}")
     report = summary.metrics.with_name("report.html")
     if report.is_file():
         terminal.say(f"report: {report}")

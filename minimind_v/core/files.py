@@ -1,17 +1,19 @@
 """Files that are whole or absent: written beside, synced, then renamed.
 
 What is being written is called `.NAME.xxxxxxxx.tmp` and locked as long as a process writes it. A process that is killed
-leaves it behind, unlocked: `sweep` removes that.
+leaves it behind, unlocked: `sweep` removes that. What only one process at a time may write has a `Lock`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -151,6 +153,111 @@ def _lock(handle: int) -> None:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_SH)
+
+
+class Held(Exception):
+    """Another process has the lock; `note` is what it wrote about itself, empty where that cannot be read."""
+
+    def __init__(self, note: dict[str, Any]) -> None:
+        super().__init__(note)
+        self.note = note
+
+
+class Lock:
+    """A file that one process at a time holds.
+
+    The operating system holds the lock, not the file: a process that is killed loses it, and what it leaves of the file
+    stops nobody. Forked children do not inherit it, so a data worker that outlives its parent does not keep it.
+    """
+
+    def __init__(self, path: Path, note: dict[str, Any], patience: float = 3.0) -> None:
+        """Take the lock and write `note` into the file, for others to read.
+
+        A process that was killed needs a moment to give its memory back before its locks, so another's lock is waited
+        for, up to `patience` seconds. Raises Held after that, and OSError where no file can be made.
+        """
+        self.path, self._process = path, os.getpid()
+        self._new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+        handle, self.certain = self._take(time.monotonic() + patience)  # certain: the file system has locks
+        self.left = _read_note(handle)  # by a process that did not come to its end; empty where there was none
+        self._handle = handle
+        _HELD.add(handle)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a note
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, as_json(note).encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back, and leave no trace of it."""
+        if os.getpid() != self._process or self._handle not in _HELD:
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink()  # while it is held: whoever has opened it meanwhile notices
+        _HELD.discard(self._handle)
+        os.close(self._handle)
+        for folder in self._new_folders:  # that nothing was written into
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _take(self, end: float) -> tuple[int, bool]:
+        while True:
+            handle = self._open()
+            locked = _lock_alone(handle)
+            if locked is not False and self._is_there(handle):
+                return handle, locked is True
+            other = _read_note(handle)
+            os.close(handle)
+            if locked is False and time.monotonic() > end:
+                raise Held(other)
+            time.sleep(0.05)
+
+    def _open(self) -> int:
+        for _ in range(20):  # another process may remove a folder that it made before there is a file in it
+            with contextlib.suppress(FileNotFoundError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path.parent))
+
+    def _is_there(self, handle: int) -> bool:
+        """Whether the file still has its name: its holder removes it, and then the lock is worth nothing."""
+        try:
+            return os.path.samestat(os.fstat(handle), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+
+_HELD: set[int] = set()  # handles of locks
+
+
+def _forget_locks() -> None:
+    """A forked child closes its copies, else the lock would last as long as the child."""
+    while _HELD:
+        with contextlib.suppress(OSError):
+            os.close(_HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _lock_alone(handle: int) -> bool | None:
+    """Whether this process got the lock; None where the system or the file system has none."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return None
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
+
+
+def _read_note(handle: int) -> dict[str, Any]:
+    try:
+        note = json.loads(os.pread(handle, 1 << 16, 0))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 @contextlib.contextmanager

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import TypeVar
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+T = TypeVar("T")
+
+
+class _Stopped(BaseException):
+    """A wait was ended by a signal. Not an Exception: whoever reads data takes those for broken rows."""
 
 
 class StopRequest:
@@ -17,6 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._waiting = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -36,3 +44,20 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if self._waiting:
+            raise _Stopped
+
+    def wait(self, get: Callable[[], T]) -> T | None:
+        """What `get` returns, which may take for ever; None where a signal asks to stop before that.
+
+        `get` is interrupted wherever it is, and must not be called again then.
+        """
+        try:
+            self._waiting = self.signal is None
+            found = get() if self._waiting else None
+            self._waiting = False
+            return found
+        except _Stopped:
+            return None
+        finally:
+            self._waiting = False

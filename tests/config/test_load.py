@@ -54,6 +54,7 @@ CHANGED = {
     "features": "int8",
     "features_dir": "seen",
     "save_every": 13,
+    "save_minutes": 2.5,
     "keep": 3,
     "log_every": 17,
     "val_every": 7,

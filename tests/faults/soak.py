@@ -2,14 +2,16 @@
 
     python -m tests.faults.soak --kills 300      what `make soak` does: some hours on two cores
 
-Runs of one and of two processes take turns. Each is killed by SIGKILL, SIGTERM or SIGINT after a random time, saves
-included, which are due after every other update; then it is resumed, until it has come to its end. Curve, weights and
-the last state must equal those of the uninterrupted run bit for bit. Stops at the first difference, with its seed.
+Runs of one and of two processes take turns. Each is killed by SIGKILL, SIGTERM or SIGINT after a random time; then it
+is resumed, until it has come to its end. States are due after every other update and, by time, all the while; their
+disk is slow, so that many a kill meets a save in the background. Curve, weights and the last state must equal those of
+the uninterrupted run bit for bit. Stops at the first difference, with its seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import signal
@@ -21,13 +23,33 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_v.core.checkpoint.weights import read_checkpoint
-from tests.cli.harness import Running, place, read_rows
+from minimind_v.core.train import loop
+from tests.cli.harness import ROOT, Running, place, read_rows
 
 NAME = "pretrain_vlm_128"
-STEPS = {"epochs": 3, "accumulate": 2, "save_every": 2, "workers": 1}
+STEPS = {"epochs": 3, "accumulate": 2, "save_every": 2, "save_minutes": 1, "workers": 1}
 SIDES = {1: {"batch_size": 4}, 2: {"batch_size": 2, "gpus": 2}}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+FIRST = """  # what every process begins with; an interrupt ends it, as it ends `mmv` while that is imported
+import signal
+before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+from tests.faults.soak import save_often
+save_often()
+signal.signal(signal.SIGINT, before)
+"""
 EXACT = ("step", "loss", "hits", "lr", "grad_norm", "epoch", "samples", "tokens", "supervised_tokens")
+
+
+def save_often() -> None:
+    """Let minutes last a tenth of a second, and a disk as long for each file."""
+    real = os.fsync
+
+    def sync(handle: int) -> None:
+        time.sleep(0.1)
+        real(handle)
+
+    os.fsync = sync
+    loop.MINUTE = 0.1
 
 
 def start(folder: Path, out: Path, processes: int, *words: str) -> Running:
@@ -47,9 +69,9 @@ def same(out: Path, reference: Path) -> bool:
     return curves[0] == curves[1] and tensors
 
 
-def kill_until_done(folder: Path, out: Path, processes: int, rng: random.Random, longest: float) -> int:
-    """Kill and resume one run to its end; returns how often it was killed."""
-    kills = 0
+def kill_until_done(folder: Path, out: Path, processes: int, rng: random.Random, longest: float) -> tuple[int, int]:
+    """Kill and resume one run to its end; returns how often it was killed, and how often inside a save."""
+    kills = inside = 0
     while True:
         run = start(folder / f"{kills}", out, processes, "--resume")
         end = time.monotonic() + rng.uniform(0, longest)
@@ -58,13 +80,14 @@ def kill_until_done(folder: Path, out: Path, processes: int, rng: random.Random,
         if not run.alive:
             ended = run.wait()
             assert ended.code == 0, ended.err
-            return kills
+            return kills, inside
         sent = rng.choice(SIGNALS)
         code = run.send(sent).wait().code
         assert code in (0, -sent, 128 + sent), f"{sent.name}: {code}\n{run.err}"
         if code == 0:
-            return kills
+            return kills, inside
         kills += 1
+        inside += any(out.rglob(".*.tmp"))
 
 
 def main() -> None:
@@ -73,9 +96,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    rng, kills, runs = random.Random(options.seed), 0, 0
+    rng, kills, inside, runs = random.Random(options.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder, whole, took = Path(name), {}, {}
+        (folder / "sitecustomize.py").write_text(FIRST)
+        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
         for processes in SIDES:
             begun, whole[processes] = time.monotonic(), folder / f"whole{processes}"
             ended = start(folder / f"run{processes}", whole[processes], processes).wait()
@@ -84,13 +109,14 @@ def main() -> None:
         while kills < options.kills:
             processes = 1 + runs % 2
             out = folder / "out"
-            killed = kill_until_done(folder / f"runs{runs}", out, processes, rng, took[processes])
-            runs, kills = runs + 1, kills + killed
+            killed, saving = kill_until_done(folder / f"runs{runs}", out, processes, rng, took[processes])
+            runs, kills, inside = runs + 1, kills + killed, inside + saving
             if not same(out, whole[processes]):
                 raise SystemExit(f"run {runs} of {processes} processes differs (--seed {options.seed})")
             shutil.rmtree(out)
             shutil.rmtree(folder / f"runs{runs - 1}", ignore_errors=True)
-            print(f"{kills} kills in {runs} runs: each ended as if it had not been interrupted", flush=True)
+            counted = f"{kills} kills ({inside} inside a save) in {runs} runs"
+            print(f"{counted}: each ended as if it had not been interrupted", flush=True)
 
 
 if __name__ == "__main__":

@@ -200,10 +200,11 @@ def test_a_description_that_cannot_be_written_leaves_the_old_weights(tmp_path):
 def test_a_run_goes_on_where_a_save_on_the_way_fails_and_goes_on_trying(tmp_path, no_room):
     ended = here(*place().train(tmp_path / "out", save_every=4, features="off"))
     assert ended.code == 1
-    assert [said.split(":")[0] for said in ended.err.splitlines() if "File too large" in said] == [
-        *(f"step {step}" for step in range(4, 10)),
-        "error",
-    ]
+    told = [said.split(":")[0] for said in ended.err.splitlines() if "File too large" in said]
+    assert (told[0], told[-1]) == ("step 4", "error")
+    # The next one is tried when the one before has failed, which a thread finds out.
+    assert len(told) > 3
+    assert told[:-1] == sorted(set(told[:-1]) & {f"step {step}" for step in range(4, 10)})
     assert "step 10/10" in ended.err
     assert ended.error.endswith("pretrain_vlm_128.pth: not saved (File too large) — make room, and start again")
     kept = ("config.yaml", "events.jsonl", "manifest.json", "metrics.jsonl")

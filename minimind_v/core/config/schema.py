@@ -118,7 +118,8 @@ class RunConfig:
     gpus: int = 1  # processes on this machine, each with a GPU of its own or, with device cpu, without
     features: str = "auto"  # whether what CLIP sees in a picture is remembered, and as what
     features_dir: Path | None = None  # where; none: the folder `features` in `out`
-    save_every: int = 500
+    save_every: int = 500  # updates between two states to go on from; 0: none by their number
+    save_minutes: float = 5.0  # minutes after which one is saved as well; 0: none by time
     keep: int = 2  # states to go on from; each is three times the size of what trains
     log_every: int = 20
     val_every: int = 0  # updates between two looks at rows that are held out by picture; 0: all rows are learnt from
@@ -137,6 +138,8 @@ class RunConfig:
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 1)
         for flag in ("max_steps", "save_every", "val_every", "recall_rows", "seed"):
             _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 0)
+        if self.save_minutes and not self.save_minutes >= 1:
+            raise UsageError(f"--save-minutes must be at least 1, or 0 for never, not {self.save_minutes:g}")
         if self.seed >= 2**63:
             raise UsageError(f"--seed must be below 2^63, not {self.seed}")
         if not 0 < self.lr < 1:

@@ -15,11 +15,11 @@ that wait for it together, and planned from the lengths alone.
 from __future__ import annotations
 
 import atexit
-import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.token_store import Text, TokenStore, not_kept
+from minimind_v.core.data.workers import Packed, Whereabouts, affordable, begin, end, unpacked
 from minimind_v.core.interrupt import SIGNALS
 
 LANES = 4  # each holds parts of a parquet file in memory; 1, 2 and 4 workers share them evenly
@@ -87,8 +88,7 @@ class BatchPlan(Dataset[list[Batch]]):
         self._sequence = _lanes(self.updates_per_epoch, 1 if seed is None else LANES)
         self._planned: dict[tuple[int, int], Window] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        # The process of each worker and the row that it is at, in memory that they share: what killed one can be named.
-        self._reading = torch.zeros(64, 2, dtype=torch.int64).share_memory_()
+        self._reading = Whereabouts()  # what killed a worker can be named
         self._told = False  # that this process keeps no more tokens
 
     def __len__(self) -> int:
@@ -177,13 +177,13 @@ class BatchPlan(Dataset[list[Batch]]):
 
     def _note(self, index: int) -> None:
         worker = torch.utils.data.get_worker_info()
-        if worker is not None and worker.id < len(self._reading):
-            self._reading[worker.id] = torch.tensor([os.getpid(), index])
+        if worker is not None:
+            self._reading.note(worker.id, index)
 
     def read_by(self, process: int) -> str | None:
         """The place of the row that a worker process was at."""
-        at = [index for pid, index in self._reading.tolist() if pid == process]
-        return self.dataset.rows.place(at[0]) if at else None
+        row = self._reading.row_of(process)
+        return None if row is None else self.dataset.rows.place(row)
 
 
 def _lanes(updates: int, lanes: int) -> np.ndarray:
@@ -196,13 +196,17 @@ def _lanes(updates: int, lanes: int) -> np.ndarray:
 
 
 def load_updates(
-    plan: BatchPlan, workers: int, pin: bool = False, start: int = 0
+    plan: BatchPlan, workers: int, pin: bool = False, start: int = 0, warn: Callable[[str], None] = lambda _: None
 ) -> Generator[list[Batch], None, None]:
-    """The updates of a plan from number `start` on, prepared ahead by worker processes, which end when this does."""
+    """The updates of a plan from number `start` on, prepared ahead by worker processes, which end when this does.
+
+    Where there is no room for so many workers, `warn` is told once. Raises RunError where one ends before its time.
+    """
+    workers = affordable(workers, warn)
     if workers:
         _allow_files()
-    loader: DataLoader[list[Batch]] = DataLoader(
-        plan,
+    loader: DataLoader[Any] = DataLoader(
+        Packed(plan) if workers else plan,
         batch_size=None,
         sampler=range(start, len(plan)),
         num_workers=workers,
@@ -211,13 +215,14 @@ def load_updates(
         worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # its draw would otherwise be one from the program's own random numbers
     )
-    updates: Any = iter(loader)
+    updates: Any = begin(loader)
     # Not left to the garbage collector: a traceback may hold `updates`, or the program's end this generator, and a
     # process waits for ever for workers that nobody has told to stop.
-    stop = getattr(updates, "_shutdown_workers", lambda: None)
+    processes = list(getattr(updates, "_workers", ()))
+    stop = partial(end, updates, processes)
     atexit.register(stop)
     try:
-        yield from updates
+        yield from unpacked(updates, plan, processes) if workers else updates
     finally:
         atexit.unregister(stop)
         stop()

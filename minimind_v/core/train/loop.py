@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from minimind_v.core.train.parts import parts_of
 from minimind_v.core.train.place import Place
 from minimind_v.core.train.recall import Recall, earlier_run, recall_earlier, recall_own
 from minimind_v.core.train.report import write_report
+from minimind_v.core.train.saver import Saver, Snapshot
 from minimind_v.core.train.schedule import learning_rate
 from minimind_v.core.train.signs import Start
 from minimind_v.core.train.state import State, pack, unpack
@@ -44,6 +45,7 @@ from minimind_v.core.train.validate import Validator
 from minimind_v.core.train.watch import Watch
 from minimind_v.core.train.words import BrokenRows, announcement, before_the_start, explained, not_finite, recalled
 
+MINUTE = 60.0  # seconds
 PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
 
 
@@ -92,8 +94,8 @@ def train(
     learnt until then is saved first.
     """
     world = World.find()
-    with world.contact():
-        summary = Run(config, listener, overwrite, resume, allowed, auto, world).fit()
+    with world.contact(), ExitStack() as held:
+        summary = Run(config, listener, overwrite, resume, allowed, auto, world, held).fit()
         world.leave()
     return summary
 
@@ -110,7 +112,9 @@ class Run:
         allowed: Collection[str] = (),
         auto: bool = False,
         world: World = ALONE,
+        held: ExitStack | None = None,
     ) -> None:
+        """`held` gets the lock of what the run writes, to release it when the run is over; without it none is taken."""
         self.world, self.place = world, Place(config)
         self.listener = Watch(self.place.folder / "events.jsonl", listener) if world.leads else Silent()
         self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
@@ -120,6 +124,8 @@ class Run:
         if world.restarts:
             self.listener.say("a process was lost: all have started again")
             overwrite, resume = False, True
+        if held and world.leads:
+            self.place.lock(held, self.listener)
         claim = (
             self.place.claim(world.size, self.device, overwrite, resume, allowed, self.listener)
             if world.leads
@@ -146,8 +152,10 @@ class Run:
         self.troubles: set[str] = set()  # of data workers, each told once
         self.done = 0  # updates
         self.stopped_by: Signals | None = None
+        self.saver, self.snapshot = Saver(), Snapshot()
         self.owed = False  # whether a save failed, or is due
         self.earlier: Recall | str = ""  # rows that the weights learnt before, or why none are measured
+        self.saved_at = time.monotonic()  # or when the run began
         self.counts = Counts()
         if self.claim.state is not None:
             self._take_up(self.claim.state)
@@ -208,12 +216,14 @@ class Run:
         with (
             closing(self.listener),
             StopRequest() as self.stop,
-            explained(config, self.plan),
+            explained(config),
             self._metrics_file() as log,
         ):
             try:
                 for step, batches in enumerate(self._updates(), self.done + 1):
                     metrics = self._update(step, batches)
+                    if metrics is None:  # asked to stop before there was data
+                        break
                     self.done = step
                     logged = step % config.log_every == 0 or step in (1, self.total)
                     if logged and log:
@@ -221,8 +231,10 @@ class Run:
                     self.listener.step(metrics, logged)
                     if self.validator and (step % config.val_every == 0 or step == self.total):
                         self._validate(self.validator, step)
-                    if self._save_is_due(step, logged) and step < self.total:
-                        self._or_warn(step, self._save)
+                    if self.world.leads and step < self.total:
+                        self._notice_save()
+                        if self._save_is_due(step, logged):
+                            self._begin_save()
                     if self.world.size == 1:  # several must stop after the same update
                         self.stopped_by = self.stop.signal
                     if self.stopped_by or step == self.total:
@@ -231,11 +243,12 @@ class Run:
                 torn = True
                 raise
             finally:
-                if self.done > begun and self.counts.supervised and not torn:
+                self._notice_save(wait=True)
+                if self.done > begun and self.counts.supervised and not torn and self.world.leads:
                     self._save_at_the_end()
                     self._recall_after()
                     self._report()
-        if not self.counts.supervised:
+        if not self.counts.supervised and not self.stopped_by:
             trouble = self.broken.first or "every answer is cut off"
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
         return self._summary()
@@ -318,8 +331,6 @@ class Run:
             self._or_warn(step, partial(write_checkpoint, self.place.best_weights, *what))
 
     def _report(self) -> None:
-        if not self.world.leads:
-            return
         try:
             write_report(self.place.folder)
         except MmvError as error:  # no room, or no metrics for want of room
@@ -328,35 +339,50 @@ class Run:
     def _metrics_file(self) -> AbstractContextManager[JsonLines | None]:
         return closing(JsonLines(self.place.metrics, self.done)) if self.world.leads else nullcontext()
 
-    def _updates(self) -> Iterator[list[Batch]]:
-        """The batches of each update yet to do that fall to this process, fetched when they are needed."""
-        pin = self.device.type == "cuda"
-        with closing(load_updates(self.plan, self.config.data.workers, pin, self.done)) as updates:
-            while True:
+    def _updates(self) -> Iterator[list[Batch] | None]:
+        """The batches of each update yet to do that fall to this process, fetched when they are needed.
+
+        None, as the last one, where a signal asked to stop while they were waited for.
+        """
+        pin, workers = self.device.type == "cuda", self.config.data.workers
+        with closing(load_updates(self.plan, workers, pin, self.done, self.listener.warn)) as updates:
+            for _ in range(self.done, len(self.plan)):
                 asked = time.perf_counter()
-                batches = next(updates, None)
+                batches = self.stop.wait(partial(next, updates))
                 self.counts.waited += time.perf_counter() - asked
-                if batches is None:
-                    return
-                for batch in batches:
+                for batch in batches or ():
                     if batch.trouble and batch.trouble not in self.troubles:
                         self.troubles.add(batch.trouble)
                         self.listener.warn(batch.trouble)
                     self.listener.batch(batch)
                 yield batches
 
-    def _update(self, step: int, batches: list[Batch]) -> StepMetrics:
-        """One optimiser step: the loss is a mean over the supervised tokens of all batches of all processes."""
+    def _update(self, step: int, batches: list[Batch] | None) -> StepMetrics | None:
+        """One optimiser step: the loss is a mean over the supervised tokens of all batches of all processes.
+
+        None, and nothing is done, where one of the processes was asked to stop before it had its batches.
+        """
         lr = learning_rate(step - 1, self.total, self.config.lr)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        found = [row for batch in batches for row in batch.broken]
-        batches = [batch for batch in batches if batch.supervised]
+        stopped = (self.stop.signal or 0) if batches is None else 0
+        found = [row for batch in batches or () for row in batch.broken]
+        batches = [batch for batch in batches or () if batch.supervised]
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         unmarked = sum(batch.text_rows for batch in batches)
-        mine = [sum(batch.supervised for batch in batches), sum(map(len, batches)), tokens, unmarked, len(found)]
-        summed = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
-        supervised, rows, tokens, unmarked, broken = summed
+        mine = [
+            sum(batch.supervised for batch in batches),
+            sum(map(len, batches)),
+            tokens,
+            unmarked,
+            len(found),
+            stopped,
+        ]
+        *sums, signals = zip(*self.world.gather(mine), strict=True)
+        if any(signals):
+            self.stopped_by = Signals(int(max(signals)))
+            return None
+        supervised, rows, tokens, unmarked, broken = (int(sum(column)) for column in sums)
         if broken:
             everyone = [row for rows_found in self.world.gather_objects(found) for row in rows_found]
             self.broken.add(everyone, self._rows_read(step), self.listener.warn)
@@ -441,33 +467,66 @@ class Run:
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def _save_is_due(self, step: int, logged: bool) -> bool:
-        """At every save_every-th update, and where that failed at every logged one until it succeeds."""
-        every = self.config.save_every
-        self.owed = self.owed or (bool(every) and step % every == 0)
-        return self.owed and (logged or step % every == 0)
+        """After save_every updates and save_minutes; where that failed, at every logged one until it succeeds.
 
-    def _save(self) -> None:
-        if not self.world.leads:
-            return
-        progress = {"step": self.done, "counts": asdict(self.counts), "broken": self.broken.known}
-        progress["split"] = [self.config.data.batch_size, self.config.accumulate]
+        Only the first process saves, and every process has the same weights: none has to ask the others.
+        """
+        every, minutes = self.config.save_every, self.config.save_minutes
+        late = bool(minutes) and time.monotonic() - self.saved_at >= minutes * MINUTE and not self.saver.busy
+        due = late or (bool(every) and step % every == 0)
+        self.owed = self.owed or due
+        return due or (self.owed and logged)
+
+    def _begin_save(self) -> None:
+        """Take what the next update will change; the rest is done by a thread. Waits where a save is still running."""
+        self._notice_save(wait=True)
+        self.owed, self.saved_at = False, time.monotonic()
+        self.saver.start(self.done, self._save())
+
+    def _save(self) -> Callable[[], None]:
+        """What writes the state of this moment, and the weights."""
+        step, split = self.done, [self.config.data.batch_size, self.config.accumulate]
+        progress = {"step": step, "counts": asdict(self.counts), "broken": dict(self.broken.known), "split": split}
+        tensors, ready = self.snapshot.take(pack(self._named_trained(), self.optimiser))
+        weights: dict[str, Tensor] | RunError
         try:
-            tensors = pack(self._named_trained(), self.optimiser)
-            self.place.states.write(self.done, tensors, progress, self.claim.origin)
-        finally:  # there may be room for the weights alone
-            tensors, config = export_tensors(self.model), self.config
-            write_checkpoint(self.place.weights, tensors, config.model, config.stage, self.companions)
-        self.owed = False
-        self.listener.saved(self.done)
+            weights = export_tensors(self.model)
+        except RunError as error:  # there may be a state all the same
+            weights = error
+
+        def write() -> None:
+            ready()
+            try:
+                self.place.states.write(step, tensors, progress, self.claim.origin)
+            finally:  # there may be room for the weights alone
+                if isinstance(weights, RunError):
+                    raise weights
+                write_checkpoint(self.place.weights, weights, self.config.model, self.config.stage, self.companions)
+
+        return write
+
+    def _notice_save(self, wait: bool = False) -> None:
+        """Tell how the save in the background has ended. A full disk in the night must not end the run."""
+        ended = self.saver.outcome(wait)
+        if ended is None:
+            return
+        if ended.error is None:
+            self.listener.saved(ended.step)
+        elif isinstance(ended.error, RunError):
+            self.owed = True  # the next time there may be room
+            self.listener.warn(f"step {ended.step}: {ended.error}")
+        else:
+            raise ended.error
 
     def _save_at_the_end(self) -> None:
         try:
-            self._save()
+            self._save()()
         except RunError as error:
             raise RunError(f"{error} — {self.place.next_step()}") from None
+        self.listener.saved(self.done)
 
     def _or_warn(self, step: int, write: Callable[[], None]) -> None:
-        """A full disk in the night must not end the run: the next time there may be room."""
+        """A full disk in the night must not end the run."""
         try:
             write()
         except RunError as error:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import os
+import platform
+import time
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +16,10 @@ import torch
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import UsageError
-from minimind_v.core.files import sweep
+from minimind_v.core.files import Held, Lock, sweep
 from minimind_v.core.hub.sources import weights_at
 from minimind_v.core.outputs import keep_description
+from minimind_v.core.train.launch import LAUNCHER
 from minimind_v.core.train.metrics import Listener, read_lines
 from minimind_v.core.train.state import State, States, check_origin, origin_of
 
@@ -44,6 +49,31 @@ class Place:
         self.metrics = self.folder / "metrics.jsonl"
         self.states = States(self.folder / "states", config.keep)
         self.rows = config.data.batch_size * config.accumulate  # of an update that fall to a process
+
+    def lock(self, held: ExitStack, listener: Listener) -> None:
+        """Keep every other run away until `held` is closed. Raises UsageError where one is there already."""
+        note = {
+            "process": int(os.environ.get(LAUNCHER, os.getpid())),  # the one to stop, where it has started several
+            "host": platform.node(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        try:
+            lock = Lock(self.weights.with_name(f".{self.weights.stem}.lock"), note)
+        except Held as other:
+            raise UsageError(
+                f"another run writes {self.weights} ({_who(other.note)}) — wait for its end, stop it, or name another "
+                "--out"
+            ) from None
+        except OSError:  # nothing can be written there, by no run: the first file that is tried says why
+            return
+        held.callback(lock.release)
+        if not lock.certain:
+            listener.say(f"{self.config.out} is on a file system without locks: let no other run write there")
+        if lock.left.get("host", note["host"]) != note["host"]:
+            listener.say(
+                f"{self.weights}: a run there did not come to its end ({_who(lock.left)}); where locks do not reach "
+                "from machine to machine, make sure that it is over"
+            )
 
     def claim(
         self,
@@ -144,3 +174,10 @@ class Place:
             f"nothing to resume in {self.folder}, but {self.config.out / other} has a run{which} — give its size to go "
             "on with it, or leave --resume out to start this one"
         )
+
+
+def _who(note: Mapping[str, Any]) -> str:
+    """The run that a lock's note tells of."""
+    if "process" not in note:
+        return "it has not said which process it is"
+    return f"process {note['process']} on {note.get('host')}, since {note.get('since')}"

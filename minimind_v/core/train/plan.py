@@ -138,8 +138,9 @@ def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, St
     watch = later = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as folder:
         few = replace(
-            config, out=Path(folder), init=NO_INIT, save_every=0, val_every=0, until_right=False, recall_rows=0,
-            track="none", gpus=1, max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
+            config, out=Path(folder), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
+            recall_rows=0, track="none", gpus=1,
+            max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
         )  # fmt: skip
         watch.run = run = Run(few, watch)
         run.fit()

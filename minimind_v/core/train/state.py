@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 import minimind_v
@@ -31,8 +31,9 @@ MANY = 1000  # files of a folder beyond which their bytes are not read for its f
 WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
 # What a run may change at will: it decides where things go and what is told, not what is learnt.
 # How an update's rows are shared out is free as well; how many they are is not, and has a name of its own.
-FREE = {"out", "device", "gpus", "save_every", "keep", "log_every", "recall_rows", "data.workers", "data.bad_rows"}
-FREE |= {"data.batch_size", "accumulate", "features_dir", "track"}
+FREE = {"out", "device", "gpus", "save_every", "save_minutes", "keep", "log_every", "recall_rows", "data.workers"}
+FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "track"}
+NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}  # in a safetensors file
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
 
 
@@ -69,9 +70,12 @@ class States:
     def write(self, step: int, tensors: Mapping[str, Tensor], progress: dict[str, Any], origin: dict[str, Any]) -> None:
         """Add a state, then drop those that are too many. Raises RunError, and leaves what was there."""
         meta = {"progress": json.dumps(progress), "origin": json.dumps(origin)}
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=meta)
-        path = self.folder / f"step-{step:010d}-{_digest(data)}.safetensors"
-        write_atomically(path, lambda file: file.write(data))
+        pieces = _pieces(tensors, meta)
+        digest = hashlib.blake2b(digest_size=8)
+        for piece in pieces:
+            digest.update(piece)
+        path = self.folder / f"step-{step:010d}-{digest.hexdigest()}.safetensors"
+        write_atomically(path, lambda file: file.writelines(pieces))
         # Later ones, too, are of another past: this run has gone on from before them.
         earlier = [other for other in self.paths() if other.name[:15] < path.name[:15] and other not in self._old]
         for other in set(self.paths()) - {path, *earlier[: self.keep - 1]}:
@@ -88,6 +92,20 @@ class States:
         if paths:
             raise RunError(f"{self.folder}: no state in it is whole — start over with --overwrite")
         return None
+
+
+def _pieces(tensors: Mapping[str, Tensor], meta: dict[str, str]) -> list[Any]:
+    """The bytes of a safetensors file, those of the tensors where they are: the library would copy them twice."""
+    header: dict[str, Any] = {"__metadata__": meta}
+    pieces, at = [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # each aligned to its size
+        flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        offsets = [at, at := at + len(flat)]
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        pieces.append(memoryview(flat))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *pieces]
 
 
 def _read(path: Path) -> State:
@@ -113,9 +131,14 @@ def pack(named: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[
         for key, value in optimiser.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
     tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if device := _cuda_of(named):
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
     return tensors
+
+
+def _cuda_of(named: Mapping[str, Tensor]) -> torch.device | None:
+    """The GPU that the weights are on. Where there is one and they are not on it, it is left alone."""
+    return next((tensor.device for tensor in named.values() if tensor.device.type == "cuda"), None)
 
 
 @torch.no_grad()
@@ -129,8 +152,8 @@ def unpack(tensors: Mapping[str, Tensor], named: Mapping[str, Tensor], optimiser
             slots[number] = {key: tensors[f"{key}.{name}"] for key in keys}
     optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if "rng.cuda" in tensors and (device := _cuda_of(named)):
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
 
 
 # --- what a run was made of -------------------------------------------------------------------------------------------

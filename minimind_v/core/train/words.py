@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,17 +189,11 @@ def _above(share: float) -> float:
 
 
 @contextmanager
-def explained(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
-    """Turn what torch raises for want of memory, or over a dead data worker, into words with a next step."""
+def explained(config: RunConfig) -> Iterator[None]:
+    """Turn what torch raises for want of memory into words with a next step."""
     try:
         yield
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-        if dead := re.search(r"DataLoader worker \(pid\(?s?\)? ?(\d+)", str(error)):
-            place = plan.read_by(int(dead[1]))
-            raise RunError(
-                f"a data worker died{f' at {place}' if place else ''} — look at that row, or, where memory is short, "
-                f"try --workers 0 ({error})"
-            ) from None
         if not out_of_memory(error):
             raise
         batch, accumulate = config.data.batch_size, config.accumulate

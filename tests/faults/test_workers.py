@@ -1,0 +1,305 @@
+"""Data workers that fail, in every way that one can: the run ends with the reason, and never waits for ever."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.loader import load_batches, load_updates
+from minimind_v.core.errors import DataError, RunError
+from tests.cli.harness import MMV, ROOT, SIGHT, Ended, Running, here, place, read_rows
+
+NAME = "pretrain_vlm_128"
+
+
+# --- a container with little shared memory ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def container():
+    """`container(size, *words)` is `mmv` with a /dev/shm of so many kilobytes; skips where none can be mounted."""
+    try:
+        mounted = subprocess.run(["unshare", "-m", *_small(64), "true"], check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no small /dev/shm can be mounted here")
+
+    def run(size, *words):
+        command = ["unshare", "-m", *_small(size), str(MMV), *map(str, words)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=240, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def _small(size):
+    return ["sh", "-c", f'mount -t tmpfs -o size={size}k tmpfs /dev/shm && exec "$@"', "sh"]
+
+
+def losses(out):
+    return [record["loss"] for record in read_rows(out / NAME / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "told"),
+    [
+        (64, {"workers": 2}, None),
+        (64, {"workers": 4}, "/dev/shm has 64 KB, 64 KB of it free: room for 2 of 4 data workers"),
+        (16, {"workers": 2}, "/dev/shm has 16 KB, 16 KB of it free: room for no data worker (as with --workers 0)"),
+        (64, {"workers": 2, "gpus": 2, "batch_size": 2}, "room for no data worker"),
+    ],
+)
+def test_a_run_goes_on_with_as_many_workers_as_there_is_room_for(tmp_path, container, size, changes, told):
+    """Batches are larger than all of the shared memory: 4 pictures of 64² are 49 KB, and 4 updates are under way."""
+    ended = container(size, *place().train(tmp_path / "out", **changes))
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    assert ended.err.count("/dev/shm") == (1 if told else 0), ended.err
+    if told:
+        assert told in ended.err
+        assert "--shm-size" in ended.err
+    if "gpus" not in changes:
+        assert here(*place().train(tmp_path / "alone", workers=0)).code == 0
+        assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+@pytest.mark.parametrize("command", ["check", "stats"])
+def test_rows_are_counted_without_shared_memory(container, command):
+    words = ("data", command, place().data("pretrain"), "--images", place().images("pretrain"))
+    ended = container(4, *words, *SIGHT)
+    assert ended.code == 0, ended.err
+    assert "40" in ended.out + ended.err
+
+
+# --- a worker that ends -----------------------------------------------------------------------------------------------
+
+
+def only_in_a_worker(ends):
+    """Let the third picture that a data worker loads be its last deed."""
+    real, seen, main = RowDataset.load, [], os.getpid()
+
+    def load(dataset, example):
+        seen.append(example)
+        if len(seen) > 10 and os.getpid() != main:
+            ends()
+        return real(dataset, example)
+
+    RowDataset.load = load
+
+
+def bus_error():
+    only_in_a_worker(lambda: os.kill(os.getpid(), signal.SIGBUS))
+
+
+def no_memory_left():
+    only_in_a_worker(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def exit_in_silence():
+    only_in_a_worker(lambda: os._exit(0))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "told"),
+    [
+        (bus_error, "a data worker died of SIGBUS at {data}:"),
+        (no_memory_left, "a data worker died of SIGKILL at {data}:"),
+        (exit_in_silence, "a data worker died of exit code 0 at {data}:"),
+    ],
+)
+def test_a_worker_that_ends_before_its_time_ends_the_run(tmp_path, prepare, told):
+    run = Running(tmp_path, *place().train(tmp_path / "out", workers=2, epochs=100), prepare=prepare)
+    ended = run.wait()
+    assert ended.code == 1
+    assert told.format(data=place().data("pretrain")) in ended.error
+    assert "--workers 0" in ended.error
+    assert not run.left_behind()
+    resumed = here(
+        *place().train(tmp_path / "out", workers=0, epochs=100, max_steps=3), "--resume", "--allow", "max_steps"
+    )
+    assert resumed.code == 0, resumed.err
+
+
+class Numbers:
+    """A plan of numbers, one of which a worker cannot make."""
+
+    prefetch = 2
+
+    def __init__(self, fails):
+        self.fails, self.main = fails, os.getpid()
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, number):
+        if number == 7 and os.getpid() != self.main:
+            self.fails()
+        return [torch.tensor(number)]
+
+
+def raises(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def raise_what_cannot_travel():
+    class Here(Exception):
+        """Of a class that no other process can find."""
+
+    raise Here("somewhere in a worker")
+
+
+@pytest.mark.parametrize(
+    ("fails", "kind", "told"),
+    [
+        (raises(ValueError("five")), RuntimeError, "ValueError: five"),
+        (raise_what_cannot_travel, RuntimeError, "somewhere in a worker"),
+        (raises(OSError(28, "No space left on device")), RunError, r"No space left on device — try .*--workers 0"),
+        (raises(MemoryError()), RunError, r"out of memory — try .*--workers 0"),
+        (raises(DataError("file.jsonl: cut while it was read")), DataError, "^file.jsonl: cut while it was read$"),
+        (raises(SystemExit(3)), RunError, "died of exit code"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), RunError, "died of SIGSEGV"),
+    ],
+)
+def test_a_batch_that_is_lost_ends_the_reading(fails, kind, told):
+    got = []
+    with pytest.raises(kind, match=told):
+        got.extend(map(int, load_batches(Numbers(fails), 2)))
+    assert got == list(range(len(got)))
+
+
+def test_the_end_of_a_worker_does_not_interrupt_an_update():
+    """It may be in the middle of one; torch would raise there."""
+    before = signal.getsignal(signal.SIGCHLD)
+    updates = load_updates(Numbers(lambda: os.kill(os.getpid(), signal.SIGKILL)), 2)
+    for number in range(7):
+        assert next(updates) == [torch.tensor(number)]
+    time.sleep(0.5)  # here it ends
+    assert signal.getsignal(signal.SIGCHLD) == before
+    with pytest.raises(RunError, match="SIGKILL"):
+        next(updates)
+
+
+# --- signals to a run that waits --------------------------------------------------------------------------------------
+
+
+def wait_for_ever():
+    """Let rows stop coming after a few updates, from workers and in the process itself."""
+    real, seen = RowDataset.load, []
+
+    def load(dataset, example):
+        seen.append(example)
+        if len(seen) > 12:
+            print("waiting", file=sys.stderr, flush=True)
+            while True:
+                time.sleep(600)
+        return real(dataset, example)
+
+    RowDataset.load = load
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "changes"),
+    [
+        (signal.SIGTERM, 143, {"workers": 2}),
+        (signal.SIGINT, 130, {"workers": 0}),
+        (signal.SIGTERM, 143, {"workers": 1, "gpus": 2, "batch_size": 2}),
+    ],
+)
+def test_a_signal_ends_a_run_that_waits_for_data(tmp_path, monkeypatch, number, code, changes):
+    line = {"epochs": 3, "log_every": 1} | changes
+    first = f"from {__name__} import wait_for_ever; wait_for_ever()"  # in every process that is started
+    (tmp_path / "sitecustomize.py").write_text(first)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    run = Running(tmp_path, *place().train(tmp_path / "out", **line))
+    run.until(lambda: "waiting" in run.err and "step 3/" in run.err)
+    time.sleep(1)
+    sent = time.monotonic()
+    ended = run.send(number).wait()
+    assert time.monotonic() - sent < 40
+    assert ended.code == code, ended.err
+    assert f"stopped by {number.name} after " in ended.err
+    assert not run.left_behind()
+    done = len(losses(tmp_path / "out"))
+    again = here(*place().train(tmp_path / "out", **line | {"workers": 0, "gpus": 1, "batch_size": 4}), "--resume")
+    assert again.code == 0, again.err
+    assert f"resuming after update {done} of 30" in again.err
+    assert len(losses(tmp_path / "out")) == 30
+
+
+def wait_at_once():
+    """Let no row ever come."""
+    RowDataset.load = lambda *_: time.sleep(600)
+    print("waiting", file=sys.stderr, flush=True)
+
+
+def test_a_signal_before_the_first_batch_is_no_error_of_the_data(tmp_path):
+    run = Running(tmp_path, *place().train(tmp_path / "out", workers=1), prepare=wait_at_once)
+    run.until(lambda: "1 epochs" in run.err)
+    time.sleep(1)
+    ended = run.send(signal.SIGTERM).wait()
+    assert ended.code == 143, ended.err
+    assert "stopped by SIGTERM after 0 updates; nothing to save yet" in ended.err
+    assert not (tmp_path / "out" / f"{NAME}.pth").exists()
+
+
+# --- the parcel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[True, False], ids=["memfd", "pipe"])
+def memory(request, monkeypatch):
+    """With memory files, and on a system that has none."""
+
+    def refuse(_):
+        raise OSError(1, "Operation not permitted")
+
+    if not request.param:
+        monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    elif not hasattr(os, "memfd_create"):
+        pytest.skip("no memory files here")
+
+
+class Things(Numbers):
+    """Tensors of every kind, among other things."""
+
+    def __getitem__(self, number):
+        wide = torch.arange(24).reshape(4, 6)
+        return [
+            {
+                "scalar": torch.tensor(number),
+                "empty": torch.empty(0, 3, dtype=torch.bool),
+                "columns": wide[:, ::2],
+                "half": torch.full((3,), 0.1).to(torch.bfloat16),
+                "mask": torch.tensor([True, False, True]),
+                "bytes": torch.arange(5, dtype=torch.uint8),
+                "words": ["ä", b"\0" * 70],
+                "none": None,
+            }
+        ]
+
+
+@pytest.mark.usefixtures("memory")
+def test_what_is_opened_is_what_was_packed():
+    plan = Things(None)
+    for number, thing in enumerate(load_batches(plan, 2)):
+        expected = plan[number][0]
+        assert thing.keys() == expected.keys()
+        for key, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert thing[key].dtype == value.dtype
+                assert torch.equal(thing[key], value)
+                thing[key].zero_()  # may be written to
+            else:
+                assert thing[key] == value
+    assert number == 11
