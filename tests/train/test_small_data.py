@@ -11,6 +11,7 @@ import yaml
 from minimind_v.core.config.load import build_config, resolve
 from minimind_v.core.config.recipes import OWN_KEYS, small_data
 from minimind_v.core.errors import UsageError
+from minimind_v.core.train.recall import earlier_run
 from minimind_v.core.train.report import read_run, report_page
 from minimind_v.core.train.schedule import learning_rate, peak
 from minimind_v.core.train.words import LEAST_REACH, too_little
@@ -63,7 +64,7 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     ended = small(tmp_path / "out", earlier, mine)
     assert ended.code == 0, ended.err
     assert f"learnt: every answer to the 12 rows of {mine['data']} is right, token for token" in ended.err
-    assert f"kept: of 32 rows of {place().data('sft')}, which {earlier} learnt before," in ended.err
+    assert f"kept: on 32 rows of {place().data('sft')}, not trained on now, " in ended.err
     last = read_rows(tmp_path / "out" / "sft_vlm_128" / "metrics.jsonl")[-1]
     assert last["step"] == last["steps"] < 60 * 12, "it ends as soon as all is right"
     assert last["step"] % 12 == 0
@@ -102,7 +103,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, mine, earlier, monkeypa
     ended = small(tmp_path / "parts", earlier, mine, "--resume", **given)
     assert ended.code == 0, ended.err
     assert "resuming after update 30" in ended.err
-    assert "kept: of 32 rows" in ended.err, "what was measured before the stop is known"
+    assert "kept: on 32 rows" in ended.err, "what was measured before the stop is known"
     whole, parts = ((tmp_path / name / "sft_vlm_128.pth").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
 
@@ -130,6 +131,15 @@ def test_what_cannot_be_measured_is_said(tmp_path, mine, earlier, trouble):
     assert why in ended.err
     assert "not all is learnt: " in ended.err
     assert "was not measured" in report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
+
+
+def test_what_published_weights_learnt_from_is_looked_for_where_it_is_downloaded_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert earlier_run(Path("sft_vlm_512.pth")) is None
+    Path("dataset").mkdir()
+    for stage in ("pretrain", "sft"):
+        Path(f"dataset/{stage}_i2t.parquet").touch()
+        assert earlier_run(Path(f"{stage}_vlm_512.pth")).file == Path(f"dataset/{stage}_i2t.parquet")
 
 
 # --- what it is made of -----------------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ class Run:
         self.validator = Validator(data.held_out, config.dtype, world.gather) if data.held_out else None
         loaded = build_model(config, data, self.listener)
         earlier = earlier_run(config.init)
-        same = None if earlier is None else earlier.tokenizer == self.claim.origin["data.tokenizer"]
+        tokenizer = earlier.tokenizer if earlier else None
+        same = None if tokenizer is None else tokenizer == self.claim.origin["data.tokenizer"]
         self.start = Start(config, loaded.weights, loaded.new_projector, same, self.plan.rows)
         self.companions = loaded.companions
         self.model = loaded.model.to(self.device)

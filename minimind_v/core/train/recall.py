@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from minimind_v.core.config.load import build_config
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.features.store import FeatureStore
@@ -25,15 +26,18 @@ OWN_ROWS = 100  # of a run's own rows, so many at most are measured
 
 @dataclass(frozen=True)
 class Earlier:
-    """The rows that the weights of `init` were trained on, as their own run's folder names them."""
+    """Rows like those that the weights of `init` learnt from."""
 
     file: Path
     images: Path | None
-    tokenizer: str | None  # its fingerprint
+    tokenizer: str | None = None  # the fingerprint of the weights' tokenizer, where it is known
 
 
 def earlier_run(init: Path | None) -> Earlier | None:
-    """What the run that made these weights has left beside them about its data; None where it has left nothing."""
+    """What the run that made these weights has left beside them about its data.
+
+    Published weights have no such folder; they learnt from the published rows. None where there are no rows either way.
+    """
     if init is None:
         return None
     folder = init.with_suffix("").with_name(init.stem.removesuffix("_best"))
@@ -46,7 +50,8 @@ def earlier_run(init: Path | None) -> Earlier | None:
             file, images = started / file, images and started / images
         return Earlier(file, images, notes["fingerprints"].get("data.tokenizer"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError):
-        return None
+        published = build_config("pretrain" if init.name.startswith("pretrain") else "sft").data
+        return Earlier(published.file, published.images) if published.file.exists() else None
 
 
 class Recall:
@@ -75,7 +80,7 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
     """A sample of what the weights learnt before, by the run's seed; or why there is none."""
     earlier = earlier_run(config.init)
     if earlier is None:
-        return f"nothing beside {config.init} names the rows that it learnt from"
+        return f"nothing beside {config.init} names the rows that it learnt from, and the published ones are not here"
     if not earlier.file.exists():
         return f"{earlier.file}, which {config.init} learnt from, is not there"
     if earlier.file.resolve() == config.data.file.resolve():

@@ -58,6 +58,11 @@ def before_the_start(config: RunConfig, plan: BatchPlan, updates: int) -> Iterat
     """What is known to go wrong with a run before it has begun."""
     if line := too_little(config, plan.rows, updates):
         yield line
+    if config.until_right and plan.rows > SMALL_SET:
+        yield (
+            f"{plan.rows:,} rows are many for a run that goes on until every answer is right: it may never be, and "
+            "each row is a step of its own — leave --recipe out, and raise --lr instead"
+        )
     held_out = len(plan.dataset) - plan.rows
     if config.val_every and held_out < FEW_HELD_OUT:
         yield (
@@ -110,8 +115,8 @@ def recalled(config: RunConfig, weights: Path, known: Mapping[str, Recalled], wh
         return said, warned
     before, after = known["before"], known["after"]
     said.append(
-        f"kept: of {plural(after.rows, 'row')} of {after.data}, which {config.init} learnt before, "
-        f"{before.hits:.1%} of the answers' tokens were right and {after.hits:.1%} are now "
+        f"kept: on {plural(after.rows, 'row')} of {after.data}, not trained on now, {before.hits:.1%} of the answers' "
+        f"tokens were right before and {after.hits:.1%} are now "
         f"(loss {before.loss:.3f}, now {after.loss:.3f})"
     )
     if before.hits - after.hits > FORGOTTEN:
