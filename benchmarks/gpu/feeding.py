@@ -11,7 +11,7 @@ from benchmarks.gpu.runs import Hearer, configure, make_run
 from minimind_v.core.data.loader import load_updates
 
 ROWS = {  # of the material → kinds of picture, and whether their features are read
-    "pretrain": {"128² JPEG": False, "features": True},
+    "pretrain": {"128² JPEG": False, "stored features": True},
     "large": {"448×336 JPEG": False},
 }
 

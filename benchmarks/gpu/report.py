@@ -31,7 +31,9 @@ PREDICTED = {
     },
     "plans": {"cuDNN": "23–440 ms for a plan", "flash": "none"},
 }  # fmt: skip
-HIDDEN = {"losses", "rows", "checks", "longest", "schedule", "features", "where"}
+HIDDEN = {"losses", "rows", "checks", "longest", "schedule", "features", "where", "traceback", "kernels_of_a_run"}
+
+NOTES = "<!-- written by hand from here on -->"
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -93,5 +95,7 @@ def _shown(value: Any) -> str:
 
 
 def write_page(report: dict[str, Any], path: Path = PAGE) -> None:
-    """Write the page. Raises RunError."""
-    write_text(path, markdown(report))
+    """Write the page, but for what people have added below the line `NOTES`. Raises RunError."""
+    there = path.read_text(encoding="utf-8") if path.exists() else ""
+    notes = there[there.index(NOTES) :] if NOTES in there else ""
+    write_text(path, markdown(report) + (f"\n{notes}" if notes else ""))

@@ -67,8 +67,9 @@ def _steps(card: Card, batches: list[Batch], policy: str, compiled: bool, graph:
     if compiled:  # block by block: all but the last are one piece of code
         for block in list(model.model.layers)[: 1 if card.tiny else None]:
             block.compile(dynamic=True, backend="inductor" if card.cuda else "eager")
+    # At a rate of 0 all ways have the same weights however often they have warmed up: their losses can be compared.
     device_numbers = {"capturable": True} if card.cuda else {}
-    optimiser = torch.optim.AdamW(trained, lr=torch.tensor(1e-5, device=card.device), fused=True, **device_numbers)
+    optimiser = torch.optim.AdamW(trained, lr=torch.tensor(0.0, device=card.device), fused=True, **device_numbers)
     loss = torch.zeros((), device=card.device)
 
     def update(batch: Batch) -> None:

@@ -47,7 +47,7 @@ def test_what_is_measured_is_there(found):
         read["samples_s"] / plain["samples_s"], rel=0.05
     )
     assert parts["talking"]["1 streams, greedy, graph"]["tokens_s"] > 0
-    assert set(parts["feeding"]) >= {"128² JPEG", "features", "448×336 JPEG"}
+    assert set(parts["feeding"]) >= {"128² JPEG", "stored features", "448×336 JPEG"}
     assert parts["resident"]["pretrain, graph"]["loss"] == pytest.approx(parts["resident"]["pretrain, eager"]["loss"])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -13,9 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_batches
+from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_batches, load_updates
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from tests.data.made import PATCHES, SIZE, picture, row, shade
@@ -275,3 +278,40 @@ def test_workers_that_share_lanes_evenly_share_no_window(batches):
     for workers in (2, 4):
         windows = [set(sequence[: max(even, 0)][worker::workers] // WINDOW) for worker in range(workers)]
         assert sum(map(len, windows)) == len(set.union(*windows))
+
+
+# --- what a worker inherits -------------------------------------------------------------------------------------------
+
+
+class Heirloom:
+    """Garbage in a cycle that notes in which process it is freed. What is on a GPU cannot be freed in a forked one."""
+
+    def __init__(self, note):
+        self.note, self.itself = note, self
+
+    def __del__(self):
+        with self.note.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class Collecting(Dataset):
+    """Updates whose worker collects its garbage."""
+
+    prefetch = 2
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        gc.collect()
+        return []
+
+
+def test_a_worker_frees_nothing_that_it_has_inherited(tmp_path):
+    gc.disable()
+    try:
+        Heirloom(tmp_path / "freed")
+        assert list(load_updates(Collecting(), 1)) == [[], []]
+    finally:
+        gc.enable()
+    assert (tmp_path / "freed").read_text() == f"{os.getpid()}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import signal
@@ -67,14 +68,20 @@ def begin(loader: DataLoader[Any]) -> Any:
 
     torch has a worker's end interrupt the program wherever it is, also in the middle of an update. It is enough to
     notice it when the next batch does not come, so torch's handler is taken back.
+
+    A forked worker must free nothing that it has inherited: what lies on a GPU, or is pinned for one, cannot be freed
+    in it, and the attempt ends the process. So garbage goes before, and what is there then is left alone.
     """
     heard = getattr(signal, "SIGCHLD", None)
     before = signal.getsignal(heard) if heard else None
+    gc.collect()
+    gc.freeze()
     try:
         return iter(loader)
     except OSError as error:  # another process has taken the room meanwhile
         raise RunError(f"no data worker can be started ({error}): {_shared_memory()} — try --workers 0") from None
     finally:
+        gc.unfreeze()
         if heard and threading.current_thread() is threading.main_thread() and before is not None:
             signal.signal(heard, before)
 

@@ -1,4 +1,4 @@
-"""States of a run: what it takes to go on bit for bit, in files that prove themselves.
+"""States of a run: what it takes to go on as if nothing had happened, in files that prove themselves.
 
 A state is one safetensors file, whose name ends in a digest of its bytes: what was cut or changed is not taken for one.
 It holds the weights that train in fp32, the optimiser's moments, the state of the random numbers and, as JSON, how far

@@ -2,7 +2,8 @@
 
 Data workers ask the store for the features of a picture before they decode it. The trainer looks at those that are
 missing, always in groups of one size, and stores what it found. So a picture's features do not depend on the pictures
-beside it, and training is the same to the last bit whether they were computed or read.
+beside it, and training is the same to the last bit whether they were computed or read (on a GPU: with
+deterministic algorithms only).
 """
 
 from __future__ import annotations
