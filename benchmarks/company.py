@@ -119,6 +119,7 @@ def describe(one: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", type=int, default=1, help="busy processes beside")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
@@ -126,7 +127,7 @@ def main() -> None:
     if options.job:
         print(json.dumps(measure(*options.job)))
         return
-    found = compare(["demo"] if options.quick else list(SIZES), 1 if options.quick else 3, options.busy)
+    found = compare(["demo"] if options.quick else list(SIZES), 1 if options.quick else options.rounds, options.busy)
     if options.json:
         print(json.dumps(found))
 

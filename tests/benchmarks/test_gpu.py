@@ -59,7 +59,7 @@ def test_the_page_names_the_card_on_every_table_and_sets_predictions_beside(foun
 
 
 def test_a_part_that_breaks_or_takes_too_long_ends_nothing_else(tmp_path):
-    card = Card(None, True, None, tmp_path)  # type: ignore[arg-type]
+    card = Card(None, False, None, tmp_path)  # type: ignore[arg-type]
     card.__class__ = type("NoCard", (Card,), {"cuda": False})
 
     def breaks(card, found):

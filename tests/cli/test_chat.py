@@ -123,9 +123,10 @@ def test_all_pictures_that_are_not_there_are_told_at_once(ask, place, tmp_path):
     assert "--image is empty" in ask(QUESTION, "--image", "", code=2).error
 
 
-def test_pictures_are_looked_for_before_the_model(monkeypatch, tmp_path):
+def test_a_missing_picture_is_told_with_all_else_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert here("chat", QUESTION, "--image", "a.jpg").error == "no picture at a.jpg"
+    error = here("chat", QUESTION, "--image", "a.jpg").error
+    assert error.startswith("4 things are missing: no picture at a.jpg; no trained weights in out")
 
 
 def test_an_address_is_read_or_refused(ask, place, tmp_path):
@@ -235,11 +236,12 @@ def test_with_nothing_else_the_model_of_the_demo_is_used_and_named(tmp_path, mon
     shutil.copy(sighted, demo / "out")
     ended = here("chat", QUESTION, "--greedy", "--max-new-tokens", 20)
     assert (ended.code, ended.out) == (0, ask(QUESTION, "--greedy").out)
-    assert ended.err == "no trained weights in out: using the demo's model, demo/out/sft_vlm_128.pth\n"
+    said = "no trained weights in out: using the demo's model, demo/out/sft_vlm_128.pth\n"
+    assert ended.err.startswith(said)
     assert here("convert", "--to", "safetensors", "--out", "w.safetensors").code == 0
     shutil.copytree(demo / "out", "out")
     shutil.copytree(demo / "model", "model")
-    assert here("chat", QUESTION, "--greedy", "--max-new-tokens", 20).err == ""
+    assert said not in here("chat", QUESTION, "--greedy", "--max-new-tokens", 20).err
 
 
 def test_a_text_only_base_is_refused(ask):

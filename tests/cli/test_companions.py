@@ -65,7 +65,8 @@ def other_words(folder):
 @pytest.mark.parametrize("ending", [".pth", "_best.pth"])
 def test_chat_needs_no_other_path(project, ending):
     ended = ask(WEIGHTS + ending)
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.code, ended.err.count("\n")) == (0, 1)
+    assert ended.err.startswith("no picture")
     assert ended.out == ask(WEIGHTS + ending, *NAMED).out
 
 

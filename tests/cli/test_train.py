@@ -55,7 +55,8 @@ def test_a_run_ends_with_its_report_and_a_chat_that_works(trained, stage):
         ["bash", "-c", f"echo 'Is there a red circle?' | {chat.removeprefix('ask it: ')} --max-new-tokens 5"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr.startswith("no picture")
 
 
 def test_metrics_hold_the_promised_keys_of_every_logged_update(trained):

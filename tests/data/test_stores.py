@@ -170,9 +170,8 @@ def test_what_was_saved_in_place_of_the_data_is_named(jsonl, tmp_path, data, wor
 
 
 def test_a_missing_file_names_the_next_step(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(MissingInput, match=r"download .*dataset"):
-            JsonlRows(path)
+    with pytest.raises(MissingInput, match=r"download .*dataset"):
+        open_rows(tmp_path / "none.jsonl")
     with pytest.raises(MissingInput, match=r"download .*dataset"):
         open_pictures(tmp_path / "none.zip")
     with pytest.raises(RowError, match="--images was not given"):

@@ -182,7 +182,12 @@ def test_a_batch_that_is_lost_ends_the_reading(fails, kind, told):
 def test_the_end_of_a_worker_does_not_interrupt_an_update():
     """It may be in the middle of one; torch would raise there."""
     before = signal.getsignal(signal.SIGCHLD)
-    updates = load_updates(Numbers(lambda: os.kill(os.getpid(), signal.SIGKILL)), 2)
+
+    def die():
+        time.sleep(0.5)  # by then its earlier answers have left it
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    updates = load_updates(Numbers(die), 2)
     for number in range(7):
         assert next(updates) == [torch.tensor(number)]
     time.sleep(0.5)  # here it ends
@@ -246,7 +251,7 @@ def wait_at_once():
 
 def test_a_signal_before_the_first_batch_is_no_error_of_the_data(tmp_path):
     run = Running(tmp_path, *place().train(tmp_path / "out", workers=1), prepare=wait_at_once)
-    run.until(lambda: "1 epochs" in run.err)
+    run.until(lambda: "1 epoch" in run.err)
     time.sleep(1)
     ended = run.send(signal.SIGTERM).wait()
     assert ended.code == 143, ended.err

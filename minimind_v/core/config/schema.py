@@ -78,9 +78,9 @@ class DataConfig:
     """Where the rows, their pictures and the tokenizer are, and how batches are made of them."""
 
     file: Path = DATASET_DIR / "pretrain_data.jsonl"
-    split: str | None = None  # which one of a folder that has several; none: train
     images: Path | None = None  # a folder or a zip; none for text-only rows
     tokenizer: Path = TOKENIZER_DIR
+    split: str | None = None  # which one of a folder that has several; none: train
     max_length: int = 640  # tokens per row, placeholders included
     batch_size: int = 16  # rows per process and micro-batch
     workers: int = field(default_factory=usual_workers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from minimind_v.core.data.dataset import BrokenRow, Example
 from minimind_v.core.model.loss import IGNORE
@@ -160,13 +158,8 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
 
 
 def _together(pictures: Sequence[Tensor | np.ndarray], kind: torch.dtype) -> Tensor:
-    """Pictures [M, …] in one tensor, in a worker at once in the memory that it shares with the trainer."""
-    shape = (len(pictures), *pictures[0].shape)
-    if get_worker_info() is None:
-        together = torch.empty(shape, dtype=kind)
-    else:
-        storage = torch.UntypedStorage._new_shared(math.prod(shape) * kind.itemsize)
-        together = torch.tensor([], dtype=kind).set_(storage).view(shape)
+    """Pictures [M, …] in one tensor."""
+    together = torch.empty((len(pictures), *pictures[0].shape), dtype=kind)
     for number, picture in enumerate(pictures):
         if isinstance(picture, Tensor):
             together[number] = picture

@@ -60,8 +60,9 @@ def read_pictures(names: Iterable[str]) -> list[Picture]:
         except MmvError as error:
             errors.append(error)
     if errors:
-        kind = next((type(error) for error in errors if isinstance(error, UsageError)), type(errors[0]))
-        raise kind("; ".join(map(str, errors)))
+        if all(isinstance(error, MissingInput) for error in errors):
+            raise MissingInput(*map(str, errors))
+        raise UsageError("; ".join(map(str, errors)))
     return pictures
 
 

@@ -88,7 +88,7 @@ def train(
 ) -> Summary:
     """Train as the configuration says, and save. In each of several processes, it does that process's part.
 
-    With `resume` a run that was stopped goes on, bit for bit as if it had not been (on a GPU where it is deterministic);
+    With `resume` a run that was stopped goes on, bit for bit as if it had not been (on a GPU only a deterministic one);
     what differs from it is refused unless its name is in `allowed`. With `auto` an update's rows are divided into the
     largest batches that there is memory for. Raises MissingInput, UsageError, DataError, WeightsError or RunError; what
     was learnt until then is saved first.
