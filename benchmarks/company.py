@@ -1,7 +1,7 @@
 """Training, evaluating and talking on a CPU, alone and beside other busy processes.
 
-    python -m benchmarks.company            both sizes, three rounds: some six minutes on two cores
-    python -m benchmarks.company --quick    the demo's size, one round
+    python -m benchmarks.company            both sizes, three rounds: some seventeen minutes on two cores
+    python -m benchmarks.company --quick    the demo's size alone: five minutes
 
 Each figure is a process of its own with all cores. `spinning` is torch as it comes; `sharing` is what a run does
 (`core/cpu_sharing.py`). Sides take turns. Alone means that nothing else is busy: a browser is.
@@ -127,7 +127,7 @@ def main() -> None:
     if options.job:
         print(json.dumps(measure(*options.job)))
         return
-    found = compare(["demo"] if options.quick else list(SIZES), 1 if options.quick else options.rounds, options.busy)
+    found = compare(["demo"] if options.quick else list(SIZES), options.rounds, options.busy)
     if options.json:
         print(json.dumps(found))
 

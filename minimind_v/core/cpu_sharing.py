@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 INTERVAL = 0.25  # seconds between two looks at who uses the cores
-FIRST = 0.05
 CROWDED = 0.3  # of a core, used by others beyond those that our threads leave free
-QUIET = 4  # looks in a row without others before threads spin again
+BUSY = 2  # looks in a row with others before threads hardly spin: a short burst of somebody's is not worth it
+QUIET = 4  # looks in a row without others before they spin again
 
 _started = threading.Lock()
 
@@ -121,22 +121,19 @@ class SecondTeam:
 
 
 def _watch() -> None:
-    use, team, quiet, pause = CpuUse(), SecondTeam(), 0, FIRST
+    use, team, alike = CpuUse(), SecondTeam(), 0  # looks in a row that say the same, below 0 where nobody is there
     use.sample()
     while True:
-        time.sleep(pause)
-        pause = INTERVAL
+        time.sleep(INTERVAL)
         others = use.sample()
         if others is None:
             team.leave()
             return
-        if crowded(others):
-            quiet = 0
+        alike = max(alike, 0) + 1 if crowded(others) else min(alike, 0) - 1
+        if alike >= BUSY:
             team.hold()
-        else:
-            quiet += 1
-            if quiet >= QUIET:
-                team.leave()
+        elif alike <= -QUIET:
+            team.leave()
 
 
 def crowded(others: float) -> bool:
