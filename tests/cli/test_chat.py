@@ -119,7 +119,7 @@ def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
 
 def test_all_pictures_that_are_not_there_are_told_at_once(ask, place, tmp_path):
     line = ask(QUESTION, "--image", "a.jpg", "--image", place.picture(), "--image", tmp_path, code=1).error
-    assert line == f"no picture at a.jpg; {tmp_path} is a folder — name a picture in it"
+    assert line == f"2 things are missing: no picture at a.jpg; {tmp_path} is a folder — name a picture in it"
     assert "--image is empty" in ask(QUESTION, "--image", "", code=2).error
 
 
