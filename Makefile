@@ -39,6 +39,7 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks.stores
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.generate --docs
+	$(BIN)/python -m benchmarks.company
 	$(BIN)/python -m benchmarks.curves --docs --plot docs/images
 	$(BIN)/python -m benchmarks.train --docs
 
