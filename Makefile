@@ -44,7 +44,7 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks.train --docs
 
 # On a machine with a CUDA card: some eight minutes. Writes out/gpu/gpu.json and gpu.md.
-gpu: $(READY)
+gpu: $(DEV)
 	$(BIN)/python -m benchmarks.gpu --out out/gpu --budget 440
 
 # Hundreds of kills, each followed by a resume: hours.

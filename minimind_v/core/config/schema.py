@@ -124,7 +124,7 @@ class RunConfig:
     log_every: int = 20
     val_every: int = 0  # updates between two looks at rows that are held out by picture; 0: all rows are learnt from
     val_rows: int = 256  # that are held out, at most a tenth of all
-    until_right: bool = False  # end before the last epoch, after one in which every answer was predicted right
+    until_right: bool = False  # end before the last epoch, after two in which every answer was predicted right
     recall_rows: int = 0  # rows of the data behind `init`, to measure what the run forgets; 0: not measured
     track: str = "none"  # who shows the curves besides metrics.jsonl and report.html
 

@@ -46,6 +46,7 @@ from minimind_v.core.train.watch import Watch
 from minimind_v.core.train.words import BrokenRows, announcement, before_the_start, explained, not_finite, recalled
 
 MINUTE = 60.0  # seconds
+RIGHT_EPOCHS = 2  # after one, its own last updates had unlearnt an answer to one of twelve rows
 PATIENCE = 5  # updates in a row without a finite loss and gradient before a run is given up
 
 
@@ -291,9 +292,9 @@ class Run:
             listener.warn(line)
 
     def _end_if_right(self, step: int) -> None:
-        """End the run with this step where a whole epoch of right answers is behind it and no more is asked for."""
+        """End the run with this step where whole epochs of right answers are behind it and no more is asked for."""
         epoch = self.plan.updates_per_epoch
-        if self.config.until_right and step % epoch == 0 and self.counts.right >= epoch:
+        if self.config.until_right and step % epoch == 0 and self.counts.right >= RIGHT_EPOCHS * epoch:
             self.total = step
 
     def _summary(self) -> Summary:
