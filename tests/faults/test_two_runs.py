@@ -63,14 +63,19 @@ def test_the_second_is_refused_in_the_middle_of_the_first(tmp_path, start):
     assert LOCK not in tree(tmp_path / "out")
 
 
-def slow_loading():
-    """Make loading the vision model last a minute."""
+def lasting(word):
+    """What says a word and then takes a minute."""
 
-    def load(*_):
-        print("loading", file=sys.stderr)
+    def work(*_):
+        print(word, file=sys.stderr)
         time.sleep(60)
 
-    VisionEncoder.load = load
+    return work
+
+
+def slow_loading():
+    """Make loading the vision model last a minute."""
+    VisionEncoder.load = lasting("loading")
 
 
 def test_the_second_is_refused_while_the_first_is_loading(tmp_path, start):
@@ -81,12 +86,7 @@ def test_the_second_is_refused_while_the_first_is_loading(tmp_path, start):
 
 def slow_report():
     """Make the report at the end last a minute."""
-
-    def write(*_):
-        print("reporting", file=sys.stderr)
-        time.sleep(60)
-
-    loop.write_report = write
+    loop.write_report = lasting("reporting")
 
 
 def test_the_second_is_refused_until_the_report_of_the_first_is_written(tmp_path, start):
