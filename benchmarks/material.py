@@ -102,16 +102,22 @@ def write_clip(folder: Path, sizes: dict, seed: int) -> None:
 
 
 def write_weights(path: Path, config, seed: int, width: int = 768) -> None:
-    """A language model whose logits are far from uniform: with fresh weights any mistake gives the same ln(6400)."""
+    """The weights of `make_model`."""
+    from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
+
+    write_checkpoint(path, export_tensors(make_model(config, seed, width)), config, "lm")
+
+
+def make_model(config, seed: int, width: int = 768):
+    """A model whose logits are far from uniform: with fresh weights any mistake gives the same ln(6400)."""
     import torch
 
-    from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
     from minimind_v.core.model.vision import VisionSpec
     from minimind_v.core.model.vlm import VLM
 
     torch.manual_seed(seed)
-    model = VLM(config, VisionSpec(image_size=224, patch_size=16, width=width), placeholder_id=0)
+    model = VLM(config, VisionSpec(image_size=224, patch_size=16, width=width), placeholder_id=34)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and not name.startswith("vision_proj."):
             torch.nn.init.normal_(parameter, std=0.06)
-    write_checkpoint(path, export_tensors(model), config, "lm")
+    return model

@@ -36,6 +36,7 @@ from benchmarks.gpu import answers, ceilings, feeding, proofs, report, resident,
 from benchmarks.gpu.card import Card, Found  # noqa: E402
 from benchmarks.gpu.material import material  # noqa: E402
 from minimind_v.core.device import device_name, pick_device  # noqa: E402
+from minimind_v.core.files import write_text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CARRIED = ROOT / ".gpu"
@@ -119,13 +120,13 @@ def main() -> int:
                 continue
             do(part, card, options.budget)
             found["seconds"] = time.perf_counter() - STARTED
-            write(options.out / "gpu.json", json.dumps(found, indent=1, ensure_ascii=False, default=str))
+            write_text(options.out / "gpu.json", json.dumps(found, indent=1, ensure_ascii=False, default=str))
     finally:
         if card.reference:
             card.reference.kill()
         shutil.rmtree(folder, ignore_errors=True)
     page = report.markdown(found)
-    write(options.out / "gpu.md", page)
+    write_text(options.out / "gpu.md", page)
     print(page)
     failures = report.failures(card.results)
     for failure in failures:
@@ -168,13 +169,6 @@ def pack(target: Path) -> int:
         shutil.rmtree(target / name, ignore_errors=True)
         shutil.copytree(source, target / name, copy_function=shutil.copyfile)
     return 0
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _places(given: Path | None) -> list[Path]:

@@ -18,6 +18,7 @@ import torch
 from minimind_v.core.bench import BASE_TOWER
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.device import wait_for
 
 NOMINAL = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "3090": 71e12, "4090": 165e12}  # dense bf16, FLOP/s
 # Sizes for `--tiny`: what the plain side takes for granted (196 patches of 768, 8 heads) and little more.
@@ -61,8 +62,7 @@ class Card:
         return TINY_TEXT[preset] if self.tiny else PRESETS[preset]
 
     def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
 
     def seconds(self, work: Callable[[], object], calls: int = 20, warm: int = 3) -> float:
         """Seconds of one call, many of them queued behind each other."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks import material
 from benchmarks.gpu.card import TINY_TEXT
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.data.batch import Batch
@@ -31,14 +32,8 @@ SEED = 1
 
 
 def make_model(tiny: bool, preset: str = "small") -> VLM:
-    """Random weights whose logits are far from uniform."""
-    torch.manual_seed(SEED)
-    config = TINY_TEXT[preset] if tiny else PRESETS[preset]
-    model = VLM(config, SPEC, placeholder_id=34)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and not name.startswith("vision_proj."):
-            nn.init.normal_(parameter, std=0.06)
-    return model
+    """The model that learns; its random weights give logits far from uniform."""
+    return material.make_model(TINY_TEXT[preset] if tiny else PRESETS[preset], SEED, SPEC.width)
 
 
 def make_batch(number: int, rows: int = ROWS, length: int = 0, answer: int = 40) -> Batch:

@@ -223,12 +223,12 @@ def _seconds(device: torch.device, work: Callable[[], object], times: int = 3, w
     """
     for _ in range(warm):
         work()
+    wait_for(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         begun = time.perf_counter()
         for _ in range(times):
             work()
-        torch.cuda.synchronize(device)
+        wait_for(device)
         return (time.perf_counter() - begun) / times
     found = []
     for _ in range(times):

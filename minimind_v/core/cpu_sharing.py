@@ -66,8 +66,7 @@ class CpuUse:
 
     def _used_by_all(self) -> float:
         """Seconds that our cores were busy: with whatever, or for another virtual machine."""
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-        busy = 0
+        cores, busy = our_cores(), 0
         for line in (self.root / "stat").read_text(encoding="ascii").splitlines():
             name, *counts = line.split()
             if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in cores:
@@ -97,10 +96,6 @@ class SecondTeam:
 
     def __init__(self) -> None:
         self._leave: threading.Event | None = None
-
-    @property
-    def there(self) -> bool:
-        return self._leave is not None
 
     def hold(self) -> None:
         """Make threads hardly spin."""
@@ -138,6 +133,10 @@ def _watch() -> None:
 
 def crowded(others: float) -> bool:
     """Whether our threads and what others use are more than the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    return threads > 1 and others > CROWDED and threads + others > cores + CROWDED / 2
+    return threads > 1 and others > CROWDED and threads + others > len(our_cores()) + CROWDED / 2
+
+
+def our_cores() -> set[int]:
+    """The numbers of the cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

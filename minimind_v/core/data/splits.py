@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.wording import plural
 
 WORDS = {
     "train": "train|training|trainset|trainval|.*训练.*",
@@ -71,7 +72,7 @@ def choose(where: object, sizes: Mapping[str, int], wanted: str | None, order: S
     if name == ALL:
         return Choice(ALL, f"{where}: all splits together, {listed}")
     others = _listed({other: size for other, size in sizes.items() if other != name}, unit)
-    taken = f"{where}: the split {name} is read ({_count(sizes[name], unit)}), not {others}"
+    taken = f"{where}: the split {name} is read ({plural(sizes[name], unit)}), not {others}"
     return Choice(name, f"{taken} — --split NAME reads another")
 
 
@@ -85,8 +86,4 @@ def _find(wanted: str, names: Iterable[str]) -> str | None:
 
 
 def _listed(sizes: Mapping[str, int], unit: str) -> str:
-    return ", ".join(f"{name} ({_count(size, unit)})" for name, size in sizes.items())
-
-
-def _count(number: int, unit: str) -> str:
-    return f"{number:,} {unit}{'' if number == 1 else 's'}"
+    return ", ".join(f"{name} ({plural(size, unit)})" for name, size in sizes.items())

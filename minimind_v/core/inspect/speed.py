@@ -26,6 +26,7 @@ from minimind_v.core.model.vision import VisionEncoder, VisionSpec, read_vision_
 from minimind_v.core.model.vision_spec import read_config
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
+from minimind_v.core.wording import plural
 
 SECONDS = 4.0  # that the measured batch may take
 CPU_TOKENS = 1024  # of the measured batch on a CPU, whose time per token is the same for more
@@ -84,7 +85,7 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int) -> E
         where += ", which are busy with other work: left alone they may be many times as fast"
     return Estimate(
         taken / count * rows + update * updates,
-        f"an estimate: {taken:.2f} s for {count} made-up row{'s' * (count > 1)} of {length} tokens and "
+        f"an estimate: {taken:.2f} s for {plural(count, 'made-up row')} of {length} tokens and "
         f"{row.pictures:.2g} pictures each, forward and backward with random weights, and {update:.3f} s "
         f"for an update, measured just now on {where}; reading, saving and what else runs are not in it",
     )
