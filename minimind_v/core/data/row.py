@@ -16,16 +16,31 @@ from minimind_v.core.errors import RowError
 PICTURE_LIMIT = 256 * 2**20  # bytes of one picture's file, or that a member of a zip may unpack to
 NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
 IMAGE_MARK = "<image>"  # in a message: here goes a picture
-LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+NUMBERED = re.compile(r"picture \d+")  # what a picture without a name is called
+
+# What is said of rows that are read in another way than they are written: no problem, but to be known.
+TEXT_ROW = "text row"
+ANSWER_FIRST = "began with an answer"
+MARK_PER_TURN = "one picture, a mark in every turn"
+SEVERAL_CAPTIONS = "several captions, the first is read"
+SEVERAL_ANSWERS = "several answers, the first is read"
+NOTES = (TEXT_ROW, ANSWER_FIRST, MARK_PER_TURN, SEVERAL_CAPTIONS, SEVERAL_ANSWERS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation as its file has it, not yet checked, the names of its pictures, and all else that the row says."""
+    """A conversation of role and content, not yet checked, the names of its pictures, and all else that the row says.
+
+    A picture that stands in the row is in `inline` by its position: bytes, base64 text, a data URI, or its number in
+    the column that its store reads. Without a name of its own it is called `picture N`.
+    """
 
     conversations: Any
     images: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    inline: dict[int, Any] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = ()  # of NOTES
+    form: str = field(default="", compare=False)  # how it was written; empty where it has no conversation
 
     @property
     def shown(self) -> list[str]:
@@ -106,22 +121,6 @@ def describe_text_rows(count: int, rows: int) -> str:
     )
 
 
-def as_messages(conversations: Any) -> Any:
-    """A conversation with LLaVA's keys (`from`, `value`) under our names; any other as it is."""
-    if not isinstance(conversations, list) or not all(
-        isinstance(message, dict) and "from" in message and "role" not in message for message in conversations
-    ):
-        return conversations
-    return [
-        {
-            "role": LLAVA_ROLES.get(sender, sender) if isinstance(sender := message["from"], str) else sender,
-            "content": message.get("value"),
-            **{key: value for key, value in message.items() if key not in ("from", "value", "content")},
-        }
-        for message in conversations
-    ]
-
-
 def parse_talk(text: str | bytes, column: str) -> Any:
     """A conversation that stands in a cell of a table as JSON. Raises RowError."""
     try:
@@ -156,13 +155,3 @@ def check_size(name: str, size: int) -> None:
     """Raises RowError where a picture has more bytes than any has."""
     if size > PICTURE_LIMIT:
         raise RowError(f"{name}: {size} bytes are too many for a picture", "picture too large")
-
-
-def picture_bytes(value: Any, name: str) -> bytes:
-    """The bytes in a cell of a table: plain, or as `datasets` keeps a picture (`bytes` and `path`). Raises RowError."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if not isinstance(value, bytes | bytearray | memoryview):
-        raise RowError(f"{name}: the row has no bytes of it", "picture missing")
-    check_size(name, len(value))
-    return bytes(value)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minimind_v.core.data.forms import decode_inline, read_row
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.pictures import open_pictures
-from minimind_v.core.data.row import Reopened, Row, RowStore, as_messages, image_names
+from minimind_v.core.data.row import NUMBERED, Reopened, Row, RowStore
 from minimind_v.core.data.splits import LEARN
 from minimind_v.core.data.strangers import ROWS, no_rows, stand_in
-from minimind_v.core.data.unread import refuse_unread
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
 from minimind_v.core.hub.sources import how_to_get
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CHUNK = 2**22  # bytes that are looked at together when a file is indexed
 ROW_LIMIT = 2**28  # bytes of one row of a JSON array: what is longer is a file that was never closed
-COLUMNS = {"conversations", "image"}  # keys of a row with a meaning; all others are carried along
 
 
 def open_rows(
@@ -105,7 +104,15 @@ class _TextRows(Reopened):
         return f"{self.path}:{self.number(index)}"
 
     def picture(self, index: int, position: int, name: str) -> bytes:
+        """A picture that stands in its row is read from there again; every such picture is numbered."""
+        if NUMBERED.fullmatch(name):
+            inline = self.row(index).inline
+            if position in inline:
+                return decode_inline(inline[position], name)
         return self._images.read(name)
+
+    def row(self, index: int) -> Row:
+        raise NotImplementedError
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(len(self))
@@ -120,8 +127,7 @@ class _TextRows(Reopened):
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(found, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
-        extra = {key: value for key, value in found.items() if key not in COLUMNS}
-        return refuse_unread(Row(as_messages(found.get("conversations")), image_names(found.get("image")), extra))
+        return read_row(found)
 
 
 def _array(data: bytes) -> str:
