@@ -120,9 +120,7 @@ def read_row(fields: Mapping[str, Any]) -> Row:
     shown = _place(talk, pictures)
     if key and talk.form:
         talk.form = f"{key} + {talk.form}" if talk.form in CAPTIONS else f"{talk.form} + {key}"
-    images = [
-        f"picture {number}" if picture.name is None else picture.name for number, picture in enumerate(shown, 1)
-    ]
+    images = [f"picture {number}" if picture.name is None else picture.name for number, picture in enumerate(shown, 1)]
     inline = {position: picture.data for position, picture in enumerate(shown) if picture.data is not None}
     return refuse_unread(Row(talk.messages, images, rest, inline, tuple(talk.notes), talk.form))
 

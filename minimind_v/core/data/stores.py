@@ -6,22 +6,18 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.forms import decode_inline, read_row
+from minimind_v.core.data.forms import FORMS, decode_inline, read_row
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import NUMBERED, Reopened, Row, RowStore
-from minimind_v.core.data.splits import LEARN
-from minimind_v.core.data.strangers import ROWS, no_rows, stand_in
+from minimind_v.core.data.splits import LEARN, Choice
+from minimind_v.core.data.strangers import ROWS, no_rows, no_set, stand_in
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
 from minimind_v.core.hub.sources import how_to_get
-
-if TYPE_CHECKING:
-    from minimind_v.core.data.parquet import ParquetRows
-    from minimind_v.core.data.saved import SavedRows
 
 CHUNK = 2**22  # bytes that are looked at together when a file is indexed
 ROW_LIMIT = 2**28  # bytes of one row of a JSON array: what is longer is a file that was never closed
@@ -34,28 +30,80 @@ def open_rows(
     say: Callable[[str], None] = lambda message: None,
     order: Sequence[str] = LEARN,
 ) -> RowStore:
-    """Open rows of any kind: JSONL, a LLaVA `.json`, parquet (a file or a folder of shards), a saved `datasets` folder.
+    """Open rows of any kind: a file (JSONL, JSON, CSV, parquet, a tar), or a folder of shards, pictures or `datasets`.
 
-    `images` is the folder or zip of the pictures, where they do not stand in the rows. Of a folder that has several
-    splits one is read, and `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no
-    row. Raises MissingInput, DataError or UsageError.
+    `images` holds the pictures, where they do not stand in the rows. Of a set that has several splits one is read, and
+    `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no row. Raises
+    MissingInput, DataError or UsageError.
     """
     find_rows(data)
-    if split is not None and not data.is_dir():
-        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    rows = (_open_folder if data.is_dir() else open_file)(data, images, split, order)
+    choice: Choice | None = getattr(rows, "choice", None)
+    for note in filter(None, (choice and choice.told, getattr(rows, "left_out", ""))):
+        say(note)
+    return rows
+
+
+def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequence[str]) -> RowStore:
     if any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         from minimind_v.core.data.saved import SavedRows
 
-        rows: SavedRows | ParquetRows = SavedRows(data, images, split, order)
-    elif data.is_dir() or data.suffix == ".parquet":
+        return SavedRows(data, images, split, order)
+    from minimind_v.core.data.folder import FolderRows, find_metadata
+
+    if next(find_metadata(data), None):
+        return FolderRows(data, images, split, order)
+    if next(data.rglob("*.parquet"), None):
         from minimind_v.core.data.parquet import ParquetRows
 
-        rows = ParquetRows(data, images, split, order)
-    else:
-        return (LlavaRows if data.suffix == ".json" else JsonlRows)(data, images)
-    for note in filter(None, (rows.choice.told, rows.left_out)):
-        say(note)
-    return rows
+        return ParquetRows(data, images, split, order)
+    if next(data.rglob("*.tar"), None):
+        from minimind_v.core.data.tar import TarRows
+
+        return TarRows(data, images, split, order)
+    raise DataError(f"{data}: {no_set(data)}")
+
+
+def open_file(
+    data: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+) -> RowStore:
+    """Open a file of rows, by its name. Raises MissingInput, DataError or UsageError."""
+    if data.suffix == ".json" and first_byte(data) == b"{" and not _is_lines(data):
+        from minimind_v.core.data.coco import CocoRows
+
+        return CocoRows(data, images, split, order)  # the only kind of file that may have splits
+    if split is not None:
+        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    if data.suffix == ".parquet":
+        from minimind_v.core.data.parquet import ParquetRows
+
+        return ParquetRows(data, images)
+    if data.suffix == ".tar":
+        from minimind_v.core.data.tar import TarRows
+
+        return TarRows(data, images)
+    if data.suffix in (".csv", ".tsv"):
+        from minimind_v.core.data.tables import CsvRows
+
+        return CsvRows(data, images)
+    return LlavaRows(data, images) if data.suffix == ".json" and first_byte(data) != b"{" else JsonlRows(data, images)
+
+
+def first_byte(path: Path) -> bytes:
+    """The first byte of a text that is no white space."""
+    with path.open("rb") as file:
+        return file.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether rows stand one per line, although the file is called .json."""
+    with path.open("rb") as file:
+        line = file.readline(CHUNK)
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and any(form.fits(row) for form in FORMS)
 
 
 def find_rows(data: Path) -> Path:
