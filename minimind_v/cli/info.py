@@ -11,7 +11,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import DataError, MissingInput, RowError, nearest
-from minimind_v.core.hub.sources import PICTURE_ENDINGS, WEIGHTS_ENDINGS, weights_at
+from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_at
 
 if TYPE_CHECKING:
     from minimind_v.core.checkpoint.weights import Checkpoint
@@ -53,11 +53,16 @@ def _described(file: Path) -> dict[str, Any]:
 
 
 def _is_data(file: Path) -> bool:
+    from minimind_v.core.data.folder import find_metadata
+    from minimind_v.core.data.stores import is_captions, is_lines
+    from minimind_v.core.data.strangers import first_byte
+
     if file.is_dir():
-        return any(map(Path.is_file, file.rglob("*.parquet"))) or any(file.glob("dataset_*.json"))
-    with file.open("rb") as opened:
-        is_array = file.suffix == ".json" and opened.read(64).lstrip().startswith(b"[")
-    return is_array or (file.suffix in (".jsonl", ".parquet") and file.name != "metrics.jsonl")
+        shards = (path for ending in ("*.parquet", "*.tar") for path in file.rglob(ending))
+        return any(map(Path.is_file, shards)) or any(file.glob("dataset_*.json")) or any(find_metadata(file))
+    if file.suffix == ".json":
+        return first_byte(file) == b"[" or is_lines(file) or is_captions(file)
+    return file.suffix in ROWS and file.name != "metrics.jsonl"
 
 
 def _zip(file: Path) -> dict[str, Any]:
@@ -158,12 +163,14 @@ def _data(file: Path) -> dict[str, Any]:
 
 
 def _run(file: Path) -> dict[str, Any]:
-    from minimind_v.core.data.strangers import ROWS
+    from minimind_v.core.data.strangers import no_set
     from minimind_v.core.train.metrics import read_metrics
 
     if not file.is_file():
         files = sorted(path.name for path in file.parent.iterdir() if path.suffix in (*WEIGHTS_ENDINGS, *ROWS))
-        which = f"one of its files ({', '.join(files[:5])})" if files else "a file in it"
+        if not files:
+            raise MissingInput(f"{file.parent}: no model or run, but {no_set(file.parent)}")
+        which = f"one of its files ({', '.join(files[:5])})"
         raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run — name {which}")
     metrics = read_metrics(file)
     weights = weights_at(file.parent)

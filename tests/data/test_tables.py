@@ -57,7 +57,9 @@ def test_quoted_cells_hold_line_ends_and_the_line_is_that_of_an_editor(tmp_path)
 
 
 def test_cells_hold_conversations_and_lists_as_json(tmp_path):
-    talk = json.dumps([{"from": "human", "value": "<image><image>\nWhich, [the first]?"}, {"from": "gpt", "value": "A"}])
+    talk = json.dumps(
+        [{"from": "human", "value": "<image><image>\nWhich, [the first]?"}, {"from": "gpt", "value": "A"}]
+    )
     quoted = talk.replace('"', '""')
     text = f"""conversations,images,boxes\n"{quoted}","[""a, b.png"", ""b.png""]","[1, 2]"\n"{quoted}","['a.png', 'b.png']",[1\n"""
     rows = rows_of(tmp_path, text)
@@ -89,7 +91,7 @@ def test_a_picture_in_base64_stands_in_its_row(tmp_path):
 )
 def test_a_bad_record_is_one_broken_row(tmp_path, record, words):
     record = record if isinstance(record, bytes) else record.encode()
-    rows = rows_of(tmp_path, b"image,caption\nb.png,before\n" + record + b"\nc.png,after\nd.png,\"the\nlast\"\n")
+    rows = rows_of(tmp_path, b"image,caption\nb.png,before\n" + record + b'\nc.png,after\nd.png,"the\nlast"\n')
     assert len(rows) == 4
     assert rows.place(1).endswith("rows.csv:3")
     with pytest.raises(RowError, match=words):
@@ -130,7 +132,7 @@ def test_a_line_without_end_takes_no_memory(tmp_path, monkeypatch):
     with path.open("wb") as file:
         file.write(b"image,caption\na.png," + b"one" * 300 + b"\nb.png,")
         file.seek(600 * 2**20, 1)  # a hole: zeros that take no disk
-        file.write(b"\nc.png,three\nd.png,\"" + b"word " * 400_000 + b"\ne.png,five\n")
+        file.write(b'\nc.png,three\nd.png,"' + b"word " * 400_000 + b"\ne.png,five\n")
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     rows = open_rows(path)
     assert len(rows) == 5

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from minimind_v.core.data.row import Row, RowStore
 from minimind_v.core.data.splits import LEARN, of_one_split
 from minimind_v.core.errors import DataError
+from minimind_v.core.hub.sources import METADATA
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 DEPTH = 3  # folders below that of the rows in which metadata is looked for
 
 

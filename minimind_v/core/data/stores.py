@@ -15,9 +15,9 @@ from minimind_v.core.data.index import Index
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import NUMBERED, Reopened, Row, RowStore
 from minimind_v.core.data.splits import LEARN, Choice
-from minimind_v.core.data.strangers import ROWS, no_rows, no_set, stand_in
+from minimind_v.core.data.strangers import first_byte, no_rows, no_set, stand_in
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
-from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.hub.sources import ROWS, how_to_get
 
 CHUNK = 2**22  # bytes that are looked at together when a file is indexed
 ROW_LIMIT = 2**28  # bytes of one row of a JSON array: what is longer is a file that was never closed
@@ -68,7 +68,7 @@ def open_file(
     data: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
 ) -> RowStore:
     """Open a file of rows, by its name. Raises MissingInput, DataError or UsageError."""
-    if data.suffix == ".json" and first_byte(data) == b"{" and not _is_lines(data):
+    if data.suffix == ".json" and first_byte(data) == b"{" and not is_lines(data):
         from minimind_v.core.data.coco import CocoRows
 
         return CocoRows(data, images, split, order)  # the only kind of file that may have splits
@@ -89,13 +89,7 @@ def open_file(
     return LlavaRows(data, images) if data.suffix == ".json" and first_byte(data) != b"{" else JsonlRows(data, images)
 
 
-def first_byte(path: Path) -> bytes:
-    """The first byte of a text that is no white space."""
-    with path.open("rb") as file:
-        return file.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
-def _is_lines(path: Path) -> bool:
+def is_lines(path: Path) -> bool:
     """Whether rows stand one per line, although the file is called .json."""
     with path.open("rb") as file:
         line = file.readline(CHUNK)
@@ -104,6 +98,15 @@ def _is_lines(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and any(form.fits(row) for form in FORMS)
+
+
+def is_captions(path: Path) -> bool:
+    """Whether a file is one JSON object that seems to hold pictures and their captions."""
+    with path.open("rb") as file:
+        head = file.read(CHUNK)
+    return first_byte(path) == b"{" and all(
+        (b'"images"' in head, any(key in head for key in (b'"annotations"', b'"sentences"', b'"file_name"')))
+    )
 
 
 def find_rows(data: Path) -> Path:

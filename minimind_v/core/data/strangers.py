@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from minimind_v.core.hub.sources import PICTURE_ENDINGS, how_to_get
+from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, how_to_get
 
 STRANGERS = {  # first bytes of files that are something else than rows or a zip
     b"\x1f\x8b": "this is a gzip archive — unpack it first",
@@ -30,7 +30,6 @@ NO_ROWS = {  # first bytes of files that belong to `mmv`, in another place
     b"II*\0": PICTURE,
     b"MM\0*": PICTURE,
 }
-ROWS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".tar")  # endings of files of rows
 
 
 def stand_in(path: Path) -> str | None:
@@ -51,6 +50,12 @@ def stand_in(path: Path) -> str | None:
     if head.startswith(b"version https://git-lfs"):
         return f"this is a git-lfs pointer, not the data — {how_to_get('dataset')}"
     return None
+
+
+def first_byte(path: Path) -> bytes:
+    """The first byte of a text that is no white space."""
+    with path.open("rb") as file:
+        return file.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
 def no_rows(path: Path) -> str | None:

@@ -139,7 +139,8 @@ def _member(
     elif info.type not in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE):
         trouble = "no file"
     if data + size > length:
-        trouble = f"cut off: {size:,} bytes are promised, and the archive ends after {max(length - data, 0):,} of them"
+        there = max(length - data, 0)
+        trouble, size = f"cut off: the archive ends after {there:,} of {size:,} bytes", there
     return Member(name, start, data, size, trouble), info.isdir()
 
 
