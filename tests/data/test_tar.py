@@ -98,6 +98,7 @@ def test_pictures_that_are_only_named_are_read_from_elsewhere(tmp_path):
         ([("1.jpg", picture(1)), ("1.json", b"7")], "not a JSON object"),
         ([("1.jpg", picture(1)), ("1.a.txt", b"a"), ("1.b.txt", b"b")], "several texts"),
         ([("1.jpg", picture(1)), ("1.json", b'{"image": ["x", "y"], "caption": "c"}')], "name 2 pictures"),
+        ([(f"1.{n}.jpg", b"") for n in range(1001)], "more than 1000 members"),
     ],
 )
 def test_a_bad_sample_is_one_broken_row(tmp_path, members, words):

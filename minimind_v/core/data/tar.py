@@ -30,6 +30,7 @@ ZEROS = 2**20  # bytes of zeros after which an archive has ended
 HEADER_LIMIT = 2**20  # bytes of a name or of extended fields
 CHAIN = 16  # headers that may belong to one member
 SPARSE_MAPS = 10_000  # blocks that a sparse member may need to describe itself
+MOST = 1000  # members of a sample
 TEXT_LIMIT = 2**24  # bytes of a sample's text
 OFFSET_BITS = 40  # of a sample's place: a terabyte; the bits above are the number of its shard
 KIND = "tar samples: shard and offset, length"  # of the index
@@ -273,6 +274,8 @@ class TarRows:
                 sample = sample or key
                 if key and key == sample:
                     members[what] = member
+                if len(members) > MOST:
+                    raise RowError(f"more than {MOST} members of one sample", "tar")
         except (DamagedTar, OSError) as error:
             raise RowError(f"damaged ({error})", "tar") from None
         return members
