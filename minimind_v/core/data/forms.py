@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,27 @@ def form_of(fields: Mapping[str, Any]) -> str:
 def no_form(fields: Mapping[str, Any]) -> RowError:
     """The error over a row without a conversation."""
     return RowError(f"no conversation in {', '.join(fields) or 'an empty row'} — a row has {READ}", "conversations")
+
+
+def is_readable(names: Iterable[str]) -> bool:
+    """Whether rows with these fields can be of a form that is read."""
+    names = set(names)
+    return (
+        not names.isdisjoint((*TALKS, "texts"))
+        or any(question in names and not names.isdisjoint(answers) for question, answers in QUESTIONS.items())
+        or (not names.isdisjoint(CAPTIONS) and picture_field(names) is not None)
+    )
+
+
+def picture_field(names: Iterable[str]) -> str | None:
+    """The first of the fields that pictures are read from."""
+    plain = _plain(names)
+    return next((plain[key] for key in (*PICTURES, *ALTERNATIVES) if key in plain), None)
+
+
+def _plain(names: Iterable[str]) -> dict[str, str]:
+    """Names of fields by how they are spelt here: `imagePath` and `Image-Path` by `image_path`."""
+    return {re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s-]+", "_", name).lower(): name for name in reversed(list(names))}
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------
@@ -455,7 +476,7 @@ def decode_inline(data: Any, name: str) -> bytes:
 
 def _find_pictures(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
     """The first of the fields that holds pictures, however its name is spelt."""
-    plain = {re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s-]+", "_", key).lower(): key for key in reversed(list(fields))}
+    plain = _plain(fields)
     for key in keys:
         value = fields.get(plain.get(key, key))
         if isinstance(value, StoredPictures) or any(True for _ in named_in(value, key)):
