@@ -85,6 +85,10 @@ def test_columns_of_several_names(tmp_path, kind):
     rows = open_rows(tmp_path)
     assert rows.row(0).images == ["3.png", "1.png"]
     assert rows.row(0).extra == {}
+    write_metadata(tmp_path, kind, [{"image_file_name": "2.png", "text": "a dog"}])
+    rows = open_rows(tmp_path)
+    assert rows.picture(0, 0, *rows.row(0).images) == picture(2)
+    assert rows.row(0).conversations[-1]["content"] == "a dog"
 
 
 def test_a_table_called_metadata_that_names_no_files_is_one_of_rows(tmp_path):
@@ -113,8 +117,8 @@ def test_two_files_of_metadata_are_one_too_many(tmp_path):
     [
         (["a/1.png"], "put a metadata.csv with the columns file_name and text beside them"),
         (["a.jsonl", "b.jsonl", "1.png"], "name one of them, as .*a.jsonl"),
-        (["notes.txt"], "a folder without rows"),
-        ([], "a folder without rows"),
+        (["notes.txt"], "but a folder without rows"),
+        ([], "but a folder without rows"),
     ],
 )
 def test_a_folder_without_rows_is_named_with_what_would_be_read(tmp_path, files, words):

@@ -42,6 +42,7 @@ ALTERNATIVES = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "image_base64", "base64", "image_data"),
     *("image_url", "image_urls", "img_url", "url"),
 )
+FILE_NAMES = ("_file_name", "_file_names")  # ends of the fields that all hold pictures, where no other does
 CAPTIONS = ("caption", "captions", "text", "txt", "description", "alt_text", "sentence", "sentences")
 QUESTIONS = {"question": ("answer", "answers", "response"), "query": ("response", "answer", "answers")}
 DESCRIBE, DESCRIBE_CHINESE = "Describe this image.", "描述这张图片。"
@@ -151,7 +152,8 @@ def is_readable(names: Iterable[str]) -> bool:
 def picture_field(names: Iterable[str]) -> str | None:
     """The first of the fields that pictures are read from."""
     plain = _plain(names)
-    return next((plain[key] for key in (*PICTURES, *ALTERNATIVES) if key in plain), None)
+    first = next((plain[key] for key in (*PICTURES, *ALTERNATIVES) if key in plain), None)
+    return first or next((name for name in plain.values() if name.endswith(FILE_NAMES)), None)
 
 
 def _plain(names: Iterable[str]) -> dict[str, str]:
@@ -357,7 +359,10 @@ def _caption_key(fields: Mapping[str, Any]) -> str | None:
 
 
 def _has_caption(fields: Mapping[str, Any]) -> bool:
-    return _caption_key(fields) is not None and _find_pictures(fields, (*PICTURES, *ALTERNATIVES)) is not None
+    return _caption_key(fields) is not None and (
+        _find_pictures(fields, (*PICTURES, *ALTERNATIVES)) is not None
+        or any(name.endswith(FILE_NAMES) for name in fields)
+    )
 
 
 def _read_caption(fields: dict[str, Any]) -> Talk:
@@ -501,6 +506,9 @@ def _row_pictures(fields: dict[str, Any], talk: Talk) -> tuple[str, list[Picture
         if alternative is not None:
             value = fields.pop(alternative)
             return alternative, value if isinstance(value, StoredPictures) else pictures_of(value, alternative)
+        named = [name for name in fields if name.endswith(FILE_NAMES)]
+        pictures = [picture for name in named for picture in pictures_of(fields.pop(name), name)]
+        key = " + ".join(named)
     return key, pictures
 
 

@@ -61,7 +61,7 @@ def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequ
         from minimind_v.core.data.tar import TarRows
 
         return TarRows(data, images, split, order)
-    raise DataError(f"{data}: {no_set(data)}")
+    raise DataError(f"{data}: no data file, but {no_set(data)}")
 
 
 def open_file(

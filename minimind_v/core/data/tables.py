@@ -13,7 +13,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minimind_v.core.data.forms import ALTERNATIVES, CAPTIONS, PICTURES, QUESTIONS, TALKS, no_form, read_row
+from minimind_v.core.data.forms import (
+    ALTERNATIVES,
+    CAPTIONS,
+    PICTURES,
+    QUESTIONS,
+    TALKS,
+    is_readable,
+    no_form,
+    read_row,
+)
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.stores import _TextRows
 from minimind_v.core.data.unread import FILE
@@ -25,8 +34,7 @@ PIECE = 2**20  # bytes of a line that is too long, read together
 BOM, BLANK = b"\xef\xbb\xbf", b"\r\n"
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 TEXTS = {*CAPTIONS, *QUESTIONS, *(key for keys in QUESTIONS.values() for key in keys)}
-NEEDED = {*TALKS, *CAPTIONS, *QUESTIONS, "texts"}  # columns of which a file of rows has one
-KEYS = {*NEEDED, *TEXTS, *PICTURES, *ALTERNATIVES}  # which may be written in capitals
+KEYS = {*TALKS, "texts", *TEXTS, *PICTURES, *ALTERNATIVES}  # which may be written in capitals
 SINGLE = {key for key in TEXTS if not key.endswith("s")}  # columns of text, which may well stand in brackets
 QUOTED_NAMES = re.compile(r"\[\s*'[^'\"]*'(?:\s*,\s*'[^'\"]*')*\s*\]")  # a list as Python prints it
 
@@ -78,7 +86,7 @@ class CsvRows(_TextRows):
         names = [name.lower() if name.lower() in KEYS else name for name in names]
         if twice := {name for name in names if name and names.count(name) > 1}:
             raise DataError(f"{where} names {', '.join(sorted(twice))} twice")
-        if not NEEDED & set(names):
+        if not is_readable(names):
             if any(FILE.fullmatch(name) or name[:1] in ("{", "[") for name in names):
                 raise DataError(f"{where} is a row — write the names of the columns above it, as image,caption")
             raise DataError(f"{where}: {no_form(dict.fromkeys(filter(None, names)))}")
