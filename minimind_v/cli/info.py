@@ -53,16 +53,12 @@ def _described(file: Path) -> dict[str, Any]:
 
 
 def _is_data(file: Path) -> bool:
+    if file.is_file():
+        return file.suffix in ROWS and file.name != "metrics.jsonl"
     from minimind_v.core.data.folder import find_metadata
-    from minimind_v.core.data.stores import is_captions, is_lines
-    from minimind_v.core.data.strangers import first_byte
 
-    if file.is_dir():
-        shards = (path for ending in ("*.parquet", "*.tar") for path in file.rglob(ending))
-        return any(map(Path.is_file, shards)) or any(file.glob("dataset_*.json")) or any(find_metadata(file))
-    if file.suffix == ".json":
-        return first_byte(file) == b"[" or is_lines(file) or is_captions(file)
-    return file.suffix in ROWS and file.name != "metrics.jsonl"
+    shards = (path for ending in ("*.parquet", "*.tar") for path in file.rglob(ending))
+    return any(map(Path.is_file, shards)) or any(file.glob("dataset_*.json")) or any(find_metadata(file))
 
 
 def _zip(file: Path) -> dict[str, Any]:

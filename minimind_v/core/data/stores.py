@@ -68,7 +68,7 @@ def open_file(
     data: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
 ) -> RowStore:
     """Open a file of rows, by its name. Raises MissingInput, DataError or UsageError."""
-    if data.suffix == ".json" and first_byte(data) == b"{" and not is_lines(data):
+    if data.suffix == ".json" and first_byte(data) == b"{" and not _is_lines(data):
         from minimind_v.core.data.coco import CocoRows
 
         return CocoRows(data, images, split, order)  # the only kind of file that may have splits
@@ -89,7 +89,7 @@ def open_file(
     return LlavaRows(data, images) if data.suffix == ".json" and first_byte(data) != b"{" else JsonlRows(data, images)
 
 
-def is_lines(path: Path) -> bool:
+def _is_lines(path: Path) -> bool:
     """Whether rows stand one per line, although the file is called .json."""
     with path.open("rb") as file:
         line = file.readline(CHUNK)
@@ -98,15 +98,6 @@ def is_lines(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and any(form.fits(row) for form in FORMS)
-
-
-def is_captions(path: Path) -> bool:
-    """Whether a file is one JSON object that seems to hold pictures and their captions."""
-    with path.open("rb") as file:
-        head = file.read(CHUNK)
-    return first_byte(path) == b"{" and all(
-        (b'"images"' in head, any(key in head for key in (b'"annotations"', b'"sentences"', b'"file_name"')))
-    )
 
 
 def find_rows(data: Path) -> Path:
