@@ -42,7 +42,7 @@ ALTERNATIVES = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "image_base64", "base64", "image_data"),
     *("image_url", "image_urls", "img_url", "url"),
 )
-CAPTIONS = ("caption", "captions", "text", "txt", "description", "alt_text", "sentence", "sentences")
+CAPTIONS = ("caption", "captions", "text", "txt", "description", "alt_text")
 QUESTIONS = {"question": ("answer", "answers", "response"), "query": ("response", "answer", "answers")}
 DESCRIBE, DESCRIBE_CHINESE = "Describe this image.", "描述这张图片。"
 ROLES = {
@@ -375,7 +375,7 @@ def _first_text(value: Any, key: str) -> tuple[str, bool]:
     """The first text of a value, and whether there are more. Raises RowError."""
     texts = value if isinstance(value, list) else [value]
     first = texts[0] if texts else None
-    if isinstance(first, dict):  # VQA's answers, COCO's sentences
+    if isinstance(first, dict):  # as VQA has its answers
         first = next((first[name] for name in (key.removesuffix("s"), "answer", "raw", "text") if name in first), None)
     if not isinstance(first, str):
         raise RowError(f"`{key}` is neither a text nor a list of texts", "conversations")
