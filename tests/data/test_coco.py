@@ -106,14 +106,13 @@ def test_karpathy_has_splits(tmp_path):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({"data": [TALK]}, "without captions — rows stand in a JSON array"),
-        ({"images": PICTURES, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}, "without captions"),
-        ({"images": [], "annotations": []}, "without captions"),
+        ({"images": PICTURES, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}, "no annotation has a `caption`"),
+        ({"images": PICTURES, "annotations": []}, "no annotation has a `caption`"),
         ('{"images": [{"id": 1}', "not the captions of COCO"),
-        ('{"images": [' + "[" * 100_000, "not the captions of COCO"),
+        ('{"images": [{"id": 1}, ' + "[" * 100_000, "not the captions of COCO"),
         ('{"images": [{"id": ' + "9" * 5000 + "}]}", "not the captions of COCO"),
         ('{"images": [{"id": 1}]} {"a"', "stands behind its end"),
-        ("{nonsense", "no key at byte 1"),
+        ('{"images": [{"id": 1}], nonsense', "no key at byte 24"),
     ],
 )
 def test_what_has_no_captions_is_named(tmp_path, value, words):

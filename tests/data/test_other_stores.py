@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from minimind_v.core.data import index, pictures, stores
+from minimind_v.core.data import index, json_layout, pictures, stores
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import DataError, RowError
@@ -40,7 +40,7 @@ LLAVA = [
 @pytest.mark.parametrize("ascii_", [True, False])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**22])
 def test_an_array_of_rows(tmp_path, monkeypatch, indent, ascii_, chunk):
-    monkeypatch.setattr(stores, "CHUNK", chunk)
+    monkeypatch.setattr(json_layout, "CHUNK", chunk)
     path = tmp_path / "llava.json"
     path.write_text(json.dumps(LLAVA, indent=indent, ensure_ascii=ascii_), encoding="utf-8")
     (tmp_path / "a.png").write_bytes(picture(1))
@@ -61,7 +61,7 @@ def test_an_array_of_rows(tmp_path, monkeypatch, indent, ascii_, chunk):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"a":1}', "a JSON object without captions"),
+        ('{"a":1}', "does not begin with"),
         ('[{"a":1}', "begins at byte"),
         ('[{"a":1},{"b"', "begins at byte 9"),
         ('[{"a":1} nonsense]', "begins at byte 9"),
@@ -70,7 +70,7 @@ def test_an_array_of_rows(tmp_path, monkeypatch, indent, ascii_, chunk):
         ("[" * 100_000, "not a JSON array"),
         ("[]", "no rows"),
         ("<html>", "HTML page"),
-        ("", "does not begin with"),
+        ("", "no rows"),
     ],
 )
 def test_what_is_no_array_of_rows_is_refused(tmp_path, text, words):

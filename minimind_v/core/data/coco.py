@@ -18,18 +18,30 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minimind_v.core.data.forms import read_row
+from minimind_v.core.data.forms import TALKS
+from minimind_v.core.data.json_layout import CHUNK
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.splits import ALL, LEARN, WORDS, Choice, choose, split_of
-from minimind_v.core.data.stores import CHUNK, _TextRows
+from minimind_v.core.data.stores import _TextRows
 from minimind_v.core.errors import DataError, RowError, UsageError
 
+HEAD = 2**22  # bytes that show whether a file may hold captions
 LENGTH_BITS = 24  # of a place: the length of what stands there, 16 MiB at most; the bits above are its offset
 SENTENCE_BITS = 32  # of a sentence's place: its number; the bits above are its split
 UNKNOWN, SEVERAL = 0, 1  # in the place of a picture: no picture has this id, or several have
 NO_ID = 1 << 62
 SPLITS = list(WORDS)
+LISTS = re.compile(rb'"(?:images|annotations)"\s*:\s*\[\s*\{[^}]{0,2000}"(?:file_?name|image_id|id)"')
 GAP = re.compile(r"[ \t\r\n,]*")
+
+
+def is_captions(path: Path) -> bool:
+    """Whether a file of JSON is one object of pictures or annotations, as far as its beginning shows that."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        return False
+    return LISTS.search(head) is not None and not any(f'"{key}"'.encode() in head for key in TALKS)
 
 
 class CocoRows(_TextRows):
@@ -72,7 +84,7 @@ class CocoRows(_TextRows):
 
     def row(self, index: int) -> Row:
         first, second = (int(number) for number in self._index.array[:, self._rows[index]])
-        return read_row(self._sentence(first, second) if self._sentences else self._annotation(first, second))
+        return self._read(self._sentence(first, second) if self._sentences else self._annotation(first, second))
 
     def picture(self, index: int, position: int, name: str) -> bytes:
         try:
@@ -83,19 +95,19 @@ class CocoRows(_TextRows):
             raise
 
     def _annotation(self, place: int, picture_place: int) -> dict[str, Any]:
-        annotation = self._read(place)
+        annotation = self._object(place)
         if annotation.get("image_id") is None:
             raise RowError("an annotation without `image_id`", "coco")
         if picture_place in (UNKNOWN, SEVERAL):
             count = "several pictures have" if picture_place else "no picture has"
             raise RowError(f"{count} the id {annotation['image_id']!r:.60}", "coco")
-        name = self._read(picture_place).get("file_name")
+        name = self._object(picture_place).get("file_name")
         if not isinstance(name, str) or not name:
             raise RowError(f"the picture {annotation['image_id']!r:.60} has no `file_name`", "coco")
         return annotation | {"image": [name]}
 
     def _sentence(self, place: int, number: int) -> dict[str, Any]:
-        picture = self._read(place)
+        picture = self._object(place)
         sentences = picture.get("sentences")
         number &= 0xFFFFFFFF
         if not isinstance(sentences, list) or len(sentences) <= number or not isinstance(sentences[number], dict):
@@ -106,7 +118,7 @@ class CocoRows(_TextRows):
         names = [f"{folder}/{name}" if isinstance(folder, str) and folder else name]
         return {"image": names, "caption": sentences[number].get("raw")}
 
-    def _read(self, place: int) -> dict[str, Any]:
+    def _object(self, place: int) -> dict[str, Any]:
         """The JSON object at a place of the file. Raises RowError."""
         self.handle.seek(place >> LENGTH_BITS)
         try:
@@ -130,8 +142,8 @@ class CocoRows(_TextRows):
             return np.array([scan.sentence_places, scan.sentences], np.uint64)
         if not scan.captions:
             raise DataError(
-                f"{self.path}: a JSON object without captions — rows stand in a JSON array, one per line in a .jsonl, "
-                "or as `images` and `annotations` with captions (COCO's captions_….json)"
+                f"{self.path}: no annotation has a `caption` — COCO has captions in files of their own, "
+                "captions_train2017.json and the like"
             )
         return np.stack([np.array(scan.places, np.uint64), scan.picture_places()])
 

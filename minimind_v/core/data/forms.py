@@ -43,7 +43,7 @@ ALTERNATIVES = (
     *("image_url", "image_urls", "img_url", "url"),
 )
 FILE_NAMES = ("_file_name", "_file_names")  # ends of the fields that all hold pictures, where no other does
-CAPTIONS = ("caption", "captions", "text", "txt", "description", "alt_text", "sentence", "sentences")
+CAPTIONS = ("caption", "captions", "text", "txt", "description", "alt_text")
 QUESTIONS = {"question": ("answer", "answers", "response"), "query": ("response", "answer", "answers")}
 DESCRIBE, DESCRIBE_CHINESE = "Describe this image.", "描述这张图片。"
 ROLES = {
@@ -380,7 +380,7 @@ def _first_text(value: Any, key: str) -> tuple[str, bool]:
     """The first text of a value, and whether there are more. Raises RowError."""
     texts = value if isinstance(value, list) else [value]
     first = texts[0] if texts else None
-    if isinstance(first, dict):  # VQA's answers, COCO's sentences
+    if isinstance(first, dict):  # as VQA has its answers
         first = next((first[name] for name in (key.removesuffix("s"), "answer", "raw", "text") if name in first), None)
     if not isinstance(first, str):
         raise RowError(f"`{key}` is neither a text nor a list of texts", "conversations")

@@ -52,12 +52,6 @@ def stand_in(path: Path) -> str | None:
     return None
 
 
-def first_byte(path: Path) -> bytes:
-    """The first byte of a text that is no white space."""
-    with path.open("rb") as file:
-        return file.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
 def no_rows(path: Path) -> str | None:
     """What a file is that was named in the place of rows, where its beginning shows that, and where it belongs."""
     if zipfile.is_zipfile(path):

@@ -21,7 +21,6 @@ from minimind_v.core.data.forms import (
     TALKS,
     is_readable,
     no_form,
-    read_row,
 )
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.stores import _TextRows
@@ -54,7 +53,7 @@ class CsvRows(_TextRows):
         return int(self._index.array[1, index])
 
     def row(self, index: int) -> Row:
-        return read_row(self._fields(self._record(index)))
+        return self._read(self._fields(self._record(index)))
 
     @cached_property
     def _first_line(self) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 from minimind_v.core.data.forms import TALKS, decode_inline, read_row
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.pictures import open_pictures
-from minimind_v.core.data.row import NO_NAME, NUMBERED, Reopened, Row, check_size
+from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import stand_in
 from minimind_v.core.errors import DataError, RowError
@@ -249,7 +249,7 @@ class TarRows:
     def picture(self, index: int, position: int, name: str) -> bytes:
         member = dict(self._sample(index)[1]).get(name)
         if member is None:
-            inline = self.row(index).inline if NUMBERED.fullmatch(name) else {}
+            inline = self.row(index).inline
             return decode_inline(inline[position], name) if position in inline else self._images.read(name)
         check_size(name, member.size)
         return self._read(index, member)
