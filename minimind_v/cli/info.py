@@ -148,6 +148,7 @@ def _data(file: Path) -> dict[str, Any]:
         raise DataError(f"{rows.place(0)}: {error}") from None
     return {
         "kind": "dataset",
+        "files": rows.file_kind,
         "file": str(file),
         **({"split": rows.split} if rows.split else {}),
         "rows": len(rows),

@@ -73,7 +73,7 @@ class CocoRows(_TextRows):
         return self.choice.name
 
     @property
-    def file_kind(self) -> str:
+    def file_kind(self) -> str:  # type: ignore[override]
         return "Karpathy's captions" if self._sentences else "COCO captions"
 
     def __len__(self) -> int:

@@ -48,6 +48,8 @@ READERS = 8  # groups, or places in a large one, that are being read through at 
 class ParquetRows:
     """Rows of a parquet file, or of those below a folder that are of one split, in the order of their names."""
 
+    file_kind = "parquet"
+
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:

@@ -58,6 +58,10 @@ class RowStore(Protocol):
     path: Path  # the file or folder of rows
 
     @property
+    def file_kind(self) -> str:
+        """What kind of file that is, as `CSV`."""
+
+    @property
     def split(self) -> str:
         """Which of the splits of `path` these rows are; empty where it has none."""
 

@@ -122,6 +122,7 @@ class _TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
 
     kind: str  # of the index
+    file_kind: str
     split = ""
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
@@ -197,6 +198,7 @@ class JsonlRows(_TextRows):
     """Rows of a JSONL file. Of each only its offset and its line are kept: 16 bytes."""
 
     kind = "JSONL rows: offset, line"
+    file_kind = "JSONL"
 
     def number(self, index: int) -> int:
         return int(self._index.array[1, index])
@@ -235,6 +237,8 @@ def _is_blank(file: Any, offset: int) -> bool:
 
 class LlavaRows(_TextRows):
     """Rows of one JSON array, as LLaVA's data has them, or of JSON objects one after the other."""
+
+    file_kind = "JSON"
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""

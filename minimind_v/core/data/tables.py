@@ -42,12 +42,15 @@ class CsvRows(_TextRows):
     """Rows of a CSV or TSV file. Of each only its offset and its line are kept: 16 bytes."""
 
     kind = "CSV records: offset, line"
-    file_kind = "CSV"
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else, has no column names or is empty."""
         super().__init__(path, images)
         assert self._columns
+
+    @property
+    def file_kind(self) -> str:  # type: ignore[override]
+        return "TSV" if self._separator == "\t" else "CSV"
 
     def number(self, index: int) -> int:
         return int(self._index.array[1, index])
