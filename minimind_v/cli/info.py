@@ -149,6 +149,7 @@ def _data(file: Path) -> dict[str, Any]:
         "kind": "dataset",
         "file": str(file),
         **({"split": rows.split} if rows.split else {}),
+        "form": first.form or "none that is read: no conversation in the first row",
         "rows": len(rows),
         "bytes": size_of(file),
         "pictures": str(rows.pictures or ""),
