@@ -151,6 +151,7 @@ def _data(file: Path) -> dict[str, Any]:
         "files": rows.file_kind,
         "file": str(file),
         **({"split": rows.split} if rows.split else {}),
+        "form": first.form or "none that is read: no conversation in the first row",
         "rows": len(rows),
         "bytes": size_of(file),
         "pictures": str(rows.pictures or ""),

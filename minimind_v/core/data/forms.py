@@ -130,13 +130,14 @@ def form_of(fields: Mapping[str, Any]) -> str:
     """The name of the form that a row's fields have, as `messages + images`. Raises RowError where they have none."""
     row = read_row(fields)
     if not row.form:
-        raise no_form(fields)
+        raise no_form(row)
     return row.form
 
 
-def no_form(fields: Mapping[str, Any]) -> RowError:
-    """The error over a row without a conversation."""
-    return RowError(f"no conversation in {', '.join(fields) or 'an empty row'} — a row has {READ}", "conversations")
+def no_form(row: Row) -> RowError:
+    """The error over a row that has no conversation."""
+    names = ", ".join([*row.extra, *(["image"] if row.images else [])])
+    return RowError(f"no conversation in {names or 'an empty row':.300} — a row has {READ}", "conversations")
 
 
 def is_readable(names: Iterable[str]) -> bool:
@@ -189,7 +190,10 @@ def _read_json(fields: dict[str, Any]) -> Talk:
     """The same as JSON text."""
     key = _talk_key(fields)
     assert key is not None
-    fields[key] = parse_talk(fields[key], key)
+    text = fields[key]
+    if text[:64].lstrip()[:1] not in ("[", "{", b"[", b"{"):  # some text, which is no conversation
+        return Talk(fields.pop(key), key)
+    fields[key] = parse_talk(text, key)
     if isinstance(fields[key], dict):
         fields[key] = _records(fields[key])
     return _read_messages(fields) if fields[key] is not None else Talk(fields.pop(key), key)
@@ -237,7 +241,7 @@ def _messages(value: Any, form: str) -> Talk:
     return talk
 
 
-_STANDARD = {"system", "user", "assistant"}
+_STANDARD = ("system", "user", "assistant")
 
 
 def _message(message: Any) -> Any:

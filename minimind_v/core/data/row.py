@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +19,17 @@ NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and h
 IMAGE_MARK = "<image>"  # in a message: here goes a picture
 NUMBERED = re.compile(r"picture \d+")  # what a picture without a name is called
 
-# What is said of rows that are read in another way than they are written: no problem, but to be known.
-TEXT_ROW = "text row"
+# What is said of rows that are read in another way than they are written: no problem, but worth to be known.
 ANSWER_FIRST = "began with an answer"
 MARK_PER_TURN = "one picture, a mark in every turn"
 SEVERAL_CAPTIONS = "several captions, the first is read"
 SEVERAL_ANSWERS = "several answers, the first is read"
-NOTES = (TEXT_ROW, ANSWER_FIRST, MARK_PER_TURN, SEVERAL_CAPTIONS, SEVERAL_ANSWERS)
+NOTES = {  # and what is done with such rows
+    ANSWER_FIRST: "begin with an answer: it is left out, since no question stands before it",
+    MARK_PER_TURN: f"have one picture and an {IMAGE_MARK} mark in every question: the first mark counts",
+    SEVERAL_CAPTIONS: "have several captions: the first is the answer",
+    SEVERAL_ANSWERS: "have several answers: the first is read",
+}
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,11 @@ def describe_text_rows(count: int, rows: int) -> str:
         f"{count:,} of {rows:,} rows have a picture but no {IMAGE_MARK} mark: text rows, whose pictures the model is "
         f"not shown (write {IMAGE_MARK} where one belongs in the text)"
     )
+
+
+def describe_notes(counts: Mapping[str, int], rows: int) -> list[str]:
+    """What is said of rows that are read in another way than they are written, `counts` of so many rows."""
+    return [f"{counts[name]:,} of {rows:,} rows {text}" for name, text in NOTES.items() if counts.get(name)]
 
 
 def parse_talk(text: str | bytes, column: str) -> Any:

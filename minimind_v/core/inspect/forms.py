@@ -5,7 +5,6 @@ Each writes parts in a folder, whole or absent, and makes its files of them at t
 
 from __future__ import annotations
 
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,10 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimind_v.core.data.parquet import source_of
-from minimind_v.core.data.row import Row
+from minimind_v.core.data.row import NUMBERED, Row
 from minimind_v.core.files import as_json, write_atomically, write_text
 
-NUMBERED = re.compile(r"picture \d+")  # what parquet calls a picture without a name
 SCHEMA = pa.schema(
     [
         ("conversations", pa.string()),
