@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pict
             (folder / name).read_bytes() for name in captions
         ]
     parts = told("data", "split", file, "--out", tmp_path / "parts", "--held-out", 4, "--json", images=images).json
-    train = open_rows(tmp_path / "parts" / parts["train"].rpartition("/")[2], images or file)
+    train = open_rows(Path(parts["train"]), open_rows(file, images).pictures)
     row = train.row(0)
     assert train.picture(0, 0, row.images[0]) in [(folder / name).read_bytes() for name in captions]
 

@@ -65,7 +65,7 @@ def test_sub_folders_are_splits(tmp_path, kind):
         str(tmp_path / "train" / name / f"metadata.{kind}") for name in "ab"
     ]
     assert sorted(rows.shuffled(__import__("numpy").random.default_rng(0)).tolist()) == [0, 1]
-    assert (rows.split, rows.pictures) == ("train", tmp_path)
+    assert (rows.split, rows.pictures) == ("train", None)
     assert "not validation (1 file)" in told[0]
     held = open_rows(tmp_path, split="val")
     assert held.picture(0, 0, "2.png") == picture(2)

@@ -67,7 +67,8 @@ class FolderRows:
         files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
         self._stores: list[RowStore] = [open_file(file, images or file.parent) for file in files]
         self._ends = np.cumsum([len(store) for store in self._stores])
-        self.pictures = images or (files[0].parent if len(files) == 1 else path)
+        # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.
+        self.pictures = images or (files[0].parent if len(files) == 1 else None)
 
     @property
     def split(self) -> str:

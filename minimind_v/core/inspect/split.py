@@ -9,10 +9,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from minimind_v.core.data.folder import FolderRows
 from minimind_v.core.data.heldout import choose, group_by_picture
 from minimind_v.core.data.parquet import ParquetRows
 from minimind_v.core.data.row import RowStore, image_names
 from minimind_v.core.data.saved import SavedRows
+from minimind_v.core.data.tar import TarRows
 from minimind_v.core.errors import RowError, UsageError
 from minimind_v.core.files import as_json, write_atomically
 from minimind_v.core.inspect.convert import check_files, convert, unreadable
@@ -44,7 +46,9 @@ def split(
     `held_out` is a share below 1, or a number of rows from 1 on. Rows that share a picture, directly or by way of other
     rows, stay together. Raises UsageError where one side would be empty, DataError for a row that cannot be read.
     """
-    packed = isinstance(rows, ParquetRows | SavedRows)  # with the pictures in the rows
+    packed = isinstance(rows, ParquetRows | SavedRows | TarRows) or (
+        isinstance(rows, FolderRows) and rows.pictures is None
+    )  # with the pictures in the rows
     train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
     check_files([train, aside], overwrite, rows.path, rows.pictures)
 
