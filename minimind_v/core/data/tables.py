@@ -18,9 +18,9 @@ from minimind_v.core.data.forms import (
     CAPTIONS,
     PICTURES,
     QUESTIONS,
+    READ,
     TALKS,
     is_readable,
-    no_form,
 )
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.stores import _TextRows
@@ -91,7 +91,8 @@ class CsvRows(_TextRows):
         if not is_readable(names):
             if any(FILE.fullmatch(name) or name[:1] in ("{", "[") for name in names):
                 raise DataError(f"{where} is a row — write the names of the columns above it, as image,caption")
-            raise DataError(f"{where}: {no_form(dict.fromkeys(filter(None, names)))}")
+            listed = ", ".join(filter(None, names)) or "nothing"
+            raise DataError(f"{where} names {listed:.300}, so there is no conversation — a row has {READ}")
         return names
 
     def _find_rows(self) -> np.ndarray:
