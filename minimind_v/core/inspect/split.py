@@ -12,7 +12,7 @@ import numpy as np
 from minimind_v.core.data.folder import FolderRows
 from minimind_v.core.data.heldout import choose, group_by_picture
 from minimind_v.core.data.parquet import ParquetRows
-from minimind_v.core.data.row import RowStore, image_names
+from minimind_v.core.data.row import RowStore, names_as_text
 from minimind_v.core.data.saved import SavedRows
 from minimind_v.core.data.tar import TarRows
 from minimind_v.core.errors import RowError, UsageError
@@ -93,13 +93,7 @@ def _write_rows(rows: RowStore, path: Path) -> None:
     def write(file: BinaryIO) -> None:
         for index in range(len(rows)):
             row = rows.row(index)
-            image = {"image": _told(row.images)} if row.images else {}
+            image = {"image": names_as_text(row.images)} if row.images else {}
             file.write((as_json({"conversations": row.conversations} | image | row.extra) + "\n").encode())
 
     write_atomically(path, write)
-
-
-def _told(names: list[str]) -> str | list[str]:
-    """Names as one text where it reads back as these names; one with a comma in it needs a list."""
-    text = ", ".join(names)
-    return text if image_names(text) == names else names
