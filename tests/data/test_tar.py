@@ -7,11 +7,13 @@ import json
 import pickle
 import tarfile
 import time
+import zipfile
 
 import numpy as np
 import pytest
 
 from minimind_v.core.data import index
+from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import DataError, RowError, UsageError
 from tests.data.made import picture, use
@@ -290,3 +292,64 @@ def test_a_hundred_thousand_members_are_indexed_in_seconds(tmp_path):
     assert len(rows) == 50_000
     assert time.process_time() - begin < 10
     assert caption(rows, 49_999) == "a dog"
+
+
+# --- pictures by name -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A tar of pictures, and each picture's number by its name in the tar."""
+    names = ["./000.jpg", "a/1.jpg", "b/1.jpg", "图/é.jpg", "x, y.JPG", "000.jpg"]
+    tar_of(tmp_path / "named.tar", [(name, picture(n)) for n, name in enumerate(names)])
+    return open_pictures(tmp_path / "named.tar"), tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("000.jpg", 5),  # of two with one path the later counts
+        ("a/1.jpg", 1),
+        ("b\\1.jpg", 2),
+        ("named/b/1.jpg", 2),
+        ("图/e\u0301.jpg", 3),
+        ("x, y.JPG", 4),
+    ],
+)
+def test_pictures_in_a_tar_are_found_by_the_names_that_find_them_in_a_zip(named, name, number):
+    pictures, folder = named
+    assert pictures.read(name) == pickle.loads(pickle.dumps(pictures)).read(name) == picture(number)
+    with zipfile.ZipFile(folder / "named.zip", "w") as archive:
+        for n, member in enumerate(["a/1.jpg", "b/1.jpg", "图/é.jpg", "x, y.JPG", "000.jpg"], 1):
+            archive.writestr(member, picture(n))
+    assert open_pictures(folder / "named.zip").read(name) == picture(number)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("1.jpg", "2 members"),
+        ("c/1.jpg", "not below c"),
+        ("../a/1.jpg", r"\.\."),
+        ("none.jpg", "no such picture in .*named.tar"),
+        ("x, y.jpg", "write the name as its file has it"),
+    ],
+)
+def test_a_picture_that_a_tar_has_not_is_named(named, name, words):
+    with pytest.raises(RowError, match=words):
+        named[0].read(name)
+
+
+def test_a_tar_of_pictures_that_lost_its_end_has_the_whole_ones(tmp_path):
+    path = tar_of(tmp_path / "a.tar", [("0.jpg", picture(0)), ("1.jpg", picture(1)), (special("2.jpg", b"2"), None)])
+    with pytest.raises(RowError, match="a link"):
+        open_pictures(path).read("2.jpg")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1540])
+    pictures = open_pictures(path)
+    assert pictures.read("0.jpg") == picture(0)
+    with pytest.raises(RowError, match="cut off"):
+        pictures.read("1.jpg")
+    path.write_bytes(b"noise" * 1000)
+    with pytest.raises(DataError, match="no header"):
+        open_pictures(path)

@@ -78,7 +78,7 @@ class DataConfig:
     """Where the rows, their pictures and the tokenizer are, and how batches are made of them."""
 
     file: Path = DATASET_DIR / "pretrain_data.jsonl"
-    images: Path | None = None  # a folder or a zip; none for text-only rows
+    images: Path | None = None  # a folder, a zip or a tar; none for text-only rows
     tokenizer: Path = TOKENIZER_DIR
     split: str | None = None  # which one of a folder that has several; none: train
     max_length: int = 640  # tokens per row, placeholders included

@@ -50,10 +50,14 @@ class Pictures(Protocol):
 
 
 def open_pictures(path: Path | None) -> Pictures:
-    """Open a folder or a zip of pictures; None for rows that should have none. Raises MissingInput or DataError."""
+    """Open a folder, zip or tar of pictures; None for rows that should have none. Raises MissingInput or DataError."""
     path = find_pictures(path)
     if path is None:
         return NoPictures()
+    if path.suffix == ".tar" and path.is_file():
+        from minimind_v.core.data.tar import TarPictures
+
+        return TarPictures(path)
     return FolderPictures(path) if path.is_dir() else ZipPictures(path)
 
 
@@ -84,7 +88,7 @@ class FolderPictures:
 
     def read(self, name: str) -> bytes:
         """Found at its path below the folder, which may begin with the folder's own path."""
-        _refuse_climbing(name)
+        refuse_climbing(name)
         try:
             for path in spellings(name):
                 for place in below(path, self._roots):
@@ -172,8 +176,7 @@ class ZipPictures(Reopened):
         except Exception as error:  # zipfile raises many kinds on damaged files
             found = stand_in(path) or f"not a zip that can be read ({error}) — download it again"
             raise DataError(f"{path}: {found}") from None
-        stems = dict.fromkeys([path.stem, path.stem.removesuffix("_images")])
-        self._roots = [(*folder, stem) for folder in _folders_of(path.parent) for stem in stems]
+        self._roots = roots_of(path)
 
     def __len__(self) -> int:
         """How many members it has, folders not counted."""
@@ -195,7 +198,7 @@ class ZipPictures(Reopened):
 
     def read(self, name: str) -> bytes:
         """Found at its path in the archive, below any folders, as long as one member fits best."""
-        _refuse_climbing(name)
+        refuse_climbing(name)
         try:
             member = self._find(name)
         except (OSError, zipfile.BadZipFile) as error:
@@ -244,6 +247,12 @@ class ZipPictures(Reopened):
         return _describe_case(lasts[0]) if lasts else ""
 
 
+def roots_of(archive: Path) -> list[tuple[str, ...]]:
+    """The paths of the folders that an archive may have been packed from."""
+    stems = dict.fromkeys([archive.stem, archive.stem.removesuffix("_images")])
+    return [(*folder, stem) for folder in _folders_of(archive.parent) for stem in stems]
+
+
 def _fitting(path: PicturePath, members: list[Member], roots: list[tuple[str, ...]]) -> Iterator[list[Member]]:
     """Members that a path may mean, the best fit first: exactly, below more folders, with fewer of its own folders."""
     readings = [[PicturePath.of(name).names for name in member.names] for member in members]
@@ -255,7 +264,7 @@ def _fitting(path: PicturePath, members: list[Member], roots: list[tuple[str, ..
         yield [member for member, paths in zip(members, candidates, strict=True) if place in paths]
 
 
-def _refuse_climbing(name: str) -> None:
+def refuse_climbing(name: str) -> None:
     """Raises RowError where a name leads upwards, which no place below a folder is called."""
     if ".." in name and ".." in PicturePath.of(name).names:
         raise RowError(f"{name}: `..` in the name of a picture — write its path below --images", "picture missing")

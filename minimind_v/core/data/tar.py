@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ import numpy as np
 
 from minimind_v.core.data.forms import TALKS, decode_inline, read_row
 from minimind_v.core.data.index import Index
-from minimind_v.core.data.pictures import open_pictures
+from minimind_v.core.data.members import hash_name
+from minimind_v.core.data.names import PicturePath
+from minimind_v.core.data.pictures import ZipPictures, open_pictures, refuse_climbing, roots_of
 from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import stand_in
@@ -33,6 +36,7 @@ SPARSE_MAPS = 10_000  # blocks that a sparse member may need to describe itself
 MOST = 1000  # members of a sample
 TEXT_LIMIT = 2**24  # bytes of a sample's text
 OFFSET_BITS = 40  # of a sample's place: a terabyte; the bits above are the number of its shard
+PICTURES_KIND = "tar members: hash of a reading of the folded file name, place of the header"  # of the index
 KIND = "tar samples: shard and offset, length"  # of the index
 NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
@@ -52,6 +56,16 @@ class Member:
     @property
     def end(self) -> int:
         return self.data + -(-self.size // BLOCK) * BLOCK
+
+    @property
+    def names(self) -> list[str]:
+        """The readings of its name: where that is no UTF-8, a Chinese system may have written it."""
+        try:
+            self.name.encode()
+        except UnicodeEncodeError:
+            raw = self.name.encode("utf-8", "surrogateescape")
+            return [raw.decode("gbk", "replace"), raw.decode("utf-8", "replace")]
+        return [self.name]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -170,6 +184,57 @@ def _extended(body: bytes, at: int) -> dict[str, str]:
         fields[key.decode("utf-8", "replace")] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
         begin += size
     return fields
+
+
+# --- pictures by name -------------------------------------------------------------------------------------------------
+
+
+class TarPictures(ZipPictures):
+    """Pictures in a tar, read in place, by the names by which those in a zip are found."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the file is no tar, or damaged; of one that is cut off the whole members are there."""
+        Reopened.__init__(self, path)
+        if trouble := stand_in(path):
+            raise DataError(f"{path}: {trouble}")
+        self._index = Index(path, PICTURES_KIND, self._find_entries)
+        self._roots = roots_of(path)
+
+    def _find_entries(self) -> np.ndarray:
+        """A hash and the place of every member, sorted by hash: uint64 [2, readings of all names]."""
+        hashes, places = array("Q"), array("Q")
+        try:
+            for member in read_members(self.handle):
+                for name in member.names:
+                    hashes.append(hash_name("".join(PicturePath.of(name).names[-1:])))
+                    places.append(member.start)
+        except DamagedTar as error:
+            if not error.cut:
+                raise DataError(f"{self.path}: damaged ({error}) — download it again") from None
+        both = np.array([hashes, places], np.uint64).reshape(2, -1)
+        return both[:, np.argsort(both[0], kind="stable")]
+
+    def _namesakes(self, last: str) -> dict[str, Any]:
+        hashes, places = self._index.array
+        wanted = np.uint64(hash_name(last))
+        first, end = (int(np.searchsorted(hashes, wanted, side)) for side in ("left", "right"))
+        members = [next(read_members(self.handle, int(place))) for place in places[first:end]]
+        return {"/".join(PicturePath.of(member.name).names): member for member in members}
+
+    def read(self, name: str) -> bytes:
+        """Found at its path in the archive, below any folders, as long as one member fits best."""
+        refuse_climbing(name)
+        try:
+            member: Any = self._find(name)
+            hint = "" if member else self._hint(name)
+        except (DamagedTar, OSError, StopIteration) as error:
+            raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
+        if member is None:
+            raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
+        if member.trouble:
+            raise RowError(f"{name}: {member.trouble}, in {self.path}", "picture broken")
+        check_size(name, member.size)
+        return _read_exactly(self.handle, member)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
