@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import shutil
@@ -277,3 +278,17 @@ def test_a_row_whose_pictures_are_not_read_is_neither_converted_nor_split(tmp_pa
         with pytest.raises(DataError, match=r"rows\.jsonl:4: pictures or videos in `images` are not read.*--fix"):
             run()
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_split_of_rows_with_pictures_in_base64_has_them_still(tmp_path):
+    kinds = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+    data = [picture(number, kind) for number, kind in enumerate(kinds)]
+    texts = [base64.b64encode(content).decode() for content in data]
+    lines = [{"image": f"data:image/x;base64,{text}", "caption": f"{n}"} for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = split(open_rows(tmp_path / "rows.jsonl"), tmp_path / "parts", 2, seed=0)
+    for path in (done.train, done.held_out):
+        rows = open_rows(path)
+        for number in range(len(rows)):
+            row = rows.row(number)
+            assert rows.picture(number, 0, row.images[0]) == data[int(row.conversations[-1]["content"])]

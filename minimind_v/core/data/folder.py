@@ -65,6 +65,7 @@ class FolderRows:
             if file.parent == other.parent:
                 raise DataError(f"{file.parent}: both {file.name} and {other.name} — name one of them with its path")
         files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
+        self.files = files
         self._stores: list[RowStore] = [open_file(file, images or file.parent) for file in files]
         self._ends = np.cumsum([len(store) for store in self._stores])
         # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.

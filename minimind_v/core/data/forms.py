@@ -57,6 +57,7 @@ PART_IMAGE = ("image", "image_url", "input_image", "image_path", "image_base64",
 BYTES_KEYS = ("bytes", "base64", "data", "b64_json")
 NAME_KEYS = ("path", "image", "image_url", "url", "image_path", "file_name", "filename", "file", "file_path", "source")
 REMOTE = re.compile(r"(?:https?|s3|gs|ftp|hdfs)://", re.IGNORECASE)
+DATA_URI = re.compile(r"data:(?:[^,]{0,200};base64,|(?:image|video)/)", re.IGNORECASE)  # `data:x.png` is a name
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
 BASE64_LEAST = 64  # characters; a name may begin like a picture in base64
 _HAN, _LATIN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"), re.compile("[A-Za-z\u00c0-\u024f]+")
@@ -442,7 +443,7 @@ def _of_text(text: str, key: str) -> list[Picture]:
 
 def _data_in(text: str) -> bool:
     """Whether a text is a picture and not its name."""
-    if text.startswith("data:"):
+    if DATA_URI.match(text):
         return True
     return len(text) >= BASE64_LEAST and IN_TEXT.match(text) is not None and BASE64.fullmatch(text[:1024]) is not None
 

@@ -1,4 +1,4 @@
-"""Stores of rows in text files: a JSONL file by offset, a LLaVA JSON likewise; and the one door to every kind."""
+"""Stores of rows in files of JSON, by offset; and the one door to every kind of file."""
 
 from __future__ import annotations
 

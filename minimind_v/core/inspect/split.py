@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from minimind_v.core.data.tar import TarRows
 from minimind_v.core.errors import RowError, UsageError
 from minimind_v.core.files import as_json, write_atomically
 from minimind_v.core.inspect.convert import check_files, convert, unreadable
+from minimind_v.core.inspect.forms import ENDINGS
 from minimind_v.core.inspect.sample import SampledRows
 from minimind_v.core.wording import plural
 
@@ -88,12 +90,22 @@ def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
 
 
 def _write_rows(rows: RowStore, path: Path) -> None:
-    """Rows that name the same pictures as before."""
+    """Rows that name the same pictures as before, or have them in base64 where they stood in the rows before."""
 
     def write(file: BinaryIO) -> None:
         for index in range(len(rows)):
             row = rows.row(index)
-            image = {"image": names_as_text(row.images)} if row.images else {}
+            names = [
+                _as_text(rows.picture(index, position, name)) if position in row.inline else name
+                for position, name in enumerate(row.images)
+            ]
+            image = {"image": names_as_text(names)} if names else {}
             file.write((as_json({"conversations": row.conversations} | image | row.extra) + "\n").encode())
 
     write_atomically(path, write)
+
+
+def _as_text(data: bytes) -> str:
+    """A picture as a data URI."""
+    kind = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "unknown")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
