@@ -94,7 +94,7 @@ def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):
     ("file", "words"),
     [
         (EYE / "model.safetensors", "not the weights of a MiniMind model"),
-        (ASSETS / "tokenizer.json", "neither a torch nor a safetensors file"),
+        (ASSETS / "tokenizer.json", "which is no row and holds no list of rows"),
         (EYE, "not the weights of a MiniMind model"),
         (ASSETS.parent, "a folder, but of no model, dataset or run"),
         ("", "a folder, but of no model, dataset or run"),
