@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from minimind_v.core.errors import MissingInput, WeightsError
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
 
+# The largest sizes of a tower, some times those of the largest that there are: more is refused before memory is taken.
+MOST_SIZES = {"hidden_size": 4_096, "intermediate_size": 16_384, "num_hidden_layers": 256, "num_attention_heads": 256,
+              "num_channels": 3, "image_size": 4_096, "patch_size": 128, "layer_norm_eps": 1.0}  # fmt: skip
+MOST_PARAMETERS = 2_000_000_000
+MOST_PATCHES = 16_384
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -63,27 +69,63 @@ def read_config(folder: Path, standard: bool = False) -> ClipConfig:
     if not isinstance(told, dict):
         raise WeightsError(does_not_load(folder, "vision_config of config.json is no object"))
     config = ClipConfig(**{field.name: told.get(field.name, field.default) for field in fields(ClipConfig)})
-    for name, value in vars(config).items():
-        kind = type(getattr(ClipConfig, name))
-        if not (isinstance(value, str) if kind is str else type(value) in (int, kind) and value > 0):
-            raise WeightsError(does_not_load(folder, f"{name} of config.json is {value!r}"))
-    if config.hidden_size % config.num_attention_heads:
-        heads = config.num_attention_heads
-        raise WeightsError(does_not_load(folder, f"{heads} heads cannot share a width of {config.hidden_size}"))
+    if trouble := trouble_of(config):
+        raise WeightsError(does_not_load(folder, trouble))
     return config
+
+
+def trouble_of(config: ClipConfig) -> str | None:
+    """Why no tower can be of these sizes; None where one can."""
+    for name, value in vars(config).items():
+        kind, most = type(getattr(ClipConfig, name)), MOST_SIZES.get(name, 0)
+        if not (isinstance(value, str) if kind is str else type(value) in (int, kind) and value > 0):
+            return f"{name} of config.json is {value!r}"
+        if kind is not str and not value <= most:
+            return f"{name} of config.json is {value}, the most is {most:,}"
+    width, heads, patch, image = config.hidden_size, config.num_attention_heads, config.patch_size, config.image_size
+    if width % heads:
+        return f"{heads} heads cannot share a width of {width}"
+    if config.num_channels != ClipConfig.num_channels:
+        return f"num_channels of config.json is {config.num_channels}, images have {ClipConfig.num_channels}"
+    patches = (image // patch) ** 2
+    if not 0 < patches <= MOST_PATCHES:
+        return f"an image_size of {image} has {patches:,} patches of patch_size {patch}, not 1 to {MOST_PATCHES:,}"
+    layers = config.num_hidden_layers * (4 * width + 2 * config.intermediate_size) * width
+    count = layers + (config.num_channels * patch**2 + patches) * width
+    if count > MOST_PARAMETERS:
+        return f"hidden_size {width} makes {count:,} parameters, the most is {MOST_PARAMETERS:,}"
+    return None
 
 
 def read_vision_spec(folder: Path, standard: bool = False) -> VisionSpec:
     """As `read_config`, with what `preprocessor_config.json` tells, if it is present."""
     config = read_config(folder, standard)
     normal = read_json(folder / "preprocessor_config.json") or {}
-    return VisionSpec(
+    spec = VisionSpec(
         image_size=config.image_size,
         patch_size=config.patch_size,
         width=config.hidden_size,
-        mean=tuple(normal.get("image_mean", CLIP_MEAN)),
-        std=tuple(normal.get("image_std", CLIP_STD)),
+        mean=_three(folder, "image_mean", normal.get("image_mean", CLIP_MEAN), 0.0, 1.0),
+        std=_three(folder, "image_std", normal.get("image_std", CLIP_STD), 0.001, 10.0),
     )
+    for key in ("size", "crop_size"):
+        sizes = normal.get(key)
+        for value in sizes.values() if isinstance(sizes, dict) else [sizes]:
+            if value is not None and not (type(value) is int and 0 < value <= MOST_SIZES["image_size"]):
+                most = MOST_SIZES["image_size"]
+                raise WeightsError(
+                    does_not_load(folder, f"{key} of preprocessor_config.json is {value!r}, not 1 to {most:,}")
+                )
+    return spec
+
+
+def _three(folder: Path, key: str, values: Any, least: float, most: float) -> tuple[float, ...]:
+    """A number for each colour, of pixels from 0 to 1. Raises WeightsError where they make no picture of it."""
+    plain = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+    if not plain or len(values) != ClipConfig.num_channels or not all(least <= value <= most for value in values):
+        why = f"{key} of preprocessor_config.json is {values!r}, not three numbers from {least:g} to {most:g}"
+        raise WeightsError(does_not_load(folder, why))
+    return tuple(values)
 
 
 def does_not_load(folder: Path, why: str) -> str:
