@@ -58,13 +58,13 @@ def test_without_its_last_norm_a_tower_is_whole(tmp_path):
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"hidden_size": "wide"}, "hidden_size of config.json is 'wide'"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers of config.json is 0"),
-        ({"layer_norm_eps": None}, "layer_norm_eps of config.json is None"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"layer_norm_eps": None}, "layer_norm_eps is None"),
         ({"num_attention_heads": 5}, "5 heads cannot share a width of 128"),
-        ({"patch_size": 4.5}, "patch_size of config.json is 4.5"),
-        ({"hidden_act": ["gelu"]}, "hidden_act of config.json is"),
-        ({"vision_config": None}, "vision_config of config.json is no object"),
+        ({"patch_size": 4.5}, "patch_size is 4.5"),
+        ({"hidden_act": ["gelu"]}, "hidden_act is"),
+        ({"vision_config": None}, "vision_config is no object"),
         ({"hidden_act": "tanhshrink"}, "activation 'tanhshrink' is none of quick_gelu, gelu"),
     ],
 )

@@ -60,7 +60,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def _complete(folder: Path, tensors: dict[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
     """The tensors of a tower. The last norm may be missing: features are taken before it."""
-    wanted = _shapes(config)
+    wanted = tower_shapes(config)
     for part, make in (("weight", torch.ones), ("bias", torch.zeros)):
         name = f"post_layernorm.{part}"
         tensors.setdefault(name, make(wanted[name]))
@@ -80,7 +80,7 @@ def _complete(folder: Path, tensors: dict[str, Tensor], config: ClipConfig) -> d
     return {name: tensors[name] for name in wanted}
 
 
-def _shapes(config: ClipConfig) -> dict[str, torch.Size]:
+def tower_shapes(config: ClipConfig) -> dict[str, torch.Size]:
     """The shape of each tensor. Of one layer, which all others are like: a configuration's number costs no memory."""
     with Bare():
         one = {

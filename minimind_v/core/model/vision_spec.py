@@ -67,10 +67,10 @@ def read_config(folder: Path, standard: bool = False) -> ClipConfig:
     # CLIP's own nests the tower.
     told = told.get("vision_config", told)
     if not isinstance(told, dict):
-        raise WeightsError(does_not_load(folder, "vision_config of config.json is no object"))
+        raise WeightsError(does_not_load(folder, "vision_config is no object"))
     config = ClipConfig(**{field.name: told.get(field.name, field.default) for field in fields(ClipConfig)})
     if trouble := trouble_of(config):
-        raise WeightsError(does_not_load(folder, trouble))
+        raise WeightsError(does_not_load(folder, f"in config.json {trouble}"))
     return config
 
 
@@ -79,14 +79,14 @@ def trouble_of(config: ClipConfig) -> str | None:
     for name, value in vars(config).items():
         kind, most = type(getattr(ClipConfig, name)), MOST_SIZES.get(name, 0)
         if not (isinstance(value, str) if kind is str else type(value) in (int, kind) and value > 0):
-            return f"{name} of config.json is {value!r}"
+            return f"{name} is {value!r}"
         if kind is not str and not value <= most:
-            return f"{name} of config.json is {value}, the most is {most:,}"
+            return f"{name} is {value}, the most is {most:,}"
     width, heads, patch, image = config.hidden_size, config.num_attention_heads, config.patch_size, config.image_size
     if width % heads:
         return f"{heads} heads cannot share a width of {width}"
     if config.num_channels != ClipConfig.num_channels:
-        return f"num_channels of config.json is {config.num_channels}, images have {ClipConfig.num_channels}"
+        return f"num_channels is {config.num_channels}, images have {ClipConfig.num_channels}"
     patches = (image // patch) ** 2
     if not 0 < patches <= MOST_PATCHES:
         return f"an image_size of {image} has {patches:,} patches of patch_size {patch}, not 1 to {MOST_PATCHES:,}"
@@ -101,31 +101,30 @@ def read_vision_spec(folder: Path, standard: bool = False) -> VisionSpec:
     """As `read_config`, with what `preprocessor_config.json` tells, if it is present."""
     config = read_config(folder, standard)
     normal = read_json(folder / "preprocessor_config.json") or {}
-    spec = VisionSpec(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        width=config.hidden_size,
-        mean=_three(folder, "image_mean", normal.get("image_mean", CLIP_MEAN), 0.0, 1.0),
-        std=_three(folder, "image_std", normal.get("image_std", CLIP_STD), 0.001, 10.0),
-    )
+    mean, std = normal.get("image_mean", CLIP_MEAN), normal.get("image_std", CLIP_STD)
+    if trouble := trouble_of_colours(mean, std) or _trouble_of_size(normal):
+        raise WeightsError(does_not_load(folder, f"in preprocessor_config.json {trouble}"))
+    return VisionSpec(config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std))
+
+
+def trouble_of_colours(mean: Any, std: Any) -> str | None:
+    """Why these cannot be the mean and the deviation of pixels from 0 to 1, one of each colour; None where they can."""
+    for key, values, least, most in (("image_mean", mean, 0.0, 1.0), ("image_std", std, 0.001, 10.0)):
+        numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+        if not numbers or len(values) != ClipConfig.num_channels or not all(least <= value <= most for value in values):
+            return f"{key} is {values!r}, not three numbers from {least:g} to {most:g}"
+    return None
+
+
+def _trouble_of_size(normal: dict[str, Any]) -> str | None:
+    most = int(MOST_SIZES["image_size"])
     for key in ("size", "crop_size"):
         sizes = normal.get(key)
-        for value in sizes.values() if isinstance(sizes, dict) else [sizes]:
-            if value is not None and not (type(value) is int and 0 < value <= MOST_SIZES["image_size"]):
-                most = MOST_SIZES["image_size"]
-                raise WeightsError(
-                    does_not_load(folder, f"{key} of preprocessor_config.json is {value!r}, not 1 to {most:,}")
-                )
-    return spec
-
-
-def _three(folder: Path, key: str, values: Any, least: float, most: float) -> tuple[float, ...]:
-    """A number for each colour, of pixels from 0 to 1. Raises WeightsError where they make no picture of it."""
-    plain = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
-    if not plain or len(values) != ClipConfig.num_channels or not all(least <= value <= most for value in values):
-        why = f"{key} of preprocessor_config.json is {values!r}, not three numbers from {least:g} to {most:g}"
-        raise WeightsError(does_not_load(folder, why))
-    return tuple(values)
+        values = list(sizes.values()) if isinstance(sizes, dict) else sizes if isinstance(sizes, list) else [sizes]
+        for value in values:
+            if value is not None and not (type(value) is int and 0 < value <= most):
+                return f"{key} is {sizes!r}, not sizes from 1 to {most:,}"
+    return None
 
 
 def does_not_load(folder: Path, why: str) -> str:
