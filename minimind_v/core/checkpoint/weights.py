@@ -25,7 +25,7 @@ from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import RunError, UsageError, WeightsError
-from minimind_v.core.files import sweep, write_atomically, write_text
+from minimind_v.core.files import MOST_JSON, sweep, write_atomically, write_text
 from minimind_v.core.gguf.files import is_gguf, read_gguf
 from minimind_v.core.hub.sources import weights_at
 from minimind_v.core.wording import plural
@@ -138,6 +138,8 @@ def _tie(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _read_beside(path: Path) -> dict[str, Any]:
     beside = path.with_suffix(".json")
+    if beside.is_file() and beside.stat().st_size > MOST_JSON:
+        raise WeightsError(f"{beside}: too long for the description of weights — delete it and try again")
     return _parse_meta(beside, beside.read_bytes()) if beside.is_file() else {}
 
 

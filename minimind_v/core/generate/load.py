@@ -11,7 +11,8 @@ from torch import Tensor
 from minimind_v.core.checkpoint.companions import Companion, tidy, tokenizer_digest, vision_digest
 from minimind_v.core.checkpoint.folders import is_llava
 from minimind_v.core.checkpoint.generations import check_tokenizer, check_tower
-from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, load_into, read_checkpoint
+from minimind_v.core.checkpoint.keys import published_shapes
+from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, fit, load_into, read_checkpoint
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
@@ -54,6 +55,9 @@ def load_model(
     encoder = read_eye(senses.vision_model) if is_gguf(senses.vision_model) else VisionEncoder.load(senses.vision_model)
     words = read_tokenizer(senses.tokenizer) if is_gguf(senses.tokenizer) else Tokenizer.load(senses.tokenizer)
     check_senses(checkpoint, senses, words, encoder.spec, encoder.tower.state_dict(), say)
+    fit(
+        checkpoint, published_shapes(checkpoint.config, encoder.spec.width), checkpoint.config
+    )  # before memory is taken
     with Bare():
         model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
     receipt = load_into(model, checkpoint)
