@@ -1,6 +1,8 @@
 """A vision tower as it lies in its folder: every layout, what transformers makes of it, and what does not fit."""
 
+import contextlib
 import json
+import random
 import shutil
 
 import pytest
@@ -157,3 +159,17 @@ def test_a_folder_without_weights(tmp_path):
     (tmp_path / "pytorch_model.bin").write_text("<!doctype html>")
     with pytest.raises(WeightsError, match="HTML page"):
         read_tower(tmp_path)
+
+
+def test_any_changed_byte_ends_in_words_or_in_a_tower(tmp_path):
+    draw = random.Random(2)
+    for path in EYE.iterdir():
+        shutil.copy(path, tmp_path)
+    for _ in range(60):
+        for path in EYE.iterdir():
+            damaged = bytearray(path.read_bytes())
+            for _ in range(draw.choice((0, 1, 2))):
+                damaged[draw.randrange(min(len(damaged), 4000))] = draw.choice(b'0159"{}[],:-.e\0\xff')
+            (tmp_path / path.name).write_bytes(damaged)
+        with contextlib.suppress(WeightsError):
+            assert read_tower(tmp_path).tensors
