@@ -312,7 +312,7 @@ def test_a_wrong_value_is_refused_by_its_key(setting, words):
         ("!!python/object/apply:os.system ['touch owned']", "not YAML"),
         ("lr: 1e-3\nlearning: fast", "unknown configuration key learning"),
         ("1: 2", "unknown configuration key 1"),
-        ("null: 2", "unknown configuration key None"),
+        ("null: 2", "unknown configuration key null"),
         ("model: small", "unknown configuration key model"),
         ("lr: {peak: 1}", "unknown configuration key lr.peak"),
         ("<html>", "not a mapping of keys to values"),
@@ -328,7 +328,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, monkeypatch, conte
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match=r"mine\.yaml: not YAML"):
+    with pytest.raises(UsageError, match=r"mine\.yaml:1: not YAML"):
         build_config("sft", tmp_path / "mine.yaml")
     with pytest.raises(MissingInput, match="no configuration file"):
         build_config("sft", tmp_path)
