@@ -29,7 +29,7 @@ class Parent:
 
     @classmethod
     def here(cls) -> Parent:
-        """This process."""
+        """Return the process that calls."""
         return cls(os.getpid(), threading.current_thread() is threading.main_thread())
 
     def end_with_it(self) -> None:

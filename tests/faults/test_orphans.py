@@ -1,4 +1,4 @@
-"""No process outlives the one that started it, whenever that is killed; and none that hangs keeps a run from its end."""
+"""No process outlives the one that started it, whenever that is killed; none that hangs keeps a run from its end."""
 
 import multiprocessing
 import os
