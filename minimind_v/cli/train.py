@@ -154,6 +154,7 @@ def train(
 ) -> None:
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
+    from minimind_v.core.config.limits import check_machine
     from minimind_v.core.config.load import resolve, to_yaml
     from minimind_v.core.inputs import find_inputs
     from minimind_v.core.train.launch import Launch
@@ -165,6 +166,8 @@ def train(
     if stage is Stage.plan or (not planning and (planned or json or price_per_hour is not None)):
         raise typer.BadParameter("`mmv train plan [pretrain|sft]` looks ahead; --json and --price-per-hour are its own")
     resolved, terminal = resolve(stage.value, config, options, set_ or ()), Terminal()
+    if not print_config:  # which may be for another machine
+        check_machine(resolved.config)
     if print_config:
         built, sources = _fitted(resolved)
         terminal.result(to_yaml(built, sources), end="")
@@ -198,12 +201,14 @@ def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> 
     if several.needed:
         hush()
 
+    from minimind_v.core.device import check_room
     from minimind_v.core.train.distributed import World
     from minimind_v.core.train.loop import train as run
     from minimind_v.core.train.metrics import Silent
 
     world = World.find()
     if several.needed and not world.placed:
+        check_room(config.device, several.processes)
         launch(several, sys.argv[1:], terminal.say)
         return
     if not world.leads:

@@ -144,11 +144,11 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
         ({"num_hidden_layers": 10**9}, "model.num_hidden_layers must be at most 1,000"),
         ({"vocab_size": -1}, "model.vocab_size must be at least 1"),
         ({"num_attention_heads": 0}, "model.num_attention_heads must be at least 1"),
-        ({"hidden_size": "32"}, "model.hidden_size must be of type int"),
-        ({"num_hidden_layers": 2.5}, "model.num_hidden_layers must be of type int"),
-        ({"rope_theta": float("nan")}, "model.rope_theta must be above 0"),
-        ({"rms_norm_eps": {"a": [1]}}, "model.rms_norm_eps must be of type float"),
-        ({"use_moe": "yes"}, "model.use_moe must be of type bool"),
+        ({"hidden_size": "32"}, "model.hidden_size must be a whole number"),
+        ({"num_hidden_layers": 2.5}, "model.num_hidden_layers must be a whole number"),
+        ({"rope_theta": float("nan")}, "model.rope_theta must lie between 0 and"),
+        ({"rms_norm_eps": {"a": [1]}}, "model.rms_norm_eps must be a number"),
+        ({"use_moe": "yes"}, "model.use_moe must be true or false"),
     ],
 )
 def test_sizes_that_no_model_has_are_named(tmp_path, told, words):

@@ -131,9 +131,7 @@ def test_of_several_processes_the_first_holds_the_lock(tmp_path, start):
 
 def test_a_run_that_is_killed_is_in_nobodys_way(tmp_path, start):
     run = start().until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
-    workers = run.left_behind()
     run.send(signal.SIGKILL).wait()
-    assert set(run.left_behind()) & set(workers), "its data workers notice its end only after a while"
     Lock(tmp_path / "out" / LOCK, {}, patience=0).release()
     ended = here(*place().train(tmp_path / "out", max_steps=4), "--overwrite")
     assert ended.code == 0, ended.err

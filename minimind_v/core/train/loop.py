@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
+from minimind_v.core.config.limits import check_machine
 from minimind_v.core.config.load import plain, to_yaml
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
@@ -96,6 +97,7 @@ def train(
     largest batches that there is memory for. Raises MissingInput, UsageError, DataError, WeightsError or RunError; what
     was learnt until then is saved first.
     """
+    check_machine(config)
     world = World.find()
     with world.contact(), ExitStack() as held:
         summary = Run(config, listener, overwrite, resume, allowed, auto, world, held).fit()
