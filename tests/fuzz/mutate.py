@@ -108,16 +108,18 @@ BYTES: tuple[Change, ...] = (
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 0.5, -0.0, 2**31, 2**40, 2**63, 10**400, 1e308, float("nan"), float("inf"),
     "", " ", "x", "@", "<image>", "\0", "\n", "\u2028", "\ud800", "\x1b[31m", "../../etc/passwd", "/dev/zero",
-    "x" * 5000, "9" * 5000, "<image>" * 100, "é" * 300, [], {}, [[]], [None], {"": None}, [1, "a", None], {"a": {"b": []}},
+    "x" * 5000, "9" * 5000, "<image>" * 100, "é" * 300, [], {}, [[]], [None], {"": None}, [1, "a", None],
+    {"a": {"b": []}},
 )  # fmt: skip
 SNIPPETS = (
-    b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xff\xfe", b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\n",
-    b"\r", b"\t", b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"[" * 200000, b"\\ud800",
-    b"\\u0000", b"null", b"true", b"\xe2\x80\xa8", b"<image>", b"x" * 100000,
+    b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xff\xfe", b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\",
+    b"\n", b"\r", b"\t", b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"[" * 200000,
+    b"\\ud800", b"\\u0000", b"null", b"true", b"\xe2\x80\xa8", b"<image>", b"x" * 100000,
 )  # fmt: skip
 YAML_SNIPPETS = (
     b"&a", b"*a", b"&a [*a]", b"!!python/object/apply:os.system [id]", b"!!binary x", b"!!set {}", b"!!int x",
-    b"2026-11-27", b"2026-99-99", b"1:2:3", b"0x7f", b"0b2", b".inf", b".nan", b"? [1]\n: 2\n", b"? {a: b}\n: 2\n", b"<<: *a\n",
+    b"2026-11-27", b"2026-99-99", b"1:2:3", b"0x7f", b"0b2", b".inf", b".nan", b"? [1]\n: 2\n",
+    b"? {a: b}\n: 2\n", b"<<: *a\n",
     b"<<: {a: 1}\n", b"%YAML 9.9\n", b"---\n", b"...\n", b"- ", b"[" * 2000, b"{a: " * 2000, b"|\n", b">\n", b"'", b"#",
     b"a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
     b"d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e]\n"

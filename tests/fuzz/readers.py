@@ -320,7 +320,7 @@ FORMATS = {
     "set": Format(seeds.settings, read_settings, kind="yaml"),
     "states": Format(seeds.states, read_states, proof="pieces"),
     "run records": Format(seeds.run_records, read_run_records, kind="json"),
-    "held out": Format(seeds.held_out, read_held_out, "held_out.json", "json"),
+    "held out": Format(seeds.held_out, read_held_out, "held_out.json", "json", "whole"),
     "receipt": Format(seeds.receipt, read_receipt, ".mmv-download/*", "json"),
     "token store": Format(seeds.token_store, read_tokens, "*.bin", proof="pieces"),
     "feature store": Format(seeds.feature_store, read_features, proof="pieces"),

@@ -395,9 +395,7 @@ def keep_case(keep: Path, name: str, seed: int, number: int, verdict: Verdict, t
     write_tree(folder / "files", tree)
     told = {"format": name, "seed": seed, "case": number, "verdict": verdict.kind, "where": verdict.where}
     told |= {"text": verdict.text, "repeat": f"python -m tests.fuzz --again {folder}"}
-    (folder / "case.json").write_text(
-        json.dumps(told, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace"
-    )
+    (folder / "case.json").write_text(json.dumps(told, indent=1) + "\n")
     return folder
 
 

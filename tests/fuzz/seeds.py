@@ -180,9 +180,8 @@ def parquet_structs(folder: Path) -> None:
 def parquet_dictionary(folder: Path) -> None:
     """Columns of dictionaries, a picture per row, data pages of the second version."""
     talk = [json.dumps(conversations(n % 2), ensure_ascii=False) for n in range(ROWS)]
-    table = pa.table(
-        {"conversations": pa.array(talk).dictionary_encode(), "image": [encoded(n % 2) for n in range(ROWS)]}
-    )
+    images = [encoded(n % 2) for n in range(ROWS)]
+    table = pa.table({"conversations": pa.array(talk).dictionary_encode(), "image": images})
     pq.write_table(table, folder / "rows.parquet", data_page_version="2.0", compression="gzip")
 
 
@@ -336,8 +335,8 @@ def configuration(folder: Path) -> None:
     """What a run writes, and what somebody writes by hand."""
     (folder / "config.yaml").write_text(to_yaml(config()))
     (folder / "short.yaml").write_text(
-        "# mine\npreset: demo\nlr: 1e-3\nfreeze: projector\ntrain.epochs: 2\ndata:\n  file: rows.jsonl\n  batch_size: auto\n"
-        "  split: null\nmodel: {num_hidden_layers: 2}\n"
+        "# mine\npreset: demo\nlr: 1e-3\nfreeze: projector\ntrain.epochs: 2\ndata:\n  file: rows.jsonl\n"
+        "  batch_size: auto\n  split: null\nmodel: {num_hidden_layers: 2}\n"
     )
 
 
