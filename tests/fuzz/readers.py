@@ -10,12 +10,15 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
+from minimind_v.cli.info import _described, _trained_with
+from minimind_v.core.checkpoint.companions import of_the_run
 from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
 from minimind_v.core.config.load import resolve, to_yaml
 from minimind_v.core.data import index
@@ -28,6 +31,8 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MmvError, RowError
+from minimind_v.core.export import card
+from minimind_v.core.export.order import Order
 from minimind_v.core.files import as_json
 from minimind_v.core.generate.load import load_model
 from minimind_v.core.hub.receipt import Receipt
@@ -117,12 +122,15 @@ def read_picture(folder: Path) -> Data:
 
 
 def read_zip(folder: Path) -> Data:
-    pictures = open_pictures(folder / "images.zip")
-    return {f"{n}.jpg": or_refused(lambda n=n: pictures.read(f"{n}.jpg")) for n in range(seeds.ROWS)}
+    return _read_pictures(folder / "images.zip")
 
 
 def read_folder(folder: Path) -> Data:
-    pictures = open_pictures(folder / "images")
+    return _read_pictures(folder / "images")
+
+
+def _read_pictures(place: Path) -> Data:
+    pictures = open_pictures(place)
     names = [f"{n}.jpg" for n in range(seeds.ROWS)]
     return {name: or_refused(lambda name=name: load_pixels(pictures.read(name), name, seeds.SIZE)) for name in names}
 
@@ -193,13 +201,12 @@ def read_weights(folder: Path) -> Data:
     with Bare():
         model = VLM(checkpoint.config, seeds.SPEC, placeholder_id=5)
     load_into(model, checkpoint, new_projector=True)
+    _trained_with(checkpoint)
     return {"model": model.state_dict(), "config": checkpoint.config, "stage": checkpoint.stage}
 
 
 def read_whole_model(folder: Path) -> Data:
     """An exported folder: weights, tower and tokenizer; and what `mmv info` tells of it."""
-    from minimind_v.cli.info import _described
-
     loaded = load_model(folder / "model", device="cpu")
     _described(folder / "model")
     encoded = loaded.tokenizer.encode("What is in the picture?").ids
@@ -255,15 +262,19 @@ def read_states(folder: Path) -> Data:
     return read
 
 
-def read_run_records(folder: Path) -> Data:
-    from minimind_v.cli.info import _described
-
+def read_run_report(folder: Path) -> Data:
     run = find_run(folder / "pretrain_vlm_512")
-    read = {"page": or_refused(lambda: report_page(read_run(run))), "info": or_refused(lambda: _described(run))}
-    earlier_run(folder / "pretrain_vlm_512.pth")
+    return {"page": or_refused(lambda: report_page(read_run(run))), "info": or_refused(lambda: _described(run))}
+
+
+def read_run_notes(folder: Path) -> Data:
+    """What later commands look up beside weights: what the run read, and what it was."""
+    weights = folder / "pretrain_vlm_512.pth"
+    companions, earlier = of_the_run(weights), earlier_run(weights)
+    told = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft")), Order(weights))  # type: ignore[arg-type]
     with mock.patch.object(manifest, "start", return_value={}):  # which asks git, and packages for their versions
-        manifest.write_manifest(run / "manifest.json", seeds.config(), seeds.origin(), done=2)
-    return read
+        manifest.write_manifest(folder / "pretrain_vlm_512" / "manifest.json", seeds.config(), seeds.origin(), done=2)
+    return {"companions": companions, "earlier": earlier, "card": told}
 
 
 def read_held_out(folder: Path) -> Data:
@@ -319,7 +330,8 @@ FORMATS = {
     "yaml": Format(seeds.configuration, read_configuration, kind="yaml"),
     "set": Format(seeds.settings, read_settings, kind="yaml"),
     "states": Format(seeds.states, read_states, proof="pieces"),
-    "run records": Format(seeds.run_records, read_run_records, kind="json"),
+    "run report": Format(seeds.run_records, read_run_report, "pretrain_vlm_512/*.json*", "json"),
+    "run notes": Format(seeds.run_records, read_run_notes, "pretrain_vlm_512/*", "json"),
     "held out": Format(seeds.held_out, read_held_out, "held_out.json", "json", "whole"),
     "receipt": Format(seeds.receipt, read_receipt, ".mmv-download/*", "json"),
     "token store": Format(seeds.token_store, read_tokens, "*.bin", proof="pieces"),

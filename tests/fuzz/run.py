@@ -131,7 +131,8 @@ def changed_tree(name: str, format: Format, example: Tree, seed: int, number: in
     names = [file for file in example if _fits(file, format.changed)]
     file = rng.choice(names)
     donor = b"" if format.proof else example[rng.choice(list(example))]
-    return example | {file: mutate(example[file], rng, format.kind, donor)}
+    kind = "yaml" if file.endswith(".yaml") else format.kind
+    return example | {file: mutate(example[file], rng, kind, donor)}
 
 
 def _fits(file: str, pattern: str) -> bool:

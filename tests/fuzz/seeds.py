@@ -244,9 +244,15 @@ def tensors(config: TextConfig = TINY) -> dict[str, torch.Tensor]:
 
 
 def checkpoint(folder: Path, name: str, config: TextConfig = TINY) -> None:
+    from minimind_v.core.checkpoint.companions import RECORD
     from minimind_v.core.checkpoint.weights import write_checkpoint
 
     write_checkpoint(folder / name, tensors(config), config, "sft")
+    if name.endswith(".pth"):  # a record of what they were trained with, by places that are everywhere the same
+        described = json.loads((folder / name).with_suffix(".json").read_text())
+        places = {"paths": ["vision", "vision"], "digest": None}
+        described[RECORD] = {"vision_model": places, "tokenizer": places}
+        (folder / name).with_suffix(".json").write_text(json.dumps(described, indent=1))
 
 
 def pth(folder: Path) -> None:
@@ -307,11 +313,16 @@ def _only(folder: Path, kept: str) -> None:
 
 def hf(folder: Path) -> None:
     from minimind_v.core.export import hf
+    from minimind_v.core.export.folder import MANIFEST
     from minimind_v.core.export.source import read_source
 
     order = model(folder)
     (folder / "model").mkdir()
     hf.write(read_source(order), folder / "model", order)
+    sizes = {path.name: path.stat().st_size for path in sorted((folder / "model").iterdir())}
+    noted = {"made_by": "mmv 1", "kind": "hf", "source": {"name": "sft_vlm_32.pth", "sha256": "0"}, "stage": "sft"}
+    noted |= {"verified": {"logits": "the same"}, "files": sizes}
+    (folder / "model" / MANIFEST).write_text(json.dumps(noted))
     _only(folder, "model")
 
 
@@ -378,6 +389,7 @@ def run_records(folder: Path) -> None:
     ]  # fmt: skip
     run = folder / "pretrain_vlm_512"
     run.mkdir()
+    run.with_suffix(".pth").touch()
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
     (run / "events.jsonl").write_text("".join(json.dumps(record) + "\n" for record in events))
     given = plain(config())

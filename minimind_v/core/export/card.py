@@ -112,7 +112,7 @@ def _training(source: Source, order: Order) -> str:
 def _settings(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -120,6 +120,6 @@ def _settings(path: Path) -> dict[str, Any]:
 def _last_update(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
