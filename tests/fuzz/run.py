@@ -32,10 +32,12 @@ from tests.fuzz.mutate import mutate
 from tests.fuzz.readers import Data, Format, Refused, digest
 
 Tree = dict[str, bytes]  # the files of an example by their names below its folder
+Cases = Iterator[Tree]
 
 DATA, ERROR = "data", "error"  # verdicts; all others are faults
 EXCEPTION, WRONG, HANG, MEMORY, DEAD, EXAMPLE = "exception", "wrong data", "hang", "memory", "dead", "example"
 ADDRESSES = 2**34  # bytes of address space above what a worker begins with: what is only reserved harms nobody
+DONE, AGAIN = "done", "again"  # what a worker says last: whether another is to go on behind it
 KEPT = 3  # cases that are kept of one fault
 LINE = 5000  # characters of an error; `readable` keeps it below
 CONTEXT = multiprocessing.get_context("fork")
@@ -184,9 +186,7 @@ def _short(path: str) -> str:
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 
-def _work(
-    connection: Connection, folder: Path, name: str, format: Format, example: Tree, limits: Limits, cases: Iterator[Any]
-) -> None:
+def _work(connection: Connection, folder: Path, format: Format, example: Tree, limits: Limits, cases: Cases) -> None:
     """Read case after case; a report each. The first report is about the unchanged example, which must be data."""
     _begin(folder, limits)
     files = folder / "files"
@@ -197,20 +197,30 @@ def _work(
         original, trouble = digests(read), "; ".join(refused)
     except BaseException as error:
         original, trouble = {}, f"{type(error).__name__}: {error} ({_origin(error)})"
-    connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, trouble))
+    usual = _peak()
+    connection.send((usual, trouble))
     if trouble:
         return
-    for number, tree in cases:
+    for tree in cases:
         write_tree(files, tree)
         _allow(limits)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         verdict = judge(format, files, original)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if (peak - before) << 10 > limits.memory:
-            verdict = Verdict(MEMORY, f"{(peak - before) >> 10:,} MB")
-        connection.send((number, verdict))
-    connection.send(None)
+        much = _peak() > usual + limits.memory  # given back before the parent has noticed
+        connection.send(Verdict(MEMORY, _more_than(limits)) if much else verdict)
+        if much:  # the peak remains: the next case needs a process of its own
+            connection.send(AGAIN)
+            return
+    connection.send(DONE)
+
+
+def _peak() -> int:
+    """The most bytes that were resident so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _more_than(limits: Limits) -> str:
+    return f"more than {limits.memory >> 20:,} MB"
 
 
 def _begin(folder: Path, limits: Limits) -> None:
@@ -241,10 +251,16 @@ def _allow(limits: Limits) -> None:
 class Worker:
     """A process that reads cases of one format, from the parent's side."""
 
-    def __init__(self, name: str, start: Callable[[Connection], Any], folder: Path, first: int, limits: Limits) -> None:
-        self.name, self.folder, self.next, self.limits = name, folder, first, limits
+    def __init__(
+        self, name: str, format: Format, example: Tree, cases: Cases, first: int, root: Path, limits: Limits
+    ) -> None:
+        """`first` is the number of the first case, `root` a folder of folders that workers write to."""
+        self.name, self.next, self.limits = name, first, limits
+        self.folder = root / name.replace(" ", "-")
         self.connection, theirs = CONTEXT.Pipe(duplex=False)
-        self.process = start(theirs)
+        words = (theirs, self.folder, format, example, limits, cases)
+        self.process = CONTEXT.Process(target=_work, args=words, daemon=True)
+        self.process.start()
         theirs.close()
         self.usual = 0  # resident bytes before the first case
         self.heard = time.monotonic()
@@ -269,7 +285,7 @@ class Worker:
         place = "{}:{} {}".format(*where[0]) if where else ""
         code = -(self.process.exitcode or 0)
         if self.killed == MEMORY:
-            return Verdict(MEMORY, f"more than {self.limits.memory >> 20:,} MB", place)
+            return Verdict(MEMORY, _more_than(self.limits), place)
         if self.killed or code in (signal.SIGXCPU, signal.SIGALRM):
             limit = f"{self.limits.wall} s" if code == signal.SIGALRM else f"{self.limits.cpu} s of the processor"
             return Verdict(HANG, f"more than {limit}", place)
@@ -298,11 +314,11 @@ class Loop:
         self.report = Report()
         self._first = dict.fromkeys(formats, 0)  # the next case of each
         shared = Path("/dev/shm")
-        self._root = Path(tempfile.mkdtemp(prefix="mmv-fuzz-", dir=shared if os.access(shared, os.W_OK) else None))
+        self.root = Path(tempfile.mkdtemp(prefix="mmv-fuzz-", dir=shared if os.access(shared, os.W_OK) else None))
 
     def close(self) -> None:
         """Remove what the workers wrote."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
 
     def run(self, seconds: float = 1e9, cases: int = 10**9, jobs: int = 1, say: Callable[[str], None] = print) -> None:
         """Give every format its turns, of so many seconds each and at most so many cases."""
@@ -316,7 +332,7 @@ class Loop:
                     running[worker.connection] = worker, left, time.monotonic() + share
                 for connection in wait(list(running), timeout=0.02):
                     worker, left, end = running[connection]  # type: ignore[index]
-                    more = self._hear(worker)
+                    more = self.hear(worker)
                     if more is None:
                         continue
                     del running[connection]  # type: ignore[arg-type]
@@ -335,27 +351,18 @@ class Loop:
                 worker.process.join()
 
     def _start(self, name: str, cases: int, seconds: float) -> Worker:
-        first, folder, end = self._first[name], self._root / name.replace(" ", "-"), time.monotonic() + seconds
+        first, end = self._first[name], time.monotonic() + seconds
         format, example = self.formats[name], self.examples[name]
 
-        def changed() -> Iterator[tuple[int, Tree]]:
+        def changed() -> Cases:
             for number in range(first, first + cases):
                 if time.monotonic() > end:
                     return
-                yield number, changed_tree(name, format, example, self.seed, number)
+                yield changed_tree(name, format, example, self.seed, number)
 
-        return Worker(name, self._starter(folder, name, format, changed()), folder, first, self.limits)
+        return Worker(name, format, example, changed(), first, self.root, self.limits)
 
-    def _starter(self, folder: Path, name: str, format: Format, cases: Iterator[Any]) -> Callable[[Connection], Any]:
-        def start(connection: Connection) -> Any:
-            words = (connection, folder, name, format, self.examples[name], self.limits, cases)
-            process = CONTEXT.Process(target=_work, args=words, daemon=True)
-            process.start()
-            return process
-
-        return start
-
-    def _hear(self, worker: Worker) -> bool | None:
+    def hear(self, worker: Worker) -> bool | None:
         """Take in a report. None: the worker goes on; else whether another is to go on in its place."""
         worker.heard = time.monotonic()
         try:
@@ -366,9 +373,9 @@ class Loop:
                 verdict = Verdict(EXAMPLE, f"the example itself: {verdict.kind}, {verdict.text}")
             self._take(worker, verdict)
             return verdict.kind != EXAMPLE
-        if told is None:
+        if told in (DONE, AGAIN):
             worker.process.join()
-            return False
+            return told == AGAIN
         if not worker.usual:
             worker.usual, trouble = told
             if trouble:
@@ -376,7 +383,7 @@ class Loop:
                 worker.process.join()
                 return False
             return None
-        self._take(worker, told[1])
+        self._take(worker, told)
         return None
 
     def _take(self, worker: Worker, verdict: Verdict) -> None:
@@ -404,11 +411,10 @@ def read_again(formats: Mapping[str, Format], folder: Path, limits: Limits = Lim
     """The verdict over a case that was kept, as the code is now."""
     name = json.loads((folder / "case.json").read_text())["format"]
     loop = Loop({name: formats[name]}, 0, None, limits)
-    work = loop._root / "again"
-    tree = read_tree(folder / "files")
+    cases = iter([read_tree(folder / "files")])
     try:
-        worker = Worker(name, loop._starter(work, name, formats[name], iter([(0, tree)])), work, 0, limits)
-        while loop._hear(worker) is None:
+        worker = Worker(name, formats[name], loop.examples[name], cases, 0, loop.root, limits)
+        while loop.hear(worker) is None:
             while not worker.connection.poll(0.02):
                 worker.watch()
         (kind,) = loop.report.counts[name]
