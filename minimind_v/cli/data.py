@@ -105,8 +105,9 @@ def _show(terminal: Terminal, found: dict[str, Any], file: Path) -> None:
     for kind, told in found["kinds"].items():
         terminal.result(f"{kind:<18}{told['count']:>8}  training {told['training']}: {', '.join(told['first'])}")
         terminal.result(f"{'':<28}{told['message']}")
-    if (text_rows := found["text_rows"])["count"]:
-        terminal.result(f"information: {text_rows['message']}: {', '.join(text_rows['first'])}")
+    for note in (found["text_rows"], *found["notes"].values()):
+        if note["count"]:
+            terminal.result(f"information: {note['message']}: {', '.join(note['first'])}")
     terminal.result(f"{file}: {plural(found['rows'], 'row')}, {found['usable']} of them can be trained on")
 
 

@@ -22,9 +22,7 @@ def evaluate(
     model: options.Model = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help=f"Held-out rows: JSONL, parquet, LLaVA JSON. [default: {FIRST} rows of the sft data]"
-        ),
+        typer.Option(metavar="FILE", help=f"Held-out rows: a file or folder. [default: {FIRST} rows of the sft data]"),
     ] = None,
     split: Annotated[
         str | None,
@@ -66,7 +64,7 @@ def evaluate(
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.features.memory import Eye, open_memory
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.row import describe_text_rows
+    from minimind_v.core.data.row import describe_notes, describe_text_rows
     from minimind_v.core.evaluate.run import evaluate as score
 
     rows = open_rows(data, images, split, terminal.say, SCORE)
@@ -90,6 +88,8 @@ def evaluate(
         terminal.warn(f"row skipped: {row}")
     if seeing.text_rows:
         terminal.say(describe_text_rows(seeing.text_rows, seeing.rows))
+    for line in describe_notes(seeing.notes, seeing.rows):
+        terminal.say(line)
     report = _report(loaded.checkpoint.path, data, rows.split, found)
     if json:
         terminal.json(report)

@@ -81,7 +81,10 @@ def train(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Conversations: JSONL, parquet, LLaVA JSON.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Rows: JSONL, JSON, CSV, parquet or tar, or a folder of such files (docs/data.md)."
+        ),
     ] = None,
     split: options.Split = None,
     images: options.Images = None,
@@ -238,7 +241,7 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
 
 
 def _tell(terminal: Terminal, summary: Summary) -> None:
-    from minimind_v.core.data.row import describe_text_rows
+    from minimind_v.core.data.row import describe_notes, describe_text_rows
 
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     kinds = ", ".join(f"{count} {kind}" for kind, count in summary.broken_rows.items())
@@ -246,6 +249,8 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
     skipped = f"; {plural(broken, 'broken row')} skipped ({kinds})" if kinds else ""
     if summary.text_rows:
         terminal.say(describe_text_rows(summary.text_rows, summary.rows))
+    for line in describe_notes(summary.notes, summary.rows):
+        terminal.say(line)
     bad = f"; {plural(summary.bad_updates, 'update')} skipped, not finite" if summary.bad_updates else ""
     where = f"weights in {summary.weights}, curve in {summary.metrics}" if summary.steps else "nothing to save yet"
     terminal.say(f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; {where}")

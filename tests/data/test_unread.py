@@ -29,10 +29,17 @@ def line(question="What colour is it?", answer="Red.", **keys):
 
 
 NOT_READ = {
-    "images": line(images=["a.jpg"]),
-    "images, marked": line("<image>What?", images=["a.jpg", "b.jpg"]),
-    "beside an empty image": line(image="", images="a.jpg"),
     "image_path": line(image_path="a"),
+    "beside an empty image": line(image="", image_path="a.jpg"),
+    "fetched from elsewhere": line("<image>What?", image="https://example.org/a.jpg"),
+    "fetched from elsewhere, in a list": line("<image>What?", images=[{"url": "s3://bucket/a.jpg"}]),
+    "a part of a video": {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]},
+    "a part of sound": {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+    "a part whose picture has another name": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image_id": 17}, {"type": "text", "text": "What?"}]}
+        ]
+    },
     "imagePath": line(imagePath="a.bmp"),
     "img": line(img="000012"),
     "Picture_Files": line(Picture_Files=["a", "b"]),
@@ -138,9 +145,9 @@ def test_a_column_of_bytes_beside_the_pictures_is_told_of(tmp_path):
 
 
 def test_names_in_a_column_of_parquet_are_named(tmp_path):
-    columns = {"messages": [talk("<image>?"), talk("<image>!")], "images": [["a.jpg"], ["b.jpg"]]}
+    columns = {"messages": [talk(), talk("!")], "img_path": ["a.jpg", "b.jpg"]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
-    with pytest.raises(RowError, match="`images`"):
+    with pytest.raises(RowError, match="`img_path`"):
         open_rows(tmp_path / "rows.parquet").row(1)
 
 

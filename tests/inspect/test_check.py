@@ -230,7 +230,7 @@ def test_text_rows_are_information_and_their_pictures_are_not_decoded(dataset, t
 def test_pictures_that_are_not_read_are_a_kind_of_their_own(dataset):
     plain = json.loads(row("What?", "b"))
     lines = [
-        plain | {"images": ["1.png"]},
+        plain | {"img": ["1.png"]},
         plain | {"video": "a.mp4"},
         json.loads(row("<img>1.png</img>?", "b")),
         plain,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -35,6 +36,7 @@ class Batch:
     answers: int = 0
     answers_cut: int = 0  # of these, how many did not fit into the length
     text_rows: int = 0  # rows with pictures that no mark shows
+    notes: dict[str, int] = field(default_factory=dict)  # rows that are read in another way than they are written
     trouble: str = ""  # of the worker that made it, which has told nobody else
     shared: int = 0  # positions at the beginning that are computed once for all rows
 
@@ -154,6 +156,7 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
         answers=sum(example.tokens.answers for example in examples),
         answers_cut=sum(example.tokens.answers_cut for example in examples),
         text_rows=sum(example.tokens.unmarked > 0 for example in examples),
+        notes=dict(Counter(note for example in examples for note in example.tokens.notes)),
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from minimind_v.core.data.features.store import FeatureStore, digest
+from minimind_v.core.data.forms import no_form
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PackedTokens, PromptEncoder, Tokens
 from minimind_v.core.data.row import RowStore
@@ -79,9 +80,12 @@ class RowDataset:
         place = self.rows.place(index)
         try:
             row = self.rows.row(index)
+            if row.conversations is None:
+                raise no_form(row)
             tokens = self.encoder.row(row.conversations, len(row.images), self.max_length)
         except RowError as error:
             return BrokenRow(place, error.kind, str(error))
+        tokens.notes = row.notes
         return Example(index, place, tokens, row.images[: tokens.images])
 
     def load(self, example: Example) -> Example | BrokenRow:

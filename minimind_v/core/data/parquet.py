@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,15 +19,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from minimind_v.core.data.forms import (
+    PICTURES,
+    READ,
+    TALKS,
+    Picture,
+    StoredPictures,
+    decode_inline,
+    is_readable,
+    picture_field,
+    pictures_of,
+    read_row,
+)
 from minimind_v.core.data.pictures import open_pictures
-from minimind_v.core.data.row import Row, as_messages, count_marks, image_names, parse_talk, picture_bytes
-from minimind_v.core.data.splits import ALL, LEARN, Choice, choose, split_of
+from minimind_v.core.data.row import Row
+from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import no_rows, stand_in
 from minimind_v.core.data.unread import refuse_unread
-from minimind_v.core.errors import DataError, RowError, UsageError
+from minimind_v.core.errors import DataError, RowError
 
-TALK = ("conversations", "messages")
-PICTURES = ("image_bytes", "images", "image")  # columns that may hold pictures as bytes, the first that does counts
 # Unpacked bytes of text and of pictures whose rows are mixed with each other, and that stay in memory: the loader reads
 # along four lanes at a time, each in a mixture of its own.
 MIXED_TEXT, MIXED_PICTURES = 4 * 2**20, 64 * 2**20
@@ -37,6 +48,8 @@ READERS = 8  # groups, or places in a large one, that are being read through at 
 class ParquetRows:
     """Rows of a parquet file, or of those below a folder that are of one split, in the order of their names."""
 
+    file_kind = "parquet"
+
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
@@ -45,23 +58,30 @@ class ParquetRows:
         Raises DataError, MissingInput or UsageError.
         """
         self.path = path
-        files, self.choice = _files_of(path, split, order) if path.is_dir() else ([path], Choice(""))
+        files, self.choice = shards_of(path, ".parquet", split, order) if path.is_dir() else ([path], Choice(""))
         footers = [_read_footer(file) for file in files]
         self.files = files
-        schema = footers[0].schema.to_arrow_schema()
-        for file, footer in zip(files, footers, strict=True):
-            if footer.schema.to_arrow_schema().names != schema.names:
-                raise DataError(f"{file}: other columns than {files[0]} has, so they are no shards of one set")
-        self._talk = next((name for name in TALK if name in schema.names), "")
-        if not self._talk:
-            raise DataError(f"{files[0]}: no column `conversations`, only {', '.join(schema.names)}")
-        self._bytes = next((name for name in PICTURES if name in schema.names and _holds_bytes(schema.field(name))), "")
-        self._names = "image" if "image" in schema.names and self._bytes != "image" else ""
-        self._images = open_pictures(None if self._bytes else images)
-        binary = [name for name in schema.names if _holds_bytes(schema.field(name))]
+        schema = _common_schema(files, footers)
+        if not is_readable(schema.names):
+            raise DataError(f"{files[0]}: no column `conversations`, only {', '.join(schema.names)} — a row has {READ}")
+        binary = [name for name in schema.names if _holds_bytes(schema.field(name).type) and name not in TALKS]
+        self._bytes = picture_field(binary) or ""
         text = [name for name in schema.names if name not in binary]
+        self._single, self._nulls, self._aside = True, False, ""  # of the column of pictures: one each, some are null
+        if self._bytes:
+            self._single = not _is_list(schema.field(self._bytes).type)
+            present, self._nulls = _count_bytes(footers, self._bytes)
+            self._aside = _path_leaf(footers, self._bytes)
+            if self._aside:  # how many a row has, and their names, without their bytes
+                text.append(self._aside)
+            if self._aside and not present:
+                binary.remove(self._bytes)
+                self._bytes = ""
+        self._images = open_pictures(None if self._bytes and not self._nulls else images)
         others = [name for name in binary if name != self._bytes]  # read only where a row seems to have no picture
         self.left_out = f"{path}: bytes in {', '.join(others)} are neither read nor copied" if others else ""
+        if self._bytes and self._bytes not in PICTURES:
+            others.append(self._bytes)  # the text may have no mark for them
         self._text = _Pieces(files, footers, text, KEPT_TEXT)
         self._others = _Pieces(files, footers, others, KEPT_TEXT) if others else None
         self._data = _Pieces(files, footers, [self._bytes], KEPT_PICTURES) if self._bytes else None
@@ -91,40 +111,38 @@ class ParquetRows:
         return f"{self.files[self._file(index)]}:{self.number(index)}"
 
     def row(self, index: int) -> Row:
-        found = self._text.row(index)
-        conversations = found.pop(self._talk)
-        if isinstance(conversations, str | bytes):
-            conversations = parse_talk(conversations, self._talk)
-        elif isinstance(conversations, list):  # a column of records gives every record every field
-            conversations = [_without_nulls(message) for message in conversations]
-        names = found.pop(self._names, None) if self._names else None
-        extra = {key: value for key, value in found.items() if value is not None}
-        if set(extra) == {"extra"} and isinstance(extra["extra"], str):
-            extra = _unpack_extra(extra["extra"])
-        messages = as_messages(conversations)
-        told = image_names(names)
-        if not told and self._data:
-            # As many as the text has marks; `picture` finds out whether that is so. Only a row without marks has its
-            # pictures counted here, since nobody would ask for one of them.
-            marks = count_marks(messages) or len(self._cells(index))
-            told = [f"picture {n}" for n in range(1, marks + 1)]
-        others = self._others.row(index) if self._others and not told else None
-        return refuse_unread(Row(messages, told, extra), others)
+        fields = {name: value for name, value in self._text.row(index).items() if value is not None}
+        if self._bytes:
+            beside = fields.pop(self._bytes, None)
+            fields[self._bytes] = StoredPictures(lambda: self._count(index, beside))
+        row = read_row(fields)
+        if set(row.extra) == {"extra"} and isinstance(row.extra["extra"], str):
+            row = replace(row, extra=_unpack_extra(row.extra["extra"]))
+        if not row.images:
+            row.extra.pop(self._bytes, None)
+            refuse_unread(row, self._others.row(index) if self._others else None)
+        return row
 
-    def _cells(self, index: int) -> list[Any]:
+    def _count(self, index: int, beside: Any) -> int:
+        """How many pictures a row has; `beside` are their paths, where they have some."""
+        if self._nulls or not (self._single or self._aside):
+            return len(self._cells(index))
+        return len(beside) if isinstance(beside, list) else 1
+
+    def _cells(self, index: int) -> list[Picture]:
         """What the row has of pictures."""
         assert self._data is not None
-        cell = self._data.row(index)[self._bytes]
-        cells = cell if isinstance(cell, list) else [cell]
-        return [one for one in cells if one is not None and one != b""]
+        return pictures_of(self._data.row(index)[self._bytes], self._bytes)
 
     def picture(self, index: int, position: int, name: str) -> bytes:
-        if self._data is not None:
-            cells, told = self._cells(index), len(self.row(index).images)
-            if len(cells) != told:
-                raise RowError(f"the text speaks of {told} pictures, the row has {len(cells)}", "placeholders")
-            return picture_bytes(cells[position], name)
-        return self._images.read(name)
+        inline = self.row(index).inline
+        data = inline.get(position)
+        if isinstance(data, int):
+            cells, count = self._cells(index), len({number for number in inline.values() if isinstance(number, int)})
+            if len(cells) != count:
+                raise RowError(f"the text speaks of {count} pictures, the row has {len(cells)}", "placeholders")
+            data, name = cells[data].data, cells[data].name or name
+        return self._images.read(name) if data is None else decode_inline(data, name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """Groups in any order, the rows of neighbours in that order mixed.
@@ -136,33 +154,16 @@ class ParquetRows:
         return parts[-1][0].shuffled(rng, max(rows, 1))
 
 
-def _files_of(folder: Path, wanted: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
-    """The files of one split, and which one that is. Raises DataError for no files, UsageError for no such split."""
-    named = {}
-    for file in sorted(filter(Path.is_file, folder.rglob("*.parquet"))):
-        place = file.relative_to(folder)
-        if not any(part.startswith(".") for part in place.parts):  # left by a conversion, or another program's own
-            named[file] = split_of(place)
-    if not named:
-        raise DataError(f"{folder}: no data file, but a folder without .parquet files")
-    if not any(named.values()):
-        if wanted not in (None, ALL, LEARN[0]):
-            raise UsageError(f"--split {wanted}: no name of a file in {folder} says a split, so they are all train")
-        return list(named), Choice("")
-    sizes = Counter(split or LEARN[0] for split in named.values())
-    choice = choose(folder, sizes, wanted, order, "file")
-    return [file for file, split in named.items() if choice.name in (ALL, split or LEARN[0])], choice
-
-
 class _Pieces:
     """Some columns of parquet files, read piece by piece; each process has files and pieces of its own."""
 
     def __init__(self, files: list[Path], footers: list[pq.FileMetaData], columns: list[str], kept: int) -> None:
         self.files, self.columns, self.kept = files, columns, kept
-        wanted = {number for number, name in enumerate(_leaves(footers[0])) if name in columns}
+        self.names = [column.partition(".")[0] if column not in _names(footers[0]) else column for column in columns]
         groups, starts, sizes = [], [], []  # of each piece: file and group and part, first row, unpacked bytes
         row = 0
         for file, footer in enumerate(footers):
+            wanted = [n for n, leaf in enumerate(_leaves(footer)) if any(_is_below(leaf, name) for name in columns)]
             for number in range(footer.num_row_groups):
                 group = footer.row_group(number)
                 size = sum(group.column(n).total_uncompressed_size for n in wanted)
@@ -189,7 +190,13 @@ class _Pieces:
 
     def row(self, index: int) -> dict[str, Any]:
         piece, place = self._piece(index)
-        return {name: piece.column(name)[place].as_py() for name in self.columns}
+        row = {}
+        for name in self.names:
+            try:
+                row[name] = piece.column(name)[place].as_py()
+            except (UnicodeDecodeError, pa.ArrowException, ValueError, OverflowError) as error:
+                raise RowError(f"`{name}` cannot be read ({' '.join(str(error).split())})", "json") from None
+        return row
 
     def _piece(self, index: int) -> tuple[pa.RecordBatch, int]:
         """The piece of a row and the row's place in it. Raises RowError where the file is damaged there."""
@@ -281,24 +288,82 @@ def _read_footer(file: Path) -> pq.FileMetaData:
         raise DataError(f"{file}: {found}") from None
 
 
+def _names(footer: pq.FileMetaData) -> list[str]:
+    return list(footer.schema.to_arrow_schema().names)
+
+
 def _leaves(footer: pq.FileMetaData) -> list[str]:
-    """The column that each of a group's stretches of data belongs to."""
-    return [footer.schema.column(n).path.split(".")[0] for n in range(footer.num_columns)]
+    """The path of each of a group's stretches of data: `images.list.element.bytes`."""
+    return [footer.schema.column(n).path for n in range(footer.num_columns)]
 
 
-def _holds_bytes(column: pa.Field) -> bool:
-    kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+def _is_below(leaf: str, column: str) -> bool:
+    return leaf == column or leaf.startswith(f"{column}.")
 
 
-def _without_nulls(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    return {key: value for key, value in message.items() if value is not None}
+def _common_schema(files: list[Path], footers: list[pq.FileMetaData]) -> pa.Schema:
+    """The columns of all files, in the order of the first. Raises DataError where they are no shards of one set."""
+    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    first = schemas[0]
+    for file, schema in zip(files, schemas, strict=True):
+        if len(set(schema.names)) < len(schema.names):
+            raise DataError(f"{file}: two of its columns have one name")
+        if different := sorted(set(schema.names) ^ set(first.names)):
+            raise DataError(
+                f"{file}: other columns than {files[0]} has, so they are no shards of one set "
+                f"({', '.join(different)} in one of them only)"
+            )
+        for name in first.names:
+            kinds = first.field(name).type, schema.field(name).type
+            if _holds_bytes(kinds[0]) != _holds_bytes(kinds[1]) and not any(map(pa.types.is_null, kinds)):
+                raise DataError(f"{file}: `{name}` is {kinds[1]}, and {kinds[0]} in {files[0]} — no shards of one set")
+    # A column that is empty in the first file has no type there.
+    typed = [
+        next((s.field(n) for s in schemas if not pa.types.is_null(s.field(n).type)), first.field(n))
+        for n in first.names
+    ]
+    return pa.schema(typed)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in tests) or (types.is_struct(kind) and any(_is_list(field.type) for field in kind))
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column holds pictures as bytes: plain, in lists, or in records that call them `bytes`."""
+    types = pa.types
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    if _is_list(kind) or types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(test(kind) for test in tests)
+
+
+def _count_bytes(footers: list[pq.FileMetaData], column: str) -> tuple[bool, bool]:
+    """Whether a column holds any bytes at all, and whether some of it may be null; by the footers."""
+    present = nulls = False
+    for footer in footers:
+        number = next((n for n, leaf in enumerate(_leaves(footer)) if _is_bytes_leaf(leaf, column)), None)
+        for group in range(footer.num_row_groups if number is not None else 0):
+            chunk = footer.row_group(group).column(number)
+            counted = chunk.statistics is not None and chunk.statistics.has_null_count
+            present = present or not counted or chunk.statistics.null_count < chunk.num_values
+            nulls = nulls or not counted or chunk.statistics.null_count > 0
+    return present, nulls
+
+
+def _is_bytes_leaf(leaf: str, column: str) -> bool:
+    return _is_below(leaf, column) and (leaf == column or leaf.rsplit(".", 1)[-1] != "path")
+
+
+def _path_leaf(footers: list[pq.FileMetaData], column: str) -> str:
+    """The leaf of the pictures' paths, where each file has it; empty where there is none."""
+    leaves = [{leaf for leaf in _leaves(footer) if _is_below(leaf, column)} for footer in footers]
+    common = set.intersection(*leaves)
+    return next((leaf for leaf in sorted(common) if leaf.startswith(column) and leaf.endswith(".path")), "")
 
 
 def _unpack_extra(text: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Tokens:
     answers: int = field(default=0, compare=False)  # of a row: how many it has
     answers_cut: int = field(default=0, compare=False)  # of these, how many are cut short or cut off
     unmarked: int = field(default=0, compare=False)  # pictures of a text row, which no mark shows
+    notes: tuple[str, ...] = field(default=(), compare=False)  # of the row
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -63,6 +64,7 @@ class PackedTokens:
     answers: int
     answers_cut: int
     unmarked: int = 0  # pictures of a text row
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

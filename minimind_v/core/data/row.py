@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,17 +17,37 @@ from minimind_v.core.errors import RowError
 
 PICTURE_LIMIT = 256 * 2**20  # bytes of one picture's file, or that a member of a zip may unpack to
 NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
+PICTURE_NAME = re.compile(r"\.(a?png|avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|mpo|p[bgpn]m|tga|tiff?|webp)\s*$", re.I)
 IMAGE_MARK = "<image>"  # in a message: here goes a picture
-LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+NUMBERED = re.compile(r"picture \d+")  # what a picture without a name is called
+
+# What is said of rows that are read in another way than they are written: no problem, but worth to be known.
+ANSWER_FIRST = "began with an answer"
+MARK_PER_TURN = "one picture, a mark in every turn"
+SEVERAL_CAPTIONS = "several captions, the first is read"
+SEVERAL_ANSWERS = "several answers, the first is read"
+NOTES = {  # and what is done with such rows
+    ANSWER_FIRST: "begin with an answer: it is left out, since no question stands before it",
+    MARK_PER_TURN: f"have one picture and an {IMAGE_MARK} mark in every question: the first mark counts",
+    SEVERAL_CAPTIONS: "have several captions: the first is the answer",
+    SEVERAL_ANSWERS: "have several answers: the first is read",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation as its file has it, not yet checked, the names of its pictures, and all else that the row says."""
+    """A conversation of role and content, not yet checked, the names of its pictures, and all else that the row says.
+
+    A picture that stands in the row is in `inline` by its position: bytes, base64 text, a data URI, or its number in
+    the column that its store reads. Without a name of its own it is called `picture N`.
+    """
 
     conversations: Any
     images: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    inline: dict[int, Any] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = ()  # of NOTES
+    form: str = field(default="", compare=False)  # how it was written; empty where it has no conversation
 
     @property
     def shown(self) -> list[str]:
@@ -41,6 +63,10 @@ class RowStore(Protocol):
     """Rows by index, pictures by row. Cheap to pickle; forked or spawned, each process opens its files for itself."""
 
     path: Path  # the file or folder of rows
+
+    @property
+    def file_kind(self) -> str:
+        """What kind of file that is, as `CSV`."""
 
     @property
     def split(self) -> str:
@@ -106,20 +132,9 @@ def describe_text_rows(count: int, rows: int) -> str:
     )
 
 
-def as_messages(conversations: Any) -> Any:
-    """A conversation with LLaVA's keys (`from`, `value`) under our names; any other as it is."""
-    if not isinstance(conversations, list) or not all(
-        isinstance(message, dict) and "from" in message and "role" not in message for message in conversations
-    ):
-        return conversations
-    return [
-        {
-            "role": LLAVA_ROLES.get(sender, sender) if isinstance(sender := message["from"], str) else sender,
-            "content": message.get("value"),
-            **{key: value for key, value in message.items() if key not in ("from", "value", "content")},
-        }
-        for message in conversations
-    ]
+def describe_notes(counts: Mapping[str, int], rows: int) -> list[str]:
+    """What is said of rows that are read in another way than they are written, `counts` of so many rows."""
+    return [f"{counts[name]:,} of {rows:,} rows {text}" for name, text in NOTES.items() if counts.get(name)]
 
 
 def parse_talk(text: str | bytes, column: str) -> Any:
@@ -131,17 +146,44 @@ def parse_talk(text: str | bytes, column: str) -> Any:
 
 
 def image_names(names: Any) -> list[str]:
-    """Names of pictures: a text that holds them separated by commas, or a list; absent or empty for none.
+    """Names of pictures: a text that holds them, or a list; absent or empty for none.
 
+    A text may be a JSON list. In any other a comma separates names where the ending of a picture stands before it, or
+    where no piece has such an ending: `a, b.jpg` is one name. Spaces at the ends of a single name may belong to it.
     Raises RowError.
     """
     if names is None:
         return []
+    if isinstance(names, str):
+        return check_names(_read_names(names))
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return check_names(names)
-    if not isinstance(names, str):
-        raise RowError("`image` is not a text of picture names", "image")
-    return check_names([name.strip() for name in names.split(",") if name.strip()])
+    raise RowError("`image` is not a text of picture names", "image")
+
+
+def _read_names(text: str) -> list[str]:
+    if not text or text.isspace():
+        return []
+    if text.lstrip()[0] == "[":
+        with contextlib.suppress(ValueError, RecursionError):
+            names = json.loads(text)
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                return names
+    if "," not in text or text.lower().startswith("data:"):
+        return [text.strip("\r\n\t\v\f")]
+    pieces = text.split(",")
+    if any(map(PICTURE_NAME.search, pieces)):
+        ends = [n for n, piece in enumerate(pieces, 1) if PICTURE_NAME.search(piece) or n == len(pieces)]
+        pieces = [",".join(pieces[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+    if len(pieces) == 1:
+        return [text.strip("\r\n\t\v\f")]
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def names_as_text(names: list[str]) -> str | list[str]:
+    """Names of pictures as one text with commas, where `image_names` reads it as these names; else the list."""
+    text = ", ".join(names)
+    return text if image_names(text) == names else names
 
 
 def check_names(names: list[str]) -> list[str]:
@@ -156,13 +198,3 @@ def check_size(name: str, size: int) -> None:
     """Raises RowError where a picture has more bytes than any has."""
     if size > PICTURE_LIMIT:
         raise RowError(f"{name}: {size} bytes are too many for a picture", "picture too large")
-
-
-def picture_bytes(value: Any, name: str) -> bytes:
-    """The bytes in a cell of a table: plain, or as `datasets` keeps a picture (`bytes` and `path`). Raises RowError."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if not isinstance(value, bytes | bytearray | memoryview):
-        raise RowError(f"{name}: the row has no bytes of it", "picture missing")
-    check_size(name, len(value))
-    return bytes(value)

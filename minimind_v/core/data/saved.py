@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.parquet import PICTURES, TALK
+from minimind_v.core.data.forms import READ, TALKS, decode_inline, is_readable, picture_field, read_row
 from minimind_v.core.data.pictures import open_pictures
-from minimind_v.core.data.row import Row, as_messages, image_names, parse_talk, picture_bytes
+from minimind_v.core.data.row import Row
 from minimind_v.core.data.splits import ALL, LEARN, Choice, choose
 from minimind_v.core.data.unread import refuse_unread
-from minimind_v.core.errors import DataError, MissingInput, UsageError
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 
 
 class SavedRows:
     """A saved dataset, or one of the splits of a saved set of them. Its files are mapped, not read."""
 
-    left_out = ""
+    file_kind = "saved by datasets"
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
@@ -46,23 +46,24 @@ class SavedRows:
             self._folder = path if together else path / self.choice.name
         elif split is not None:
             raise UsageError(f"--split {split}: {path} is one split by itself — leave --split out")
-        self._talk = next((name for name in TALK if name in found.column_names), "")
-        if not self._talk:
-            raise DataError(f"{path}: no column `conversations`, only {', '.join(found.column_names)}")
+        if not is_readable(found.column_names):
+            raise DataError(
+                f"{path}: no column `conversations`, only {', '.join(found.column_names)} — a row has {READ}"
+            )
         if not len(found):
             raise DataError(f"{path}: the dataset has no rows")
         # The bytes of a picture as they are: decoding is our own business, with its limits. Videos are not read.
-        for name in [name for name, kind in found.features.items() if isinstance(kind, datasets.Video)]:
-            found = found.cast_column(name, datasets.Video(decode=False))
-        kinds = {name: kind for name, kind in found.features.items() if _is_picture(kind)}
-        for name, kind in kinds.items():
-            plain = datasets.Image(decode=False)
-            found = found.cast_column(name, plain if isinstance(kind, datasets.Image) else datasets.List(plain))
-        self._bytes = next((name for name in PICTURES if name in kinds or _is_binary(found.features.get(name))), "")
-        self._names = "image" if "image" in found.column_names and self._bytes != "image" else ""
+        for name, kind in found.features.items():
+            if (plain := _undecoded(kind)) != kind:
+                found = found.cast_column(name, plain)
+        binary = [name for name, kind in found.features.items() if name not in TALKS and _holds_bytes(kind)]
+        self._bytes = picture_field(binary) or ""
+        self._others = [name for name in binary if name != self._bytes]
+        self.left_out = (
+            f"{path}: bytes in {', '.join(self._others)} are neither read nor copied" if self._others else ""
+        )
         self._rows = found
-        self._texts = found.select_columns([name for name in found.column_names if name != self._bytes])
-        self._images = open_pictures(None if self._bytes else images)
+        self._images = open_pictures(images)
 
     @property
     def split(self) -> str:
@@ -82,25 +83,17 @@ class SavedRows:
         return f"{self._folder}:{index + 1}"
 
     def row(self, index: int) -> Row:
-        found = dict(self._texts[index])
-        conversations = found.pop(self._talk)
-        if isinstance(conversations, str):
-            conversations = parse_talk(conversations, self._talk)
-        told = image_names(found.pop(self._names, None)) if self._names else []
-        if self._bytes:
-            count = len(self._cells(index))
-            told = told if len(told) == count else [f"picture {n}" for n in range(1, count + 1)]
-        extra = {key: value for key, value in found.items() if value is not None}
-        return refuse_unread(Row(as_messages(conversations), told, extra))
-
-    def _cells(self, index: int) -> list[Any]:
-        cell = self._rows[index][self._bytes]
-        return cell if isinstance(cell, list) else [] if cell is None else [cell]
+        try:
+            fields = {name: value for name, value in self._rows[index].items() if value is not None}
+        except Exception as error:  # the library raises many kinds
+            raise RowError(f"cannot be read ({' '.join(str(error).split())})", "json") from None
+        others = {name: fields.pop(name) for name in self._others if name in fields}
+        row = read_row(fields)
+        return row if row.images else refuse_unread(row, others)
 
     def picture(self, index: int, position: int, name: str) -> bytes:
-        if self._bytes:
-            return picture_bytes(self._cells(index)[position], name)
-        return self._images.read(name)
+        data = self.row(index).inline.get(position)
+        return self._images.read(name) if data is None else decode_inline(data, name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(len(self))
@@ -115,11 +108,30 @@ def _together(path: Path, parts: list[Any]) -> Any:
         raise DataError(f"{path}: its splits do not go together ({' '.join(str(error).split())})") from None
 
 
-def _is_picture(feature: Any) -> bool:
+def _undecoded(feature: Any) -> Any:
+    """A column's feature whose pictures and videos, however deep in it, are left as bytes and path."""
     import datasets
 
-    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+    if isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.LargeList):
+        return datasets.LargeList(_undecoded(feature.feature))
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded(feature.feature), length=feature.length)
+    return feature
 
 
-def _is_binary(feature: Any) -> bool:
-    return getattr(getattr(feature, "feature", feature), "dtype", None) in ("binary", "large_binary")
+def _holds_bytes(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, dict):
+        return "bytes" in feature and _holds_bytes(feature["bytes"])
+    if isinstance(feature, datasets.Image):
+        return True
+    inner = getattr(feature, "feature", None)
+    return _holds_bytes(inner) if inner is not None else getattr(feature, "dtype", "") in _BINARY
+
+
+_BINARY = ("binary", "large_binary", "binary_view")

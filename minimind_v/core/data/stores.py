@@ -1,31 +1,33 @@
-"""Stores of rows in text files: a JSONL file by offset, a LLaVA JSON likewise; and the one door to every kind."""
+"""Stores of rows in files of JSON, by offset; and the one door to every kind of file."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from minimind_v.core.data.forms import READ, decode_inline, read_row
 from minimind_v.core.data.index import Index
+from minimind_v.core.data.json_layout import (
+    CHUNK,
+    HEAD,
+    LINES,
+    OTHER,
+    ROW_LIMIT,
+    VALUES_LIMIT,
+    find_elements,
+    find_layout,
+    refuse_many_values,
+)
 from minimind_v.core.data.pictures import open_pictures
-from minimind_v.core.data.row import Reopened, Row, RowStore, as_messages, image_names
-from minimind_v.core.data.splits import LEARN
-from minimind_v.core.data.strangers import ROWS, no_rows, stand_in
-from minimind_v.core.data.unread import refuse_unread
+from minimind_v.core.data.row import NUMBERED, Reopened, Row, RowStore
+from minimind_v.core.data.splits import LEARN, Choice
+from minimind_v.core.data.strangers import no_rows, no_set, stand_in
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
-from minimind_v.core.hub.sources import how_to_get
-
-if TYPE_CHECKING:
-    from minimind_v.core.data.parquet import ParquetRows
-    from minimind_v.core.data.saved import SavedRows
-
-CHUNK = 2**22  # bytes that are looked at together when a file is indexed
-ROW_LIMIT = 2**28  # bytes of one row of a JSON array: what is longer is a file that was never closed
-COLUMNS = {"conversations", "image"}  # keys of a row with a meaning; all others are carried along
+from minimind_v.core.hub.sources import ROWS, how_to_get
 
 
 def open_rows(
@@ -35,28 +37,74 @@ def open_rows(
     say: Callable[[str], None] = lambda message: None,
     order: Sequence[str] = LEARN,
 ) -> RowStore:
-    """Open rows of any kind: JSONL, a LLaVA `.json`, parquet (a file or a folder of shards), a saved `datasets` folder.
+    """Open rows of any kind: a file (JSONL, JSON, CSV, parquet, a tar), or a folder of shards, pictures or `datasets`.
 
-    `images` is the folder or zip of the pictures, where they do not stand in the rows. Of a folder that has several
-    splits one is read, and `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no
-    row. Raises MissingInput, DataError or UsageError.
+    `images` holds the pictures, where they do not stand in the rows. Of a set that has several splits one is read, and
+    `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no row. Raises
+    MissingInput, DataError or UsageError.
     """
     find_rows(data)
-    if split is not None and not data.is_dir():
-        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    rows = (_open_folder if data.is_dir() else open_file)(data, images, split, order)
+    choice: Choice | None = getattr(rows, "choice", None)
+    for note in filter(None, (choice and choice.told, getattr(rows, "left_out", ""))):
+        say(note)
+    return rows
+
+
+def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequence[str]) -> RowStore:
     if any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         from minimind_v.core.data.saved import SavedRows
 
-        rows: SavedRows | ParquetRows = SavedRows(data, images, split, order)
-    elif data.is_dir() or data.suffix == ".parquet":
+        return SavedRows(data, images, split, order)
+    from minimind_v.core.data.folder import FolderRows, find_metadata
+
+    if next(find_metadata(data), None):
+        return FolderRows(data, images, split, order)
+    if next(data.rglob("*.parquet"), None):
         from minimind_v.core.data.parquet import ParquetRows
 
-        rows = ParquetRows(data, images, split, order)
-    else:
-        return (LlavaRows if data.suffix == ".json" else JsonlRows)(data, images)
-    for note in filter(None, (rows.choice.told, rows.left_out)):
-        say(note)
-    return rows
+        return ParquetRows(data, images, split, order)
+    if next(data.rglob("*.tar"), None):
+        from minimind_v.core.data.tar import TarRows
+
+        return TarRows(data, images, split, order)
+    raise DataError(f"{data}: no data file, but {no_set(data)}")
+
+
+def open_file(
+    data: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+) -> RowStore:
+    """Open a file of rows, by its name. Raises MissingInput, DataError or UsageError."""
+    from minimind_v.core.data.coco import CocoRows, is_captions
+
+    if data.suffix == ".json" and is_captions(data):
+        return CocoRows(data, images, split, order)  # the only kind of file that may have splits
+    if split is not None:
+        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    if data.suffix == ".parquet":
+        from minimind_v.core.data.parquet import ParquetRows
+
+        return ParquetRows(data, images)
+    if data.suffix == ".tar":
+        from minimind_v.core.data.tar import TarRows
+
+        return TarRows(data, images)
+    if data.suffix in (".csv", ".tsv"):
+        from minimind_v.core.data.tables import CsvRows
+
+        return CsvRows(data, images)
+    return open_json(data, images)
+
+
+def open_json(path: Path, images: Path | None = None) -> RowStore:
+    """Open rows in a file of JSON, as its content says that they stand. Raises DataError or MissingInput."""
+    layout = find_layout(path)
+    if layout.kind == OTHER and path.suffix == ".json":
+        raise DataError(
+            f"{path}: one JSON object with {layout.key:.200}, which is no row and holds no list of rows (it does not "
+            f"begin with [) — a row has {READ}"
+        )
+    return JsonlRows(path, images) if layout.kind in (LINES, OTHER) else LlavaRows(path, images)
 
 
 def find_rows(data: Path) -> Path:
@@ -74,6 +122,7 @@ class _TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
 
     kind: str  # of the index
+    file_kind: str
     split = ""
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
@@ -105,23 +154,40 @@ class _TextRows(Reopened):
         return f"{self.path}:{self.number(index)}"
 
     def picture(self, index: int, position: int, name: str) -> bytes:
+        """A picture that stands in its row is read from there again; every such picture is numbered."""
+        if NUMBERED.fullmatch(name):
+            inline = self.row(index).inline
+            if position in inline:
+                return decode_inline(inline[position], name)
         return self._images.read(name)
+
+    def row(self, index: int) -> Row:
+        raise NotImplementedError
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(len(self))
 
     def _parse(self, data: bytes) -> Row:
+        if len(data) > ROW_LIMIT:
+            raise RowError(f"the row is longer than {ROW_LIMIT:,} bytes", "json")
+        if len(data) > VALUES_LIMIT:
+            refuse_many_values(data)
         try:
-            found = json.loads(data.decode("utf-8-sig"))
+            fields = json.loads(data.decode("utf-8-sig"))
         except json.JSONDecodeError as error:  # its own text speaks of a line 1
             what = error.msg.removesuffix(" at")  # some of its messages end there, others do not
             raise RowError(f"not JSON ({what} at character {error.pos + 1}){_array(data)}", "json") from None
         except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, nested without end
             raise RowError(f"not JSON ({error})", "json") from None
-        if not isinstance(found, dict):
+        if not isinstance(fields, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
-        extra = {key: value for key, value in found.items() if key not in COLUMNS}
-        return refuse_unread(Row(as_messages(found.get("conversations")), image_names(found.get("image")), extra))
+        return self._read(fields)
+
+    def _read(self, fields: Mapping[str, Any]) -> Row:
+        row = read_row(fields)
+        for position in row.inline:  # so that `picture` knows them
+            row.images[position] = f"picture {position + 1}"
+        return row
 
 
 def _array(data: bytes) -> str:
@@ -132,13 +198,14 @@ class JsonlRows(_TextRows):
     """Rows of a JSONL file. Of each only its offset and its line are kept: 16 bytes."""
 
     kind = "JSONL rows: offset, line"
+    file_kind = "JSONL"
 
     def number(self, index: int) -> int:
         return int(self._index.array[1, index])
 
     def row(self, index: int) -> Row:
         self.handle.seek(int(self._index.array[0, index]))
-        return self._parse(self.handle.readline())
+        return self._parse(self.handle.readline(ROW_LIMIT + 1))
 
     def _find_rows(self) -> np.ndarray:
         """Offset and line number (from 1) of every line that is not blank. Read in pieces, so that none stays."""
@@ -162,66 +229,32 @@ class JsonlRows(_TextRows):
 
 def _is_blank(file: Any, offset: int) -> bool:
     file.seek(offset)
-    return not file.readline().strip()
+    while not (piece := file.readline(HEAD)).strip():
+        if not piece or piece.endswith(b"\n"):
+            return True
+    return False
 
 
 class LlavaRows(_TextRows):
-    """Rows of one JSON array, as LLaVA's data has them: `conversations` of from and value, `image` a name or a list."""
+    """Rows of one JSON array, as LLaVA's data has them, or of JSON objects one after the other."""
 
-    kind = "JSON array of rows: offset, length"
+    file_kind = "JSON"
+
+    def __init__(self, path: Path, images: Path | None = None) -> None:
+        """Raises MissingInput, or DataError where the file is something else or is empty."""
+        self._layout = find_layout(path)
+        self.kind = f"JSON {self._layout.kind} from byte {self._layout.begin}: offset, length"
+        super().__init__(path, images)
 
     def row(self, index: int) -> Row:
         offset, length = (int(number) for number in self._index.array[:, index])
         self.handle.seek(offset)
-        return self._parse(self.handle.read(length))
+        return self._parse(self.handle.read(min(length, ROW_LIMIT + 1)))
 
     def _find_rows(self) -> np.ndarray:
-        """Offset and length in bytes of every element of the array."""
+        """Offset and length in bytes of every row."""
         try:
-            found = list(_elements(self.path))
-        except (ValueError, RecursionError) as error:
+            places = list(find_elements(self.path, self._layout))
+        except (ValueError, RecursionError, RowError) as error:
             raise DataError(f"{self.path}: not a JSON array of rows ({error})") from None
-        return np.array(found, np.int64).reshape(-1, 2).T
-
-
-def _elements(path: Path) -> Iterator[tuple[int, int]]:
-    """Offset and length of each element of the JSON array that a file holds, read in pieces. Raises ValueError.
-
-    The end of an element is where the decoder says that it is; whether it is a row is asked when it is read.
-    """
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    with path.open("rb") as file:
-        data = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf")
-        begin = file.tell() - len(data)  # of the buffer, in the file
-        opening = data[: len(data) - len(data.lstrip())] + b"["
-        if not data.startswith(opening):
-            raise ValueError("it does not begin with [; rows one per line belong in a .jsonl file")
-        rest = data[len(opening) :]
-        begin += len(opening)
-        while True:
-            text = rest.decode("utf-8", "surrogateescape")
-            at = done = 0  # characters read, bytes done
-            while True:
-                skipped = gap.match(text, at).end()  # type: ignore[union-attr]
-                done += len(text[at:skipped].encode("utf-8", "surrogateescape"))
-                at = skipped
-                if text.startswith("]", at):
-                    if (rest[done + 1 :] + file.read(CHUNK)).strip():
-                        raise ValueError(f"something stands behind its end, at byte {begin + done + 1}")
-                    return
-                try:
-                    _, end = decoder.raw_decode(text, at)
-                except json.JSONDecodeError as error:
-                    trouble = error
-                    break
-                if end == len(text):  # a number might go on
-                    trouble = json.JSONDecodeError("the array does not end", text, at)
-                    break
-                length = len(text[at:end].encode("utf-8", "surrogateescape"))
-                yield begin + done, length
-                at, done = end, done + length
-            rest, begin = rest[done:], begin + done
-            more = file.read(max(CHUNK, len(rest)))
-            if not more or len(rest) > ROW_LIMIT:
-                raise ValueError(f"{trouble.msg}, in the element that begins at byte {begin}")
-            rest += more
+        return np.array(places, np.int64).reshape(-1, 2).T

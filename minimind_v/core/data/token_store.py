@@ -31,14 +31,15 @@ import tokenizers
 
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PackedTokens
+from minimind_v.core.data.row import NOTES
 from minimind_v.core.errors import RunError
 from minimind_v.core.files import sweep, write_atomically
 
 MAGIC = b"mmv tokens 1\n"
 HEAD = 64  # bytes: the magic words, the identity, zeros
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("length", "<u4"), ("check", "<u8")])
-# Checksum of all that follows · row · tokens · images · answers · cut · pictures without a mark · name bytes
-RECORD = struct.Struct("<IQIIIIII")
+# Checksum of all that follows · row · tokens · images · answers · cut · pictures without a mark · notes · name bytes
+RECORD = struct.Struct("<IQIIIIIII")
 CHUNK = 16  # rows that one process tokenises while others do the next ones
 PATIENCE = 5.0  # seconds of waiting for chunks of others, after which they are tokenised here as well
 RESERVE = 2**28  # free bytes of a disk that are left alone
@@ -150,7 +151,7 @@ class TokenStore:
     def _decode(self, row: int, data: bytearray) -> Text | None:
         if len(data) < RECORD.size:
             return None
-        check, number, length, images, answers, cut, unmarked, named = RECORD.unpack_from(data)
+        check, number, length, images, answers, cut, unmarked, notes, named = RECORD.unpack_from(data)
         if check != zlib.crc32(memoryview(data)[4:]) or number != row:
             return None
         bits = -(-length // 8)
@@ -162,17 +163,17 @@ class TokenStore:
             return BrokenRow("", *json.loads(names))
         ids = np.frombuffer(data, self.ids, length, RECORD.size)
         masks = np.unpackbits(np.frombuffer(data, np.uint8, 2 * bits, at).reshape(2, bits), 1, length).view(bool)
-        tokens = PackedTokens(ids, masks[0], masks[1], images, answers, cut, unmarked)
+        tokens = PackedTokens(ids, masks[0], masks[1], images, answers, cut, unmarked, _notes_of(notes))
         return Example(row, "", tokens, names.split("\n") if names else [])
 
     def _encode(self, row: int, text: Text) -> bytes:
         if isinstance(text, BrokenRow):
             names = json.dumps([text.kind, text.message]).encode()
-            body = RECORD.pack(0, row, 0, 0, 0, 0, 0, len(names)) + names
+            body = RECORD.pack(0, row, 0, 0, 0, 0, 0, 0, len(names)) + names
         else:
             tokens, names = text.tokens, "\n".join(text.names).encode("utf-8", "surrogatepass")
             masks = np.packbits(np.array([tokens.loss_mask, tokens.image_mask], bool), 1)  # [2, ⌈T/8⌉]
-            counts = (tokens.images, tokens.answers, tokens.answers_cut, tokens.unmarked)
+            counts = (tokens.images, tokens.answers, tokens.answers_cut, tokens.unmarked, _bits_of(tokens.notes))
             body = RECORD.pack(0, row, len(tokens), *counts, len(names))
             body += np.array(tokens.input_ids, self.ids).tobytes() + masks.tobytes() + names
         return zlib.crc32(memoryview(body)[4:]).to_bytes(4, "little") + body[4:]
@@ -270,6 +271,14 @@ def _say(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def _bits_of(notes: tuple[str, ...]) -> int:
+    return sum(1 << bit for bit, note in enumerate(NOTES) if note in notes)
+
+
+def _notes_of(bits: int) -> tuple[str, ...]:
+    return tuple(note for bit, note in enumerate(NOTES) if bits >> bit & 1) if bits else ()
+
+
 def _length(text: Text) -> int:
     return len(text.tokens) if isinstance(text, Example) else 0
 
@@ -329,7 +338,7 @@ def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:
     digest.update(encoder.tokenizer.backend.to_str().encode())
     digest.update(json.dumps([tokenizers.__version__, encoder.tokens_per_image, dataset.max_length]).encode())
     name = digest.hexdigest()[:8]
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = getattr(dataset.rows, "files", None) or (sorted(path.rglob("*")) if path.is_dir() else [path])
     digest.update(
         json.dumps([data, dataset.rows.split, len(dataset), *(file.stat().st_mtime_ns for file in files)]).encode()
     )

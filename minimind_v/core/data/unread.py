@@ -67,7 +67,7 @@ def refuse_unread(row: Row, columns: Mapping[str, Any] | None = None) -> Row:
             )
     if not row.images:
         for tree in (row.extra, columns or {}, *_rests(row.conversations)):
-            for key, value in _named_in(tree, "", 0):
+            for key, value in named_in(tree, ""):
                 instead = "put the names of pictures in `image`"
                 if isinstance(value, bytes):
                     instead = "put pictures in a column `image_bytes`, as binary or lists of it"
@@ -106,15 +106,15 @@ def _unread_mark(text: str) -> str | None:
     return None
 
 
-def _named_in(value: Any, key: str, depth: int) -> Iterator[tuple[str, Any]]:
+def named_in(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """What names pictures or videos in a tree, or is one, by its key; `key` is what stands above the tree."""
     if isinstance(value, dict) and depth < DEPTH:
         for number, (inner, below) in enumerate(value.items()):
             if number < WIDTH:
-                yield from _named_in(below, f"{key}.{inner}" if key else str(inner), depth + 1)
+                yield from named_in(below, f"{key}.{inner}" if key else str(inner), depth + 1)
     elif isinstance(value, list | tuple) and depth < DEPTH:
         for below in value[:WIDTH]:
-            yield from _named_in(below, key, depth + 1)
+            yield from named_in(below, key, depth + 1)
     elif _names_picture(key, value):
         yield key, value
 

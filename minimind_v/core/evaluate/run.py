@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ class Scores:
     answers: dict[str, list[bool | None]] = field(default_factory=dict)  # per row: right or not; None where not short
     broken: list[BrokenRow] = field(default_factory=list)
     text_rows: int = 0  # of the rows, those with pictures that no mark shows
+    notes: Counter[str] = field(default_factory=Counter)  # those that are read in another way than they are written
 
     @property
     def accuracy(self) -> float | None:
@@ -86,6 +88,7 @@ def evaluate(
             total_loss += float(out.loss_sum)
             scores.rows += len(batch)
             scores.text_rows += batch.text_rows
+            scores.notes += Counter(batch.notes)
             scores.supervised_tokens += len(out.hits)
             _score_answers(scores, batch, out.hits.cpu(), eos_id)
         progress(number, len(plan))

@@ -17,9 +17,10 @@ import numpy as np
 
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.digests import Digests, picture_digest, text_digest, whole_digest
+from minimind_v.core.data.forms import no_form
 from minimind_v.core.data.heldout import digests_of
 from minimind_v.core.data.images import load_pixels
-from minimind_v.core.data.row import Row, RowStore, describe_text_rows
+from minimind_v.core.data.row import NOTES, Row, RowStore, describe_notes, describe_text_rows
 from minimind_v.core.errors import RowError
 from minimind_v.core.inspect.count import NO_LIMIT
 from minimind_v.core.inspect.packed import Packed
@@ -65,6 +66,7 @@ class Found:
     whole: int | None = None  # a digest of text and pictures, where all of them can be read
     parts: list[int] = field(default_factory=list)  # digests of each picture shown or, without any, of the text
     text_row: bool = False  # it has pictures and no mark for any
+    notes: tuple[str, ...] = ()  # in what it is read in another way than it is written
 
 
 class Report:
@@ -79,6 +81,7 @@ class Report:
         self.repeated = np.zeros(count, bool)  # [rows], those that stand earlier too, or in the held-out file
         self.whole = np.zeros(count, bool)  # [rows], those that can be copied: nothing that they name is missing
         self.text_rows = np.zeros(count, bool)  # [rows], those with pictures that no mark shows: no problem
+        self.notes = {note: np.zeros(count, bool) for note in NOTES}  # [rows], of each note: no problem either
         # Index of the row with the same text and pictures, with one of the pictures, and of the held-out one; or -1.
         self._copies, self._shown, self._kept = (np.full(count, -1, np.int64) for _ in range(3))
 
@@ -89,6 +92,8 @@ class Report:
     def add(self, found: Found) -> None:
         """Take in the next row."""
         self.text_rows[found.index] = found.text_row
+        for note in found.notes:
+            self.notes[note][found.index] = True
         for kind, message in found.problems:
             self._told.append((found.index, kind, message))
             if kind not in KINDS:
@@ -173,9 +178,12 @@ def check_row(dataset: RowDataset, index: int) -> Found:
     found = Found(index)
     try:
         row = dataset.rows.row(index)
+        if row.conversations is None:
+            raise no_form(row)
     except RowError as error:
         found.problems.append((error.kind, str(error)))
         return found
+    found.notes = row.notes
     used = _check_text(dataset, index, row, found)
     pictures: list[int] = []
     for position, name in enumerate(row.images):
@@ -254,6 +262,15 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
             "count": len(text_rows),
             "first": [report.place(int(index)) for index in text_rows[:EXAMPLES]],
             "message": describe_text_rows(len(text_rows), report.rows) if len(text_rows) else "",
+        },
+        "notes": {
+            note: {
+                "count": int(rows.sum()),
+                "first": [report.place(int(index)) for index in np.flatnonzero(rows)[:EXAMPLES]],
+                "message": describe_notes({note: int(rows.sum())}, report.rows)[0],
+            }
+            for note, rows in report.notes.items()
+            if rows.any()
         },
     }
 

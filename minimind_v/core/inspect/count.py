@@ -43,6 +43,7 @@ class Counted:
     skipped: Counter[str] = field(default_factory=Counter)  # rows by kind
     first_skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # by kind: its number, where and why
     text_rows: int = 0  # with pictures that no mark shows
+    notes: Counter[str] = field(default_factory=Counter)  # rows that are read in another way than they are written
     cut: int = 0  # rows
     turns_lost: int = 0
     answers_lost: int = 0  # tokens
@@ -100,6 +101,7 @@ class _CountedRows(RowDataset):
             counted.supervised += sum(read.tokens.loss_mask)
             counted.pictures_kept += read.tokens.images
             counted.text_rows += read.tokens.unmarked > 0
+            counted.notes.update(read.tokens.notes)
         else:
             counted.skipped[read.kind] += 1
             found = (self.rows.number(index), str(read))  # rows come in the order of training

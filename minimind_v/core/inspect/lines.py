@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from minimind_v.core.data.row import describe_text_rows
+from minimind_v.core.data.row import describe_notes, describe_text_rows
 from minimind_v.core.inspect.preview import TEXT_ROW, RowView
 from minimind_v.core.inspect.tokens import Piece, visible
 from minimind_v.core.wording import plural
@@ -133,6 +133,7 @@ def summary(report: dict[str, Any]) -> dict[str, str]:
         + ("; training would refuse so many" if skipped["refused"] else "")
         + "; pictures were not opened, `mmv data check` does",
         **({"text rows": describe_text_rows(report["text_rows"], report["looked_at"])} if report["text_rows"] else {}),
+        **({"read as": "; ".join(notes)} if (notes := describe_notes(report["notes"], report["looked_at"])) else {}),
         "cut": f"{plural(cut['rows'], 'row')} ({cut['share']:.2%}) at {report['max_length']} tokens, "
         f"{plural(cut['turns'], 'turn')} and {plural(cut['answer_tokens'], 'answer token')} "
         f"({cut['answer_tokens_share']:.2%}) with them",

@@ -110,6 +110,7 @@ def _facts(counted: Counted, encoder: PromptEncoder, config: RunConfig, wanted: 
             "refused": skipped > config.data.bad_rows * wanted,  # more than a run puts up with
         },
         "text_rows": counted.text_rows,  # with pictures that no mark shows
+        "notes": dict(counted.notes),  # rows that are read in another way than they are written
         "cut": {
             "rows": counted.cut,
             "share": counted.cut / wanted,

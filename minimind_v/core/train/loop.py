@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -21,7 +21,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
 from minimind_v.core.data.features.memory import Eye, Memory, open_memory
 from minimind_v.core.data.loader import load_updates
-from minimind_v.core.data.row import describe_text_rows
+from minimind_v.core.data.row import NOTES, describe_notes, describe_text_rows
 from minimind_v.core.device import autocast, has_fused_adamw, pick_device, require_determinism
 from minimind_v.core.errors import DataError, MmvError, RunError
 from minimind_v.core.files import write_text
@@ -60,6 +60,7 @@ class Summary:
     stopped_by: Signals | None  # None: it came to its end
     broken_rows: dict[str, int]  # by kind
     text_rows: int  # rows with pictures that no mark shows, of
+    notes: dict[str, int]  # rows that are read in another way than they are written, of
     rows: int  # of the set that were read
     bad_updates: int  # skipped, since loss or gradient was not finite
 
@@ -70,6 +71,7 @@ class Counts:
 
     samples: int = 0
     text_rows: int = 0  # rows with pictures that no mark shows, in the first epoch
+    notes: dict[str, int] = field(default_factory=dict)  # rows read in another way than written, in the first epoch
     tokens: int = 0  # real ones, placeholders included
     supervised: int = 0
     seconds: float = 0.0
@@ -299,7 +301,7 @@ class Run:
 
     def _summary(self) -> Summary:
         place, counts = self.place, self.counts
-        told = (self.broken.kinds, counts.text_rows, self._rows_read(self.done), counts.bad)
+        told = (self.broken.kinds, counts.text_rows, counts.notes, self._rows_read(self.done), counts.bad)
         return Summary(place.weights, place.metrics, self.done, self.stopped_by, *told)
 
     def _rows_read(self, step: int) -> int:
@@ -378,18 +380,22 @@ class Run:
             tokens,
             unmarked,
             len(found),
+            *(sum(batch.notes.get(note, 0) for batch in batches) for note in NOTES),
             stopped,
         ]
         *sums, signals = zip(*self.world.gather(mine), strict=True)
         if any(signals):
             self.stopped_by = Signals(int(max(signals)))
             return None
-        supervised, rows, tokens, unmarked, broken = (int(sum(column)) for column in sums)
+        supervised, rows, tokens, unmarked, broken, *noted = (int(sum(column)) for column in sums)
         if broken:
             everyone = [row for rows_found in self.world.gather_objects(found) for row in rows_found]
             self.broken.add(everyone, self._rows_read(step), self.listener.warn)
         if unmarked and not self.counts.text_rows:
             self.listener.say(f"step {step}: {describe_text_rows(unmarked, rows)}; from here on they are only counted")
+        notes = {note: count for note, count in zip(NOTES, noted, strict=True) if count}
+        for line in describe_notes({note: notes[note] for note in notes.keys() - self.counts.notes.keys()}, rows):
+            self.listener.say(f"step {step}: {line}; from here on they are only counted")
         parts, right = self._learn(batches, supervised, rows) if supervised else ([], 0)
         told = self.world.gather([sum(parts), right, self.stop.signal or 0])
         losses, hits, signals = zip(*told, strict=True)
@@ -400,7 +406,10 @@ class Run:
             self._step_if_finite(step, loss, grad_norm, batches, parts)
         counts = self.counts
         counts.samples += rows
-        counts.text_rows += unmarked if step <= self.plan.updates_per_epoch else 0
+        if step <= self.plan.updates_per_epoch:
+            counts.text_rows += unmarked
+            for note, count in notes.items():
+                counts.notes[note] = counts.notes.get(note, 0) + count
         counts.supervised += supervised
         counts.tokens += tokens
         counts.right = counts.right + 1 if sum(hits) == supervised else 0
