@@ -370,10 +370,47 @@ def change_gguf(data: bytes, rng: random.Random) -> bytes:
     return _put(data, at, number.to_bytes(size, "little"))
 
 
+def change_csv(data: bytes, rng: random.Random) -> bytes:
+    """Another value in a cell, or a line that is doubled, gone, or of another length."""
+    lines = data.split(b"\n")
+    at = rng.randrange(len(lines))
+    cells = lines[at].split(b",")
+    match rng.randrange(4):
+        case 0:
+            lines.insert(at, lines[rng.randrange(len(lines))])
+        case 1:
+            del lines[at]
+        case 2:
+            lines[at] = b",".join(cells[: rng.randrange(len(cells) + 1)] * rng.choice((1, 2, 300)))
+        case _:
+            value = rng.choice(VALUES)
+            text = value if isinstance(value, str) else _dumps(value).decode("utf-8", "surrogatepass")
+            cells[rng.randrange(len(cells))] = rng.choice((b"", b'"')) + text.encode("utf-8", "surrogatepass")
+            lines[at] = b",".join(cells)
+    return b"\n".join(lines)
+
+
+def change_tar(data: bytes, rng: random.Random) -> bytes:
+    """A field of a member's header; its checksum is made right."""
+    starts = [found.start() - 257 for found in re.finditer(rb"ustar", data)]
+    at = rng.choice(starts) if starts else -1
+    if not 0 <= at <= len(data) - 512:
+        return put_integer(data, rng)
+    begin, length = rng.choice(((0, 100), (100, 8), (124, 12), (124, 12), (136, 12), (156, 1), (157, 100), (345, 155)))
+    octal = f"{rng.choice(INTEGERS) % 2**33:011o}\0".encode()
+    long = b"\x80" + (rng.choice(INTEGERS) % 2**64).to_bytes(11, "big")
+    new = rng.choice((octal, octal, long, b"L", b"x", b"K", b"g", b"S", b"1", b"5", b"\0", b"../a.jpg", b"\xff", b"-1"))
+    data = _put(data, at + begin, new[:length])
+    header = data[at : at + 148] + b" " * 8 + data[at + 156 : at + 512]
+    return _put(data, at + 148, f"{sum(header):06o}\0 ".encode())
+
+
 STRUCTURED: dict[str, tuple[Change, ...]] = {
     "json": (change_json, change_json, change_json, change_value, put_snippet),
     "yaml": (put_yaml, put_yaml, change_value, put_snippet),
     "text": (change_value, put_snippet),
+    "csv": (change_csv, change_csv, put_snippet),
+    "tar": (change_tar,),
     "safetensors": (change_safetensors,),
     "zip": (change_zip,),
     "png": (change_png,),

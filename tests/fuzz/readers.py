@@ -292,6 +292,11 @@ def read_receipt(folder: Path) -> Data:
 FORMATS = {
     "jsonl": Format(seeds.jsonl, rows_in("rows.jsonl", "images.zip"), "rows.jsonl", "json"),
     "json array": Format(seeds.json_array, rows_in("rows.json", "images"), "rows.json", "json"),
+    "jsonl, in parts": Format(seeds.jsonl_in_parts, rows_in("rows.jsonl", "images"), "rows.jsonl", "json"),
+    "csv": Format(seeds.csv, rows_in("rows.csv", "images"), "rows.csv", "csv"),
+    "imagefolder": Format(seeds.imagefolder, rows_in("images"), "images/metadata.jsonl", "json"),
+    "coco": Format(seeds.coco, rows_in("rows.json", "images"), "rows.json", "json"),
+    "tar": Format(seeds.tar, rows_in("rows.tar"), "rows.tar", "tar"),
     "row index": Format(seeds.indexed_jsonl, read_indexed, ".*.npy", proof="whole"),
     "parquet": Format(seeds.parquet, rows_in("rows.parquet")),
     "parquet, structs": Format(seeds.parquet_structs, rows_in("rows.parquet")),

@@ -6,12 +6,14 @@ names, times and random numbers are fixed.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import random
 import re
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -196,6 +198,58 @@ def saved(folder: Path) -> None:
     datasets.Dataset.from_dict(rows).save_to_disk(folder / "rows")
     state = folder / "rows" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"_fingerprint": "0" * 16}, indent=1))
+
+
+def jsonl_in_parts(folder: Path) -> None:
+    """Messages in parts, as chat APIs have them; pictures by name and in the text."""
+    inside = "data:image/jpeg;base64," + base64.b64encode(encoded(4)).decode()
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [
+                    {"type": "image_url", "image_url": {"url": inside}} if n % 2 else {"type": "image"},
+                    {"type": "text", "text": QUESTIONS[n]},
+                ]},
+                {"role": "assistant", "content": [{"type": "text", "text": f"{n} dots"}]},
+            ],
+        }
+        | ({} if n % 2 else {"images": [f"{n}.jpg"]})
+        for n in range(ROWS)
+    ]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder_of_pictures(folder)
+
+
+def csv(folder: Path) -> None:
+    lines = ["image,caption", *(f'{n}.jpg,"{n} dots, and a ""line"""' for n in range(ROWS))]
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    folder_of_pictures(folder)
+
+
+def imagefolder(folder: Path) -> None:
+    """Pictures with a list of their captions beside them."""
+    folder_of_pictures(folder)
+    lines = [json.dumps({"file_name": f"{n}.jpg", "text": f"{n} dots"}) for n in range(ROWS)]
+    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def coco(folder: Path) -> None:
+    folder_of_pictures(folder)
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 48, "height": 40} for n in range(ROWS)]
+    captions = [{"id": 100 + n, "image_id": n % ROWS, "caption": f"{n} dots"} for n in range(ROWS + 2)]
+    told = {"info": {"year": 2026}, "licenses": [], "images": images, "annotations": captions}
+    (folder / "rows.json").write_text(json.dumps(told))
+
+
+def tar(folder: Path) -> None:
+    """A shard: a picture, a caption and a JSON of each sample."""
+    with tarfile.open(folder / "rows.tar", "w") as archive:
+        for n in range(ROWS):
+            members = {"jpg": encoded(n), "txt": f"{n} dots".encode(), "json": json.dumps({"id": n}).encode()}
+            for ending, data in members.items():
+                info = tarfile.TarInfo(f"{n:06d}.{ending}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
 
 
 # --- what is kept beside data -----------------------------------------------------------------------------------------
