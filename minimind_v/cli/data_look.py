@@ -28,7 +28,9 @@ class StageName(str, Enum):
     sft = "sft"
 
 
-File = Annotated[Path, typer.Argument(help="Rows: JSONL, LLaVA JSON, parquet (a file or a folder), saved datasets.")]
+File = Annotated[
+    Path, typer.Argument(help="Rows: JSONL, JSON, CSV, parquet or tar, or a folder of such files (docs/data.md).")
+]
 Stage = Annotated[
     StageName | None,
     typer.Option(help="Whose lengths and batches count. [default: as the file's name begins, else sft]"),

@@ -22,9 +22,7 @@ def evaluate(
     model: options.Model = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help=f"Held-out rows: JSONL, parquet, LLaVA JSON. [default: {FIRST} rows of the sft data]"
-        ),
+        typer.Option(metavar="FILE", help=f"Held-out rows: a file or folder. [default: {FIRST} rows of the sft data]"),
     ] = None,
     split: Annotated[
         str | None,

@@ -11,7 +11,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import DataError, MissingInput, RowError, nearest
-from minimind_v.core.hub.sources import PICTURE_ENDINGS, WEIGHTS_ENDINGS, weights_at
+from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_at
 
 if TYPE_CHECKING:
     from minimind_v.core.checkpoint.weights import Checkpoint
@@ -53,11 +53,12 @@ def _described(file: Path) -> dict[str, Any]:
 
 
 def _is_data(file: Path) -> bool:
-    if file.is_dir():
-        return any(map(Path.is_file, file.rglob("*.parquet"))) or any(file.glob("dataset_*.json"))
-    with file.open("rb") as opened:
-        is_array = file.suffix == ".json" and opened.read(64).lstrip().startswith(b"[")
-    return is_array or (file.suffix in (".jsonl", ".parquet") and file.name != "metrics.jsonl")
+    if file.is_file():
+        return file.suffix in ROWS and file.name != "metrics.jsonl"
+    from minimind_v.core.data.folder import find_metadata
+
+    shards = (path for ending in ("*.parquet", "*.tar") for path in file.rglob(ending))
+    return any(map(Path.is_file, shards)) or any(file.glob("dataset_*.json")) or any(find_metadata(file))
 
 
 def _zip(file: Path) -> dict[str, Any]:
@@ -126,13 +127,18 @@ def _export(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None:
         return found | {"came_from": "not known: it was not written by mmv convert"}
-    source = manifest.get("source", {})
+    source, verified = (_object(manifest.get(key)) for key in ("source", "verified"))
     return found | {
         "came_from": source.get("name"),
         "source_sha256": source.get("sha256"),
         "made_by": manifest.get("made_by"),
-        "verified": "; ".join(f"{name}: {value}" for name, value in (manifest.get("verified") or {}).items()) or "no",
+        "verified": "; ".join(f"{name}: {value}" for name, value in verified.items()) or "no",
     }
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """An object of a note that anybody may have changed."""
+    return value if isinstance(value, dict) else {}
 
 
 def _data(file: Path) -> dict[str, Any]:
@@ -147,6 +153,7 @@ def _data(file: Path) -> dict[str, Any]:
         raise DataError(f"{rows.place(0)}: {error}") from None
     return {
         "kind": "dataset",
+        "files": rows.file_kind,
         "file": str(file),
         **({"split": rows.split} if rows.split else {}),
         "form": first.form or "none that is read: no conversation in the first row",
@@ -159,12 +166,14 @@ def _data(file: Path) -> dict[str, Any]:
 
 
 def _run(file: Path) -> dict[str, Any]:
-    from minimind_v.core.data.strangers import ROWS
+    from minimind_v.core.data.strangers import no_set
     from minimind_v.core.train.metrics import read_metrics
 
     if not file.is_file():
         files = sorted(path.name for path in file.parent.iterdir() if path.suffix in (*WEIGHTS_ENDINGS, *ROWS))
-        which = f"one of its files ({', '.join(files[:5])})" if files else "a file in it"
+        if not files:
+            raise MissingInput(f"{file.parent}: no model or run, but {no_set(file.parent)}")
+        which = f"one of its files ({', '.join(files[:5])})"
         raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run — name {which}")
     metrics = read_metrics(file)
     weights = weights_at(file.parent)

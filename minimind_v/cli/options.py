@@ -49,7 +49,7 @@ TokenizerOfModel = Annotated[
 ]
 Images = Annotated[
     Path | None,
-    typer.Option("--images", metavar="DIR|ZIP", help="Pictures of the rows: a folder, or a zip read in place."),
+    typer.Option("--images", metavar="DIR|ZIP|TAR", help="Pictures of the rows: a folder, zip or tar, read in place."),
 ]
 Split = Annotated[
     str | None,

@@ -81,7 +81,10 @@ def train(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Conversations: JSONL, parquet, LLaVA JSON.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Rows: JSONL, JSON, CSV, parquet or tar, or a folder of such files (docs/data.md)."
+        ),
     ] = None,
     split: options.Split = None,
     images: options.Images = None,

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 from minimind_v.core.errors import MmvError, RunError, WeightsError
 
+MOST_JSON = 16 << 20  # bytes of a JSON that comes with weights
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Give `write` a file that becomes `path` only when it is complete. What stood there before stays till then.
@@ -57,6 +59,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"it has {size:,} bytes, the most is {MOST_JSON:,}")
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not even text, or lists in lists in lists
         raise WeightsError(f"{path}: not JSON ({error}) — download the file again") from None

@@ -9,6 +9,8 @@ import zlib
 
 from PIL import Image
 
+from minimind_v.core.errors import RowError
+
 PATCHES = 4  # placeholders per picture
 SIZE = 16  # pixels of its side
 
@@ -40,3 +42,11 @@ def row(question, answer, image=None, roles=("user", "assistant")) -> bytes:
     """One line of a data file."""
     talk = [{"role": role, "content": text} for role, text in zip(roles, (question, answer), strict=True)]
     return json.dumps({"conversations": talk} | ({"image": image} if image is not None else {})).encode()
+
+
+def use(rows, number):
+    """Read a row to train on. Raises RowError where it is broken or has no conversation."""
+    row = rows.row(number)
+    if row.conversations is None:
+        raise RowError("no conversation")
+    return [rows.picture(number, position, name) for position, name in enumerate(row.images)]

@@ -93,10 +93,10 @@ def test_a_broken_row_is_named_and_its_neighbours_are_whole(dataset, kind):
 
 
 def test_a_whole_row(dataset, demo_tokenizer):
-    rows = dataset([row("<image> and <image>", "Both.", " 5.png , x/11.png"), row("Hi", "Yes", "")])
+    rows = dataset([row("<image> and <image>", "Both.", " 5.png , images/11.png"), row("Hi", "Yes", "")])
     example = read(rows, 0)
     assert example.place.endswith("rows.jsonl:1")
-    assert example.names == ["5.png", "x/11.png"]
+    assert example.names == ["5.png", "images/11.png"]
     assert example.pixels.shape == (2, 3, SIZE, SIZE)
     assert example.pixels.dtype == np.uint8
     assert example.pixels[:, :, 3, 3].tolist() == [shade(5), shade(11)]

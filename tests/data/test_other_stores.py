@@ -191,6 +191,42 @@ def test_a_damaged_index_is_made_again(large, damage):
     assert check(50) == []
 
 
+def test_no_mutation_of_an_index_is_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_KEEPING", 10)
+    (tmp_path / "rows").write_bytes(b"rows")
+    numbers = np.random.default_rng(0).integers(0, 2**40, (2, 30)).astype(np.uint64)
+    kept, rng, built = tmp_path / ".rows.index.npy", random.Random(0), []
+
+    def open_index():
+        return Index(tmp_path / "rows", "numbers", lambda: built.append(1) or numbers)
+
+    open_index()
+    whole = kept.read_bytes()
+    for number in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        if number % 10 == 0:
+            del data[rng.randrange(len(data)) :]
+        if number % 10 == 1:
+            data[(at := rng.randrange(len(data))) : at] = rng.randbytes(8)
+        kept.write_bytes(data)
+        assert np.array_equal(open_index().array, numbers)
+    built.clear()
+    assert np.array_equal(open_index().array, numbers)
+    assert not built, "it is whole again"
+
+
+def test_a_process_that_finds_its_index_changed_says_so(large):
+    make, _, folder = large
+    make(20)
+    sent = pickle.dumps(open_rows(folder / "rows.jsonl"))
+    kept = folder / ".rows.jsonl.index.npy"
+    kept.write_bytes(kept.read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match="changed while it was in use"):
+        pickle.loads(sent)
+
+
 def test_an_index_of_another_kind_or_another_reader_is_made_again(large):
     """The same file may have been named in another place, or was read by another version."""
     make, check, folder = large

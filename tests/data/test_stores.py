@@ -18,7 +18,7 @@ import pytest
 
 from minimind_v.core.data import row, stores
 from minimind_v.core.data.pictures import FolderPictures, ZipPictures, open_pictures
-from minimind_v.core.data.row import image_names
+from minimind_v.core.data.row import image_names, names_as_text
 from minimind_v.core.data.stores import JsonlRows, open_rows
 from minimind_v.core.errors import DataError, MissingInput, RowError
 
@@ -208,11 +208,24 @@ def test_memory_holds_offsets_and_no_rows(tmp_path):
         ("a.jpg, b.jpg", ["a.jpg", "b.jpg"]),
         ("a.jpg,b.jpg ,  sub/c d.jpg,", ["a.jpg", "b.jpg", "sub/c d.jpg"]),
         ("a.jpg\n", ["a.jpg"]),
+        (" a.jpg ", [" a.jpg "]),
+        ("a, b.jpg", ["a, b.jpg"]),
+        (" a, b.PNG , c.WebP", ["a, b.PNG", "c.WebP"]),
+        ("000001, 000002", ["000001", "000002"]),
+        ("a.jpg, 000002", ["a.jpg", "000002"]),
+        ('["a, b.jpg", " c"]', ["a, b.jpg", " c"]),
+        ("[]", []),
+        ("[1].jpg", ["[1].jpg"]),
+        ("[1, 2].jpg", ["[1, 2].jpg"]),
+        ("[1]", ["[1]"]),
+        ("data:image/png;base64,AAAA", ["data:image/png;base64,AAAA"]),
+        (["a.jpg, b.jpg", " c "], ["a.jpg, b.jpg", " c "]),
         ("图　片.jpg,👩‍👧.png", ["图　片.jpg", "👩‍👧.png"]),
     ],
 )
 def test_names_are_separated_by_commas(image, expected):
     assert image_names(image) == expected
+    assert image_names(names_as_text(expected)) == expected
 
 
 @pytest.mark.parametrize(
@@ -257,12 +270,10 @@ def folder(tmp_path):
         ("图 片.jpg", b"zh"),
         ("sub/b.jpg", b"b"),
         ("sub\\b.jpg", b"b"),
-        ("sub/deep/../b.jpg", b"b"),
         ("sub/deep/c.jpg", b"c"),
-        ("somewhere/else/a.jpg", b"a"),
-        ("/data/coco/a.jpg", b"a"),
-        ("../a.jpg", b"a"),
         ("inside.jpg", b"a"),
+        ("link.jpg", b"secret"),
+        ("out/secret.txt", b"secret"),
     ],
 )
 def test_a_folder_finds(folder, name, data):
@@ -276,8 +287,13 @@ def test_a_folder_finds(folder, name, data):
             "../secret.txt",
             "sub/../../secret.txt",
             "..\\secret.txt",
-            "link.jpg",
-            "out/secret.txt",
+            "sub/deep/../b.jpg",
+            "../a.jpg",
+            "%2e%2e/secret.txt",
+            "out/%2e%2e/a.jpg",
+            "file:///../secret.txt",
+            "somewhere/else/a.jpg",
+            "/data/coco/a.jpg",
             "loop.jpg",
             "pipe.jpg",
         ),
@@ -330,7 +346,7 @@ def test_a_file_of_gigabytes_is_not_read(folder, zipped, monkeypatch):
 # --- a zip ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_zip_is_read_in_place_however_it_is_packed(zipped, tmp_path, compression):
     members = {f"d/{n}.jpg": random.Random(n).randbytes(200) + bytes(500) for n in range(20)}
     pictures = zipped(members, compression)
@@ -340,9 +356,17 @@ def test_a_zip_is_read_in_place_however_it_is_packed(zipped, tmp_path, compressi
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "nothing is unpacked"
 
 
+@pytest.mark.parametrize(("compression", "method"), [(zipfile.ZIP_BZIP2, "bzip2"), (zipfile.ZIP_LZMA, "LZMA")])
+def test_a_member_whose_unpacking_has_no_bound_is_refused(zipped, compression, method):
+    pictures = zipped({"a.jpg": bytes(1000)}, compression)
+    with pytest.raises(RowError, match=rf"^a\.jpg: packed with {method} in .*pack them again$") as caught:
+        pictures.read("a.jpg")
+    assert caught.value.kind == "picture broken"
+
+
 @pytest.mark.parametrize("prefix", ["", "a/", "pretrain_images/", "./", "a/b/c/", "图/"])
-@pytest.mark.parametrize("carried", ["", "x/", "./", "../", "/data/", "a/b/", "a\\"])
-def test_folders_in_front_of_a_name_do_not_matter(zipped, prefix, carried):
+@pytest.mark.parametrize("carried", ["", "./", "/"])
+def test_folders_in_front_of_a_member_do_not_matter(zipped, prefix, carried):
     pictures = zipped({f"{prefix}one.jpg": b"1", f"{prefix}two.jpg": b"2", "readme.txt": b""})
     assert pictures.read(f"{carried}one.jpg") == b"1"
 
@@ -352,18 +376,16 @@ def test_the_member_that_fits_best_is_taken(zipped):
     assert pictures.read("a.jpg") == b"top"
     assert pictures.read("x/a.jpg") == b"x"
     assert pictures.read("y/a.jpg") == b"xy"
-    assert pictures.read("home/x/y/a.jpg") == b"xy", "the longest of those that end the name"
+    assert pictures.read("/home/x/y/a.jpg") == b"xy", "the longest of those that end the name"
     assert pictures.read("z/b.jpg") == b"b"
     with pytest.raises(RowError, match="2 members") as caught:
         pictures.read("b.jpg")
     assert caught.value.kind == "picture ambiguous"
-    with pytest.raises(RowError, match="2 members"):
+    with pytest.raises(RowError, match="no such picture"):
         pictures.read("w/b.jpg")
 
 
-@pytest.mark.parametrize(
-    "name", ["none.jpg", "ne.jpg", "one.jp", "ONE.JPG", "d", "d/", "/", ".", "..", "", "one.jpg/x", "*"]
-)
+@pytest.mark.parametrize("name", ["none.jpg", "ne.jpg", "one.jp", "ONE.JPG", "d", "d/", "/", ".", "", "one.jpg/x", "*"])
 def test_a_zip_lacks(zipped, name):
     pictures = zipped({"d/": b"", "d/one.jpg": b"1"})
     with pytest.raises(RowError, match="no such picture") as caught:
@@ -395,7 +417,9 @@ def test_a_zip_from_windows(zipped):
 
 def test_members_that_point_outside_are_only_names(zipped, tmp_path):
     pictures = zipped({"../../evil.jpg": b"evil", "/abs.jpg": b"abs", "ok.jpg": b"ok"})
-    assert pictures.read("evil.jpg") == pictures.read("../../evil.jpg") == b"evil"
+    assert pictures.read("evil.jpg") == b"evil"
+    with pytest.raises(RowError, match=r"`\.\.` in the name"):
+        pictures.read("../../evil.jpg")
     assert pictures.read("abs.jpg") == b"abs"
     assert not (tmp_path.parent.parent / "evil.jpg").exists()
 
@@ -423,7 +447,7 @@ def test_an_encrypted_member(zipped):
     assert pictures.read("b.jpg") == b"open"
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_damaged_member_leaves_its_neighbours_alone(zipped, compression):
     names = ["a.jpg", "bad.jpg", "c.jpg"]
     pictures = zipped({name: random.Random(name).randbytes(3000) for name in names}, compression)
@@ -474,7 +498,7 @@ def test_a_zip_that_broke_off_says_so(zipped, spoil):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_damage_anywhere_is_an_error_of_ours(tmp_path, compression):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 import zipfile
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -48,6 +50,57 @@ def test_names_with_commas_lose_no_picture(commas, tmp_path):
     done = split(commas, tmp_path / "parts", 3, seed=0)
     sides = [read_all(open_rows(path, tmp_path)) for path in (done.train, done.held_out)]
     assert sorted(one for side in sides for one in side) == sorted(read_all(commas))
+
+
+ODD_NAMES = [
+    *("a, b.jpg", "a.jpg, b.jpg", " lead.png", "trail .png", "a.png ", "100%.jpg", "my%20dog.jpg", "my dog.jpg"),
+    *("sub\\c.jpg", "sub\\d, e.jpg", "C:\\data\\f.jpg", "/data/g.jpg", "file:///data/h.jpg", "./i.jpg", "[1].jpg"),
+    *(
+        '["j.jpg"]',
+        "小狗.jpg",
+        "e\u0301.jpg",
+        "\u00e9.jpg",
+        "UP.JPG",
+        "up.jpg",
+        "data:x,y.png",
+        "k/l~2.jpg",
+        "no ending",
+    ),
+]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one a row", "all in a row"])
+def test_no_picture_is_renamed(tmp_path, together):
+    cells = [[name] for name in ODD_NAMES] if not together else [ODD_NAMES[2:], ODD_NAMES[:2]]
+    rows = [row("<image>" * len(names), f"a{n}").decode() for n, names in enumerate(cells)]
+    numbers = {name: picture(n) for n, name in enumerate(ODD_NAMES)}
+    columns = {
+        "conversations": [json.dumps(json.loads(text)["conversations"]) for text in rows],
+        "image_bytes": [[numbers[name] for name in names] for names in cells],
+        "image": [json.dumps(names) for names in cells],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "odd.parquet")
+    store = open_rows(tmp_path / "odd.parquet")
+    whole = read_all(store)
+    assert [images for _, images, _, _ in whole] == cells
+    for out in ("a.jsonl", "b.parquet", "c.jsonl"):
+        store = open_rows(*convert(store, tmp_path / out).files)
+        assert read_all(store) == whole
+    done = split(store, tmp_path / "parts", 1, seed=0)
+    sides = [read_all(open_rows(path, store.pictures)) for path in (done.train, done.held_out)]
+    assert sorted((one for side in sides for one in side), key=str) == sorted(whole, key=str)
+
+
+def test_two_pictures_of_one_name_stay_two(tmp_path):
+    talk = json.dumps(json.loads(row("<image><image>", "a"))["conversations"])
+    columns = {
+        "conversations": [talk] * 2,
+        "image_bytes": [[picture(1), picture(2)], [picture(3), picture(2)]],
+        "image": ['["a\\\\x.png", "a/x.png"]'] * 2,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "odd.parquet")
+    rows = read_all(open_rows(*convert(open_rows(tmp_path / "odd.parquet"), tmp_path / "a.jsonl").files))
+    assert [pictures for _, _, _, pictures in rows] == columns["image_bytes"]
 
 
 def test_what_is_read_is_not_written_over(commas, tmp_path):
@@ -225,3 +278,17 @@ def test_a_row_whose_pictures_are_not_read_is_neither_converted_nor_split(tmp_pa
         with pytest.raises(DataError, match=r"rows\.jsonl:4: pictures or videos in `images` are not read.*--fix"):
             run()
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_split_of_rows_with_pictures_in_base64_has_them_still(tmp_path):
+    kinds = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+    data = [picture(number, kind) for number, kind in enumerate(kinds)]
+    texts = [base64.b64encode(content).decode() for content in data]
+    lines = [{"image": f"data:image/x;base64,{text}", "caption": f"{n}"} for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = split(open_rows(tmp_path / "rows.jsonl"), tmp_path / "parts", 2, seed=0)
+    for path in (done.train, done.held_out):
+        rows = open_rows(path)
+        for number in range(len(rows)):
+            row = rows.row(number)
+            assert rows.picture(number, 0, row.images[0]) == data[int(row.conversations[-1]["content"])]

@@ -21,6 +21,7 @@ from torch import Tensor
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.model.vision_spec import VisionSpec
 
+_MOST_YAML = 1 << 16  # bytes of a run's configuration
 RECORD = "trained_with"  # the key of all this in the description of weights
 
 
@@ -82,10 +83,18 @@ def of_the_run(weights: Path) -> Companions:
         return UNKNOWN
     folder = weights.with_name(weights.stem.removesuffix("_best"))
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        text = (folder / "config.yaml").read_bytes()
+        config: Any = yaml.safe_load(text) if len(text) < _MOST_YAML else None
         out, data = Path(config["out"]), config["data"]
         given = {"vision_model": Path(config["vision_model"]), "tokenizer": Path(data["tokenizer"])}
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no run, or no longer the file that it wrote
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # no run, or no longer the file that it wrote
         return UNKNOWN
     found = {}
     for name, path in given.items():

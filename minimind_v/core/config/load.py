@@ -15,7 +15,7 @@ from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.recipes import OWN_KEYS, RECIPES
 from minimind_v.core.config.schema import DataConfig, RunConfig, usual_workers
 from minimind_v.core.errors import MissingInput, UsageError, nearest
-from minimind_v.core.hub.sources import DATASET_DIR, SAMPLE_DIR, dataset_files
+from minimind_v.core.hub.sources import DATASET_DIR, METADATA, ROWS, SAMPLE_DIR, dataset_files
 
 # Options of the command line whose configuration key has another name; all others are called as their key.
 FLAG_KEYS = {
@@ -136,12 +136,19 @@ def _collect(
 
 
 def images_beside(data: Path) -> Path | None:
-    """`x_images.zip` or the folder `x_images` beside `x_data.jsonl`, as published data has it, if it is there."""
+    """The pictures of a file of rows, if they are where they are looked for.
+
+    `x_images.zip`, the folder `x_images` or `x_images.tar` beside `x_data.jsonl` (or another ending, with or without
+    `_data`), as published data has it; of a `metadata.…` its own folder.
+    """
     data = data if data.name not in ("", "..") else data.resolve()
     if not data.name:  # the root
         return None
-    stem = data.with_name(data.name.removesuffix(".jsonl").removesuffix(".json").removesuffix("_data") + "_images")
-    return next((path for path in (stem.with_name(stem.name + ".zip"), stem) if path.exists()), None)
+    ending = next((ending for ending in ROWS if data.name.endswith(ending)), "")
+    stem = data.with_name(data.name.removesuffix(ending).removesuffix("_data") + "_images")
+    places = (stem.with_name(stem.name + ".zip"), stem, stem.with_name(stem.name + ".tar"))
+    of_metadata = data.parent if data.name in METADATA and data.is_file() else None
+    return next((path for path in places if path.exists()), of_metadata)
 
 
 def to_yaml(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from minimind_v.core.errors import UsageError, nearest
@@ -15,6 +15,24 @@ DTYPES = ("auto", "float32", "bfloat16")
 FEATURES = ("off", "auto", "exact", "int8")
 MOST_WORKERS = 16  # data workers of a run that nobody gave a number: more than feed any of today's GPUs
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+# The largest sizes of a language model, ten times those of any that this system trains: a file or a configuration with
+# more is refused before memory is taken.
+MOST_SIZES = {
+    "hidden_size": 65_536,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 4_096,
+    "num_key_value_heads": 4_096,
+    "intermediate_size": 1_048_576,
+    "vocab_size": 1_048_576,
+    "max_position_embeddings": 16_777_216,
+    "num_experts_per_tok": 1_024,
+    "n_routed_experts": 1_024,
+    "n_shared_experts": 1_024,
+    "rms_norm_eps": 1,
+    "rope_theta": 1e12,
+    "aux_loss_alpha": 1e6,
+}
+MOST_PARAMETERS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -37,13 +55,17 @@ class TextConfig:
     aux_loss_alpha: float = 0.1
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
             _at_least(f"model.{name}", getattr(self, name), 1)
-        for name in ("intermediate_size", "n_shared_experts", "aux_loss_alpha"):
+        for name in ("intermediate_size", "n_routed_experts", "n_shared_experts", "aux_loss_alpha"):
             _at_least(f"model.{name}", getattr(self, name), 0)
         for name in ("max_position_embeddings", "rms_norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"model.{name} must be above 0, not {getattr(self, name)}")
+        for name, most in MOST_SIZES.items():
+            if not getattr(self, name) <= most:
+                raise UsageError(f"model.{name} must be at most {most:,}, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise UsageError(
                 f"model.hidden_size {self.hidden_size} must be an even multiple of "
@@ -61,11 +83,34 @@ class TextConfig:
         if not self.intermediate_size:
             rounded = 64 * -(-int(self.hidden_size * 8 / 3) // 64)
             object.__setattr__(self, "intermediate_size", rounded)
+        if self.parameters > MOST_PARAMETERS:
+            raise UsageError(
+                f"model.hidden_size {self.hidden_size} with model.num_hidden_layers {self.num_hidden_layers} makes "
+                f"{self.parameters:,} parameters, the most is {MOST_PARAMETERS:,}"
+            )
+
+    def _check_kinds(self) -> None:
+        """A JSON or a weights file can hold anything in the place of a number."""
+        for item in fields(self):
+            value, kind = getattr(self, item.name), type(item.default)
+            kinds = (int, float) if kind is float else (kind,)
+            if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
+                raise UsageError(f"model.{item.name} must be of type {kind.__name__}, not {value!r}")
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the language model, the tied head counted once."""
+        width = self.hidden_size
+        attention = 2 * width * (width + self.num_key_value_heads * self.head_dim)
+        blocks = self.n_routed_experts + self.n_shared_experts if self.use_moe else 1
+        router = width * self.n_routed_experts if self.use_moe else 0
+        layer = attention + 3 * width * self.intermediate_size * blocks + router + 2 * width
+        return self.vocab_size * width + self.num_hidden_layers * layer + width
 
 
 def usual_workers(processes: int = 1) -> int:
@@ -78,7 +123,7 @@ class DataConfig:
     """Where the rows, their pictures and the tokenizer are, and how batches are made of them."""
 
     file: Path = DATASET_DIR / "pretrain_data.jsonl"
-    images: Path | None = None  # a folder or a zip; none for text-only rows
+    images: Path | None = None  # a folder, a zip or a tar; none for text-only rows
     tokenizer: Path = TOKENIZER_DIR
     split: str | None = None  # which one of a folder that has several; none: train
     max_length: int = 640  # tokens per row, placeholders included

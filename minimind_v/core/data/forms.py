@@ -42,6 +42,7 @@ ALTERNATIVES = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "image_base64", "base64", "image_data"),
     *("image_url", "image_urls", "img_url", "url"),
 )
+FILE_NAMES = ("_file_name", "_file_names")  # ends of the fields that all hold pictures, where no other does
 CAPTIONS = ("caption", "captions", "text", "txt", "description", "alt_text")
 QUESTIONS = {"question": ("answer", "answers", "response"), "query": ("response", "answer", "answers")}
 DESCRIBE, DESCRIBE_CHINESE = "Describe this image.", "描述这张图片。"
@@ -56,6 +57,7 @@ PART_IMAGE = ("image", "image_url", "input_image", "image_path", "image_base64",
 BYTES_KEYS = ("bytes", "base64", "data", "b64_json")
 NAME_KEYS = ("path", "image", "image_url", "url", "image_path", "file_name", "filename", "file", "file_path", "source")
 REMOTE = re.compile(r"(?:https?|s3|gs|ftp|hdfs)://", re.IGNORECASE)
+DATA_URI = re.compile(r"data:(?:[^,]{0,200};base64,|(?:image|video)/)", re.IGNORECASE)  # `data:x.png` is a name
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
 BASE64_LEAST = 64  # characters; a name may begin like a picture in base64
 _HAN, _LATIN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"), re.compile("[A-Za-z\u00c0-\u024f]+")
@@ -209,7 +211,8 @@ def is_readable(names: Iterable[str]) -> bool:
 def picture_field(names: Iterable[str]) -> str | None:
     """The first of the fields that pictures are read from."""
     plain = _plain(names)
-    return next((plain[key] for key in (*PICTURES, *ALTERNATIVES) if key in plain), None)
+    first = next((plain[key] for key in (*PICTURES, *ALTERNATIVES) if key in plain), None)
+    return first or next((name for name in plain.values() if name.endswith(FILE_NAMES)), None)
 
 
 def _plain(names: Iterable[str]) -> dict[str, str]:
@@ -415,7 +418,10 @@ def _caption_key(fields: Mapping[str, Any]) -> str | None:
 
 
 def _has_caption(fields: Mapping[str, Any]) -> bool:
-    return _caption_key(fields) is not None and _find_pictures(fields, (*PICTURES, *ALTERNATIVES)) is not None
+    return _caption_key(fields) is not None and (
+        _find_pictures(fields, (*PICTURES, *ALTERNATIVES)) is not None
+        or any(name.endswith(FILE_NAMES) for name in fields)
+    )
 
 
 def _read_caption(fields: dict[str, Any]) -> Talk:
@@ -491,7 +497,7 @@ def _of_text(text: str, key: str) -> list[Picture]:
 
 def _data_in(text: str) -> bool:
     """Whether a text is a picture and not its name."""
-    if text.startswith("data:"):
+    if DATA_URI.match(text):
         return True
     return len(text) >= BASE64_LEAST and IN_TEXT.match(text) is not None and BASE64.fullmatch(text[:1024]) is not None
 
@@ -559,6 +565,9 @@ def _row_pictures(fields: dict[str, Any], talk: Talk) -> tuple[str, list[Picture
         if alternative is not None:
             value = fields.pop(alternative)
             return alternative, value if isinstance(value, StoredPictures) else pictures_of(value, alternative)
+        named = [name for name in fields if name.endswith(FILE_NAMES)]
+        pictures = [picture for name in named for picture in pictures_of(fields.pop(name), name)]
+        key = " + ".join(named)
     return key, pictures
 
 

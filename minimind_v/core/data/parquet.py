@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +33,10 @@ from minimind_v.core.data.forms import (
 )
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Row
-from minimind_v.core.data.splits import ALL, LEARN, Choice, choose, split_of
+from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import no_rows, stand_in
 from minimind_v.core.data.unread import refuse_unread
-from minimind_v.core.errors import DataError, RowError, UsageError
+from minimind_v.core.errors import DataError, RowError
 
 # Unpacked bytes of text and of pictures whose rows are mixed with each other, and that stay in memory: the loader reads
 # along four lanes at a time, each in a mixture of its own.
@@ -48,6 +48,8 @@ READERS = 8  # groups, or places in a large one, that are being read through at 
 class ParquetRows:
     """Rows of a parquet file, or of those below a folder that are of one split, in the order of their names."""
 
+    file_kind = "parquet"
+
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
@@ -56,7 +58,7 @@ class ParquetRows:
         Raises DataError, MissingInput or UsageError.
         """
         self.path = path
-        files, self.choice = _files_of(path, split, order) if path.is_dir() else ([path], Choice(""))
+        files, self.choice = shards_of(path, ".parquet", split, order) if path.is_dir() else ([path], Choice(""))
         footers = [_read_footer(file) for file in files]
         self.files = files
         schema = _common_schema(files, footers)
@@ -151,24 +153,6 @@ class ParquetRows:
         parts = [(self._text, MIXED_TEXT), *([(self._data, MIXED_PICTURES)] if self._data else [])]
         rows = min(int(bytes_ / max(part.sizes.sum() / len(self), 1)) for part, bytes_ in parts)
         return parts[-1][0].shuffled(rng, max(rows, 1))
-
-
-def _files_of(folder: Path, wanted: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
-    """The files of one split, and which one that is. Raises DataError for no files, UsageError for no such split."""
-    named = {}
-    for file in sorted(filter(Path.is_file, folder.rglob("*.parquet"))):
-        place = file.relative_to(folder)
-        if not any(part.startswith(".") for part in place.parts):  # left by a conversion, or another program's own
-            named[file] = split_of(place)
-    if not named:
-        raise DataError(f"{folder}: no data file, but a folder without .parquet files")
-    if not any(named.values()):
-        if wanted not in (None, ALL, LEARN[0]):
-            raise UsageError(f"--split {wanted}: no name of a file in {folder} says a split, so they are all train")
-        return list(named), Choice("")
-    sizes = Counter(split or LEARN[0] for split in named.values())
-    choice = choose(folder, sizes, wanted, order, "file")
-    return [file for file, split in named.items() if choice.name in (ALL, split or LEARN[0])], choice
 
 
 class _Pieces:

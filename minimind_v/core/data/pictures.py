@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import struct
+import errno
+import os
+import stat
+import unicodedata
 import zipfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from minimind_v.core.data.index import Index
+from minimind_v.core.data.members import (
+    DEFLATED,
+    ENCRYPTED,
+    METHODS,
+    STORED,
+    Member,
+    directory,
+    entries,
+    entry_at,
+    hash_name,
+    hashes,
+    unpack,
+)
+from minimind_v.core.data.names import PicturePath, below, spellings
 from minimind_v.core.data.row import Reopened, check_size
 from minimind_v.core.data.strangers import stand_in
 from minimind_v.core.errors import DataError, MissingInput, RowError
 from minimind_v.core.hub.sources import how_to_get
 
-ENTRY = 46  # bytes of an entry of a zip's directory before its name, its extra fields and its comment
-LENGTHS = 28  # where it tells how long these three are
-KIND = "zip members: hash of the file name, place of the entry"  # of the index
-PIECE = 2**20  # bytes of the directory that are looked at together
+KIND = "zip members: hash of a reading of the folded file name, place of the entry"  # of the index
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}  # what systems say of a name without a file
 
 
 class Pictures(Protocol):
@@ -36,10 +50,14 @@ class Pictures(Protocol):
 
 
 def open_pictures(path: Path | None) -> Pictures:
-    """Open a folder or a zip of pictures; None for rows that should have none. Raises MissingInput or DataError."""
+    """Open a folder, zip or tar of pictures; None for rows that should have none. Raises MissingInput or DataError."""
     path = find_pictures(path)
     if path is None:
         return NoPictures()
+    if path.suffix == ".tar" and path.is_file():
+        from minimind_v.core.data.tar import TarPictures
+
+        return TarPictures(path)
     return FolderPictures(path) if path.is_dir() else ZipPictures(path)
 
 
@@ -60,159 +78,202 @@ class NoPictures:
 
 
 class FolderPictures:
-    """Pictures as files below a folder."""
+    """Pictures as files below a folder, which may hold links to where the pictures really are."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Names of files are bytes here: what a row names is UTF-8, whatever the locale takes names for.
+        self._folder = os.fsencode(path)
+        self._roots = _folders_of(path)
 
     def read(self, name: str) -> bytes:
-        """Found at its path below the folder or, whatever folders the name carries, directly in it."""
-        root, path = self.path.resolve(), Path(name.replace("\\", "/"))
-        for candidate in (root / path, root / path.name):
-            try:
-                if candidate.is_file() and candidate.resolve().is_relative_to(root):
-                    check_size(name, candidate.stat().st_size)
-                    return candidate.read_bytes()
-            except OSError as error:
-                raise RowError(f"{name:.80}: cannot be read ({error.strerror})", "picture broken") from None
-        raise RowError(f"{name}: no such picture in {self.path}", "picture missing")
+        """Found at its path below the folder, which may begin with the folder's own path."""
+        refuse_climbing(name)
+        try:
+            for path in spellings(name):
+                for place in below(path, self._roots):
+                    for file in _files_at(self._folder, place):
+                        return _read_file(name, file)
+            hint = self._hint(PicturePath.of(name).names)
+        except OSError as error:
+            raise RowError(f"{name:.80}: cannot be read ({error.strerror})", "picture broken") from None
+        raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
+
+    def _hint(self, names: tuple[str, ...]) -> str:
+        """What a row may mean that names a picture which is not there."""
+        if not names:
+            return ""
+        *folders, last = names
+        if folders and any(_files_at(self._folder, (last,))):
+            return _describe_namesake(names)
+        stem, dot, ending = last.rpartition(".")
+        endings = [f"{stem}{dot}{other}" for other in (ending.upper(), ending.lower())]
+        for other in (*endings, last.upper(), last.lower(), last.capitalize()):
+            if any(_files_at(self._folder, (*folders, other))):
+                return _describe_case(other)
+        return ""
+
+
+def _folders_of(path: Path) -> list[tuple[str, ...]]:
+    """The names of a folder and the folders above it, as it was named and as it is without links."""
+    return [PicturePath.of(str(path)).composed().names for path in (path.absolute(), path.resolve())]
+
+
+def _files_at(folder: bytes, names: tuple[str, ...]) -> Iterator[bytes]:
+    """The files at a path below a folder, as it stands first, then with other compositions of its names."""
+    whole = "/".join(names)
+    if whole.isascii():
+        path = os.path.join(folder, whole.encode())
+        if _is(path, stat.S_ISREG):
+            yield path
+        return
+    first, *rest = names
+    for spelling in dict.fromkeys([first, *(unicodedata.normalize(form, first) for form in ("NFC", "NFD"))]):
+        try:
+            path = os.path.join(folder, spelling.encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError:  # half a character: no name of a file
+            return
+        if not rest and _is(path, stat.S_ISREG):
+            yield path
+        if rest and _is(path, stat.S_ISDIR):
+            yield from _files_at(path, tuple(rest))
+
+
+def _is(path: bytes, kind: Callable[[int], bool]) -> bool:
+    """Whether a path, or what it links to, is of a kind. Raises OSError where it is there and cannot be reached."""
+    try:
+        return kind(os.stat(path).st_mode)
+    except ValueError:  # a zero byte
+        return False
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return False
+        raise
+
+
+def _read_file(name: str, path: bytes) -> bytes:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        check_size(name, size)
+        return file.read(size)
 
 
 class ZipPictures(Reopened):
     """Pictures in a zip, read in place. Members are only ever looked up by name, never written anywhere.
 
     Half a million entries of a directory as Python objects are hundreds of megabytes. So only where each entry begins
-    is kept, by a hash of the file name in it; what an entry says is read again, by the `zipfile` library, when its
-    member is wanted.
+    is kept, by a hash of the file name in it; what an entry says is read again when its member is wanted.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises DataError where the file is no zip."""
         super().__init__(path)
-        self._prefix = 0  # bytes that stand before the zip in its file, as in an archive that unpacks itself
         try:
             self._index = Index(path, KIND, self._find_entries)
+            self._prefix = directory(self.handle)[3]
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # zipfile raises many kinds on damaged files
             found = stand_in(path) or f"not a zip that can be read ({error}) — download it again"
             raise DataError(f"{path}: {found}") from None
+        self._roots = roots_of(path)
 
     def __len__(self) -> int:
         """How many members it has, folders not counted."""
-        return len(self._index)
+        return len(np.unique(self._index.array[1]))
 
     def _find_entries(self) -> np.ndarray:
-        """Hash of the file name and place of every entry, sorted by hash: uint64 [2, members]."""
-        begin, end, count = self._directory()
-        hashes, places = [], []
-        at = 0
-        for piece, starts in self._pieces(begin, end):
-            at += len(starts)
-            for info, start in zip(_read_directory(piece).filelist, starts, strict=True):
-                if not info.filename.endswith("/"):
-                    hashes.append(_hash(info.filename))
-                    places.append(start)
-        if at != count & 0xFFFF and at != count:
-            raise zipfile.BadZipFile(f"its directory has {at} entries where it says {count}")
-        found = np.array([hashes, places], np.uint64).reshape(2, -1)
-        return found[:, np.argsort(found[0], kind="stable")]
-
-    def _directory(self) -> tuple[int, int, int]:
-        """Where the directory begins and ends, and how many entries it should have."""
-        # The library's own way to find it, in all its forms (zip64, a comment behind, something in front).
-        record = zipfile._EndRecData(self.handle)  # type: ignore[attr-defined]
-        if not record:
-            raise zipfile.BadZipFile("File is not a zip file")
-        signature, count, size, offset, end = record[0], record[4], record[5], record[6], record[9]
-        if signature == b"PK\x06\x06":
-            end -= 56 + 20  # zip64's own record and its locator stand between
-        self._prefix = end - size - offset
-        if end - size < 0 or self._prefix < 0:
-            raise zipfile.BadZipFile("Bad offset for central directory")
-        return end - size, end, count
-
-    def _pieces(self, begin: int, end: int) -> Iterator[tuple[bytes, list[int]]]:
-        """The directory cut between entries, each piece with the places of its entries in the file."""
-        rest = b""
-        self.handle.seek(begin)
-        while fresh := self.handle.read(min(PIECE, end - begin - len(rest))):
-            data, starts, at = rest + fresh, [], 0
-            while at + ENTRY <= len(data) and at + (length := _entry_length(data, at)) <= len(data):
-                starts.append(begin + at)
-                at += length
-            yield data[:at], starts
-            rest, begin = data[at:], begin + at
-        if rest:
-            raise zipfile.BadZipFile("Truncated central directory")
+        """A hash and the place of every entry, sorted by hash: uint64 [2, readings of all names]."""
+        begin, end, count, _ = directory(self.handle)
+        folded, places, number = array("Q"), array("Q"), 0
+        for place, member in entries(self.handle, begin, end):
+            number += 1
+            for found in hashes(member):
+                folded.append(found)
+                places.append(place)
+        if number != count & 0xFFFF and number != count:
+            raise zipfile.BadZipFile(f"its directory has {number} entries where it says {count}")
+        both = np.array([folded, places], np.uint64).reshape(2, -1)
+        return both[:, np.argsort(both[0], kind="stable")]
 
     def read(self, name: str) -> bytes:
-        """Found whatever folders the name and the member carry in front, as long as one member fits best."""
-        archive, info = self._find(name)
-        if info.flag_bits & 1:
-            raise RowError(f"{name}: encrypted in {self.path}", "picture broken")
-        check_size(name, info.file_size)
+        """Found at its path in the archive, below any folders, as long as one member fits best."""
+        refuse_climbing(name)
         try:
-            archive.fp = self.handle
-            info.header_offset += self._prefix
-            if hasattr(info, "_end_offset"):  # newer libraries note where the next member begins, of a whole directory
-                info._end_offset = None
-            return archive.read(info)
-        except Exception as error:  # so do its decompressors
+            member = self._find(name)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
+        if member is None:
+            raise RowError(f"{name}: no such picture in {self.path}{self._hint(name)}", "picture missing")
+        if member.flags & ENCRYPTED:
+            raise RowError(f"{name}: encrypted in {self.path}", "picture broken")
+        if member.method not in (STORED, DEFLATED):
+            method = METHODS.get(member.method, f"method {member.method}")
+            raise RowError(
+                f"{name}: packed with {method} in {self.path}, and only stored and deflated pictures are read — "
+                "pack them again",
+                "picture broken",
+            )
+        check_size(name, max(member.size, member.packed))
+        try:
+            return unpack(self.handle, member, self._prefix)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:  # ValueError: no file is so long
             raise RowError(f"{name}: damaged in {self.path} ({error})", "picture broken") from None
 
-    def _entries(self, name: str) -> dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
-        """Members whose file name is that of `name`. Of two with the very same path the later one counts."""
-        hashes, places = self._index.array
-        wanted = np.uint64(_hash(name))
-        first, last = (int(np.searchsorted(hashes, wanted, side)) for side in ("left", "right"))
-        found = {}
-        for place in places[first:last]:
-            self.handle.seek(int(place))
-            head = self.handle.read(ENTRY)
-            archive = _read_directory(head + self.handle.read(_entry_length(head, 0) - ENTRY))
-            info = archive.filelist[0]
-            found[info.filename] = archive, info
-        return found
+    def _namesakes(self, last: str) -> dict[str, Member]:
+        """Members with this file name in any spelling, by the likeliest reading; of two of one path the later one."""
+        index, places = self._index.array
+        wanted = np.uint64(hash_name(last))
+        first, end = (int(np.searchsorted(index, wanted, side)) for side in ("left", "right"))
+        members = [entry_at(self.handle, int(place)) for place in places[first:end]]
+        return {member.names[0]: member for member in members}
 
-    def _find(self, name: str) -> tuple[zipfile.ZipFile, zipfile.ZipInfo]:
-        wanted = _plain_path(name)
-        entries = self._entries(name)
-        last = wanted.rsplit("/", 1)[-1]
-        paths = {member: path for member in entries if (path := _plain_path(member)).rsplit("/", 1)[-1] == last}
-        for fits in (
-            [member for member, path in paths.items() if path == wanted],
-            [member for member, path in paths.items() if path.endswith("/" + wanted)],
-            sorted((member for member, path in paths.items() if wanted.endswith("/" + path)), key=len)[-1:],
-            list(paths),
-        ):
-            if len(fits) == 1:
-                return entries[fits[0]]
-            if fits:
-                raise RowError(f"{name}: {len(fits)} members of {self.path} have this name", "picture ambiguous")
-        raise RowError(f"{name}: no such picture in {self.path}", "picture missing")
+    def _find(self, name: str) -> Member | None:
+        for path in spellings(name):
+            members = self._namesakes(path.names[-1])
+            for fits in _fitting(path, list(members.values()), self._roots):
+                if len(fits) == 1:
+                    return fits[0]
+                if fits:
+                    raise RowError(f"{name}: {len(fits)} members of {self.path} have this name", "picture ambiguous")
+        return None
+
+    def _hint(self, name: str) -> str:
+        """What a row may mean that names a picture which is not there."""
+        names = PicturePath.of(name).names
+        lasts = [PicturePath.of(other).names[-1] for other in self._namesakes(names[-1])] if names else []
+        if len(names) > 1 and names[-1] in lasts:
+            return _describe_namesake(names)
+        return _describe_case(lasts[0]) if lasts else ""
 
 
-def _entry_length(data: bytes, at: int) -> int:
-    """Bytes of the directory's entry that begins there."""
-    return ENTRY + sum(struct.unpack_from("<3H", data, at + LENGTHS))
+def roots_of(archive: Path) -> list[tuple[str, ...]]:
+    """The paths of the folders that an archive may have been packed from."""
+    stems = dict.fromkeys([archive.stem, archive.stem.removesuffix("_images")])
+    return [(*folder, stem) for folder in _folders_of(archive.parent) for stem in stems]
 
 
-def _read_directory(entries: bytes) -> zipfile.ZipFile:
-    """Let the library read some entries of a directory, as if they were a whole archive's."""
-    count = at = 0
-    while at < len(entries):
-        at += _entry_length(entries, at)
-        count += 1
-    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(entries), 0, 0)
-    return zipfile.ZipFile(io.BytesIO(entries + end))
+def _fitting(path: PicturePath, members: list[Member], roots: list[tuple[str, ...]]) -> Iterator[list[Member]]:
+    """Members that a path may mean, the best fit first: exactly, below more folders, with fewer of its own folders."""
+    readings = [[PicturePath.of(name).names for name in member.names] for member in members]
+    yield [member for member, paths in zip(members, readings, strict=True) if path.names in paths]
+    composed = [[tuple(unicodedata.normalize("NFC", n) for n in names) for names in paths] for paths in readings]
+    places = below(path.composed(), roots)
+    ends = [[names[-len(places[0]) :] for names in paths] for paths in composed]
+    for place, candidates in [(places[0], composed), (places[0], ends), *((place, composed) for place in places[1:])]:
+        yield [member for member, paths in zip(members, candidates, strict=True) if place in paths]
 
 
-def _hash(name: str) -> int:
-    last = _plain_path(name).rsplit("/", 1)[-1]
-    return int.from_bytes(hashlib.blake2b(last.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def refuse_climbing(name: str) -> None:
+    """Raises RowError where a name leads upwards, which no place below a folder is called."""
+    if ".." in name and ".." in PicturePath.of(name).names:
+        raise RowError(f"{name}: `..` in the name of a picture — write its path below --images", "picture missing")
 
 
-def _plain_path(name: str) -> str:
-    """A path with forward slashes, without the parts that lead nowhere or upwards."""
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
+def _describe_namesake(names: tuple[str, ...]) -> str:
+    folders, last = "/".join(names[:-1]), names[-1]
+    return f" (a {last} is there, but not below {folders}) — give the folder that holds {names[0]}/ with --images"
+
+
+def _describe_case(last: str) -> str:
+    return f" ({last} is there) — write the name as its file has it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from minimind_v.core.errors import RowError
 
 PICTURE_LIMIT = 256 * 2**20  # bytes of one picture's file, or that a member of a zip may unpack to
 NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
+PICTURE_NAME = re.compile(r"\.(a?png|avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|mpo|p[bgpn]m|tga|tiff?|webp)\s*$", re.I)
 IMAGE_MARK = "<image>"  # in a message: here goes a picture
 NUMBERED = re.compile(r"picture \d+")  # what a picture without a name is called
 
@@ -61,6 +63,10 @@ class RowStore(Protocol):
     """Rows by index, pictures by row. Cheap to pickle; forked or spawned, each process opens its files for itself."""
 
     path: Path  # the file or folder of rows
+
+    @property
+    def file_kind(self) -> str:
+        """What kind of file that is, as `CSV`."""
 
     @property
     def split(self) -> str:
@@ -140,17 +146,44 @@ def parse_talk(text: str | bytes, column: str) -> Any:
 
 
 def image_names(names: Any) -> list[str]:
-    """Names of pictures: a text that holds them separated by commas, or a list; absent or empty for none.
+    """Names of pictures: a text that holds them, or a list; absent or empty for none.
 
+    A text may be a JSON list. In any other a comma separates names where the ending of a picture stands before it, or
+    where no piece has such an ending: `a, b.jpg` is one name. Spaces at the ends of a single name may belong to it.
     Raises RowError.
     """
     if names is None:
         return []
+    if isinstance(names, str):
+        return check_names(_read_names(names))
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return check_names(names)
-    if not isinstance(names, str):
-        raise RowError("`image` is not a text of picture names", "image")
-    return check_names([name.strip() for name in names.split(",") if name.strip()])
+    raise RowError("`image` is not a text of picture names", "image")
+
+
+def _read_names(text: str) -> list[str]:
+    if not text or text.isspace():
+        return []
+    if text.lstrip()[0] == "[":
+        with contextlib.suppress(ValueError, RecursionError):
+            names = json.loads(text)
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                return names
+    if "," not in text or text.lower().startswith("data:"):
+        return [text.strip("\r\n\t\v\f")]
+    pieces = text.split(",")
+    if any(map(PICTURE_NAME.search, pieces)):
+        ends = [n for n, piece in enumerate(pieces, 1) if PICTURE_NAME.search(piece) or n == len(pieces)]
+        pieces = [",".join(pieces[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+    if len(pieces) == 1:
+        return [text.strip("\r\n\t\v\f")]
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def names_as_text(names: list[str]) -> str | list[str]:
+    """Names of pictures as one text with commas, where `image_names` reads it as these names; else the list."""
+    text = ", ".join(names)
+    return text if image_names(text) == names else names
 
 
 def check_names(names: list[str]) -> list[str]:

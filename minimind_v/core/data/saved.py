@@ -19,6 +19,8 @@ from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 class SavedRows:
     """A saved dataset, or one of the splits of a saved set of them. Its files are mapped, not read."""
 
+    file_kind = "saved by datasets"
+
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:

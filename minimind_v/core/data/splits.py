@@ -7,11 +7,12 @@ folders say nothing belongs to train.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
-from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.errors import DataError, UsageError, nearest
 from minimind_v.core.wording import plural
 
 WORDS = {
@@ -48,6 +49,35 @@ def _words(name: str) -> list[str]:
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     joined = re.sub(r"(?i)(?<![a-z])(held|hold)[\W_]?out(?![a-z])", "heldout", parted)
     return [word.lower() for word in re.findall(r"[A-Za-z]+|[^\W\d_A-Za-z]+", joined)]
+
+
+def shards_of(folder: Path, ending: str, wanted: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
+    """The files below a folder that are of one split, and which one that is; `ending` is that of their names.
+
+    Raises DataError for no files, UsageError for no such split.
+    """
+    files = [
+        file
+        for file in sorted(filter(Path.is_file, folder.rglob(f"*{ending}")))
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)  # left over, or another program's
+    ]
+    if not files:
+        raise DataError(f"{folder}: a folder without {ending} files of rows")
+    return of_one_split(folder, {file: file.relative_to(folder) for file in files}, wanted, order)
+
+
+def of_one_split(
+    folder: Path, names: Mapping[Path, PurePath], wanted: str | None, order: Sequence[str]
+) -> tuple[list[Path], Choice]:
+    """Those of some files of a folder, by the paths that name their splits, that are of one, and which one that is."""
+    splits = {file: split_of(name) for file, name in names.items()}
+    if not any(splits.values()):
+        if wanted not in (None, ALL, LEARN[0]):
+            raise UsageError(f"--split {wanted}: no name of a file in {folder} says a split, so they are all train")
+        return list(splits), Choice("")
+    sizes = Counter(split or LEARN[0] for split in splits.values())
+    choice = choose(folder, sizes, wanted, order, "file")
+    return [file for file, split in splits.items() if choice.name in (ALL, split or LEARN[0])], choice
 
 
 def choose(where: object, sizes: Mapping[str, int], wanted: str | None, order: Sequence[str], unit: str) -> Choice:

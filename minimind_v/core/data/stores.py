@@ -1,11 +1,11 @@
-"""Stores of rows in text files: a JSONL file by offset, a LLaVA JSON likewise; and the one door to every kind."""
+"""Stores of rows in files of JSON, by offset; and the one door to every kind of file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,14 +24,10 @@ from minimind_v.core.data.json_layout import (
 )
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import NUMBERED, Reopened, Row, RowStore
-from minimind_v.core.data.splits import LEARN
-from minimind_v.core.data.strangers import ROWS, no_rows, stand_in
+from minimind_v.core.data.splits import LEARN, Choice
+from minimind_v.core.data.strangers import no_rows, no_set, stand_in
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
-from minimind_v.core.hub.sources import how_to_get
-
-if TYPE_CHECKING:
-    from minimind_v.core.data.parquet import ParquetRows
-    from minimind_v.core.data.saved import SavedRows
+from minimind_v.core.hub.sources import ROWS, how_to_get
 
 
 def open_rows(
@@ -41,28 +37,63 @@ def open_rows(
     say: Callable[[str], None] = lambda message: None,
     order: Sequence[str] = LEARN,
 ) -> RowStore:
-    """Open rows of any kind: JSONL, a LLaVA `.json`, parquet (a file or a folder of shards), a saved `datasets` folder.
+    """Open rows of any kind: a file (JSONL, JSON, CSV, parquet, a tar), or a folder of shards, pictures or `datasets`.
 
-    `images` is the folder or zip of the pictures, where they do not stand in the rows. Of a folder that has several
-    splits one is read, and `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no
-    row. Raises MissingInput, DataError or UsageError.
+    `images` holds the pictures, where they do not stand in the rows. Of a set that has several splits one is read, and
+    `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no row. Raises
+    MissingInput, DataError or UsageError.
     """
     find_rows(data)
-    if split is not None and not data.is_dir():
-        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    rows = (_open_folder if data.is_dir() else open_file)(data, images, split, order)
+    choice: Choice | None = getattr(rows, "choice", None)
+    for note in filter(None, (choice and choice.told, getattr(rows, "left_out", ""))):
+        say(note)
+    return rows
+
+
+def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequence[str]) -> RowStore:
     if any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         from minimind_v.core.data.saved import SavedRows
 
-        rows: SavedRows | ParquetRows = SavedRows(data, images, split, order)
-    elif data.is_dir() or data.suffix == ".parquet":
+        return SavedRows(data, images, split, order)
+    from minimind_v.core.data.folder import FolderRows, find_metadata
+
+    if next(find_metadata(data), None):
+        return FolderRows(data, images, split, order)
+    if next(data.rglob("*.parquet"), None):
         from minimind_v.core.data.parquet import ParquetRows
 
-        rows = ParquetRows(data, images, split, order)
-    else:
-        return open_json(data, images)
-    for note in filter(None, (rows.choice.told, rows.left_out)):
-        say(note)
-    return rows
+        return ParquetRows(data, images, split, order)
+    if next(data.rglob("*.tar"), None):
+        from minimind_v.core.data.tar import TarRows
+
+        return TarRows(data, images, split, order)
+    raise DataError(f"{data}: no data file, but {no_set(data)}")
+
+
+def open_file(
+    data: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+) -> RowStore:
+    """Open a file of rows, by its name. Raises MissingInput, DataError or UsageError."""
+    from minimind_v.core.data.coco import CocoRows, is_captions
+
+    if data.suffix == ".json" and is_captions(data):
+        return CocoRows(data, images, split, order)  # the only kind of file that may have splits
+    if split is not None:
+        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    if data.suffix == ".parquet":
+        from minimind_v.core.data.parquet import ParquetRows
+
+        return ParquetRows(data, images)
+    if data.suffix == ".tar":
+        from minimind_v.core.data.tar import TarRows
+
+        return TarRows(data, images)
+    if data.suffix in (".csv", ".tsv"):
+        from minimind_v.core.data.tables import CsvRows
+
+        return CsvRows(data, images)
+    return open_json(data, images)
 
 
 def open_json(path: Path, images: Path | None = None) -> RowStore:
@@ -91,6 +122,7 @@ class _TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
 
     kind: str  # of the index
+    file_kind: str
     split = ""
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
@@ -149,6 +181,9 @@ class _TextRows(Reopened):
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(fields, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
+        return self._read(fields)
+
+    def _read(self, fields: Mapping[str, Any]) -> Row:
         row = read_row(fields)
         for position in row.inline:  # so that `picture` knows them
             row.images[position] = f"picture {position + 1}"
@@ -163,6 +198,7 @@ class JsonlRows(_TextRows):
     """Rows of a JSONL file. Of each only its offset and its line are kept: 16 bytes."""
 
     kind = "JSONL rows: offset, line"
+    file_kind = "JSONL"
 
     def number(self, index: int) -> int:
         return int(self._index.array[1, index])
@@ -201,6 +237,8 @@ def _is_blank(file: Any, offset: int) -> bool:
 
 class LlavaRows(_TextRows):
     """Rows of one JSON array, as LLaVA's data has them, or of JSON objects one after the other."""
+
+    file_kind = "JSON"
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""

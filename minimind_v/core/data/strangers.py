@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, how_to_get
 
 STRANGERS = {  # first bytes of files that are something else than rows or a zip
     b"\x1f\x8b": "this is a gzip archive — unpack it first",
@@ -30,7 +30,6 @@ NO_ROWS = {  # first bytes of files that belong to `mmv`, in another place
     b"II*\0": PICTURE,
     b"MM\0*": PICTURE,
 }
-ROWS = (".jsonl", ".json", ".parquet")  # endings of files of rows
 
 
 def stand_in(path: Path) -> str | None:
@@ -39,9 +38,10 @@ def stand_in(path: Path) -> str | None:
         raw = file.read(512)
     for beginning, meaning in STRANGERS.items():
         if raw.startswith(beginning):
-            return meaning
-    if raw[TAR] == b"ustar":
-        return "this is a tar archive — unpack it first"
+            packed_tar = beginning == b"\x1f\x8b" and path.name.endswith((".tar", ".tar.gz", ".tgz"))
+            return "this is a packed tar archive — gunzip it first: a .tar is read in place" if packed_tar else meaning
+    if raw[TAR] == b"ustar" and path.suffix != ".tar":
+        return "this is a tar archive — give it a name that ends in .tar"
     if raw.startswith(b"PAR1") and path.suffix != ".parquet":
         return "this is parquet — give it a name that ends in .parquet"
     head = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -82,3 +82,14 @@ def _of_zip(path: Path) -> str:
     beside = [path.with_name(f"{stem}{ending}") for ending in ("_data.jsonl", *ROWS)]
     rows_here = next((str(file) for file in beside if file.is_file()), "a .jsonl, .json or .parquet")
     return f"this is a zip of pictures — name the rows ({rows_here}) in its place, and the zip with --images"
+
+
+def no_set(folder: Path) -> str:
+    """Why a folder holds no rows that are read, and what is to be done with what it holds."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    rows = [path for path in files if path.name.endswith(ROWS)]
+    if rows:
+        return f"a folder whose files of rows are no shards of one set — name one of them, as {rows[0]}"
+    if any(path.suffix.lower() in PICTURE_ENDINGS for path in files):
+        return "a folder of pictures without rows — put a metadata.csv with the columns file_name and text beside them"
+    return "a folder without rows: neither .parquet nor .tar files, nor pictures with a metadata.jsonl or .csv"

@@ -338,7 +338,7 @@ def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:
     digest.update(encoder.tokenizer.backend.to_str().encode())
     digest.update(json.dumps([tokenizers.__version__, encoder.tokens_per_image, dataset.max_length]).encode())
     name = digest.hexdigest()[:8]
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = getattr(dataset.rows, "files", None) or (sorted(path.rglob("*")) if path.is_dir() else [path])
     digest.update(
         json.dumps([data, dataset.rows.split, len(dataset), *(file.stat().st_mtime_ns for file in files)]).encode()
     )

@@ -25,6 +25,8 @@ SAMPLE_DIR = DATASET_DIR / "sample"  # `--sample`: the same names as the whole f
 STANDARD_PRESET = "small"
 WEIGHTS_ENDINGS = (".pth", ".safetensors")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
+ROWS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".tar")  # endings of files of rows
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # files of rows that stand beside their pictures
 
 
 @dataclass(frozen=True)

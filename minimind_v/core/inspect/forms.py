@@ -15,15 +15,17 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from minimind_v.core.data.names import PicturePath
 from minimind_v.core.data.parquet import source_of
-from minimind_v.core.data.row import NUMBERED, Row
+from minimind_v.core.data.row import NUMBERED, Row, names_as_text
 from minimind_v.core.files import as_json, write_atomically, write_text
 
+LONGEST = 2**15  # bytes of a member's name; a zip has room for twice as many
 SCHEMA = pa.schema(
     [
         ("conversations", pa.string()),
         ("image_bytes", pa.list_(pa.binary())),
-        ("image", pa.string()),  # the names, as JSONL has them
+        ("image", pa.string()),  # the names as JSONL has them; a list as JSON text
         ("extra", pa.string()),  # all other keys of the row, as JSON
     ]
 )
@@ -76,10 +78,11 @@ class Parquet:
         cells: list[list[Any]] = [[], [], [], []]
         for whole in part:
             row = whole.row
-            named = row.images and not all(NUMBERED.fullmatch(name) for name in row.images)
+            named = not all(NUMBERED.fullmatch(name) for name in row.images)
+            names = names_as_text(row.images) if named else None
             cells[0].append(as_json(row.conversations))
             cells[1].append(whole.pictures)
-            cells[2].append(", ".join(name.replace(",", "_") for name in row.images) if named else None)
+            cells[2].append(as_json(names) if isinstance(names, list) else names)
             cells[3].append(as_json(row.extra) if row.extra else None)
         table = pa.table(cells, schema=SCHEMA)
         path = self.folder / f"part-{begin:09d}.parquet"
@@ -119,35 +122,35 @@ class JsonlZip:
             with zipfile.ZipFile(file, "w") as archive:
                 for number, whole in enumerate(part, begin + 1):
                     names = [
-                        self._store(archive, self._name(name, data, number, position), data)
-                        for position, (name, data) in enumerate(zip(whole.row.images, whole.pictures, strict=True))
+                        self._store(archive, name, data, f"{number:08d}" + f"_{position}" * (position > 1))
+                        for position, (name, data) in enumerate(zip(whole.row.images, whole.pictures, strict=True), 1)
                     ]
-                    image = {"image": ", ".join(names)} if names else {}
+                    image = {"image": names_as_text(names)} if names else {}
                     lines.append(as_json({"conversations": whole.row.conversations} | image | whole.row.extra))
 
         write_atomically(archive_path, write)  # before its rows, whose being there says that the part is whole
         write_text(archive_path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
 
-    def _name(self, name: str, data: bytes, row: int, position: int) -> str:
-        """The picture's own name, as a member may be called and a list of names may hold it; else its row's number."""
-        if NUMBERED.fullmatch(name):
-            ending = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "bin")
-            return f"{row:08d}_{position + 1}.{ending}" if position else f"{row:08d}.{ending}"
-        parts = [part for part in name.replace("\\", "/").replace(",", "_").split("/") if part not in ("", ".", "..")]
-        return "/".join(parts) or f"{row:08d}"
+    def _store(self, archive: zipfile.ZipFile, name: str, data: bytes, number: str) -> str:
+        """Put a picture in unless it is there, and return the name by which a row finds it: if possible its own.
 
-    def _store(self, archive: zipfile.ZipFile, name: str, data: bytes) -> str:
-        """Put a picture in unless it is there; another one of the same name gets a new name. Returns the name."""
+        One without a name is called by its row's number; so is one that no member can be called. Another picture of a
+        name that is taken gets a new name.
+        """
         assert self._members is not None
-        stem, dot, ending = name.rpartition(".")
-        known, copy = (zlib.crc32(data), len(data)), 1
-        while self._members.get(name, known) != known:
+        member = own = "/".join(part for part in PicturePath.of(name).names if part != "..")
+        if NUMBERED.fullmatch(name) or not 0 < len(own.encode()) <= LONGEST:
+            ending = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "bin")
+            member = f"{number}.{ending}"
+        stem, dot, ending = member.rpartition(".")
+        content, copy = (zlib.crc32(data), len(data)), 1
+        while self._members.get(member, content) != content:
             copy += 1
-            name = f"{stem}~{copy}{dot}{ending}"
-        if name not in self._members:
-            archive.writestr(zipfile.ZipInfo(name), data)  # a fixed date: the same rows give the same bytes
-            self._members[name] = known
-        return name
+            member = f"{stem}~{copy}{dot}{ending}"
+        if member not in self._members:
+            archive.writestr(zipfile.ZipInfo(member), data)  # a fixed date: the same rows give the same bytes
+            self._members[member] = content
+        return name if member == own and ".." not in PicturePath.of(name).names else member
 
     def finish(self) -> None:
         def write_pictures(file: Any) -> None:

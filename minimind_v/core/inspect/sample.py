@@ -18,6 +18,10 @@ class SampledRows:
         self._indices = indices
 
     @property
+    def file_kind(self) -> str:
+        return self._rows.file_kind
+
+    @property
     def split(self) -> str:
         return self._rows.split
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import BinaryIO
 
 import numpy as np
 
+from minimind_v.core.data.folder import FolderRows
 from minimind_v.core.data.heldout import choose, group_by_picture
 from minimind_v.core.data.parquet import ParquetRows
-from minimind_v.core.data.row import RowStore, image_names
+from minimind_v.core.data.row import RowStore, names_as_text
 from minimind_v.core.data.saved import SavedRows
+from minimind_v.core.data.tar import TarRows
 from minimind_v.core.errors import RowError, UsageError
 from minimind_v.core.files import as_json, write_atomically
 from minimind_v.core.inspect.convert import check_files, convert, unreadable
+from minimind_v.core.inspect.forms import ENDINGS
 from minimind_v.core.inspect.sample import SampledRows
 from minimind_v.core.wording import plural
 
@@ -44,7 +48,9 @@ def split(
     `held_out` is a share below 1, or a number of rows from 1 on. Rows that share a picture, directly or by way of other
     rows, stay together. Raises UsageError where one side would be empty, DataError for a row that cannot be read.
     """
-    packed = isinstance(rows, ParquetRows | SavedRows)  # with the pictures in the rows
+    packed = isinstance(rows, ParquetRows | SavedRows | TarRows) or (
+        isinstance(rows, FolderRows) and rows.pictures is None
+    )  # with the pictures in the rows
     train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
     check_files([train, aside], overwrite, rows.path, rows.pictures)
 
@@ -84,18 +90,22 @@ def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
 
 
 def _write_rows(rows: RowStore, path: Path) -> None:
-    """Rows that name the same pictures as before."""
+    """Rows that name the same pictures as before, or have them in base64 where they stood in the rows before."""
 
     def write(file: BinaryIO) -> None:
         for index in range(len(rows)):
             row = rows.row(index)
-            image = {"image": _told(row.images)} if row.images else {}
+            names = [
+                _as_text(rows.picture(index, position, name)) if position in row.inline else name
+                for position, name in enumerate(row.images)
+            ]
+            image = {"image": names_as_text(names)} if names else {}
             file.write((as_json({"conversations": row.conversations} | image | row.extra) + "\n").encode())
 
     write_atomically(path, write)
 
 
-def _told(names: list[str]) -> str | list[str]:
-    """Names as one text where it reads back as these names; one with a comma in it needs a list."""
-    text = ", ".join(names)
-    return text if image_names(text) == names else names
+def _as_text(data: bytes) -> str:
+    """A picture as a data URI."""
+    kind = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "unknown")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,103 @@
+"""Rows beside their pictures in a folder, as `datasets` reads it (`imagefolder`): a file of metadata in it.
+
+`metadata.jsonl`, `metadata.csv` or `metadata.parquet` stands in the folder itself or in sub-folders, each of a split or
+of a piece of one. Its rows name their pictures in `file_name`, below the folder of the metadata.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from minimind_v.core.data.row import Row, RowStore
+from minimind_v.core.data.splits import LEARN, of_one_split
+from minimind_v.core.errors import DataError
+from minimind_v.core.hub.sources import METADATA
+
+DEPTH = 3  # folders below that of the rows in which metadata is looked for
+
+
+def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The files of metadata in a folder or, where it has none, in the folders below it."""
+    here = [file for name in METADATA if (file := folder / name).is_file() and _names_files(file)]
+    yield from here
+    if not here and depth:
+        with os.scandir(folder) as entries:  # which knows without asking that half a million pictures are no folders
+            below = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        for name in below:
+            yield from find_metadata(folder / name, depth - 1)
+
+
+def _names_files(file: Path) -> bool:
+    """Whether rows name files: a table of parquet may well be called metadata and be something else."""
+    if file.suffix != ".parquet":
+        return True
+    from minimind_v.core.data.parquet import source_of
+
+    try:
+        names = pq.read_schema(source_of(file)).names
+    except (pa.ArrowException, OSError):
+        return True  # which is told when it is opened
+    return any(name.endswith(("file_name", "file_names")) for name in names)
+
+
+class FolderRows:
+    """The rows of the metadata in a folder that are of one split."""
+
+    file_kind = "imagefolder"
+    left_out = ""
+
+    def __init__(
+        self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+    ) -> None:
+        """`images` is where the pictures are if not beside the metadata. Raises DataError, MissingInput, UsageError."""
+        from minimind_v.core.data.stores import open_file
+
+        self.path = path
+        named = list(find_metadata(path))
+        for file, other in pairwise(named):
+            if file.parent == other.parent:
+                raise DataError(f"{file.parent}: both {file.name} and {other.name} — name one of them with its path")
+        files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
+        self.files = files
+        self._stores: list[RowStore] = [open_file(file, images or file.parent) for file in files]
+        self._ends = np.cumsum([len(store) for store in self._stores])
+        # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.
+        self.pictures = images or (files[0].parent if len(files) == 1 else None)
+
+    @property
+    def split(self) -> str:
+        return self.choice.name
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _at(self, index: int) -> tuple[RowStore, int]:
+        """The store of a row, and its index there."""
+        number = int(np.searchsorted(self._ends, index, "right"))
+        return self._stores[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def number(self, index: int) -> int:
+        store, place = self._at(index)
+        return store.number(place)
+
+    def place(self, index: int) -> str:
+        store, place = self._at(index)
+        return store.place(place)
+
+    def row(self, index: int) -> Row:
+        store, place = self._at(index)
+        return store.row(place)
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        store, place = self._at(index)
+        return store.picture(place, position, name)
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        return self._stores[0].shuffled(rng) if len(self._stores) == 1 else rng.permutation(len(self))

@@ -1,0 +1,435 @@
+"""Tar archives, read in place and never extracted: WebDataset shards as rows, and pictures by name.
+
+Members of one key, which is their path up to the first dot of the file name, are one sample: `000.jpg`, `000.txt` and
+`000.json`. Where each sample begins is found once; its headers are read again whenever the row is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_v.core.data.forms import TALKS, decode_inline, read_row
+from minimind_v.core.data.index import Index
+from minimind_v.core.data.members import hash_name
+from minimind_v.core.data.names import PicturePath
+from minimind_v.core.data.pictures import ZipPictures, open_pictures, refuse_climbing, roots_of
+from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size
+from minimind_v.core.data.splits import LEARN, Choice, shards_of
+from minimind_v.core.data.strangers import stand_in
+from minimind_v.core.errors import DataError, RowError
+from minimind_v.core.hub.sources import PICTURE_ENDINGS
+
+BLOCK = 512  # bytes; headers begin at multiples of it
+ZEROS = 2**20  # bytes of zeros after which an archive has ended
+HEADER_LIMIT = 2**20  # bytes of a name or of extended fields
+CHAIN = 16  # headers that may belong to one member
+SPARSE_MAPS = 10_000  # blocks that a sparse member may need to describe itself
+MOST = 1000  # members of a sample
+TEXT_LIMIT = 2**24  # bytes of a sample's text
+OFFSET_BITS = 40  # of a sample's place: a terabyte; the bits above are the number of its shard
+PICTURES_KIND = "tar members: hash of a reading of the folded file name, place of the header"  # of the index
+KIND = "tar samples: shard and offset, length"  # of the index
+NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+NAMES = {"image", "images"}  # keys of a sample's JSON that may name its pictures
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of an archive that is no folder; `trouble` says why its bytes cannot be read."""
+
+    name: str
+    start: int  # of its first header
+    data: int
+    size: int
+    trouble: str = ""
+
+    @property
+    def end(self) -> int:
+        return self.data + -(-self.size // BLOCK) * BLOCK
+
+    @property
+    def names(self) -> list[str]:
+        """The readings of its name: where that is no UTF-8, a Chinese system may have written it."""
+        try:
+            self.name.encode()
+        except UnicodeEncodeError:
+            raw = self.name.encode("utf-8", "surrogateescape")
+            return [raw.decode("gbk", "replace"), raw.decode("utf-8", "replace")]
+        return [self.name]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The sample that it belongs to and, in small letters, what it is of it; empty where it is of none."""
+        folder, slash, name = self.name.rpartition("/")
+        stem, _, ending = name.partition(".")
+        return (folder + slash + stem, ending.lower()) if stem and ending else ("", "")
+
+
+class DamagedTar(Exception):
+    """What is wrong with an archive, and from which byte on; `cut` where it is only too short."""
+
+    def __init__(self, message: str, at: int, cut: bool = False) -> None:
+        super().__init__(f"{message}, at byte {at}")
+        self.at, self.cut = at, cut
+
+
+# --- headers ----------------------------------------------------------------------------------------------------------
+
+
+def read_members(file: Any, begin: int = 0, end: int | None = None) -> Iterator[Member]:
+    """The members whose headers stand between two places of an archive. Raises DamagedTar."""
+    handle = file.fileno()
+    length = os.fstat(handle).st_size
+    at = begin
+    while at < (length if end is None else end):
+        block = os.pread(handle, BLOCK, at)
+        if len(block) == BLOCK and not any(block):
+            zeros = os.pread(handle, ZEROS, at)
+            rest = zeros.lstrip(b"\0")
+            if not rest:
+                return
+            at += (len(zeros) - len(rest)) // BLOCK * BLOCK
+            continue
+        member, is_folder = _read_member(handle, at, length)
+        if not is_folder:
+            yield member
+        at = max(member.end, member.data)
+
+
+def _read_member(handle: int, start: int, length: int) -> tuple[Member, bool]:
+    """The member whose first header begins there, and whether it is a folder or says something of others only."""
+    at, name = start, ""
+    fields: dict[str, str] = {}
+    for _ in range(CHAIN):
+        block = os.pread(handle, BLOCK, at)
+        if len(block) < BLOCK:
+            raise DamagedTar("the archive is cut off within a header", start, cut=True)
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise DamagedTar(f"no header of a member ({error})", at) from None
+        if info.size < 0:
+            raise DamagedTar(f"a member of {info.size} bytes", at)
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            if info.size > HEADER_LIMIT:
+                raise DamagedTar(f"a header of {info.size} bytes", at)
+            body = os.pread(handle, info.size, at + BLOCK)
+            if len(body) < info.size:
+                raise DamagedTar("the archive is cut off within a header", start, cut=True)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                name = body.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+            else:
+                fields |= _extended(body, at)
+        elif info.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            return _member(handle, info, start, at, length, name, fields)
+        at += BLOCK + -(-info.size // BLOCK) * BLOCK
+    raise DamagedTar(f"more than {CHAIN} headers of one member", start)
+
+
+def _member(
+    handle: int, info: tarfile.TarInfo, start: int, at: int, length: int, name: str, fields: dict[str, str]
+) -> tuple[Member, bool]:
+    """What the last of a member's headers, and those before it, say together."""
+    name, data, size, trouble = fields.get("path") or name or info.name, at + BLOCK, info.size, ""
+    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in fields):
+        trouble = "stored as a sparse file, which is not read"
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            data = _end_of_maps(handle, at)
+    if "size" in fields:
+        if not (fields["size"].isdecimal() and len(fields["size"]) < 20):
+            raise DamagedTar(f"a member of {fields['size']:.30} bytes", at)
+        size = int(fields["size"])
+    if info.type in NO_DATA:
+        size, trouble = 0, "a link, which is not followed" if info.type in LINKS else "no file"
+    elif info.type not in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE):
+        trouble = "no file"
+    if data + size > length:
+        there = max(length - data, 0)
+        trouble, size = f"cut off: the archive ends after {there:,} of {size:,} bytes", there
+    return Member(name, start, data, size, trouble), info.isdir()
+
+
+def _end_of_maps(handle: int, at: int) -> int:
+    """Where the data of a sparse member of the old kind begins: behind its maps."""
+    more = os.pread(handle, BLOCK, at)[482:483]
+    at += BLOCK
+    for _ in range(SPARSE_MAPS):
+        if more in (b"\0", b""):
+            return at
+        more = os.pread(handle, BLOCK, at)[504:505]
+        at += BLOCK
+    raise DamagedTar(f"a sparse member of more than {SPARSE_MAPS} maps", at)
+
+
+def _extended(body: bytes, at: int) -> dict[str, str]:
+    """The extended fields of a member: records of their length, a name and a value."""
+    fields: dict[str, str] = {}
+    begin = 0
+    while begin < len(body) and body[begin] != 0:
+        digits = body[begin : begin + 20].split(b" ", 1)[0]
+        size = int(digits) if digits.isdigit() else 0
+        key, equals, value = body[begin + len(digits) + 1 : begin + size].partition(b"=")
+        if size <= len(digits) or begin + size > len(body) or not equals:
+            raise DamagedTar("extended fields that cannot be read", at)
+        fields[key.decode("utf-8", "replace")] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+        begin += size
+    return fields
+
+
+# --- pictures by name -------------------------------------------------------------------------------------------------
+
+
+class TarPictures(ZipPictures):
+    """Pictures in a tar, read in place, by the names by which those in a zip are found."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the file is no tar, or damaged; of one that is cut off the whole members are there."""
+        Reopened.__init__(self, path)
+        if trouble := stand_in(path):
+            raise DataError(f"{path}: {trouble}")
+        self._index = Index(path, PICTURES_KIND, self._find_entries)
+        self._roots = roots_of(path)
+
+    def _find_entries(self) -> np.ndarray:
+        """A hash and the place of every member, sorted by hash: uint64 [2, readings of all names]."""
+        hashes, places = array("Q"), array("Q")
+        try:
+            for member in read_members(self.handle):
+                for name in member.names:
+                    hashes.append(hash_name("".join(PicturePath.of(name).names[-1:])))
+                    places.append(member.start)
+        except DamagedTar as error:
+            if not error.cut:
+                raise DataError(f"{self.path}: damaged ({error}) — download it again") from None
+        both = np.array([hashes, places], np.uint64).reshape(2, -1)
+        return both[:, np.argsort(both[0], kind="stable")]
+
+    def _namesakes(self, last: str) -> dict[str, Any]:
+        hashes, places = self._index.array
+        wanted = np.uint64(hash_name(last))
+        first, end = (int(np.searchsorted(hashes, wanted, side)) for side in ("left", "right"))
+        members = [next(read_members(self.handle, int(place))) for place in places[first:end]]
+        return {"/".join(PicturePath.of(member.name).names): member for member in members}
+
+    def read(self, name: str) -> bytes:
+        """Found at its path in the archive, below any folders, as long as one member fits best."""
+        refuse_climbing(name)
+        try:
+            member: Any = self._find(name)
+            hint = "" if member else self._hint(name)
+        except (DamagedTar, OSError, StopIteration) as error:
+            raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
+        if member is None:
+            raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
+        if member.trouble:
+            raise RowError(f"{name}: {member.trouble}, in {self.path}", "picture broken")
+        check_size(name, member.size)
+        return _read_exactly(self.handle, member)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class TarRows:
+    """The samples of a WebDataset shard, or of those of a folder that are of one split."""
+
+    file_kind = "WebDataset"
+    left_out = ""
+
+    def __init__(
+        self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+    ) -> None:
+        """`images` serves samples that only name their pictures; `split` and `order` say which shards of a folder.
+
+        Raises DataError, MissingInput or UsageError.
+        """
+        self.path = path
+        self.files, self.choice = shards_of(path, ".tar", split, order) if path.is_dir() else ([path], Choice(""))
+        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        kind = KIND if path.is_file() else f"{KIND} {self.choice.name} {stamps}"
+        self._index = Index(path.resolve(), kind, self._find_samples)
+        self._images = open_pictures(images)
+        self._opened = [Reopened(file) for file in self.files]
+        shards = np.arange(1, len(self.files) + 1, dtype=np.uint64) << np.uint64(OFFSET_BITS)
+        self._ends = np.searchsorted(self._index.array[0], shards)  # of each file, in rows
+
+    def _find_samples(self) -> np.ndarray:
+        """Shard and offset, and the length, of every sample that may be a row."""
+        starts: list[int] = []
+        lengths: list[int] = []
+        texts = False
+        for number, file in enumerate(self.files):
+            if trouble := stand_in(file):
+                raise DataError(f"{file}: {trouble}")
+            with file.open("rb") as opened:
+                for start, end, has_text in _samples(file, opened):
+                    starts.append(number << OFFSET_BITS | start)
+                    lengths.append(end - start)
+                    texts = texts or has_text
+        if not texts:
+            raise DataError(
+                f"{self.path}: a tar without a .txt or .json beside its pictures has no rows — name the rows in its "
+                "place, and the tar with --images"
+            )
+        return np.array([starts, lengths], np.uint64)
+
+    @property
+    def split(self) -> str:
+        return self.choice.name
+
+    @property
+    def pictures(self) -> Path | None:
+        return self._images.path
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _file(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, "right"))
+
+    def number(self, index: int) -> int:
+        file = self._file(index)
+        return index + 1 - (int(self._ends[file - 1]) if file else 0)
+
+    def place(self, index: int) -> str:
+        return f"{self.files[self._file(index)]}:{self.number(index)}"
+
+    def row(self, index: int) -> Row:
+        fields, pictures = self._sample(index)
+        if pictures:
+            fields = {key: value for key, value in fields.items() if key not in NAMES}
+            fields["image"] = [name for name, _ in pictures]
+        return read_row(fields)
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        member = dict(self._sample(index)[1]).get(name)
+        if member is None:
+            inline = self.row(index).inline
+            return decode_inline(inline[position], name) if position in inline else self._images.read(name)
+        check_size(name, member.size)
+        return self._read(index, member)
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self))
+
+    def _read(self, index: int, member: Member) -> bytes:
+        if member.trouble:
+            raise RowError(f"{member.name}: {member.trouble}", "tar")
+        return _read_exactly(self._opened[self._file(index)].handle, member)
+
+    def _members(self, index: int) -> dict[str, Member]:
+        """The members of a sample by what they are of it. Raises RowError."""
+        start, length = (int(number) for number in self._index.array[:, index])
+        start &= (1 << OFFSET_BITS) - 1
+        members: dict[str, Member] = {}
+        sample = ""
+        try:
+            for member in read_members(self._opened[self._file(index)].handle, start, start + length):
+                key, what = member.key
+                sample = sample or key
+                if key and key == sample:
+                    members[what] = member
+                if len(members) > MOST:
+                    raise RowError(f"more than {MOST} members of one sample", "tar")
+        except (DamagedTar, OSError) as error:
+            raise RowError(f"damaged ({error})", "tar") from None
+        return members
+
+    def _sample(self, index: int) -> tuple[dict[str, Any], list[tuple[str, Member]]]:
+        """What a sample says, and its pictures with their names. Raises RowError."""
+        members = self._members(index)
+        for member in members.values():
+            if member.trouble:
+                raise RowError(f"{member.name}: {member.trouble}", "tar")
+        fields = self._parse(index, members["json"]) if "json" in members else {}
+        texts = [what for what in members if what == "txt"] or [what for what in members if what.endswith(".txt")]
+        if len(texts) > 1:
+            raise RowError(f"several texts ({', '.join(members[what].name for what in texts)})", "tar")
+        if texts and not any(fields.get(key) for key in (*TALKS, "texts")):
+            fields["caption"] = self._text(index, members[texts[0]])
+        pictures = [member for what, member in members.items() if f".{what.rpartition('.')[2]}" in PICTURE_ENDINGS]
+        unread = [member.name for what, member in members.items() if what not in ("json", *texts)]
+        if unread and not pictures:
+            raise RowError(
+                f"{unread[0]} is not read: pictures are ({', '.join(PICTURE_ENDINGS)}), a caption in .txt, and fields "
+                "in .json",
+                "pictures not read",
+            )
+        return fields, _in_order(pictures, fields)
+
+    def _text(self, index: int, member: Member) -> str:
+        if member.size > TEXT_LIMIT:
+            raise RowError(f"{member.name}: {member.size:,} bytes are too many for a text", "tar")
+        try:
+            return self._read(index, member).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise RowError(f"{member.name}: not UTF-8 ({error})", "tar") from None
+
+    def _parse(self, index: int, member: Member) -> dict[str, Any]:
+        try:
+            fields = json.loads(self._text(index, member))
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"{member.name}: not JSON ({error})", "json") from None
+        if isinstance(fields, list):
+            return {"conversations": fields}
+        if not isinstance(fields, dict):
+            raise RowError(f"{member.name}: not a JSON object", "json")
+        return fields
+
+
+def _samples(path: Path, file: Any) -> Iterator[tuple[int, int, bool]]:
+    """Begin, end and whether there is a text of each sample of an archive. Raises DataError where that is damaged."""
+    sample, start, end, useful, has_text = "", 0, 0, False, False
+    try:
+        for member in read_members(file):
+            key, what = member.key
+            if not key:
+                continue
+            if key != sample:
+                if useful:
+                    yield start, end, has_text
+                sample, start, useful, has_text = key, member.start, False, False
+            ending = f".{what.rpartition('.')[2]}"
+            text = ending in (".txt", ".json")
+            end, useful, has_text = member.end, useful or text or ending in PICTURE_ENDINGS, has_text or text
+    except DamagedTar as error:
+        if not error.cut:
+            raise DataError(f"{path}: damaged ({error}) — download it again") from None
+        if useful:
+            yield start, end, has_text
+        start, end, useful = error.at, error.at + BLOCK, True  # a row of its own, which is broken
+    if useful:
+        yield start, end, has_text
+
+
+def _in_order(pictures: list[Member], fields: dict[str, Any]) -> list[tuple[str, Member]]:
+    """The pictures of a sample with their names, in the order in which its fields name them, else as they stand."""
+    named = next((value for key in sorted(NAMES) if (value := fields.get(key))), None)
+    names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    if names and pictures and all(isinstance(name, str) for name in names):
+        by_name = {member.name.rpartition("/")[2]: member for member in pictures}
+        if all(name.rpartition("/")[2] in by_name for name in names):
+            pictures = [by_name[name.rpartition("/")[2]] for name in names]
+        elif len(names) != len(pictures):
+            raise RowError(f"its fields name {len(names)} pictures, the sample has {len(pictures)}", "tar")
+    return [
+        (f"picture {number}" if NO_NAME.search(member.name) else member.name, member)
+        for number, member in enumerate(pictures, 1)
+    ]
+
+
+def _read_exactly(file: Any, member: Member) -> bytes:
+    data = os.pread(file.fileno(), member.size, member.data)
+    if len(data) < member.size:  # the file has become shorter
+        raise RowError(f"{member.name}: cut off", "tar")
+    return data
