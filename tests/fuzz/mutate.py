@@ -232,7 +232,9 @@ def change_zip(data: bytes, rng: random.Random) -> bytes:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+            members = [
+                (info.filename, archive.open(info).read(LARGEST)) for info in archive.infolist()
+            ]  # may be a bomb
     except Exception:  # damaged by an earlier change
         return put_integer(data, rng)
     if not members:
