@@ -259,7 +259,7 @@ def _lock_alone(handle: int) -> bool | None:
 def _read_note(handle: int) -> dict[str, Any]:
     try:
         note = json.loads(os.pread(handle, 1 << 16, 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
 

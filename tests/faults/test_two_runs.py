@@ -194,6 +194,15 @@ def test_a_lock_is_held_until_its_process_is_killed(tmp_path, child):
     assert tree(tmp_path) == []
 
 
+def test_nonsense_in_a_lock_that_was_left_stops_nobody(tmp_path):
+    path = tmp_path / "lock"
+    for nonsense in (b"[" * 60_000, b"\xff", b"{", b"[]", b""):
+        path.write_bytes(nonsense)
+        lock = Lock(path, {}, patience=0)
+        assert lock.left == {}
+        lock.release()
+
+
 def test_a_lock_leaves_nothing_but_what_was_written(tmp_path):
     lock = Lock(tmp_path / "a" / "b" / "lock", {})
     lock.release()

@@ -110,6 +110,12 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
     A row without a conversation has None for it, which is told when the row is used.
     """
+    text = fields.get("conversations")
+    if type(text) is str and text.startswith("["):
+        fields = {**fields, "conversations": parse_talk(text, "conversations")}
+    row = _usual_row(fields)
+    if row is not None:
+        return refuse_unread(row)
     rest = dict(fields)
     form = next((form for form in FORMS if form.fits(rest)), None)
     if form is None:
@@ -125,6 +131,57 @@ def read_row(fields: Mapping[str, Any]) -> Row:
     images = [f"picture {number}" if picture.name is None else picture.name for number, picture in enumerate(shown, 1)]
     inline = {position: picture.data for position, picture in enumerate(shown) if picture.data is not None}
     return refuse_unread(Row(talk.messages, images, rest, inline, tuple(talk.notes), talk.form))
+
+
+def _usual_row(fields: Mapping[str, Any]) -> Row | None:
+    """A row of the forms that published data has, by the million; None for any other, which takes longer to read."""
+    key = "conversations" if "conversations" in fields else "messages"
+    messages = fields.get(key)
+    if type(messages) is not list or not messages or (key == "conversations" and "messages" in fields):
+        return None
+    try:
+        if "from" in messages[0]:
+            messages = [
+                {"role": _LLAVA_ROLES[message["from"]], "content": message["value"]}
+                for message in messages
+                if len(message) == 2 or _LLAVA_ROLES[""]  # no more keys, or a KeyError
+            ]
+        marks = 0
+        for message in messages:
+            if len(message) != 2 or message["role"] not in _STANDARD:
+                return None
+            marks += message["content"].count(IMAGE_MARK)
+    except (KeyError, TypeError, AttributeError):
+        return None
+    first = messages[messages[0]["role"] == "system" and len(messages) > 1]
+    if first["role"] == "assistant" or (marks > 1 and len(messages) > 2):
+        return None
+    extra = dict(fields)
+    del extra[key]
+    images: list[str] = []
+    inline: dict[int, Any] = {}
+    form = key
+    for name in PICTURES:
+        if name not in extra:
+            continue
+        if form != key:  # two fields of pictures
+            return None
+        value, form = extra.pop(name), f"{key} + {name}"
+        if type(value) is str and "://" not in value and not value.startswith(_DATA):
+            images = image_names(value)
+        elif isinstance(value, StoredPictures):
+            images = [f"picture {number}" for number in range(1, (marks or value.count()) + 1)]
+            inline = dict(enumerate(range(len(images))))
+        elif value is not None:
+            return None
+    if marks and not images:
+        return None
+    return Row(messages, images, extra, inline, (), form if images else key)
+
+
+_STANDARD = ("system", "user", "assistant")
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_DATA = ("data:", "/9j/", "iVBOR", "R0lG", "UklGR")
 
 
 def form_of(fields: Mapping[str, Any]) -> str:
@@ -240,9 +297,6 @@ def _messages(value: Any, form: str) -> Talk:
                 talk.parts += _join_parts(message, number)
     _drop_answer(talk)
     return talk
-
-
-_STANDARD = ("system", "user", "assistant")
 
 
 def _message(message: Any) -> Any:

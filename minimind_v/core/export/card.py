@@ -117,6 +117,6 @@ def _settings(path: Path) -> dict[str, Any]:
 def _last_update(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
