@@ -404,3 +404,9 @@ def test_processes_of_one_machine_share_its_cores_among_their_data_workers(monke
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert [resolve("sft", options={"gpus": gpus}).config.data.workers for gpus in (1, 2, 8, 32)] == [14, 7, 1, 1]
     assert resolve("sft", options={"gpus": 2, "workers": 9}).config.data.workers == 9
+
+
+def test_a_name_that_is_too_long_for_a_file_ends_in_one_line():
+    ended = here("train", "sft", "--data", f"{'r' * 300}.jsonl")
+    assert ended.code in (1, 2)
+    assert "too long" in ended.error or "no " in ended.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import types
 import typing
@@ -145,7 +146,7 @@ def images_beside(data: Path) -> Path | None:
     if not data.name:  # the root
         return None
     stem = data.with_name(data.name.removesuffix(".jsonl").removesuffix(".json").removesuffix("_data") + "_images")
-    return next((path for path in (stem.with_name(stem.name + ".zip"), stem) if path.exists()), None)
+    return next((path for path in (stem.with_name(stem.name + ".zip"), stem) if os.path.exists(path)), None)
 
 
 def to_yaml(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:

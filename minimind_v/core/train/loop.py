@@ -336,7 +336,7 @@ class Run:
 
     def _report(self) -> None:
         try:
-            write_report(self.place.folder)
+            write_report(self.place.folder, self.listener.warn)
         except MmvError as error:  # no room, or no metrics for want of room
             self.listener.warn(f"no report: {error}")
 
