@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,15 +107,45 @@ class JsonLines:
             write_text(path, "".join(kept))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a+", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Raises RunError where there is no room; the line is kept, and written with the next one that finds some."""
+    def write(self, record: dict[str, Any]) -> bool:
+        """Whether the file had to be made again, with all its lines, since somebody had removed it.
+
+        Raises RunError where there is no room; the line is kept, and written with the next one that finds some.
+        """
         try:
+            again = self._is_gone()
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+            if again:
+                self._make_again()
         except OSError as error:
             raise RunError(f"{self.path}: not written ({error.strerror})") from None
+        return again
+
+    def restore(self) -> bool:
+        """Make the file again if somebody has removed it; whether that was so. Raises RunError."""
+        try:
+            if again := self._is_gone():
+                self._make_again()
+        except OSError as error:
+            raise RunError(f"{self.path}: not written ({error.strerror})") from None
+        return again
+
+    def _is_gone(self) -> bool:
+        """Whether what has the file's name, if anything, is another file."""
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return True
+
+    def _make_again(self) -> None:
+        """What was written is there as long as it is open."""
+        self._file.seek(0)
+        write_text(self.path, self._file.read())
+        self._file.close()
+        self._file = self.path.open("a+", encoding="utf-8")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # told when it was written
