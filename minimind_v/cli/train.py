@@ -15,7 +15,7 @@ from minimind_v.cli import options
 from minimind_v.cli.live import TrainView
 from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
@@ -245,6 +245,16 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
     )
 
 
+def _where(summary: Summary) -> str:
+    """Where a run's results are, as far as they are there."""
+    if not summary.steps:
+        return "nothing to save yet"
+    results = {"weights": summary.weights, "curve": summary.metrics}
+    return ", ".join(
+        f"{name} in {path}" if path.is_file() else f"no {name}: {path} was removed" for name, path in results.items()
+    )
+
+
 def _tell(terminal: Terminal, summary: Summary) -> None:
     from minimind_v.core.data.row import describe_notes, describe_text_rows
 
@@ -257,8 +267,9 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
     for line in describe_notes(summary.notes, summary.rows):
         terminal.say(line)
     bad = f"; {plural(summary.bad_updates, 'update')} skipped, not finite" if summary.bad_updates else ""
-    where = f"weights in {summary.weights}, curve in {summary.metrics}" if summary.steps else "nothing to save yet"
-    terminal.say(f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; {where}")
+    terminal.say(f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; {_where(summary)}")
+    if summary.steps and not summary.weights.is_file():
+        raise RunError(f"{summary.weights} is not there: somebody has removed it — start the run again")
     report = summary.metrics.with_name("report.html")
     if report.is_file():
         terminal.say(f"report: {report}")

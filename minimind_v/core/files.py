@@ -195,7 +195,8 @@ class Lock:
         if os.getpid() != self._process or self._handle not in _HELD:
             return
         with contextlib.suppress(OSError):
-            self.path.unlink()  # while it is held: whoever has opened it meanwhile notices
+            if self._is_there(self._handle):  # and not another's, where somebody removed ours
+                self.path.unlink()  # while it is held: whoever has opened it meanwhile notices
         _HELD.discard(self._handle)
         os.close(self._handle)
         for folder in self._new_folders:  # that nothing was written into

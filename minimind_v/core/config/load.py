@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import types
 import typing
@@ -151,8 +152,8 @@ def images_beside(data: Path) -> Path | None:
     ending = next((ending for ending in ROWS if data.name.endswith(ending)), "")
     stem = data.with_name(data.name.removesuffix(ending).removesuffix("_data") + "_images")
     places = (stem.with_name(stem.name + ".zip"), stem, stem.with_name(stem.name + ".tar"))
-    of_metadata = data.parent if data.name in METADATA and data.is_file() else None
-    return next((path for path in places if path.exists()), of_metadata)
+    of_metadata = data.parent if data.name in METADATA and os.path.isfile(data) else None
+    return next((path for path in places if os.path.exists(path)), of_metadata)  # of any name, also one too long
 
 
 def to_yaml(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:
