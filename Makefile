@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: setup demo test lint format bench gpu soak interop demo-assets clean
+.PHONY: setup demo test lint format bench gpu soak fuzz interop demo-assets clean
 
 setup: $(READY)
 
@@ -50,6 +50,10 @@ gpu: $(DEV)
 # Hundreds of kills, each followed by a resume: hours.
 soak: $(DEV)
 	$(BIN)/python -m tests.faults.soak
+
+# Changed files of every format, read in processes with limits: ten minutes. What did harm is kept in out/fuzz.
+fuzz: $(DEV)
+	$(BIN)/python -m tests.fuzz --minutes 10
 
 # Compiles llama.cpp the first time, which takes about half an hour on two cores; needs a C++ compiler.
 interop: $(VENV)/.interop

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import locale
 import os
 import shlex
 import sys
@@ -106,11 +108,11 @@ def _take_as_text(errors: str) -> None:
 
 
 def _as_text(word: str) -> str:
-    """A word of the command line as the UTF-8 that it is, where the locale knew no more than ASCII."""
-    try:
-        return os.fsencode(word).decode()
-    except UnicodeError:
-        return word
+    """A word of the command line as the UTF-8 that it is, where the locale is another, or as the locale has it."""
+    for encoding in ("utf-8", locale.getencoding()):
+        with contextlib.suppress(UnicodeError):
+            return os.fsencode(word).decode(encoding)
+    return word
 
 
 def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:

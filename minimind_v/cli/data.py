@@ -48,6 +48,7 @@ def check(
     json: options.Json = False,
 ) -> None:
     """Find everything that can be wrong with rows, and what training will do about it. Exit 1 where it would refuse."""
+    from minimind_v.core.config.limits import check_workers
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.splits import SCORE
@@ -55,6 +56,7 @@ def check(
     from minimind_v.core.inspect import check as checking
     from minimind_v.core.inspect.convert import find_target
 
+    check_workers(workers)
     if fix:
         find_target(fix, overwrite, file, images or images_beside(file), against)
     terminal = Terminal()

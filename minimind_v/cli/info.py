@@ -127,13 +127,18 @@ def _export(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None:
         return found | {"came_from": "not known: it was not written by mmv convert"}
-    source = manifest.get("source", {})
+    source, verified = (_object(manifest.get(key)) for key in ("source", "verified"))
     return found | {
         "came_from": source.get("name"),
         "source_sha256": source.get("sha256"),
         "made_by": manifest.get("made_by"),
-        "verified": "; ".join(f"{name}: {value}" for name, value in (manifest.get("verified") or {}).items()) or "no",
+        "verified": "; ".join(f"{name}: {value}" for name, value in verified.items()) or "no",
     }
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """An object of a note that anybody may have changed."""
+    return value if isinstance(value, dict) else {}
 
 
 def _data(file: Path) -> dict[str, Any]:

@@ -20,5 +20,6 @@ def report(
     """Write report.html into a run's folder: curves, warnings, what it is made of. A run under way has one, too."""
     from minimind_v.core.train.report import find_run, write_report
 
-    terminal, path = Terminal(), write_report(find_run(run))
+    terminal = Terminal()
+    path = write_report(find_run(run), terminal.warn)
     terminal.json({"report": str(path)}) if json else terminal.result(str(path))

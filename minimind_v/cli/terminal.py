@@ -186,7 +186,7 @@ def run_app(app: Any) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `>&-`: nobody listens, and no file may take its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         # A file's name need not be text, nor has every terminal Chinese characters: shown as escapes, as on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
     terminal = Terminal()

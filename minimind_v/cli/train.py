@@ -15,7 +15,7 @@ from minimind_v.cli import options
 from minimind_v.cli.live import TrainView
 from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def train(
 ) -> None:
     """Train a stage. Every default comes from the stage's recipe; --print-config shows them all."""
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
+    from minimind_v.core.config.limits import check_machine
     from minimind_v.core.config.load import resolve, to_yaml
     from minimind_v.core.inputs import find_inputs
     from minimind_v.core.train.launch import Launch
@@ -165,6 +166,8 @@ def train(
     if stage is Stage.plan or (not planning and (planned or json or price_per_hour is not None)):
         raise typer.BadParameter("`mmv train plan [pretrain|sft]` looks ahead; --json and --price-per-hour are its own")
     resolved, terminal = resolve(stage.value, config, options, set_ or ()), Terminal()
+    if not print_config:  # which may be for another machine
+        check_machine(resolved.config)
     if print_config:
         built, sources = _fitted(resolved)
         terminal.result(to_yaml(built, sources), end="")
@@ -198,12 +201,14 @@ def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> 
     if several.needed:
         hush()
 
+    from minimind_v.core.device import check_room
     from minimind_v.core.train.distributed import World
     from minimind_v.core.train.loop import train as run
     from minimind_v.core.train.metrics import Silent
 
     world = World.find()
     if several.needed and not world.placed:
+        check_room(config.device, several.processes)
         launch(several, sys.argv[1:], terminal.say)
         return
     if not world.leads:
@@ -240,6 +245,16 @@ def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | N
     )
 
 
+def _where(summary: Summary) -> str:
+    """Where a run's results are, as far as they are there."""
+    if not summary.steps:
+        return "nothing to save yet"
+    results = {"weights": summary.weights, "curve": summary.metrics}
+    return ", ".join(
+        f"{name} in {path}" if path.is_file() else f"no {name}: {path} was removed" for name, path in results.items()
+    )
+
+
 def _tell(terminal: Terminal, summary: Summary) -> None:
     from minimind_v.core.data.row import describe_notes, describe_text_rows
 
@@ -252,8 +267,9 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
     for line in describe_notes(summary.notes, summary.rows):
         terminal.say(line)
     bad = f"; {plural(summary.bad_updates, 'update')} skipped, not finite" if summary.bad_updates else ""
-    where = f"weights in {summary.weights}, curve in {summary.metrics}" if summary.steps else "nothing to save yet"
-    terminal.say(f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; {where}")
+    terminal.say(f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; {_where(summary)}")
+    if summary.steps and not summary.weights.is_file():
+        raise RunError(f"{summary.weights} is not there: somebody has removed it — start the run again")
     report = summary.metrics.with_name("report.html")
     if report.is_file():
         terminal.say(f"report: {report}")

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from minimind_v.core.config.limits import check_processes
 from minimind_v.core.cpu_sharing import share_cpu
 from minimind_v.core.errors import UsageError
 
@@ -45,6 +46,18 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what is asked without naming a device is meant of this one
     return device
+
+
+def check_room(name: str, processes: int) -> None:
+    """Raises UsageError where so many processes of a run would not find a device each on this machine."""
+    gpus = torch.cuda.device_count() if name in ("auto", "cuda") else 0
+    if name == "cpu" or (name == "auto" and not gpus):
+        check_processes(processes)
+    elif name in ("auto", "cuda") and processes > gpus:
+        raise UsageError(
+            f"--gpus {processes} on this machine, which has {gpus} — lower it, or count processes on the CPU with "
+            "--device cpu"
+        )
 
 
 def _choose_kernels() -> None:

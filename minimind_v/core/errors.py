@@ -89,7 +89,8 @@ def shorten(text: str, longest: int = NAME) -> str:
 
 def readable(message: str) -> str:
     """A message on one line. What is no word in it, as a picture in base64, and what is too much of it, are cut."""
-    message = re.sub(r"\s*[\r\n]\s*", " ", message.strip("\r\n"))
+    message = re.sub(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*", " ", message.strip("\r\n"))
+    message = re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", message)
     long_word = rf"\S{{{NAME},}}[^\s:;,.)\]'\"]"  # without the marks behind it
     return shorten(re.sub(long_word, lambda word: shorten(word[0]), message), MESSAGE)
 
@@ -112,3 +113,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the choice that looks most like `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def unusable(text: str) -> str:
+    """Why a text can be no name or path of this system; empty where it can."""
+    if "\0" in text:
+        return "holds a NUL character, which no name has"
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return "holds half of a character (a lone surrogate)"
+    return ""

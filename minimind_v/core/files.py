@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 from minimind_v.core.errors import MmvError, RunError, WeightsError
 
+MOST_JSON = 16 << 20  # bytes of a JSON that comes with weights
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Give `write` a file that becomes `path` only when it is complete. What stood there before stays till then.
@@ -57,6 +59,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"it has {size:,} bytes, the most is {MOST_JSON:,}")
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not even text, or lists in lists in lists
         raise WeightsError(f"{path}: not JSON ({error}) — download the file again") from None
@@ -191,7 +195,8 @@ class Lock:
         if os.getpid() != self._process or self._handle not in _HELD:
             return
         with contextlib.suppress(OSError):
-            self.path.unlink()  # while it is held: whoever has opened it meanwhile notices
+            if self._is_there(self._handle):  # and not another's, where somebody removed ours
+                self.path.unlink()  # while it is held: whoever has opened it meanwhile notices
         _HELD.discard(self._handle)
         os.close(self._handle)
         for folder in self._new_folders:  # that nothing was written into
@@ -255,7 +260,7 @@ def _lock_alone(handle: int) -> bool | None:
 def _read_note(handle: int) -> dict[str, Any]:
     try:
         note = json.loads(os.pread(handle, 1 << 16, 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from minimind_v.core.checkpoint.generations import check_tower
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
@@ -33,6 +34,7 @@ def find_inputs(config: RunConfig) -> None:
         lambda: find_pictures(config.data.images),
         lambda: find_init(config),
     )
+    check_tower(config.vision_model, find_init(config))
 
 
 def find_init(config: RunConfig) -> Path | None:

@@ -55,8 +55,25 @@ def test_flipped_bits_are_refused_or_harmless(tmp_path, kind):
     whole = FORMATS[kind]()
     for _ in range(150):
         damaged = bytearray(whole)
-        damaged[RNG.randrange(3000)] ^= 1 << RNG.randrange(8)
+        damaged[RNG.choice((RNG.randrange(3000), -1 - RNG.randrange(3000)))] ^= 1 << RNG.randrange(8)
         (tmp_path / "w").write_bytes(damaged)
+        try:
+            said = ", ".join(read_checkpoint(tmp_path / "w").tensors)
+        except WeightsError as error:
+            said = str(error)
+        assert said
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_numbers_put_anywhere_are_refused_or_harmless(tmp_path, kind):
+    """Lengths, counts and sizes are what takes memory."""
+    whole = FORMATS[kind]()
+    for _ in range(150):
+        at, length = RNG.choice((RNG.randrange(3000), len(whole) - 8 - RNG.randrange(3000))), RNG.choice((1, 2, 4, 8))
+        number = RNG.choice((0, 1, 2**31, 2**40, 2**63, 2**64 - 1, RNG.randrange(2**16)))
+        put = (number % 2 ** (8 * length)).to_bytes(length, "little")
+        (tmp_path / "w").write_bytes(whole[:at] + put + whole[at + length :])
         try:
             said = ", ".join(read_checkpoint(tmp_path / "w").tensors)
         except WeightsError as error:

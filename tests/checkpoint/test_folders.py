@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.errors import WeightsError
+from minimind_v.core.export.folder import MANIFEST
 from tests.checkpoint.made import DENSE, MOE, state
 from tests.cli.harness import here
+from tests.export.made import exported
 
 CODE = "raise SystemExit('somebody else\\'s code was run')\n"
 
@@ -122,6 +125,116 @@ def test_a_configuration_of_other_kinds_of_values_is_refused(tmp_path, told):
     (folder / "config.json").write_text("[" * 100_000)
     with pytest.raises(WeightsError, match="not JSON"):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["../w.safetensors", "/etc/passwd", "a/b.safetensors", "", "..", "a\0b", "C:\\w.bin"])
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
+    folder = published(tmp_path / "folder", shards=3)
+    (tmp_path / "w.safetensors").write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json: .* is no file in the folder"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"hidden_size": 10**12}, "model.hidden_size must be at most 65,536"),
+        ({"num_hidden_layers": 10**9}, "model.num_hidden_layers must be at most 1,000"),
+        ({"vocab_size": -1}, "model.vocab_size must be at least 1"),
+        ({"num_attention_heads": 0}, "model.num_attention_heads must be at least 1"),
+        ({"hidden_size": "32"}, "model.hidden_size must be a whole number"),
+        ({"num_hidden_layers": 2.5}, "model.num_hidden_layers must be a whole number"),
+        ({"rope_theta": float("nan")}, "model.rope_theta must lie between 0 and"),
+        ({"rms_norm_eps": {"a": [1]}}, "model.rms_norm_eps must be a number"),
+        ({"use_moe": "yes"}, "model.use_moe must be true or false"),
+    ],
+)
+def test_sizes_that_no_model_has_are_named(tmp_path, told, words):
+    folder = published(tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | told))
+    with pytest.raises(WeightsError, match=words):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"hidden_size": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"a": ' * 5000 + "1" + "}" * 5000, "not JSON"),
+        ("[]", "not a JSON object"),
+        ("\0", "not JSON"),
+        (" " * (17 << 20) + "{}", "not JSON .it has 17,825,794 bytes, the most is 16,777,216."),
+    ],
+    ids=["long number", "deep", "list", "NUL", "large"],
+)
+def test_a_json_of_another_kind_is_refused(tmp_path, text, words):
+    folder = published(tmp_path / "folder")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=words) as caught:
+        read_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def changed_llava(folder, change):
+    """A folder for transformers whose tensors somebody has changed."""
+    shutil.copytree(exported(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+EMBEDDING = "model.language_model.embed_tokens.weight"
+
+
+def later_token(folder, id):
+    """Add a token to the tokenizer of a folder."""
+    path = folder / "tokenizer.json"
+    words = json.loads(path.read_text(encoding="utf-8"))
+    words["added_tokens"].append({**words["added_tokens"][0], "id": id, "content": "<later>"})
+    path.write_text(json.dumps(words), encoding="utf-8")
+
+
+def test_a_token_that_was_added_behind_the_image_token_is_not_lost(tmp_path):
+    def grow(tensors):
+        tensors[EMBEDDING] = torch.cat((tensors[EMBEDDING], torch.ones(3, tensors[EMBEDDING].shape[1])))
+
+    folder = changed_llava(tmp_path / "folder", grow)
+    vocab_size = read_checkpoint(folder).config.vocab_size  # the rows behind are padding
+    later_token(folder, vocab_size + 1)
+    with pytest.raises(WeightsError, match=rf"1 token \(<later>\) came .*model.vocab_size={vocab_size + 1}"):
+        read_checkpoint(folder)
+    line = here("convert", "--to", "pth", "--model", folder, "--out", tmp_path / "w.pth").error
+    assert "their rows of the embedding would be lost" in line
+    assert not (tmp_path / "w.pth").exists()
+
+
+def test_a_llava_whose_head_alone_is_stored_is_read(tmp_path):
+    folder = changed_llava(
+        tmp_path / "folder", lambda tensors: tensors.update({"lm_head.weight": tensors.pop(EMBEDDING)})
+    )
+    found, plain = read_checkpoint(folder).tensors, read_checkpoint(exported()).tensors
+    assert torch.equal(found["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+
+
+def test_a_llava_that_is_not_tied_is_refused(tmp_path):
+    folder = changed_llava(tmp_path / "f", lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING] + 1}))
+    with pytest.raises(WeightsError, match=r"lm_head.weight and model.language_model.embed_tokens.weight differ"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("note", [{"source": 5}, {"source": [], "verified": "yes"}, {"verified": [1]}])
+def test_a_manifest_of_other_kinds_of_values_is_described(tmp_path, note):
+    folder = tmp_path / "folder"
+    shutil.copytree(exported(), folder)
+    path = folder / MANIFEST
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | note) if path.exists() else json.dumps({"files": {}} | note)
+    )
+    assert here("info", folder, "--json").json["kind"] == "hf"
 
 
 def test_a_name_that_is_no_text_is_told(tmp_path):

@@ -1,6 +1,7 @@
 """Loading is strict, and says what happened to every tensor."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from minimind_v.core.errors import WeightsError
 from minimind_v.core.model.vision import VisionSpec
 from tests.checkpoint.made import DENSE, MOE, model, saved, state, text_only, written
 
+TIED = ["lm_head.weight", "model.embed_tokens.weight"]
 PROJECTOR = ["vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"]
 
 
@@ -41,21 +43,37 @@ def test_a_whole_file_loads_wholly(load, config):
     assert str(receipt).endswith(f"w.pth: {len(state(config))} tensors loaded")
 
 
-def test_a_tied_head_may_be_absent(load):
+@pytest.mark.parametrize("name", TIED)
+def test_tied_weights_are_read_under_either_name(load, name):
     tensors = state()
-    del tensors["lm_head.weight"]
-    fresh, _ = load(tensors)
+    kept = tensors[next(other for other in TIED if other != name)]
+    del tensors[name]
+    fresh, receipt = load(tensors)
     assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
-    assert torch.equal(fresh.lm_head.weight.half(), tensors["model.embed_tokens.weight"])
+    assert torch.equal(fresh.lm_head.weight.half(), kept)
+    assert len(receipt.loaded) == len(state())
 
 
-def test_a_head_that_is_not_tied_is_refused(load):
+@pytest.mark.parametrize("name", TIED)
+def test_a_head_that_is_not_tied_is_refused(load, name):
     tensors = state()
-    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
-    assert "lm_head.weight and model.embed_tokens.weight differ" in refused(load, tensors)
+    tensors[name] = tensors[name] + 1
+    assert "lm_head.weight and model.embed_tokens.weight differ, but must be tied" in refused(load, tensors)
+    tensors[name] = torch.zeros(62, 32)
+    assert "differ, but must be tied ([6" in refused(load, tensors)
 
 
-@pytest.mark.parametrize("name", [name for name in state() if name != "lm_head.weight"])
+def test_a_name_in_two_forms_is_refused(load):
+    line = refused(load, {**state(), "module.model.norm.weight": torch.ones(32)})
+    assert "holds module.model.norm.weight and model.norm.weight, which are one" in line
+
+
+def test_a_token_that_was_added_later_is_not_lost(load):
+    line = refused(load, state(replace(DENSE, vocab_size=63)))
+    assert "they have 63 tokens and the model 61: say --set model.vocab_size=63" in line
+
+
+@pytest.mark.parametrize("name", [name for name in state() if name not in TIED])
 def test_any_single_tensor_that_is_missing_is_named(load, name):
     tensors = state()
     del tensors[name]

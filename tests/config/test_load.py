@@ -312,7 +312,7 @@ def test_a_wrong_value_is_refused_by_its_key(setting, words):
         ("!!python/object/apply:os.system ['touch owned']", "not YAML"),
         ("lr: 1e-3\nlearning: fast", "unknown configuration key learning"),
         ("1: 2", "unknown configuration key 1"),
-        ("null: 2", "unknown configuration key None"),
+        ("null: 2", "unknown configuration key null"),
         ("model: small", "unknown configuration key model"),
         ("lr: {peak: 1}", "unknown configuration key lr.peak"),
         ("<html>", "not a mapping of keys to values"),
@@ -328,7 +328,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, monkeypatch, conte
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match=r"mine\.yaml: not YAML"):
+    with pytest.raises(UsageError, match=r"mine\.yaml:1: not YAML"):
         build_config("sft", tmp_path / "mine.yaml")
     with pytest.raises(MissingInput, match="no configuration file"):
         build_config("sft", tmp_path)
@@ -404,3 +404,9 @@ def test_processes_of_one_machine_share_its_cores_among_their_data_workers(monke
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert [resolve("sft", options={"gpus": gpus}).config.data.workers for gpus in (1, 2, 8, 32)] == [14, 7, 1, 1]
     assert resolve("sft", options={"gpus": 2, "workers": 9}).config.data.workers == 9
+
+
+def test_a_name_that_is_too_long_for_a_file_ends_in_one_line():
+    ended = here("train", "sft", "--data", f"{'r' * 300}.jsonl")
+    assert ended.code in (1, 2)
+    assert "too long" in ended.error or "no " in ended.error

@@ -75,18 +75,41 @@ def test_the_inner_size_is_rounded_up_to_64(hidden, inner):
         ({"num_attention_heads": 512}, "even multiple"),  # heads of one number cannot turn
         ({"num_key_value_heads": 3}, "model.num_attention_heads 8 must be a multiple of model.num_key_value_heads 3"),
         ({"intermediate_size": -1}, "model.intermediate_size must be at least 0"),
-        ({"rms_norm_eps": 0.0}, "model.rms_norm_eps must be above 0"),
-        ({"rope_theta": float("nan")}, "model.rope_theta must be above 0"),
+        ({"rms_norm_eps": 0.0}, "model.rms_norm_eps must lie between 0 and 1"),
+        ({"rope_theta": float("nan")}, "model.rope_theta must lie between 0 and"),
         ({"use_moe": True, "num_experts_per_tok": 5}, "model.num_experts_per_tok must lie between 1 and"),
         ({"use_moe": True, "n_routed_experts": 0}, "model.num_experts_per_tok must lie between 1 and"),
         ({"use_moe": True, "n_shared_experts": -1}, "model.n_shared_experts must be at least 0"),
-        ({"use_moe": True, "aux_loss_alpha": float("nan")}, "model.aux_loss_alpha must be at least 0"),
+        ({"use_moe": True, "aux_loss_alpha": float("nan")}, "model.aux_loss_alpha must lie between 0 and"),
+        ({"hidden_size": 10**12}, "model.hidden_size must be at most 65,536, not 1000000000000"),
+        ({"num_hidden_layers": 10**9}, "model.num_hidden_layers must be at most 1,000"),
+        ({"vocab_size": 10**10}, "model.vocab_size must be at most 1,048,576"),
+        ({"num_attention_heads": 10**7}, "model.num_attention_heads must be at most 4,096"),
+        ({"intermediate_size": 10**9}, "model.intermediate_size must be at most 1,048,576"),
+        ({"max_position_embeddings": 10**12}, "model.max_position_embeddings must be at most 16,777,216"),
+        ({"rope_theta": float("inf")}, "model.rope_theta must lie between 0 and"),
+        ({"use_moe": True, "n_routed_experts": 10**6}, "model.n_routed_experts must be at most 1,024"),
+        ({"hidden_size": 65_536}, "makes 361,231,351,808 parameters, the most is 2,000,000,000"),
+        ({"hidden_size": "512"}, "model.hidden_size must be a whole number, not '512'"),
+        ({"hidden_size": 512.0}, "model.hidden_size must be a whole number, not 512.0"),
+        ({"num_hidden_layers": True}, "model.num_hidden_layers must be a whole number, not True"),
+        ({"vocab_size": None}, "model.vocab_size must be a whole number, not None"),
+        ({"rope_theta": [1e6]}, "model.rope_theta must be a number"),
+        ({"use_moe": 1}, "model.use_moe must be true or false, not 1"),
     ],
 )
 def test_sizes_that_make_no_model_are_refused_by_their_key(sizes, words):
     with pytest.raises(UsageError) as caught:
         TextConfig(**sizes)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_parameters_of_sizes_are_those_of_the_model(name):
+    with torch.device("meta"):
+        model = VLM(PRESETS[name], VisionSpec(image_size=224, patch_size=16, width=768), placeholder_id=34)
+    projector = sum(parameter.numel() for parameter in model.vision_proj.parameters())
+    assert PRESETS[name].parameters + projector == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_files_are_named_after_stage_and_size():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import struct
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from minimind_v.core.data import index
 from minimind_v.core.data.pictures import FolderPictures, ZipPictures, open_pictures
 from minimind_v.core.errors import DataError, RowError
+from tests.data.made import picture, row
 
 NFC, NFD = (unicodedata.normalize(form, "é小.jpg") for form in ("NFC", "NFD"))
 CASES = Path(__file__).parents[3] / "shared" / "cases"
@@ -343,17 +345,59 @@ def test_the_cases_of_names(rows, pictures):
             assert store.picture(number, 0, names[0])
 
 
-LOCALES = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+# --- other locales ----------------------------------------------------------------------------------------------------
+
+LOCALES = {  # of the operating system's own programs, which make them
+    "ASCII": ("", "", {"LC_ALL": "C"}),
+    "Latin-1": ("de_DE", "ISO-8859-1", {"LC_ALL": "de_DE.ISO-8859-1"}),
+    "GBK": ("zh_CN", "GBK", {"LC_ALL": "zh_CN.GBK"}),
+}
 
 
-def test_pictures_are_found_in_a_locale_without_their_letters(tmp_path):
-    folder = put(tmp_path / "p", {"小狗.jpg": b"dog", f"图/{NFD}": b"cat"})
+@pytest.fixture(params=LOCALES)
+def foreign(request, tmp_path):
+    """The environment variables of a locale that is not UTF-8."""
+    language, encoding, variables = LOCALES[request.param]
+    if language:
+        command = ["localedef", "-i", language, "-f", encoding, str(tmp_path / f"{language}.{encoding}")]
+        try:
+            made = subprocess.run(command, capture_output=True, check=False).returncode
+        except OSError:
+            made = 1
+        if made or not sys.platform.startswith("linux"):
+            pytest.skip("no such locale can be made here")
+    return variables | {"LOCPATH": str(tmp_path), "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_pictures_are_found_in_a_locale_without_their_letters(tmp_path, foreign):
+    folder = put(tmp_path / "图片", {"小狗.jpg": b"dog", f"图/{NFD}": b"cat"})
     code = (
         "import sys; from pathlib import Path; from minimind_v.core.data.pictures import FolderPictures;"
         "p = FolderPictures(Path(sys.argv[1]));"
-        f"assert p.read({'小狗.jpg'!a}) == b'dog'; assert p.read({f'图/{NFC}'!a}) == b'cat'; print('ok')"
+        f"assert p.read({'小狗.jpg'!a}) == p.read({'图片/小狗.jpg'!a}) == b'dog';"
+        f"assert p.read({f'图/{NFC}'!a}) == b'cat'; print('ok')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], env=os.environ | LOCALES, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "ok\n", done.stderr
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, env=os.environ | foreign, capture_output=True, check=False)
+    assert done.stdout == b"ok\n", done.stderr
+
+
+def test_the_command_line_reads_and_shows_any_name(tmp_path, foreign):
+    put(tmp_path / "数据", {"小狗.jpg": picture(1), "行.jsonl": row("<image>", "a", "小狗.jpg") + b"\n" + b"{"})
+    command = [sys.executable, "-m", "minimind_v", "data", "convert", "数据/行.jsonl", "新.jsonl", "--images", "数据"]
+    broken = subprocess.run(command, env=os.environ | foreign, cwd=tmp_path, capture_output=True, check=False)
+    assert broken.returncode == 1
+    assert b": not JSON (" in broken.stderr, "the second row is told in one line"
+    assert b"defect" not in broken.stderr + broken.stdout
+    put(tmp_path / "数据", {"行.jsonl": row("<image>", "a", "小狗.jpg")})
+    done = subprocess.run(command, env=os.environ | foreign, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "新.jsonl").read_text(encoding="utf-8"))["image"] == "小狗.jpg"
+    assert ZipPictures(tmp_path / "新_images.zip").read("小狗.jpg") == picture(1)
+
+
+def test_a_folder_that_was_unpacked_on_old_windows(tmp_path):
+    (tmp_path / "p").mkdir()
+    with open(os.fsencode(tmp_path / "p") + b"/" + "小狗.jpg".encode("gbk"), "wb") as file:
+        file.write(b"dog")
+    assert FolderPictures(tmp_path / "p").read("小狗.jpg") == b"dog"

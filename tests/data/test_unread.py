@@ -36,9 +36,7 @@ NOT_READ = {
     "a part of a video": {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]},
     "a part of sound": {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
     "a part whose picture has another name": {
-        "messages": [
-            {"role": "user", "content": [{"type": "image", "image_id": 17}, {"type": "text", "text": "What?"}]}
-        ]
+        "messages": [{"role": "user", "content": ["What?", {"type": "image", "image_id": 17}]}]
     },
     "imagePath": line(imagePath="a.bmp"),
     "img": line(img="000012"),

@@ -11,7 +11,9 @@ from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import RunError
 from minimind_v.core.export import hf
+from minimind_v.core.export.card import _training
 from minimind_v.core.export.cases import _parts
+from minimind_v.core.export.order import Order
 from minimind_v.core.export.source import read_source
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
@@ -331,6 +333,16 @@ def test_stock_trainer_takes_it(tmp_path):
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("damaged", ["[" * 100_000, "a: 2026-99-99", "\0", "\xff", "[1]", "*a", "{"])
+def test_records_of_a_run_that_are_damaged_are_left_out_of_the_card(tmp_path, damaged):
+    made = Order(tmp_path / "sft_vlm_64.pth")
+    run = tmp_path / "sft_vlm_64"
+    run.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).write_bytes(damaged.encode("latin-1"))
+    assert "Nothing more is known of its training here." in _training(source(), made)
 
 
 def test_the_snippet_of_the_card_runs(tmp_path, monkeypatch, capsys):

@@ -49,7 +49,7 @@ def test_names_are_told_apart(typed, names):
 
 
 @pytest.mark.parametrize("name", ["~/dog.jpg", "dog.jpg", "100%25.jpg", "file:///{}/my%20dog.jpg", "FILE://localhost/{}/dog.jpg",
-                                  "file:/{}/100%2525.jpg"])  # fmt: skip
+                                  "file:/{}/100%2525.jpg", "file:///{}/100%25.jpg"])  # fmt: skip
 def test_files_are_read(name, folder):
     assert read_picture(name.format(str(folder)[1:])).data == PNG
 

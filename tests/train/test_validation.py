@@ -66,6 +66,28 @@ def test_the_choice_is_the_seeds_and_is_remembered(shared, tmp_path):
     assert (hold_out(rows, 6, 1, known, "data", said.append) == first).all()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda noted: noted | {"rows": [0]},
+        lambda noted: noted | {"rows": [10**9]},
+        lambda noted: noted | {"rows": [[0]]},
+        lambda noted: {name: noted[name] for name in ("of", "rows")},
+        lambda noted: [],
+    ],
+    ids=["another row", "a row that is not there", "no number", "without a digest", "no object"],
+)
+def test_a_list_of_held_out_rows_that_was_changed_is_not_believed(shared, tmp_path, change):
+    rows, known = open_rows(shared, place().images("pretrain")), tmp_path / "known.json"
+    first = hold_out(rows, 6, 1, known, "data", lambda line: None)
+    noted = known.read_text()
+    known.write_text(json.dumps(change(json.loads(noted))))
+    assert (hold_out(rows, 6, 1, known, "data", lambda line: None) == first).all()
+    assert known.read_text() == noted
+    known.write_text("[" * 100_000)
+    assert (hold_out(rows, 6, 1, known, "data", lambda line: None) == first).all()
+
+
 def test_broken_rows_are_never_held_out(tmp_path):
     lines = read_rows(place().data("pretrain"))
     broken = [{**row, "image": "none.jpg"} if n % 2 else row for n, row in enumerate(lines)]

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
+from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.errors import MmvError
 from minimind_v.core.model.vision_spec import VisionSpec
 
 RECORD = "trained_with"  # the key of all this in the description of weights
@@ -82,10 +83,10 @@ def of_the_run(weights: Path) -> Companions:
         return UNKNOWN
     folder = weights.with_name(weights.stem.removesuffix("_best"))
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        out, data = Path(config["out"]), config["data"]
-        given = {"vision_model": Path(config["vision_model"]), "tokenizer": Path(data["tokenizer"])}
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no run, or no longer the file that it wrote
+        config = read_settings(folder / "config.yaml")
+        out = Path(config["out"])
+        given = {"vision_model": Path(config["vision_model"]), "tokenizer": Path(config["data.tokenizer"])}
+    except (OSError, KeyError, TypeError, MmvError):  # no run, or no longer the file that it wrote
         return UNKNOWN
     found = {}
     for name, path in given.items():

@@ -8,17 +8,20 @@ published names. Weights may be one file or shards with an index.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from minimind_v.core.checkpoint.keys import HEAD, TOWER, from_llava, module_name
+from minimind_v.core.checkpoint.keys import EMBEDDING, HEAD, TEXT, TOWER, from_llava, module_name
 from minimind_v.core.checkpoint.tensors import read_tensors
 from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
+from minimind_v.core.wording import plural
 
 META = "minimind_v"  # the key of our description in a safetensors header
 VISION = "vision_encoder."
@@ -53,8 +56,6 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if is_llava(folder):
         return _read_llava(folder, files, config)
     tensors, _ = _read_all(files, ())
-    if "model.embed_tokens.weight" in tensors:
-        tensors.setdefault(HEAD, tensors["model.embed_tokens.weight"])
     known = {_OLD_NAMES.get(name, name): value for name, value in config.items() if value is not None}
     return tensors, {"model": known}
 
@@ -69,7 +70,9 @@ def weight_files(folder: Path) -> list[Path]:
             shards = (read_json(index) or {}).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise WeightsError(f"{index}: names no files — download the folder again")
-            files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+            if elsewhere := [shard for shard in shards.values() if not _is_name(shard)]:
+                raise WeightsError(f"{index}: {elsewhere[0]!r} is no file in the folder — download the folder again")
+            files = [folder / shard for shard in sorted(set(shards.values()))]
             for file in files:
                 if not file.is_file():
                     raise WeightsError(f"{file} is missing, a part of the weights — download the folder again")
@@ -79,6 +82,11 @@ def weight_files(folder: Path) -> list[Path]:
     inside = ", ".join(path.name for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS_ENDINGS)
     which = f"one of {inside}" if inside else "the .pth or .safetensors"
     raise WeightsError(f"{folder}: a folder, not a weights file — name {which} in it")
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text names a file in a folder, and none outside of it."""
+    return bool(text) and text not in (".", "..") and not set(text) & set("/\\\0:")
 
 
 def _read_all(files: list[Path], without: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -97,11 +105,29 @@ def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tupl
     _refuse_other_llavas(folder, config)
     try:
         model = _text_sizes(config)
+        _refuse_lost_tokens(folder, tensors, model["vocab_size"])
         return from_llava(tensors, TextConfig(**model)), {"stage": _told_stage(metadata), "model": model}
     except KeyError as error:
         raise WeightsError(f"{folder}: {error.args[0]} is missing — convert or download it again") from None
-    except (UsageError, ValueError, TypeError, RuntimeError) as error:
+    except (UsageError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise WeightsError(f"{folder}: config.json and the weights do not fit ({error}) — convert it again") from None
+
+
+def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int) -> None:
+    """Raises WeightsError where tokens were added behind the image token: only rows before it can be kept.
+
+    Rows that no token of the folder's tokenizer has are padding.
+    """
+    rows = max((len(tensors[name]) for name in (TEXT + EMBEDDING, HEAD) if name in tensors), default=0)
+    if rows <= vocab_size + 1 or not (folder / "tokenizer.json").is_file():
+        return
+    ids = Tokenizer.load(folder).backend.get_vocab()
+    if added := sorted(token for token, id in ids.items() if id >= vocab_size):
+        raise WeightsError(
+            f"{folder}: {plural(len(added), 'token')} ({', '.join(added[:3])}) came behind the image token: their rows "
+            f"of the embedding would be lost — train with a tokenizer that has them and with "
+            f"--set model.vocab_size={vocab_size + len(added)}, then convert"
+        )
 
 
 def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ A mixture of experts is GraniteMoeShared in there, below `model.language_model.l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -102,27 +102,33 @@ def to_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Ten
 
 
 def from_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
-    """The way back: a LLaVA's text model and projector under the published names. Raises KeyError for what is missing.
+    """The way back: a LLaVA's text model and projector under the published names.
 
     Rows of the embedding behind the vocabulary (the image token's) fall away; a second layer of the projector that has
-    been trained is multiplied into the first.
+    been trained is multiplied into the first. Raises KeyError for what is missing, ValueError for another shape.
     """
     named = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
+    if TEXT + EMBEDDING not in named:  # tied: saved under the other name
+        named[TEXT + EMBEDDING] = tensors[HEAD]
     embedding = named.pop(TEXT + EMBEDDING)[: config.vocab_size]  # [V, D]
+    if not torch.equal(embedding, tensors.get(HEAD, embedding)[: config.vocab_size]):
+        raise ValueError(f"{HEAD} and {TEXT}{EMBEDDING} differ, but must be tied")
     found = {f"model.{EMBEDDING}": embedding, HEAD: embedding}
     if config.use_moe:
         for layer in range(config.num_hidden_layers):
             found |= _unstack_experts(named, layer, config)
     found |= {f"model.{name.removeprefix(TEXT)}": tensor for name, tensor in named.items()}
-    return found | _fold_projector(tensors)
+    return found | _fold_projector(tensors, config.hidden_size)
 
 
-def _fold_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fold_projector(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     """Two linear layers without anything between them are one."""
     first, bias, second, shift = (
         tensors[f"{PROJECTOR}{name}"]
         for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
     )
+    if second.shape != (width, width):
+        raise ValueError(f"{PROJECTOR}linear_2.weight is {list(second.shape)}")
     if shift.any() or not torch.equal(second, torch.eye(len(second), dtype=second.dtype)):
         exact = second.double()
         bias = (exact @ bias.double() + shift.double()).to(bias.dtype)
@@ -157,7 +163,9 @@ def _unstack_experts(named: dict[str, Tensor], layer: int, config: TextConfig) -
     ours, theirs = f"model.layers.{layer}.mlp.", f"{TEXT}layers.{layer}."
     found = {f"{ours}gate.weight": named.pop(f"{theirs}block_sparse_moe.router.weight")}
 
-    def give(kind: str, part: str, each: Iterable[Tensor]) -> None:
+    def give(kind: str, part: str, each: Sequence[Tensor] | Tensor) -> None:
+        if len(each) != (config.n_routed_experts if kind == "experts" else config.n_shared_experts):
+            raise ValueError(f"layer {layer} has {len(each)} {kind}")
         found.update({f"{ours}{kind}.{n}.{part}_proj.weight": tensor.contiguous() for n, tensor in enumerate(each)})
 
     gate, up = named.pop(f"{theirs}block_sparse_moe.experts.gate_up_proj").chunk(2, dim=1)  # [E, I, D]

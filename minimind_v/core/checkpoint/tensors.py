@@ -14,7 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minimind_v.core.checkpoint.torch_files import MOST_TENSORS, check_torch_file
 from minimind_v.core.errors import RunError, WeightsError
+
+_WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which other programs keep the weights
+_MOST_HEADER = 8 << 20  # bytes of the names and sizes of a safetensors file
 
 
 def read_tensors(path: Path, without: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -54,11 +58,12 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
         # A file, not its name: torch goes by the ending of a name. Its warnings are about files that are refused here.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            check_torch_file(path)
             mapped = path.suffix == ".bin" and file.peek(4)[:4] == b"PK\x03\x04"  # what is not used is not even read
             found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch's reader raises a dozen kinds on damaged files
         raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
-    for key in ("state_dict", "model"):
+    for key in 2 * _WRAPPERS:  # one may stand in another
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(
@@ -83,7 +88,7 @@ def _why_unreadable(error: Exception) -> str:
             "damaged, or no plain file of tensors, whose opening could run code, so it was not opened — "
             "download it again, from a source that you trust"
         )
-    first = textwrap.shorten((reason or type(error).__name__).splitlines()[0], 100, placeholder=" …")
+    first = textwrap.shorten((reason or type(error).__name__).splitlines()[0], 150, placeholder=" …")
     return f"truncated or damaged ({first}) — download it again"
 
 
@@ -105,12 +110,24 @@ def _read_safetensors(path: Path, without: tuple[str, ...]) -> tuple[dict[str, T
     except UnicodeEncodeError:
         raise WeightsError(f"{path}: safetensors files are opened by names that are UTF-8 only — rename it") from None
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as file:
+            if (count := len(file.keys())) > MOST_TENSORS:
+                raise ValueError(f"it has {count:,} tensors, the most is {MOST_TENSORS:,}")
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(without)}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: truncated or damaged ({error}) — download it again") from None
+        raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
     return tensors, meta
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError where the names and sizes of a safetensors file are longer than the file, or absurd."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    most = min(path.stat().st_size - 8, _MOST_HEADER)
+    if length > most:
+        raise ValueError(f"its header has {length:,} bytes, the most is {most:,}")
 
 
 def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:

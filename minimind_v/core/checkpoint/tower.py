@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minimind_v.core.checkpoint.folders import weight_files
-from minimind_v.core.checkpoint.tensors import read_tensors
+from minimind_v.core.checkpoint.generations import check_tower
+from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.hub.sources import how_to_get
 from minimind_v.core.model.bare import Bare
@@ -18,6 +19,7 @@ from minimind_v.core.model.vision_spec import ClipConfig, VisionSpec, does_not_l
 
 _OTHERS = ("text_model.", "text_projection", "visual_projection", "logit_scale", "language_model.",
            "multi_modal_projector.", "lm_head.", "model.language_model.", "model.multi_modal_projector.")  # fmt: skip
+_LAYERS = "encoder.layers."
 _PREFIXES = ("model.", "vision_tower.", "vision_model.")
 
 
@@ -32,6 +34,7 @@ class Tower:
 
 def read_tower(folder: Path) -> Tower:
     """The tower in the folder of a CLIP, a CLIPVisionModel or a LLaVA. Raises MissingInput or WeightsError."""
+    check_tower(folder, None)
     spec = read_vision_spec(folder)
     config = read_config(folder)
     if config.hidden_act not in ACTIVATIONS:
@@ -57,18 +60,32 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def _complete(folder: Path, tensors: dict[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
     """The tensors of a tower. The last norm may be missing: features are taken before it."""
-    with Bare():
-        wanted = ClipVision(config).state_dict()
+    wanted = tower_shapes(config)
     for part, make in (("weight", torch.ones), ("bias", torch.zeros)):
         name = f"post_layernorm.{part}"
-        tensors.setdefault(name, make(wanted[name].shape))
+        tensors.setdefault(name, make(wanted[name]))
     if missing := [name for name in wanted if name not in tensors]:
         raise WeightsError(
             f"{folder}: {len(missing)} tensors of the vision model are missing, the first is {missing[0]} "
             f"— {how_to_get('clip', folder)}"
         )
-    for name, tensor in wanted.items():
-        if tensors[name].shape != tensor.shape:
-            shape = f"{list(tensors[name].shape)}, and by config.json {list(tensor.shape)}"
-            raise WeightsError(does_not_load(folder, f"{name} is {shape}"))
+    if further := [name for name in tensors if name.startswith(_LAYERS) and name not in wanted]:
+        why = f"{further[0]} is in it, and config.json has {config.num_hidden_layers} layers"
+        raise WeightsError(does_not_load(folder, why))
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            sizes = f"{list(tensors[name].shape)}, and by config.json {list(shape)}"
+            raise WeightsError(does_not_load(folder, f"{name} is {sizes}"))
+        check_numbers(folder, name, tensors[name])
     return {name: tensors[name] for name in wanted}
+
+
+def tower_shapes(config: ClipConfig) -> dict[str, torch.Size]:
+    """The shape of each tensor. Of one layer, which all others are like: a configuration's number costs no memory."""
+    with Bare():
+        one = {
+            name: tensor.shape for name, tensor in ClipVision(replace(config, num_hidden_layers=1)).state_dict().items()
+        }
+    layer = {name: one.pop(name) for name in list(one) if name.startswith(_LAYERS)}
+    numbers = range(config.num_hidden_layers)
+    return one | {name.replace(".0.", f".{n}.", 1): shape for n in numbers for name, shape in layer.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,16 +20,18 @@ from torch import Tensor, nn
 
 from minimind_v.core.checkpoint.companions import RECORD, UNKNOWN, Companions, as_record, of_the_run, read_record
 from minimind_v.core.checkpoint.folders import META, VISION, read_folder
+from minimind_v.core.checkpoint.generations import check_weights
 from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import RunError, UsageError, WeightsError
-from minimind_v.core.files import sweep, write_atomically, write_text
+from minimind_v.core.files import MOST_JSON, sweep, write_atomically, write_text
 from minimind_v.core.gguf.files import is_gguf, read_gguf
 from minimind_v.core.hub.sources import weights_at
 from minimind_v.core.wording import plural
 
 PROJECTOR = "vision_proj."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix
 # Buffers that older versions of the published model saved and that are computed today.
 _OLD_BUFFERS = re.compile(r"(\.|^)(mask|pos_cis|freqs_cos|freqs_sin|inv_freq)$")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
@@ -61,7 +63,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of parameters, the tied head counted once."""
-        return sum(tensor.numel() for name, tensor in self.tensors.items() if name != "lm_head.weight")
+        return sum(tensor.numel() for name, tensor in self.tensors.items() if name != HEAD)
 
 
 @dataclass
@@ -99,19 +101,45 @@ def read_checkpoint(path: Path) -> Checkpoint:
     else:
         tensors, described = read_tensors(path)
         meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
-    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    tensors = _unwrap(path, tensors)
+    check_weights(path, tensors, described=bool(meta))
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
     for name, tensor in tensors.items():
         check_numbers(path, name, tensor)
+    _tie(path, tensors)
     config, guessed = _config_of(path, meta, infer_config(path, tensors)), not meta
-    stage = str(meta.get("stage") or _stage_of(path, tensors))
+    stage = meta.get("stage") if isinstance(meta.get("stage"), str) else None
+    stage = stage or _stage_of(path, tensors)
     companions = read_record(meta[RECORD], path.parent) if RECORD in meta else of_the_run(path)
     return Checkpoint(path, tensors, config, stage, ignored, guessed, companions)
 
 
+def _unwrap(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without what other programs put before their names."""
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        twice = next(name for name in tensors if _WRAPPERS.sub("", name) != name and _WRAPPERS.sub("", name) in tensors)
+        raise WeightsError(f"{path}: holds {twice} and {_WRAPPERS.sub('', twice)}, which are one — remove one of them")
+    return plain
+
+
+def _tie(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The embedding is the head as well: a file may have it under either name, or under both if they are equal."""
+    for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+        if name in tensors:
+            tensors.setdefault(other, tensors[name])
+    if EMBEDDING in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        shapes = " and ".join(str(list(tensors[name].shape)) for name in (HEAD, EMBEDDING))
+        raise WeightsError(
+            f"{path}: {HEAD} and {EMBEDDING} differ, but must be tied ({shapes}) — train with one matrix for both"
+        )
+
+
 def _read_beside(path: Path) -> dict[str, Any]:
     beside = path.with_suffix(".json")
+    if beside.is_file() and beside.stat().st_size > MOST_JSON:
+        raise WeightsError(f"{beside}: too long for the description of weights — delete it and try again")
     return _parse_meta(beside, beside.read_bytes()) if beside.is_file() else {}
 
 
@@ -130,7 +158,9 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
     Raises WeightsError where the tensors are not those of a MiniMind model.
     """
     try:
-        vocab, hidden = tensors["model.embed_tokens.weight"].shape
+        if not all(tensor.numel() for tensor in tensors.values()):
+            raise ValueError("a tensor is empty")
+        vocab, hidden = tensors[EMBEDDING].shape
         kv_width = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
         moe = "model.layers.0.mlp.gate.weight" in tensors
         ff = "model.layers.0.mlp." + ("experts.0." if moe else "") + "gate_proj.weight"
@@ -219,8 +249,6 @@ def fit(
     Raises WeightsError as `load_into` does.
     """
     given = dict(checkpoint.tensors)
-    if "lm_head.weight" not in given and "model.embed_tokens.weight" in given:
-        given["lm_head.weight"] = given["model.embed_tokens.weight"]  # tied
     receipt = Receipt(str(checkpoint.path), ignored=checkpoint.ignored)
     absent = [name for name in wanted if name not in given]
     projector = [name for name in wanted if name.startswith(PROJECTOR)]
@@ -244,8 +272,6 @@ def fit(
                 f"{checkpoint.path} was trained with {name} {told}, the model has {getattr(config, name)} — "
                 f"say --set model.{name}={told}"
             )
-    if not torch.equal(given["lm_head.weight"], given["model.embed_tokens.weight"]):
-        raise WeightsError(f"{checkpoint.path}: lm_head.weight and model.embed_tokens.weight differ, but must be tied")
     return given, receipt
 
 
@@ -256,6 +282,12 @@ def _advice(checkpoint: Checkpoint, receipt: Receipt, config: TextConfig) -> str
             return " — this is a text-only base without a projector; `mmv train pretrain` makes one"
         return (
             f" — it was trained with a vision model whose features are {checkpoint.vision_width} wide (--vision-model)"
+        )
+    tokens = checkpoint.config.vocab_size
+    if replace(checkpoint.config, vocab_size=config.vocab_size) == config and tokens != config.vocab_size:
+        return (
+            f" — they have {tokens} tokens and the model {config.vocab_size}: say --set model.vocab_size={tokens}, "
+            f"or rows of the embedding are lost"
         )
     preset = name_preset(checkpoint.config)
     if checkpoint.config == config:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +17,8 @@ import yaml
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.recipes import OWN_KEYS, RECIPES
 from minimind_v.core.config.schema import DataConfig, RunConfig, usual_workers
-from minimind_v.core.errors import MissingInput, UsageError, nearest
+from minimind_v.core.config.settings import parse_value, read_settings
+from minimind_v.core.errors import UsageError, nearest, unusable
 from minimind_v.core.hub.sources import DATASET_DIR, METADATA, ROWS, SAMPLE_DIR, dataset_files
 
 # Options of the command line whose configuration key has another name; all others are called as their key.
@@ -79,10 +83,11 @@ def resolve(
     # The model comes first: the recipe names its files after its size.
     recipe = RECIPES[name]
     sizes = {key: value for key, value in changes.items() if key.startswith("model.")}
+    files = {key: f"{source}: " for key, source in sources.items() if source == str(yaml_file)}
     if {"model.hidden_size"} & set(sizes):
         sizes.setdefault("model.intermediate_size", 0)
-    sized = recipe(_change(recipe(PRESETS[preset]), sizes).model)
-    config = _change(sized, {key: value for key, value in changes.items() if key not in sizes})
+    sized = recipe(_change(recipe(PRESETS[preset]), sizes, files).model)
+    config = _change(sized, {key: value for key, value in changes.items() if key not in sizes}, files)
     if "data.file" not in changes and (data := _find_data(config)) != config.data:
         config = replace(config, data=data)
         sources |= dict.fromkeys(("data.file", "data.images"), "what is there")
@@ -122,7 +127,7 @@ def _collect(
             changes[key] = value
         sources[key] = source
 
-    for key, value in (_read_yaml(yaml_file) if yaml_file else {}).items():
+    for key, value in (read_settings(yaml_file) if yaml_file else {}).items():
         put(key, value, str(yaml_file))
     for flag, value in options.items():
         if value is not None:
@@ -131,7 +136,7 @@ def _collect(
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"--set {item!r} is not of the form key=value")
-        put(key, _parse_value(item, value), "--set")
+        put(key, parse_value(value, f"--set {item!r}"), "--set")
     return changes, sources
 
 
@@ -147,8 +152,8 @@ def images_beside(data: Path) -> Path | None:
     ending = next((ending for ending in ROWS if data.name.endswith(ending)), "")
     stem = data.with_name(data.name.removesuffix(ending).removesuffix("_data") + "_images")
     places = (stem.with_name(stem.name + ".zip"), stem, stem.with_name(stem.name + ".tar"))
-    of_metadata = data.parent if data.name in METADATA and data.is_file() else None
-    return next((path for path in places if path.exists()), of_metadata)
+    of_metadata = data.parent if data.name in METADATA and os.path.isfile(data) else None
+    return next((path for path in places if os.path.exists(path)), of_metadata)  # of any name, also one too long
 
 
 def to_yaml(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:
@@ -202,49 +207,30 @@ def _find_init(config: RunConfig) -> Path | None:
     return next((place for place in places if place.is_file() and place.resolve() != own), config.init)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise MissingInput(f"no configuration file {path}")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: not a mapping of keys to values")
-    return _flatten(found)
-
-
-def _parse_value(item: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {item!r}: the value is not YAML") from None
-
-
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
-def _change(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
+def _change(config: Any, changes: Mapping[str, Any], files: Mapping[str, str], prefix: str = "") -> Any:
+    """A configuration with some keys changed; `files` names the file that gave a key. Raises UsageError."""
     hints = typing.get_type_hints(type(config))
     known = {item.name for item in fields(config)}
     values: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         name, dot, rest = key.partition(".")
+        source = files.get(prefix + key, "")
         if name not in known or bool(dot) != is_dataclass(getattr(config, name)):
-            raise UsageError(f"unknown configuration key {prefix}{key}{nearest(prefix + key, _keys(config, prefix))}")
+            near = nearest(prefix + key, _keys(config, prefix))
+            raise UsageError(f"{source}unknown configuration key {prefix}{key}{near}")
         if dot:
             nested.setdefault(name, {})[rest] = value
         else:
-            values[name] = _coerce(prefix + name, value, hints[name])
+            values[name] = _coerce(prefix + name, value, hints[name], source)
     for name, inner in nested.items():
-        values[name] = _change(getattr(config, name), inner, f"{prefix}{name}.")
-    return replace(config, **values)
+        values[name] = _change(getattr(config, name), inner, files, f"{prefix}{name}.")
+    try:
+        return replace(config, **values)
+    except UsageError as error:
+        flags = {name: rf"(?<!\w)({name}|{name.replace('_', '-')})(?![\w-])" for name in values}
+        named = (files.get(prefix + name, "") for name, flag in flags.items() if re.search(flag, str(error)))
+        raise UsageError(f"{next(filter(None, named), '')}{error}") from None
 
 
 def _keys(config: Any, prefix: str) -> list[str]:
@@ -255,28 +241,37 @@ def _keys(config: Any, prefix: str) -> list[str]:
     return [*names, "preset", "recipe"]
 
 
-def _coerce(key: str, value: Any, hint: Any) -> Any:
+def _coerce(key: str, value: Any, hint: Any, source: str = "") -> Any:
     """Make a value of YAML or of an option the type that the field has, or say that it cannot be."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
     kind = next(k for k in kinds if k is not type(None))
+    if kind in (str, Path) and isinstance(value, str | Path):
+        if trouble := unusable(str(value)):
+            raise UsageError(f"{source}{key} {trouble}: {str(value)!r}")
+        if kind is Path or isinstance(value, str):
+            return kind(value)
+    number = _as_number(value) if kind in (int, float) else None
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is float and number is not None:
+        return float(number)
+    if kind is int and number is not None and (isinstance(number, int) or number.is_integer()):
+        return int(number)
+    raise UsageError(f"{source}{key} must be of type {kind.__name__}, not {value!r}")
+
+
+def _as_number(value: Any) -> int | float | None:
+    """A number, also one that YAML reads as a text (1e-6); None for all else, and for one that is too large (1e400)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if abs(value) < 2**1000 else None
     try:
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if kind is int and not isinstance(value, bool) and float(value).is_integer():
-            return int(float(value))  # YAML reads 1e3 as text
-        if kind is float and not isinstance(value, bool):
-            return float(value)  # YAML reads 1e-6 as text
-        if kind is str and isinstance(value, str):
-            return value
-        if kind is Path and isinstance(value, str | Path):
-            return Path(value)
-    except (TypeError, ValueError):
-        pass
-    raise UsageError(f"{key} must be of type {kind.__name__}, not {value!r}")
+        number = float(value) if isinstance(value, str | float) else None
+    except ValueError:
+        return None
+    too_large = isinstance(value, str) and number is not None and math.isinf(number) and "inf" not in value.lower()
+    return None if too_large else number
 
 
 def _plain(value: Any) -> Any:

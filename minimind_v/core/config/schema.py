@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,31 @@ DTYPES = ("auto", "float32", "bfloat16")
 FEATURES = ("off", "auto", "exact", "int8")
 MOST_WORKERS = 16  # data workers of a run that nobody gave a number: more than feed any of today's GPUs
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+# The largest sizes of a language model, ten times those of any that this system trains: a file or a configuration with
+# more is refused before memory is taken. Whether this machine holds them together `limits` answers.
+MOST_SIZES = {
+    "hidden_size": 65_536,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 4_096,
+    "num_key_value_heads": 4_096,
+    "intermediate_size": 1_048_576,
+    "vocab_size": 1_048_576,
+    "max_position_embeddings": 16_777_216,
+    "num_experts_per_tok": 1_024,
+    "n_routed_experts": 1_024,
+    "n_shared_experts": 1_024,
+}
+MOST_FACTORS = {"rms_norm_eps": 1.0, "rope_theta": 1e12, "aux_loss_alpha": 1e6}
+MOST_PARAMETERS = 2_000_000_000
+# Of a run, with what to do instead where there is something.
+MOST = {
+    "max_length": (1 << 20, ""),
+    "batch_size": (1 << 14, "; for more rows per step raise --accumulate"),
+    "accumulate": (10**6, ""),
+    "epochs": (10**6, ""),
+    "gpus": (1 << 10, ""),
+}
+MOST_OF_ANY = 2**63 - 1  # what a file of a run can hold
 
 
 @dataclass(frozen=True)
@@ -37,13 +63,17 @@ class TextConfig:
     aux_loss_alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        for name in ("intermediate_size", "n_shared_experts", "aux_loss_alpha"):
-            _at_least(f"model.{name}", getattr(self, name), 0)
-        for name in ("max_position_embeddings", "rms_norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"model.{name} must be above 0, not {getattr(self, name)}")
+        if not isinstance(self.use_moe, bool):
+            raise UsageError(f"model.use_moe must be true or false, not {self.use_moe!r}")
+        for name, most in MOST_SIZES.items():
+            least = 0 if name == "intermediate_size" or "expert" in name else 1
+            _between(f"model.{name}", getattr(self, name), least, most)
+        for name, limit in MOST_FACTORS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"model.{name} must be a number, not {value!r}")
+            if not 0 <= value <= limit or (not value and name != "aux_loss_alpha"):
+                raise UsageError(f"model.{name} must lie between 0 and {limit:g}, not {value}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise UsageError(
                 f"model.hidden_size {self.hidden_size} must be an even multiple of "
@@ -61,11 +91,26 @@ class TextConfig:
         if not self.intermediate_size:
             rounded = 64 * -(-int(self.hidden_size * 8 / 3) // 64)
             object.__setattr__(self, "intermediate_size", rounded)
+        if self.parameters > MOST_PARAMETERS:
+            raise UsageError(
+                f"model.hidden_size {self.hidden_size} with model.num_hidden_layers {self.num_hidden_layers} makes "
+                f"{self.parameters:,} parameters, the most is {MOST_PARAMETERS:,}"
+            )
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the language model, the tied head counted once."""
+        width = self.hidden_size
+        attention = 2 * width * (width + self.num_key_value_heads * self.head_dim)
+        blocks = self.n_routed_experts + self.n_shared_experts if self.use_moe else 1
+        router = width * self.n_routed_experts if self.use_moe else 0
+        layer = attention + 3 * width * self.intermediate_size * blocks + router + 2 * width
+        return self.vocab_size * width + self.num_hidden_layers * layer + width
 
 
 def usual_workers(processes: int = 1) -> int:
@@ -87,9 +132,9 @@ class DataConfig:
     bad_rows: float = 0.01  # the share of broken rows above which a run is refused
 
     def __post_init__(self) -> None:
-        _at_least("--max-length", self.max_length, 1)
-        _at_least("--batch-size", self.batch_size, 1)
-        _at_least("--workers", self.workers, 0)
+        _option("max_length", self.max_length, 1)
+        _option("batch_size", self.batch_size, 1)
+        _option("workers", self.workers, 0)
         if not 0 <= self.bad_rows <= 1:
             raise UsageError(f"data.bad_rows is a share from 0 to 1, not {self.bad_rows:g}")
 
@@ -135,13 +180,14 @@ class RunConfig:
         one_of("features", self.features, FEATURES)
         one_of("track", self.track, TRACKERS)
         for flag in ("epochs", "accumulate", "gpus", "keep", "log_every", "val_rows"):
-            _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 1)
-        for flag in ("max_steps", "save_every", "val_every", "recall_rows", "seed"):
-            _at_least(f"--{flag.replace('_', '-')}", getattr(self, flag), 0)
+            _option(flag, getattr(self, flag), 1)
+        for flag in ("max_steps", "save_every", "val_every", "recall_rows"):
+            _option(flag, getattr(self, flag), 0)
         if self.save_minutes and not self.save_minutes >= 1:
             raise UsageError(f"--save-minutes must be at least 1, or 0 for never, not {self.save_minutes:g}")
+        _at_least("--seed", self.seed, 0)
         if self.seed >= 2**63:
-            raise UsageError(f"--seed must be below 2^63, not {self.seed}")
+            raise UsageError(f"--seed must be below 2^63, not {_shown(self.seed)}")
         if not 0 < self.lr < 1:
             raise UsageError(f"--lr must lie between 0 and 1, not {self.lr:g}")
         if not 0 <= self.weight_decay < 1:
@@ -152,7 +198,27 @@ class RunConfig:
 
 def _at_least(name: str, value: float, least: int) -> None:
     if not value >= least:  # so that NaN is refused too
-        raise UsageError(f"{name} must be at least {least}, not {value}")
+        raise UsageError(f"{name} must be at least {least}, not {_shown(value)}")
+
+
+def _between(name: str, value: int, least: int, most: int, instead: str = "") -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UsageError(f"{name} must be a whole number, not {value!r}")
+    _at_least(name, value, least)
+    if value > most:
+        raise UsageError(f"{name} must be at most {most:,}, not {_shown(value)}{instead}")
+
+
+def _option(name: str, value: int, least: int) -> None:
+    """Raise UsageError for a number of a run out of its bounds."""
+    _between(f"--{name.replace('_', '-')}", value, least, *MOST.get(name, (MOST_OF_ANY, "")))
+
+
+def _shown(value: float) -> str:
+    """A number as it is, or how long one is that nobody wants to read, and that Python refuses to print."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"a number of {int(value.bit_length() * math.log10(2)) + 1:,} digits"
+    return str(value)
 
 
 def one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:

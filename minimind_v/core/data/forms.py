@@ -86,6 +86,7 @@ class Talk:
     form: str
     parts: list[Any] | None = None  # for each mark what its part says of its picture; None without parts
     leads: bool = False  # the pictures stand before the first question where no mark says otherwise
+    needs: bool = False  # without a picture it says nothing
     notes: list[str] = field(default_factory=list)
 
 
@@ -110,6 +111,19 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
     A row without a conversation has None for it, which is told when the row is used.
     """
+    text = fields.get("conversations")
+    if type(text) is str and text.startswith("["):
+        fields = {**fields, "conversations": parse_talk(text, "conversations")}
+    row = _usual_row(fields)
+    if row is not None:
+        return refuse_unread(row)
+    try:
+        return _read_fields(fields)
+    except RecursionError:
+        raise RowError("nested too deeply", "json") from None
+
+
+def _read_fields(fields: Mapping[str, Any]) -> Row:
     rest = dict(fields)
     form = next((form for form in FORMS if form.fits(rest)), None)
     if form is None:
@@ -125,6 +139,58 @@ def read_row(fields: Mapping[str, Any]) -> Row:
     images = [f"picture {number}" if picture.name is None else picture.name for number, picture in enumerate(shown, 1)]
     inline = {position: picture.data for position, picture in enumerate(shown) if picture.data is not None}
     return refuse_unread(Row(talk.messages, images, rest, inline, tuple(talk.notes), talk.form))
+
+
+def _usual_row(fields: Mapping[str, Any]) -> Row | None:
+    """A row of the forms that published data has, by the million; None for any other, which takes longer to read."""
+    key = "conversations" if "conversations" in fields else "messages"
+    messages = fields.get(key)
+    if type(messages) is not list or not messages or (key == "conversations" and "messages" in fields):
+        return None
+    try:
+        if "from" in messages[0]:
+            messages = [
+                {"role": _LLAVA_ROLES[message["from"]], "content": message["value"]}
+                for message in messages
+                if len(message) == 2 or _LLAVA_ROLES[""]  # no more keys, or a KeyError
+            ]
+        marks = 0
+        for message in messages:
+            text = message["content"]
+            if len(message) != 2 or message["role"] not in _STANDARD or type(text) is not str:
+                return None
+            marks += text.count(IMAGE_MARK)
+    except (KeyError, TypeError, AttributeError):
+        return None
+    first = messages[messages[0]["role"] == "system" and len(messages) > 1]
+    if first["role"] == "assistant" or (marks > 1 and len(messages) > 2):
+        return None
+    extra = dict(fields)
+    del extra[key]
+    images: list[str] = []
+    inline: dict[int, Any] = {}
+    form = key
+    for name in PICTURES:
+        if name not in extra:
+            continue
+        if form != key:  # two fields of pictures
+            return None
+        value, form = extra.pop(name), f"{key} + {name}"
+        if type(value) is str and "://" not in value and not value.startswith(_DATA):
+            images = image_names(value)
+        elif isinstance(value, StoredPictures):
+            images = [f"picture {number}" for number in range(1, (marks or value.count()) + 1)]
+            inline = dict(enumerate(range(len(images))))
+        elif value is not None:
+            return None
+    if marks and not images:
+        return None
+    return Row(messages, images, extra, inline, (), form if images else key)
+
+
+_STANDARD = ("system", "user", "assistant")
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_DATA = ("data:", "/9j/", "iVBOR", "R0lG", "UklGR")
 
 
 def form_of(fields: Mapping[str, Any]) -> str:
@@ -242,9 +308,6 @@ def _messages(value: Any, form: str) -> Talk:
     return talk
 
 
-_STANDARD = ("system", "user", "assistant")
-
-
 def _message(message: Any) -> Any:
     """A message under our names: `from` and `value` are `role` and `content`, roles are ours, no field is null."""
     if not isinstance(message, dict):
@@ -267,7 +330,8 @@ def _drop_answer(talk: Talk) -> None:
     """An answer that no question stands before is dropped, as where a conversation begins with `gpt`."""
     messages = talk.messages
     first = 1 if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system" else 0
-    if len(messages) > first + 1 and isinstance(messages[first], dict) and messages[first].get("role") == "assistant":
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages[first : first + 2]]
+    if roles == ["assistant", "user"]:
         content = messages[first].get("content")
         if talk.parts is not None and isinstance(content, str):
             before = count_marks(messages[:first])
@@ -299,7 +363,7 @@ def _part(part: Any, number: int) -> tuple[str, list[Any]]:
     if not isinstance(part, dict):
         raise RowError(f"message {number} has a part that is neither text nor a picture", "conversations")
     there = {key: value for key, value in part.items() if value not in (None, "", [], {})}
-    kind = there.get("type", "text" if isinstance(there.get("text"), str) else "image")
+    kind = there.get("type") or ("text" if isinstance(there.get("text"), str) else next(iter(there), None))
     kind = kind.lower() if isinstance(kind, str) else kind
     if kind in PART_TEXT and not any(key in there for key in PART_IMAGE):
         text = there.get("text", there.get("content", ""))
@@ -378,7 +442,7 @@ def _read_caption(fields: dict[str, Any]) -> Talk:
     chinese = len(_HAN.findall(text)) > len(_LATIN.findall(text))
     question = DESCRIBE_CHINESE if chinese else DESCRIBE
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-    return Talk(messages, key, leads=True, notes=[SEVERAL_CAPTIONS] if several else [])
+    return Talk(messages, key, leads=True, needs=True, notes=[SEVERAL_CAPTIONS] if several else [])
 
 
 def _first_text(value: Any, key: str) -> tuple[str, bool]:
@@ -546,9 +610,11 @@ def _place(talk: Talk, pictures: list[Picture] | StoredPictures) -> list[Picture
         marks = count_marks(messages)
         trusted = marks == 1 or (marks > 1 and not _mark_in_each_question(messages))
         pictures = _counted(pictures, marks if trusted else None)
+    if talk.needs and not pictures:
+        raise RowError(f"the row has a `{talk.form}` and no picture", "picture missing")
     if not pictures or not isinstance(messages, list):
         return pictures
-    if talk.leads and not count_marks(messages):
+    if talk.leads and messages and not count_marks(messages):
         first = next(number for number, message in enumerate(messages) if message["role"] == "user")
         question = messages[first]["content"]
         messages[first] = {"role": "user", "content": f"{IMAGE_MARK}\n" * len(pictures) + question}

@@ -14,7 +14,7 @@ import numpy as np
 from minimind_v.core.data.digests import Digests, picture_digest, text_digest
 from minimind_v.core.data.row import RowStore
 from minimind_v.core.errors import RowError, UsageError
-from minimind_v.core.files import write_text
+from minimind_v.core.files import read_notes, write_text
 
 
 def hold_out(
@@ -23,8 +23,8 @@ def hold_out(
     """Which rows are held out, bool [rows]: about `wanted` of them, at most a tenth.
 
     Finding out which rows share a picture means reading every picture once. So the choice is kept in the file `known`,
-    and is taken from there by any run over the same data, which `origin` stands for. Raises UsageError where none can
-    be held out.
+    and is taken from there by any run over the same data, which `origin` stands for. It proves itself by a digest: what
+    was changed there is chosen again. Raises UsageError where none can be held out.
     """
     wanted = min(wanted, len(rows) // 10)
     key = hashlib.blake2b(json.dumps([origin, len(rows), wanted, seed]).encode(), digest_size=8).hexdigest()
@@ -33,7 +33,7 @@ def hold_out(
         say(f"choosing rows to hold out: looking at the pictures of all {len(rows):,} rows, once")
         held = choose(group_by_picture(rows, lambda index, error: None), wanted, seed)
         chosen = np.flatnonzero(held).tolist()
-        write_text(known, json.dumps({"of": key, "rows": chosen}) + "\n")
+        write_text(known, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
     if not chosen:
         raise UsageError(
             f"{rows.path}: none of its {len(rows)} rows can be held out by picture, so there is nothing to validate on "
@@ -102,8 +102,12 @@ def digests_of(rows: RowStore, index: int) -> list[int]:
 
 
 def _read(known: Path, key: str) -> list[int] | None:
-    try:
-        found = json.loads(known.read_text(encoding="utf-8"))
-        return list(map(int, found["rows"])) if found["of"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+    noted = read_notes(known)
+    chosen = noted.get("rows")
+    if not isinstance(chosen, list) or not all(isinstance(row, int) for row in chosen):
         return None
+    return chosen if noted.get("of") == key and noted.get("digest") == _digest(key, chosen) else None
+
+
+def _digest(key: str, chosen: list[int]) -> str:
+    return hashlib.blake2b(json.dumps([key, chosen]).encode(), digest_size=8).hexdigest()

@@ -19,12 +19,13 @@ import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 from PIL.Image import Transpose
 
+from minimind_v.core.data import jpeg, png, tiff
 from minimind_v.core.errors import RowError
 
 PIXEL_LIMIT = 100_000_000  # pixels of one picture; a few kilobytes can unpack to gigabytes
 HUNGRY = {"WEBP": 50_000_000, "AVIF": 50_000_000}  # their decoders hold 16 bytes and more of each; others four to nine
 TILE_LIMIT = 4096**2  # pixels of a TIFF's tile, which may be larger than the picture and is unpacked whole
-SCAN_LIMIT = 100  # of a progressive JPEG, which has about ten; each costs a walk over the whole picture
+TEXT_LIMIT = 2_000_000  # pixels of a PPM that is text, or has levels of its own: Pillow reads them in Python
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")  # no programs, no drawings, no guesses
 
 # The short side of a draft is at least so many times the model's. Measured against decoding at full size, in grey
@@ -35,8 +36,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")  # no pro
 #   largest                          21      14       7
 DRAFT_MARGIN = 2
 # What else than its bytes decides a picture's pixels: features are remembered under it. A change of code changes 1.
-RENDERING = f"1, margin {DRAFT_MARGIN}, Pillow {Image.__version__}"
+RENDERING = f"2, margin {DRAFT_MARGIN}, Pillow {Image.__version__}"
 
+TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TURNS = {  # EXIF orientation (tag 0x0112) → what brings the picture upright
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -70,18 +72,15 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode a picture at its full size: upright, RGB. Raises RowError naming `name`."""
     with _blame(name):
-        picture = _open(data)
-        _load(picture, data)
+        picture = _load(data, None)[0]
         return _turn(_to_eight_bits(picture), _orientation(picture)).convert("RGB")
 
 
 def load_pixels(data: bytes, name: str, size: int) -> np.ndarray:
     """Decode and prepare a picture: uint8 [3, size, size]. Raises RowError naming `name`."""
     with _blame(name):
-        picture = _open(data)
-        extent = _draft(picture, size)
-        _load(picture, data)
-        small = _shrink(_to_eight_bits(picture), size, extent or picture.size)
+        picture, extent = _load(data, size)
+        small = _shrink(_to_eight_bits(picture), size, extent)
         return _crop(_turn(small, _orientation(picture)), size)
 
 
@@ -116,6 +115,11 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(_describe(data)) from None
     if picture.width * picture.height > min(PIXEL_LIMIT, HUNGRY.get(picture.format or "", PIXEL_LIMIT)):
         raise Image.DecompressionBombError(f"{picture.width}×{picture.height} pixels are too many")
+    if picture.format == "PPM" and picture.tile[0][0] in ("ppm", "ppm_plain"):  # type: ignore[attr-defined]
+        if picture.width * picture.height > TEXT_LIMIT:
+            raise Image.DecompressionBombError(
+                f"{picture.width}×{picture.height} pixels are too many for this kind of PPM: save it as PNG"
+            )
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         tile = [picture.tag_v2.get(tag, 0) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)]
         if tile[0] * tile[1] > TILE_LIMIT:
@@ -137,16 +141,29 @@ def _draft(picture: Image.Image, size: int) -> tuple[float, float] | None:
     return drafted[1][2:] if drafted else None
 
 
-def _load(picture: Image.Image, data: bytes) -> None:
-    """Decode all pixels. A file that breaks off raises, whatever another library made of Pillow's switch for it."""
-    if picture.format in ("JPEG", "MPO"):
-        begin = picture.fp.tell()  # type: ignore[attr-defined]  # behind the header of the first scan
-        if data.rfind(b"\xff\xd9") < begin:  # a download that never filled its file: zeros decode without complaint
-            raise ValueError("the file breaks off")
-        if "progressive" in picture.info and data.count(b"\xff\xda", begin) >= SCAN_LIMIT:
-            raise ValueError(f"more than {SCAN_LIMIT} scans")
+def _load(data: bytes, size: int | None) -> tuple[Image.Image, tuple[float, float]]:
+    """Decode all pixels, or a draft for `size`. Returns how much of it is picture and not padding too.
+
+    A file that breaks off raises, whatever another library made of Pillow's switch for it.
+    """
+    layout = jpeg.Layout()
+    if data.startswith(b"\xff\xd8"):
+        layout = jpeg.read_layout(data)
+        if layout.exif and (shorter := jpeg.drop_hostile_exif(data, layout)) is not data:
+            data, layout = shorter, jpeg.read_layout(shorter)
+    elif data.startswith(png.MAGIC):
+        data = png.keep_pixels(data)
+    elif data.startswith(TIFFS) and not tiff.is_bounded(data):
+        raise ValueError("its directory has more fields or longer ones than the file has room for")
+    picture = _open(data)
+    extent = (_draft(picture, size) if size else None) or picture.size
+    if layout.waits:
+        jpeg.load(picture, layout, data, lambda: _open(data))
+    elif layout.frame and not layout.followed:
+        raise ValueError(jpeg.BREAKS_OFF)
     with _strictly():
         picture.load()
+    return picture, extent
 
 
 _switching = threading.Lock()
@@ -169,6 +186,8 @@ def _strictly() -> Iterator[None]:
 def _orientation(picture: Image.Image) -> int:
     """EXIF's orientation, of a picture that is decoded: some formats keep it behind the pixels."""
     try:
+        if not tiff.is_bounded(picture.info.get("exif", b"").removeprefix(b"Exif\0\0")):
+            return 1
         return picture.getexif().get(0x0112, 1)
     except Exception:  # broken EXIF is no reason to lose a good picture
         return 1
@@ -215,20 +234,34 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _scale_levels(picture: Image.Image) -> Image.Image:
-    """16 bits and more: 255 stays the top of a picture whose levels go no higher, else 65535 is."""
+    """16 bits and more, and floats. What is below 0, and what is no number, is black."""
     rows = max(1, 2**20 // picture.width)  # at a time: as numbers they take many times the picture's memory
     strips = [(0, top, picture.width, min(top + rows, picture.height)) for top in range(0, picture.height, rows)]
-    highest = max(_levels(picture, strip).max() for strip in strips)
-    limit = 65535 if highest > 255 else 255
+    ranges = [_finite_range(_levels(picture, strip)) for strip in strips]
+    top = _top(picture.mode, min(low for low, _ in ranges), max(high for _, high in ranges))
     scaled = np.empty((picture.height, picture.width), np.uint8)
     for strip in strips:
-        scaled[strip[1] : strip[3]] = (_levels(picture, strip).clip(0, limit) / limit * 255).round()
+        scaled[strip[1] : strip[3]] = (np.nan_to_num(_levels(picture, strip)).clip(0, top) / top * 255).round()
     return Image.fromarray(scaled)
+
+
+def _top(mode: str, lowest: float, highest: float) -> float:
+    """The level that is white, of the usual ones the first that no level of the picture exceeds."""
+    if mode == "F" and highest <= 1:
+        return 1
+    if mode == "I" and lowest < 0 and 255 < highest <= 32767:
+        return 32767
+    return next((top for top in (255, 65535) if highest <= top), highest)
+
+
+def _finite_range(levels: np.ndarray) -> tuple[float, float]:
+    finite = np.isfinite(levels)
+    return levels.min(where=finite, initial=0), levels.max(where=finite, initial=0)
 
 
 def _levels(picture: Image.Image, strip: tuple[int, int, int, int]) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # a float may be a signalling NaN
-        return np.nan_to_num(np.asarray(picture.crop(strip)).astype(np.float64))
+        return np.asarray(picture.crop(strip)).astype(np.float64)
 
 
 def _turn(picture: Image.Image, orientation: int) -> Image.Image:

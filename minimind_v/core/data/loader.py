@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import sys
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.token_store import Text, TokenStore, not_kept
 from minimind_v.core.data.workers import Packed, Whereabouts, affordable, begin, end, unpacked
 from minimind_v.core.interrupt import SIGNALS
+from minimind_v.core.processes import Parent
 
 LANES = 4  # each holds parts of a parquet file in memory; 1, 2 and 4 workers share them evenly
 WINDOW = 32  # updates per window: enough to find rows of one length, and few enough to keep the order random
@@ -212,7 +214,7 @@ def load_updates(
         num_workers=workers,
         prefetch_factor=plan.prefetch if workers else None,
         pin_memory=pin,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=partial(_prepare, Parent.here()),
         generator=torch.Generator(),  # its draw would otherwise be one from the program's own random numbers
     )
     updates: Any = begin(loader)
@@ -224,8 +226,8 @@ def load_updates(
     try:
         yield from unpacked(updates, plan, processes) if workers else updates
     finally:
-        atexit.unregister(stop)
         stop()
+        atexit.unregister(stop)  # not before: what interrupts it leaves that to the program's end
 
 
 def _allow_files() -> None:
@@ -244,7 +246,11 @@ def load_batches(plan: BatchPlan, workers: int) -> Generator[Batch, None, None]:
             yield from update
 
 
-def _leave_signals(_: int) -> None:
-    """Signals to the whole group are the main process's business; it ends its workers itself."""
+def _prepare(parent: Parent, _: int) -> None:
+    """A worker ends with its parent. Signals to the whole group are that one's business; it ends its workers itself."""
+    parent.end_with_it()
+    shown = sys.excepthook
+    # A thread of this process hands over what its parent asked for, and no longer takes where it was interrupted.
+    sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError) else shown(kind, *error)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -72,9 +72,8 @@ class ParquetRows:
             self._single = not _is_list(schema.field(self._bytes).type)
             present, self._nulls = _count_bytes(footers, self._bytes)
             self._aside = _path_leaf(footers, self._bytes)
-            if self._aside:  # how many a row has, and their names, without their bytes
+            if self._aside and not present:  # names, and no bytes at all
                 text.append(self._aside)
-            if self._aside and not present:
                 binary.remove(self._bytes)
                 self._bytes = ""
         self._images = open_pictures(None if self._bytes and not self._nulls else images)
@@ -85,6 +84,8 @@ class ParquetRows:
         self._text = _Pieces(files, footers, text, KEPT_TEXT)
         self._others = _Pieces(files, footers, others, KEPT_TEXT) if others else None
         self._data = _Pieces(files, footers, [self._bytes], KEPT_PICTURES) if self._bytes else None
+        # How many pictures a row has, without their bytes.
+        self._paths = _Pieces(files, footers, [self._aside], KEPT_TEXT) if self._bytes and self._aside else None
         self._ends = np.cumsum([footer.num_rows for footer in footers])  # of each file, in rows
         if len(self) == 0:
             raise DataError(f"{path}: the file has no rows")
@@ -113,21 +114,21 @@ class ParquetRows:
     def row(self, index: int) -> Row:
         fields = {name: value for name, value in self._text.row(index).items() if value is not None}
         if self._bytes:
-            beside = fields.pop(self._bytes, None)
-            fields[self._bytes] = StoredPictures(lambda: self._count(index, beside))
+            fields[self._bytes] = StoredPictures(lambda: self._count(index))
         row = read_row(fields)
-        if set(row.extra) == {"extra"} and isinstance(row.extra["extra"], str):
-            row = replace(row, extra=_unpack_extra(row.extra["extra"]))
+        if len(row.extra) == 1 and isinstance(text := row.extra.get("extra"), str):
+            row = replace(row, extra=_unpack_extra(text))
         if not row.images:
             row.extra.pop(self._bytes, None)
             refuse_unread(row, self._others.row(index) if self._others else None)
         return row
 
-    def _count(self, index: int, beside: Any) -> int:
-        """How many pictures a row has; `beside` are their paths, where they have some."""
-        if self._nulls or not (self._single or self._aside):
+    def _count(self, index: int) -> int:
+        """How many pictures a row has; their bytes are read only where nothing else says it."""
+        if self._nulls or not (self._single or self._paths):
             return len(self._cells(index))
-        return len(beside) if isinstance(beside, list) else 1
+        paths = [] if self._single or self._paths is None else self._paths.row(index)[self._bytes]
+        return 1 if self._single else len(paths or [])
 
     def _cells(self, index: int) -> list[Picture]:
         """What the row has of pictures."""
@@ -194,7 +195,7 @@ class _Pieces:
         for name in self.names:
             try:
                 row[name] = piece.column(name)[place].as_py()
-            except (UnicodeDecodeError, pa.ArrowException, ValueError, OverflowError) as error:
+            except Exception as error:  # one bad byte is no UTF-8, and other damage raises many kinds
                 raise RowError(f"`{name}` cannot be read ({' '.join(str(error).split())})", "json") from None
         return row
 
@@ -206,7 +207,7 @@ class _Pieces:
         if number not in self._kept:
             try:
                 self._kept[number] = self._read(number)
-            except (pa.ArrowException, OSError) as error:
+            except Exception as error:  # the library raises many kinds on damaged files
                 file = self.files[self.groups[number, 0]]
                 text = " ".join(str(error).split())
                 raise RowError(
@@ -278,14 +279,16 @@ def _footer(file: Path) -> pq.FileMetaData:
 
 def _read_footer(file: Path) -> pq.FileMetaData:
     try:
-        return _footer(file)
-    except (pa.ArrowException, OSError) as error:
+        footer = _footer(file)
+        _leaves(footer), footer.schema.to_arrow_schema().names
+    except Exception as error:  # the library raises many kinds on damaged files
         found = (
             stand_in(file)
             or no_rows(file)
             or f"not a parquet file ({' '.join(str(error).split())}) — download it again"
         )
         raise DataError(f"{file}: {found}") from None
+    return footer
 
 
 def _names(footer: pq.FileMetaData) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -116,11 +117,12 @@ class FolderPictures:
 
 def _folders_of(path: Path) -> list[tuple[str, ...]]:
     """The names of a folder and the folders above it, as it was named and as it is without links."""
-    return [PicturePath.of(str(path)).composed().names for path in (path.absolute(), path.resolve())]
+    texts = [os.fsencode(form).decode("utf-8", "surrogateescape") for form in (path.absolute(), path.resolve())]
+    return [PicturePath.of(text).composed().names for text in texts]
 
 
 def _files_at(folder: bytes, names: tuple[str, ...]) -> Iterator[bytes]:
-    """The files at a path below a folder, as it stands first, then with other compositions of its names."""
+    """The files at a path below a folder, as it stands first, then as other systems write its names."""
     whole = "/".join(names)
     if whole.isascii():
         path = os.path.join(folder, whole.encode())
@@ -128,15 +130,21 @@ def _files_at(folder: bytes, names: tuple[str, ...]) -> Iterator[bytes]:
             yield path
         return
     first, *rest = names
-    for spelling in dict.fromkeys([first, *(unicodedata.normalize(form, first) for form in ("NFC", "NFD"))]):
-        try:
-            path = os.path.join(folder, spelling.encode("utf-8", "surrogateescape"))
-        except UnicodeEncodeError:  # half a character: no name of a file
-            return
+    for spelling in _bytes_of(first):
+        path = os.path.join(folder, spelling)
         if not rest and _is(path, stat.S_ISREG):
             yield path
         if rest and _is(path, stat.S_ISDIR):
             yield from _files_at(path, tuple(rest))
+
+
+def _bytes_of(name: str) -> Iterator[bytes]:
+    """How a file system may hold a name: composed or decomposed UTF-8, or as old Chinese Windows wrote it."""
+    forms = dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
+    for encoding in ("utf-8",) if name.isascii() else ("utf-8", "gbk"):
+        for form in forms:
+            with contextlib.suppress(UnicodeEncodeError):
+                yield form.encode(encoding, "surrogateescape")
 
 
 def _is(path: bytes, kind: Callable[[int], bool]) -> bool:

@@ -62,7 +62,7 @@ class SavedRows:
         self.left_out = (
             f"{path}: bytes in {', '.join(self._others)} are neither read nor copied" if self._others else ""
         )
-        self._rows = found
+        self._rows = found.with_format("arrow")
         self._images = open_pictures(images)
 
     @property
@@ -84,7 +84,10 @@ class SavedRows:
 
     def row(self, index: int) -> Row:
         try:
-            fields = {name: value for name, value in self._rows[index].items() if value is not None}
+            table = self._rows[index]
+            table.validate(full=True)  # what a damaged file says of lengths leads anywhere in memory
+            cells = {name: table.column(name)[0].as_py() for name in table.column_names}
+            fields = {name: value for name, value in cells.items() if value is not None}
         except Exception as error:  # the library raises many kinds
             raise RowError(f"cannot be read ({' '.join(str(error).split())})", "json") from None
         others = {name: fields.pop(name) for name in self._others if name in fields}

@@ -221,15 +221,17 @@ class JsonlRows(_TextRows):
                 firsts.append(chunk[starts])
                 begin, fresh = begin + len(chunk), data.endswith(b"\n")
             found = np.concatenate(offsets)
-            # Only a line that begins with white space can be blank, so only those are looked at.
-            blank = [n for n in np.flatnonzero(np.concatenate(firsts) <= ord(" ")) if _is_blank(file, found[n])]
+            # Only a line that begins with white space can be blank, and the first, which a byte order mark may begin.
+            spaced = np.concatenate(firsts) <= ord(" ")
+            spaced[:1] = True
+            blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, found[n])]
         lines = np.arange(1, len(found) + 1)
         return np.delete(np.stack([found, lines]), blank, axis=1)
 
 
 def _is_blank(file: Any, offset: int) -> bool:
     file.seek(offset)
-    while not (piece := file.readline(HEAD)).strip():
+    while not (piece := file.readline(HEAD)).removeprefix(b"\xef\xbb\xbf").strip():
         if not piece or piece.endswith(b"\n"):
             return True
     return False

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from minimind_v.core.errors import MissingInput, RowError, WeightsError
 from minimind_v.core.hub.sources import how_to_get
 
 PLACEHOLDER = "@"  # one of these stands for one patch of a picture
+MOST_BYTES = 64 << 20  # of a tokenizer.json: twice the largest vocabularies of today
+MOST_STEPS, MOST_GROWTH = 16, 64  # of a normalizer
 IMAGE_TOKEN = "<|image|>"  # does so in a folder that was exported for transformers, behind the vocabulary
 
 
@@ -32,8 +38,14 @@ class Tokenizer:
         """Load `tokenizer.json` from a folder. Raises MissingInput or WeightsError, each with the next step."""
         path = find_tokenizer(folder)
         try:
-            backend = FastTokenizer.from_str(_without_image_token(path.read_text(encoding="utf-8")))
-        except Exception as error:  # the Rust library raises plain Exception
+            text = _read(path)
+            backend = FastTokenizer.from_str(_without_image_token(text))
+            _check_ids(backend)
+            if backend.normalizer is not None:
+                _check_growth(json.loads(text)["normalizer"])
+        except BaseException as error:  # the Rust library raises plain Exception, and a panic that is none
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise WeightsError(f"{path}: not a tokenizer ({error}) — {how_to_get('tokenizer', folder)}") from None
         ids = []
         for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", PLACEHOLDER):
@@ -50,9 +62,16 @@ class Tokenizer:
         self.__dict__.update(state)
         self.backend.encode_special_tokens = True  # the library leaves it out when it is pickled
 
+    @cached_property
+    def last_token(self) -> str:
+        """The token with the largest id."""
+        ids = self.backend.get_vocab()
+        return max(ids, key=ids.__getitem__)
+
     @property
     def vocab_size(self) -> int:
-        return self.backend.get_vocab_size()
+        """How many rows an embedding must have: the largest id decides, not the number of tokens."""
+        return int(self.backend.token_to_id(self.last_token) or 0) + 1
 
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of ordinary text. Raises RowError where it is no text."""
@@ -64,6 +83,37 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, without the special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def _read(path: Path) -> str:
+    """The text of a `tokenizer.json`. Raises ValueError where it is longer than that of any model."""
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, the most is {MOST_BYTES:,}")
+    return path.read_text(encoding="utf-8")
+
+
+def _check_growth(normalizer: Any) -> None:
+    """Raises ValueError for a normalizer that makes much of little: each step may multiply the one before."""
+    steps = list(_steps(normalizer))
+    growth = prod(max(len(str(step.get("content") or step.get("prepend") or "")), 1) for step in steps)
+    if len(steps) > MOST_STEPS or growth > MOST_GROWTH:
+        raise ValueError(f"its normalizer could make a text {growth:,} times as long in {len(steps)} steps")
+
+
+def _steps(normalizer: Any) -> Iterator[dict[str, Any]]:
+    """What a normalizer does, one after another."""
+    if isinstance(normalizer, dict):
+        yield normalizer
+        for step in normalizer.get("normalizers") or []:
+            yield from _steps(step)
+
+
+def _check_ids(backend: FastTokenizer) -> None:
+    """Raises ValueError where two tokens have one id, which no text would tell apart."""
+    ids = backend.get_vocab()
+    if len(set(ids.values())) < len(ids):
+        id = Counter(ids.values()).most_common(1)[0][0]
+        raise ValueError(f"{' and '.join(repr(token) for token in ids if ids[token] == id)} have the id {id}")
 
 
 def find_tokenizer(folder: Path) -> Path:

@@ -96,6 +96,9 @@ def _rests(conversations: list[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _unread_mark(text: str) -> str | None:
+    rest = text.replace(IMAGE_MARK, "")
+    if "<" not in rest and "[" not in rest:  # as in nearly every text
+        return None
     for found in MARK.finditer(text):
         mark = found[0]
         if mark == IMAGE_MARK or (TAG.fullmatch(mark) and WEB_PAGE.search(text)):

@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_v.core.data.parcel import Parcel
 from minimind_v.core.errors import MmvError, RunError
+from minimind_v.core.processes import end_processes
 
 SHM = Path("/dev/shm")
+GRACE = 3.0  # seconds that all workers together may take to end
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,29 @@ def _place(plan: Any, process: int) -> str | None:
 
 
 def end(updates: Any, processes: list[Any]) -> None:
-    """End the workers, also one that hangs. They ignore the signal by which torch would end that."""
+    """End the workers, also those that hang in a decoder or wait for a dead network disk.
+
+    torch would give each of them ten seconds, one after the other, and the interpreter at its end wait for ever.
+    """
+    if processes:
+        _ask(updates)
+        stuck = end_processes(processes, GRACE)
+        updates._workers = [process for process in processes if process not in stuck]
     getattr(updates, "_shutdown_workers", lambda: None)()
-    for process in processes:
-        if process.is_alive():
-            process.kill()
+
+
+def _ask(updates: Any) -> None:
+    """What torch's own shutdown asks of its thread and of its workers, in its order, without waiting for these."""
+    if thread := getattr(updates, "_pin_memory_thread", None):
+        updates._pin_memory_thread_done_event.set()
+        updates._worker_result_queue.put((None, None))
+        thread.join(GRACE)
+        if thread.is_alive():  # it reads what a worker has begun to send
+            del updates._pin_memory_thread
+    updates._workers_done_event.set()
+    for number, available in enumerate(updates._workers_status):
+        if available:
+            updates._mark_worker_as_unavailable(number, shutdown=True)
 
 
 # --- what /dev/shm is still needed for --------------------------------------------------------------------------------

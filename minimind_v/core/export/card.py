@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from minimind_v.core.config.settings import read_settings
+from minimind_v.core.errors import MmvError
 from minimind_v.core.export.order import Order
 from minimind_v.core.export.source import Source
 from minimind_v.core.train.schedule import peak
@@ -89,13 +89,11 @@ def _training(source: Source, order: Order) -> str:
     run = order.model.with_suffix("")
     settings, last = _settings(run / "config.yaml"), _last_update(run / "metrics.jsonl")
     rows: dict[str, Any] = {"stage": source.checkpoint.stage}
-    for name, keys in {
-        "data": ("data", "file"), "started from": ("init",), "vision model": ("vision_model",), "trained": ("freeze",),
-        "learning rate": ("lr",), "seed": ("seed",),
+    for name, key in {
+        "data": "data.file", "started from": "init", "vision model": "vision_model", "trained": "freeze",
+        "learning rate": "lr", "seed": "seed",
     }.items():  # fmt: skip
-        value: Any = settings
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
+        value = settings.get(key)
         if value is not None:
             rows[name] = Path(value).name if isinstance(value, str) else value
     if isinstance(lr := rows.pop("learning rate", None), float):
@@ -111,15 +109,14 @@ def _training(source: Source, order: Order) -> str:
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_settings(path)
+    except (OSError, MmvError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _last_update(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -5,6 +5,7 @@ As a program: imports the modules that it is given, then for each call on stdin 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -14,6 +15,7 @@ import tempfile
 from typing import Any
 
 from minimind_v.core.errors import MmvError, RunError
+from minimind_v.core.processes import KILLED, Parent
 
 SETTINGS = {
     # transformers is to say nothing, and to look nowhere but into the folders that it is given.
@@ -23,6 +25,7 @@ SETTINGS = {
     # Threads that wait asleep: beside other busy processes spinning ones took 80 CPU seconds for what takes 14.
     "OMP_WAIT_POLICY": "PASSIVE",
 }  # fmt: skip
+PARENT = "MMV_PARENT"  # in the environment of the process: the number of the one that started it
 
 
 class Worker:
@@ -33,7 +36,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, *modules],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-            env=os.environ | SETTINGS,
+            env=os.environ | SETTINGS | {PARENT: str(os.getpid())},
         )  # fmt: skip
 
     def __enter__(self) -> Worker:
@@ -41,7 +44,8 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the system waits for a dead disk in its name
+            self.process.communicate(timeout=KILLED)
         self.errors.close()
 
     def call(self, function: str, *args: Any) -> Any:
@@ -69,7 +73,8 @@ class Worker:
 
 
 def serve(modules: list[str]) -> None:
-    """Answer calls until there are no more."""
+    """Answer calls until there are no more, or who makes them is gone."""
+    Parent(int(os.environ[PARENT])).end_with_it()
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     for module in modules:

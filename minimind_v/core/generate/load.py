@@ -10,7 +10,9 @@ from torch import Tensor
 
 from minimind_v.core.checkpoint.companions import Companion, tidy, tokenizer_digest, vision_digest
 from minimind_v.core.checkpoint.folders import is_llava
-from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, load_into, read_checkpoint
+from minimind_v.core.checkpoint.generations import check_tokenizer, check_tower
+from minimind_v.core.checkpoint.keys import published_shapes
+from minimind_v.core.checkpoint.weights import Checkpoint, Receipt, fit, load_into, read_checkpoint
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
@@ -53,6 +55,9 @@ def load_model(
     encoder = read_eye(senses.vision_model) if is_gguf(senses.vision_model) else VisionEncoder.load(senses.vision_model)
     words = read_tokenizer(senses.tokenizer) if is_gguf(senses.tokenizer) else Tokenizer.load(senses.tokenizer)
     check_senses(checkpoint, senses, words, encoder.spec, encoder.tower.state_dict(), say)
+    fit(
+        checkpoint, published_shapes(checkpoint.config, encoder.spec.width), checkpoint.config
+    )  # before memory is taken
     with Bare():
         model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
     receipt = load_into(model, checkpoint)
@@ -115,6 +120,7 @@ def find_senses(
     ]
     if missing:
         raise MissingInput(*missing)
+    check_tower(senses.vision_model, weights)
     return senses
 
 
@@ -149,10 +155,12 @@ def check_senses(
 
     One of the right size that is not the one of the run is only reported where the user has named it.
     """
+    check_tokenizer(words, senses.tokenizer, checkpoint.path)
     if words.vocab_size > checkpoint.config.vocab_size:
         raise WeightsError(
             f"{checkpoint.path} knows {checkpoint.config.vocab_size} tokens and the tokenizer in {senses.tokenizer} "
-            f"has {words.vocab_size} — they do not belong together (--tokenizer)"
+            f"has {words.vocab_size}: {words.last_token!r} has no row in the weights — name their own tokenizer "
+            f"(--tokenizer), or train with --set model.vocab_size={words.vocab_size}"
         )
     width = checkpoint.vision_width
     if width is not None and width != spec.width:

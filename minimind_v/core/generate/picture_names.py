@@ -109,7 +109,9 @@ def pictures_in(text: str) -> list[str]:
 def _path(name: str) -> Path:
     """The path that a name means."""
     if not os.path.lexists(name) and (local := LOCAL.fullmatch(name)):
-        path = os.fsdecode(unquote_to_bytes(local[1].encode(errors="surrogateescape")))
+        path = local[1]
+        if not os.path.lexists(path):  # else a program that encodes nothing wrote the address
+            path = os.fsdecode(unquote_to_bytes(path.encode(errors="surrogateescape")))
         return Path(path[1:] if os.name == "nt" else path)
     return Path(name if os.path.lexists(name) else os.path.expanduser(name))
 

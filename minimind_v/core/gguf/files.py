@@ -55,13 +55,13 @@ def describe_gguf(path: Path) -> dict[str, Any]:
     """What a file is, whoever made it: its sizes, its types, where it came from."""
     reader = _open(path)
     arch = reader.key("general.architecture")
-    types = Counter(tensor.tensor_type.name for tensor in reader.found.values())
+    types = Counter(reader.gguf.GGMLQuantizationType(place.type).name for place in reader.places.values())
     told = {
         "kind": "gguf",
         "file": str(reader.path),
         "architecture": arch,
         "name": reader.keys.get("general.name"),
-        "parameters": sum(int(tensor.n_elements) for tensor in reader.found.values()),
+        "parameters": sum(place.count for place in reader.places.values()),
         "types": ", ".join(f"{count} {type}" for type, count in types.most_common()),
         "bytes": reader.path.stat().st_size,
         "stage": reader.keys.get(STAGE),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.errors import WeightsError
+from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.gguf.store import Reader, Writer
 from minimind_v.core.model.fused import interleave, separate
 
@@ -19,6 +19,7 @@ _MATRICES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v
              "attn_output": "self_attn.o_proj"}  # fmt: skip
 # llama.cpp turns neighbours of a head together, not component i and i + half: `interleave` makes them neighbours.
 _TURNED = ("attn_q", "attn_k")
+_NARROW = ("attn_k", "attn_v")  # as many heads as keys and values have
 _FORWARD = ("gate", "up", "down")
 
 
@@ -88,29 +89,34 @@ def read_config(reader: Reader) -> TextConfig:
         raise WeightsError(f"{reader.path}: a model of llama.cpp's kind {arch!r}, not a MiniMind model")
 
     def size(name: str) -> int:
-        return int(reader.key(f"{arch}.{name}"))
+        return int(reader.number(f"{arch}.{name}"))
 
     experts = {}
     if arch == "granitemoe":
-        width = reader.keys.get(f"{arch}.expert_shared_feed_forward_length", 0)
+        shared = f"{arch}.expert_shared_feed_forward_length"
         experts = {
             "n_routed_experts": size("expert_count"),
             "num_experts_per_tok": size("expert_used_count"),
-            "n_shared_experts": int(width) // size("feed_forward_length"),
+            "n_shared_experts": reader.number(shared) // max(size("feed_forward_length"), 1)
+            if shared in reader.keys
+            else 0,
         }
-    return TextConfig(
-        hidden_size=size("embedding_length"),
-        num_hidden_layers=size("block_count"),
-        num_attention_heads=size("attention.head_count"),
-        num_key_value_heads=size("attention.head_count_kv"),
-        intermediate_size=size("feed_forward_length"),
-        vocab_size=size("vocab_size"),
-        rms_norm_eps=_decimal(reader.key(f"{arch}.attention.layer_norm_rms_epsilon")),
-        rope_theta=_decimal(reader.key(f"{arch}.rope.freq_base")),
-        max_position_embeddings=size("context_length"),
-        use_moe=arch == "granitemoe",
-        **experts,
-    )
+    try:
+        return TextConfig(
+            hidden_size=size("embedding_length"),
+            num_hidden_layers=size("block_count"),
+            num_attention_heads=size("attention.head_count"),
+            num_key_value_heads=size("attention.head_count_kv"),
+            intermediate_size=size("feed_forward_length"),
+            vocab_size=size("vocab_size"),
+            rms_norm_eps=_decimal(reader.number(f"{arch}.attention.layer_norm_rms_epsilon", float)),
+            rope_theta=_decimal(reader.number(f"{arch}.rope.freq_base", float)),
+            max_position_embeddings=size("context_length"),
+            use_moe=arch == "granitemoe",
+            **experts,
+        )
+    except UsageError as error:
+        raise WeightsError(f"{reader.path}: its sizes are those of no model ({error}) — convert again") from None
 
 
 def _decimal(number: float) -> float:
@@ -120,30 +126,38 @@ def _decimal(number: float) -> float:
 
 def read_tensors(reader: Reader, config: TextConfig) -> dict[str, Tensor]:
     """The tensors under the published names, the tied head included."""
-    embedding = reader.tensor("token_embd.weight")
+    if "output.weight" in reader.places:
+        raise WeightsError(f"{reader.path}: has a head of its own (output.weight), which must be tied to the embedding")
+    wide, narrow = config.hidden_size, config.num_key_value_heads * config.head_dim
+    embedding = reader.tensor("token_embd.weight", config.vocab_size, wide)
     tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
-    tensors["model.norm.weight"] = reader.tensor("output_norm.weight")
+    tensors["model.norm.weight"] = reader.tensor("output_norm.weight", wide)
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
         for name, published in _NORMS.items():
-            tensors[f"{ours}{published}.weight"] = reader.tensor(f"{theirs}{name}.weight")
+            tensors[f"{ours}{published}.weight"] = reader.tensor(f"{theirs}{name}.weight", wide)
         for name, published in _MATRICES.items():
-            weight = reader.tensor(f"{theirs}{name}.weight")
+            weight = reader.tensor(f"{theirs}{name}.weight", narrow if name in _NARROW else wide, wide)
             tensors[f"{ours}{published}.weight"] = separate(weight, config.head_dim) if name in _TURNED else weight
         _read_forward(reader, config, tensors, ours + "mlp.", theirs)
     return tensors
 
 
 def _read_forward(reader: Reader, config: TextConfig, tensors: dict[str, Tensor], ours: str, theirs: str) -> None:
+    wide, inner, shared = config.hidden_size, config.intermediate_size, config.n_shared_experts
     if not config.use_moe:
         for kind in _FORWARD:
-            tensors[f"{ours}{kind}_proj.weight"] = reader.tensor(f"{theirs}ffn_{kind}.weight")
+            shape = (wide, inner) if kind == "down" else (inner, wide)
+            tensors[f"{ours}{kind}_proj.weight"] = reader.tensor(f"{theirs}ffn_{kind}.weight", *shape)
         return
-    tensors[f"{ours}gate.weight"] = reader.tensor(f"{theirs}ffn_gate_inp.weight")
+    tensors[f"{ours}gate.weight"] = reader.tensor(f"{theirs}ffn_gate_inp.weight", config.n_routed_experts, wide)
     for kind in _FORWARD:
-        for n, expert in enumerate(reader.tensor(f"{theirs}ffn_{kind}_exps.weight")):
+        shape = (wide, inner) if kind == "down" else (inner, wide)
+        for n, expert in enumerate(reader.tensor(f"{theirs}ffn_{kind}_exps.weight", config.n_routed_experts, *shape)):
             tensors[f"{ours}experts.{n}.{kind}_proj.weight"] = expert
-        if config.n_shared_experts:
-            wide = reader.tensor(f"{theirs}ffn_{kind}_shexp.weight")
-            for n, shared in enumerate(wide.chunk(config.n_shared_experts, dim=1 if kind == "down" else 0)):
-                tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] = shared
+        if shared:
+            shape = (wide, shared * inner) if kind == "down" else (shared * inner, wide)
+            for n, expert in enumerate(
+                reader.tensor(f"{theirs}ffn_{kind}_shexp.weight", *shape).chunk(shared, dim=1 if kind == "down" else 0)
+            ):
+                tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] = expert

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError, nearest
+from minimind_v.core.gguf.header import read_header
 
 # What the `gguf` package can write. Half of each: the type of a language model's matrices, and that of the vision
 # tower's, which is never squeezed below eight bits: it is what the model sees with, and small enough.
@@ -101,14 +102,14 @@ class Reader:
         gguf = need_gguf()
         if not path.is_file():
             raise MissingInput(f"no file {path}")
+        sizes = {int(type): size for type, size in gguf.GGML_QUANT_SIZES.items()}
         try:
-            self.file = gguf.GGUFReader(path)
-            self.keys: Mapping[str, Any] = {name: field.contents() for name, field in self.file.fields.items()}
-        except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+            header = read_header(path, sizes)
+        except (ValueError, OSError) as error:
             raise WeightsError(f"{path}: truncated, damaged or no GGUF file ({error}) — convert again") from None
-        self.path = path
-        self.dequantize = gguf.dequantize
-        self.found = {tensor.name: tensor for tensor in self.file.tensors}
+        self.gguf, self.path = gguf, path
+        self.keys: Mapping[str, Any] = header.keys
+        self.places = header.tensors
 
     def key(self, name: str) -> Any:
         """A value. Raises WeightsError where it is not there."""
@@ -116,11 +117,31 @@ class Reader:
             raise WeightsError(f"{self.path}: has no {name}, so it is not what `mmv convert --to gguf` writes")
         return self.keys[name]
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor as float32. Raises WeightsError where it is not there."""
-        if name not in self.found:
+    def number(self, name: str, kind: type[int | float] = int) -> Any:
+        """A key's number. Raises WeightsError where there is none, or something else."""
+        value = self.key(name)
+        if type(value) not in (int, kind):
+            raise WeightsError(f"{self.path}: {name} is {value!r}, no number — convert again")
+        return value
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """A tensor of a shape as float32. Raises WeightsError where it is not there, or of another shape."""
+        place = self.places.get(name)
+        if place is None:
             raise WeightsError(f"{self.path}: has no tensor {name}, so it is not what `mmv convert --to gguf` writes")
+        if place.shape != shape:
+            raise WeightsError(f"{self.path}: {name} is {list(place.shape)}, not {list(shape)} — convert again")
         import torch
 
-        found = self.found[name]
-        return torch.from_numpy(np.array(self.dequantize(found.data, found.tensor_type), dtype=np.float32))
+        type = self.gguf.GGMLQuantizationType(place.type)
+        stored = np.memmap(self.path, np.uint8, "r", place.begin, (place.bytes,))
+        dtype = {"F32": np.float32, "F16": np.float16}.get(type.name)
+        data = (
+            stored.view(dtype).reshape(place.shape)
+            if dtype
+            else stored.reshape(self.gguf.quant_shape_to_byte_shape(place.shape, type))
+        )
+        try:
+            return torch.from_numpy(np.array(self.gguf.dequantize(data, type), dtype=np.float32))
+        except NotImplementedError:
+            raise WeightsError(f"{self.path}: {name} is {type.name}, which cannot be read — convert again") from None

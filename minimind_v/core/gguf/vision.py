@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind_v.core.checkpoint.tensors import check_numbers
+from minimind_v.core.checkpoint.tower import tower_shapes
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.gguf.store import Reader, Writer
 from minimind_v.core.model.bare import Bare
 from minimind_v.core.model.clip import ClipVision, encode
 from minimind_v.core.model.vision import VisionEncoder, VisionSpec
-from minimind_v.core.model.vision_spec import ClipConfig
+from minimind_v.core.model.vision_spec import ClipConfig, trouble_of, trouble_of_colours
 
 _LAYER = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
           "attn_out": "self_attn.out_proj", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2", "ln1": "layer_norm1",
@@ -88,37 +90,53 @@ def write_tensors(writer: Writer, encoder: VisionEncoder, projector: dict[str, T
 
 def read_tower(reader: Reader) -> Iterator[tuple[str, Tensor]]:
     """The tower's tensors under CLIP's names, one by one, the corner's position included."""
-    seen = reader.tensor("v.position_embd.weight")
+    spec, config = read_sizes(reader)
+    shapes, width = tower_shapes(config), spec.width
+    seen = reader.tensor("v.position_embd.weight", spec.tokens_per_image, width)
     class_token = seen[0] / _LOUD  # with its position, so that this has none
-    nothing = torch.zeros_like(class_token)
+    corner = reader.tensor(_CORNER, width)
     yield "embeddings.class_embedding", class_token
-    yield "embeddings.position_embedding.weight", torch.stack((nothing, reader.tensor(_CORNER), *seen[1:]))
-    yield "embeddings.patch_embedding.weight", reader.tensor("v.patch_embd.weight")
+    yield "embeddings.position_embedding.weight", torch.cat((torch.zeros(1, width), corner[None], seen[1:]))
+
+    def named(ours: str, theirs: str) -> tuple[str, Tensor]:
+        return ours, reader.tensor(theirs, *shapes[ours])
+
+    yield named("embeddings.patch_embedding.weight", "v.patch_embd.weight")
     for part in ("weight", "bias"):
-        yield f"pre_layrnorm.{part}", reader.tensor(f"v.pre_ln.{part}")
-        for layer in range(int(reader.key("clip.vision.block_count"))):
+        yield named(f"pre_layrnorm.{part}", f"v.pre_ln.{part}")
+        for layer in range(config.num_hidden_layers):
             for name, published in _LAYER.items():
-                yield f"encoder.layers.{layer}.{published}.{part}", reader.tensor(f"v.blk.{layer}.{name}.{part}")
+                yield named(f"encoder.layers.{layer}.{published}.{part}", f"v.blk.{layer}.{name}.{part}")
+
+
+def read_sizes(reader: Reader) -> tuple[VisionSpec, ClipConfig]:
+    """What the tower is. Raises WeightsError where the file is no `mmproj` of ours, or its sizes are those of none."""
+
+    def size(name: str) -> int:
+        return int(reader.number(f"clip.vision.{name}"))
+
+    mean, std = (reader.key(f"clip.vision.image_{name}") for name in ("mean", "std"))
+    used = next((act for act, switch in _ACTIVATIONS.items() if switch and reader.keys.get(f"clip.{switch}")), None)
+    config = ClipConfig(
+        image_size=size("image_size"), patch_size=size("patch_size"), hidden_size=size("embedding_length"),
+        intermediate_size=size("feed_forward_length"), num_hidden_layers=size("block_count"),
+        num_attention_heads=size("attention.head_count"), hidden_act=used or "quick_gelu",
+        layer_norm_eps=reader.number("clip.vision.attention.layer_norm_epsilon", float),
+    )  # fmt: skip
+    if trouble := trouble_of(config) or trouble_of_colours(mean, std):
+        raise WeightsError(f"{reader.path}: the vision model does not load ({trouble}) — convert again")
+    return VisionSpec(config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std)), config
 
 
 def read_encoder(reader: Reader) -> VisionEncoder:
     """The whole of CLIP's tower again. Raises WeightsError where the file is no `mmproj` of ours."""
-
-    def size(name: str) -> int:
-        return int(reader.key(f"clip.vision.{name}"))
-
-    mean, std = (tuple(reader.key(f"clip.vision.image_{name}")) for name in ("mean", "std"))
-    spec = VisionSpec(size("image_size"), size("patch_size"), size("embedding_length"), mean, std)
-    used = next((act for act, switch in _ACTIVATIONS.items() if switch and reader.keys.get(f"clip.{switch}")), None)
-    config = ClipConfig(
-        image_size=spec.image_size, patch_size=spec.patch_size, hidden_size=spec.width,
-        intermediate_size=size("feed_forward_length"), num_hidden_layers=size("block_count"),
-        num_attention_heads=size("attention.head_count"), hidden_act=used or "quick_gelu",
-        layer_norm_eps=reader.key("clip.vision.attention.layer_norm_epsilon"),
-    )  # fmt: skip
+    spec, config = read_sizes(reader)
+    tensors = dict(read_tower(reader))
+    for name, tensor in tensors.items():
+        check_numbers(reader.path, name, tensor)
     with Bare():
         tower = ClipVision(config)
-    tower.load_state_dict(dict(read_tower(reader)), strict=False)
+    tower.load_state_dict(tensors, strict=False)
     return VisionEncoder(tower, spec)
 
 
@@ -142,8 +160,8 @@ def without_corner(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
 
 def read_projector(reader: Reader) -> dict[str, Tensor]:
     """The projector under its published names."""
-    weight, bias = reader.tensor("mm.0.weight"), reader.tensor("mm.0.bias")
-    hidden = len(bias) // 2
+    width, hidden = reader.number("clip.vision.embedding_length"), reader.number("clip.vision.projection_dim")
+    weight, bias = reader.tensor("mm.0.weight", 2 * hidden, width), reader.tensor("mm.0.bias", 2 * hidden)
     return {
         "vision_proj.vision_proj.0.weight": weight[:hidden] / _FAR,
         "vision_proj.vision_proj.0.bias": bias[:hidden] / _FAR,

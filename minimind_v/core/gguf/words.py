@@ -88,10 +88,17 @@ def _check_kind(told: dict[str, Any]) -> None:
 
 def read_words(reader: Reader) -> Tokenizer:
     """The tokenizer of a file, rebuilt from nothing but what llama.cpp is told."""
-    tokens, types = reader.key("tokenizer.ggml.tokens"), reader.key("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ", 1)) for merge in reader.key("tokenizer.ggml.merges")]
-    vocab = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=True)) if type != UNUSED}
-    backend = FastTokenizer(models.BPE(vocab, merges))
+    tokens, types, merges = (_list(reader, name) for name in ("tokens", "token_type", "merges"))
+    vocab = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=False)) if type != UNUSED}
+    pad, bos, eos = (reader.number(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "bos", "eos"))
+    if len(types) != len(tokens) or len(vocab) != sum(type != UNUSED for type in types) or PLACEHOLDER not in vocab:
+        raise WeightsError(f"{reader.path}: its tokens are those of no tokenizer of ours — convert again")
+    if not max(pad, bos, eos) < len(tokens):
+        raise WeightsError(f"{reader.path}: has {len(tokens):,} tokens, and special ones behind them — convert again")
+    try:
+        backend = FastTokenizer(models.BPE(vocab, [tuple(merge.split(" ", 1)) for merge in merges]))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise WeightsError(f"{reader.path}: its tokenizer is damaged ({error}) — convert again") from None
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([
@@ -99,8 +106,15 @@ def read_words(reader: Reader) -> Tokenizer:
         for token, type in zip(tokens, types, strict=True) if type == CONTROL
     ])  # fmt: skip
     backend.encode_special_tokens = True
-    pad, bos, eos = (reader.key(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "bos", "eos"))
     return Tokenizer(backend, pad, bos, eos, vocab[PLACEHOLDER])
+
+
+def _list(reader: Reader, name: str) -> list[Any]:
+    """An array of the tokenizer's: of texts, or of the types of tokens."""
+    values, kind = reader.key(f"tokenizer.ggml.{name}"), int if name == "token_type" else str
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise WeightsError(f"{reader.path}: tokenizer.ggml.{name} is no array of {kind.__name__} — convert again")
+    return values
 
 
 def modelfile(model: str, mmproj: str) -> str:

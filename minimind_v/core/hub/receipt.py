@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minimind_v.core.errors import unusable
 from minimind_v.core.files import write_text
 
+KEPT_TEXTS = ("sha256", "hub", "repo", "commit", "remote")
 STAGING = ".mmv-download"  # inside the target folder, so that a finished part is renamed, never copied
 
 
@@ -48,9 +50,20 @@ class Receipt:
         try:
             told = json.loads((folder / STAGING / "receipt.json").read_text(encoding="utf-8"))
             files = {name: Kept(**kept) for name, kept in told["files"].items()}
-            return cls(folder, files, dict(told["commits"]), {key: list(names) for key, names in told["wants"].items()})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            receipt = cls(
+                folder, files, dict(told["commits"]), {key: list(names) for key, names in told["wants"].items()}
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return cls(folder)
+        return receipt if receipt._whole() else cls(folder)
+
+    def _whole(self) -> bool:
+        """Whether all values are of their types, and all names are of files in this folder."""
+        texts = [getattr(kept, name) for kept in self.files.values() for name in KEPT_TEXTS]
+        texts += [*self.commits.values(), *(name for names in self.wants.values() for name in names)]
+        numbers = [number for kept in self.files.values() for number in (kept.size, kept.mtime_ns)]
+        right = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+        return right and not any(unusable(name) or Path(name).name != name for name in self.files)
 
     def write(self) -> None:
         told: dict[str, Any] = {

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 from minimind_v.core.errors import RunError
+from minimind_v.core.processes import Parent, end_processes
 
 T = TypeVar("T")
 Look = Callable[[Any, int], T]
@@ -82,7 +83,7 @@ class _Worker(Generic[T]):
         self.spans: deque[Span] = deque()
         self.begun = False
         self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(theirs, look, rows), daemon=True)
+        self._process = spawn.Process(target=_work, args=(Parent.here(), theirs, look, rows), daemon=True)
         try:
             with _no_ctrl_c():  # inherited: Ctrl-C is the business of the process that waits for the results
                 self._process.start()
@@ -112,15 +113,15 @@ class _Worker(Generic[T]):
     def end(self) -> None:
         """At once: all that it could still say is of no use."""
         self.pipe.close()
-        self._process.kill()
-        self._process.join()
+        end_processes([self._process])
 
 
 def _too_early() -> RunError:
     return RunError("a process that checks rows ended before it began: it may lack memory — try fewer --workers")
 
 
-def _work(pipe: Connection, look: Look[T], rows: Any) -> None:
+def _work(parent: Parent, pipe: Connection, look: Look[T], rows: Any) -> None:
+    """Answer spans to the end. `parent` has taken effect by its arrival, before what the rows need was imported."""
     with suppress(EOFError, ConnectionError):  # whoever asked has ended
         pipe.send(True)
         while True:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from minimind_v.core.checkpoint.companions import UNKNOWN, Companion, Companions, tokenizer_digest, vision_digest
+from minimind_v.core.checkpoint.generations import check_tokenizer
 from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import RowDataset
@@ -55,10 +56,12 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     """
     data = config.data
     encoder, tokenizer = VisionEncoder.load(config.vision_model), Tokenizer.load(data.tokenizer)
+    check_tokenizer(tokenizer, data.tokenizer, find_init(config))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UsageError(
             f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} tokens, the model only "
-            f"{config.model.vocab_size} — they do not belong together (--preset, --tokenizer)"
+            f"{config.model.vocab_size}: {tokenizer.last_token!r} would have no row — they do not belong together "
+            f"(--preset, --tokenizer, --set model.vocab_size={tokenizer.vocab_size})"
         )
     prompts = PromptEncoder(tokenizer, encoder.spec.tokens_per_image)
     rows = open_rows(data.file, data.images, data.split, listener.say)

@@ -16,7 +16,6 @@ import socket
 import struct
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 
 from minimind_v.core.errors import LostContact, MmvError, RunError, UsageError
 from minimind_v.core.interrupt import SIGNALS
+from minimind_v.core.processes import Parent
 
 WORDS = "MMV_LAST_WORDS"  # the folder in which processes leave word, in their environment
 LAUNCHER = "MMV_LAUNCHER"  # the launcher's own number there: it may be gone before a process has looked for its parent
@@ -203,14 +203,7 @@ def mind_the_launcher() -> None:
     for word in _words(Path(os.environ[WORDS])):
         if word["kind"] == "final":
             raise SystemExit(word["code"])
-    launcher = int(os.environ[LAUNCHER])
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    Parent(int(os.environ[LAUNCHER])).end_with_it()
 
 
 def _first_error(folder: Path, error: Any) -> MmvError:

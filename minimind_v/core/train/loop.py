@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
+from minimind_v.core.config.limits import check_machine
 from minimind_v.core.config.load import plain, to_yaml
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
@@ -96,6 +97,7 @@ def train(
     largest batches that there is memory for. Raises MissingInput, UsageError, DataError, WeightsError or RunError; what
     was learnt until then is saved first.
     """
+    check_machine(config)
     world = World.find()
     with world.contact(), ExitStack() as held:
         summary = Run(config, listener, overwrite, resume, allowed, auto, world, held).fit()
@@ -231,7 +233,7 @@ class Run:
                     self.done = step
                     logged = step % config.log_every == 0 or step in (1, self.total)
                     if logged and log:
-                        self._or_warn(step, partial(log.write, asdict(metrics)))
+                        self._or_warn(step, partial(self._log, log, metrics))
                     self.listener.step(metrics, logged)
                     if self.validator and (step % config.val_every == 0 or step == self.total):
                         self._validate(self.validator, step)
@@ -250,12 +252,28 @@ class Run:
                 self._notice_save(wait=True)
                 if self.done > begun and self.counts.supervised and not torn and self.world.leads:
                     self._save_at_the_end()
+                    self._or_warn(self.done, partial(self._restore_records, log))
                     self._recall_after()
                     self._report()
         if not self.counts.supervised and not self.stopped_by:
             trouble = self.broken.first or "every answer is cut off"
             raise DataError(f"{config.data.file}: no row could be used; the first trouble: {trouble}")
         return self._summary()
+
+    def _log(self, log: JsonLines, metrics: StepMetrics) -> None:
+        if log.write(asdict(metrics)):
+            self.listener.warn(
+                f"step {metrics.step}: {log.path} was removed while the run wrote it, and is written again — what else "
+                f"was in {self.config.out} is lost"
+            )
+            self._describe()
+
+    def _restore_records(self, log: JsonLines | None) -> None:
+        """Make again what somebody has removed, so that what is said of it at the end is true."""
+        if log and log.restore():
+            self.listener.warn(f"{log.path} was removed while the run went on, and is written again")
+        if not (self.place.folder / "config.yaml").exists():
+            self._describe()
 
     def _recall_before(self) -> None:
         """Measure a sample of what the weights learnt before the run, while it is all there."""
@@ -316,12 +334,17 @@ class Run:
         if config.track != "none":
             tracker = open_tracker(config.track, folder, folder.name, plain(config), self.done)
             self.listener.say(f"curves: {tracker.where}")
-        write_text(folder / "config.yaml", to_yaml(config))
-        write_manifest(folder / "manifest.json", config, self.claim.origin, self.done, self.world.size)
+        self._describe()
         if not self.done:  # what was best in a run that is started over
             for path in (best, best.with_suffix(".json")):
                 path.unlink(missing_ok=True)
         self.listener.begin(replace(self.start, done=self.done), tracker)
+
+    def _describe(self) -> None:
+        """Write what the run is made of."""
+        folder, config = self.place.folder, self.config
+        write_text(folder / "config.yaml", to_yaml(config))
+        write_manifest(folder / "manifest.json", config, self.claim.origin, self.done, self.world.size)
 
     def _validate(self, validator: Validator, step: int) -> None:
         """Look at the held-out rows, and keep the weights where they have never been better."""
@@ -336,7 +359,7 @@ class Run:
 
     def _report(self) -> None:
         try:
-            write_report(self.place.folder)
+            write_report(self.place.folder, self.listener.warn)
         except MmvError as error:  # no room, or no metrics for want of room
             self.listener.warn(f"no report: {error}")
 

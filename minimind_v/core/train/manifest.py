@@ -32,7 +32,7 @@ def write_manifest(path: Path, config: RunConfig, origin: Mapping[str, Any], don
     `origin` is what state.origin_of gave: the fingerprints of data and weights are in it. Raises RunError.
     """
     begun = start(done, processes)
-    there = read_notes(path) if done else {}
+    starts = read_notes(path).get("starts") if done else None
     manifest = {
         "mmv": minimind_v.__version__,
         "stage": config.stage,
@@ -41,7 +41,7 @@ def write_manifest(path: Path, config: RunConfig, origin: Mapping[str, Any], don
         "fingerprints": {key: origin[key] for key in INPUTS},
         "code": origin["code"],
         "versions": versions(),
-        "starts": [*there.get("starts", []), begun],
+        "starts": [*(starts if isinstance(starts, list) else []), begun],
     }
     write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from minimind_v.core.errors import DataError, MissingInput, RunError
 from minimind_v.core.files import write_text
+from minimind_v.core.train.records import LONGEST, LOSS, read_records
 
 
 @dataclass(frozen=True)
@@ -100,49 +102,79 @@ class JsonLines:
     """A line of JSON for whatever has a step, each flushed. A resumed run keeps the lines up to where it goes on."""
 
     def __init__(self, path: Path, after: int = 0) -> None:
-        kept = [line for line, record in _whole_lines(path) if record["step"] <= after] if after else []
+        kept = [line for line, record in read_records(path) if record["step"] <= after] if after else []
         if path.is_file() and not path.is_symlink():
             write_text(path, "".join(kept))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a+", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Raises RunError where there is no room; the line is kept, and written with the next one that finds some."""
+    def write(self, record: dict[str, Any]) -> bool:
+        """Whether the file had to be made again, with all its lines, since somebody had removed it.
+
+        Raises RunError where there is no room; the line is kept, and written with the next one that finds some.
+        """
         try:
+            again = self._is_gone()
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+            if again:
+                self._make_again()
         except OSError as error:
             raise RunError(f"{self.path}: not written ({error.strerror})") from None
+        return again
+
+    def restore(self) -> bool:
+        """Make the file again if somebody has removed it; whether that was so. Raises RunError."""
+        try:
+            if again := self._is_gone():
+                self._make_again()
+        except OSError as error:
+            raise RunError(f"{self.path}: not written ({error.strerror})") from None
+        return again
+
+    def _is_gone(self) -> bool:
+        """Whether what has the file's name, if anything, is another file."""
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return True
+
+    def _make_again(self) -> None:
+        """What was written is there as long as it is open."""
+        self._file.seek(0)
+        write_text(self.path, self._file.read())
+        self._file.close()
+        self._file = self.path.open("a+", encoding="utf-8")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # told when it was written
             self._file.close()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JsonLines; none where there is no file. A line in the making is left out."""
-    return (record for _, record in _whole_lines(path))
+def read_lines(path: Path, damaged: Callable[[str], object] = lambda _: None) -> Iterator[dict[str, Any]]:
+    """The records of a file of JsonLines; none where there is no file. `damaged` is told of what cannot be read."""
+    return (record for _, record in read_records(path, damaged))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged updates of a run, also of one under way. Raises MissingInput for none, DataError for nonsense."""
-    found = [record for record in read_lines(path) if "loss" in record]
-    if not found and path.is_file() and b"\n" in path.read_bytes():
+def read_metrics(
+    path: Path, damaged: Callable[[str], object] = lambda _: None, needed: tuple[str, ...] = LOSS
+) -> list[dict[str, Any]]:
+    """The logged updates of a run, also of one under way; `damaged` is told of lines that lack what is `needed`.
+
+    Raises MissingInput for none, DataError where every line is damaged.
+    """
+    troubles: list[str] = []
+
+    def note(trouble: str) -> None:
+        troubles.append(trouble)
+        damaged(trouble)
+
+    logged = [record for _, record in read_records(path, note, needed) if "loss" in record]
+    if not logged and troubles:
+        raise DataError(f"{troubles[0]} — these are not the metrics of a run, or they are lost")
+    if not logged and path.is_file() and b"\n" in path.read_bytes()[:LONGEST]:
         raise DataError(f"{path}: not the metrics of a run")
-    if not found:
+    if not logged:
         raise MissingInput(f"{path}: the run has logged nothing yet")
-    return found
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines with what they say. A kill may have left half a line."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and line.endswith("\n"):
-            yield line, record
+    return logged

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from minimind_v.core.config.load import build_config
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.features.store import FeatureStore
 from minimind_v.core.data.loader import BatchPlan
@@ -43,13 +43,13 @@ def earlier_run(init: Path | None) -> Earlier | None:
     folder = init.with_suffix("").with_name(init.stem.removesuffix("_best"))
     notes = read_notes(folder / "manifest.json")
     try:
-        data = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]
-        file, images = Path(data["file"]), data["images"] and Path(data["images"])
+        config = read_settings(folder / "config.yaml")
+        file, images = Path(config["data.file"]), config["data.images"] and Path(config["data.images"])
         started = Path(notes["starts"][-1]["folder"])
         if not file.exists():  # relative to where that run was started
             file, images = started / file, images and started / images
         return Earlier(file, images, notes["fingerprints"].get("data.tokenizer"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, AttributeError, IndexError, MmvError):
         published = build_config("pretrain" if init.name.startswith("pretrain") else "sft").data
         return Earlier(published.file, published.images) if published.file.exists() else None
 

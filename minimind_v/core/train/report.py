@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.errors import MissingInput
-from minimind_v.core.files import read_notes
+from minimind_v.core.errors import DataError, MissingInput
 from minimind_v.core.inspect.page import figures, page, write_page
 from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.plot import Points, curves
 from minimind_v.core.train.metrics import read_lines, read_metrics
+from minimind_v.core.train.records import REPORTED, read_part
+from minimind_v.core.wording import plural
 
 STYLE = """
 .cols { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0 1.5rem }
 h3 { font-size: .95rem; margin: 1rem 0 .2rem } li { margin: .3rem 0 }
 td { vertical-align: top } table.words td { text-align: left; white-space: normal }
 """
+SHOWN = 5  # damaged records that are named one by one
+FIGURES = ("updates", "samples", "tokens", "supervised_tokens", "seconds", "memory_bytes", "disk_bytes", "cost")
+MANIFEST: dict[str, type] = {"stage": str, "config": dict, "fingerprints": dict, "versions": dict, "starts": list}
+FORECAST: dict[str, type] = dict.fromkeys((*FIGURES, "price_per_hour"), float) | {"config": dict, "how": str}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Left:
     events: list[dict[str, Any]]
     manifest: dict[str, Any]
     forecast: dict[str, Any]
+    damaged: list[str]  # `file:line: what is wrong` of each record that cannot be read
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -72,15 +78,26 @@ def find_run(path: Path) -> Path:
 
 def read_run(folder: Path) -> Left:
     """All that a run has left, of one that is under way too. Raises MissingInput or DataError."""
-    metrics = read_metrics(folder / "metrics.jsonl")
-    events = list(read_lines(folder / "events.jsonl"))
-    return Left(folder, metrics, events, read_notes(folder / "manifest.json"), read_notes(folder / "forecast.json"))
+    damaged: list[str] = []
+    metrics = read_metrics(folder / "metrics.jsonl", damaged.append, REPORTED)
+    events = list(read_lines(folder / "events.jsonl", damaged.append))
+    manifest = read_part(folder / "manifest.json", MANIFEST, damaged.append)
+    forecast = read_part(folder / "forecast.json", FORECAST, damaged.append)
+    return Left(folder, metrics, events, manifest, forecast, damaged)
 
 
-def write_report(folder: Path) -> Path:
-    """Write the page beside what it shows. Raises MissingInput or RunError."""
-    path = folder / "report.html"
-    write_page(path, report_page(read_run(folder)))
+def write_report(folder: Path, warn: Callable[[str], object] = lambda _: None) -> Path:
+    """Write the page beside what it shows; `warn` is told what is damaged. Raises MissingInput, DataError, RunError."""
+    path, run = folder / "report.html", read_run(folder)
+    try:
+        text = report_page(run)
+    except RecursionError:
+        raise DataError(f"{folder / 'manifest.json'}: nested too deep to be shown — remove it") from None
+    write_page(path, text)
+    for trouble in run.damaged[:SHOWN]:
+        warn(f"{trouble}; left out of the report")
+    if len(run.damaged) > SHOWN:
+        warn(f"{folder}: {len(run.damaged) - SHOWN:,} more damaged records are left out of the report")
     return path
 
 
@@ -93,7 +110,7 @@ def report_page(run: Left) -> str:
     body = (
         f'<h1>{escape(title)}</h1><p class="dim">{last["step"]:,} of {last.get("steps", 0):,} updates {how}, epoch '
         f"{last.get('epoch', 0):.2f}; <code>{escape(str(run.folder))}</code></p>"
-        f"{_figures(run)}{_warnings(run)}{_recalled(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
+        f"{_figures(run)}{_damaged(run)}{_warnings(run)}{_recalled(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
     )
     return page(f"{title} — report", body, PLOT_STYLE + STYLE)
 
@@ -110,6 +127,14 @@ def _figures(run: Left) -> str:
         best = min(run.validations, key=lambda one: one["loss"])
         told[f"best validation loss, at update {best['step']:,}"] = f"{best['loss']:.4f}"
     return figures(told)
+
+
+def _damaged(run: Left) -> str:
+    if not run.damaged:
+        return ""
+    lines = "".join(f'<li class="warn">{escape(trouble)}</li>' for trouble in run.damaged[:SHOWN])
+    count = plural(len(run.damaged), "record")
+    return f"<section><h2>Damaged</h2><p>{count} cannot be read and are left out:</p><ul>{lines}</ul></section>"
 
 
 def _warnings(run: Left) -> str:
@@ -206,10 +231,11 @@ def _manifest(run: Left) -> str:
     if not found:
         return ""
     flat = dict(_flat(found.get("config", {})))
+    starts = [one for one in found.get("starts", []) if isinstance(one, dict)]
     starts = [
         {"time": one.get("time"), "after update": one.get("after_updates"), "command": one.get("command")}
-        | {"commit": (one.get("git") or {}).get("commit"), "machine": (one.get("machine") or {}).get("platform")}
-        for one in found.get("starts", [])
+        | {"commit": _inner(one, "git").get("commit"), "machine": _inner(one, "machine").get("platform")}
+        for one in starts
     ]
     return (
         f"<section><h2>Starts</h2>{''.join(_table(one) for one in starts)}</section>"
@@ -217,6 +243,11 @@ def _manifest(run: Left) -> str:
         f"{_table(found.get('fingerprints', {}))}{_table(found.get('versions', {}))}</section>"
         f"<section><h2>Configuration</h2>{_table(flat)}</section>"
     )
+
+
+def _inner(record: dict[str, Any], key: str) -> dict[str, Any]:
+    inner = record.get(key)
+    return inner if isinstance(inner, dict) else {}
 
 
 def _table(rows: dict[str, Any]) -> str:

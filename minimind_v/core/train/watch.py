@@ -7,9 +7,9 @@ say. A run that is resumed finds there what its earlier part has told.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import peak_memory
@@ -17,6 +17,8 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.train.metrics import JsonLines, Listener, Recalled, StepMetrics, Validation, read_lines
 from minimind_v.core.train.signs import Signs, Start
 from minimind_v.core.train.track import Tracker
+
+Kept = TypeVar("Kept", Validation, Recalled)
 
 
 class Watch:
@@ -39,10 +41,10 @@ class Watch:
         self._tracker = tracker
         events = list(read_lines(self.path))
         told = [event["sign"] for event in events if "sign" in event]
-        found = [Validation(**event["validation"]) for event in events if "validation" in event]
+        found = [_again(Validation, event["validation"]) for event in events if "validation" in event]
         self.best = min(found, key=lambda one: one.loss, default=None)
         for event in events:
-            self.recalled |= {when: Recalled(**rows) for when, rows in event.get("recalled", {}).items()}
+            self.recalled |= {when: _again(Recalled, rows) for when, rows in event.get("recalled", {}).items()}
         self.signs = Signs(start, told, found)
         self._step = start.done
         for event in self._early:
@@ -118,6 +120,12 @@ class Watch:
         except Exception as error:  # somebody else's service must not end a run
             self._tracker = None
             self.warn(f"the tracker failed and is left alone from here on: {' '.join(str(error).split())[:200]}")
+
+
+def _again(kind: type[Kept], record: dict[str, Any]) -> Kept:
+    """What was kept of it; keys that only another version knows are left out."""
+    names = {item.name for item in fields(kind)}
+    return kind(**{key: value for key, value in record.items() if key in names})
 
 
 def tracked(metrics: StepMetrics) -> dict[str, float]:

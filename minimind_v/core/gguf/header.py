@@ -1,0 +1,163 @@
+"""The keys and the places of the tensors of a GGUF file, each count and length held against the file's size first.
+
+The reader of the `gguf` package takes them at their word (an array of 2⁴⁰ numbers in 94 bytes is read for ever), and an
+object of its own for each token.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+MAGIC = b"GGUF"
+MOST_KEYS, MOST_TENSORS, MOST_ENTRIES = 10_000, 20_000, 1 << 21  # 2 million: some times the largest vocabularies
+MOST_NAME = 1 << 16  # bytes of the name of a key or a tensor; llama.cpp allows 64 of a tensor
+MOST_DIMENSIONS, MOST_ALIGNMENT = 4, 1 << 16
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor is, and of which of ggml's types."""
+
+    name: str
+    shape: tuple[int, ...]  # as torch has it: the outermost dimension first
+    type: int
+    begin: int  # byte of the file
+    bytes: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything before the numbers."""
+
+    keys: dict[str, Any]
+    tensors: dict[str, TensorPlace]
+
+
+def read_header(path: Path, type_sizes: dict[int, tuple[int, int]]) -> Header:
+    """Read what a file tells of itself; `type_sizes` has, for each of ggml's types, numbers and bytes of a block.
+
+    Raises ValueError for what no GGUF file is, or what the file is too short for.
+    """
+    size = path.stat().st_size
+    if size < 24:
+        raise ValueError("the file is shorter than its header")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(data, size)
+        if cursor.take(4) != MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        if (version := cursor.number("I")) not in (2, 3):
+            raise ValueError(f"version {version} of the format, which only 2 and 3 are known of")
+        tensors, keys = cursor.number("Q"), cursor.number("Q")
+        for count, most, what in ((tensors, MOST_TENSORS, "tensors"), (keys, MOST_KEYS, "keys")):
+            if count > most:
+                raise ValueError(f"it has {count:,} {what}, the most is {most:,}")
+        values = _read_keys(cursor, keys)
+        return Header(values, _read_places(cursor, tensors, _alignment(values), type_sizes))
+
+
+def _read_keys(cursor: _Cursor, count: int) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for _ in range(count):
+        name = cursor.text(MOST_NAME)
+        if name in keys:
+            raise ValueError(f"the key {name} is there twice")
+        keys[name] = cursor.value(cursor.number("I"))
+    return keys
+
+
+def _alignment(keys: dict[str, Any]) -> int:
+    alignment = keys.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment!r}, no power of two up to {MOST_ALIGNMENT:,}")
+    return alignment
+
+
+def _read_places(
+    cursor: _Cursor, count: int, alignment: int, type_sizes: dict[int, tuple[int, int]]
+) -> dict[str, TensorPlace]:
+    entries = []
+    for _ in range(count):
+        name, dimensions = cursor.text(MOST_NAME), cursor.number("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions:,} dimensions, the most is {MOST_DIMENSIONS}")
+        shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
+        entries.append((name, shape, cursor.number("I"), cursor.number("Q")))
+    begin = -(-cursor.at // alignment) * alignment
+    places: dict[str, TensorPlace] = {}
+    for name, shape, type, offset in entries:
+        if name in places:
+            raise ValueError(f"the tensor {name} is there twice")
+        if type not in type_sizes:
+            raise ValueError(f"{name} is of type {type}, which is unknown")
+        block, bytes = type_sizes[type]
+        if not prod(shape) or (shape[-1:] != () and shape[-1] % block):
+            raise ValueError(f"{name} is of {list(shape)}, no whole number of blocks of {block}")
+        place = TensorPlace(name, shape, type, begin + offset, prod(shape) // block * bytes)
+        if place.begin + place.bytes > cursor.size:
+            raise ValueError(f"{name} ends behind the end of the file")
+        places[name] = place
+    in_order = sorted(places.values(), key=lambda place: place.begin)
+    if overlap := next(
+        (after for before, after in pairwise(in_order) if before.begin + before.bytes > after.begin), None
+    ):
+        raise ValueError(f"{overlap.name} overlaps another tensor")
+    return places
+
+
+class _Cursor:
+    """A place in a file that moves on, never behind the file's end."""
+
+    def __init__(self, data: mmap.mmap, size: int) -> None:
+        self.data, self.size, self.at = data, size, 0
+        self.entries = MOST_ENTRIES
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.at:
+            raise ValueError(f"{count:,} bytes are told at byte {self.at:,}, and {self.size - self.at:,} are there")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, form: str) -> Any:
+        form = f"<{form}"
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def text(self, most: int) -> str:
+        length = self.number("Q")
+        if length > most:
+            raise ValueError(f"a name of {length:,} bytes at byte {self.at:,}, the most is {most:,}")
+        return self.take(length).decode()
+
+    def value(self, type: int) -> Any:
+        if type == _STRING:
+            return self.text(self.size)
+        if type == _ARRAY:
+            return self.array()
+        if type not in _FORMS:
+            raise ValueError(f"a value of type {type} at byte {self.at:,}, which is unknown")
+        return self.number(_FORMS[type])
+
+    def array(self) -> list[Any]:
+        """Numbers or texts; nobody writes arrays of arrays."""
+        type, count = self.number("I"), self.number("Q")
+        self.entries -= count
+        if self.entries < 0:
+            raise ValueError(f"an array of {count:,} entries at byte {self.at:,}, the most is {MOST_ENTRIES:,} in all")
+        if type == _STRING:
+            return [self.text(self.size) for _ in range(count)]
+        if type not in _FORMS:
+            raise ValueError(f"an array of type {type} at byte {self.at:,}, which is unknown")
+        form = f"<{count}{_FORMS[type]}"
+        return list(struct.unpack(form, self.take(struct.calcsize(form))))

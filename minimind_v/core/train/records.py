@@ -1,0 +1,131 @@
+"""The records of a run as they are read again. What a full disk, a power cut or an editor has damaged is left out.
+
+All that reads a run takes its values from here, so that each can be believed to be of its type.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.files import read_notes
+
+LONGEST = 1 << 20  # bytes of a line; one of ours has some hundred
+LARGEST = 1e100  # of a number: sums and quotients of such are numbers
+# Keys of a logged step, and of what was measured on rows.
+COUNTS = ("step", "steps", "epoch", "samples", "tokens", "supervised_tokens", "seconds", "data_seconds", "rows")
+MEASURED = ("loss", "hits", "lr", "grad_norm", "swapped_loss")  # which need not be finite
+LOSS = ("loss",)  # by which a logged step is known
+REPORTED = ("loss", "samples", "seconds")  # without which there is no report of it
+RECALLED = ("rows", "loss", "hits")
+
+
+def read_records(
+    path: Path, damaged: Callable[[str], object] = lambda _: None, needed: tuple[str, ...] = LOSS
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines of a file with the records that they hold; none where there is no file.
+
+    `damaged` is told of each line that holds none, or a logged step without what is `needed`: `file:line: what is
+    wrong`. A last line without an end is in the making, and left out without a word.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LONGEST):
+            number += 1
+            whole = line.endswith(b"\n")
+            if not whole and len(line) == LONGEST:
+                while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
+                    pass
+                damaged(f"{path}:{number}: the line is longer than {LONGEST:,} bytes")
+            elif whole and line.strip():
+                record, trouble = _parse(line, needed)
+                if record is None:
+                    damaged(f"{path}:{number}: {trouble}")
+                else:
+                    yield line.decode("utf-8", "replace"), record
+
+
+def read_part(path: Path, kinds: dict[str, type], damaged: Callable[[str], object]) -> dict[str, Any]:
+    """A JSON object that a run has left, of which those of `kinds` that are of another type are left out and told."""
+    notes = read_notes(path)
+    if not notes and path.is_file() and path.stat().st_size:
+        damaged(f"{path}: not a JSON object")
+    for key, kind in kinds.items():
+        value = notes.get(key)
+        good = is_number(value) if kind is float else isinstance(value, kind)
+        if key in notes and value is not None and not good:
+            damaged(f"{path}: {key} is {_shown(value)}")
+        if not good:
+            notes.pop(key, None)
+    return notes
+
+
+def is_number(value: Any, finite: bool = True) -> bool:
+    """Whether a value is a number that can be computed with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < LARGEST or (not finite and isinstance(value, float) and not math.isfinite(value))
+
+
+def _parse(line: bytes, needed: tuple[str, ...]) -> tuple[dict[str, Any] | None, str]:
+    if b"\0" in line:
+        return None, f"{line.count(0)} NUL bytes, as a power cut leaves them"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # no text, half a line, or lists in lists in lists
+        return None, "not a line of JSON; it was cut or changed"
+    if not isinstance(record, dict):
+        return None, "not a record of a run"
+    trouble = _trouble(record, needed)
+    return (None, trouble) if trouble else (record, "")
+
+
+def _trouble(record: dict[str, Any], needed: tuple[str, ...]) -> str:
+    """What makes a record of no use; empty where nothing does."""
+    step = record.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+        return "no step, so it is no record of a run" if step is None else f"step is {_shown(step)}"
+    if "loss" in record and (trouble := _of_numbers(record, needed)):
+        return trouble
+    for key in ("warning", "sign"):
+        if key in record and not isinstance(record[key], str):
+            return f"{key} is {_shown(record[key])}"
+    if not is_number(record.get("memory_bytes", 0)):
+        return f"memory_bytes is {_shown(record['memory_bytes'])}"
+    for name, kind in (("validation", ("step", "loss", "hits", "swapped_loss", "rows")), ("recalled", ())):
+        measured = record.get(name, {})
+        if not isinstance(measured, dict):
+            return f"{name} is {_shown(measured)}"
+        if name in record and (trouble := _of_numbers(measured, kind)):
+            return f"{name}: {trouble}"
+    for when, rows in record.get("recalled", {}).items():
+        if not isinstance(rows, dict) or not isinstance(rows.get("data"), str):
+            return f"recalled.{when} is {_shown(rows)}"
+        if trouble := _of_numbers(rows, RECALLED):
+            return f"recalled.{when}: {trouble}"
+    return ""
+
+
+def _of_numbers(record: dict[str, Any], required: tuple[str, ...]) -> str:
+    for key in required:
+        if key not in record:
+            return f"no {key}"
+    for key in (*COUNTS, *MEASURED):
+        value = record.get(key, 0)
+        absent = value is None and key == "swapped_loss"
+        if not absent and not is_number(value, finite=key in COUNTS):
+            return f"{key} is {_shown(value)}"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "a list" if isinstance(value, list) else "a mapping"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+        return "a number that is too large"
+    return f"{value!r:.50}"

@@ -1,0 +1,238 @@
+"""No process outlives the one that started it, whenever that is killed; none that hangs keeps a run from its end."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.process import BaseProcess
+
+import pytest
+import torch
+
+from minimind_v.core import processes
+from minimind_v.core.data import workers
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.loader import load_batches, load_updates
+from minimind_v.core.export.worker import Worker
+from minimind_v.core.inspect.processes import each_row
+from minimind_v.core.processes import Parent, end_processes
+from tests.cli.harness import ROOT, Running, place
+from tests.cli.harness import _sessions as sessions
+
+WORKERS = 6
+
+
+# --- killed while it starts -------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A plan that is read in no time, by many."""
+
+    prefetch = 2
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, number):
+        time.sleep(0.01)
+        return [torch.tensor(number)]
+
+
+def start_data_workers():
+    print("now", flush=True)
+    for _ in load_batches(Numbers(), WORKERS):
+        pass
+
+
+def slow(rows, index):
+    time.sleep(600)
+
+
+def start_row_processes():
+    print("now", flush=True)
+    list(each_row(slow, range(1000), WORKERS, str))
+
+
+def start_export_worker():
+    print("now", flush=True)
+    with Worker() as worker:
+        worker.call(f"{__name__}:sleep")
+
+
+def sleep():
+    time.sleep(600)
+
+
+@pytest.fixture
+def starting():
+    """`starting(function)` is a process, leader of its session, that is about to start others by that function."""
+    begun = []
+
+    def start(function):
+        code = f"from {__name__} import {function.__name__} as go; go()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        begun.append(process)
+        assert process.stdout.readline() == b"now\n"
+        return process
+
+    yield start
+    for process in begun:
+        process.kill()
+        for pid in members(process):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def members(process):
+    """Processes of its session, itself not counted."""
+    return [pid for pid, session in sessions() if session == process.pid and pid != process.pid]
+
+
+def wait_until(happened, seconds):
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.002)
+    return happened()
+
+
+@pytest.mark.parametrize(
+    ("start", "there"),
+    [
+        (start_data_workers, 1),
+        (start_data_workers, WORKERS // 2),
+        (start_data_workers, WORKERS),
+        (start_row_processes, 2),
+        (start_row_processes, WORKERS),
+        (start_export_worker, 1),
+    ],
+)
+def test_a_process_that_is_killed_while_it_starts_others_leaves_none(starting, start, there):
+    process = starting(start)
+    assert wait_until(lambda: len(members(process)) >= there, 60)
+    time.sleep(random.Random(f"{start.__name__} {there}").uniform(0, 0.05))
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not members(process), 30), members(process)  # those that still import notice it then
+
+
+def test_a_child_that_is_older_than_its_first_look_at_its_parent_ends():
+    """The moment at which nobody would ever tell it: its parent ended before it could ask for a signal."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=Parent(2**22 + 1).end_with_it)
+    child.start()
+    child.join(20)
+    assert child.exitcode == 1
+
+
+@pytest.mark.parametrize("system", ["signals", "watches", "starts from a thread"])
+def test_a_child_ends_with_its_parent(system, tmp_path):
+    context, path = multiprocessing.get_context("fork"), tmp_path / "pid"
+
+    def child(parent):
+        if system == "watches":
+            processes._ask_for_signal = lambda: False
+        parent.end_with_it()
+        path.write_text(str(os.getpid()))
+        time.sleep(600)
+
+    def parent():
+        here = Parent.here() if system != "starts from a thread" else Parent(os.getpid(), lasting=False)
+        context.Process(target=child, args=(here,)).start()
+        time.sleep(600)
+
+    first = context.Process(target=parent)
+    first.start()
+    assert wait_until(lambda: path.exists() and path.read_text(), 20)
+    pid = int(path.read_text())
+    first.kill()
+    first.join()
+    assert wait_until(lambda: pid not in dict(sessions()), 10)
+
+
+# --- one that hangs ---------------------------------------------------------------------------------------------------
+
+
+def hang_after_some():
+    """Let data workers hang for ever, deaf to SIGTERM, over rows that the run's two updates do not need."""
+    real, seen, main = RowDataset.load, [], os.getpid()
+
+    def load(dataset, example):
+        seen.append(example)
+        if len(seen) > 8 and os.getpid() != main:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                time.sleep(600)
+        return real(dataset, example)
+
+    RowDataset.load = load
+
+
+def test_a_run_ends_although_its_workers_hang(tmp_path):
+    line = place().train(tmp_path / "out", epochs=100, workers=3, max_steps=4)
+    run = Running(tmp_path, *line, prepare=hang_after_some)
+    run.until(lambda: "done after 4 updates" in run.err)
+    started = time.monotonic()
+    ended = run.wait()
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    assert time.monotonic() - started < 20
+    assert not run.left_behind()
+
+
+class Stuck(Numbers):
+    """A plan over whose second number a worker hangs for ever."""
+
+    def __getitem__(self, number):
+        if number > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        return [torch.tensor(number)]
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 0.3)
+    monkeypatch.setattr(processes, "KILLED", 0.3)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_many_workers_that_hang_are_ended_together():
+    before = set(multiprocessing.active_children())
+    updates = load_updates(Stuck(), 4)
+    next(updates)
+    started = time.monotonic()
+    updates.close()
+    assert time.monotonic() - started < 3  # torch gives each of them ten seconds
+    assert set(multiprocessing.active_children()) == before
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_cannot_be_killed_is_left_and_waited_for_by_nobody(monkeypatch):
+    """A process in an uninterruptible sleep, as over a dead network disk: the system keeps it, whatever it is sent."""
+    kill = BaseProcess.kill
+    monkeypatch.setattr(BaseProcess, "kill", lambda process: None)
+    monkeypatch.setattr(BaseProcess, "terminate", lambda process: None)
+    updates = load_updates(Stuck(), 2)
+    next(updates)
+    stuck = multiprocessing.active_children()
+    started = time.monotonic()
+    updates.close()
+    assert time.monotonic() - started < 5
+    assert not set(stuck) & multiprocessing.process._children  # for which the interpreter would wait at its end
+    for process in stuck:
+        kill(process)
+        process.join()
+
+
+def test_those_that_end_by_themselves_are_given_the_time(monkeypatch):
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=time.sleep, args=(0.3,))
+    child.start()
+    assert end_processes([child], 20) == []
+    assert child.exitcode == 0

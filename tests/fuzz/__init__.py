@@ -1,0 +1,1 @@
+"""Every reading function against files that were changed at random: `python -m tests.fuzz`, `make fuzz`."""
