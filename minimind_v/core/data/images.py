@@ -1,8 +1,8 @@
 """From the bytes of a picture to what CLIP is shown: the published preprocessing, kept as uint8 until the model.
 
-Two things differ from the published code on purpose: pictures are turned upright as their EXIF says, and 16 bits are
-scaled to 8 where Pillow's `convert` would clip them. Everything else is equal to one grey level, but for large JPEGs:
-these are decoded at 1/2, 1/4 or 1/8 of their size ("draft"), see `DRAFT_MARGIN`.
+Two things differ from the published code on purpose: pictures are turned upright as their EXIF says, and 16 bits and
+floats are scaled to 8 where Pillow's `convert` would clip them. Everything else is equal to one grey level, but for
+large JPEGs: these are decoded at 1/2, 1/4 or 1/8 of their size ("draft"), see `DRAFT_MARGIN`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def is_dark_on_transparent(data: bytes) -> bool:
     if data.startswith(b"\xff\xd8"):
         return False
     with suppress(Exception):
-        picture = _open(data)
+        picture = _open(png.keep_pixels(data) if data.startswith(png.MAGIC) else data)
         if picture.mode.startswith("I") or not picture.has_transparency_data:
             return False
         picture = _load(data, None)[0]

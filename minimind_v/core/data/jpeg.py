@@ -174,7 +174,7 @@ def _feed(picture: Image.Image, layout: Layout, scans: bytes, padding: bytes) ->
     try:
         decoder.setimage(picture.im, extents)
         taken, error = decoder.decode(scans + padding)
-        if layout.buffered:
+        if layout.buffered and taken >= 0:
             taken, error = _finish(decoder, layout, scans, taken - len(scans) - len(padding))
     finally:
         decoder.cleanup()
