@@ -283,6 +283,20 @@ def test_rows_with_a_picture_and_no_mark_are_text_rows_told_once(place, sighted,
     assert "skipped" not in ended.err
 
 
+def test_what_rows_are_read_as_is_told_once_and_counted(place, sighted, tmp_path):
+    rows = read_rows(place.data("sft"))
+    for row in rows[::4]:
+        row["messages"] = [{"from": "gpt", "value": "Hello."}, *row.pop("conversations")]
+        row["images"] = [{"path": row.pop("image")}]
+    data = write_rows(tmp_path / "mine.jsonl", rows)
+    ended = here(*place.train(tmp_path / "out", "sft", data=data, init=sighted, epochs=2, workers=1))
+    assert ended.code == 0, ended.err
+    told = [line for line in ended.err.splitlines() if "begin with an answer" in line]
+    assert [line.startswith("step ") for line in told] == [True, False], ended.err
+    assert told[-1].startswith("10 of 40 rows begin with an answer: it is left out")
+    assert "skipped" not in ended.err
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_a_set_that_lacks_its_marks_is_warned_of(place, sighted, tmp_path, stage):
     rows = read_rows(place.data(stage))
