@@ -101,8 +101,8 @@ def _write_into(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Write a small text file atomically. Of names that are no UTF-8 the odd bytes become escapes, as JSON has them."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def as_json(value: Any, encoding: str = "utf-8") -> str:

@@ -19,6 +19,7 @@ import pytest
 from minimind_v.core.data import index
 from minimind_v.core.data.pictures import FolderPictures, ZipPictures, open_pictures
 from minimind_v.core.errors import DataError, RowError
+from minimind_v.core.files import write_text
 from tests.data.made import picture, row
 
 NFC, NFD = (unicodedata.normalize(form, "é小.jpg") for form in ("NFC", "NFD"))
@@ -265,6 +266,12 @@ def test_a_unicode_path_about_another_name_is_not_believed(tmp_path):
     assert pictures.read("x") == b"x"
 
 
+def test_a_unicode_path_that_is_no_name(tmp_path):
+    path = put_raw(tmp_path / "a.zip", [(b"dog.jpg", unicode_path("./", b"dog.jpg"), b"dog")])
+    assert ZipPictures(path).read("dog.jpg") == b"dog"
+    missing(ZipPictures(path), "DOG.jpg")
+
+
 def test_names_that_say_utf_8_and_are_not(tmp_path):
     raw = "狗.jpg".encode("gbk")
     path = put_raw(tmp_path / "a.zip", [(raw, b"", b"dog"), (b"cat.jpg", b"", b"cat")], flags=0x800)
@@ -401,3 +408,9 @@ def test_a_folder_that_was_unpacked_on_old_windows(tmp_path):
     with open(os.fsencode(tmp_path / "p") + b"/" + "小狗.jpg".encode("gbk"), "wb") as file:
         file.write(b"dog")
     assert FolderPictures(tmp_path / "p").read("小狗.jpg") == b"dog"
+
+
+def test_odd_bytes_of_a_name_are_written_as_escapes(tmp_path):
+    name = os.fsdecode("数据".encode("gbk"))
+    write_text(tmp_path / "notes.json", json.dumps({"file": name}, ensure_ascii=False))
+    assert json.loads((tmp_path / "notes.json").read_text(encoding="utf-8")) == {"file": name}

@@ -249,7 +249,8 @@ class ZipPictures(Reopened):
     def _hint(self, name: str) -> str:
         """What a row may mean that names a picture which is not there."""
         names = PicturePath.of(name).names
-        lasts = [PicturePath.of(other).names[-1] for other in self._namesakes(names[-1])] if names else []
+        others = [PicturePath.of(other).names for other in self._namesakes(names[-1])] if names else []
+        lasts = [other[-1] for other in others if other]
         if len(names) > 1 and names[-1] in lasts:
             return _describe_namesake(names)
         return _describe_case(lasts[0]) if lasts else ""

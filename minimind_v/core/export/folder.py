@@ -17,7 +17,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.order import Made, Order
 from minimind_v.core.export.report import Report
 from minimind_v.core.export.targets import TARGETS
-from minimind_v.core.files import in_use, read_notes, sweep, umask
+from minimind_v.core.files import in_use, read_notes, sweep, umask, write_text
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
@@ -37,7 +37,7 @@ def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool
             raise RunError(f"{out}: not written, because it would not be the same as {order.model} ({told})")
         manifest = _describe(order, to, made, report)
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(staging / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         _sync(staging)
         _rename(staging, out)
     return report
