@@ -17,7 +17,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.order import Made, Order
 from minimind_v.core.export.report import Report
 from minimind_v.core.export.targets import TARGETS
-from minimind_v.core.files import in_use, read_notes, sweep, umask
+from minimind_v.core.files import in_use, only_writer, read_notes, umask
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
@@ -30,7 +30,8 @@ def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool
     """
     out = out.resolve()
     _refuse_to_replace(order, out, overwrite)
-    with _beside(out) as staging:
+    with only_writer(out), _beside(out) as staging:
+        _refuse_to_replace(order, out, overwrite)  # another run may have written it meanwhile
         made, report = TARGETS[to](order, staging, check)
         if report.wrong:
             told = "; ".join(f"{name}: {report.found[name]}" for name in report.wrong)
@@ -95,11 +96,7 @@ def _describe(order: Order, to: str, made: Made, report: Report) -> dict[str, An
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it.
-
-    What a process that was killed has left there goes first.
-    """
-    sweep(out)
+    """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it."""
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
