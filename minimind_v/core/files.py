@@ -137,19 +137,21 @@ def in_use(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def sweep(path: Path, patience: float = 0.0) -> None:
+def sweep(path: Path, patience: float = 0.0) -> bool:
     """Remove what processes that are dead have left of writing `path`; never what a living one uses.
 
-    What was moved aside for a new `path` that never came is put back. A process that was killed needs a moment before
-    its locks are free: up to `patience` seconds, where it is certain that no living one writes `path`.
+    Returns whether a living one writes it now. What was moved aside for a new `path` that never came is put back. A
+    process that was killed needs a moment before its locks are free: up to `patience` seconds.
     """
     ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
-    end = time.monotonic() + patience
+    end, in_use = time.monotonic() + patience, False
     with contextlib.suppress(OSError):  # no folder, no rights: then nothing can be removed
         for name in sorted(entry.name for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)):
             left = path.with_name(name)
-            while not _remove_if_left(left, path) and time.monotonic() < end:
+            while not (gone := _remove_if_left(left, path)) and time.monotonic() < end:
                 time.sleep(0.05)
+            in_use |= not gone
+    return in_use
 
 
 @contextlib.contextmanager

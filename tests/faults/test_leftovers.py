@@ -11,6 +11,7 @@ import pytest
 from minimind_v.core import files
 from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import RunError, UsageError
+from minimind_v.core.export import folder as folders
 from minimind_v.core.export.files import convert as convert_weights
 from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, sweep, write_atomically, write_text
@@ -179,6 +180,37 @@ def test_of_two_conversions_of_one_target_one_is_refused(rows, tmp_path):
         assert again.code == 2
         assert "is there already" in again.error
         assert not list(tmp_path.glob(f".{name}*"))
+
+
+def test_of_two_conversions_to_one_folder_one_is_refused(tmp_path, monkeypatch):
+    out, told = tmp_path / "model", []
+    real = folders._describe
+
+    def meanwhile(*words):
+        with pytest.raises(RunError, match="another run is writing it"):
+            export(order(), "hf", out, check=False)
+        told.append(os.listdir(tmp_path))
+        return real(*words)
+
+    monkeypatch.setattr(folders, "_describe", meanwhile)
+    export(order(), "hf", out, check=False)
+    assert len(told) == 1
+    assert len(told[0]) == 1, "the first is not harmed"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_that_came_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    out, real = tmp_path / "model", folders._sync
+
+    def meanwhile(staging):
+        real(staging)
+        out.mkdir()
+        (out / "weights").write_text("by the other")
+
+    monkeypatch.setattr(folders, "_sync", meanwhile)
+    with pytest.raises(UsageError, match="is there already"):
+        export(order(), "hf", out, check=False)
+    assert tree(tmp_path) == ["model/weights"]
 
 
 def test_a_target_that_comes_while_a_conversion_waits_is_not_replaced(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.order import Made, Order
 from minimind_v.core.export.report import Report
 from minimind_v.core.export.targets import TARGETS
-from minimind_v.core.files import in_use, only_writer, read_notes, umask
+from minimind_v.core.files import in_use, read_notes, sweep, umask
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
@@ -30,8 +30,7 @@ def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool
     """
     out = out.resolve()
     _refuse_to_replace(order, out, overwrite)
-    with only_writer(out), _beside(out) as staging:
-        _refuse_to_replace(order, out, overwrite)  # another run may have written it meanwhile
+    with _beside(out) as staging:
         made, report = TARGETS[to](order, staging, check)
         if report.wrong:
             told = "; ".join(f"{name}: {report.found[name]}" for name in report.wrong)
@@ -40,6 +39,7 @@ def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         _sync(staging)
+        _refuse_to_replace(order, out, overwrite)  # another run may have written it meanwhile
         _rename(staging, out)
     return report
 
@@ -96,7 +96,12 @@ def _describe(order: Order, to: str, made: Made, report: Report) -> dict[str, An
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it."""
+    """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it.
+
+    What a process that was killed has left there goes first. Raises RunError where a living one is at it.
+    """
+    if sweep(out, patience=1.0):
+        raise RunError(f"{out}: another run is writing it — wait for that, or name another --out")
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
