@@ -52,8 +52,8 @@ class Want:
         there = [name for name in sorted(listing.files) if not name.startswith(".")]
         told = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
         raise NotThere(
-            f"{repo} at {listing.commit} lacks {lacking} — it has: {told or 'nothing'}; check --revision, or name another "
-            "--endpoint"
+            f"{repo} at {listing.commit} lacks {lacking} — it has: {told or 'nothing'}; check --revision, or name "
+            "another --endpoint"
         )
 
 
