@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
-from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.errors import UsageError, nearest, unusable
 
 CHOICES = re.compile(r"(?:Value error, )?('(?P<word>[^']*)' is not one of (?P<choices>.+?))\.?$")
 
@@ -22,6 +23,10 @@ class Command(TyperCommand):
     once: tuple[str, ...] = ("model", "data", "images", "init", "config")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, word in pairwise(["", *args]):
+            if trouble := unusable(word):
+                option = word.partition("=")[0] if word.startswith("--") else before if before.startswith("-") else ""
+                raise UsageError(f"{option or 'an argument'} {trouble}: {word!r}")
         if not {"-h", "--help"} & set(args):
             values, extra, order = self.make_parser(ctx).parse_args(args=list(args))
             for param, times in Counter(order).items():

@@ -10,11 +10,12 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,17 +35,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        sweep(path)
+        handle, name = _temporary(path)
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
     try:
         with os.fdopen(handle, "wb") as file:
-            _lock(handle)
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~umask())
-        os.replace(name, path)
+            os.chmod(name, 0o666 & ~umask())
+            if os.name != "nt":  # as long as it is open it is locked, and nobody sweeps it away
+                os.replace(name, path)
+        if os.name == "nt":  # where no open file gets another name, and there are no locks
+            os.replace(name, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         kept = "; what stood there before is still there" if path.exists() else ""
@@ -52,6 +56,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new file beside `path` that is locked: its handle and its name."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        _lock(handle)
+        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+            if os.path.samestat(os.fstat(handle), os.stat(name)):
+                return handle, name
+        os.close(handle)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -126,30 +141,81 @@ def in_use(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def sweep(path: Path) -> None:
-    """Remove what processes that are dead have left of writing `path`; never what a living one uses."""
+def sweep(path: Path, patience: float = 0.0) -> bool:
+    """Remove what processes that are dead have left of writing `path`; never what a living one uses.
+
+    Returns whether a living one writes it now. What was moved aside for a new `path` that never came is put back. A
+    process that was killed needs a moment before its locks are free: up to `patience` seconds.
+    """
     ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    end, in_use = time.monotonic() + patience, False
     with contextlib.suppress(OSError):  # no folder, no rights: then nothing can be removed
-        for left in sorted(path.parent.iterdir()):
-            if ours.fullmatch(left.name) and _is_left(left.with_suffix(".tmp")):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for name in sorted(entry.name for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)):
+            left = path.with_name(name)
+            while not (gone := _remove_if_left(left, path)) and time.monotonic() < end:
+                time.sleep(0.05)
+            in_use |= not gone
+    return in_use
 
 
-def _is_left(path: Path) -> bool:
-    """Whether nobody uses a file or folder, which may be gone already."""
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """While this lasts no other process writes `path`; what dead ones have left of it is gone.
+
+    Raises RunError where another is at it. What was asked of `path` before must be asked again.
+    """
+    note = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    try:
+        lock = Lock(path.with_name(f".{path.name}.lock"), note)
+    except Held as other:
+        raise RunError(
+            f"{path}: another run is writing it ({describe_holder(other.note)}) — wait for that, or name another place"
+        ) from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
+    try:
+        sweep(path, patience=1.0)
+        yield
+    finally:
+        lock.release()
+
+
+def describe_holder(note: Mapping[str, Any]) -> str:
+    """The process that a lock's note tells of."""
+    if "process" not in note:
+        return "it has not said which process it is"
+    return f"process {note['process']} on {note.get('host')}, since {note.get('since')}"
+
+
+def _remove_if_left(left: Path, path: Path) -> bool:
+    """Remove what a dead process has left, or put it back where `path` has gone; False where a living one uses it."""
+    with _left(left.with_suffix(".tmp")) as dead:
+        if dead and left.suffix == ".old" and not path.exists():
+            left.rename(path)
+        elif dead:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return dead
+
+
+@contextlib.contextmanager
+def _left(path: Path) -> Iterator[bool]:
+    """Whether nobody uses a file or folder, which may be gone already; nobody begins to while this lasts."""
+    handle = None
     try:
         handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        dead = True
+    except FileNotFoundError:
+        dead = True
     except (OSError, ImportError):  # in use, or of a system without locks
-        return False
+        dead = False
+    try:
+        yield dead
     finally:
-        os.close(handle)
-    return True
+        if handle is not None:
+            os.close(handle)
 
 
 def _lock(handle: int) -> None:

@@ -128,3 +128,30 @@ def test_a_copy_without_faults_ends_well_and_one_that_cannot_be_written_does_not
     all_bad = write_rows(tmp_path / "bad.jsonl", ["{"])
     ended = here("data", "check", all_bad, *SIGHT, "--fix", tmp_path / "none.jsonl")
     assert (ended.code, "nothing to write" in ended.error) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train sft --out {}", "train sft --data {}", "train sft --config={}", "train plan sft --init {}",
+        "data check {}", "data stats rows.jsonl --images {}", "data convert rows.jsonl {}", "data preview {}",
+        "data split rows.jsonl {}", "eval --model {}", "chat --image {}", "chat {}", "convert --to hf --out {}",
+        "upload {}", "demo --out {}", "info {}", "report {}", "download --dir {}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("word", ["a\0b", "a\ud800b"])
+def test_what_no_file_can_be_called_ends_in_one_line(words, word):
+    before, _, _ = words.partition("{}")
+    args = words.format(word).split(" ")
+    ended = here(*args)
+    assert ended.code == 2, ended.err
+    assert "\0" not in ended.err
+    option = before.split()[-1].rstrip("=")
+    assert ended.error.startswith(option if option.startswith("--") else "an argument")
+    assert "holds a NUL character" in ended.error or "holds half of a character" in ended.error
+
+
+def test_control_characters_of_a_name_are_shown_as_what_they_are():
+    ended = here("info", "a\x1b[2Jb\x07\nc")
+    assert ended.code == 1
+    assert "a\\x1b[2Jb\\x07 c" in ended.error

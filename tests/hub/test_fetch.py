@@ -312,3 +312,41 @@ def test_a_sample_where_ranges_fail(get, hub, tmp_path):
 )
 def test_usage(words):
     assert here("download", *words).code == 2
+
+
+@pytest.mark.parametrize("name", ["hf", "modelscope"])
+@pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "pytorch_model.bin"])
+def test_a_hub_that_lacks_one_file_of_several_names_that_one(get, hub, tmp_path, name, missing):
+    for repo, files in hub.repos.items():
+        if "clip" in repo:
+            hub.repos[repo] = {path: data for path, data in files.items() if path != missing}
+    ended = get("all", hub_name=name)
+    assert ended.code == 1
+    repo = "openai/clip-vit-base-patch16" if name == "hf" else "openai-mirror/clip-vit-base-patch16"
+    lacking = ended.error.partition(" lacks ")[2].partition(" — it has: ")[0]
+    assert ended.error.startswith(f"{repo} at ")
+    assert lacking == {"pytorch_model.bin": "pytorch_model.bin"}.get(missing, missing)
+    assert "--endpoint" in ended.error
+    assert finished(tmp_path) == []
+
+
+def test_a_hub_that_lacks_files_of_two_repositories_names_both(get, hub, tmp_path):
+    del hub.repos["models/jingyaogong/MiniMind2-V-PyTorch"]["llm_512.pth"]
+    del hub.repos["models/jingyaogong/MiniMind2-Small-V"]["tokenizer_config.json"]
+    ended = get("all")
+    assert ended.code == 1
+    assert "jingyaogong/MiniMind2-V-PyTorch at " in ended.error
+    assert "lacks lm_512.pth" in ended.error
+    assert "lacks tokenizer_config.json — " in ended.error
+
+
+@pytest.mark.parametrize("missing", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_file_that_is_listed_and_not_given_is_named_with_its_repository(get, hub, tmp_path, missing):
+    hub.faults[missing] = [("status", 404)] * 9
+    ended = get("tokenizer")
+    assert ended.code == 1
+    assert f"not found: {missing} of jingyaogong/MiniMind2-Small-V at " in ended.error
+    assert "run this again later, or name another --endpoint" in ended.error
+    hub.faults.clear()
+    assert get("tokenizer").code == 0
+    assert finished(tmp_path) == ["model/tokenizer.json", "model/tokenizer_config.json"]

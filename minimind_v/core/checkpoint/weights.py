@@ -25,7 +25,7 @@ from minimind_v.core.checkpoint.tensors import check_numbers, read_tensors
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import RunError, UsageError, WeightsError
-from minimind_v.core.files import MOST_JSON, sweep, write_atomically, write_text
+from minimind_v.core.files import MOST_JSON, write_atomically, write_text
 from minimind_v.core.gguf.files import is_gguf, read_gguf
 from minimind_v.core.hub.sources import weights_at
 from minimind_v.core.wording import plural
@@ -329,7 +329,6 @@ def write_checkpoint(
 ) -> None:
     """Write a `.pth` (with a JSON beside it) or a `.safetensors` (which carries it inside), atomically."""
     meta = describe(config, stage, as_record(companions, path.parent))
-    sweep(path)
     if path.suffix == ".safetensors":
         # The format knows neither shared storage nor strides.
         apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

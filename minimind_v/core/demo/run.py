@@ -31,7 +31,7 @@ from minimind_v.core.demo.report import Sample, write_report
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
 from minimind_v.core.export.files import convert
-from minimind_v.core.files import read_notes, write_text
+from minimind_v.core.files import only_writer, read_notes, write_text
 from minimind_v.core.generate.load import Loaded, load_model
 from minimind_v.core.generate.many import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY
@@ -78,8 +78,17 @@ class Demo:
         self.vision, self.tokenizer = out / VISION_DIR, out / TOKENIZER_DIR
 
     def run(self) -> dict[str, Any]:
-        """Everything in order; returns what `summary.json` holds. Raises UsageError for a folder of something else."""
-        self._claim_folder()
+        """Everything in order; returns what `summary.json` holds.
+
+        Raises UsageError for a folder of something else, RunError for one that another demo is at work in.
+        """
+        self._refuse_to_replace()
+        with only_writer(self.out / MARK):
+            self._refuse_to_replace()  # another demo may have been here meanwhile
+            write_text(self.out / MARK, json.dumps({"made_by": "mmv demo"}) + "\n")
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         sft = self.weights["sft_vlm_128"]
         test = ["--data", self.dataset / "heldout_scenes_data.jsonl"]
@@ -111,14 +120,16 @@ class Demo:
         self.seconds[name] = round(time.perf_counter() - started, 2)
         return result
 
-    def _claim_folder(self) -> None:
+    def _refuse_to_replace(self) -> None:
+        """Raises UsageError where the folder holds what no demo has left."""
         mark = self.out / MARK
-        if not mark.exists() and self.out.exists() and (self.out.is_file() or any(self.out.iterdir())):
-            raise UsageError(f"{self.out} holds something else — name a new folder with --out")
+        if self.out.exists() and not mark.exists():
+            own = f".{MARK}.lock"
+            if self.out.is_file() or any(path.name != own for path in self.out.iterdir()):
+                raise UsageError(f"{self.out} holds something else — name a new folder with --out")
         for name, stamp in read_notes(mark).get("weights", {}).items():
             if (path := self.out / "out" / name).exists() and _stamp(path) != stamp:
                 raise UsageError(f"{path} is not as the demo left it — move it, or name a new folder with --out")
-        write_text(mark, json.dumps({"made_by": "mmv demo"}) + "\n")
 
     def _note_weights(self) -> None:
         """Note how the weights look: those that were trained on since are not written over."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from minimind_v.core.checkpoint.tensors import cast
 from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
 from minimind_v.core.errors import RunError
+from minimind_v.core.files import only_writer
 from minimind_v.core.outputs import check_weights
 
 
@@ -27,6 +28,12 @@ def convert(source: Path, target: Path, to: str, dtype: str | None = None, overw
     Raises MissingInput, WeightsError, UsageError where the target is in the way, RunError where it cannot be written.
     """
     check_weights(target, source, to, overwrite)
+    with only_writer(target):
+        check_weights(target, source, to, overwrite)  # another run may have written it meanwhile
+        return _convert(source, target, dtype)
+
+
+def _convert(source: Path, target: Path, dtype: str | None) -> Conversion:
     checkpoint = read_checkpoint(source)
     tensors = checkpoint.tensors
     if dtype is not None:

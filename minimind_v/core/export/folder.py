@@ -39,6 +39,7 @@ def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         write_text(staging / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         _sync(staging)
+        _refuse_to_replace(order, out, overwrite)  # another run may have written it meanwhile
         _rename(staging, out)
     return report
 
@@ -97,9 +98,10 @@ def _describe(order: Order, to: str, made: Made, report: Report) -> dict[str, An
 def _beside(out: Path) -> Iterator[Path]:
     """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it.
 
-    What a process that was killed has left there goes first.
+    What a process that was killed has left there goes first. Raises RunError where a living one is at it.
     """
-    sweep(out)
+    if sweep(out, patience=1.0):
+        raise RunError(f"{out}: another run is writing it — wait for that, or name another --out")
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

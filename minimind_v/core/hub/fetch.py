@@ -109,8 +109,7 @@ class Download:
             hub = open_hub(name, self.endpoint)
             try:
                 listings = {want.label: self._listing(hub, want) for want in missing}
-                for want in missing:
-                    want.choose(listings[want.label], want.source.hubs[name].repo)
+                self._refuse_missing(name, missing, listings)
             except HubError as error:
                 failures.append(error)
                 if name != self.hubs[-1]:
@@ -125,6 +124,17 @@ class Download:
                 f"or HF_ENDPOINT, or copy the files by hand into {folders} and run this again to check them"
             )
         raise failures[0] if len(failures) == 1 else HubError("; ".join(map(str, failures)))
+
+    def _refuse_missing(self, hub: str, missing: Sequence[Want], listings: dict[str, Listing]) -> None:
+        """Raises NotThere, naming every file that the hub lacks, not the first."""
+        troubles: dict[str, None] = {}
+        for want in missing:
+            try:
+                want.choose(listings[want.label], want.source.hubs[hub].repo)
+            except NotThere as error:
+                troubles[str(error)] = None
+        if troubles:
+            raise NotThere("; ".join(troubles))
 
     def _listing(self, hub: Hub, want: Want) -> Listing:
         place, asked = want.source.hubs[hub.name], self._asked(hub.name, want)
@@ -254,7 +264,13 @@ class Download:
         for other in (item.folder / STAGING).glob(f"{item.path.name}.*.part"):
             if other != item.part:  # of a version that nobody asks for any more
                 other.unlink()
-        found = bring(hub, item.url, item.remote, item.part, progress, self.listener.warn)
+        try:
+            found = bring(hub, item.url, item.remote, item.part, progress, self.listener.warn)
+        except NotThere:
+            raise NotThere(
+                f"not found: {item.remote.path} of {item.repo} at {item.commit}, which {hub.endpoint} lists and does "
+                "not give — run this again later, or name another --endpoint or --hub; what came before it is kept"
+            ) from None
         if item.path.exists() and not _looks_downloaded(item):  # damaged, or edited: who knows?
             aside = _free_name(item.path)
             item.path.rename(aside)

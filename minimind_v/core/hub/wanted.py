@@ -41,10 +41,20 @@ class Want:
             }
             if len(chosen) == len(layout):
                 return chosen
-        lacking = " / ".join(", ".join(file.name for file in layout) for layout in self.layouts)
+        lacks = [
+            [file.name for file in layout if not any(name in listing.files for name in file.remote)]
+            for layout in self.layouts
+        ]
+        closest = min(map(len, lacks))
+        nothing = all(len(names) == len(layout) for names, layout in zip(lacks, self.layouts, strict=True))
+        # Of a layout that is there in part, what is missing in it; where nothing is there, what each would have.
+        lacking = " / ".join(", ".join(names) for names in lacks if nothing or len(names) == closest)
         there = [name for name in sorted(listing.files) if not name.startswith(".")]
         told = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
-        raise NotThere(f"{repo} at {listing.commit} lacks {lacking} — it has: {told or 'nothing'}")
+        raise NotThere(
+            f"{repo} at {listing.commit} lacks {lacking} — it has: {told or 'nothing'}; check --revision, or name "
+            "another --endpoint"
+        )
 
 
 def wants(what: str, root: Path, preset: str, splits: Iterable[str] = SPLITS, rows: int | None = None) -> list[Want]:

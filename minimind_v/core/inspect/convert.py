@@ -10,19 +10,16 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from minimind_v.core.data.row import RowStore
-from minimind_v.core.errors import DataError, RowError, RunError, UsageError
-from minimind_v.core.files import write_text
+from minimind_v.core.errors import DataError, RowError, UsageError
+from minimind_v.core.files import only_writer, write_text
 from minimind_v.core.inspect.forms import Form, JsonlZip, Parquet, Whole
 from minimind_v.core.outputs import keep_inputs, keep_set
 
-LOCK = "lock"  # in the folder of the parts
+FINISHING = "finishing"  # in the folder of the parts, from when on the files of the target are being made
 PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
 
 
@@ -44,17 +41,28 @@ def convert(
     Raises UsageError for another ending or a target that exists, DataError for the first row that cannot be read:
     nothing is left out without being asked for.
     """
-    target = find_target(out, overwrite, rows.path, rows.pictures)
-    with _alone(target):
-        done = begun = _resume(rows, target)
-        pictures = 0
-        for part in _parts(rows, done):
-            pictures += sum(len(whole.pictures) for whole in part)
-            target.write_part(done, part)
-            done += len(part)
-            progress(done, len(rows))
-        target.finish()
-        shutil.rmtree(target.folder)
+    find_target(out, overwrite, rows.path, rows.pictures)
+    with only_writer(out):
+        target = find_target(out, overwrite, rows.path, rows.pictures)  # another run may have written it meanwhile
+        try:
+            return _convert(rows, target, progress)
+        finally:
+            if not any(target.folder.glob("part-*")):  # nothing to go on from
+                shutil.rmtree(target.folder, ignore_errors=True)
+
+
+def _convert(rows: RowStore, target: Form, progress: Callable[[int, int], None]) -> Converted:
+    """Write the parts that are missing, and make the target of all."""
+    done = begun = _resume(rows, target)
+    pictures = 0
+    for part in _parts(rows, done):
+        pictures += sum(len(whole.pictures) for whole in part)
+        target.write_part(done, part)
+        done += len(part)
+        progress(done, len(rows))
+    write_text(target.folder / FINISHING, "")
+    target.finish()
+    shutil.rmtree(target.folder)
     return Converted(target.files, done, pictures, begun)
 
 
@@ -70,8 +78,17 @@ def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *
     if out.is_dir():
         raise UsageError(f"{out} is a folder, and a file is to be written — name another file")
     target = form(out, out.with_name(f".{out.name}.parts"))
-    check_files(target.files, overwrite, rows, pictures, *others)
+    check_files(target.files, overwrite or _only_ours(target), rows, pictures, *others)
     return target
+
+
+def _only_ours(target: Form) -> bool:
+    """Whether all files that are there are of a conversion that was stopped before it had given the last its name."""
+    try:
+        begun = (target.folder / FINISHING).stat().st_mtime_ns
+        return all(path.stat().st_mtime_ns >= begun for path in target.files if path.exists())
+    except OSError:
+        return False
 
 
 def check_files(files: list[Path], overwrite: bool, rows: Path, *others: Path | None) -> None:
@@ -97,25 +114,6 @@ def unreadable(rows: RowStore, index: int, error: RowError) -> DataError:
     return DataError(f"{rows.place(index)}: {error} — `mmv data check --fix` writes a copy without such rows")
 
 
-@contextmanager
-def _alone(target: Form) -> Iterator[None]:
-    """No second run writes the same parts, or removes them. Raises RunError."""
-    lock = FileLock(target.folder / LOCK)
-    try:
-        target.folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"{target.files[0]}: another run is writing it — wait for that, or name another file") from None
-    except OSError as error:
-        raise RunError(f"{target.files[0]}: cannot be written ({error.strerror or error})") from None
-    try:
-        yield
-    finally:
-        if not any(target.folder.glob("part-*")):  # nothing to go on from
-            shutil.rmtree(target.folder, ignore_errors=True)
-        lock.release()
-
-
 def _resume(rows: RowStore, target: Form) -> int:
     """Rows that stand in whole parts of an earlier run over the same source; parts of another source are removed."""
     plan = target.folder / "source.json"
@@ -127,9 +125,7 @@ def _resume(rows: RowStore, target: Form) -> int:
         chosen.update(f"{rows.place(index)}\n".encode("utf-8", "surrogateescape"))
     told = json.dumps({"rows": chosen.hexdigest(), "files": stamps})
     if not plan.is_file() or plan.read_text(encoding="utf-8") != told:
-        for path in target.folder.iterdir():
-            if path.name != LOCK:
-                path.unlink()
+        shutil.rmtree(target.folder, ignore_errors=True)
         write_text(plan, told)
     done = 0
     for begin, count in target.parts():

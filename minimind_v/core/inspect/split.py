@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,12 +17,14 @@ from minimind_v.core.data.parquet import ParquetRows
 from minimind_v.core.data.row import RowStore, names_as_text
 from minimind_v.core.data.saved import SavedRows
 from minimind_v.core.data.tar import TarRows
-from minimind_v.core.errors import RowError, UsageError
-from minimind_v.core.files import as_json, write_atomically
+from minimind_v.core.errors import RowError, RunError, UsageError
+from minimind_v.core.files import as_json, only_writer, write_atomically
 from minimind_v.core.inspect.convert import check_files, convert, unreadable
 from minimind_v.core.inspect.forms import ENDINGS
 from minimind_v.core.inspect.sample import SampledRows
 from minimind_v.core.wording import plural
+
+SPLIT = "split"  # what the lock and the files on the way are called
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ def split(
     )  # with the pictures in the rows
     train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
     check_files([train, aside], overwrite, rows.path, rows.pictures)
+    for path in (train, aside):
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder, and a file is to be written — name another --out")
 
     def refuse(index: int, error: RowError) -> None:
         raise unreadable(rows, index, error)
@@ -60,21 +66,44 @@ def split(
     # Rows are read first, then written.
     groups = group_by_picture(rows, refuse, lambda done: progress(done, 2 * len(rows)))
     held = _hold_out(groups, held_out, seed)
-    written: list[Path] = []
-    try:
-        for path, chosen in ((aside, held), (train, ~held)):
-            part = SampledRows(rows, np.flatnonzero(chosen))
-            if packed:
-                convert(part, path, overwrite)
-            else:
-                _write_rows(part, path)
-            written.append(path)
-            progress(len(rows) + len(part), 2 * len(rows))
-    except BaseException:  # one side without the other, or beside an older one, would not keep the promise
-        for path in written:
-            path.unlink()
-        raise
+    with only_writer(out / SPLIT):
+        check_files([train, aside], overwrite, rows.path, rows.pictures)  # another run may have written them meanwhile
+        staging = out / f".{SPLIT}.parts"  # both or neither get their names, and what was there stays until then
+        staged = [staging / path.name for path in (aside, train)]
+        try:
+            for path, chosen in zip(staged, (held, ~held), strict=True):
+                part = SampledRows(rows, np.flatnonzero(chosen))
+                if packed:
+                    convert(part, path, overwrite=True)
+                else:
+                    _write_rows(part, path)
+                progress(len(rows) + len(part), 2 * len(rows))
+            _publish(staged, [aside, train])
+        finally:
+            for path in staged:
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # what a conversion goes on from is still in it
+                staging.rmdir()
     return Split(train, aside, int((~held).sum()), int(held.sum()), len(np.unique(groups)))
+
+
+def _publish(staged: list[Path], final: list[Path]) -> None:
+    """Give files their names, or none of them. Raises RunError, and what was there before is there again."""
+    aside = {path: staged[0].with_name(f"{path.name}.old") for path in final}
+    try:
+        for new, path in zip(staged, final, strict=True):
+            if path.exists():
+                path.replace(aside[path])
+            new.replace(path)
+    except OSError as error:
+        for path, old in aside.items():
+            if old.exists():
+                old.replace(path)
+            elif not staged[final.index(path)].exists():
+                path.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}); what stood there is there") from None
+    for old in aside.values():
+        old.unlink(missing_ok=True)
 
 
 def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:

@@ -24,7 +24,6 @@ from typing import Any
 
 from minimind_v.core.errors import LostContact, MmvError, RunError, UsageError
 from minimind_v.core.interrupt import SIGNALS
-from minimind_v.core.processes import Parent
 
 WORDS = "MMV_LAST_WORDS"  # the folder in which processes leave word, in their environment
 LAUNCHER = "MMV_LAUNCHER"  # the launcher's own number there: it may be gone before a process has looked for its parent
@@ -200,6 +199,8 @@ def mind_the_launcher() -> None:
     """In a process that was launched: end at once where an error is settled already, or when the launcher is gone."""
     if WORDS not in os.environ:
         return
+    from minimind_v.core.processes import Parent
+
     for word in _words(Path(os.environ[WORDS])):
         if word["kind"] == "final":
             raise SystemExit(word["code"])

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import UsageError
-from minimind_v.core.files import Held, Lock, sweep
+from minimind_v.core.files import Held, Lock, describe_holder, sweep
 from minimind_v.core.hub.sources import weights_at
 from minimind_v.core.outputs import keep_description
 from minimind_v.core.train.launch import LAUNCHER
@@ -61,8 +61,8 @@ class Place:
             lock = Lock(self.weights.with_name(f".{self.weights.stem}.lock"), note)
         except Held as other:
             raise UsageError(
-                f"another run writes {self.weights} ({_who(other.note)}) — wait for its end, stop it, or name another "
-                "--out"
+                f"another run writes {self.weights} ({describe_holder(other.note)}) — wait for its end, stop it, or "
+                "name another --out"
             ) from None
         except OSError:  # nothing can be written there, by no run: the first file that is tried says why
             return
@@ -71,8 +71,8 @@ class Place:
             listener.say(f"{self.config.out} is on a file system without locks: let no other run write there")
         if lock.left.get("host", note["host"]) != note["host"]:
             listener.say(
-                f"{self.weights}: a run there did not come to its end ({_who(lock.left)}); where locks do not reach "
-                "from machine to machine, make sure that it is over"
+                f"{self.weights}: a run there did not come to its end ({describe_holder(lock.left)}); where locks do "
+                "not reach from machine to machine, make sure that it is over"
             )
 
     def claim(
@@ -174,10 +174,3 @@ class Place:
             f"nothing to resume in {self.folder}, but {self.config.out / other} has a run{which} — give its size to go "
             "on with it, or leave --resume out to start this one"
         )
-
-
-def _who(note: Mapping[str, Any]) -> str:
-    """The run that a lock's note tells of."""
-    if "process" not in note:
-        return "it has not said which process it is"
-    return f"process {note['process']} on {note.get('host')}, since {note.get('since')}"
