@@ -22,14 +22,14 @@ for part in name.split("."):
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), int(sys.argv[2])))
 from minimind_v.core.errors import MmvError
 for path in json.load(sys.stdin):
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         reader(Path(path))
         line = None
     except MmvError as error:
         line = str(error)
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps([path, line, time.monotonic() - begin, taken]), flush=True)
+    print(json.dumps([path, line, time.process_time() - begin, taken]), flush=True)
 """
 
 
@@ -38,7 +38,7 @@ class Opened:
     """What came of opening a file: the line of its refusal, or None where it was read."""
 
     line: str | None
-    seconds: float
+    seconds: float  # of the processor: the machine may be busy
     bytes: int  # that the process has taken at most, up to now
 
 

@@ -172,7 +172,7 @@ def _run(file: Path) -> dict[str, Any]:
     if not file.is_file():
         files = sorted(path.name for path in file.parent.iterdir() if path.suffix in (*WEIGHTS_ENDINGS, *ROWS))
         if not files:
-            raise MissingInput(f"{file.parent}: no model or run, but {no_set(file.parent)}")
+            raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run: {no_set(file.parent)}")
         which = f"one of its files ({', '.join(files[:5])})"
         raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run — name {which}")
     metrics = read_metrics(file)

@@ -68,7 +68,7 @@ def test_info_as_a_table(sighted):
         ("header.safetensors", b"\xff" * 8 + b"{", "truncated or damaged"),
         ("rows.jsonl", b"", "the file has no rows"),
         ("rows.jsonl", b"{\n", "rows.jsonl:1: not JSON"),
-        ("rows.jsonl", b"[]\n", "rows.jsonl:1: not a JSON object"),
+        ("rows.jsonl", b"[]\n", "rows.jsonl: the file has no rows"),
         ("rows.jsonl", b'\n\n{"image": 5}\n', "rows.jsonl:3: `image`"),
         ("rows.jsonl", b"<html>\n", "HTML page"),
         ("metrics.jsonl", b"nonsense\n", "not the metrics of a run"),
@@ -94,7 +94,7 @@ def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):
     ("file", "words"),
     [
         (EYE / "model.safetensors", "not the weights of a MiniMind model"),
-        (ASSETS / "tokenizer.json", "neither a torch nor a safetensors file"),
+        (ASSETS / "tokenizer.json", "which is no row and holds no list of rows"),
         (EYE, "not the weights of a MiniMind model"),
         (ASSETS.parent, "a folder, but of no model, dataset or run"),
         ("", "a folder, but of no model, dataset or run"),

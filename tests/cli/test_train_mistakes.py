@@ -312,14 +312,14 @@ def test_a_set_that_lacks_its_marks_is_warned_of(place, sighted, tmp_path, stage
 
 def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(place, sighted, tmp_path):
     rows = read_rows(place.data("sft"))
-    rows[3] = {"conversations": rows[3]["conversations"], "images": ["a.jpg"]}
+    rows[3] = {"conversations": rows[3]["conversations"], "video": "a.mp4"}
     talk = [{"from": "user", "value": "<img>a.jpg</img>\nWhat?"}, {"from": "assistant", "value": "A star."}]
     rows[20] = {"conversations": talk}
     data = write_rows(tmp_path / "mine.jsonl", rows)
     line = place.train(tmp_path / "out", "sft", data=data, init=sighted)
     ended = here(*line, "--set", "data.bad_rows=0.1")
     assert ended.code == 0, ended.err
-    assert f"row skipped: {data}:4: pictures or videos in `images` are not read" in ended.err
+    assert f"row skipped: {data}:4: pictures or videos in `video` are not read" in ended.err
     assert f"row skipped: {data}:21: '<img>a.jpg</img>' in its text is not read as a picture" in ended.err
     assert "2 broken rows skipped (2 pictures not read)" in ended.err
     refused = here(*line, "--overwrite")

@@ -43,6 +43,13 @@ def test_values_of_other_kinds_are_refused(tmp_path):
             read_gguf(tmp_path / "w.gguf")
 
 
+def test_a_model_of_the_other_generation_is_named(tmp_path):
+    (tmp_path / MODEL).write_bytes(file().replace(text("llama"), text("qwen3")))
+    (tmp_path / MMPROJ).write_bytes(file([key(MADE_BY, STRING, text("us"))]))
+    with pytest.raises(MmvError, match=r"a qwen3, as minimind-3v \(2026\) is; this version uses models of 2025"):
+        read_gguf(tmp_path)
+
+
 def test_any_changed_byte_ends_in_words_or_in_a_model(tmp_path):
     """Of the heads of both files: numbers behind them cannot be told from others."""
     written(made(), tmp_path)

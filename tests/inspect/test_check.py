@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.loader import BatchPlan
@@ -240,3 +241,26 @@ def test_pictures_that_are_not_read_are_a_kind_of_their_own(dataset):
     assert told["kinds"]["pictures not read"]["training"] == "skips the row"
     assert (told["usable"], told["ok"]) == (1, False)
     assert told["text_rows"] == {"count": 0, "first": [], "message": ""}
+
+
+def test_dark_ink_on_transparency_is_named_and_trained_on(dataset, tmp_path):
+    ink, light, opaque = (Image.new("RGBA", (40, 40), colour) for colour in ((0, 0, 0, 0), (0, 0, 0, 0), "black"))
+    ink.paste((10, 10, 10, 255), (5, 5, 30, 12))
+    light.paste((250, 250, 250, 255), (5, 5, 30, 12))
+    on_white = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+    on_white.paste((10, 10, 10, 255), (5, 5, 30, 12))
+    made = {"ink": ink, "light": light, "opaque": opaque, "white": on_white, "grey": ink.convert("LA")}
+    (tmp_path / "drawn").mkdir()
+    for name, drawing in made.items():
+        drawing.save(tmp_path / "drawn" / f"{name}.png")
+    ink.save(tmp_path / "drawn" / "ink.webp", lossless=True)
+    lines = [row("<image>?", name, f"{name}.png") for name in made] + [row("<image>?", "webp", "ink.webp")]
+    (tmp_path / "drawn.jsonl").write_bytes(b"\n".join(lines))
+    rows = RowDataset(
+        open_rows(tmp_path / "drawn.jsonl", tmp_path / "drawn"), dataset([LINES[1][0]]).encoder, SIZE, 100
+    )
+    report = check(rows, 1)
+    assert [(problem.row, problem.kind) for problem in report.problems()] == [
+        (number, "dark on transparent") for number in (1, 5, 6)
+    ]
+    assert not report.skipped.any()

@@ -267,7 +267,7 @@ def test_a_second_run_into_the_same_file_is_refused_and_harms_nothing(source, tm
 
 def test_a_row_whose_pictures_are_not_read_is_neither_converted_nor_split(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [{"conversations": [{"role": "user", "content": f"{n}?"}]} | ({"images": ["a.jpg"]} if n == 3 else {})
+    rows = [{"conversations": [{"role": "user", "content": f"{n}?"}]} | ({"video": "a.mp4"} if n == 3 else {})
             for n in range(9)]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for run in (
@@ -275,7 +275,7 @@ def test_a_row_whose_pictures_are_not_read_is_neither_converted_nor_split(tmp_pa
         lambda: convert(open_rows(path), tmp_path / "out.jsonl"),
         lambda: split(open_rows(path), tmp_path / "parts", 3, 0),
     ):
-        with pytest.raises(DataError, match=r"rows\.jsonl:4: pictures or videos in `images` are not read.*--fix"):
+        with pytest.raises(DataError, match=r"rows\.jsonl:4: pictures or videos in `video` are not read.*--fix"):
             run()
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
 

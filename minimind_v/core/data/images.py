@@ -1,8 +1,8 @@
 """From the bytes of a picture to what CLIP is shown: the published preprocessing, kept as uint8 until the model.
 
-Two things differ from the published code on purpose: pictures are turned upright as their EXIF says, and 16 bits are
-scaled to 8 where Pillow's `convert` would clip them. Everything else is equal to one grey level, but for large JPEGs:
-these are decoded at 1/2, 1/4 or 1/8 of their size ("draft"), see `DRAFT_MARGIN`.
+Two things differ from the published code on purpose: pictures are turned upright as their EXIF says, and 16 bits and
+floats are scaled to 8 where Pillow's `convert` would clip them. Everything else is equal to one grey level, but for
+large JPEGs: these are decoded at 1/2, 1/4 or 1/8 of their size ("draft"), see `DRAFT_MARGIN`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import numpy as np
@@ -35,6 +35,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")  # no pro
 #   mean difference                 1.1     0.7     0.4
 #   largest                          21      14       7
 DRAFT_MARGIN = 2
+DARK = 80  # the highest level that is no more than dark
+SAMPLE = 512  # pixels of a side that are enough to tell how dark an image is
 # What else than its bytes decides a picture's pixels: features are remembered under it. A change of code changes 1.
 RENDERING = f"2, margin {DRAFT_MARGIN}, Pillow {Image.__version__}"
 
@@ -84,6 +86,25 @@ def load_pixels(data: bytes, name: str, size: int) -> np.ndarray:
         return _crop(_turn(small, _orientation(picture)), size)
 
 
+def is_dark_on_transparent(data: bytes) -> bool:
+    """Whether an image shows dark on a transparent background that is dark as well where alpha is left out.
+
+    Training leaves it out, as the published conversion does, and such a drawing is then black on black.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return False
+    with suppress(Exception):
+        picture = _open(png.keep_pixels(data) if data.startswith(png.MAGIC) else data)
+        if picture.mode.startswith("I") or not picture.has_transparency_data:
+            return False
+        picture = _load(data, None)[0]
+        picture.thumbnail((SAMPLE, SAMPLE), Image.Resampling.NEAREST)  # it mixes no colours
+        levels = np.asarray(picture.convert("RGBA"))
+        light, shown = levels[..., :3].max(2) > DARK, levels[..., 3] >= 128
+        return all(pixels.mean() >= 0.01 and light[pixels].mean() < 0.1 for pixels in (shown, ~shown))
+    return False
+
+
 def to_pixels(picture: Image.Image, size: int) -> np.ndarray:
     """Resize the short side to `size` (bicubic) and crop the centre: uint8 [3, size, size], as CLIPImageProcessor does.
 
@@ -115,11 +136,11 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(_describe(data)) from None
     if picture.width * picture.height > min(PIXEL_LIMIT, HUNGRY.get(picture.format or "", PIXEL_LIMIT)):
         raise Image.DecompressionBombError(f"{picture.width}×{picture.height} pixels are too many")
-    if picture.format == "PPM" and picture.tile[0][0] in ("ppm", "ppm_plain"):  # type: ignore[attr-defined]
-        if picture.width * picture.height > TEXT_LIMIT:
-            raise Image.DecompressionBombError(
-                f"{picture.width}×{picture.height} pixels are too many for this kind of PPM: save it as PNG"
-            )
+    plain = picture.format == "PPM" and picture.tile[0][0] in ("ppm", "ppm_plain")
+    if plain and picture.width * picture.height > TEXT_LIMIT:
+        raise Image.DecompressionBombError(
+            f"{picture.width}×{picture.height} pixels are too many for this kind of PPM: save it as PNG"
+        )
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         tile = [picture.tag_v2.get(tag, 0) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)]
         if tile[0] * tile[1] > TILE_LIMIT:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from minimind_v.core.data.tiff import is_bounded
 
@@ -37,7 +37,7 @@ _MISSING = 255  # in the place of a number of bits: no scan has told anything of
 # lack one or two bytes, and most are suspected by `_is_suspicious`.
 _AHEAD = 7
 _COLOUR, _GREY, _BUFFERED = b"\xee" * _AHEAD, b"\xe2" * _AHEAD, b"\0" * _AHEAD
-_OTHER_BITS = bytes(range(1, 250, 2))  # different ones, enough of them to change what lacks any
+_OTHER_BITS = bytes((214 + 97 * at) % 255 for at in range(120))  # unlike these, enough to change what lacks any
 
 
 @dataclass
@@ -81,6 +81,8 @@ def read_layout(data: bytes) -> Layout:
         length, segments = int.from_bytes(data[at : at + 2]), segments + 1
         if kind not in _SEGMENTS or length < 2 or at + length > len(data):
             return layout  # the end, or what no decoder reads on behind
+        if kind == _SOS and (length < 8 or length != 6 + 2 * data[at + 2]):
+            return layout
         if segments > SEGMENT_LIMIT or gaps > GAP_LIMIT:
             raise ValueError(f"more than {SEGMENT_LIMIT} segments" if gaps <= GAP_LIMIT else "no segments for long")
         _read_segment(layout, kind, data, at, at + length)
@@ -116,9 +118,7 @@ def _read_segment(layout: Layout, kind: int, data: bytes, begin: int, end: int) 
 
 def _read_scan(layout: Layout, body: bytes) -> None:
     """Of which components and coefficients a scan is."""
-    count = body[0] if body else 0
-    if not count or len(body) < 4 + 2 * count:
-        raise ValueError("a scan without components")
+    count = body[0]
     layout.scans += 1
     layout.buffered = layout.buffered or count < layout.components or layout.frame in _PROGRESSIVE
     if layout.scans >= SCAN_LIMIT:
@@ -174,7 +174,7 @@ def _feed(picture: Image.Image, layout: Layout, scans: bytes, padding: bytes) ->
     try:
         decoder.setimage(picture.im, extents)
         taken, error = decoder.decode(scans + padding)
-        if layout.buffered:
+        if layout.buffered and taken >= 0:
             taken, error = _finish(decoder, layout, scans, taken - len(scans) - len(padding))
     finally:
         decoder.cleanup()
@@ -185,7 +185,9 @@ def _feed(picture: Image.Image, layout: Layout, scans: bytes, padding: bytes) ->
     picture.tile = []  # type: ignore[attr-defined]
 
 
-def _finish(decoder: Image.core.ImagingDecoder, layout: Layout, scans: bytes, left: int) -> tuple[int, int]:
+def _finish(
+    decoder: Image.core.ImagingDecoder | ImageFile.PyDecoder, layout: Layout, scans: bytes, left: int
+) -> tuple[int, int]:
     """A decoder that has all of its scans takes whatever comes while it looks for a marker; inside a scan it waits."""
     if left >= 0 and layout.restarts:  # it may wait for a restart, which it passes over where it waits for none
         numbers = [match[0][1] for match in _RESTART.finditer(scans, layout.begin)]

@@ -34,9 +34,8 @@ def keep_pixels(data: bytes) -> bytes:
         elif kind in (b"IHDR", b"PLTE"):
             if not pixels:
                 head.append(data[begin:end])
-        elif keyword := next((key for key in _TURNING if data.startswith(key + b"\0", begin + 8)), None):
-            if _is_whole(data, begin, end) and _fits(kind, data[begin + 8 : end - 4], _TURNING[keyword]):
-                turning[keyword] = data[begin:end]  # of several the last counts
+        elif (keyword := _keyword(data, begin)) and _fits(data, begin, end, _TURNING[keyword]):
+            turning[keyword] = data[begin:end]  # of several the last counts
     return b"".join((MAGIC, *head, *turning.values(), *pixels, b"\0\0\0\0IEND\xaeB`\x82"))
 
 
@@ -68,13 +67,20 @@ def _is_plain(data: bytes, chunks: list[_Chunk]) -> bool:
     )
 
 
+def _keyword(data: bytes, begin: int) -> bytes | None:
+    return next((keyword for keyword in _TURNING if data.startswith(keyword + b"\0", begin + 8)), None)
+
+
 def _is_whole(data: bytes, begin: int, end: int) -> bool:
     return end <= len(data) and zlib.crc32(data[begin + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
 
 
-def _fits(kind: bytes, body: bytes, limit: int) -> bool:
-    """Whether a text has no more bytes than `limit`. No more than that are unpacked."""
-    _, _, text = body.partition(b"\0")
+def _fits(data: bytes, begin: int, end: int, limit: int) -> bool:
+    """Whether a text is undamaged and has no more bytes than `limit`. No more than that are unpacked."""
+    if not _is_whole(data, begin, end):
+        return False
+    kind = data[begin + 4 : begin + 8]
+    _, _, text = data[begin + 8 : end - 4].partition(b"\0")
     if kind == b"zTXt":
         packed: bytes | None = text[1:]
     elif kind == b"iTXt" and text[:1] == b"\1":

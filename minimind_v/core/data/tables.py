@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+from array import array
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -86,8 +88,8 @@ class CsvRows(_TextRows):
             raise DataError(f"{where} is not a line of column names ({error})") from None
         names = [cell.strip() for cell in cells]
         names = [name.lower() if name.lower() in KEYS else name for name in names]
-        if twice := {name for name in names if name and names.count(name) > 1}:
-            raise DataError(f"{where} names {', '.join(sorted(twice))} twice")
+        if twice := sorted(name for name, count in Counter(names).items() if name and count > 1):
+            raise DataError(f"{where} names {', '.join(twice):.300} twice")
         if not is_readable(names):
             if any(FILE.fullmatch(name) or name[:1] in ("{", "[") for name in names):
                 raise DataError(f"{where} is a row — write the names of the columns above it, as image,caption")
@@ -98,9 +100,12 @@ class CsvRows(_TextRows):
     def _find_rows(self) -> np.ndarray:
         """Offset and line number (from 1) of every record but the first, which names the columns."""
         assert self._columns
+        offsets, lines = array("Q"), array("Q")
         with self.path.open("rb") as file:
-            records = list(_records(file, self._separator))[1:]
-        return np.array(records, np.int64).reshape(-1, 2).T
+            for offset, line in _records(file, self._separator):
+                offsets.append(offset)
+                lines.append(line)
+        return np.array([offsets, lines], np.uint64)[:, 1:]
 
     def _record(self, index: int) -> bytes:
         offsets = self._index.array[0]

@@ -137,7 +137,7 @@ class _Cursor:
     def text(self, most: int) -> str:
         length = self.number("Q")
         if length > most:
-            raise ValueError(f"a name of {length:,} bytes at byte {self.at:,}, the most is {most:,}")
+            raise ValueError(f"a text of {length:,} bytes at byte {self.at:,}, the most is {most:,}")
         return self.take(length).decode()
 
     def value(self, type: int) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minimind_v.core.checkpoint.generations import OTHER
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.gguf.store import Reader, Writer
@@ -85,6 +86,8 @@ def _write_forward(writer: Writer, config: TextConfig, tensors: dict[str, Tensor
 def read_config(reader: Reader) -> TextConfig:
     """The sizes. Raises WeightsError where the file is that of another kind of model."""
     arch = reader.key("general.architecture")
+    if arch in ("qwen3", "qwen3moe"):
+        raise WeightsError(f"{reader.path}: a {arch}, as {OTHER} is; this version uses models of 2025")
     if arch not in ("llama", "granitemoe"):
         raise WeightsError(f"{reader.path}: a model of llama.cpp's kind {arch!r}, not a MiniMind model")
 

@@ -19,7 +19,7 @@ from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.digests import Digests, picture_digest, text_digest, whole_digest
 from minimind_v.core.data.forms import no_form
 from minimind_v.core.data.heldout import digests_of
-from minimind_v.core.data.images import load_pixels
+from minimind_v.core.data.images import is_dark_on_transparent, load_pixels
 from minimind_v.core.data.row import NOTES, Row, RowStore, describe_notes, describe_text_rows
 from minimind_v.core.errors import RowError
 from minimind_v.core.inspect.count import NO_LIMIT
@@ -32,10 +32,12 @@ KINDS = {  # what training does about a row with this problem; every other kind 
     "unanswered": CUT,
     "empty answer": TRAINED,
     "unused picture": TRAINED,
+    "dark on transparent": TRAINED,
     "duplicate row": TRAINED,
     "duplicate picture": TRAINED,
     "held out": TRAINED,
 }
+DARK_ON_TRANSPARENT = "dark on a transparent background, which training sees as black: save it on white"
 EXAMPLES = 3  # places that a summary tells of each kind
 
 
@@ -192,6 +194,8 @@ def check_row(dataset: RowDataset, index: int) -> Found:
             pictures.append(picture_digest(data))
             if not found.text_row:
                 load_pixels(data, name, dataset.image_size)
+                if position < used and is_dark_on_transparent(data):
+                    found.problems.append(("dark on transparent", f"{name}: {DARK_ON_TRANSPARENT}"))
         except RowError as error:
             if found.text_row:
                 found.problems.append(("unused picture", f"{error} (of a text row: training never reads it)"))
