@@ -209,7 +209,7 @@ class ZipPictures(Reopened):
         refuse_climbing(name)
         try:
             member = self._find(name)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
         if member is None:
             raise RowError(f"{name}: no such picture in {self.path}{self._hint(name)}", "picture missing")
