@@ -31,6 +31,7 @@ from minimind_v.core.data.forms import (
     pictures_of,
     read_row,
 )
+from minimind_v.core.data.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
@@ -164,10 +165,10 @@ class _Pieces:
         groups, starts, sizes = [], [], []  # of each piece: file and group and part, first row, unpacked bytes
         row = 0
         for file, footer in enumerate(footers):
-            wanted = [n for n, leaf in enumerate(_leaves(footer)) if any(_is_below(leaf, name) for name in columns)]
+            leaves = _leaves_below(footer, columns)
             for number in range(footer.num_row_groups):
                 group = footer.row_group(number)
-                size = sum(group.column(n).total_uncompressed_size for n in wanted)
+                size = sum(group.column(n).total_uncompressed_size for n in leaves)
                 parts = max(1, min(-(-size // (kept // 8)), group.num_rows))
                 rows = -(-group.num_rows // parts) or 1
                 for part, first in enumerate(range(0, group.num_rows, rows)):
@@ -222,10 +223,7 @@ class _Pieces:
         file, group, part, rows = (int(value) for value in self.groups[number])
         at = max((piece for piece in self._going if number - part <= piece <= number), default=None)
         if at is None:
-            # Without buffering ahead, and without threads, which a fork would not inherit.
-            footer = self._footers.get(file) or self._footers.setdefault(file, _footer(self.files[file]))
-            source = pq.ParquetFile(source_of(self.files[file]), metadata=footer, buffer_size=2**20, pre_buffer=False)
-            at, reader = number - part, source.iter_batches(rows, [group], self.columns, use_threads=False)
+            at, reader = number - part, self._batches(file, group, rows)
         else:
             reader = self._going.pop(at)
         for _ in range(at, number):
@@ -238,6 +236,19 @@ class _Pieces:
             if len(self._going) > READERS:
                 del self._going[next(iter(self._going))]
         return found
+
+    def _batches(self, file: int, group: int, rows: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a group, so many at a time: put together of fewer where a dictionary could make them huge."""
+        path = self.files[file]
+        footer = self._footers.get(file) or self._footers.setdefault(file, _footer(path))
+        leaves = _leaves_below(footer, self.columns)
+        together = BATCH_LIMIT // max(1, dictionary_size(path, footer.row_group(group), leaves))
+        # Without buffering ahead, and without threads, which a fork would not inherit.
+        source = pq.ParquetFile(source_of(path), metadata=footer, buffer_size=2**20, pre_buffer=False)
+        if together >= rows:
+            return source.iter_batches(rows, [group], self.columns, use_threads=False)
+        few = max(1, together // 4)
+        return _joined(source.iter_batches(few, [group], self.columns, use_threads=False), rows)
 
     def _drop(self) -> None:
         """Leave out what was not asked for longest, where all together are too much."""
@@ -264,6 +275,25 @@ class _Pieces:
         return order
 
 
+def _joined(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The same rows, so many at a time. Raises ArrowInvalid where these are more than memory should hold."""
+    pieces: list[pa.RecordBatch] = []
+    count = size = 0
+    for batch in batches:
+        while len(batch):
+            piece = batch.slice(0, rows - count)
+            batch = batch.slice(len(piece))
+            pieces.append(piece)
+            count, size = count + len(piece), size + piece.nbytes
+            if size > BATCH_LIMIT:
+                raise pa.ArrowInvalid(f"more than {BATCH_LIMIT:,} bytes in {count:,} rows")
+            if count == rows:
+                yield pa.concat_batches(pieces)
+                pieces, count, size = [], 0, 0
+    if pieces:
+        yield pa.concat_batches(pieces)
+
+
 def source_of(file: Path) -> Path | BinaryIO:
     """What pyarrow can open: it takes names of files that are UTF-8 only."""
     try:
@@ -281,6 +311,7 @@ def _read_footer(file: Path) -> pq.FileMetaData:
     try:
         footer = _footer(file)
         _leaves(footer), footer.schema.to_arrow_schema().names
+        check_footer(file, footer)
     except Exception as error:  # the library raises many kinds on damaged files
         found = (
             stand_in(file)
@@ -289,6 +320,11 @@ def _read_footer(file: Path) -> pq.FileMetaData:
         )
         raise DataError(f"{file}: {found}") from None
     return footer
+
+
+def _leaves_below(footer: pq.FileMetaData, columns: list[str]) -> list[int]:
+    """The numbers of the leaves of some columns."""
+    return [number for number, leaf in enumerate(_leaves(footer)) if any(_is_below(leaf, name) for name in columns)]
 
 
 def _names(footer: pq.FileMetaData) -> list[str]:
