@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -243,6 +244,15 @@ def test_an_index_of_another_kind_or_another_reader_is_made_again(large):
         found = np.load(kept)
         np.save(kept, np.delete(found, 1, axis=1))
     assert check(50) == [".jsonl", ".zip"]
+
+
+def test_versions_of_another_layout_do_not_take_an_index_for_theirs(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_KEEPING", 10)
+    (tmp_path / "rows").write_bytes(b"rows")
+    Index(tmp_path / "rows", "numbers", lambda: np.zeros((2, 30)))
+    stamp = np.load(tmp_path / ".rows.index.npy")[:, :2]
+    of_two_columns = np.frombuffer(hashlib.blake2b(b"numbers", digest_size=16).digest(), np.uint64)
+    assert not np.array_equal(stamp[:, 1], of_two_columns)
 
 
 def test_a_small_file_gets_no_index(tmp_path):

@@ -30,7 +30,8 @@ class Index:
     def __init__(self, path: Path, kind: str, build: Callable[[], np.ndarray]) -> None:
         self.kept = path.with_name(f".{path.name}.index.npy")
         stat = path.stat()
-        digest = hashlib.blake2b(kind.encode(), digest_size=16).digest()
+        layout = f"{kind}, behind {STAMP} columns"  # so that a version with another layout makes it again
+        digest = hashlib.blake2b(layout.encode(), digest_size=16).digest()
         file = np.array([stat.st_size, stat.st_mtime_ns % 2**64], np.uint64)
         self._stamp = np.column_stack([file, np.frombuffer(digest, np.uint64)])
         self.array = self._read()
