@@ -10,7 +10,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import DataError, MissingInput, RowError, nearest
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
 from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_at
 
 if TYPE_CHECKING:
@@ -21,18 +21,21 @@ def info(
     file: Annotated[
         Path, typer.Argument(help="A checkpoint, an exported folder, a dataset, or a run's folder or metrics.jsonl.")
     ],
+    split: options.Split = None,
     json: options.Json = False,
 ) -> None:
     """Tell what a checkpoint, an exported folder, a dataset or a run is."""
     if not file.exists():
         beside = [path.name for path in file.parent.glob("*")]
         raise MissingInput(f"no file {file}{nearest(file.name, beside)}")
-    found = _described(file)
+    found = _described(file, split)
+    if split is not None and found["kind"] != "dataset":
+        raise UsageError(f"--split {split}: {file} is no dataset — leave --split out")
     terminal = Terminal()
     terminal.json(found) if json else terminal.table(found)
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _described(file: Path, split: str | None) -> dict[str, Any]:
     """What a file is, by its name first: only weights need torch."""
     ending = file.suffix.lower()
     if file.is_file() and ending == ".zip":
@@ -42,14 +45,21 @@ def _described(file: Path) -> dict[str, Any]:
     if (file / "config.json").is_file():
         return _weights(file) | _export(file)
     if _is_data(file):
-        return _data(file)
+        return _data(file, split)
     if file.name == "metrics.jsonl" or (file / "metrics.jsonl").is_file():
         return _run(file / "metrics.jsonl" if file.is_dir() else file)
     from minimind_v.core.gguf.files import describe_gguf, is_gguf
 
     if is_gguf(file):
         return describe_gguf(file)
-    return _run(file / "metrics.jsonl") if file.is_dir() else _weights(file)
+    if file.is_dir():
+        return _run(file / "metrics.jsonl")
+    if ending not in WEIGHTS_ENDINGS and file.is_file():
+        from minimind_v.core.data.strangers import WORKBOOK, no_rows, stand_in
+
+        if (found := stand_in(file)) or (found := no_rows(file)) == WORKBOOK:
+            raise DataError(f"{file}: {found}")
+    return _weights(file)
 
 
 def _is_data(file: Path) -> bool:
@@ -141,12 +151,12 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _data(file: Path) -> dict[str, Any]:
+def _data(file: Path, split: str | None) -> dict[str, Any]:
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.data.stores import open_rows
     from minimind_v.core.files import size_of
 
-    rows = open_rows(file, images_beside(file), say=Terminal().say)
+    rows = open_rows(file, images_beside(file), split, say=Terminal().say)
     try:
         first = rows.row(0)
     except RowError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -64,6 +65,9 @@ def test_info_as_a_table(sighted):
         ("empty.pth", b"", "empty"),
         ("page.pth", b"  <html>", "HTML page"),
         ("text.txt", b"hello", "neither a torch nor a safetensors file"),
+        ("rows.jsonl.gz", b"\x1f\x8b\x08", "this is a gzip archive — unpack it first"),
+        ("set.tar.gz", b"\x1f\x8b\x08", "gunzip it first"),
+        ("rows.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel workbook — save it as CSV"),
         ("zeros.bin", bytes(100), "neither a torch nor a safetensors file"),
         ("header.safetensors", b"\xff" * 8 + b"{", "truncated or damaged"),
         ("rows.jsonl", b"", "the file has no rows"),
@@ -83,6 +87,31 @@ def test_info_of_nonsense_is_one_line_that_names_the_file(tmp_path, name, conten
     assert (ended.code, ended.out) == (1, "")
     assert str(tmp_path / name) in ended.error
     assert words in ended.error
+
+
+def test_an_excel_workbook_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "rows.xlsx", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("docProps/app.xml", "[Content_Types].xml", "xl/workbook.xml"):
+            archive.writestr(name, "<xml/>" * 50)
+    for arguments in (
+        ("info", tmp_path / "rows.xlsx"),
+        ("data", "convert", tmp_path / "rows.xlsx", tmp_path / "a.jsonl"),
+    ):
+        ended = here(*arguments)
+        assert ended.code == 1
+        assert "an Excel workbook — save it as CSV" in ended.error
+
+
+def test_info_of_another_split(tmp_path):
+    for split, rows in (("train", 3), ("test", 2)):
+        (tmp_path / split).mkdir()
+        text = "file_name,text\n" + "".join(f"{row}.jpg,a dog\n" for row in range(rows))
+        (tmp_path / split / "metadata.csv").write_text(text)
+    assert here("info", tmp_path, "--json").json["rows"] == 3
+    found = here("info", tmp_path, "--split", "test", "--json").json
+    assert (found["split"], found["rows"]) == ("test", 2)
+    ended = here("info", BASE, "--split", "test")
+    assert (ended.code, "--split test" in ended.error) == (2, True)
 
 
 def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):

@@ -122,6 +122,24 @@ NAMED = {
     "question and answer": Written(
         {"image": "1.png", "question": "What colour is the circle?", "answer": "red"}, form="question + answer + image"
     ),
+    "a query after others": Written(
+        {
+            "query": "Sure?",
+            "response": "yes",
+            "history": [[CIRCLE, "red"], ["And now?", "red"]],
+            "images": ["1.png"],
+        },
+        said(CIRCLE, "red", "And now?", "red", "Sure?", "yes"),
+        form="query + response + images",
+    ),
+    "a query after none": Written(
+        {"query": CIRCLE, "response": "red", "history": [], "images": ["1.png"]}, form="query + response + images"
+    ),
+    "file_names of imagefolder": Written(
+        {"file_names": ["1.png", "2.png"], "question": "Which?", "answer": "two"},
+        said("<image>\n<image>\nWhich?", "two"),
+        [1, 2],
+    ),
     "question and answers": Written(
         {"image": "1.png", "question": "What colour is the circle?", "answers": ["red", "dark red"]},
         notes=(SEVERAL_ANSWERS,),
@@ -287,6 +305,9 @@ def test_the_usual_form_is_read_alike_by_the_short_way_and_by_the_table(monkeypa
         ({"messages": said(CIRCLE, "red"), "image": "1.png", "images": ["2.png"]}, "image", "different"),
         ({"messages": said(CIRCLE, "red"), "images": [{"width": 3}]}, "image", "none of bytes"),
         ({"messages": said(CIRCLE, "red"), "image": 5}, "image", "image"),
+        ({"query": "?", "response": "!", "history": ["a"], "image": "1.png"}, "conversations", "history"),
+        ({"image": "1.png", "question": "?", "answer": 0}, "conversations", "`answer` is the number 0"),
+        ({"image": "1.png", "question": "?", "answer": 3}, "conversations", "`answer` is the number 3"),
         ({"image": "http://example.org/1.png", "caption": "a"}, "pictures not read", "not fetched"),
     ],
 )  # fmt: skip

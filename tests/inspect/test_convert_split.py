@@ -178,6 +178,20 @@ def test_pictures_without_names_and_of_the_same_name(tmp_path):
     assert found == [[picture(1)], [picture(2)], [picture(1)], [b"\xff\xd8jpeg"]]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("rows.jsonl", row("<image>q", "a", image="1.png"), "--images was not given — name"),
+        ("rows.csv", "image,caption\n1.png,红色的圆\n".encode("gbk"), "save the file as UTF-8"),
+    ],
+)
+def test_a_row_that_can_be_mended_is_not_told_to_be_left_out(tmp_path, name, text, told):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(DataError, match=told) as caught:
+        convert(open_rows(tmp_path / name), tmp_path / "out.parquet")
+    assert "--fix" not in str(caught.value)
+
+
 def test_a_broken_row_stops_it_and_nothing_has_the_final_name(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([row("a", "b"), b"{", row("a", "b")]))
     with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON.*--fix"):

@@ -38,8 +38,8 @@ PICTURES = ("image_bytes", "images", "image")  # fields of pictures, the first t
 # Fields that hold pictures where the text has marks for them, or where a caption or a question needs them.
 ALTERNATIVES = (
     *("image_path", "image_paths", "image_file", "image_files", "image_filename", "image_name", "image_names"),
-    *("file_name", "filename", "img", "imgs", "img_path", "picture", "pictures", "photo", "photos", "file_path"),
-    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "image_base64", "base64", "image_data"),
+    *("file_name", "file_names", "filename", "img", "imgs", "img_path", "picture", "pictures", "photo", "photos"),
+    *("file_path", "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "image_base64", "base64", "image_data"),
     *("image_url", "image_urls", "img_url", "url"),
 )
 FILE_NAMES = ("_file_name", "_file_names")  # ends of the fields that all hold pictures, where no other does
@@ -408,19 +408,39 @@ def _question(fields: Mapping[str, Any]) -> tuple[str, str] | None:
     for question, answers in QUESTIONS.items():
         if isinstance(fields.get(question), str):
             for answer in answers:
-                if fields.get(answer):
+                if fields.get(answer) not in (None, "", []):
                     return question, answer
     return None
 
 
 def _read_question(fields: dict[str, Any]) -> Talk:
-    """A question and its answer, or the first of its answers, each in a field; the pictures stand before them."""
+    """A question and its answer, or the first of its answers, each in a field; the pictures stand before them.
+
+    Turns before these may stand in `history`, as ms-swift has them.
+    """
     keys = _question(fields)
     assert keys is not None
     question, answer = (fields.pop(key) for key in keys)
     text, several = _first_text(answer, keys[1])
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    turns = [*_turns_before(fields), (question, text)]
+    messages = [
+        {"role": role, "content": said} for turn in turns for role, said in zip(_STANDARD[1:], turn, strict=True)
+    ]
     return Talk(messages, " + ".join(keys), leads=True, notes=[SEVERAL_ANSWERS] if several else [])
+
+
+def _turns_before(fields: dict[str, Any]) -> list[Any]:
+    """The questions and answers of `history`; a text is none, but a note such as a patient's. Raises RowError."""
+    turns = fields.get("history")
+    if isinstance(turns, str) and turns.startswith("["):
+        turns = parse_talk(turns, "history")
+    if not isinstance(turns, list):
+        return []
+    del fields["history"]
+    for turn in turns:
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise RowError("`history` is no list of pairs of a question and its answer", "conversations")
+    return turns
 
 
 def _caption_key(fields: Mapping[str, Any]) -> str | None:
@@ -451,6 +471,8 @@ def _first_text(value: Any, key: str) -> tuple[str, bool]:
     first = texts[0] if texts else None
     if isinstance(first, dict):  # as VQA has its answers
         first = next((first[name] for name in (key.removesuffix("s"), "answer", "raw", "text") if name in first), None)
+    if isinstance(first, int | float):
+        raise RowError(f"`{key}` is the number {first:.12g} — write it as text", "conversations")
     if not isinstance(first, str):
         raise RowError(f"`{key}` is neither a text nor a list of texts", "conversations")
     return first, len(texts) > 1

@@ -75,7 +75,10 @@ class NoPictures:
     path: None = None
 
     def read(self, name: str) -> bytes:
-        raise RowError(f"{name}: the row has a picture, but --images was not given", "picture missing")
+        raise RowError(
+            f"{name}: the row has a picture, but --images was not given — name its folder, zip or tar there",
+            "picture missing",
+        )
 
 
 class FolderPictures:

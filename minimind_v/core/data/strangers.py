@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, how_to_get
 
+WORKBOOK = "this is an Excel workbook — save it as CSV UTF-8"
 STRANGERS = {  # first bytes of files that are something else than rows or a zip
     b"\x1f\x8b": "this is a gzip archive — unpack it first",
     b"7z\xbc\xaf": "this is a 7z archive — unpack it first",
@@ -14,6 +15,7 @@ STRANGERS = {  # first bytes of files that are something else than rows or a zip
     b"BZh": "this is a bzip2 archive — unpack it first",
     b"\xfd7zXZ": "this is an xz archive — unpack it first",
     b"\x28\xb5\x2f\xfd": "this is a zstd archive — unpack it first",
+    b"\xd0\xcf\x11\xe0": WORKBOOK,
     b"\xff\xfe": "this is text in UTF-16 — save it as UTF-8",
     b"\xfe\xff": "this is text in UTF-16 — save it as UTF-8",
 }
@@ -74,6 +76,8 @@ def _of_zip(path: Path) -> str:
             names = archive.namelist()
     except Exception:  # zipfile raises many kinds on damaged files
         names = []
+    if "xl/workbook.xml" in names or "xl/workbook.bin" in names:
+        return WORKBOOK
     if any(name.endswith("data.pkl") for name in names):  # what torch.save writes
         return WEIGHTS
     if rows := [name for name in names if name.endswith(ROWS)]:
