@@ -318,6 +318,28 @@ def test_what_a_row_says_wrongly_is_named(fields, kind, words):
     assert len(str(caught.value)) < 300
 
 
+def test_a_field_of_the_system_is_the_first_message():
+    row = read_row({"system": "Answer in one word.", "conversations": said(CIRCLE, "red"), "image": "a.jpg"})
+    assert row.conversations == [{"role": "system", "content": "Answer in one word."}, *said(CIRCLE, "red")]
+    assert (row.images, row.extra) == (["a.jpg"], {})
+    own = [{"role": "system", "content": "Be brief."}, *said(CIRCLE, "red")]
+    row = read_row({"system": "Answer in one word.", "messages": own, "images": ["a.jpg"]})
+    assert (row.conversations, row.extra) == (own, {"system": "Answer in one word."})
+    assert read_row({"system": "", "messages": said("What?", "A.")}).conversations == said("What?", "A.")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"image": "a.jpg", "caption": ""}, {"image": "a.jpg", "question": "What?", "answer": None, "id": 3}],
+)
+def test_an_empty_answer_is_named(tmp_path, fields):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: `(caption|answer)` is empty"):
+        convert(open_rows(path), tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
 def test_a_row_of_no_form_is_named_with_what_would_be_read(tmp_path):
     with pytest.raises(RowError, match=r"no conversation in prompt, x — a row has `conversations`"):
         form_of({"prompt": "a", "x": 1})

@@ -30,8 +30,8 @@ from minimind_v.core.data.unread import IN_TEXT, KIND, named_in, refuse_unread
 from minimind_v.core.errors import RowError
 
 READ = (
-    "`conversations` or `messages` of role and content, `texts` of user and assistant, a question and an answer, or an "
-    "image and its caption"
+    "`conversations` or `messages` of role and content, `texts` of user and assistant, `question` and `answer`, or "
+    "`image` and `caption`"
 )
 TALKS = ("conversations", "messages")
 PICTURES = ("image_bytes", "images", "image")  # fields of pictures, the first that has any counts
@@ -132,6 +132,7 @@ def _read_fields(fields: Mapping[str, Any]) -> Row:
             rest.pop(key, None)
     else:
         talk = form.read(rest)
+        _put_system(rest, talk)
     key, pictures = _row_pictures(rest, talk)
     shown = _place(talk, pictures)
     if key and talk.form:
@@ -141,11 +142,23 @@ def _read_fields(fields: Mapping[str, Any]) -> Row:
     return refuse_unread(Row(talk.messages, images, rest, inline, tuple(talk.notes), talk.form))
 
 
+def _put_system(fields: dict[str, Any], talk: Talk) -> None:
+    """A field `system`, as LLaMA-Factory has it, is the first message, unless the conversation has one of its own."""
+    text, messages = fields.get("system"), talk.messages
+    if isinstance(text, str) and text.strip() and isinstance(messages, list) and messages:
+        first = messages[0]
+        if isinstance(first, dict) and first.get("role") == "user":
+            talk.messages = [{"role": "system", "content": text}, *messages]
+            del fields["system"]
+
+
 def _usual_row(fields: Mapping[str, Any]) -> Row | None:
     """A row of the forms that published data has, by the million; None for any other, which takes longer to read."""
     key = "conversations" if "conversations" in fields else "messages"
     messages = fields.get(key)
-    if type(messages) is not list or not messages or (key == "conversations" and "messages" in fields):
+    if type(messages) is not list or not messages or "system" in fields:
+        return None
+    if key == "conversations" and "messages" in fields:
         return None
     try:
         if "from" in messages[0]:
@@ -203,6 +216,9 @@ def form_of(fields: Mapping[str, Any]) -> str:
 
 def no_form(row: Row) -> RowError:
     """The error over a row that has no conversation."""
+    for key in (*CAPTIONS, *(answer for answers in QUESTIONS.values() for answer in answers)):
+        if key in row.extra and row.extra[key] in (None, "", []):
+            return RowError(f"`{key}` is empty", "conversations")
     names = ", ".join([*row.extra, *(["image"] if row.images else [])])
     return RowError(f"no conversation in {names or 'an empty row':.300} — a row has {READ}", "conversations")
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind_v.core.data.forms import no_form
 from minimind_v.core.data.row import RowStore
 from minimind_v.core.errors import DataError, RowError, UsageError
 from minimind_v.core.files import only_writer, write_text
@@ -104,6 +105,8 @@ def read_whole(rows: RowStore, index: int) -> Whole:
     """A row with its pictures. Raises DataError that names it."""
     try:
         row = rows.row(index)
+        if row.conversations is None:
+            raise no_form(row)
         return Whole(row, [rows.picture(index, position, name) for position, name in enumerate(row.images)])
     except RowError as error:
         raise unreadable(rows, index, error) from None
