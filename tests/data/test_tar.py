@@ -71,6 +71,7 @@ def test_members_of_one_key_are_a_sample(tmp_path, form):
         ({}, ["a.0.jpg", "a.1.jpg"]),
         ({"images": ["a.1.jpg", "a.0.jpg"]}, ["a.1.jpg", "a.0.jpg"]),
         ({"image": ["old/x.jpg", "old/y.jpg"]}, ["a.0.jpg", "a.1.jpg"]),
+        ({"image": "a.1.jpg, a.0.jpg"}, ["a.1.jpg", "a.0.jpg"]),
         ({"image": ["a.1.jpg", "a.1.jpg"]}, ["a.1.jpg", "a.1.jpg"]),
     ],
 )
