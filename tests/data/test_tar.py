@@ -282,6 +282,15 @@ def test_many_samples_are_found_once(tmp_path, monkeypatch):
         open_rows(tmp_path / "set")
 
 
+def test_each_split_of_a_folder_has_an_index_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_KEEPING", 2)
+    for name in ("train", "val"):
+        tar_of(tmp_path / f"{name}.tar", [pair for n in range(3) for pair in sample(n, text=name)])
+    sent = pickle.dumps(open_rows(tmp_path))
+    assert caption(open_rows(tmp_path, split="val"), 2) == "val"
+    assert caption(pickle.loads(sent), 2) == "train"
+
+
 def test_a_hundred_thousand_members_are_indexed_in_seconds(tmp_path):
     path = tmp_path / "many.tar"
     with path.open("wb") as file:

@@ -257,8 +257,8 @@ class TarRows:
         self.path = path
         self.files, self.choice = shards_of(path, ".tar", split, order) if path.is_dir() else ([path], Choice(""))
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        kind = KIND if path.is_file() else f"{KIND} {self.choice.name} {stamps}"
-        self._index = Index(path.resolve(), kind, self._find_samples)
+        kind = KIND if path.is_file() else f"{KIND} {stamps}"
+        self._index = Index(path.resolve(), kind, self._find_samples, self.choice.name)
         self._images = open_pictures(images)
         self._opened = [Reopened(file) for file in self.files]
         shards = np.arange(1, len(self.files) + 1, dtype=np.uint64) << np.uint64(OFFSET_BITS)
