@@ -505,3 +505,12 @@ def test_the_cases_are_read(name):
                     assert data in [other.read_bytes() for other in pictures.iterdir()], file
             if turns[0].endswith("What colour is the circle?"):
                 assert turns[1] == "red", file
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_bytes_beside_named_pictures_are_not_copied(tmp_path, kind):
+    (tmp_path / "1.png").write_bytes(picture(1))
+    written = {"messages": said("<image>", "red"), "image": "1.png", "png": picture(2), "id": 7}
+    rows = open_rows(write_rows(tmp_path, kind, [written] * 3), tmp_path)
+    assert rows.row(1).extra == {"id": 7}
+    assert rows.picture(1, 0, "1.png") == picture(1)

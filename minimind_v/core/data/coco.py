@@ -22,7 +22,7 @@ from minimind_v.core.data.forms import TALKS
 from minimind_v.core.data.json_layout import CHUNK
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.splits import ALL, LEARN, WORDS, Choice, choose, split_of
-from minimind_v.core.data.stores import _TextRows
+from minimind_v.core.data.stores import TextRows
 from minimind_v.core.errors import DataError, RowError, UsageError
 
 HEAD = 2**22  # bytes that show whether a file may hold captions
@@ -44,7 +44,7 @@ def is_captions(path: Path) -> bool:
     return LISTS.search(head) is not None and not any(f'"{key}"'.encode() in head for key in TALKS)
 
 
-class CocoRows(_TextRows):
+class CocoRows(TextRows):
     """Rows of COCO's captions, or of one split of Karpathy's. Of each two places in the file are kept: 16 bytes."""
 
     kind = "COCO captions: place of the caption, place of the picture"
