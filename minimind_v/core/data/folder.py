@@ -7,6 +7,7 @@ of a piece of one. Its rows name their pictures in `file_name`, below the folder
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,8 @@ from minimind_v.core.errors import DataError
 from minimind_v.core.hub.sources import METADATA
 
 DEPTH = 3  # folders below that of the rows in which metadata is looked for
+HEAD = 2**16  # bytes of metadata in which a field of file names is looked for
+FILE_NAME = re.compile(rb"file[_ -]?name", re.IGNORECASE)
 
 
 def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
@@ -35,9 +38,10 @@ def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def _names_files(file: Path) -> bool:
-    """Whether rows name files: a table of parquet may well be called metadata and be something else."""
+    """Whether rows name files: other things are called metadata as well, beside shards of a set that has its rows."""
     if file.suffix != ".parquet":
-        return True
+        with file.open("rb") as opened:
+            return FILE_NAME.search(opened.read(HEAD)) is not None
     from minimind_v.core.data.parquet import source_of
 
     try:
