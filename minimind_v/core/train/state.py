@@ -199,7 +199,7 @@ def check_origin(
 def fingerprint(path: Path) -> str:
     """Size and digest of a file, of a very large one by pieces all over it; of a folder, of the files in it.
 
-    Of a folder of a great many files, as of pictures, names and sizes alone are looked at, but for the rows beside them.
+    Of a folder of a great many files, as of pictures, only names and sizes count, and the bytes of the metadata.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file())
