@@ -18,7 +18,7 @@ import pytest
 from minimind_v.core.data import forms
 from minimind_v.core.data.batch import collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
-from minimind_v.core.data.forms import FORMS, form_of, read_row
+from minimind_v.core.data.forms import FORMS, no_form, read_row
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.row import ANSWER_FIRST, MARK_PER_TURN, NOTES, SEVERAL_ANSWERS, SEVERAL_CAPTIONS
 from minimind_v.core.data.stores import open_rows
@@ -298,9 +298,10 @@ def test_what_a_row_says_wrongly_is_named(fields, kind, words):
 
 
 def test_a_row_of_no_form_is_named_with_what_would_be_read(tmp_path):
-    with pytest.raises(RowError, match=r"no conversation in prompt, x — a row has `conversations`"):
-        form_of({"prompt": "a", "x": 1})
-    assert form_of({"messages": said(CIRCLE, "red"), "images": ["a.png"]}) == "messages + images"
+    row = read_row({"prompt": "a", "x": 1})
+    assert row.form == ""
+    assert "no conversation in prompt, x — a row has `conversations`" in str(no_form(row))
+    assert read_row({"messages": said(CIRCLE, "red"), "images": ["a.png"]}).form == "messages + images"
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"no column `conversations`, only prompt — a row has"):
         open_rows(tmp_path / "rows.parquet")

@@ -7,7 +7,6 @@ caption and its picture stand is kept, two numbers a row.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from array import array
@@ -19,7 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from minimind_v.core.data.forms import TALKS
-from minimind_v.core.data.json_layout import CHUNK
+from minimind_v.core.data.json_layout import CHUNK, DECODER
+from minimind_v.core.data.members import hash_bytes
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.splits import ALL, LEARN, WORDS, Choice, choose, split_of
 from minimind_v.core.data.stores import TextRows
@@ -203,7 +203,7 @@ def _id(value: Any) -> int:
 
 
 def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return hash_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def _split_code(split: Any) -> int:
@@ -224,7 +224,6 @@ class JsonElements:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._text, self._at, self._begin = "", 0, 0  # what is in memory, where in it, and where that is in the file
-        self._decoder = json.JSONDecoder()
 
     def __iter__(self) -> Iterator[tuple[str, Any, int]]:
         self._more(CHUNK)
@@ -270,7 +269,7 @@ class JsonElements:
         while True:
             rest = len(self._text) - self._at
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self._text, self._at)
                 if end < len(self._text):  # a number at the end might go on
                     length = end - self._at
                     place = self._begin + self._at << LENGTH_BITS | length

@@ -193,14 +193,6 @@ _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _DATA = ("data:", "/9j/", "iVBOR", "R0lG", "UklGR")
 
 
-def form_of(fields: Mapping[str, Any]) -> str:
-    """The name of the form that a row's fields have, as `messages + images`. Raises RowError where they have none."""
-    row = read_row(fields)
-    if not row.form:
-        raise no_form(row)
-    return row.form
-
-
 def no_form(row: Row) -> RowError:
     """The error over a row that has no conversation."""
     names = ", ".join([*row.extra, *(["image"] if row.images else [])])
