@@ -184,12 +184,12 @@ class _Scan:
             return np.full(len(self.places), UNKNOWN, np.uint64)
         order = np.argsort(np.array(self.ids, np.uint64), kind="stable")
         ids, names = np.array(self.ids, np.uint64)[order], np.array(self.names, np.uint64)[order]
-        known, firsts = np.unique(ids, return_index=True)
+        distinct, firsts = np.unique(ids, return_index=True)
         differ = np.minimum.reduceat(names, firsts) != np.maximum.reduceat(names, firsts)
         places = np.where(differ, np.uint64(SEVERAL), np.array(self.pictures, np.uint64)[order][firsts])
         of = np.array(self.of, np.uint64)
-        which = np.minimum(np.searchsorted(known, of), len(known) - 1)
-        return np.where(known[which] == of, places[which], np.uint64(UNKNOWN))
+        which = np.minimum(np.searchsorted(distinct, of), len(distinct) - 1)
+        return np.where(distinct[which] == of, places[which], np.uint64(UNKNOWN))
 
 
 def _id(value: Any) -> int:

@@ -47,7 +47,7 @@ def _names_files(file: Path) -> bool:
     try:
         names = pq.read_schema(source_of(file)).names
     except (pa.ArrowException, OSError):
-        return True  # which is told when it is opened
+        return True  # opening it raises the error
     return any(name.endswith(("file_name", "file_names")) for name in names)
 
 

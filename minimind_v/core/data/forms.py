@@ -109,7 +109,7 @@ class Form:
 def read_row(fields: Mapping[str, Any]) -> Row:
     """The row that these fields are. Raises RowError where they say something that is not read.
 
-    A row without a conversation has None for it, which is told when the row is used.
+    A row without a conversation has None for it; whoever uses the row raises `no_form`.
     """
     text = fields.get("conversations")
     if type(text) is str and text.startswith("["):

@@ -47,7 +47,7 @@ def open_rows(
     find_rows(data)
     rows = (_open_folder if data.is_dir() else open_file)(data, images, split, order)
     choice: Choice | None = getattr(rows, "choice", None)
-    for note in filter(None, (choice and choice.told, getattr(rows, "left_out", ""))):
+    for note in filter(None, (choice and choice.notice, getattr(rows, "left_out", ""))):
         say(note)
     return rows
 

@@ -217,8 +217,8 @@ class TarPictures(ZipPictures):
 
     def _namesakes(self, last: str) -> dict[str, Any]:
         hashes, places = self._index.array
-        wanted = np.uint64(hash_name(last))
-        first, end = (int(np.searchsorted(hashes, wanted, side)) for side in ("left", "right"))
+        digest = np.uint64(hash_name(last))
+        first, end = (int(np.searchsorted(hashes, digest, side)) for side in ("left", "right"))
         members = [next(read_members(self.handle, int(place))) for place in places[first:end]]
         return {"/".join(PicturePath.of(member.name).names): member for member in members}
 
