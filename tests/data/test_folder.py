@@ -113,6 +113,15 @@ def test_notes_called_metadata_beside_shards_are_no_rows(tmp_path, kind):
     assert len(open_rows(tmp_path)) == 3
 
 
+def test_bytes_in_metadata_that_are_not_read_are_named(tmp_path):
+    pictures(tmp_path, 1)
+    rows = [{"file_name": "1.png", "text": "x", "mask": b"mask"}]
+    write_metadata(tmp_path, "parquet", rows)
+    told = []
+    open_rows(tmp_path, say=told.append)
+    assert told == [f"{tmp_path / 'metadata.parquet'}: bytes in mask are neither read nor copied"]
+
+
 def test_two_files_of_metadata_are_one_too_many(tmp_path):
     for kind in ("csv", "jsonl"):
         write_metadata(tmp_path, kind, [{"file_name": "1.png", "text": "x"}])

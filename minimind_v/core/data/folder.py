@@ -55,7 +55,6 @@ class FolderRows:
     """The rows of the metadata in a folder that are of one split."""
 
     file_kind = "imagefolder"
-    left_out = ""
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
@@ -71,6 +70,7 @@ class FolderRows:
         files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
         self.files = files
         self._stores: list[RowStore] = [open_file(file, images or file.parent) for file in files]
+        self.left_out = "; ".join(filter(None, (getattr(store, "left_out", "") for store in self._stores)))
         self._ends = np.cumsum([len(store) for store in self._stores])
         # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.
         self.pictures = images or (files[0].parent if len(files) == 1 else None)
