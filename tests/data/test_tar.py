@@ -291,6 +291,13 @@ def test_each_split_of_a_folder_has_an_index_of_its_own(tmp_path, monkeypatch):
     assert caption(pickle.loads(sent), 2) == "train"
 
 
+def test_one_tar_may_be_rows_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_KEEPING", 2)
+    path = tar_of(tmp_path / "a.tar", [pair for n in range(3) for pair in sample(n)])
+    rows = pickle.loads(pickle.dumps(open_rows(path, path)))
+    assert rows.picture(1, 0, "001.jpg") == picture(1)
+
+
 def test_a_hundred_thousand_members_are_indexed_in_seconds(tmp_path):
     path = tmp_path / "many.tar"
     with path.open("wb") as file:

@@ -198,7 +198,7 @@ class TarPictures(ZipPictures):
         Reopened.__init__(self, path)
         if trouble := stand_in(path):
             raise DataError(f"{path}: {trouble}")
-        self._index = Index(path, PICTURES_KIND, self._find_entries)
+        self._index = Index(path, PICTURES_KIND, self._find_entries, "pictures")
         self._roots = roots_of(path)
 
     def _find_entries(self) -> np.ndarray:
