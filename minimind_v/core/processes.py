@@ -16,13 +16,13 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
-LOOK = 0.5  # seconds between two looks at whether the parent is alive, where the system does not tell
+LOOK = 0.5  # seconds between two checks whether the parent is alive, where the system sends no signal
 KILLED = 2.0  # seconds that a killed process may take; one that waits for a dead network disk takes for ever
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The process that starts others, as it tells them; `Parent.here()` in it, `end_with_it()` first thing in each."""
+    """The process that starts others: it sends them `Parent.here()`, and each calls `end_with_it()` first."""
 
     pid: int
     lasting: bool = True  # whether the thread that starts them is there as long as the process

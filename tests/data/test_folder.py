@@ -105,6 +105,23 @@ def test_a_picture_that_is_not_there_is_a_broken_row(tmp_path):
             rows.picture(n, 0, rows.row(n).images[0])
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_notes_called_metadata_beside_shards_are_no_rows(tmp_path, kind):
+    write_metadata(tmp_path, kind, [{"version": "1", "license": "x"}])
+    talk = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]
+    pq.write_table(pa.Table.from_pylist([{"conversations": talk}] * 3), tmp_path / "a.parquet")
+    assert len(open_rows(tmp_path)) == 3
+
+
+def test_bytes_in_metadata_that_are_not_read_are_named(tmp_path):
+    pictures(tmp_path, 1)
+    rows = [{"file_name": "1.png", "text": "x", "mask": b"mask"}]
+    write_metadata(tmp_path, "parquet", rows)
+    told = []
+    open_rows(tmp_path, say=told.append)
+    assert told == [f"{tmp_path / 'metadata.parquet'}: bytes in mask are neither read nor copied"]
+
+
 def test_two_files_of_metadata_are_one_too_many(tmp_path):
     for kind in ("csv", "jsonl"):
         write_metadata(tmp_path, kind, [{"file_name": "1.png", "text": "x"}])

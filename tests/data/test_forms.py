@@ -18,7 +18,7 @@ import pytest
 from minimind_v.core.data import forms
 from minimind_v.core.data.batch import collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
-from minimind_v.core.data.forms import FORMS, form_of, read_row
+from minimind_v.core.data.forms import FORMS, no_form, read_row
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.row import ANSWER_FIRST, MARK_PER_TURN, NOTES, SEVERAL_ANSWERS, SEVERAL_CAPTIONS
 from minimind_v.core.data.stores import open_rows
@@ -341,9 +341,10 @@ def test_an_empty_answer_is_named(tmp_path, fields):
 
 
 def test_a_row_of_no_form_is_named_with_what_would_be_read(tmp_path):
-    with pytest.raises(RowError, match=r"no conversation in prompt, x — a row has `conversations`"):
-        form_of({"prompt": "a", "x": 1})
-    assert form_of({"messages": said(CIRCLE, "red"), "images": ["a.png"]}) == "messages + images"
+    row = read_row({"prompt": "a", "x": 1})
+    assert row.form == ""
+    assert "no conversation in prompt, x — a row has `conversations`" in str(no_form(row))
+    assert read_row({"messages": said(CIRCLE, "red"), "images": ["a.png"]}).form == "messages + images"
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"no column `conversations`, only prompt — a row has"):
         open_rows(tmp_path / "rows.parquet")
@@ -548,3 +549,12 @@ def test_the_cases_are_read(name):
                     assert data in [other.read_bytes() for other in pictures.iterdir()], file
             if turns[0].endswith("What colour is the circle?"):
                 assert turns[1] == "red", file
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_bytes_beside_named_pictures_are_not_copied(tmp_path, kind):
+    (tmp_path / "1.png").write_bytes(picture(1))
+    written = {"messages": said("<image>", "red"), "image": "1.png", "png": picture(2), "id": 7}
+    rows = open_rows(write_rows(tmp_path, kind, [written] * 3), tmp_path)
+    assert rows.row(1).extra == {"id": 7}
+    assert rows.picture(1, 0, "1.png") == picture(1)

@@ -280,3 +280,14 @@ def test_processes_read_for_themselves(tmp_path, method):
 
 def _picture(rows, index):
     return rows.picture(index, 0, rows.row(index).images[0])
+
+
+def test_names_count_before_bytes_in_another_column_which_are_not_copied(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture(1))
+    columns = {"conversations": as_text([talk(1)]), "image": ["a.png"], "png": [picture(2)], "extra": ['{"k": 1}']}
+    rows = open_rows(write(tmp_path / "rows.parquet", columns), folder)
+    assert rows.row(0).images == ["a.png"]
+    assert rows.row(0).extra == {"k": 1}
+    assert rows.picture(0, 0, "a.png") == picture(1)

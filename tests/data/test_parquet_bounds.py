@@ -107,7 +107,7 @@ def test_all_pages_of_a_file_are_walked(tmp_path, version, compression):
         for group in (footer.row_group(number) for number in range(2)):
             for chunk in (group.column(leaf) for leaf in range(2)):
                 begin = chunk.dictionary_page_offset or chunk.data_page_offset
-                walked = list(_pages(file.fileno(), begin, begin + chunk.total_compressed_size))
+                walked = list(_pages(file, begin, begin + chunk.total_compressed_size))
                 assert walked[-1].begin + walked[-1].packed == begin + chunk.total_compressed_size
                 headers = chunk.total_compressed_size - sum(page.packed for page in walked)
                 assert sum(page.unpacked for page in walked) + headers == chunk.total_uncompressed_size

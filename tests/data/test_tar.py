@@ -71,6 +71,7 @@ def test_members_of_one_key_are_a_sample(tmp_path, form):
         ({}, ["a.0.jpg", "a.1.jpg"]),
         ({"images": ["a.1.jpg", "a.0.jpg"]}, ["a.1.jpg", "a.0.jpg"]),
         ({"image": ["old/x.jpg", "old/y.jpg"]}, ["a.0.jpg", "a.1.jpg"]),
+        ({"image": "a.1.jpg, a.0.jpg"}, ["a.1.jpg", "a.0.jpg"]),
         ({"image": ["a.1.jpg", "a.1.jpg"]}, ["a.1.jpg", "a.1.jpg"]),
     ],
 )
@@ -279,6 +280,22 @@ def test_many_samples_are_found_once(tmp_path, monkeypatch):
     tar_of(tmp_path / "set" / "1.tar", sample(7))
     with pytest.raises(TypeError):  # made anew where a shard has changed
         open_rows(tmp_path / "set")
+
+
+def test_each_split_of_a_folder_has_an_index_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_KEEPING", 2)
+    for name in ("train", "val"):
+        tar_of(tmp_path / f"{name}.tar", [pair for n in range(3) for pair in sample(n, text=name)])
+    sent = pickle.dumps(open_rows(tmp_path))
+    assert caption(open_rows(tmp_path, split="val"), 2) == "val"
+    assert caption(pickle.loads(sent), 2) == "train"
+
+
+def test_one_tar_may_be_rows_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_KEEPING", 2)
+    path = tar_of(tmp_path / "a.tar", [pair for n in range(3) for pair in sample(n)])
+    rows = pickle.loads(pickle.dumps(open_rows(path, path)))
+    assert rows.picture(1, 0, "001.jpg") == picture(1)
 
 
 def test_a_hundred_thousand_members_are_indexed_in_seconds(tmp_path):

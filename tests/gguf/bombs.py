@@ -40,8 +40,8 @@ def bombs():
         "few_keys": (file(counts=(0, 9000)), "no GGUF file"),
         "array": (file([key("a", ARRAY, array(U8, 2**40))]), "an array of"),
         "array_64": (file([key("a", ARRAY, array(U64, 2**61))]), "an array of"),
-        "short_array": (file([key("a", ARRAY, array(U64, 100_000))]), "bytes are told at byte"),
-        "strings": (file([key("a", ARRAY, array(STRING, 2_000_000))], data=bytes(1000)), "bytes are told at byte"),
+        "short_array": (file([key("a", ARRAY, array(U64, 100_000))]), "bytes at byte"),
+        "strings": (file([key("a", ARRAY, array(STRING, 2_000_000))], data=bytes(1000)), "bytes at byte"),
         "nested": (file([key("a", ARRAY, array(ARRAY, 1) * 100_000)]), "an array of type 9"),
         "arrays": (
             file([key(f"a{n}", ARRAY, array(U8, 900_000, bytes(900_000))) for n in range(3)]),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_v.core.checkpoint.weights import read_checkpoint
+from minimind_v.core.train import state
 from minimind_v.core.train.loop import Run
 from tests.cli.harness import BASE, Running, here, place, read_rows, sighted, write_rows
 
@@ -251,6 +252,16 @@ def test_what_differs_is_told_line_by_line_and_refused(tmp_path, halfway):
     assert ended.error.endswith("say --allow lr --allow data.file") or ended.error.endswith(
         "say --allow data.file --allow lr"
     )
+
+
+def test_changed_rows_beside_many_pictures_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "MANY", 3)
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(bytes(8))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat\n")
+    before = state.fingerprint(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a dog\n")
+    assert state.fingerprint(tmp_path) != before
 
 
 def test_what_is_allowed_by_name_may_differ(halfway):

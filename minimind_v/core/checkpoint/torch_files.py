@@ -19,16 +19,16 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
+from minimind_v.core.data.members import ABSENT, ENTRY, ZIP64, extra_field
+
 MOST_TENSORS = 10_000  # of a file: ten times those of a large vision-language model
 MOST_PICKLE = 2 << 20  # bytes of the names and sizes of so many tensors, and of what was saved beside them
 _MOST_CALLS = 5 * MOST_TENSORS  # in a pickle: a parameter takes five
 _MOST_COPIES = 1 << 20  # entries and letters that they may copy
 _MOST_VIEWS = 4  # how often each number of a file may be part of a tensor: tied weights are two
 
-_ENTRY = struct.Struct("<4s6H3L5H2L")  # of the zip's directory
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _LOCAL = 30  # bytes of the header before a record, without its name
-_FULL = 0xFFFFFFFF  # in the place of a size that only 64 bits hold
 
 
 def check_torch_file(path: Path) -> None:
@@ -72,8 +72,8 @@ def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
     at = total = 0
     for _ in range(count):
         (magic, _, _, flags, method, _, _, _, packed, plain, name_length, extra_length, comment_length, _, _, _,
-         offset) = _ENTRY.unpack_from(directory, at)  # fmt: skip
-        at += _ENTRY.size
+         offset) = ENTRY.unpack_from(directory, at)  # fmt: skip
+        at += ENTRY.size
         name = directory[at : at + name_length].decode().lower()
         extra = directory[at + name_length : at + name_length + extra_length]
         at += name_length + extra_length + comment_length
@@ -115,16 +115,11 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 def _in_full(extra: bytes, *sizes: int) -> list[int]:
     """Sizes of a directory's entry; those that 32 bits do not hold stand in its extra field."""
-    if _FULL not in sizes:
-        return list(sizes)
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            numbers = iter(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
-            return [next(numbers) if size == _FULL else size for size in sizes]
-        at += 4 + length
-    raise ValueError("its directory is damaged")
+    numbers = extra_field(extra, ZIP64)
+    wide = iter(struct.unpack_from(f"<{len(numbers) // 8}Q", numbers))
+    if sizes.count(ABSENT) > len(numbers) // 8:
+        raise ValueError("its directory is damaged")
+    return [next(wide) if size == ABSENT else size for size in sizes]
 
 
 def _data_of(file: BinaryIO, offset: int) -> int:

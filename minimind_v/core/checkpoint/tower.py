@@ -60,32 +60,31 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def _complete(folder: Path, tensors: dict[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
     """The tensors of a tower. The last norm may be missing: features are taken before it."""
-    wanted = tower_shapes(config)
+    shapes = tower_shapes(config)
     for part, make in (("weight", torch.ones), ("bias", torch.zeros)):
         name = f"post_layernorm.{part}"
-        tensors.setdefault(name, make(wanted[name]))
-    if missing := [name for name in wanted if name not in tensors]:
+        tensors.setdefault(name, make(shapes[name]))
+    if missing := [name for name in shapes if name not in tensors]:
         raise WeightsError(
             f"{folder}: {len(missing)} tensors of the vision model are missing, the first is {missing[0]} "
             f"— {how_to_get('clip', folder)}"
         )
-    if further := [name for name in tensors if name.startswith(_LAYERS) and name not in wanted]:
+    if further := [name for name in tensors if name.startswith(_LAYERS) and name not in shapes]:
         why = f"{further[0]} is in it, and config.json has {config.num_hidden_layers} layers"
         raise WeightsError(does_not_load(folder, why))
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         if tensors[name].shape != shape:
             sizes = f"{list(tensors[name].shape)}, and by config.json {list(shape)}"
             raise WeightsError(does_not_load(folder, f"{name} is {sizes}"))
         check_numbers(folder, name, tensors[name])
-    return {name: tensors[name] for name in wanted}
+    return {name: tensors[name] for name in shapes}
 
 
 def tower_shapes(config: ClipConfig) -> dict[str, torch.Size]:
     """The shape of each tensor. Of one layer, which all others are like: a configuration's number costs no memory."""
     with Bare():
-        one = {
-            name: tensor.shape for name, tensor in ClipVision(replace(config, num_hidden_layers=1)).state_dict().items()
-        }
-    layer = {name: one.pop(name) for name in list(one) if name.startswith(_LAYERS)}
+        tensors = ClipVision(replace(config, num_hidden_layers=1)).state_dict()
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    layer = {name: shapes.pop(name) for name in list(shapes) if name.startswith(_LAYERS)}
     numbers = range(config.num_hidden_layers)
-    return one | {name.replace(".0.", f".{n}.", 1): shape for n in numbers for name, shape in layer.items()}
+    return shapes | {name.replace(".0.", f".{n}.", 1): shape for n in numbers for name, shape in layer.items()}

@@ -1,4 +1,4 @@
-"""What this machine can hold: asked before memory or processes are taken, and told with the key that asks for more."""
+"""What this machine can hold, checked before a run takes memory or processes; an error names the key to lower."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def _refuse_more(option: str, asked: int, what: str) -> None:
 
 def total_memory() -> int | None:
     """Bytes of memory that this machine has, or fewer where the system sets this process a limit; None: not known."""
-    found: list[int] = []
+    sizes: list[int] = []
     with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if sys.platform != "win32":
         import resource
 
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        found += [] if limit == resource.RLIM_INFINITY else [limit]
+        sizes += [] if limit == resource.RLIM_INFINITY else [limit]
     with contextlib.suppress(OSError, ValueError):  # `max`: no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return min(found, default=None)
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(sizes, default=None)

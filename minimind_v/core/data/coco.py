@@ -7,7 +7,6 @@ caption and its picture stand is kept, two numbers a row.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from array import array
@@ -19,10 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from minimind_v.core.data.forms import TALKS
-from minimind_v.core.data.json_layout import CHUNK
+from minimind_v.core.data.json_layout import CHUNK, DECODER
+from minimind_v.core.data.members import hash_bytes
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.splits import ALL, LEARN, WORDS, Choice, choose, split_of
-from minimind_v.core.data.stores import _TextRows
+from minimind_v.core.data.stores import TextRows
 from minimind_v.core.errors import DataError, RowError, UsageError
 
 HEAD = 2**22  # bytes that show whether a file may hold captions
@@ -44,7 +44,7 @@ def is_captions(path: Path) -> bool:
     return LISTS.search(head) is not None and not any(f'"{key}"'.encode() in head for key in TALKS)
 
 
-class CocoRows(_TextRows):
+class CocoRows(TextRows):
     """Rows of COCO's captions, or of one split of Karpathy's. Of each two places in the file are kept: 16 bytes."""
 
     kind = "COCO captions: place of the caption, place of the picture"
@@ -184,12 +184,12 @@ class _Scan:
             return np.full(len(self.places), UNKNOWN, np.uint64)
         order = np.argsort(np.array(self.ids, np.uint64), kind="stable")
         ids, names = np.array(self.ids, np.uint64)[order], np.array(self.names, np.uint64)[order]
-        known, firsts = np.unique(ids, return_index=True)
+        distinct, firsts = np.unique(ids, return_index=True)
         differ = np.minimum.reduceat(names, firsts) != np.maximum.reduceat(names, firsts)
         places = np.where(differ, np.uint64(SEVERAL), np.array(self.pictures, np.uint64)[order][firsts])
         of = np.array(self.of, np.uint64)
-        which = np.minimum(np.searchsorted(known, of), len(known) - 1)
-        return np.where(known[which] == of, places[which], np.uint64(UNKNOWN))
+        which = np.minimum(np.searchsorted(distinct, of), len(distinct) - 1)
+        return np.where(distinct[which] == of, places[which], np.uint64(UNKNOWN))
 
 
 def _id(value: Any) -> int:
@@ -203,7 +203,7 @@ def _id(value: Any) -> int:
 
 
 def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return hash_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def _split_code(split: Any) -> int:
@@ -224,7 +224,6 @@ class JsonElements:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._text, self._at, self._begin = "", 0, 0  # what is in memory, where in it, and where that is in the file
-        self._decoder = json.JSONDecoder()
 
     def __iter__(self) -> Iterator[tuple[str, Any, int]]:
         self._more(CHUNK)
@@ -270,7 +269,7 @@ class JsonElements:
         while True:
             rest = len(self._text) - self._at
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self._text, self._at)
                 if end < len(self._text):  # a number at the end might go on
                     length = end - self._at
                     place = self._begin + self._at << LENGTH_BITS | length

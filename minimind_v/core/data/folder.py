@@ -7,6 +7,7 @@ of a piece of one. Its rows name their pictures in `file_name`, below the folder
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,8 @@ from minimind_v.core.errors import DataError
 from minimind_v.core.hub.sources import METADATA
 
 DEPTH = 3  # folders below that of the rows in which metadata is looked for
+HEAD = 2**16  # bytes of metadata in which a field of file names is looked for
+FILE_NAME = re.compile(rb"file[_ -]?name", re.IGNORECASE)
 
 
 def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
@@ -35,15 +38,16 @@ def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def _names_files(file: Path) -> bool:
-    """Whether rows name files: a table of parquet may well be called metadata and be something else."""
+    """Whether rows name files: other things are called metadata as well, beside shards of a set that has its rows."""
     if file.suffix != ".parquet":
-        return True
+        with file.open("rb") as opened:
+            return FILE_NAME.search(opened.read(HEAD)) is not None
     from minimind_v.core.data.parquet import source_of
 
     try:
         names = pq.read_schema(source_of(file)).names
     except (pa.ArrowException, OSError):
-        return True  # which is told when it is opened
+        return True  # opening it raises the error
     return any(name.endswith(("file_name", "file_names")) for name in names)
 
 
@@ -51,7 +55,6 @@ class FolderRows:
     """The rows of the metadata in a folder that are of one split."""
 
     file_kind = "imagefolder"
-    left_out = ""
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
@@ -67,6 +70,7 @@ class FolderRows:
         files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
         self.files = files
         self._stores: list[RowStore] = [open_file(file, images or file.parent) for file in files]
+        self.left_out = "; ".join(filter(None, (getattr(store, "left_out", "") for store in self._stores)))
         self._ends = np.cumsum([len(store) for store in self._stores])
         # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.
         self.pictures = images or (files[0].parent if len(files) == 1 else None)

@@ -109,7 +109,7 @@ class Form:
 def read_row(fields: Mapping[str, Any]) -> Row:
     """The row that these fields are. Raises RowError where they say something that is not read.
 
-    A row without a conversation has None for it, which is told when the row is used.
+    A row without a conversation has None for it; whoever uses the row raises `no_form`.
     """
     text = fields.get("conversations")
     if type(text) is str and text.startswith("["):
@@ -204,14 +204,6 @@ def _usual_row(fields: Mapping[str, Any]) -> Row | None:
 _STANDARD = ("system", "user", "assistant")
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _DATA = ("data:", "/9j/", "iVBOR", "R0lG", "UklGR")
-
-
-def form_of(fields: Mapping[str, Any]) -> str:
-    """The name of the form that a row's fields have, as `messages + images`. Raises RowError where they have none."""
-    row = read_row(fields)
-    if not row.form:
-        raise no_form(row)
-    return row.form
 
 
 def no_form(row: Row) -> RowError:

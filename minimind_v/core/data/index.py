@@ -21,14 +21,15 @@ STAMP = 3  # columns in front
 class Index:
     """Two whole numbers about each of N entries, uint64 [2, N], in memory or mapped from the file that keeps them.
 
-    The kept file, `.NAME.index.npy`, has three columns more in front: the size and the time of the file that it is
-    about; a digest of `kind`, which says what the numbers are and who reads them so; and checksums of the numbers.
+    The kept file is `.NAME.index.npy`, or `.NAME.SUBJECT.index.npy` where one file or folder has several: a split of a
+    folder, the pictures in a tar of rows. It has three columns more in front: the size and the time of the file that it
+    is about; a digest of `kind`, which says what the numbers are and who reads them so; and checksums of the numbers.
     Where one of these differs, or the kept file is damaged, it is made again: the same file may have been read as
     something else before.
     """
 
-    def __init__(self, path: Path, kind: str, build: Callable[[], np.ndarray]) -> None:
-        self.kept = path.with_name(f".{path.name}.index.npy")
+    def __init__(self, path: Path, kind: str, build: Callable[[], np.ndarray], subject: str = "") -> None:
+        self.kept = path.with_name(f".{path.name}{subject and '.'}{subject}.index.npy")
         stat = path.stat()
         layout = f"{kind}, behind {STAMP} columns"  # so that a version with another layout makes it again
         digest = hashlib.blake2b(layout.encode(), digest_size=16).digest()

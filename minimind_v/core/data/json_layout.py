@@ -22,6 +22,7 @@ HEAD = 2**16  # bytes that mostly show how rows stand
 
 LINES, ARRAY, OBJECTS = "lines", "array", "objects"
 OTHER = "other"  # one object that is no row and has no list of rows
+DECODER = json.JSONDecoder()
 GAP, SPACE = re.compile(r"[\s,]*"), re.compile(r"\s*")
 QUOTE_OR_BRACKET, QUOTE_OR_ESCAPE = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')
 
@@ -57,7 +58,7 @@ def _layout(head: bytes, whole: bool) -> Layout | None:
         return Layout(LINES)
     text = data.decode("utf-8", "surrogateescape")
     try:
-        value, end = json.JSONDecoder().raw_decode(text)
+        value, end = DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         if below := _array_below(text, begin):
             return below
@@ -78,19 +79,19 @@ def _is_row(value: Any) -> bool:
 
 def _array_below(text: str, begin: int) -> Layout | None:
     """The first array of rows below a key of the object that a text begins with."""
-    decoder, at = json.JSONDecoder(), 1
+    at = 1
     while True:
         try:
-            key, at = decoder.raw_decode(text, GAP.match(text, at).end())  # type: ignore[union-attr]
+            key, at = DECODER.raw_decode(text, GAP.match(text, at).end())  # type: ignore[union-attr]
             colon = SPACE.match(text, at).end()  # type: ignore[union-attr]
             at = SPACE.match(text, colon + 1).end()  # type: ignore[union-attr]
             if text[colon : colon + 1] != ":" or not isinstance(key, str) or key in TALKS:
                 return None
             if text.startswith("[", at):
                 first = SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
-                if text.startswith("{", first) and _is_row(decoder.raw_decode(text, first)[0]):
+                if text.startswith("{", first) and _is_row(DECODER.raw_decode(text, first)[0]):
                     return Layout(ARRAY, begin + len(text[: at + 1].encode("utf-8", "surrogateescape")), key)
-            _, at = decoder.raw_decode(text, at)
+            _, at = DECODER.raw_decode(text, at)
         except (ValueError, RecursionError):
             return None
 
@@ -136,7 +137,7 @@ def find_elements(path: Path, layout: Layout) -> Iterator[tuple[int, int]]:
 def _element_end(text: str, at: int) -> tuple[int | None, str]:
     """The character that an element ends before; None, and why, where it does not end in this text."""
     try:
-        _, end = json.JSONDecoder().raw_decode(text, at)
+        _, end = DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:
         balanced = _balanced_end(text, at)
         follows = "" if balanced is None else text[balanced : balanced + 1]

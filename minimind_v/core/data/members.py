@@ -50,7 +50,7 @@ class Member(NamedTuple):
 
     def _unicode_path(self) -> str | None:
         """The name in the Info-ZIP Unicode Path field, where it is about this name."""
-        value = _extra_field(self.extra, UNICODE_PATH) if self.extra else b""
+        value = extra_field(self.extra, UNICODE_PATH) if self.extra else b""
         if value[:5] != b"\x01" + struct.pack("<L", zlib.crc32(self.raw_name)):
             return None
         return value[5:].decode("utf-8", "replace") or None
@@ -115,18 +115,18 @@ def _parse(data: bytes, at: int) -> Member:
     offset, at = fields[16], at + ENTRY.size
     extra = data[at + name_length : at + name_length + extra_length]
     if ABSENT in (size, packed, offset):
-        numbers = _extra_field(extra, ZIP64)
+        numbers = extra_field(extra, ZIP64)
         wide = iter(struct.unpack_from(f"<{len(numbers) // 8}Q", numbers))
         size, packed, offset = (next(wide, n) if n == ABSENT else n for n in (size, packed, offset))
     return Member(data[at : at + name_length], flags, method, crc, packed, size, offset, extra)
 
 
-def _extra_field(extra: bytes, kind: int) -> bytes:
+def extra_field(extra: bytes, kind: int) -> bytes:
     """The content of an extra field; empty where there is none."""
     at = 0
     while at + 4 <= len(extra):
-        found, length = struct.unpack_from("<2H", extra, at)
-        if found == kind:
+        field, length = struct.unpack_from("<2H", extra, at)
+        if field == kind:
             return extra[at + 4 : at + 4 + length]
         at += 4 + length
     return b""
@@ -164,17 +164,18 @@ def fold(name: str) -> str:
 
 def hash_name(name: str) -> int:
     """A hash of a file name in any spelling, of 64 bits."""
-    return _hash(fold(name).encode("utf-8", "surrogatepass"))
+    return hash_bytes(fold(name).encode("utf-8", "surrogatepass"))
 
 
 def hashes(member: Member) -> set[int]:
     """The hashes under which a member is looked up, one for each reading of its name; none for a folder."""
     raw = member.raw_name
     if raw.isascii() and PLAIN.fullmatch(raw) and b"up" not in member.extra:  # nearly all: without what others need
-        return {_hash(raw[raw.rfind(b"/") + 1 :].lower())}
+        return {hash_bytes(raw[raw.rfind(b"/") + 1 :].lower())}
     paths = [PicturePath.of(name).names for name in member.names]
     return {hash_name(names[-1]) for names in paths if names and not raw.endswith(b"/")}
 
 
-def _hash(name: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+def hash_bytes(data: bytes) -> int:
+    """A hash of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -77,7 +77,9 @@ class ParquetRows:
                 text.append(self._aside)
                 binary.remove(self._bytes)
                 self._bytes = ""
-        self._images = open_pictures(None if self._bytes and not self._nulls else images)
+        # Another field than that of the bytes may name the pictures, and counts before it.
+        named = self._bytes not in PICTURES and not set(PICTURES).isdisjoint(text)
+        self._images = open_pictures(images if not self._bytes or self._nulls or named else None)
         others = [name for name in binary if name != self._bytes]  # read only where a row seems to have no picture
         self.left_out = f"{path}: bytes in {', '.join(others)} are neither read nor copied" if others else ""
         if self._bytes and self._bytes not in PICTURES:
@@ -117,10 +119,10 @@ class ParquetRows:
         if self._bytes:
             fields[self._bytes] = StoredPictures(lambda: self._count(index))
         row = read_row(fields)
+        row.extra.pop(self._bytes, None)  # of a row that has its pictures from elsewhere, or none
         if len(row.extra) == 1 and isinstance(text := row.extra.get("extra"), str):
             row = replace(row, extra=_unpack_extra(text))
         if not row.images:
-            row.extra.pop(self._bytes, None)
             refuse_unread(row, self._others.row(index) if self._others else None)
         return row
 
@@ -402,7 +404,7 @@ def _path_leaf(footers: list[pq.FileMetaData], column: str) -> str:
     """The leaf of the pictures' paths, where each file has it; empty where there is none."""
     leaves = [{leaf for leaf in _leaves(footer) if _is_below(leaf, column)} for footer in footers]
     common = set.intersection(*leaves)
-    return next((leaf for leaf in sorted(common) if leaf.startswith(column) and leaf.endswith(".path")), "")
+    return next((leaf for leaf in sorted(common) if leaf.endswith(".path")), "")
 
 
 def _unpack_extra(text: str) -> dict[str, Any]:

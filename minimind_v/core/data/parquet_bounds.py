@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.parquet as pq
 
@@ -52,7 +53,7 @@ def dictionary_size(file: Path, group: pq.RowGroupMetaData, leaves: list[int]) -
     The headers of all pages are read. One that is damaged ends the walk, since pyarrow does not read beyond it either.
     """
     largest = 0
-    with file.open("rb") as opened:
+    with file.open("rb", buffering=0) as opened:
         size = os.fstat(opened.fileno()).st_size
         for leaf in leaves:
             chunk = group.column(leaf)
@@ -61,7 +62,7 @@ def dictionary_size(file: Path, group: pq.RowGroupMetaData, leaves: list[int]) -
             end = begin + chunk.total_compressed_size
             if not 0 <= begin <= end <= size:
                 raise ValueError(f"column {chunk.path_in_schema} lies outside of the file")
-            for page in _pages(opened.fileno(), begin, end):
+            for page in _pages(opened, begin, end):
                 if page.begin + page.packed > size:
                     raise ValueError(f"a page of {chunk.path_in_schema} goes on behind the end of the file")
                 if page.unpacked > PAGE_LIMIT:
@@ -74,12 +75,13 @@ def dictionary_size(file: Path, group: pq.RowGroupMetaData, leaves: list[int]) -
     return largest
 
 
-def _pages(descriptor: int, at: int, end: int) -> Iterator[Page]:
+def _pages(file: BinaryIO, at: int, end: int) -> Iterator[Page]:
     while at < end:
         header = min(HEADER, end - at)
         while True:
             try:
-                page = _read_header(os.pread(descriptor, header, at), at)
+                file.seek(at)
+                page = _read_header(file.read(header), at)
                 break
             except IndexError:  # the header goes on
                 if header == end - at or header >= LONGEST_HEADER:

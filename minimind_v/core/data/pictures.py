@@ -199,8 +199,8 @@ class ZipPictures(Reopened):
         folded, places, number = array("Q"), array("Q"), 0
         for place, member in entries(self.handle, begin, end):
             number += 1
-            for found in hashes(member):
-                folded.append(found)
+            for digest in hashes(member):
+                folded.append(digest)
                 places.append(place)
         if number != count & 0xFFFF and number != count:
             raise zipfile.BadZipFile(f"its directory has {number} entries where it says {count}")
@@ -234,8 +234,8 @@ class ZipPictures(Reopened):
     def _namesakes(self, last: str) -> dict[str, Member]:
         """Members with this file name in any spelling, by the likeliest reading; of two of one path the later one."""
         index, places = self._index.array
-        wanted = np.uint64(hash_name(last))
-        first, end = (int(np.searchsorted(index, wanted, side)) for side in ("left", "right"))
+        digest = np.uint64(hash_name(last))
+        first, end = (int(np.searchsorted(index, digest, side)) for side in ("left", "right"))
         members = [entry_at(self.handle, int(place)) for place in places[first:end]]
         return {member.names[0]: member for member in members}
 

@@ -92,6 +92,7 @@ class SavedRows:
             raise RowError(f"cannot be read ({' '.join(str(error).split())})", "json") from None
         others = {name: fields.pop(name) for name in self._others if name in fields}
         row = read_row(fields)
+        row.extra.pop(self._bytes, None)  # of a row that has its pictures from elsewhere, or none
         return row if row.images else refuse_unread(row, others)
 
     def picture(self, index: int, position: int, name: str) -> bytes:

@@ -31,7 +31,7 @@ class Choice:
     """The split that is taken, and what is said of that; `name` is empty where no name says one."""
 
     name: str
-    told: str = ""
+    notice: str = ""
 
 
 def split_of(path: PurePath) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def open_rows(
     find_rows(data)
     rows = (_open_folder if data.is_dir() else open_file)(data, images, split, order)
     choice: Choice | None = getattr(rows, "choice", None)
-    for note in filter(None, (choice and choice.told, getattr(rows, "left_out", ""))):
+    for note in filter(None, (choice and choice.notice, getattr(rows, "left_out", ""))):
         say(note)
     return rows
 
@@ -118,7 +119,7 @@ def find_rows(data: Path) -> Path:
     raise MissingInput(f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or name your own")
 
 
-class _TextRows(Reopened):
+class TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
 
     kind: str  # of the index
@@ -194,7 +195,7 @@ def _array(data: bytes) -> str:
     return " — rows in one array belong in a .json file" if data.lstrip().startswith(b"[") else ""
 
 
-class JsonlRows(_TextRows):
+class JsonlRows(TextRows):
     """Rows of a JSONL file. Of each only its offset and its line are kept: 16 bytes."""
 
     kind = "JSONL rows: offset, line"
@@ -237,7 +238,7 @@ def _is_blank(file: Any, offset: int) -> bool:
     return False
 
 
-class LlavaRows(_TextRows):
+class LlavaRows(TextRows):
     """Rows of one JSON array, as LLaVA's data has them, or of JSON objects one after the other."""
 
     file_kind = "JSON"
@@ -255,8 +256,10 @@ class LlavaRows(_TextRows):
 
     def _find_rows(self) -> np.ndarray:
         """Offset and length in bytes of every row."""
+        places = array("Q")
         try:
-            places = list(find_elements(self.path, self._layout))
+            for place in find_elements(self.path, self._layout):
+                places.extend(place)
         except (ValueError, RecursionError, RowError) as error:
             raise DataError(f"{self.path}: not a JSON array of rows ({error})") from None
-        return np.array(places, np.int64).reshape(-1, 2).T
+        return np.array(places, np.uint64).reshape(-1, 2).T

@@ -25,7 +25,7 @@ from minimind_v.core.data.forms import (
     is_readable,
 )
 from minimind_v.core.data.row import Row
-from minimind_v.core.data.stores import _TextRows
+from minimind_v.core.data.stores import TextRows
 from minimind_v.core.data.unread import FILE
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.wording import plural
@@ -40,7 +40,7 @@ SINGLE = {key for key in TEXTS if not key.endswith("s")}  # columns of text, whi
 QUOTED_NAMES = re.compile(r"\[\s*'[^'\"]*'(?:\s*,\s*'[^'\"]*')*\s*\]")  # a list as Python prints it
 
 
-class CsvRows(_TextRows):
+class CsvRows(TextRows):
     """Rows of a CSV or TSV file. Of each only its offset and its line are kept: 16 bytes."""
 
     kind = "CSV records: offset, line"

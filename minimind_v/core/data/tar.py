@@ -22,11 +22,12 @@ from minimind_v.core.data.index import Index
 from minimind_v.core.data.members import hash_name
 from minimind_v.core.data.names import PicturePath
 from minimind_v.core.data.pictures import ZipPictures, open_pictures, refuse_climbing, roots_of
-from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size
+from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size, image_names
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import stand_in
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
+from minimind_v.core.wording import plural
 
 BLOCK = 512  # bytes; headers begin at multiples of it
 ZEROS = 2**20  # bytes of zeros after which an archive has ended
@@ -197,7 +198,7 @@ class TarPictures(ZipPictures):
         Reopened.__init__(self, path)
         if trouble := stand_in(path):
             raise DataError(f"{path}: {trouble}")
-        self._index = Index(path, PICTURES_KIND, self._find_entries)
+        self._index = Index(path, PICTURES_KIND, self._find_entries, "pictures")
         self._roots = roots_of(path)
 
     def _find_entries(self) -> np.ndarray:
@@ -216,8 +217,8 @@ class TarPictures(ZipPictures):
 
     def _namesakes(self, last: str) -> dict[str, Any]:
         hashes, places = self._index.array
-        wanted = np.uint64(hash_name(last))
-        first, end = (int(np.searchsorted(hashes, wanted, side)) for side in ("left", "right"))
+        digest = np.uint64(hash_name(last))
+        first, end = (int(np.searchsorted(hashes, digest, side)) for side in ("left", "right"))
         members = [next(read_members(self.handle, int(place))) for place in places[first:end]]
         return {"/".join(PicturePath.of(member.name).names): member for member in members}
 
@@ -256,8 +257,8 @@ class TarRows:
         self.path = path
         self.files, self.choice = shards_of(path, ".tar", split, order) if path.is_dir() else ([path], Choice(""))
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        kind = KIND if path.is_file() else f"{KIND} {self.choice.name} {stamps}"
-        self._index = Index(path.resolve(), kind, self._find_samples)
+        kind = KIND if path.is_file() else f"{KIND} {stamps}"
+        self._index = Index(path.resolve(), kind, self._find_samples, self.choice.name)
         self._images = open_pictures(images)
         self._opened = [Reopened(file) for file in self.files]
         shards = np.arange(1, len(self.files) + 1, dtype=np.uint64) << np.uint64(OFFSET_BITS)
@@ -415,13 +416,14 @@ def _samples(path: Path, file: Any) -> Iterator[tuple[int, int, bool]]:
 def _in_order(pictures: list[Member], fields: dict[str, Any]) -> list[tuple[str, Member]]:
     """The pictures of a sample with their names, in the order in which its fields name them, else as they stand."""
     named = next((value for key in sorted(NAMES) if (value := fields.get(key))), None)
-    names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-    if names and pictures and all(isinstance(name, str) for name in names):
+    texts = isinstance(named, str) or (isinstance(named, list) and all(isinstance(name, str) for name in named))
+    names = image_names(named) if texts else []
+    if names and pictures:
         by_name = {member.name.rpartition("/")[2]: member for member in pictures}
         if all(name.rpartition("/")[2] in by_name for name in names):
             pictures = [by_name[name.rpartition("/")[2]] for name in names]
         elif len(names) != len(pictures):
-            raise RowError(f"its fields name {len(names)} pictures, the sample has {len(pictures)}", "tar")
+            raise RowError(f"its fields name {plural(len(names), 'picture')}, the sample has {len(pictures)}", "tar")
     return [
         (f"picture {number}" if NO_NAME.search(member.name) else member.name, member)
         for number, member in enumerate(pictures, 1)

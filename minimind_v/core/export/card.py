@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from minimind_v.core.config.settings import read_settings
 from minimind_v.core.errors import MmvError
 from minimind_v.core.export.order import Order
 from minimind_v.core.export.source import Source
+from minimind_v.core.train.metrics import read_lines
 from minimind_v.core.train.schedule import peak
 
 HEAD = """---
@@ -103,8 +104,8 @@ def _training(source: Source, order: Order) -> str:
     }.items():  # fmt: skip
         if isinstance(last.get(key), int | float):
             rows[name] = f"{last[key]:,}" if isinstance(last[key], int) else f"{last[key]:.3f}"
-    told = "" if last or settings else "Nothing more is known of its training here.\n\n"
-    return f"\n## Training\n\n{told}{_table(rows)}\n"
+    unknown = "Nothing more is known of its training here.\n\n" if len(rows) == 1 else ""
+    return f"\n## Training\n\n{unknown}{_table(rows)}\n"
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -116,7 +117,6 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _last_update(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError, RecursionError):
+        return next(iter(deque(read_lines(path), maxlen=1)), {})
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -1,7 +1,7 @@
 """The keys and the places of the tensors of a GGUF file, each count and length held against the file's size first.
 
-The reader of the `gguf` package takes them at their word (an array of 2⁴⁰ numbers in 94 bytes is read for ever), and an
-object of its own for each token.
+The reader of the `gguf` package believes them (it reads an array of 2⁴⁰ numbers in 94 bytes for ever), and makes an
+object for each token.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Header:
 
 
 def read_header(path: Path, type_sizes: dict[int, tuple[int, int]]) -> Header:
-    """Read what a file tells of itself; `type_sizes` has, for each of ggml's types, numbers and bytes of a block.
+    """Read the keys and the tensors' places; `type_sizes` has, for each of ggml's types, numbers and bytes of a block.
 
     Raises ValueError for what no GGUF file is, or what the file is too short for.
     """
@@ -59,7 +59,7 @@ def read_header(path: Path, type_sizes: dict[int, tuple[int, int]]) -> Header:
         if cursor.take(4) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         if (version := cursor.number("I")) not in (2, 3):
-            raise ValueError(f"version {version} of the format, which only 2 and 3 are known of")
+            raise ValueError(f"it is of version {version} of the format, and only 2 and 3 are read")
         tensors, keys = cursor.number("Q"), cursor.number("Q")
         for count, most, what in ((tensors, MOST_TENSORS, "tensors"), (keys, MOST_KEYS, "keys")):
             if count > most:
@@ -126,7 +126,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise ValueError(f"{count:,} bytes are told at byte {self.at:,}, and {self.size - self.at:,} are there")
+            raise ValueError(f"it states {count:,} bytes at byte {self.at:,}, and has {self.size - self.at:,}")
         self.at += count
         return self.data[self.at - count : self.at]
 

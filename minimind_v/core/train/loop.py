@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -414,11 +415,8 @@ class Run:
         if broken:
             everyone = [row for rows_found in self.world.gather_objects(found) for row in rows_found]
             self.broken.add(everyone, self._rows_read(step), self.listener.warn)
-        if unmarked and not self.counts.text_rows:
-            self.listener.say(f"step {step}: {describe_text_rows(unmarked, rows)}; from here on they are only counted")
         notes = {note: count for note, count in zip(NOTES, noted, strict=True) if count}
-        for line in describe_notes({note: notes[note] for note in notes.keys() - self.counts.notes.keys()}, rows):
-            self.listener.say(f"step {step}: {line}; from here on they are only counted")
+        self._say_once(step, rows, unmarked, notes)
         parts, right = self._learn(batches, supervised, rows) if supervised else ([], 0)
         told = self.world.gather([sum(parts), right, self.stop.signal or 0])
         losses, hits, signals = zip(*told, strict=True)
@@ -431,8 +429,7 @@ class Run:
         counts.samples += rows
         if step <= self.plan.updates_per_epoch:
             counts.text_rows += unmarked
-            for note, count in notes.items():
-                counts.notes[note] = counts.notes.get(note, 0) + count
+            counts.notes = dict(Counter(counts.notes) + Counter(notes))
         counts.supervised += supervised
         counts.tokens += tokens
         counts.right = counts.right + 1 if sum(hits) == supervised else 0
@@ -452,6 +449,14 @@ class Run:
             counts.seconds,
             counts.waited,
         )
+
+    def _say_once(self, step: int, rows: int, text_rows: int, notes: Mapping[str, int]) -> None:
+        """Say which of an update's rows are read in another way than they are written, where none was before."""
+        lines = describe_notes({note: notes[note] for note in notes.keys() - self.counts.notes.keys()}, rows)
+        if text_rows and not self.counts.text_rows:
+            lines.insert(0, describe_text_rows(text_rows, rows))
+        for line in lines:
+            self.listener.say(f"step {step}: {line}; from here on they are only counted")
 
     def _learn(self, batches: list[Batch], supervised: int, rows: int) -> tuple[list[float], int]:
         """Gradients of this process's batches, summed with those of the others while the last one goes backward.

@@ -51,7 +51,7 @@ def read_records(
 
 
 def read_part(path: Path, kinds: dict[str, type], damaged: Callable[[str], object]) -> dict[str, Any]:
-    """A JSON object that a run has left, of which those of `kinds` that are of another type are left out and told."""
+    """A JSON object that a run has left. A value of another type than in `kinds` is left out, and `damaged` is told."""
     notes = read_notes(path)
     if not notes and path.is_file() and path.stat().st_size:
         damaged(f"{path}: not a JSON object")

@@ -25,6 +25,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import RunError, UsageError, nearest
 from minimind_v.core.files import write_atomically
+from minimind_v.core.hub.sources import METADATA
 
 PIECE = 1 << 20  # bytes read at a time
 MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
@@ -198,13 +199,16 @@ def check_origin(
 def fingerprint(path: Path) -> str:
     """Size and digest of a file, of a very large one by pieces all over it; of a folder, of the files in it.
 
-    Of a folder of a great many files, as of pictures, names and sizes alone are looked at.
+    Of a folder of a great many files, as of pictures, only names and sizes count, and the bytes of the metadata.
     """
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file())
-        told = [(str(file.relative_to(path)), file.stat().st_size if len(found) > MANY else fingerprint(file))
-                for file in found]  # fmt: skip
-        return f"{len(found)} files {_digest(json.dumps(told).encode())}"
+        files = sorted(file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file())
+        contents = [
+            file.stat().st_size if len(files) > MANY and file.name not in METADATA else fingerprint(file)
+            for file in files
+        ]
+        names = [str(file.relative_to(path)) for file in files]
+        return f"{len(files)} files {_digest(json.dumps(list(zip(names, contents, strict=True))).encode())}"
     size = path.stat().st_size
     digest = hashlib.blake2b(digest_size=8)
     with path.open("rb") as file:
