@@ -12,6 +12,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -84,6 +85,7 @@ class _Worker(Generic[T]):
         self.begun = False
         self.pipe, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_work, args=(Parent.here(), theirs, look, rows), daemon=True)
+        resource_tracker.ensure_running()  # the first time it lets Ctrl-C through again
         try:
             with _no_ctrl_c():  # inherited: Ctrl-C is the business of the process that waits for the results
                 self._process.start()
