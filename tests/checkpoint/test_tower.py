@@ -173,3 +173,12 @@ def test_any_changed_byte_ends_in_words_or_in_a_tower(tmp_path):
             (tmp_path / path.name).write_bytes(damaged)
         with contextlib.suppress(WeightsError):
             assert read_tower(tmp_path).tensors
+
+
+def test_numbers_that_float32_does_not_hold_are_refused(tmp_path):
+    shutil.copy(EYE / "config.json", tmp_path)
+    tensors = eye()
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.fc1.weight"))
+    save_file(tensors | {name: tensors[name].double() * 1e300}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.fc1\.weight holds NaN or infinite"):
+        read_tower(tmp_path)

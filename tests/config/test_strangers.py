@@ -54,6 +54,8 @@ CASES = {
     "a key that is a mapping": ("data: {{a: 1}: 2}", ":1: data.*a key must be a word"),
     "a key that is a truth": ("yes: 1", "unknown configuration key yes"),
     "a merge of a value": ("<<: 3", ":1: <<: only a mapping"),
+    "a number of no digits": ('seed: !!int ""', ":1: seed: '' with the tag"),
+    "a number of a sign": ('seed: !!int "-"', ":1: seed: '-' with the tag"),
     "binary": ("out: !!binary aGFsbG8=", ":1: out.*binary is not read"),
     "an unknown tag": ("lr: !mine 1e-3", ":1: lr.*!mine is not read"),
     "an object": ("lr: 1\nout: !!python/object/apply:os.system ['touch owned']", ":2: out.*python/object.*not read"),

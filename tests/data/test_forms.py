@@ -558,3 +558,11 @@ def test_bytes_beside_named_pictures_are_not_copied(tmp_path, kind):
     rows = open_rows(write_rows(tmp_path, kind, [written] * 3), tmp_path)
     assert rows.row(1).extra == {"id": 7}
     assert rows.picture(1, 0, "1.png") == picture(1)
+
+
+def test_a_row_has_a_bounded_number_of_pictures_and_messages(demo_tokenizer):
+    with pytest.raises(RowError, match="20,000 pictures, and a row has at most 10,000"):
+        read_row({"messages": said("<image>" * 20_000, "Many."), "images": ["a.jpg"] * 20_000})
+    talk = read_row({"messages": said("What?", "A.") * 10_000}).conversations
+    with pytest.raises(RowError, match="20,000 messages, and a row has at most 10,000"):
+        PromptEncoder(demo_tokenizer, PATCHES).row(talk, 0, 512)

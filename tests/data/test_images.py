@@ -734,3 +734,54 @@ def test_wide_integers_are_scaled_to_their_range(lowest, highest, white):
     levels = np.linspace(lowest, highest, SIZE * SIZE).round().astype(np.int32).reshape(SIZE, SIZE)
     pixels = load_pixels(encoded(Image.fromarray(levels), "TIFF"), "wide", SIZE)
     assert np.abs(pixels[0] - levels.clip(0) / white * 255).max() <= 0.51
+
+
+def gif_of_many_blocks(count):
+    data = Image.new("P", (3, 3), 1)
+    stream = io.BytesIO()
+    data.save(stream, "GIF")
+    whole = stream.getvalue()
+    at = whole.index(b"\x2c")
+    return whole[:at] + b"\x21\xfe" + b"\x01a" * count + b"\0" + whole[at:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P6 #" + b"a" * 3_000_000 + b"\n2 2 255\n" + bytes(12),
+        b"P6" + b" " * 3_000_000 + b"2 2 255\n" + bytes(12),
+        gif_of_many_blocks(1_000_000),
+    ],
+    ids=["a comment", "spaces", "a GIF's comment"],
+)
+def test_a_header_of_megabytes_is_not_read_byte_by_byte(data):
+    begin = time.process_time()
+    assert "no image begins in its first 1,048,576 bytes" in str(refused(data))
+    assert time.process_time() - begin < 2
+
+
+def test_a_long_comment_before_an_image_does_not_matter():
+    plain = gif_of_many_blocks(0)
+    assert np.array_equal(load_pixels(gif_of_many_blocks(100_000), "a.gif", SIZE), load_pixels(plain, "a.gif", SIZE))
+    pixels = random.Random(1).randbytes(2_000_000)
+    header = b"P6 1000 600 255\n"
+    assert load_pixels(header + pixels[:1_800_000], "a.ppm", SIZE).shape == (3, SIZE, SIZE)
+
+
+def test_a_picture_of_one_row_of_a_hundred_million_pixels_is_refused():
+    stream = io.BytesIO()
+    Image.new("L", (2, 2)).save(stream, "PNG")
+    data = bytearray(stream.getvalue())
+    data[16:24] = struct.pack(">II", 1, 90_000_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    assert "a side is too long" in str(refused(bytes(data)))
+
+
+def test_notes_of_photoshop_by_the_megabyte_are_left_out():
+    data = jpeg_of("RGB", "colour")
+    notes = b"Photoshop 3.0\0" + b"8BIM\x04\x04\0\0\0\0\0\0" * 5000
+    segments = (b"\xff\xed" + struct.pack(">H", len(notes) + 2) + notes) * 500
+    begin = time.process_time()
+    pixels = load_pixels(data[:2] + segments + data[2:], "a.jpg", SIZE)
+    assert time.process_time() - begin < 1
+    assert np.array_equal(pixels, load_pixels(data, "a.jpg", SIZE))

@@ -123,3 +123,12 @@ def test_any_changed_byte_ends_in_words_or_in_a_tokenizer(tmp_path):
         except MmvError:
             continue
         assert max(words.encode("a cat and 3 dogs").ids) < words.vocab_size
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused_when_it_is_loaded(tmp_path):
+    def words_only(words):
+        vocab = {token["content"]: token["id"] for token in words["added_tokens"]} | {"@": 34}
+        words["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "none"}
+
+    with pytest.raises(WeightsError, match=r"not a tokenizer \(WordLevel error: Missing \[UNK\]"):
+        Tokenizer.load(changed(tmp_path, words_only))

@@ -99,7 +99,8 @@ def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
         raise WeightsError(
             f"{path}: {name} does not hold plain floating-point numbers ({kind}); quantised weights cannot be read"
         )
-    numbers = tensor.half() if tensor.element_size() == 1 else tensor  # torch cannot test 8-bit floats
+    # As they are computed with: a larger number of float64 is infinite there, and torch cannot test 8-bit floats.
+    numbers = tensor if tensor.element_size() in (2, 4) else tensor.float()
     # NaN and infinity are the least or the largest of any numbers; that is ten times as fast as to test each of them.
     if numbers.numel() and not all(bool(extreme.isfinite()) for extreme in numbers.aminmax()):
         raise WeightsError(f"{path}: {name} holds NaN or infinite values — this file cannot be used")

@@ -129,7 +129,7 @@ def _tie(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
         if name in tensors:
             tensors.setdefault(other, tensors[name])
-    if EMBEDDING in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+    if EMBEDDING in tensors and not torch.equal(tensors[HEAD].float(), tensors[EMBEDDING].float()):
         shapes = " and ".join(str(list(tensors[name].shape)) for name in (HEAD, EMBEDDING))
         raise WeightsError(
             f"{path}: {HEAD} and {EMBEDDING} differ, but must be tied ({shapes}) — train with one matrix for both"

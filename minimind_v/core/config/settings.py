@@ -185,7 +185,7 @@ def _value(node: yaml.Node, where: str, text: str) -> Any:
             if trouble := unusable(node.value):
                 raise UsageError(f"{where} {trouble}: {node.value!r}")
             return node.value
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, IndexError):
         pass
     raise UsageError(f"{where}: {node.value!r} with the tag {node.tag} is not read — write a plain value")
 

@@ -45,6 +45,7 @@ ALTERNATIVES = (
 FILE_NAMES = ("_file_name", "_file_names")  # ends of the fields that all hold pictures, where no other does
 CAPTIONS = ("caption", "captions", "text", "txt", "description", "alt_text")
 QUESTIONS = {"question": ("answer", "answers", "response"), "query": ("response", "answer", "answers")}
+MOST_IMAGES = 10_000  # of a row: 32768 positions hold fewer
 DESCRIBE, DESCRIBE_CHINESE = "Describe this image.", "描述这张图片。"
 ROLES = {
     **dict.fromkeys(("user", "human", "usr", "prompter", "question"), "user"),
@@ -114,13 +115,13 @@ def read_row(fields: Mapping[str, Any]) -> Row:
     text = fields.get("conversations")
     if type(text) is str and text.startswith("["):
         fields = {**fields, "conversations": parse_talk(text, "conversations")}
-    row = _usual_row(fields)
-    if row is not None:
-        return refuse_unread(row)
     try:
-        return _read_fields(fields)
+        row = _usual_row(fields) or _read_fields(fields)
     except RecursionError:
         raise RowError("nested too deeply", "json") from None
+    if len(row.images) > MOST_IMAGES:
+        raise RowError(f"{len(row.images):,} pictures, and a row has at most {MOST_IMAGES:,}", "image")
+    return refuse_unread(row)
 
 
 def _read_fields(fields: Mapping[str, Any]) -> Row:
@@ -139,7 +140,7 @@ def _read_fields(fields: Mapping[str, Any]) -> Row:
         talk.form = f"{key} + {talk.form}" if talk.form in CAPTIONS else f"{talk.form} + {key}"
     images = [f"picture {number}" if picture.name is None else picture.name for number, picture in enumerate(shown, 1)]
     inline = {position: picture.data for position, picture in enumerate(shown) if picture.data is not None}
-    return refuse_unread(Row(talk.messages, images, rest, inline, tuple(talk.notes), talk.form))
+    return Row(talk.messages, images, rest, inline, tuple(talk.notes), talk.form)
 
 
 def _put_system(fields: dict[str, Any], talk: Talk) -> None:

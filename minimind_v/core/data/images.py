@@ -24,6 +24,10 @@ from minimind_v.core.errors import RowError
 
 PIXEL_LIMIT = 100_000_000  # pixels of one picture; a few kilobytes can unpack to gigabytes
 HUNGRY = {"WEBP": 50_000_000, "AVIF": 50_000_000}  # their decoders hold 16 bytes and more of each; others four to nine
+SIDE_LIMIT = 2**20  # pixels of a side: each row of a picture takes memory and time of its own
+# Bytes in which an image must begin, where Pillow reads what stands before it byte by byte: comments in PPM and GIF.
+HEADER_LIMIT = 2**20
+LONG_HEADERS = (b"GIF8", *(b"P" + kind for kind in (b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"f", b"y")))
 TILE_LIMIT = 4096**2  # pixels of a TIFF's tile, which may be larger than the picture and is unpacked whole
 TEXT_LIMIT = 2_000_000  # pixels of a PPM that is text, or has levels of its own: Pillow reads them in Python
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")  # no programs, no drawings, no guesses
@@ -130,12 +134,19 @@ def _formats() -> list[str]:
 
 def _open(data: bytes) -> Image.Image:
     """Read the header, and refuse by it what would unpack to too much."""
+    if len(data) > HEADER_LIMIT and data.startswith(LONG_HEADERS):
+        try:
+            Image.open(io.BytesIO(data[:HEADER_LIMIT]), formats=("PPM", "GIF"))
+        except Exception:
+            raise ValueError(f"no image begins in its first {HEADER_LIMIT:,} bytes") from None
     try:
         picture = Image.open(io.BytesIO(data), formats=_formats())
     except Image.UnidentifiedImageError:
         raise ValueError(_describe(data)) from None
     if picture.width * picture.height > min(PIXEL_LIMIT, HUNGRY.get(picture.format or "", PIXEL_LIMIT)):
         raise Image.DecompressionBombError(f"{picture.width}×{picture.height} pixels are too many")
+    if max(picture.size) > SIDE_LIMIT:
+        raise Image.DecompressionBombError(f"{picture.width}×{picture.height} pixels: a side is too long")
     plain = picture.format == "PPM" and picture.tile[0][0] in ("ppm", "ppm_plain")
     if plain and picture.width * picture.height > TEXT_LIMIT:
         raise Image.DecompressionBombError(
@@ -170,7 +181,7 @@ def _load(data: bytes, size: int | None) -> tuple[Image.Image, tuple[float, floa
     layout = jpeg.Layout()
     if data.startswith(b"\xff\xd8"):
         layout = jpeg.read_layout(data)
-        if layout.exif and (shorter := jpeg.drop_hostile_exif(data, layout)) is not data:
+        if (shorter := jpeg.drop_hostile_segments(data, layout)) is not data:
             data, layout = shorter, jpeg.read_layout(shorter)
     elif data.startswith(png.MAGIC):
         data = png.keep_pixels(data)

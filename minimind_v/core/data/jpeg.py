@@ -18,6 +18,7 @@ from minimind_v.core.data.tiff import is_bounded
 SCAN_LIMIT = 100  # of one image, which has about ten; each costs a walk over all of it
 WORK_LIMIT = 2_000_000_000  # scans × pixels: twenty scans of the largest image
 EXIF_LIMIT = 16  # segments that EXIF is spread over: each is copied as often as others follow
+PHOTOSHOP_LIMIT = 2**20  # bytes of Photoshop's notes, which Pillow takes apart one by one
 SEGMENT_LIMIT = 10_000  # of one file; a profile of a megabyte takes sixteen
 GAP_LIMIT = 1_000_000  # bytes before the first scan that belong to no segment: Pillow reads them one at a time
 BREAKS_OFF = "the file breaks off"
@@ -25,7 +26,7 @@ BREAKS_OFF = "the file breaks off"
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither a stuffed byte, nor a restart, nor a byte that fills
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _TEM, _DHT, _SOS, _DRI = 0x01, 0xC4, 0xDA, 0xDD
-_APP1, _EXIF = 0xE1, b"Exif\0\0"
+_APP1, _APP13, _EXIF = 0xE1, 0xED, b"Exif\0\0"
 _FRAMES = {*range(0xC0, 0xD0)} - {_DHT, 0xC8, 0xCC}
 _SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE} - {0xC8}  # markers that a length follows
 _HUFFMAN = {0xC0, 0xC1, 0xC2}
@@ -55,6 +56,7 @@ class Layout:
     followed: bool = False  # by a marker
     restarts: bool = False
     exif: list[tuple[int, int]] = field(default_factory=list)  # begin and end of its segments, markers included
+    photoshop: list[tuple[int, int]] = field(default_factory=list)  # the same of Photoshop's notes
     tables: list[tuple[int, int]] = field(default_factory=list)  # begin and end of what defines Huffman tables
     last_table: int = 0  # that of the AC coefficients of the last component in the last scan
     missing_bits: dict[int, list[int]] = field(default_factory=dict)  # of each of a component's 64 coefficients
@@ -92,12 +94,16 @@ def read_layout(data: bytes) -> Layout:
     return layout
 
 
-def drop_hostile_exif(data: bytes, layout: Layout) -> bytes:
-    """The file as it is, or without EXIF that would take much more memory than it has bytes."""
+def drop_hostile_segments(data: bytes, layout: Layout) -> bytes:
+    """The file as it is, or without EXIF or Photoshop's notes that would take much more memory or time than others."""
     blocks = [data[begin + 4 + len(_EXIF) : end] for begin, end in layout.exif[: EXIF_LIMIT + 1]]
-    if len(blocks) <= EXIF_LIMIT and is_bounded(b"".join(blocks)):
+    exif_is_bounded = len(blocks) <= EXIF_LIMIT and (not blocks or is_bounded(b"".join(blocks)))
+    hostile = [] if exif_is_bounded else layout.exif
+    if sum(end - begin for begin, end in layout.photoshop) > PHOTOSHOP_LIMIT:
+        hostile = sorted(hostile + layout.photoshop)
+    if not hostile:
         return data
-    edges = [0, *(edge for segment in layout.exif for edge in segment), len(data)]
+    edges = [0, *(edge for segment in hostile for edge in segment), len(data)]
     return b"".join(data[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
 
 
@@ -110,6 +116,8 @@ def _read_segment(layout: Layout, kind: int, data: bytes, begin: int, end: int) 
         layout.tables.append((begin + 2, end))
     elif kind == _APP1 and not layout.scans and data.startswith(_EXIF, begin + 2):
         layout.exif.append((begin - 2, end))
+    elif kind == _APP13 and not layout.scans:
+        layout.photoshop.append((begin - 2, end))
     elif kind == _DRI:
         layout.restarts = any(body)
     elif kind == _SOS:

@@ -18,6 +18,7 @@ from minimind_v.core.errors import RowError
 
 SYSTEM_PROMPT = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")
+MOST_MESSAGES = 10_000  # of a row: 32768 positions hold fewer
 TEXT_LIMIT = 10**6  # characters of a message that a row looks at: more than 32768 positions can hold, and no gigabytes
 
 
@@ -209,6 +210,8 @@ def check_conversations(conversations: Any) -> list[dict[str, str]]:
     """The messages of a row, if they are: system?, then user and assistant in turn. Raises RowError otherwise."""
     if not isinstance(conversations, list) or not conversations:
         raise RowError("`conversations` is not a list of messages", "conversations")
+    if len(conversations) > MOST_MESSAGES:
+        raise RowError(f"{len(conversations):,} messages, and a row has at most {MOST_MESSAGES:,}", "too long")
     for number, message in enumerate(conversations, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise RowError(f"message {number} has no text in `content`", "conversations")

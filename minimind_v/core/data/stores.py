@@ -119,6 +119,9 @@ def find_rows(data: Path) -> Path:
     raise MissingInput(f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or name your own")
 
 
+WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # of each byte, whether it is white space
+
+
 class TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
 
@@ -210,7 +213,8 @@ class JsonlRows(TextRows):
 
     def _find_rows(self) -> np.ndarray:
         """Offset and line number (from 1) of every line that is not blank. Read in pieces, so that none stays."""
-        offsets, firsts = [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
+        offsets, lines, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
+        count = 0
         with self.path.open("rb") as file:
             begin, fresh = 0, True  # whether a line begins where this chunk does
             while data := file.read(CHUNK):
@@ -218,16 +222,28 @@ class JsonlRows(TextRows):
                 starts = np.flatnonzero(chunk[:-1] == ord("\n")) + 1
                 if fresh:
                     starts = np.concatenate([[0], starts])
-                offsets.append(starts + begin)
-                firsts.append(chunk[starts])
+                kept = ~_blank_lines(chunk, starts)
+                offsets.append(starts[kept] + begin)
+                lines.append(np.flatnonzero(kept) + count + 1)
+                firsts.append(chunk[starts[kept]])
+                count += len(starts)
                 begin, fresh = begin + len(chunk), data.endswith(b"\n")
             found = np.concatenate(offsets)
             # Only a line that begins with white space can be blank, and the first, which a byte order mark may begin.
             spaced = np.concatenate(firsts) <= ord(" ")
             spaced[:1] = True
             blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, found[n])]
-        lines = np.arange(1, len(found) + 1)
-        return np.delete(np.stack([found, lines]), blank, axis=1)
+        return np.delete(np.stack([found, np.concatenate(lines)]), blank, axis=1)
+
+
+def _blank_lines(chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Which of the lines that begin there are blank and end in this chunk, bool [lines]: there may be millions."""
+    spaced = WHITE[chunk[starts]]
+    if not spaced.any():
+        return spaced
+    text = np.append(np.flatnonzero(~WHITE[chunk]), len(chunk))
+    ends = np.append(np.flatnonzero(chunk == ord("\n")), len(chunk))
+    return spaced & (text[np.searchsorted(text, starts)] > ends[np.searchsorted(ends, starts)])
 
 
 def _is_blank(file: Any, offset: int) -> bool:

@@ -19,6 +19,7 @@ from minimind_v.core.hub.sources import how_to_get
 
 PLACEHOLDER = "@"  # one of these stands for one patch of a picture
 MOST_BYTES = 64 << 20  # of a tokenizer.json: twice the largest vocabularies of today
+PROBE = "Is it 1?\n它是。"  # a text that any tokenizer of this system can encode
 MOST_STEPS, MOST_GROWTH = 16, 64  # of a normalizer
 IMAGE_TOKEN = "<|image|>"  # does so in a folder that was exported for transformers, behind the vocabulary
 
@@ -43,6 +44,7 @@ class Tokenizer:
             _check_ids(backend)
             if backend.normalizer is not None:
                 _check_growth(json.loads(text)["normalizer"])
+            backend.encode(PROBE, add_special_tokens=False)
         except BaseException as error:  # the Rust library raises plain Exception, and a panic that is none
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
@@ -79,6 +81,8 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False)
         except TypeError:  # JSON can spell half of a surrogate pair, which no UTF-8 can
             raise RowError("the text has half a character in it (a lone surrogate)", "conversations") from None
+        except Exception as error:  # the Rust library's own
+            raise RowError(f"the tokenizer cannot encode the text ({error})", "conversations") from None
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, without the special tokens."""
