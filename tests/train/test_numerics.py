@@ -19,6 +19,7 @@ import minimind_v.core.demo
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.demo.dataset import write_sft
+from minimind_v.core.errors import RunError
 from minimind_v.core.generate.ready import ready
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionSpec
@@ -128,6 +129,14 @@ def test_two_micro_batches_equal_one(config, first, one_update):
         torch.testing.assert_close(
             gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def test_a_run_without_one_finite_loss_fails_even_where_it_is_short(one_update):
+    torch.manual_seed(0)
+    batch = random_batch(lengths=[30, 12], answers=[20, 1])
+    batch.image_features[1] = math.inf
+    with pytest.raises(RunError, match="1 update in a row without a finite loss"):
+        one_update(TINY, [batch])
 
 
 # --- the whole loop ---------------------------------------------------------------------------------------------------

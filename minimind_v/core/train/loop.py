@@ -46,6 +46,7 @@ from minimind_v.core.train.track import open_tracker
 from minimind_v.core.train.validate import Validator
 from minimind_v.core.train.watch import Watch
 from minimind_v.core.train.words import BrokenRows, announcement, before_the_start, explained, not_finite, recalled
+from minimind_v.core.wording import plural
 
 MINUTE = 60.0  # seconds
 RIGHT_EPOCHS = 2  # after one, its own last updates had unlearnt an answer to one of twelve rows
@@ -497,9 +498,10 @@ class Run:
             suspects = self.world.gather_objects([place for batch in worst for place in batch.places])
             places = [place for process in suspects for place in process]
             self.listener.warn(f"step {step}: {not_finite(loss, grad_norm, places)}")
-            if self.counts.skipped == PATIENCE:
+            if self.counts.skipped == min(PATIENCE, self.total):
                 raise RunError(
-                    f"{PATIENCE} updates in a row without a finite loss — lower --lr, or look at the rows above"
+                    f"{plural(self.counts.skipped, 'update')} in a row without a finite loss — lower --lr, or look at "
+                    "the rows above"
                 )
         self.optimiser.zero_grad(set_to_none=True)
 
