@@ -10,9 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
@@ -64,6 +64,20 @@ def _ask_for_signal() -> bool:
     with contextlib.suppress(OSError, AttributeError):
         return int(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)) == 0
     return False
+
+
+@contextlib.contextmanager
+def held_back(signals: Iterable[int]) -> Iterator[None]:
+    """Hold signals back from this thread, where a system can; processes that it starts never get them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # the first time it lets SIGINT and SIGTERM through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_processes(processes: Iterable[BaseProcess], grace: float = 0.0) -> list[BaseProcess]:

@@ -6,11 +6,15 @@ import gc
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_batches, load_updates
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.stores import open_rows
+from minimind_v.core.interrupt import StopRequest
 from tests.data.made import PATCHES, SIZE, picture, row, shade
 
 PAD = 0
@@ -315,3 +320,21 @@ def test_a_worker_frees_nothing_that_it_has_inherited(tmp_path):
     finally:
         gc.enable()
     assert (tmp_path / "freed").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_stop_while_workers_start_leaves_none(rows, monkeypatch):
+    """A signal between the start of a worker and the first batch once left the program waiting for that worker."""
+    start, started = BaseProcess.start, []
+
+    def start_and_stop(process):
+        start(process)
+        started.append(process)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    plan = BatchPlan(rows(some_lines(20)), 4, PAD, 0)
+    with StopRequest() as stop, closing(load_updates(plan, 2)) as updates:
+        monkeypatch.setattr(BaseProcess, "start", start_and_stop)
+        assert stop.wait(partial(next, updates)) is None
+    assert stop.signal == signal.SIGUSR1
+    assert len(started) == 2
+    assert not any(process.is_alive() for process in started)

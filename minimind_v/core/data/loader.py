@@ -33,7 +33,7 @@ from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.token_store import Text, TokenStore, not_kept
 from minimind_v.core.data.workers import Packed, Whereabouts, affordable, begin, end, unpacked
 from minimind_v.core.interrupt import SIGNALS
-from minimind_v.core.processes import Parent
+from minimind_v.core.processes import Parent, held_back
 
 LANES = 4  # each holds parts of a parquet file in memory; 1, 2 and 4 workers share them evenly
 WINDOW = 32  # updates per window: enough to find rows of one length, and few enough to keep the order random
@@ -217,13 +217,15 @@ def load_updates(
         worker_init_fn=partial(_prepare, Parent.here()),
         generator=torch.Generator(),  # its draw would otherwise be one from the program's own random numbers
     )
-    updates: Any = begin(loader)
-    # Not left to the garbage collector: a traceback may hold `updates`, or the program's end this generator, and a
-    # process waits for ever for workers that nobody has told to stop.
-    processes = list(getattr(updates, "_workers", ()))
-    stop = partial(end, updates, processes)
-    atexit.register(stop)
+    stop: Callable[[], None] = lambda: None  # noqa: E731
     try:
+        with held_back(SIGNALS):  # one that interrupts this wait would leave workers that nobody knows
+            updates: Any = begin(loader)
+            processes = list(getattr(updates, "_workers", ()))
+            # Not left to the garbage collector: a traceback may hold `updates`, or the program's end this generator,
+            # and a process waits for ever for workers that nobody has told to stop.
+            stop = partial(end, updates, processes)
+            atexit.register(stop)
         yield from unpacked(updates, plan, processes) if workers else updates
     finally:
         stop()
