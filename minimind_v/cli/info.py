@@ -35,7 +35,7 @@ def info(
     terminal.json(found) if json else terminal.table(found)
 
 
-def _described(file: Path, split: str | None) -> dict[str, Any]:
+def _described(file: Path, split: str | None = None) -> dict[str, Any]:
     """What a file is, by its name first: only weights need torch."""
     ending = file.suffix.lower()
     if file.is_file() and ending == ".zip":
