@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
 LOOK = 0.5  # seconds between two checks whether the parent is alive, where the system sends no signal
@@ -68,16 +69,22 @@ def _ask_for_signal() -> bool:
 
 @contextlib.contextmanager
 def held_back(signals: Iterable[int]) -> Iterator[None]:
-    """Hold signals back from this thread, where a system can; processes that it starts never get them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # the first time it lets SIGINT and SIGTERM through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    """Call the handlers of signals at the end only. They run in the main thread, whichever thread the system chose."""
+    before: dict[int, Any] = {}
+    held: list[int] = []
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signals:
+                if (handler := signal.getsignal(number)) is None:  # not one of Python's
+                    continue
+                before[number] = handler
+                signal.signal(number, lambda number, _: held.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def end_processes(processes: Iterable[BaseProcess], grace: float = 0.0) -> list[BaseProcess]:

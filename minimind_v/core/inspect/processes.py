@@ -11,12 +11,13 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 from minimind_v.core.errors import RunError
-from minimind_v.core.processes import Parent, end_processes, held_back
+from minimind_v.core.processes import Parent, end_processes
 
 T = TypeVar("T")
 Look = Callable[[Any, int], T]
@@ -70,7 +71,7 @@ def each_row(look: Look[T], rows: Sized, workers: int, crashed: Callable[[int], 
                 worker.end()
                 pool[pool.index(worker)] = _Worker(look, rows)
     finally:
-        with held_back([signal.SIGINT]):
+        with _no_ctrl_c():
             for worker in pool:
                 worker.end()
 
@@ -84,8 +85,9 @@ class _Worker(Generic[T]):
         self.begun = False
         self.pipe, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_work, args=(Parent.here(), theirs, look, rows), daemon=True)
+        resource_tracker.ensure_running()  # the first time it lets Ctrl-C through again
         try:
-            with held_back([signal.SIGINT]):  # Ctrl-C is the business of the process that waits for the results
+            with _no_ctrl_c():  # inherited: Ctrl-C is the business of the process that waits for the results
                 self._process.start()
         except BrokenPipeError:
             raise _too_early() from None
@@ -131,3 +133,16 @@ def _work(parent: Parent, pipe: Connection, look: Look[T], rows: Any) -> None:
             except Exception as error:
                 found = error
             pipe.send(found)
+
+
+@contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Holds Ctrl-C back, where signals can be held back."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
