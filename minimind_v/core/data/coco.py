@@ -21,7 +21,7 @@ from minimind_v.core.data.forms import TALKS
 from minimind_v.core.data.json_layout import CHUNK, DECODER
 from minimind_v.core.data.members import hash_bytes
 from minimind_v.core.data.row import Row
-from minimind_v.core.data.splits import ALL, LEARN, WORDS, Choice, choose, split_of
+from minimind_v.core.data.splits import ALL, LEARN, WORDS, choose, split_of
 from minimind_v.core.data.stores import TextRows
 from minimind_v.core.errors import DataError, RowError, UsageError
 
@@ -48,14 +48,12 @@ class CocoRows(TextRows):
     """Rows of COCO's captions, or of one split of Karpathy's. Of each two places in the file are kept: 16 bytes."""
 
     kind = "COCO captions: place of the caption, place of the picture"
-    left_out = ""
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
         """`split` and `order` say which of Karpathy's. Raises MissingInput, DataError or UsageError."""
         super().__init__(path, images)
-        self.choice = Choice("")
         self._rows = np.arange(len(self._index))
         self._sentences = bool(int(self._index.array[1, 0]) >> 63)
         if not self._sentences and split is not None:
@@ -67,10 +65,6 @@ class CocoRows(TextRows):
             self.choice = choose(path, sizes, split, order, "row")
             if self.choice.name != ALL:
                 self._rows = np.flatnonzero(codes == SPLITS.index(self.choice.name))
-
-    @property
-    def split(self) -> str:  # type: ignore[override]
-        return self.choice.name
 
     @property
     def file_kind(self) -> str:  # type: ignore[override]

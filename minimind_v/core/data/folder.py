@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from minimind_v.core.data.row import Row, RowStore
+from minimind_v.core.data.row import OpenedRows, Row
+from minimind_v.core.data.shards import ShardedRows
 from minimind_v.core.data.splits import LEARN, of_one_split
 from minimind_v.core.errors import DataError
 from minimind_v.core.hub.sources import METADATA
@@ -51,7 +52,7 @@ def _names_files(file: Path) -> bool:
     return any(name.endswith(("file_name", "file_names")) for name in names)
 
 
-class FolderRows:
+class FolderRows(ShardedRows):
     """The rows of the metadata in a folder that are of one split."""
 
     file_kind = "imagefolder"
@@ -69,39 +70,31 @@ class FolderRows:
                 raise DataError(f"{file.parent}: both {file.name} and {other.name} — name one of them with its path")
         files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
         self.files = files
-        self._stores: list[RowStore] = [open_file(file, images or file.parent) for file in files]
-        self.left_out = "; ".join(filter(None, (getattr(store, "left_out", "") for store in self._stores)))
+        self._stores: list[OpenedRows] = [open_file(file, images or file.parent) for file in files]
+        self.left_out = "; ".join(filter(None, (store.left_out for store in self._stores)))
         self._ends = np.cumsum([len(store) for store in self._stores])
         # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.
-        self.pictures = images or (files[0].parent if len(files) == 1 else None)
+        self._pictures = images or (files[0].parent if len(files) == 1 else None)
 
     @property
-    def split(self) -> str:
-        return self.choice.name
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _at(self, index: int) -> tuple[RowStore, int]:
-        """The store of a row, and its index there."""
-        number = int(np.searchsorted(self._ends, index, "right"))
-        return self._stores[number], index - (int(self._ends[number - 1]) if number else 0)
+    def pictures(self) -> Path | None:
+        return self._pictures
 
     def number(self, index: int) -> int:
-        store, place = self._at(index)
-        return store.number(place)
+        file, row = self._at(index)
+        return self._stores[file].number(row)
 
     def place(self, index: int) -> str:
-        store, place = self._at(index)
-        return store.place(place)
+        file, row = self._at(index)
+        return self._stores[file].place(row)
 
     def row(self, index: int) -> Row:
-        store, place = self._at(index)
-        return store.row(place)
+        file, row = self._at(index)
+        return self._stores[file].row(row)
 
     def picture(self, index: int, position: int, name: str) -> bytes:
-        store, place = self._at(index)
-        return store.picture(place, position, name)
+        file, row = self._at(index)
+        return self._stores[file].picture(row, position, name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         return self._stores[0].shuffled(rng) if len(self._stores) == 1 else rng.permutation(len(self))

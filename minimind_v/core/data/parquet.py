@@ -34,6 +34,7 @@ from minimind_v.core.data.forms import (
 from minimind_v.core.data.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Row
+from minimind_v.core.data.shards import ShardedRows
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import no_rows, stand_in
 from minimind_v.core.data.unread import refuse_unread
@@ -46,7 +47,7 @@ KEPT_TEXT, KEPT_PICTURES = 5 * MIXED_TEXT, 5 * MIXED_PICTURES
 READERS = 8  # groups, or places in a large one, that are being read through at a time
 
 
-class ParquetRows:
+class ParquetRows(ShardedRows):
     """Rows of a parquet file, or of those below a folder that are of one split, in the order of their names."""
 
     file_kind = "parquet"
@@ -92,27 +93,6 @@ class ParquetRows:
         self._ends = np.cumsum([footer.num_rows for footer in footers])  # of each file, in rows
         if len(self) == 0:
             raise DataError(f"{path}: the file has no rows")
-
-    @property
-    def split(self) -> str:
-        return self.choice.name
-
-    @property
-    def pictures(self) -> Path | None:
-        return self._images.path
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _file(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, index, "right"))
-
-    def number(self, index: int) -> int:
-        file = self._file(index)
-        return index + 1 - (int(self._ends[file - 1]) if file else 0)
-
-    def place(self, index: int) -> str:
-        return f"{self.files[self._file(index)]}:{self.number(index)}"
 
     def row(self, index: int) -> Row:
         fields = {name: value for name, value in self._text.row(index).items() if value is not None}

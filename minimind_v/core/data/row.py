@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from minimind_v.core.data.splits import Choice
 from minimind_v.core.errors import RowError
 
 PICTURE_LIMIT = 256 * 2**20  # bytes of one picture's file, or that a member of a zip may unpack to
@@ -93,6 +94,16 @@ class RowStore(Protocol):
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """A permutation of all rows, int64 [rows], in which they can be read at a good rate."""
+
+
+class OpenedRows(RowStore, Protocol):
+    """A store as it was opened, and what is to be said of that."""
+
+    left_out: str  # what of the files is neither read nor copied; empty for nothing
+
+    @property
+    def choice(self) -> Choice:
+        """Which of the splits was taken."""
 
 
 class Reopened:

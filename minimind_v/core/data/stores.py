@@ -19,16 +19,19 @@ from minimind_v.core.data.json_layout import (
     OTHER,
     ROW_LIMIT,
     VALUES_LIMIT,
+    Layout,
     find_elements,
     find_layout,
     refuse_many_values,
 )
 from minimind_v.core.data.pictures import open_pictures
-from minimind_v.core.data.row import NUMBERED, Reopened, Row, RowStore
+from minimind_v.core.data.row import NUMBERED, OpenedRows, Reopened, Row, RowStore
 from minimind_v.core.data.splits import LEARN, Choice
 from minimind_v.core.data.strangers import no_rows, no_set, stand_in
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
 from minimind_v.core.hub.sources import ROWS, how_to_get
+
+WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # of each byte, whether it is white space
 
 
 def open_rows(
@@ -46,13 +49,12 @@ def open_rows(
     """
     find_rows(data)
     rows = (_open_folder if data.is_dir() else open_file)(data, images, split, order)
-    choice: Choice | None = getattr(rows, "choice", None)
-    for note in filter(None, (choice and choice.notice, getattr(rows, "left_out", ""))):
+    for note in filter(None, (rows.choice.notice, rows.left_out)):
         say(note)
     return rows
 
 
-def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequence[str]) -> RowStore:
+def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequence[str]) -> OpenedRows:
     if any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         from minimind_v.core.data.saved import SavedRows
 
@@ -74,7 +76,7 @@ def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequ
 
 def open_file(
     data: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
-) -> RowStore:
+) -> OpenedRows:
     """Open a file of rows, by its name. Raises MissingInput, DataError or UsageError."""
     from minimind_v.core.data.coco import CocoRows, is_captions
 
@@ -97,7 +99,7 @@ def open_file(
     return open_json(data, images)
 
 
-def open_json(path: Path, images: Path | None = None) -> RowStore:
+def open_json(path: Path, images: Path | None = None) -> OpenedRows:
     """Open rows in a file of JSON, as its content says that they stand. Raises DataError or MissingInput."""
     layout = find_layout(path)
     if layout.kind == OTHER and path.suffix == ".json":
@@ -105,7 +107,7 @@ def open_json(path: Path, images: Path | None = None) -> RowStore:
             f"{path}: one JSON object with {layout.key:.200}, which is no row and holds no list of rows (it does not "
             f"begin with [) — a row has {READ}"
         )
-    return JsonlRows(path, images) if layout.kind in (LINES, OTHER) else LlavaRows(path, images)
+    return JsonlRows(path, images) if layout.kind in (LINES, OTHER) else LlavaRows(path, layout, images)
 
 
 def find_rows(data: Path) -> Path:
@@ -119,15 +121,13 @@ def find_rows(data: Path) -> Path:
     raise MissingInput(f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or name your own")
 
 
-WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # of each byte, whether it is white space
-
-
 class TextRows(Reopened):
     """Rows at offsets of a text file, their pictures beside it."""
 
     kind: str  # of the index
     file_kind: str
-    split = ""
+    choice = Choice("")  # a file of text has no splits
+    left_out = ""
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""
@@ -142,6 +142,10 @@ class TextRows(Reopened):
     def _find_rows(self) -> np.ndarray:
         """Two numbers per row, [2, rows], the first of them its offset."""
         raise NotImplementedError
+
+    @property
+    def split(self) -> str:
+        return self.choice.name
 
     @property
     def pictures(self) -> Path | None:
@@ -259,10 +263,10 @@ class LlavaRows(TextRows):
 
     file_kind = "JSON"
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
+    def __init__(self, path: Path, layout: Layout, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""
-        self._layout = find_layout(path)
-        self.kind = f"JSON {self._layout.kind} from byte {self._layout.begin}: offset, length"
+        self._layout = layout
+        self.kind = f"JSON {layout.kind} from byte {layout.begin}: offset, length"
         super().__init__(path, images)
 
     def row(self, index: int) -> Row:

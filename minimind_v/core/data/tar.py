@@ -23,6 +23,7 @@ from minimind_v.core.data.members import hash_name
 from minimind_v.core.data.names import PicturePath
 from minimind_v.core.data.pictures import ZipPictures, open_pictures, refuse_climbing, roots_of
 from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size, image_names
+from minimind_v.core.data.shards import ShardedRows
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import stand_in
 from minimind_v.core.errors import DataError, RowError
@@ -241,11 +242,10 @@ class TarPictures(ZipPictures):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-class TarRows:
+class TarRows(ShardedRows):
     """The samples of a WebDataset shard, or of those of a folder that are of one split."""
 
     file_kind = "WebDataset"
-    left_out = ""
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
@@ -284,27 +284,6 @@ class TarRows:
             )
         return np.array([starts, lengths], np.uint64)
 
-    @property
-    def split(self) -> str:
-        return self.choice.name
-
-    @property
-    def pictures(self) -> Path | None:
-        return self._images.path
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def _file(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, index, "right"))
-
-    def number(self, index: int) -> int:
-        file = self._file(index)
-        return index + 1 - (int(self._ends[file - 1]) if file else 0)
-
-    def place(self, index: int) -> str:
-        return f"{self.files[self._file(index)]}:{self.number(index)}"
-
     def row(self, index: int) -> Row:
         fields, pictures = self._sample(index)
         if pictures:
@@ -326,7 +305,7 @@ class TarRows:
     def _read(self, index: int, member: Member) -> bytes:
         if member.trouble:
             raise RowError(f"{member.name}: {member.trouble}", "tar")
-        return _read_exactly(self._opened[self._file(index)].handle, member)
+        return _read_exactly(self._opened[self._at(index)[0]].handle, member)
 
     def _members(self, index: int) -> dict[str, Member]:
         """The members of a sample by what they are of it. Raises RowError."""
@@ -335,7 +314,7 @@ class TarRows:
         members: dict[str, Member] = {}
         sample = ""
         try:
-            for member in read_members(self._opened[self._file(index)].handle, start, start + length):
+            for member in read_members(self._opened[self._at(index)[0]].handle, start, start + length):
                 key, what = member.key
                 sample = sample or key
                 if key and key == sample:
