@@ -11,7 +11,7 @@ import zipfile
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -169,43 +169,100 @@ def _read_file(name: str, path: bytes) -> bytes:
         return file.read(size)
 
 
-class ZipPictures(Reopened):
-    """Pictures in a zip, read in place. Members are only ever looked up by name, never written anywhere.
+class Named(Protocol):
+    """A member of an archive."""
+
+    @property
+    def names(self) -> list[str]:
+        """The readings of its name, the likeliest first."""
+
+
+M = TypeVar("M", bound=Named)
+
+
+class ArchivePictures(Reopened, Generic[M]):
+    """Pictures in an archive, read in place. Members are only ever looked up by name, never written anywhere.
 
     Half a million entries of a directory as Python objects are hundreds of megabytes. So only where each entry begins
     is kept, by a hash of the file name in it; what an entry says is read again when its member is wanted.
     """
 
+    def __init__(self, path: Path, kind: str, part: str = "") -> None:
+        super().__init__(path)
+        self._index = Index(path, kind, self._find_entries, part)
+        self._roots = _roots_of(path)
+
+    def _hashed_names(self) -> Iterator[tuple[int, int]]:
+        """A hash of each reading of each member's file name, and the place of its entry."""
+        raise NotImplementedError
+
+    def _namesakes(self, last: str) -> dict[str, M]:
+        """Members with this file name in any spelling, by the likeliest reading; of two of one path the later one."""
+        raise NotImplementedError
+
+    def _find_entries(self) -> np.ndarray:
+        """A hash and a place for every reading of a name, sorted by hash: uint64 [2, readings]."""
+        digests, places = array("Q"), array("Q")
+        for digest, place in self._hashed_names():
+            digests.append(digest)
+            places.append(place)
+        both = np.array([digests, places], np.uint64).reshape(2, -1)
+        return both[:, np.argsort(both[0], kind="stable")]
+
+    def _places(self, last: str) -> list[int]:
+        """Where the entries begin that may have this file name."""
+        digests, places = self._index.array
+        digest = np.uint64(hash_name(last))
+        first, end = (int(np.searchsorted(digests, digest, side)) for side in ("left", "right"))
+        return [int(place) for place in places[first:end]]
+
+    def _find(self, name: str) -> M | None:
+        for path in spellings(name):
+            members = self._namesakes(path.names[-1])
+            for fits in _fitting(path, list(members.values()), self._roots):
+                if len(fits) == 1:
+                    return fits[0]
+                if fits:
+                    raise RowError(f"{name}: {len(fits)} members of {self.path} have this name", "picture ambiguous")
+        return None
+
+    def _hint(self, name: str) -> str:
+        """What a row may mean that names a picture which is not there."""
+        names = PicturePath.of(name).names
+        others = [PicturePath.of(other).names for other in self._namesakes(names[-1])] if names else []
+        lasts = [other[-1] for other in others if other]
+        if len(names) > 1 and names[-1] in lasts:
+            return _describe_namesake(names)
+        return _describe_case(lasts[0]) if lasts else ""
+
+
+class ZipPictures(ArchivePictures[Member]):
+    """Pictures in a zip."""
+
     def __init__(self, path: Path) -> None:
         """Raises DataError where the file is no zip."""
-        super().__init__(path)
         try:
-            self._index = Index(path, KIND, self._find_entries)
+            super().__init__(path, KIND)
             self._prefix = directory(self.handle)[3]
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # zipfile raises many kinds on damaged files
-            found = stand_in(path) or f"not a zip that can be read ({error}) — download it again"
-            raise DataError(f"{path}: {found}") from None
-        self._roots = roots_of(path)
+            trouble = stand_in(path) or f"not a zip that can be read ({error}) — download it again"
+            raise DataError(f"{path}: {trouble}") from None
 
     def __len__(self) -> int:
         """How many members it has, folders not counted."""
         return len(np.unique(self._index.array[1]))
 
-    def _find_entries(self) -> np.ndarray:
-        """A hash and the place of every entry, sorted by hash: uint64 [2, readings of all names]."""
+    def _hashed_names(self) -> Iterator[tuple[int, int]]:
         begin, end, count, _ = directory(self.handle)
-        folded, places, number = array("Q"), array("Q"), 0
+        number = 0
         for place, member in entries(self.handle, begin, end):
             number += 1
             for digest in hashes(member):
-                folded.append(digest)
-                places.append(place)
+                yield digest, place
         if number != count & 0xFFFF and number != count:
             raise zipfile.BadZipFile(f"its directory has {number} entries where it says {count}")
-        both = np.array([folded, places], np.uint64).reshape(2, -1)
-        return both[:, np.argsort(both[0], kind="stable")]
 
     def read(self, name: str) -> bytes:
         """Found at its path in the archive, below any folders, as long as one member fits best."""
@@ -232,40 +289,16 @@ class ZipPictures(Reopened):
             raise RowError(f"{name}: damaged in {self.path} ({error})", "picture broken") from None
 
     def _namesakes(self, last: str) -> dict[str, Member]:
-        """Members with this file name in any spelling, by the likeliest reading; of two of one path the later one."""
-        index, places = self._index.array
-        digest = np.uint64(hash_name(last))
-        first, end = (int(np.searchsorted(index, digest, side)) for side in ("left", "right"))
-        members = [entry_at(self.handle, int(place)) for place in places[first:end]]
-        return {member.names[0]: member for member in members}
-
-    def _find(self, name: str) -> Member | None:
-        for path in spellings(name):
-            members = self._namesakes(path.names[-1])
-            for fits in _fitting(path, list(members.values()), self._roots):
-                if len(fits) == 1:
-                    return fits[0]
-                if fits:
-                    raise RowError(f"{name}: {len(fits)} members of {self.path} have this name", "picture ambiguous")
-        return None
-
-    def _hint(self, name: str) -> str:
-        """What a row may mean that names a picture which is not there."""
-        names = PicturePath.of(name).names
-        others = [PicturePath.of(other).names for other in self._namesakes(names[-1])] if names else []
-        lasts = [other[-1] for other in others if other]
-        if len(names) > 1 and names[-1] in lasts:
-            return _describe_namesake(names)
-        return _describe_case(lasts[0]) if lasts else ""
+        return {member.names[0]: member for member in (entry_at(self.handle, place) for place in self._places(last))}
 
 
-def roots_of(archive: Path) -> list[tuple[str, ...]]:
+def _roots_of(archive: Path) -> list[tuple[str, ...]]:
     """The paths of the folders that an archive may have been packed from."""
     stems = dict.fromkeys([archive.stem, archive.stem.removesuffix("_images")])
     return [(*folder, stem) for folder in _folders_of(archive.parent) for stem in stems]
 
 
-def _fitting(path: PicturePath, members: list[Member], roots: list[tuple[str, ...]]) -> Iterator[list[Member]]:
+def _fitting(path: PicturePath, members: list[M], roots: list[tuple[str, ...]]) -> Iterator[list[M]]:
     """Members that a path may mean, the best fit first: exactly, below more folders, with fewer of its own folders."""
     readings = [[PicturePath.of(name).names for name in member.names] for member in members]
     yield [member for member, paths in zip(members, readings, strict=True) if path.names in paths]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from minimind_v.core.data.forms import TALKS, decode_inline, read_row
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.members import hash_name
 from minimind_v.core.data.names import PicturePath
-from minimind_v.core.data.pictures import ZipPictures, open_pictures, refuse_climbing, roots_of
+from minimind_v.core.data.pictures import ArchivePictures, open_pictures, refuse_climbing
 from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size, image_names
 from minimind_v.core.data.shards import ShardedRows
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
@@ -191,43 +190,33 @@ def _extended(body: bytes, at: int) -> dict[str, str]:
 # --- pictures by name -------------------------------------------------------------------------------------------------
 
 
-class TarPictures(ZipPictures):
-    """Pictures in a tar, read in place, by the names by which those in a zip are found."""
+class TarPictures(ArchivePictures[Member]):
+    """Pictures in a tar, by the names by which those in a zip are found."""
 
     def __init__(self, path: Path) -> None:
         """Raises DataError where the file is no tar, or damaged; of one that is cut off the whole members are there."""
-        Reopened.__init__(self, path)
         if trouble := stand_in(path):
             raise DataError(f"{path}: {trouble}")
-        self._index = Index(path, PICTURES_KIND, self._find_entries, "pictures")
-        self._roots = roots_of(path)
+        super().__init__(path, PICTURES_KIND, "pictures")
 
-    def _find_entries(self) -> np.ndarray:
-        """A hash and the place of every member, sorted by hash: uint64 [2, readings of all names]."""
-        hashes, places = array("Q"), array("Q")
+    def _hashed_names(self) -> Iterator[tuple[int, int]]:
         try:
             for member in read_members(self.handle):
                 for name in member.names:
-                    hashes.append(hash_name("".join(PicturePath.of(name).names[-1:])))
-                    places.append(member.start)
+                    yield hash_name("".join(PicturePath.of(name).names[-1:])), member.start
         except DamagedTar as error:
             if not error.cut:
                 raise DataError(f"{self.path}: damaged ({error}) — download it again") from None
-        both = np.array([hashes, places], np.uint64).reshape(2, -1)
-        return both[:, np.argsort(both[0], kind="stable")]
 
-    def _namesakes(self, last: str) -> dict[str, Any]:
-        hashes, places = self._index.array
-        digest = np.uint64(hash_name(last))
-        first, end = (int(np.searchsorted(hashes, digest, side)) for side in ("left", "right"))
-        members = [next(read_members(self.handle, int(place))) for place in places[first:end]]
+    def _namesakes(self, last: str) -> dict[str, Member]:
+        members = [next(read_members(self.handle, place)) for place in self._places(last)]
         return {"/".join(PicturePath.of(member.name).names): member for member in members}
 
     def read(self, name: str) -> bytes:
         """Found at its path in the archive, below any folders, as long as one member fits best."""
         refuse_climbing(name)
         try:
-            member: Any = self._find(name)
+            member = self._find(name)
             hint = "" if member else self._hint(name)
         except (DamagedTar, OSError, StopIteration) as error:
             raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
