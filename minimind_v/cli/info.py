@@ -121,7 +121,7 @@ def _export(folder: Path) -> dict[str, Any]:
     """What a folder that other programs read adds to its weights."""
     from minimind_v.core.checkpoint.folders import is_llava
     from minimind_v.core.export.folder import read_manifest
-    from minimind_v.core.files import size_of
+    from minimind_v.core.files import object_in, size_of
 
     found: dict[str, Any] = {"kind": "published layout, with custom code", "bytes": size_of(folder)}
     if is_llava(folder):
@@ -137,18 +137,13 @@ def _export(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None:
         return found | {"came_from": "not known: it was not written by mmv convert"}
-    source, verified = (_object(manifest.get(key)) for key in ("source", "verified"))
+    source, verified = (object_in(manifest, key) for key in ("source", "verified"))
     return found | {
         "came_from": source.get("name"),
         "source_sha256": source.get("sha256"),
         "made_by": manifest.get("made_by"),
         "verified": "; ".join(f"{name}: {value}" for name, value in verified.items()) or "no",
     }
-
-
-def _object(value: Any) -> dict[str, Any]:
-    """An object of a note that anybody may have changed."""
-    return value if isinstance(value, dict) else {}
 
 
 def _data(file: Path, split: str | None) -> dict[str, Any]:

@@ -93,6 +93,12 @@ def read_notes(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def object_in(notes: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key of JSON that anybody may have changed; an empty one for anything else."""
+    value = notes.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     return sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())

@@ -19,7 +19,7 @@ from minimind_v.core.checkpoint.tensors import read_tensors
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError, WeightsError
-from minimind_v.core.files import read_json
+from minimind_v.core.files import object_in, read_json
 from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
 from minimind_v.core.wording import plural
 
@@ -132,7 +132,7 @@ def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size:
 
 def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
     """Only what computes the same as a published checkpoint can become one."""
-    text = _part(config, "text_config")
+    text = object_in(config, "text_config")
     wanted = {
         "projector_hidden_act": config.get("projector_hidden_act", "gelu") == "linear",
         "vision_feature_layer": config.get("vision_feature_layer", -2) == -1,
@@ -142,7 +142,7 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
         "text_config.attention_bias": not text.get("attention_bias"),
         "text_config.hidden_act": text.get("hidden_act", "silu") == "silu",
         "tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        "vision_config.model_type": _part(config, "vision_config").get("model_type") == "clip_vision_model",
+        "vision_config.model_type": object_in(config, "vision_config").get("model_type") == "clip_vision_model",
     }
     if wrong := [name for name, right in wanted.items() if not right]:
         raise WeightsError(
@@ -151,15 +151,10 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
-
-
 def _text_sizes(config: dict[str, Any]) -> dict[str, Any]:
     """What a LLaVA's configuration tells, in the words of TextConfig."""
-    text = _part(config, "text_config")
-    rope = _part(text, "rope_parameters")
+    text = object_in(config, "text_config")
+    rope = object_in(text, "rope_parameters")
     told = {name: text[name] for name in TextConfig.__dataclass_fields__ if text.get(name) is not None}
     told |= {
         "rope_theta": rope.get("rope_theta", text.get("rope_theta", 10000.0)),

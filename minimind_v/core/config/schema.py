@@ -31,7 +31,7 @@ MOST_SIZES = {
     "n_shared_experts": 1_024,
 }
 MOST_FACTORS = {"rms_norm_eps": 1.0, "rope_theta": 1e12, "aux_loss_alpha": 1e6}
-MOST_PARAMETERS = 2_000_000_000
+MOST_PARAMETERS = 2_000_000_000  # of a language model, and of a tower
 # Of a run, with what to do instead where there is something.
 MOST = {
     "max_length": (1 << 20, ""),

@@ -20,7 +20,7 @@ import numpy as np
 from minimind_v.core.data.forms import TALKS
 from minimind_v.core.data.json_layout import CHUNK, DECODER
 from minimind_v.core.data.members import hash_bytes
-from minimind_v.core.data.row import Row
+from minimind_v.core.data.row import Row, parse_json
 from minimind_v.core.data.splits import ALL, LEARN, WORDS, choose, split_of
 from minimind_v.core.data.stores import TextRows
 from minimind_v.core.errors import DataError, RowError, UsageError
@@ -115,10 +115,7 @@ class CocoRows(TextRows):
     def _object(self, place: int) -> dict[str, Any]:
         """The JSON object at a place of the file. Raises RowError."""
         self.handle.seek(place >> LENGTH_BITS)
-        try:
-            value = json.loads(self.handle.read(place & ((1 << LENGTH_BITS) - 1)))
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"not JSON ({error})", "json") from None
+        value = parse_json(self.handle.read(place & ((1 << LENGTH_BITS) - 1)))
         if not isinstance(value, dict):
             raise RowError("no JSON object", "json")
         return value

@@ -24,7 +24,7 @@ from minimind_v.core.data.row import (
     check_size,
     count_marks,
     image_names,
-    parse_talk,
+    parse_json,
 )
 from minimind_v.core.data.unread import IN_TEXT, KIND, named_in, refuse_unread
 from minimind_v.core.errors import RowError
@@ -114,7 +114,7 @@ def read_row(fields: Mapping[str, Any]) -> Row:
     """
     text = fields.get("conversations")
     if type(text) is str and text.startswith("["):
-        fields = {**fields, "conversations": parse_talk(text, "conversations")}
+        fields = {**fields, "conversations": parse_json(text, "`conversations` is ")}
     try:
         row = _usual_row(fields) or _read_fields(fields)
     except RecursionError:
@@ -269,7 +269,7 @@ def _read_json(fields: dict[str, Any]) -> Talk:
     text = fields[key]
     if text[:64].lstrip()[:1] not in ("[", "{", b"[", b"{"):  # some text, which is no conversation
         return Talk(fields.pop(key), key)
-    fields[key] = parse_talk(text, key)
+    fields[key] = parse_json(text, f"`{key}` is ")
     if isinstance(fields[key], dict):
         fields[key] = _records(fields[key])
     return _read_messages(fields) if fields[key] is not None else Talk(fields.pop(key), key)
@@ -442,7 +442,7 @@ def _turns_before(fields: dict[str, Any]) -> list[Any]:
     """The questions and answers of `history`; a text is none, but a note such as a patient's. Raises RowError."""
     turns = fields.get("history")
     if isinstance(turns, str) and turns.startswith("["):
-        turns = parse_talk(turns, "history")
+        turns = parse_json(turns, "`history` is ")
     if not isinstance(turns, list):
         return []
     del fields["history"]

@@ -148,12 +148,12 @@ def describe_notes(counts: Mapping[str, int], rows: int) -> list[str]:
     return [f"{counts[name]:,} of {rows:,} rows {text}" for name, text in NOTES.items() if counts.get(name)]
 
 
-def parse_talk(text: str | bytes, column: str) -> Any:
-    """A conversation that stands in a cell of a table as JSON. Raises RowError."""
+def parse_json(text: str | bytes, before: str = "") -> Any:
+    """What JSON says in a row; `before` is what stands in front of the error. Raises RowError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"`{column}` is not JSON ({error})", "json") from None
+        raise RowError(f"{before}not JSON ({error})", "json") from None
 
 
 def image_names(names: Any) -> list[str]:

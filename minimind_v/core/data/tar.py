@@ -6,7 +6,6 @@ Members of one key, which is their path up to the first dot of the file name, ar
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from minimind_v.core.data.index import Index
 from minimind_v.core.data.members import hash_name
 from minimind_v.core.data.names import PicturePath
 from minimind_v.core.data.pictures import ArchivePictures, open_pictures, refuse_climbing
-from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size, image_names
+from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size, image_names, parse_json
 from minimind_v.core.data.shards import ShardedRows
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import stand_in
@@ -345,10 +344,7 @@ class TarRows(ShardedRows):
             raise RowError(f"{member.name}: not UTF-8 ({error})", "tar") from None
 
     def _parse(self, index: int, member: Member) -> dict[str, Any]:
-        try:
-            fields = json.loads(self._text(index, member))
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{member.name}: not JSON ({error})", "json") from None
+        fields = parse_json(self._text(index, member), f"{member.name}: ")
         if isinstance(fields, list):
             return {"conversations": fields}
         if not isinstance(fields, dict):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from minimind_v.core.config.schema import MOST_PARAMETERS
 from minimind_v.core.errors import MissingInput, WeightsError
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
@@ -13,7 +14,6 @@ from minimind_v.core.hub.sources import how_to_get
 # The largest sizes of a tower, some times those of the largest that there are: more is refused before memory is taken.
 MOST_SIZES = {"hidden_size": 4_096, "intermediate_size": 16_384, "num_hidden_layers": 256, "num_attention_heads": 256,
               "num_channels": 3, "image_size": 4_096, "patch_size": 128, "layer_norm_eps": 1.0}  # fmt: skip
-MOST_PARAMETERS = 2_000_000_000
 MOST_PATCHES = 16_384
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

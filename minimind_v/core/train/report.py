@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import DataError, MissingInput
+from minimind_v.core.files import object_in
 from minimind_v.core.inspect.page import figures, page, write_page
 from minimind_v.core.inspect.plot import STYLE as PLOT_STYLE
 from minimind_v.core.inspect.plot import Points, curves
@@ -234,7 +235,7 @@ def _manifest(run: Left) -> str:
     starts = [one for one in found.get("starts", []) if isinstance(one, dict)]
     starts = [
         {"time": one.get("time"), "after update": one.get("after_updates"), "command": one.get("command")}
-        | {"commit": _inner(one, "git").get("commit"), "machine": _inner(one, "machine").get("platform")}
+        | {"commit": object_in(one, "git").get("commit"), "machine": object_in(one, "machine").get("platform")}
         for one in starts
     ]
     return (
@@ -243,11 +244,6 @@ def _manifest(run: Left) -> str:
         f"{_table(found.get('fingerprints', {}))}{_table(found.get('versions', {}))}</section>"
         f"<section><h2>Configuration</h2>{_table(flat)}</section>"
     )
-
-
-def _inner(record: dict[str, Any], key: str) -> dict[str, Any]:
-    inner = record.get(key)
-    return inner if isinstance(inner, dict) else {}
 
 
 def _table(rows: dict[str, Any]) -> str:
