@@ -291,3 +291,9 @@ def test_names_count_before_bytes_in_another_column_which_are_not_copied(tmp_pat
     assert rows.row(0).images == ["a.png"]
     assert rows.row(0).extra == {"k": 1}
     assert rows.picture(0, 0, "a.png") == picture(1)
+
+
+@pytest.mark.parametrize("extra", ["[" * 100_000, "9" * 10_000, "not JSON"])
+def test_a_field_extra_that_is_no_object_is_carried_along_as_it_is(tmp_path, extra):
+    path = write(tmp_path / "rows.parquet", {"conversations": as_text(TALKS[:1]), "extra": [extra]})
+    assert ParquetRows(path).row(0).extra == {"extra": extra}

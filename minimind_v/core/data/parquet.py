@@ -389,7 +389,7 @@ def _path_leaf(footers: list[pq.FileMetaData], column: str) -> str:
 
 def _unpack_extra(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"extra": text}
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"extra": text}
