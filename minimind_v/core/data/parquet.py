@@ -19,18 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from minimind_v.core.data.forms import (
-    PICTURES,
-    READ,
-    TALKS,
-    Picture,
-    StoredPictures,
-    decode_inline,
-    is_readable,
-    picture_field,
-    pictures_of,
-    read_row,
-)
+from minimind_v.core.data.cells import Picture, StoredPictures, decode_inline, pictures_of
+from minimind_v.core.data.forms import PICTURES, READ, TALKS, is_readable, picture_field, read_row
 from minimind_v.core.data.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Row

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.forms import READ, TALKS, decode_inline, is_readable, picture_field, read_row
+from minimind_v.core.data.cells import decode_inline
+from minimind_v.core.data.forms import READ, TALKS, is_readable, picture_field, read_row
 from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.row import Row
 from minimind_v.core.data.splits import ALL, LEARN, Choice, choose

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.forms import READ, decode_inline, read_row
+from minimind_v.core.data.cells import decode_inline
+from minimind_v.core.data.forms import READ, read_row
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.json_layout import (
     CHUNK,

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.forms import TALKS, decode_inline, read_row
+from minimind_v.core.data.cells import decode_inline
+from minimind_v.core.data.forms import TALKS, read_row
 from minimind_v.core.data.index import Index
 from minimind_v.core.data.members import hash_name
 from minimind_v.core.data.names import PicturePath
