@@ -6,10 +6,7 @@ Members of one key, which is their path up to the first dot of the file name, ar
 
 from __future__ import annotations
 
-import os
-import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,166 +22,17 @@ from minimind_v.core.data.row import NO_NAME, Reopened, Row, check_size, image_n
 from minimind_v.core.data.shards import ShardedRows
 from minimind_v.core.data.splits import LEARN, Choice, shards_of
 from minimind_v.core.data.strangers import stand_in
+from minimind_v.core.data.tar_members import BLOCK, DamagedTar, Member, read_exactly, read_members
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
 from minimind_v.core.wording import plural
 
-BLOCK = 512  # bytes; headers begin at multiples of it
-ZEROS = 2**20  # bytes of zeros after which an archive has ended
-HEADER_LIMIT = 2**20  # bytes of a name or of extended fields
-CHAIN = 16  # headers that may belong to one member
-SPARSE_MAPS = 10_000  # blocks that a sparse member may need to describe itself
 MOST = 1000  # members of a sample
 TEXT_LIMIT = 2**24  # bytes of a sample's text
 OFFSET_BITS = 40  # of a sample's place: a terabyte; the bits above are the number of its shard
 PICTURES_KIND = "tar members: hash of a reading of the folded file name, place of the header"  # of the index
 KIND = "tar samples: shard and offset, length"  # of the index
-NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
-LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 NAMES = {"image", "images"}  # keys of a sample's JSON that may name its pictures
-
-
-@dataclass(frozen=True)
-class Member:
-    """A member of an archive that is no folder; `trouble` says why its bytes cannot be read."""
-
-    name: str
-    start: int  # of its first header
-    data: int
-    size: int
-    trouble: str = ""
-
-    @property
-    def end(self) -> int:
-        return self.data + -(-self.size // BLOCK) * BLOCK
-
-    @property
-    def names(self) -> list[str]:
-        """The readings of its name: where that is no UTF-8, a Chinese system may have written it."""
-        try:
-            self.name.encode()
-        except UnicodeEncodeError:
-            raw = self.name.encode("utf-8", "surrogateescape")
-            return [raw.decode("gbk", "replace"), raw.decode("utf-8", "replace")]
-        return [self.name]
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """The sample that it belongs to and, in small letters, what it is of it; empty where it is of none."""
-        folder, slash, name = self.name.rpartition("/")
-        stem, _, ending = name.partition(".")
-        return (folder + slash + stem, ending.lower()) if stem and ending else ("", "")
-
-
-class DamagedTar(Exception):
-    """What is wrong with an archive, and from which byte on; `cut` where it is only too short."""
-
-    def __init__(self, message: str, at: int, cut: bool = False) -> None:
-        super().__init__(f"{message}, at byte {at}")
-        self.at, self.cut = at, cut
-
-
-# --- headers ----------------------------------------------------------------------------------------------------------
-
-
-def read_members(file: Any, begin: int = 0, end: int | None = None) -> Iterator[Member]:
-    """The members whose headers stand between two places of an archive. Raises DamagedTar."""
-    handle = file.fileno()
-    length = os.fstat(handle).st_size
-    at = begin
-    while at < (length if end is None else end):
-        block = os.pread(handle, BLOCK, at)
-        if len(block) == BLOCK and not any(block):
-            zeros = os.pread(handle, ZEROS, at)
-            rest = zeros.lstrip(b"\0")
-            if not rest:
-                return
-            at += (len(zeros) - len(rest)) // BLOCK * BLOCK
-            continue
-        member, is_folder = _read_member(handle, at, length)
-        if not is_folder:
-            yield member
-        at = max(member.end, member.data)
-
-
-def _read_member(handle: int, start: int, length: int) -> tuple[Member, bool]:
-    """The member whose first header begins there, and whether it is a folder or says something of others only."""
-    at, name = start, ""
-    fields: dict[str, str] = {}
-    for _ in range(CHAIN):
-        block = os.pread(handle, BLOCK, at)
-        if len(block) < BLOCK:
-            raise DamagedTar("the archive is cut off within a header", start, cut=True)
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.HeaderError, ValueError) as error:
-            raise DamagedTar(f"no header of a member ({error})", at) from None
-        if info.size < 0:
-            raise DamagedTar(f"a member of {info.size} bytes", at)
-        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            if info.size > HEADER_LIMIT:
-                raise DamagedTar(f"a header of {info.size} bytes", at)
-            body = os.pread(handle, info.size, at + BLOCK)
-            if len(body) < info.size:
-                raise DamagedTar("the archive is cut off within a header", start, cut=True)
-            if info.type == tarfile.GNUTYPE_LONGNAME:
-                name = body.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-            else:
-                fields |= _extended(body, at)
-        elif info.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-            return _member(handle, info, start, at, length, name, fields)
-        at += BLOCK + -(-info.size // BLOCK) * BLOCK
-    raise DamagedTar(f"more than {CHAIN} headers of one member", start)
-
-
-def _member(
-    handle: int, info: tarfile.TarInfo, start: int, at: int, length: int, name: str, fields: dict[str, str]
-) -> tuple[Member, bool]:
-    """What the last of a member's headers, and those before it, say together."""
-    name, data, size, trouble = fields.get("path") or name or info.name, at + BLOCK, info.size, ""
-    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in fields):
-        trouble = "stored as a sparse file, which is not read"
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            data = _end_of_maps(handle, at)
-    if "size" in fields:
-        if not (fields["size"].isdecimal() and len(fields["size"]) < 20):
-            raise DamagedTar(f"a member of {fields['size']:.30} bytes", at)
-        size = int(fields["size"])
-    if info.type in NO_DATA:
-        size, trouble = 0, "a link, which is not followed" if info.type in LINKS else "no file"
-    elif info.type not in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE):
-        trouble = "no file"
-    if data + size > length:
-        there = max(length - data, 0)
-        trouble, size = f"cut off: the archive ends after {there:,} of {size:,} bytes", there
-    return Member(name, start, data, size, trouble), info.isdir()
-
-
-def _end_of_maps(handle: int, at: int) -> int:
-    """Where the data of a sparse member of the old kind begins: behind its maps."""
-    more = os.pread(handle, BLOCK, at)[482:483]
-    at += BLOCK
-    for _ in range(SPARSE_MAPS):
-        if more in (b"\0", b""):
-            return at
-        more = os.pread(handle, BLOCK, at)[504:505]
-        at += BLOCK
-    raise DamagedTar(f"a sparse member of more than {SPARSE_MAPS} maps", at)
-
-
-def _extended(body: bytes, at: int) -> dict[str, str]:
-    """The extended fields of a member: records of their length, a name and a value."""
-    fields: dict[str, str] = {}
-    begin = 0
-    while begin < len(body) and body[begin] != 0:
-        digits = body[begin : begin + 20].split(b" ", 1)[0]
-        size = int(digits) if digits.isdigit() else 0
-        key, equals, value = body[begin + len(digits) + 1 : begin + size].partition(b"=")
-        if size <= len(digits) or begin + size > len(body) or not equals:
-            raise DamagedTar("extended fields that cannot be read", at)
-        fields[key.decode("utf-8", "replace")] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
-        begin += size
-    return fields
 
 
 # --- pictures by name -------------------------------------------------------------------------------------------------
@@ -225,7 +73,7 @@ class TarPictures(ArchivePictures[Member]):
         if member.trouble:
             raise RowError(f"{name}: {member.trouble}, in {self.path}", "picture broken")
         check_size(name, member.size)
-        return _read_exactly(self.handle, member)
+        return read_exactly(self.handle, member)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -294,7 +142,7 @@ class TarRows(ShardedRows):
     def _read(self, index: int, member: Member) -> bytes:
         if member.trouble:
             raise RowError(f"{member.name}: {member.trouble}", "tar")
-        return _read_exactly(self._opened[self._at(index)[0]].handle, member)
+        return read_exactly(self._opened[self._at(index)[0]].handle, member)
 
     def _members(self, index: int) -> dict[str, Member]:
         """The members of a sample by what they are of it. Raises RowError."""
@@ -393,10 +241,3 @@ def _in_order(pictures: list[Member], fields: dict[str, Any]) -> list[tuple[str,
         (f"picture {number}" if NO_NAME.search(member.name) else member.name, member)
         for number, member in enumerate(pictures, 1)
     ]
-
-
-def _read_exactly(file: Any, member: Member) -> bytes:
-    data = os.pread(file.fileno(), member.size, member.data)
-    if len(data) < member.size:  # the file has become shorter
-        raise RowError(f"{member.name}: cut off", "tar")
-    return data
