@@ -28,11 +28,11 @@ def info(
     if not file.exists():
         beside = [path.name for path in file.parent.glob("*")]
         raise MissingInput(f"no file {file}{nearest(file.name, beside)}")
-    found = _described(file, split)
-    if split is not None and found["kind"] != "dataset":
+    description = _described(file, split)
+    if split is not None and description["kind"] != "dataset":
         raise UsageError(f"--split {split}: {file} is no dataset — leave --split out")
     terminal = Terminal()
-    terminal.json(found) if json else terminal.table(found)
+    terminal.json(description) if json else terminal.table(description)
 
 
 def _described(file: Path, split: str | None = None) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def _described(file: Path, split: str | None = None) -> dict[str, Any]:
     if ending not in WEIGHTS_ENDINGS and file.is_file():
         from minimind_v.core.data.strangers import WORKBOOK, no_rows, stand_in
 
-        if (found := stand_in(file)) or (found := no_rows(file)) == WORKBOOK:
-            raise DataError(f"{file}: {found}")
+        if (trouble := stand_in(file)) or (trouble := no_rows(file)) == WORKBOOK:
+            raise DataError(f"{file}: {trouble}")
     return _weights(file)
 
 

@@ -221,8 +221,8 @@ class Outline(pickle._Unpickler):
         """What stands for a name. Raises UnpicklingError for what a file of tensors does not name."""
         path = f"{'builtins' if module == '__builtin__' else module}.{name}"
         kind = path.removeprefix(_REBUILD)
-        known = path in (*_TYPES, *_CLASSES, _WITH_ATTRIBUTES) or kind in (*_TENSORS, *_OTHERS)
-        if known or (module in ("torch", "torch.storage") and (_dtype_of(name) or name.startswith("per_"))):
+        is_read = path in (*_TYPES, *_CLASSES, _WITH_ATTRIBUTES) or kind in (*_TENSORS, *_OTHERS)
+        if is_read or (module in ("torch", "torch.storage") and (_dtype_of(name) or name.startswith("per_"))):
             return _Name(path)
         raise pickle.UnpicklingError(f"GLOBAL {path.removeprefix('builtins.')}")
 

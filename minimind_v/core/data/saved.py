@@ -36,34 +36,34 @@ class SavedRows:
             raise MissingInput(f"{path}: reading it needs an extra — pip install 'minimind-v[datasets]'") from None
         self.path = path
         try:
-            found = datasets.load_from_disk(str(path))
+            dataset = datasets.load_from_disk(str(path))
         except Exception as error:  # the library raises many kinds
             raise DataError(f"{path}: not a saved dataset ({' '.join(str(error).split())})") from None
         self._folder, self.choice = path, Choice("")
-        if isinstance(found, datasets.DatasetDict):
-            self.choice = choose(path, {name: len(rows) for name, rows in found.items()}, split, order, "row")
+        if isinstance(dataset, datasets.DatasetDict):
+            self.choice = choose(path, {name: len(rows) for name, rows in dataset.items()}, split, order, "row")
             together = self.choice.name == ALL
-            found = _together(path, list(found.values())) if together else found[self.choice.name]
+            dataset = _together(path, list(dataset.values())) if together else dataset[self.choice.name]
             self._folder = path if together else path / self.choice.name
         elif split is not None:
             raise UsageError(f"--split {split}: {path} is one split by itself — leave --split out")
-        if not is_readable(found.column_names):
+        if not is_readable(dataset.column_names):
             raise DataError(
-                f"{path}: no column `conversations`, only {', '.join(found.column_names)} — a row has {READ}"
+                f"{path}: no column `conversations`, only {', '.join(dataset.column_names)} — a row has {READ}"
             )
-        if not len(found):
+        if not len(dataset):
             raise DataError(f"{path}: the dataset has no rows")
         # The bytes of a picture as they are: decoding is our own business, with its limits. Videos are not read.
-        for name, kind in found.features.items():
+        for name, kind in dataset.features.items():
             if (plain := _undecoded(kind)) != kind:
-                found = found.cast_column(name, plain)
-        binary = [name for name, kind in found.features.items() if name not in TALKS and _holds_bytes(kind)]
+                dataset = dataset.cast_column(name, plain)
+        binary = [name for name, kind in dataset.features.items() if name not in TALKS and _holds_bytes(kind)]
         self._bytes = picture_field(binary) or ""
         self._others = [name for name in binary if name != self._bytes]
         self.left_out = (
             f"{path}: bytes in {', '.join(self._others)} are neither read nor copied" if self._others else ""
         )
-        self._rows = found.with_format("arrow")
+        self._rows = dataset.with_format("arrow")
         self._images = open_pictures(images)
 
     @property

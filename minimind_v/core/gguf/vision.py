@@ -92,11 +92,11 @@ def read_tower(reader: Reader) -> Iterator[tuple[str, Tensor]]:
     """The tower's tensors under CLIP's names, one by one, the corner's position included."""
     spec, config = read_sizes(reader)
     shapes, width = tower_shapes(config), spec.width
-    seen = reader.tensor("v.position_embd.weight", spec.tokens_per_image, width)
-    class_token = seen[0] / _LOUD  # with its position, so that this has none
+    positions = reader.tensor("v.position_embd.weight", spec.tokens_per_image, width)
+    class_token = positions[0] / _LOUD  # with its position, so that this has none
     corner = reader.tensor(_CORNER, width)
     yield "embeddings.class_embedding", class_token
-    yield "embeddings.position_embedding.weight", torch.cat((torch.zeros(1, width), corner[None], seen[1:]))
+    yield "embeddings.position_embedding.weight", torch.cat((torch.zeros(1, width), corner[None], positions[1:]))
 
     def named(ours: str, theirs: str) -> tuple[str, Tensor]:
         return ours, reader.tensor(theirs, *shapes[ours])

@@ -265,7 +265,7 @@ class Download:
             if other != item.part:  # of a version that nobody asks for any more
                 other.unlink()
         try:
-            found = bring(hub, item.url, item.remote, item.part, progress, self.listener.warn)
+            fetched = bring(hub, item.url, item.remote, item.part, progress, self.listener.warn)
         except NotThere:
             raise NotThere(
                 f"not found: {item.remote.path} of {item.repo} at {item.commit}, which {hub.endpoint} lists and does "
@@ -276,8 +276,8 @@ class Download:
             item.path.rename(aside)
             self.listener.warn(f"what stood at {item.path} is now {aside}")
         settle(item.part, item.path)
-        self.transferred += max(found.size - item.staged, 0)
-        done = replace(item, action="fetched", size=found.size, sha256=found.sha256)
+        self.transferred += max(fetched.size - item.staged, 0)
+        done = replace(item, action="fetched", size=fetched.size, sha256=fetched.sha256)
         self._record(done)
         return done
 

@@ -114,8 +114,8 @@ def read_whole(rows: RowStore, index: int) -> Whole:
 
 def unreadable(rows: RowStore, index: int, error: RowError) -> DataError:
     """The error over a row that must be read and cannot be; it says what to do, where that is not told already."""
-    told = "" if " — " in str(error) else " — `mmv data check --fix` writes a copy without such rows"
-    return DataError(f"{rows.place(index)}: {error}{told}")
+    advice = "" if " — " in str(error) else " — `mmv data check --fix` writes a copy without such rows"
+    return DataError(f"{rows.place(index)}: {error}{advice}")
 
 
 def _resume(rows: RowStore, target: Form) -> int:

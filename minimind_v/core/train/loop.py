@@ -321,8 +321,8 @@ class Run:
 
     def _summary(self) -> Summary:
         place, counts = self.place, self.counts
-        told = (self.broken.kinds, counts.text_rows, counts.notes, self._rows_read(self.done), counts.bad)
-        return Summary(place.weights, place.metrics, self.done, self.stopped_by, *told)
+        rows = (self.broken.kinds, counts.text_rows, counts.notes, self._rows_read(self.done))
+        return Summary(place.weights, place.metrics, self.done, self.stopped_by, *rows, counts.bad)
 
     def _rows_read(self, step: int) -> int:
         """Rows of the set that were read until then, each counted once."""

@@ -232,14 +232,14 @@ def _manifest(run: Left) -> str:
     if not found:
         return ""
     flat = dict(_flat(found.get("config", {})))
-    starts = [one for one in found.get("starts", []) if isinstance(one, dict)]
     starts = [
-        {"time": one.get("time"), "after update": one.get("after_updates"), "command": one.get("command")}
-        | {"commit": object_in(one, "git").get("commit"), "machine": object_in(one, "machine").get("platform")}
-        for one in starts
+        {"time": start.get("time"), "after update": start.get("after_updates"), "command": start.get("command")}
+        | {"commit": object_in(start, "git").get("commit"), "machine": object_in(start, "machine").get("platform")}
+        for start in found.get("starts", [])
+        if isinstance(start, dict)
     ]
     return (
-        f"<section><h2>Starts</h2>{''.join(_table(one) for one in starts)}</section>"
+        f"<section><h2>Starts</h2>{''.join(map(_table, starts))}</section>"
         f"<section><h2>What it was made of</h2>"
         f"{_table(found.get('fingerprints', {}))}{_table(found.get('versions', {}))}</section>"
         f"<section><h2>Configuration</h2>{_table(flat)}</section>"

@@ -41,11 +41,11 @@ class Watch:
         self._tracker = tracker
         events = list(read_lines(self.path))
         told = [event["sign"] for event in events if "sign" in event]
-        found = [_again(Validation, event["validation"]) for event in events if "validation" in event]
-        self.best = min(found, key=lambda one: one.loss, default=None)
+        validations = [_again(Validation, event["validation"]) for event in events if "validation" in event]
+        self.best = min(validations, key=lambda validation: validation.loss, default=None)
         for event in events:
             self.recalled |= {when: _again(Recalled, rows) for when, rows in event.get("recalled", {}).items()}
-        self.signs = Signs(start, told, found)
+        self.signs = Signs(start, told, validations)
         self._step = start.done
         for event in self._early:
             self._keep(**event)
