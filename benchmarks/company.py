@@ -32,7 +32,7 @@ def measure(size: str, work: str, side: str) -> dict:
     from minimind_v.core.config.presets import PRESETS
     from minimind_v.core.cpu_sharing import share_cpu
     from minimind_v.core.generate.engine import generate
-    from minimind_v.core.generate.ready import ready
+    from minimind_v.core.generate.prompt_cache import ready
     from minimind_v.core.generate.sampling import GREEDY, Sampler
 
     if side == "sharing":

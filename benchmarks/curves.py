@@ -30,15 +30,15 @@ from benchmarks.stores import make_jsonl, make_parquet
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import sft
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.features.memory import Memory
-from minimind_v.core.data.stores import open_rows
+from minimind_v.core.data.feature_cache import Memory
 from minimind_v.core.files import write_text
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vision import VisionSpec
+from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.train.distributed import ALONE
 from minimind_v.core.train.freeze import freeze
-from minimind_v.core.train.loop import Counts, Run
+from minimind_v.core.train.run import Counts, Run
 
 PICTURE = "growth.svg"
 VIT_B_16 = VisionSpec(image_size=224, patch_size=16, width=768)

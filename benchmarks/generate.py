@@ -34,8 +34,8 @@ from benchmarks.material import make_material
 from benchmarks.pages import PAGE, write_block
 from benchmarks.plain_chat import PlainChat
 from benchmarks.train import find_tokenizer
-from minimind_v.core.generate import many
-from minimind_v.core.generate.load import load_model
+from minimind_v.core.formats.load import load_model
+from minimind_v.core.generate import batch as many
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
 from minimind_v.core.generate.session import Session
 

@@ -89,8 +89,8 @@ def write_clip(folder: Path, sizes: dict, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from minimind_v.core.model.clip import ClipVision
-    from minimind_v.core.model.vision_spec import ClipConfig
+    from minimind_v.core.model.vision.clip import ClipVision
+    from minimind_v.core.model.vision.spec import ClipConfig
 
     torch.manual_seed(seed)
     config = ClipConfig(**sizes)
@@ -103,7 +103,7 @@ def write_clip(folder: Path, sizes: dict, seed: int) -> None:
 
 def write_weights(path: Path, config, seed: int, width: int = 768) -> None:
     """The weights of `make_model`."""
-    from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
+    from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 
     write_checkpoint(path, export_tensors(make_model(config, seed, width)), config, "lm")
 
@@ -112,7 +112,7 @@ def make_model(config, seed: int, width: int = 768):
     """A model whose logits are far from uniform: with fresh weights any mistake gives the same ln(6400)."""
     import torch
 
-    from minimind_v.core.model.vision import VisionSpec
+    from minimind_v.core.model.vision.encoder import VisionSpec
     from minimind_v.core.model.vlm import VLM
 
     torch.manual_seed(seed)

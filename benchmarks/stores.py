@@ -87,7 +87,7 @@ def make_loader_rows(folder: Path, count: int) -> None:
 def measure(data: Path, images: Path | None) -> dict[str, float]:
     """Open and read; seconds, rows a second, and megabytes held at the most."""
     started = time.perf_counter()
-    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.rows.jsonl import open_rows
 
     imported = time.perf_counter()
     rows = open_rows(data, images)
@@ -121,13 +121,13 @@ def measure_loader(folder: Path) -> dict[str, float]:
     import torch
 
     from minimind_v.core.data.dataset import RowDataset
-    from minimind_v.core.data.features.form import Form
-    from minimind_v.core.data.features.store import FeatureStore, digest
+    from minimind_v.core.data.feature_layout import Form
+    from minimind_v.core.data.feature_store import FeatureStore, digest
     from minimind_v.core.data.loader import BatchPlan, load_batches
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.stores import open_rows
     from minimind_v.core.data.token_store import keep_tokens
     from minimind_v.core.data.tokenizer import Tokenizer
+    from minimind_v.core.rows.jsonl import open_rows
 
     torch.set_num_threads(1)
     encoder = PromptEncoder(Tokenizer.load(TOKENIZER), PATCHES)

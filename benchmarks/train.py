@@ -123,7 +123,7 @@ class OursListener:
 def build_ours(folder: Path, stage: str, updates: int, listener: OursListener, features: Path):
     """The real training run, ready to start; `features` is where pictures are remembered."""
     from minimind_v.core.config.load import build_config
-    from minimind_v.core.train.loop import Run
+    from minimind_v.core.train.run import Run
 
     options = {
         "data.file": folder / f"{stage}.jsonl",

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train import loop
+from minimind_v.core.monitor.metrics import StepMetrics, Validation
+from minimind_v.core.train import run as loop
 from minimind_v.core.train.build import Data, Loaded
-from minimind_v.core.train.loop import Run
-from minimind_v.core.train.metrics import StepMetrics, Validation
+from minimind_v.core.train.run import Run
 
 
 class Recorder:

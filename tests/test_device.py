@@ -9,7 +9,7 @@ import torch
 
 from minimind_v.core import device
 from minimind_v.core.config.recipes import pretrain
-from minimind_v.core.train.state import check_origin, origin_of
+from minimind_v.core.monitor.fingerprint import check_origin, origin_of
 
 CUDA = torch.device("cuda")
 
@@ -62,7 +62,7 @@ def test_a_run_on_another_gpu_or_in_another_precision_is_told_and_refused(monkey
 
 def test_only_a_run_on_a_gpu_starts_cuda(monkeypatch):
     """What a run writes down of its machine must not take memory of a GPU that it does not use."""
-    from minimind_v.core.train.manifest import machine
+    from minimind_v.core.monitor.manifest import machine
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")

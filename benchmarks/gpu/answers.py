@@ -13,11 +13,11 @@ from torch import Tensor
 
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Found
-from minimind_v.core.generate import ready as memory
-from minimind_v.core.generate import replay
+from minimind_v.core.generate import cuda_graph as replay
+from minimind_v.core.generate import prompt_cache as memory
+from minimind_v.core.generate.cuda_graph import EAGER, SPAN, Replay, record_cuda
 from minimind_v.core.generate.engine import generate_rows
-from minimind_v.core.generate.ready import ready
-from minimind_v.core.generate.replay import EAGER, SPAN, Replay, record_cuda
+from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
 from minimind_v.core.model.vlm import VLM
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from benchmarks import material
 from benchmarks.gpu.card import TINY_TEXT
 from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.config.schedule import learning_rate
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, pick_device
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vision import VisionSpec
+from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, ROWS = 50, 8

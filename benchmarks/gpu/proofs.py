@@ -24,11 +24,11 @@ from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Found, Kernels, close
 from benchmarks.gpu.runs import Hearer, configure, make_run
 from minimind_v.core.model import moe
-from minimind_v.core.model.fused import attend
+from minimind_v.core.model.kernels.cpu_training import attend
 from minimind_v.core.model.moe import MoEFeedForward
-from minimind_v.core.train.fit import Trial, fit
-from minimind_v.core.train.loop import Run
-from minimind_v.core.train.metrics import StepMetrics
+from minimind_v.core.monitor.metrics import StepMetrics
+from minimind_v.core.train.batch_size import Trial, fit
+from minimind_v.core.train.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFORMANCE = ROOT / "tests" / "conformance" / "test_published_numbers.py"

@@ -12,8 +12,8 @@ from benchmarks.gpu.material import SEED
 from minimind_v.core.config.load import build_config
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.train.loop import Run
-from minimind_v.core.train.metrics import Silent, StepMetrics
+from minimind_v.core.monitor.metrics import Silent, StepMetrics
+from minimind_v.core.train.run import Run
 
 EPOCHS = 1000  # so that a run ends when its listener says so
 

@@ -117,8 +117,8 @@ def _as_text(word: str) -> str:
 
 def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
     """The pictures of the command line, before any time is spent on a model. Raises UsageError or MissingInput."""
+    from minimind_v.core.formats.inputs import check_marks
     from minimind_v.core.generate.picture_names import pictures_in, read_pictures, split_names
-    from minimind_v.core.inputs import check_marks
 
     named = [split_names(image) for image in images]
     if not all(named):

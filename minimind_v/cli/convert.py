@@ -60,8 +60,8 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write a model for other programs, and prove it the same: nothing that differs is left standing."""
+    from minimind_v.core.formats.inputs import find_model
     from minimind_v.core.hub.sources import latest_model, weights_at
-    from minimind_v.core.inputs import find_model
 
     precision = dtype.value if dtype else None
     _refuse_wrong_type(to, precision, quantize)
@@ -71,9 +71,11 @@ def convert(
         return
     source = find_model(model, vision_model, tokenizer, Terminal().say)
     from minimind_v.core.export.folder import export
-    from minimind_v.core.export.order import Order
+    from minimind_v.core.formats.request import Order
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `core/export/worker.py`; heeded before torch is there
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # as in `core/export/prove/worker.py`; heeded before torch is there
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
     target = out or _beside(source, f"-{to.value}")
     order = Order(source, vision_model, tokenizer, precision, quantize)
@@ -103,7 +105,7 @@ def _to_file(source: Path, target: Path, to: str, dtype: str | None, overwrite: 
     from minimind_v.core.outputs import check_weights
 
     check_weights(target, source, to, overwrite)  # before torch is imported
-    from minimind_v.core.export.files import convert as run
+    from minimind_v.core.formats.convert_file import convert as run
 
     done = run(source, target, to, dtype, overwrite)
     terminal = Terminal()

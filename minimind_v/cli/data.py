@@ -18,8 +18,8 @@ from minimind_v.core.hub.sources import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
-    from minimind_v.core.data.row import RowStore
-    from minimind_v.core.inspect.check import Report
+    from minimind_v.core.curate.check import Report
+    from minimind_v.core.rows.row import RowStore
 
 data = typer.Typer(
     no_args_is_help=True, help="Look at rows before a model does: check, stats, preview, convert, split."
@@ -48,13 +48,13 @@ def check(
     json: options.Json = False,
 ) -> None:
     """Find everything that can be wrong with rows, and what training will do about it. Exit 1 where it would refuse."""
-    from minimind_v.core.config.limits import check_workers
     from minimind_v.core.config.load import images_beside
+    from minimind_v.core.curate import check as checking
+    from minimind_v.core.curate.convert import find_target
     from minimind_v.core.data.dataset import RowDataset
-    from minimind_v.core.data.splits import SCORE
-    from minimind_v.core.data.stores import open_rows
-    from minimind_v.core.inspect import check as checking
-    from minimind_v.core.inspect.convert import find_target
+    from minimind_v.core.machine import check_workers
+    from minimind_v.core.rows.jsonl import open_rows
+    from minimind_v.core.rows.splits import SCORE
 
     check_workers(workers)
     if fix:
@@ -87,9 +87,9 @@ def check(
 def _fix(terminal: Terminal, report: Report, rows: RowStore, out: Path, overwrite: bool) -> dict[str, Any]:
     import numpy as np
 
+    from minimind_v.core.curate.convert import convert as run
     from minimind_v.core.errors import DataError
-    from minimind_v.core.inspect.convert import convert as run
-    from minimind_v.core.inspect.sample import SampledRows
+    from minimind_v.core.rows.subset import SampledRows
 
     usable = report.whole & ~report.skipped
     kept = np.flatnonzero(usable & ~report.repeated)
@@ -128,8 +128,8 @@ def convert(
 ) -> None:
     """Write rows in another form, pictures to the byte. Stopped and started again, it goes on."""
     from minimind_v.core.config.load import images_beside
-    from minimind_v.core.inspect.convert import convert as run
-    from minimind_v.core.inspect.convert import find_target
+    from minimind_v.core.curate.convert import convert as run
+    from minimind_v.core.curate.convert import find_target
 
     terminal = Terminal()
     find_target(out, overwrite, file, images or images_beside(file))  # before a large file is looked through
@@ -159,7 +159,7 @@ def split(
     json: options.Json = False,
 ) -> None:
     """Hold out rows by picture: no picture is on both sides."""
-    from minimind_v.core.inspect.split import split as run
+    from minimind_v.core.curate.split import split as run
 
     if not 0 < held_out < math.inf:
         raise typer.BadParameter("must be above 0, and finite", param_hint="--held-out")
@@ -183,8 +183,8 @@ def split(
 def _open(terminal: Terminal, file: Path, split: str | None, images: Path | None) -> RowStore:
     """The rows, with the pictures that were named or are beside them."""
     from minimind_v.core.config.load import images_beside
-    from minimind_v.core.data.pictures import find_pictures
-    from minimind_v.core.data.stores import find_rows, open_rows
+    from minimind_v.core.rows.jsonl import find_rows, open_rows
+    from minimind_v.core.rows.pictures import find_pictures
 
     images = images or images_beside(file)
     open_all(lambda: find_rows(file), lambda: find_pictures(images))

@@ -17,8 +17,8 @@ from minimind_v.core.wording import plural
 if TYPE_CHECKING:
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.row import RowStore
-    from minimind_v.core.model.vision_spec import VisionSpec
+    from minimind_v.core.model.vision.spec import VisionSpec
+    from minimind_v.core.rows.row import RowStore
 
 
 class StageName(str, Enum):
@@ -49,17 +49,18 @@ def stats(
     json: options.Json = False,
 ) -> None:
     """Count rows, turns, tokens and languages, and foretell padding, truncation, updates and time of a stage."""
-    from minimind_v.core.inspect.lines import stats_lines
-    from minimind_v.core.inspect.page import check_page, write_page
-    from minimind_v.core.inspect.stats import look_at
-    from minimind_v.core.inspect.stats_page import stats_page
+    from minimind_v.core.curate.lines import stats_lines
+    from minimind_v.core.curate.stats import look_at
+    from minimind_v.core.pages.frame import check_page, write_page
+    from minimind_v.core.pages.stats import stats_page
+    from minimind_v.core.train.speed import time_of
 
     terminal = Terminal()
     if html:
         check_page(html)
     recipe, store, encoder, _ = open_data(terminal, file, split, images, tokenizer, vision_model, stage)
     with terminal.progress("rows") as progress:
-        report = look_at(store, encoder, recipe, limit, progress)
+        report = look_at(store, encoder, recipe, time_of, limit, progress)
     if html:
         write_page(html, stats_page(report))
         terminal.say(f"the page is in {html}")
@@ -84,10 +85,10 @@ def preview(
     json: options.Json = False,
 ) -> None:
     """Show rows as the model gets them: pictures after the crop, text as tokens, what is learnt and what is cut off."""
-    from minimind_v.core.inspect.lines import row_lines
-    from minimind_v.core.inspect.page import check_page, write_page
-    from minimind_v.core.inspect.preview import Previewer, as_json
-    from minimind_v.core.inspect.preview_page import preview_page
+    from minimind_v.core.curate.lines import row_lines
+    from minimind_v.core.curate.preview import Previewer, as_json
+    from minimind_v.core.pages.frame import check_page, write_page
+    from minimind_v.core.pages.preview import preview_page
 
     terminal = Terminal()
     check_page(html)
@@ -123,11 +124,11 @@ def open_data(
     that is missing, `against`, the held-out rows, among it.
     """
     from minimind_v.core.config.load import build_config
-    from minimind_v.core.data.pictures import find_pictures
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.stores import find_rows, open_rows
     from minimind_v.core.data.tokenizer import Tokenizer
-    from minimind_v.core.model.vision_spec import read_vision_spec
+    from minimind_v.core.model.vision.spec import read_vision_spec
+    from minimind_v.core.rows.jsonl import find_rows, open_rows
+    from minimind_v.core.rows.pictures import find_pictures
 
     if stage is None:
         stage = next((known for known in StageName if file.name.startswith(known.value)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,6 +68,7 @@ def download(
 
     What is here and right is left alone; what was interrupted goes on; every file is checked before it gets its name.
     """
+    from minimind_v.core.config.presets import PRESETS, weights_name
     from minimind_v.core.hub.fetch import HUBS, Download
     from minimind_v.core.hub.sources import SPLITS
     from minimind_v.core.hub.wanted import wants
@@ -76,7 +78,8 @@ def download(
     if endpoint is not None and not endpoint.startswith(("http://", "https://")):
         raise UsageError(f"--endpoint {endpoint}: an address begins with https:// or http://")
     terminal = Terminal()
-    parts = wants(what.value, root, preset.value, (split.value,) if split else SPLITS, sample)
+    file_of = partial(weights_name, config=PRESETS[preset.value])
+    parts = wants(what.value, root, preset.value, file_of, (split.value,) if split else SPLITS, sample)
     hubs = HUBS if hub is Hub.auto else (hub.value,)
     with BytesProgress(terminal) as progress:
         work = Download(parts, hubs, progress, endpoint, revision)

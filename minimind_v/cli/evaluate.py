@@ -43,9 +43,9 @@ def evaluate(
 ) -> None:
     """Held-out loss and, where rows have short answers, the share that is right to the letter."""
     from minimind_v.core.config.load import build_config, images_beside
-    from minimind_v.core.data.pictures import find_pictures
-    from minimind_v.core.data.splits import SCORE
-    from minimind_v.core.data.stores import find_rows, open_rows
+    from minimind_v.core.rows.jsonl import find_rows, open_rows
+    from minimind_v.core.rows.pictures import find_pictures
+    from minimind_v.core.rows.splits import SCORE
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
@@ -62,10 +62,10 @@ def evaluate(
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
     from minimind_v.core.data.dataset import RowDataset
-    from minimind_v.core.data.features.memory import Eye, open_memory
+    from minimind_v.core.data.feature_cache import Eye, open_memory
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.row import describe_notes, describe_text_rows
     from minimind_v.core.evaluate.run import evaluate as score
+    from minimind_v.core.rows.row import describe_notes, describe_text_rows
 
     rows = open_rows(data, images, split, terminal.say, SCORE)
     spec, words = loaded.model.spec, loaded.tokenizer

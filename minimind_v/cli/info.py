@@ -14,7 +14,7 @@ from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_at
 
 if TYPE_CHECKING:
-    from minimind_v.core.checkpoint.weights import Checkpoint
+    from minimind_v.core.formats.checkpoint import Checkpoint
 
 
 def info(
@@ -48,14 +48,14 @@ def _described(file: Path, split: str | None = None) -> dict[str, Any]:
         return _data(file, split)
     if file.name == "metrics.jsonl" or (file / "metrics.jsonl").is_file():
         return _run(file / "metrics.jsonl" if file.is_dir() else file)
-    from minimind_v.core.gguf.files import describe_gguf, is_gguf
+    from minimind_v.core.formats.gguf.read import describe_gguf, is_gguf
 
     if is_gguf(file):
         return describe_gguf(file)
     if file.is_dir():
         return _run(file / "metrics.jsonl")
     if ending not in WEIGHTS_ENDINGS and file.is_file():
-        from minimind_v.core.data.strangers import WORKBOOK, no_rows, stand_in
+        from minimind_v.core.rows.strangers import WORKBOOK, no_rows, stand_in
 
         if (trouble := stand_in(file)) or (trouble := no_rows(file)) == WORKBOOK:
             raise DataError(f"{file}: {trouble}")
@@ -65,15 +65,15 @@ def _described(file: Path, split: str | None = None) -> dict[str, Any]:
 def _is_data(file: Path) -> bool:
     if file.is_file():
         return file.suffix in ROWS and file.name != "metrics.jsonl"
-    from minimind_v.core.data.folder import find_metadata
+    from minimind_v.core.rows.folder import find_metadata
 
     shards = (path for ending in ("*.parquet", "*.tar") for path in file.rglob(ending))
     return any(map(Path.is_file, shards)) or any(file.glob("dataset_*.json")) or any(find_metadata(file))
 
 
 def _zip(file: Path) -> dict[str, Any]:
-    from minimind_v.core.data.pictures import ZipPictures
-    from minimind_v.core.data.strangers import no_rows
+    from minimind_v.core.rows.pictures import ZipPictures
+    from minimind_v.core.rows.strangers import no_rows
 
     members = len(ZipPictures(file))
     return {"kind": "zip", "file": str(file), "members": members, "bytes": file.stat().st_size, "use": no_rows(file)}
@@ -88,8 +88,8 @@ def _picture(file: Path) -> dict[str, Any]:
 
 
 def _weights(file: Path) -> dict[str, Any]:
-    from minimind_v.core.checkpoint.weights import read_checkpoint
     from minimind_v.core.config.presets import name_preset
+    from minimind_v.core.formats.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(file)
     types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
@@ -119,13 +119,13 @@ def _trained_with(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _export(folder: Path) -> dict[str, Any]:
     """What a folder that other programs read adds to its weights."""
-    from minimind_v.core.checkpoint.folders import is_llava
     from minimind_v.core.export.folder import read_manifest
     from minimind_v.core.files import object_in, size_of
+    from minimind_v.core.formats.hf.read import is_llava
 
     found: dict[str, Any] = {"kind": "published layout, with custom code", "bytes": size_of(folder)}
     if is_llava(folder):
-        from minimind_v.core.model.vision import read_vision_spec
+        from minimind_v.core.model.vision.encoder import read_vision_spec
 
         spec = read_vision_spec(folder)
         found |= {
@@ -148,8 +148,8 @@ def _export(folder: Path) -> dict[str, Any]:
 
 def _data(file: Path, split: str | None) -> dict[str, Any]:
     from minimind_v.core.config.load import images_beside
-    from minimind_v.core.data.stores import open_rows
     from minimind_v.core.files import size_of
+    from minimind_v.core.rows.jsonl import open_rows
 
     rows = open_rows(file, images_beside(file), split, say=Terminal().say)
     try:
@@ -171,8 +171,8 @@ def _data(file: Path, split: str | None) -> dict[str, Any]:
 
 
 def _run(file: Path) -> dict[str, Any]:
-    from minimind_v.core.data.strangers import no_set
-    from minimind_v.core.train.metrics import read_metrics
+    from minimind_v.core.monitor.metrics import read_metrics
+    from minimind_v.core.rows.strangers import no_set
 
     if not file.is_file():
         files = sorted(path.name for path in file.parent.iterdir() if path.suffix in (*WEIGHTS_ENDINGS, *ROWS))

@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.train.metrics import StepMetrics, Validation
+from minimind_v.core.monitor.metrics import StepMetrics, Validation
 
 BARS = "▁▂▃▄▅▆▇█"
 RECENT = 20  # updates over which rates are measured

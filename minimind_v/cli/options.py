@@ -11,7 +11,7 @@ import typer
 from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
 
 if TYPE_CHECKING:
-    from minimind_v.core.generate.load import Loaded
+    from minimind_v.core.formats.load import Loaded
 
 Model = Annotated[
     Path | None,
@@ -67,9 +67,9 @@ def load(
     model: Path | None, vision_model: Path | None, tokenizer: Path | None, device: str, say: Callable[[str], None]
 ) -> Loaded:
     """The model that these options name. Whether it is there at all is found before torch is imported."""
-    from minimind_v.core.inputs import find_model
+    from minimind_v.core.formats.inputs import find_model
 
     weights = find_model(model, vision_model, tokenizer, say)
-    from minimind_v.core.generate.load import load_model
+    from minimind_v.core.formats.load import load_model
 
     return load_model(weights, vision_model, tokenizer, device, say)

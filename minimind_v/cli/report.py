@@ -18,7 +18,7 @@ def report(
     json: options.Json = False,
 ) -> None:
     """Write report.html into a run's folder: curves, warnings, what it is made of. A run under way has one, too."""
-    from minimind_v.core.train.report import find_run, write_report
+    from minimind_v.core.pages.run_report import find_run, write_report
 
     terminal = Terminal()
     path = write_report(find_run(run), terminal.warn)

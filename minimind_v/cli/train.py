@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from minimind_v.core.config.load import Resolved
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.train.launch import Launch
-    from minimind_v.core.train.loop import Summary
+    from minimind_v.core.train.run import Summary
 
 
 NOT_CONFIG = {
@@ -156,7 +156,7 @@ def train(
     options = {name: value for name, value in locals().items() if name not in NOT_CONFIG}
     from minimind_v.core.config.limits import check_machine
     from minimind_v.core.config.load import resolve, to_yaml
-    from minimind_v.core.inputs import find_inputs
+    from minimind_v.core.formats.inputs import find_inputs
     from minimind_v.core.train.launch import Launch
 
     if overwrite and resume:
@@ -186,7 +186,7 @@ def _fitted(resolved: Resolved) -> tuple[RunConfig, dict[str, str]]:
     if not resolved.auto:
         return resolved.config, resolved.sources
     from minimind_v.core.device import pick_device
-    from minimind_v.core.train.fit import fit
+    from minimind_v.core.train.batch_size import fit
 
     config, why = fit(resolved.config, pick_device(resolved.config.device))
     source = resolved.sources["data.batch_size"]
@@ -202,9 +202,9 @@ def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> 
         hush()
 
     from minimind_v.core.device import check_room
+    from minimind_v.core.monitor.metrics import Silent
     from minimind_v.core.train.distributed import World
-    from minimind_v.core.train.loop import train as run
-    from minimind_v.core.train.metrics import Silent
+    from minimind_v.core.train.run import train as run
 
     world = World.find()
     if several.needed and not world.placed:
@@ -224,8 +224,8 @@ def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> 
 def _look_ahead(terminal: Terminal, config: RunConfig, price_per_hour: float | None, json: bool) -> None:
     from dataclasses import asdict
 
-    from minimind_v.core.train.plan import plan
-    from minimind_v.core.train.report import shown
+    from minimind_v.core.pages.run_report import shown
+    from minimind_v.core.train.forecast import plan
 
     with terminal.progress("counting") as progress:
         found = asdict(plan(config, price_per_hour, progress, terminal.say))
@@ -256,7 +256,7 @@ def _where(summary: Summary) -> str:
 
 
 def _tell(terminal: Terminal, summary: Summary) -> None:
-    from minimind_v.core.data.row import describe_notes, describe_text_rows
+    from minimind_v.core.rows.row import describe_notes, describe_text_rows
 
     how = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     kinds = ", ".join(f"{count} {kind}" for kind, count in summary.broken_rows.items())

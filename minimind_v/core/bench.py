@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from minimind_v.core.config.presets import PRESETS, check_preset
 from minimind_v.core.config.recipes import pretrain
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.features.memory import Eye
+from minimind_v.core.data.feature_cache import Eye
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.device import autocast, has_fused_adamw, pick_device, wait_for
 from minimind_v.core.generate.engine import generate
-from minimind_v.core.generate.ready import ready
+from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler
-from minimind_v.core.model.clip import ClipVision
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vision import VisionEncoder, VisionSpec
-from minimind_v.core.model.vision_spec import ClipConfig
+from minimind_v.core.model.vision.clip import ClipVision
+from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
+from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
 

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from minimind_v.core.config.limits import check_processes
 from minimind_v.core.cpu_sharing import share_cpu
 from minimind_v.core.errors import UsageError
+from minimind_v.core.machine import check_processes
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:

@@ -12,15 +12,15 @@ from minimind_v.core.config.recipes import sft
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, gpu_names, has_bf16, has_fused_adamw, peak_memory, pick_device
 from minimind_v.core.errors import UsageError
-from minimind_v.core.generate.many import Question, generate_many
+from minimind_v.core.generate.batch import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY, Sampling
 from minimind_v.core.generate.session import Session
-from minimind_v.core.inspect.speed import TypicalRow, estimate
 from minimind_v.core.model import ops
-from minimind_v.core.model.vision import VisionSpec
+from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.fit import fit
-from minimind_v.core.train.words import out_of_memory
+from minimind_v.core.monitor.messages import out_of_memory
+from minimind_v.core.train.batch_size import fit
+from minimind_v.core.train.speed import TypicalRow, estimate
 from tests.apple.standin import MPS, OnApple, apple_gpu
 from tests.cli.harness import EYE, here, sighted_model, tokenizer
 from tests.cli.harness import place as tiny_data

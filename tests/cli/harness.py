@@ -32,11 +32,11 @@ import torch
 
 from minimind_v.cli.app import app
 from minimind_v.cli.terminal import run_app
-from minimind_v.core.checkpoint.weights import export_tensors, load_into, read_checkpoint, write_checkpoint
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import write_pretrain, write_sft
-from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.formats.checkpoint import export_tensors, load_into, read_checkpoint, write_checkpoint
+from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.model.vlm import VLM
 
 ASSETS = Path(str(files("minimind_v.core.demo") / "assets"))
@@ -257,7 +257,7 @@ def sighted() -> Path:
 def sighted_model() -> VLM:
     """The model of `sighted`, in fp32."""
     torch.manual_seed(0)
-    base, encoder = read_checkpoint(BASE), VisionEncoder.load(EYE)
+    base, encoder = read_checkpoint(BASE), load_encoder(EYE)
     model = VLM(base.config, encoder.spec, tokenizer().placeholder_id, encoder)
     load_into(model, base, new_projector=True)
     return model.eval()

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
+from minimind_v.core.formats.checkpoint import read_checkpoint
 from tests.cli.harness import SIGHT, here, tree
 
 

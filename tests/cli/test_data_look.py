@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from minimind_v.core.inspect import speed, stats
+from minimind_v.core.curate import stats
+from minimind_v.core.train import speed
 from tests.cli.harness import SIGHT, here, installed, tree, write_rows
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from minimind_v.cli.live import POINTS, Curve, TrainView, clock, sparkline
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.train.metrics import StepMetrics, Validation
+from minimind_v.core.monitor.metrics import StepMetrics, Validation
 from tests.cli.harness import Running, place
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
-from minimind_v.core.checkpoint.weights import export_tensors, read_checkpoint, write_checkpoint
 from minimind_v.core.config.presets import PRESETS
-from minimind_v.core.model.vision import read_vision_spec
+from minimind_v.core.formats.checkpoint import export_tensors, read_checkpoint, write_checkpoint
+from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train import loop
+from minimind_v.core.train import run as loop
 from tests.cli.harness import BASE, EYE, ROWS, here, read_rows, tree, write_rows
 
 KEYS = {"step", "loss", "lr", "grad_norm", "epoch", "samples", "supervised_tokens", "seconds"}

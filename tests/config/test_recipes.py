@@ -9,7 +9,7 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.schema import FREEZE_POLICIES, TextConfig
 from minimind_v.core.errors import UsageError
-from minimind_v.core.model.vision import VisionSpec
+from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from minimind_v.core.config import limits
-from minimind_v.core.config.limits import check_memory, check_workers
+from minimind_v.core.config.limits import check_memory
 from minimind_v.core.config.load import build_config, resolve
 from minimind_v.core.config.schema import MOST, MOST_SIZES, TextConfig
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.errors import UsageError
+from minimind_v.core.machine import check_workers
 from tests.cli.harness import here
 
 

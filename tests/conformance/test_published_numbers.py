@@ -21,18 +21,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
 from minimind_v.core.config.schema import FREEZE_POLICIES, DataConfig, RunConfig, TextConfig
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import Example
 from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder
 from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
 from minimind_v.core.device import autocast, pick_device
-from minimind_v.core.generate import ready
+from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
+from minimind_v.core.generate import prompt_cache as ready
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vision import VisionSpec
+from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
 
 ROOT = Path(__file__).parents[2]

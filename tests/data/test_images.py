@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, features
 from minimind_v.core.data import images
 from minimind_v.core.data.images import blank_pixels, decode, load_pixels, to_pixels
 from minimind_v.core.errors import RowError
-from tests.data.made import png_header
+from tests.rows.made import png_header
 
 SIZE = 224
 pytestmark = pytest.mark.filterwarnings(

@@ -24,9 +24,9 @@ from torch.utils.data import Dataset
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_batches, load_updates
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import open_rows
-from minimind_v.core.interrupt import StopRequest
-from tests.data.made import PATCHES, SIZE, picture, row, shade
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.signals import StopRequest
+from tests.rows.made import PATCHES, SIZE, picture, row, shade
 
 PAD = 0
 

@@ -24,13 +24,13 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_updates
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.token_store import TokenStore, keep_tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.rows.jsonl import open_rows
 from tests.cli.harness import here, place
 from tests.data.conftest import TOKENIZERS
-from tests.data.made import PATCHES, SIZE, picture, row
+from tests.rows.made import PATCHES, SIZE, picture, row
 
 PAD = 0
 

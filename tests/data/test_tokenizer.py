@@ -7,7 +7,7 @@ import pytest
 
 from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer
 from minimind_v.core.errors import MmvError, WeightsError
-from minimind_v.core.generate.load import load_model
+from minimind_v.core.formats.load import load_model
 from tests.cli.harness import ASSETS, EYE, here, place, sighted
 from tests.hostile import check_refused
 

@@ -13,7 +13,7 @@ import pytest
 
 from minimind_v.core.demo import run
 from minimind_v.core.errors import UsageError
-from minimind_v.core.train.metrics import Silent
+from minimind_v.core.monitor.metrics import Silent
 from tests.cli.harness import here
 
 MMV = Path(sys.executable).with_name("mmv")

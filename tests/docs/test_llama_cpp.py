@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 
-from minimind_v.core.export import verify_gguf
-from minimind_v.core.gguf.store import QUANTIZATIONS
+from minimind_v.core.export.prove import verify_gguf
+from minimind_v.core.formats.gguf.file import QUANTIZATIONS
 from tests.cli.harness import ROOT, here
 from tests.docs.conftest import commands
 

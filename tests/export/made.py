@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from minimind_v.core.checkpoint.weights import export_tensors, write_checkpoint
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.demo import world
-from minimind_v.core.export import hf
-from minimind_v.core.export.order import Order
-from minimind_v.core.export.source import read_source
-from minimind_v.core.generate.load import Loaded
-from minimind_v.core.model.vision import read_vision_spec
+from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
+from minimind_v.core.formats.hf import write as hf
+from minimind_v.core.formats.load import Loaded
+from minimind_v.core.formats.parts import read_source
+from minimind_v.core.formats.request import Order
+from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.model.vlm import VLM
 from tests.cli.harness import ASSETS, EYE, _folder
 

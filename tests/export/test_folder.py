@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export import folder as folders
-from minimind_v.core.export import hf
 from minimind_v.core.export.folder import export, read_manifest
-from minimind_v.core.export.worker import Worker
+from minimind_v.core.export.prove.worker import Worker
 from minimind_v.core.files import sweep
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.formats.hf import write as hf
 from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, Running, here, installed, tree
 from tests.export.made import exported, jpeg, order, weights
 
@@ -142,8 +142,8 @@ def test_an_export_that_is_not_the_same_is_refused_and_gone(what, tmp_path, monk
     def write_and_prove(order, folder, check):
         made = hf.make(order, folder)
         spoil(folder)
-        with Worker("minimind_v.core.export.probe") as prover:
-            return made, prover.call("minimind_v.core.export.verify_hf:verify", order, folder)
+        with Worker("minimind_v.core.export.prove.ask_hf") as prover:
+            return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
 
     monkeypatch.setitem(folders.TARGETS, "hf", write_and_prove)
     ended = here("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", tmp_path / "new" / "out")

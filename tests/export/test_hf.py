@@ -10,11 +10,11 @@ from safetensors import safe_open
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import RunError
-from minimind_v.core.export import hf
-from minimind_v.core.export.card import _training
-from minimind_v.core.export.cases import _parts
-from minimind_v.core.export.order import Order
-from minimind_v.core.export.source import read_source
+from minimind_v.core.export.prove.cases import _parts
+from minimind_v.core.formats.hf import write as hf
+from minimind_v.core.formats.hf.card import _training
+from minimind_v.core.formats.parts import read_source
+from minimind_v.core.formats.request import Order
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
 from tests.export.made import CONFIGS, exported, jpeg, opened, order, picture, source
@@ -279,7 +279,7 @@ def test_it_can_be_trained_further_and_comes_back(tmp_path):
     """As a training loop of anybody's would: labels in, loss out, saved by transformers, read by us."""
     from transformers import AutoModelForImageTextToText
 
-    from minimind_v.core.generate.load import load_model
+    from minimind_v.core.formats.load import load_model
 
     processor = opened()[0]
     model = AutoModelForImageTextToText.from_pretrained(exported())

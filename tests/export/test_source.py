@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from minimind_v.core.checkpoint.keys import published_shapes
 from minimind_v.core.config.presets import PRESETS
-from minimind_v.core.export.source import read_source
-from minimind_v.core.model.vision_spec import VisionSpec
+from minimind_v.core.formats.hf.names import published_shapes
+from minimind_v.core.formats.parts import read_source
+from minimind_v.core.model.vision.spec import VisionSpec
 from minimind_v.core.model.vlm import VLM
-from tests.checkpoint.towers import LAYOUTS
 from tests.cli.harness import here
 from tests.export.made import CONFIGS, order, weights
+from tests.formats.towers import LAYOUTS
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), *PRESETS.values()], ids=[*CONFIGS, *PRESETS])
@@ -34,7 +34,7 @@ def test_every_layout_of_a_tower_is_exported(layout, tmp_path):
 def test_reading_needs_no_transformers():
     """Whose import takes longer than all the rest."""
     code = (
-        "import sys; from minimind_v.core.export.source import read_source; from minimind_v.core.export import hf; "
+        "import sys; from minimind_v.core.formats.parts import read_source; from minimind_v.core.formats.hf import write; "
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
-from minimind_v.core.train import loop
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.train import run as loop
 from tests.cli.harness import ROOT, Running, place, read_rows
 
 NAME = "pretrain_vlm_128"

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from minimind_v.core import files
-from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.errors import RunError
 from minimind_v.core.files import write_atomically, write_text
-from minimind_v.core.train.metrics import JsonLines, StepMetrics
+from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
+from minimind_v.core.monitor.metrics import JsonLines, StepMetrics
 from tests.cli.harness import BASE, here, place, read_rows, tree
 
 LIMIT = 200_000  # bytes that a file may have: enough for words, too few for weights

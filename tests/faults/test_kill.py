@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind_v.core.checkpoint.weights import read_checkpoint, write_checkpoint
 from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
 from tests.cli.harness import ROOT, Running, place
 
 CONFIG = TextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8)

@@ -9,18 +9,18 @@ import time
 import pytest
 
 from minimind_v.core import files
-from minimind_v.core.data.stores import open_rows
+from minimind_v.core.curate import split as splitting
+from minimind_v.core.curate.convert import convert
+from minimind_v.core.curate.split import split
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export import folder as folders
-from minimind_v.core.export.files import convert as convert_weights
 from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, sweep, write_atomically, write_text
-from minimind_v.core.inspect import split as splitting
-from minimind_v.core.inspect.convert import convert
-from minimind_v.core.inspect.split import split
+from minimind_v.core.formats.convert_file import convert as convert_weights
+from minimind_v.core.rows.jsonl import open_rows
 from tests.cli.harness import ROOT, here, sighted, tree
-from tests.data.made import picture, row
 from tests.export.made import order
+from tests.rows.made import picture, row
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def replace(source, target):
 files.os.replace = replace
 """
 CONVERT = """
-from minimind_v.core.data.stores import open_rows
-from minimind_v.core.inspect.convert import convert
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.curate.convert import convert
 convert(open_rows(Path(sys.argv[1]), Path(sys.argv[1]).parent), Path(sys.argv[2]))
 """
 FOLDER = """

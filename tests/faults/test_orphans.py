@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from minimind_v.core import processes
+from minimind_v.core.curate.workers import each_row
 from minimind_v.core.data import workers
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import load_batches, load_updates
-from minimind_v.core.export.worker import Worker
-from minimind_v.core.inspect.processes import each_row
+from minimind_v.core.export.prove.worker import Worker
 from minimind_v.core.processes import Parent, end_processes
 from tests.cli.harness import ROOT, Running, place
 from tests.cli.harness import _sessions as sessions

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.files import Held, Lock
-from minimind_v.core.train import loop
-from minimind_v.core.train.metrics import JsonLines
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.monitor.metrics import JsonLines
+from minimind_v.core.train import run as loop
 from tests.cli.harness import here, place, read_rows
 
 NAME = "pretrain_vlm_128"

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
-from minimind_v.core.train import loop
-from minimind_v.core.train.loop import Run
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.train import run as loop
+from minimind_v.core.train.resume import States, pack, unpack
+from minimind_v.core.train.run import Run
 from minimind_v.core.train.saver import Saver
-from minimind_v.core.train.state import States, pack, unpack
 from tests.cli.harness import Running, here, place, read_rows, tree
 
 NAME = "pretrain_vlm_128"

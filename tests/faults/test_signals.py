@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
-from minimind_v.core.model.vision import VisionEncoder
-from minimind_v.core.train.loop import Run
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.train.run import Run
 from tests.cli.harness import Running, here, place, read_rows
 
 LONG = {"epochs": 10_000, "workers": 2}

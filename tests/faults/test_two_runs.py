@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.files import Held, Lock, write_text
-from minimind_v.core.model.vision import VisionEncoder
-from minimind_v.core.train import loop
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.train import run as loop
 from tests.cli.harness import Running, here, place, read_rows, sighted, tree
 from tests.train.test_distributed import workers_of
 

@@ -18,32 +18,32 @@ import numpy as np
 import torch
 
 from minimind_v.cli.info import _described, _trained_with
-from minimind_v.core.checkpoint.companions import of_the_run
-from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
 from minimind_v.core.config.load import resolve, to_yaml
-from minimind_v.core.data import index
+from minimind_v.core.curate.check import check_row
 from minimind_v.core.data.dataset import Example, RowDataset
-from minimind_v.core.data.features.store import FeatureStore
-from minimind_v.core.data.heldout import hold_out
+from minimind_v.core.data.feature_store import FeatureStore
 from minimind_v.core.data.images import decode, load_pixels
-from minimind_v.core.data.pictures import open_pictures
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MmvError, RowError
-from minimind_v.core.export import card
-from minimind_v.core.export.order import Order
 from minimind_v.core.files import as_json
-from minimind_v.core.generate.load import load_model
+from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
+from minimind_v.core.formats.companions import of_the_run
+from minimind_v.core.formats.hf import card
+from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.hub.receipt import Receipt
-from minimind_v.core.inspect.check import check_row
-from minimind_v.core.model.bare import Bare
-from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.model.no_init import Bare
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train import manifest
+from minimind_v.core.monitor import manifest
+from minimind_v.core.pages.run_report import find_run, read_run, report_page
+from minimind_v.core.rows import index
+from minimind_v.core.rows.heldout import hold_out
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.train.recall import earlier_run
-from minimind_v.core.train.report import find_run, read_run, report_page
-from minimind_v.core.train.state import States
+from minimind_v.core.train.resume import States
 from tests.fuzz import seeds
 
 MOST = 40  # rows of a file that are read: a changed file may have many
@@ -214,13 +214,13 @@ def read_whole_model(folder: Path) -> Data:
 
 
 def read_gguf_head(folder: Path) -> Data:
-    from minimind_v.core.gguf.files import describe_gguf
+    from minimind_v.core.formats.gguf.read import describe_gguf
 
     return {path.name: or_refused(lambda path=path: describe_gguf(path)) for path in sorted(folder.glob("*/*.gguf"))}
 
 
 def read_tower(folder: Path) -> Data:
-    encoder = VisionEncoder.load(folder / "vision")
+    encoder = load_encoder(folder / "vision")
     size = encoder.spec.image_size
     assert size <= 4096, f"an image of {size} pixels a side"
     return {"spec": encoder.spec, "features": encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))}

@@ -32,20 +32,21 @@ from safetensors.torch import save_file
 
 from minimind_v.core.config.load import build_config, to_yaml
 from minimind_v.core.config.schema import RunConfig, TextConfig
-from minimind_v.core.data import index
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.features.form import Form
-from minimind_v.core.data.features.store import FeatureStore
+from minimind_v.core.data.feature_layout import Form
+from minimind_v.core.data.feature_store import FeatureStore
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.token_store import TokenStore
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.hub.receipt import Kept, Receipt
-from minimind_v.core.model.clip import ClipVision
-from minimind_v.core.model.vision import VisionSpec
-from minimind_v.core.model.vision_spec import ClipConfig
+from minimind_v.core.model.vision.clip import ClipVision
+from minimind_v.core.model.vision.encoder import VisionSpec
+from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.state import INPUTS, States
+from minimind_v.core.monitor.fingerprint import INPUTS
+from minimind_v.core.rows import index
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.train.resume import States
 from tests.cli.harness import ASSETS
 
 MOMENT = 1_700_000_000 * 10**9  # the time of every file: what is kept about a file names it
@@ -291,15 +292,15 @@ def feature_store(folder: Path) -> None:
 
 
 def tensors(config: TextConfig = TINY) -> dict[str, torch.Tensor]:
-    from minimind_v.core.checkpoint.weights import export_tensors
+    from minimind_v.core.formats.checkpoint import export_tensors
 
     torch.manual_seed(1)
     return export_tensors(VLM(config, SPEC, placeholder_id=5))
 
 
 def checkpoint(folder: Path, name: str, config: TextConfig = TINY) -> None:
-    from minimind_v.core.checkpoint.companions import RECORD
-    from minimind_v.core.checkpoint.weights import write_checkpoint
+    from minimind_v.core.formats.checkpoint import write_checkpoint
+    from minimind_v.core.formats.companions import RECORD
 
     write_checkpoint(folder / name, tensors(config), config, "sft")
     if name.endswith(".pth"):  # a record of what they were trained with, by places that are everywhere the same
@@ -352,7 +353,7 @@ def words(folder: Path) -> None:
 
 def model(folder: Path, config: TextConfig = TINY) -> Any:
     """Weights, tower and tokenizer, as `Order` names them."""
-    from minimind_v.core.export.order import Order
+    from minimind_v.core.formats.request import Order
 
     tower(folder)
     checkpoint(folder, "sft_vlm_32.pth", config)
@@ -366,9 +367,9 @@ def _only(folder: Path, kept: str) -> None:
 
 
 def hf(folder: Path) -> None:
-    from minimind_v.core.export import hf
     from minimind_v.core.export.folder import MANIFEST
-    from minimind_v.core.export.source import read_source
+    from minimind_v.core.formats.hf import write as hf
+    from minimind_v.core.formats.parts import read_source
 
     order = model(folder)
     (folder / "model").mkdir()
@@ -381,7 +382,7 @@ def hf(folder: Path) -> None:
 
 
 def gguf(folder: Path) -> None:
-    from minimind_v.core.export import gguf
+    from minimind_v.core.formats.gguf import write as gguf
 
     order = model(folder)
     (folder / "model").mkdir()
@@ -459,7 +460,7 @@ def run_records(folder: Path) -> None:
 
 
 def held_out(folder: Path) -> None:
-    from minimind_v.core.data.heldout import hold_out
+    from minimind_v.core.rows.heldout import hold_out
 
     (folder / "rows.jsonl").write_text(
         "".join(json.dumps({"conversations": [{"role": "user", "content": f"{n}"}]}) + "\n" for n in range(40))

@@ -6,7 +6,7 @@ import torch
 
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.errors import MissingInput, RowError, UsageError
-from minimind_v.core.generate.ready import ready
+from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampling
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import place, sighted_model, tokenizer

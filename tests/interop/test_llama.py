@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from minimind_v.core.export.gguf import write
-from minimind_v.core.export.order import Order
-from minimind_v.core.export.probe_llama import LlamaCpp
-from minimind_v.core.generate.load import load_model
+from minimind_v.core.export.prove.ask_llama import LlamaCpp
+from minimind_v.core.formats.gguf.write import write
+from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.request import Order
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import here
-from tests.gguf.made import SIZES, TEXTS, made, random_texts
-from tests.gguf.test_written import PUBLISHED
+from tests.formats.gguf.made import SIZES, TEXTS, made, random_texts
+from tests.formats.gguf.test_written import PUBLISHED
 from tests.interop.conftest import serving
 
 pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; `make interop` compiles it")

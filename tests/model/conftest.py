@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
 from minimind_v.core.model.vlm import VLM
 
 PLACEHOLDER_ID = 5

@@ -12,8 +12,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from minimind_v.core.data.images import load_pixels, to_pixels
 from minimind_v.core.errors import MissingInput, WeightsError
-from minimind_v.core.model.clip import ACTIVATIONS
-from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec, read_vision_spec
+from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.model.vision.clip import ACTIVATIONS
+from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec, read_vision_spec
 
 VISION = {
     "image_size": 48,
@@ -61,7 +62,7 @@ def picture_of(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 @torch.no_grad()
 def test_features_are_those_of_clip(folder):
-    encoder = VisionEncoder.load(folder)
+    encoder = load_encoder(folder)
     pixels = torch.randn(3, 3, 48, 48)
     features = encoder(pixels)
     model = CLIPVisionModel.from_pretrained(folder)
@@ -80,7 +81,7 @@ def test_features_are_those_of_clip(folder):
 def test_towers_of_every_kind(activation, dtype, tmp_path):
     """In types that nothing is packed for, too; as transformers' module computes them, and from the same files."""
     CLIPVisionModel(CLIPVisionConfig(**VISION, hidden_act=activation)).save_pretrained(tmp_path)
-    encoder, model = VisionEncoder.load(tmp_path).to(dtype), CLIPVisionModel.from_pretrained(tmp_path)
+    encoder, model = load_encoder(tmp_path).to(dtype), CLIPVisionModel.from_pretrained(tmp_path)
     pixels = torch.randn(3, 3, 48, 48)
     exact = model.double()(pixel_values=pixels.double()).last_hidden_state[:, 1:]
     theirs = model.to(dtype)(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]
@@ -93,7 +94,7 @@ def test_towers_of_every_kind(activation, dtype, tmp_path):
 @torch.no_grad()
 def test_weights_that_are_written_to_are_noticed(folder):
     """What is packed for the products of a CPU is made again."""
-    encoder, other = VisionEncoder.load(folder), VisionEncoder.load(folder)
+    encoder, other = load_encoder(folder), load_encoder(folder)
     pixels = torch.randn(2, 3, 48, 48)
     before = encoder(pixels)
     for tower in (encoder.tower, other.tower):
@@ -104,7 +105,7 @@ def test_weights_that_are_written_to_are_noticed(folder):
 
 @torch.no_grad()
 def test_memory_is_spared_and_nothing_else_changes(folder):
-    encoder = VisionEncoder.load(folder)
+    encoder = load_encoder(folder)
     pixels = torch.randn(2, 3, 48, 48)
     before = encoder(pixels)
     tensors = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
@@ -116,7 +117,7 @@ def test_memory_is_spared_and_nothing_else_changes(folder):
 @torch.no_grad()
 def test_features_from_bytes_to_the_end(folder):
     """A uint8 picture, normalised inside, ends where CLIP's own processor and model end."""
-    encoder = VisionEncoder.load(folder)
+    encoder = load_encoder(folder)
     pictures = [picture_of(100, 70), picture_of(48, 48), picture_of(33, 90)]
     pixels = torch.from_numpy(np.stack([to_pixels(picture, 48) for picture in pictures]))
     theirs = processor_of(48)(pictures, return_tensors="pt").pixel_values
@@ -125,7 +126,7 @@ def test_features_from_bytes_to_the_end(folder):
 
 
 def test_mean_and_std_of_the_folder_are_used(folder):
-    encoder = VisionEncoder.load(folder)
+    encoder = load_encoder(folder)
     own = VisionEncoder(encoder.tower, VisionSpec(48, 16, 32, mean=(0.1, 0.5, 0.9), std=(0.5, 1.0, 2.0)))
     pixels = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
     by_hand = torch.stack([(pixels[0, c] / 255 - m) / s for c, (m, s) in enumerate(((0.1, 0.5), (0.5, 1), (0.9, 2)))])
@@ -141,7 +142,7 @@ def test_spec_is_read_from_the_folder(folder):
 
 
 def test_tower_stays_frozen_and_in_evaluation(folder):
-    encoder = VisionEncoder.load(folder)
+    encoder = load_encoder(folder)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not any(module.training for module in encoder.train().modules())
     assert not encoder(torch.randn(1, 3, 48, 48, requires_grad=True)).requires_grad
@@ -149,12 +150,12 @@ def test_tower_stays_frozen_and_in_evaluation(folder):
 
 def test_missing_and_incomplete_folders(tmp_path):
     with pytest.raises(MissingInput, match=r"config\.json"):
-        VisionEncoder.load(tmp_path)
+        load_encoder(tmp_path)
     small = CLIPVisionModel(CLIPVisionConfig(**VISION | {"num_hidden_layers": 2}))
     small.save_pretrained(tmp_path)
     CLIPVisionConfig(**VISION).save_pretrained(tmp_path)  # says three layers, the weights have two
     with pytest.raises(WeightsError, match=r"layers\.2"):
-        VisionEncoder.load(tmp_path)
+        load_encoder(tmp_path)
 
 
 # --- preprocessing ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.loader import LANES, WINDOW
 from minimind_v.core.errors import DataError
-from minimind_v.core.train.words import BrokenRows
+from minimind_v.core.monitor.messages import BrokenRows
 
 MILLION = 10**6
 

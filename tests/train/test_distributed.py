@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.errors import UsageError
+from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train.distributed import World, slurm_address
 from minimind_v.core.train.launch import Launch
 from tests.cli.harness import ROOT, Running, here, installed, place, read_rows, tokenizer, write_rows
@@ -97,7 +97,7 @@ def test_fifty_updates_of_fine_tuning_with_experts_uneven_ends_and_accumulation(
 def test_no_row_is_lost_or_repeated(tmp_path, count, batch_size, accumulate, processes):
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.stores import open_rows
+    from minimind_v.core.rows.jsonl import open_rows
 
     text = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = open_rows(write_rows(tmp_path / "rows.jsonl", [{"conversations": text}] * count), None)

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import minimind_v.core.demo
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
+from minimind_v.core.data import feature_cache as memory
+from minimind_v.core.data import feature_store as store
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.features import memory, store
-from minimind_v.core.data.features.form import Form
-from minimind_v.core.data.features.memory import Eye, open_memory
-from minimind_v.core.data.features.store import digest
+from minimind_v.core.data.feature_cache import Eye, open_memory
+from minimind_v.core.data.feature_layout import Form
+from minimind_v.core.data.feature_store import digest
 from minimind_v.core.demo.dataset import write_sft
-from minimind_v.core.model.vision import VisionEncoder
-from minimind_v.core.train.loop import Run
+from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.train.run import Run
 
 ASSETS = Path(minimind_v.core.demo.__file__).parent / "assets"
 CPU = torch.device("cpu")
@@ -133,7 +134,7 @@ def tower(tmp_path) -> Path:
 
 
 def name_of(folder: Path, dtype: str = "float32") -> str:
-    return Eye(VisionEncoder.load(folder), CPU, dtype).prove()[0]
+    return Eye(load_encoder(folder), CPU, dtype).prove()[0]
 
 
 def test_the_name_changes_with_all_that_decides_features(tower, monkeypatch):
@@ -176,7 +177,7 @@ def test_what_another_tower_saw_is_not_used(tower, train):
 
 @pytest.fixture(scope="module")
 def eye() -> Eye:
-    return Eye(VisionEncoder.load(ASSETS / "vision"), CPU, "float32")
+    return Eye(load_encoder(ASSETS / "vision"), CPU, "float32")
 
 
 @pytest.fixture

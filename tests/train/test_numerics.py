@@ -16,16 +16,16 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 import minimind_v.core.demo
+from minimind_v.core.config.schedule import learning_rate
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.demo.dataset import write_sft
 from minimind_v.core.errors import RunError
-from minimind_v.core.generate.ready import ready
+from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionSpec
+from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionSpec
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.loop import Run
-from minimind_v.core.train.schedule import learning_rate
+from minimind_v.core.train.run import Run
 
 ASSETS = Path(minimind_v.core.demo.__file__).parent / "assets"
 TINY = TextConfig(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
-from minimind_v.core.train import state
-from minimind_v.core.train.loop import Run
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.train import resume as state
+from minimind_v.core.train.run import Run
 from tests.cli.harness import BASE, Running, here, place, read_rows, sighted, write_rows
 
 NAME = "pretrain_vlm_128"

@@ -10,11 +10,11 @@ import yaml
 
 from minimind_v.core.config.load import build_config, resolve
 from minimind_v.core.config.recipes import OWN_KEYS, small_data
+from minimind_v.core.config.schedule import learning_rate, peak
 from minimind_v.core.errors import UsageError
+from minimind_v.core.monitor.messages import LEAST_REACH, too_little
+from minimind_v.core.pages.run_report import read_run, report_page
 from minimind_v.core.train.recall import earlier_run
-from minimind_v.core.train.report import read_run, report_page
-from minimind_v.core.train.schedule import learning_rate, peak
-from minimind_v.core.train.words import LEAST_REACH, too_little
 from tests.cli.harness import EYE, here, place, read_rows, sighted, write_rows
 
 ANSWERS = (
@@ -86,7 +86,7 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, mine, earlier, monkeypatch):
-    from minimind_v.core.train.loop import Run
+    from minimind_v.core.train.run import Run
 
     given = {"lr": 1e-3, "save_every": 30}
     assert small(tmp_path / "whole", earlier, mine, **given).code == 0
@@ -263,7 +263,7 @@ def test_the_peak_is_the_highest_rate():
 def test_the_card_of_an_export_gives_the_true_peak(tmp_path):
     from types import SimpleNamespace
 
-    from minimind_v.core.export import card
+    from minimind_v.core.formats.hf import card
 
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "config.yaml").write_text(yaml.safe_dump({"lr": 1e-6, "freeze": "all"}))

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from minimind_v.core.checkpoint.weights import read_checkpoint
-from minimind_v.core.data.heldout import hold_out
-from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import UsageError
-from minimind_v.core.generate.load import load_model
-from minimind_v.core.train import loop
-from minimind_v.core.train.loop import Run
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.formats.load import load_model
+from minimind_v.core.rows.heldout import hold_out
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.train import run as loop
+from minimind_v.core.train.run import Run
 from tests.cli.harness import ASSETS, EYE, here, place, read_rows, write_rows
 
 NAME = "pretrain_vlm_128"

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from minimind_v.core.data.features.store import FeatureStore, digest
-from minimind_v.core.data.forms import no_form
+from minimind_v.core.data.feature_store import FeatureStore, digest
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PackedTokens, PromptEncoder, Tokens
-from minimind_v.core.data.row import RowStore
 from minimind_v.core.errors import RowError
+from minimind_v.core.rows.forms import no_form
+from minimind_v.core.rows.row import RowStore
 
 
 @dataclass(frozen=True)

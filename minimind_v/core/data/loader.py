@@ -32,8 +32,8 @@ from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.token_store import Text, TokenStore, not_kept
 from minimind_v.core.data.workers import Packed, Whereabouts, affordable, begin, end, unpacked
-from minimind_v.core.interrupt import SIGNALS
 from minimind_v.core.processes import Parent, held_back
+from minimind_v.core.signals import SIGNALS
 
 LANES = 4  # each holds parts of a parquet file in memory; 1, 2 and 4 workers share them evenly
 WINDOW = 32  # updates per window: enough to find rows of one length, and few enough to keep the order random

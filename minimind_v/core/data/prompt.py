@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.row import IMAGE_MARK
 from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
 from minimind_v.core.errors import RowError
+from minimind_v.core.rows.row import IMAGE_MARK
 
 SYSTEM_PROMPT = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")

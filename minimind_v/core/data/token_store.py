@@ -31,9 +31,9 @@ import tokenizers
 
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PackedTokens
-from minimind_v.core.data.row import NOTES
 from minimind_v.core.errors import RunError
 from minimind_v.core.files import sweep, write_atomically
+from minimind_v.core.rows.row import NOTES
 
 MAGIC = b"mmv tokens 1\n"
 HEAD = 64  # bytes: the magic words, the identity, zeros
@@ -333,7 +333,8 @@ def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:
     """
     encoder, path = dataset.encoder, dataset.rows.path
     digest = hashlib.blake2b(digest_size=32)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    core = Path(__file__).parents[1]
+    for source in (*sorted(core.glob("data/*.py")), *sorted(core.glob("rows/*.py"))):
         digest.update(source.read_bytes())
     digest.update(encoder.tokenizer.backend.to_str().encode())
     digest.update(json.dumps([tokenizers.__version__, encoder.tokens_per_image, dataset.max_length]).encode())

@@ -33,7 +33,7 @@ from minimind_v.core.data.prompt import IMAGE_MARK, SYSTEM_PROMPT, PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
 from minimind_v.core.model.loss import IGNORE, supervised, supervised_loss
-from minimind_v.core.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec
+from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec
 from minimind_v.core.model.vlm import VLM
 
 VISION: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,

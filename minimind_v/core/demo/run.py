@@ -18,29 +18,29 @@ from typing import Any
 
 import torch
 
-from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
 from minimind_v.core.config.load import build_config
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pictures, write_pretrain, write_sft, write_test
-from minimind_v.core.demo.report import Sample, write_report
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
-from minimind_v.core.export.files import convert
 from minimind_v.core.files import only_writer, read_notes, write_text
-from minimind_v.core.generate.load import Loaded, load_model
-from minimind_v.core.generate.many import Question, generate_many
+from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
+from minimind_v.core.formats.convert_file import convert
+from minimind_v.core.formats.load import Loaded, load_model
+from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.generate.batch import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR
-from minimind_v.core.model.vision import VisionEncoder
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.loop import train
-from minimind_v.core.train.metrics import Listener, read_metrics
+from minimind_v.core.monitor.metrics import Listener, read_metrics
+from minimind_v.core.pages.demo_report import Sample, write_report
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.train.run import train
 
 MARK = ".mmv-demo"  # in the folder of a demo, which may write over what it left there
 
@@ -110,7 +110,7 @@ class Demo:
         self._note_weights()
         summary = self._summary(before, after, answer, time.perf_counter() - started)
         write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        write_report(self.out / "report.html", summary, self._curves(), samples)
+        write_report(self.out / "report.html", summary, self._curves(), samples, world.knows())
         return summary
 
     def _stage(self, name: str, title: str, command: str, work: Callable[[], Any]) -> Any:
@@ -161,7 +161,7 @@ class Demo:
     def _untrained(self) -> Loaded:
         """The base with a fresh projector: what pretraining starts from."""
         torch.manual_seed(self.seed)
-        encoder, tokenizer = VisionEncoder.load(self.vision), Tokenizer.load(self.tokenizer)
+        encoder, tokenizer = load_encoder(self.vision), Tokenizer.load(self.tokenizer)
         base = read_checkpoint(self.weights["lm_128"])
         model = VLM(base.config, encoder.spec, tokenizer.placeholder_id, encoder)
         return Loaded(model.eval(), tokenizer, base, load_into(model, base, new_projector=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
-from minimind_v.core.data.features.memory import Eye, Memory
+from minimind_v.core.data.feature_cache import Eye, Memory
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.device import autocast
 from minimind_v.core.errors import DataError

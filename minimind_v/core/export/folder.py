@@ -14,10 +14,10 @@ from typing import Any
 
 from minimind_v import __version__
 from minimind_v.core.errors import RunError, UsageError
-from minimind_v.core.export.order import Made, Order
-from minimind_v.core.export.report import Report
+from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.targets import TARGETS
 from minimind_v.core.files import in_use, read_notes, sweep, umask, write_text
+from minimind_v.core.formats.request import Made, Order
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from minimind_v.core.export.order import Made, Order
-from minimind_v.core.export.report import Report
-from minimind_v.core.export.worker import Worker
+from minimind_v.core.export.prove.report import Report
+from minimind_v.core.export.prove.worker import Worker
+from minimind_v.core.formats.request import Made, Order
 
 
 def _to_hf(order: Order, folder: Path, check: bool) -> tuple[Made, Report]:
@@ -20,17 +20,18 @@ def _to_hf(order: Order, folder: Path, check: bool) -> tuple[Made, Report]:
     This one has no torch, unless the caller brought it.
     """
     if not check:
-        from minimind_v.core.export import hf
+        from minimind_v.core.formats.hf import write as hf
 
         return hf.make(order, folder), Report()
-    with Worker("minimind_v.core.export.probe") as prover:
+    with Worker("minimind_v.core.export.prove.ask_hf") as prover:
         with Worker() as maker:
-            made = maker.call("minimind_v.core.export.hf:make", order, folder)
-        return made, prover.call("minimind_v.core.export.verify_hf:verify", order, folder)
+            made = maker.call("minimind_v.core.formats.hf.write:make", order, folder)
+        return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
 
 
 def _to_gguf(order: Order, folder: Path, check: bool) -> tuple[Made, Report]:
-    from minimind_v.core.export import gguf, verify_gguf
+    from minimind_v.core.export.prove import verify_gguf
+    from minimind_v.core.formats.gguf import write as gguf
 
     loaded = gguf.make(order, folder)
     made = Made.of(loaded.checkpoint)

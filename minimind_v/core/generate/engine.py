@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minimind_v.core.generate.ready import ready
-from minimind_v.core.model.text import KVCache
+from minimind_v.core.generate.prompt_cache import ready
+from minimind_v.core.model.decoder import KVCache
 from minimind_v.core.model.vlm import VLM
 
 Draw = Callable[[Tensor], int]  # logits [V] → the next id; a `Sampler`, mostly

@@ -12,12 +12,12 @@ from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
+from minimind_v.core.formats.inputs import check_marks
+from minimind_v.core.generate.detokenize import TextStream
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.picture_names import Picture, read_picture
-from minimind_v.core.generate.ready import ready, signs_of
+from minimind_v.core.generate.prompt_cache import ready, signs_of
 from minimind_v.core.generate.sampling import Sampler, Sampling
-from minimind_v.core.generate.text import TextStream
-from minimind_v.core.inputs import check_marks
 from minimind_v.core.model.vlm import VLM
 
 Image = Picture | Path | str | np.ndarray  # a file read already, its name, or uint8 [3, S, S]

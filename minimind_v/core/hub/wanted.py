@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.hub.remote import Listing, NotThere, RemoteFile
 from minimind_v.core.hub.sources import (
     CLIP_FILES,
@@ -57,13 +56,19 @@ class Want:
         )
 
 
-def wants(what: str, root: Path, preset: str, splits: Iterable[str] = SPLITS, rows: int | None = None) -> list[Want]:
-    """Everything that `what` comes to below `root`.
+def wants(
+    what: str,
+    root: Path,
+    preset: str,
+    file_of: Callable[[str], str],
+    splits: Iterable[str] = SPLITS,
+    rows: int | None = None,
+) -> list[Want]:
+    """Everything that `what` comes to below `root`; `file_of` names the weights of a stage in the preset.
 
     `all` is what training needs. Trained weights come only when they are asked for: they have the names that a run
     gives to its own, which it would then refuse to replace.
     """
-    model = PRESETS[preset]
     found = []
     parts = [name for name in SOURCES if name != "weights"] if what == "all" else [what]
     for source in (SOURCES[part] for part in parts):
@@ -74,9 +79,9 @@ def wants(what: str, root: Path, preset: str, splits: Iterable[str] = SPLITS, ro
             case "tokenizer":
                 found.append(Want("tokenizer", source, TOKENIZER_FILES, folder))
             case "lm":
-                found.append(Want(f"lm {preset}", source, weights_files(weights_name("lm", model)), folder))
+                found.append(Want(f"lm {preset}", source, weights_files(file_of("lm")), folder))
             case "weights":
-                names = [weights_name(stage, model) for stage in ("pretrain", "sft")]
+                names = [file_of(stage) for stage in ("pretrain", "sft")]
                 found.append(Want(f"weights {preset}", source, weights_files(*names), folder))
             case "dataset":
                 place = folder if rows is None else root / SAMPLE_DIR

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model.fused import computing, feed_forward
+from minimind_v.core.model.kernels.cpu_training import computing, feed_forward
 
 GROUPED_ON = (
     9,

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model.decoder import Decoder, KVCache
 from minimind_v.core.model.loss import supervised, supervised_loss
 from minimind_v.core.model.projector import VisionProjector
-from minimind_v.core.model.text import Decoder, KVCache
-from minimind_v.core.model.vision import VisionEncoder, VisionSpec
+from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
 
 
 @dataclass

@@ -10,23 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.checkpoint.companions import UNKNOWN, Companion, Companions, tokenizer_digest, vision_digest
-from minimind_v.core.checkpoint.generations import check_tokenizer
-from minimind_v.core.checkpoint.weights import load_into, read_checkpoint
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.heldout import hold_out
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.stores import open_rows
 from minimind_v.core.data.token_store import keep_tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
-from minimind_v.core.inputs import find_init
-from minimind_v.core.model.vision import VisionEncoder
+from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
+from minimind_v.core.formats.companions import UNKNOWN, Companion, Companions, tokenizer_digest, vision_digest
+from minimind_v.core.formats.generations import check_tokenizer
+from minimind_v.core.formats.inputs import find_init
+from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.model.vision.encoder import VisionEncoder
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.monitor.metrics import Listener
+from minimind_v.core.rows.heldout import hold_out
+from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.train.distributed import World
-from minimind_v.core.train.metrics import Listener
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     `origin` is what the run is made of, its rows per update among it. Raises MissingInput, UsageError or DataError.
     """
     data = config.data
-    encoder, tokenizer = VisionEncoder.load(config.vision_model), Tokenizer.load(data.tokenizer)
+    encoder, tokenizer = load_encoder(config.vision_model), Tokenizer.load(data.tokenizer)
     check_tokenizer(tokenizer, data.tokenizer, find_init(config))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UsageError(

@@ -22,8 +22,8 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind_v.core.checkpoint.folders import VISION
 from minimind_v.core.errors import LostContact, UsageError
+from minimind_v.core.formats.hf.read import VISION
 from minimind_v.core.train.launch import way_to
 
 # What torch's backends say when another process is gone.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import LostContact, MmvError, RunError, UsageError
-from minimind_v.core.interrupt import SIGNALS
+from minimind_v.core.signals import SIGNALS
 
 WORDS = "MMV_LAST_WORDS"  # the folder in which processes leave word, in their environment
 LAUNCHER = "MMV_LAUNCHER"  # the launcher's own number there: it may be gone before a process has looked for its parent

@@ -11,13 +11,13 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.features.store import FeatureStore
+from minimind_v.core.data.feature_store import FeatureStore
 from minimind_v.core.data.loader import BatchPlan
-from minimind_v.core.data.stores import open_rows
 from minimind_v.core.errors import MmvError
 from minimind_v.core.files import read_notes
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.metrics import Recalled
+from minimind_v.core.monitor.metrics import Recalled
+from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.train.validate import See, Validator
 
 BATCH = 8  # rows at a time

@@ -13,7 +13,7 @@ from minimind_v.core.data.images import blank_pixels
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.device import autocast
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.metrics import Validation
+from minimind_v.core.monitor.metrics import Validation
 
 Gather = Callable[[list[float]], list[list[float]]]
 See = Callable[[Batch], Tensor | None]  # the features of a batch's pictures [M, P, width], as in training

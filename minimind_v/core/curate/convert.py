@@ -1,0 +1,153 @@
+"""Rows from one form into another without loss: JSONL with a zip of pictures, or parquet with the pictures in it.
+
+Rows are written in parts, each whole or absent, in a folder beside the target; a conversion that was stopped goes on
+behind the last whole part. At the end the parts become the target, which has its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_v.core.errors import DataError, RowError, UsageError
+from minimind_v.core.files import only_writer, write_text
+from minimind_v.core.outputs import keep_inputs, keep_set
+from minimind_v.core.rows.forms import no_form
+from minimind_v.core.rows.row import RowStore
+from minimind_v.core.rows.writers import Form, JsonlZip, Parquet, Whole
+
+FINISHING = "finishing"  # in the folder of the parts, from when on the files of the target are being made
+PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    files: list[Path]
+    rows: int
+    pictures: int
+    resumed_at: int  # rows that an earlier run had done
+
+
+def convert(
+    rows: RowStore, out: Path, overwrite: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Converted:
+    """Write rows as `out`, in the form that its ending says.
+
+    Raises UsageError for another ending or a target that exists, DataError for the first row that cannot be read:
+    nothing is left out without being asked for.
+    """
+    find_target(out, overwrite, rows.path, rows.pictures)
+    with only_writer(out):
+        target = find_target(out, overwrite, rows.path, rows.pictures)  # another run may have written it meanwhile
+        try:
+            return _convert(rows, target, progress)
+        finally:
+            if not any(target.folder.glob("part-*")):  # nothing to go on from
+                shutil.rmtree(target.folder, ignore_errors=True)
+
+
+def _convert(rows: RowStore, target: Form, progress: Callable[[int, int], None]) -> Converted:
+    """Write the parts that are missing, and make the target of all."""
+    done = begun = _resume(rows, target)
+    pictures = 0
+    for part in _parts(rows, done):
+        pictures += sum(len(whole.pictures) for whole in part)
+        target.write_part(done, part)
+        done += len(part)
+        progress(done, len(rows))
+    write_text(target.folder / FINISHING, "")
+    target.finish()
+    shutil.rmtree(target.folder)
+    return Converted(target.files, done, pictures, begun)
+
+
+def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *others: Path | None) -> Form:
+    """The form that a file's name asks for, where it may be written.
+
+    Raises UsageError for another ending, for a file that is there, and where one of the other paths, which are read,
+    would be written over.
+    """
+    form: type[Form] | None = {".jsonl": JsonlZip, ".parquet": Parquet}.get(out.suffix)  # type: ignore[assignment]
+    if form is None:
+        raise UsageError(f"{out}: ends in neither .jsonl nor .parquet, so it is not clear what to write")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder, and a file is to be written — name another file")
+    target = form(out, out.with_name(f".{out.name}.parts"))
+    check_files(target.files, overwrite or _only_ours(target), rows, pictures, *others)
+    return target
+
+
+def _only_ours(target: Form) -> bool:
+    """Whether all files that are there are of a conversion that was stopped before it had given the last its name."""
+    try:
+        begun = (target.folder / FINISHING).stat().st_mtime_ns
+        return all(path.stat().st_mtime_ns >= begun for path in target.files if path.exists())
+    except OSError:
+        return False
+
+
+def check_files(files: list[Path], overwrite: bool, rows: Path, *others: Path | None) -> None:
+    """Raises UsageError where files of rows may not be written, as `find_target` does."""
+    keep_inputs(files, (rows, *others))
+    keep_set(files, rows)
+    for path in files:
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} is there already — add --overwrite to replace it")
+
+
+def read_whole(rows: RowStore, index: int) -> Whole:
+    """A row with its pictures. Raises DataError that names it."""
+    try:
+        row = rows.row(index)
+        if row.conversations is None:
+            raise no_form(row)
+        return Whole(row, [rows.picture(index, position, name) for position, name in enumerate(row.images)])
+    except RowError as error:
+        raise unreadable(rows, index, error) from None
+
+
+def unreadable(rows: RowStore, index: int, error: RowError) -> DataError:
+    """The error over a row that must be read and cannot be; it says what to do, where that is not told already."""
+    advice = "" if " — " in str(error) else " — `mmv data check --fix` writes a copy without such rows"
+    return DataError(f"{rows.place(index)}: {error}{advice}")
+
+
+def _resume(rows: RowStore, target: Form) -> int:
+    """Rows that stand in whole parts of an earlier run over the same source; parts of another source are removed."""
+    plan = target.folder / "source.json"
+    files = [path for path in (rows.path, rows.pictures) if path]
+    files += sorted(rows.path.rglob("*")) if rows.path.is_dir() else []
+    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    chosen = hashlib.sha256()  # not the same of two selections
+    for index in range(len(rows)):
+        chosen.update(f"{rows.place(index)}\n".encode("utf-8", "surrogateescape"))
+    told = json.dumps({"rows": chosen.hexdigest(), "files": stamps})
+    if not plan.is_file() or plan.read_text(encoding="utf-8") != told:
+        shutil.rmtree(target.folder, ignore_errors=True)
+        write_text(plan, told)
+    done = 0
+    for begin, count in target.parts():
+        if begin != done:
+            break
+        done += count
+    return done
+
+
+def _parts(rows: RowStore, begin: int) -> Iterator[list[Whole]]:
+    part: list[Whole] = []
+    size = 0
+    for index in range(begin, len(rows)):
+        whole = read_whole(rows, index)
+        part.append(whole)
+        size += sum(map(len, whole.pictures))
+        if len(part) == PART_ROWS or size > PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

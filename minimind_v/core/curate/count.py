@@ -1,0 +1,165 @@
+"""Goes through rows in the batches that training makes of them, and counts."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
+from minimind_v.core.data.loader import BatchPlan
+from minimind_v.core.data.prompt import PromptEncoder, Tokens
+from minimind_v.core.errors import RowError
+from minimind_v.core.rows.row import IMAGE_MARK, Row, RowStore
+
+NO_LIMIT = 10**9  # tokens: nothing is cut
+LOOKED_AT = 2000  # characters of a row that tell its language
+
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+LATIN = "A-Za-z\u00c0-\u024f"
+_HAN, _LATIN = re.compile(f"[{HAN}]"), re.compile(f"[{LATIN}]+")
+_OTHER = re.compile(rf"(?![{HAN}{LATIN}])[^\W\d_]")
+
+
+def _numbers() -> array[int]:
+    return array("I")  # a list of a million numbers has a million objects
+
+
+@dataclass
+class Counted:
+    """What was counted. Arrays have a number per row, of the whole row, before truncation."""
+
+    total: array[int] = field(default_factory=_numbers)
+    prompt: array[int] = field(default_factory=_numbers)
+    answers: array[int] = field(default_factory=_numbers)
+    images: array[int] = field(default_factory=_numbers)  # tokens that stand for pictures
+    turns: array[int] = field(default_factory=_numbers)
+    pictures: array[int] = field(default_factory=_numbers)
+    languages: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)  # rows by kind
+    first_skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # by kind: its number, where and why
+    text_rows: int = 0  # with pictures that no mark shows
+    notes: Counter[str] = field(default_factory=Counter)  # rows that are read in another way than they are written
+    cut: int = 0  # rows
+    turns_lost: int = 0
+    answers_lost: int = 0  # tokens
+    used: int = 0  # rows that are trained on
+    kept: int = 0  # their tokens, placeholders included
+    padded: int = 0  # the same, and the padding of their batches
+    supervised: int = 0  # those that are learnt
+    pictures_kept: int = 0
+
+
+def plan_batches(
+    rows: RowStore, encoder: PromptEncoder, config: RunConfig, counted: Counted | None = None
+) -> BatchPlan:
+    """The plan of a run, its rows counted as they are read. No picture is read, so none needs a size."""
+    data = config.data
+    dataset = RowDataset(rows, encoder, 0, data.max_length)
+    if counted is not None:
+        dataset = _CountedRows(rows, encoder, 0, data.max_length)
+        dataset.counted = counted
+    rows_per_update = data.batch_size * config.accumulate * config.gpus
+    return BatchPlan(
+        dataset,
+        data.batch_size,
+        encoder.tokenizer.pad_id,
+        config.seed,
+        rows_per_update=rows_per_update,
+        processes=config.gpus,
+    )
+
+
+def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None]) -> None:
+    """Go through the batches of the first epoch."""
+    done = 0
+    for window in range(plan.windows):
+        planned = plan.window(0, window)
+        for batch in (batch for update in planned.updates for batch in update):
+            texts = [planned.texts[row] for row in batch.tolist()]
+            lengths = [len(row.tokens) for row in texts if isinstance(row, Example)]
+            counted.padded += max(lengths, default=0) * len(lengths)
+            done += len(batch)
+        progress(done, plan.rows)
+
+
+class _CountedRows(RowDataset):
+    """Rows that are counted when their text is read."""
+
+    counted: Counted
+
+    def text(self, index: int) -> Example | BrokenRow:
+        read, counted = super().text(index), self.counted
+        if isinstance(read, Example):
+            assert isinstance(read.tokens, Tokens)
+            counted.used += 1
+            counted.kept += len(read.tokens)
+            counted.supervised += sum(read.tokens.loss_mask)
+            counted.pictures_kept += read.tokens.images
+            counted.text_rows += read.tokens.unmarked > 0
+            counted.notes.update(read.tokens.notes)
+        else:
+            counted.skipped[read.kind] += 1
+            found = (self.rows.number(index), str(read))  # rows come in the order of training
+            counted.first_skipped[read.kind] = min(found, counted.first_skipped.get(read.kind, found))
+        try:
+            row = self.rows.row(index)
+        except RowError:
+            return read
+        counted.pictures.append(len(row.shown))
+        counted.languages[language(row.conversations)] += 1
+        whole = self._whole(row, read)
+        if whole is not None:
+            self._count(whole)
+            if isinstance(read, Example) and len(whole) > len(read.tokens):
+                assert isinstance(read.tokens, Tokens)
+                counted.cut += 1
+                counted.turns_lost += self._turns(whole) - self._turns(read.tokens)
+                counted.answers_lost += sum(whole.loss_mask) - sum(read.tokens.loss_mask)
+        return read
+
+    def _count(self, whole: Tokens) -> None:
+        counted, images, answers = self.counted, sum(whole.image_mask), sum(whole.loss_mask)
+        counted.total.append(len(whole))
+        counted.images.append(images)
+        counted.answers.append(answers)
+        counted.prompt.append(len(whole) - images - answers)
+        counted.turns.append(self._turns(whole))
+
+    def _whole(self, row: Row, read: Example | BrokenRow) -> Tokens | None:
+        """The tokens without truncation. Tokenised again only where some may be missing."""
+        if isinstance(read, Example):
+            assert isinstance(read.tokens, Tokens)
+            told = [message["role"] for message in row.conversations].count("assistant")
+            # A cut through an answer leaves the greatest length, or less by a part of a picture.
+            if self._turns(read.tokens) == told and len(read.tokens) < self.max_length - self.encoder.tokens_per_image:
+                return read.tokens
+        elif read.kind != "too long":
+            return None
+        try:
+            return self.encoder.row(row.conversations, len(row.images), NO_LIMIT)
+        except RowError:
+            return None
+
+    def _turns(self, tokens: Tokens) -> int:
+        """Questions with answers. Nobody's own text has the id that begins a message."""
+        messages = tokens.input_ids.count(self.encoder.tokenizer.bos_id)
+        return (messages - 1) // 2  # the system's is no turn
+
+
+def language(conversations: Any) -> str:
+    """What a conversation is written in, by its script: a Chinese character counts as much as a Latin word."""
+    if not isinstance(conversations, list):
+        return "other"
+    texts = (message.get("content") for message in conversations if isinstance(message, dict))
+    text = " ".join(part[:LOOKED_AT] for part in texts if isinstance(part, str))[:LOOKED_AT].replace(IMAGE_MARK, "")
+    han, latin, other = (len(pattern.findall(text)) for pattern in (_HAN, _LATIN, _OTHER))
+    if other > han + latin or not han + latin:
+        return "other"
+    if 0.2 < han / (han + latin) < 0.8:
+        return "mixed"
+    return "Chinese" if han > latin else "English"

@@ -1,0 +1,201 @@
+"""Rows as the model gets them: pictures after the crop, text as tokens, what is learnt and what is cut off."""
+
+from __future__ import annotations
+
+import io
+import json
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.curate.count import NO_LIMIT, plan_batches
+from minimind_v.core.curate.token_text import Piece, TokenReader
+from minimind_v.core.data.dataset import BrokenRow, Example
+from minimind_v.core.data.images import decode, load_pixels
+from minimind_v.core.data.loader import WINDOW, BatchPlan
+from minimind_v.core.data.prompt import PromptEncoder, Tokens
+from minimind_v.core.errors import RowError
+from minimind_v.core.model.vision.encoder import VisionSpec
+from minimind_v.core.rows.row import IMAGE_MARK, Row, RowStore
+
+THUMBNAIL = 360  # pixels of the longer side
+MOST_PIECES = 4000  # tokens of one row that are shown
+MOST_PICTURES = 16  # of one row that are shown
+MOST_TEXT = 2000  # characters of a broken row that are shown
+TEXT_ROW = f"a text row: it has a picture but no {IMAGE_MARK} mark, so the model is shown none"
+
+
+@dataclass(frozen=True)
+class PictureView:
+    """A picture as its file has it, and as the model sees it."""
+
+    name: str
+    trouble: str = ""
+    kind: str = ""  # of the trouble
+    width: int = 0  # of the original, upright
+    height: int = 0
+    size: int = 0  # of its file, in bytes
+    thumbnail: bytes = b""  # JPEG of the whole original
+    model: bytes = b""  # PNG, exactly the pixels that the vision tower gets
+
+    @property
+    def kept(self) -> float:
+        """Share of the original's area that the crop leaves."""
+        return min(self.width, self.height) / max(self.width, self.height, 1)
+
+
+@dataclass(frozen=True)
+class BatchView:
+    """The batch of the first epoch that a row goes into."""
+
+    rows: int
+    length: int  # of its longest row, to which all are padded
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One row. Without `trouble` it is trained on; `pieces` may be there all the same, where the tokens can be told."""
+
+    place: str
+    trouble: str = ""
+    kind: str = ""  # of the trouble
+    pieces: list[Piece] = field(default_factory=list)
+    hidden: int = 0  # tokens that are too many to be shown
+    tokens: Tokens = field(default_factory=Tokens)  # after truncation: what the model reads
+    whole: int = 0  # tokens before truncation
+    answers_lost: int = 0  # tokens of answers that truncation took
+    unanswered: str = ""  # a last question without an answer, which is left out
+    unmarked: int = 0  # pictures of a text row, which no mark shows
+    pictures: list[PictureView] = field(default_factory=list)
+    batch: BatchView | None = None
+    source: str = ""  # of a broken row
+
+    @property
+    def supervised(self) -> int:
+        return sum(self.tokens.loss_mask)
+
+
+class Previewer:
+    """Looks at rows as the recipe of a run would read them."""
+
+    def __init__(self, rows: RowStore, encoder: PromptEncoder, spec: VisionSpec, config: RunConfig) -> None:
+        self.rows = rows
+        self.encoder = encoder
+        self.spec = spec
+        self.config = config
+        self._reader = TokenReader(encoder.tokenizer)
+        self._plan: BatchPlan = plan_batches(rows, encoder, config)
+
+    def choose(self, count: int, seed: int, start: int | None = None) -> list[int]:
+        """Indices of `count` rows: drawn, or those from row number `start` on. In the order of the file."""
+        if start is not None:
+            # Shards count from 1 each; in their folder rows are counted through.
+            begin = (
+                bisect_left(range(len(self.rows)), start, key=self.rows.number)
+                if self.rows.path.is_file()
+                else start - 1
+            )
+            return list(range(begin, min(begin + count, len(self.rows))))
+        drawn = np.random.default_rng(seed).choice(len(self.rows), min(count, len(self.rows)), replace=False)
+        return sorted(int(index) for index in drawn)
+
+    def view(self, index: int) -> RowView:
+        """One row. Never raises RowError: what is wrong with a row is what there is to see."""
+        place = self.rows.place(index)
+        try:
+            row = self.rows.row(index)
+        except RowError as error:
+            return RowView(place, str(error), error.kind)
+        pictures = [self._picture(index, n, name) for n, name in enumerate(row.shown[:MOST_PICTURES])]
+        try:
+            whole = self.encoder.row(row.conversations, len(row.images), NO_LIMIT)
+        except RowError as error:
+            return RowView(place, str(error), error.kind, pictures=pictures, source=_source(row))
+        trouble, kind, kept = "", "", Tokens()
+        try:
+            kept = self.encoder.row(row.conversations, len(row.images), self.config.data.max_length)
+        except RowError as error:
+            trouble, kind = str(error), error.kind
+        bad = next((n for n, picture in enumerate(pictures[: kept.images]) if picture.trouble), None)
+        if bad is not None:
+            trouble, kind = pictures[bad].trouble, pictures[bad].kind
+        pieces = self._reader.pieces(whole, len(kept), self.spec.tokens_per_image, MOST_PIECES)
+        return RowView(
+            place,
+            trouble,
+            kind,
+            pieces,
+            len(whole) - sum(len(piece.ids) for piece in pieces),
+            kept,
+            len(whole),
+            sum(whole.loss_mask) - sum(kept.loss_mask),
+            _unanswered(row.conversations),
+            whole.unmarked,
+            pictures,
+            None if trouble else self._batch(index),
+        )
+
+    def _picture(self, index: int, position: int, name: str) -> PictureView:
+        try:
+            data = self.rows.picture(index, position, name)
+            pixels = load_pixels(data, name, self.spec.image_size)  # [3, S, S]
+            original = decode(data, name)
+        except RowError as error:
+            return PictureView(name, str(error), error.kind)
+        width, height = original.size
+        original.thumbnail((THUMBNAIL, THUMBNAIL))
+        thumbnail, model = io.BytesIO(), io.BytesIO()
+        original.save(thumbnail, "JPEG", quality=80)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(model, "PNG")
+        return PictureView(name, "", "", width, height, len(data), thumbnail.getvalue(), model.getvalue())
+
+    def _batch(self, index: int) -> BatchView | None:
+        """Found in the plan itself: its neighbours decide how much padding a row gets."""
+        window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self._plan.rows_per_update)
+        planned = self._plan.window(0, window)
+        for batch in (batch for update in planned.updates for batch in update):
+            texts = [planned.texts[row] for row in batch.tolist()]
+            examples: list[Example] = [row for row in texts if not isinstance(row, BrokenRow)]
+            if any(example.index == index for example in examples):
+                return BatchView(len(examples), max(len(example.tokens) for example in examples))
+        return None
+
+
+def _unanswered(conversations: list[dict[str, str]]) -> str:
+    return conversations[-1]["content"][:MOST_TEXT] if conversations[-1]["role"] == "user" else ""
+
+
+def _source(row: Row) -> str:
+    """What a row says that cannot be read."""
+    value: dict[str, Any] = {"conversations": row.conversations, "image": row.images}
+    text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
+    return text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + " …"
+
+
+def as_json(view: RowView) -> dict[str, Any]:
+    """A row for programs: its ids, and from where to where they are supervised."""
+    mask = [False, *view.tokens.loss_mask, False]
+    edges = [n for n in range(len(mask) - 1) if mask[n] != mask[n + 1]]
+    return {
+        "place": view.place,
+        "used": not view.trouble,
+        "kind": view.kind,
+        "message": view.trouble,
+        "tokens": len(view.tokens),
+        "tokens_before_truncation": view.whole,
+        "supervised_tokens": view.supervised,
+        "answer_tokens_cut": view.answers_lost,
+        "unmarked_pictures": view.unmarked,
+        "image_tokens": sum(view.tokens.image_mask),
+        "padded_to": view.batch.length if view.batch else None,
+        "pictures": [
+            {"name": one.name, "width": one.width, "height": one.height, "kept": one.kept, "trouble": one.trouble}
+            for one in view.pictures
+        ],
+        "input_ids": view.tokens.input_ids,
+        "supervised": list(zip(edges[::2], edges[1::2], strict=True)),
+    }

@@ -1,0 +1,140 @@
+"""Holds out rows by picture: no picture stands on both sides, whatever it is called there."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from minimind_v.core.curate.convert import check_files, convert, unreadable
+from minimind_v.core.errors import RowError, RunError, UsageError
+from minimind_v.core.files import as_json, only_writer, write_atomically
+from minimind_v.core.rows.arrow import SavedRows
+from minimind_v.core.rows.folder import FolderRows
+from minimind_v.core.rows.heldout import choose, group_by_picture
+from minimind_v.core.rows.parquet import ParquetRows
+from minimind_v.core.rows.row import RowStore, names_as_text
+from minimind_v.core.rows.subset import SampledRows
+from minimind_v.core.rows.tar import TarRows
+from minimind_v.core.rows.writers import ENDINGS
+from minimind_v.core.wording import plural
+
+SPLIT = "split"  # what the lock and the files on the way are called
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two sets of rows."""
+
+    train: Path
+    held_out: Path
+    train_rows: int
+    held_out_rows: int
+    groups: int  # rows that share no picture with rows of another
+
+
+def split(
+    rows: RowStore,
+    out: Path,
+    held_out: float,
+    seed: int,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Split:
+    """Write `train` and `held_out` into a folder: parquet where the rows have their pictures in them, else JSONL.
+
+    `held_out` is a share below 1, or a number of rows from 1 on. Rows that share a picture, directly or by way of other
+    rows, stay together. Raises UsageError where one side would be empty, DataError for a row that cannot be read.
+    """
+    packed = isinstance(rows, ParquetRows | SavedRows | TarRows) or (
+        isinstance(rows, FolderRows) and rows.pictures is None
+    )  # with the pictures in the rows
+    train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
+    check_files([train, aside], overwrite, rows.path, rows.pictures)
+    for path in (train, aside):
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder, and a file is to be written — name another --out")
+
+    def refuse(index: int, error: RowError) -> None:
+        raise unreadable(rows, index, error)
+
+    # Rows are read first, then written.
+    groups = group_by_picture(rows, refuse, lambda done: progress(done, 2 * len(rows)))
+    held = _hold_out(groups, held_out, seed)
+    with only_writer(out / SPLIT):
+        check_files([train, aside], overwrite, rows.path, rows.pictures)  # another run may have written them meanwhile
+        staging = out / f".{SPLIT}.parts"  # both or neither get their names, and what was there stays until then
+        staged = [staging / path.name for path in (aside, train)]
+        try:
+            for path, chosen in zip(staged, (held, ~held), strict=True):
+                part = SampledRows(rows, np.flatnonzero(chosen))
+                if packed:
+                    convert(part, path, overwrite=True)
+                else:
+                    _write_rows(part, path)
+                progress(len(rows) + len(part), 2 * len(rows))
+            _publish(staged, [aside, train])
+        finally:
+            for path in staged:
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # what a conversion goes on from is still in it
+                staging.rmdir()
+    return Split(train, aside, int((~held).sum()), int(held.sum()), len(np.unique(groups)))
+
+
+def _publish(staged: list[Path], final: list[Path]) -> None:
+    """Give files their names, or none of them. Raises RunError, and what was there before is there again."""
+    aside = {path: staged[0].with_name(f"{path.name}.old") for path in final}
+    try:
+        for new, path in zip(staged, final, strict=True):
+            if path.exists():
+                path.replace(aside[path])
+            new.replace(path)
+    except OSError as error:
+        for path, old in aside.items():
+            if old.exists():
+                old.replace(path)
+            elif not staged[final.index(path)].exists():
+                path.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}); what stood there is there") from None
+    for old in aside.values():
+        old.unlink(missing_ok=True)
+
+
+def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
+    """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit whole."""
+    wanted = round(held_out * len(groups)) if held_out < 1 else int(held_out)
+    held = choose(groups, wanted, seed)
+    if not 0 < held.sum() < len(groups):
+        raise UsageError(
+            f"--held-out {held_out:g} of {plural(len(groups), 'row')}, in {plural(len(np.unique(groups)), 'group')} "
+            "that share pictures, leaves one side empty"
+        )
+    return held
+
+
+def _write_rows(rows: RowStore, path: Path) -> None:
+    """Rows that name the same pictures as before, or have them in base64 where they stood in the rows before."""
+
+    def write(file: BinaryIO) -> None:
+        for index in range(len(rows)):
+            row = rows.row(index)
+            names = [
+                _as_text(rows.picture(index, position, name)) if position in row.inline else name
+                for position, name in enumerate(row.images)
+            ]
+            image = {"image": names_as_text(names)} if names else {}
+            file.write((as_json({"conversations": row.conversations} | image | row.extra) + "\n").encode())
+
+    write_atomically(path, write)
+
+
+def _as_text(data: bytes) -> str:
+    """A picture as a data URI."""
+    kind = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "unknown")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,292 @@
+"""Features of pictures on disk: found by a digest of the picture, written by several processes at once.
+
+A folder holds segments. A segment belongs to the one process that made it and is two files: `.features`, records of one
+size behind each other, and `.index`, an entry for each record, written when the record is there. An entry proves itself
+and its record by checksums, so that whatever a kill, a crash of the machine or a damaged disk leaves is not found; no
+segment is ever continued by another process. Readers look again at what has grown.
+
+Records are read with `pread`, not through a memory map: the page cache serves both alike, and a file that is cut while
+it is mapped ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from minimind_v.core.data.feature_layout import Form
+
+ENTRY = 24  # bytes: a key of 16, the checksum of its record, the checksum of both
+HEAD = 20  # bytes of an entry that its checksum covers
+LOOSE = 4096  # entries that are kept in a dict until they are sorted in
+SHARE = 4  # of the bytes that are free, those that are taken are one part in so many
+PROBES = 4  # records that are written and read to measure a disk
+FULL = 32  # free bytes of a disk are left alone below so many records
+
+
+def digest(data: bytes) -> bytes:
+    """The key of a picture: 16 bytes that tell its file's content."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class FeatureStore:
+    """Features by key. Cheap to pickle; forked or spawned, each process has files of its own."""
+
+    def __init__(self, folder: Path, form: Form, budget: int) -> None:
+        """`budget` is how many bytes all segments of all folders beside this one may have together."""
+        self.folder, self.form, self.budget = folder, form, budget
+        self._forget()
+
+    @classmethod
+    def below(cls, root: Path, name: str, form: Form) -> FeatureStore:
+        """The store of this name in a folder of stores, which together may have a quarter of what is free."""
+        return cls(root / name, form, sum(used_and_free(root / name)) // SHARE)
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._segments: list[_Segment] = []
+        self._names: set[str] = set()
+        self._sorted = np.empty(0, np.uint64), np.empty(0, np.int64)  # the beginnings of keys, and where they are
+        self._loose: dict[int, int] = {}
+        self._own: _Segment | None = None
+        self.trouble: str | None = None  # why nothing more is written
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._forget()
+
+    def count(self) -> int:
+        """Pictures that can be found."""
+        self._refresh()
+        return len(self._sorted[0]) + len(self._loose)
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self, key: bytes) -> Tensor | None:
+        """The features of a picture [P, width], or None where they are not there, or not whole."""
+        place = self._find(key)
+        if place is None and self._refresh():
+            place = self._find(key)
+        if place is None:
+            return None
+        segment, number = self._segments[place >> 40], place & (1 << 40) - 1
+        data = segment.read(key, number)
+        if data is None:  # from now on it is as if it had never been
+            self._loose[_short(key)] = -1
+            return None
+        return self.form.unpack(data)
+
+    def _find(self, key: bytes) -> int | None:
+        """Segment and number of an entry that begins like the key, as one number."""
+        if self._pid != os.getpid():
+            self._forget()
+        short = _short(key)
+        place = self._loose.get(short)
+        if place is None:
+            keys, places = self._sorted
+            at = int(np.searchsorted(keys, np.uint64(short), "right")) - 1
+            place = int(places[at]) if at >= 0 and int(keys[at]) == short else -1
+        return place if place >= 0 else None
+
+    def _refresh(self) -> bool:
+        """Take in what has been written since; says whether there was anything. Costs some microseconds."""
+        if self._pid != os.getpid():
+            self._forget()
+        names: set[str] = set()
+        with contextlib.suppress(OSError):
+            names = {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".index")}
+        for name in sorted(names - self._names):  # in the order in which they were begun
+            self._names.add(name)
+            with contextlib.suppress(OSError):  # half deleted, or not for us
+                self._segments.append(_Segment(self.folder / name[: -len(".index")], self.form.record))
+        grown = False
+        for number, segment in enumerate(self._segments):
+            shorts, numbers = segment.grown()
+            if len(shorts):
+                grown = True
+                self._take_in(shorts, numbers | number << 40)
+        return grown
+
+    def _take_in(self, shorts: np.ndarray, places: np.ndarray) -> None:
+        if len(self._loose) + len(shorts) <= LOOSE:
+            self._loose |= zip(shorts.tolist(), places.tolist(), strict=True)
+            return
+        loose = list(self._loose), list(self._loose.values())
+        keys = np.concatenate([self._sorted[0], np.array(loose[0], np.uint64), shorts])
+        where = np.concatenate([self._sorted[1], np.array(loose[1], np.int64), places])
+        order = np.argsort(keys, kind="stable")
+        keys, where = keys[order], where[order]
+        last = np.append(keys[1:] != keys[:-1], True)  # of entries with one key, the youngest
+        self._sorted, self._loose = (keys[last], where[last]), {}
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def write(self, keys: Sequence[bytes], features: Tensor) -> None:
+        """Add pictures, features [K, P, width] on the CPU, as long as there is room; those that are there stay.
+
+        Never raises for want of room or rights: `trouble` then says why nothing more is written.
+        """
+        fresh = {key: n for n, key in enumerate(keys) if self._find(key) is None}
+        if self.trouble or not fresh:
+            return
+        try:
+            if self._own is not None and self._own.deleted():
+                self.close()
+            self.trouble = self._no_room(len(fresh) * self.form.record)
+            if self.trouble:
+                return
+            if self._own is None:
+                self._begin()
+            assert self._own is not None
+            records = self.form.pack(features[list(fresh.values())])
+            shorts, numbers = self._own.append(list(fresh), records)
+        except OSError as error:
+            self.trouble = f"{self.folder}: {error.strerror or error}"
+            return
+        self._take_in(shorts, numbers | self._segments.index(self._own) << 40)
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+        self._own = _Segment(self.folder / name, self.form.record, new=True)
+        self._segments.append(self._own)
+        self._names.add(f"{name}.index")
+
+    def _no_room(self, wanted: int) -> str | None:
+        used, free = used_and_free(self.folder)
+        if used + wanted > self.budget:
+            return f"the budget of {self.budget / 1e9:.1f} GB is used up"
+        if free < wanted + FULL * self.form.record:
+            return "the disk is full"
+        return None
+
+    def close(self) -> None:
+        """Let go of all files. The store can be used again."""
+        for segment in self._segments:
+            segment.close()
+        self._forget()
+
+
+class _Segment:
+    """Two files that one process writes and any process reads."""
+
+    def __init__(self, path: Path, record: int, new: bool = False) -> None:
+        self.record = record
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL if new else os.O_RDONLY
+        self._data = os.open(path.with_suffix(".features"), flags, 0o666)
+        try:
+            self._index = os.open(path.with_suffix(".index"), flags, 0o666)
+        except OSError:
+            os.close(self._data)
+            raise
+        self._seen = 0  # entries
+
+    def grown(self) -> tuple[np.ndarray, np.ndarray]:
+        """The beginnings of keys and the numbers of entries that are new here and prove themselves."""
+        data = b""
+        with contextlib.suppress(OSError):
+            behind = os.fstat(self._index).st_size // ENTRY - self._seen
+            data = os.pread(self._index, behind * ENTRY, self._seen * ENTRY) if behind > 0 else b""
+        if not data:  # mostly: asked for every picture that is not there yet
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
+        return self._keep(data[: len(data) // ENTRY * ENTRY])
+
+    def _keep(self, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
+        words = np.frombuffer(raw, "<u8").reshape(-1, ENTRY // 8)  # the first is the beginning of the key
+        whole = [
+            zlib.crc32(raw[at : at + HEAD]) == int.from_bytes(raw[at + HEAD : at + ENTRY], "little")
+            for at in range(0, len(raw), ENTRY)
+        ]
+        numbers = np.flatnonzero(whole) + self._seen
+        self._seen += len(words)
+        return words[whole, 0], numbers
+
+    def deleted(self) -> bool:
+        """Whether its files have no name any more: what is written then takes room and is found by nobody."""
+        return not os.fstat(self._data).st_nlink or not os.fstat(self._index).st_nlink
+
+    def read(self, key: bytes, number: int) -> bytearray | None:
+        """The record of an entry, if it has this key and is whole."""
+        data = bytearray(self.record)
+        try:
+            entry = os.pread(self._index, HEAD, number * ENTRY)
+            if entry[:16] != key or os.preadv(self._data, [data], number * self.record) != self.record:
+                return None
+        except OSError:
+            return None
+        return data if entry == _head(key, data) else None
+
+    def append(self, keys: list[bytes], records: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Write records, then their entries. What fails half-way (OSError) leaves no entry."""
+        entries = b""
+        for n, (key, data) in enumerate(zip(keys, records, strict=True)):
+            _write_all(self._data, data, (self._seen + n) * self.record)
+            head = _head(key, data)
+            entries += head + zlib.crc32(head).to_bytes(4, "little")
+        _write_all(self._index, entries, self._seen * ENTRY)
+        return self._keep(entries)
+
+    def close(self) -> None:
+        os.close(self._data)
+        os.close(self._index)
+
+
+def _head(key: bytes, data: bytes | bytearray) -> bytes:
+    """What an entry says of a record."""
+    return key + zlib.crc32(data).to_bytes(4, "little")
+
+
+def _write_all(handle: int, data: bytes, offset: int) -> None:
+    """A disk that has room for a part takes a part, and says what is wrong when it is asked again."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(handle, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def used_and_free(folder: Path) -> tuple[int, int]:
+    """Bytes of all segments beside and in a folder, and free ones of its disk."""
+    root = folder.parent
+    used = 0
+    for file in root.glob("*/*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            used += file.stat().st_size
+    there = next(path for path in (root, *root.parents) if path.exists())
+    found = os.statvfs(there)
+    return used, found.f_bavail * found.f_frsize
+
+
+def measure_reading(root: Path, record: int) -> float | None:
+    """Seconds to read a record below `root` that the page cache does not have; None where none can be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root) as file:
+            file.write(os.urandom(record) * PROBES)
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            begun = time.perf_counter()
+            for n in range(PROBES):
+                zlib.crc32(os.pread(file.fileno(), record, n * record))
+            return (time.perf_counter() - begun) / PROBES
+    except OSError:
+        return None
+
+
+def _short(key: bytes) -> int:
+    return int.from_bytes(key[:8], "little")

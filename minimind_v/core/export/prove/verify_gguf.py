@@ -1,0 +1,217 @@
+"""Are the two GGUF files the same as their source? Read back, and where it is installed llama.cpp itself is asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minimind_v.core.data.images import to_pixels
+from minimind_v.core.data.prompt import PromptEncoder, Tokens
+from minimind_v.core.errors import RunError
+from minimind_v.core.export.prove.cases import CASES, Case, pictures
+from minimind_v.core.export.prove.report import Report
+from minimind_v.core.files import size_of
+from minimind_v.core.formats.gguf import language, vision
+from minimind_v.core.formats.gguf.file import QUANTIZATIONS, Reader
+from minimind_v.core.formats.gguf.read import MMPROJ, MODEL
+from minimind_v.core.formats.gguf.tokenizer import read_words
+from minimind_v.core.formats.gguf.write import DEFAULT
+from minimind_v.core.formats.load import Loaded
+from minimind_v.core.formats.request import Order
+
+# How far a number of a matrix may be off, as a share of the largest in it: half a step of the coarsest block.
+STEP = {
+    "f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 220,
+    "q5_1": 1 / 30, "q5_0": 1 / 15, "q4_1": 1 / 14, "q4_0": 1 / 7,
+}  # fmt: skip
+# What llama.cpp's half precision (of activations, keys, values, its table of GELU) may cost of the largest logit or
+# feature, in the median: a near tie between two experts may fall otherwise and change single answers altogether.
+# A conversion that is wrong is off by all of it. Below eight bits the answers themselves change: told, not judged.
+ALLOWED = {"f32": 0.05, "f16": 0.05, "bf16": 0.2, "q8_0": 0.2}
+TEXTS = (
+    "Hello, world! Don't you'll IT'S  two  spaces\n\n\ttabs 12345 3.14",
+    "请描述这张图片里的内容：一只猫，２０２４年。日本語、한국어。",
+    "🙂👨‍👩‍👧 é ﬁ ½ \u00a0\u3000 user@example.com @@@@",
+    "def f(x):\n    return x[0] @ {'a': 1}  # <|im_end|>",
+)
+
+
+def verify(loaded: Loaded, folder: Path, order: Order) -> Report:
+    """Compare the files with their source: sizes, weights, token ids, logits, greedy tokens.
+
+    `loaded` is of no more use then. Raises RunError where llama.cpp is installed and does not open them at all.
+    """
+    quantize, report = order.quantize or DEFAULT, Report()
+    loaded.checkpoint.tensors.clear()  # the model has them
+    config = language.read_config(Reader(folder / MODEL))
+    same = config == loaded.model.config
+    report.add("sizes", "the same" if same else f"{config}, not {loaded.model.config}", same)
+    if same:
+        _compare_weights(report, loaded, folder, quantize)
+        words = read_words(Reader(folder / MODEL))
+        _compare_ids(report, loaded, [words.encode(text).ids for text in TEXTS])
+    if report.wrong:
+        return report
+    if not _llama_is_installed():
+        _compare_read_back(report, loaded, folder)
+    else:
+        with tempfile.TemporaryDirectory(prefix="mmv-verify-") as work:
+            _compare_llama(report, loaded, _ask(folder, Path(work), loaded.model.spec.image_size), quantize)
+    report.add("size", f"{size_of(folder):,} bytes; the source has {size_of(order.model):,}")
+    return report
+
+
+def _compare_weights(report: Report, loaded: Loaded, folder: Path, quantize: str) -> None:
+    """File after file, so that one goes out of memory before the other comes."""
+    ours, encoder = loaded.model.state_dict(), loaded.model.vision_encoder
+    assert encoder is not None
+    theirs = language.read_tensors(Reader(folder / MODEL), loaded.model.config)
+    worst = max(_apart(ours[name], tensor) for name, tensor in theirs.items())
+    del theirs
+    eye = Reader(folder / MMPROJ)
+    worst = max(worst, *(_apart(ours[name], tensor) for name, tensor in vision.read_projector(eye).items()))
+    report.add("weights", f"at most {worst:.1g} of the largest apart", worst <= STEP[quantize] * 1.02)
+    tower, step = vision.tower_tensors(encoder), STEP[QUANTIZATIONS[quantize]]
+    worst = max(_apart(tower[name], tensor) for name, tensor in vision.read_tower(eye))
+    report.add("vision tower", f"at most {worst:.1g} of the largest apart", worst <= step * 1.02 + 1e-6)
+
+
+def _compare_ids(report: Report, loaded: Loaded, found: list[list[int]]) -> None:
+    same = sum(loaded.tokenizer.encode(text).ids == ids for text, ids in zip(TEXTS, found, strict=True))
+    report.add("token ids", f"the same in {same} of {len(TEXTS)} texts", same == len(TEXTS))
+
+
+def _compare_read_back(report: Report, loaded: Loaded, folder: Path) -> None:
+    report.add("opened by", "our own reader; llama.cpp is asked as well where llama-cpp-python is installed")
+    ours = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
+    _take_weights(loaded, folder)
+    theirs = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
+    report.add("logits", f"at most {max(map(_apart, ours, theirs)):.2%} of the largest apart")
+
+
+@torch.no_grad()
+def _take_weights(loaded: Loaded, folder: Path) -> None:
+    """Put the files' numbers in the place of the source's: no second model is in memory."""
+    model, eye = Reader(folder / MODEL), Reader(folder / MMPROJ)
+    assert loaded.model.vision_encoder is not None
+    ours, tower = loaded.model.state_dict(), loaded.model.vision_encoder.tower.state_dict()
+    for name, tensor in (language.read_tensors(model, loaded.model.config) | vision.read_projector(eye)).items():
+        ours[name].copy_(tensor)
+    for name, tensor in vision.read_tower(eye):
+        tower[name].copy_(tensor)
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def _llama_is_installed() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
+    """What llama.cpp answers, from a process of its own. It is shown the pixels that ours sees: it crops otherwise."""
+    for number in range(len(pictures())):
+        square = _pixels(number, size).numpy().transpose(1, 2, 0)
+        Image.fromarray(square).save(work / f"{number}.png")
+    cases = [{"messages": case.standard, "pictures": [f"{n}.png" for n in case.pictures]} for case in CASES]
+    (work / "cases.json").write_text(json.dumps({"cases": cases, "texts": TEXTS}), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "minimind_v.core.export.prove.ask_llama", str(folder), str(work)],
+        capture_output=True, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise RunError(f"llama.cpp does not open what was written ({reason:.300}); nothing is left of it")
+    with np.load(work / "answers.npz") as found:
+        return dict(found)
+
+
+def _compare_llama(report: Report, loaded: Loaded, found: dict[str, np.ndarray], quantize: str) -> None:
+    report.add("opened by", f"llama.cpp ({_version()})")
+    _compare_ids(report, loaded, [found[f"text{number}"].tolist() for number in range(len(TEXTS))])
+    prompts = sum(
+        _as_asked(_encode(loaded, case)) == found[f"ids{number}"].tolist() for number, case in enumerate(CASES)
+    )
+    report.add("prompts", f"the same in {prompts} of {len(CASES)}", prompts == len(CASES))
+    if report.wrong:
+        return
+    given: list[float] = []
+    logits: list[float] = []
+    whole: list[float] = []
+    likely: list[bool] = []
+    for number, case in enumerate(CASES):
+        said, theirs = found[f"said{number}"].tolist(), torch.from_numpy(found[f"logits{number}"])
+        seen = _features(loaded, case, corner=False)
+        if seen is not None:
+            with torch.inference_mode():
+                ours = loaded.model.vision_proj(seen).flatten(0, 1)  # [M·P, hidden]
+            given += _each_apart(ours, torch.from_numpy(found[f"given{number}"]))
+        logits += _each_apart(_think(loaded, case, said, seen), theirs)
+        ours = _think(loaded, case, said, _features(loaded, case))
+        whole += _each_apart(ours, theirs)
+        likely += (ours.argmax(-1) == torch.tensor(said)).tolist()
+    allowed = ALLOWED.get(quantize, float("inf"))
+    for name, apart in (("picture features", given), ("logits", logits)):
+        told = f"{median(apart):.2%} of the largest apart in the median, at most {max(apart):.2%}"
+        report.add(name, told, median(apart) <= allowed)
+    report.add("the corner's patch", f"not seen by llama.cpp: with it, logits {median(whole):.2%} apart in the median")
+    report.add("greedy tokens", f"{sum(likely)} of {len(likely)} those of the source, which sees the corner")
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"llama-cpp-python {version('llama-cpp-python')}"
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, as a share of the largest number of ours."""
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))
+
+
+def _each_apart(ours: Tensor, theirs: Tensor) -> list[float]:
+    """The same for each row [N, …]."""
+    return ((ours - theirs).abs().amax(-1) / ours.abs().max()).tolist()
+
+
+def _encode(loaded: Loaded, case: Case) -> Tokens:
+    return PromptEncoder(loaded.tokenizer, loaded.model.spec.tokens_per_image).prompt(case.conversations)
+
+
+def _as_asked(tokens: Tokens) -> list[int]:
+    return [-1 if patch else id for id, patch in zip(tokens.input_ids, tokens.image_mask, strict=True)]
+
+
+def _pixels(number: int, size: int) -> Tensor:
+    return torch.from_numpy(to_pixels(pictures()[number], size))
+
+
+@torch.inference_mode()
+def _features(loaded: Loaded, case: Case, corner: bool = True) -> Tensor | None:
+    encoder = loaded.model.vision_encoder
+    assert encoder is not None
+    if not case.pictures:
+        return None
+    pixels = torch.stack([_pixels(number, encoder.spec.image_size) for number in case.pictures])
+    return encoder(pixels) if corner else vision.without_corner(encoder, pixels)
+
+
+@torch.inference_mode()
+def _think(loaded: Loaded, case: Case, said: list[int], features: Tensor | None) -> Tensor:
+    """The logits of each token said behind the prompt [N, V]; of the prompt's own without any."""
+    tokens = _encode(loaded, case)
+    ids = torch.tensor([tokens.input_ids + said])
+    mask = torch.tensor([tokens.image_mask + [False] * len(said)])
+    logits = loaded.model(ids, image_features=features, image_mask=mask).logits
+    assert logits is not None
+    return logits[0, -len(said) - 1 : -1] if said else logits[0]

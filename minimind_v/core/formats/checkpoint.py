@@ -1,0 +1,344 @@
+"""Weights files: reading them safely, knowing what they are, and loading them with a receipt.
+
+A checkpoint is a flat state dict in half precision without `vision_encoder.*`, under the published names, as `.pth`
+or `.safetensors`. What a file cannot say of itself (the number of attention heads, the stage) stands in a small JSON
+beside it, or in the safetensors header; where that is absent, sizes are inferred from the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from minimind_v.core.config.presets import name_preset
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.errors import RunError, UsageError, WeightsError
+from minimind_v.core.files import MOST_JSON, write_atomically, write_text
+from minimind_v.core.formats.companions import RECORD, UNKNOWN, Companions, as_record, of_the_run, read_record
+from minimind_v.core.formats.generations import check_weights
+from minimind_v.core.formats.gguf.read import is_gguf, read_gguf
+from minimind_v.core.formats.hf.read import META, VISION, read_folder
+from minimind_v.core.formats.tensor_files import check_numbers, read_tensors
+from minimind_v.core.hub.sources import weights_at
+from minimind_v.core.wording import plural
+
+PROJECTOR = "vision_proj."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix
+# Buffers that older versions of the published model saved and that are computed today.
+_OLD_BUFFERS = re.compile(r"(\.|^)(mask|pos_cis|freqs_cos|freqs_sin|inv_freq)$")
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
+# What the shapes of tensors tell for certain, so that no description may say otherwise.
+_SHAPED = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "use_moe")
+_SHAPED_EXPERTS = ("n_routed_experts", "n_shared_experts")
+# What changes what weights compute, and no shape.
+_UNSHAPED = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A weights file in memory."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: TextConfig
+    stage: str  # lm, pretrain, sft or unknown
+    ignored: list[str]  # names that were left out: old buffers, the vision encoder
+    guessed: bool  # true where the sizes were inferred from the tensors alone
+    companions: Companions = UNKNOWN
+
+    @property
+    def vision_width(self) -> int | None:
+        """Width of the features its projector takes; None for a text-only base."""
+        weight = self.tensors.get("vision_proj.vision_proj.0.weight")
+        return None if weight is None or weight.ndim != 2 else weight.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, the tied head counted once."""
+        return sum(tensor.numel() for name, tensor in self.tensors.items() if name != HEAD)
+
+
+@dataclass
+class Receipt:
+    """What happened to every tensor of a load."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)  # not in the file, and meant to be initialised
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        counts = [f"{plural(len(self.loaded), 'tensor')} loaded"]
+        for name in ("new", "missing", "unexpected", "wrong_shape", "ignored"):
+            if found := getattr(self, name):
+                shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+                counts.append(f"{len(found)} {name.replace('_', ' ')} ({shown})")
+        return f"{self.source}: " + "; ".join(counts)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a `.pth` or `.safetensors` file, whichever it really is, or a folder that transformers or llama.cpp reads.
+
+    A run's folder stands for the weights of the run.
+    Raises MissingInput, or WeightsError with a line for each way in which a file can be wrong.
+    """
+    path = weights_at(path)
+    if is_gguf(path):
+        tensors, meta = read_gguf(path)
+    elif path.is_dir():
+        tensors, meta = read_folder(path)
+    else:
+        tensors, described = read_tensors(path)
+        meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
+    tensors = _unwrap(path, tensors)
+    check_weights(path, tensors, described=bool(meta))
+    ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
+    for name, tensor in tensors.items():
+        check_numbers(path, name, tensor)
+    _tie(path, tensors)
+    config, guessed = _config_of(path, meta, infer_config(path, tensors)), not meta
+    stage = meta.get("stage") if isinstance(meta.get("stage"), str) else None
+    stage = stage or _stage_of(path, tensors)
+    companions = read_record(meta[RECORD], path.parent) if RECORD in meta else of_the_run(path)
+    return Checkpoint(path, tensors, config, stage, ignored, guessed, companions)
+
+
+def _unwrap(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without what other programs put before their names."""
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        twice = next(name for name in tensors if _WRAPPERS.sub("", name) != name and _WRAPPERS.sub("", name) in tensors)
+        raise WeightsError(f"{path}: holds {twice} and {_WRAPPERS.sub('', twice)}, which are one — remove one of them")
+    return plain
+
+
+def _tie(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The embedding is the head as well: a file may have it under either name, or under both if they are equal."""
+    for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+        if name in tensors:
+            tensors.setdefault(other, tensors[name])
+    if EMBEDDING in tensors and not torch.equal(tensors[HEAD].float(), tensors[EMBEDDING].float()):
+        shapes = " and ".join(str(list(tensors[name].shape)) for name in (HEAD, EMBEDDING))
+        raise WeightsError(
+            f"{path}: {HEAD} and {EMBEDDING} differ, but must be tied ({shapes}) — train with one matrix for both"
+        )
+
+
+def _read_beside(path: Path) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    if beside.is_file() and beside.stat().st_size > MOST_JSON:
+        raise WeightsError(f"{beside}: too long for the description of weights — delete it and try again")
+    return _parse_meta(beside, beside.read_bytes()) if beside.is_file() else {}
+
+
+def _parse_meta(path: Path, text: str | bytes) -> dict[str, Any]:
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError):  # neither JSON nor, perhaps, text
+        raise WeightsError(f"{path}: the description of the weights is not JSON — delete it and try again") from None
+    return meta if isinstance(meta, dict) and isinstance(meta.get("model"), dict) else {}
+
+
+def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
+    """Sizes of the language model, from the shapes of its tensors.
+
+    Shapes do not tell the number of heads; all published models have two key-value heads, so two are taken.
+    Raises WeightsError where the tensors are not those of a MiniMind model.
+    """
+    try:
+        if not all(tensor.numel() for tensor in tensors.values()):
+            raise ValueError("a tensor is empty")
+        vocab, hidden = tensors[EMBEDDING].shape
+        kv_width = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
+        moe = "model.layers.0.mlp.gate.weight" in tensors
+        ff = "model.layers.0.mlp." + ("experts.0." if moe else "") + "gate_proj.weight"
+        intermediate = tensors[ff].shape[0]
+        kv_heads = 2
+        return TextConfig(
+            hidden_size=hidden,
+            num_hidden_layers=_count_layers(tensors),
+            num_attention_heads=max(1, hidden * kv_heads // kv_width),
+            num_key_value_heads=kv_heads,
+            intermediate_size=intermediate,
+            vocab_size=vocab,
+            **(_count_experts(tensors) if moe else {}),
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, UsageError):
+        some = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise WeightsError(f"{path}: not the weights of a MiniMind model (it holds {some} …)") from None
+
+
+def _count_layers(tensors: Mapping[str, Tensor]) -> int:
+    numbers = {int(name.split(".")[2]) for name in tensors if re.match(r"model\.layers\.\d+\.", name)}
+    if numbers != set(range(len(numbers))):
+        raise ValueError("layers are missing")
+    return len(numbers)
+
+
+def _count_experts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    routed = tensors["model.layers.0.mlp.gate.weight"].shape[0]
+    shared = {name.split(".")[5] for name in tensors if name.startswith("model.layers.0.mlp.shared_experts.")}
+    return {
+        "use_moe": True,
+        "n_routed_experts": routed,
+        "n_shared_experts": len(shared),
+        "num_experts_per_tok": min(TextConfig.num_experts_per_tok, routed),
+    }
+
+
+def _config_of(path: Path, meta: dict[str, Any], inferred: TextConfig) -> TextConfig:
+    """The described sizes, where there is a description. Raises WeightsError where it is one of other weights."""
+    known = {item.name for item in fields(TextConfig)}
+    told = {name: value for name, value in meta.get("model", {}).items() if name in known}
+    try:
+        config = TextConfig(**(asdict(inferred) | told))
+        wrong = [
+            f"{name} {getattr(config, name)}, not {getattr(inferred, name)}"
+            for name in (*_SHAPED, *(_SHAPED_EXPERTS if inferred.use_moe else ()))
+            if getattr(config, name) != getattr(inferred, name)
+        ]
+        if config.num_key_value_heads * config.head_dim != inferred.num_key_value_heads * inferred.head_dim:
+            wrong.append("heads of another width")
+    except (TypeError, UsageError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise WeightsError(
+            f"{path}: its description tells of other weights ({'; '.join(wrong)}) — "
+            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} that of an older file?"
+        )
+    return config
+
+
+def _stage_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    if not any(name.startswith(PROJECTOR) for name in tensors):
+        return "lm"
+    return next((stage for stage in ("pretrain", "sft") if path.name.startswith(stage)), "unknown")
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = False) -> Receipt:
+    """Copy a checkpoint into a model, strictly.
+
+    With `new_projector` a text-only base may lack exactly the projector's tensors, which then keep their fresh values.
+    Raises WeightsError with the receipt, and the preset that would fit, where anything else is missing, unexpected or
+    of another shape.
+    """
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(VISION)}
+    config = getattr(model, "config", checkpoint.config)
+    given, receipt = fit(checkpoint, wanted, config, new_projector)
+    model.load_state_dict(given, strict=False)
+    return receipt
+
+
+def fit(
+    checkpoint: Checkpoint, wanted: Mapping[str, torch.Size], config: TextConfig, new_projector: bool = False
+) -> tuple[dict[str, Tensor], Receipt]:
+    """The tensors that a model takes that has these names, shapes and sizes, the tied head included.
+
+    Raises WeightsError as `load_into` does.
+    """
+    given = dict(checkpoint.tensors)
+    receipt = Receipt(str(checkpoint.path), ignored=checkpoint.ignored)
+    absent = [name for name in wanted if name not in given]
+    projector = [name for name in wanted if name.startswith(PROJECTOR)]
+    if new_projector and absent == projector:
+        receipt.new = projector
+    else:
+        receipt.missing = absent
+    for name, tensor in given.items():
+        if name not in wanted:
+            receipt.unexpected.append(name)
+        elif tensor.shape != wanted[name]:
+            receipt.wrong_shape.append(f"{name} {list(tensor.shape)} for {list(wanted[name])}")
+        else:
+            receipt.loaded.append(name)
+    if receipt.missing or receipt.unexpected or receipt.wrong_shape:
+        raise WeightsError(f"the weights do not fit. {receipt}{_advice(checkpoint, receipt, config)}")
+    for name in _UNSHAPED:
+        told = getattr(checkpoint.config, name)
+        if not checkpoint.guessed and told != getattr(config, name):
+            raise WeightsError(
+                f"{checkpoint.path} was trained with {name} {told}, the model has {getattr(config, name)} — "
+                f"say --set model.{name}={told}"
+            )
+    return given, receipt
+
+
+def _advice(checkpoint: Checkpoint, receipt: Receipt, config: TextConfig) -> str:
+    trouble = receipt.missing + receipt.unexpected + receipt.wrong_shape
+    if all(name.startswith(PROJECTOR) for name in trouble):
+        if checkpoint.vision_width is None:
+            return " — this is a text-only base without a projector; `mmv train pretrain` makes one"
+        return (
+            f" — it was trained with a vision model whose features are {checkpoint.vision_width} wide (--vision-model)"
+        )
+    tokens = checkpoint.config.vocab_size
+    if replace(checkpoint.config, vocab_size=config.vocab_size) == config and tokens != config.vocab_size:
+        return (
+            f" — they have {tokens} tokens and the model {config.vocab_size}: say --set model.vocab_size={tokens}, "
+            f"or rows of the embedding are lost"
+        )
+    preset = name_preset(checkpoint.config)
+    if checkpoint.config == config:
+        return ""
+    if preset:
+        return f" — its sizes are those of --preset {preset}"
+    return f" — its sizes are {checkpoint.config.hidden_size} × {checkpoint.config.num_hidden_layers} layers"
+
+
+def export_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under their published names: half precision, no vision encoder; tied ones stay one.
+
+    Raises RunError where a weight does not fit.
+    """
+    cast: dict[int, Tensor] = {}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(VISION):
+            continue
+        if tensor.data_ptr() not in cast:
+            cast[tensor.data_ptr()] = tensor.detach().to("cpu", torch.float16, copy=True).contiguous()
+            if not bool(cast[tensor.data_ptr()].isfinite().all()):
+                raise RunError(f"{name} does not fit in float16: it holds NaN or too large values")
+        tensors[name] = cast[tensor.data_ptr()]
+    return tensors
+
+
+def describe(config: TextConfig, stage: str, record: Mapping[str, Any] | None = None) -> str:
+    """The JSON text that goes with weights, and tells what their shapes cannot."""
+    return json.dumps({"stage": stage, "model": asdict(config)} | ({RECORD: record} if record else {}), indent=1)
+
+
+def write_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: TextConfig,
+    stage: str,
+    companions: Companions = UNKNOWN,
+) -> None:
+    """Write a `.pth` (with a JSON beside it) or a `.safetensors` (which carries it inside), atomically."""
+    meta = describe(config, stage, as_record(companions, path.parent))
+    if path.suffix == ".safetensors":
+        # The format knows neither shared storage nor strides.
+        apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        data = save_safetensors(apart, metadata={"format": "pt", META: meta})
+        write_atomically(path, lambda file: file.write(data))
+        return
+
+    def write(file: BinaryIO) -> None:
+        torch.save(dict(tensors), file)
+        file.flush()  # there is room for the weights: only now may their description change
+        write_text(path.with_suffix(".json"), meta + "\n")
+
+    write_atomically(path, write)

@@ -1,0 +1,166 @@
+"""The language model's file: llama.cpp's names, order of rows and keys.
+
+A dense model is llama.cpp's `llama`. A mixture of experts is its `granitemoe`, whose block has the same mathematics
+(softmax, the k best, renormalised, plus an ungated shared expert), with all its multipliers 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.errors import UsageError, WeightsError
+from minimind_v.core.formats.generations import OTHER
+from minimind_v.core.formats.gguf.file import Reader, Writer
+from minimind_v.core.model.kernels.cpu_training import interleave, separate
+
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_MATRICES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+             "attn_output": "self_attn.o_proj"}  # fmt: skip
+# llama.cpp turns neighbours of a head together, not component i and i + half: `interleave` makes them neighbours.
+_TURNED = ("attn_q", "attn_k")
+_NARROW = ("attn_k", "attn_v")  # as many heads as keys and values have
+_FORWARD = ("gate", "up", "down")
+
+
+def architecture(config: TextConfig) -> str:
+    """llama.cpp's name for a model of these sizes."""
+    return "granitemoe" if config.use_moe else "llama"
+
+
+def write_keys(writer: Writer, config: TextConfig) -> None:
+    """Everything that llama.cpp must know of the sizes."""
+    file = writer.file
+    file.add_vocab_size(config.vocab_size)
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(config.hidden_size)
+    file.add_block_count(config.num_hidden_layers)
+    file.add_feed_forward_length(config.intermediate_size)
+    file.add_head_count(config.num_attention_heads)
+    file.add_head_count_kv(config.num_key_value_heads)
+    file.add_key_length(config.head_dim)
+    file.add_value_length(config.head_dim)
+    file.add_rope_dimension_count(config.head_dim)
+    file.add_rope_freq_base(config.rope_theta)
+    file.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.use_moe:
+        file.add_expert_count(config.n_routed_experts)
+        file.add_expert_used_count(config.num_experts_per_tok)
+        if config.n_shared_experts:
+            file.add_expert_shared_feed_forward_length(config.n_shared_experts * config.intermediate_size)
+        file.add_attention_scale(config.head_dim**-0.5)
+        for one in (file.add_embedding_scale, file.add_residual_scale, file.add_logit_scale):
+            one(1.0)
+
+
+def write_tensors(writer: Writer, config: TextConfig, tensors: dict[str, Tensor]) -> None:
+    """The tensors, given under the published names. The head is tied, so it is not written."""
+    writer.embedding("token_embd.weight", tensors["model.embed_tokens.weight"])
+    writer.exact("output_norm.weight", tensors["model.norm.weight"])
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        for name, published in _NORMS.items():
+            writer.exact(f"{theirs}{name}.weight", tensors[f"{ours}{published}.weight"])
+        for name, published in _MATRICES.items():
+            weight = tensors[f"{ours}{published}.weight"]
+            writer.matrix(f"{theirs}{name}.weight", interleave(weight, config.head_dim) if name in _TURNED else weight)
+        _write_forward(writer, config, tensors, ours + "mlp.", theirs)
+
+
+def _write_forward(writer: Writer, config: TextConfig, tensors: dict[str, Tensor], ours: str, theirs: str) -> None:
+    if not config.use_moe:
+        for kind in _FORWARD:
+            writer.matrix(f"{theirs}ffn_{kind}.weight", tensors[f"{ours}{kind}_proj.weight"])
+        return
+    writer.exact(f"{theirs}ffn_gate_inp.weight", tensors[f"{ours}gate.weight"])
+    for kind in _FORWARD:
+        experts = [tensors[f"{ours}experts.{n}.{kind}_proj.weight"] for n in range(config.n_routed_experts)]
+        writer.matrix(f"{theirs}ffn_{kind}_exps.weight", torch.stack(experts))  # [E, out, in]
+        if config.n_shared_experts:
+            # Several shared experts are one, as wide as all of them: their outputs are only ever added.
+            shared = [tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] for n in range(config.n_shared_experts)]
+            writer.matrix(f"{theirs}ffn_{kind}_shexp.weight", torch.cat(shared, dim=1 if kind == "down" else 0))
+
+
+def read_config(reader: Reader) -> TextConfig:
+    """The sizes. Raises WeightsError where the file is that of another kind of model."""
+    arch = reader.key("general.architecture")
+    if arch in ("qwen3", "qwen3moe"):
+        raise WeightsError(f"{reader.path}: a {arch}, as {OTHER} is; this version uses models of 2025")
+    if arch not in ("llama", "granitemoe"):
+        raise WeightsError(f"{reader.path}: a model of llama.cpp's kind {arch!r}, not a MiniMind model")
+
+    def size(name: str) -> int:
+        return int(reader.number(f"{arch}.{name}"))
+
+    experts = {}
+    if arch == "granitemoe":
+        shared = f"{arch}.expert_shared_feed_forward_length"
+        experts = {
+            "n_routed_experts": size("expert_count"),
+            "num_experts_per_tok": size("expert_used_count"),
+            "n_shared_experts": reader.number(shared) // max(size("feed_forward_length"), 1)
+            if shared in reader.keys
+            else 0,
+        }
+    try:
+        return TextConfig(
+            hidden_size=size("embedding_length"),
+            num_hidden_layers=size("block_count"),
+            num_attention_heads=size("attention.head_count"),
+            num_key_value_heads=size("attention.head_count_kv"),
+            intermediate_size=size("feed_forward_length"),
+            vocab_size=size("vocab_size"),
+            rms_norm_eps=_decimal(reader.number(f"{arch}.attention.layer_norm_rms_epsilon", float)),
+            rope_theta=_decimal(reader.number(f"{arch}.rope.freq_base", float)),
+            max_position_embeddings=size("context_length"),
+            use_moe=arch == "granitemoe",
+            **experts,
+        )
+    except UsageError as error:
+        raise WeightsError(f"{reader.path}: its sizes are those of no model ({error}) — convert again") from None
+
+
+def _decimal(number: float) -> float:
+    """A float32 as the decimal that was meant: 1e-5, not 9.999999747378752e-06."""
+    return float(f"{number:.7g}")
+
+
+def read_tensors(reader: Reader, config: TextConfig) -> dict[str, Tensor]:
+    """The tensors under the published names, the tied head included."""
+    if "output.weight" in reader.places:
+        raise WeightsError(f"{reader.path}: has a head of its own (output.weight), which must be tied to the embedding")
+    wide, narrow = config.hidden_size, config.num_key_value_heads * config.head_dim
+    embedding = reader.tensor("token_embd.weight", config.vocab_size, wide)
+    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+    tensors["model.norm.weight"] = reader.tensor("output_norm.weight", wide)
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        for name, published in _NORMS.items():
+            tensors[f"{ours}{published}.weight"] = reader.tensor(f"{theirs}{name}.weight", wide)
+        for name, published in _MATRICES.items():
+            weight = reader.tensor(f"{theirs}{name}.weight", narrow if name in _NARROW else wide, wide)
+            tensors[f"{ours}{published}.weight"] = separate(weight, config.head_dim) if name in _TURNED else weight
+        _read_forward(reader, config, tensors, ours + "mlp.", theirs)
+    return tensors
+
+
+def _read_forward(reader: Reader, config: TextConfig, tensors: dict[str, Tensor], ours: str, theirs: str) -> None:
+    wide, inner, shared = config.hidden_size, config.intermediate_size, config.n_shared_experts
+    if not config.use_moe:
+        for kind in _FORWARD:
+            shape = (wide, inner) if kind == "down" else (inner, wide)
+            tensors[f"{ours}{kind}_proj.weight"] = reader.tensor(f"{theirs}ffn_{kind}.weight", *shape)
+        return
+    tensors[f"{ours}gate.weight"] = reader.tensor(f"{theirs}ffn_gate_inp.weight", config.n_routed_experts, wide)
+    for kind in _FORWARD:
+        shape = (wide, inner) if kind == "down" else (inner, wide)
+        for n, expert in enumerate(reader.tensor(f"{theirs}ffn_{kind}_exps.weight", config.n_routed_experts, *shape)):
+            tensors[f"{ours}experts.{n}.{kind}_proj.weight"] = expert
+        if shared:
+            shape = (wide, shared * inner) if kind == "down" else (shared * inner, wide)
+            for n, expert in enumerate(
+                reader.tensor(f"{theirs}ffn_{kind}_shexp.weight", *shape).chunk(shared, dim=1 if kind == "down" else 0)
+            ):
+                tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] = expert

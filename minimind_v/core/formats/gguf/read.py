@@ -1,0 +1,88 @@
+"""A model's two files, `model.gguf` and `mmproj.gguf` side by side, as everything that using it takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.errors import MissingInput
+from minimind_v.core.formats.gguf import language, vision
+from minimind_v.core.formats.gguf.file import MADE_BY, SOURCE, STAGE, Reader
+from minimind_v.core.formats.gguf.tokenizer import read_words
+from minimind_v.core.model.vision.encoder import VisionEncoder
+
+MODEL, MMPROJ, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, by its first bytes, or a folder with `model.gguf`."""
+    if path.is_dir():
+        return (path / MODEL).is_file()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under the published names, in fp32, and what the files tell of them: `stage` and `model`.
+
+    `path` is the folder or the language model in it. Raises MissingInput where one of the two files is absent,
+    WeightsError where they are not ours.
+    """
+    reader, eye = _open(path), _open_eye(path)
+    config = language.read_config(reader)
+    tensors = language.read_tensors(reader, config) | vision.read_projector(eye)
+    return tensors, {"stage": reader.key(STAGE), "model": asdict(config)}
+
+
+def read_eye(path: Path) -> VisionEncoder:
+    """The vision tower beside, or in, `path`."""
+    return vision.read_encoder(_open_eye(path))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer inside the language model's file."""
+    return read_words(_open(path))
+
+
+def describe_gguf(path: Path) -> dict[str, Any]:
+    """What a file is, whoever made it: its sizes, its types, where it came from."""
+    reader = _open(path)
+    arch = reader.key("general.architecture")
+    types = Counter(reader.gguf.GGMLQuantizationType(place.type).name for place in reader.places.values())
+    told = {
+        "kind": "gguf",
+        "file": str(reader.path),
+        "architecture": arch,
+        "name": reader.keys.get("general.name"),
+        "parameters": sum(place.count for place in reader.places.values()),
+        "types": ", ".join(f"{count} {type}" for type, count in types.most_common()),
+        "bytes": reader.path.stat().st_size,
+        "stage": reader.keys.get(STAGE),
+        "source": reader.keys.get(SOURCE),
+        "made_by": reader.keys.get(MADE_BY),
+    }
+    shown = {
+        name: value for name, value in reader.keys.items()
+        if name.startswith(f"{arch}.") and isinstance(value, int | float | str)
+    }  # fmt: skip
+    return {name: value for name, value in (told | shown).items() if value is not None}
+
+
+def _open(path: Path) -> Reader:
+    return Reader(path / MODEL if path.is_dir() else path)
+
+
+def _open_eye(path: Path) -> Reader:
+    eye = (path if path.is_dir() else path.parent) / MMPROJ
+    if not eye.is_file():
+        raise MissingInput(f"{eye} is missing: without it the model sees nothing — put it beside {MODEL} again")
+    reader = Reader(eye)
+    reader.key(MADE_BY)
+    return reader

@@ -1,0 +1,139 @@
+"""The tokenizer and the prompt, as llama.cpp and Ollama take them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from minimind_v.core.data.prompt import SYSTEM_PROMPT
+from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
+from minimind_v.core.errors import WeightsError
+from minimind_v.core.formats.gguf.file import Reader, Writer
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
+# What llama.cpp's `gpt-2` gives the same ids as: byte-level BPE that splits with GPT-2's pattern.
+_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+          "byte_fallback": False, "ignore_merges": False}  # fmt: skip
+
+# The published layout. A client's list of parts is joined by newlines; a server that has put its mark for a picture
+# (`<__media…__>`) right before the words gets the newline that the model was trained with.
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "{{ '<|im_start|>system\\n" + SYSTEM_PROMPT + "<|im_end|>\\n' }}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['content'] is string -%}"
+    "{%- if '<__media' in message['content'] -%}"
+    "{{ message['content'].replace('__>\\n', '__>').replace('__>', '__>\\n') }}"
+    "{%- else -%}{{ message['content'] }}{%- endif -%}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}{{ part['text'] }}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{ '<|im_end|>\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+
+
+def write_words(writer: Writer, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Tokens, merges, the ids with a meaning, and the chat template.
+
+    Raises WeightsError where the tokenizer is of a kind that llama.cpp would encode with other ids.
+    """
+    told = json.loads(tokenizer.backend.to_str())
+    _check_kind(told)
+    tokens = {id: token for token, id in told["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, NORMAL)
+    for added in told["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    file = writer.file
+    file.add_tokenizer_model("gpt2")
+    file.add_tokenizer_pre("gpt-2")
+    file.add_token_list([tokens.get(id, f"[PAD{id}]") for id in range(vocab_size)])
+    file.add_token_types([types.get(id, UNUSED) for id in range(vocab_size)])
+    file.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in told["model"]["merges"]])
+    file.add_bos_token_id(tokenizer.bos_id)
+    file.add_eos_token_id(tokenizer.eos_id)
+    file.add_eot_token_id(tokenizer.eos_id)
+    file.add_pad_token_id(tokenizer.pad_id)
+    file.add_add_bos_token(False)
+    file.add_add_space_prefix(False)
+    file.add_chat_template(CHAT_TEMPLATE)
+
+
+def _check_kind(told: dict[str, Any]) -> None:
+    split = told.get("pre_tokenizer") or {}
+    wrong = [f"{name} is {split.get(name)!r}" for name, value in _SPLIT.items() if split.get(name) != value]
+    wrong += [
+        f"{name} is {told['model'].get(name)!r}"
+        for name, value in _PLAIN.items()
+        if told["model"].get(name) not in (value, value and None)
+    ]
+    if told.get("normalizer"):
+        wrong.append("it normalises")
+    if wrong:
+        raise WeightsError(
+            f"llama.cpp would give other ids than this tokenizer ({'; '.join(wrong)}): "
+            f"only MiniMind's kind, byte-level BPE with GPT-2's pattern, can be converted"
+        )
+
+
+def read_words(reader: Reader) -> Tokenizer:
+    """The tokenizer of a file, rebuilt from nothing but what llama.cpp is told."""
+    tokens, types, merges = (_list(reader, name) for name in ("tokens", "token_type", "merges"))
+    vocab = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=False)) if type != UNUSED}
+    pad, bos, eos = (reader.number(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "bos", "eos"))
+    if len(types) != len(tokens) or len(vocab) != sum(type != UNUSED for type in types) or PLACEHOLDER not in vocab:
+        raise WeightsError(f"{reader.path}: its tokens are those of no tokenizer of ours — convert again")
+    if not max(pad, bos, eos) < len(tokens):
+        raise WeightsError(f"{reader.path}: has {len(tokens):,} tokens, and special ones behind them — convert again")
+    try:
+        backend = FastTokenizer(models.BPE(vocab, [tuple(merge.split(" ", 1)) for merge in merges]))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise WeightsError(f"{reader.path}: its tokenizer is damaged ({error}) — convert again") from None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([
+        AddedToken(token, special=True, normalized=False)
+        for token, type in zip(tokens, types, strict=True) if type == CONTROL
+    ])  # fmt: skip
+    backend.encode_special_tokens = True
+    return Tokenizer(backend, pad, bos, eos, vocab[PLACEHOLDER])
+
+
+def _list(reader: Reader, name: str) -> list[Any]:
+    """An array of the tokenizer's: of texts, or of the types of tokens."""
+    values, kind = reader.key(f"tokenizer.ggml.{name}"), int if name == "token_type" else str
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise WeightsError(f"{reader.path}: tokenizer.ggml.{name} is no array of {kind.__name__} — convert again")
+    return values
+
+
+def modelfile(model: str, mmproj: str) -> str:
+    """Ollama's `Modelfile` for these two files, which stand beside it.
+
+    Ollama puts a picture's mark in front of the question by itself, and nothing between the two.
+    """
+    return f'''# ollama create minimind-v -f Modelfile
+FROM ./{model}
+FROM ./{mmproj}
+TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
+{{{{ .Content }}}}<|im_end|>
+{{{{ end }}}}<|im_start|>assistant
+"""
+SYSTEM """{SYSTEM_PROMPT}"""
+PARAMETER stop "<|im_end|>"
+PARAMETER stop "<|im_start|>"
+PARAMETER temperature 0.65
+PARAMETER top_p 0.85
+PARAMETER repeat_penalty 1.0
+PARAMETER num_ctx 4096
+'''

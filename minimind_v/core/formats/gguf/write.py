@@ -1,0 +1,63 @@
+"""llama.cpp's two files, for a model that was trained here: the language model, and what lets it see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minimind_v import __version__
+from minimind_v.core.config.presets import name_preset
+from minimind_v.core.files import disk_errors, write_text
+from minimind_v.core.formats.checkpoint import PROJECTOR
+from minimind_v.core.formats.gguf import language, vision
+from minimind_v.core.formats.gguf.file import MADE_BY, QUANTIZATIONS, SOURCE, STAGE, Writer, check_quantization
+from minimind_v.core.formats.gguf.read import MMPROJ, MODEL, MODELFILE
+from minimind_v.core.formats.gguf.tokenizer import modelfile, write_words
+from minimind_v.core.formats.load import Loaded
+from minimind_v.core.formats.request import Order
+
+DEFAULT = "f16"
+
+
+def make(order: Order, folder: Path) -> Loaded:
+    """Write what `order` names into an empty folder, and return what that was made of. Raises RunError for no room."""
+    loaded = order.load()
+    with disk_errors(folder.parent):
+        write(loaded, folder, order)
+    return loaded
+
+
+def write(loaded: Loaded, folder: Path, order: Order) -> None:
+    """Write `model.gguf`, `mmproj.gguf` and Ollama's `Modelfile` into an empty folder.
+
+    `order.quantize` is the type of the language model's matrices, one of QUANTIZATIONS. Raises UsageError for another,
+    MissingInput without the `gguf` package, WeightsError for what llama.cpp has no way to compute.
+    """
+    quantize = order.quantize or DEFAULT
+    check_quantization(quantize)
+    config, encoder = loaded.model.config, loaded.model.vision_encoder
+    assert encoder is not None, "load_model gives every model its tower"
+    tensors = loaded.model.state_dict()
+    name = f"MiniMind-V {name_preset(config) or config.hidden_size}"
+
+    words = Writer(folder / MODEL, language.architecture(config), quantize)
+    _describe(words, "model", name, loaded)
+    language.write_keys(words, config)
+    write_words(words, loaded.tokenizer, config.vocab_size)
+    language.write_tensors(words, config, tensors)
+    words.close()
+
+    eye = Writer(folder / MMPROJ, "clip", QUANTIZATIONS[quantize])
+    _describe(eye, "mmproj", f"{name}: CLIP and the projector", loaded)
+    vision.write_keys(eye, encoder, config.hidden_size)
+    vision.write_tensors(eye, encoder, {key: value for key, value in tensors.items() if key.startswith(PROJECTOR)})
+    eye.close()
+
+    write_text(folder / MODELFILE, modelfile(MODEL, MMPROJ))
+
+
+def _describe(writer: Writer, type: str, name: str, loaded: Loaded) -> None:
+    writer.file.add_type(type)
+    writer.file.add_name(name)
+    writer.file.add_string(MADE_BY, f"mmv {__version__}")
+    writer.file.add_string(STAGE, loaded.checkpoint.stage)
+    writer.file.add_string(SOURCE, loaded.checkpoint.path.name)

@@ -1,0 +1,122 @@
+"""The model card of an exported folder: what it is, what it was trained on as far as that is known, how it is used."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.config.schedule import peak
+from minimind_v.core.config.settings import read_settings
+from minimind_v.core.errors import MmvError
+from minimind_v.core.formats.parts import Source
+from minimind_v.core.formats.request import Order
+from minimind_v.core.monitor.metrics import read_lines
+
+HEAD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- llava
+- minimind-v
+---
+
+# {name}
+
+A small vision-language model: a frozen CLIP looks, one linear projection translates, {reader} of {millions:.1f} million
+parameters answers. Converted by `mmv convert`; it needs no custom code.
+
+{sizes}
+"""
+
+USE = """
+## Use
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder, or the name of its repository
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder)
+
+messages = [{"role": "user", "content": [
+    {"type": "image", "path": "picture.jpg"},
+    {"type": "text", "text": "What is in the picture?"},
+]}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device, model.dtype)
+answer = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+Several pictures are several parts; a message may also be plain text. `transformers serve` serves the folder as it is.
+
+## Limits
+
+A model of this size is made to be trained and understood in an hour. It errs often, about small things and text in
+pictures above all, and repeats what its data got wrong.
+"""
+
+
+def write_card(folder: Path, source: Source, order: Order) -> None:
+    """Write `README.md` into an exported folder."""
+    config, spec = source.checkpoint.config, source.tower.spec
+    reader = "a language model with a mixture of experts" if config.use_moe else "a Llama"
+    sizes = {
+        "layers × width": f"{config.num_hidden_layers} × {config.hidden_size}",
+        "heads, of them for keys and values": f"{config.num_attention_heads}, {config.num_key_value_heads}",
+        "vocabulary": f"{config.vocab_size:,}, and the image token",
+        "picture": f"{spec.image_size}² pixels, {spec.tokens_per_image} tokens",
+        "stored as": order.dtype or "in the training's own precision",
+    }
+    if config.use_moe:
+        sizes["experts"] = (
+            f"{config.n_routed_experts}, of which {config.num_experts_per_tok} work on a token, "
+            f"and {config.n_shared_experts} for all"
+        )
+    head = HEAD.format(
+        name=order.model.stem, reader=reader, millions=source.checkpoint.parameters / 1e6, sizes=_table(sizes)
+    )
+    (folder / "README.md").write_text(head + _training(source, order) + USE, encoding="utf-8")
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(("| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())))
+
+
+def _training(source: Source, order: Order) -> str:
+    """What the run beside the weights tells, if there is one. Files by their names only: folders travel."""
+    run = order.model.with_suffix("")
+    settings, last = _settings(run / "config.yaml"), _last_update(run / "metrics.jsonl")
+    rows: dict[str, Any] = {"stage": source.checkpoint.stage}
+    for name, key in {
+        "data": "data.file", "started from": "init", "vision model": "vision_model", "trained": "freeze",
+        "learning rate": "lr", "seed": "seed",
+    }.items():  # fmt: skip
+        value = settings.get(key)
+        if value is not None:
+            rows[name] = Path(value).name if isinstance(value, str) else value
+    if isinstance(lr := rows.pop("learning rate", None), float):
+        rows["peak learning rate"] = f"{peak(lr):.3g}"
+    for name, key in {
+        "updates": "step", "rows seen": "samples", "tokens learnt from": "supervised_tokens", "last loss": "loss",
+    }.items():  # fmt: skip
+        if isinstance(last.get(key), int | float):
+            rows[name] = f"{last[key]:,}" if isinstance(last[key], int) else f"{last[key]:.3f}"
+    unknown = "Nothing more is known of its training here.\n\n" if len(rows) == 1 else ""
+    return f"\n## Training\n\n{unknown}{_table(rows)}\n"
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return read_settings(path)
+    except (OSError, MmvError):
+        return {}
+
+
+def _last_update(path: Path) -> dict[str, Any]:
+    try:
+        return next(iter(deque(read_lines(path), maxlen=1)), {})
+    except OSError:
+        return {}

@@ -1,0 +1,178 @@
+"""Folders that transformers reads, as weights under the published names. Nobody's code is run.
+
+Two kinds: a LLaVA without custom code, as `mmv convert --to hf` writes it and as transformers saves it after further
+training; and the published layout, whose `config.json` names custom code (`auto_map`) and whose tensors have the
+published names. Weights may be one file or shards with an index.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.errors import UsageError, WeightsError
+from minimind_v.core.files import object_in, read_json
+from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, TEXT, TOWER, from_llava, module_name
+from minimind_v.core.formats.tensor_files import read_tensors
+from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
+from minimind_v.core.wording import plural
+
+META = "minimind_v"  # the key of our description in a safetensors header
+VISION = "vision_encoder."
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be split, with `….index.json` beside
+# What older versions of the published configuration call them.
+_OLD_NAMES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "hidden_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "max_seq_len": "max_position_embeddings",
+}
+
+
+def is_llava(folder: Path) -> bool:
+    """Whether a folder is a LLaVA, and so has a vision tower and a tokenizer of its own."""
+    path = folder / "config.json"
+    return (read_json(path) or {}).get("model_type") == "llava"
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under the published names, and what the folder tells of them: `stage`, where it does, and `model`.
+
+    Raises WeightsError with the next step where the folder is something else, or lacks a part.
+    """
+    files = weight_files(folder)
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise WeightsError(f"{folder / 'config.json'} is missing — download the folder again")
+    if is_llava(folder):
+        return _read_llava(folder, files, config)
+    tensors, _ = _read_all(files, ())
+    known = {_OLD_NAMES.get(name, name): value for name, value in config.items() if value is not None}
+    return tensors, {"model": known}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The file, or the shards, of a folder's weights. Raises WeightsError where there are none, or one is missing."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = (read_json(index) or {}).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise WeightsError(f"{index}: names no files — download the folder again")
+            if elsewhere := [shard for shard in shards.values() if not _is_name(shard)]:
+                raise WeightsError(f"{index}: {elsewhere[0]!r} is no file in the folder — download the folder again")
+            files = [folder / shard for shard in sorted(set(shards.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise WeightsError(f"{file} is missing, a part of the weights — download the folder again")
+            return files
+    if (folder / "config.json").is_file():
+        raise WeightsError(f"{folder}: has a config.json and no weights ({' or '.join(WEIGHTS)}) — download it again")
+    inside = ", ".join(path.name for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS_ENDINGS)
+    which = f"one of {inside}" if inside else "the .pth or .safetensors"
+    raise WeightsError(f"{folder}: a folder, not a weights file — name {which} in it")
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text names a file in a folder, and none outside of it."""
+    return bool(text) and text not in (".", "..") and not set(text) & set("/\\\0:")
+
+
+def _read_all(files: list[Path], without: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        found, told = read_tensors(file, without)
+        tensors |= found
+        metadata |= told
+    return tensors, metadata
+
+
+def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    saved, metadata = _read_all(files, ("vision_tower.", TOWER))
+    tensors = {module_name(name): tensor for name, tensor in saved.items()}
+    _refuse_other_llavas(folder, config)
+    try:
+        model = _text_sizes(config)
+        _refuse_lost_tokens(folder, tensors, model["vocab_size"])
+        return from_llava(tensors, TextConfig(**model)), {"stage": _told_stage(metadata), "model": model}
+    except KeyError as error:
+        raise WeightsError(f"{folder}: {error.args[0]} is missing — convert or download it again") from None
+    except (UsageError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise WeightsError(f"{folder}: config.json and the weights do not fit ({error}) — convert it again") from None
+
+
+def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int) -> None:
+    """Raises WeightsError where tokens were added behind the image token: only rows before it can be kept.
+
+    Rows that no token of the folder's tokenizer has are padding.
+    """
+    rows = max((len(tensors[name]) for name in (TEXT + EMBEDDING, HEAD) if name in tensors), default=0)
+    if rows <= vocab_size + 1 or not (folder / "tokenizer.json").is_file():
+        return
+    ids = Tokenizer.load(folder).backend.get_vocab()
+    if added := sorted(token for token, id in ids.items() if id >= vocab_size):
+        raise WeightsError(
+            f"{folder}: {plural(len(added), 'token')} ({', '.join(added[:3])}) came behind the image token: their rows "
+            f"of the embedding would be lost — train with a tokenizer that has them and with "
+            f"--set model.vocab_size={vocab_size + len(added)}, then convert"
+        )
+
+
+def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
+    """Only what computes the same as a published checkpoint can become one."""
+    text = object_in(config, "text_config")
+    wanted = {
+        "projector_hidden_act": config.get("projector_hidden_act", "gelu") == "linear",
+        "vision_feature_layer": config.get("vision_feature_layer", -2) == -1,
+        "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default") == "default",
+        "multimodal_projector_bias": config.get("multimodal_projector_bias", True) is True,
+        "text_config.model_type": text.get("model_type", "llama") in ("llama", "granitemoeshared"),
+        "text_config.attention_bias": not text.get("attention_bias"),
+        "text_config.hidden_act": text.get("hidden_act", "silu") == "silu",
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        "vision_config.model_type": object_in(config, "vision_config").get("model_type") == "clip_vision_model",
+    }
+    if wrong := [name for name, right in wanted.items() if not right]:
+        raise WeightsError(
+            f"{folder}: another LLaVA, not one of this system's (its {', '.join(wrong)} differs); "
+            f"`mmv convert --to hf` writes those that can be read"
+        )
+
+
+def _text_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """What a LLaVA's configuration tells, in the words of TextConfig."""
+    text = object_in(config, "text_config")
+    rope = object_in(text, "rope_parameters")
+    told = {name: text[name] for name in TextConfig.__dataclass_fields__ if text.get(name) is not None}
+    told |= {
+        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 10000.0)),
+        # The vocabulary ends where the image token begins; whoever trains further may pad it behind.
+        "vocab_size": config.get("image_token_id", config.get("image_token_index")),
+    }
+    if text.get("model_type") == "granitemoeshared":
+        told |= {
+            "use_moe": True,
+            "n_routed_experts": text.get("num_local_experts"),
+            "aux_loss_alpha": text.get("router_aux_loss_coef", TextConfig.aux_loss_alpha),
+            "n_shared_experts": (text.get("shared_intermediate_size") or 0) // max(text.get("intermediate_size", 1), 1),
+        }
+    return told
+
+
+def _told_stage(metadata: dict[str, str]) -> str | None:
+    try:
+        return json.loads(metadata[META])["stage"]
+    except (KeyError, ValueError, TypeError):
+        return None

@@ -1,0 +1,189 @@
+"""A folder that stock transformers loads: a LLaVA without custom code, its processor, tokenizer and chat template.
+
+A dense model is a Llama in there, a mixture of experts a GraniteMoeShared; both compute exactly what ours does. The
+image token is a new one behind the vocabulary, so that nothing a user writes can be taken for a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer, with_image_token
+from minimind_v.core.files import disk_errors, in_use
+from minimind_v.core.formats.checkpoint import describe
+from minimind_v.core.formats.hf.card import write_card
+from minimind_v.core.formats.hf.names import TOWER, to_llava
+from minimind_v.core.formats.hf.read import META
+from minimind_v.core.formats.parts import Source, read_source
+from minimind_v.core.formats.request import Made, Order
+from minimind_v.core.formats.tensor_files import cast
+from minimind_v.core.formats.vision_tower import Tower
+from minimind_v.core.model.vision.spec import VisionSpec
+
+BICUBIC = 3  # Pillow's number
+
+
+def make(order: Order, folder: Path) -> Made:
+    """Write what `order` names into an empty folder. Raises as `read_source` and `write`, and RunError for no room."""
+    with in_use(folder):
+        source = read_source(order)
+        with disk_errors(folder.parent):
+            write(source, folder, order)
+    return Made.of(source.checkpoint)
+
+
+def write(source: Source, folder: Path, order: Order) -> None:
+    """Write a model into an empty folder. No `order.dtype`: as stored, and to be run in fp32 as it is here.
+
+    Raises RunError where a weight does not fit in the type.
+    """
+    config, spec, dtype = source.checkpoint.config, source.tower.spec, order.dtype
+    tensors = to_llava(source.checkpoint.tensors, config)
+    tensors |= {TOWER + name: tensor if dtype else _halved(tensor) for name, tensor in source.tower.tensors.items()}
+    if dtype:
+        tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt", META: describe(config, source.checkpoint.stage)},
+    )
+    written = {
+        "config.json": _model_config(config, source.tower, source.tokenizer, dtype or "float32"),
+        "generation_config.json": _generation_config(config, source.tokenizer),
+        "processor_config.json": _processor_config(spec),
+        "preprocessor_config.json": _image_processor_config(spec),
+        "tokenizer_config.json": _tokenizer_config(config, source.tokenizer),
+    }
+    for name, value in written.items():
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    words = with_image_token(source.tokenizer.backend.to_str(), config.vocab_size)
+    (folder / "tokenizer.json").write_text(words, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    write_card(folder, source, order)
+
+
+def chat_template() -> str:
+    """The jinja text that writes standard messages as the model was trained to read them."""
+    return files("minimind_v.core.formats.hf").joinpath("assets", "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """A tensor of the vision tower, in half precision where that loses nothing: most of CLIP was published so."""
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+
+
+def _model_config(config: TextConfig, tower: Tower, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    text = {
+        "model_type": "granitemoeshared" if config.use_moe else "llama",
+        "vocab_size": config.vocab_size + 1,  # and the image token
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where readers older than transformers 5 look for it
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        **ids,
+    }
+    if config.use_moe:
+        text |= {
+            "num_local_experts": config.n_routed_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "shared_intermediate_size": config.n_shared_experts * config.intermediate_size,
+            "router_aux_loss_coef": config.aux_loss_alpha,
+            "attention_multiplier": config.head_dim**-0.5,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        }
+    else:
+        text |= {"mlp_bias": False}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": dtype,
+        "image_token_index": config.vocab_size,
+        "image_seq_length": tower.spec.tokens_per_image,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "linear",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": True,
+        **ids,
+        "text_config": text,
+        "vision_config": {"model_type": "clip_vision_model", **asdict(tower.config)},
+    }
+
+
+def _generation_config(config: TextConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "suppress_tokens": [config.vocab_size],  # a picture is read, never said
+        "max_new_tokens": 512,
+    }
+
+
+def _image_processor_config(spec: VisionSpec) -> dict[str, Any]:
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": spec.image_size},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": spec.image_size, "width": spec.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }
+
+
+def _processor_config(spec: VisionSpec) -> dict[str, Any]:
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": spec.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # CLIP's class token, which "default" leaves out
+    }
+
+
+def _tokenizer_config(config: TextConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    pad, bos, eos = (tokenizer.backend.id_to_token(number) for number in (
+        tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id,
+    ))  # fmt: skip
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "unk_token": pad,
+        "image_token": IMAGE_TOKEN,
+        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+        "model_max_length": config.max_position_embeddings,
+        "padding_side": "left",  # of prompts that are answered together
+        "clean_up_tokenization_spaces": False,
+    }

@@ -1,0 +1,140 @@
+"""Files of tensors, read without running anybody's code: what each really is, and a line for each way to be wrong."""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+import re
+import textwrap
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minimind_v.core.errors import RunError, WeightsError
+from minimind_v.core.formats.torch_files import MOST_TENSORS, check_torch_file
+
+_WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which other programs keep the weights
+_MOST_HEADER = 8 << 20  # bytes of the names and sizes of a safetensors file
+
+
+def read_tensors(path: Path, without: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a `.pth` or `.safetensors`, whichever it really is, and a safetensors file's metadata.
+
+    Tensors whose names begin with one of `without` are left out, and of a safetensors file not even read.
+    """
+    if _sniff(path) == "safetensors":
+        return _read_safetensors(path, without)
+    return {name: tensor for name, tensor in _read_pth(path).items() if not name.startswith(without)}, {}
+
+
+def _sniff(path: Path) -> str:
+    """Tell what a file is by its first bytes; refuse what is no weights file."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise WeightsError(f"{path}: the file is empty — download it again")
+    if head[8:9] == b"{":  # first of all: the length before it may begin with the byte of a pickle
+        return "safetensors"
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return "pth"
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"<"):
+        raise WeightsError(
+            f"{path}: this is an HTML page, not weights — a link to the file's page was saved "
+            f"(`/blob/` in the address); take the `/resolve/` address, or `mmv download`"
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path}: this is a git-lfs pointer, not the weights — run `git lfs pull`, or `mmv download`"
+        )
+    raise WeightsError(f"{path}: neither a torch nor a safetensors file — download it again")
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        # A file, not its name: torch goes by the ending of a name. Its warnings are about files that are refused here.
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            check_torch_file(path)
+            mapped = path.suffix == ".bin" and file.peek(4)[:4] == b"PK\x03\x04"  # what is not used is not even read
+            found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch's reader raises a dozen kinds on damaged files
+        raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
+    for key in 2 * _WRAPPERS:  # one may stand in another
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    ):
+        raise WeightsError(
+            f"{path}: holds no state dict (names and tensors), so it is not a weights file of this model"
+        )
+    return dict(found)
+
+
+def _why_unreadable(error: Exception) -> str:
+    """Why torch would not read a file, and what to do about it."""
+    reason = str(error)
+    if named := re.search(r"GLOBAL ([\w.]+)", reason):
+        return (
+            f"the file wants to run code when it is opened ({named[1]}), so it was not opened — "
+            f"a weights file holds tensors only; get it from a source that you trust"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "damaged, or no plain file of tensors, whose opening could run code, so it was not opened — "
+            "download it again, from a source that you trust"
+        )
+    first = textwrap.shorten((reason or type(error).__name__).splitlines()[0], 150, placeholder=" …")
+    return f"truncated or damaged ({first}) — download it again"
+
+
+def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise WeightsError where a tensor holds something else than finite floating-point numbers."""
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
+        kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
+        raise WeightsError(
+            f"{path}: {name} does not hold plain floating-point numbers ({kind}); quantised weights cannot be read"
+        )
+    # As they are computed with: a larger number of float64 is infinite there, and torch cannot test 8-bit floats.
+    numbers = tensor if tensor.element_size() in (2, 4) else tensor.float()
+    # NaN and infinity are the least or the largest of any numbers; that is ten times as fast as to test each of them.
+    if numbers.numel() and not all(bool(extreme.isfinite()) for extreme in numbers.aminmax()):
+        raise WeightsError(f"{path}: {name} holds NaN or infinite values — this file cannot be used")
+
+
+def _read_safetensors(path: Path, without: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise WeightsError(f"{path}: safetensors files are opened by names that are UTF-8 only — rename it") from None
+    try:
+        _check_header(path)
+        with safe_open(path, framework="pt") as file:
+            if (count := len(file.keys())) > MOST_TENSORS:
+                raise ValueError(f"it has {count:,} tensors, the most is {MOST_TENSORS:,}")
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(without)}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
+    return tensors, meta
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError where the names and sizes of a safetensors file are longer than the file, or absurd."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    most = min(path.stat().st_size - 8, _MOST_HEADER)
+    if length > most:
+        raise ValueError(f"its header has {length:,} bytes, the most is {most:,}")
+
+
+def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor in another type. Raises RunError where it does not fit."""
+    changed = tensor.to(getattr(torch, dtype))
+    if not bool(changed.isfinite().all()):
+        raise RunError(f"{name} does not fit in {dtype}: choose another --dtype")
+    return changed

@@ -1,0 +1,339 @@
+"""What a torch file would make, found out before torch makes it.
+
+torch takes the sizes in a file at their word: a record that is packed, a tensor of ten thousand million numbers over a
+storage of one, and a call that doubles a text thirty times all take the memory of the machine. Here the directory of
+the zip and the pickle in it are read first, with nothing in the place of storages and tensors but their sizes, and
+these are held against the size of the file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import torch
+
+from minimind_v.core.rows.members import ABSENT, ENTRY, ZIP64, extra_field
+
+MOST_TENSORS = 10_000  # of a file: ten times those of a large vision-language model
+MOST_PICKLE = 2 << 20  # bytes of the names and sizes of so many tensors, and of what was saved beside them
+_MOST_CALLS = 5 * MOST_TENSORS  # in a pickle: a parameter takes five
+_MOST_COPIES = 1 << 20  # entries and letters that they may copy
+_MOST_VIEWS = 4  # how often each number of a file may be part of a tensor: tied weights are two
+
+_END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
+_LOCAL = 30  # bytes of the header before a record, without its name
+
+
+def check_torch_file(path: Path) -> None:
+    """Raise pickle.UnpicklingError, ValueError or another error of a reader where a file is not what torch writes."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        if file.read(4) == b"PK\x03\x04":
+            _check_zip(file, size)
+        else:
+            file.seek(0)
+            _check_old(file, size)
+
+
+# --- the zip ----------------------------------------------------------------------------------------------------------
+
+
+def _check_zip(file: BinaryIO, size: int) -> None:
+    records = _read_directory(file, size)
+    root = next(iter(records), "").partition("/")[0]  # torch takes the folder of the first record
+    place, length = records.get(f"{root}/data.pkl", (0, 0))
+    if not length or length > MOST_PICKLE:
+        raise ValueError(f"its data.pkl has {length:,} bytes, the most is {MOST_PICKLE:,}")
+    file.seek(place)
+    outline = Outline(
+        io.BytesIO(file.read(length)), {name: bytes for name, (_, bytes) in records.items()}, f"{root}/data/"
+    )
+    outline.load()
+    outline.check_views()
+
+
+def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
+    """Where each record begins, and its bytes, by its name in small letters: torch does not tell `A` from `a`.
+
+    All readers of zips agree on a file only where its directory ends it, without a comment, as torch writes it.
+    """
+    count, begin, end = _find_directory(file, size)
+    file.seek(begin)
+    directory = file.read(end - begin)
+    records: dict[str, tuple[int, int]] = {}
+    at = total = 0
+    for _ in range(count):
+        (magic, _, _, flags, method, _, _, _, packed, plain, name_length, extra_length, comment_length, _, _, _,
+         offset) = ENTRY.unpack_from(directory, at)  # fmt: skip
+        at += ENTRY.size
+        name = directory[at : at + name_length].decode().lower()
+        extra = directory[at + name_length : at + name_length + extra_length]
+        at += name_length + extra_length + comment_length
+        plain, packed, offset = _in_full(extra, plain, packed, offset)
+        if magic != b"PK\x01\x02" or name in records:
+            raise ValueError("its directory is damaged")
+        if method or flags & 1 or packed != plain:
+            raise ValueError(f"its record {name} is packed, which torch never does: it may be far larger than the file")
+        total += plain
+        if total > size or offset + _LOCAL + plain > size:
+            raise ValueError(f"its record {name} is larger than the file")
+        records[name] = _data_of(file, offset), plain
+    return records
+
+
+def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
+    """How many records there are, and where their directory begins and ends."""
+    end = size - _END.size
+    file.seek(max(end, 0))
+    magic, _, _, _, count, length, begin, comment = _END.unpack(file.read(_END.size))
+    if magic != b"PK\x05\x06" or comment:
+        raise ValueError("its end is missing")
+    file.seek(max(end - _LOCATOR.size, 0))
+    locator = file.read(_LOCATOR.size)
+    if locator[:4] == b"PK\x06\x07":
+        end -= _LOCATOR.size + _END64.size
+        if _LOCATOR.unpack(locator)[2] != end or end < 0:
+            raise ValueError("its directory is damaged")
+        file.seek(end)
+        magic, _, _, _, _, _, _, count, length, begin = _END64.unpack(file.read(_END64.size))
+        if magic != b"PK\x06\x06":
+            raise ValueError("its directory is damaged")
+    if count > MOST_TENSORS + 100:  # and a few records of torch's own
+        raise ValueError(f"it has {count:,} records, the most is {MOST_TENSORS + 100:,}")
+    if begin + length != end:
+        raise ValueError("its directory is damaged")
+    return count, begin, end
+
+
+def _in_full(extra: bytes, *sizes: int) -> list[int]:
+    """Sizes of a directory's entry; those that 32 bits do not hold stand in its extra field."""
+    numbers = extra_field(extra, ZIP64)
+    wide = iter(struct.unpack_from(f"<{len(numbers) // 8}Q", numbers))
+    if sizes.count(ABSENT) > len(numbers) // 8:
+        raise ValueError("its directory is damaged")
+    return [next(wide) if size == ABSENT else size for size in sizes]
+
+
+def _data_of(file: BinaryIO, offset: int) -> int:
+    file.seek(offset)
+    header = file.read(_LOCAL)
+    return offset + _LOCAL + sum(struct.unpack_from("<HH", header, 26))
+
+
+# --- the form before 2020: pickles, then the storages -----------------------------------------------------------------
+
+
+def _check_old(file: BinaryIO, size: int) -> None:
+    begin = io.BytesIO(file.read(MOST_PICKLE))
+    for _ in range(3):  # a number that tells the form, its version, and what the machine was
+        Outline(begin).load()
+    outline = Outline(begin)
+    outline.load()
+    keys = Outline(begin).load()
+    stored = sum(storage.bytes + 8 for storage in outline.storages.values())
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(outline.storages):
+        raise ValueError("its storages are not those of its tensors")
+    if stored > size - begin.tell():
+        raise ValueError("it is shorter than its tensors")
+    outline.check_views()
+
+
+# --- the pickle -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """What stands for a storage."""
+
+    dtype: torch.dtype
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Name:
+    """What stands for a class, a function or a type, and for what torch makes with one."""
+
+    name: str
+
+
+@dataclass
+class _Tensor:
+    """What stands for a tensor."""
+
+    state: Any = field(default=None)
+
+
+class _Mapping(dict[Any, Any]):
+    """What stands for an OrderedDict: it can have attributes."""
+
+
+# What state dicts are made of; whatever else is named in a file is what its opening would run.
+_TYPES = {"torch.Size", "torch.device", "torch.serialization._get_layout", "collections.OrderedDict",
+          "collections.Counter", "builtins.set", "builtins.complex", "_codecs.encode"}  # fmt: skip
+_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")  # named, never called
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+_REBUILD = "torch._utils._rebuild_"
+_TENSORS = ("tensor", "tensor_v2", "tensor_v3", "qtensor")  # of a storage, an offset, a size and strides
+_OTHERS = ("parameter", "parameter_with_state", "sparse_tensor", "meta_tensor_no_storage")
+_OPERATIONS = (
+    pickle.PROTO, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1,
+    pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.EMPTY_TUPLE,
+    pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS,
+    pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.SETITEM, pickle.SETITEMS, pickle.BINGET, pickle.LONG_BINGET,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.BINPERSID,
+)  # fmt: skip
+
+
+class Outline(pickle._Unpickler):
+    """A pickle of torch's read with nothing behind its names; it takes the operations that torch takes.
+
+    `records` has the bytes of each storage of a zip, by its name behind `folder`; None: the sizes are believed.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {}
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, file: BinaryIO, records: Mapping[str, int] | None = None, folder: str = "") -> None:
+        super().__init__(file, encoding="utf-8")
+        self.records, self.folder = records, folder
+        self.storages: dict[str, _Storage] = {}
+        self.tensors = self.viewed = self.calls = self.copied = 0
+
+    def check_views(self) -> None:
+        """Raises ValueError where tensors have more numbers than the storages that they are made of."""
+        if self.viewed > _MOST_VIEWS * sum(storage.count for storage in self.storages.values()):
+            raise ValueError(f"its tensors have {self.viewed:,} numbers, far more than the file")
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name. Raises UnpicklingError for what a file of tensors does not name."""
+        path = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        kind = path.removeprefix(_REBUILD)
+        is_read = path in (*_TYPES, *_CLASSES, _WITH_ATTRIBUTES) or kind in (*_TENSORS, *_OTHERS)
+        if is_read or (module in ("torch", "torch.storage") and (_dtype_of(name) or name.startswith("per_"))):
+            return _Name(path)
+        raise pickle.UnpicklingError(f"GLOBAL {path.removeprefix('builtins.')}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """What stands for a storage, whose bytes are there."""
+        self._count()
+        kind, cls, key, _, count, *view = pid
+        dtype = _dtype_of(cls.name.rpartition(".")[2])
+        plain = kind == "storage" and isinstance(key, str) and _is_size(count) and all(each is None for each in view)
+        if dtype is None or not plain:
+            raise ValueError("it has a storage of an unknown kind")
+        storage = _Storage(dtype, count)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"its storage {key} has two sizes")
+        if self.records is not None and storage.bytes > self.records.get(f"{self.folder}{key}".lower(), -1):
+            raise ValueError(f"its storage {key} is larger than what is stored")
+        return storage
+
+    def load_reduce(self) -> None:
+        """A call: of what makes a tensor, or of what makes something small."""
+        self._count()
+        args = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], args)
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls > _MOST_CALLS:
+            raise ValueError(f"it has more than {MOST_TENSORS:,} tensors")
+
+    def _call(self, function: Any, args: Any) -> Any:
+        if not isinstance(function, _Name) or not isinstance(args, tuple):
+            raise pickle.UnpicklingError("a call of what is no function")
+        name = function.name
+        if name == _WITH_ATTRIBUTES:
+            return self._call(args[0], args[2])
+        if name.removeprefix(_REBUILD) in _TENSORS:
+            return self._tensor(*args[:4])
+        if name.startswith(_REBUILD):
+            return _Tensor()
+        if name not in _TYPES:
+            raise pickle.UnpicklingError(f"a call of {name}")
+        self.copied += sum(len(arg) for arg in args if hasattr(arg, "__len__"))
+        plain = name != "_codecs.encode" or args[1:] == ("latin1",)  # other codecs make more of less
+        if self.copied > _MOST_COPIES or not plain or (name == "builtins.set" and not _are_keys(*args)):
+            raise pickle.UnpicklingError(f"a call of {name} that no state dict has")
+        return _Mapping() if name in ("collections.OrderedDict", "collections.Counter") else function
+
+    def _tensor(self, storage: Any, offset: Any, size: Any, strides: Any) -> _Tensor:
+        """Check that each number of a tensor has a place of its own in the storage."""
+        numbers = (offset, *size, *strides)
+        plain = all(map(_is_size, numbers)) and len(size) == len(strides) <= 16
+        if not isinstance(storage, _Storage) or not plain:
+            raise ValueError("it has a tensor of an unknown kind")
+        count, last = prod(size), offset + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
+        if count and (count > storage.count or last >= storage.count):
+            raise ValueError(f"its tensor of {list(size)} is larger than what is stored, {storage.count:,} numbers")
+        self.tensors += 1
+        self.viewed += count
+        if self.tensors > MOST_TENSORS:
+            raise ValueError(f"it has more than {MOST_TENSORS:,} tensors")
+        return _Tensor()
+
+    def load_build(self) -> None:
+        """Attributes, which nobody here reads."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], _Mapping | _Tensor):
+            raise pickle.UnpicklingError("attributes of what has none")
+
+    def load_setitem(self) -> None:
+        """An entry of a dict."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set({key: value} if _are_keys([key]) else None)
+
+    def load_setitems(self) -> None:
+        """Entries of a dict."""
+        items = self.pop_mark()
+        self._set(dict(zip(items[::2], items[1::2], strict=True)) if _are_keys(items[::2]) else None)
+
+    def _set(self, items: dict[Any, Any] | None) -> None:
+        if items is None or not isinstance(self.stack[-1], dict):
+            raise pickle.UnpicklingError("an entry that no state dict has")
+        self.stack[-1].update(items)
+
+    def refuse(self) -> None:
+        """An operation that torch does not use."""
+        raise pickle.UnpicklingError("an operation that torch does not use")
+
+
+Outline.dispatch = dict.fromkeys(range(256), Outline.refuse)
+Outline.dispatch |= {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPERATIONS}
+Outline.dispatch |= {
+    pickle.REDUCE[0]: Outline.load_reduce,
+    pickle.BUILD[0]: Outline.load_build,
+    pickle.SETITEM[0]: Outline.load_setitem,
+    pickle.SETITEMS[0]: Outline.load_setitems,
+}
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _are_keys(values: Any) -> bool:
+    """Whether values are of the kinds that are keys of dicts: a hash of tuples in tuples in tuples ends the process."""
+    return all(isinstance(value, str | int | float | bytes | None) for value in values)
+
+
+def _dtype_of(name: str) -> torch.dtype | None:
+    """The type of numbers that `torch.NAME` is, or is a storage of."""
+    if name == "UntypedStorage":
+        return torch.uint8
+    kind = getattr(torch, name, None) if not name.startswith("_") else None
+    dtype = getattr(kind, "dtype", kind) if name.endswith("Storage") else kind
+    return dtype if isinstance(dtype, torch.dtype) else None

@@ -1,0 +1,137 @@
+"""What is kept of a model between questions: weights laid out for talking, pictures already looked at, prompts read.
+
+All of it follows from the weights, and goes when they change: a model in training may be asked at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minimind_v.core.device import has_bf16
+from minimind_v.core.errors import UsageError
+from minimind_v.core.generate.fast_decoder import FastDecoder
+from minimind_v.core.model.decoder import KVCache
+from minimind_v.core.model.kernels.cpu_linear import state_of
+from minimind_v.core.model.vlm import VLM
+
+PICTURES = 16  # that are remembered; 0.6 MB each of ViT-B/16
+PROMPTS = 8  # that are remembered; 2 MB for each picture in the small preset
+
+Signs = list[int | bytes]  # what stands at each position of a prompt: an id, or the picture that its patch is of
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of a prompt, and its keys and values [L, 1, KV, T, hd]."""
+
+    signs: Signs
+    keys: Tensor
+    values: Tensor
+
+
+class Ready:
+    """One model, ready to talk. Pictures are known by their content."""
+
+    def __init__(self, model: VLM) -> None:
+        half = model.device.type == "cuda" and has_bf16(model.device)  # elsewhere nobody has seen a gain from it
+        dtype = torch.bfloat16 if half else model.lm_head.weight.dtype
+        self.decoder = FastDecoder(model, dtype)
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._prefixes: list[Prefix] = []
+
+    @torch.inference_mode()
+    def features(self, model: VLM, pictures: Sequence[np.ndarray]) -> Tensor | None:
+        """Features [M, P, width] of uint8 pictures [3, S, S]; only those not seen lately are looked at."""
+        if not pictures:
+            return None
+        if model.vision_encoder is None:
+            raise UsageError("this model was loaded without its vision model")
+        names = [picture_name(picture) for picture in pictures]
+        new = {name: picture for name, picture in zip(names, pictures, strict=True) if name not in self._features}
+        known = {name: self._features[name] for name in names if name not in new}
+        if new:
+            seen = model.vision_encoder(torch.from_numpy(np.stack(list(new.values()))).to(model.device))
+            known |= {name: one.clone() for name, one in zip(new, seen, strict=True)}
+        for name, one in known.items():
+            self._features[name] = one
+            self._features.move_to_end(name)
+        while len(self._features) > PICTURES:
+            self._features.popitem(last=False)
+        return torch.stack([known[name] for name in names])
+
+    def recall(self, signs: Signs, cache: KVCache) -> int:
+        """Fill an empty cache with the longest remembered beginning of a prompt; returns how many tokens that is.
+
+        The last token is always left to read: what follows it must be computed.
+        """
+        best, length = None, 0
+        for prefix in self._prefixes:
+            same = _common(prefix.signs, signs[:-1])
+            if same > length:
+                best, length = prefix, same
+        if best is not None:
+            self._prefixes.remove(best)
+            self._prefixes.insert(0, best)
+            cache.keys[..., :length, :] = best.keys[..., :length, :]
+            cache.values[..., :length, :] = best.values[..., :length, :]
+            cache.rewind(length)
+        return length
+
+    def remember(self, signs: Signs, cache: KVCache) -> None:
+        """Keep what the cache holds of a prompt that was read, up to the end of its last picture."""
+        pictures = [at for at, sign in enumerate(signs) if isinstance(sign, bytes)]
+        if not pictures:
+            return
+        end = pictures[-1] + 1
+        signs = signs[:end]
+        if any(prefix.signs[:end] == signs for prefix in self._prefixes):
+            return
+        kept = Prefix(signs, cache.keys[..., :end, :].clone(), cache.values[..., :end, :].clone())
+        self._prefixes = [kept, *self._prefixes][:PROMPTS]
+
+
+def picture_name(picture: np.ndarray) -> bytes:
+    """A picture's name by its content."""
+    return hashlib.blake2b(np.ascontiguousarray(picture).data, digest_size=16).digest()
+
+
+def signs_of(input_ids: list[int], image_mask: list[bool], pictures: Sequence[np.ndarray]) -> Signs:
+    """What stands at each position of a prompt whose pictures are these, in reading order."""
+    signs: Signs = list(input_ids)
+    patches = [at for at, patch in enumerate(image_mask) if patch]
+    names = [picture_name(picture) for picture in pictures]
+    for order, at in enumerate(patches):
+        signs[at] = names[order * len(names) // len(patches)]
+    return signs
+
+
+def _common(one: Signs, other: Signs) -> int:
+    """Length of the beginning that two prompts share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+# --- one for every model ----------------------------------------------------------------------------------------------
+
+_READY: WeakKeyDictionary[nn.Module, tuple[object, Ready]] = WeakKeyDictionary()
+
+
+def ready(model: VLM) -> Ready:
+    """The model made ready to talk: once, and again only when its weights have changed since."""
+    state = _state(model)
+    found = _READY.get(model)
+    if found is None or found[0] != state:
+        found = _READY[model] = state, Ready(model)
+    return found[1]
+
+
+def _state(model: VLM) -> object:
+    return id(model.vision_encoder), state_of([*model.model.parameters(), *model.vision_proj.parameters()])

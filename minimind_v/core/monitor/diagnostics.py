@@ -1,0 +1,311 @@
+"""Words with the numbers: what the figures of a run say is wrong with it, each told once, with the next step to take.
+
+A rule is a function of all that has been seen so far. It returns its line when it is sure and None otherwise; being
+silent over a healthy run matters more than being early. Losses are in nats per supervised token.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from minimind_v.core.config.schema import RunConfig, usual_workers
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.monitor.metrics import StepMetrics, Validation
+from minimind_v.core.rows.row import IMAGE_MARK
+
+FEW = 20  # updates whose mean is taken for the loss at a place
+SMALL_SET = 500  # rows, for which there is a recipe of its own
+STRETCH = 30.0  # seconds over which the share of waiting is measured
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run began with."""
+
+    config: RunConfig
+    loaded: bool  # weights, and not random numbers
+    new_projector: bool
+    same_tokenizer: bool | None = None  # as the weights were trained with; None where that is not known
+    rows: int = 0  # that are learnt from
+    done: int = 0  # updates of an earlier part of the run, which were not seen
+
+
+@dataclass
+class Seen:
+    """What has been seen of a run until now."""
+
+    start: Start
+    losses: list[float] = field(default_factory=list)  # of each update
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=FEW))
+    validations: list[Validation] = field(default_factory=list)
+    lowest: float = math.inf  # mean of FEW losses
+    lowest_at: int = 0
+    pictures: int = 0
+    rows: int = 0
+    text_rows: int = 0  # of these, rows with pictures that no mark shows
+    answers: int = 0
+    cut: int = 0  # of these, cut short or cut off
+    enough_at_first: bool = False  # tokens in the first update for its loss to mean something
+    waiting: list[float] = field(default_factory=list)  # share of each STRETCH
+    last: StepMetrics | None = None
+    _mark: tuple[float, float] | None = None  # seconds and seconds of waiting where the stretch began
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was watched from its first update on."""
+        return self.start.done == 0
+
+    @property
+    def step(self) -> int:
+        return self.last.step if self.last else self.start.done
+
+    @property
+    def recent(self) -> float:
+        """The mean of the last FEW losses."""
+        return _mean(self.losses[-FEW:])
+
+    def add(self, metrics: StepMetrics) -> None:
+        self.last = metrics
+        if not self.losses:
+            self.enough_at_first = metrics.supervised_tokens >= 50
+        self.losses.append(metrics.loss)
+        self.norms.append(metrics.grad_norm)
+        if len(self.losses) >= FEW and self.recent < self.lowest:
+            self.lowest, self.lowest_at = self.recent, metrics.step
+        seconds, waited = self._mark or (metrics.seconds, metrics.data_seconds)
+        if self._mark is None or metrics.seconds - seconds >= STRETCH:
+            if self._mark is not None:
+                self.waiting.append((metrics.data_seconds - waited) / (metrics.seconds - seconds))
+            self._mark = metrics.seconds, metrics.data_seconds
+
+
+class Signs:
+    """Watches a run and tells each thing that is wrong once."""
+
+    def __init__(self, start: Start, told: Iterable[str] = (), validations: Iterable[Validation] = ()) -> None:
+        """`told` names the rules that an earlier part of the run has told; `validations` are that part's."""
+        self.seen = Seen(start, validations=list(validations))
+        self.told = set(told)
+
+    def batch(self, batch: Batch) -> None:
+        """A batch that is about to be learnt from."""
+        self.seen.pictures += 0 if batch.pixel_values is None else len(batch.pixel_values)
+        self.seen.pictures += 0 if batch.image_features is None else len(batch.image_features)
+        self.seen.rows += len(batch)
+        self.seen.text_rows += batch.text_rows
+        self.seen.answers += batch.answers
+        self.seen.cut += batch.answers_cut
+
+    def step(self, metrics: StepMetrics) -> dict[str, str]:
+        """An update; returns what there is to say, by rule."""
+        self.seen.add(metrics)
+        return self._ask(STEP_RULES)
+
+    def validated(self, found: Validation) -> dict[str, str]:
+        """A validation; returns what there is to say, by rule."""
+        self.seen.validations.append(found)
+        return self._ask(VALIDATION_RULES)
+
+    def _ask(self, rules: Iterable[Callable[[Seen], str | None]]) -> dict[str, str]:
+        found = {}
+        for rule in rules:
+            if rule.__name__ not in self.told and (line := rule(self.seen)):
+                found[rule.__name__] = line
+        self.told |= found.keys()
+        return found
+
+
+# --- rules about updates ----------------------------------------------------------------------------------------------
+
+
+def first_loss_high(seen: Seen) -> str | None:
+    """Trained weights are better than guessing on data of their kind before anything is learnt.
+
+    A run begins only with weights that loaded whole. So a loss about as high as guessing means that they know nothing,
+    and a higher one that they are sure of something else: trained, but on other data, or with another tokenizer.
+    """
+    start, guessing = seen.start, math.log(seen.start.config.model.vocab_size)
+    if not (start.loaded and seen.begun and seen.step == 1 and seen.losses[0] > 0.9 * guessing):
+        return None
+    figure = f"the first loss is {seen.losses[0]:.2f} where blind guessing gives {guessing:.2f}"
+    init, tokenizer = start.config.init, start.config.data.tokenizer
+    if start.same_tokenizer is False:
+        return f"{figure}: {init} was trained with another tokenizer than {tokenizer} — name the right one"
+    if seen.losses[0] < 1.05 * guessing:
+        other = "" if start.same_tokenizer else f", or was trained with another tokenizer than {tokenizer}"
+        return (
+            f"{figure}, although all of {init} was loaded: either it is not trained{other}, or these rows are unlike "
+            f"what it learnt from — ask it something with `mmv chat --model {init}`"
+        )
+    unsure = "" if start.same_tokenizer else f" If {tokenizer} is not its tokenizer, stop here and name the right one."
+    return (
+        f"{figure}, although all of {init} was loaded: it is sure of other answers, so these rows are unlike what it "
+        f"learnt from. It can learn them where the loss falls well below {guessing:.2f}.{unsure}"
+    )
+
+
+def loss_stays_high(seen: Seen) -> str | None:
+    """Soon after the start a run over trained weights is much better than guessing."""
+    config, guessing = seen.start.config, math.log(seen.start.config.model.vocab_size)
+    if not (seen.start.loaded and seen.begun and seen.step == 3 * FEW and seen.recent > 0.8 * guessing):
+        return None
+    first = _mean(seen.losses[:FEW])
+    if seen.recent < 0.8 * first:  # it is on its way
+        return None
+    advice = f"raise --lr (now {config.lr:g})"
+    if config.stage == "sft" and seen.start.rows <= SMALL_SET and not config.until_right:
+        advice += ", or take --recipe small-data, made for few rows"
+    trained = "" if seen.start.same_tokenizer else f", and see that {config.data.tokenizer} is the weights' tokenizer"
+    return (
+        f"the loss was {first:.2f} in the first {FEW} updates and is still {seen.recent:.2f} after {seen.step}, where "
+        f"blind guessing gives {guessing:.2f}: {advice}{trained}"
+    )
+
+
+def no_pictures(seen: Seen) -> str | None:
+    """A projector learns from pictures alone."""
+    if seen.start.config.stage != "pretrain" or seen.step != 10 or seen.pictures or seen.text_rows or not seen.begun:
+        return None
+    return (
+        "none of the rows of the first 10 updates has a picture, so the projector learns nothing: look at the key "
+        f"`image` of the rows (mmv data preview {seen.start.config.data.file})"
+    )
+
+
+def no_marks(seen: Seen) -> str | None:
+    """A set may have many text rows; one of them alone was meant to show its pictures."""
+    enough = seen.step == seen.start.done + 10 or (seen.last is not None and seen.step == seen.last.steps)
+    if not enough or 2 * seen.text_rows <= seen.rows:
+        return None
+    return (
+        f"{seen.text_rows} of the first {seen.rows} rows have a picture but no {IMAGE_MARK} mark in their text, so the "
+        f'model is not shown it: write {IMAGE_MARK} where the picture belongs, as in "{IMAGE_MARK}\\nWhat is this?"'
+    )
+
+
+def projector_does_not_learn(seen: Seen) -> str | None:
+    """A projector that is new speaks noise at first, so the loss must fall in the first tenth of a run."""
+    if not (seen.start.new_projector and seen.begun and seen.pictures and seen.last):
+        return None
+    if seen.step != min(max(50, seen.last.steps // 10), 500):
+        return None
+    first, recent = _mean(seen.losses[:FEW]), seen.recent
+    if recent < 0.97 * first or recent > 1.5 * first:  # rising is another rule's business
+        return None
+    return (
+        f"the projector does not learn: the loss was {first:.2f} in the first {FEW} updates and is {recent:.2f} after "
+        f"{seen.step} — raise --lr (now {seen.start.config.lr:g}; pretraining's recipe has 4e-4), and see whether "
+        "captions belong to their pictures (mmv data preview)"
+    )
+
+
+def no_gradient(seen: Seen) -> str | None:
+    """Where every gradient is zero nothing is learnt."""
+    if len(seen.norms) < FEW or any(seen.norms):
+        return None
+    return f"the gradient has been zero for {FEW} updates, so nothing learns: --freeze {seen.start.config.freeze}?"
+
+
+def answers_are_cut(seen: Seen) -> str | None:
+    """What is cut off is never learnt, least of all how an answer ends."""
+    if seen.step < seen.start.done + 10 or seen.answers < 50 or seen.cut <= 0.05 * seen.answers:
+        return None
+    config = seen.start.config
+    return (
+        f"answers are being cut: {seen.cut / seen.answers:.0%} of them do not fit into {config.data.max_length} tokens "
+        f"— raise --max-length; `mmv data stats {config.data.file}` tells how long rows are"
+    )
+
+
+def learning_rate_too_high(seen: Seen) -> str | None:
+    """A loss that stays far above what it was has been thrown out of its valley; a short jump is none of this."""
+    if len(seen.losses) < FEW:
+        return None
+    config, first, recent = seen.start.config, seen.losses[0], seen.recent
+    advice = f"--lr {config.lr:g} is too high for it; start over with --lr {config.lr / 10:g} --overwrite"
+    if seen.begun and seen.enough_at_first and min(seen.losses[-FEW:]) > first and recent > _far_above(first):
+        return f"the loss was {first:.2f} before the first update and is {recent:.2f} after {seen.step}: {advice}"
+    if recent > _far_above(seen.lowest):
+        return f"the loss has risen from {seen.lowest:.2f} (update {seen.lowest_at}) to {recent:.2f}: {advice}"
+    return None
+
+
+def _far_above(loss: float) -> float:
+    return loss + max(1.0, 0.5 * loss)
+
+
+def data_is_slow(seen: Seen) -> str | None:
+    """Two stretches in a row, so that neither a start nor one slow part of a file is taken for it."""
+    if len(seen.waiting) < 2 or min(seen.waiting[-2:]) <= 0.2:
+        return None
+    config, cores = seen.start.config, os.cpu_count() or 1
+    workers, most = config.data.workers, max(1, cores // config.gpus)
+    if workers < most:
+        more = min(most, max(2 * workers, usual_workers(config.gpus)))
+        advice = f"raise --workers (now {workers}) to {more}"
+    else:
+        advice = f"{cores} cores have {workers * config.gpus} workers — smaller pictures or a faster disk would help"
+    return f"{seen.waiting[-1]:.0%} of the time is spent waiting for data: {advice}"
+
+
+# --- rules about validations ------------------------------------------------------------------------------------------
+
+
+def overfitting(seen: Seen) -> str | None:
+    """The held-out loss has risen three times in a row above its best while the loss of training fell."""
+    if len(seen.validations) < 4:
+        return None
+    best = min(seen.validations, key=lambda found: found.loss)
+    since = [best, *(found for found in seen.validations if found.step > best.step)]
+    rising = all(later.loss > earlier.loss for earlier, later in zip(since[-4:], since[-3:], strict=False))
+    if len(since) < 4 or not rising or since[-1].loss < 1.01 * best.loss:
+        return None
+    there = best.step - seen.start.done
+    before, now = _mean(seen.losses[max(0, there - FEW) : max(there, FEW)]), seen.recent
+    if not now < before:
+        return None
+    figures = (
+        f"from there on the loss on held-out rows rose from {best.loss:.3f} to {since[-1].loss:.3f} while that of "
+        f"training fell from {before:.3f} to {now:.3f} — the weights of step {best.step} are kept (…_best.pth)"
+    )
+    advice = "stop here, or train on more rows, or with fewer --epochs"
+    if 0 < seen.start.rows <= SMALL_SET:
+        advice = f"{seen.start.rows} rows are learnt by heart; answers about other pictures need more rows"
+    return f"overfitting since step {best.step}: {figures}; {advice}"
+
+
+def does_not_look(seen: Seen) -> str | None:
+    """A model that looks is worse off with pictures of other rows."""
+    found = [one for one in seen.validations[-3:] if one.swapped_loss is not None]
+    if len(found) < 3 or not seen.last or seen.step < 0.3 * seen.last.steps:
+        return None
+    if any(one.swapped_loss < 0.05 or one.swapped_loss - one.loss > 0.005 * one.swapped_loss for one in found):  # type: ignore[operator]
+        return None
+    return (
+        f"the model does not look: its loss on held-out rows is {found[-1].loss:.3f} with their pictures and "
+        f"{found[-1].swapped_loss:.3f} with those of other rows — do the answers need the pictures, and are "
+        "these the right ones (mmv data preview)? If so, pretrain for longer or with a higher --lr"
+    )
+
+
+STEP_RULES = (
+    first_loss_high,
+    loss_stays_high,
+    no_pictures,
+    no_marks,
+    projector_does_not_learn,
+    no_gradient,
+    answers_are_cut,
+    learning_rate_too_high,
+    data_is_slow,
+)
+VALIDATION_RULES = (overfitting, does_not_look)
+
+
+def _mean(values: list[float]) -> float:
+    return statistics.fmean(values) if values else math.nan

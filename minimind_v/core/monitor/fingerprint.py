@@ -1,0 +1,106 @@
+"""What a run was made of: the settings and inputs that decide its numbers, compared when it is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minimind_v
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.device import device_name, resolve_dtype
+from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.hub.sources import METADATA
+
+PIECE = 1 << 20  # bytes read at a time
+MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
+WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
+# What a run may change at will: it decides where things go and what is told, not what is learnt.
+# How an update's rows are shared out is free as well; how many they are is not, and has a name of its own.
+FREE = {"out", "device", "gpus", "save_every", "save_minutes", "keep", "log_every", "recall_rows", "data.workers"}
+FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "track"}
+INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
+
+
+def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Everything that decides what a run learns, by configuration key; of its inputs, fingerprints."""
+    flat = _flatten(asdict(config))
+    origin = {key: value for key, value in flat.items() if key not in FREE and key not in INPUTS}
+    for key in INPUTS:
+        path = Path(flat[key] or "none")
+        if key == "data.tokenizer":
+            path = path / "tokenizer.json"  # other things may stand in its folder
+        origin[key] = fingerprint(path) if path.exists() else None
+    sources = sorted(Path(minimind_v.__file__).parent.joinpath("core").rglob("*.py"))
+    origin["features"] = "int8" if config.features == "int8" else "exact"  # remembered or not, they are the same
+    origin["code"] = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
+    origin["torch"] = torch.__version__
+    origin["precision"] = resolve_dtype(device, config.dtype)  # which `auto` leaves to the device
+    origin["computed_on"] = device_name(device)
+    return origin
+
+
+def check_origin(
+    there: Mapping[str, Any], here: Mapping[str, Any], allowed: Collection[str], tell: Callable[[str], None]
+) -> None:
+    """Tell every difference between the run that left a state and this one. Raises UsageError over one not allowed."""
+    for name in allowed:
+        if name not in here:
+            raise UsageError(f"--allow {name}: nothing of a run is called so{nearest(name, here)}")
+    differing = [key for key in here if there.get(key) != here[key]]
+    for key in differing:
+        allowance = " (allowed)" if key in allowed else ""
+        tell(f"{key}: {_shown(there.get(key))} in the run that is resumed, {_shown(here[key])} now{allowance}")
+    if refused := [key for key in differing if key not in allowed]:
+        raise UsageError(
+            "this is not the run that left the state — give what it had, start over with --overwrite, or say "
+            + " ".join(f"--allow {key}" for key in refused)
+        )
+
+
+def fingerprint(path: Path) -> str:
+    """Size and digest of a file, of a very large one by pieces all over it; of a folder, of the files in it.
+
+    Of a folder of a great many files, as of pictures, only names and sizes count, and the bytes of the metadata.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file())
+        contents = [
+            file.stat().st_size if len(files) > MANY and file.name not in METADATA else fingerprint(file)
+            for file in files
+        ]
+        names = [str(file.relative_to(path)) for file in files]
+        listed = json.dumps(list(zip(names, contents, strict=True))).encode()
+        return f"{len(files)} files {hashlib.blake2b(listed, digest_size=8).hexdigest()}"
+    size = path.stat().st_size
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as file:
+        for at in [*range(0, size, max(1, size // WHOLE) * PIECE), max(0, size - PIECE)]:
+            file.seek(at)
+            digest.update(file.read(PIECE))
+    return f"{size} bytes {digest.hexdigest()}"
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: _plain(value)}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else str(value)

@@ -1,0 +1,214 @@
+"""What a run says of itself: what it is about to do, which rows it leaves out, and what ended it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from minimind_v.core.config.schedule import peak, reach
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.dataset import BrokenRow
+from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan
+from minimind_v.core.errors import DataError, RunError
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.monitor.diagnostics import SMALL_SET
+from minimind_v.core.monitor.metrics import Recalled
+from minimind_v.core.wording import plural
+
+TOLD = 5  # broken rows that are told one by one
+FEW = 50  # broken rows that no rate is judged by
+NAMED = 8  # rows of an update that are named
+# What torch says that has no error of its own for it, and what becomes of a failed allocation inside CUDA's libraries.
+NO_MEMORY = (
+    "can't allocate memory",
+    "MPS backend out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+FEW_HELD_OUT = 8  # rows; the loss on fewer is mostly chance
+# How far a weight may move over a run (schedule.reach). Weights are some 0.05 in size. Twelve rows at 0.0001 came from
+# a loss of 14.9 to 13.7; they were learnt whole at 0.03 with the small preset and at 0.15 with the demo's.
+LEAST_REACH, GOOD_REACH = 0.001, 0.05
+HIGHEST_RATE = 5e-4  # that is advised
+FORGOTTEN = 0.05  # share of the answers' tokens that must be lost before it is called forgetting
+
+
+def announcement(config: RunConfig, plan: BatchPlan, updates: int, rows: int, model: VLM, where: str) -> str:
+    """What is about to happen: so many updates of so many rows each, at which learning rates."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_encoder."))
+    held_out = len(plan.dataset) - plan.rows
+    kept = f" ({held_out:,} of them held out)" if held_out else ""
+    end = ", or fewer: it ends once every answer is right" if config.until_right else ""
+    return (
+        f"{config.stage}: {plural(len(plan.dataset), 'row')} of {config.data.file}{kept}, "
+        f"{plural(config.epochs, 'epoch')}, {plural(updates, 'update')} of {plural(min(rows, plan.rows), 'row')} "
+        f"on {where}{end}; learning rate from {peak(config.lr):.2g} down to {config.lr / 10:.2g}; "
+        f"{trained:,} of {everything:,} parameters learn ({config.freeze})"
+    )
+
+
+def before_the_start(config: RunConfig, plan: BatchPlan, updates: int) -> Iterator[str]:
+    """What is known to go wrong with a run before it has begun."""
+    if line := too_little(config, plan.rows, updates):
+        yield line
+    if config.until_right and plan.rows > SMALL_SET:
+        yield (
+            f"{plan.rows:,} rows are many for a run that goes on until every answer is right: it may never be, and "
+            "each row is a step of its own — leave --recipe out, and raise --lr instead"
+        )
+    held_out = len(plan.dataset) - plan.rows
+    if config.val_every and held_out < FEW_HELD_OUT:
+        yield (
+            f"only {plural(held_out, 'row')} of {len(plan.dataset)} held out: the loss on so few says little, and the "
+            f"best weights are chosen by it — leave --val-every out, or measure rows of another file with `mmv eval`"
+        )
+
+
+def too_little(config: RunConfig, rows: int, updates: int) -> str | None:
+    """That a run cannot move its weights far enough to learn, and what would; None where it can."""
+    moved = reach(config.lr, updates)
+    if moved >= LEAST_REACH:
+        return None
+    lr = max(config.lr, min(HIGHEST_RATE, float(f"{GOOD_REACH / reach(1, updates):.0e}")))
+    advice = f"--lr {lr:g}" if lr > config.lr else ""
+    if reach(lr, updates) < GOOD_REACH / 5:  # the updates are too few at any rate
+        more = math.ceil(GOOD_REACH / 5 / reach(lr, 1))
+        steps = f"--epochs {math.ceil(config.epochs * more / updates)}"
+        if config.max_steps == updates:
+            steps = f"--max-steps {more}"
+        advice = f"{advice} {steps}".strip()
+    few = config.stage == "sft" and rows <= SMALL_SET and not config.until_right
+    small = ", or --recipe small-data, made for few rows" if few else ""
+    return (
+        f"{plural(updates, 'update')} at --lr {config.lr:g} cannot move a weight by more than {moved:.1g}: the model "
+        f"will stay almost as it is — try {advice}{small}"
+    )
+
+
+def recalled(config: RunConfig, weights: Path, known: Mapping[str, Recalled], why: str) -> tuple[list[str], list[str]]:
+    """What a run has learnt of its own rows and kept of earlier ones; second, what of that calls for action.
+
+    `known` is what was measured: `own`, `before` and `after`; `why` says why the last two were not.
+    """
+    said, warned = [], []
+    if own := known.get("own"):
+        rows = f"{plural(own.rows, 'row')} of {own.data}"
+        if own.hits == 1:
+            said.append(f"learnt: every answer to the {rows} is right, token for token")
+        else:
+            warned.append(
+                f"not all is learnt: {own.hits:.1%} of the tokens of the answers to {rows} are right — raise --epochs "
+                "or --lr; where two rows ask the same about the same picture, only one of their answers can be right"
+            )
+    if "before" not in known or "after" not in known:
+        said.append(
+            f"not measured: what {config.init} knew before and {weights} may have forgotten ({why}) — "
+            f"compare the two with `mmv eval --model {weights} --data FILE`"
+        )
+        return said, warned
+    before, after = known["before"], known["after"]
+    said.append(
+        f"kept: on {plural(after.rows, 'row')} of {after.data}, not trained on now, {before.hits:.1%} of the answers' "
+        f"tokens were right before and {after.hits:.1%} are now "
+        f"(loss {before.loss:.3f}, now {after.loss:.3f})"
+    )
+    if before.hits - after.hits > FORGOTTEN:
+        warned.append(
+            f"part of what {config.init} knew is forgotten: add rows of {after.data} to the new ones, or try a lower "
+            f"--lr (now {config.lr:g})"
+        )
+    return said, warned
+
+
+def not_finite(loss: float, grad_norm: float, places: Sequence[str]) -> str:
+    """An update that was skipped, and the rows that it was made of."""
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    return f"loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {', '.join(places[:NAMED])}{more}"
+
+
+class BrokenRows:
+    """The rows of a run that were left out, each counted once however often it is met."""
+
+    def __init__(self, rows: int, rows_per_update: int, allowed: float) -> None:
+        """`allowed` is the share of all `rows` that may be broken."""
+        self.rows, self.rows_per_update, self.allowed = rows, rows_per_update, allowed
+        self.known: dict[str, list[str]] = {}  # by place: the kind and the whole message
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many there are of each kind, the most frequent first."""
+        return dict(Counter(kind for kind, _ in self.known.values()).most_common())
+
+    @property
+    def first(self) -> str | None:
+        """What is wrong with the first one."""
+        return next((message for _, message in self.known.values()), None)
+
+    def add(self, found: list[BrokenRow], read: int, warn: Callable[[str], None]) -> None:
+        """Take in broken rows when so many rows of the set have been `read`, and name the first ones.
+
+        Raises DataError where too many of all rows are broken, or so many of those read that the rest hardly matters.
+        It depends on nothing else, so it is the same after a resume and for any number of processes.
+        """
+        for row in found:
+            if row.place in self.known:
+                continue
+            self.known[row.place] = [row.kind, str(row)]
+            if len(self.known) <= TOLD:
+                warn(f"row skipped: {row}")
+        broken = len(self.known)
+        if broken > self.allowed * self.rows:
+            share = f"{broken} of {self.rows} rows are broken"
+        elif broken > self._bearable(read):
+            share = f"{broken} of the first {read} rows that were read are broken"
+        else:
+            return
+        # Where no row was whole there is nothing to allow.
+        more = f", or allow more with --set data.bad_rows={_above(broken / read):g}" if broken < read else ""
+        raise DataError(
+            f"{share}, more than {self.allowed:.0%}; the first: {self.first} — mend the data (`mmv data check` names "
+            f"every such row){more}"
+        )
+
+    def _bearable(self, read: int) -> float:
+        """Broken rows that `read` rows may have where the share of all is within what is allowed.
+
+        Broken rows of a window come together, since it is sorted by length, and windows are read in lanes side by
+        side. So those seen so far are set against all rows of the windows that have been begun, and beyond that count
+        five standard deviations and a few rows are left to chance.
+        """
+        begun = min(read + LANES * WINDOW * self.rows_per_update, self.rows)
+        return self.allowed * begun + 5 * math.sqrt(self.allowed * begun) + FEW
+
+
+def _above(share: float) -> float:
+    """A round share above this one."""
+    return next((round_share for round_share in (0.02, 0.05, 0.1, 0.2, 0.5) if round_share > share), 1.0)
+
+
+@contextmanager
+def explained(config: RunConfig) -> Iterator[None]:
+    """Turn what torch raises for want of memory into words with a next step."""
+    try:
+        yield
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        if not out_of_memory(error):
+            raise
+        batch, accumulate = config.data.batch_size, config.accumulate
+        half = next((size for size in range(batch // 2, 0, -1) if batch % size == 0), 0)
+        advice = f"the same recipe with less: --batch-size {half} --accumulate {accumulate * batch // max(half, 1)}"
+        if not half:
+            advice = f"lower --max-length {config.data.max_length}, or take a smaller --preset"
+        raise RunError(f"out of memory — {advice}") from None
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, or a library that it calls, says that there is no memory left, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)

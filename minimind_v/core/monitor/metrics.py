@@ -1,0 +1,180 @@
+"""What a run tells about itself: one record per update, kept as JSON lines and shown by whoever listens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from minimind_v.core.errors import DataError, MissingInput, RunError
+from minimind_v.core.files import write_text
+from minimind_v.core.monitor.records import LONGEST, LOSS, read_records
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One update. Counts and seconds add up from the start of the run."""
+
+    step: int  # from 1
+    steps: int  # of the whole run
+    epoch: float  # epochs done after this update
+    loss: float  # nats per supervised token of this update, with the auxiliary loss
+    hits: float  # share of this update's supervised tokens that were the likeliest
+    lr: float
+    grad_norm: float  # before clipping
+    samples: int
+    tokens: int  # real tokens read, placeholders included
+    supervised_tokens: int
+    seconds: float
+    data_seconds: float  # of these, spent waiting for data
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds / self.step * (self.steps - self.step)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the model is worth on rows that it does not learn from."""
+
+    step: int
+    loss: float  # nats per supervised token, by the mathematics of training without the auxiliary loss
+    hits: float  # share of the supervised tokens that were the likeliest
+    swapped_loss: float | None  # with the pictures of other rows; None where the rows have no pictures
+    rows: int
+    best: bool = False  # lower than at every validation before
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What a model knows of some rows of a file, without learning from them."""
+
+    data: str
+    rows: int
+    loss: float  # nats per supervised token
+    hits: float  # share of the supervised tokens that were the likeliest
+
+
+class Listener(Protocol):
+    """Whoever wants to know how a run goes."""
+
+    def say(self, message: str) -> None:
+        """Something worth a line."""
+
+    def warn(self, message: str) -> None:
+        """Something that the user should act upon."""
+
+    def step(self, metrics: StepMetrics, log: bool) -> None:
+        """An update is done; `log` says that it is one of every log_every."""
+
+    def validated(self, found: Validation) -> None:
+        """Held-out rows were looked at."""
+
+    def saved(self, step: int) -> None:
+        """All that was learnt until this update is on the disk."""
+
+
+class Silent:
+    """A listener for those processes of a run that do not lead it."""
+
+    best: Validation | None = None
+
+    def say(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    def batch(self, batch: object) -> None: ...
+
+    def step(self, metrics: StepMetrics, log: bool) -> None: ...
+
+    def validated(self, found: Validation) -> None: ...
+
+    def saved(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """A line of JSON for whatever has a step, each flushed. A resumed run keeps the lines up to where it goes on."""
+
+    def __init__(self, path: Path, after: int = 0) -> None:
+        kept = [line for line, record in read_records(path) if record["step"] <= after] if after else []
+        if path.is_file() and not path.is_symlink():
+            write_text(path, "".join(kept))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("a+", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> bool:
+        """Whether the file had to be made again, with all its lines, since somebody had removed it.
+
+        Raises RunError where there is no room; the line is kept, and written with the next one that finds some.
+        """
+        try:
+            again = self._is_gone()
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            if again:
+                self._make_again()
+        except OSError as error:
+            raise RunError(f"{self.path}: not written ({error.strerror})") from None
+        return again
+
+    def restore(self) -> bool:
+        """Make the file again if somebody has removed it; whether that was so. Raises RunError."""
+        try:
+            if again := self._is_gone():
+                self._make_again()
+        except OSError as error:
+            raise RunError(f"{self.path}: not written ({error.strerror})") from None
+        return again
+
+    def _is_gone(self) -> bool:
+        """Whether what has the file's name, if anything, is another file."""
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return True
+
+    def _make_again(self) -> None:
+        """What was written is there as long as it is open."""
+        self._file.seek(0)
+        write_text(self.path, self._file.read())
+        self._file.close()
+        self._file = self.path.open("a+", encoding="utf-8")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # told when it was written
+            self._file.close()
+
+
+def read_lines(path: Path, damaged: Callable[[str], object] = lambda _: None) -> Iterator[dict[str, Any]]:
+    """The records of a file of JsonLines; none where there is no file. `damaged` is told of what cannot be read."""
+    return (record for _, record in read_records(path, damaged))
+
+
+def read_metrics(
+    path: Path, damaged: Callable[[str], object] = lambda _: None, needed: tuple[str, ...] = LOSS
+) -> list[dict[str, Any]]:
+    """The logged updates of a run, also of one under way; `damaged` is told of lines that lack what is `needed`.
+
+    Raises MissingInput for none, DataError where every line is damaged.
+    """
+    troubles: list[str] = []
+
+    def note(trouble: str) -> None:
+        troubles.append(trouble)
+        damaged(trouble)
+
+    logged = [record for _, record in read_records(path, note, needed) if "loss" in record]
+    if not logged and troubles:
+        raise DataError(f"{troubles[0]} — these are not the metrics of a run, or they are lost")
+    if not logged and path.is_file() and b"\n" in path.read_bytes()[:LONGEST]:
+        raise DataError(f"{path}: not the metrics of a run")
+    if not logged:
+        raise MissingInput(f"{path}: the run has logged nothing yet")
+    return logged

@@ -1,0 +1,97 @@
+"""The demo's report: one HTML file with the curves and a sheet of held-out pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.pages.frame import data_uri, figures, page, write_page
+from minimind_v.core.pages.plot import STYLE as PLOT_STYLE
+from minimind_v.core.pages.plot import curves as draw
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out picture with a question, the truth, and three answers."""
+
+    picture: bytes  # JPEG
+    question: str
+    truth: str
+    before: str
+    after: str
+    blank: str
+
+
+STYLE = """
+dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem } dd { margin: 0 }
+.key { font-size: .9rem; gap: .1rem .9rem; margin: .6rem 0 1.2rem } .key dt { color: var(--dim) }
+.sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: .8rem; font-size: .9rem }
+.card img { width: 100%; image-rendering: pixelated; border-radius: .25rem }
+.right { color: var(--learn-ink); font-weight: 600 } .wrong { color: var(--warn); font-weight: 600 }
+"""
+
+
+LEGEND = {
+    "truth": "the right answer",
+    "after": "the answer after training: green where it is right, red where it is wrong",
+    "before": "the answer before training, with a projector that has learnt nothing",
+    "blank": "the answer after training, asked about a grey picture instead",
+}
+
+
+def write_report(
+    path: Path,
+    summary: dict[str, Any],
+    curves: dict[str, list[tuple[int, float]]],
+    samples: list[Sample],
+    about: str,
+) -> None:
+    """Write the page atomically; it needs nothing besides itself. `about` says what the model can see."""
+    shares = {
+        "scenes never seen": summary["accuracy_heldout_scenes"],
+        "shape-colour pairs never seen": summary["accuracy_heldout_pairs"],
+        "the same questions, blank picture": summary["accuracy_blank"],
+        "before training": summary["accuracy_before"],
+    }
+    plots = "".join(
+        f"<h2>Loss of {escape(stage)}</h2>{draw({'loss': list(points)})}" for stage, points in curves.items()
+    )
+    half = len(samples) // 2
+    sheets = "".join(
+        f"<h3>{title}</h3><div class='sheet'>{''.join(map(_card, part))}</div>"
+        for title, part in (("Scenes never seen", samples[:half]), ("Pairs never seen", samples[half:]))
+    )
+    kinds = "".join(
+        f"<tr><td>{escape(kind)}</td><td>{value:.0%}</td><td>{_percent(summary['by_kind_pairs'].get(kind))}</td></tr>"
+        for kind, value in summary["by_kind_scenes"].items()
+    )
+    key = "".join(f"<dt>{escape(name)}</dt><dd>{escape(meaning)}</dd>" for name, meaning in LEGEND.items())
+    body = (
+        f"<h1>A model that learnt to see</h1><p>Seed {summary['seed']}, "
+        f"{summary['seconds_training_and_evaluation']:.0f} seconds of training and evaluation on "
+        f"{escape(summary['machine'])}. An answer counts as right when it equals the truth to the letter.</p>"
+        f"<p>{escape(about)}</p>"
+        f"{figures({name: f'{share:.1%}' for name, share in shares.items()})}{plots}"
+        f'<h2>By kind of question</h2><div class="wide"><table><tr><th>asks for</th><th>scenes</th><th>pairs</th></tr>'
+        f"{kinds}</table></div><h2>Pictures never seen, with questions and answers</h2>"
+        f'<dl class="key">{key}</dl>{sheets}'
+    )
+    write_page(path, page("mmv demo", body, PLOT_STYLE + STYLE))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _card(sample: Sample) -> str:
+    verdict = "right" if sample.after == sample.truth else "wrong"
+    return (
+        f'<div class="card"><img src="{data_uri(sample.picture, "jpeg")}" alt=""><p>{escape(sample.question)}</p><dl>'
+        f"<dt>truth</dt><dd>{escape(sample.truth)}</dd>"
+        f'<dt>after</dt><dd class="{verdict}">{escape(sample.after) or "–"}</dd>'
+        f'<dt class="dim">before</dt><dd class="dim">{escape(sample.before) or "–"}</dd>'
+        f'<dt class="dim">blank</dt><dd class="dim">{escape(sample.blank) or "–"}</dd></dl></div>'
+    )

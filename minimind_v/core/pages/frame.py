@@ -1,0 +1,82 @@
+"""The frame of a page that is one file: it loads nothing, runs nothing, and reads well by day and by night."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from minimind_v.core.curate.token_text import visible
+from minimind_v.core.errors import UsageError
+from minimind_v.core.files import write_text
+
+# Whatever a row of data smuggles in, a browser that heeds this neither runs nor fetches it.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fbfaf8; --card: #fff; --ink: #1f2328; --dim: #6b7280; --line: #e4e2dd;
+  --learn: #bbf0cc; --learn-ink: #0b4a22; --accent: #2457d6; --warn: #b42318; --chip: #f0eee9; --chip2: #e6e3dc;
+  --eye: #dbe7ff; --eye-ink: #173a8a; --special: #eadcfb; --special-ink: #532291; --cut: #f7dcd9 }
+@media (prefers-color-scheme: dark) { :root { --back: #14161a; --card: #1c1f25; --ink: #e6e6e3; --dim: #9aa1ac;
+  --line: #31353d; --learn: #14532d; --learn-ink: #c5f6d6; --accent: #8ab0ff; --warn: #ff9a8f; --chip: #2a2e36;
+  --chip2: #343944; --eye: #1e3566; --eye-ink: #d3e1ff; --special: #43265f; --special-ink: #ecdcff; --cut: #4a2320 } }
+* { box-sizing: border-box }
+body { font: 16px/1.6 system-ui, "Noto Sans CJK SC", sans-serif; margin: 0 auto; max-width: 68rem;
+  padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--back) }
+h1 { font-size: clamp(1.6rem, 5vw, 2.4rem); line-height: 1.15; margin: .5rem 0; letter-spacing: -.02em }
+h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.2rem 0 .6rem }
+p { margin: .5rem 0; max-width: 44rem } .dim { color: var(--dim) } .warn { color: var(--warn) }
+code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere }
+section { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: 1.1rem 1.2rem;
+  margin: 1.2rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+section h2 { margin: 0 0 .4rem; font-size: 1.1rem }
+td, th { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line) }
+td:first-child, th:first-child { text-align: left } th { font-weight: 600; color: var(--dim) }
+td + td { white-space: nowrap } td code { overflow-wrap: normal }
+.wide { overflow-x: auto } .figures { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1rem 0 }
+.figure { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: .7rem 1rem;
+  flex: 1 1 9rem; color: var(--dim); font-size: .9rem; line-height: 1.35 }
+.figure b { display: block; font-size: 1.6rem; color: var(--ink); font-weight: 650 }
+"""
+
+
+BEGIN = (
+    f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+)
+
+
+def check_page(path: Path) -> None:
+    """Raises UsageError where something else than an earlier page of ours would be written over."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, and a page is to be written — name a file")
+    if path.is_file() and path.stat().st_size and path.read_bytes()[: len(BEGIN)] != BEGIN.encode():
+        raise UsageError(f"{path} is there already, and not a page by mmv — name another file")
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page atomically. Raises UsageError as `check_page` does, RunError where it cannot be written."""
+    check_page(path)
+    write_text(path, text)
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole page. `body` and `style` are HTML and CSS already."""
+    return (
+        f"{BEGIN}"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(visible(title))}</title><style>{STYLE}{style}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def figures(told: Mapping[str, str]) -> str:
+    """Boxes with a number each, large, and what it is the number of. Numbers are HTML already."""
+    boxes = (f'<div class="figure"><b>{number}</b>{escape(of)}</div>' for of, number in told.items())
+    return f'<div class="figures">{"".join(boxes)}</div>'
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """A picture as the address of itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

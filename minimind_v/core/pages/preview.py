@@ -1,0 +1,299 @@
+"""The page of `mmv data preview`: one file that shows rows, and explains what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.curate.preview import TEXT_ROW, BatchView, PictureView, RowView
+from minimind_v.core.curate.token_text import Piece, visible
+from minimind_v.core.model.vision.encoder import VisionSpec
+from minimind_v.core.pages.frame import data_uri, page
+from minimind_v.core.wording import plural
+
+NEWLINE = '<span class="dim">↵</span>'
+SHIFTS = 6  # predictions of a row that are written out
+
+STYLE = """
+.switches { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .55rem 0;
+  background: var(--back); border-bottom: 1px solid var(--line); font-size: .9rem }
+.switches label { cursor: pointer; white-space: nowrap }
+.legend { display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: baseline; font-size: .9rem }
+.text { line-height: 2; margin: .5rem 0; overflow-wrap: anywhere; unicode-bidi: isolate;
+  max-height: 36rem; overflow-y: auto }
+.message { border-left: 3px solid var(--line); padding-left: .7rem; margin: .5rem 0 }
+.message.assistant { border-color: #35a35c } .message.user { border-color: var(--accent) }
+.t { font: .92em/1.5 ui-monospace, "Noto Sans Mono CJK SC", "Noto Sans CJK SC", monospace; background: var(--chip);
+  border-radius: .25em; padding: .12em .1em; margin: 0 .5px; white-space: pre-wrap; unicode-bidi: isolate;
+  -webkit-box-decoration-break: clone; box-decoration-break: clone }
+.t:nth-child(even) { background: var(--chip2) }
+.t.s { background: var(--special); color: var(--special-ink); padding: .12em .35em; font-size: .8em }
+.t.l, .t.l:nth-child(even) { background: var(--learn); color: var(--learn-ink) }
+.t.l:nth-child(even) { filter: brightness(.95) }
+.t.l.s { box-shadow: inset 0 -2px var(--special-ink) }
+.t.x { opacity: .6; text-decoration: line-through; background: var(--cut) !important; color: inherit }
+.t.many { border: 1px dotted var(--dim) } .t small { color: var(--dim); font-size: .68em; margin-left: .35em }
+.t.l small { color: inherit; opacity: .75 }
+.t.p { background: var(--eye) !important; color: var(--eye-ink); padding: .25em .6em;
+  font-family: inherit; font-weight: 600 }
+#ids:checked ~ main .t::after { content: attr(data-id); font: .62rem ui-monospace, monospace; color: var(--dim);
+  vertical-align: -.55em; margin-left: .25em } #ids:checked ~ main .t { margin: 0 2px }
+#ids:checked ~ main .text { line-height: 2.4 }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; margin: .8rem 0 }
+figure { margin: 0; flex: 0 1 21rem; min-width: 0 } figcaption { font-size: .85rem; color: var(--dim); line-height: 1.4;
+  margin-top: .35rem } .frame { position: relative; display: inline-block; line-height: 0; max-width: 100% }
+.frame img { max-width: 100%; border-radius: .4rem; display: block } .frame svg { position: absolute; inset: 0;
+  width: 100%; height: 100%; border-radius: .4rem }
+.model img { width: 17rem; image-rendering: pixelated } .original img { max-height: 17rem }
+.grid { display: none } #grid:checked ~ main .grid { display: block }
+.facts { display: flex; flex-wrap: wrap; gap: .15rem 1.2rem; font-size: .9rem; color: var(--dim) }
+.facts b { color: var(--ink); font-variant-numeric: tabular-nums }
+.bar { display: flex; height: .8rem; border-radius: .4rem; overflow: hidden; margin: .7rem 0 .25rem;
+  background: var(--chip) }
+.bar i { display: block } .b-eye { background: #6f9bff } .b-ask { background: #b9b3a6 } .b-learn { background: #35a35c }
+
+.b-pad { background: repeating-linear-gradient(45deg, transparent 0 3px, var(--dim) 3px 4px) }
+.b-cut { background: #d9685d }
+.badge { display: inline-block; border-radius: 1em; padding: 0 .7em; font-size: .8rem; font-weight: 600;
+  background: var(--chip2); vertical-align: .15em } .badge.bad { background: var(--cut); color: var(--warn) }
+.badge.good { background: var(--learn); color: var(--learn-ink) }
+h2 code { font-weight: 600 }
+details { margin: .6rem 0 } summary { cursor: pointer; color: var(--accent) } details p { margin: .6rem 0 }
+.lesson { columns: 2 21rem; column-gap: 2.2rem } .lesson div { break-inside: avoid; margin-bottom: 1.1rem }
+.lesson h3 { margin: 0 0 .15rem; font-size: 1rem } .lesson p { margin: 0; font-size: .95rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--chip); padding: .7rem; border-radius: .5rem;
+  font-size: .85rem } .shift td, .shift th { text-align: left; padding-right: 1.4rem; white-space: normal }
+"""
+
+
+def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name: str) -> str:
+    """The whole page."""
+    side = spec.image_size // spec.patch_size
+    used = sum(not view.trouble for view in views)
+    head = (
+        f"<h1>What the model gets</h1><p class='dim'>{plural(len(views), 'row')} of "
+        f"<code>{escape(visible(name))}</code>, "
+        f"prepared as <b>{config.stage}</b> would read them: at most {config.data.max_length} tokens a row, batches of "
+        f"{config.data.batch_size}, pictures of {spec.image_size} × {spec.image_size} pixels. "
+        f"{used} of them would be trained on.</p>"
+    )
+    switches = (
+        f'<input type="checkbox" id="grid" hidden><input type="checkbox" id="ids" hidden>'
+        f'<nav class="switches"><label for="grid"><b>▦</b> patch grid {side} × {side}</label>'
+        f'<label for="ids"><b>#</b> token ids</label>{_legend()}</nav>'
+    )
+    body = head + _lesson(spec, config) + switches
+    body += "<main>" + "".join(_row(view, spec, config) for view in views) + "</main>"
+    return page(f"{name} — preview", body, STYLE)
+
+
+def _legend() -> str:
+    samples = (("t", "read only"), ("t l", "learnt"), ("t s", "special"), ("t p", "picture"), ("t x", "cut off"))
+    return (
+        '<span class="legend">' + "".join(f'<span class="{kind}">{text}</span>' for kind, text in samples) + "</span>"
+    )
+
+
+def _lesson(spec: VisionSpec, config: RunConfig) -> str:
+    side, patches = spec.image_size // spec.patch_size, spec.tokens_per_image
+    parts = {
+        "A token is a piece of text with a number": (
+            "The model never sees letters. A tokenizer cuts the text into pieces that are frequent — a word, a part of "
+            "one, a Chinese character or two — and the model reads their numbers. A rare character takes several "
+            "tokens, each holding some of its bytes: such a group has a dotted border, and none of its tokens is "
+            "readable alone. Every message stands between <span class='t s'>&lt;|im_start|&gt;</span> and "
+            "<span class='t s'>&lt;|im_end|&gt;</span>, which no user can type."
+        ),
+        f"Why a picture is {patches} tokens": (
+            f"The vision model cuts the picture of {spec.image_size} × {spec.image_size} pixels into squares of "
+            f"{spec.patch_size} × {spec.patch_size}: {side} × {side} = {patches} patches. It turns each into "
+            f"{spec.width} numbers that say what is there and around it. One linear layer, the projector, "
+            f"translates these into the language model's own words, so to speak, "
+            f"and puts them into {patches} places kept free in the text. From there on a patch is a token "
+            "like any other."
+        ),
+        "What the crop does": (
+            f"The vision model wants a square. The shorter side becomes {spec.image_size} pixels, and of the longer "
+            "one only the middle stays. The darkened edges of an original are never seen. An answer that speaks of "
+            "something there teaches the model to make things up."
+        ),
+        "Why only answers are learnt": (
+            "The model is trained to continue text, and it should learn to answer, not to ask. So the loss counts only "
+            "the <span class='t l'>green</span> tokens: answers, with their end mark, or it would never learn to stop. "
+            "All else is read, and shapes the answer, but no error is measured there. This choice is the <em>loss "
+            "mask</em>."
+        ),
+        "The shift by one": (
+            "At every place the model says what comes <em>next</em>. So the first word of an answer is asked for where "
+            "the line break behind <code>assistant</code> is read, and the last thing asked for is the line break "
+            "behind the end mark. During training the true tokens are read, whatever the model would have said: every "
+            "green token is a question of its own, and all of them are answered in one pass."
+        ),
+        "What is cut, and what is filled up": (
+            f"A row holds at most {config.data.max_length} tokens. A longer one loses its last turns, whole; if even "
+            "the first turn is too long, its answer loses its end, and the model is taught no ending there. Rows of a "
+            "batch must be equally long, so shorter ones are filled up with padding, which nobody reads but that costs "
+            "time. Training puts rows of similar length together, and hardly any is needed."
+        ),
+    }  # fmt: skip
+    cards = "".join(f"<div><h3>{title}</h3><p>{text}</p></div>" for title, text in parts.items())
+    return f"<section><h2>How to read this page</h2><div class='lesson'>{cards}</div></section>"
+
+
+# --- a row ------------------------------------------------------------------------------------------------------------
+
+
+def _row(view: RowView, spec: VisionSpec, config: RunConfig) -> str:
+    lost = view.whole - len(view.tokens)
+    state, kind = ("left out", "bad") if view.trouble else ("cut", "bad") if lost else ("whole", "good")
+    parts = [f'<h2><code>{_safe(view.place)}</code> <span class="badge {kind}">{state}</span></h2>']
+    if view.trouble:
+        parts.append(f'<p class="warn">Training skips this row: {_safe(view.trouble)}.</p>')
+    if view.pictures:
+        removed = range(view.tokens.images, len(view.pictures)) if view.whole and view.tokens else range(0)
+        pictures = (_picture(one, n, n in removed, spec) for n, one in enumerate(view.pictures))
+        parts.append(f'<div class="pictures">{"".join(pictures)}</div>')
+    if view.whole:
+        parts += [_facts(view, config), "".join(_messages(view))]
+    if view.unmarked:
+        parts.append(f'<p class="dim">This is {_safe(TEXT_ROW)}.</p>')
+    if view.unanswered:
+        parts.append(
+            f"<p>The last question has no answer, so there is nothing to learn from it and it is left out: "
+            f'<span class="t x">{_safe(view.unanswered)}</span></p>'
+        )
+    if view.tokens and not view.trouble:
+        parts.append(_shift(view))
+    if view.source:
+        source = "\n".join(map(_safe, view.source.split("\n")))
+        parts.append(f"<details><summary>What the row says</summary><pre>{source}</pre></details>")
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _picture(picture: PictureView, number: int, removed: bool, spec: VisionSpec) -> str:
+    name = _safe(picture.name)
+    if picture.trouble:
+        return f'<p class="warn">Picture {number + 1} cannot be shown: {_safe(picture.trouble)}</p>'
+    side, size = spec.image_size // spec.patch_size, spec.image_size
+    width, height = picture.width, picture.height
+    short = min(width, height)
+    left, top = (width - short) / 2, (height - short) / 2
+    crop = (
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none"><path fill="#000a" fill-rule="evenodd" '
+        f'd="M0 0H{width}V{height}H0ZM{left} {top}h{short}v{short}h-{short}Z"/><rect x="{left}" y="{top}" '
+        f'width="{short}" height="{short}" fill="none" stroke="#fff" stroke-width="2" '
+        f'vector-effect="non-scaling-stroke" stroke-dasharray="6 4"/></svg>'
+    )
+    lines = "".join(f"M{n} 0V{side}M0 {n}H{side}" for n in range(1, side))
+    grid = (
+        f'<svg class="grid" viewBox="0 0 {side} {side}"><path d="{lines}" stroke="#fff" stroke-opacity=".75" '
+        f'stroke-width="1" vector-effect="non-scaling-stroke"/></svg>'
+    )
+    loss = "nothing is lost" if picture.kept == 1 else f"{1 - picture.kept:.0%} of it lies outside the crop"
+    gone = ' <span class="badge bad">cut off with its turn</span>' if removed else ""
+    return (
+        f'<figure class="original"><span class="frame"><img alt="" src="{data_uri(picture.thumbnail, "jpeg")}">{crop}'
+        f"</span><figcaption><b>Original</b> {name}: {width} × {height}, {picture.size / 1000:,.0f} kB — {loss}{gone}"
+        f'</figcaption></figure><figure class="model"><span class="frame"><img alt="" '
+        f'src="{data_uri(picture.model, "png")}">{grid}</span><figcaption><b>What the model sees</b>: {size} × {size} '
+        f"pixels, {side} × {side} patches, {spec.tokens_per_image} tokens</figcaption></figure>"
+    )
+
+
+def _facts(view: RowView, config: RunConfig) -> str:
+    tokens, images, learnt = len(view.tokens), sum(view.tokens.image_mask), view.supervised
+    lost = view.whole - tokens
+    facts = [
+        (tokens, "tokens are read"),
+        (images, "of them patches"),
+        (tokens - images - learnt, "read only"),
+        (learnt, "learnt"),
+    ]
+    if lost:
+        facts += [(lost, "cut off"), (view.answers_lost, "of them answers")]
+    padding = view.batch.length - tokens if view.batch else 0
+    bar = ((images, "eye"), (tokens - images - learnt, "ask"), (learnt, "learn"), (padding, "pad"), (lost, "cut"))
+    total = max(sum(width for width, _ in bar), 1)
+    return (
+        '<div class="bar">'
+        + "".join(f'<i class="b-{name}" style="width:{100 * width / total:.2f}%"></i>' for width, name in bar)
+        + '</div><div class="facts">'
+        + "".join(f"<span><b>{number:,}</b> {text}</span>" for number, text in facts)
+        + f"</div>{_padding(view.batch, tokens, config)}"
+    )
+
+
+def _padding(batch: BatchView | None, tokens: int, config: RunConfig) -> str:
+    if batch is None:
+        return ""
+    return (
+        f'<p class="dim">In the first epoch it shares a batch with {plural(batch.rows - 1, "row")} of up to '
+        f"{batch.length} tokens and gets <b>{batch.length - tokens}</b> tokens of padding; filled up to "
+        f"{config.data.max_length} it would get {config.data.max_length - tokens}.</p>"
+    )
+
+
+def _messages(view: RowView) -> Iterator[str]:
+    """The pieces, a block for each message: a message begins with the first special token of its kind."""
+    opening = view.pieces[0].ids if view.pieces else ()
+    blocks: list[list[Piece]] = []
+    for piece in view.pieces:
+        if not blocks or (piece.special and piece.ids == opening):
+            blocks.append([])
+        blocks[-1].append(piece)
+    yield '<div class="text">'
+    for block in blocks:
+        role = "".join(piece.text for piece in block[1:6] if piece.picture is None).partition("\n")[0]
+        kind = role if role in ("user", "assistant", "system") else "system"
+        yield f'<div class="message {kind}">{"".join(_chip(piece) for piece in block)}</div>'
+    if view.hidden:
+        yield f'<p class="dim">… and {view.hidden:,} more tokens, not shown here.</p>'
+    yield "</div>"
+
+
+def _chip(piece: Piece) -> str:
+    kinds = ["t", "s" * piece.special, "l" * piece.supervised, "x" * piece.removed, "many" if piece.parts else ""]
+    ids = " ".join(map(str, piece.ids))
+    if piece.picture is not None:
+        patches = len(piece.ids)
+        text = f"▦ picture {piece.picture + 1} · {patches} patches"
+        return f'<span class="{_join(*kinds, "p")}" data-id="{piece.ids[0]} × {patches}">{text}</span> '
+    # The line breaks behind the chip, not in it, lest an empty end of it stands on the next line.
+    breaks = piece.text.endswith("\n")
+    shown = _safe(piece.text.removesuffix("\n"), lines=True) + NEWLINE * breaks
+    if piece.parts:
+        shown += f"<small>{' | '.join(piece.parts)}</small>"
+    return f'<span class="{_join(*kinds)}" data-id="{ids}" title="{ids}">{shown}</span>{"<br>" * breaks}'
+
+
+def _join(*kinds: str) -> str:
+    return " ".join(kind for kind in kinds if kind)
+
+
+def _shift(view: RowView) -> str:
+    """What is asked for where: the first predictions of a row, and its last."""
+    pieces = [piece for piece in view.pieces if not piece.removed]
+    asked = [n for n in range(1, len(pieces)) if pieces[n].supervised]
+    if not asked:
+        return ""
+    rows = [
+        f"<tr><td><span class='t'>{_safe(pieces[n - 1].text) or '…'}</span></td>"
+        f"<td><span class='t l'>{_safe(pieces[n].text) or '…'}</span></td></tr>"
+        for n in (asked if len(asked) <= SHIFTS + 1 else [*asked[:SHIFTS], asked[-1]])
+    ]
+    if len(asked) > SHIFTS + 1:
+        rows.insert(-1, f'<tr><td class="dim">… {len(asked) - SHIFTS - 1} more …</td><td></td></tr>')
+    return (
+        f"<details><summary>The loss mask in words</summary><p>{view.supervised} of {len(view.tokens)} tokens are "
+        f"asked for, each where the one before it is read. The loss of this row is how surprised the model is by "
+        f"them, on average; it is never asked for the other {len(view.tokens) - view.supervised}.</p>"
+        f'<table class="shift"><tr><th>having read up to</th><th>say</th></tr>{"".join(rows)}</table></details>'
+    )
+
+
+def _safe(text: str, lines: bool = False) -> str:
+    """Text for a page. What steers is written out; with `lines`, a line break also breaks the line."""
+    if not lines:
+        return escape(visible(text))
+    return f"{NEWLINE}\n".join(escape(visible(line)) for line in text.split("\n"))

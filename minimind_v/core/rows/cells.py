@@ -1,0 +1,125 @@
+"""What a cell of pictures may be: names, bytes, base64 text, data URIs, records of these, or lists."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from minimind_v.core.errors import RowError
+from minimind_v.core.rows.row import check_names, check_size, image_names
+from minimind_v.core.rows.unread import IN_TEXT, KIND
+
+# Keys under which a part, or a record in a cell of pictures, has a picture's bytes, and under which its name.
+BYTES_KEYS = ("bytes", "base64", "data", "b64_json")
+NAME_KEYS = ("path", "image", "image_url", "url", "image_path", "file_name", "filename", "file", "file_path", "source")
+REMOTE = re.compile(r"(?:https?|s3|gs|ftp|hdfs)://", re.IGNORECASE)
+DATA_URI = re.compile(r"data:(?:[^,]{0,200};base64,|(?:image|video)/)", re.IGNORECASE)  # `data:x.png` is a name
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+BASE64_LEAST = 64  # characters; a name may begin like a picture in base64
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a row by its name, or its data: bytes, base64 text, a data URI, or its number in a column."""
+
+    name: str | None
+    data: Any = None
+
+
+class StoredPictures:
+    """Pictures in a column that is read only for their bytes; `count` finds out how many there are."""
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        self.count = count
+
+
+def pictures_of(value: Any, key: str) -> list[Picture]:
+    """The pictures of a cell: a name, bytes, base64 text, a data URI, a record of these, or a list; maybe none.
+
+    Raises RowError.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return _of_text(value, key)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return [Picture(None, bytes(value))] if len(value) else []
+    if isinstance(value, dict):
+        return _of_record(value, key)
+    if isinstance(value, list | tuple):
+        return [picture for cell in value for picture in picture_of_element(cell, key)]
+    raise RowError(f"`{key}` is not a text of picture names", "image")
+
+
+def picture_of_element(cell: Any, key: str) -> list[Picture]:
+    """The picture of an element of a list: a text there is one name, whatever it has in it."""
+    if isinstance(cell, str) and not _data_in(cell):
+        if not cell:
+            return []
+        _refuse_remote(cell)
+        return [Picture(name) for name in check_names([cell])]
+    return pictures_of(cell, key)
+
+
+def _of_text(text: str, key: str) -> list[Picture]:
+    if _data_in(text):
+        return [Picture(None, text)]
+    _refuse_remote(text)
+    return [Picture(name) for name in image_names(text)]
+
+
+def _data_in(text: str) -> bool:
+    """Whether a text is a picture and not its name."""
+    if DATA_URI.match(text):
+        return True
+    return len(text) >= BASE64_LEAST and IN_TEXT.match(text) is not None and BASE64.fullmatch(text[:1024]) is not None
+
+
+def _refuse_remote(name: str) -> None:
+    if REMOTE.match(name.strip()):
+        raise RowError(
+            f"{name:.200}: pictures are not fetched — download it, and put the file's name in its place", KIND
+        )
+
+
+def _of_record(record: dict[str, Any], key: str) -> list[Picture]:
+    """`{"bytes": …, "path": …}` and the like: the bytes where there are any, else the name."""
+    for name in (*BYTES_KEYS, *NAME_KEYS):
+        value = record.get(name)
+        if value is None or value == "" or (isinstance(value, bytes) and not value):
+            continue
+        if isinstance(value, list) and len(record) > 1 and all(isinstance(other, list) for other in record.values()):
+            return pictures_of(records_of(record), key)
+        if isinstance(value, str) and name in BYTES_KEYS:
+            return [Picture(None, value)]
+        return picture_of_element(value, f"{key}.{name}")
+    if any(record.values()):
+        raise RowError(f"`{key}` has {', '.join(map(str, record))}, and none of bytes, path and url", "image")
+    return []
+
+
+def decode_inline(data: Any, name: str) -> bytes:
+    """The bytes of a picture that stands in its row. Raises RowError."""
+    if isinstance(data, str):
+        text = data.partition(",")[2] if data.startswith("data:") else data
+        check_size(name, len(text) * 3 // 4)
+        try:
+            data = base64.b64decode("".join(text.split()).replace("-", "+").replace("_", "/"), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise RowError(f"{name}: not base64 ({error})", "picture broken") from None
+    check_size(name, len(data))
+    return bytes(data)
+
+
+def records_of(lists: dict[str, Any]) -> Any:
+    """Records of a record of lists; what is none as it is. Raises RowError where the lists differ in length."""
+    columns = {key: value for key, value in lists.items() if isinstance(value, list)}
+    if not columns:
+        return lists
+    if len({len(column) for column in columns.values()}) > 1:
+        raise RowError(f"the lists {', '.join(columns)} are not of one length", "conversations")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,0 +1,276 @@
+"""Captions of pictures as COCO has them, in one JSON object: a row a caption.
+
+`{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`, and Karpathy's
+`{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}`. The file is gone through once. Where in it a
+caption and its picture stand is kept, two numbers a row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from minimind_v.core.errors import DataError, RowError, UsageError
+from minimind_v.core.rows.forms import TALKS
+from minimind_v.core.rows.json_layout import CHUNK, DECODER
+from minimind_v.core.rows.jsonl import TextRows
+from minimind_v.core.rows.members import hash_bytes
+from minimind_v.core.rows.row import Row, parse_json
+from minimind_v.core.rows.splits import ALL, LEARN, WORDS, choose, split_of
+
+HEAD = 2**22  # bytes that show whether a file may hold captions
+LENGTH_BITS = 24  # of a place: the length of what stands there, 16 MiB at most; the bits above are its offset
+SENTENCE_BITS = 32  # of a sentence's place: its number; the bits above are its split
+UNKNOWN, SEVERAL = 0, 1  # in the place of a picture: no picture has this id, or several have
+NO_ID = 1 << 62
+SPLITS = list(WORDS)
+LISTS = re.compile(rb'"(?:images|annotations)"\s*:\s*\[\s*\{[^}]{0,2000}"(?:file_?name|image_id|id)"')
+GAP = re.compile(r"[ \t\r\n,]*")
+
+
+def is_captions(path: Path) -> bool:
+    """Whether a file of JSON is one object of pictures or annotations, as far as its beginning shows that."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        return False
+    return LISTS.search(head) is not None and not any(f'"{key}"'.encode() in head for key in TALKS)
+
+
+class CocoRows(TextRows):
+    """Rows of COCO's captions, or of one split of Karpathy's. Of each two places in the file are kept: 16 bytes."""
+
+    kind = "COCO captions: place of the caption, place of the picture"
+
+    def __init__(
+        self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+    ) -> None:
+        """`split` and `order` say which of Karpathy's. Raises MissingInput, DataError or UsageError."""
+        super().__init__(path, images)
+        self._rows = np.arange(len(self._index))
+        self._sentences = bool(int(self._index.array[1, 0]) >> 63)
+        if not self._sentences and split is not None:
+            raise UsageError(f"--split {split}: {path} has no splits — leave --split out")
+        if self._sentences:
+            codes = (np.asarray(self._index.array[1]) >> np.uint64(SENTENCE_BITS)).astype(np.int64) & 0xFF
+            counts = np.bincount(codes, minlength=len(SPLITS)).tolist()
+            sizes = {name: count for name, count in zip(SPLITS, counts, strict=True) if count}
+            self.choice = choose(path, sizes, split, order, "row")
+            if self.choice.name != ALL:
+                self._rows = np.flatnonzero(codes == SPLITS.index(self.choice.name))
+
+    @property
+    def file_kind(self) -> str:  # type: ignore[override]
+        return "Karpathy's captions" if self._sentences else "COCO captions"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def number(self, index: int) -> int:
+        return int(self._rows[index]) + 1
+
+    def row(self, index: int) -> Row:
+        first, second = (int(number) for number in self._index.array[:, self._rows[index]])
+        return self._read(self._sentence(first, second) if self._sentences else self._annotation(first, second))
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        try:
+            return super().picture(index, position, name)
+        except RowError as error:
+            if error.kind == "picture missing" and self._sentences and "/" in name:  # its `filepath` is often not there
+                return super().picture(index, position, name.rpartition("/")[2])
+            raise
+
+    def _annotation(self, place: int, picture_place: int) -> dict[str, Any]:
+        annotation = self._object(place)
+        if annotation.get("image_id") is None:
+            raise RowError("an annotation without `image_id`", "coco")
+        if picture_place in (UNKNOWN, SEVERAL):
+            count = "several pictures have" if picture_place else "no picture has"
+            raise RowError(f"{count} the id {annotation['image_id']!r:.60}", "coco")
+        name = self._object(picture_place).get("file_name")
+        if not isinstance(name, str) or not name:
+            raise RowError(f"the picture {annotation['image_id']!r:.60} has no `file_name`", "coco")
+        return annotation | {"image": [name]}
+
+    def _sentence(self, place: int, number: int) -> dict[str, Any]:
+        picture = self._object(place)
+        sentences = picture.get("sentences")
+        number &= 0xFFFFFFFF
+        if not isinstance(sentences, list) or len(sentences) <= number or not isinstance(sentences[number], dict):
+            raise RowError("a sentence that is no object with `raw`", "coco")
+        folder, name = picture.get("filepath"), picture.get("filename") or picture.get("file_name")
+        if not isinstance(name, str):
+            raise RowError("a picture without `filename`", "coco")
+        names = [f"{folder}/{name}" if isinstance(folder, str) and folder else name]
+        return {"image": names, "caption": sentences[number].get("raw")}
+
+    def _object(self, place: int) -> dict[str, Any]:
+        """The JSON object at a place of the file. Raises RowError."""
+        self.handle.seek(place >> LENGTH_BITS)
+        value = parse_json(self.handle.read(place & ((1 << LENGTH_BITS) - 1)))
+        if not isinstance(value, dict):
+            raise RowError("no JSON object", "json")
+        return value
+
+    def _find_rows(self) -> np.ndarray:
+        """The place of every caption, and that of its picture. Raises DataError."""
+        scan = _Scan()
+        try:
+            with self.path.open("rb") as file:
+                for key, value, place in JsonElements(file):
+                    scan.add(key, value, place)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path}: not the captions of COCO ({error})") from None
+        if len(scan.sentences) and not scan.captions:
+            return np.array([scan.sentence_places, scan.sentences], np.uint64)
+        if not scan.captions:
+            raise DataError(
+                f"{self.path}: no annotation has a `caption` — COCO has captions in files of their own, "
+                "captions_train2017.json and the like"
+            )
+        return np.stack([np.array(scan.places, np.uint64), scan.picture_places()])
+
+
+@dataclass
+class _Scan:
+    """What was found of pictures, annotations and sentences: numbers only, as there may be very many."""
+
+    ids: array[int] = field(default_factory=lambda: array("Q"))  # of pictures
+    names: array[int] = field(default_factory=lambda: array("Q"))  # digests of them
+    pictures: array[int] = field(default_factory=lambda: array("Q"))  # places of them
+    of: array[int] = field(default_factory=lambda: array("Q"))  # of each annotation the id of its picture
+    places: array[int] = field(default_factory=lambda: array("Q"))
+    sentences: array[int] = field(default_factory=lambda: array("Q"))  # split and number of each
+    sentence_places: array[int] = field(default_factory=lambda: array("Q"))  # those of their pictures
+    captions: int = 0
+
+    def add(self, key: str, value: Any, place: int) -> None:
+        fields = value if isinstance(value, dict) else {}
+        if key == "annotations":
+            self.of.append(_id(fields["image_id"]) if fields.get("image_id") is not None else NO_ID)
+            self.places.append(place)
+            self.captions += isinstance(fields.get("caption"), str)
+        elif key == "images":
+            if fields.get("id") is not None:
+                self.ids.append(_id(fields["id"]))
+                self.names.append(_digest(repr(fields.get("file_name"))))
+                self.pictures.append(place)
+            sentences = fields.get("sentences")
+            if isinstance(sentences, list):
+                split = _split_code(fields.get("split"))
+                self.sentences.extend(1 << 63 | split << SENTENCE_BITS | number for number in range(len(sentences)))
+                self.sentence_places.extend([place] * len(sentences))
+
+    def picture_places(self) -> np.ndarray:
+        """For each annotation the place of its picture, or UNKNOWN or SEVERAL."""
+        if not len(self.ids):
+            return np.full(len(self.places), UNKNOWN, np.uint64)
+        order = np.argsort(np.array(self.ids, np.uint64), kind="stable")
+        ids, names = np.array(self.ids, np.uint64)[order], np.array(self.names, np.uint64)[order]
+        distinct, firsts = np.unique(ids, return_index=True)
+        differ = np.minimum.reduceat(names, firsts) != np.maximum.reduceat(names, firsts)
+        places = np.where(differ, np.uint64(SEVERAL), np.array(self.pictures, np.uint64)[order][firsts])
+        of = np.array(self.of, np.uint64)
+        which = np.minimum(np.searchsorted(distinct, of), len(distinct) - 1)
+        return np.where(distinct[which] == of, places[which], np.uint64(UNKNOWN))
+
+
+def _id(value: Any) -> int:
+    """An id as a number: 7, 7.0 and "7" are the same one."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value)
+    if text.isascii() and text.isdigit() and len(text) <= 18:
+        return int(text)
+    return _digest(text) | 1 << 63
+
+
+def _digest(text: str) -> int:
+    return hash_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def _split_code(split: Any) -> int:
+    """The number of a split of Karpathy's; `restval` is meant to be learnt from."""
+    name = split_of(Path(split)) if isinstance(split, str) else None
+    return SPLITS.index(name) if name else 0
+
+
+# --- a JSON object in pieces ------------------------------------------------------------------------------------------
+
+
+class JsonElements:
+    """The elements of the arrays of the JSON object that a file holds, read in pieces: key, value, place of each.
+
+    Texts among the values have a character for each byte. Raises ValueError or RecursionError.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._text, self._at, self._begin = "", 0, 0  # what is in memory, where in it, and where that is in the file
+
+    def __iter__(self) -> Iterator[tuple[str, Any, int]]:
+        self._more(CHUNK)
+        self._at = 3 * self._text.startswith("\xef\xbb\xbf")
+        self._expect("{")
+        while (mark := self._next()) != "}":
+            if mark != '"':
+                raise ValueError(f"no key at byte {self._begin + self._at}")
+            key, _ = self._value()
+            self._expect(":")
+            if self._next() != "[":
+                self._value()
+                continue
+            self._at += 1
+            while self._next() != "]":
+                value, place = self._value()
+                yield str(key), value, place
+            self._at += 1
+        self._at += 1
+        if self._next():
+            raise ValueError(f"something stands behind its end, at byte {self._begin + self._at}")
+
+    def _more(self, size: int) -> bool:
+        """Read on, and let go of what was done with; whether there was more."""
+        data = self._file.read(size)
+        self._text, self._begin, self._at = self._text[self._at :] + data.decode("latin-1"), self._begin + self._at, 0
+        return bool(data)
+
+    def _next(self) -> str:
+        """The next character that is no gap, which is not taken; empty at the end."""
+        while True:
+            self._at = GAP.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or not self._more(CHUNK):
+                return self._text[self._at : self._at + 1]
+
+    def _expect(self, mark: str) -> None:
+        if self._next() != mark:
+            raise ValueError(f"no {mark} at byte {self._begin + self._at}")
+        self._at += 1
+
+    def _value(self) -> tuple[Any, int]:
+        """The value that begins here, and its place. Raises ValueError."""
+        while True:
+            rest = len(self._text) - self._at
+            try:
+                value, end = DECODER.raw_decode(self._text, self._at)
+                if end < len(self._text):  # a number at the end might go on
+                    length = end - self._at
+                    place = self._begin + self._at << LENGTH_BITS | length
+                    self._at = end
+                    if length >> LENGTH_BITS:
+                        break
+                    return value, place
+                trouble = "it does not end"
+            except json.JSONDecodeError as error:
+                trouble = error.msg
+            if rest >> LENGTH_BITS or not self._more(max(CHUNK, rest)):
+                raise ValueError(f"{trouble}, in what begins at byte {self._begin + self._at}")
+        raise ValueError(f"more than {1 << LENGTH_BITS:,} bytes in one value")

@@ -1,0 +1,84 @@
+"""Which rows say and show the same: a number of 64 bits for each, compared by sorting.
+
+A million Python objects of sums and places would be hundreds of megabytes; so many numbers are 16 of them. Two
+different pictures among a million have the same number once in forty million such sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+
+import numpy as np
+
+from minimind_v.core.rows.row import Row
+
+
+class Digests:
+    """Digests with the index of the row that each belongs to."""
+
+    def __init__(self) -> None:
+        self._digests, self._owners = array("Q"), array("Q")
+
+    def add(self, owner: int, digest: int) -> None:
+        """Rows are added in order."""
+        self._digests.append(digest)
+        self._owners.append(owner)
+
+    @property
+    def digests(self) -> np.ndarray:
+        """All digests, uint64 [digests], in the order in which they were added."""
+        return np.array(self._digests, np.uint64)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The row of each, int64 [digests]."""
+        return np.array(self._owners, np.int64)
+
+    def firsts(self) -> np.ndarray:
+        """The first row that each digest belongs to, int64 [digests]."""
+        if not len(self._digests):
+            return self.owners
+        _, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
+        return self.owners[first[which]]
+
+    def seen_before(self, rows: int) -> np.ndarray:
+        """For each of `rows` rows an earlier one that one of its digests belongs to, or -1: int64 [rows]."""
+        owners, firsts = self.owners, self.firsts()
+        return _of_each_row(owners, firsts, firsts < owners, rows)
+
+    def seen_in(self, other: Digests, rows: int) -> np.ndarray:
+        """For each of `rows` rows the first one of another set that it shares a digest with, or -1: int64 [rows]."""
+        if not len(other._digests):
+            return np.full(rows, -1, np.int64)
+        known, first = np.unique(other.digests, return_index=True)
+        digests = self.digests
+        places = np.minimum(np.searchsorted(known, digests), len(known) - 1)
+        return _of_each_row(self.owners, other.owners[first[places]], known[places] == digests, rows)
+
+
+def _of_each_row(owners: np.ndarray, values: np.ndarray, hits: np.ndarray, rows: int) -> np.ndarray:
+    """Of each row the value of its first hit, or -1."""
+    found = np.full(rows, -1, np.int64)
+    found[owners[hits][::-1]] = values[hits][::-1]  # of several the last to be written stays
+    return found
+
+
+def text_digest(row: Row) -> int:
+    """A digest of a conversation."""
+    return _digest(json.dumps(row.conversations, sort_keys=True).encode())
+
+
+def picture_digest(data: bytes) -> int:
+    """A digest of a picture's bytes."""
+    return _digest(data, b"picture")
+
+
+def whole_digest(text: int, pictures: list[int]) -> int:
+    """A digest of a conversation and its pictures, by the digests of each."""
+    return _digest(b"".join(part.to_bytes(8, "little") for part in (text, *pictures)), b"row")
+
+
+def _digest(data: bytes, kind: bytes = b"") -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=kind).digest(), "little")

@@ -1,0 +1,100 @@
+"""Rows beside their pictures in a folder, as `datasets` reads it (`imagefolder`): a file of metadata in it.
+
+`metadata.jsonl`, `metadata.csv` or `metadata.parquet` stands in the folder itself or in sub-folders, each of a split or
+of a piece of one. Its rows name their pictures in `file_name`, below the folder of the metadata.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from minimind_v.core.errors import DataError
+from minimind_v.core.hub.sources import METADATA
+from minimind_v.core.rows.row import OpenedRows, Row
+from minimind_v.core.rows.shards import ShardedRows
+from minimind_v.core.rows.splits import LEARN, of_one_split
+
+DEPTH = 3  # folders below that of the rows in which metadata is looked for
+HEAD = 2**16  # bytes of metadata in which a field of file names is looked for
+FILE_NAME = re.compile(rb"file[_ -]?name", re.IGNORECASE)
+
+
+def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The files of metadata in a folder or, where it has none, in the folders below it."""
+    here = [file for name in METADATA if (file := folder / name).is_file() and _names_files(file)]
+    yield from here
+    if not here and depth:
+        with os.scandir(folder) as entries:  # which knows without asking that half a million pictures are no folders
+            below = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        for name in below:
+            yield from find_metadata(folder / name, depth - 1)
+
+
+def _names_files(file: Path) -> bool:
+    """Whether rows name files: other things are called metadata as well, beside shards of a set that has its rows."""
+    if file.suffix != ".parquet":
+        with file.open("rb") as opened:
+            return FILE_NAME.search(opened.read(HEAD)) is not None
+    from minimind_v.core.rows.parquet import source_of
+
+    try:
+        names = pq.read_schema(source_of(file)).names
+    except (pa.ArrowException, OSError):
+        return True  # opening it raises the error
+    return any(name.endswith(("file_name", "file_names")) for name in names)
+
+
+class FolderRows(ShardedRows):
+    """The rows of the metadata in a folder that are of one split."""
+
+    file_kind = "imagefolder"
+
+    def __init__(
+        self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+    ) -> None:
+        """`images` is where the pictures are if not beside the metadata. Raises DataError, MissingInput, UsageError."""
+        from minimind_v.core.rows.jsonl import open_file
+
+        self.path = path
+        named = list(find_metadata(path))
+        for file, other in pairwise(named):
+            if file.parent == other.parent:
+                raise DataError(f"{file.parent}: both {file.name} and {other.name} — name one of them with its path")
+        files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
+        self.files = files
+        self._stores: list[OpenedRows] = [open_file(file, images or file.parent) for file in files]
+        self.left_out = "; ".join(filter(None, (store.left_out for store in self._stores)))
+        self._ends = np.cumsum([len(store) for store in self._stores])
+        # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.
+        self._pictures = images or (files[0].parent if len(files) == 1 else None)
+
+    @property
+    def pictures(self) -> Path | None:
+        return self._pictures
+
+    def number(self, index: int) -> int:
+        file, row = self._at(index)
+        return self._stores[file].number(row)
+
+    def place(self, index: int) -> str:
+        file, row = self._at(index)
+        return self._stores[file].place(row)
+
+    def row(self, index: int) -> Row:
+        file, row = self._at(index)
+        return self._stores[file].row(row)
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        file, row = self._at(index)
+        return self._stores[file].picture(row, position, name)
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        return self._stores[0].shuffled(rng) if len(self._stores) == 1 else rng.permutation(len(self))

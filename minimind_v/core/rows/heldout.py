@@ -1,0 +1,113 @@
+"""Rows set aside by picture: none of theirs is learnt from, whatever it is called there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from minimind_v.core.errors import RowError, UsageError
+from minimind_v.core.files import read_notes, write_text
+from minimind_v.core.rows.digests import Digests, picture_digest, text_digest
+from minimind_v.core.rows.row import RowStore
+
+
+def hold_out(
+    rows: RowStore, wanted: int, seed: int, known: Path, origin: str, say: Callable[[str], None]
+) -> np.ndarray:
+    """Which rows are held out, bool [rows]: about `wanted` of them, at most a tenth.
+
+    Finding out which rows share a picture means reading every picture once. So the choice is kept in the file `known`,
+    and is taken from there by any run over the same data, which `origin` stands for. It proves itself by a digest: what
+    was changed there is chosen again. Raises UsageError where none can be held out.
+    """
+    wanted = min(wanted, len(rows) // 10)
+    key = hashlib.blake2b(json.dumps([origin, len(rows), wanted, seed]).encode(), digest_size=8).hexdigest()
+    chosen = _read(known, key)
+    if chosen is None:
+        say(f"choosing rows to hold out: looking at the pictures of all {len(rows):,} rows, once")
+        held = choose(group_by_picture(rows, lambda index, error: None), wanted, seed)
+        chosen = np.flatnonzero(held).tolist()
+        write_text(known, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
+    if not chosen:
+        raise UsageError(
+            f"{rows.path}: none of its {len(rows)} rows can be held out by picture, so there is nothing to validate on "
+            "— leave --val-every out"
+        )
+    mask = np.zeros(len(rows), bool)
+    mask[chosen] = True
+    return mask
+
+
+def choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+    """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit into `wanted` rows."""
+    usable = groups >= 0
+    _, which, sizes = np.unique(groups[usable], return_inverse=True, return_counts=True)
+    order = list(range(len(sizes)))
+    random.Random(seed).shuffle(order)
+    chosen, count = np.zeros(len(sizes), bool), 0
+    for group in order:
+        if count + sizes[group] <= wanted:
+            chosen[group] = True
+            count += int(sizes[group])
+    held = np.zeros(len(groups), bool)
+    held[usable] = chosen[which]
+    return held
+
+
+def group_by_picture(
+    rows: RowStore, broken: Callable[[int, RowError], None], progress: Callable[[int], None] = lambda done: None
+) -> np.ndarray:
+    """For each row the first of those that belong together, int64 [rows]: by pictures or, without any, by the text.
+
+    A row that cannot be read is handed to `broken`, and has -1.
+    """
+    digests, unread = Digests(), []
+    for index in range(len(rows)):
+        try:
+            for digest in digests_of(rows, index):
+                digests.add(index, digest)
+        except RowError as error:
+            unread.append(index)
+            broken(index, error)
+        if index % 100 == 99:
+            progress(index + 1)
+    parent = array("q", range(len(rows)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
+
+    owners, firsts = digests.owners, digests.firsts()
+    shared = owners != firsts
+    for index, first in zip(owners[shared].tolist(), firsts[shared].tolist(), strict=True):
+        one, other = sorted((root(index), root(first)))
+        parent[other] = one
+    groups = np.array([root(index) for index in range(len(rows))], np.int64)
+    groups[unread] = -1
+    return groups
+
+
+def digests_of(rows: RowStore, index: int) -> list[int]:
+    """Of each picture that a row shows, or of the text of a row that shows none. Raises RowError."""
+    row = rows.row(index)
+    pictures = [rows.picture(index, position, name) for position, name in enumerate(row.shown)]
+    return [picture_digest(data) for data in pictures] or [text_digest(row)]
+
+
+def _read(known: Path, key: str) -> list[int] | None:
+    noted = read_notes(known)
+    chosen = noted.get("rows")
+    if not isinstance(chosen, list) or not all(isinstance(row, int) for row in chosen):
+        return None
+    return chosen if noted.get("of") == key and noted.get("digest") == _digest(key, chosen) else None
+
+
+def _digest(key: str, chosen: list[int]) -> str:
+    return hashlib.blake2b(json.dumps([key, chosen]).encode(), digest_size=8).hexdigest()

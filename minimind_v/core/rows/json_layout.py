@@ -1,0 +1,193 @@
+"""How rows stand in a file of JSON, by its content: one per line, in one array, one after the other, or below a key.
+
+A file's ending says nothing: lines are saved as .json, and arrays as .jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minimind_v.core.errors import RowError
+from minimind_v.core.rows.forms import FORMS, TALKS
+
+CHUNK = 2**22  # bytes that are read together when rows are searched
+ROW_LIMIT = 2**26  # bytes of one row, its pictures included where they stand in it
+VALUES_LIMIT = 2**20  # lists and records in one row: as Python objects each takes a hundred bytes
+HEAD = 2**16  # bytes that mostly show how rows stand
+
+LINES, ARRAY, OBJECTS = "lines", "array", "objects"
+OTHER = "other"  # one object that is no row and has no list of rows
+DECODER = json.JSONDecoder()
+GAP, SPACE = re.compile(r"[\s,]*"), re.compile(r"\s*")
+QUOTE_OR_BRACKET, QUOTE_OR_ESCAPE = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows stand in a file, and the byte that the first of them, and the end of the array, is searched from."""
+
+    kind: str
+    begin: int = 0
+    key: str = ""  # of the array in an object, or all keys of an object that has none
+
+
+def find_layout(path: Path) -> Layout:
+    """How rows stand in a file of JSON. What cannot be decided is lines: each broken one is then named."""
+    with path.open("rb") as file:
+        head = b""
+        for size in (HEAD, CHUNK):
+            head += file.read(size - len(head))
+            layout = _layout(head, len(head) < size)
+            if layout is not None:
+                return layout
+    return Layout(LINES)
+
+
+def _layout(head: bytes, whole: bool) -> Layout | None:
+    """The layout that a beginning shows; None where more of the file may show it."""
+    data = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    begin = len(head) - len(data)
+    if data.startswith(b"["):
+        return Layout(ARRAY, begin + 1)
+    if not data.startswith(b"{"):
+        return Layout(LINES)
+    text = data.decode("utf-8", "surrogateescape")
+    try:
+        value, end = DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        if below := _array_below(text, begin):
+            return below
+        return Layout(LINES) if whole else None
+    stands = Layout(OBJECTS, begin) if "\n" in text[:end] else Layout(LINES)
+    if _is_row(value) or not whole or text[end:].strip():
+        return stands
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    rows = [key for key in lists if _is_row(value[key][0])]
+    if len(rows) == 1:
+        return _array_below(text, begin)
+    return Layout(OTHER, key=", ".join(value))
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and any(form.fits(value) for form in FORMS)
+
+
+def _array_below(text: str, begin: int) -> Layout | None:
+    """The first array of rows below a key of the object that a text begins with."""
+    at = 1
+    while True:
+        try:
+            key, at = DECODER.raw_decode(text, GAP.match(text, at).end())  # type: ignore[union-attr]
+            colon = SPACE.match(text, at).end()  # type: ignore[union-attr]
+            at = SPACE.match(text, colon + 1).end()  # type: ignore[union-attr]
+            if text[colon : colon + 1] != ":" or not isinstance(key, str) or key in TALKS:
+                return None
+            if text.startswith("[", at):
+                first = SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+                if text.startswith("{", first) and _is_row(DECODER.raw_decode(text, first)[0]):
+                    return Layout(ARRAY, begin + len(text[: at + 1].encode("utf-8", "surrogateescape")), key)
+            _, at = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return None
+
+
+def find_elements(path: Path, layout: Layout) -> Iterator[tuple[int, int]]:
+    """Offset and length of each row of an array, or of objects one after the other. Read in pieces.
+
+    The end of an element is where the decoder says that it is; whether it is a row is asked when it is read. One that
+    is broken inside ends where its brackets do. Raises ValueError.
+    """
+    with path.open("rb") as file:
+        file.seek(layout.begin)
+        rest, begin, more = b"", layout.begin, True
+        while True:
+            fresh = file.read(min(max(CHUNK, len(rest)), ROW_LIMIT + CHUNK - len(rest)))
+            more, rest = bool(fresh), rest + fresh
+            if len(rest) > 2 * CHUNK:
+                refuse_many_values(rest)
+            text = rest.decode("utf-8", "surrogateescape")
+            at = done = 0  # characters read, bytes done
+            while True:
+                skipped = GAP.match(text, at).end()  # type: ignore[union-attr]
+                done += _size(text[at:skipped])
+                at = skipped
+                if layout.kind == ARRAY and text.startswith("]", at):
+                    _check_end(rest[done + 1 :], file, layout, begin + done + 1)
+                    return
+                if layout.kind == OBJECTS and at == len(text) and not more:
+                    return
+                end, trouble = _element_end(text, at)
+                if end is None:
+                    break
+                length = _size(text[at:end])
+                yield begin + done, length
+                at, done = end, done + length
+            rest, begin = rest[done:], begin + done
+            if not more or len(rest) > ROW_LIMIT:
+                if more:
+                    trouble = f"more than {ROW_LIMIT:,} bytes"
+                raise ValueError(f"{trouble}, in the element that begins at byte {begin}")
+
+
+def _element_end(text: str, at: int) -> tuple[int | None, str]:
+    """The character that an element ends before; None, and why, where it does not end in this text."""
+    try:
+        _, end = DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        balanced = _balanced_end(text, at)
+        follows = "" if balanced is None else text[balanced : balanced + 1]
+        if balanced is None or not (follows.isspace() or follows in ",]{"):
+            return None, error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        return balanced, ""
+    if end == len(text) and text[at] not in '{["':  # a number might go on
+        return None, "the array does not end"
+    return end, ""
+
+
+def _balanced_end(text: str, at: int) -> int | None:
+    """Where the bracket that opens at a character closes; None where it opens none, or does not close."""
+    if text[at : at + 1] not in ("{", "["):
+        return None
+    depth = 0
+    while (match := QUOTE_OR_BRACKET.search(text, at)) is not None:
+        at = match.end()
+        if match[0] == '"':
+            while (inner := QUOTE_OR_ESCAPE.search(text, at)) is not None and inner[0] == "\\":
+                at = inner.end() + 1
+            if inner is None:
+                return None
+            at = inner.end()
+            continue
+        depth += 1 if match[0] in "{[" else -1
+        if depth == 0:
+            return at
+    return None
+
+
+def _check_end(behind: bytes, file: BinaryIO, layout: Layout, place: int) -> None:
+    """Raises ValueError where something stands behind an array that belongs to nothing."""
+    behind += file.read(ROW_LIMIT if layout.key else CHUNK)
+    if not layout.key:
+        if behind.strip():
+            raise ValueError(f"something stands behind its end, at byte {place}")
+        return
+    try:
+        refuse_many_values(behind)
+        json.loads(b'{"":0' + behind)
+    except (ValueError, RecursionError, RowError):
+        raise ValueError(f"the object around `{layout.key}` does not end as one, from byte {place} on") from None
+
+
+def refuse_many_values(data: bytes) -> None:
+    """Raises RowError where a row would be millions of Python objects."""
+    if data.count(b"{") + data.count(b"[") > VALUES_LIMIT:
+        raise RowError(f"more than {VALUES_LIMIT:,} lists and records in one row", "json")
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,286 @@
+"""Stores of rows in files of JSON, by offset; and the one door to every kind of file."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
+from minimind_v.core.hub.sources import ROWS, how_to_get
+from minimind_v.core.rows.cells import decode_inline
+from minimind_v.core.rows.forms import READ, read_row
+from minimind_v.core.rows.index import Index
+from minimind_v.core.rows.json_layout import (
+    CHUNK,
+    HEAD,
+    LINES,
+    OTHER,
+    ROW_LIMIT,
+    VALUES_LIMIT,
+    Layout,
+    find_elements,
+    find_layout,
+    refuse_many_values,
+)
+from minimind_v.core.rows.pictures import open_pictures
+from minimind_v.core.rows.row import NUMBERED, OpenedRows, Reopened, Row, RowStore
+from minimind_v.core.rows.splits import LEARN, Choice
+from minimind_v.core.rows.strangers import no_rows, no_set, stand_in
+
+WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # of each byte, whether it is white space
+
+
+def open_rows(
+    data: Path,
+    images: Path | None = None,
+    split: str | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    order: Sequence[str] = LEARN,
+) -> RowStore:
+    """Open rows of any kind: a file (JSONL, JSON, CSV, parquet, a tar), or a folder of shards, pictures or `datasets`.
+
+    `images` holds the pictures, where they do not stand in the rows. Of a set that has several splits one is read, and
+    `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no row. Raises
+    MissingInput, DataError or UsageError.
+    """
+    find_rows(data)
+    rows = (_open_folder if data.is_dir() else open_file)(data, images, split, order)
+    for note in filter(None, (rows.choice.notice, rows.left_out)):
+        say(note)
+    return rows
+
+
+def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequence[str]) -> OpenedRows:
+    if any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        from minimind_v.core.rows.arrow import SavedRows
+
+        return SavedRows(data, images, split, order)
+    from minimind_v.core.rows.folder import FolderRows, find_metadata
+
+    if next(find_metadata(data), None):
+        return FolderRows(data, images, split, order)
+    if next(data.rglob("*.parquet"), None):
+        from minimind_v.core.rows.parquet import ParquetRows
+
+        return ParquetRows(data, images, split, order)
+    if next(data.rglob("*.tar"), None):
+        from minimind_v.core.rows.tar import TarRows
+
+        return TarRows(data, images, split, order)
+    raise DataError(f"{data}: no data file, but {no_set(data)}")
+
+
+def open_file(
+    data: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
+) -> OpenedRows:
+    """Open a file of rows, by its name. Raises MissingInput, DataError or UsageError."""
+    from minimind_v.core.rows.coco import CocoRows, is_captions
+
+    if data.suffix == ".json" and is_captions(data):
+        return CocoRows(data, images, split, order)  # the only kind of file that may have splits
+    if split is not None:
+        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+    if data.suffix == ".parquet":
+        from minimind_v.core.rows.parquet import ParquetRows
+
+        return ParquetRows(data, images)
+    if data.suffix == ".tar":
+        from minimind_v.core.rows.tar import TarRows
+
+        return TarRows(data, images)
+    if data.suffix in (".csv", ".tsv"):
+        from minimind_v.core.rows.tables import CsvRows
+
+        return CsvRows(data, images)
+    return open_json(data, images)
+
+
+def open_json(path: Path, images: Path | None = None) -> OpenedRows:
+    """Open rows in a file of JSON, as its content says that they stand. Raises DataError or MissingInput."""
+    layout = find_layout(path)
+    if layout.kind == OTHER and path.suffix == ".json":
+        raise DataError(
+            f"{path}: one JSON object with {layout.key:.200}, which is no row and holds no list of rows (it does not "
+            f"begin with [) — a row has {READ}"
+        )
+    return JsonlRows(path, images) if layout.kind in (LINES, OTHER) else LlavaRows(path, layout, images)
+
+
+def find_rows(data: Path) -> Path:
+    """The file or folder of rows, if it is there. Raises MissingInput with the name beside it that is most like it."""
+    if data.is_dir() or data.is_file():
+        return data
+    try:
+        beside = [path.name for path in data.parent.iterdir() if path.name.endswith(ROWS)]
+    except OSError:  # no folder either
+        beside = []
+    raise MissingInput(f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or name your own")
+
+
+class TextRows(Reopened):
+    """Rows at offsets of a text file, their pictures beside it."""
+
+    kind: str  # of the index
+    file_kind: str
+    choice = Choice("")  # a file of text has no splits
+    left_out = ""
+
+    def __init__(self, path: Path, images: Path | None = None) -> None:
+        """Raises MissingInput, or DataError where the file is something else or is empty."""
+        super().__init__(path)
+        if found := stand_in(path) or no_rows(path):
+            raise DataError(f"{path}: {found}")
+        self._index = Index(path, self.kind, self._find_rows)
+        if len(self._index) == 0:
+            raise DataError(f"{path}: the file has no rows")
+        self._images = open_pictures(images)
+
+    def _find_rows(self) -> np.ndarray:
+        """Two numbers per row, [2, rows], the first of them its offset."""
+        raise NotImplementedError
+
+    @property
+    def split(self) -> str:
+        return self.choice.name
+
+    @property
+    def pictures(self) -> Path | None:
+        return self._images.path
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def number(self, index: int) -> int:
+        return index + 1
+
+    def place(self, index: int) -> str:
+        """`file:row` as an editor counts."""
+        return f"{self.path}:{self.number(index)}"
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        """A picture that stands in its row is read from there again; every such picture is numbered."""
+        if NUMBERED.fullmatch(name):
+            inline = self.row(index).inline
+            if position in inline:
+                return decode_inline(inline[position], name)
+        return self._images.read(name)
+
+    def row(self, index: int) -> Row:
+        raise NotImplementedError
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self))
+
+    def _parse(self, data: bytes) -> Row:
+        if len(data) > ROW_LIMIT:
+            raise RowError(f"the row is longer than {ROW_LIMIT:,} bytes", "json")
+        if len(data) > VALUES_LIMIT:
+            refuse_many_values(data)
+        try:
+            fields = json.loads(data.decode("utf-8-sig"))
+        except json.JSONDecodeError as error:  # its own text speaks of a line 1
+            what = error.msg.removesuffix(" at")  # some of its messages end there, others do not
+            raise RowError(f"not JSON ({what} at character {error.pos + 1}){_array(data)}", "json") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, nested without end
+            raise RowError(f"not JSON ({error})", "json") from None
+        if not isinstance(fields, dict):
+            raise RowError(f"not a JSON object{_array(data)}", "json")
+        return self._read(fields)
+
+    def _read(self, fields: Mapping[str, Any]) -> Row:
+        row = read_row(fields)
+        for position in row.inline:  # so that `picture` knows them
+            row.images[position] = f"picture {position + 1}"
+        return row
+
+
+def _array(data: bytes) -> str:
+    return " — rows in one array belong in a .json file" if data.lstrip().startswith(b"[") else ""
+
+
+class JsonlRows(TextRows):
+    """Rows of a JSONL file. Of each only its offset and its line are kept: 16 bytes."""
+
+    kind = "JSONL rows: offset, line"
+    file_kind = "JSONL"
+
+    def number(self, index: int) -> int:
+        return int(self._index.array[1, index])
+
+    def row(self, index: int) -> Row:
+        self.handle.seek(int(self._index.array[0, index]))
+        return self._parse(self.handle.readline(ROW_LIMIT + 1))
+
+    def _find_rows(self) -> np.ndarray:
+        """Offset and line number (from 1) of every line that is not blank. Read in pieces, so that none stays."""
+        offsets, lines, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
+        count = 0
+        with self.path.open("rb") as file:
+            begin, fresh = 0, True  # whether a line begins where this chunk does
+            while data := file.read(CHUNK):
+                chunk = np.frombuffer(data, np.uint8)
+                starts = np.flatnonzero(chunk[:-1] == ord("\n")) + 1
+                if fresh:
+                    starts = np.concatenate([[0], starts])
+                kept = ~_blank_lines(chunk, starts)
+                offsets.append(starts[kept] + begin)
+                lines.append(np.flatnonzero(kept) + count + 1)
+                firsts.append(chunk[starts[kept]])
+                count += len(starts)
+                begin, fresh = begin + len(chunk), data.endswith(b"\n")
+            found = np.concatenate(offsets)
+            # Only a line that begins with white space can be blank, and the first, which a byte order mark may begin.
+            spaced = np.concatenate(firsts) <= ord(" ")
+            spaced[:1] = True
+            blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, found[n])]
+        return np.delete(np.stack([found, np.concatenate(lines)]), blank, axis=1)
+
+
+def _blank_lines(chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Which of the lines that begin there are blank and end in this chunk, bool [lines]: there may be millions."""
+    spaced = WHITE[chunk[starts]]
+    if not spaced.any():
+        return spaced
+    text = np.append(np.flatnonzero(~WHITE[chunk]), len(chunk))
+    ends = np.append(np.flatnonzero(chunk == ord("\n")), len(chunk))
+    return spaced & (text[np.searchsorted(text, starts)] > ends[np.searchsorted(ends, starts)])
+
+
+def _is_blank(file: Any, offset: int) -> bool:
+    file.seek(offset)
+    while not (piece := file.readline(HEAD)).removeprefix(b"\xef\xbb\xbf").strip():
+        if not piece or piece.endswith(b"\n"):
+            return True
+    return False
+
+
+class LlavaRows(TextRows):
+    """Rows of one JSON array, as LLaVA's data has them, or of JSON objects one after the other."""
+
+    file_kind = "JSON"
+
+    def __init__(self, path: Path, layout: Layout, images: Path | None = None) -> None:
+        """Raises MissingInput, or DataError where the file is something else or is empty."""
+        self._layout = layout
+        self.kind = f"JSON {layout.kind} from byte {layout.begin}: offset, length"
+        super().__init__(path, images)
+
+    def row(self, index: int) -> Row:
+        offset, length = (int(number) for number in self._index.array[:, index])
+        self.handle.seek(offset)
+        return self._parse(self.handle.read(min(length, ROW_LIMIT + 1)))
+
+    def _find_rows(self) -> np.ndarray:
+        """Offset and length in bytes of every row."""
+        places = array("Q")
+        try:
+            for place in find_elements(self.path, self._layout):
+                places.extend(place)
+        except (ValueError, RecursionError, RowError) as error:
+            raise DataError(f"{self.path}: not a JSON array of rows ({error})") from None
+        return np.array(places, np.uint64).reshape(-1, 2).T

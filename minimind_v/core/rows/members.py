@@ -1,0 +1,181 @@
+"""The directory of a zip, and its members: read in place, by their names in whatever encoding these were written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+from urllib.parse import unquote
+
+from minimind_v.core.rows.names import PicturePath
+
+ENTRY = struct.Struct("<4s6H3L5H2L")  # of the directory, before a name, extra fields and a comment
+HEADER = struct.Struct("<4s5H3L2H")  # before a member's data, its name and its extra fields
+ZIP64, UNICODE_PATH = 0x0001, 0x7075  # extra fields, the second of which begins with `up`
+ENCRYPTED, UTF8 = 0x0001, 0x0800  # flags
+STORED, DEFLATED = 0, 8  # the two methods whose unpacking can be bounded
+METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 20: "Zstandard", 93: "Zstandard", 95: "xz", 98: "PPMd"}
+ABSENT = 0xFFFFFFFF  # a number that stands in the zip64 field
+PLAIN = re.compile(rb"[^%\\]*[^%\\/.]")  # paths whose last name has one spelling but for case
+PIECE = 2**20  # bytes of the directory that are read together
+
+
+class Member(NamedTuple):
+    """What an entry of the directory says."""
+
+    raw_name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    offset: int
+    extra: bytes
+
+    @property
+    def names(self) -> list[str]:
+        """The readings of its name, the likeliest first: few zips say in which encoding their names are."""
+        raw = self.raw_name
+        readings = [unicode_path] if (unicode_path := self._unicode_path()) else []
+        for encoding in ("utf-8",) if raw.isascii() or self.flags & UTF8 else ("utf-8", "gbk", "cp437"):
+            with contextlib.suppress(UnicodeDecodeError):
+                readings.append(raw.decode(encoding))
+        return list(dict.fromkeys(readings or [raw.decode("utf-8", "replace")]))
+
+    def _unicode_path(self) -> str | None:
+        """The name in the Info-ZIP Unicode Path field, where it is about this name."""
+        value = extra_field(self.extra, UNICODE_PATH) if self.extra else b""
+        if value[:5] != b"\x01" + struct.pack("<L", zlib.crc32(self.raw_name)):
+            return None
+        return value[5:].decode("utf-8", "replace") or None
+
+
+def directory(file: BinaryIO) -> tuple[int, int, int, int]:
+    """Where the directory begins and ends, how many entries it should have, and how many bytes stand before the zip.
+
+    Raises BadZipFile.
+    """
+    # The library's own way to find it, in all its forms (zip64, a comment behind, something in front).
+    record = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if not record:
+        raise zipfile.BadZipFile("File is not a zip file")
+    signature, count, size, offset, end = record[0], record[4], record[5], record[6], record[9]
+    if signature == b"PK\x06\x06":
+        end -= 56 + 20  # zip64's own record and its locator stand between
+    prefix = end - size - offset
+    if end - size < 0 or prefix < 0:
+        raise zipfile.BadZipFile("Bad offset for central directory")
+    return end - size, end, count, prefix
+
+
+def entries(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, Member]]:
+    """The place of each entry between two places of the file, and what it says. Raises BadZipFile."""
+    rest = b""
+    file.seek(begin)
+    while fresh := file.read(min(PIECE, end - begin - len(rest))):
+        data, at = rest + fresh, 0
+        while (length := _entry_length(data, at)) and at + length <= len(data):
+            yield begin + at, _parse(data, at)
+            at += length
+        rest, begin = data[at:], begin + at
+    if rest:
+        raise zipfile.BadZipFile("Truncated central directory")
+
+
+def entry_at(file: BinaryIO, place: int) -> Member:
+    """The entry that begins there. Raises BadZipFile."""
+    file.seek(place)
+    data = file.read(ENTRY.size)
+    length = _entry_length(data, 0)
+    data += file.read(length - ENTRY.size if length else 0)
+    if not length or len(data) < length:
+        raise zipfile.BadZipFile("Truncated central directory")
+    return _parse(data, 0)
+
+
+def _entry_length(data: bytes, at: int) -> int:
+    """Bytes of the entry that begins there; 0 where its beginning is cut off."""
+    if at + ENTRY.size > len(data):
+        return 0
+    return ENTRY.size + sum(struct.unpack_from("<3H", data, at + 28))
+
+
+def _parse(data: bytes, at: int) -> Member:
+    fields = ENTRY.unpack_from(data, at)
+    if fields[0] != b"PK\x01\x02":
+        raise zipfile.BadZipFile("Bad magic number for central directory")
+    flags, method = fields[3:5]
+    crc, packed, size, name_length, extra_length = fields[7:12]
+    offset, at = fields[16], at + ENTRY.size
+    extra = data[at + name_length : at + name_length + extra_length]
+    if ABSENT in (size, packed, offset):
+        numbers = extra_field(extra, ZIP64)
+        wide = iter(struct.unpack_from(f"<{len(numbers) // 8}Q", numbers))
+        size, packed, offset = (next(wide, n) if n == ABSENT else n for n in (size, packed, offset))
+    return Member(data[at : at + name_length], flags, method, crc, packed, size, offset, extra)
+
+
+def extra_field(extra: bytes, kind: int) -> bytes:
+    """The content of an extra field; empty where there is none."""
+    at = 0
+    while at + 4 <= len(extra):
+        field, length = struct.unpack_from("<2H", extra, at)
+        if field == kind:
+            return extra[at + 4 : at + 4 + length]
+        at += 4 + length
+    return b""
+
+
+def unpack(file: BinaryIO, member: Member, prefix: int) -> bytes:
+    """The bytes of a stored or deflated member. Takes no more memory than the directory says. Raises BadZipFile."""
+    file.seek(prefix + member.offset)
+    header = file.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(b"PK\x03\x04"):
+        raise zipfile.BadZipFile("no file header where its directory says")
+    name_length, extra_length = HEADER.unpack(header)[9:]
+    if file.read(name_length) != member.raw_name:
+        raise zipfile.BadZipFile("another name in its file header than in its directory")
+    file.seek(extra_length, 1)
+    data = file.read(member.packed)
+    if member.method == DEFLATED:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
+        except zlib.error as error:
+            raise zipfile.BadZipFile(str(error)) from None
+    if len(data) != member.size:
+        raise zipfile.BadZipFile("more or fewer bytes than its directory says")
+    if zlib.crc32(data) != member.crc:
+        raise zipfile.BadZipFile("another checksum than its directory says")
+    return data
+
+
+def fold(name: str) -> str:
+    """A file name without what spellings of it differ in: composition, percent-encoding and case."""
+    if name.isascii() and "%" not in name:
+        return name.lower()
+    return unicodedata.normalize("NFC", unquote(name)).casefold()
+
+
+def hash_name(name: str) -> int:
+    """A hash of a file name in any spelling, of 64 bits."""
+    return hash_bytes(fold(name).encode("utf-8", "surrogatepass"))
+
+
+def hashes(member: Member) -> set[int]:
+    """The hashes under which a member is looked up, one for each reading of its name; none for a folder."""
+    raw = member.raw_name
+    if raw.isascii() and PLAIN.fullmatch(raw) and b"up" not in member.extra:  # nearly all: without what others need
+        return {hash_bytes(raw[raw.rfind(b"/") + 1 :].lower())}
+    paths = [PicturePath.of(name).names for name in member.names]
+    return {hash_name(names[-1]) for names in paths if names and not raw.endswith(b"/")}
+
+
+def hash_bytes(data: bytes) -> int:
+    """A hash of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

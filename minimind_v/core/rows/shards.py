@@ -1,0 +1,43 @@
+"""Rows that stand in several files, one file after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from minimind_v.core.rows.pictures import Pictures
+from minimind_v.core.rows.splits import Choice
+
+
+class ShardedRows:
+    """Where a row stands in a set of files of one split; what reads it is a subclass's own."""
+
+    files: list[Path]
+    choice: Choice
+    left_out = ""
+    _ends: np.ndarray  # of each file, in rows
+    _images: Pictures
+
+    @property
+    def split(self) -> str:
+        return self.choice.name
+
+    @property
+    def pictures(self) -> Path | None:
+        return self._images.path
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _at(self, index: int) -> tuple[int, int]:
+        """The number of a row's file, and the row's index in that."""
+        file = int(np.searchsorted(self._ends, index, "right"))
+        return file, index - (int(self._ends[file - 1]) if file else 0)
+
+    def number(self, index: int) -> int:
+        return self._at(index)[1] + 1
+
+    def place(self, index: int) -> str:
+        file, row = self._at(index)
+        return f"{self.files[file]}:{row + 1}"

@@ -1,0 +1,152 @@
+"""Pictures and videos that a row names in a way that is not read: trained on, such a row would be trained on blind.
+
+Two things give a row away: a key whose name or value is that of a picture (`images`, `img_path`, `"file": "a.jpg"`),
+and a mark in the text of a question that is not `<image>` (`<img>a.jpg</img>`, `<image1>`, `<video>`, `<|image_pad|>`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from minimind_v.core.errors import RowError
+from minimind_v.core.rows.row import IMAGE_MARK, Row
+
+KIND = "pictures not read"
+DEPTH, WIDTH = 4, 64  # how deep and how far a value is searched
+NAME_LIMIT = 4096  # characters of a text that could be a name
+
+SHOWN = re.compile("(?:image|img|picture|pic|photo|video|clip|frame|visual|jpg|jpeg|png)s?")
+# Words that may stand beside those: `image_path` names a picture whatever its value is, `image_width` does not.
+BESIDE = re.compile(
+    "(?:path|file|filename|name|url|uri|link|href|src|id|bytes?|data|base|b|binary|raw|content|list|array|local|remote|"
+    "main|first|second|third|left|right|query|input|original|full|hd)s?"
+)
+CHINESE = re.compile("图片|图像|照片|视频|影像")
+ENDING = r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|jfif|ppm|svg|mp4|avi|mov|mkv|webm|mpe?g|m4v|flv|wmv)"
+FILE = re.compile(rf"[^\n]*\S{ENDING}(?:[?#]\S*)?", re.IGNORECASE)
+# A picture as text: a data URI, or the beginning of a JPEG, PNG, GIF or WebP in base64.
+IN_TEXT = re.compile(r"data:(?:image|video)/|/9j/4|iVBORw0KGgo|R0lGODlh|UklGR")
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
+NOTHING = {"", "none", "null", "nan", "n/a", "na", "-", "[]", "{}", "false", "no"}
+
+_NAME = r"(?:image|img|picture|photo|video)"
+MARK = re.compile(
+    rf"""
+      <img>[^<>\n]{{1,400}}</img>                          # Qwen-VL: the name stands in the text
+    | <\|[\w\ -]{{0,30}}?(?:{_NAME}|vision)[\w\ -]{{0,30}}\|>  # <|image_1|>, <|vision_start|>, <|video_pad|>
+    | <[\w\ -]{{0,30}}?{_NAME}[\w\ -]{{0,30}}/?>           # <video>, <image1>, <ImageHere>, <start_of_image>
+    | <{_NAME}\ [^<>\n]{{0,400}}?=[^<>\n]{{1,400}}>         # <img src="a.jpg">
+    | (?-i:\[(?:IMG|IMAGE|VIDEO)[ _-]?\d*\])              # Pixtral
+    | !\[[^\]\n]{{0,400}}\]\((?:[^()\s]+{ENDING}|data:image/)[^()\n]*\)  # Markdown
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+TAG = re.compile(rf"</?{_NAME}(?:\ [^<>]*)?/?>", re.IGNORECASE)  # which a web page may have, too
+WEB_PAGE = re.compile(
+    r"</?(?:a|p|div|span|body|head|html|ul|ol|li|table|tr|td|br|script|style|h[1-6]|form|input|button|source|svg)\b"
+    r"|</(?:video|picture)>|\b(?:html5?|css|xml|svg|tags?|elements?)\b|标签|元素",
+    re.IGNORECASE,
+)
+
+
+def refuse_unread(row: Row, columns: Mapping[str, Any] | None = None) -> Row:
+    """The row, if it names no picture or video in a way that is not read.
+
+    `columns` are what else stands in the row and is not in `extra`. Raises RowError.
+    """
+    if not isinstance(row.conversations, list):  # no conversation at all, which is told when it is checked
+        return row
+    for text in _questions(row.conversations):
+        if mark := _unread_mark(text):
+            raise RowError(
+                f"{mark!r:.80} in its text is not read as a picture: write <image> there, and the picture's name "
+                "in `image`",
+                KIND,
+            )
+    if not row.images:
+        for tree in (row.extra, columns or {}, *_rests(row.conversations)):
+            for key, value in named_in(tree, ""):
+                instead = "put the names of pictures in `image`"
+                if isinstance(value, bytes):
+                    instead = "put pictures in a column `image_bytes`, as binary or lists of it"
+                raise RowError(
+                    f"pictures or videos in `{key:.60}` are not read: {instead}, and <image> in the text where each "
+                    "goes",
+                    KIND,
+                )
+    return row
+
+
+def _questions(conversations: list[Any]) -> Iterator[str]:
+    """The texts of all messages that are no answers: an answer may well speak of tags."""
+    for message in conversations:
+        if isinstance(message, dict) and message.get("role") != "assistant":
+            content = message.get("content")
+            if isinstance(content, str):
+                yield content
+
+
+def _rests(conversations: list[Any]) -> Iterator[dict[str, Any]]:
+    """What messages say besides who speaks and what."""
+    for message in conversations:
+        if isinstance(message, dict) and len(message) > 2:
+            yield {key: value for key, value in message.items() if key not in ("role", "content")}
+
+
+def _unread_mark(text: str) -> str | None:
+    rest = text.replace(IMAGE_MARK, "")
+    if "<" not in rest and "[" not in rest:  # as in nearly every text
+        return None
+    for found in MARK.finditer(text):
+        mark = found[0]
+        if mark == IMAGE_MARK or (TAG.fullmatch(mark) and WEB_PAGE.search(text)):
+            continue
+        if mark[1].isupper() and text[: found.start()][-1:].isidentifier():  # a type: `vector<Image>`
+            continue
+        return mark
+    return None
+
+
+def named_in(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """What names pictures or videos in a tree, or is one, by its key; `key` is what stands above the tree."""
+    if isinstance(value, dict) and depth < DEPTH:
+        for number, (inner, below) in enumerate(value.items()):
+            if number < WIDTH:
+                yield from named_in(below, f"{key}.{inner}" if key else str(inner), depth + 1)
+    elif isinstance(value, list | tuple) and depth < DEPTH:
+        for below in value[:WIDTH]:
+            yield from named_in(below, key, depth + 1)
+    elif _names_picture(key, value):
+        yield key, value
+
+
+def _names_picture(key: str, value: Any) -> bool:
+    """Whether a value, by itself or under its key, names a picture or is one."""
+    parts = [_words(part) for part in key.split(".")]
+    while parts and not any(map(_is_shown, parts[0])):  # what stands above says nothing
+        parts.pop(0)
+    words = [word for part in parts for word in part]
+    shown, only = bool(words), all(_is_shown(word) or BESIDE.fullmatch(word) for word in words)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return len(value) > 0 and (shown or bytes(value[:4]).startswith(BEGINNINGS))
+    if isinstance(value, str):
+        text = value[:NAME_LIMIT].strip()
+        if text.lower() in NOTHING:
+            return False
+        is_file = FILE.fullmatch(text) is not None and (shown or " " not in text)
+        return (shown and only) or is_file or IN_TEXT.match(text) is not None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return shown and only and value >= 0 and not {"id", "ids"}.isdisjoint(words)
+    return False
+
+
+def _words(key: str) -> list[str]:
+    """`imagePath`, `image_path` and `IMAGE-PATHS2` alike."""
+    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", key)
+    return [word.lower() for word in re.findall(r"[^\W\d_]+", parted)]
+
+
+def _is_shown(word: str) -> bool:
+    return bool(SHOWN.fullmatch(word) or CHINESE.search(word))

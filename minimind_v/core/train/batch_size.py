@@ -1,0 +1,246 @@
+"""`--batch-size auto`: the largest micro-batch that there is memory for, found before a run begins.
+
+An update keeps its rows. What batch size and accumulation make of them per process is divided anew: the batch size is
+one of its divisors, accumulation follows. A model like the run's, of random weights, is tried with the worst that can
+come: rows of full length, a picture in each, every word of them learnt. It is gone before the run builds its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.feature_cache import Eye, Memory
+from minimind_v.core.device import autocast
+from minimind_v.core.errors import RunError, UsageError
+from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.monitor.messages import out_of_memory
+from minimind_v.core.train.distributed import ALONE, World
+from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.micro_batch import parts_of
+
+HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
+GPU_HEADROOM = 0.08  # of the memory of a GPU that may be taken: its allocator leaves gaps as lengths change
+GIB = 2**30
+UNMEASURED = "--batch-size auto can measure memory on CUDA and on Linux only: give a number"
+
+
+class Gauge:
+    """The memory of this machine and of this process, in bytes. Reads what Linux tells of them."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = root
+
+    def room(self) -> int:
+        """What may still be taken: the least of what the machine has free and what its groups' limits leave."""
+        found = [self._fields("proc/meminfo")["MemAvailable"]]
+        for line in self._lines("proc/self/cgroup"):
+            _, kinds, path = line.split(":", 2)
+            if kinds in ("", "memory"):
+                found += self._left(Path("sys/fs/cgroup") / kinds, path.strip("/"))
+        found += self._address_space()
+        return min(found)
+
+    def _left(self, mount: Path, path: str) -> Iterator[int]:
+        """What the limits of a group and of those around it leave. Files that can be read again do not count."""
+        for group in [mount / path, *(mount / path).parents]:
+            if not group.is_relative_to(mount):
+                return
+            for limit, used, idle in (
+                ("memory.max", "memory.current", "inactive_file"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            ):
+                bounds = [line for name in (limit, used) for line in self._lines(group / name)[:1]]
+                if len(bounds) == 2 and bounds[0].isdigit():  # and not `max`
+                    told = (line.split() for line in self._lines(group / "memory.stat"))
+                    cached = sum(int(words[1]) for words in told if words[0] == idle)
+                    yield int(bounds[0]) - int(bounds[1]) + cached
+
+    def _address_space(self) -> list[int]:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        return [] if limit == resource.RLIM_INFINITY else [limit - self._fields("proc/self/status")["VmSize"]]
+
+    def held(self) -> int:
+        """What this process has in memory now."""
+        return self._fields("proc/self/status")["VmRSS"]
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """The most that this process had in memory while it did some work."""
+        with open(self.root / "proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak begins again
+        work()
+        return self._fields("proc/self/status")["VmHWM"]
+
+    def _fields(self, name: str) -> dict[str, int]:
+        """`Name:  123 kB`, in bytes."""
+        words = [line.split() for line in self._lines(name)]
+        return {row[0].rstrip(":"): int(row[1]) * 1024 for row in words if row[-1] == "kB"}
+
+    def _lines(self, name: str | Path) -> list[str]:
+        try:
+            return (self.root / name).read_text(encoding="ascii", errors="replace").splitlines()
+        except OSError:
+            return []
+
+
+class Trial:
+    """The passes of a run over rows of the worst kind, by a model of its own."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        encoder = load_encoder(config.vision_model)
+        with torch.random.fork_rng(devices=[]):
+            self.model = VLM(config.model, encoder.spec, 0, encoder).to(device)
+        self.memory = Memory(Eye(encoder, device, config.dtype))
+        self.trained = freeze(self.model, config.freeze)
+        self.length = min(config.data.max_length, config.model.max_position_embeddings)
+
+    @property
+    def moments(self) -> int:
+        """Bytes that the optimiser will hold."""
+        return sum(2 * parameter.nbytes for parameter in self.trained)
+
+    @property
+    def row(self) -> int:
+        """Bytes that a row of a batch takes by itself, its picture and what is seen in it; the least for one more."""
+        spec = self.model.spec
+        return 18 * self.length + 3 * spec.image_size**2 + 4 * spec.tokens_per_image * spec.width
+
+    def __call__(self, rows: int) -> None:
+        """Forward and backward over one batch. Raises what torch raises where memory is out."""
+        for part in parts_of(self._batch(rows), self.memory, self.device):
+            with autocast(self.device, self.config.dtype):
+                out = self.model(**part.tokens, image_features=part.image_features)
+            assert out.loss_sum is not None
+            (out.loss_sum / part.supervised + out.aux_loss).backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def _batch(self, rows: int) -> Batch:
+        spec, draw = self.model.spec, torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.config.model.vocab_size, (rows, self.length), generator=draw)
+        image_mask = torch.zeros_like(ids, dtype=torch.bool)
+        seen = spec.tokens_per_image if spec.tokens_per_image + 2 <= self.length else 0
+        image_mask[:, :seen] = True
+        pixels = torch.zeros(rows, 3, spec.image_size, spec.image_size, dtype=torch.uint8) if seen else None
+        labels = torch.where(image_mask, IGNORE, ids)
+        return Batch(ids, torch.ones_like(image_mask), labels, image_mask, pixels, keys=[b""] * rows)
+
+
+def fit(
+    config: RunConfig,
+    device: torch.device,
+    world: World = ALONE,
+    gauge: Gauge | None = None,
+    make_trial: Callable[[RunConfig, torch.device], Trial] = Trial,
+) -> tuple[RunConfig, str]:
+    """The configuration with the largest batch size that fits on every process, and a line on what was chosen and why.
+
+    Nothing of the run changes but how its updates are divided: no weight, no random number. Raises UsageError where
+    memory cannot be measured, RunError where a GPU has no room for a single row.
+    """
+    if device.type == "mps":  # whose memory is the machine's: what is too much is swapped, and nothing says so
+        raise UsageError(UNMEASURED)
+    rows = config.data.batch_size * config.accumulate
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    with _discarded(device):
+        trial = make_trial(config, device)
+        if device.type == "cpu":
+            found, why = _by_measure(trial, sizes, world, config.gpus, gauge or Gauge())
+        else:
+            found, why = _by_trial(trial, sizes, world.size > 1)
+        del trial
+    size = int(min(answer for (answer,) in world.gather([found])))
+    if size < found:
+        why = "another process has no room for more"
+    of = f"the {rows} rows of an update" + ("" if world.size == 1 else " that fall to each process")
+    config = replace(config, data=replace(config.data, batch_size=size), accumulate=rows // size)
+    return config, f"batch size {size}, accumulate {rows // size}, for {of}: {why}"
+
+
+@contextmanager
+def _discarded(device: torch.device) -> Iterator[None]:
+    """What was tried leaves no memory taken, and no peak behind."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def _by_trial(trial: Trial, sizes: Sequence[int], several: bool) -> tuple[int, str]:
+    """On a GPU, which says when it is full: the first of the sizes, from the largest on, that goes through."""
+    total = _gpu_memory(trial.device)
+    # What a run holds besides: its optimiser's moments, its gradients once more on their way to others.
+    besides = (trial.moments * 3 // 2 if several else trial.moments) + int(total * GPU_HEADROOM)
+    for size in sizes:
+        fits = _goes_through(trial, size, besides)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if fits:
+            return size, f"tried with rows of {trial.length} tokens on {total / GIB:.1f} GiB"
+    raise RunError(
+        f"out of memory — not one row of {trial.length} tokens fits into {total / GIB:.1f} GiB: "
+        "lower --max-length, or take a smaller --preset"
+    )
+
+
+def _goes_through(trial: Trial, size: int, besides: int) -> bool:
+    try:
+        taken = torch.empty(besides, dtype=torch.uint8, device=trial.device)
+        trial(size)
+        del taken
+    except RuntimeError as error:  # libraries have errors of their own for it
+        if not out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _gpu_memory(device: torch.device) -> int:
+    """What this process may take of a GPU: what is free there or its own already, and no more than its share."""
+    free, whole = torch.cuda.mem_get_info(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(torch.cuda.current_device())
+    return min(free + torch.cuda.memory_reserved(device), int(whole * share))
+
+
+def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gauge: Gauge) -> tuple[int, str]:
+    """On a CPU, which kills who takes too much: measured with a few rows and drawn on in a straight line.
+
+    The processes of a machine share its memory; where none has been started yet, `gpus` says how many there will be.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UsageError(UNMEASURED)
+    held, room = gauge.held(), gauge.room()
+    hosts = world.gather_objects(platform.node())  # and all have looked before anyone begins
+    usable = int(room * (1 - HEADROOM)) // (hosts.count(platform.node()) if world.placed else gpus)
+    taken = {0: 0}  # rows → bytes
+    for rows in (1, 2, 4):
+        taken[rows] = gauge.peak(partial(trial, rows)) - held
+        if 2 * taken[rows] > usable or 2 * rows > sizes[0]:  # twice as many may be too many, or need not be known
+            break
+    gauge.peak(lambda: None)
+    fewer, most = list(taken)[-2:]
+    each = max((taken[most] - taken[fewer]) // (most - fewer), trial.row)
+
+    def takes(size: int) -> int:
+        return trial.moments + taken.get(size, taken[most] + each * (size - most))
+
+    size = next((size for size in sizes if takes(size) <= usable), 1)
+    told = f"{takes(size) / GIB:.1f} GiB with rows of {trial.length} tokens, of {usable / GIB:.1f} GiB to be had"
+    return size, told

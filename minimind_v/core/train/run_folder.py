@@ -1,0 +1,177 @@
+"""Where a run leaves what it makes, whether it may, and what it goes on from."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minimind_v.core.config.presets import PRESETS, weights_name
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.errors import UsageError
+from minimind_v.core.files import Held, Lock, describe_holder, sweep
+from minimind_v.core.hub.sources import weights_at
+from minimind_v.core.monitor.fingerprint import check_origin, origin_of
+from minimind_v.core.monitor.metrics import Listener, read_lines
+from minimind_v.core.outputs import keep_description
+from minimind_v.core.train.launch import LAUNCHER
+from minimind_v.core.train.resume import State, States
+
+RECORDS = {"config.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "held_out.json", "forecast.json", "states"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run is made of, and the state that it goes on from; none where it begins."""
+
+    origin: dict[str, Any]
+    state: State | None = None
+
+    @property
+    def rows_per_update(self) -> int:
+        return int(self.origin["rows_per_update"])
+
+
+class Place:
+    """The files of a run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.weights = config.out / weights_name(config.stage, config.model)
+        self.best_weights = self.weights.with_name(f"{self.weights.stem}_best.pth")
+        self.folder = self.weights.with_suffix("")  # what a run writes besides weights
+        self.metrics = self.folder / "metrics.jsonl"
+        self.states = States(self.folder / "states", config.keep)
+        self.rows = config.data.batch_size * config.accumulate  # of an update that fall to a process
+
+    def lock(self, held: ExitStack, listener: Listener) -> None:
+        """Keep every other run away until `held` is closed. Raises UsageError where one is there already."""
+        note = {
+            "process": int(os.environ.get(LAUNCHER, os.getpid())),  # the one to stop, where it has started several
+            "host": platform.node(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        try:
+            lock = Lock(self.weights.with_name(f".{self.weights.stem}.lock"), note)
+        except Held as other:
+            raise UsageError(
+                f"another run writes {self.weights} ({describe_holder(other.note)}) — wait for its end, stop it, or "
+                "name another --out"
+            ) from None
+        except OSError:  # nothing can be written there, by no run: the first file that is tried says why
+            return
+        held.callback(lock.release)
+        if not lock.certain:
+            listener.say(f"{self.config.out} is on a file system without locks: let no other run write there")
+        if lock.left.get("host", note["host"]) != note["host"]:
+            listener.say(
+                f"{self.weights}: a run there did not come to its end ({describe_holder(lock.left)}); where locks do "
+                "not reach from machine to machine, make sure that it is over"
+            )
+
+    def claim(
+        self,
+        processes: int,
+        device: torch.device,
+        overwrite: bool,
+        resume: bool,
+        allowed: Collection[str],
+        listener: Listener,
+    ) -> Claim:
+        """Make sure that a run of so many processes may write here, and find what it goes on from if that is asked for.
+
+        Raises UsageError where it may not, or is another run than the one that is here.
+        """
+        self._refuse_to_replace(overwrite, resume)
+        self._sweep()
+        origin = origin_of(self.config, device)
+        origin["rows_per_update"] = self.rows * processes
+        if not resume:
+            self.states.supersede(at_once=processes > 1)
+            return Claim(origin)
+        state = self.states.newest(listener.warn)
+        if state is None:
+            self._refuse_other_run()
+            listener.say(f"nothing to resume in {self.folder}: starting")
+            return Claim(origin)
+        if self.same_rows(state):  # more or fewer processes share the same updates
+            origin["rows_per_update"] = state.origin["rows_per_update"]
+        check_origin(state.origin, origin, allowed, listener.warn)
+        before = state.origin.get("rows_per_update", origin["rows_per_update"])
+        state.progress["step"] = state.progress["step"] * before // origin["rows_per_update"]
+        return Claim(origin, state)
+
+    def _sweep(self) -> None:
+        """Remove what a killed run was writing; of states, which are all called differently, by the part's own name."""
+        for weights in (self.weights, self.best_weights):
+            sweep(weights)
+            sweep(weights.with_suffix(".json"))
+        for folder in (self.folder, self.states.folder):
+            for part in folder.glob(".*.tmp"):
+                sweep(part.with_name(part.name[1:].rsplit(".", 2)[0]))
+
+    def next_step(self) -> str:
+        """What to do about files that could not be written."""
+        states = self.states.paths()
+        return "make room, and " + ("go on from the last state with --resume" if states else "start again")
+
+    def same_rows(self, state: State) -> bool:
+        """Whether as many rows of an update were asked of each process, in whatever batches."""
+        return math.prod(state.progress.get("split", ())) == self.rows
+
+    def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:
+        if overwrite and resume:
+            raise UsageError("--overwrite starts over, --resume goes on: give one of them")
+        self._keep_others()
+        there = [path for path in (self.weights, *self.states.paths()) if path.exists()]
+        if resume and self.weights.exists() and not self.states.paths():
+            raise UsageError(
+                f"{self.weights} is there, but no state to go on from (in {self.states.folder}) — "
+                "add --overwrite to replace it, or name another --out"
+            )
+        if there and not overwrite and not resume:
+            raise UsageError(
+                f"{there[0]} is there from an earlier run — add --resume to go on with it, --overwrite to replace it, "
+                "or name another --out"
+            )
+        if not overwrite and not resume and any(read_lines(self.metrics)):
+            raise UsageError(
+                f"{self.metrics} is there from an earlier run, whose weights are gone — add --overwrite to replace it, "
+                "or name another --out"
+            )
+
+    def _keep_others(self) -> None:
+        """Raises UsageError where the run would write over what it starts from, or over what no run has left."""
+        init = self.config.init
+        for weights in (self.weights, self.best_weights):
+            if init and init.exists() and weights.exists() and weights.samefile(weights_at(init)):
+                raise UsageError(f"--init {init} is what this run would write over — name another --out")
+            keep_description(weights)
+        inside = sorted(path.name for path in self.folder.glob("[!.]*")) if self.folder.is_dir() else []
+        if inside and not RECORDS & set(inside):
+            raise UsageError(
+                f"{self.folder}, where this run would keep its records, is not a run's folder (it holds {inside[0]}) — "
+                "move it, or name another --out"
+            )
+
+    def _refuse_other_run(self) -> None:
+        """Raises UsageError where there is nothing to resume, and beside it a run of the same stage of another size."""
+        others = self.config.out.glob(f"{self.config.stage}_vlm_*/states/step-*.safetensors")
+        other = next((path.parents[1].name for path in others), None)
+        if other is None:
+            return
+        preset = next(
+            (name for name, model in PRESETS.items() if weights_name(self.config.stage, model) == f"{other}.pth"), None
+        )
+        which = f", of --preset {preset}" if preset else ""
+        raise UsageError(
+            f"nothing to resume in {self.folder}, but {self.config.out / other} has a run{which} — give its size to go "
+            "on with it, or leave --resume out to start this one"
+        )

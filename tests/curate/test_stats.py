@@ -1,0 +1,223 @@
+"""Counts of rows, and what they foretell, against numbers worked out by hand or read from the real loader."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.curate import stats
+from minimind_v.core.curate.count import language
+from minimind_v.core.curate.lines import summary
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.loader import BatchPlan, load_batches
+from minimind_v.core.errors import DataError
+from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.subset import SampledRows
+from minimind_v.core.train import speed
+from minimind_v.core.train.freeze import freeze
+from tests.curate.made import SPEC, TROUBLE, encoder, recipe, talk, write
+
+
+def time_of(*given):
+    return {"seconds": 12.0, "how": "a guess"}
+
+
+def look(data, config=None, limit=None):
+    return stats.look_at(open_rows(data, data.parent / "t_images"), encoder(), config or recipe(), time_of, limit)
+
+
+def test_counts_of_whole_rows(tmp_path):
+    rows = [{"conversations": talk(*["why", "so"] * n)} for n in (1, 2, 3)]
+    rows.append({"conversations": talk("<image>\nwhat <image>", "red"), "image": "wide.png, square.png"})
+    found = look(write(tmp_path, rows))
+    words = encoder()
+    lengths = [len(words.row(row["conversations"], 2 if "image" in row else 0, 10**6)) for row in rows]
+    assert found["rows"] == found["looked_at"] == 4
+    assert not found["sample"]
+    assert found["turns"]["sum"] == 1 + 2 + 3 + 1
+    assert (found["turns"]["min"], found["turns"]["max"]) == (1, 3)
+    assert found["images"]["sum"] == 2
+    assert found["tokens"]["images"]["sum"] == 2 * SPEC.tokens_per_image
+    assert found["tokens"]["total"]["sum"] == sum(lengths)
+    assert sum(found["tokens"][part]["sum"] for part in ("prompt", "answers", "images")) == sum(lengths)
+    assert sum(found["histogram"]["counts"]) == 4
+    assert found["skipped"]["rows"] == found["cut"]["rows"] == 0
+
+
+def test_padding_is_that_of_the_batches_which_training_reads(tmp_path):
+    rows = [{"conversations": talk("why " * (n * 7 % 31), "so " * (n % 13 + 1))} for n in range(150)]
+    data, config = write(tmp_path, rows), recipe(max_length=60)
+    found = look(data, config)
+    dataset = RowDataset(open_rows(data), encoder(), SPEC.image_size, 60)
+    batches = list(load_batches(BatchPlan(dataset, 4, 0, config.seed), 0))
+    kept = sum(int(batch.attention_mask.sum()) for batch in batches)
+    padded = sum(batch.attention_mask.numel() for batch in batches)
+    used = sum(map(len, batches))
+    assert found["padding"]["batches"] == pytest.approx(1 - kept / padded)
+    assert found["padding"]["fixed"] == pytest.approx(1 - kept / (used * 60))
+    assert found["skipped"]["rows"] == sum(len(batch.broken) for batch in batches)
+    assert found["cut"]["rows"] > 0
+    supervised = sum(batch.supervised for batch in batches)
+    assert found["training"]["supervised_tokens"] == supervised * 2
+
+
+@pytest.mark.parametrize(("rows", "batch", "accumulate", "updates"), [(10, 4, 1, 6), (10, 4, 2, 4), (8, 4, 2, 2)])
+def test_updates_are_those_of_a_run(tmp_path, rows, batch, accumulate, updates):
+    data = write(tmp_path, [{"conversations": talk("a", "b")}] * rows)
+    assert look(data, recipe(batch_size=batch, accumulate=accumulate))["training"]["updates"] == updates
+
+
+def test_what_truncation_takes(tmp_path):
+    words = encoder()
+    short, long = talk("a", "b"), talk("a", "b", "c", "d e f")
+    length = len(words.row(short, 0, 10**6))
+    answers = [sum(words.row(row, 0, 10**6).loss_mask) for row in (short, long)]
+    found = look(write(tmp_path, [{"conversations": short}, {"conversations": long}]), recipe(max_length=length))
+    assert found["cut"]["rows"] == 1
+    assert found["cut"]["turns"] == 1
+    assert found["cut"]["answer_tokens"] == answers[1] - answers[0]
+    one_less = look(tmp_path / "t_data.jsonl", recipe(max_length=length - 1))
+    assert one_less["cut"]["rows"] == 2
+    assert one_less["cut"]["answer_tokens"] == answers[1] - answers[0] + 2
+
+
+def test_broken_rows_are_counted_by_kind(tmp_path):
+    found = look(write(tmp_path, TROUBLE))
+    kinds = {"json": 1, "conversations": 1, "placeholders": 1, "no answer": 1, "too long": 1}
+    assert found["skipped"]["kinds"] == kinds
+    assert found["skipped"]["first"]["json"].startswith(f"{tmp_path / 't_data.jsonl'}:2: ")
+    assert found["skipped"]["refused"]
+    assert found["tokens"]["total"]["max"] > 1536  # the row that is too long counts with its whole length
+
+
+def test_no_row_that_can_be_used(tmp_path):
+    with pytest.raises(DataError, match=r"none of 2 rows .*t_data.jsonl:1"):
+        look(write(tmp_path, ["{", "["]))
+
+
+def test_a_sample_is_the_beginning_of_the_first_epoch(tmp_path):
+    rows = [{"conversations": talk("why " * (n % 9), "so")} for n in range(200)]
+    data = write(tmp_path, rows)
+    found, again = look(data, limit=50), look(data, limit=50)
+    assert found == again
+    assert (found["rows"], found["looked_at"], found["sample"]) == (200, 50, True)
+    assert found["training"]["updates"] == 2 * 50  # of all rows
+    store = open_rows(data)
+    order = BatchPlan(RowDataset(store, encoder(), 0, 99), 4, 0, recipe().seed).order(0)[:50]
+    lengths = [len(encoder().row(store.row(int(n)).conversations, 0, 10**6)) for n in order]
+    assert found["tokens"]["total"]["sum"] == sum(lengths)
+    sampled = SampledRows(store, order)
+    assert len(sampled) == 50
+    assert sampled.place(3) == store.place(int(order[3]))
+    assert sampled.number(3) == order[3] + 1
+    assert (sampled.shuffled(np.random.default_rng(0)) == np.arange(50)).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("What is in this picture?", "English"),
+        ("这张图片里有什么？ OK", "Chinese"),
+        ("图片 shows 一只 cat on 桌子 today", "mixed"),
+        ("Что на этой картинке?", "other"),
+        ("これはとてもかわいいねこです", "other"),
+        ("123 <image> …", "other"),
+    ],
+)
+def test_language(text, name):
+    assert language(talk(text)) == name
+
+
+def test_language_of_nonsense():
+    assert language("x") == language([3, {"content": 5}]) == "other"
+
+
+def test_histogram_has_round_edges_and_every_value():
+    values = [*range(100, 700), 50_000]
+    found = stats.histogram(values)
+    assert sum(found["counts"]) == len(values)
+    assert len(found["counts"]) <= stats.BINS
+    assert found["edges"][0] <= 100
+    assert all(edge % 50 == 0 for edge in found["edges"])
+    assert found["edges"][-1] < 1000  # one giant does not flatten all others
+    assert stats.histogram([7, 7])["counts"] == [2]
+
+
+TINY_EYE = (
+    '{"vision_config": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32,'
+    ' "num_hidden_layers": 3, "num_attention_heads": 2}}'
+)
+
+
+def test_time_is_measured_without_weights(tmp_path, monkeypatch):
+    """With a clock by which every part takes half a second: two rows fit into the four seconds of a batch."""
+    done = []
+    monkeypatch.setattr(speed, "_seconds", lambda device, work: done.append(work()) or 0.5)
+    (tmp_path / "config.json").write_text(TINY_EYE)
+    config = replace(recipe(), vision_model=tmp_path, model=PRESETS["demo"])
+    row = stats.TypicalRow(length=20, pictures=1.5, supervised=5)
+    found = speed.estimate(config, row, 1000, 250)
+    whole = 0.5 * (1 + 1 + 2)  # the pictures, the model with two of its four layers, twice another layer
+    assert found.seconds == 1000 * whole / 2 + 250 * 0.5, found.how
+    assert found.how.startswith("an estimate: 2.00 s for 2 made-up rows of 20 tokens and 1.5 pictures each")
+    assert len(done) == 3 + 3 + 3 + 1
+    missing = speed.estimate(replace(config, vision_model=tmp_path / "none"), row, 1000, 250)
+    assert missing.seconds is None
+    assert missing.how.startswith("not measured: no vision model")
+
+
+@pytest.mark.parametrize("policy", ["projector+last", "attention", "all"])
+@pytest.mark.parametrize("preset", ["demo", "small"])
+def test_few_layers_foretell_the_work_of_all(tmp_path, monkeypatch, policy, preset):
+    """By a clock that counts multiplications, against the model that a run would train."""
+
+    def multiplications(device, work):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    (tmp_path / "config.json").write_text(TINY_EYE)
+    config = replace(recipe(), vision_model=tmp_path, model=PRESETS[preset], freeze=policy)
+    monkeypatch.setattr(speed, "_seconds", multiplications)
+    device = torch.device("cpu")
+    encoder = speed._encoder(tmp_path)
+    few = speed._Language(config, encoder.spec, device)
+    told = speed._look(speed.Eye(encoder, device, "float32"), 2) + few.step(stats.TypicalRow(30, 1, 7), [1, 1], 30)
+
+    tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path))
+    whole = VLM(config.model, encoder.spec, 34, VisionEncoder(tower, encoder.spec))
+    learns = freeze(whole, policy)
+    ids, mask = torch.randint(0, 600, (2, 30)), torch.arange(30).expand(2, 30) < 4
+    labels = torch.where(torch.arange(30) < 23, -100, ids)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    true = multiplications(
+        device, lambda: whole(ids, pixel_values=pixels, image_mask=mask, labels=labels).loss.backward()
+    )
+    assert told == pytest.approx(true, rel=0.03)  # attention is counted for the queries that need no gradient, too
+    assert few.learnt == sum(one.numel() for one in learns)
+
+
+def test_time_by_a_real_clock_is_some():
+    found = speed.estimate(
+        replace(recipe(), model=PRESETS["demo"]), stats.TypicalRow(length=80, pictures=1, supervised=5), 8, 2
+    )
+    assert found.seconds is not None, found.how
+    assert 0 < found.seconds < 600
+
+
+def test_text_rows_have_no_pictures_and_are_counted(tmp_path):
+    rows = [{"conversations": talk("<image>?", "A rose."), "image": "wide.png"}] * 3
+    rows.append({"conversations": talk("?", "A rose."), "image": "wide.png"})
+    rows.append({"conversations": talk("?", "No."), "img": "a"})
+    found = look(write(tmp_path, rows))
+    assert (found["text_rows"], found["images"]["sum"]) == (1, 3)
+    assert found["skipped"]["kinds"] == {"pictures not read": 1}
+    assert "1 of 5 rows have a picture but no <image> mark" in summary(found)["text rows"]

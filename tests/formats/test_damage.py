@@ -1,0 +1,132 @@
+"""Damaged and hostile files: refused in one line, and never run."""
+
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from minimind_v.core.errors import WeightsError
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from tests.formats.made import packed, state
+
+RNG = random.Random(0)
+
+
+def some_cuts(length):
+    """Where a download may have broken off: near the beginning, near the end, and anywhere."""
+    return [*range(1, 20), *(RNG.randrange(length) for _ in range(60)), *range(length - 20, length)]
+
+
+def refused(path, data):
+    path.write_bytes(data)
+    with pytest.raises(WeightsError) as caught:
+        read_checkpoint(path)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ")
+    assert "\n" not in line
+    assert len(line) < len(str(path)) + 250
+    return line
+
+
+FORMATS = {
+    "pth": lambda: packed(state()),
+    "old pth": lambda: packed(state(), _use_new_zipfile_serialization=False),
+    "safetensors": lambda: save({name: tensor.clone() for name, tensor in state().items()}),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_cut_anywhere_is_refused(tmp_path, kind):
+    whole = FORMATS[kind]()
+    for cut in some_cuts(len(whole)):
+        line = refused(tmp_path / "w", whole[:cut])
+        if kind != "old pth":  # whose names may be cut into those of something else
+            assert "truncated or damaged" in line or "neither a torch nor" in line
+            assert "download it again" in line
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_flipped_bits_are_refused_or_harmless(tmp_path, kind):
+    """A flipped bit of a number cannot be told from a number; everything else must end in words."""
+    whole = FORMATS[kind]()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[RNG.choice((RNG.randrange(3000), -1 - RNG.randrange(3000)))] ^= 1 << RNG.randrange(8)
+        (tmp_path / "w").write_bytes(damaged)
+        try:
+            said = ", ".join(read_checkpoint(tmp_path / "w").tensors)
+        except WeightsError as error:
+            said = str(error)
+        assert said
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_numbers_put_anywhere_are_refused_or_harmless(tmp_path, kind):
+    """Lengths, counts and sizes are what takes memory."""
+    whole = FORMATS[kind]()
+    for _ in range(150):
+        at, length = RNG.choice((RNG.randrange(3000), len(whole) - 8 - RNG.randrange(3000))), RNG.choice((1, 2, 4, 8))
+        number = RNG.choice((0, 1, 2**31, 2**40, 2**63, 2**64 - 1, RNG.randrange(2**16)))
+        put = (number % 2 ** (8 * length)).to_bytes(length, "little")
+        (tmp_path / "w").write_bytes(whole[:at] + put + whole[at + length :])
+        try:
+            said = ", ".join(read_checkpoint(tmp_path / "w").tensors)
+        except WeightsError as error:
+            said = str(error)
+        assert said
+        assert "\n" not in said
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda found: packed(found),
+        lambda found: packed({"model": {"a": torch.ones(1), "b": found}}),
+        lambda found: packed(found, _use_new_zipfile_serialization=False),
+        lambda found: pickle.dumps(found, protocol=2),
+        lambda found: pickle.dumps(found, protocol=4),
+        lambda found: pickle.dumps(found, protocol=5),
+    ],
+    ids=["zip", "inside a zip", "old torch", "pickle 2", "pickle 4", "pickle 5"],
+)
+def test_a_file_that_runs_code_is_not_opened(tmp_path, pack):
+    line = refused(tmp_path / "w.pth", pack(Hostile(tmp_path / "owned")))
+    assert not (tmp_path / "owned").exists()
+    assert "so it was not opened" in line
+    assert "source that you trust" in line
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "owned")))  # it would have
+    assert (tmp_path / "owned").exists()
+
+
+def test_what_would_be_run_is_named(tmp_path):
+    assert "wants to run code when it is opened (posix.mkdir)" in refused(tmp_path / "w", packed(Hostile("x")))
+    module = torch.nn.Linear(2, 2)
+    assert "(torch.nn.modules.linear.Linear)" in refused(tmp_path / "w", packed(module))
+
+
+def test_a_zip_that_is_no_torch_file_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("a.jpg", b"picture")
+    assert "damaged" in refused(tmp_path / "w", (tmp_path / "pictures.zip").read_bytes())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_torchscript_file_is_refused(tmp_path):
+    path = tmp_path / "script.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    refused(tmp_path / "w", path.read_bytes())

@@ -1,0 +1,77 @@
+"""Many questions at once get the answers that each would get alone."""
+
+import pytest
+
+from minimind_v.core.errors import MissingInput, RowError, UsageError
+from minimind_v.core.generate.batch import Question, generate_many
+from minimind_v.core.generate.sampling import GREEDY, Sampling
+from minimind_v.core.generate.session import Session
+from tests.cli.harness import sighted_model, tokenizer
+from tests.generate.made import KINDS, make_model
+from tests.generate.test_prompt_cache import picture
+
+TEXT = "What colour is the star? 有几个物体？ Is the small circle left of the big one, or right of it?"
+
+
+def questions(count=20):
+    """Of one to three pictures, or none, and of all lengths."""
+    return [
+        Question(
+            (TEXT[3 * number % 70 :] + " ") * (1 + number % 4),
+            [picture(number + one) for one in range((number + 1) % 4)],
+        )
+        for number in range(count)
+    ]
+
+
+def alone(model, question, sampling=GREEDY, limit=10):
+    return "".join(Session(model, tokenizer(), sampling).ask(question.text, question.images, limit))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_greedy_answers_are_those_of_a_session(kind):
+    model = make_model(seed=4, **kind)
+    asked = questions()
+    answers = generate_many(model, tokenizer(), asked, max_new_tokens=10, at_once=7)
+    assert answers == [alone(model, question) for question in asked]
+    assert len(set(answers)) > 10
+    assert generate_many(model, tokenizer(), asked[::-1], max_new_tokens=10, at_once=20) == answers[::-1]
+
+
+def test_answers_that_end_by_themselves():
+    """A model that has learnt to speak: answers of many lengths."""
+    model = sighted_model()
+    asked = [
+        Question(text) for text in ("What is big?", "有几个物体？", "星形是什么颜色的？", "Where is it?", "a", "red")
+    ]
+    answers = generate_many(model, tokenizer(), asked, max_new_tokens=60, at_once=4)
+    assert answers == [alone(model, question, limit=60) for question in asked]
+    assert len({len(answer) for answer in answers}) > 2
+
+
+def test_a_seed_draws_for_each_question_as_for_a_session():
+    model, asked = make_model(seed=4), questions(9)
+    warm = Sampling(0.9, 0.9, seed=11)
+    answers = generate_many(model, tokenizer(), asked, warm, 10, at_once=4)
+    assert answers == [alone(model, one, Sampling(0.9, 0.9, seed=11 + k)) for k, one in enumerate(asked)]
+    assert answers == generate_many(model, tokenizer(), asked, warm, 10, at_once=9)
+    assert answers != generate_many(model, tokenizer(), asked, Sampling(0.9, 0.9), 10)
+
+
+def test_nothing_asked_is_nothing_answered():
+    assert generate_many(make_model(), tokenizer(), []) == []
+
+
+def test_a_question_that_cannot_be_asked_is_told(tmp_path):
+    model, good = make_model(), questions(2)
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
+    cases = {
+        UsageError: (Question("Is <image> big?"), "1 <image> marks for 0 pictures"),
+        MissingInput: (Question("?", [tmp_path / "none.jpg"]), "no picture at"),
+        RowError: (Question("?", [tmp_path / "page.jpg"]), "an HTML page"),
+    }
+    for kind, (bad, words) in cases.items():
+        with pytest.raises(kind, match=words):
+            generate_many(model, tokenizer(), [*good, bad])
+    with pytest.raises(UsageError, match=r"longer than 4096 tokens"):
+        generate_many(model, tokenizer(), [*good, Question("star " * 5000)])
