@@ -30,7 +30,7 @@ from benchmarks.stores import make_jsonl, make_parquet
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import sft
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_cache import Memory
+from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.files import write_text
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionSpec
@@ -83,11 +83,11 @@ class Learner(Run):
     def __init__(self, preset: str) -> None:
         torch.manual_seed(0)
         self.config = replace(sft(PRESETS[preset]), dtype="float32")
-        self.world, self.device, self.memory = ALONE, torch.device("cpu"), Memory()
+        self.world, self.device, self.memory = ALONE, torch.device("cpu"), FeatureCache()
         self.model = self.shared = VLM(self.config.model, VIT_B_16, placeholder_id=34).train()
         self.trained = freeze(self.model, self.config.freeze)
         self.optimiser = torch.optim.AdamW(self.trained, lr=self.config.lr, fused=True)
-        self.total, self.plan = 2, SimpleNamespace(updates_per_epoch=2)
+        self.total, self.plan = 2, SimpleNamespace(steps_per_epoch=2)
         self.counts, self.started, self.stop = Counts(), time.perf_counter(), SimpleNamespace(signal=None)
 
     def seconds(self, batch: Batch) -> float:

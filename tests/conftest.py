@@ -53,15 +53,15 @@ class GivenBatches(Dataset[list[Batch]]):
 
     def __init__(self, batches: list[Batch], config: RunConfig) -> None:
         self.batches, self.accumulate, self.epochs = batches, config.accumulate, config.epochs
-        self.updates_per_epoch = -(-len(batches) // config.accumulate)
+        self.steps_per_epoch = -(-len(batches) // config.accumulate)
         self.dataset = range(sum(map(len, batches)))  # a run asks only how many rows there are
         self.rows = len(self.dataset)
 
     def __len__(self) -> int:
-        return self.updates_per_epoch * self.epochs
+        return self.steps_per_epoch * self.epochs
 
     def __getitem__(self, number: int) -> list[Batch]:
-        begin = number % self.updates_per_epoch * self.accumulate
+        begin = number % self.steps_per_epoch * self.accumulate
         return self.batches[begin : begin + self.accumulate]
 
 

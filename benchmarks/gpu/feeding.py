@@ -8,7 +8,7 @@ from contextlib import closing
 
 from benchmarks.gpu.card import Card, Found
 from benchmarks.gpu.runs import Hearer, configure, make_run
-from minimind_v.core.data.loader import load_updates
+from minimind_v.core.data.loader import load_steps
 
 ROWS = {  # of the material → kinds of picture, and whether their features are read
     "pretrain": {"128² JPEG": False, "stored features": True},
@@ -32,7 +32,7 @@ def feeding(card: Card, found: Found) -> None:
 def _rate(plan, workers: int, seconds: float) -> float:
     """Rows per second, the first updates of each worker left out."""
     rows, begun, ready = 0, 0.0, 2 * workers
-    with closing(load_updates(plan, workers)) as updates:
+    with closing(load_steps(plan, workers)) as updates:
         for number, update in enumerate(updates):
             now = time.perf_counter()
             if number == ready:

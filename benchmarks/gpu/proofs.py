@@ -27,7 +27,7 @@ from minimind_v.core.model import moe
 from minimind_v.core.model.kernels.cpu_training import attend
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
-from minimind_v.core.train.batch_size import Trial, fit
+from minimind_v.core.train.batch_size import Trial, find_batch_size
 from minimind_v.core.train.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,7 +243,7 @@ def automatic_batch(card: Card, found: Found) -> None:
     if not card.cuda:
         room = 10**9
         gauge = SimpleNamespace(held=lambda: 0, room=lambda: room, peak=lambda work: (work(), 10**8)[1])
-        chosen, why = fit(config, card.device, gauge=gauge)  # type: ignore[arg-type]
+        chosen, why = find_batch_size(config, card.device, gauge=gauge)  # type: ignore[arg-type]
     else:
         trial, index = Trial(config, card.device), torch.cuda.current_device()
         with card.memory(found):
@@ -253,7 +253,7 @@ def automatic_batch(card: Card, found: Found) -> None:
         torch.cuda.empty_cache()
         try:
             torch.cuda.set_per_process_memory_fraction(0.7 * most / total, index)
-            chosen, why = fit(config, card.device)
+            chosen, why = find_batch_size(config, card.device)
             trial = Trial(chosen, card.device)
             trial(chosen.data.batch_size)
             found["checks"] = {"a smaller batch than the recipe's": chosen.data.batch_size < config.data.batch_size}

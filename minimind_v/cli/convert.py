@@ -71,14 +71,14 @@ def convert(
         return
     source = find_model(model, vision_model, tokenizer, Terminal().say)
     from minimind_v.core.export.folder import export
-    from minimind_v.core.formats.request import Order
+    from minimind_v.core.formats.request import ExportRequest
 
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # as in `core/export/prove/worker.py`; heeded before torch is there
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
     target = out or _beside(source, f"-{to.value}")
-    order = Order(source, vision_model, tokenizer, precision, quantize)
+    order = ExportRequest(source, vision_model, tokenizer, precision, quantize)
     report = export(order, to.value, target, verify, overwrite)
     terminal = Terminal()
     if json:

@@ -71,7 +71,7 @@ def download(
     from minimind_v.core.config.presets import PRESETS, weights_name
     from minimind_v.core.hub.fetch import HUBS, Download
     from minimind_v.core.hub.sources import SPLITS
-    from minimind_v.core.hub.wanted import wants
+    from minimind_v.core.hub.wanted import download_parts
 
     if (sample or split) and what not in (What.all, What.dataset):
         raise UsageError(f"--{'sample' if sample else 'split'} is for the dataset, not for {what.value}")
@@ -79,7 +79,7 @@ def download(
         raise UsageError(f"--endpoint {endpoint}: an address begins with https:// or http://")
     terminal = Terminal()
     file_of = partial(weights_name, config=PRESETS[preset.value])
-    parts = wants(what.value, root, preset.value, file_of, (split.value,) if split else SPLITS, sample)
+    parts = download_parts(what.value, root, preset.value, file_of, (split.value,) if split else SPLITS, sample)
     hubs = HUBS if hub is Hub.auto else (hub.value,)
     with BytesProgress(terminal) as progress:
         work = Download(parts, hubs, progress, endpoint, revision)

@@ -62,7 +62,7 @@ def evaluate(
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
     from minimind_v.core.data.dataset import RowDataset
-    from minimind_v.core.data.feature_cache import Eye, open_memory
+    from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.evaluate.run import evaluate as score
     from minimind_v.core.rows.row import describe_notes, describe_text_rows
@@ -73,8 +73,8 @@ def evaluate(
     memory, encoder = None, loaded.model.vision_encoder
     features = loaded.checkpoint.path.parent / "features"
     if encoder and features.is_dir():  # where the run that made these weights has left them
-        eye = Eye(encoder, loaded.model.device, dtype)
-        memory = open_memory("exact", features, eye, len(rows), terminal.say, terminal.warn)
+        eye = FeatureEncoder(encoder, loaded.model.device, dtype)
+        memory = open_feature_cache("exact", features, eye, len(rows), terminal.say, terminal.warn)
     prompts, found = PromptEncoder(words, spec.tokens_per_image), {}
     for name in ("seeing", "blind") if blind else ("seeing",):
         dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind")

@@ -11,7 +11,7 @@ import typer
 from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
 
 if TYPE_CHECKING:
-    from minimind_v.core.formats.load import Loaded
+    from minimind_v.core.formats.load import LoadedModel
 
 Model = Annotated[
     Path | None,
@@ -65,7 +65,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 def load(
     model: Path | None, vision_model: Path | None, tokenizer: Path | None, device: str, say: Callable[[str], None]
-) -> Loaded:
+) -> LoadedModel:
     """The model that these options name. Whether it is there at all is found before torch is imported."""
     from minimind_v.core.formats.inputs import find_model
 

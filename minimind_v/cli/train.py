@@ -186,9 +186,9 @@ def _fitted(resolved: Resolved) -> tuple[RunConfig, dict[str, str]]:
     if not resolved.auto:
         return resolved.config, resolved.sources
     from minimind_v.core.device import pick_device
-    from minimind_v.core.train.batch_size import fit
+    from minimind_v.core.train.batch_size import find_batch_size
 
-    config, why = fit(resolved.config, pick_device(resolved.config.device))
+    config, why = find_batch_size(resolved.config, pick_device(resolved.config.device))
     source = resolved.sources["data.batch_size"]
     return config, resolved.sources | {"data.batch_size": f"{source} auto: {why}", "accumulate": "follows"}
 
@@ -266,7 +266,7 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
         terminal.say(describe_text_rows(summary.text_rows, summary.rows))
     for line in describe_notes(summary.notes, summary.rows):
         terminal.say(line)
-    bad = f"; {plural(summary.bad_updates, 'update')} skipped, not finite" if summary.bad_updates else ""
+    bad = f"; {plural(summary.bad_steps, 'update')} skipped, not finite" if summary.bad_steps else ""
     terminal.say(f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; {_where(summary)}")
     if summary.steps and not summary.weights.is_file():
         raise RunError(f"{summary.weights} is not there: somebody has removed it — start the run again")

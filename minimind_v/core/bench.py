@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minimind_v.core.config.presets import PRESETS, check_preset
 from minimind_v.core.config.recipes import pretrain
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_cache import Eye
+from minimind_v.core.data.feature_cache import FeatureEncoder
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.device import autocast, has_fused_adamw, pick_device, wait_for
 from minimind_v.core.generate.engine import generate
@@ -74,7 +74,7 @@ def bench(preset: str, device_name: str, tell: Callable[[str], None]) -> Found:
     torch.manual_seed(0)
     model = _make_model(preset).to(device)
     assert model.vision_encoder is not None
-    eye, recipe = Eye(model.vision_encoder, device, "auto"), pretrain(PRESETS[preset])
+    eye, recipe = FeatureEncoder(model.vision_encoder, device, "auto"), pretrain(PRESETS[preset])
     tell("multiplying matrices")
     rate = matmul_rate(device, torch.bfloat16 if eye.kind == "bfloat16" else torch.float32)
     tell("looking at pictures")

@@ -19,7 +19,7 @@ from minimind_v.core.model import ops
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.messages import out_of_memory
-from minimind_v.core.train.batch_size import fit
+from minimind_v.core.train.batch_size import find_batch_size
 from minimind_v.core.train.speed import TypicalRow, estimate
 from tests.apple.standin import MPS, OnApple, apple_gpu
 from tests.cli.harness import EYE, here, sighted_model, tokenizer
@@ -94,7 +94,7 @@ def test_doctor_names_apples_gpu(mac):
 def test_a_batch_size_is_not_measured_there():
     config = sft(PRESETS["demo"])
     with pytest.raises(UsageError, match="give a number"):
-        fit(config, MPS)
+        find_batch_size(config, MPS)
 
 
 # --- that it computes the same ----------------------------------------------------------------------------------------

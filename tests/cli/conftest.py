@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli import harness
-from tests.cli.harness import Ended, Place
+from tests.cli.harness import Ended, HubRepo
 
 
 @pytest.fixture(scope="session")
-def place() -> Place:
+def place() -> HubRepo:
     return harness.place()
 
 
@@ -31,7 +31,7 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(place: HubRepo, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """`mmv train pretrain`, then `mmv train sft`, which finds by itself what pretraining has left."""
     out = tmp_path_factory.mktemp("trained") / "out"
     pretrain = harness.installed(*place.train(out, lr=1e-3, workers=1))

@@ -197,7 +197,7 @@ def _sessions() -> Iterator[tuple[int, int]]:
 
 
 @dataclass
-class Place:
+class HubRepo:
     """A folder with data for both stages."""
 
     folder: Path
@@ -238,9 +238,9 @@ class Place:
 
 
 @cache
-def place() -> Place:
+def place() -> HubRepo:
     """Tiny data, made once."""
-    made = Place(_folder())
+    made = HubRepo(_folder())
     write_pretrain(made.folder, random.Random(0), ROWS)
     write_sft(made.folder, random.Random(1), ROWS)
     return made

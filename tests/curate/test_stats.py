@@ -190,7 +190,9 @@ def test_few_layers_foretell_the_work_of_all(tmp_path, monkeypatch, policy, pres
     device = torch.device("cpu")
     encoder = speed._encoder(tmp_path)
     few = speed._Language(config, encoder.spec, device)
-    told = speed._look(speed.Eye(encoder, device, "float32"), 2) + few.step(stats.TypicalRow(30, 1, 7), [1, 1], 30)
+    told = speed._look(speed.FeatureEncoder(encoder, device, "float32"), 2) + few.step(
+        stats.TypicalRow(30, 1, 7), [1, 1], 30
+    )
 
     tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path))
     whole = VLM(config.model, encoder.spec, 34, VisionEncoder(tower, encoder.spec))

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_batches, load_updates
+from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_batches, load_steps
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.signals import StopRequest
@@ -85,10 +85,10 @@ def numbers(batch) -> list[int]:
 @pytest.mark.parametrize("seed", [None, 0, 7])
 def test_every_row_comes_once_per_epoch(rows, count, seed):
     plan = BatchPlan(rows(some_lines(count)), 4, PAD, seed, epochs=3)
-    assert plan.updates_per_epoch == -(-count // 4)
-    assert len(plan) == 3 * plan.updates_per_epoch
+    assert plan.steps_per_epoch == -(-count // 4)
+    assert len(plan) == 3 * plan.steps_per_epoch
     for epoch in range(3):
-        batches = [plan[epoch * plan.updates_per_epoch + k][0] for k in range(plan.updates_per_epoch)]
+        batches = [plan[epoch * plan.steps_per_epoch + k][0] for k in range(plan.steps_per_epoch)]
         assert sorted(n for batch in batches for n in numbers(batch)) == list(range(1, count + 1))
         sizes = Counter(len(batch) + len(batch.broken) for batch in batches)
         assert set(sizes) <= {4, count % 4 or 4}
@@ -105,7 +105,7 @@ def test_an_epoch_has_its_own_order_and_the_seed_decides_it(rows):
     plan, twin, other = (BatchPlan(data, 4, PAD, seed, epochs=2) for seed in (1, 1, 2))
     sequence = [[tuple(numbers(p[k][0])) for k in range(len(p))] for p in (plan, twin, other)]
     assert sequence[0] == sequence[1]
-    half = plan.updates_per_epoch
+    half = plan.steps_per_epoch
     epochs = [sequence[0][:half], sequence[0][half:], sequence[2][:half]]
     for a, b in ((0, 1), (0, 2)):
         flat = [[n for batch in epochs[i] for n in batch] for i in (a, b)]
@@ -167,7 +167,7 @@ def test_every_row_has_its_own_text_and_its_own_pictures(rows, demo_tokenizer):
 def test_broken_rows_are_reported_with_their_batch_in_every_epoch(rows):
     plan = BatchPlan(rows(some_lines(60)), 4, PAD, 1, epochs=2)
     for epoch in range(2):
-        batches = [plan[epoch * plan.updates_per_epoch + k][0] for k in range(plan.updates_per_epoch)]
+        batches = [plan[epoch * plan.steps_per_epoch + k][0] for k in range(plan.steps_per_epoch)]
         broken = sorted(int(one.place.rpartition(":")[2]) for batch in batches for one in batch.broken)
         assert broken == list(range(4, 61, 7))
 
@@ -198,7 +198,7 @@ def test_a_batch_may_lose_all_its_rows(rows, workers):
 
 def padding(plan) -> float:
     cells = tokens = 0
-    for k in range(plan.updates_per_epoch):
+    for k in range(plan.steps_per_epoch):
         [batch] = plan[k]
         longest = batch.attention_mask.sum(1).max()
         assert batch.input_ids.shape[1] == longest, "padded to the longest row and no further"
@@ -316,7 +316,7 @@ def test_a_worker_frees_nothing_that_it_has_inherited(tmp_path):
     gc.disable()
     try:
         Heirloom(tmp_path / "freed")
-        assert list(load_updates(Collecting(), 1)) == [[], []]
+        assert list(load_steps(Collecting(), 1)) == [[], []]
     finally:
         gc.enable()
     assert (tmp_path / "freed").read_text() == f"{os.getpid()}\n"
@@ -332,7 +332,7 @@ def test_a_stop_while_workers_start_leaves_none(rows, monkeypatch):
         os.kill(os.getpid(), signal.SIGUSR1)
 
     plan = BatchPlan(rows(some_lines(20)), 4, PAD, 0)
-    with StopRequest() as stop, closing(load_updates(plan, 2)) as updates:
+    with StopRequest() as stop, closing(load_steps(plan, 2)) as updates:
         monkeypatch.setattr(BaseProcess, "start", start_and_stop)
         assert stop.wait(partial(next, updates)) is None
     assert stop.signal == signal.SIGUSR1

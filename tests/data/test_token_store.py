@@ -22,7 +22,7 @@ import torch
 from minimind_v.core.data import token_store
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
-from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_updates
+from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_steps
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.token_store import TokenStore, keep_tokens
 from minimind_v.core.data.tokenizer import Tokenizer
@@ -122,16 +122,16 @@ def same(left: Batch, right: Batch) -> bool:
 # --- what batches are made of -----------------------------------------------------------------------------------------
 
 
-def plain_updates(dataset: RowDataset, batch_size: int, seed: int, epochs: int, rows_per_update: int):
+def plain_updates(dataset: RowDataset, batch_size: int, seed: int, epochs: int, rows_per_step: int):
     """All updates as plainly as can be: every window is tokenised where it is needed, tensors are made row by row."""
-    per_epoch = -(-len(dataset) // rows_per_update)
+    per_epoch = -(-len(dataset) // rows_per_step)
     for epoch in range(epochs):
         order = dataset.rows.shuffled(np.random.default_rng([seed, epoch]))
         for number in _lanes(per_epoch, LANES).tolist():
-            window, wide = number // WINDOW, WINDOW * rows_per_update
+            window, wide = number // WINDOW, WINDOW * rows_per_step
             rows = [dataset.text(int(n)) for n in order[window * wide : (window + 1) * wide]]
             rows.sort(key=lambda text: len(text.tokens) if isinstance(text, Example) else 0)
-            updates = [rows[begin : begin + rows_per_update] for begin in range(0, len(rows), rows_per_update)]
+            updates = [rows[begin : begin + rows_per_step] for begin in range(0, len(rows), rows_per_step)]
             np.random.default_rng([seed, epoch, window]).shuffle(updates)
             update = updates[number % WINDOW]
             rounds = -(-len(update) // batch_size)
@@ -167,13 +167,13 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
 
 
 @pytest.mark.parametrize(("batch_size", "rows_per_update"), [(4, 4), (2, 6)])
-def test_batches_are_those_of_the_plain_way_for_any_number_of_workers(tmp_path, batch_size, rows_per_update):
+def test_batches_are_those_of_the_plain_way_for_any_number_of_workers(tmp_path, batch_size, rows_per_step):
     dataset = open_dataset(write(tmp_path, some_lines(300)))
-    wanted = list(plain_updates(dataset, batch_size, 3, 2, rows_per_update))
+    wanted = list(plain_updates(dataset, batch_size, 3, 2, rows_per_step))
     assert sum(len(batch.broken) for update in wanted for batch in update) > 50
     for tokens, workers, start in ((None, 0, 0), (keep(dataset), 3, 0), (keep(dataset), 0, 0), (keep(dataset), 2, 41)):
-        plan = BatchPlan(dataset, batch_size, PAD, 3, 2, rows_per_update=rows_per_update, tokens=tokens)
-        found = list(load_updates(plan, workers, start=start))
+        plan = BatchPlan(dataset, batch_size, PAD, 3, 2, rows_per_step=rows_per_step, tokens=tokens)
+        found = list(load_steps(plan, workers, start=start))
         assert len(found) == len(wanted) - start
         for update, other in zip(found, wanted[start:], strict=True):
             assert len(update) == len(other)
@@ -187,13 +187,13 @@ def test_every_row_is_tokenised_once_whatever_the_number_of_workers(tmp_path, to
     tokenised()
     for epochs, times in ((2, 1), (3, 0)):  # a second run finds everything
         plan = BatchPlan(dataset, 4, PAD, 1, epochs, tokens=keep(dataset))
-        assert sum(1 for _ in load_updates(plan, workers)) == epochs * 150
+        assert sum(1 for _ in load_steps(plan, workers)) == epochs * 150
         assert tokenised() == times * reaching
 
 
 def test_without_a_seed_no_worker_tokenises_for_another(tmp_path, tokenised):
     dataset = open_dataset(write(tmp_path, [row("word " * (n % 9), "b") for n in range(400)]), encoder=Counting)
-    assert sum(1 for _ in load_updates(BatchPlan(dataset, 4, PAD), 3)) == 100
+    assert sum(1 for _ in load_steps(BatchPlan(dataset, 4, PAD), 3)) == 100
     assert tokenised() == 400
 
 
@@ -414,11 +414,11 @@ def test_what_may_be_a_reading_error_is_not_kept(tmp_path):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_disk_that_fills_up_is_said_once_and_changes_no_bit(tmp_path, monkeypatch, workers):
     dataset = open_dataset(write(tmp_path, some_lines(600)))
-    wanted = list(load_updates(BatchPlan(dataset, 4, PAD, 1), 0))
+    wanted = list(load_steps(BatchPlan(dataset, 4, PAD, 1), 0))
     tokens = keep(dataset)
     tokens.lengths(np.arange(100), dataset.text)
     monkeypatch.setattr(token_store, "RESERVE", 2**62)
-    found = list(load_updates(BatchPlan(dataset, 4, PAD, 1, tokens=tokens), workers))
+    found = list(load_steps(BatchPlan(dataset, 4, PAD, 1, tokens=tokens), workers))
     troubles = [batch.trouble for update in found for batch in update if batch.trouble]
     assert 1 <= len(troubles) <= max(workers, 1)
     assert "No space left on device" in troubles[0]

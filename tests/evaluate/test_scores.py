@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.feature_cache import Eye, open_memory
+from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError
@@ -249,8 +249,10 @@ def test_the_precision_is_that_of_validation(score):
 
 def test_features_that_are_stored_are_not_encoded_again(score, model, tmp_path):
     rows = [row([("What is this?", "A red star.")], picture=n) for n in range(3)]
-    eye, said = Eye(model.vision_encoder, torch.device("cpu"), "auto"), []
-    first, again = (open_memory("exact", tmp_path / "features", eye, 3, said.append, said.append) for _ in range(2))
+    eye, said = FeatureEncoder(model.vision_encoder, torch.device("cpu"), "auto"), []
+    first, again = (
+        open_feature_cache("exact", tmp_path / "features", eye, 3, said.append, said.append) for _ in range(2)
+    )
     fresh = score(rows).loss
     assert [score(rows, memory=memory).loss for memory in (first, again)] == [fresh, fresh]
     assert (first.looked, first.read, again.looked, again.read) == (3, 0, 0, 3)

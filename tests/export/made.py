@@ -14,9 +14,9 @@ from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.demo import world
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 from minimind_v.core.formats.hf import write as hf
-from minimind_v.core.formats.load import Loaded
-from minimind_v.core.formats.parts import read_source
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.formats.parts import read_parts
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.model.vlm import VLM
 from tests.cli.harness import ASSETS, EYE, _folder
@@ -51,16 +51,16 @@ def weights(kind: str) -> Path:
     return path
 
 
-def order(kind: str = "dense", **how: object) -> Order:
-    return Order(weights(kind), EYE, ASSETS, **how)  # type: ignore[arg-type]
+def order(kind: str = "dense", **how: object) -> ExportRequest:
+    return ExportRequest(weights(kind), EYE, ASSETS, **how)  # type: ignore[arg-type]
 
 
-def source(kind: str = "dense") -> Loaded:
+def source(kind: str = "dense") -> LoadedModel:
     return _source(kind)
 
 
 @cache
-def _source(kind: str) -> Loaded:
+def _source(kind: str) -> LoadedModel:
     return order(kind).load()
 
 
@@ -74,7 +74,7 @@ def _exported(kind: str, dtype: str | None) -> Path:
     folder = _folder() / f"{weights(kind).parent.name}-{dtype}"
     folder.mkdir()
     made = order(kind, dtype=dtype)
-    hf.write(read_source(made), folder, made)
+    hf.write(read_parts(made), folder, made)
     return folder
 
 

@@ -13,8 +13,8 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.export.prove.cases import _parts
 from minimind_v.core.formats.hf import write as hf
 from minimind_v.core.formats.hf.card import _training
-from minimind_v.core.formats.parts import read_source
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.parts import read_parts
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
 from tests.export.made import CONFIGS, exported, jpeg, opened, order, picture, source
@@ -269,7 +269,7 @@ def test_types():
 
 def test_a_weight_too_large_for_the_type_is_refused(tmp_path):
     made = order(dtype="float16")
-    loaded = read_source(made)
+    loaded = read_parts(made)
     loaded.checkpoint.tensors["model.norm.weight"] = loaded.checkpoint.tensors["model.norm.weight"].float() + 1e5
     with pytest.raises(RunError, match=r"model\.language_model\.norm\.weight does not fit in float16"):
         hf.write(loaded, tmp_path, made)
@@ -337,7 +337,7 @@ def test_stock_trainer_takes_it(tmp_path):
 
 @pytest.mark.parametrize("damaged", ["[" * 100_000, "a: 2026-99-99", "\0", "\xff", "[1]", "*a", "{"])
 def test_records_of_a_run_that_are_damaged_are_left_out_of_the_card(tmp_path, damaged):
-    made = Order(tmp_path / "sft_vlm_64.pth")
+    made = ExportRequest(tmp_path / "sft_vlm_64.pth")
     run = tmp_path / "sft_vlm_64"
     run.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):

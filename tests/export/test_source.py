@@ -8,7 +8,7 @@ import torch
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.formats.hf.names import published_shapes
-from minimind_v.core.formats.parts import read_source
+from minimind_v.core.formats.parts import read_parts
 from minimind_v.core.model.vision.spec import VisionSpec
 from minimind_v.core.model.vlm import VLM
 from tests.cli.harness import here
@@ -34,8 +34,9 @@ def test_every_layout_of_a_tower_is_exported(layout, tmp_path):
 def test_reading_needs_no_transformers():
     """Whose import takes longer than all the rest."""
     code = (
-        "import sys; from minimind_v.core.formats.parts import read_source; from minimind_v.core.formats.hf import write; "
+        "import sys; from minimind_v.core.formats.parts import read_parts; "
+        "from minimind_v.core.formats.hf import write; "
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert read_source(order()).checkpoint.stage == "sft"
+    assert read_parts(order()).checkpoint.stage == "sft"

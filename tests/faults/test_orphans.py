@@ -16,7 +16,7 @@ from minimind_v.core import processes
 from minimind_v.core.curate.workers import each_row
 from minimind_v.core.data import workers
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.loader import load_batches, load_updates
+from minimind_v.core.data.loader import load_batches, load_steps
 from minimind_v.core.export.prove.worker import Worker
 from minimind_v.core.processes import Parent, end_processes
 from tests.cli.harness import ROOT, Running, place
@@ -204,7 +204,7 @@ def hasty(monkeypatch):
 @pytest.mark.usefixtures("hasty")
 def test_many_workers_that_hang_are_ended_together():
     before = set(multiprocessing.active_children())
-    updates = load_updates(Stuck(), 4)
+    updates = load_steps(Stuck(), 4)
     next(updates)
     started = time.monotonic()
     updates.close()
@@ -218,7 +218,7 @@ def test_what_cannot_be_killed_is_left_and_waited_for_by_nobody(monkeypatch):
     kill = BaseProcess.kill
     monkeypatch.setattr(BaseProcess, "kill", lambda process: None)
     monkeypatch.setattr(BaseProcess, "terminate", lambda process: None)
-    updates = load_updates(Stuck(), 2)
+    updates = load_steps(Stuck(), 2)
     next(updates)
     stuck = multiprocessing.active_children()
     started = time.monotonic()

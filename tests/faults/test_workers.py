@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.loader import load_batches, load_updates
+from minimind_v.core.data.loader import load_batches, load_steps
 from minimind_v.core.errors import DataError, RunError
 from tests.cli.harness import MMV, ROOT, SIGHT, Ended, Running, here, place, read_rows
 
@@ -187,7 +187,7 @@ def test_the_end_of_a_worker_does_not_interrupt_an_update():
         time.sleep(0.5)  # by then its earlier answers have left it
         os.kill(os.getpid(), signal.SIGKILL)
 
-    updates = load_updates(Numbers(die), 2)
+    updates = load_steps(Numbers(die), 2)
     for number in range(7):
         assert next(updates) == [torch.tensor(number)]
     time.sleep(0.5)  # here it ends

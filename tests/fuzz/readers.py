@@ -31,10 +31,10 @@ from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.formats.companions import of_the_run
 from minimind_v.core.formats.hf import card
 from minimind_v.core.formats.load import load_model
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.hub.receipt import Receipt
-from minimind_v.core.model.no_init import Bare
+from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor import manifest
 from minimind_v.core.pages.run_report import find_run, read_run, report_page
@@ -198,7 +198,7 @@ def read_weights(folder: Path) -> Data:
     """A checkpoint, loaded into a model of its sizes, as far as these are those that were written."""
     path = next(path for path in sorted(folder.iterdir()) if path.suffix in (".pth", ".safetensors"))
     checkpoint = read_checkpoint(path)
-    with Bare():
+    with NoInit():
         model = VLM(checkpoint.config, seeds.SPEC, placeholder_id=5)
     load_into(model, checkpoint, new_projector=True)
     _trained_with(checkpoint)
@@ -271,7 +271,7 @@ def read_run_notes(folder: Path) -> Data:
     """What later commands look up beside weights: what the run read, and what it was."""
     weights = folder / "pretrain_vlm_512.pth"
     companions, earlier = of_the_run(weights), earlier_run(weights)
-    told = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft")), Order(weights))  # type: ignore[arg-type]
+    told = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft")), ExportRequest(weights))  # type: ignore[arg-type]
     with mock.patch.object(manifest, "start", return_value={}):  # which asks git, and packages for their versions
         manifest.write_manifest(folder / "pretrain_vlm_512" / "manifest.json", seeds.config(), seeds.origin(), done=2)
     return {"companions": companions, "earlier": earlier, "card": told}
@@ -284,7 +284,7 @@ def read_held_out(folder: Path) -> Data:
 
 def read_receipt(folder: Path) -> Data:
     receipt = Receipt.read(folder)
-    read = {want: receipt.answers(want) for want in ["clip", *receipt.wants]}
+    read = {want: receipt.answers(want) for want in ["clip", *receipt.download_parts]}
     receipt.write()
     return read | {"files": {name: asdict(kept) for name, kept in receipt.files.items()}}
 

@@ -353,11 +353,11 @@ def words(folder: Path) -> None:
 
 def model(folder: Path, config: TextConfig = TINY) -> Any:
     """Weights, tower and tokenizer, as `Order` names them."""
-    from minimind_v.core.formats.request import Order
+    from minimind_v.core.formats.request import ExportRequest
 
     tower(folder)
     checkpoint(folder, "sft_vlm_32.pth", config)
-    return Order(folder / "sft_vlm_32.pth", folder / "vision", ASSETS)
+    return ExportRequest(folder / "sft_vlm_32.pth", folder / "vision", ASSETS)
 
 
 def _only(folder: Path, kept: str) -> None:
@@ -369,11 +369,11 @@ def _only(folder: Path, kept: str) -> None:
 def hf(folder: Path) -> None:
     from minimind_v.core.export.folder import MANIFEST
     from minimind_v.core.formats.hf import write as hf
-    from minimind_v.core.formats.parts import read_source
+    from minimind_v.core.formats.parts import read_parts
 
     order = model(folder)
     (folder / "model").mkdir()
-    hf.write(read_source(order), folder / "model", order)
+    hf.write(read_parts(order), folder / "model", order)
     sizes = {path.name: path.stat().st_size for path in sorted((folder / "model").iterdir())}
     noted = {"made_by": "mmv 1", "kind": "hf", "source": {"name": "sft_vlm_32.pth", "sha256": "0"}, "stage": "sft"}
     noted |= {"verified": {"logits": "the same"}, "files": sizes}

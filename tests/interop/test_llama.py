@@ -11,7 +11,7 @@ import torch
 from minimind_v.core.export.prove.ask_llama import LlamaCpp
 from minimind_v.core.formats.gguf.write import write
 from minimind_v.core.formats.load import load_model
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import here
@@ -50,7 +50,7 @@ def test_logits_with_a_cache_in_full_precision(name, tmp_path):
     import llama_cpp
 
     loaded = made(name, loud=3.0)
-    write(loaded, tmp_path, Order(tmp_path, quantize="f32"))
+    write(loaded, tmp_path, ExportRequest(tmp_path, quantize="f32"))
     ids = [1, 57, 300, 2, 599, 34, 34, 8, 100, 100, 41, 0]
     llama = llama_cpp.Llama(
         str(tmp_path / "model.gguf"), n_ctx=256, verbose=False, logits_all=True, type_k=0, type_v=0, flash_attn=False
@@ -67,7 +67,7 @@ def test_token_ids(tmp_path):
         pytest.skip(f"the published tokenizer is not at {PUBLISHED}")
     config = type(SIZES["dense"])(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=6400)
     loaded = made(tokenizer=PUBLISHED, config=config)
-    write(loaded, tmp_path, Order(tmp_path))
+    write(loaded, tmp_path, ExportRequest(tmp_path))
     llama = LlamaCpp(tmp_path)
     for text in (*TEXTS, *random_texts(3000)):
         if "\0" not in text:  # ends a string of llama.cpp's

@@ -109,7 +109,7 @@ def test_memory_is_spared_and_nothing_else_changes(folder):
     pixels = torch.randn(2, 3, 48, 48)
     before = encoder(pixels)
     tensors = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    encoder.spare_memory()
+    encoder.release_memory()
     assert torch.equal(encoder(pixels), before)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in encoder.state_dict().items())
 

@@ -13,7 +13,7 @@ import pytest
 
 from minimind_v.core.config.load import build_config
 from minimind_v.core.monitor import diagnostics as signs
-from minimind_v.core.monitor.diagnostics import Signs, Start
+from minimind_v.core.monitor.diagnostics import Diagnostics, Start
 from minimind_v.core.monitor.metrics import StepMetrics, Validation
 from minimind_v.core.rows import pictures
 from tests.cli.harness import here, place, read_rows, sighted, write_rows
@@ -35,7 +35,7 @@ def update(step, loss, norm=1.0, steps=200, seconds=None, waited=0.0):
 
 def told(losses, start=None, norms=None, pictures=1, **more):
     """The rules that fire over losses, with the step at which each does."""
-    watched = Signs(start or started())
+    watched = Diagnostics(start or started())
     watched.seen.pictures = pictures
     found = {}
     for step, loss in enumerate(losses, watched.seen.start.done + 1):
@@ -53,7 +53,7 @@ def held(*losses, every=20, swapped=None):
 
 @pytest.mark.parametrize("run", HEALTHY, ids=lambda run: f"{run['name']}, {run['stage']}")
 def test_nothing_is_said_over_a_healthy_run(run):
-    watched = Signs(started(run["stage"], lr=run["lr"]))
+    watched = Diagnostics(started(run["stage"], lr=run["lr"]))
     watched.seen.pictures = 1
     columns = zip(*(run[key] for key in ("loss", "grad_norm", "seconds", "data_seconds")), strict=True)
     for step, (loss, norm, seconds, waited) in enumerate(columns, 1):
@@ -84,7 +84,7 @@ def test_random_weights_may_guess_and_a_trained_projector_may_stay_as_it_is():
 
 def first_line(loss, **known):
     """What is said of a first loss."""
-    watched = Signs(started("sft", **known))
+    watched = Diagnostics(started("sft", **known))
     return watched.step(update(1, loss))["first_loss_high"]
 
 
@@ -110,7 +110,7 @@ def test_a_first_loss_says_what_is_known_about_its_cause():
 
 def test_a_loss_that_hardly_falls_names_the_rate_and_for_few_rows_the_recipe():
     losses = [14.9 - step / 100 for step in range(100)]
-    watched, said = Signs(started("sft", lr=1e-6, rows=12)), {}
+    watched, said = Diagnostics(started("sft", lr=1e-6, rows=12)), {}
     for step, loss in enumerate(losses, 1):
         said |= watched.step(update(step, loss))
     assert set(said) == {"first_loss_high", "loss_stays_high"}
@@ -139,7 +139,7 @@ def test_a_gradient_of_zero_is_told():
 
 
 def waits(share, seconds=100, workers=0):
-    watched, found = Signs(started("sft", workers=workers)), {}
+    watched, found = Diagnostics(started("sft", workers=workers)), {}
     for step in range(1, seconds + 1):
         found |= watched.step(update(step, 2 - step / 1000, steps=10**6, waited=share * step))
     return found
@@ -170,7 +170,7 @@ def test_more_workers_are_advised_as_long_as_there_are_cores(monkeypatch, cores,
 
 
 def validated(found, losses, start=None, steps=200):
-    watched, said = Signs(start or started("sft")), {}
+    watched, said = Diagnostics(start or started("sft")), {}
     for step, loss in enumerate(losses, 1):
         watched.step(update(step, loss, steps=steps))
         for one in found:
@@ -192,13 +192,16 @@ def test_overfitting_is_told_since_when():
 
 def test_overfitting_is_told_once_also_over_a_resumed_run():
     earlier = held(1.9, 1.8, 1.85, 1.9)
-    again = Signs(started("sft", done=80), told=(), validations=earlier)
+    again = Diagnostics(started("sft", done=80), told=(), validations=earlier)
     for step in range(81, 101):
         again.step(update(step, 1.0))
     again.seen.losses[:] = [2 - step / 50 for step in range(40)]
     assert "overfitting" in again.validated(held(1.9, 1.8, 1.85, 1.9, 2.0)[-1])
     assert again.validated(Validation(120, 2.2, 0.5, None, 10)) == {}
-    assert Signs(started("sft", done=80), ["overfitting"], earlier).validated(Validation(100, 2.0, 0.5, None, 1)) == {}
+    assert (
+        Diagnostics(started("sft", done=80), ["overfitting"], earlier).validated(Validation(100, 2.0, 0.5, None, 1))
+        == {}
+    )
 
 
 def test_a_model_that_does_not_look_is_told():

@@ -542,8 +542,8 @@ def test_the_cases_are_read(name):
             turns = [message["content"] for message in row.conversations if message["role"] != "system"]
             assert len(turns) % 2 == 0, file
             assert sum(turn.count("<image>") for turn in turns) == len(row.shown), file
-            for position, picture_name in enumerate(row.shown):
-                data = rows.picture(index, position, picture_name)
+            for position, image_digest in enumerate(row.shown):
+                data = rows.picture(index, position, image_digest)
                 assert data[:2] == b"\xff\xd8", file
                 if pictures is not None and len(data) == 2739:
                     assert data in [other.read_bytes() for other in pictures.iterdir()], file

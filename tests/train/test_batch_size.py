@@ -16,7 +16,7 @@ from minimind_v.core.config.load import build_config, resolve
 from minimind_v.core.errors import RunError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import batch_size as fitting
-from minimind_v.core.train.batch_size import HEADROOM, Gauge, Trial, fit
+from minimind_v.core.train.batch_size import HEADROOM, Gauge, Trial, find_batch_size
 from minimind_v.core.train.distributed import World
 from minimind_v.core.train.run import Run
 from tests.cli.harness import ASSETS, EYE, here, installed, place, read_rows
@@ -62,7 +62,7 @@ class NoModel:
 
 
 def fitted(config, gauge, world=None):
-    found, why = fit(config, CPU, world or World(), gauge, lambda *_: NoModel(gauge))
+    found, why = find_batch_size(config, CPU, world or World(), gauge, lambda *_: NoModel(gauge))
     assert found.data.batch_size * found.accumulate == config.data.batch_size * config.accumulate
     assert found == replace(config, data=replace(config.data, batch_size=found.data.batch_size),
                             accumulate=found.accumulate)  # fmt: skip

@@ -105,7 +105,7 @@ def test_no_row_is_lost_or_repeated(tmp_path, count, batch_size, accumulate, pro
     update = batch_size * accumulate * processes
 
     def plan(batch_size, processes, rank):
-        return BatchPlan(dataset, batch_size, 0, 5, 2, rows_per_update=update, processes=processes, rank=rank)
+        return BatchPlan(dataset, batch_size, 0, 5, 2, rows_per_step=update, processes=processes, rank=rank)
 
     whole = plan(update, 1, 0)
     parts = [plan(batch_size, processes, rank) for rank in range(processes)]

@@ -18,7 +18,7 @@ from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
 from minimind_v.core.data import feature_cache as memory
 from minimind_v.core.data import feature_store as store
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_cache import Eye, open_memory
+from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
 from minimind_v.core.data.feature_layout import Form
 from minimind_v.core.data.feature_store import digest
 from minimind_v.core.demo.dataset import write_sft
@@ -134,7 +134,7 @@ def tower(tmp_path) -> Path:
 
 
 def name_of(folder: Path, dtype: str = "float32") -> str:
-    return Eye(load_encoder(folder), CPU, dtype).prove()[0]
+    return FeatureEncoder(load_encoder(folder), CPU, dtype).prove()[0]
 
 
 def test_the_name_changes_with_all_that_decides_features(tower, monkeypatch):
@@ -176,8 +176,8 @@ def test_what_another_tower_saw_is_not_used(tower, train):
 
 
 @pytest.fixture(scope="module")
-def eye() -> Eye:
-    return Eye(load_encoder(ASSETS / "vision"), CPU, "float32")
+def eye() -> FeatureEncoder:
+    return FeatureEncoder(load_encoder(ASSETS / "vision"), CPU, "float32")
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_groups_are_filled_up_where_bits_must_be_the_same(device, groups, pictur
             return given.float() + (1e-6 if len(given) == 1 else 0.0) + 0.5
 
     moody = Moody()
-    eye = Eye(moody, CPU, "float32")  # type: ignore[arg-type]
+    eye = FeatureEncoder(moody, CPU, "float32")  # type: ignore[arg-type]
     eye.group = 4  # not one by one, as on a CPU
     monkeypatch.setattr(eye, "device", torch.device(device))
     monkeypatch.setattr(memory, "autocast", lambda *_: nullcontext())
@@ -232,7 +232,7 @@ def test_auto_keeps_what_pays(reading, looking, kept, eye, tmp_path, monkeypatch
     monkeypatch.setattr(memory, "measure_reading", lambda *_: reading)
     monkeypatch.setattr(eye, "prove", lambda: ("name", looking))
     said: list[str] = []
-    found = open_memory("auto", tmp_path / "features", eye, 100, said.append, said.append)
+    found = open_feature_cache("auto", tmp_path / "features", eye, 100, said.append, said.append)
     assert (found.store is not None) == kept
     assert len(said) == 1
     assert ("not remembered" in said[0]) != kept
@@ -242,7 +242,7 @@ def test_a_small_budget_is_told_and_kept(eye, tmp_path, monkeypatch, pictures):
     form = Form("float32", eye.encoder.spec.tokens_per_image, eye.encoder.spec.width)
     monkeypatch.setattr(store, "used_and_free", lambda _: (0, 4 * 5 * (form.record + 24)))
     said, warned = [], []
-    found = open_memory("exact", tmp_path / "features", eye, 100, said.append, warned.append)
+    found = open_feature_cache("exact", tmp_path / "features", eye, 100, said.append, warned.append)
     monkeypatch.undo()
     assert "room for 5 of the pictures of 100 rows (--features int8: " in said[0]
     for begin in range(0, 11, 2):  # of eleven pictures four fit in pairs
@@ -256,7 +256,7 @@ def test_a_small_budget_is_told_and_kept(eye, tmp_path, monkeypatch, pictures):
 
 def test_off_says_and_makes_nothing(eye, tmp_path):
     said: list[str] = []
-    found = open_memory("off", tmp_path / "features", eye, 100, said.append, said.append)
+    found = open_feature_cache("off", tmp_path / "features", eye, 100, said.append, said.append)
     assert found.store is None
     assert not said
     assert not (tmp_path / "features").exists()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from minimind_v.core.data.feature_cache import Eye
+from minimind_v.core.data.feature_cache import FeatureEncoder
 from tests.cli.harness import here, place, read_rows, tree
 
 NAME = "pretrain_vlm_128"
@@ -69,13 +69,13 @@ def test_it_needs_no_base_and_says_all_in_words(tmp_path):
 
 
 def test_later_epochs_do_not_look_again(tmp_path, monkeypatch):
-    encode = Eye._encode
+    encode = FeatureEncoder._encode
 
     def slowly(eye, pictures):
         time.sleep(0.05 * len(pictures))
         return encode(eye, pictures)
 
-    monkeypatch.setattr(Eye, "_encode", slowly)
+    monkeypatch.setattr(FeatureEncoder, "_encode", slowly)
     seconds = {}
     for choice in ("exact", "off"):
         _, *line = place().train(tmp_path / choice, epochs=5, features=choice)

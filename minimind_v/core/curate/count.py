@@ -63,13 +63,13 @@ def plan_batches(
     if counted is not None:
         dataset = _CountedRows(rows, encoder, 0, data.max_length)
         dataset.counted = counted
-    rows_per_update = data.batch_size * config.accumulate * config.gpus
+    rows_per_step = data.batch_size * config.accumulate * config.gpus
     return BatchPlan(
         dataset,
         data.batch_size,
         encoder.tokenizer.pad_id,
         config.seed,
-        rows_per_update=rows_per_update,
+        rows_per_step=rows_per_step,
         processes=config.gpus,
     )
 

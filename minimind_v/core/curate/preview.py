@@ -155,7 +155,7 @@ class Previewer:
 
     def _batch(self, index: int) -> BatchView | None:
         """Found in the plan itself: its neighbours decide how much padding a row gets."""
-        window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self._plan.rows_per_update)
+        window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self._plan.rows_per_step)
         planned = self._plan.window(0, window)
         for batch in (batch for update in planned.updates for batch in update):
             texts = [planned.texts[row] for row in batch.tolist()]

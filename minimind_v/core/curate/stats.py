@@ -68,7 +68,7 @@ def foresee(
     if not counted.used:
         _, first = min(counted.first_skipped.values())
         raise DataError(f"none of {wanted} rows can be used; the first trouble: {first}")
-    return Outlook(counted, wanted, config.epochs * every.updates_per_epoch, config.epochs * len(rows))
+    return Outlook(counted, wanted, config.epochs * every.steps_per_epoch, config.epochs * len(rows))
 
 
 def look_at(

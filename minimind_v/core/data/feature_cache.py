@@ -31,7 +31,7 @@ WORTH = 2  # looking at a picture must take so many times as long as reading it
 PROBES = 4  # fewer pictures are not worth a folder
 
 
-class Eye:
+class FeatureEncoder:
     """Looks at the pictures of batches; what it returns for one depends on nothing but the picture.
 
     On a GPU that is so to the last bit only where algorithms are deterministic: else groups may have any size, since
@@ -89,12 +89,12 @@ class Eye:
         return told.hexdigest(), seconds
 
 
-class Memory:
+class FeatureCache:
     """The features of a run's pictures: read where they are remembered, computed and remembered where not."""
 
     def __init__(
         self,
-        eye: Eye | None = None,
+        eye: FeatureEncoder | None = None,
         store: FeatureStore | None = None,
         form: Form | None = None,
         warn: Callable[[str], None] = print,
@@ -149,9 +149,9 @@ class Memory:
             self.warn(f"no more pictures are remembered: {self.store.trouble}")
 
 
-def open_memory(
-    choice: str, folder: Path, eye: Eye, rows: int, say: Callable[[str], None], warn: Callable[[str], None]
-) -> Memory:
+def open_feature_cache(
+    choice: str, folder: Path, eye: FeatureEncoder, rows: int, say: Callable[[str], None], warn: Callable[[str], None]
+) -> FeatureCache:
     """What a run over so many rows remembers, below `folder`; `choice` is off, auto, exact or int8.
 
     Says in one line what was decided. `auto` is `exact` where reading features was measured to take at most half as
@@ -160,7 +160,7 @@ def open_memory(
     spec = eye.encoder.spec
     form = Form("int8" if choice == "int8" else eye.kind, spec.tokens_per_image, spec.width)
     if choice == "off":
-        return Memory(eye)
+        return FeatureCache(eye)
     name, looking = eye.prove()
     store = FeatureStore.below(folder, f"{name}-{form.kind}", form)
     kept = form if choice == "int8" else None
@@ -174,10 +174,10 @@ def open_memory(
                 else f"reading one takes {reading * 1e3:.2g} ms, looking {looking * 1e3:.2g} ms"
             )
             say(f"features: not remembered ({why})")
-            return Memory(eye)
+            return FeatureCache(eye)
     told = f"features: remembered as {form.kind} in {store.folder}, {form.record / 1e3:.0f} kB a picture; "
     told += f"{store.count():,} are there, room for {room:,}"
     if room < rows and choice != "int8":
         told += f" of the pictures of {rows:,} rows (--features int8: {room * form.record // form.eighth:,})"
     say(told)
-    return Memory(eye, store, kept, warn)
+    return FeatureCache(eye, store, kept, warn)

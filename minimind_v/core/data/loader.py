@@ -63,7 +63,7 @@ class BatchPlan(Dataset[list[Batch]]):
         seed: int | None = None,
         epochs: int = 1,
         limit: int | None = None,
-        rows_per_update: int | None = None,
+        rows_per_step: int | None = None,
         processes: int = 1,
         rank: int = 0,
         keep: np.ndarray | None = None,
@@ -83,21 +83,21 @@ class BatchPlan(Dataset[list[Batch]]):
         self.seed = seed
         self.epochs = epochs
         self.processes, self.rank = processes, rank
-        self.rows_per_update = rows_per_update or batch_size * processes
-        self.updates_per_epoch = -(-self.rows // self.rows_per_update)
+        self.rows_per_step = rows_per_step or batch_size * processes
+        self.steps_per_epoch = -(-self.rows // self.rows_per_step)
         self.wide = 1 if seed is None else WINDOW  # nothing is sorted in the order of the file
-        self.windows = -(-self.updates_per_epoch // self.wide)
-        self._sequence = _lanes(self.updates_per_epoch, 1 if seed is None else LANES)
+        self.windows = -(-self.steps_per_epoch // self.wide)
+        self._sequence = _lanes(self.steps_per_epoch, 1 if seed is None else LANES)
         self._planned: dict[tuple[int, int], Window] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._reading = Whereabouts()  # what killed a worker can be named
         self._told = False  # that this process keeps no more tokens
 
     def __len__(self) -> int:
-        return self.updates_per_epoch * self.epochs
+        return self.steps_per_epoch * self.epochs
 
     def __getitem__(self, number: int) -> list[Batch]:
-        epoch, update = divmod(number, self.updates_per_epoch)
+        epoch, update = divmod(number, self.steps_per_epoch)
         number, place = divmod(int(self._sequence[update]), self.wide)
         if (epoch, number) not in self._planned:
             self._planned[epoch, number] = self.window(epoch, number)
@@ -137,14 +137,14 @@ class BatchPlan(Dataset[list[Batch]]):
 
     def window(self, epoch: int, window: int) -> Window:
         """One window; pictures are not read."""
-        wide = self.wide * self.rows_per_update
+        wide = self.wide * self.rows_per_step
         rows = self.order(epoch)[window * wide : (window + 1) * wide]
         lengths, texts = self._lengths(rows)
         if self.seed is not None:
             rows = rows[lengths.argsort(kind="stable")]
         updates = [
-            self._share_out(rows[begin : begin + self.rows_per_update])
-            for begin in range(0, len(rows), self.rows_per_update)
+            self._share_out(rows[begin : begin + self.rows_per_step])
+            for begin in range(0, len(rows), self.rows_per_step)
         ]
         if self.seed is not None:
             np.random.default_rng([self.seed, epoch, window]).shuffle(updates)
@@ -175,7 +175,7 @@ class BatchPlan(Dataset[list[Batch]]):
     @property
     def prefetch(self) -> int:
         """Updates that a worker prepares ahead: some four micro-batches."""
-        return max(2, 4 // self._rounds(self.rows_per_update))
+        return max(2, 4 // self._rounds(self.rows_per_step))
 
     def _note(self, index: int) -> None:
         worker = torch.utils.data.get_worker_info()
@@ -197,7 +197,7 @@ def _lanes(updates: int, lanes: int) -> np.ndarray:
     return np.lexsort((lane, numbers - firsts[lane])) if updates else numbers
 
 
-def load_updates(
+def load_steps(
     plan: BatchPlan, workers: int, pin: bool = False, start: int = 0, warn: Callable[[str], None] = lambda _: None
 ) -> Generator[list[Batch], None, None]:
     """The updates of a plan from number `start` on, prepared ahead by worker processes, which end when this does.
@@ -243,7 +243,7 @@ def _allow_files() -> None:
 
 def load_batches(plan: BatchPlan, workers: int) -> Generator[Batch, None, None]:
     """The batches of a plan one by one."""
-    with closing(load_updates(plan, workers)) as updates:
+    with closing(load_steps(plan, workers)) as updates:
         for update in updates:
             yield from update
 

@@ -30,7 +30,7 @@ from minimind_v.core.evaluate.run import Scores, evaluate
 from minimind_v.core.files import only_writer, read_notes, write_text
 from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.formats.convert_file import convert
-from minimind_v.core.formats.load import Loaded, load_model
+from minimind_v.core.formats.load import LoadedModel, load_model
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.generate.batch import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY
@@ -158,13 +158,13 @@ class Demo:
         written = write_pictures(self.out / PICTURES, dice[4], seen)
         self.pictures = {path.stem: (path, question) for path, question in written}
 
-    def _untrained(self) -> Loaded:
+    def _untrained(self) -> LoadedModel:
         """The base with a fresh projector: what pretraining starts from."""
         torch.manual_seed(self.seed)
         encoder, tokenizer = load_encoder(self.vision), Tokenizer.load(self.tokenizer)
         base = read_checkpoint(self.weights["lm_128"])
         model = VLM(base.config, encoder.spec, tokenizer.placeholder_id, encoder)
-        return Loaded(model.eval(), tokenizer, base, load_into(model, base, new_projector=True))
+        return LoadedModel(model.eval(), tokenizer, base, load_into(model, base, new_projector=True))
 
     def _flags(self, stage: str) -> list[Any]:
         return [part for flag, value in self._options(stage).items() for part in (f"--{flag.replace('_', '-')}", value)]
@@ -194,20 +194,20 @@ class Demo:
         if summary.stopped_by:
             raise SystemExit(128 + summary.stopped_by)
 
-    def _score(self, loaded: Loaded) -> dict[str, Scores]:
+    def _score(self, loaded: LoadedModel) -> dict[str, Scores]:
         return {
             "scenes": self._evaluate(loaded, self.scenes_set),
             "pairs": self._evaluate(loaded, self.pairs_set),
             "blank": self._evaluate(loaded, self.scenes_set, blank=True),
         }
 
-    def _evaluate(self, loaded: Loaded, rows: DemoSet, blank: bool = False) -> Scores:
+    def _evaluate(self, loaded: LoadedModel, rows: DemoSet, blank: bool = False) -> Scores:
         spec, tokenizer = loaded.model.spec, loaded.tokenizer
         prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
         dataset = RowDataset(open_rows(rows.data, rows.images), prompts, spec.image_size, 1536, blank)
         return evaluate(loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id, batch_size=32)
 
-    def _chat(self, loaded: Loaded) -> str:
+    def _chat(self, loaded: LoadedModel) -> str:
         """The answer to the question about one of the pictures that are left as files."""
         picture, question = self.pictures[EXAMPLE]
         answer = "".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask(question.text, [picture], 32)).strip()
@@ -215,7 +215,7 @@ class Demo:
         self.listener.say(f"   {question.text}\n   {answer} ({verdict})")
         return answer
 
-    def _samples(self, loaded: Loaded, count: int = 12) -> list[Sample]:
+    def _samples(self, loaded: LoadedModel, count: int = 12) -> list[Sample]:
         """Questions about held-out pictures, answered before, after, and without the picture."""
         side, tests = loaded.model.spec.image_size, self.scenes[:count] + self.pairs[:count]
         pixels = [load_pixels(test.picture, "held-out picture", side) for test in tests]
@@ -278,7 +278,7 @@ def _command(*words: Any) -> str:
     return shlex.join(["mmv", *map(str, words)])
 
 
-def _answers(loaded: Loaded, tests: list[Test], pixels: list[Any]) -> list[str]:
+def _answers(loaded: LoadedModel, tests: list[Test], pixels: list[Any]) -> list[str]:
     questions = [Question(test.question.text, [seen]) for test, seen in zip(tests, pixels, strict=True)]
     return [answer.strip() for answer in generate_many(loaded.model, loaded.tokenizer, questions, max_new_tokens=32)]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
-from minimind_v.core.data.feature_cache import Eye, Memory
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.device import autocast
 from minimind_v.core.errors import DataError
@@ -59,7 +59,7 @@ def evaluate(
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     dtype: str = "auto",
-    memory: Memory | None = None,
+    memory: FeatureCache | None = None,
 ) -> Scores:
     """Score every turn of every row, given the true turns before it, in the precision of training.
 
@@ -74,7 +74,9 @@ def evaluate(
     scores = Scores()
     total_loss = 0.0
     if memory is None:
-        memory = Memory(Eye(model.vision_encoder, model.device, dtype) if model.vision_encoder else None)
+        memory = FeatureCache(
+            FeatureEncoder(model.vision_encoder, model.device, dtype) if model.vision_encoder else None
+        )
     dataset.remembered = memory.store
     for number, batch in enumerate(load_batches(plan, workers), 1):
         scores.broken += batch.broken

@@ -17,12 +17,12 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.targets import TARGETS
 from minimind_v.core.files import in_use, read_notes, sweep, umask, write_text
-from minimind_v.core.formats.request import Made, Order
+from minimind_v.core.formats.request import ExportRequest, Made
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
 
-def export(order: Order, to: str, out: Path, check: bool = True, overwrite: bool = False) -> Report:
+def export(order: ExportRequest, to: str, out: Path, check: bool = True, overwrite: bool = False) -> Report:
     """Write what `order` names as the folder `out`, proven the same unless `check` is false.
 
     Raises UsageError where `out` is in the way, MissingInput or WeightsError where the source is not good, RunError
@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found.get("files"), dict) else None
 
 
-def _refuse_to_replace(order: Order, out: Path, overwrite: bool) -> None:
+def _refuse_to_replace(order: ExportRequest, out: Path, overwrite: bool) -> None:
     """Only an empty place, or, where that is asked for, a folder of which every file is ours."""
     sources = [path.resolve() for path in (order.model, order.vision_model, order.tokenizer) if path]
     if any(out == source or out in source.parents for source in sources):
@@ -76,7 +76,7 @@ def _refuse_to_replace(order: Order, out: Path, overwrite: bool) -> None:
         )
 
 
-def _describe(order: Order, to: str, made: Made, report: Report) -> dict[str, Any]:
+def _describe(order: ExportRequest, to: str, made: Made, report: Report) -> dict[str, Any]:
     """What the manifest tells: no paths, since folders travel."""
     source: dict[str, Any] = {"name": order.model.name}
     if order.model.is_file():

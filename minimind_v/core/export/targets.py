@@ -11,10 +11,10 @@ from pathlib import Path
 
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.prove.worker import Worker
-from minimind_v.core.formats.request import Made, Order
+from minimind_v.core.formats.request import ExportRequest, Made
 
 
-def _to_hf(order: Order, folder: Path, check: bool) -> tuple[Made, Report]:
+def _to_hf(order: ExportRequest, folder: Path, check: bool) -> tuple[Made, Report]:
     """Two processes, so that source and export are never in memory together; the second imports while the first writes.
 
     This one has no torch, unless the caller brought it.
@@ -29,7 +29,7 @@ def _to_hf(order: Order, folder: Path, check: bool) -> tuple[Made, Report]:
         return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
 
 
-def _to_gguf(order: Order, folder: Path, check: bool) -> tuple[Made, Report]:
+def _to_gguf(order: ExportRequest, folder: Path, check: bool) -> tuple[Made, Report]:
     from minimind_v.core.export.prove import verify_gguf
     from minimind_v.core.formats.gguf import write as gguf
 
@@ -38,4 +38,4 @@ def _to_gguf(order: Order, folder: Path, check: bool) -> tuple[Made, Report]:
     return made, verify_gguf.verify(loaded, folder, order) if check else Report()
 
 
-TARGETS: dict[str, Callable[[Order, Path, bool], tuple[Made, Report]]] = {"hf": _to_hf, "gguf": _to_gguf}
+TARGETS: dict[str, Callable[[ExportRequest, Path, bool], tuple[Made, Report]]] = {"hf": _to_hf, "gguf": _to_gguf}

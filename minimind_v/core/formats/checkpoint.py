@@ -236,12 +236,12 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = Fa
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(VISION)}
     config = getattr(model, "config", checkpoint.config)
-    given, receipt = fit(checkpoint, wanted, config, new_projector)
+    given, receipt = match_tensors(checkpoint, wanted, config, new_projector)
     model.load_state_dict(given, strict=False)
     return receipt
 
 
-def fit(
+def match_tensors(
     checkpoint: Checkpoint, wanted: Mapping[str, torch.Size], config: TextConfig, new_projector: bool = False
 ) -> tuple[dict[str, Tensor], Receipt]:
     """The tensors that a model takes that has these names, shapes and sizes, the tied head included.

@@ -11,21 +11,21 @@ from torch import Tensor
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
-from minimind_v.core.formats.checkpoint import Checkpoint, Receipt, fit, load_into, read_checkpoint
+from minimind_v.core.formats.checkpoint import Checkpoint, Receipt, load_into, match_tensors, read_checkpoint
 from minimind_v.core.formats.companions import Companion, tidy, tokenizer_digest, vision_digest
 from minimind_v.core.formats.generations import check_tokenizer, check_tower
-from minimind_v.core.formats.gguf.read import is_gguf, read_eye, read_tokenizer
+from minimind_v.core.formats.gguf.read import is_gguf, read_tokenizer, read_vision_encoder
 from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.hf.read import is_llava
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, how_to_get, latest_model
-from minimind_v.core.model.no_init import Bare
+from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model that can be talked to."""
 
     model: VLM
@@ -44,7 +44,7 @@ def load_model(
     tokenizer: Path | None = None,
     device: str = "auto",
     say: Callable[[str], None] = silent,
-) -> Loaded:
+) -> LoadedModel:
     """Load weights (None: what the latest stage left in the standard folder), vision model and tokenizer.
 
     Where these two are not named, `find_senses` finds them. `say` is given a line about each choice that is not plain.
@@ -52,17 +52,19 @@ def load_model(
     """
     chosen = pick_device(device)  # a wrong name is told before anything is read
     checkpoint = read_checkpoint(weights or latest_model(say))
-    senses = find_senses(checkpoint, vision_model, tokenizer, say)
-    encoder = read_eye(senses.vision_model) if is_gguf(senses.vision_model) else load_encoder(senses.vision_model)
-    words = read_tokenizer(senses.tokenizer) if is_gguf(senses.tokenizer) else Tokenizer.load(senses.tokenizer)
-    check_senses(checkpoint, senses, words, encoder.spec, encoder.tower.state_dict(), say)
-    fit(
+    paths = find_companions(checkpoint, vision_model, tokenizer, say)
+    encoder = (
+        read_vision_encoder(paths.vision_model) if is_gguf(paths.vision_model) else load_encoder(paths.vision_model)
+    )
+    words = read_tokenizer(paths.tokenizer) if is_gguf(paths.tokenizer) else Tokenizer.load(paths.tokenizer)
+    check_companions(checkpoint, paths, words, encoder.spec, encoder.tower.state_dict(), say)
+    match_tensors(
         checkpoint, published_shapes(checkpoint.config, encoder.spec.width), checkpoint.config
     )  # before memory is taken
-    with Bare():
+    with NoInit():
         model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
     receipt = load_into(model, checkpoint)
-    return Loaded(model.to(chosen).eval(), words, checkpoint, receipt)
+    return LoadedModel(model.to(chosen).eval(), words, checkpoint, receipt)
 
 
 # --- the vision model and the tokenizer of some weights ---------------------------------------------------------------
@@ -87,7 +89,7 @@ TOKENIZER = Kind("tokenizer", "tokenizer.json", "tokenizer", "--tokenizer", TOKE
 
 
 @dataclass(frozen=True)
-class Senses:
+class CompanionPaths:
     """Where the vision model and the tokenizer of some weights are, and which of them the user named."""
 
     vision_model: Path
@@ -95,9 +97,9 @@ class Senses:
     named: frozenset[Kind]
 
 
-def find_senses(
+def find_companions(
     checkpoint: Checkpoint, vision_model: Path | None, tokenizer: Path | None, say: Callable[[str], None] = silent
-) -> Senses:
+) -> CompanionPaths:
     """Find both: as named, else in the weights' own folder, else where their run had them, else in standard folders.
 
     The standard folders of the project that the weights lie in come before those of the working folder.
@@ -106,23 +108,23 @@ def find_senses(
     weights, companions = checkpoint.path, checkpoint.companions
     has_vision = is_gguf(weights) or (weights.is_dir() and is_llava(weights))
     has_tokenizer = is_gguf(weights) or TOKENIZER.is_at(weights)
-    senses = Senses(
+    paths = CompanionPaths(
         vision_model or (weights if has_vision else _find(VISION, weights, companions.vision_model, say)),
         tokenizer or (weights if has_tokenizer else _find(TOKENIZER, weights, companions.tokenizer, say)),
         frozenset(kind for kind, path in ((VISION, vision_model), (TOKENIZER, tokenizer)) if path),
     )
     missing = [
-        _how_to_mend(kind, path, None if kind in senses.named else companion)
+        _how_to_mend(kind, path, None if kind in paths.named else companion)
         for kind, path, companion in (
-            (VISION, senses.vision_model, companions.vision_model),
-            (TOKENIZER, senses.tokenizer, companions.tokenizer),
+            (VISION, paths.vision_model, companions.vision_model),
+            (TOKENIZER, paths.tokenizer, companions.tokenizer),
         )
         if not kind.is_at(path)
     ]
     if missing:
         raise MissingInput(*missing)
-    check_tower(senses.vision_model, weights)
-    return senses
+    check_tower(paths.vision_model, weights)
+    return paths
 
 
 def _find(kind: Kind, weights: Path, companion: Companion | None, say: Callable[[str], None]) -> Path:
@@ -144,9 +146,9 @@ def _how_to_mend(kind: Kind, path: Path, companion: Companion | None) -> str:
     return f"the {kind.name} of the run is no longer in {companion.places[-1]} — name its folder with {kind.option}"
 
 
-def check_senses(
+def check_companions(
     checkpoint: Checkpoint,
-    senses: Senses,
+    paths: CompanionPaths,
     words: Tokenizer,
     spec: VisionSpec,
     tower: Mapping[str, Tensor],
@@ -156,26 +158,26 @@ def check_senses(
 
     One of the right size that is not the one of the run is only reported where the user has named it.
     """
-    check_tokenizer(words, senses.tokenizer, checkpoint.path)
+    check_tokenizer(words, paths.tokenizer, checkpoint.path)
     if words.vocab_size > checkpoint.config.vocab_size:
         raise WeightsError(
-            f"{checkpoint.path} knows {checkpoint.config.vocab_size} tokens and the tokenizer in {senses.tokenizer} "
+            f"{checkpoint.path} knows {checkpoint.config.vocab_size} tokens and the tokenizer in {paths.tokenizer} "
             f"has {words.vocab_size}: {words.last_token!r} has no row in the weights — name their own tokenizer "
             f"(--tokenizer), or train with --set model.vocab_size={words.vocab_size}"
         )
     width = checkpoint.vision_width
     if width is not None and width != spec.width:
         raise WeightsError(
-            f"{checkpoint.path} was trained with features of width {width}, the vision model in {senses.vision_model} "
+            f"{checkpoint.path} was trained with features of width {width}, the vision model in {paths.vision_model} "
             f"gives {spec.width} — name its own with --vision-model"
         )
     for kind, companion, path, digest in (
-        (VISION, checkpoint.companions.vision_model, senses.vision_model, vision_digest(spec, tower)),
-        (TOKENIZER, checkpoint.companions.tokenizer, senses.tokenizer, tokenizer_digest(words)),
+        (VISION, checkpoint.companions.vision_model, paths.vision_model, vision_digest(spec, tower)),
+        (TOKENIZER, checkpoint.companions.tokenizer, paths.tokenizer, tokenizer_digest(words)),
     ):
         if companion is None or companion.digest in (None, digest):
             continue
         trouble = f"{checkpoint.path} was trained with another {kind.name} than the one in {path}"
-        if kind not in senses.named:
+        if kind not in paths.named:
             raise WeightsError(f"{trouble} — name the folder of its own with {kind.option}")
         say(trouble)

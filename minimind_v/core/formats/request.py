@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # whoever only gives an order needs no torch
     from minimind_v.core.formats.checkpoint import Checkpoint
-    from minimind_v.core.formats.load import Loaded
+    from minimind_v.core.formats.load import LoadedModel
 
 
 @dataclass(frozen=True)
-class Order:
+class ExportRequest:
     """A model by the files that make it, and the precision that is wanted.
 
     `dtype` None: weights stay as they are stored. `quantize` is a name of GGUF's, and for GGUF only.
@@ -24,7 +24,7 @@ class Order:
     dtype: str | None = None
     quantize: str | None = None
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedModel:
         """The source, on the CPU. Raises MissingInput or WeightsError."""
         from minimind_v.core.formats.load import load_model
 

@@ -13,7 +13,7 @@ from minimind_v.core.formats.generations import check_tower
 from minimind_v.core.formats.hf.read import weight_files
 from minimind_v.core.formats.tensor_files import check_numbers, read_tensors
 from minimind_v.core.hub.sources import how_to_get
-from minimind_v.core.model.no_init import Bare
+from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.vision.clip import ACTIVATIONS, ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder
 from minimind_v.core.model.vision.spec import ClipConfig, VisionSpec, does_not_load, read_config, read_vision_spec
@@ -52,7 +52,7 @@ def read_tower(folder: Path) -> Tower:
 def load_encoder(folder: Path) -> VisionEncoder:
     """The vision encoder in a folder, with its weights in fp32. Raises as `read_tower`."""
     tower = read_tower(folder)
-    with Bare():
+    with NoInit():
         module = ClipVision(tower.config)
     module.load_state_dict({name: tensor.float() for name, tensor in tower.tensors.items()}, assign=True)
     return VisionEncoder(module, tower.spec)
@@ -92,7 +92,7 @@ def _complete(folder: Path, tensors: dict[str, Tensor], config: ClipConfig) -> d
 
 def tower_shapes(config: ClipConfig) -> dict[str, torch.Size]:
     """The shape of each tensor. Of one layer, which all others are like: a configuration's number costs no memory."""
-    with Bare():
+    with NoInit():
         tensors = ClipVision(replace(config, num_hidden_layers=1)).state_dict()
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layer = {name: shapes.pop(name) for name in list(shapes) if name.startswith(_LAYERS)}

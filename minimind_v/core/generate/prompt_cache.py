@@ -25,19 +25,19 @@ from minimind_v.core.model.vlm import VLM
 PICTURES = 16  # that are remembered; 0.6 MB each of ViT-B/16
 PROMPTS = 8  # that are remembered; 2 MB for each picture in the small preset
 
-Signs = list[int | bytes]  # what stands at each position of a prompt: an id, or the picture that its patch is of
+PositionKeys = list[int | bytes]  # what stands at each position of a prompt: an id, or the picture that its patch is of
 
 
 @dataclass(frozen=True)
 class Prefix:
     """The beginning of a prompt, and its keys and values [L, 1, KV, T, hd]."""
 
-    signs: Signs
+    signs: PositionKeys
     keys: Tensor
     values: Tensor
 
 
-class Ready:
+class PromptCache:
     """One model, ready to talk. Pictures are known by their content."""
 
     def __init__(self, model: VLM) -> None:
@@ -54,7 +54,7 @@ class Ready:
             return None
         if model.vision_encoder is None:
             raise UsageError("this model was loaded without its vision model")
-        names = [picture_name(picture) for picture in pictures]
+        names = [image_digest(picture) for picture in pictures]
         new = {name: picture for name, picture in zip(names, pictures, strict=True) if name not in self._features}
         known = {name: self._features[name] for name in names if name not in new}
         if new:
@@ -67,7 +67,7 @@ class Ready:
             self._features.popitem(last=False)
         return torch.stack([known[name] for name in names])
 
-    def recall(self, signs: Signs, cache: KVCache) -> int:
+    def recall(self, signs: PositionKeys, cache: KVCache) -> int:
         """Fill an empty cache with the longest remembered beginning of a prompt; returns how many tokens that is.
 
         The last token is always left to read: what follows it must be computed.
@@ -85,7 +85,7 @@ class Ready:
             cache.rewind(length)
         return length
 
-    def remember(self, signs: Signs, cache: KVCache) -> None:
+    def remember(self, signs: PositionKeys, cache: KVCache) -> None:
         """Keep what the cache holds of a prompt that was read, up to the end of its last picture."""
         pictures = [at for at, sign in enumerate(signs) if isinstance(sign, bytes)]
         if not pictures:
@@ -98,22 +98,22 @@ class Ready:
         self._prefixes = [kept, *self._prefixes][:PROMPTS]
 
 
-def picture_name(picture: np.ndarray) -> bytes:
+def image_digest(picture: np.ndarray) -> bytes:
     """A picture's name by its content."""
     return hashlib.blake2b(np.ascontiguousarray(picture).data, digest_size=16).digest()
 
 
-def signs_of(input_ids: list[int], image_mask: list[bool], pictures: Sequence[np.ndarray]) -> Signs:
+def position_keys(input_ids: list[int], image_mask: list[bool], pictures: Sequence[np.ndarray]) -> PositionKeys:
     """What stands at each position of a prompt whose pictures are these, in reading order."""
-    signs: Signs = list(input_ids)
+    signs: PositionKeys = list(input_ids)
     patches = [at for at, patch in enumerate(image_mask) if patch]
-    names = [picture_name(picture) for picture in pictures]
+    names = [image_digest(picture) for picture in pictures]
     for order, at in enumerate(patches):
         signs[at] = names[order * len(names) // len(patches)]
     return signs
 
 
-def _common(one: Signs, other: Signs) -> int:
+def _common(one: PositionKeys, other: PositionKeys) -> int:
     """Length of the beginning that two prompts share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
@@ -121,15 +121,15 @@ def _common(one: Signs, other: Signs) -> int:
 
 # --- one for every model ----------------------------------------------------------------------------------------------
 
-_READY: WeakKeyDictionary[nn.Module, tuple[object, Ready]] = WeakKeyDictionary()
+_READY: WeakKeyDictionary[nn.Module, tuple[object, PromptCache]] = WeakKeyDictionary()
 
 
-def ready(model: VLM) -> Ready:
+def ready(model: VLM) -> PromptCache:
     """The model made ready to talk: once, and again only when its weights have changed since."""
     state = _state(model)
     found = _READY.get(model)
     if found is None or found[0] != state:
-        found = _READY[model] = state, Ready(model)
+        found = _READY[model] = state, PromptCache(model)
     return found[1]
 
 

@@ -16,7 +16,7 @@ from minimind_v.core.formats.inputs import check_marks
 from minimind_v.core.generate.detokenize import TextStream
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.picture_names import Picture, read_picture
-from minimind_v.core.generate.prompt_cache import ready, signs_of
+from minimind_v.core.generate.prompt_cache import position_keys, ready
 from minimind_v.core.generate.sampling import Sampler, Sampling
 from minimind_v.core.model.vlm import VLM
 
@@ -101,7 +101,7 @@ class Session:
     def _read(self, tokens: Tokens, pictures: list[np.ndarray], max_new_tokens: int) -> Iterator[int]:
         """The ids of an answer. The beginning of a first question is recalled, as far as it is known."""
         memory, first = ready(self.model), not self.questions
-        signs = signs_of(tokens.input_ids, tokens.image_mask, pictures)
+        signs = position_keys(tokens.input_ids, tokens.image_mask, pictures)
         known = memory.recall(signs, self.cache) if first else 0
         seen = sum(tokens.image_mask[:known]) // self.prompts.tokens_per_image
         device = self.model.device

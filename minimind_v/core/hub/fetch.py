@@ -21,7 +21,7 @@ from minimind_v.core.hub.item import Item, Listener
 from minimind_v.core.hub.receipt import STAGING, Kept, Receipt
 from minimind_v.core.hub.remote import Hub, HubError, Listing, NotThere, RemoteFile, Unreachable
 from minimind_v.core.hub.transfer import Digests, bring, digests, is_it, settle
-from minimind_v.core.hub.wanted import Want
+from minimind_v.core.hub.wanted import DownloadPart
 
 HUBS = ("hf", "modelscope")  # `auto` tries them in this order
 MARGIN = 16 << 20  # bytes of free space that a download leaves alone
@@ -42,13 +42,13 @@ class Download:
 
     def __init__(
         self,
-        wants: Sequence[Want],
+        download_parts: Sequence[DownloadPart],
         hubs: Sequence[str],
         listener: Listener,
         endpoint: str | None = None,
         revision: str | None = None,
     ) -> None:
-        self.wants, self.hubs, self.listener = wants, hubs, listener
+        self.download_parts, self.hubs, self.listener = download_parts, hubs, listener
         self.endpoint, self.revision = endpoint, revision
         self._listings: dict[str, Listing] = {}
         self.transferred = 0  # bytes that came over the network for files
@@ -56,7 +56,7 @@ class Download:
     def run(self, dry: bool = False) -> list[Item]:
         """Bring everything, or with `dry` tell what would be brought. Raises HubError, UsageError, RunError."""
         known = self._known()
-        missing = [want for want in self.wants if want.label not in known]
+        missing = [want for want in self.download_parts if want.label not in known]
         items = [item for found in known.values() for item in found]
         if not missing:
             return items
@@ -78,8 +78,8 @@ class Download:
     def _known(self) -> dict[str, list[Item]]:
         """What the receipts answer for, by want. No network, and no file is read."""
         found: dict[str, list[Item]] = {}
-        receipts = {folder: Receipt.read(folder) for folder in {want.folder for want in self.wants}}
-        for want in self.wants:
+        receipts = {folder: Receipt.read(folder) for folder in {want.folder for want in self.download_parts}}
+        for want in self.download_parts:
             for name in self.hubs:
                 answer = receipts[want.folder].answers(self._key(name, want))
                 if answer is not None:
@@ -93,16 +93,16 @@ class Download:
                     break
         return found
 
-    def _asked(self, hub: str, want: Want) -> str:
+    def _asked(self, hub: str, want: DownloadPart) -> str:
         place = want.source.hubs[hub]
         return f"{hub} {place.repo}@{self.revision or place.revision}"
 
-    def _key(self, hub: str, want: Want) -> str:
+    def _key(self, hub: str, want: DownloadPart) -> str:
         return f"{self._asked(hub, want)} {want.label}"
 
     # --- what there is --------------------------------------------------------------------------------------------
 
-    def _reach(self, missing: Sequence[Want]) -> tuple[Hub, dict[str, Listing]]:
+    def _reach(self, missing: Sequence[DownloadPart]) -> tuple[Hub, dict[str, Listing]]:
         """The first hub that has everything, and its listings. Raises HubError, naming all that was tried."""
         failures: list[HubError] = []
         for name in self.hubs:
@@ -125,7 +125,7 @@ class Download:
             )
         raise failures[0] if len(failures) == 1 else HubError("; ".join(map(str, failures)))
 
-    def _refuse_missing(self, hub: str, missing: Sequence[Want], listings: dict[str, Listing]) -> None:
+    def _refuse_missing(self, hub: str, missing: Sequence[DownloadPart], listings: dict[str, Listing]) -> None:
         """Raises NotThere, naming every file that the hub lacks, not the first."""
         troubles: dict[str, None] = {}
         for want in missing:
@@ -136,13 +136,13 @@ class Download:
         if troubles:
             raise NotThere("; ".join(troubles))
 
-    def _listing(self, hub: Hub, want: Want) -> Listing:
+    def _listing(self, hub: Hub, want: DownloadPart) -> Listing:
         place, asked = want.source.hubs[hub.name], self._asked(hub.name, want)
         cached = self._listings
         if asked not in cached:
             remembered = Receipt.read(want.folder).commits.get(asked)
             revision = self.revision or place.revision
-            same = [other for other in self.wants if other.source.hubs[hub.name].repo == place.repo]
+            same = [other for other in self.download_parts if other.source.hubs[hub.name].repo == place.repo]
             names = {name for one in same for layout in one.layouts for file in layout for name in file.remote}
             try:
                 cached[asked] = hub.listing(place.repo, want.source.kind, remembered or revision, sorted(names))
@@ -153,7 +153,7 @@ class Download:
                 cached[asked] = hub.listing(place.repo, want.source.kind, revision, sorted(names))
         return cached[asked]
 
-    def _plan(self, hub: Hub, missing: Sequence[Want], listings: dict[str, Listing]) -> list[Item]:
+    def _plan(self, hub: Hub, missing: Sequence[DownloadPart], listings: dict[str, Listing]) -> list[Item]:
         """Every file of what is missing: kept where the right one stands there already, however it came."""
         items = []
         for want in missing:
@@ -252,7 +252,7 @@ class Download:
         for want in dict.fromkeys(item.want for item in items if item.want):
             names = [item.path.name for item in items if item.want == want]
             with _receipt(want.folder) as receipt:
-                receipt.wants[self._key(hub.name, want)] = names
+                receipt.download_parts[self._key(hub.name, want)] = names
         return done
 
     def _bring(self, hub: Hub, item: Item, before: int, total: int) -> Item:

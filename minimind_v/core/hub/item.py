@@ -8,7 +8,7 @@ from typing import Protocol
 
 from minimind_v.core.hub.receipt import STAGING
 from minimind_v.core.hub.remote import RemoteFile
-from minimind_v.core.hub.wanted import Want
+from minimind_v.core.hub.wanted import DownloadPart
 
 
 class Listener(Protocol):
@@ -32,7 +32,7 @@ class Item:
     action: str = "kept"  # kept, fetched, would fetch
     size: int | None = None
     sha256: str | None = None
-    want: Want | None = None
+    want: DownloadPart | None = None
     staged: int = 0
 
     @property

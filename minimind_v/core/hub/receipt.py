@@ -43,7 +43,7 @@ class Receipt:
     folder: Path
     files: dict[str, Kept] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)  # "hub repo@revision" → the commit it was at the first time
-    wants: dict[str, list[str]] = field(default_factory=dict)  # what was asked for → the names that it came to
+    download_parts: dict[str, list[str]] = field(default_factory=dict)  # what was asked for → the names that it came to
 
     @classmethod
     def read(cls, folder: Path) -> Receipt:
@@ -60,7 +60,7 @@ class Receipt:
     def _whole(self) -> bool:
         """Whether all values are of their types, and all names are of files in this folder."""
         texts = [getattr(kept, name) for kept in self.files.values() for name in KEPT_TEXTS]
-        texts += [*self.commits.values(), *(name for names in self.wants.values() for name in names)]
+        texts += [*self.commits.values(), *(name for names in self.download_parts.values() for name in names)]
         numbers = [number for kept in self.files.values() for number in (kept.size, kept.mtime_ns)]
         right = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
         return right and not any(unusable(name) or Path(name).name != name for name in self.files)
@@ -69,13 +69,13 @@ class Receipt:
         told: dict[str, Any] = {
             "files": {name: asdict(kept) for name, kept in self.files.items()},
             "commits": self.commits,
-            "wants": self.wants,
+            "wants": self.download_parts,
         }
         write_text(self.folder / STAGING / "receipt.json", json.dumps(told, indent=1) + "\n")
 
     def answers(self, want: str) -> dict[str, Kept] | None:
         """The files that `want` came to, where all of them are here and look as they did; else None."""
-        names = self.wants.get(want)
+        names = self.download_parts.get(want)
         if not names or not all(name in self.files for name in names):
             return None
         found = {name: self.files[name] for name in names}

@@ -30,7 +30,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # files of ro
 
 
 @dataclass(frozen=True)
-class Place:
+class HubRepo:
     """A repository on a hub, and the revision that is asked for where nobody asks for another."""
 
     repo: str
@@ -54,7 +54,7 @@ class Source:
 
     what: str
     folder: Path
-    hubs: dict[str, Place]
+    hubs: dict[str, HubRepo]
     kind: str = "model"
     per_preset: bool = False  # its files depend on the size of the model
 
@@ -76,8 +76,8 @@ class Source:
 
 
 _WEIGHTS = {
-    "hf": Place("jingyaogong/MiniMind2-V-PyTorch", "main"),
-    "modelscope": Place("gongjy/MiniMind2-V-PyTorch", "master"),
+    "hf": HubRepo("jingyaogong/MiniMind2-V-PyTorch", "main"),
+    "modelscope": HubRepo("gongjy/MiniMind2-V-PyTorch", "master"),
 }
 SOURCES = {
     source.what: source
@@ -86,16 +86,16 @@ SOURCES = {
             "clip",
             VISION_DIR,
             {
-                "hf": Place("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
-                "modelscope": Place("openai-mirror/clip-vit-base-patch16", "master"),
+                "hf": HubRepo("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
+                "modelscope": HubRepo("openai-mirror/clip-vit-base-patch16", "master"),
             },
         ),
         Source(
             "tokenizer",
             TOKENIZER_DIR,
             {
-                "hf": Place("jingyaogong/MiniMind2-Small-V", "main"),
-                "modelscope": Place("gongjy/MiniMind2-Small-V", "master"),
+                "hf": HubRepo("jingyaogong/MiniMind2-Small-V", "main"),
+                "modelscope": HubRepo("gongjy/MiniMind2-Small-V", "master"),
             },
         ),
         Source("lm", OUT_DIR, _WEIGHTS, per_preset=True),
@@ -103,8 +103,8 @@ SOURCES = {
             "dataset",
             DATASET_DIR,
             {
-                "hf": Place("jingyaogong/minimind-v_dataset", "main"),
-                "modelscope": Place("gongjy/minimind-v_dataset", "master"),
+                "hf": HubRepo("jingyaogong/minimind-v_dataset", "main"),
+                "modelscope": HubRepo("gongjy/minimind-v_dataset", "master"),
             },
             kind="dataset",
         ),

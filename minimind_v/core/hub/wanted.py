@@ -21,7 +21,7 @@ from minimind_v.core.hub.sources import (
 
 
 @dataclass(frozen=True)
-class Want:
+class DownloadPart:
     """Files that are wanted together, from one repository into one folder."""
 
     label: str
@@ -56,14 +56,14 @@ class Want:
         )
 
 
-def wants(
+def download_parts(
     what: str,
     root: Path,
     preset: str,
     file_of: Callable[[str], str],
     splits: Iterable[str] = SPLITS,
     rows: int | None = None,
-) -> list[Want]:
+) -> list[DownloadPart]:
     """Everything that `what` comes to below `root`; `file_of` names the weights of a stage in the preset.
 
     `all` is what training needs. Trained weights come only when they are asked for: they have the names that a run
@@ -75,16 +75,16 @@ def wants(
         folder = root / source.folder
         match source.what:
             case "clip":
-                found.append(Want("clip", source, CLIP_FILES, folder))
+                found.append(DownloadPart("clip", source, CLIP_FILES, folder))
             case "tokenizer":
-                found.append(Want("tokenizer", source, TOKENIZER_FILES, folder))
+                found.append(DownloadPart("tokenizer", source, TOKENIZER_FILES, folder))
             case "lm":
-                found.append(Want(f"lm {preset}", source, weights_files(file_of("lm")), folder))
+                found.append(DownloadPart(f"lm {preset}", source, weights_files(file_of("lm")), folder))
             case "weights":
                 names = [file_of(stage) for stage in ("pretrain", "sft")]
-                found.append(Want(f"weights {preset}", source, weights_files(*names), folder))
+                found.append(DownloadPart(f"weights {preset}", source, weights_files(*names), folder))
             case "dataset":
                 place = folder if rows is None else root / SAMPLE_DIR
                 some = "" if rows is None else f", first {rows} rows"
-                found += [Want(f"{split}{some}", source, dataset_files(split), place, rows) for split in splits]
+                found += [DownloadPart(f"{split}{some}", source, dataset_files(split), place, rows) for split in splits]
     return found

@@ -129,7 +129,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, place: Place, read: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, place: AttentionContext, read: Tensor | None) -> Tensor:
         """x [B, T, D] → [B, T, D], or with the positions `read` [S] of those that are read further, [S, D] of these."""
         q, k, v = project(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, place.turns, place.shared)
         if place.cache is not None:
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         return self.o_proj(out if read is None else pick(out, read))
 
 
-class Place:
+class AttentionContext:
     """Where the tokens of one forward pass stand, worked out once for all layers.
 
     A right-padded batch without a past needs no mask: causality already keeps real tokens from the padding behind them.
@@ -181,7 +181,7 @@ class Block(nn.Module):
         self.mlp: nn.Module = MoEFeedForward(config) if config.use_moe else FeedForward(config)
 
     def forward(
-        self, x: Tensor, place: Place, attention_mask: Tensor | None, read: Tensor | None = None
+        self, x: Tensor, place: AttentionContext, attention_mask: Tensor | None, read: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, D] → x [B, T, D] and the auxiliary loss, if the block has one.
 
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         """
         if self.config.use_moe or x.device.type == "mps":  # the balance of experts is one of whole rows
             shared = 0
-        place = Place(self, x, attention_mask, cache, shared)
+        place = AttentionContext(self, x, attention_mask, cache, shared)
         if shared and read is not None:
             rest = x.shape[1] - shared
             x = torch.cat([x[0, :shared], x[:, shared:].flatten(0, 1)])[None]  # [1, N, D]

@@ -8,7 +8,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 
-class Bare(TorchFunctionMode):
+class NoInit(TorchFunctionMode):
     """Within it, torch's random initialisations do nothing: what a module has before it is loaded is not defined."""
 
     def __torch_function__(

@@ -84,7 +84,7 @@ class Seen:
             self._mark = metrics.seconds, metrics.data_seconds
 
 
-class Signs:
+class Diagnostics:
     """Watches a run and tells each thing that is wrong once."""
 
     def __init__(self, start: Start, told: Iterable[str] = (), validations: Iterable[Validation] = ()) -> None:

@@ -136,9 +136,9 @@ def not_finite(loss: float, grad_norm: float, places: Sequence[str]) -> str:
 class BrokenRows:
     """The rows of a run that were left out, each counted once however often it is met."""
 
-    def __init__(self, rows: int, rows_per_update: int, allowed: float) -> None:
+    def __init__(self, rows: int, rows_per_step: int, allowed: float) -> None:
         """`allowed` is the share of all `rows` that may be broken."""
-        self.rows, self.rows_per_update, self.allowed = rows, rows_per_update, allowed
+        self.rows, self.rows_per_step, self.allowed = rows, rows_per_step, allowed
         self.known: dict[str, list[str]] = {}  # by place: the kind and the whole message
 
     @property
@@ -184,7 +184,7 @@ class BrokenRows:
         side. So those seen so far are set against all rows of the windows that have been begun, and beyond that count
         five standard deviations and a few rows are left to chance.
         """
-        begun = min(read + LANES * WINDOW * self.rows_per_update, self.rows)
+        begun = min(read + LANES * WINDOW * self.rows_per_step, self.rows)
         return self.allowed * begun + 5 * math.sqrt(self.allowed * begun) + FEW
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import peak_memory
 from minimind_v.core.errors import RunError
-from minimind_v.core.monitor.diagnostics import Signs, Start
+from minimind_v.core.monitor.diagnostics import Diagnostics, Start
 from minimind_v.core.monitor.metrics import JsonLines, Listener, Recalled, StepMetrics, Validation, read_lines
 from minimind_v.core.monitor.trackers import Tracker
 
@@ -27,7 +27,7 @@ class Watch:
     def __init__(self, path: Path, listener: Listener) -> None:
         """`path` is written only from `begin` on; what is heard before is kept until then."""
         self.path, self.listener = path, listener
-        self.signs: Signs | None = None
+        self.signs: Diagnostics | None = None
         self.best: Validation | None = None
         self.recalled: dict[str, Recalled] = {}  # what was measured of rows: `before`, `after`, `own`
         self._tracker: Tracker | None = None
@@ -45,7 +45,7 @@ class Watch:
         self.best = min(validations, key=lambda validation: validation.loss, default=None)
         for event in events:
             self.recalled |= {when: _again(Recalled, rows) for when, rows in event.get("recalled", {}).items()}
-        self.signs = Signs(start, told, validations)
+        self.signs = Diagnostics(start, told, validations)
         self._step = start.done
         for event in self._early:
             self._keep(**event)

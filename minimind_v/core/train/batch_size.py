@@ -20,7 +20,7 @@ import torch
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_cache import Eye, Memory
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.device import autocast
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.formats.vision_tower import load_encoder
@@ -105,7 +105,7 @@ class Trial:
         encoder = load_encoder(config.vision_model)
         with torch.random.fork_rng(devices=[]):
             self.model = VLM(config.model, encoder.spec, 0, encoder).to(device)
-        self.memory = Memory(Eye(encoder, device, config.dtype))
+        self.memory = FeatureCache(FeatureEncoder(encoder, device, config.dtype))
         self.trained = freeze(self.model, config.freeze)
         self.length = min(config.data.max_length, config.model.max_position_embeddings)
 
@@ -140,7 +140,7 @@ class Trial:
         return Batch(ids, torch.ones_like(image_mask), labels, image_mask, pixels, keys=[b""] * rows)
 
 
-def fit(
+def find_batch_size(
     config: RunConfig,
     device: torch.device,
     world: World = ALONE,

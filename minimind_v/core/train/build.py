@@ -78,7 +78,7 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
         data.batch_size,
         seed=config.seed,
         epochs=config.epochs,
-        rows_per_update=origin["rows_per_update"],
+        rows_per_step=origin["rows_per_update"],
         keep=learnt,
         tokens=tokens,
         **shared,

@@ -24,7 +24,7 @@ from minimind_v.core.monitor.metrics import Silent, StepMetrics
 from minimind_v.core.pages.run_report import disk_used
 from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.train.run import Run
-from minimind_v.core.train.run_folder import Place
+from minimind_v.core.train.run_folder import RunFolder
 
 SECONDS = 30.0  # that the measured updates may take, once there are ENOUGH
 ENOUGH = 3  # updates that must be measured
@@ -93,7 +93,7 @@ def plan(
         plain(config),
     )
     told = json.dumps(asdict(forecast), indent=1, ensure_ascii=False)
-    write_text(Place(config).folder / "forecast.json", f"{told}\n")
+    write_text(RunFolder(config).folder / "forecast.json", f"{told}\n")
     return forecast
 
 

@@ -21,8 +21,8 @@ from minimind_v.core.config.load import plain, to_yaml
 from minimind_v.core.config.schedule import learning_rate
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
-from minimind_v.core.data.feature_cache import Eye, Memory, open_memory
-from minimind_v.core.data.loader import load_updates
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder, open_feature_cache
+from minimind_v.core.data.loader import load_steps
 from minimind_v.core.device import autocast, has_fused_adamw, pick_device, require_determinism
 from minimind_v.core.errors import DataError, MmvError, RunError
 from minimind_v.core.files import write_text
@@ -36,14 +36,14 @@ from minimind_v.core.monitor.trackers import open_tracker
 from minimind_v.core.pages.run_report import write_report
 from minimind_v.core.rows.row import NOTES, describe_notes, describe_text_rows
 from minimind_v.core.signals import StopRequest
-from minimind_v.core.train.batch_size import fit
+from minimind_v.core.train.batch_size import find_batch_size
 from minimind_v.core.train.build import build_model, open_data
 from minimind_v.core.train.distributed import ALONE, World, alone_or_last
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.micro_batch import parts_of
 from minimind_v.core.train.recall import Recall, earlier_run, recall_earlier, recall_own
 from minimind_v.core.train.resume import State, pack, unpack
-from minimind_v.core.train.run_folder import Place
+from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.train.saver import Saver, Snapshot
 from minimind_v.core.train.validate import Validator
 from minimind_v.core.wording import plural
@@ -65,7 +65,7 @@ class Summary:
     text_rows: int  # rows with pictures that no mark shows, of
     notes: dict[str, int]  # rows that are read in another way than they are written, of
     rows: int  # of the set that were read
-    bad_updates: int  # skipped, since loss or gradient was not finite
+    bad_steps: int  # skipped, since loss or gradient was not finite
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Run:
         held: ExitStack | None = None,
     ) -> None:
         """`held` gets the lock of what the run writes, to release it when the run is over; without it none is taken."""
-        self.world, self.place = world, Place(config)
+        self.world, self.place = world, RunFolder(config)
         self.listener = Watch(self.place.folder / "events.jsonl", listener) if world.leads else Silent()
         self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
         if config.deterministic and self.device.type == "cuda":
@@ -156,7 +156,7 @@ class Run:
         fused = has_fused_adamw(self.device)
         self.optimiser = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         self.total = min(len(self.plan), config.max_steps or len(self.plan))
-        self.broken = BrokenRows(self.plan.rows, self.claim.rows_per_update, config.data.bad_rows)
+        self.broken = BrokenRows(self.plan.rows, self.claim.rows_per_step, config.data.bad_rows)
         self.troubles: set[str] = set()  # of data workers, each told once
         self.done = 0  # updates
         self.stopped_by: Signals | None = None
@@ -175,19 +175,19 @@ class Run:
         if state is not None and self.place.same_rows(state):
             size, accumulate = state.progress["split"]
             return replace(config, data=replace(config.data, batch_size=size), accumulate=accumulate)
-        config, why = fit(config, self.device, self.world)
+        config, why = find_batch_size(config, self.device, self.world)
         self.listener.say(why)
         return config
 
-    def _open_memory(self) -> Memory:
+    def _open_memory(self) -> FeatureCache:
         config, encoder, listener = self.config, self.model.vision_encoder, self.listener
         if encoder is None:  # features are given
-            return Memory()
+            return FeatureCache()
         folder = config.features_dir or config.out / "features"
-        eye = Eye(encoder, self.device, config.dtype)
-        memory = open_memory(config.features, folder, eye, self.plan.rows, listener.say, listener.warn)
+        eye = FeatureEncoder(encoder, self.device, config.dtype)
+        memory = open_feature_cache(config.features, folder, eye, self.plan.rows, listener.say, listener.warn)
         if eye.kind == "float32":  # of lower precision nothing is packed
-            encoder.spare_memory()
+            encoder.release_memory()
         self.plan.dataset.remembered = memory.store
         return memory
 
@@ -214,7 +214,7 @@ class Run:
         self._open_records()
         self.model.train()
         where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
-        about = announcement(config, self.plan, self.total, self.claim.rows_per_update, self.model, where)
+        about = announcement(config, self.plan, self.total, self.claim.rows_per_step, self.model, where)
         self.listener.say(f"{about}; weights go to {self.place.weights}")
         if not begun:
             for line in before_the_start(config, self.plan, self.total):
@@ -315,7 +315,7 @@ class Run:
 
     def _end_if_right(self, step: int) -> None:
         """End the run with this step where whole epochs of right answers are behind it and no more is asked for."""
-        epoch = self.plan.updates_per_epoch
+        epoch = self.plan.steps_per_epoch
         if self.config.until_right and step % epoch == 0 and self.counts.right >= RIGHT_EPOCHS * epoch:
             self.total = step
 
@@ -326,7 +326,7 @@ class Run:
 
     def _rows_read(self, step: int) -> int:
         """Rows of the set that were read until then, each counted once."""
-        return min(step * self.claim.rows_per_update, self.plan.rows)
+        return min(step * self.claim.rows_per_step, self.plan.rows)
 
     def _open_records(self) -> None:
         """What the run leaves besides weights begins here."""
@@ -374,7 +374,7 @@ class Run:
         None, as the last one, where a signal asked to stop while they were waited for.
         """
         pin, workers = self.device.type == "cuda", self.config.data.workers
-        with closing(load_updates(self.plan, workers, pin, self.done, self.listener.warn)) as updates:
+        with closing(load_steps(self.plan, workers, pin, self.done, self.listener.warn)) as updates:
             for _ in range(self.done, len(self.plan)):
                 asked = time.perf_counter()
                 batches = self.stop.wait(partial(next, updates))
@@ -428,7 +428,7 @@ class Run:
             self._step_if_finite(step, loss, grad_norm, batches, parts)
         counts = self.counts
         counts.samples += rows
-        if step <= self.plan.updates_per_epoch:
+        if step <= self.plan.steps_per_epoch:
             counts.text_rows += unmarked
             counts.notes = dict(Counter(counts.notes) + Counter(notes))
         counts.supervised += supervised
@@ -439,7 +439,7 @@ class Run:
         return StepMetrics(
             step,
             self.total,
-            round(step / self.plan.updates_per_epoch, 4),
+            round(step / self.plan.steps_per_epoch, 4),
             loss,
             sum(hits) / max(supervised, 1),
             lr,

@@ -35,11 +35,11 @@ class Claim:
     state: State | None = None
 
     @property
-    def rows_per_update(self) -> int:
+    def rows_per_step(self) -> int:
         return int(self.origin["rows_per_update"])
 
 
-class Place:
+class RunFolder:
     """The files of a run."""
 
     def __init__(self, config: RunConfig) -> None:

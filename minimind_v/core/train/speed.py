@@ -17,10 +17,10 @@ from torch import Tensor
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.curate.stats import TypicalRow
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_cache import Eye
+from minimind_v.core.data.feature_cache import FeatureEncoder
 from minimind_v.core.device import autocast, gpu_names, has_fused_adamw, pick_device, wait_for
 from minimind_v.core.hub.sources import VISION_DIR
-from minimind_v.core.model.decoder import Place
+from minimind_v.core.model.decoder import AttentionContext
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec, read_vision_spec
@@ -51,7 +51,7 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int) -> E
     """
     try:
         device = pick_device(config.device)
-        eye = Eye(_encoder(config.vision_model).to(device), device, config.dtype)
+        eye = FeatureEncoder(_encoder(config.vision_model).to(device), device, config.dtype)
         spec = eye.encoder.spec
         measured = _Language(config, spec, device)
         length = min(max(round(row.length), 2), config.data.max_length)
@@ -107,7 +107,7 @@ def _encoder(folder: Path) -> VisionEncoder:
     return VisionEncoder(tower, spec)
 
 
-def _look(eye: Eye, pictures: int) -> float:
+def _look(eye: FeatureEncoder, pictures: int) -> float:
     """Seconds for so many pictures, as a run encodes them."""
     if not pictures:
         return 0.0
@@ -158,7 +158,7 @@ class _Language:
 
     def _one_more(self, hidden: Tensor) -> None:
         with autocast(self.device, self.dtype):
-            out, _ = self.block(hidden, Place(self.model.model, hidden, None, None), None)
+            out, _ = self.block(hidden, AttentionContext(self.model.model, hidden, None, None), None)
         out.sum().backward()
 
     def update(self) -> float:

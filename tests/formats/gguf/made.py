@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.formats.checkpoint import Checkpoint, Receipt
-from minimind_v.core.formats.load import Loaded
+from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
 from minimind_v.core.model.vlm import VLM
 from tests.cli.harness import ASSETS
@@ -51,7 +51,7 @@ def made(name="dense", seed=0, tokenizer=ASSETS, config=None, loud=8.0):
             parameter.mul_(loud) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) / 5)
     held = {key: value for key, value in model.state_dict().items() if not key.startswith("vision_encoder.")}
     checkpoint = Checkpoint(Path("sft_vlm.pth"), held, config, "sft", [], False)
-    return Loaded(model.eval(), words, checkpoint, Receipt("made"))
+    return LoadedModel(model.eval(), words, checkpoint, Receipt("made"))
 
 
 TEXTS = (

@@ -15,7 +15,7 @@ from minimind_v.core.formats.gguf import tokenizer as words
 from minimind_v.core.formats.gguf.file import QUANTIZATIONS, Reader
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL, MODELFILE
 from minimind_v.core.formats.gguf.write import write
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.request import ExportRequest
 from tests.cli.harness import ASSETS
 from tests.formats.gguf.graphs import File, Words, image_embeddings, language_logits
 from tests.formats.gguf.made import SIZES, TEXTS, made, random_texts
@@ -24,7 +24,7 @@ PUBLISHED = Path(__file__).parents[4] / "shared" / "tokenizer"
 
 
 def written(loaded, folder, quantize=None):
-    write(loaded, folder, Order(loaded.checkpoint.path, quantize=quantize))
+    write(loaded, folder, ExportRequest(loaded.checkpoint.path, quantize=quantize))
 
 
 IDS = [1, 57, 300, 2, 599, 34, 34, 8, 100, 100, 41, 0]

@@ -15,13 +15,13 @@ from minimind_v.core.export.prove.cases import CASES, Case, pictures
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.prove.verify_hf import ask
 from minimind_v.core.files import size_of
-from minimind_v.core.formats.load import Loaded
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.formats.request import ExportRequest
 
 TOLERANCE = 1e-4  # of a logit in fp32; what rounding alone does is near 1e-6
 
 
-def compare(order: Order, folder: Path, found: dict[str, Any]) -> Report:
+def compare(order: ExportRequest, folder: Path, found: dict[str, Any]) -> Report:
     """Compare with the source of `order` what `folder` answered (`verify_hf.ask`).
 
     An export in another type is compared with the source's weights in that type, which must give the same; what the
@@ -65,7 +65,7 @@ class _Reader:
     """The source reads the cases: ids, pixels, and the features of these."""
 
     @torch.inference_mode()
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self.model = loaded.model
         encoder = loaded.model.vision_encoder
         assert encoder is not None
@@ -102,7 +102,7 @@ def _as_seen(picture: Any, size: int) -> Tensor:
     return torch.from_numpy(load_pixels(buffer.getvalue(), "picture", size))
 
 
-def _compare_inputs(report: Report, loaded: Loaded, reader: _Reader, found: dict[str, Any]) -> bool:
+def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, found: dict[str, Any]) -> bool:
     """Whether the export reads and sees the same; only then what it says can be compared."""
     image_id, std = loaded.checkpoint.config.vocab_size, max(loaded.model.spec.std)
     same, levels = 0, 0.0

@@ -26,8 +26,8 @@ from minimind_v.core.formats.gguf.file import QUANTIZATIONS, Reader
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL
 from minimind_v.core.formats.gguf.tokenizer import read_words
 from minimind_v.core.formats.gguf.write import DEFAULT
-from minimind_v.core.formats.load import Loaded
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.formats.request import ExportRequest
 
 # How far a number of a matrix may be off, as a share of the largest in it: half a step of the coarsest block.
 STEP = {
@@ -46,7 +46,7 @@ TEXTS = (
 )
 
 
-def verify(loaded: Loaded, folder: Path, order: Order) -> Report:
+def verify(loaded: LoadedModel, folder: Path, order: ExportRequest) -> Report:
     """Compare the files with their source: sizes, weights, token ids, logits, greedy tokens.
 
     `loaded` is of no more use then. Raises RunError where llama.cpp is installed and does not open them at all.
@@ -71,7 +71,7 @@ def verify(loaded: Loaded, folder: Path, order: Order) -> Report:
     return report
 
 
-def _compare_weights(report: Report, loaded: Loaded, folder: Path, quantize: str) -> None:
+def _compare_weights(report: Report, loaded: LoadedModel, folder: Path, quantize: str) -> None:
     """File after file, so that one goes out of memory before the other comes."""
     ours, encoder = loaded.model.state_dict(), loaded.model.vision_encoder
     assert encoder is not None
@@ -86,12 +86,12 @@ def _compare_weights(report: Report, loaded: Loaded, folder: Path, quantize: str
     report.add("vision tower", f"at most {worst:.1g} of the largest apart", worst <= step * 1.02 + 1e-6)
 
 
-def _compare_ids(report: Report, loaded: Loaded, found: list[list[int]]) -> None:
+def _compare_ids(report: Report, loaded: LoadedModel, found: list[list[int]]) -> None:
     same = sum(loaded.tokenizer.encode(text).ids == ids for text, ids in zip(TEXTS, found, strict=True))
     report.add("token ids", f"the same in {same} of {len(TEXTS)} texts", same == len(TEXTS))
 
 
-def _compare_read_back(report: Report, loaded: Loaded, folder: Path) -> None:
+def _compare_read_back(report: Report, loaded: LoadedModel, folder: Path) -> None:
     report.add("opened by", "our own reader; llama.cpp is asked as well where llama-cpp-python is installed")
     ours = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
     _take_weights(loaded, folder)
@@ -100,7 +100,7 @@ def _compare_read_back(report: Report, loaded: Loaded, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _take_weights(loaded: Loaded, folder: Path) -> None:
+def _take_weights(loaded: LoadedModel, folder: Path) -> None:
     """Put the files' numbers in the place of the source's: no second model is in memory."""
     model, eye = Reader(folder / MODEL), Reader(folder / MMPROJ)
     assert loaded.model.vision_encoder is not None
@@ -136,7 +136,7 @@ def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
         return dict(found)
 
 
-def _compare_llama(report: Report, loaded: Loaded, found: dict[str, np.ndarray], quantize: str) -> None:
+def _compare_llama(report: Report, loaded: LoadedModel, found: dict[str, np.ndarray], quantize: str) -> None:
     report.add("opened by", f"llama.cpp ({_version()})")
     _compare_ids(report, loaded, [found[f"text{number}"].tolist() for number in range(len(TEXTS))])
     prompts = sum(
@@ -184,7 +184,7 @@ def _each_apart(ours: Tensor, theirs: Tensor) -> list[float]:
     return ((ours - theirs).abs().amax(-1) / ours.abs().max()).tolist()
 
 
-def _encode(loaded: Loaded, case: Case) -> Tokens:
+def _encode(loaded: LoadedModel, case: Case) -> Tokens:
     return PromptEncoder(loaded.tokenizer, loaded.model.spec.tokens_per_image).prompt(case.conversations)
 
 
@@ -197,7 +197,7 @@ def _pixels(number: int, size: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _features(loaded: Loaded, case: Case, corner: bool = True) -> Tensor | None:
+def _features(loaded: LoadedModel, case: Case, corner: bool = True) -> Tensor | None:
     encoder = loaded.model.vision_encoder
     assert encoder is not None
     if not case.pictures:
@@ -207,7 +207,7 @@ def _features(loaded: Loaded, case: Case, corner: bool = True) -> Tensor | None:
 
 
 @torch.inference_mode()
-def _think(loaded: Loaded, case: Case, said: list[int], features: Tensor | None) -> Tensor:
+def _think(loaded: LoadedModel, case: Case, said: list[int], features: Tensor | None) -> Tensor:
     """The logits of each token said behind the prompt [N, V]; of the prompt's own without any."""
     tokens = _encode(loaded, case)
     ids = torch.tensor([tokens.input_ids + said])

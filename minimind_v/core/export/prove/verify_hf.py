@@ -11,10 +11,10 @@ from minimind_v.core.export.prove import ask_hf as probe
 from minimind_v.core.export.prove.cases import CASES, pictures
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.files import in_use
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.request import ExportRequest
 
 
-def verify(order: Order, folder: Path) -> Report:
+def verify(order: ExportRequest, folder: Path) -> Report:
     """Compare `folder` with its source on fixed prompts and pictures: ids, pixels, logits, greedy tokens.
 
     To be called in a process of its own, which has none of our code that computes before the folder has answered; then

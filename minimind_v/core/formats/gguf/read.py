@@ -41,7 +41,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"stage": reader.key(STAGE), "model": asdict(config)}
 
 
-def read_eye(path: Path) -> VisionEncoder:
+def read_vision_encoder(path: Path) -> VisionEncoder:
     """The vision tower beside, or in, `path`."""
     return vision.read_encoder(_open_eye(path))
 

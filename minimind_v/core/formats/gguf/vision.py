@@ -26,7 +26,7 @@ from minimind_v.core.errors import WeightsError
 from minimind_v.core.formats.gguf.file import Reader, Writer
 from minimind_v.core.formats.tensor_files import check_numbers
 from minimind_v.core.formats.vision_tower import tower_shapes
-from minimind_v.core.model.no_init import Bare
+from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.vision.clip import ClipVision, encode
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
 from minimind_v.core.model.vision.spec import ClipConfig, trouble_of, trouble_of_colours
@@ -134,7 +134,7 @@ def read_encoder(reader: Reader) -> VisionEncoder:
     tensors = dict(read_tower(reader))
     for name, tensor in tensors.items():
         check_numbers(reader.path, name, tensor)
-    with Bare():
+    with NoInit():
         tower = ClipVision(config)
     tower.load_state_dict(tensors, strict=False)
     return VisionEncoder(tower, spec)

@@ -12,13 +12,13 @@ from minimind_v.core.formats.gguf import language, vision
 from minimind_v.core.formats.gguf.file import MADE_BY, QUANTIZATIONS, SOURCE, STAGE, Writer, check_quantization
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL, MODELFILE
 from minimind_v.core.formats.gguf.tokenizer import modelfile, write_words
-from minimind_v.core.formats.load import Loaded
-from minimind_v.core.formats.request import Order
+from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.formats.request import ExportRequest
 
 DEFAULT = "f16"
 
 
-def make(order: Order, folder: Path) -> Loaded:
+def make(order: ExportRequest, folder: Path) -> LoadedModel:
     """Write what `order` names into an empty folder, and return what that was made of. Raises RunError for no room."""
     loaded = order.load()
     with disk_errors(folder.parent):
@@ -26,7 +26,7 @@ def make(order: Order, folder: Path) -> Loaded:
     return loaded
 
 
-def write(loaded: Loaded, folder: Path, order: Order) -> None:
+def write(loaded: LoadedModel, folder: Path, order: ExportRequest) -> None:
     """Write `model.gguf`, `mmproj.gguf` and Ollama's `Modelfile` into an empty folder.
 
     `order.quantize` is the type of the language model's matrices, one of QUANTIZATIONS. Raises UsageError for another,
@@ -55,7 +55,7 @@ def write(loaded: Loaded, folder: Path, order: Order) -> None:
     write_text(folder / MODELFILE, modelfile(MODEL, MMPROJ))
 
 
-def _describe(writer: Writer, type: str, name: str, loaded: Loaded) -> None:
+def _describe(writer: Writer, type: str, name: str, loaded: LoadedModel) -> None:
     writer.file.add_type(type)
     writer.file.add_name(name)
     writer.file.add_string(MADE_BY, f"mmv {__version__}")

@@ -23,8 +23,8 @@ from minimind_v.core.formats.checkpoint import describe
 from minimind_v.core.formats.hf.card import write_card
 from minimind_v.core.formats.hf.names import TOWER, to_llava
 from minimind_v.core.formats.hf.read import META
-from minimind_v.core.formats.parts import Source, read_source
-from minimind_v.core.formats.request import Made, Order
+from minimind_v.core.formats.parts import Source, read_parts
+from minimind_v.core.formats.request import ExportRequest, Made
 from minimind_v.core.formats.tensor_files import cast
 from minimind_v.core.formats.vision_tower import Tower
 from minimind_v.core.model.vision.spec import VisionSpec
@@ -32,16 +32,16 @@ from minimind_v.core.model.vision.spec import VisionSpec
 BICUBIC = 3  # Pillow's number
 
 
-def make(order: Order, folder: Path) -> Made:
+def make(order: ExportRequest, folder: Path) -> Made:
     """Write what `order` names into an empty folder. Raises as `read_source` and `write`, and RunError for no room."""
     with in_use(folder):
-        source = read_source(order)
+        source = read_parts(order)
         with disk_errors(folder.parent):
             write(source, folder, order)
     return Made.of(source.checkpoint)
 
 
-def write(source: Source, folder: Path, order: Order) -> None:
+def write(source: Source, folder: Path, order: ExportRequest) -> None:
     """Write a model into an empty folder. No `order.dtype`: as stored, and to be run in fp32 as it is here.
 
     Raises RunError where a weight does not fit in the type.

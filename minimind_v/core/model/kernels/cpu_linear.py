@@ -46,7 +46,7 @@ def product(weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> Prod
     return lambda x: F.linear(x, weight, bias)
 
 
-def set_aside(weight: Tensor) -> None:
+def page_out(weight: Tensor) -> None:
     """Tell the system that a weight will hardly be read again: one that is mapped from a file need not stay in memory.
 
     Changes nothing but that, and does nothing where the system is not Linux.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_v.core.model.kernels.cpu_linear import Product, product, set_aside, state_of
+from minimind_v.core.model.kernels.cpu_linear import Product, page_out, product, state_of
 from minimind_v.core.model.vision.clip import QUICK, encode
 from minimind_v.core.model.vision.spec import CLIP_MEAN, CLIP_STD, VisionSpec, read_vision_spec
 
@@ -67,11 +67,11 @@ class VisionEncoder(nn.Module):
             self._walk = state, Walk(tower, 1 + self.spec.tokens_per_image)
         return self._walk[1]
 
-    def spare_memory(self) -> None:
+    def release_memory(self) -> None:
         """Before a long run: where the weights are packed, the system need not keep them in memory twice."""
         if self._packed():
             for weight in self.tower.parameters():
-                set_aside(weight)
+                page_out(weight)
 
 
 class Walk:
