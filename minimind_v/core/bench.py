@@ -1,6 +1,6 @@
-"""How fast this machine is at what training and talking are made of, and what would hold it up.
+"""Measure how fast this machine trains and answers, and what limits it.
 
-Nothing is read or downloaded: random weights of the real sizes, pictures made on the spot.
+Nothing is downloaded: weights are random and of the real sizes, images are drawn on the spot.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ DEMO_TOWER = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "num_hidden
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was measured: rates per second, and in words what limits training."""
+class Measured:
+    """Rates per second, and a sentence on what limits training."""
 
     preset: str
     device: str
@@ -59,55 +59,66 @@ class Found:
     clip_pictures: float
     decoded_pictures: float  # JPEGs of 448×336, by one process
     data_workers: int
-    samples_first_epoch: float  # of pretraining, every picture looked at
-    samples_later: float  # features remembered
+    samples_first_epoch: float  # of pretraining, every image encoded
+    samples_later: float  # with cached features
     matmul_share: float  # of the rate above that the operations of training reach, in later epochs
-    first_token_seconds: float  # a question about a picture, which is looked at
+    first_token_seconds: float  # a question about a new image
     tokens: float  # of one answer
     limit: str
 
 
-def bench(preset: str, device_name: str, tell: Callable[[str], None]) -> Found:
-    """Measure all; `tell` hears what is being measured. Raises UsageError for an unknown preset or device."""
+def bench(preset: str, device_name: str, report: Callable[[str], None]) -> Measured:
+    """Measure everything and `report` each stage. Raises UsageError for an unknown preset or device."""
     check_preset(preset)
     device = pick_device(device_name)
     torch.manual_seed(0)
     model = _make_model(preset).to(device)
     assert model.vision_encoder is not None
-    eye, recipe = FeatureEncoder(model.vision_encoder, device, "auto"), pretrain(PRESETS[preset])
-    tell("multiplying matrices")
-    rate = matmul_rate(device, torch.bfloat16 if eye.kind == "bfloat16" else torch.float32)
-    tell("looking at pictures")
-    pictures = torch.randint(0, 256, (eye.group, 3, *[model.spec.image_size] * 2), dtype=torch.uint8).to(device)
-    looking = _seconds(device, lambda: eye.look(pictures)) / len(pictures)
-    tell("decoding pictures")
-    decoding = _decode(model.spec.image_size)
-    tell("training")
-    learning, needed = _learn(model, recipe.freeze, 4 if device.type == "cpu" else recipe.data.batch_size)
-    tell("answering")
+    encoder, recipe = FeatureEncoder(model.vision_encoder, device, "auto"), pretrain(PRESETS[preset])
+    report("multiplying matrices")
+    operations_per_second = matmul_rate(device, torch.bfloat16 if encoder.kind == "bfloat16" else torch.float32)
+    report("encoding images")
+    images = torch.randint(0, 256, (encoder.group, 3, *[model.spec.image_size] * 2), dtype=torch.uint8).to(device)
+    encode_seconds = _seconds(device, lambda: encoder.look(images)) / len(images)
+    report("decoding pictures")
+    decode_seconds = _decode(model.spec.image_size)
+    report("training")
+    step_seconds, step_operations = _learn(model, recipe.freeze, 4 if device.type == "cpu" else recipe.data.batch_size)
+    report("answering")
     first, each = _answer(model)
     workers = recipe.data.workers
-    return Found(
-        preset, str(device), torch.get_num_threads(), eye.kind, rate / 1e9, 1 / looking, 1 / decoding, workers,
-        1 / (learning + looking), 1 / learning, needed / learning / rate, first, 1 / each,
-        _limit(looking, learning, decoding / workers),
-    )  # fmt: skip
+    return Measured(
+        preset=preset,
+        device=str(device),
+        threads=torch.get_num_threads(),
+        dtype=encoder.kind,
+        matmul_gflops=operations_per_second / 1e9,
+        clip_pictures=1 / encode_seconds,
+        decoded_pictures=1 / decode_seconds,
+        data_workers=workers,
+        samples_first_epoch=1 / (step_seconds + encode_seconds),
+        samples_later=1 / step_seconds,
+        matmul_share=step_operations / step_seconds / operations_per_second,
+        first_token_seconds=first,
+        tokens=1 / each,
+        limit=_limit(encode_seconds, step_seconds, decode_seconds / workers),
+    )
 
 
-def _limit(looking: float, learning: float, data: float) -> str:
-    """What most of a sample's time goes to, all in seconds per sample."""
-    if data > looking + learning:
+def _limit(encoding: float, training: float, loading: float) -> str:
+    """Describe what takes most of a sample's time; the arguments are seconds per sample."""
+    if loading > encoding + training:
         return (
-            f"decoding: workers need {data * 1e3:.1f} ms for a picture, training {(looking + learning) * 1e3:.1f} — "
-            "more --workers, or smaller pictures; in later epochs features are remembered and nothing is decoded"
+            f"decoding: workers take {loading * 1e3:.1f} ms an image, training {(encoding + training) * 1e3:.1f} ms — "
+            "use more --workers or smaller images; later epochs read cached features and decode nothing"
         )
-    share = looking / (looking + learning)
+    share = encoding / (encoding + training)
     if share > 0.5:
         return (
-            f"looking at pictures: {share:.0%} of the first epoch's time; "
-            f"with features remembered a later one takes {1 - share:.0%} of it"
+            f"encoding images: {share:.0%} of the first epoch's time; "
+            f"with cached features a later epoch takes {1 - share:.0%} of it"
         )
-    return f"the language model: {1 - share:.0%} of the first epoch's time; looking at pictures takes {share:.0%}"
+    return f"the language model: {1 - share:.0%} of the first epoch's time; encoding images takes {share:.0%}"
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -139,14 +150,14 @@ def _decode(size: int) -> float:
 
 
 def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
-    """Seconds and operations per sample of a pretraining update whose features are known, done as a run does it."""
+    """Seconds and operations per sample of a pretraining step with cached features, as a run computes it."""
     model.train()
     trained = freeze(model, policy)
     optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=has_fused_adamw(model.device))
     batches = [_rows(model, rows, QUESTION + more) for more in (SPREAD if model.device.type == "cuda" else (0,))]
     order = cycle(batches)
 
-    def update() -> float:
+    def step() -> float:
         batch, features = next(order)
         with autocast(model.device, "auto"):
             out = model(batch.input_ids, image_features=features, image_mask=batch.image_mask, labels=batch.labels)
@@ -156,32 +167,32 @@ def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
         optimiser.zero_grad(set_to_none=True)
         return read
 
-    seconds = _seconds(model.device, update, times=max(3, 4 * len(batches)), warm=len(batches)) / rows
+    seconds = _seconds(model.device, step, times=max(3, 4 * len(batches)), warm=len(batches)) / rows
     return seconds, operations(model, batches[0][0].input_ids.shape[1], ANSWER)
 
 
 def operations(model: VLM, length: float, answer: float) -> float:
-    """What must be computed of a row of so many tokens and one picture whose features are known.
+    """Operations for a row of `length` tokens and one image with cached features, `answer` tokens supervised.
 
     Two operations per weight and token forward, two for its input's gradient, two more for a weight that learns. Of
     experts those are counted that a token meets, of the last layer what an answer's tokens or their attention need;
     attention's own products are left out.
     """
-    config, found = model.config, 0.0
+    config, total = model.config, 0.0
     last = f"layers.{config.num_hidden_layers - 1}."
     for name, weight in model.model.named_parameters():
         if weight.ndim != 2 or "embed_tokens" in name:
             continue
         met = config.num_experts_per_tok / config.n_routed_experts if ".experts." in name else 1.0
         tokens = answer if name.startswith(last) and ".k_proj" not in name and ".v_proj" not in name else length
-        found += met * weight.numel() * tokens * (6 if weight.requires_grad else 4)
+        total += met * weight.numel() * tokens * (6 if weight.requires_grad else 4)
     head = model.lm_head.weight
-    found += head.numel() * answer * (6 if head.requires_grad else 4)
-    return found + 4 * model.spec.width * model.config.hidden_size * model.spec.tokens_per_image  # the projector
+    total += head.numel() * answer * (6 if head.requires_grad else 4)
+    return total + 4 * model.spec.width * model.config.hidden_size * model.spec.tokens_per_image  # the projector
 
 
 def _rows(model: VLM, rows: int, question: int = QUESTION) -> tuple[Batch, Tensor]:
-    """Caption rows of random ids behind a picture each, and random features of the pictures."""
+    """Caption rows of random ids with an image each, and random features of the images."""
     spec = model.spec
     length = spec.tokens_per_image + question + ANSWER
     input_ids = torch.randint(0, model.config.vocab_size, (rows, length))
@@ -194,7 +205,7 @@ def _rows(model: VLM, rows: int, question: int = QUESTION) -> tuple[Batch, Tenso
 
 
 def _answer(model: VLM) -> tuple[float, float]:
-    """Seconds to the first token about a picture never seen, and for each of the others."""
+    """Seconds to the first token about a new image, and for each further token."""
     model.eval()
     batch, _ = _rows(model, 1)
     size = model.spec.image_size
@@ -217,9 +228,9 @@ def _answer(model: VLM) -> tuple[float, float]:
 
 
 def _seconds(device: torch.device, work: Callable[[], object], times: int = 3, warm: int = 1) -> float:
-    """The median of several, the first ones left out: they pay for what is only made once.
+    """Return the median of several calls after warm-up calls.
 
-    On a GPU it is the mean, of calls that are queued behind each other as a run queues them.
+    On a GPU it is the mean of calls that are queued behind each other, as in a run.
     """
     for _ in range(warm):
         work()
@@ -230,10 +241,10 @@ def _seconds(device: torch.device, work: Callable[[], object], times: int = 3, w
             work()
         wait_for(device)
         return (time.perf_counter() - begun) / times
-    found = []
+    seconds = []
     for _ in range(times):
         begun = time.perf_counter()
         work()
         wait_for(device)
-        found.append(time.perf_counter() - begun)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)

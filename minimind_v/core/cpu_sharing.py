@@ -1,4 +1,4 @@
-"""Computing beside other processes: what waits for a core must not keep one busy.
+"""Share the CPU with other processes: a thread that waits for a core must not keep one busy.
 
 torch's CPU threads meet at the end of every operator. Under GNU's OpenMP the first ones spin until the last one comes,
 which is the fastest way while every thread has a core of its own. Beside another busy process one of them has none: the
@@ -20,18 +20,18 @@ from pathlib import Path
 
 import torch
 
-INTERVAL = 0.25  # seconds between two looks at who uses the cores
+INTERVAL = 0.25  # seconds between two samples of how busy the cores are
 CROWDED = 0.3  # of a core, used by others beyond those that our threads leave free
-BUSY = 2  # looks in a row with others before threads hardly spin: a short burst of somebody's is not worth it
-QUIET = 4  # looks in a row without others before they spin again
+BUSY = 2  # busy samples in a row before threads hardly spin: a short burst of another process is not worth it
+QUIET = 4  # quiet samples in a row before they spin again
 
 _started = threading.Lock()
 
 
 def share_cpu() -> None:
-    """Watch from now on, for as long as the process lives, whether others need its cores. Does nothing the second time.
+    """Start to watch whether other processes need the cores of this one, until it ends; a second call does nothing.
 
-    Nor where OpenMP is not GNU's, or the system does not tell who uses its cores.
+    Does nothing where OpenMP is not GNU's, or where the system does not report who uses its cores.
     """
     if not _started.acquire(blocking=False):
         return
@@ -47,7 +47,7 @@ def _is_gnu() -> bool:
 
 
 class CpuUse:
-    """How busy others keep the cores that this process may use. Reads what Linux counts, in ticks of 10 ms."""
+    """How busy other processes keep the cores that this process may use, from Linux's counters (ticks of 10 ms)."""
 
     def __init__(self, root: Path = Path("/proc")) -> None:
         self.root = root
@@ -116,27 +116,27 @@ class SecondTeam:
 
 
 def _watch() -> None:
-    use, team, alike = CpuUse(), SecondTeam(), 0  # looks in a row that say the same, below 0 where nobody is there
+    use, team, alike = CpuUse(), SecondTeam(), 0  # equal samples in a row, below 0 where the cores are free
     use.sample()
     while True:
         time.sleep(INTERVAL)
-        others = use.sample()
-        if others is None:
+        other_use = use.sample()
+        if other_use is None:
             team.leave()
             return
-        alike = max(alike, 0) + 1 if crowded(others) else min(alike, 0) - 1
+        alike = max(alike, 0) + 1 if crowded(other_use) else min(alike, 0) - 1
         if alike >= BUSY:
             team.hold()
         elif alike <= -QUIET:
             team.leave()
 
 
-def crowded(others: float) -> bool:
-    """Whether our threads and what others use are more than the cores."""
+def crowded(other_use: float) -> bool:
+    """Return whether the threads of this process and the use by others exceed the cores."""
     threads = torch.get_num_threads()
-    return threads > 1 and others > CROWDED and threads + others > len(our_cores()) + CROWDED / 2
+    return threads > 1 and other_use > CROWDED and threads + other_use > len(our_cores()) + CROWDED / 2
 
 
 def our_cores() -> set[int]:
-    """The numbers of the cores that this process may use."""
+    """Return the numbers of the cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

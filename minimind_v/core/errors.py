@@ -1,15 +1,15 @@
-"""Every error that a user can cause.
+"""The errors that a user can cause, as one tree.
 
 MmvError                  one line: what is wrong, where, and what to do next   (exit code 1)
 ├── UsageError            a wrong option, key or value                          (exit code 2)
-├── MissingInput          a stage lacks a file that an earlier command makes
-├── DataError             a row, a picture or a data file is broken
+├── MissingInput          a file is missing that an earlier command makes
+├── DataError             a row, an image or a data file is broken
 │   └── RowError          one broken row: it is skipped and counted
 ├── WeightsError          a weights file is damaged, foreign or of another size
 └── RunError              a run cannot go on (no finite loss, no room to save)
-    └── LostContact       another process of the run has ended; what ended it is told there
+    └── LostContact       another process of the run has ended; its own error says why
 
-The command line turns each into one red line; anything else that escapes is a defect of ours.
+The command line prints each as one red line; any other exception that reaches the user is a defect of mmv.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME, MESSAGE = 300, 4000  # characters of a name, and of a whole message, beyon
 
 
 class MmvError(Exception):
-    """Base of all errors that a user can cause; its text is the whole message, one line that can be read."""
+    """Base of all errors that a user can cause; its text is the whole message, on one readable line."""
 
     exit_code = 1
 
@@ -38,7 +38,7 @@ class UsageError(MmvError):
 
 
 class MissingInput(MmvError):
-    """A stage lacks its input, or several; each message names the command that makes it."""
+    """One or several inputs are missing; each message names the command that makes the input."""
 
     def __init__(self, *missing: str) -> None:
         several = f"{len(missing)} things are missing: " if len(missing) > 1 else ""
@@ -62,7 +62,7 @@ class RowError(DataError):
 
     def __reduce__(
         self,
-    ) -> tuple[type[RowError], tuple[str, str]]:  # keeps `kind` when a data worker sends the error home
+    ) -> tuple[type[RowError], tuple[str, str]]:  # keeps `kind` when a data worker sends the error
         return type(self), (self.args[0], self.kind)
 
 
@@ -79,7 +79,7 @@ class LostContact(RunError):
 
 
 def shorten(text: str, longest: int = NAME) -> str:
-    """The beginning and the end of a text that is longer than so many characters, and its length."""
+    """Return a text of at most `longest` characters: its beginning, its end, and how long it was."""
     if len(text) <= longest:
         return text
     note = f" ({len(text):,} characters)"
@@ -88,7 +88,7 @@ def shorten(text: str, longest: int = NAME) -> str:
 
 
 def readable(message: str) -> str:
-    """A message on one line. What is no word in it, as a picture in base64, and what is too much of it, are cut."""
+    """Return a message on one line; very long words (an image in base64) and very long messages are cut."""
     message = re.sub(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*", " ", message.strip("\r\n"))
     message = re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", message)
     long_word = rf"\S{{{NAME},}}[^\s:;,.)\]'\"]"  # without the marks behind it
@@ -96,7 +96,7 @@ def readable(message: str) -> str:
 
 
 def open_all(*openers: Callable[[], Any]) -> list[Any]:
-    """What each opener returns. Raises one MissingInput that names everything that is missing, not the first thing."""
+    """Call all openers and return their results. Raises one MissingInput that names all that is missing."""
     opened: list[Any] = []
     missing: dict[str, None] = {}
     for opener in openers:
@@ -110,17 +110,17 @@ def open_all(*openers: Callable[[], Any]) -> list[Any]:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the choice that looks most like `word`, or an empty string."""
+    """Return ` (did you mean 'x'?)` with the choice most similar to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def unusable(text: str) -> str:
-    """Why a text can be no name or path of this system; empty where it can."""
+    """Return why a text cannot be a file name on this system, or an empty string where it can."""
     if "\0" in text:
-        return "holds a NUL character, which no name has"
+        return "contains a NUL character, which no file name can have"
     try:
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        return "holds half of a character (a lone surrogate)"
+        return "contains half of a character (a lone surrogate)"
     return ""

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written beside, synced, then renamed.
+"""Write files that are complete or absent: write a temporary file beside the target, sync it, rename it.
 
-What is being written is called `.NAME.xxxxxxxx.tmp` and locked as long as a process writes it. A process that is killed
-leaves it behind, unlocked: `sweep` removes that. What only one process at a time may write has a `Lock`.
+The temporary file is called `.NAME.xxxxxxxx.tmp` and is locked while a process writes it. A killed process leaves its
+file without a lock, and `sweep` removes such files. A file that only one process at a time may write has a `Lock`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MOST_JSON = 16 << 20  # bytes of a JSON that comes with weights
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Give `write` a file that becomes `path` only when it is complete. What stood there before stays till then.
+    """Call `write` with a file that becomes `path` when it is complete; an older file stays until then.
 
-    A device or a pipe is written into: nobody who names one wants it replaced by a file.
-    Raises RunError where the disk is full or the folder cannot be written.
+    A device or a pipe is written directly, never replaced by a file.
+    Raises RunError where the disk is full or the folder is read-only.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         _write_into(path, write)
@@ -51,7 +51,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.replace(name, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        kept = "; what stood there before is still there" if path.exists() else ""
+        kept = "; the older file is unchanged" if path.exists() else ""
         raise RunError(f"{path}: not saved ({_reason(error)}){kept}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -59,7 +59,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _temporary(path: Path) -> tuple[int, str]:
-    """A new file beside `path` that is locked: its handle and its name."""
+    """Create a locked file beside `path`; return its handle and its name."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         _lock(handle)
@@ -70,42 +70,42 @@ def _temporary(path: Path) -> tuple[int, str]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object that came with weights; None where there is no file. Raises WeightsError for anything else."""
+    """Return a JSON object that belongs to weights; None without the file. Raises WeightsError for anything else."""
     if not path.is_file():
         return None
     try:
         if (size := path.stat().st_size) > MOST_JSON:
             raise ValueError(f"it has {size:,} bytes, the most is {MOST_JSON:,}")
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not even text, or lists in lists in lists
         raise WeightsError(f"{path}: not JSON ({error}) — download the file again") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise WeightsError(f"{path}: not a JSON object — download the file again")
-    return found
+    return value
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """A JSON object that `mmv` noted; an empty one where it is absent or has become something else."""
+    """Return a JSON object that `mmv` wrote earlier; an empty one where it is missing or damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def object_in(notes: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The object under a key of JSON that anybody may have changed; an empty one for anything else."""
+    """Return the object under a key of JSON from an untrusted file; an empty one for anything else."""
     value = notes.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    return sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())
+    """Return the bytes of a file, or of all files below a folder."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def umask() -> int:
-    """The permissions that this process takes from what it makes."""
+    """Return the umask of this process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -122,12 +122,12 @@ def _write_into(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically. Of names that are no UTF-8 the odd bytes become escapes, as JSON has them."""
+    """Write a small text file atomically; bytes of names that are not UTF-8 become escapes."""
     write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def as_json(value: Any, encoding: str = "utf-8") -> str:
-    """JSON on one line, readable where it can be: what an encoding lacks can only be written as an escape."""
+    """Return JSON on one line; characters that the encoding lacks become escapes."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     try:
         text.encode(encoding)
@@ -138,7 +138,7 @@ def as_json(value: Any, encoding: str = "utf-8") -> str:
 
 @contextlib.contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """While this lasts no other process takes `path` for something that a dead one left."""
+    """Keep `path` locked, so that no other process sweeps it as a leftover."""
     handle = os.open(path, os.O_RDONLY)
     try:
         _lock(handle)
@@ -148,10 +148,10 @@ def in_use(path: Path) -> Iterator[None]:
 
 
 def sweep(path: Path, patience: float = 0.0) -> bool:
-    """Remove what processes that are dead have left of writing `path`; never what a living one uses.
+    """Remove leftovers of dead processes that were writing `path`, never a file of a living one.
 
-    Returns whether a living one writes it now. What was moved aside for a new `path` that never came is put back. A
-    process that was killed needs a moment before its locks are free: up to `patience` seconds.
+    Returns whether a living process writes `path` now. An older `path` that was moved aside is put back where the new
+    one never came. The locks of a killed process need up to `patience` seconds to be released.
     """
     ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
     end, in_use = time.monotonic() + patience, False
@@ -166,16 +166,16 @@ def sweep(path: Path, patience: float = 0.0) -> bool:
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """While this lasts no other process writes `path`; what dead ones have left of it is gone.
+    """Keep all other processes from writing `path`; leftovers of dead ones are removed.
 
-    Raises RunError where another is at it. What was asked of `path` before must be asked again.
+    Raises RunError where another process writes it. Checks of `path` that ran before must run again.
     """
     note = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         lock = Lock(path.with_name(f".{path.name}.lock"), note)
     except Held as other:
         raise RunError(
-            f"{path}: another run is writing it ({describe_holder(other.note)}) — wait for that, or name another place"
+            f"{path}: another run writes it ({describe_holder(other.note)}) — wait for its end, or name another path"
         ) from None
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -187,14 +187,14 @@ def only_writer(path: Path) -> Iterator[None]:
 
 
 def describe_holder(note: Mapping[str, Any]) -> str:
-    """The process that a lock's note tells of."""
+    """Describe the process that wrote a lock's note."""
     if "process" not in note:
-        return "it has not said which process it is"
+        return "its lock file does not name the process"
     return f"process {note['process']} on {note.get('host')}, since {note.get('since')}"
 
 
 def _remove_if_left(left: Path, path: Path) -> bool:
-    """Remove what a dead process has left, or put it back where `path` has gone; False where a living one uses it."""
+    """Remove a leftover, or put it back where `path` is gone; return False where a living process uses it."""
     with _left(left.with_suffix(".tmp")) as dead:
         if dead and left.suffix == ".old" and not path.exists():
             left.rename(path)
@@ -205,7 +205,7 @@ def _remove_if_left(left: Path, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _left(path: Path) -> Iterator[bool]:
-    """Whether nobody uses a file or folder, which may be gone already; nobody begins to while this lasts."""
+    """Whether no process uses a file or folder; it stays locked inside the block."""
     handle = None
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -232,7 +232,7 @@ def _lock(handle: int) -> None:
 
 
 class Held(Exception):
-    """Another process has the lock; `note` is what it wrote about itself, empty where that cannot be read."""
+    """Another process holds the lock; `note` is what that process wrote about itself, empty where unreadable."""
 
     def __init__(self, note: dict[str, Any]) -> None:
         super().__init__(note)
@@ -240,17 +240,17 @@ class Held(Exception):
 
 
 class Lock:
-    """A file that one process at a time holds.
+    """A lock file that one process at a time holds.
 
-    The operating system holds the lock, not the file: a process that is killed loses it, and what it leaves of the file
-    stops nobody. Forked children do not inherit it, so a data worker that outlives its parent does not keep it.
+    The operating system keeps the lock: a killed process loses it, and the file that is left blocks no one. Forked
+    children do not inherit it, so a data worker that outlives its parent does not keep it.
     """
 
     def __init__(self, path: Path, note: dict[str, Any], patience: float = 3.0) -> None:
-        """Take the lock and write `note` into the file, for others to read.
+        """Take the lock and write `note` into the file for other processes to read.
 
-        A process that was killed needs a moment to give its memory back before its locks, so another's lock is waited
-        for, up to `patience` seconds. Raises Held after that, and OSError where no file can be made.
+        The system frees the memory of a killed process before its locks, so this waits up to `patience` seconds.
+        Raises Held after that, and OSError where the file cannot be created.
         """
         self.path, self._process = path, os.getpid()
         self._new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
@@ -263,7 +263,7 @@ class Lock:
             os.pwrite(handle, as_json(note).encode(), 0)
 
     def release(self) -> None:
-        """Give the lock back, and leave no trace of it."""
+        """Release the lock and remove its file."""
         if os.getpid() != self._process or self._handle not in _HELD:
             return
         with contextlib.suppress(OSError):
@@ -295,7 +295,7 @@ class Lock:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path.parent))
 
     def _is_there(self, handle: int) -> bool:
-        """Whether the file still has its name: its holder removes it, and then the lock is worth nothing."""
+        """Whether the file still has its name: a lock on a removed file protects nothing."""
         try:
             return os.path.samestat(os.fstat(handle), self.path.stat())
         except FileNotFoundError:
@@ -306,7 +306,7 @@ _HELD: set[int] = set()  # handles of locks
 
 
 def _forget_locks() -> None:
-    """A forked child closes its copies, else the lock would last as long as the child."""
+    """Close the lock files in a forked child, else the lock would last as long as the child."""
     while _HELD:
         with contextlib.suppress(OSError):
             os.close(_HELD.pop())
@@ -317,7 +317,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _lock_alone(handle: int) -> bool | None:
-    """Whether this process got the lock; None where the system or the file system has none."""
+    """Return whether this process got the lock; None where the system or file system has no locks."""
     try:
         import fcntl
 
@@ -339,7 +339,7 @@ def _read_note(handle: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what libraries say of a full disk, each in its own way, into a RunError that names `folder`."""
+    """Turn the different errors of libraries on a full disk into one RunError that names `folder`."""
     from safetensors import SafetensorError
 
     try:

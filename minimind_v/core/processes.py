@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them, and whose end nobody waits for in vain."""
+"""Child processes: they end with their parent, and the parent never waits for one without a limit."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
-LOOK = 0.5  # seconds between two checks whether the parent is alive, where the system sends no signal
+CHECK_INTERVAL = 0.5  # seconds between two checks whether the parent is alive, where the system sends no signal
 KILLED = 2.0  # seconds that a killed process may take; one that waits for a dead network disk takes for ever
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The process that starts others: it sends them `Parent.here()`, and each calls `end_with_it()` first."""
+    """A process that starts others: it passes `Parent.here()` to them, and each calls `end_with_it()` first."""
 
     pid: int
     lasting: bool = True  # whether the thread that starts them is there as long as the process
 
     @classmethod
     def here(cls) -> Parent:
-        """Return the process that calls."""
+        """Return the calling process."""
         return cls(os.getpid(), threading.current_thread() is threading.main_thread())
 
     def end_with_it(self) -> None:
-        """End this process when its parent has ended, by whatever; at once where that has happened already."""
+        """End this process when its parent ends for any reason; at once where the parent has ended already."""
         signalled = self.lasting and _ask_for_signal()
         if os.getppid() != self.pid:  # it may have ended before the system was asked
             os._exit(1)
@@ -42,12 +42,12 @@ class Parent:
             threading.Thread(target=self._watch, name="parent", daemon=True).start()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """On arrival in a process that was spawned it takes effect: what is imported there next may take seconds."""
+        """Unpickling in a spawned process calls `end_with_it`: the imports that follow may take seconds."""
         return _arrived, (self.pid, self.lasting)
 
     def _watch(self) -> None:
         while os.getppid() == self.pid:
-            time.sleep(LOOK)
+            time.sleep(CHECK_INTERVAL)
         os._exit(1)
 
 
@@ -59,7 +59,7 @@ def _arrived(pid: int, lasting: bool) -> Parent:
 
 
 def _ask_for_signal() -> bool:
-    """Whether the system will kill this process when its parent ends."""
+    """Ask the system to kill this process when its parent ends; return whether it will."""
     if sys.platform != "linux":
         return False
     with contextlib.suppress(OSError, AttributeError):
@@ -69,7 +69,7 @@ def _ask_for_signal() -> bool:
 
 @contextlib.contextmanager
 def held_back(signals: Iterable[int]) -> Iterator[None]:
-    """Call the handlers of signals at the end only. They run in the main thread, whichever thread the system chose."""
+    """Delay the handlers of signals until the end of the block. They run in the main thread."""
     before: dict[int, Any] = {}
     held: list[int] = []
     try:
@@ -88,10 +88,10 @@ def held_back(signals: Iterable[int]) -> Iterator[None]:
 
 
 def end_processes(processes: Iterable[BaseProcess], grace: float = 0.0) -> list[BaseProcess]:
-    """Give processes so many seconds to end, and kill those that have not.
+    """Wait `grace` seconds for processes to end, then kill the rest.
 
-    Returns those that even that does not end, as the system waits for a disk in their name: nobody waits for them, not
-    even the interpreter at its end.
+    Returns those that even a kill does not end, because the system waits for a disk on their behalf. Nothing waits for
+    them any more, not even the interpreter at its exit.
     """
     _wait(alive := _alive(processes), grace)
     for process in (alive := _alive(alive)):

@@ -1,4 +1,4 @@
-"""Stopping politely: the first signal asks, the second insists."""
+"""Stop on a signal: after the first one a run ends cleanly, after the second one at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class _Stopped(BaseException):
-    """A wait was ended by a signal. Not an Exception: whoever reads data takes those for broken rows."""
+    """A signal ended a wait. It is no Exception, since code that reads rows counts those as broken rows."""
 
 
 class StopRequest:
@@ -48,15 +48,15 @@ class StopRequest:
             raise _Stopped
 
     def wait(self, get: Callable[[], T]) -> T | None:
-        """What `get` returns, which may take for ever; None where a signal asks to stop before that.
+        """Return what `get` returns; None where a signal asks to stop before that.
 
-        `get` is interrupted wherever it is, and must not be called again then.
+        The signal interrupts `get` at any point; `get` must not be called again afterwards.
         """
         try:
             self._waiting = self.signal is None
-            found = get() if self._waiting else None
+            value = get() if self._waiting else None
             self._waiting = False
-            return found
+            return value
         except _Stopped:
             return None
         finally:

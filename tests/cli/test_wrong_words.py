@@ -148,7 +148,7 @@ def test_what_no_file_can_be_called_ends_in_one_line(words, word):
     assert "\0" not in ended.err
     option = before.split()[-1].rstrip("=")
     assert ended.error.startswith(option if option.startswith("--") else "an argument")
-    assert "holds a NUL character" in ended.error or "holds half of a character" in ended.error
+    assert "contains a NUL character" in ended.error or "contains half of a character" in ended.error
 
 
 def test_control_characters_of_a_name_are_shown_as_what_they_are():

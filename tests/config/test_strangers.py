@@ -43,8 +43,8 @@ CASES = {
     "no clipping is not too large": ("grad_clip: 1e400", "grad_clip must be of type float"),
     "an int too large for a float": ("lr: 1" + "0" * 35, "--lr must lie between 0 and 1"),
     "NUL": ("out: a\0b", r":1: not YAML \(the character U\+0000"),
-    "an escaped NUL": ('lr: 1e-3\nout: "a\\0b"', r"out holds a NUL character"),
-    "half a character": ('data: {file: "\\ud800"}', "data.file holds half of a character"),
+    "an escaped NUL": ('lr: 1e-3\nout: "a\\0b"', r"out contains a NUL character"),
+    "half a character": ('data: {file: "\\ud800"}', "data.file contains half of a character"),
     "NUL in a key": ('"o\\0ut": 1', r"unknown configuration key o\\x00ut"),
     "an escape sequence": ('"\\e[2Jout": 1', r"unknown configuration key \\x1b\[2Jout"),
     "a tab": ("data:\n\tfile: x", ":2: not YAML .*spaces in place of the tab"),
@@ -113,7 +113,7 @@ def test_a_file_that_windows_has_saved_is_read(tmp_path, encoding):
 
 SETS = {
     "out=a\0b": "--set 'out=a.*the value is not YAML",
-    'out="a\\0b"': "out.*holds a NUL character",
+    'out="a\\0b"': "out.*contains a NUL character",
     "o\0ut=1": r"unknown configuration key o\\x00ut",
     "seed=2024-13-45": "seed must be of type int",
     "lr=&a [*a]": "lr must be of type float",

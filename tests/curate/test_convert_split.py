@@ -269,7 +269,7 @@ def test_a_second_run_into_the_same_file_is_refused_and_harms_nothing(source, tm
     told = []
 
     def meanwhile(done, total):
-        with pytest.raises(RunError, match="another run is writing it"):
+        with pytest.raises(RunError, match="another run writes it"):
             convert(source, out)
         told.append(done)
 

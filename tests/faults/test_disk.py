@@ -61,7 +61,7 @@ def test_an_exception_in_the_middle_leaves_the_old_file(old, error):
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(old, no_room):
-    with pytest.raises(RunError, match=r"weights\.bin: not saved \(File too large\); what stood there before is still"):
+    with pytest.raises(RunError, match=r"weights\.bin: not saved \(File too large\); the older file is unchanged"):
         write_atomically(old, lambda file: file.write(bytes(2 * LIMIT)))
     assert untouched(old)
 

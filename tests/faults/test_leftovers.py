@@ -173,7 +173,7 @@ def test_of_two_conversions_of_one_target_one_is_refused(rows, tmp_path):
         with only_writer(out):
             ended = here(*words, out)
         assert ended.code == 1, ended.err
-        assert f"{out}: another run is writing it (process {os.getpid()} on " in ended.error
+        assert f"{out}: another run writes it (process {os.getpid()} on " in ended.error
         assert not out.exists()
         assert here(*words, out).code == 0
         again = here(*words, out)
@@ -187,7 +187,7 @@ def test_of_two_conversions_to_one_folder_one_is_refused(tmp_path, monkeypatch):
     real = folders._describe
 
     def meanwhile(*words):
-        with pytest.raises(RunError, match="another run is writing it"):
+        with pytest.raises(RunError, match="another run writes it"):
             export(order(), "hf", out, check=False)
         told.append(os.listdir(tmp_path))
         return real(*words)
@@ -234,7 +234,7 @@ def test_of_two_demos_in_one_folder_one_is_refused(tmp_path):
     with only_writer(out / ".mmv-demo"):
         ended = here("demo", "--out", out, "--short")
     assert ended.code == 1
-    assert "another run is writing it" in ended.error
+    assert "another run writes it" in ended.error
     assert not out.exists()
 
 

@@ -56,9 +56,9 @@ def write_sft(folder: Path, rng: random.Random, rows: int) -> tuple[DemoSet, set
 
 
 def write_test(
-    folder: Path, name: str, rng: random.Random, rows: int, seen: set[Scene], held_out_pairs: bool
+    folder: Path, name: str, rng: random.Random, rows: int, known_scenes: set[Scene], held_out_pairs: bool
 ) -> tuple[DemoSet, list[Test]]:
-    """One question per row, so that no earlier turn gives an answer away, about scenes that are not in `seen`.
+    """One question per row, so that no earlier turn gives an answer away, about scenes that are not in `known_scenes`.
 
     With `held_out_pairs` every scene has an object of a shape-colour pair that no training knew, and is asked about it.
     """
@@ -66,7 +66,7 @@ def write_test(
     entries: list[tuple[Scene, list[tuple[str, str]]]] = []
     while len(entries) < rows:
         scene = world.make_scene(rng, held_out=held_out_pairs)
-        if scene in seen:
+        if scene in known_scenes:
             continue
         about = next((thing for thing in scene if thing.held_out), None)
         question = _pick(list(world.questions(scene, rng, about)), rng)
@@ -78,15 +78,15 @@ def write_test(
     return written, tests
 
 
-def write_pictures(folder: Path, rng: random.Random, seen: set[Scene]) -> list[tuple[Path, Question]]:
-    """A dozen pictures as files, of scenes that are not in `seen`, each with a question in English that fits it.
+def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -> list[tuple[Path, Question]]:
+    """Write a dozen image files of scenes that are not in `known_scenes`, each with a fitting question in English.
 
     Of each shape there are two, to be asked for its colour: `star.jpg`, and `red_star.jpg` with the pair that no
     training knew. Of two and of three objects there is one each, to be counted.
     """
 
     def scene(suits: Callable[[Scene], object], held_out: bool) -> Scene:
-        while (scene := world.make_scene(rng, held_out)) in seen or not suits(scene):
+        while (scene := world.make_scene(rng, held_out)) in known_scenes or not suits(scene):
             pass
         return scene
 

@@ -48,14 +48,14 @@ WORDS = [word for words in ATTRIBUTES for word in words]  # what a patch can be 
 
 def make_tokenizer(out: Path) -> None:
     """A byte-level BPE whose merges are learnt inside single words, so that no token spans a shape and a colour."""
-    words: set[str] = set()
+    vocabulary: set[str] = set()
     rng = random.Random(0)
     for _ in range(2000):
         scene = world.make_scene(rng)
         texts = [SYSTEM_PROMPT, "system user assistant", world.caption(scene, "en")]
         texts += [question.text + " " + question.answer for question in world.questions(scene, rng)]
         texts += world.CAPTION_PROMPTS["en"]
-        words.update(
+        vocabulary.update(
             f"{space}{word}" for text in texts for word in text.split() if word.isascii() for space in ("", " ")
         )
     chinese = [
@@ -89,7 +89,7 @@ def make_tokenizer(out: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sorted(words) + chinese * 2, trainer)
+    tokenizer.train_from_iterator(sorted(vocabulary) + chinese * 2, trainer)
 
     assert tokenizer.get_vocab_size() == PRESETS["demo"].vocab_size, tokenizer.get_vocab_size()
     tokenizer.save(str(out / "tokenizer.json"))
@@ -130,20 +130,20 @@ def captioned_picture(rng: random.Random, held_out: bool = False) -> tuple[Tenso
         figure.paint(ImageDraw.Draw(mask), 255)
         covers.append(np.asarray(mask.resize((patches, patches), Image.Resampling.BOX)).reshape(-1) / 255)
     cover = np.stack(covers)  # [objects, P]
-    words = np.zeros((patches * patches, len(WORDS)), dtype=np.float32)
+    labels = np.zeros((patches * patches, len(WORDS)), dtype=np.float32)
     for patch, (which, share) in enumerate(zip(cover.argmax(0), cover.max(0), strict=True)):
         if share > 0.15:
             thing, named = figures[which].thing, figures[which].named
             said = (thing.size, thing.shape, thing.place, *([thing.colour] if named else []))
-            words[patch, [WORDS.index(word) for word in said]] = 1
-    return torch.from_numpy(pixels), torch.from_numpy(words)
+            labels[patch, [WORDS.index(word) for word in said]] = 1
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def batches(rng: random.Random, count: int, size: int, held_out: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """`count` fresh batches of pictures [B, 3, S, S] and words [B, P, words]."""
     for _ in range(count):
-        pixels, words = zip(*(captioned_picture(rng, held_out) for _ in range(size)), strict=True)
-        yield torch.stack(pixels), torch.stack(words)
+        pixels, labels = zip(*(captioned_picture(rng, held_out) for _ in range(size)), strict=True)
+        yield torch.stack(pixels), torch.stack(labels)
 
 
 def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
@@ -163,10 +163,10 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=0.1)
     started = time.time()
-    for step, (pixels, words) in enumerate(batches(rng, steps, 64), 1):
-        read = reader(_see(encoder, pixels))  # [B, P, words]
-        named = words.any(dim=-1, keepdim=True)  # patches of objects are rare: weigh them up
-        loss = ((read - words).square() * torch.where(named, 4.0, 1.0)).mean()
+    for step, (pixels, labels) in enumerate(batches(rng, steps, 64), 1):
+        read = reader(_encode(encoder, pixels))  # [B, P, words]
+        named = labels.any(dim=-1, keepdim=True)  # patches of objects are rare: weigh them up
+        loss = ((read - labels).square() * torch.where(named, 4.0, 1.0)).mean()
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -184,7 +184,7 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
     return figures
 
 
-def _see(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
+def _encode(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
     """Features with a graph: what VisionEncoder does without one."""
     return encoder.tower(pixel_values=(pixels.float() / 255 - encoder.mean) / encoder.std).last_hidden_state[:, 1:]
 
@@ -197,13 +197,13 @@ def _score_tower(encoder: VisionEncoder, reader: nn.Linear, rng: random.Random) 
     figures: dict[str, float] = {}
     for held_out, suffix in ((False, ""), (True, "_of_held_out_pairs")):
         right, total = torch.zeros(len(names)), torch.zeros(len(names))
-        for pixels, words in batches(rng, 10, 64, held_out):
-            chosen = sum(words[..., s] * words[..., c] for s, c in pairs) > 0 if held_out else words.any(dim=-1)
-            read, truth = reader(_see(encoder, pixels))[chosen], words[chosen]
+        for pixels, labels in batches(rng, 10, 64, held_out):
+            chosen = sum(labels[..., s] * labels[..., c] for s, c in pairs) > 0 if held_out else labels.any(dim=-1)
+            read, truth = reader(_encode(encoder, pixels))[chosen], labels[chosen]
             for n, (guess, target) in enumerate(zip(read.split(groups, -1), truth.split(groups, -1), strict=True)):
-                told = target.any(dim=-1)  # a colour without a name is not asked for
-                right[n] += ((guess.argmax(-1) == target.argmax(-1)) & told).sum()
-                total[n] += told.sum()
+                named = target.any(dim=-1)  # a colour without a name is not asked for
+                right[n] += ((guess.argmax(-1) == target.argmax(-1)) & named).sum()
+                total[n] += named.sum()
         shares = (right / total).tolist()
         figures |= {f"patch_{name}{suffix}": round(share, 4) for name, share in zip(names, shares, strict=True)}
     return figures
@@ -252,12 +252,16 @@ class ChordBook:
         side = int(self.positions**0.5)
         language = rng.choice((*world.LANGUAGES, "both"))
         for figure in world.pose(scene, rng):
-            words = [
+            phrase_words = [
                 word
                 for lang in (world.LANGUAGES if language == "both" else (language,))
                 for word in figure.thing.words(lang)
             ]
-            ids = [id_ for word in words for id_ in self.tokenizer.encode(f" {word}" if word.isascii() else word).ids]
+            ids = [
+                id_
+                for word in phrase_words
+                for id_ in self.tokenizer.encode(f" {word}" if word.isascii() else word).ids
+            ]
             xs, ys = zip(*figure.outline, strict=True)
             scale = side / world.CANVAS
             for row in range(int(min(ys) * scale), min(side - 1, int(max(ys) * scale)) + 1):
@@ -352,8 +356,8 @@ class Reader:
         x, labels, _ = self.batch(rng, rows, written_rows=rng.random() < 0.4)
         read = supervised(labels)
         hidden, _ = self.model.model(x, read=read)
-        loss_sum, hits = supervised_loss(hidden, labels.flatten()[read + 1], self.model.lm_head.weight)
-        return loss_sum / len(hits)
+        loss_sum, correct = supervised_loss(hidden, labels.flatten()[read + 1], self.model.lm_head.weight)
+        return loss_sum / len(correct)
 
     @torch.no_grad()
     def score(self, rng: random.Random) -> dict[str, float]:

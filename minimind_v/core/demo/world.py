@@ -144,9 +144,9 @@ def questions(scene: Scene, rng: random.Random, about: Thing | None = None) -> I
     if about is None:
         kinds.append(("count", None))
     rng.shuffle(kinds)
-    for kind, one in kinds:
+    for kind, subject in kinds:
         language = rng.choice(LANGUAGES)
-        yield _exists(scene, one, language, rng) if kind == "exists" else ask(kind, scene, one, language)
+        yield _exists(scene, subject, language, rng) if kind == "exists" else ask(kind, scene, subject, language)
 
 
 def ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Question:

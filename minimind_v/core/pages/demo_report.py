@@ -61,8 +61,8 @@ def write_report(
     )
     half = len(samples) // 2
     sheets = "".join(
-        f"<h3>{title}</h3><div class='sheet'>{''.join(map(_card, part))}</div>"
-        for title, part in (("Scenes never seen", samples[:half]), ("Pairs never seen", samples[half:]))
+        f"<h3>{title}</h3><div class='sheet'>{''.join(map(_card, group))}</div>"
+        for title, group in (("Scenes never seen", samples[:half]), ("Pairs never seen", samples[half:]))
     )
     kinds = "".join(
         f"<tr><td>{escape(kind)}</td><td>{value:.0%}</td><td>{_percent(summary['by_kind_pairs'].get(kind))}</td></tr>"

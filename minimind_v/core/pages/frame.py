@@ -71,9 +71,9 @@ def page(title: str, body: str, style: str = "") -> str:
     )
 
 
-def figures(told: Mapping[str, str]) -> str:
+def figures(numbers: Mapping[str, str]) -> str:
     """Boxes with a number each, large, and what it is the number of. Numbers are HTML already."""
-    boxes = (f'<div class="figure"><b>{number}</b>{escape(of)}</div>' for of, number in told.items())
+    boxes = (f'<div class="figure"><b>{number}</b>{escape(of)}</div>' for of, number in numbers.items())
     return f'<div class="figures">{"".join(boxes)}</div>'
 
 
