@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from minimind_v.core.device import has_bf16
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.fast_decoder import FastDecoder
-from minimind_v.core.model.decoder import KVCache
 from minimind_v.core.model.kernels.cpu_linear import state_of
+from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.vlm import VLM
 
 PICTURES = 16  # that are remembered; 0.6 MB each of ViT-B/16
