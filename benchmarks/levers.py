@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.material import ANSWER_TOKENS, CAPTION_TOKENS, QUESTION_TOKENS, TURNS, make_model
+from benchmarks.material import ANSWER_TOKENS, CAPTION_TOKENS, QUESTION_TOKENS, make_model
 from benchmarks.pages import PAGE, write_block
 from minimind_v.core.bench import BASE_TOWER
 from minimind_v.core.config.presets import PRESETS
@@ -104,9 +104,9 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 def make_rows(stage: str, count: int) -> Batch:
     """Rows of random ids with one image each, of the lengths that `material` writes."""
     rng, ends, spans = random.Random(0), [], []
-    for _ in range(count):
+    for number in range(count):
         end, answers = BEFORE + PATCHES, []
-        for _ in range(rng.randint(*TURNS) if stage == "fine-tuning" else 1):
+        for _ in range(2 + number % 2 if stage == "fine-tuning" else 1):  # rows of like length stand together
             begin = end + BETWEEN + rng.randint(*QUESTION_TOKENS)
             end = begin + 2 + rng.randint(*(ANSWER_TOKENS if stage == "fine-tuning" else CAPTION_TOKENS))
             answers.append(slice(begin, end))

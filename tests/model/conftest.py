@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.model.kernels.accelerate import accelerate
@@ -56,14 +57,17 @@ def make_vlm(request):
 
 
 def tiny_encoder(seed: int) -> VisionEncoder:
-    config = ClipConfig(
-        image_size=SPEC.image_size,
-        patch_size=SPEC.patch_size,
-        hidden_size=SPEC.width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    tower = ClipVision(config)
-    spread(tower, seed)
+    """A vision encoder with the random weights that transformers draws."""
+    torch.manual_seed(seed)
+    sizes = {
+        "image_size": SPEC.image_size,
+        "patch_size": SPEC.patch_size,
+        "hidden_size": SPEC.width,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    drawn = CLIPVisionModel(CLIPVisionConfig(**sizes, initializer_factor=20.0))  # else images hardly differ
+    tower = ClipVision(ClipConfig(**sizes))
+    tower.load_state_dict(drawn.state_dict())
     return VisionEncoder(tower, SPEC)
