@@ -32,6 +32,7 @@ from minimind_v.core.config.recipes import sft
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.files import write_text
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
@@ -84,7 +85,8 @@ class Learner(Run):
         torch.manual_seed(0)
         self.config = replace(sft(PRESETS[preset]), dtype="float32")
         self.world, self.device, self.memory = ALONE, torch.device("cpu"), FeatureCache()
-        self.model = self.shared = VLM(self.config.model, VIT_B_16, placeholder_id=34).train()
+        model = VLM(self.config.model, VIT_B_16, placeholder_id=34).train()
+        self.model = self.shared = accelerate(model, torch.device("cpu"))
         self.trained = freeze(self.model, self.config.freeze)
         self.optimiser = torch.optim.AdamW(self.trained, lr=self.config.lr, fused=True)
         self.total, self.plan = 2, SimpleNamespace(steps_per_epoch=2)

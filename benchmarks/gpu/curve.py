@@ -21,6 +21,7 @@ from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schedule import learning_rate
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, pick_device
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
@@ -60,7 +61,7 @@ def start(tiny: bool) -> subprocess.Popen[str]:
 
 def losses(device: torch.device, dtype: str, tiny: bool) -> tuple[list[float], Tensor]:
     """The loss of each step, and the gradient of the first as one long vector."""
-    model = make_model(tiny).to(device).train()
+    model = accelerate(make_model(tiny).to(device).train(), device)
     trained = list(model.parameters())
     optimiser = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
     found, first = [], torch.empty(0)

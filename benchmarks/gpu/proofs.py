@@ -23,8 +23,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Found, Kernels, close
 from benchmarks.gpu.runs import Hearer, configure, make_run
-from minimind_v.core.model import moe
-from minimind_v.core.model.kernels.cpu_training import attend
+from minimind_v.core.model import ops
+from minimind_v.core.model.kernels import cuda_moe
+from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
 from minimind_v.core.train.batch_size import Trial, find_batch_size
@@ -134,9 +135,9 @@ def plans(card: Card, found: Found) -> None:
         }
     kernels = Kernels(card)
     q, k, v = tensors(300)
-    attend(q, k, v)
+    ops.attention(q, k, v, is_causal=True)
     kernels.start()
-    attend(q, k, v).sum().backward()
+    ops.attention(q, k, v, is_causal=True).sum().backward()
     kernels.stop()
     found["kernels_of_a_run"] = kernels.longest(4)
     if card.cuda:
@@ -292,8 +293,8 @@ def experts(card: Card, found: Found) -> None:
         given = x.clone().requires_grad_()
         caught: list[warnings.WarningMessage] = []
         lower = torch.autocast(card.device.type, torch.bfloat16, enabled=kind != "fp32")
-        forced = {} if kind == "grouped" else {"grouped": lambda *_: False}
-        with mock.patch.multiple(moe, **forced) if forced else mock.MagicMock(), lower, _warnings_into(caught):
+        accelerate(layer, card.device) if kind == "grouped" else plain(layer)
+        with lower, _warnings_into(caught):
             _watch_waits(card, "warn")
             out, aux = layer(given, None)
             loss = out.float().square().mean() + aux
@@ -320,5 +321,5 @@ def experts(card: Card, found: Found) -> None:
         found["checks"][f"{kind}: output within 2 %"] = close(out, truth) < 0.02
         found["checks"][f"{kind}: gradients within 5 %"] = worst < 0.05
         found["checks"][f"{kind}: an expert without tokens learns nothing"] = nothing
-    if card.cuda and moe.grouped(torch.zeros(8, 8, device=card.device, dtype=torch.bfloat16), 8):
+    if card.cuda and cuda_moe.is_grouped(torch.zeros(8, 8, device=card.device, dtype=torch.bfloat16), 8):
         found["checks"]["the grouped product waits for nothing"] = found["grouped"]["waits"] == 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Found, bf16
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import supervised, supervised_loss
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
@@ -62,7 +63,7 @@ def _prepare(card: Card, rows: int, length: int, answer: int) -> Batch:
 
 def _steps(card: Card, batches: list[Batch], policy: str, compiled: bool, graph: bool):
     """What does the next update, and what tells the last loss."""
-    model = curve.make_model(card.tiny).to(card.device).train()
+    model = accelerate(curve.make_model(card.tiny).to(card.device).train(), card.device)
     trained = freeze(model, policy)
     if compiled:  # block by block: all but the last are one piece of code
         for block in list(model.model.layers)[: 1 if card.tiny else None]:
@@ -94,7 +95,7 @@ def _loss(model: VLM, batch: Batch) -> Tensor:
     projected = model.vision_proj(features.to(x.dtype)).flatten(0, 1).to(x.dtype)  # [M·P, D]
     x = x.flatten(0, 1).index_copy(0, places, projected).view_as(x)
     hidden, aux = model.model(x, None, None, read)  # [S, D]
-    loss, _ = supervised_loss(hidden, following, model.lm_head.weight)
+    loss, _ = supervised_loss(model.lm_head(hidden), following)
     return loss / len(read) + aux
 
 

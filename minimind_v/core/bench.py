@@ -27,6 +27,7 @@ from minimind_v.core.device import autocast, has_fused_adamw, pick_device, wait_
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
@@ -72,7 +73,7 @@ def bench(preset: str, device_name: str, report: Callable[[str], None]) -> Measu
     check_preset(preset)
     device = pick_device(device_name)
     torch.manual_seed(0)
-    model = _make_model(preset).to(device)
+    model = accelerate(_make_model(preset).to(device), device)
     assert model.vision_encoder is not None
     encoder, recipe = FeatureEncoder(model.vision_encoder, device, "auto"), pretrain(PRESETS[preset])
     report("multiplying matrices")

@@ -16,6 +16,8 @@ from minimind_v.core.generate.batch import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY, Sampling
 from minimind_v.core.generate.session import Session
 from minimind_v.core.model import ops
+from minimind_v.core.model.kernels import apple as apple_kernels
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.messages import out_of_memory
@@ -114,7 +116,7 @@ def test_answers_are_those_of_the_cpu():
 
     expected = talk(sighted_model())
     with apple_gpu():
-        model = sighted_model().to(pick_device("auto"))
+        model = accelerate(sighted_model().to(pick_device("auto")), MPS)
         assert isinstance(model.lm_head.weight, OnApple)
         assert talk(model) == expected
 
@@ -181,8 +183,8 @@ def test_attention_by_the_formula_is_torchs_own(heads, kind):
     mask = torch.rand(shape, generator=draw) > 0.3 if shape else None
     if mask is not None:
         mask[..., 0] = True
-    expected = ops.attention(q, k, v, mask, kind == "causal", 0.3)
-    torch.testing.assert_close(ops.plain_attention(q, k, v, mask, kind == "causal", 0.3), expected)
+    expected = ops.attention(q, k, v, mask, kind == "causal")
+    torch.testing.assert_close(apple_kernels.attention(q, k, v, mask, kind == "causal"), expected)
 
 
 # --- that the stand-in would tell -------------------------------------------------------------------------------------
@@ -203,8 +205,7 @@ def test_the_stand_in_refuses_what_the_real_one_does(apple):
             attempt()
 
 
-def test_a_path_that_is_written_for_others_is_refused(apple, monkeypatch):
-    model = sighted_model().to(pick_device("auto"))
-    monkeypatch.setattr(ops, "plain_attention", lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v))
+def test_a_path_that_is_written_for_others_is_refused(apple):
+    model = sighted_model().to(pick_device("auto"))  # not accelerated
     with pytest.raises(AssertionError, match="attention in one call"):
         list(Session(model, tokenizer(), GREEDY).ask(QUESTION, [tiny_data().picture()], 2))

@@ -31,6 +31,7 @@ from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.generate import prompt_cache as ready
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
+from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
@@ -202,13 +203,17 @@ def test_logits_of_the_padded_batch(arch, models, examples, tokenizer):
         torch.testing.assert_close(logits[row, end - len(expected) : end], expected, atol=LOGITS, rtol=0)
 
 
+KINDS = pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
+
+
+@KINDS
 @pytest.mark.parametrize(("case", "arch"), of_cases(r"ARCH\.reference_loss"))
-@torch.no_grad()
-def test_loss(case, arch, models, examples, tokenizer):
+def test_loss(case, arch, fast, models, examples, tokenizer):
     """The mean over supervised tokens; the published number is without the experts' auxiliary loss."""
     batch = make_batch(examples, (case,), tokenizer.pad_id)
+    model = accelerate(models[arch], DEVICE) if fast else plain(models[arch])
     with autocast(DEVICE, PRECISION):
-        out = models[arch](**inputs_of(batch), labels=batch.labels.to(DEVICE))
+        out = model(**inputs_of(batch), labels=batch.labels.to(DEVICE))
     assert float(out.loss) == pytest.approx(CASES[case][f"{arch}.reference_loss"], rel=RELATIVE)
 
 
@@ -243,8 +248,9 @@ def policy_of(name: str) -> str:
     return ours
 
 
+@KINDS
 @pytest.mark.parametrize(("arch", "policy"), named(r"ARCH\.train\.(.+)", SET))
-def test_adamw_steps(arch, policy, load_arch, examples, tokenizer, run_over, tmp_path):
+def test_adamw_steps(arch, policy, fast, load_arch, examples, tokenizer, run_over, tmp_path):
     """Losses and gradient norms before clipping, through the real loop: freezing, schedule, clipping, optimiser."""
     record = SET[f"{arch}.train.{policy}"]
     batch = make_batch(examples, tuple(record["batch"]), tokenizer.pad_id, PADDED)
@@ -266,6 +272,7 @@ def test_adamw_steps(arch, policy, load_arch, examples, tokenizer, run_over, tmp
         save_every=0,
     )
     run = run_over(config, model, [batch])
+    accelerate(run.model, DEVICE) if fast else plain(run.model)
     assert run.optimiser.defaults["betas"] == tuple(record["betas"])
     assert run.optimiser.defaults["eps"] == record["eps"]
     run.fit()

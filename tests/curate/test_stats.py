@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.curate import stats
@@ -17,7 +16,9 @@ from minimind_v.core.curate.lines import summary
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.errors import DataError
+from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.model.vision.spec import read_config
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.rows.subset import SampledRows
@@ -194,7 +195,7 @@ def test_few_layers_foretell_the_work_of_all(tmp_path, monkeypatch, policy, pres
         stats.TypicalRow(30, 1, 7), [1, 1], 30
     )
 
-    tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path))
+    tower = ClipVision(read_config(tmp_path))
     whole = VLM(config.model, encoder.spec, 34, VisionEncoder(tower, encoder.spec))
     learns = freeze(whole, policy)
     ids, mask = torch.randint(0, 600, (2, 30)), torch.arange(30).expand(2, 30) < 4

@@ -54,21 +54,3 @@ def test_parts_are_of_about_as_many_rows():
     assert [len(part) for part in whole.split(5 * 7)] == [4, 4, 4, 4]
     whole = batch_of([2, 2, 2, 9, 9], [0] * 5)
     assert [len(part) for part in whole.split(18)] == [3, 2], "but no part is too large"
-
-
-@pytest.mark.parametrize("begin", [0, 1, 5, 9])
-def test_what_rows_begin_with_together(begin):
-    """Words alike in all rows, up to a picture or to what predicts a label; of one row there is nothing to share."""
-
-    def parts_of(pictures=0, labelled=15):
-        whole = batch_of([18, 18, 16], [0] * 3)
-        whole.input_ids[:, :begin] = whole.input_ids[0, :begin]
-        whole.labels[:, :labelled] = IGNORE
-        if pictures:
-            whole.image_mask[1, pictures : pictures + PATCHES] = True
-        return whole
-
-    assert [part.shared for part in parts_of().split(1000)] == [begin]
-    assert [part.shared for part in parts_of(pictures=4).split(1000)] == [min(begin, 4)]
-    assert [part.shared for part in parts_of(labelled=6).split(1000)] == [min(begin, 5)]
-    assert [part.shared for part in parts_of().split(18)] == [0, 0, 0]

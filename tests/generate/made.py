@@ -3,7 +3,7 @@
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.model.vlm import VLM
 from tests.cli.harness import tokenizer
-from tests.model.conftest import SIZES, SPEC, make_tower, spread
+from tests.model.conftest import SIZES, SPEC, spread, tiny_encoder
 
 KINDS = {
     "dense": {},
@@ -22,5 +22,5 @@ def make_model(seed=0, **sizes):
     words = tokenizer()
     model = VLM(TextConfig(**(SIZES | {"vocab_size": words.vocab_size} | sizes)), SPEC, words.placeholder_id)
     spread(model, seed)
-    model.vision_encoder = make_tower(seed)
+    model.vision_encoder = tiny_encoder(seed)
     return model.eval()

@@ -55,7 +55,7 @@ def pair(model):
     decoders[0].replay = Replay(recorder)
     for layer in decoders[0].layers:
         if isinstance(layer.mlp, FastExperts):
-            layer.mlp.chosen_are_told = False  # as on a GPU
+            layer.mlp.reads_choice = False  # as on a GPU
     return *decoders, recorder
 
 

@@ -124,7 +124,7 @@ def test_weights_that_change_are_seen(model):
 
 
 def test_no_more_is_kept_than_said(model, monkeypatch):
-    monkeypatch.setattr(kept, "PICTURES", 3)
+    monkeypatch.setattr(kept, "IMAGES", 3)
     monkeypatch.setattr(kept, "PROMPTS", 2)
     session = Session(model, tokenizer(), GREEDY)
     for number in range(6):

@@ -8,7 +8,10 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model.kernels.accelerate import accelerate
+from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
+from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 
 PLACEHOLDER_ID = 5
@@ -33,29 +36,38 @@ def spread(module: nn.Module, seed: int) -> None:
             nn.init.normal_(parameter, 0.0, parameter.shape[-1] ** -0.5)
 
 
-@pytest.fixture
-def make_vlm():
-    """Builds a VLM in evaluation mode with wide random weights; keywords change SIZES. `seen`: with a vision tower."""
+def tiny_vlm(seed: int = 0, seen: bool = False, **sizes: object) -> VLM:
+    """A VLM in evaluation mode with wide random weights; keywords change SIZES. `seen`: with a vision tower."""
+    model = VLM(TextConfig(**(SIZES | sizes)), SPEC, PLACEHOLDER_ID)
+    spread(model, seed)
+    if seen:
+        model.vision_encoder = tiny_encoder(seed)
+    return model.eval()
 
-    def make(seed: int = 0, seen: bool = False, **sizes: object) -> VLM:
-        model = VLM(TextConfig(**(SIZES | sizes)), SPEC, PLACEHOLDER_ID)
-        spread(model, seed)
-        if seen:
-            model.vision_encoder = make_tower(seed)
-        return model.eval()
+
+@pytest.fixture(params=["plain", "accelerated"])
+def make_vlm(request):
+    """Builds `tiny_vlm`, as it is and with the fast parts of a CPU."""
+
+    def make(*args: object, **sizes: object) -> VLM:
+        model = tiny_vlm(*args, **sizes)
+        return accelerate(model, torch.device("cpu")) if request.param == "accelerated" else model
 
     return make
 
 
-def make_tower(seed: int) -> VisionEncoder:
+def tiny_encoder(seed: int) -> VisionEncoder:
+    """A vision encoder with the random weights that transformers draws."""
     torch.manual_seed(seed)
-    config = CLIPVisionConfig(
-        image_size=SPEC.image_size,
-        patch_size=SPEC.patch_size,
-        hidden_size=SPEC.width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_factor=20.0,  # else pictures hardly differ
-    )
-    return VisionEncoder(CLIPVisionModel(config), SPEC)
+    sizes = {
+        "image_size": SPEC.image_size,
+        "patch_size": SPEC.patch_size,
+        "hidden_size": SPEC.width,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    drawn = CLIPVisionModel(CLIPVisionConfig(**sizes, initializer_factor=20.0))  # else images hardly differ
+    tower = ClipVision(ClipConfig(**sizes))
+    tower.load_state_dict(drawn.state_dict())
+    return VisionEncoder(tower, SPEC)

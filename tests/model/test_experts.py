@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model import moe as module
-from minimind_v.core.model.moe import MoEFeedForward, grouped
+from minimind_v.core.model.kernels import cuda_moe
+from minimind_v.core.model.kernels.accelerate import accelerate
+from minimind_v.core.model.kernels.cuda_moe import is_grouped
+from minimind_v.core.model.moe import MoEFeedForward
 
 CONFIG = TextConfig(
     hidden_size=16,
@@ -105,9 +107,10 @@ def test_grouped_products_are_those_of_every_expert(moe, monkeypatch):
         moe.gate.weight[0] = -moe.gate.weight[1:].sum(dim=0)
     x = torch.randn(3, 17, 16)
     flow = torch.randn(3, 17, 16)
+    accelerate(moe, torch.device("cuda"))
     found = []
     for at_once in (False, True):
-        monkeypatch.setattr(module, "grouped", lambda *_, at_once=at_once: at_once)
+        monkeypatch.setattr(cuda_moe, "is_grouped", lambda *_, at_once=at_once: at_once)
         read = x.clone().requires_grad_()
         out, _ = moe(read, None)
         moe.zero_grad()
@@ -125,8 +128,8 @@ def test_the_host_need_not_know_whose_tokens_are_whose(monkeypatch):
         x = torch.empty(2, 9, 16, requires_grad=True)
         with pytest.raises(DynamicOutputShapeException):
             block(x, None)
-        monkeypatch.setattr(module, "grouped", lambda *_: True)
-        out, _ = block(x, None)
+        monkeypatch.setattr(cuda_moe, "is_grouped", lambda *_: True)
+        out, _ = accelerate(block, torch.device("cuda"))(x, None)
         out.sum().backward()
     assert x.grad.shape == out.shape == x.shape
     assert block.experts[4].up_proj.weight.grad.shape == (24, 16)
@@ -150,11 +153,11 @@ class OnAGpu:
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
 def test_where_experts_are_grouped(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert grouped(OnAGpu(), 1408, 512)
-    assert not grouped(OnAGpu(), 1404, 512), "rows of whole 16 bytes only"
-    assert not grouped(OnAGpu(dtype=torch.float32), 1408, 512)
-    assert not grouped(OnAGpu(tokens=0), 1408, 512)
-    assert not grouped(torch.empty(5, 512, dtype=torch.bfloat16), 1408, 512), "a CPU has no such kernel"
+    assert is_grouped(OnAGpu(), 1408, 512)
+    assert not is_grouped(OnAGpu(), 1404, 512), "rows of whole 16 bytes only"
+    assert not is_grouped(OnAGpu(dtype=torch.float32), 1408, 512)
+    assert not is_grouped(OnAGpu(tokens=0), 1408, 512)
+    assert not is_grouped(torch.empty(5, 512, dtype=torch.bfloat16), 1408, 512), "a CPU has no such kernel"
     for older in (
         (7, 5),
         (8, 0),
@@ -162,7 +165,7 @@ def test_where_experts_are_grouped(monkeypatch):
         (12, 0),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=older: found)
-        assert not grouped(OnAGpu(), 1408, 512)
+        assert not is_grouped(OnAGpu(), 1408, 512)
 
 
 def test_auxiliary_loss(moe):

@@ -13,9 +13,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 from minimind_v.core.data.images import load_pixels, to_pixels
 from minimind_v.core.errors import MissingInput, WeightsError
 from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vision.clip import ACTIVATIONS
 from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec, read_vision_spec
 
+CPU = torch.device("cpu")
+KINDS = pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
 VISION = {
     "image_size": 48,
     "patch_size": 16,
@@ -60,9 +63,14 @@ def picture_of(width: int, height: int, mode: str = "RGB") -> Image.Image:
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
+def encoder_of(folder, fast: bool) -> VisionEncoder:
+    return accelerate(load_encoder(folder), CPU) if fast else load_encoder(folder)
+
+
+@KINDS
 @torch.no_grad()
-def test_features_are_those_of_clip(folder):
-    encoder = load_encoder(folder)
+def test_features_are_those_of_clip(folder, fast):
+    encoder = encoder_of(folder, fast)
     pixels = torch.randn(3, 3, 48, 48)
     features = encoder(pixels)
     model = CLIPVisionModel.from_pretrained(folder)
@@ -78,23 +86,22 @@ def test_features_are_those_of_clip(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_towers_of_every_kind(activation, dtype, tmp_path):
+@KINDS
+def test_towers_of_every_kind(activation, dtype, fast, tmp_path):
     """In types that nothing is packed for, too; as transformers' module computes them, and from the same files."""
     CLIPVisionModel(CLIPVisionConfig(**VISION, hidden_act=activation)).save_pretrained(tmp_path)
-    encoder, model = load_encoder(tmp_path).to(dtype), CLIPVisionModel.from_pretrained(tmp_path)
+    encoder, model = encoder_of(tmp_path, fast).to(dtype), CLIPVisionModel.from_pretrained(tmp_path)
     pixels = torch.randn(3, 3, 48, 48)
     exact = model.double()(pixel_values=pixels.double()).last_hidden_state[:, 1:]
     theirs = model.to(dtype)(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]
     ours_off, theirs_off = ((part.double() - exact).square().mean().sqrt() for part in (encoder(pixels), theirs))
     assert ours_off < 1.5 * theirs_off + 1e-14, "another function, not other rounding"
-    stand_in = VisionEncoder(model, encoder.spec)
-    torch.testing.assert_close(stand_in(pixels), encoder(pixels))
 
 
 @torch.no_grad()
 def test_weights_that_are_written_to_are_noticed(folder):
     """What is packed for the products of a CPU is made again."""
-    encoder, other = load_encoder(folder), load_encoder(folder)
+    encoder, other = encoder_of(folder, fast=True), encoder_of(folder, fast=True)
     pixels = torch.randn(2, 3, 48, 48)
     before = encoder(pixels)
     for tower in (encoder.tower, other.tower):
@@ -104,20 +111,37 @@ def test_weights_that_are_written_to_are_noticed(folder):
 
 
 @torch.no_grad()
-def test_memory_is_spared_and_nothing_else_changes(folder):
+def test_weights_stay_as_they_are_when_they_are_packed(folder):
+    """The system may take their memory, not their numbers."""
     encoder = load_encoder(folder)
-    pixels = torch.randn(2, 3, 48, 48)
-    before = encoder(pixels)
     tensors = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    encoder.release_memory()
-    assert torch.equal(encoder(pixels), before)
+    accelerate(encoder, CPU)(torch.randn(2, 3, 48, 48))
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in encoder.state_dict().items())
 
 
 @torch.no_grad()
-def test_features_from_bytes_to_the_end(folder):
+def test_packed_weights_compute_only_for_linears_that_are_torchs_own(folder):
+    """A Linear that was wrapped is called, and so is a hook."""
+    pixels = torch.randn(2, 3, 48, 48)
+    encoder = encoder_of(folder, fast=True)
+    layer = encoder.tower.encoder.layers[1]
+    expected, calls = encoder(pixels), []
+    for module in (layer, layer.mlp.fc1):
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(encoder(pixels), expected)
+        handle.remove()
+    assert calls == [1, 1]
+    layer.mlp.fc1 = torch.nn.Sequential(layer.mlp.fc1, torch.nn.Identity())
+    torch.testing.assert_close(encoder(pixels), expected)
+    layer.mlp.fc1[0].bias.add_(1.0)
+    assert not torch.allclose(encoder(pixels), expected)
+
+
+@torch.no_grad()
+@KINDS
+def test_features_from_bytes_to_the_end(folder, fast):
     """A uint8 picture, normalised inside, ends where CLIP's own processor and model end."""
-    encoder = load_encoder(folder)
+    encoder = encoder_of(folder, fast)
     pictures = [picture_of(100, 70), picture_of(48, 48), picture_of(33, 90)]
     pixels = torch.from_numpy(np.stack([to_pixels(picture, 48) for picture in pictures]))
     theirs = processor_of(48)(pictures, return_tensors="pt").pixel_values

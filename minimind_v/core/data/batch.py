@@ -38,7 +38,6 @@ class Batch:
     text_rows: int = 0  # rows with pictures that no mark shows
     notes: dict[str, int] = field(default_factory=dict)  # rows that are read in another way than they are written
     trouble: str = ""  # of the worker that made it, which has told nobody else
-    shared: int = 0  # positions at the beginning that are computed once for all rows
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -51,7 +50,7 @@ class Batch:
     @property
     def tokens(self) -> dict[str, Any]:
         """What the model's forward takes of a batch besides its pictures, by its names."""
-        return {name: getattr(self, name) for name in (*TOKENS, "shared")}
+        return {name: getattr(self, name) for name in TOKENS}
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; the copy overlaps with computing where memory is pinned, as it is for CUDA.
@@ -91,7 +90,7 @@ class Batch:
                 patches = int(cut["image_mask"].sum())
                 first, pictures = pictures, pictures + patches // self.image_features.shape[1]
                 cut["image_features"] = self.image_features[first:pictures]
-            parts.append(Batch(**cut, shared=_alike(**cut)))
+            parts.append(Batch(**cut))
         return parts
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,14 +115,6 @@ class Batch:
             if isinstance(value := getattr(self, item.name), Tensor)
         }
         return replace(self, **pinned)
-
-
-def _alike(input_ids: Tensor, attention_mask: Tensor, image_mask: Tensor, labels: Tensor, **_: Any) -> int:
-    """How many positions at the beginning are words alike in all of several rows, before what predicts a label."""
-    if len(input_ids) < 2:
-        return 0
-    alike = (input_ids == input_ids[:1]).all(dim=0) & attention_mask.all(dim=0) & ~image_mask.any(dim=0)  # [T]
-    return int((alike[:-1] & (labels[:, 1:] == IGNORE).all(dim=0)).cumprod(dim=0).sum())
 
 
 def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Batch:

@@ -32,8 +32,11 @@ from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import IMAGE_MARK, SYSTEM_PROMPT, PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE, supervised, supervised_loss
+from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec
+from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 
 VISION: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
@@ -154,7 +157,9 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    tower = CLIPVisionModel(CLIPVisionConfig(**VISION, projection_dim=VISION["hidden_size"]))
+    clip = CLIPVisionModel(CLIPVisionConfig(**VISION, projection_dim=VISION["hidden_size"]))
+    tower = ClipVision(ClipConfig(**VISION))
+    tower.load_state_dict(clip.state_dict())  # drawn as CLIP's own weights are
     spec = VisionSpec(VISION["image_size"], VISION["patch_size"], VISION["hidden_size"])
     encoder = VisionEncoder(tower, spec)
     tower.requires_grad_(True)
@@ -178,7 +183,8 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
     figures["seconds"] = round(time.time() - started)
     folder = out / "vision"
     folder.mkdir(exist_ok=True)
-    tower.half().save_pretrained(folder)
+    clip.load_state_dict(tower.state_dict())
+    clip.half().save_pretrained(folder)
     normal = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": VISION["image_size"]}
     (folder / "preprocessor_config.json").write_text(json.dumps(normal, indent=1) + "\n")
     return figures
@@ -186,7 +192,7 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
 
 def _encode(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
     """Features with a graph: what VisionEncoder does without one."""
-    return encoder.tower(pixel_values=(pixels.float() / 255 - encoder.mean) / encoder.std).last_hidden_state[:, 1:]
+    return encoder.tower((pixels.float() / 255 - encoder.mean) / encoder.std)
 
 
 @torch.no_grad()
@@ -278,7 +284,7 @@ def train_base(out: Path, seed: int, steps: int, rows: int) -> dict[str, float]:
     rng = random.Random(seed)
     tokenizer = Tokenizer.load(out)
     spec = VisionSpec(VISION["image_size"], VISION["patch_size"], VISION["hidden_size"])
-    model = VLM(PRESETS["demo"], spec, tokenizer.placeholder_id)
+    model = accelerate(VLM(PRESETS["demo"], spec, tokenizer.placeholder_id), torch.device("cpu"))
     _wake(model)
     reader = Reader(model, tokenizer, spec.tokens_per_image)
     parameters = list(model.model.parameters())
@@ -354,9 +360,9 @@ class Reader:
 
     def loss(self, rng: random.Random, rows: int) -> Tensor:
         x, labels, _ = self.batch(rng, rows, written_rows=rng.random() < 0.4)
-        read = supervised(labels)
-        hidden, _ = self.model.model(x, read=read)
-        loss_sum, correct = supervised_loss(hidden, labels.flatten()[read + 1], self.model.lm_head.weight)
+        positions = supervised(labels)
+        hidden, _ = self.model.model(x, positions=positions)
+        loss_sum, correct = supervised_loss(self.model.lm_head(hidden), labels.flatten()[positions + 1])
         return loss_sum / len(correct)
 
     @torch.no_grad()
@@ -368,7 +374,7 @@ class Reader:
             for _ in range(4):
                 x, labels, ids = self.batch(rng, 64, in_writing)
                 hidden, _ = self.model.model(x)
-                guess = F.linear(hidden, self.model.lm_head.weight).argmax(-1)[:, :-1]
+                guess = self.model.lm_head(hidden).argmax(-1)[:, :-1]
                 wrong = (guess != ids[:, 1:]) & (labels[:, 1:] != IGNORE)
                 start = (labels[:, 1:] != IGNORE) & (labels[:, :-1] == IGNORE)  # an answer's first token
                 answer = start.cumsum(1) * (labels[:, 1:] != IGNORE)

@@ -19,6 +19,7 @@ from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.hf.read import is_llava
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, how_to_get, latest_model
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
@@ -64,7 +65,7 @@ def load_model(
     with NoInit():
         model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
     receipt = load_into(model, checkpoint)
-    return LoadedModel(model.to(chosen).eval(), words, checkpoint, receipt)
+    return LoadedModel(accelerate(model.to(chosen).eval(), chosen), words, checkpoint, receipt)
 
 
 # --- the vision model and the tokenizer of some weights ---------------------------------------------------------------

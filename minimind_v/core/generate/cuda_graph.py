@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from minimind_v.core.model.decoder import KVCache
+from minimind_v.core.model.kv_cache import KVCache
 
 SPAN = 256  # columns by which the width of a recording grows
 EAGER = 8  # steps that are launched one by one before one is recorded: a short answer is not worth a recording

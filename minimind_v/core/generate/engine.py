@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minimind_v.core.generate.prompt_cache import ready
-from minimind_v.core.model.decoder import KVCache
+from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.vlm import VLM
 
 Draw = Callable[[Tensor], int]  # logits [V] → the next id; a `Sampler`, mostly

@@ -1,9 +1,8 @@
-"""The language model made ready to talk: the function of `model.text.Decoder`, laid out for reading few tokens.
+"""The language model made ready to talk: the function of `model.decoder.Decoder`, laid out for reading few tokens.
 
 To decode one token is to read every weight once, and beside that it costs as many operators as there are. So q, k and
-v are one matrix here, and gate and up another; a rotation is one complex product; of the last layer, only what the
-next token depends on is computed. The weights are copies, laid out for products with few rows (`model.packed`). The
-model, its names and its training know nothing.
+v are one matrix here, and gate and up another; of the last layer, only what the next token depends on is computed. The
+weights are copies, laid out for products with few rows (`kernels.cpu_linear`). A Linear that was wrapped is called.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.generate.cuda_graph import Columns, Replay
-from minimind_v.core.model import ops
-from minimind_v.core.model.decoder import Block, KVCache, RMSNorm
+from minimind_v.core.model.decoder import Block, RMSNorm
+from minimind_v.core.model.feed_forward import FeedForward
+from minimind_v.core.model.kernels.accelerate import attention_for
 from minimind_v.core.model.kernels.cpu_linear import FEW, Product, product
-from minimind_v.core.model.kernels.cpu_training import interleave, turn
-from minimind_v.core.model.moe import FeedForward, MoEFeedForward
+from minimind_v.core.model.kernels.untouched import exactly_linear
+from minimind_v.core.model.kv_cache import KVCache
+from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.model.vlm import VLM
 
 
@@ -30,9 +31,10 @@ class FastDecoder:
     def __init__(self, model: VLM, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = model.config, model.device, dtype
         self.rotary = model.model.rotary
+        self.attend = attention_for(self.device)
         threads = torch.get_num_threads() if self.device.type == "cpu" else 1  # Metal wants its commands from one
         with ThreadPoolExecutor(threads) as pool:  # laying out a weight takes one core
-            head = pool.submit(_product, dtype, model.lm_head.weight)
+            head = pool.submit(_product, dtype, model.lm_head)
             self.layers = list(pool.map(partial(FastLayer, dtype=dtype), model.model.layers))
         self.norm = FastNorm(model.model.norm)
         self.head = head.result()
@@ -48,8 +50,8 @@ class FastDecoder:
         positions, mask = cache.extend(x.shape[1], attention_mask)
         if self.replay and x.shape[1] == 1 and not first and len(x) <= FEW:
             return self.replay(self._step, x, positions, cache)
-        seen = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
-        return self._pass(x, positions, mask, seen, cache, first, attention_mask)
+        last_mask = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
+        return self._pass(x, positions, mask, last_mask, cache, first, attention_mask)
 
     def _step(self, x: Tensor, positions: Tensor, mask: Tensor, columns: Columns) -> Tensor:
         return self._pass(x, positions, mask, mask, columns)
@@ -59,47 +61,68 @@ class FastDecoder:
         x: Tensor,
         positions: Tensor,
         mask: Tensor | None,  # [B, 1, T, S] of all tokens
-        seen: Tensor | None,  # [B, 1, 1, S] of each row's last
+        last_mask: Tensor | None,  # [B, 1, 1, S] of each row's last
         columns: Columns,
         causal: bool = False,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         rows = len(x)
-        turns = self.rotary(positions)  # [B, T, 1, hd/2]
+        angles = self._angles(positions)
         x = x.to(self.dtype, copy=True).flatten(0, 1)  # [B·T, D], added to in place
         for layer in self.layers[:-1]:
-            q, keys, values = layer.look_up(x, rows, turns, columns)
-            layer.work(x, _attend(q, keys, values, mask, causal))
+            q, keys, values = layer.project(x, rows, angles, columns)
+            layer.rest(x, self._attend(q, keys, values, mask, causal))
         layer = self.layers[-1]
-        q, keys, values = layer.look_up(x, rows, turns, columns)
+        q, keys, values = layer.project(x, rows, angles, columns)
         x, q = _last(x.unflatten(0, (rows, -1)), attention_mask)[:, 0], _last(q, attention_mask)  # [B, D]
-        layer.work(x, _attend(q, keys, values, seen, False))
+        layer.rest(x, self._attend(q, keys, values, last_mask, False))
         return self.head(self.norm(x)).float()
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B or 1, T, 1, hd], the sines of first halves negative: what `rotated` needs."""
+        cos, sin = (part.transpose(1, 2) for part in self.rotary(positions))
+        sin[..., : sin.shape[-1] // 2].neg_()
+        return cos, sin
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Queries [B, T, heads, hd] over keys and values [B, KV, S, hd] → [B·T, D]."""
+        rows, time, _, head_dim = q.shape
+        if time == 1:  # the query heads of a group have the same keys, as so many positions would
+            grouped = q.view(rows, keys.shape[1], -1, head_dim)  # [B, KV, heads/KV, hd]
+            out = self.attend(grouped, keys, values, mask)
+            return out.reshape(rows, -1)  # some kernels lay it out as [B, heads/KV, KV, hd]
+        out = self.attend(q.transpose(1, 2), keys, values, mask, causal)  # [B, heads, T, hd]
+        return out.transpose(1, 2).reshape(rows * time, -1)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`ops.rotate` in few operators: x [B, T, heads, hd] by `_angles`; the halves change places, with sines signed."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class FastLayer:
-    """One block: `look_up` is what must be done for every token, `work` what only those need that are read further."""
+    """One block: `project` is computed for every token, `rest` only for tokens that a later layer reads."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         assert isinstance(block, Block)
         attention = block.self_attn
         self.number, self.head_dim = attention.layer, attention.head_dim
-        self.kv_heads = attention.k_proj.out_features // attention.head_dim
-        self.heads = attention.q_proj.out_features // attention.head_dim
-        q, k, v = (proj.weight for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-        self.qkv = _product(dtype, interleave(q, self.head_dim), interleave(k, self.head_dim), v)
-        self.o_proj = _product(dtype, attention.o_proj.weight)
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        self.qkv = _product(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = _product(dtype, attention.o_proj)
         self.input_norm, self.post_norm = FastNorm(block.input_layernorm), FastNorm(block.post_attention_layernorm)
         self.mlp = _fast_mlp(block.mlp, dtype)
 
-    def look_up(self, x: Tensor, rows: int, turns: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, rows: int, angles: tuple[Tensor, Tensor], columns: Columns
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B·T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
-        parts = self.qkv(self.input_norm(x)).view(rows, -1, self.heads + 2 * self.kv_heads, self.head_dim)
-        turn(parts[:, :, : -self.kv_heads], turns)
-        q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        heads = self.qkv(self.input_norm(x)).view(rows, -1, self.heads + 2 * self.kv_heads, self.head_dim)
+        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        q, k = rotated(qk, *angles).split((self.heads, self.kv_heads), dim=2)
         return q, *columns.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
 
-    def work(self, x: Tensor, attended: Tensor) -> None:
+    def rest(self, x: Tensor, attended: Tensor) -> None:
         """The rest of the block, in x [N, D]; attended [N, D]."""
         x.add_(self.o_proj(attended))
         x.add_(self.mlp(self.post_norm(x)))
@@ -123,17 +146,6 @@ class FastNorm:
         return x.div(torch.hypot(length, self.least)).mul_(self.weight)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Queries [B, T, heads, hd] over keys and values [B, KV, S, hd] → [B·T, D]."""
-    rows, time, _, head_dim = q.shape
-    if time == 1:  # the query heads of a group see the same keys, as so many positions would
-        grouped = q.view(rows, keys.shape[1], -1, head_dim)  # [B, KV, heads/KV, hd]
-        out = ops.attention(grouped, keys, values, mask)
-        return out.reshape(rows, -1)  # some kernels lay it out as [B, heads/KV, KV, hd]
-    out = ops.attention(q.transpose(1, 2), keys, values, mask, causal)  # [B, heads, T, hd]
-    return out.transpose(1, 2).reshape(rows * time, -1)
-
-
 def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Each row's last token: [B, T, ...] → [B, 1, ...]."""
     if attention_mask is None:
@@ -146,8 +158,8 @@ class FastFeedForward:
 
     def __init__(self, feed: nn.Module, dtype: torch.dtype) -> None:
         assert isinstance(feed, FeedForward)
-        self.gate_up = _product(dtype, feed.gate_proj.weight, feed.up_proj.weight)
-        self.down = _product(dtype, feed.down_proj.weight)
+        self.gate_up = _product(dtype, feed.gate_proj, feed.up_proj)
+        self.down = _product(dtype, feed.down_proj)
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -159,7 +171,7 @@ class FastExperts:
 
     def __init__(self, moe: MoEFeedForward, dtype: torch.dtype) -> None:
         self.router = moe.gate
-        self.chosen_are_told = moe.gate.weight.device.type == "cpu"  # elsewhere the host would have to wait for it
+        self.reads_choice = moe.gate.weight.device.type == "cpu"  # elsewhere the host would have to wait for it
         self.experts = [FastFeedForward(expert, dtype) for expert in moe.experts]
         self.shared = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
 
@@ -169,7 +181,7 @@ class FastExperts:
         out = torch.zeros_like(x)
         if len(x) > FEW:
             self._sorted(x, out, weights, chosen)
-        elif len(x) == 1 and self.chosen_are_told:
+        elif len(x) == 1 and self.reads_choice:
             for number, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
                 out.add_(self.experts[number](x), alpha=weight)
         else:
@@ -191,6 +203,9 @@ def _fast_mlp(mlp: nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExper
     return FastExperts(mlp, dtype) if isinstance(mlp, MoEFeedForward) else FastFeedForward(mlp, dtype)
 
 
-def _product(dtype: torch.dtype, *weights: Tensor) -> Product:
-    """With matrices [out, in] below each other."""
-    return product(torch.cat([weight.detach() for weight in weights]).to(dtype))
+def _product(dtype: torch.dtype, *linears: nn.Module) -> Product:
+    """x [N, in] → what the Linears make of it, side by side [N, out]: by one packed matrix, or by calling them."""
+    if exactly_linear(*linears):
+        return product(torch.cat([linear.weight.detach() for linear in linears]).to(dtype))
+    own = next(linears[0].parameters()).dtype
+    return lambda x: torch.cat([linear(x.to(own)) for linear in linears], dim=-1).to(dtype)

@@ -1,4 +1,4 @@
-"""What is kept of a model between questions: weights laid out for talking, pictures already looked at, prompts read.
+"""What is kept of a model between questions: weights laid out for decoding, features of images, prompts read.
 
 All of it follows from the weights, and goes when they change: a model in training may be asked at any time.
 """
@@ -18,63 +18,63 @@ from torch import Tensor, nn
 from minimind_v.core.device import has_bf16
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.fast_decoder import FastDecoder
-from minimind_v.core.model.decoder import KVCache
 from minimind_v.core.model.kernels.cpu_linear import state_of
+from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.vlm import VLM
 
-PICTURES = 16  # that are remembered; 0.6 MB each of ViT-B/16
-PROMPTS = 8  # that are remembered; 2 MB for each picture in the small preset
+IMAGES = 16  # whose features are kept; 0.6 MB each of ViT-B/16
+PROMPTS = 8  # that are kept; 2 MB for each image in the small preset
 
-PositionKeys = list[int | bytes]  # what stands at each position of a prompt: an id, or the picture that its patch is of
+PositionKeys = list[int | bytes]  # what stands at each position of a prompt: an id, or the digest of its image
 
 
 @dataclass(frozen=True)
 class Prefix:
     """The beginning of a prompt, and its keys and values [L, 1, KV, T, hd]."""
 
-    signs: PositionKeys
+    positions: PositionKeys
     keys: Tensor
     values: Tensor
 
 
 class PromptCache:
-    """One model, ready to talk. Pictures are known by their content."""
+    """One model, ready to decode. Images are identified by their content."""
 
     def __init__(self, model: VLM) -> None:
-        half = model.device.type == "cuda" and has_bf16(model.device)  # elsewhere nobody has seen a gain from it
+        half = model.device.type == "cuda" and has_bf16(model.device)  # elsewhere it was not measured to gain
         dtype = torch.bfloat16 if half else model.lm_head.weight.dtype
         self.decoder = FastDecoder(model, dtype)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
         self._prefixes: list[Prefix] = []
 
     @torch.inference_mode()
-    def features(self, model: VLM, pictures: Sequence[np.ndarray]) -> Tensor | None:
-        """Features [M, P, width] of uint8 pictures [3, S, S]; only those not seen lately are looked at."""
-        if not pictures:
+    def features(self, model: VLM, images: Sequence[np.ndarray]) -> Tensor | None:
+        """Features [M, P, width] of uint8 images [3, S, S]; only those that are not kept are encoded."""
+        if not images:
             return None
         if model.vision_encoder is None:
             raise UsageError("this model was loaded without its vision model")
-        names = [image_digest(picture) for picture in pictures]
-        new = {name: picture for name, picture in zip(names, pictures, strict=True) if name not in self._features}
-        known = {name: self._features[name] for name in names if name not in new}
+        digests = [image_digest(image) for image in images]
+        new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in self._features}
+        kept = {digest: self._features[digest] for digest in digests if digest not in new}
         if new:
-            seen = model.vision_encoder(torch.from_numpy(np.stack(list(new.values()))).to(model.device))
-            known |= {name: one.clone() for name, one in zip(new, seen, strict=True)}
-        for name, one in known.items():
-            self._features[name] = one
-            self._features.move_to_end(name)
-        while len(self._features) > PICTURES:
+            encoded = model.vision_encoder(torch.from_numpy(np.stack(list(new.values()))).to(model.device))
+            kept |= {digest: features.clone() for digest, features in zip(new, encoded, strict=True)}
+        for digest, features in kept.items():
+            self._features[digest] = features
+            self._features.move_to_end(digest)
+        while len(self._features) > IMAGES:
             self._features.popitem(last=False)
-        return torch.stack([known[name] for name in names])
+        return torch.stack([kept[digest] for digest in digests])
 
-    def recall(self, signs: PositionKeys, cache: KVCache) -> int:
-        """Fill an empty cache with the longest remembered beginning of a prompt; returns how many tokens that is.
+    def recall(self, positions: PositionKeys, cache: KVCache) -> int:
+        """Fill an empty cache with the longest kept beginning of a prompt; returns how many tokens that is.
 
         The last token is always left to read: what follows it must be computed.
         """
         best, length = None, 0
         for prefix in self._prefixes:
-            same = _common(prefix.signs, signs[:-1])
+            same = _common(prefix.positions, positions[:-1])
             if same > length:
                 best, length = prefix, same
         if best is not None:
@@ -85,32 +85,32 @@ class PromptCache:
             cache.rewind(length)
         return length
 
-    def remember(self, signs: PositionKeys, cache: KVCache) -> None:
+    def remember(self, positions: PositionKeys, cache: KVCache) -> None:
         """Keep what the cache holds of a prompt that was read, up to the end of its last picture."""
-        pictures = [at for at, sign in enumerate(signs) if isinstance(sign, bytes)]
+        pictures = [at for at, key in enumerate(positions) if isinstance(key, bytes)]
         if not pictures:
             return
         end = pictures[-1] + 1
-        signs = signs[:end]
-        if any(prefix.signs[:end] == signs for prefix in self._prefixes):
+        positions = positions[:end]
+        if any(prefix.positions[:end] == positions for prefix in self._prefixes):
             return
-        kept = Prefix(signs, cache.keys[..., :end, :].clone(), cache.values[..., :end, :].clone())
+        kept = Prefix(positions, cache.keys[..., :end, :].clone(), cache.values[..., :end, :].clone())
         self._prefixes = [kept, *self._prefixes][:PROMPTS]
 
 
-def image_digest(picture: np.ndarray) -> bytes:
-    """A picture's name by its content."""
-    return hashlib.blake2b(np.ascontiguousarray(picture).data, digest_size=16).digest()
+def image_digest(image: np.ndarray) -> bytes:
+    """An image's name by its content."""
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
 
 
 def position_keys(input_ids: list[int], image_mask: list[bool], pictures: Sequence[np.ndarray]) -> PositionKeys:
-    """What stands at each position of a prompt whose pictures are these, in reading order."""
-    signs: PositionKeys = list(input_ids)
+    """What stands at each position of a prompt whose images are these, in reading order."""
+    positions: PositionKeys = list(input_ids)
     patches = [at for at, patch in enumerate(image_mask) if patch]
     names = [image_digest(picture) for picture in pictures]
     for order, at in enumerate(patches):
-        signs[at] = names[order * len(names) // len(patches)]
-    return signs
+        positions[at] = names[order * len(names) // len(patches)]
+    return positions
 
 
 def _common(one: PositionKeys, other: PositionKeys) -> int:
@@ -125,12 +125,12 @@ _READY: WeakKeyDictionary[nn.Module, tuple[object, PromptCache]] = WeakKeyDictio
 
 
 def ready(model: VLM) -> PromptCache:
-    """The model made ready to talk: once, and again only when its weights have changed since."""
+    """The model made ready to decode: once, and again only when its weights have changed since."""
     state = _state(model)
-    found = _READY.get(model)
-    if found is None or found[0] != state:
-        found = _READY[model] = state, PromptCache(model)
-    return found[1]
+    entry = _READY.get(model)
+    if entry is None or entry[0] != state:
+        entry = _READY[model] = state, PromptCache(model)
+    return entry[1]
 
 
 def _state(model: VLM) -> object:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.model.decoder import Decoder, KVCache
+from minimind_v.core.model.decoder import Decoder
+from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.loss import supervised, supervised_loss
 from minimind_v.core.model.projector import VisionProjector
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
@@ -17,10 +17,10 @@ from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
 
 @dataclass
 class Output:
-    """What one forward pass found. Without labels: `logits`; with labels: the losses."""
+    """What one forward pass returns. Without labels: `logits`; with labels: the losses."""
 
     logits: Tensor | None  # [B, K, V] for the last K positions
-    loss_sum: Tensor | None  # sum over supervised tokens, so that a step can divide by the tokens of all its parts
+    loss_sum: Tensor | None  # sum over supervised tokens: a step divides by those of all its micro-batches
     hits: Tensor | None  # [S], for each supervised token in reading order: was it the likeliest
     aux_loss: Tensor  # expert balance, a mean over rows; 0 for a dense model
 
@@ -74,18 +74,16 @@ class VLM(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
-        shared: int = 0,
     ) -> Output:
-        """Read a right-padded batch of rows.
+        """Logits of a right-padded batch of rows, or with `labels` the loss.
 
         input_ids [B, T]; attention_mask [B, T], 1 for tokens, 0 for padding (None: no padding);
-        pixel_values [M, 3, H, W], all pictures of the batch in reading order, or [B, N, 3, H, W], or 6-D with one
+        pixel_values [M, 3, H, W], all images of the batch in reading order, or [B, N, 3, H, W], or 6-D with one
         dimension of 1 at index 2 or 1; image_features [M, P, width] in place of pixels; image_mask [B, T], true where
-        a picture's feature goes (None: runs of the placeholder id); labels [B, T], -100 where not supervised;
-        logits_to_keep: only the last K positions (0: all); shared, with labels: in so many positions from the
-        beginning all rows are alike, have no picture, and are not followed by what is supervised.
+        an image's feature goes (None: runs of the placeholder id); labels [B, T], -100 where not supervised;
+        logits_to_keep: only the last K positions (0: all).
 
-        Raises ValueError naming the row whose placeholders do not fit its pictures.
+        Raises ValueError naming the row whose placeholders do not fit its images.
         """
         per_row = None
         if pixel_values is not None and image_features is None:
@@ -94,16 +92,16 @@ class VLM(nn.Module):
                 raise ValueError("this model was built without a vision encoder: give image_features")
             image_features = self.vision_encoder(pixel_values)  # [M, P, width]
         x = self.embed(input_ids, image_features, image_mask, per_row)  # [B, T, D]
-        if labels is not None:
-            read = supervised(labels)  # [S]
-            hidden, aux = self.model(x, attention_mask, cache, read, shared)  # [S, D]
-            loss_sum, hits = supervised_loss(hidden, labels.flatten()[read + 1], self.lm_head.weight)
-            if torch.is_grad_enabled() and not loss_sum.requires_grad:  # only the projector learns, and nothing is seen
-                loss_sum = loss_sum + 0 * sum(weight.sum() for weight in self.vision_proj.parameters())
-            return Output(None, loss_sum, hits, aux)
-        hidden, aux = self.model(x, attention_mask, cache)  # [B, T, D]
-        logits = F.linear(hidden[:, -logits_to_keep:], self.lm_head.weight)  # [B, K, V]
-        return Output(logits, None, None, aux)
+        if labels is None:
+            hidden, aux_loss = self.model(x, attention_mask, cache)  # [B, T, D]
+            return Output(self.lm_head(hidden[:, -logits_to_keep:]), None, None, aux_loss)  # [B, K, V]
+        positions = supervised(labels)  # [S]
+        hidden, aux_loss = self.model(x, attention_mask, cache, positions)  # [S, D]
+        targets = labels.flatten()[positions + 1]  # [S]
+        loss_sum, hits = supervised_loss(self.lm_head(hidden), targets)
+        if torch.is_grad_enabled() and not loss_sum.requires_grad:  # only the projector trains, and there is no image
+            loss_sum = loss_sum + 0 * sum(weight.sum() for weight in self.vision_proj.parameters())
+        return Output(None, loss_sum, hits, aux_loss)
 
     def embed(
         self,

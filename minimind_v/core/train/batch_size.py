@@ -24,6 +24,7 @@ from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.device import autocast
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.messages import out_of_memory
@@ -104,7 +105,7 @@ class Trial:
         self.config, self.device = config, device
         encoder = load_encoder(config.vision_model)
         with torch.random.fork_rng(devices=[]):
-            self.model = VLM(config.model, encoder.spec, 0, encoder).to(device)
+            self.model = accelerate(VLM(config.model, encoder.spec, 0, encoder).to(device), device)
         self.memory = FeatureCache(FeatureEncoder(encoder, device, config.dtype))
         self.trained = freeze(self.model, config.freeze)
         self.length = min(config.data.max_length, config.model.max_position_embeddings)

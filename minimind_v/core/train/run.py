@@ -27,6 +27,7 @@ from minimind_v.core.device import autocast, has_fused_adamw, pick_device, requi
 from minimind_v.core.errors import DataError, MmvError, RunError
 from minimind_v.core.files import write_text
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.monitor.diagnostics import Start
 from minimind_v.core.monitor.manifest import write_manifest
 from minimind_v.core.monitor.messages import BrokenRows, announcement, before_the_start, explained, not_finite, recalled
@@ -150,7 +151,7 @@ class Run:
         same = None if tokenizer is None else tokenizer == self.claim.origin["data.tokenizer"]
         self.start = Start(config, loaded.weights, loaded.new_projector, same, self.plan.rows)
         self.companions = loaded.companions
-        self.model = loaded.model.to(self.device)
+        self.model = accelerate(loaded.model.to(self.device), self.device)
         self.memory = self._open_memory()
         self.trained = freeze(self.model, config.freeze)
         fused = has_fused_adamw(self.device)
@@ -186,8 +187,6 @@ class Run:
         folder = config.features_dir or config.out / "features"
         eye = FeatureEncoder(encoder, self.device, config.dtype)
         memory = open_feature_cache(config.features, folder, eye, self.plan.rows, listener.say, listener.warn)
-        if eye.kind == "float32":  # of lower precision nothing is packed
-            encoder.release_memory()
         self.plan.dataset.remembered = memory.store
         return memory
 

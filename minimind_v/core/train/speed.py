@@ -20,7 +20,7 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureEncoder
 from minimind_v.core.device import autocast, gpu_names, has_fused_adamw, pick_device, wait_for
 from minimind_v.core.hub.sources import VISION_DIR
-from minimind_v.core.model.decoder import AttentionContext
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec, read_vision_spec
@@ -51,7 +51,7 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int) -> E
     """
     try:
         device = pick_device(config.device)
-        eye = FeatureEncoder(_encoder(config.vision_model).to(device), device, config.dtype)
+        eye = FeatureEncoder(accelerate(_encoder(config.vision_model).to(device), device), device, config.dtype)
         spec = eye.encoder.spec
         measured = _Language(config, spec, device)
         length = min(max(round(row.length), 2), config.data.max_length)
@@ -122,7 +122,8 @@ class _Language:
     def __init__(self, config: RunConfig, spec: VisionSpec, device: torch.device) -> None:
         self.device, self.dtype = device, config.dtype
         whole = config.model.num_hidden_layers
-        self.model = VLM(replace(config.model, num_hidden_layers=min(whole, 2)), spec, 0).to(device).train()
+        model = VLM(replace(config.model, num_hidden_layers=min(whole, 2)), spec, 0).to(device).train()
+        self.model = accelerate(model, device)
         learns = freeze(self.model, config.freeze)
         self.block, self.missing = self.model.model.layers[0], whole - min(whole, 2)
         here, more = (
@@ -158,7 +159,7 @@ class _Language:
 
     def _one_more(self, hidden: Tensor) -> None:
         with autocast(self.device, self.dtype):
-            out, _ = self.block(hidden, AttentionContext(self.model.model, hidden, None, None), None)
+            out, _ = self.block(hidden, self.model.model.context(hidden))
         out.sum().backward()
 
     def update(self) -> float:

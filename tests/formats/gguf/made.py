@@ -5,13 +5,14 @@ import unicodedata
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.formats.checkpoint import Checkpoint, Receipt
 from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
+from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 from tests.cli.harness import ASSETS
 
@@ -37,10 +38,10 @@ def made(name="dense", seed=0, tokenizer=ASSETS, config=None, loud=8.0):
     """A model with a tower of its own, as `load_model` would give it; weights loud enough to tell logits apart."""
     torch.manual_seed(seed)
     config = config or SIZES[name]
-    sight = CLIPVisionConfig(
+    sight = ClipConfig(
         image_size=48, patch_size=16, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4
     )
-    tower = CLIPVisionModel(sight)
+    tower = ClipVision(sight)
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 0.15)
     words = Tokenizer.load(tokenizer)

@@ -13,7 +13,6 @@ from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.formats.generations import OTHER
 from minimind_v.core.formats.gguf.file import Reader, Writer
-from minimind_v.core.model.kernels.cpu_training import interleave, separate
 
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _MATRICES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -164,3 +163,13 @@ def _read_forward(reader: Reader, config: TextConfig, tensors: dict[str, Tensor]
                 reader.tensor(f"{theirs}ffn_{kind}_shexp.weight", *shape).chunk(shared, dim=1 if kind == "down" else 0)
             ):
                 tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] = expert
+
+
+def interleave(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of [heads · hd, D] reordered: the halves of each head, which rotate with each other, in turn."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def separate(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `interleave`."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)

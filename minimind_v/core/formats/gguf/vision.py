@@ -27,7 +27,7 @@ from minimind_v.core.formats.gguf.file import Reader, Writer
 from minimind_v.core.formats.tensor_files import check_numbers
 from minimind_v.core.formats.vision_tower import tower_shapes
 from minimind_v.core.model.no_init import NoInit
-from minimind_v.core.model.vision.clip import ClipVision, encode
+from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
 from minimind_v.core.model.vision.spec import ClipConfig, trouble_of, trouble_of_colours
 
@@ -155,7 +155,7 @@ def without_corner(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
     tower: Any = encoder.tower
     x = tower.embeddings((pixel_values.float() / 255 - encoder.mean) / encoder.std)  # [M, 1 + P, width]
     x = torch.cat((x[:, :1], x[:, 2:]), dim=1)  # [M, P, width]
-    return encode(tower, x)
+    return tower.encode(x)
 
 
 def read_projector(reader: Reader) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Speed, put on the plain model from outside."""

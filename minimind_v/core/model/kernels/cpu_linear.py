@@ -60,4 +60,4 @@ def page_out(weight: Tensor) -> None:
 
 def state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Differs when a tensor is another one, or has been written to."""
-    return [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors]
+    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

@@ -1,0 +1,56 @@
+"""The one place where the plain model gets the parts that are faster on a device.
+
+A module becomes one of a subclass that computes the same: its parameters, names, hooks and copies stay what they are,
+and a kernel that does not fit (a Linear that was wrapped, another type of numbers, no gradient) calls the plain code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from minimind_v.core.model import ops
+from minimind_v.core.model.decoder import Attention, RMSNorm
+from minimind_v.core.model.feed_forward import FeedForward
+from minimind_v.core.model.kernels import apple
+from minimind_v.core.model.kernels.apple import AppleAttention, AppleClipAttention
+from minimind_v.core.model.kernels.cpu_clip import CpuClipVision
+from minimind_v.core.model.kernels.cpu_training import CpuAttention, CpuFeedForward, CpuRMSNorm
+from minimind_v.core.model.kernels.cuda_moe import GroupedExperts
+from minimind_v.core.model.moe import MoEFeedForward
+from minimind_v.core.model.vision.clip import ClipAttention, ClipVision
+
+FAST: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
+    "cpu": {Attention: CpuAttention, FeedForward: CpuFeedForward, RMSNorm: CpuRMSNorm, ClipVision: CpuClipVision},
+    "cuda": {MoEFeedForward: GroupedExperts},
+    "mps": {Attention: AppleAttention, ClipAttention: AppleClipAttention},
+}
+_PLAIN = {fast: slow for parts in FAST.values() for slow, fast in parts.items()}
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def accelerate(model: Module, device: torch.device) -> Module:
+    """Put the fast parts of a device on a model that is there; returns the model. Subclasses of others stay plain."""
+    plain(model)
+    _replace(model, FAST.get(device.type, {}))
+    return model
+
+
+def plain(model: Module) -> Module:
+    """Undo `accelerate`; returns the model."""
+    _replace(model, _PLAIN)
+    return model
+
+
+def attention_for(device: torch.device) -> Callable[..., Tensor]:
+    """`ops.attention`, or what computes the same on this device."""
+    return apple.attention if device.type == "mps" else ops.attention
+
+
+def _replace(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))

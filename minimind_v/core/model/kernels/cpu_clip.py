@@ -1,0 +1,86 @@
+"""CLIP on a CPU: as fast as its matrix products, whose weights are packed once."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind_v.core.model.kernels.cpu_linear import Product, page_out, product, state_of
+from minimind_v.core.model.kernels.untouched import exactly_linear, unhooked
+from minimind_v.core.model.vision.clip import ClipLayer, ClipVision
+
+QUICK = 1.702  # of quick_gelu(x) = x · sigmoid(1.702 x)
+
+
+class CpuClipVision(ClipVision):
+    """ClipVision by packed weights, in fp32 and with CLIP's own activation; otherwise as ClipVision computes.
+
+    Images go alone, so that what lies between two products stays in the cache of the CPU.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [M, 3, S, S] → the last hidden state without the class token, [M, P, width]."""
+        packed = None if torch.is_grad_enabled() else packed_layers(self, images)
+        if packed is None:
+            return super().forward(images)
+        embeddings = (self.pre_layrnorm(self.embeddings(image))[0] for image in images.split(1))  # [1 + P, width] each
+        return torch.stack([packed(x)[1:] for x in embeddings])
+
+
+class PackedLayers:
+    """The layers of a tower, for one image. Sums are in place.
+
+    quick_gelu(x) is silu(1.702 x) / 1.702: the weights before it and the sum behind it scale.
+    """
+
+    def __init__(self, tower: ClipVision) -> None:
+        self.heads = tower.config.num_attention_heads
+        self.tokens = len(tower.embeddings.position_embedding.weight)
+        self.layers = [self._pack(layer) for layer in tower.encoder["layers"]]
+
+    def _pack(self, layer: nn.Module) -> tuple[ClipLayer, list[Product]]:
+        assert isinstance(layer, ClipLayer)
+        scales = (1, 1, 1, 1, QUICK, QUICK)  # of biases
+        pairs = zip(linears_of(layer), scales, strict=True)
+        return layer, [product(linear.weight, linear.bias * scale, self.tokens) for linear, scale in pairs]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[1 + P, width] → [1 + P, width], in x."""
+        for layer, (*projections, out_proj, fc1, fc2) in self.layers:
+            normed = layer.layer_norm1(x)
+            q, k, v = (proj(normed).view(1, len(x), self.heads, -1).transpose(1, 2) for proj in projections)
+            attended = F.scaled_dot_product_attention(q, k, v)[0]  # [heads, 1 + P, hd]
+            x.add_(out_proj(attended.transpose(0, 1).reshape(x.shape)))
+            normed = layer.layer_norm2(x).mul_(QUICK)
+            x.add_(fc2(F.silu(fc1(normed), inplace=True)), alpha=1 / QUICK)
+        return x
+
+
+def linears_of(layer: ClipLayer) -> tuple[nn.Linear, ...]:
+    """All Linears of a layer, in the order of their use."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2
+
+
+_PACKED: WeakKeyDictionary[nn.Module, tuple[object, PackedLayers]] = WeakKeyDictionary()
+
+
+def packed_layers(tower: ClipVision, images: Tensor) -> PackedLayers | None:
+    """The layers by packed weights, as these are now; None where something else must be computed."""
+    weights = list(tower.encoder.parameters())
+    exact = images.dtype == weights[0].dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not exact or images.device.type != "cpu" or tower.config.hidden_act != "quick_gelu":
+        return None
+    linears = [linear for layer in tower.encoder["layers"] for linear in linears_of(layer)]
+    if not exactly_linear(*linears) or not unhooked(tower.encoder.modules()):
+        return None
+    state = state_of(weights)
+    packed = _PACKED.get(tower)
+    if packed is None or packed[0] != state:
+        packed = _PACKED[tower] = state, PackedLayers(tower)
+        for weight in weights:  # the system need not keep them in memory twice
+            page_out(weight)
+    return packed[1]

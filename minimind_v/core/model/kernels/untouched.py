@@ -1,0 +1,24 @@
+"""Whether a kernel may compute in the place of modules: only where calling these would do nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def unhooked(modules: Iterable[nn.Module]) -> bool:
+    """No module has a hook, or a forward of its own."""
+    return not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        for module in modules
+    )
+
+
+def exactly_linear(*modules: nn.Module) -> bool:
+    """Each is torch's own Linear and unhooked: one that was wrapped or replaced (LoRA) must be called."""
+    return all(type(module) is nn.Linear for module in modules) and unhooked(modules)

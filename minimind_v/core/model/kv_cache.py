@@ -1,0 +1,80 @@
+"""The key-value cache: keys and values of the tokens that were read before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.config.schema import TextConfig
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: [L, B, KV, max_length, hd].
+
+    All rows write to the same columns, behind everything that is stored: one slice, and no scattered copies. Where a
+    shorter row has no token, its columns are padding that nothing attends to; a token's position counts only the
+    real tokens before it, so right-padded prompts of different lengths can be continued together.
+    """
+
+    def __init__(
+        self, config: TextConfig, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.used = 0  # columns, on the host: slicing by it costs no device synchronisation
+        self.padding: Tensor | None = None  # [B, max_length], true where a row has no token; None: in no row
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of each row [B]."""
+        columns = torch.full((self.keys.shape[1],), self.used, device=self.keys.device)
+        return columns if self.padding is None else columns - self.padding[:, : self.used].sum(dim=1)
+
+    def rewind(self, length: int) -> None:
+        """Remove all tokens from `length` on. For caches without padding."""
+        self.used = length
+
+    def drop(self, row: int) -> None:
+        """Remove a whole row; the last row takes its number."""
+        last = self.keys.shape[1] - 1
+        for stored in (self.keys, self.values):
+            stored[:, row, :, : self.used] = stored[:, last, :, : self.used]
+        self.keys, self.values = self.keys[:, :last], self.values[:, :last]
+        if self.padding is not None:
+            self.padding[row] = self.padding[last]
+            self.padding = self.padding[:last]
+
+    def extend(self, time: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Make room for a chunk of so many columns; attention_mask [B, T] is 0 where a row has padding.
+
+        Returns the chunk's positions [B, T] (of one row where all are alike) and the mask that attention to all
+        columns needs [B or 1, 1, T, S]; None where the chunk is the first, which is causal, or nothing is hidden.
+        """
+        start, end = self.used, self.used + time
+        if end > self.max_length:
+            raise ValueError(f"the KV cache holds {self.max_length} tokens, {end} are needed")
+        columns = torch.arange(start, end, device=self.keys.device)  # [T]
+        positions = columns[None] if self.padding is None else self.lengths[:, None] + (columns - start)
+        self.used = end
+        if attention_mask is not None and not attention_mask.all():
+            if self.padding is None:
+                shape = (self.keys.shape[1], self.max_length)
+                self.padding = torch.zeros(shape, dtype=torch.bool, device=self.keys.device)
+            self.padding[:, start:end] = ~attention_mask.bool()
+        if start == 0 or (time == 1 and self.padding is None):
+            return positions, None
+        mask = (torch.arange(end, device=self.keys.device) <= columns[:, None])[None, None]  # [1, 1, T, S]
+        return positions, mask if self.padding is None else mask & ~self.padding[:, None, None, :end]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest chunk's [B, KV, T, hd]; returns all that is stored, [B, KV, S, hd]."""
+        time = keys.shape[2]
+        stored = self.keys[layer], self.values[layer]
+        for target, chunk in zip(stored, (keys, values), strict=True):
+            target.narrow(2, self.used - time, time).copy_(chunk)
+        return stored[0].narrow(2, 0, self.used), stored[1].narrow(2, 0, self.used)
