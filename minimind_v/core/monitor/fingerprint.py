@@ -15,6 +15,7 @@ import minimind_v
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.extensions import extensions_digest
 from minimind_v.core.hub.sources import METADATA
 
 PIECE = 1 << 20  # bytes read at a time
@@ -39,6 +40,8 @@ def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
     sources = sorted(Path(minimind_v.__file__).parent.joinpath("core").rglob("*.py"))
     origin["features"] = "int8" if config.features == "int8" else "exact"  # remembered or not, they are the same
     origin["code"] = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
+    if extensions := extensions_digest():
+        origin["extensions"] = extensions
     origin["torch"] = torch.__version__
     origin["precision"] = resolve_dtype(device, config.dtype)  # which `auto` leaves to the device
     origin["computed_on"] = device_name(device)

@@ -104,7 +104,7 @@ class Trial:
         self.config, self.device = config, device
         encoder = load_encoder(config.vision_model)
         with torch.random.fork_rng(devices=[]):
-            self.model = VLM(config.model, encoder.spec, 0, encoder).to(device)
+            self.model = VLM(config.model, encoder.spec, 0, encoder, config.projector).to(device)
         self.memory = FeatureCache(FeatureEncoder(encoder, device, config.dtype))
         self.trained = freeze(self.model, config.freeze)
         self.length = min(config.data.max_length, config.model.max_position_embeddings)
@@ -117,7 +117,7 @@ class Trial:
     @property
     def row(self) -> int:
         """Bytes that a row of a batch takes by itself, its picture and what is seen in it; the least for one more."""
-        spec = self.model.spec
+        spec = self.memory.eye.encoder.spec if self.memory.eye else self.model.spec
         return 18 * self.length + 3 * spec.image_size**2 + 4 * spec.tokens_per_image * spec.width
 
     def __call__(self, rows: int) -> None:

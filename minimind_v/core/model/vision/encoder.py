@@ -1,4 +1,4 @@
-"""The frozen eye: CLIP's vision tower, of any size. All facts about it come from its folder."""
+"""The vision encoder: a frozen vision tower. All facts about it come from its folder."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind_v.core.config.schema import CLIP_MEAN, CLIP_STD, CLIP_VISION, VisionSpec
 from minimind_v.core.model.kernels.cpu_linear import Product, page_out, product, state_of
 from minimind_v.core.model.vision.clip import QUICK, encode
-from minimind_v.core.model.vision.spec import CLIP_MEAN, CLIP_STD, VisionSpec, read_vision_spec
+from minimind_v.core.model.vision.spec import read_vision_spec
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "VisionEncoder", "VisionSpec", "read_vision_spec"]
 
 
 class VisionEncoder(nn.Module):
-    """A CLIP vision tower that is never trained, and normalises uint8 pictures by itself."""
+    """A vision tower that is never trained, and normalises uint8 images by itself."""
 
     def __init__(self, tower: nn.Module, spec: VisionSpec) -> None:
         super().__init__()
@@ -39,13 +40,16 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pictures [M, 3, H, W], uint8 or already normalised → features [M, P, width].
+        """Images [M, 3, H, W], uint8 or already normalised → features [M, P, width].
 
-        Features are the last hidden state before the post-layernorm, without the CLS token.
+        CLIP's features are the last hidden state before the post-layernorm, without the CLS token.
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values.float() / 255 - self.mean) / self.std  # [M, 3, H, W]
         pixel_values = pixel_values.to(next(self.tower.parameters()).dtype)
+        if self.spec.model_type != CLIP_VISION:
+            features: Tensor = self.tower(pixel_values)  # [M, P, width]
+            return features
         return self._look(pixel_values)[:, 1:]  # [M, P, width]
 
     def _look(self, pictures: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ class VisionEncoder(nn.Module):
 
     def release_memory(self) -> None:
         """Before a long run: where the weights are packed, the system need not keep them in memory twice."""
-        if self._packed():
+        if self.spec.model_type == CLIP_VISION and self._packed():
             for weight in self.tower.parameters():
                 page_out(weight)
 
