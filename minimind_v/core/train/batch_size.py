@@ -117,7 +117,7 @@ class Trial:
     @property
     def row(self) -> int:
         """Bytes that a row of a batch takes by itself, its picture and what is seen in it; the least for one more."""
-        spec = self.memory.eye.encoder.spec if self.memory.eye else self.model.spec
+        spec = self.model.model_config.vision
         return 18 * self.length + 3 * spec.image_size**2 + 4 * spec.tokens_per_image * spec.width
 
     def __call__(self, rows: int) -> None:

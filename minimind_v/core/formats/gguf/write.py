@@ -8,13 +8,13 @@ from minimind_v import __version__
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import CLIP_VISION, LINEAR
 from minimind_v.core.files import disk_errors, write_text
-from minimind_v.core.formats.checkpoint import PROJECTOR
 from minimind_v.core.formats.gguf import language, vision
 from minimind_v.core.formats.gguf.file import MADE_BY, QUANTIZATIONS, SOURCE, STAGE, Writer, check_quantization
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL, MODELFILE
 from minimind_v.core.formats.gguf.tokenizer import modelfile, write_words
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.request import ExportRequest, check_target
+from minimind_v.core.model.projector import PREFIX
 
 DEFAULT = "f16"
 TOWERS, PROJECTORS = (CLIP_VISION,), (LINEAR,)  # that llama.cpp can hold
@@ -52,7 +52,7 @@ def write(loaded: LoadedModel, folder: Path, order: ExportRequest) -> None:
     eye = Writer(folder / MMPROJ, "clip", QUANTIZATIONS[quantize])
     _describe(eye, "mmproj", f"{name}: CLIP and the projector", loaded)
     vision.write_keys(eye, encoder, config.hidden_size)
-    vision.write_tensors(eye, encoder, {key: value for key, value in tensors.items() if key.startswith(PROJECTOR)})
+    vision.write_tensors(eye, encoder, {key: value for key, value in tensors.items() if key.startswith(PREFIX)})
     eye.close()
 
     write_text(folder / MODELFILE, modelfile(MODEL, MMPROJ))

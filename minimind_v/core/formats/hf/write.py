@@ -19,7 +19,7 @@ from torch import Tensor
 from minimind_v.core.config.schema import CLIP_VISION, LINEAR, TextConfig, VisionSpec
 from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer, with_image_token
 from minimind_v.core.files import disk_errors, in_use
-from minimind_v.core.formats.checkpoint import describe
+from minimind_v.core.formats.description import describe
 from minimind_v.core.formats.hf.card import write_card
 from minimind_v.core.formats.hf.names import TOWER, to_llava
 from minimind_v.core.formats.hf.read import META
