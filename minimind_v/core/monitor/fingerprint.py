@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import minimind_v
-from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.config.schema import LINEAR, RunConfig
 from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.extensions import extensions_digest
@@ -55,6 +55,7 @@ def check_origin(
     for name in allowed:
         if name not in here:
             raise UsageError(f"--allow {name}: nothing of a run is called so{nearest(name, here)}")
+    there = {"projector": LINEAR, **there}  # earlier releases had no other, and did not record it
     differing = [key for key in here if there.get(key) != here[key]]
     for key in differing:
         allowance = " (allowed)" if key in allowed else ""
