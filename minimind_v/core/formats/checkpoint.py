@@ -19,7 +19,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from minimind_v.core.config.presets import name_preset
-from minimind_v.core.config.schema import ModelConfig, TextConfig, VisionSpec
+from minimind_v.core.config.schema import LINEAR, ModelConfig, TextConfig, VisionSpec
 from minimind_v.core.errors import RunError, WeightsError
 from minimind_v.core.files import MOST_JSON, write_atomically, write_text
 from minimind_v.core.formats.companions import RECORD, UNKNOWN, Companions, as_record, of_the_run, read_record
@@ -118,7 +118,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors, described = read_tensors(path)
         meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
     tensors = _unwrap(path, tensors)
-    check_weights(path, tensors, described=bool(meta), projector_fits=recognise_projector(tensors) is not None)
+    check_weights(
+        path, tensors, described=bool(meta), projector_fits=recognise_projector(tensors) not in (None, LINEAR)
+    )
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
     for name, tensor in tensors.items():
