@@ -34,7 +34,7 @@ from benchmarks.material import make_material
 from benchmarks.pages import PAGE, write_block
 from benchmarks.plain_chat import PlainChat
 from benchmarks.train import find_tokenizer
-from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.load import load
 from minimind_v.core.generate import batch as many
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
 from minimind_v.core.generate.session import Session
@@ -89,7 +89,7 @@ class Ours:
     """The real thing."""
 
     def __init__(self, folder: Path) -> None:
-        loaded = load_model(folder / "weights.safetensors", folder / "clip", folder / "tokenizer", "cpu")
+        loaded = load(folder / "weights.safetensors", folder / "clip", folder / "tokenizer", "cpu")
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         many.Sampler = Clock
 

@@ -10,6 +10,7 @@ from minimind_v import __version__
 from minimind_v.cli import bench, chat, convert, data, demo, doctor, download, evaluate, info, report, train, upload
 from minimind_v.cli.command import Command
 from minimind_v.cli.terminal import run_app
+from minimind_v.core.extensions import load_extensions
 
 app = typer.Typer(
     name="mmv",
@@ -35,6 +36,7 @@ def root(
     ] = False,
 ) -> None:
     """Train, understand and use a tiny vision-language model."""
+    load_extensions()
 
 
 app.command("download", cls=Command)(download.download)

@@ -126,6 +126,7 @@ def open_data(
     from minimind_v.core.config.load import build_config
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.data.tokenizer import Tokenizer
+    from minimind_v.core.model.projector import projected
     from minimind_v.core.model.vision.spec import read_vision_spec
     from minimind_v.core.rows.jsonl import find_rows, open_rows
     from minimind_v.core.rows.pictures import find_pictures
@@ -141,7 +142,7 @@ def open_data(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
         lambda: Tokenizer.load(tokenizer),
-        lambda: read_vision_spec(recipe.vision_model, standard=vision_model is None),
+        lambda: projected(read_vision_spec(recipe.vision_model, standard=vision_model is None), recipe.projector),
         lambda: against and find_rows(against),
     )
     store = open_rows(file, recipe.data.images, split, terminal.say)

@@ -77,7 +77,7 @@ def evaluate(
         memory = open_feature_cache("exact", features, eye, len(rows), terminal.say, terminal.warn)
     prompts, found = PromptEncoder(words, spec.tokens_per_image), {}
     for name in ("seeing", "blind") if blind else ("seeing",):
-        dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind")
+        dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind", fit=spec.fit)
         with terminal.progress(f"eval {name}") as progress:
             found[name] = score(
                 loaded.model, dataset, words.pad_id, words.eos_id, batch_size,

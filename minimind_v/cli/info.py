@@ -100,6 +100,7 @@ def _weights(file: Path) -> dict[str, Any]:
         "preset": name_preset(checkpoint.config),
         "parameters": checkpoint.parameters,
         "vision_width": checkpoint.vision_width,
+        "projector": checkpoint.projector,
         "dtype": "/".join(types),
         "ignored_tensors": len(checkpoint.ignored),
         **_trained_with(checkpoint),

@@ -70,6 +70,6 @@ def load(
     from minimind_v.core.formats.inputs import find_model
 
     weights = find_model(model, vision_model, tokenizer, say)
-    from minimind_v.core.formats.load import load_model
+    from minimind_v.core.formats.load import load
 
-    return load_model(weights, vision_model, tokenizer, device, say)
+    return load(weights, vision_model, tokenizer, device, say)

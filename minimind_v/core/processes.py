@@ -16,6 +16,8 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from minimind_v.core.extensions import load_extensions
+
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
 CHECK_INTERVAL = 0.5  # seconds between two checks whether the parent is alive, where the system sends no signal
 KILLED = 2.0  # seconds that a killed process may take; one that waits for a dead network disk takes for ever
@@ -55,6 +57,7 @@ def _arrived(pid: int, lasting: bool) -> Parent:
     parent = Parent(pid, lasting)
     if os.getpid() != pid:
         parent.end_with_it()
+        load_extensions()  # before what follows is read: it may hold objects of their classes
     return parent
 
 

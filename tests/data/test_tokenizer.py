@@ -7,7 +7,7 @@ import pytest
 
 from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer
 from minimind_v.core.errors import MmvError, WeightsError
-from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.load import load
 from tests.cli.harness import ASSETS, EYE, here, place, sighted
 from tests.hostile import check_refused
 
@@ -46,7 +46,7 @@ def test_the_largest_id_counts_not_the_number_of_tokens(tmp_path):
     assert words.backend.get_vocab_size() == 600
     assert words.vocab_size == 5001
     with pytest.raises(WeightsError, match=r"knows 600 tokens .* has 5001: '\S+' has no row in the weights"):
-        load_model(sighted(), EYE, tmp_path)
+        load(sighted(), EYE, tmp_path)
     line = here(*place().train(tmp_path / "out", tokenizer=tmp_path)).error
     assert "has 5001 tokens, the model only 600: " in line
     assert "would have no row" in line

@@ -14,8 +14,7 @@ from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.demo import world
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 from minimind_v.core.formats.hf import write as hf
-from minimind_v.core.formats.load import LoadedModel
-from minimind_v.core.formats.parts import read_parts
+from minimind_v.core.formats.load import LoadedModel, read_model_parts
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.model.vlm import VLM
@@ -74,7 +73,7 @@ def _exported(kind: str, dtype: str | None) -> Path:
     folder = _folder() / f"{weights(kind).parent.name}-{dtype}"
     folder.mkdir()
     made = order(kind, dtype=dtype)
-    hf.write(read_parts(made), folder, made)
+    hf.write(read_model_parts(made.model, made.vision_model, made.tokenizer), folder, made)
     return folder
 
 

@@ -13,7 +13,7 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.export.prove.cases import _parts
 from minimind_v.core.formats.hf import write as hf
 from minimind_v.core.formats.hf.card import _training
-from minimind_v.core.formats.parts import read_parts
+from minimind_v.core.formats.load import read_model_parts
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
@@ -269,7 +269,7 @@ def test_types():
 
 def test_a_weight_too_large_for_the_type_is_refused(tmp_path):
     made = order(dtype="float16")
-    loaded = read_parts(made)
+    loaded = read_model_parts(made.model, made.vision_model, made.tokenizer)
     loaded.checkpoint.tensors["model.norm.weight"] = loaded.checkpoint.tensors["model.norm.weight"].float() + 1e5
     with pytest.raises(RunError, match=r"model\.language_model\.norm\.weight does not fit in float16"):
         hf.write(loaded, tmp_path, made)
@@ -279,7 +279,7 @@ def test_it_can_be_trained_further_and_comes_back(tmp_path):
     """As a training loop of anybody's would: labels in, loss out, saved by transformers, read by us."""
     from transformers import AutoModelForImageTextToText
 
-    from minimind_v.core.formats.load import load_model
+    from minimind_v.core.formats.load import load
 
     processor = opened()[0]
     model = AutoModelForImageTextToText.from_pretrained(exported())
@@ -298,7 +298,7 @@ def test_it_can_be_trained_further_and_comes_back(tmp_path):
     assert losses[-1] < losses[0] - 0.1
     model.eval().save_pretrained(tmp_path)  # under its older names, projector of two layers that have both learnt
     processor.save_pretrained(tmp_path)
-    back = load_model(tmp_path, device="cpu")
+    back = load(tmp_path, device="cpu")
     tokens = PromptEncoder(back.tokenizer, 64).prompt([{"role": "user", "content": "<image>\nWhat is it?"}])
     with torch.no_grad():
         wanted = model(**asked(processor, shown((0,)))).logits[..., :-1]

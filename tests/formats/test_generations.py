@@ -9,7 +9,7 @@ import torch
 
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.load import load
 from minimind_v.core.formats.vision_tower import read_tower
 from tests.cli.harness import ASSETS, BASE, EYE, here, place, sighted
 from tests.formats.made import saved, state
@@ -97,11 +97,11 @@ def test_a_tower_and_a_tokenizer_of_minimind_3v_beside_weights_of_2025(tmp_path)
     with pytest.raises(
         WeightsError, match=r"siglip: the vision model is that of minimind-3v \(2026\).*sft_vlm_128.*CLIP"
     ):
-        load_model(sighted(), tower, ASSETS)
+        load(sighted(), tower, ASSETS)
     with pytest.raises(
         WeightsError, match=r"words: the tokenizer is that of minimind-3v .*<\|image_pad\|>.*sft_vlm_128"
     ):
-        load_model(sighted(), EYE, words)
+        load(sighted(), EYE, words)
     with pytest.raises(WeightsError, match="the vision model is that of minimind-3v"):
         read_tower(tower)
 
@@ -121,7 +121,7 @@ def test_a_run_does_not_mix_the_generations(tmp_path):
 @pytest.mark.skipif(not (SHARED / "tokenizer-3v").is_dir(), reason="the tokenizer of minimind-3v is not here")
 def test_the_real_tokenizer_of_minimind_3v_is_named():
     with pytest.raises(WeightsError, match="the tokenizer is that of minimind-3v"):
-        load_model(sighted(), EYE, SHARED / "tokenizer-3v")
+        load(sighted(), EYE, SHARED / "tokenizer-3v")
 
 
 def test_a_base_whose_head_alone_is_stored_is_the_same_model(tmp_path):

@@ -12,13 +12,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.load import load
 from minimind_v.core.hub.sources import find_weights
 from tests.cli.harness import ASSETS, BASE, EYE, sighted
 
 
 def test_what_is_loaded_is_what_the_file_holds():
-    loaded = load_model(sighted(), EYE, ASSETS, "cpu")
+    loaded = load(sighted(), EYE, ASSETS, "cpu")
     held = read_checkpoint(sighted()).tensors
     assert all(torch.equal(loaded.model.state_dict()[name], tensor.float()) for name, tensor in held.items())
     assert not loaded.model.training
@@ -29,11 +29,11 @@ def test_what_is_loaded_is_what_the_file_holds():
 def test_nothing_is_drawn_or_imported_that_is_not_used():
     """Before an answer, importing is most of the time: of transformers, and of the compiler behind some of torch."""
     before = torch.get_rng_state()
-    load_model(sighted(), EYE, ASSETS, "cpu")
+    load(sighted(), EYE, ASSETS, "cpu")
     assert torch.equal(torch.get_rng_state(), before)
     code = (
-        "import sys; from pathlib import Path; from minimind_v.core.formats.load import load_model; "
-        "load_model(*map(Path, sys.argv[1:]), device='cpu'); "
+        "import sys; from pathlib import Path; from minimind_v.core.formats.load import load; "
+        "load(*map(Path, sys.argv[1:]), device='cpu'); "
         "assert not {'transformers', 'torch._dynamo', 'sympy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, sighted(), EYE, ASSETS], check=True)
@@ -41,14 +41,14 @@ def test_nothing_is_drawn_or_imported_that_is_not_used():
 
 def test_inputs_that_do_not_belong_together_are_told(tmp_path):
     with pytest.raises(WeightsError, match=r"text-only base without a projector"):
-        load_model(BASE, EYE, ASSETS)
+        load(BASE, EYE, ASSETS)
     other = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
     other["added_tokens"].append({**other["added_tokens"][0], "id": 600, "content": "<new>"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")
     with pytest.raises(WeightsError, match=r"knows 600 tokens .* has 601: '<new>' has no row .*\(--tokenizer\)"):
-        load_model(sighted(), EYE, tmp_path)
+        load(sighted(), EYE, tmp_path)
     with pytest.raises(UsageError, match="--device gpu"):
-        load_model(sighted(), EYE, ASSETS, "gpu")
+        load(sighted(), EYE, ASSETS, "gpu")
 
 
 def test_a_vision_model_of_another_width_is_told(tmp_path):
@@ -58,7 +58,7 @@ def test_a_vision_model_of_another_width_is_told(tmp_path):
     config.hidden_size = 64
     CLIPVisionModel(config).save_pretrained(tmp_path / "eye")
     with pytest.raises(WeightsError, match=r"trained with features of width 128, .* gives 64 — .*--vision-model"):
-        load_model(sighted(), tmp_path / "eye", ASSETS)
+        load(sighted(), tmp_path / "eye", ASSETS)
 
 
 def touch(folder, name, time):

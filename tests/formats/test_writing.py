@@ -14,11 +14,11 @@ from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import RunError, WeightsError
 from minimind_v.core.formats.checkpoint import (
     export_tensors,
-    infer_config,
     load_into,
     read_checkpoint,
     write_checkpoint,
 )
+from minimind_v.core.formats.description import infer_config
 from tests.cli.harness import BASE, sighted, sighted_model
 from tests.formats.made import DENSE, MOE, model, state, text_only, written
 

@@ -30,7 +30,7 @@ from minimind_v.core.files import as_json
 from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.formats.companions import of_the_run
 from minimind_v.core.formats.hf import card
-from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.load import load
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.hub.receipt import Receipt
@@ -207,7 +207,7 @@ def read_weights(folder: Path) -> Data:
 
 def read_whole_model(folder: Path) -> Data:
     """An exported folder: weights, tower and tokenizer; and what `mmv info` tells of it."""
-    loaded = load_model(folder / "model", device="cpu")
+    loaded = load(folder / "model", device="cpu")
     _described(folder / "model")
     encoded = loaded.tokenizer.encode("What is in the picture?").ids
     return {"model": loaded.model.state_dict(), "config": loaded.checkpoint.config, "ids": encoded}

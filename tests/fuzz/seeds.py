@@ -369,11 +369,11 @@ def _only(folder: Path, kept: str) -> None:
 def hf(folder: Path) -> None:
     from minimind_v.core.export.folder import MANIFEST
     from minimind_v.core.formats.hf import write as hf
-    from minimind_v.core.formats.parts import read_parts
+    from minimind_v.core.formats.load import read_model_parts
 
     order = model(folder)
     (folder / "model").mkdir()
-    hf.write(read_parts(order), folder / "model", order)
+    hf.write(read_model_parts(order.model, order.vision_model, order.tokenizer), folder / "model", order)
     sizes = {path.name: path.stat().st_size for path in sorted((folder / "model").iterdir())}
     noted = {"made_by": "mmv 1", "kind": "hf", "source": {"name": "sft_vlm_32.pth", "sha256": "0"}, "stage": "sft"}
     noted |= {"verified": {"logits": "the same"}, "files": sizes}

@@ -10,7 +10,7 @@ import torch
 
 from minimind_v.core.export.prove.ask_llama import LlamaCpp
 from minimind_v.core.formats.gguf.write import write
-from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.load import load
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
@@ -24,7 +24,7 @@ pytest.importorskip("openai", reason="the openai client is not installed; `make 
 
 
 def answers(seeing):
-    loaded = load_model(seeing.weights, seeing.sight[1], seeing.sight[3], "cpu")
+    loaded = load(seeing.weights, seeing.sight[1], seeing.sight[3], "cpu")
     for question, _, picture in seeing.rows:
         yield "".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask(question, [picture], 16))
 
@@ -76,7 +76,7 @@ def test_token_ids(tmp_path):
 
 def test_answers_are_those_of_the_source(seeing, exported):
     llama = LlamaCpp(exported[0])
-    tokenizer = load_model(exported[0]).tokenizer
+    tokenizer = load(exported[0]).tokenizer
     same = 0
     for ours, (question, _, picture) in zip(answers(seeing), seeing.rows, strict=True):
         parts = [{"type": "image"}, {"type": "text", "text": question}]

@@ -11,7 +11,7 @@ import torch
 
 from minimind_v.core.errors import UsageError
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.formats.load import load_model
+from minimind_v.core.formats.load import load
 from minimind_v.core.rows.heldout import hold_out
 from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.train import run as loop
@@ -132,7 +132,7 @@ def test_the_best_weights_are_kept(out):
     if best is found[-1]:
         final = read_checkpoint(out / f"{NAME}.pth").tensors
         assert all(torch.equal(kept.tensors[name], final[name]) for name in final)
-    assert load_model(out / f"{NAME}_best.pth", EYE, ASSETS, "cpu").model is not None
+    assert load(out / f"{NAME}_best.pth", EYE, ASSETS, "cpu").model is not None
 
 
 def test_looking_changes_nothing_of_what_is_learnt(out, tmp_path):

@@ -41,6 +41,12 @@ MOST = {
     "gpus": (1 << 10, ""),
 }
 MOST_OF_ANY = 2**63 - 1  # what a file of a run can hold
+CLIP_VISION = "clip_vision_model"  # transformers' model_type of the published models' vision tower
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FITS = ("crop", "squeeze")  # the short side is resized and the centre cropped; or both sides are resized
+MOST_IMAGE = {"image_size": 4_096, "patch_size": 4_096, "width": 65_536, "tokens_per_image": 65_536}
+LINEAR = "linear"  # the published models' projector
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,48 @@ class TextConfig:
         return self.vocab_size * width + self.num_hidden_layers * layer + width
 
 
+@dataclass(frozen=True)
+class VisionSpec:
+    """What the rest of the system must know of a vision tower: its features, and how images are prepared for it."""
+
+    image_size: int
+    patch_size: int
+    width: int  # of one feature vector
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    tokens_per_image: int = 0  # feature vectors of one image; 0: one for each patch (196 for ViT-B/16)
+    fit: str = "crop"
+    model_type: str = CLIP_VISION
+
+    def __post_init__(self) -> None:
+        for name, most in MOST_IMAGE.items():
+            _between(f"vision.{name}", getattr(self, name), name != "tokens_per_image", most)
+        if not self.tokens_per_image:
+            object.__setattr__(self, "tokens_per_image", (self.image_size // self.patch_size) ** 2)
+        if self.fit not in FITS:
+            raise UsageError(f"vision.fit {self.fit!r} must be one of {', '.join(FITS)}")
+
+    @property
+    def identity(self) -> str:
+        """The text that digests are computed from. For CLIP it is that of earlier releases: digests stay valid."""
+        text = (
+            f"VisionSpec(image_size={self.image_size}, patch_size={self.patch_size}, width={self.width}, "
+            f"mean={self.mean}, std={self.std})"
+        )
+        if self == VisionSpec(self.image_size, self.patch_size, self.width, self.mean, self.std):
+            return text
+        return f"{text} {self.model_type} {self.tokens_per_image} {self.fit}"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what a model computes. It is saved with every checkpoint of a vision-language model."""
+
+    text: TextConfig
+    vision: VisionSpec  # as the tower has it: `tokens_per_image` counts features before the projector
+    projector: str = LINEAR
+
+
 def usual_workers(processes: int = 1) -> int:
     """Data workers for each of the training processes of this machine; two of its cores are left to training."""
     return max(1, min(MOST_WORKERS, ((os.cpu_count() or 1) - 2) // processes))
@@ -149,6 +197,7 @@ class RunConfig:
     vision_model: Path = VISION_DIR
     init: Path | None = None  # the weights to start from
     out: Path = OUT_DIR
+    projector: str = LINEAR
     freeze: str = "all"
     epochs: int = 1
     lr: float = 4e-4

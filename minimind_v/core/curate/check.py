@@ -193,7 +193,7 @@ def check_row(dataset: RowDataset, index: int) -> Found:
             data = dataset.rows.picture(index, position, name)
             pictures.append(picture_digest(data))
             if not found.text_row:
-                load_pixels(data, name, dataset.image_size)
+                load_pixels(data, name, dataset.image_size, dataset.fit)
                 if position < used and is_dark_on_transparent(data):
                     found.problems.append(("dark on transparent", f"{name}: {DARK_ON_TRANSPARENT}"))
         except RowError as error:

@@ -83,12 +83,13 @@ class Batch:
         if all(fits(begin, end) for begin, end in pairwise([*even, len(self)])):
             edges = even
         parts, pictures = [], 0
+        images = 0 if self.image_features is None else len(self.image_features)
+        per_image = int(self.image_mask.sum()) // max(images, 1)  # the projector may have changed their number
         for begin, end in pairwise([*edges, len(self)]):
             wide = max(lengths[begin:end])
             cut: dict[str, Any] = {name: getattr(self, name)[begin:end, :wide] for name in TOKENS}
-            if self.image_features is not None:
-                patches = int(cut["image_mask"].sum())
-                first, pictures = pictures, pictures + patches // self.image_features.shape[1]
+            if self.image_features is not None and images:
+                first, pictures = pictures, pictures + int(cut["image_mask"].sum()) // per_image
                 cut["image_features"] = self.image_features[first:pictures]
             parts.append(Batch(**cut))
         return parts

@@ -63,13 +63,15 @@ class RowDataset:
         image_size: int,
         max_length: int,
         blank: bool = False,
+        fit: str = "crop",
     ) -> None:
-        """`blank` shows a grey picture in place of every real one."""
+        """`blank` shows a grey image in place of every real one. `fit` is that of the vision spec."""
         self.rows = rows
         self.encoder = encoder
         self.image_size = image_size
         self.max_length = max_length
         self.blank = blank
+        self.fit = fit
         self.remembered: FeatureStore | None = None  # what is in it is not decoded
 
     def __len__(self) -> int:
@@ -103,4 +105,4 @@ class RowDataset:
         key = digest(data) if self.remembered is not None else b""
         if self.remembered is not None and (features := self.remembered.read(key)) is not None:
             return Picture(key, features=features)
-        return Picture(key, load_pixels(data, name, self.image_size))
+        return Picture(key, load_pixels(data, name, self.image_size, self.fit))

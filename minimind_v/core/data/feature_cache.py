@@ -80,7 +80,7 @@ class FeatureEncoder:
         for name, tensor in sorted(self.encoder.state_dict().items()):
             sum_ = zlib.crc32(tensor.detach().float().cpu().contiguous().numpy())
             told.update(f"{name} {tuple(tensor.shape)} {sum_};".encode())
-        told.update(f"{self.encoder.spec} {RENDERING}".encode())
+        told.update(f"{self.encoder.spec.identity} {RENDERING}".encode())
         self.look(pictures)  # the first time pays for what is only made once
         begun = time.perf_counter()
         seen = self.look(pictures).float().cpu()

@@ -82,10 +82,16 @@ def decode(data: bytes, name: str) -> Image.Image:
         return _turn(_to_eight_bits(picture), _orientation(picture)).convert("RGB")
 
 
-def load_pixels(data: bytes, name: str, size: int) -> np.ndarray:
-    """Decode and prepare a picture: uint8 [3, size, size]. Raises RowError naming `name`."""
+def load_pixels(data: bytes, name: str, size: int, fit: str = "crop") -> np.ndarray:
+    """Decode and prepare a picture: uint8 [3, size, size]. Raises RowError naming `name`.
+
+    fit: `crop` keeps the middle of the longer side; `squeeze` keeps all of the image, and not its aspect.
+    """
     with _blame(name):
         picture, extent = _load(data, size)
+        if fit == "squeeze":
+            whole = _to_eight_bits(picture).resize((size, size), Image.Resampling.BICUBIC, (0, 0, *extent))
+            return _crop(_turn(whole, _orientation(picture)), size)
         small = _shrink(_to_eight_bits(picture), size, extent)
         return _crop(_turn(small, _orientation(picture)), size)
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_v.core.data.parcel import Parcel
 from minimind_v.core.errors import MmvError, RunError
-from minimind_v.core.processes import end_processes
+from minimind_v.core.processes import Parent, end_processes
 
 SHM = Path("/dev/shm")
 GRACE = 3.0  # seconds that all workers together may take to end
@@ -39,6 +39,7 @@ class Packed(Dataset[Parcel | _Failure]):
     """The updates of a plan as a worker sends them. What fails in it becomes part of the answer: nothing is lost."""
 
     def __init__(self, plan: Any) -> None:
+        self.parent = Parent.here()  # before the plan: on its arrival in a spawned process, extensions are imported
         self.plan = plan
 
     def __len__(self) -> int:

@@ -22,21 +22,17 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pictures, write_pretrain, write_sft, write_test
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
 from minimind_v.core.files import only_writer, read_notes, write_text
-from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.formats.convert_file import convert
-from minimind_v.core.formats.load import LoadedModel, load_model
-from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.formats.load import LoadedModel, load
 from minimind_v.core.generate.batch import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR
-from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Listener, read_metrics
 from minimind_v.core.pages.demo_report import Sample, write_report
 from minimind_v.core.rows.jsonl import open_rows
@@ -96,7 +92,7 @@ class Demo:
         before = self._stage("before", "before training: guessing", "", lambda: self._score(self._untrained()))
         for stage, title in (("pretrain", "learning to see: captions"), ("sft", "learning to answer: questions")):
             self._stage(stage, title, _command("train", stage, *self._flags(stage)), partial(self._train, stage))
-        loaded = load_model(sft, device="cpu")
+        loaded = load(sft, device="cpu")
         after = self._stage(
             "eval", "scenes and pairs never seen, and blank pictures",
             _command("eval", "--model", sft, *test, "--blind"), lambda: self._score(loaded),
@@ -161,10 +157,7 @@ class Demo:
     def _untrained(self) -> LoadedModel:
         """The base with a fresh projector: what pretraining starts from."""
         torch.manual_seed(self.seed)
-        encoder, tokenizer = load_encoder(self.vision), Tokenizer.load(self.tokenizer)
-        base = read_checkpoint(self.weights["lm_128"])
-        model = VLM(base.config, encoder.spec, tokenizer.placeholder_id, encoder)
-        return LoadedModel(model.eval(), tokenizer, base, load_into(model, base, new_projector=True))
+        return load(self.weights["lm_128"], self.vision, self.tokenizer, "cpu", new_projector=True)
 
     def _flags(self, stage: str) -> list[Any]:
         return [part for flag, value in self._options(stage).items() for part in (f"--{flag.replace('_', '-')}", value)]
@@ -204,7 +197,7 @@ class Demo:
     def _evaluate(self, loaded: LoadedModel, rows: DemoSet, blank: bool = False) -> Scores:
         spec, tokenizer = loaded.model.spec, loaded.tokenizer
         prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
-        dataset = RowDataset(open_rows(rows.data, rows.images), prompts, spec.image_size, 1536, blank)
+        dataset = RowDataset(open_rows(rows.data, rows.images), prompts, spec.image_size, 1536, blank, spec.fit)
         return evaluate(loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id, batch_size=32)
 
     def _chat(self, loaded: LoadedModel) -> str:

@@ -17,7 +17,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.targets import TARGETS
 from minimind_v.core.files import in_use, read_notes, sweep, umask, write_text
-from minimind_v.core.formats.request import ExportRequest, Made
+from minimind_v.core.formats.request import ExportFacts, ExportRequest
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
@@ -76,7 +76,7 @@ def _refuse_to_replace(order: ExportRequest, out: Path, overwrite: bool) -> None
         )
 
 
-def _describe(order: ExportRequest, to: str, made: Made, report: Report) -> dict[str, Any]:
+def _describe(order: ExportRequest, to: str, made: ExportFacts, report: Report) -> dict[str, Any]:
     """What the manifest tells: no paths, since folders travel."""
     source: dict[str, Any] = {"name": order.model.name}
     if order.model.is_file():

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.prove.worker import Worker
-from minimind_v.core.formats.request import ExportRequest, Made
+from minimind_v.core.formats.request import ExportFacts, ExportRequest
 
 
-def _to_hf(order: ExportRequest, folder: Path, check: bool) -> tuple[Made, Report]:
+def _to_hf(order: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts, Report]:
     """Two processes, so that source and export are never in memory together; the second imports while the first writes.
 
     This one has no torch, unless the caller brought it.
@@ -29,13 +29,13 @@ def _to_hf(order: ExportRequest, folder: Path, check: bool) -> tuple[Made, Repor
         return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
 
 
-def _to_gguf(order: ExportRequest, folder: Path, check: bool) -> tuple[Made, Report]:
+def _to_gguf(order: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts, Report]:
     from minimind_v.core.export.prove import verify_gguf
     from minimind_v.core.formats.gguf import write as gguf
 
     loaded = gguf.make(order, folder)
-    made = Made.of(loaded.checkpoint)
+    made = ExportFacts.of(loaded.checkpoint)
     return made, verify_gguf.verify(loaded, folder, order) if check else Report()
 
 
-TARGETS: dict[str, Callable[[ExportRequest, Path, bool], tuple[Made, Report]]] = {"hf": _to_hf, "gguf": _to_gguf}
+TARGETS: dict[str, Callable[[ExportRequest, Path, bool], tuple[ExportFacts, Report]]] = {"hf": _to_hf, "gguf": _to_gguf}

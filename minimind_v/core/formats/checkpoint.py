@@ -10,34 +10,41 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimind_v.core.config.presets import name_preset
-from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.errors import RunError, UsageError, WeightsError
+from minimind_v.core.config.schema import LINEAR, ModelConfig, TextConfig, VisionSpec
+from minimind_v.core.errors import RunError, WeightsError
 from minimind_v.core.files import MOST_JSON, write_atomically, write_text
 from minimind_v.core.formats.companions import RECORD, UNKNOWN, Companions, as_record, of_the_run, read_record
+from minimind_v.core.formats.description import (
+    EMBEDDING,
+    describe,
+    described_config,
+    described_projector,
+    described_vision,
+    infer_config,
+)
 from minimind_v.core.formats.generations import check_weights
 from minimind_v.core.formats.gguf.read import is_gguf, read_gguf
 from minimind_v.core.formats.hf.read import META, VISION, read_folder
 from minimind_v.core.formats.tensor_files import check_numbers, read_tensors
 from minimind_v.core.hub.sources import weights_at
+from minimind_v.core.model.projector import PREFIX as PROJECTOR
+from minimind_v.core.model.projector import PROJECTORS, recognise_projector
+from minimind_v.core.model.vlm import VLM
 from minimind_v.core.wording import plural
 
-PROJECTOR = "vision_proj."
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix
+HEAD = "lm_head.weight"  # one matrix with the embedding
 # Buffers that older versions of the published model saved and that are computed today.
 _OLD_BUFFERS = re.compile(r"(\.|^)(mask|pos_cis|freqs_cos|freqs_sin|inv_freq)$")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
-# What the shapes of tensors tell for certain, so that no description may say otherwise.
-_SHAPED = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "use_moe")
-_SHAPED_EXPERTS = ("n_routed_experts", "n_shared_experts")
 # What changes what weights compute, and no shape.
 _UNSHAPED = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps")
 
@@ -53,12 +60,21 @@ class Checkpoint:
     ignored: list[str]  # names that were left out: old buffers, the vision encoder
     guessed: bool  # true where the sizes were inferred from the tensors alone
     companions: Companions = UNKNOWN
+    vision: VisionSpec | None = None  # of the tower it was trained with; None where nothing says so
+    projector: str | None = None  # None for a text-only base, or where it is of no known kind
+
+    @property
+    def model_config(self) -> ModelConfig | TextConfig:
+        """What its description holds: that of the language model alone where nothing says what it was trained with."""
+        if self.vision is None or self.projector is None:
+            return self.config
+        return ModelConfig(self.config, self.vision, self.projector)
 
     @property
     def vision_width(self) -> int | None:
         """Width of the features its projector takes; None for a text-only base."""
-        weight = self.tensors.get("vision_proj.vision_proj.0.weight")
-        return None if weight is None or weight.ndim != 2 else weight.shape[1]
+        kind = PROJECTORS.get(self.projector or "")
+        return kind.vision_width(self.tensors) if kind else None
 
     @property
     def parameters(self) -> int:
@@ -102,17 +118,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors, described = read_tensors(path)
         meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
     tensors = _unwrap(path, tensors)
-    check_weights(path, tensors, described=bool(meta))
+    check_weights(
+        path, tensors, described=bool(meta), projector_fits=recognise_projector(tensors) not in (None, LINEAR)
+    )
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
     for name, tensor in tensors.items():
         check_numbers(path, name, tensor)
     _tie(path, tensors)
-    config, guessed = _config_of(path, meta, infer_config(path, tensors)), not meta
+    config, guessed = described_config(path, meta, infer_config(path, tensors)), not meta
     stage = meta.get("stage") if isinstance(meta.get("stage"), str) else None
     stage = stage or _stage_of(path, tensors)
     companions = read_record(meta[RECORD], path.parent) if RECORD in meta else of_the_run(path)
-    return Checkpoint(path, tensors, config, stage, ignored, guessed, companions)
+    vision, projector = described_vision(path, meta), described_projector(path, meta, tensors)
+    return Checkpoint(path, tensors, config, stage, ignored, guessed, companions, vision, projector)
 
 
 def _unwrap(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,83 +170,13 @@ def _parse_meta(path: Path, text: str | bytes) -> dict[str, Any]:
     return meta if isinstance(meta, dict) and isinstance(meta.get("model"), dict) else {}
 
 
-def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
-    """Sizes of the language model, from the shapes of its tensors.
-
-    Shapes do not tell the number of heads; all published models have two key-value heads, so two are taken.
-    Raises WeightsError where the tensors are not those of a MiniMind model.
-    """
-    try:
-        if not all(tensor.numel() for tensor in tensors.values()):
-            raise ValueError("a tensor is empty")
-        vocab, hidden = tensors[EMBEDDING].shape
-        kv_width = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
-        moe = "model.layers.0.mlp.gate.weight" in tensors
-        ff = "model.layers.0.mlp." + ("experts.0." if moe else "") + "gate_proj.weight"
-        intermediate = tensors[ff].shape[0]
-        kv_heads = 2
-        return TextConfig(
-            hidden_size=hidden,
-            num_hidden_layers=_count_layers(tensors),
-            num_attention_heads=max(1, hidden * kv_heads // kv_width),
-            num_key_value_heads=kv_heads,
-            intermediate_size=intermediate,
-            vocab_size=vocab,
-            **(_count_experts(tensors) if moe else {}),
-        )
-    except (KeyError, ValueError, IndexError, ZeroDivisionError, UsageError):
-        some = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise WeightsError(f"{path}: not the weights of a MiniMind model (it holds {some} …)") from None
-
-
-def _count_layers(tensors: Mapping[str, Tensor]) -> int:
-    numbers = {int(name.split(".")[2]) for name in tensors if re.match(r"model\.layers\.\d+\.", name)}
-    if numbers != set(range(len(numbers))):
-        raise ValueError("layers are missing")
-    return len(numbers)
-
-
-def _count_experts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    routed = tensors["model.layers.0.mlp.gate.weight"].shape[0]
-    shared = {name.split(".")[5] for name in tensors if name.startswith("model.layers.0.mlp.shared_experts.")}
-    return {
-        "use_moe": True,
-        "n_routed_experts": routed,
-        "n_shared_experts": len(shared),
-        "num_experts_per_tok": min(TextConfig.num_experts_per_tok, routed),
-    }
-
-
-def _config_of(path: Path, meta: dict[str, Any], inferred: TextConfig) -> TextConfig:
-    """The described sizes, where there is a description. Raises WeightsError where it is one of other weights."""
-    known = {item.name for item in fields(TextConfig)}
-    told = {name: value for name, value in meta.get("model", {}).items() if name in known}
-    try:
-        config = TextConfig(**(asdict(inferred) | told))
-        wrong = [
-            f"{name} {getattr(config, name)}, not {getattr(inferred, name)}"
-            for name in (*_SHAPED, *(_SHAPED_EXPERTS if inferred.use_moe else ()))
-            if getattr(config, name) != getattr(inferred, name)
-        ]
-        if config.num_key_value_heads * config.head_dim != inferred.num_key_value_heads * inferred.head_dim:
-            wrong.append("heads of another width")
-    except (TypeError, UsageError) as error:
-        wrong = [str(error)]
-    if wrong:
-        raise WeightsError(
-            f"{path}: its description tells of other weights ({'; '.join(wrong)}) — "
-            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} that of an older file?"
-        )
-    return config
-
-
 def _stage_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if not any(name.startswith(PROJECTOR) for name in tensors):
         return "lm"
     return next((stage for stage in ("pretrain", "sft") if path.name.startswith(stage)), "unknown")
 
 
-def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = False) -> Receipt:
+def load_into(model: VLM, checkpoint: Checkpoint, new_projector: bool = False) -> Receipt:
     """Copy a checkpoint into a model, strictly.
 
     With `new_projector` a text-only base may lack exactly the projector's tensors, which then keep their fresh values.
@@ -235,14 +184,13 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, new_projector: bool = Fa
     of another shape.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(VISION)}
-    config = getattr(model, "config", checkpoint.config)
-    given, receipt = match_tensors(checkpoint, wanted, config, new_projector)
+    given, receipt = match_tensors(checkpoint, wanted, model.model_config, new_projector)
     model.load_state_dict(given, strict=False)
     return receipt
 
 
 def match_tensors(
-    checkpoint: Checkpoint, wanted: Mapping[str, torch.Size], config: TextConfig, new_projector: bool = False
+    checkpoint: Checkpoint, wanted: Mapping[str, torch.Size], config: ModelConfig, new_projector: bool = False
 ) -> tuple[dict[str, Tensor], Receipt]:
     """The tensors that a model takes that has these names, shapes and sizes, the tied head included.
 
@@ -267,37 +215,44 @@ def match_tensors(
         raise WeightsError(f"the weights do not fit. {receipt}{_advice(checkpoint, receipt, config)}")
     for name in _UNSHAPED:
         told = getattr(checkpoint.config, name)
-        if not checkpoint.guessed and told != getattr(config, name):
+        if not checkpoint.guessed and told != getattr(config.text, name):
             raise WeightsError(
-                f"{checkpoint.path} was trained with {name} {told}, the model has {getattr(config, name)} — "
+                f"{checkpoint.path} was trained with {name} {told}, the model has {getattr(config.text, name)} — "
                 f"say --set model.{name}={told}"
             )
     return given, receipt
 
 
-def _advice(checkpoint: Checkpoint, receipt: Receipt, config: TextConfig) -> str:
-    trouble = receipt.missing + receipt.unexpected + receipt.wrong_shape
+def _advice(checkpoint: Checkpoint, receipt: Receipt, config: ModelConfig) -> str:
+    trouble, text = receipt.missing + receipt.unexpected + receipt.wrong_shape, config.text
     if all(name.startswith(PROJECTOR) for name in trouble):
-        if checkpoint.vision_width is None:
-            return " — this is a text-only base without a projector; `mmv train pretrain` makes one"
-        return (
-            f" — it was trained with a vision model whose features are {checkpoint.vision_width} wide (--vision-model)"
-        )
+        return _projector_advice(checkpoint, config.projector)
     tokens = checkpoint.config.vocab_size
-    if replace(checkpoint.config, vocab_size=config.vocab_size) == config and tokens != config.vocab_size:
+    if replace(checkpoint.config, vocab_size=text.vocab_size) == text and tokens != text.vocab_size:
         return (
-            f" — they have {tokens} tokens and the model {config.vocab_size}: say --set model.vocab_size={tokens}, "
+            f" — they have {tokens} tokens and the model {text.vocab_size}: say --set model.vocab_size={tokens}, "
             f"or rows of the embedding are lost"
         )
     preset = name_preset(checkpoint.config)
-    if checkpoint.config == config:
+    if checkpoint.config == text:
         return ""
     if preset:
         return f" — its sizes are those of --preset {preset}"
     return f" — its sizes are {checkpoint.config.hidden_size} × {checkpoint.config.num_hidden_layers} layers"
 
 
-def export_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _projector_advice(checkpoint: Checkpoint, projector: str) -> str:
+    """What to do where nothing but the projector does not fit."""
+    if not any(name.startswith(PROJECTOR) for name in checkpoint.tensors):
+        return " — this is a text-only base without a projector; `mmv train pretrain` makes one"
+    if checkpoint.projector is None:
+        return f" — its projector is none of {', '.join(PROJECTORS)}: name the file of its own in MMV_EXTENSIONS"
+    if checkpoint.projector != projector:
+        return f" — it has the projector {checkpoint.projector!r}, the model {projector!r} (--set projector=NAME)"
+    return f" — it was trained with a vision model whose features are {checkpoint.vision_width} wide (--vision-model)"
+
+
+def export_tensors(model: VLM) -> dict[str, Tensor]:
     """The tensors of a checkpoint under their published names: half precision, no vision encoder; tied ones stay one.
 
     Raises RunError where a weight does not fit.
@@ -315,15 +270,10 @@ def export_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def describe(config: TextConfig, stage: str, record: Mapping[str, Any] | None = None) -> str:
-    """The JSON text that goes with weights, and tells what their shapes cannot."""
-    return json.dumps({"stage": stage, "model": asdict(config)} | ({RECORD: record} if record else {}), indent=1)
-
-
 def write_checkpoint(
     path: Path,
     tensors: Mapping[str, Tensor],
-    config: TextConfig,
+    config: ModelConfig | TextConfig,
     stage: str,
     companions: Companions = UNKNOWN,
 ) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
+from minimind_v.core.config.schema import VisionSpec
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MmvError
-from minimind_v.core.model.vision.spec import VisionSpec
+from minimind_v.core.model.vision.spec import tower_type
 
 RECORD = "trained_with"  # the key of all this in the description of weights
 
@@ -46,9 +47,10 @@ UNKNOWN = Companions()
 
 def vision_digest(spec: VisionSpec, tensors: Mapping[str, Tensor]) -> str:
     """Tells a vision model from others of its sizes by its biases and norms, the same in half and in full precision."""
-    digest = hashlib.blake2b(repr(spec).encode(), digest_size=8)
+    digest = hashlib.blake2b(spec.identity.encode(), digest_size=8)
+    unused = tower_type(spec.model_type).unused
     for name, tensor in sorted(tensors.items()):
-        if tensor.ndim == 1 and not name.startswith("post_layernorm"):  # which features do not depend on
+        if tensor.ndim == 1 and not name.startswith(unused):
             digest.update(f"{name} {len(tensor)};".encode())
             digest.update(tensor.detach().cpu().half().numpy().tobytes())
     return digest.hexdigest()

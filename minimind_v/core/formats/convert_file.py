@@ -38,9 +38,9 @@ def _convert(source: Path, target: Path, dtype: str | None) -> Conversion:
     tensors = checkpoint.tensors
     if dtype is not None:
         tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
-    write_checkpoint(target, tensors, checkpoint.config, checkpoint.stage, checkpoint.companions)
+    write_checkpoint(target, tensors, checkpoint.model_config, checkpoint.stage, checkpoint.companions)
     again = read_checkpoint(target)
-    if again.tensors.keys() != tensors.keys() or again.config != checkpoint.config:
+    if again.tensors.keys() != tensors.keys() or again.model_config != checkpoint.model_config:
         raise RunError(f"{target}: reads back with other tensors or sizes than were written")
     difference = max(
         float((tensor.double() - again.tensors[name].double()).abs().max())

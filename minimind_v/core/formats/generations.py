@@ -21,6 +21,7 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.model.vision.spec import TOWERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +31,12 @@ _PATCH = "<|image_pad|>"
 _K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 
 
-def check_weights(path: Path, tensors: Mapping[str, Tensor], described: bool) -> None:
-    """Raises WeightsError for weights of minimind-3v. Without a description, the width of keys counts as well."""
-    projector = tensors.get("vision_proj.mlp.0.weight")
+def check_weights(path: Path, tensors: Mapping[str, Tensor], described: bool, projector_fits: bool) -> None:
+    """Raises WeightsError for weights of minimind-3v. Without a description, the width of keys counts as well.
+
+    projector_fits: a projector of PROJECTORS has these tensors, so they decide nothing.
+    """
+    projector = None if projector_fits else tensors.get("vision_proj.mlp.0.weight")
     norms = [name for name in tensors if name.endswith(".self_attn.q_norm.weight")]
     if projector is not None and projector.ndim == 2:
         form = f"{OTHER} in its form of April, whose vision_proj.mlp.0.weight is {list(projector.shape)}"
@@ -52,7 +56,7 @@ def check_tower(folder: Path, weights: Path | None) -> None:
     config = read_json(folder / "config.json") or {}
     tower = config.get("vision_config", config)
     kind = tower.get("model_type") if isinstance(tower, dict) else None
-    if isinstance(kind, str) and kind.startswith("siglip"):
+    if isinstance(kind, str) and kind.startswith("siglip") and kind not in TOWERS:
         raise WeightsError(_mixed(folder, "vision model", "SigLIP", weights, "CLIP", "--vision-model", "clip"))
 
 

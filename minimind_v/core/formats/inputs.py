@@ -9,7 +9,7 @@ from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.tokenizer import find_tokenizer
-from minimind_v.core.errors import MissingInput, UsageError, open_all
+from minimind_v.core.errors import MissingInput, UsageError, WeightsError, open_all
 from minimind_v.core.formats.generations import check_tower
 from minimind_v.core.hub.sources import (
     STANDARD_PRESET,
@@ -28,13 +28,20 @@ from minimind_v.core.rows.row import IMAGE_MARK
 def find_inputs(config: RunConfig) -> None:
     """Raises MissingInput where a run lacks something that it begins with."""
     open_all(
-        lambda: read_config(config.vision_model),
+        lambda: _check_vision_model(config),
         lambda: find_tokenizer(config.data.tokenizer),
         lambda: find_rows(config.data.file),
         lambda: find_pictures(config.data.images),
         lambda: find_init(config),
     )
-    check_tower(config.vision_model, find_init(config))
+
+
+def _check_vision_model(config: RunConfig) -> None:
+    try:
+        read_config(config.vision_model)
+    except WeightsError:
+        check_tower(config.vision_model, find_init(config))
+        raise
 
 
 def find_init(config: RunConfig) -> Path | None:

@@ -1,79 +1,123 @@
-"""Everything that using a trained model takes, from one weights file."""
+"""The one opener of models: it finds and reads weights, vision tower and tokenizer, and builds the modules of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
+from minimind_v.core.config.schema import LINEAR, ModelConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
 from minimind_v.core.formats.checkpoint import Checkpoint, Receipt, load_into, match_tensors, read_checkpoint
 from minimind_v.core.formats.companions import Companion, tidy, tokenizer_digest, vision_digest
 from minimind_v.core.formats.generations import check_tokenizer, check_tower
-from minimind_v.core.formats.gguf.read import is_gguf, read_tokenizer, read_vision_encoder
+from minimind_v.core.formats.gguf import read as gguf
+from minimind_v.core.formats.gguf.read import is_gguf
 from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.hf.read import is_llava
-from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.formats.vision_tower import StoredTower, build_encoder, read_tower
 from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, how_to_get, latest_model
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.no_init import NoInit
-from minimind_v.core.model.vision.encoder import VisionSpec
+from minimind_v.core.model.projector import projector_shapes
 from minimind_v.core.model.vlm import VLM
 
 
 @dataclass(frozen=True)
+class ModelParts:
+    """A model as it is stored: its tensors stay in their files until they are used, and there are no modules."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    tower: StoredTower
+
+    @property
+    def config(self) -> ModelConfig:
+        """What decides what the model computes. A text-only base gets the linear projector."""
+        return ModelConfig(self.checkpoint.config, self.tower.spec, self.checkpoint.projector or LINEAR)
+
+
+@dataclass(frozen=True)
 class LoadedModel:
-    """A model that can be talked to."""
+    """A model that answers questions about images."""
 
     model: VLM
     tokenizer: Tokenizer
     checkpoint: Checkpoint
     receipt: Receipt
 
+    @property
+    def config(self) -> ModelConfig:
+        """What decides what the model computes."""
+        return self.model.model_config
+
 
 def silent(message: str) -> None:
     """Where nobody listens."""
 
 
-def load_model(
+def load(
     weights: Path | None,
     vision_model: Path | None = None,
     tokenizer: Path | None = None,
     device: str = "auto",
     say: Callable[[str], None] = silent,
+    new_projector: bool = False,
 ) -> LoadedModel:
-    """Load weights (None: what the latest stage left in the standard folder), vision model and tokenizer.
+    """Open a model in any format: `.pth`, `.safetensors`, a folder for transformers, GGUF. Weights are in fp32.
 
-    Where these two are not named, `find_senses` finds them. `say` is given a line about each choice that is not plain.
-    Raises MissingInput or WeightsError; a text-only base is refused, since it has no projector.
+    Arguments and errors are those of `read_model_parts`. With `new_projector` a text-only base gets a projector with
+    random weights; otherwise it is refused.
     """
-    chosen = pick_device(device)  # a wrong name is told before anything is read
+    chosen = pick_device(device)  # a wrong name is refused before anything is read
+    parts = read_model_parts(weights, vision_model, tokenizer, say, new_projector)
+    checkpoint, config = parts.checkpoint, parts.config
+    encoder = build_encoder(parts.tower)
+    with nullcontext() if new_projector else NoInit():
+        model = VLM(config.text, config.vision, parts.tokenizer.placeholder_id, encoder, config.projector)
+    receipt = load_into(model, checkpoint, new_projector)
+    return LoadedModel(accelerate(model.to(chosen).eval(), chosen), parts.tokenizer, checkpoint, receipt)
+
+
+def read_model_parts(
+    weights: Path | None,
+    vision_model: Path | None = None,
+    tokenizer: Path | None = None,
+    say: Callable[[str], None] = silent,
+    new_projector: bool = False,
+) -> ModelParts:
+    """Find and read weights (None: what the latest stage left in the standard folder), vision tower and tokenizer.
+
+    Where the last two are not named, `find_companions` finds them. `say` gets a line about each choice that is not
+    plain. Raises MissingInput, or WeightsError where a part is damaged or they do not fit together; a text-only base is
+    refused unless it gets a `new_projector`.
+    """
     checkpoint = read_checkpoint(weights or latest_model(say))
     paths = find_companions(checkpoint, vision_model, tokenizer, say)
-    encoder = (
-        read_vision_encoder(paths.vision_model) if is_gguf(paths.vision_model) else load_encoder(paths.vision_model)
-    )
-    words = read_tokenizer(paths.tokenizer) if is_gguf(paths.tokenizer) else Tokenizer.load(paths.tokenizer)
-    check_companions(checkpoint, paths, words, encoder.spec, encoder.tower.state_dict(), say)
-    match_tensors(
-        checkpoint, published_shapes(checkpoint.config, encoder.spec.width), checkpoint.config
-    )  # before memory is taken
-    with NoInit():
-        model = VLM(checkpoint.config, encoder.spec, words.placeholder_id, encoder)
-    receipt = load_into(model, checkpoint)
-    return LoadedModel(accelerate(model.to(chosen).eval(), chosen), words, checkpoint, receipt)
+    tower, words = read_companions(paths.vision_model, paths.tokenizer)
+    check_companions(checkpoint, paths, words, tower, say)
+    parts = ModelParts(checkpoint, words, tower)
+    shapes = published_shapes(checkpoint.config)
+    shapes |= projector_shapes(tower.spec, checkpoint.config.hidden_size, parts.config.projector)
+    match_tensors(checkpoint, shapes, parts.config, new_projector)  # before memory is taken
+    return parts
+
+
+def read_companions(vision_model: Path, tokenizer: Path) -> tuple[StoredTower, Tokenizer]:
+    """The vision tower and the tokenizer in these folders, or GGUF files. Raises MissingInput or WeightsError."""
+    tower = gguf.read_vision_tower(vision_model) if is_gguf(vision_model) else read_tower(vision_model)
+    return tower, gguf.read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
 
 
 # --- the vision model and the tokenizer of some weights ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One of the two: what it is called, the file that makes a folder one, and where it comes from."""
+class CompanionKind:
+    """A vision model or a tokenizer: what it is called, the file that makes a folder one, and where it comes from."""
 
     name: str
     file: str
@@ -85,8 +129,8 @@ class Kind:
         return (path / self.file).is_file() or is_gguf(path)
 
 
-VISION = Kind("vision model", "config.json", "clip", "--vision-model", VISION_DIR)
-TOKENIZER = Kind("tokenizer", "tokenizer.json", "tokenizer", "--tokenizer", TOKENIZER_DIR)
+VISION = CompanionKind("vision model", "config.json", "clip", "--vision-model", VISION_DIR)
+TOKENIZER = CompanionKind("tokenizer", "tokenizer.json", "tokenizer", "--tokenizer", TOKENIZER_DIR)
 
 
 @dataclass(frozen=True)
@@ -95,7 +139,7 @@ class CompanionPaths:
 
     vision_model: Path
     tokenizer: Path
-    named: frozenset[Kind]
+    named: frozenset[CompanionKind]
 
 
 def find_companions(
@@ -128,7 +172,7 @@ def find_companions(
     return paths
 
 
-def _find(kind: Kind, weights: Path, companion: Companion | None, say: Callable[[str], None]) -> Path:
+def _find(kind: CompanionKind, weights: Path, companion: Companion | None, say: Callable[[str], None]) -> Path:
     """The first place of the companion where it is, else the standard folder, whatever is there."""
     if companion and (place := next(filter(kind.is_at, companion.places), None)):
         return place
@@ -136,12 +180,12 @@ def _find(kind: Kind, weights: Path, companion: Companion | None, say: Callable[
     out = weights.parent.resolve()
     if out.name == OUT_DIR.name and kind.is_at(out.parent / standard):  # the standard folder of the weights' project
         standard = tidy(out.parent / standard)
-    if companion and companion.digest is None and kind.is_at(standard):  # otherwise `check_senses` compares
+    if companion and companion.digest is None and kind.is_at(standard):  # otherwise `check_companions` compares
         say(f"the {kind.name} of the run is no longer in {companion.places[-1]}: using the one in {standard}")
     return standard
 
 
-def _how_to_mend(kind: Kind, path: Path, companion: Companion | None) -> str:
+def _how_to_mend(kind: CompanionKind, path: Path, companion: Companion | None) -> str:
     if companion is None:
         return f"no {kind.name} in {path} ({kind.file} is missing) — {how_to_get(kind.what, path)}"
     return f"the {kind.name} of the run is no longer in {companion.places[-1]} — name its folder with {kind.option}"
@@ -151,8 +195,7 @@ def check_companions(
     checkpoint: Checkpoint,
     paths: CompanionPaths,
     words: Tokenizer,
-    spec: VisionSpec,
-    tower: Mapping[str, Tensor],
+    tower: StoredTower,
     say: Callable[[str], None] = silent,
 ) -> None:
     """Raises WeightsError where weights, tokenizer and vision model do not belong together.
@@ -167,13 +210,13 @@ def check_companions(
             f"(--tokenizer), or train with --set model.vocab_size={words.vocab_size}"
         )
     width = checkpoint.vision_width
-    if width is not None and width != spec.width:
+    if width is not None and width != tower.spec.width:
         raise WeightsError(
             f"{checkpoint.path} was trained with features of width {width}, the vision model in {paths.vision_model} "
-            f"gives {spec.width} — name its own with --vision-model"
+            f"gives {tower.spec.width} — name its own with --vision-model"
         )
     for kind, companion, path, digest in (
-        (VISION, checkpoint.companions.vision_model, paths.vision_model, vision_digest(spec, tower)),
+        (VISION, checkpoint.companions.vision_model, paths.vision_model, vision_digest(tower.spec, tower.tensors)),
         (TOKENIZER, checkpoint.companions.tokenizer, paths.tokenizer, tokenizer_digest(words)),
     ):
         if companion is None or companion.digest in (None, digest):

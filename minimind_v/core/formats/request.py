@@ -1,4 +1,4 @@
-"""What is to be exported, and how; and what was made of it."""
+"""Requests for exports: what is to be written, and the facts that the manifest of the written folder holds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # whoever only gives an order needs no torch
+from minimind_v.core.errors import UsageError
+
+if TYPE_CHECKING:  # a command that only asks for an export imports no torch
+    from minimind_v.core.config.schema import ModelConfig
     from minimind_v.core.formats.checkpoint import Checkpoint
     from minimind_v.core.formats.load import LoadedModel
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """A model by the files that make it, and the precision that is wanted.
+    """A model by the files that make it, and the precision of the export.
 
     `dtype` None: weights stay as they are stored. `quantize` is a name of GGUF's, and for GGUF only.
     """
@@ -26,20 +29,32 @@ class ExportRequest:
 
     def load(self) -> LoadedModel:
         """The source, on the CPU. Raises MissingInput or WeightsError."""
-        from minimind_v.core.formats.load import load_model
+        from minimind_v.core.formats.load import load
 
-        return load_model(self.model, self.vision_model, self.tokenizer, "cpu")
+        return load(self.model, self.vision_model, self.tokenizer, "cpu")
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a folder was made of."""
+class ExportFacts:
+    """What the manifest of an exported folder says of its source."""
 
     stage: str
     preset: str | None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Made:
+    def of(cls, checkpoint: Checkpoint) -> ExportFacts:
         from minimind_v.core.config.presets import name_preset
 
         return cls(checkpoint.stage, name_preset(checkpoint.config))
+
+
+def check_target(
+    target: str, model: Path, config: ModelConfig, towers: tuple[str, ...], projectors: tuple[str, ...]
+) -> None:
+    """Raises UsageError where an export target has no form for a model's vision tower or projector."""
+    if config.vision.model_type not in towers or config.projector not in projectors:
+        raise UsageError(
+            f"{model} has the vision tower {config.vision.model_type!r} and the projector {config.projector!r}; "
+            f"--to {target} can hold {' or '.join(towers)} with {' or '.join(projectors)} — "
+            f"`mmv convert --to safetensors` can hold any"
+        )

@@ -16,6 +16,7 @@ from minimind_v.core.generate.engine import generate_rows
 from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
 from minimind_v.core.generate.session import CONTEXT, Image, open_question
+from minimind_v.core.model.vision.spec import VisionSpec
 from minimind_v.core.model.vlm import VLM
 
 
@@ -44,7 +45,7 @@ def generate_many(
     model.eval()
     prompts = PromptEncoder(tokenizer, model.spec.tokens_per_image)
     context = min(CONTEXT, model.config.max_position_embeddings)
-    asked = [_open(question, prompts, model.spec.image_size, context) for question in questions]
+    asked = [_open(question, prompts, model.spec, context) for question in questions]
     by_length = sorted(range(len(asked)), key=lambda number: len(asked[number].tokens))
     answers = [""] * len(asked)
     for start in range(0, len(asked), at_once):
@@ -67,8 +68,8 @@ class _Asked:
     pictures: list[np.ndarray]
 
 
-def _open(question: Question, prompts: PromptEncoder, size: int, context: int) -> _Asked:
-    text, pictures = open_question(question.text, question.images, size)
+def _open(question: Question, prompts: PromptEncoder, spec: VisionSpec, context: int) -> _Asked:
+    text, pictures = open_question(question.text, question.images, spec.image_size, spec.fit)
     tokens = prompts.prompt([{"role": "user", "content": text}])
     if len(tokens) >= context:
         raise UsageError(f"the question {text[:40]!r} … is longer than {context} tokens — ask for less at once")

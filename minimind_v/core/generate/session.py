@@ -53,7 +53,7 @@ class Session:
         A question without `<image>` marks gets one per picture in front. Raises UsageError or RowError where the
         pictures do not fit the marks or cannot be read, and where the conversation has become too long.
         """
-        question, pictures = open_question(question, images, self.model.spec.image_size)
+        question, pictures = open_question(question, images, self.model.spec.image_size, self.model.spec.fit)
         tokens = self._encode(question)
         room = self.cache.max_length - self.cache.used - len(tokens)
         if room < 1:
@@ -65,7 +65,7 @@ class Session:
 
         Returns the picture as `ask` takes it. Raises MissingInput, UsageError or RowError where it cannot be read.
         """
-        picture = _open(image, self.model.spec.image_size)
+        picture = _open(image, self.model.spec.image_size, self.model.spec.fit)
         ready(self.model).features(self.model, [picture])
         return picture
 
@@ -121,20 +121,20 @@ class Session:
             yield token
 
 
-def open_question(question: str, images: Iterable[Image], size: int) -> tuple[str, list[np.ndarray]]:
+def open_question(question: str, images: Iterable[Image], size: int, fit: str) -> tuple[str, list[np.ndarray]]:
     """A question with a mark for each picture, and the pictures as uint8 [3, S, S].
 
     Raises UsageError, MissingInput or RowError where marks and pictures differ, or one cannot be read.
     """
-    pictures = [_open(image, size) for image in images]
+    pictures = [_open(image, size, fit) for image in images]
     if pictures and IMAGE_MARK not in question:
         question = f"{IMAGE_MARK}\n" * len(pictures) + question
     check_marks(question, len(pictures))
     return question, pictures
 
 
-def _open(image: Image, size: int) -> np.ndarray:
+def _open(image: Image, size: int, fit: str) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return image
     picture = image if isinstance(image, Picture) else read_picture(str(image))
-    return load_pixels(picture.data, picture.name, size)
+    return load_pixels(picture.data, picture.name, size, fit)

@@ -1,17 +1,84 @@
-"""The bridge from what CLIP sees to what the language model reads: one linear layer."""
+"""Projectors: from the features of the vision tower to the embeddings that the language model reads.
+
+A projector is one class and one line in PROJECTORS. `docs/extending.md` adds one from outside the package.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
+from minimind_v.core.config.schema import LINEAR, VisionSpec
+from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.model.no_init import NoInit
 
-class VisionProjector(nn.Module):
+PREFIX = "vision_proj."  # of its tensors in a checkpoint
+
+
+class Projector(nn.Module, ABC):
+    """Features [M, P, vision width] → embeddings [M, tokens per image, hidden size]."""
+
+    @abstractmethod
+    def __init__(self, spec: VisionSpec, hidden_size: int) -> None:
+        super().__init__()
+
+    @staticmethod
+    def tokens_per_image(spec: VisionSpec) -> int:
+        """How many positions of the language model an image takes. Raises UsageError for a tower that does not fit."""
+        return spec.tokens_per_image
+
+    @staticmethod
+    @abstractmethod
+    def vision_width(tensors: Mapping[str, Tensor]) -> int | None:
+        """Width of the features that a checkpoint's projector takes; None where its tensors are of another kind."""
+
+
+class LinearProjector(Projector):
     """Linear(vision width → hidden size) with bias; its keys are `vision_proj.vision_proj.0.{weight,bias}`."""
 
-    def __init__(self, vision_width: int, hidden_size: int) -> None:
-        super().__init__()
-        self.vision_proj = nn.Sequential(nn.Linear(vision_width, hidden_size))  # the published names want the wrapping
+    def __init__(self, spec: VisionSpec, hidden_size: int) -> None:
+        super().__init__(spec, hidden_size)
+        self.vision_proj = nn.Sequential(nn.Linear(spec.width, hidden_size))  # the published names want the wrapping
 
     def forward(self, image_features: Tensor) -> Tensor:
         """[M, P, vision width] → [M, P, hidden size]."""
         return self.vision_proj(image_features)
+
+    @staticmethod
+    def vision_width(tensors: Mapping[str, Tensor]) -> int | None:
+        weight = tensors.get(f"{PREFIX}vision_proj.0.weight")
+        return None if weight is None or weight.ndim != 2 else weight.shape[1]
+
+
+PROJECTORS: dict[str, type[Projector]] = {LINEAR: LinearProjector}
+
+
+def find_projector(name: str) -> type[Projector]:
+    """The projector of this name. Raises UsageError where there is none."""
+    if name not in PROJECTORS:
+        raise UsageError(
+            f"projector {name!r} must be one of {', '.join(PROJECTORS)}{nearest(name, PROJECTORS)} — "
+            f"for one of your own, name its file in MMV_EXTENSIONS"
+        )
+    return PROJECTORS[name]
+
+
+def recognise_projector(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the projector that a checkpoint's tensors are of; None for a text-only base, or for no known one."""
+    return next((name for name, kind in PROJECTORS.items() if kind.vision_width(tensors) is not None), None)
+
+
+def projected(spec: VisionSpec, projector: str) -> VisionSpec:
+    """The vision spec as prompts and the language model have it: with the tokens per image that leave the projector."""
+    return replace(spec, tokens_per_image=find_projector(projector).tokens_per_image(spec))
+
+
+def projector_shapes(spec: VisionSpec, hidden_size: int, projector: str = LINEAR) -> dict[str, torch.Size]:
+    """The names and shapes of a projector's tensors in a checkpoint. No memory is taken."""
+    with NoInit(), torch.device("meta"):
+        tensors = find_projector(projector)(spec, hidden_size).state_dict()
+    return {PREFIX + name: tensor.shape for name, tensor in tensors.items()}

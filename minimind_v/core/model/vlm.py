@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.config.schema import LINEAR, ModelConfig, TextConfig, VisionSpec
 from minimind_v.core.model.decoder import Decoder
 from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.loss import supervised, supervised_loss
-from minimind_v.core.model.projector import VisionProjector
-from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
+from minimind_v.core.model.projector import find_projector, projected
+from minimind_v.core.model.vision.encoder import VisionEncoder
 
 
 @dataclass
@@ -33,22 +33,29 @@ class Output:
 
 
 class VLM(nn.Module):
-    """CLIP → projector → language model. Without `vision` it reads text only, or features that are given.
+    """Vision tower → projector → language model. Without `vision` it reads text only, or features that are given.
 
     State-dict keys are those of the published checkpoints (`model.*`, `lm_head.weight`, `vision_proj.*`) and
     `vision_encoder.*`, which is never saved.
     """
 
     def __init__(
-        self, config: TextConfig, spec: VisionSpec, placeholder_id: int, vision: VisionEncoder | None = None
+        self,
+        config: TextConfig,
+        spec: VisionSpec,
+        placeholder_id: int,
+        vision: VisionEncoder | None = None,
+        projector: str = LINEAR,
     ) -> None:
+        """`spec` is that of the vision tower. Raises UsageError for a projector that does not exist or fit."""
         super().__init__()
         self.config = config
-        self.spec = spec
+        self.model_config = ModelConfig(config, spec, projector)
+        self.spec = projected(spec, projector)  # its tokens_per_image are those that leave the projector
         self.placeholder_id = placeholder_id
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.vision_proj = VisionProjector(spec.width, config.hidden_size)
+        self.vision_proj = find_projector(projector)(spec, config.hidden_size)
         self.vision_encoder = vision
         for module in self.model.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -125,10 +132,11 @@ class VLM(nn.Module):
     def _place_pictures(
         self, x: Tensor, input_ids: Tensor, features: Tensor, image_mask: Tensor | None, per_row: int | None
     ) -> Tensor:
-        patches = features.shape[1]
+        embeddings = self.vision_proj(features.to(x.dtype)).to(x.dtype)  # [M, P, D]
+        tokens = embeddings.shape[1]
         if image_mask is None:
-            image_mask = find_placeholders(input_ids, self.placeholder_id, patches)  # [B, T]
-        counts = image_mask.sum(dim=1) / patches  # pictures per row [B]
+            image_mask = find_placeholders(input_ids, self.placeholder_id, tokens)  # [B, T]
+        counts = image_mask.sum(dim=1) / tokens  # pictures per row [B]
         for row, count in enumerate(counts.tolist()):
             if (per_row is not None and count != per_row) or count != int(count):
                 wanted = "a whole number of" if per_row is None else per_row
@@ -136,8 +144,7 @@ class VLM(nn.Module):
         if int(counts.sum()) != len(features):
             found = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
             raise ValueError(f"{len(features)} pictures for these placeholders: {found}")
-        projected = self.vision_proj(features.to(x.dtype)).flatten(0, 1).to(x.dtype)  # [M·P, D]
-        return x.masked_scatter(image_mask[..., None], projected)  # [B, T, D]
+        return x.masked_scatter(image_mask[..., None], embeddings.flatten(0, 1))  # [B, T, D]
 
 
 def find_placeholders(input_ids: Tensor, placeholder_id: int, patches: int) -> Tensor:

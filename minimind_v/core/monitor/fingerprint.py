@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import minimind_v
-from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.config.schema import LINEAR, RunConfig
 from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.extensions import extensions_digest
 from minimind_v.core.hub.sources import METADATA
 
 PIECE = 1 << 20  # bytes read at a time
@@ -39,6 +40,8 @@ def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
     sources = sorted(Path(minimind_v.__file__).parent.joinpath("core").rglob("*.py"))
     origin["features"] = "int8" if config.features == "int8" else "exact"  # remembered or not, they are the same
     origin["code"] = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
+    if extensions := extensions_digest():
+        origin["extensions"] = extensions
     origin["torch"] = torch.__version__
     origin["precision"] = resolve_dtype(device, config.dtype)  # which `auto` leaves to the device
     origin["computed_on"] = device_name(device)
@@ -52,6 +55,7 @@ def check_origin(
     for name in allowed:
         if name not in here:
             raise UsageError(f"--allow {name}: nothing of a run is called so{nearest(name, here)}")
+    there = {"projector": LINEAR, **there}  # earlier releases had no other, and did not record it
     differing = [key for key in here if there.get(key) != here[key]]
     for key in differing:
         allowance = " (allowed)" if key in allowed else ""

@@ -105,7 +105,8 @@ class Trial:
         self.config, self.device = config, device
         encoder = load_encoder(config.vision_model)
         with torch.random.fork_rng(devices=[]):
-            self.model = accelerate(VLM(config.model, encoder.spec, 0, encoder).to(device), device)
+            model = VLM(config.model, encoder.spec, 0, encoder, config.projector).to(device)
+            self.model = accelerate(model, device)
         self.memory = FeatureCache(FeatureEncoder(encoder, device, config.dtype))
         self.trained = freeze(self.model, config.freeze)
         self.length = min(config.data.max_length, config.model.max_position_embeddings)
@@ -118,7 +119,7 @@ class Trial:
     @property
     def row(self) -> int:
         """Bytes that a row of a batch takes by itself, its picture and what is seen in it; the least for one more."""
-        spec = self.model.spec
+        spec = self.model.model_config.vision
         return 18 * self.length + 3 * spec.image_size**2 + 4 * spec.tokens_per_image * spec.width
 
     def __call__(self, rows: int) -> None:

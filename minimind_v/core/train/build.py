@@ -21,7 +21,9 @@ from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.formats.companions import UNKNOWN, Companion, Companions, tokenizer_digest, vision_digest
 from minimind_v.core.formats.generations import check_tokenizer
 from minimind_v.core.formats.inputs import find_init
-from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.formats.load import read_companions
+from minimind_v.core.formats.vision_tower import build_encoder
+from minimind_v.core.model.projector import projected
 from minimind_v.core.model.vision.encoder import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Listener
@@ -56,7 +58,9 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     `origin` is what the run is made of, its rows per update among it. Raises MissingInput, UsageError or DataError.
     """
     data = config.data
-    encoder, tokenizer = load_encoder(config.vision_model), Tokenizer.load(data.tokenizer)
+    tower, tokenizer = read_companions(config.vision_model, data.tokenizer)
+    encoder = build_encoder(tower)
+    spec = projected(tower.spec, config.projector)
     check_tokenizer(tokenizer, data.tokenizer, find_init(config))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UsageError(
@@ -64,9 +68,9 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
             f"{config.model.vocab_size}: {tokenizer.last_token!r} would have no row — they do not belong together "
             f"(--preset, --tokenizer, --set model.vocab_size={tokenizer.vocab_size})"
         )
-    prompts = PromptEncoder(tokenizer, encoder.spec.tokens_per_image)
+    prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
     rows = open_rows(data.file, data.images, data.split, listener.say)
-    dataset = RowDataset(rows, prompts, encoder.spec.image_size, data.max_length)
+    dataset = RowDataset(rows, prompts, spec.image_size, data.max_length, fit=spec.fit)
     tokens = keep_tokens(dataset, origin["data.file"], folder, listener.warn)
     shared = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
     held_out, learnt = None, None
@@ -95,7 +99,7 @@ def _hold_out(
 
 def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
     """The model with the weights that it starts from. Raises MissingInput, naming what makes them, or WeightsError."""
-    model = VLM(config.model, data.encoder.spec, data.tokenizer.placeholder_id, data.encoder)
+    model = VLM(config.model, data.encoder.spec, data.tokenizer.placeholder_id, data.encoder, config.projector)
     init = find_init(config)
     if init is None:
         listener.warn("starting from random weights: the language model knows nothing yet")

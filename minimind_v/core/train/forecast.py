@@ -18,7 +18,8 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import peak_memory
 from minimind_v.core.files import write_text
-from minimind_v.core.model.vision.encoder import read_vision_spec
+from minimind_v.core.model.projector import projected
+from minimind_v.core.model.vision.spec import read_vision_spec
 from minimind_v.core.monitor.messages import too_little
 from minimind_v.core.monitor.metrics import Silent, StepMetrics
 from minimind_v.core.pages.run_report import disk_used
@@ -63,7 +64,8 @@ def plan(
     Rows are counted as the first epoch reads them (a sample of very many); then the real run does a few updates in a
     folder of its own, from random weights, which take as long as any. Raises what a run raises.
     """
-    tokenizer, spec = Tokenizer.load(config.data.tokenizer), read_vision_spec(config.vision_model)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    spec = projected(read_vision_spec(config.vision_model), config.projector)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
     updates = min(outlook.updates, config.max_steps or outlook.updates)

@@ -90,7 +90,7 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
         rows = open_rows(earlier.file, earlier.images)
         keep = np.zeros(len(rows), bool)
         keep[rows.shuffled(np.random.default_rng(config.seed))[: config.recall_rows]] = True
-        dataset = RowDataset(rows, mine.encoder, mine.image_size, config.data.max_length)
+        dataset = RowDataset(rows, mine.encoder, mine.image_size, config.data.max_length, fit=mine.fit)
         dataset.remembered = store
     except MmvError as error:
         return str(error)

@@ -355,7 +355,7 @@ class Run:
         self.listener.validated(found)
         if found.best and self.world.leads:
             tensors, config = export_tensors(self.model), self.config
-            what = (tensors, config.model, config.stage, self.companions)
+            what = (tensors, self.model.model_config, config.stage, self.companions)
             self._or_warn(step, partial(write_checkpoint, self.place.best_weights, *what))
 
     def _report(self) -> None:
@@ -541,7 +541,8 @@ class Run:
             finally:  # there may be room for the weights alone
                 if isinstance(weights, RunError):
                     raise weights
-                write_checkpoint(self.place.weights, weights, self.config.model, self.config.stage, self.companions)
+                described = self.model.model_config
+                write_checkpoint(self.place.weights, weights, described, self.config.stage, self.companions)
 
         return write
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.config.schema import CLIP_VISION, RunConfig, VisionSpec
 from minimind_v.core.curate.stats import TypicalRow
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureEncoder
@@ -23,8 +23,8 @@ from minimind_v.core.hub.sources import VISION_DIR
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.clip import ClipVision
-from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec, read_vision_spec
-from minimind_v.core.model.vision.spec import read_config
+from minimind_v.core.model.vision.encoder import VisionEncoder, read_vision_spec
+from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.wording import plural
@@ -58,7 +58,7 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, updates: int) -> E
         together = max(1, CPU_TOKENS // length) if device.type == "cpu" else config.data.batch_size
 
         def step(count: int) -> float:
-            pictures = _pictures(row, count, length // spec.tokens_per_image)
+            pictures = _pictures(row, count, length // measured.model.spec.tokens_per_image)
             return _look(eye, sum(pictures)) + measured.step(row, pictures, length)
 
         alone = step(1)  # the first time pays for what is only made once
@@ -100,7 +100,9 @@ def _encoder(folder: Path) -> VisionEncoder:
     Of the standard sizes where the standard folder has none: rows can be counted before a tower is there.
     """
     standard = folder == VISION_DIR
-    spec, config = read_vision_spec(folder, standard), read_config(folder, standard)
+    spec, (kind, config) = read_vision_spec(folder, standard), read_tower_config(folder, standard)
+    if spec.model_type != CLIP_VISION:
+        return VisionEncoder(kind.build(config), spec)
     tower = ClipVision(replace(config, num_hidden_layers=1))
     stack: Any = tower.encoder.layers
     stack.extend([stack[0]] * (config.num_hidden_layers - 1))
@@ -122,8 +124,8 @@ class _Language:
     def __init__(self, config: RunConfig, spec: VisionSpec, device: torch.device) -> None:
         self.device, self.dtype = device, config.dtype
         whole = config.model.num_hidden_layers
-        model = VLM(replace(config.model, num_hidden_layers=min(whole, 2)), spec, 0).to(device).train()
-        self.model = accelerate(model, device)
+        model = VLM(replace(config.model, num_hidden_layers=min(whole, 2)), spec, 0, None, config.projector)
+        self.model = accelerate(model.to(device).train(), device)
         learns = freeze(self.model, config.freeze)
         self.block, self.missing = self.model.model.layers[0], whole - min(whole, 2)
         here, more = (
@@ -138,7 +140,8 @@ class _Language:
         labels, answers = torch.full((rows, length), IGNORE), min(max(round(row.supervised), 1), length - 1)
         labels[:, length - answers :] = input_ids[:, length - answers :]
         image_mask = torch.arange(length) < torch.tensor(pictures)[:, None] * patches
-        features = torch.randn(sum(pictures), patches, model.spec.width) if sum(pictures) else None
+        spec = model.model_config.vision
+        features = torch.randn(sum(pictures), spec.tokens_per_image, spec.width) if sum(pictures) else None
         batch = Batch(input_ids, torch.ones(rows, length, dtype=torch.bool), labels, image_mask, None, features)
         taken = _seconds(self.device, partial(self._learn, batch.to(self.device)))
         if self.missing:

@@ -35,7 +35,7 @@ SIZES = {
 
 
 def made(name="dense", seed=0, tokenizer=ASSETS, config=None, loud=8.0):
-    """A model with a tower of its own, as `load_model` would give it; weights loud enough to tell logits apart."""
+    """A model with a tower of its own, as `load` would give it; weights loud enough to tell logits apart."""
     torch.manual_seed(seed)
     config = config or SIZES[name]
     sight = ClipConfig(

@@ -8,7 +8,7 @@ import pytest
 
 from minimind_v.core.errors import MmvError
 from minimind_v.core.formats.gguf.file import MADE_BY, Reader
-from minimind_v.core.formats.gguf.read import describe_gguf, read_gguf, read_tokenizer, read_vision_encoder
+from minimind_v.core.formats.gguf.read import describe_gguf, read_gguf, read_tokenizer, read_vision_tower
 from tests.formats.gguf.bombs import STRING, bombs, file, key, text
 from tests.formats.gguf.made import made
 from tests.formats.gguf.test_written import MMPROJ, MODEL, written
@@ -61,6 +61,6 @@ def test_any_changed_byte_ends_in_words_or_in_a_model(tmp_path):
                 at = draw.randrange(min(len(data), 30_000))
                 damaged[at] = draw.choice((0, 255, damaged[at] ^ 1 << draw.randrange(8)))
             (tmp_path / name).write_bytes(damaged)
-        for read in (read_gguf, read_vision_encoder, read_tokenizer):
+        for read in (read_gguf, read_vision_tower, read_tokenizer):
             with contextlib.suppress(MmvError):
                 assert read(tmp_path)

@@ -15,6 +15,7 @@ import tempfile
 from typing import Any
 
 from minimind_v.core.errors import MmvError, RunError
+from minimind_v.core.extensions import load_extensions
 from minimind_v.core.processes import KILLED, Parent
 
 SETTINGS = {
@@ -77,6 +78,7 @@ def serve(modules: list[str]) -> None:
     Parent(int(os.environ[PARENT])).end_with_it()
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
+    load_extensions()
     for module in modules:
         importlib.import_module(module)
     while True:

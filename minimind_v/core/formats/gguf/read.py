@@ -14,7 +14,7 @@ from minimind_v.core.errors import MissingInput
 from minimind_v.core.formats.gguf import language, vision
 from minimind_v.core.formats.gguf.file import MADE_BY, SOURCE, STAGE, Reader
 from minimind_v.core.formats.gguf.tokenizer import read_words
-from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.formats.vision_tower import StoredTower
 
 MODEL, MMPROJ, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
 
@@ -41,9 +41,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"stage": reader.key(STAGE), "model": asdict(config)}
 
 
-def read_vision_encoder(path: Path) -> VisionEncoder:
+def read_vision_tower(path: Path) -> StoredTower:
     """The vision tower beside, or in, `path`."""
-    return vision.read_encoder(_open_eye(path))
+    return vision.read_stored(_open_eye(path))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

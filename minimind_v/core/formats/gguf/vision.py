@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind_v.core.config.schema import CLIP_VISION
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.formats.gguf.file import Reader, Writer
 from minimind_v.core.formats.tensor_files import check_numbers
-from minimind_v.core.formats.vision_tower import tower_shapes
-from minimind_v.core.model.no_init import NoInit
-from minimind_v.core.model.vision.clip import ClipVision
-from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
-from minimind_v.core.model.vision.spec import ClipConfig, trouble_of, trouble_of_colours
+from minimind_v.core.formats.vision_tower import StoredTower, add_unused, build_encoder, tower_shapes
+from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.model.vision.spec import TOWERS, ClipConfig, VisionSpec, trouble_of, trouble_of_colours
 
 _LAYER = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
           "attn_out": "self_attn.out_proj", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2", "ln1": "layer_norm1",
@@ -91,7 +90,7 @@ def write_tensors(writer: Writer, encoder: VisionEncoder, projector: dict[str, T
 def read_tower(reader: Reader) -> Iterator[tuple[str, Tensor]]:
     """The tower's tensors under CLIP's names, one by one, the corner's position included."""
     spec, config = read_sizes(reader)
-    shapes, width = tower_shapes(config), spec.width
+    shapes, width = tower_shapes(TOWERS[CLIP_VISION], config), spec.width
     positions = reader.tensor("v.position_embd.weight", spec.tokens_per_image, width)
     class_token = positions[0] / _LOUD  # with its position, so that this has none
     corner = reader.tensor(_CORNER, width)
@@ -128,16 +127,19 @@ def read_sizes(reader: Reader) -> tuple[VisionSpec, ClipConfig]:
     return VisionSpec(config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std)), config
 
 
-def read_encoder(reader: Reader) -> VisionEncoder:
+def read_stored(reader: Reader) -> StoredTower:
     """The whole of CLIP's tower again. Raises WeightsError where the file is no `mmproj` of ours."""
     spec, config = read_sizes(reader)
-    tensors = dict(read_tower(reader))
+    tensors, kind = dict(read_tower(reader)), TOWERS[CLIP_VISION]
     for name, tensor in tensors.items():
         check_numbers(reader.path, name, tensor)
-    with NoInit():
-        tower = ClipVision(config)
-    tower.load_state_dict(tensors, strict=False)
-    return VisionEncoder(tower, spec)
+    add_unused(tensors, kind, tower_shapes(kind, config))
+    return StoredTower(kind, config, spec, tensors)
+
+
+def read_encoder(reader: Reader) -> VisionEncoder:
+    """The vision encoder of an `mmproj`. Raises as `read_stored`."""
+    return build_encoder(read_stored(reader))
 
 
 def tower_tensors(encoder: VisionEncoder) -> dict[str, Tensor]:

@@ -6,21 +6,24 @@ from pathlib import Path
 
 from minimind_v import __version__
 from minimind_v.core.config.presets import name_preset
+from minimind_v.core.config.schema import CLIP_VISION, LINEAR
 from minimind_v.core.files import disk_errors, write_text
-from minimind_v.core.formats.checkpoint import PROJECTOR
 from minimind_v.core.formats.gguf import language, vision
 from minimind_v.core.formats.gguf.file import MADE_BY, QUANTIZATIONS, SOURCE, STAGE, Writer, check_quantization
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL, MODELFILE
 from minimind_v.core.formats.gguf.tokenizer import modelfile, write_words
 from minimind_v.core.formats.load import LoadedModel
-from minimind_v.core.formats.request import ExportRequest
+from minimind_v.core.formats.request import ExportRequest, check_target
+from minimind_v.core.model.projector import PREFIX
 
 DEFAULT = "f16"
+TOWERS, PROJECTORS = (CLIP_VISION,), (LINEAR,)  # that llama.cpp can hold
 
 
 def make(order: ExportRequest, folder: Path) -> LoadedModel:
     """Write what `order` names into an empty folder, and return what that was made of. Raises RunError for no room."""
     loaded = order.load()
+    check_target("gguf", order.model, loaded.config, TOWERS, PROJECTORS)
     with disk_errors(folder.parent):
         write(loaded, folder, order)
     return loaded
@@ -35,7 +38,7 @@ def write(loaded: LoadedModel, folder: Path, order: ExportRequest) -> None:
     quantize = order.quantize or DEFAULT
     check_quantization(quantize)
     config, encoder = loaded.model.config, loaded.model.vision_encoder
-    assert encoder is not None, "load_model gives every model its tower"
+    assert encoder is not None, "`load` gives every model its tower"
     tensors = loaded.model.state_dict()
     name = f"MiniMind-V {name_preset(config) or config.hidden_size}"
 
@@ -49,7 +52,7 @@ def write(loaded: LoadedModel, folder: Path, order: ExportRequest) -> None:
     eye = Writer(folder / MMPROJ, "clip", QUANTIZATIONS[quantize])
     _describe(eye, "mmproj", f"{name}: CLIP and the projector", loaded)
     vision.write_keys(eye, encoder, config.hidden_size)
-    vision.write_tensors(eye, encoder, {key: value for key, value in tensors.items() if key.startswith(PROJECTOR)})
+    vision.write_tensors(eye, encoder, {key: value for key, value in tensors.items() if key.startswith(PREFIX)})
     eye.close()
 
     write_text(folder / MODELFILE, modelfile(MODEL, MMPROJ))

@@ -9,7 +9,7 @@ from typing import Any
 from minimind_v.core.config.schedule import peak
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.errors import MmvError
-from minimind_v.core.formats.parts import Source
+from minimind_v.core.formats.load import ModelParts
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.monitor.metrics import read_lines
 
@@ -59,7 +59,7 @@ pictures above all, and repeats what its data got wrong.
 """
 
 
-def write_card(folder: Path, source: Source, order: ExportRequest) -> None:
+def write_card(folder: Path, source: ModelParts, order: ExportRequest) -> None:
     """Write `README.md` into an exported folder."""
     config, spec = source.checkpoint.config, source.tower.spec
     reader = "a language model with a mixture of experts" if config.use_moe else "a Llama"
@@ -85,7 +85,7 @@ def _table(rows: dict[str, Any]) -> str:
     return "\n".join(("| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())))
 
 
-def _training(source: Source, order: ExportRequest) -> str:
+def _training(source: ModelParts, order: ExportRequest) -> str:
     """What the run beside the weights tells, if there is one. Files by their names only: folders travel."""
     run = order.model.with_suffix("")
     settings, last = _settings(run / "config.yaml"), _last_update(run / "metrics.jsonl")

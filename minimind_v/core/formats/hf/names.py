@@ -60,8 +60,8 @@ def module_name(name: str) -> str:
     return name
 
 
-def published_shapes(config: TextConfig, vision_width: int) -> dict[str, torch.Size]:
-    """Every tensor of a published checkpoint of these sizes."""
+def published_shapes(config: TextConfig) -> dict[str, torch.Size]:
+    """Every tensor of a published checkpoint of these sizes, without the projector's."""
     wide, narrow, inner = config.hidden_size, config.num_key_value_heads * config.head_dim, config.intermediate_size
     all_heads = config.num_attention_heads * config.head_dim
     layer = {"input_layernorm": (wide,), "post_attention_layernorm": (wide,), "self_attn.q_proj": (all_heads, wide),
@@ -78,9 +78,8 @@ def published_shapes(config: TextConfig, vision_width: int) -> dict[str, torch.S
         f"model.layers.{n}.{name}": shape for n in range(config.num_hidden_layers) for name, shape in layer.items()
     }
     found |= {"model.embed_tokens": (config.vocab_size, wide), "model.norm": (wide,)}
-    found |= {"lm_head": (config.vocab_size, wide), OUR_PROJECTOR[:-1]: (wide, vision_width)}
-    shapes = {f"{name}.weight": torch.Size(shape) for name, shape in found.items()}
-    return shapes | {f"{OUR_PROJECTOR}bias": torch.Size((wide,))}
+    found |= {"lm_head": (config.vocab_size, wide)}
+    return {f"{name}.weight": torch.Size(shape) for name, shape in found.items()}
 
 
 def to_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:

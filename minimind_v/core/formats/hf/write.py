@@ -16,32 +16,33 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.config.schema import CLIP_VISION, LINEAR, TextConfig, VisionSpec
 from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer, with_image_token
 from minimind_v.core.files import disk_errors, in_use
-from minimind_v.core.formats.checkpoint import describe
+from minimind_v.core.formats.description import describe
 from minimind_v.core.formats.hf.card import write_card
 from minimind_v.core.formats.hf.names import TOWER, to_llava
 from minimind_v.core.formats.hf.read import META
-from minimind_v.core.formats.parts import Source, read_parts
-from minimind_v.core.formats.request import ExportRequest, Made
+from minimind_v.core.formats.load import ModelParts, read_model_parts
+from minimind_v.core.formats.request import ExportFacts, ExportRequest, check_target
 from minimind_v.core.formats.tensor_files import cast
-from minimind_v.core.formats.vision_tower import Tower
-from minimind_v.core.model.vision.spec import VisionSpec
+from minimind_v.core.formats.vision_tower import StoredTower
 
+TOWERS, PROJECTORS = (CLIP_VISION,), (LINEAR,)  # that a LLaVA can hold
 BICUBIC = 3  # Pillow's number
 
 
-def make(order: ExportRequest, folder: Path) -> Made:
-    """Write what `order` names into an empty folder. Raises as `read_source` and `write`, and RunError for no room."""
+def make(order: ExportRequest, folder: Path) -> ExportFacts:
+    """Write what `order` names into an empty folder. Raises as `read_model_parts` and `write`, RunError for no room."""
     with in_use(folder):
-        source = read_parts(order)
+        source = read_model_parts(order.model, order.vision_model, order.tokenizer)
+        check_target("hf", order.model, source.config, TOWERS, PROJECTORS)
         with disk_errors(folder.parent):
             write(source, folder, order)
-    return Made.of(source.checkpoint)
+    return ExportFacts.of(source.checkpoint)
 
 
-def write(source: Source, folder: Path, order: ExportRequest) -> None:
+def write(source: ModelParts, folder: Path, order: ExportRequest) -> None:
     """Write a model into an empty folder. No `order.dtype`: as stored, and to be run in fp32 as it is here.
 
     Raises RunError where a weight does not fit in the type.
@@ -82,7 +83,7 @@ def _halved(tensor: Tensor) -> Tensor:
     return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
-def _model_config(config: TextConfig, tower: Tower, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def _model_config(config: TextConfig, tower: StoredTower, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     text = {
         "model_type": "granitemoeshared" if config.use_moe else "llama",
@@ -129,7 +130,7 @@ def _model_config(config: TextConfig, tower: Tower, tokenizer: Tokenizer, dtype:
         "tie_word_embeddings": True,
         **ids,
         "text_config": text,
-        "vision_config": {"model_type": "clip_vision_model", **asdict(tower.config)},
+        "vision_config": {"model_type": CLIP_VISION, **asdict(tower.config)},
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimind_v.core.model.vision.spec import CLIP_MEAN, CLIP_STD, VisionSpec, read_vision_spec
+from minimind_v.core.config.schema import CLIP_MEAN, CLIP_STD, VisionSpec
+from minimind_v.core.model.vision.spec import read_vision_spec
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "VisionEncoder", "VisionSpec", "read_vision_spec"]
 

@@ -1,22 +1,27 @@
-"""What a vision tower is, read from its folder without loading it."""
+"""Vision towers by transformers' `model_type`, and what their folders say, read without loading them.
+
+A tower is one entry of TOWERS. `docs/extending.md` adds one from outside the package.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minimind_v.core.config.schema import MOST_PARAMETERS
-from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.config.schema import CLIP_MEAN, CLIP_STD, CLIP_VISION, MOST_PARAMETERS, VisionSpec
+from minimind_v.core.errors import MissingInput, UsageError, WeightsError, nearest
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # The largest sizes of a tower, some times those of the largest that there are: more is refused before memory is taken.
 MOST_SIZES = {"hidden_size": 4_096, "intermediate_size": 16_384, "num_hidden_layers": 256, "num_attention_heads": 256,
               "num_channels": 3, "image_size": 4_096, "patch_size": 128, "layer_norm_eps": 1.0}  # fmt: skip
 MOST_PATCHES = 16_384
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -37,41 +42,95 @@ class ClipConfig:
 STANDARD = ClipConfig(patch_size=16)  # ViT-B/16, which the published models look with
 
 
+def _strip_prefixes(name: str) -> str:
+    for prefix in ("model.", "vision_tower.", "vision_model."):
+        name = name.removeprefix(prefix)
+    return name
+
+
 @dataclass(frozen=True)
-class VisionSpec:
-    """What the rest of the system must know of a vision tower."""
+class TowerType:
+    """One kind of vision tower.
 
-    image_size: int
-    patch_size: int
-    width: int  # of one feature vector
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
+    config: a dataclass of the keys of `config.json` that decide what the tower computes, with their default values.
+    build: a config → a module with random weights. It encodes normalised images [M, 3, S, S] as features [M, P, width].
+    describe: a config and the values of `preprocessor_config.json` → what the rest must know of the tower.
+    trouble: why no tower can have such a config; None where one can. Sizes of a stranger's file cost no memory yet.
+    rename: the name of a tensor in the file → its name in the module.
+    unused: beginnings of names of tensors on which the features do not depend, and which a file may lack.
+    """
 
-    @property
-    def tokens_per_image(self) -> int:
-        """Patches per picture: each becomes one position of the language model (196 for ViT-B/16)."""
-        return (self.image_size // self.patch_size) ** 2
+    config: type[Any]
+    build: Callable[[Any], nn.Module]
+    describe: Callable[[Any, dict[str, Any]], VisionSpec]
+    trouble: Callable[[Any], str | None] = lambda config: None
+    rename: Callable[[str], str] = _strip_prefixes
+    unused: tuple[str, ...] = ()
 
 
-def read_config(folder: Path, standard: bool = False) -> ClipConfig:
-    """Read `config.json`, that of a CLIP, a CLIPVisionModel or a LLaVA.
+def tower_type(model_type: str) -> TowerType:
+    """The entry of a `model_type`. Raises UsageError where there is none."""
+    if model_type not in TOWERS:
+        raise UsageError(
+            f"vision tower {model_type!r} must be one of {', '.join(TOWERS)}{nearest(model_type, TOWERS)} — "
+            f"for one of your own, name its file in MMV_EXTENSIONS"
+        )
+    return TOWERS[model_type]
+
+
+def read_tower_config(folder: Path, standard: bool = False) -> tuple[TowerType, Any]:
+    """The kind of a folder's tower, and its config from `config.json`: that of a tower, a whole CLIP, or a LLaVA.
 
     Raises MissingInput where the folder or the file is absent, unless the `standard` sizes do then; WeightsError where
     no tower can be so.
     """
-    told = read_json(folder / "config.json")
-    if told is None:
+    values = read_json(folder / "config.json")
+    if values is None:
         if standard:
-            return STANDARD
+            return TOWERS[CLIP_VISION], STANDARD
         raise MissingInput(f"no vision model in {folder} (config.json is missing) — {how_to_get('clip', folder)}")
-    # CLIP's own nests the tower.
-    told = told.get("vision_config", told)
-    if not isinstance(told, dict):
+    values = values.get("vision_config", values)  # a whole CLIP nests its tower
+    if not isinstance(values, dict):
         raise WeightsError(does_not_load(folder, "vision_config is no object"))
-    config = ClipConfig(**{field.name: told.get(field.name, field.default) for field in fields(ClipConfig)})
-    if trouble := trouble_of(config):
+    try:
+        kind = tower_type(str(values.get("model_type", CLIP_VISION)))
+    except UsageError as error:
+        raise WeightsError(f"{folder}: {error}") from None
+    config = kind.config(**{item.name: values.get(item.name, item.default) for item in fields(kind.config)})
+    if trouble := kind.trouble(config):
         raise WeightsError(does_not_load(folder, f"in config.json {trouble}"))
-    return config
+    return kind, config
+
+
+def read_config(folder: Path, standard: bool = False) -> Any:
+    """The config of a folder's tower. Raises as `read_tower_config`."""
+    return read_tower_config(folder, standard)[1]
+
+
+def read_vision_spec(folder: Path, standard: bool = False) -> VisionSpec:
+    """As `read_config`, with what `preprocessor_config.json` says, if it is present."""
+    kind, config = read_tower_config(folder, standard)
+    preprocessing = read_json(folder / "preprocessor_config.json") or {}
+    mean, std = (
+        preprocessing.get(key, default) for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+    )
+    if trouble := trouble_of_colours(mean, std) or _trouble_of_size(preprocessing):
+        raise WeightsError(does_not_load(folder, f"in preprocessor_config.json {trouble}"))
+    return kind.describe(config, preprocessing)
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+
+def _build_clip(config: ClipConfig) -> nn.Module:
+    from minimind_v.core.model.vision.clip import ClipVision  # not above: a folder is checked before torch is imported
+
+    return ClipVision(config)
+
+
+def _describe_clip(config: ClipConfig, preprocessing: dict[str, Any]) -> VisionSpec:
+    mean, std = preprocessing.get("image_mean", CLIP_MEAN), preprocessing.get("image_std", CLIP_STD)
+    return VisionSpec(config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std))
 
 
 def trouble_of(config: ClipConfig) -> str | None:
@@ -97,16 +156,6 @@ def trouble_of(config: ClipConfig) -> str | None:
     return None
 
 
-def read_vision_spec(folder: Path, standard: bool = False) -> VisionSpec:
-    """As `read_config`, with what `preprocessor_config.json` tells, if it is present."""
-    config = read_config(folder, standard)
-    normal = read_json(folder / "preprocessor_config.json") or {}
-    mean, std = normal.get("image_mean", CLIP_MEAN), normal.get("image_std", CLIP_STD)
-    if trouble := trouble_of_colours(mean, std) or _trouble_of_size(normal):
-        raise WeightsError(does_not_load(folder, f"in preprocessor_config.json {trouble}"))
-    return VisionSpec(config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std))
-
-
 def trouble_of_colours(mean: Any, std: Any) -> str | None:
     """Why these cannot be the mean and the deviation of pixels from 0 to 1, one of each colour; None where they can."""
     for key, values, least, most in (("image_mean", mean, 0.0, 1.0), ("image_std", std, 0.001, 10.0)):
@@ -130,3 +179,7 @@ def _trouble_of_size(normal: dict[str, Any]) -> str | None:
 def does_not_load(folder: Path, why: str) -> str:
     """What is wrong with a folder, and the next step."""
     return f"{folder}: the vision model does not load ({why}) — {how_to_get('clip', folder)}"
+
+
+_CLIP = TowerType(ClipConfig, _build_clip, _describe_clip, trouble_of, unused=("post_layernorm.",))
+TOWERS: dict[str, TowerType] = {CLIP_VISION: _CLIP, "clip": _CLIP}

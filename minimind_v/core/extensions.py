@@ -1,0 +1,54 @@
+"""Extensions: files and modules of the user that add entries to the tables of this package (towers, projectors …)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from minimind_v.core.errors import UsageError
+
+VARIABLE = "MMV_EXTENSIONS"  # files (`….py`) or names of modules, separated as the folders in PATH are
+
+
+def load_extensions() -> list[ModuleType]:
+    """Import what MMV_EXTENSIONS names, once in each process: it is code, and it runs.
+
+    Processes that this one starts inherit the variable. Raises UsageError with the extension and what is wrong in it.
+    """
+    modules = []
+    for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        try:
+            modules.append(_import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise UsageError(f"{VARIABLE}: {name} cannot be imported ({reason})") from error
+    return modules
+
+
+def extensions_digest() -> str | None:
+    """The digest of the extensions' files, which decide what a run learns; None without any."""
+    files = [Path(module.__file__) for module in load_extensions() if module.__file__]
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest() if files else None
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file under its own name, so that other processes find its classes."""
+    if module := sys.modules.get(path.stem):
+        if module.__file__ and path.exists() and Path(module.__file__).samefile(path):
+            return module
+        raise ImportError(f"another module is called {path.stem}: rename the file")
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve(strict=True))
+    assert spec is not None, "the name ends in .py"
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module

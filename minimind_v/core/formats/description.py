@@ -1,0 +1,136 @@
+"""The description of a model that goes with its weights: how it is written, read, and inferred where it is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minimind_v.core.config.schema import ModelConfig, TextConfig, VisionSpec
+from minimind_v.core.errors import UsageError, WeightsError
+from minimind_v.core.files import object_in
+from minimind_v.core.formats.companions import RECORD
+from minimind_v.core.model.projector import PREFIX, PROJECTORS, projected, recognise_projector
+from minimind_v.core.model.vision.spec import trouble_of_colours
+
+EMBEDDING = "model.embed_tokens.weight"
+# What the shapes of tensors tell for certain, so that no description may say otherwise.
+_SHAPED = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "use_moe")
+_SHAPED_EXPERTS = ("n_routed_experts", "n_shared_experts")
+_OTHER_FILE = "is the description that of another file? Without it, sizes are read from the tensors"
+
+
+def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
+    """Sizes of the language model, from the shapes of its tensors.
+
+    Shapes do not tell the number of heads; all published models have two key-value heads, so two are taken.
+    Raises WeightsError where the tensors are not those of a MiniMind model.
+    """
+    try:
+        if not all(tensor.numel() for tensor in tensors.values()):
+            raise ValueError("a tensor is empty")
+        vocab, hidden = tensors[EMBEDDING].shape
+        kv_width = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
+        moe = "model.layers.0.mlp.gate.weight" in tensors
+        ff = "model.layers.0.mlp." + ("experts.0." if moe else "") + "gate_proj.weight"
+        intermediate = tensors[ff].shape[0]
+        kv_heads = 2
+        return TextConfig(
+            hidden_size=hidden,
+            num_hidden_layers=_count_layers(tensors),
+            num_attention_heads=max(1, hidden * kv_heads // kv_width),
+            num_key_value_heads=kv_heads,
+            intermediate_size=intermediate,
+            vocab_size=vocab,
+            **(_count_experts(tensors) if moe else {}),
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, UsageError):
+        some = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise WeightsError(f"{path}: not the weights of a MiniMind model (it holds {some} …)") from None
+
+
+def _count_layers(tensors: Mapping[str, Tensor]) -> int:
+    numbers = {int(name.split(".")[2]) for name in tensors if re.match(r"model\.layers\.\d+\.", name)}
+    if numbers != set(range(len(numbers))):
+        raise ValueError("layers are missing")
+    return len(numbers)
+
+
+def _count_experts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    routed = tensors["model.layers.0.mlp.gate.weight"].shape[0]
+    shared = {name.split(".")[5] for name in tensors if name.startswith("model.layers.0.mlp.shared_experts.")}
+    return {
+        "use_moe": True,
+        "n_routed_experts": routed,
+        "n_shared_experts": len(shared),
+        "num_experts_per_tok": min(TextConfig.num_experts_per_tok, routed),
+    }
+
+
+def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> TextConfig:
+    """The described sizes, where there is a description. Raises WeightsError where it is one of other weights."""
+    known = {item.name for item in fields(TextConfig)}
+    told = {name: value for name, value in meta.get("model", {}).items() if name in known}
+    try:
+        config = TextConfig(**(asdict(inferred) | told))
+        wrong = [
+            f"{name} {getattr(config, name)}, not {getattr(inferred, name)}"
+            for name in (*_SHAPED, *(_SHAPED_EXPERTS if inferred.use_moe else ()))
+            if getattr(config, name) != getattr(inferred, name)
+        ]
+        if config.num_key_value_heads * config.head_dim != inferred.num_key_value_heads * inferred.head_dim:
+            wrong.append("heads of another width")
+    except (TypeError, UsageError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise WeightsError(
+            f"{path}: its description tells of other weights ({'; '.join(wrong)}) — "
+            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} that of an older file?"
+        )
+    return config
+
+
+def described_vision(path: Path, meta: dict[str, Any]) -> VisionSpec | None:
+    """The described vision tower. Raises WeightsError where no tower can be so."""
+    values = {
+        item.name: meta["vision"][item.name] for item in fields(VisionSpec) if item.name in object_in(meta, "vision")
+    }
+    if not values:
+        return None
+    for name in ("mean", "std"):
+        values[name] = tuple(values[name]) if isinstance(values.get(name), list) else ()
+    try:
+        trouble = trouble_of_colours(values["mean"], values["std"])
+        spec = VisionSpec(**values)
+    except (TypeError, UsageError) as error:
+        trouble = str(error)
+    if trouble:
+        raise WeightsError(f"{path}: the description of its vision tower is damaged ({trouble}) — {_OTHER_FILE}")
+    return spec
+
+
+def described_projector(path: Path, meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """The described projector, else that of the tensors. Raises WeightsError where they differ."""
+    recognised, described = recognise_projector(tensors), object_in(meta, "projector").get("type")
+    if not isinstance(described, str) or not any(name.startswith(PREFIX) for name in tensors):
+        return recognised
+    if described in PROJECTORS and recognised and PROJECTORS[described].vision_width(tensors) is None:
+        raise WeightsError(f"{path}: its description names the projector {described!r}, its tensors are those of "
+                           f"{recognised!r} — {_OTHER_FILE}")  # fmt: skip
+    return described
+
+
+def describe(config: ModelConfig | TextConfig, stage: str, record: Mapping[str, Any] | None = None) -> str:
+    """The JSON text that goes with weights and holds what their shapes do not say. A text-only base is a TextConfig."""
+    if isinstance(config, TextConfig):
+        described: dict[str, Any] = {"stage": stage, "model": asdict(config)}
+    else:
+        tokens = projected(config.vision, config.projector).tokens_per_image
+        described = {"stage": stage, "model": asdict(config.text), "vision": asdict(config.vision),
+                     "projector": {"type": config.projector, "tokens_per_image": tokens}}  # fmt: skip
+    return json.dumps(described | ({RECORD: record} if record else {}), indent=1)

@@ -1,0 +1,146 @@
+"""A vision tower and a projector from outside the package: the files of docs/extending.md, copied elsewhere and run."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minimind_v.core.config.schema import VisionSpec
+from minimind_v.core.demo import world
+from minimind_v.core.model.projector import PROJECTORS
+from tests.cli.harness import ASSETS, BASE, EYE, ROOT, here, place
+
+EXAMPLES = ROOT / "docs" / "examples"
+PAGE = ROOT / "docs" / "extending.md"
+NAMES = ("extend_tower", "extend_projector")
+
+TRAIN_AND_OPEN = """
+import sys
+from pathlib import Path
+
+import {extension}  # adds to the table
+
+from minimind_v.core.config.load import build_config
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.evaluate.run import evaluate
+from minimind_v.core.formats.convert_file import convert
+from minimind_v.core.formats.load import load
+from minimind_v.core.generate.sampling import GREEDY
+from minimind_v.core.generate.session import Session
+from minimind_v.core.monitor.metrics import Silent
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.train.run import train
+
+data, base, vision, tokenizer, image = map(Path, sys.argv[1:])
+options = {{"preset": "demo", "data": data / "pretrain_data.jsonl", "images": data / "pretrain_images.zip",
+           "vision_model": vision, "tokenizer": tokenizer, "init": base, "out": Path("out"), "max_steps": 3,
+           "batch_size": 4, "workers": 0, "device": "cpu", "features": "exact"}}
+train(build_config("pretrain", options=options, sets={sets}), Silent())
+convert(Path("out/pretrain_vlm_128.pth"), Path("w.safetensors"), "safetensors")
+loaded = load(Path("w.safetensors"), vision, tokenizer, "cpu")
+spec, words = loaded.model.spec, loaded.tokenizer
+print(loaded.config.vision.model_type, loaded.config.projector, loaded.model.spec.tokens_per_image)
+rows = open_rows(options["data"], options["images"])
+dataset = RowDataset(rows, PromptEncoder(words, spec.tokens_per_image), spec.image_size, 640, fit=spec.fit)
+assert evaluate(loaded.model, dataset, words.pad_id, words.eos_id, limit=4).loss > 0
+print(len("".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask("what?", [image], 4))))
+"""
+
+
+def run(folder, *command, extensions=None):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    if extensions:
+        environment["MMV_EXTENSIONS"] = str(extensions)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(params=NAMES)
+def example(request, tmp_path):
+    """A copy of the example outside the package, the vision folder that it takes, and its settings and numbers."""
+    shutil.copy(EXAMPLES / f"{request.param}.py", tmp_path)
+    vision = EYE
+    if request.param == "extend_tower":
+        vision = tmp_path / "patches"
+        done = run(tmp_path, f"{request.param}.py", vision)
+        assert done.returncode == 0, done.stderr
+    sets = ("projector=shuffle",) if request.param == "extend_projector" else ()
+    return request.param, vision, sets
+
+
+def test_the_page_shows_the_files_that_are_tested():
+    text = PAGE.read_text(encoding="utf-8")
+    for name in NAMES:
+        source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        assert f"```python\n{source}```" in text, f"docs/extending.md does not show docs/examples/{name}.py as it is"
+        assert source.count("\n") < 80
+
+
+def test_an_extension_is_trained_converted_opened_evaluated_and_asked(example, tmp_path):
+    name, vision, sets = example
+    (tmp_path / "script.py").write_text(TRAIN_AND_OPEN.format(extension=name, sets=sets))
+    image = tmp_path / "image.jpg"
+    image.write_bytes(some_image())
+    done = run(tmp_path, "script.py", place().folder, BASE, vision, ASSETS, image)
+    assert done.returncode == 0, done.stderr
+    expected = {"extend_tower": "patch_means linear 10", "extend_projector": "clip_vision_model shuffle 16"}[name]
+    assert done.stdout.splitlines()[0] == expected
+    described = json.loads((tmp_path / "out" / "pretrain_vlm_128.json").read_text())
+    assert described["projector"]["tokens_per_image"] == int(expected.split()[-1])
+
+
+def test_an_extension_is_used_by_the_commands_that_name_it(example, tmp_path):
+    name, vision, sets = example
+    extension, data = tmp_path / f"{name}.py", place().folder
+    rows = ("--data", data / "pretrain_data.jsonl", "--images", data / "pretrain_images.zip")
+    sight = ("--vision-model", vision, "--tokenizer", ASSETS)
+    settings = [word for setting in sets for word in ("--set", setting)]
+    done = run(tmp_path, "-m", "minimind_v", "train", "pretrain", "--preset", "demo", *rows, *sight, *settings,
+               "--init", BASE, "--out", "out", "--max-steps", 2, "--batch-size", 4, "--workers", 1, "--device", "cpu",
+               extensions=extension)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    weights = "out/pretrain_vlm_128.pth"
+    done = run(tmp_path, "-m", "minimind_v", "convert", "--to", "hf", "--model", weights, "--out", "hf",
+               extensions=extension)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "--to hf can hold clip_vision_model with linear" in done.stderr
+    assert not (tmp_path / "hf").exists()
+    done = run(tmp_path, "-m", "minimind_v", "chat", "--model", weights, "--greedy", "hello")
+    assert done.returncode in (1, 2)
+    assert "MMV_EXTENSIONS" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extension", "why"),
+    [("broken.py", "ZeroDivisionError"), ("absent.py", "FileNotFoundError"), ("no_such_module", "ModuleNotFoundError"),
+     ("random.py", "ImportError: another module is called random: rename the file")],
+)  # fmt: skip
+def test_an_extension_that_cannot_be_imported_ends_in_one_line(tmp_path, monkeypatch, extension, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.setenv("MMV_EXTENSIONS", extension)
+    done = here("doctor")
+    assert done.code == 2
+    assert f"MMV_EXTENSIONS: {extension} cannot be imported ({why}" in done.error
+
+
+def test_pixel_shuffle_joins_the_four_neighbours(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import extend_projector
+
+    PROJECTORS.pop("shuffle")
+    projector = extend_projector.PixelShuffle(VisionSpec(4, 1, 1), 1)
+    projector.shuffle = torch.nn.Identity()
+    features = torch.arange(16.0).view(1, 16, 1)  # a square of 4 × 4
+    assert projector(features).tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+
+
+def some_image() -> bytes:
+    return world.jpeg(world.draw(world.make_scene(random.Random(1)), random.Random(1)))
