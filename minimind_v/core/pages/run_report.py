@@ -105,9 +105,9 @@ def write_report(folder: Path, warn: Callable[[str], object] = lambda _: None) -
         raise DataError(f"{folder / 'manifest.json'}: nested too deeply — remove it") from None
     write_page(path, text)
     for trouble in run.damaged[:SHOWN]:
-        warn(f"{trouble}; not in the report")
+        warn(f"{trouble}; left out of the report")
     if len(run.damaged) > SHOWN:
-        warn(f"{folder}: {len(run.damaged) - SHOWN:,} more damaged records are not in the report")
+        warn(f"{folder}: {len(run.damaged) - SHOWN:,} more damaged records are left out of the report")
     return path
 
 
