@@ -227,7 +227,7 @@ def summary(points: Points, curves: Curves, threads: int, passes: int, quick: bo
     how = f"{'--quick ' if quick else ''}--threads {threads} --passes {passes}"
     return (
         f"{table(points, curves)}\n\n"
-        f"Padding all rows to one of {longest:,} tokens would make the update cost {ratio:.1f} times as much.\n"
+        f"Padding all rows to one of {longest:,} tokens would make the step cost {ratio:.1f} times as much.\n"
         f"Measured with `{how}`."
     )
 
@@ -237,7 +237,7 @@ def panels(points: Points, curves: Curves) -> list[Panel]:
     beside = f"tokens of one row; {points.longest_rows - 1} others have {points.others_length}"
     of = f"supervised tokens in {points.supervised_rows} rows of {points.supervised_length}"
     return [
-        Panel("Rows in an update", f"rows of {points.row_length} tokens", "s", {"": curves["rows"]}),
+        Panel("Rows in a step", f"rows of {points.row_length} tokens", "s", {"": curves["rows"]}),
         Panel("Tokens that are learnt", of, "s", {"": curves["supervised"]}),
         Panel(
             "One long row", beside, "s", {"as it is": curves["longest"], "all padded to it": curves["padded"]}

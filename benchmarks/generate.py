@@ -167,10 +167,10 @@ class Plain:
 
 
 MEASURES = {  # → what the page calls it
-    "first_token": "first token, a picture never seen",
-    "picture_before": "first token, the picture named before the question is typed",
+    "first_token": "first token, a new image",
+    "picture_before": "first token, image named before the question is typed",
     "next_question": "next question in the conversation",
-    "new_conversation": "another conversation about the picture",
+    "new_conversation": "another conversation about the same image",
     "one_stream": "one stream",
     "eight_at_once": "eight at once",
 }

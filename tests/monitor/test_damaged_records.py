@@ -55,7 +55,7 @@ def test_a_damaged_line_is_named_and_the_others_make_the_report(tmp_path, name):
     assert ended.code == 0, ended.err
     assert f"{tmp_path / 'metrics.jsonl'}:2: {words}" in ended.err
     assert "left out of the report" in ended.err
-    assert "4 of 9 updates" in (tmp_path / "report.html").read_text()
+    assert "4 of 9 steps" in (tmp_path / "report.html").read_text()
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl", needed=REPORTED)] == [1, 3, 4]
 
 

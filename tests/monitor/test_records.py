@@ -105,7 +105,7 @@ def test_the_report_of_a_run_under_way(out, tmp_path):
     lines = (out / NAME / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:1]) + lines[1][:20])
     assert here("report", tmp_path).code == 0
-    assert "1 of 27 updates" in (tmp_path / "report.html").read_text()
+    assert "1 of 27 steps" in (tmp_path / "report.html").read_text()
     (tmp_path / "metrics.jsonl").write_text("")
     assert "logged nothing yet" in here("report", tmp_path).error
 

@@ -36,7 +36,7 @@ def test_labels_are_text_of_the_page_and_not_of_the_drawing():
         assert "<text" not in drawing
         assert 'preserveAspectRatio="none"' in drawing
         assert drawn.count("<span") >= 5
-    assert ">update 1<" in curves({"loss": [(1, 2.0), (40, 0.5)]})
+    assert ">step 1<" in curves({"loss": [(1, 2.0), (40, 0.5)]})
 
 
 def test_several_curves_have_a_legend_and_one_has_none():
@@ -48,7 +48,7 @@ def test_several_curves_have_a_legend_and_one_has_none():
 
 
 def test_what_is_not_finite_is_left_out():
-    assert "nothing to show" in curves({"loss": [(1, math.nan), (2, math.inf)]})
+    assert "no data" in curves({"loss": [(1, math.nan), (2, math.inf)]})
     assert "nan" not in curves({"loss": [(1, 2.0), (2, math.nan), (3, 1.0)]})
 
 

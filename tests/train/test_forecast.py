@@ -45,8 +45,8 @@ def test_what_is_measured_is_of_the_right_size(out):
 
 def test_the_report_sets_it_beside_what_happened(out):
     page = (out / NAME / "report.html").read_text()
-    assert "Forecast and what happened" in page
-    for name in ("updates", "tokens", "seconds", "memory_bytes", "disk_bytes", "cost"):
+    assert "Forecast and actual" in page
+    for name in ("steps", "tokens", "time", "memory", "disk", "cost"):
         assert f"<td>{name}</td>" in page
     assert "other settings" not in page
 
@@ -54,7 +54,7 @@ def test_the_report_sets_it_beside_what_happened(out):
 def test_the_report_says_where_the_plan_was_for_something_else(out):
     _, *line = place().train(out, epochs=2, accumulate=2, lr=1e-5)
     assert here("train", *line, "--overwrite").code == 0
-    assert "The plan was for other settings: lr." in (out / NAME / "report.html").read_text()
+    assert "The forecast had other settings: lr." in (out / NAME / "report.html").read_text()
 
 
 def test_it_needs_no_base_and_says_all_in_words(tmp_path):

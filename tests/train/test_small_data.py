@@ -80,7 +80,7 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     page = report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
     assert "Learnt and kept" in page
     assert "was not measured" not in page
-    assert "updates to its end" in page
+    assert "steps, finished" in page
     again = small(tmp_path / "out", earlier, mine, "--resume")
     assert (again.code, "this run is complete" in again.err) == (0, True), again.err
 

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with the curves and a sheet of held-out pictures."""
+"""The demo's report: one HTML file with the loss curves and held-out images with answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minimind_v.core.pages.plot import curves as draw
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out picture with a question, the truth, and three answers."""
+    """A held-out image with a question, the correct answer, and three answers of the model."""
 
     picture: bytes  # JPEG
     question: str
@@ -35,10 +35,10 @@ dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem } d
 
 
 LEGEND = {
-    "truth": "the right answer",
-    "after": "the answer after training: green where it is right, red where it is wrong",
-    "before": "the answer before training, with a projector that has learnt nothing",
-    "blank": "the answer after training, asked about a grey picture instead",
+    "truth": "the correct answer",
+    "after": "the answer after training: green if correct, red if wrong",
+    "before": "the answer before training, with an untrained projector",
+    "blank": "the answer after training, with a blank grey image",
 }
 
 
@@ -49,20 +49,20 @@ def write_report(
     samples: list[Sample],
     about: str,
 ) -> None:
-    """Write the page atomically; it needs nothing besides itself. `about` says what the model can see."""
+    """Write the page atomically, as one self-contained file. `about` describes what the model understands."""
     shares = {
-        "scenes never seen": summary["accuracy_heldout_scenes"],
-        "shape-colour pairs never seen": summary["accuracy_heldout_pairs"],
-        "the same questions, blank picture": summary["accuracy_blank"],
-        "before training": summary["accuracy_before"],
+        "correct on new scenes": summary["accuracy_heldout_scenes"],
+        "correct on new shape-colour pairs": summary["accuracy_heldout_pairs"],
+        "correct with a blank image": summary["accuracy_blank"],
+        "correct before training": summary["accuracy_before"],
     }
     plots = "".join(
         f"<h2>Loss of {escape(stage)}</h2>{draw({'loss': list(points)})}" for stage, points in curves.items()
     )
     half = len(samples) // 2
     sheets = "".join(
-        f"<h3>{title}</h3><div class='sheet'>{''.join(map(_card, group))}</div>"
-        for title, group in (("Scenes never seen", samples[:half]), ("Pairs never seen", samples[half:]))
+        f"<h3>{title}</h3><div class='sheet'>{''.join(map(_card, cards))}</div>"
+        for title, cards in (("New scenes", samples[:half]), ("New shape-colour pairs", samples[half:]))
     )
     kinds = "".join(
         f"<tr><td>{escape(kind)}</td><td>{value:.0%}</td><td>{_percent(summary['by_kind_pairs'].get(kind))}</td></tr>"
@@ -72,11 +72,12 @@ def write_report(
     body = (
         f"<h1>A model that learnt to see</h1><p>Seed {summary['seed']}, "
         f"{summary['seconds_training_and_evaluation']:.0f} seconds of training and evaluation on "
-        f"{escape(summary['machine'])}. An answer counts as right when it equals the truth to the letter.</p>"
+        f"{escape(summary['machine'])}. An answer is correct if it equals the expected answer exactly.</p>"
         f"<p>{escape(about)}</p>"
         f"{figures({name: f'{share:.1%}' for name, share in shares.items()})}{plots}"
-        f'<h2>By kind of question</h2><div class="wide"><table><tr><th>asks for</th><th>scenes</th><th>pairs</th></tr>'
-        f"{kinds}</table></div><h2>Pictures never seen, with questions and answers</h2>"
+        f'<h2>By kind of question</h2><div class="wide"><table>'
+        f"<tr><th>question</th><th>new scenes</th><th>new pairs</th></tr>{kinds}</table></div>"
+        f"<h2>Held-out images, with questions and answers</h2>"
         f'<dl class="key">{key}</dl>{sheets}'
     )
     write_page(path, page("mmv demo", body, PLOT_STYLE + STYLE))

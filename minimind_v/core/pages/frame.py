@@ -1,4 +1,4 @@
-"""The frame of a page that is one file: it loads nothing, runs nothing, and reads well by day and by night."""
+"""The frame of every HTML page: one self-contained file without scripts, in a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minimind_v.core.curate.token_text import visible
 from minimind_v.core.errors import UsageError
 from minimind_v.core.files import write_text
 
-# Whatever a row of data smuggles in, a browser that heeds this neither runs nor fetches it.
+# A browser that follows this policy neither runs nor fetches anything that a row of data contains.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE = """
@@ -49,21 +49,21 @@ BEGIN = (
 
 
 def check_page(path: Path) -> None:
-    """Raises UsageError where something else than an earlier page of ours would be written over."""
+    """Raises UsageError if `path` is a file that is not a page of mmv."""
     if path.is_dir():
-        raise UsageError(f"{path} is a folder, and a page is to be written — name a file")
+        raise UsageError(f"{path} is a folder, the page needs a file name — name a file")
     if path.is_file() and path.stat().st_size and path.read_bytes()[: len(BEGIN)] != BEGIN.encode():
-        raise UsageError(f"{path} is there already, and not a page by mmv — name another file")
+        raise UsageError(f"{path} exists and is not a page by mmv — name another file")
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page atomically. Raises UsageError as `check_page` does, RunError where it cannot be written."""
+    """Write a page atomically. Raises UsageError as `check_page` does, RunError if it cannot be written."""
     check_page(path)
     write_text(path, text)
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A whole page. `body` and `style` are HTML and CSS already."""
+    """A whole page. `body` and `style` are already HTML and CSS."""
     return (
         f"{BEGIN}"
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -72,11 +72,11 @@ def page(title: str, body: str, style: str = "") -> str:
 
 
 def figures(numbers: Mapping[str, str]) -> str:
-    """Boxes with a number each, large, and what it is the number of. Numbers are HTML already."""
-    boxes = (f'<div class="figure"><b>{number}</b>{escape(of)}</div>' for of, number in numbers.items())
+    """One box per number, with its label. The numbers are already HTML."""
+    boxes = (f'<div class="figure"><b>{number}</b>{escape(label)}</div>' for label, number in numbers.items())
     return f'<div class="figures">{"".join(boxes)}</div>'
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """A picture as the address of itself."""
+    """An image file as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""Charts for a page that is one file: shapes as SVG, stretched to the page's width; labels as text, never scaled."""
+"""Charts for the HTML pages: the shapes are SVG, stretched to the page; the labels are text, never scaled."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ STYLE = """
 
 
 def curves(series: dict[str, Points]) -> str:
-    """Named curves of (step, y) over one axis that begins at 0, with a legend where there are several.
+    """Curves of (step, y) by name, on one axis that starts at 0; a legend if there are several.
 
-    What is not finite is left out.
+    Values that are not finite are left out.
     """
     shown = {name: thin([point for point in points if math.isfinite(point[1])]) for name, points in series.items()}
     shown = {name: points for name, points in shown.items() if points}
     if not shown:
-        return '<p class="dim">nothing to show</p>'
+        return '<p class="dim">no data</p>'
     xs, ys = zip(*(point for points in shown.values() for point in points), strict=True)
     x_low, x_high, ticks = min(xs), max(xs), axis(min(0.0, *ys), max(ys))
 
@@ -48,18 +48,16 @@ def curves(series: dict[str, Points]) -> str:
 
     lines = []
     for colour, points in zip(COLOURS * len(shown), shown.values(), strict=False):
-        kind = ' class="point"' if len(points) == 1 else ""  # a line from there to there, with round ends
+        kind = ' class="point"' if len(points) == 1 else ""  # a line of length 0, with round ends
         places = " ".join(place(*point) for point in points * (2 if len(points) == 1 else 1))
         lines.append(f'<polyline{kind} points="{places}" style="stroke:{colour}"/>')
-    labels = (
-        [(0.0, f"update {x_low:,.0f}"), (1.0, f"{x_high:,.0f}")] if x_high > x_low else [(0.5, f"update {x_low:,.0f}")]
-    )
+    labels = [(0.0, f"step {x_low:,.0f}"), (1.0, f"{x_high:,.0f}")] if x_high > x_low else [(0.5, f"step {x_low:,.0f}")]
     below = legend(zip(COLOURS * len(shown), shown, strict=False)) if len(shown) > 1 else ""
     return chart("".join(lines), ticks, labels) + below
 
 
 def chart(shapes: str, ticks: list[float], labels: Iterable[tuple[float, str]]) -> str:
-    """Shapes in a drawing of WIDTH × HEIGHT, a vertical axis, and labels below, each at its share of the width."""
+    """A chart: shapes of WIDTH × HEIGHT, the vertical axis, and labels below at their share of the width."""
     steps = len(ticks) - 1
     heights = (f"{HEIGHT * number / steps:.2f}" for number in range(len(ticks)))
     grid = "".join(f'<line x1="0" x2="{WIDTH}" y1="{y}" y2="{y}"/>' for y in heights)
@@ -75,13 +73,13 @@ def chart(shapes: str, ticks: list[float], labels: Iterable[tuple[float, str]]) 
 
 
 def legend(colours: Iterable[tuple[str, str]]) -> str:
-    """Which colour is what."""
+    """The name of each colour."""
     names = (f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for colour, name in colours)
     return f'<div class="legend dim">{"".join(names)}</div>'
 
 
 def axis(low: float, high: float) -> list[float]:
-    """At most GRID + 1 round numbers, equally far apart, around what lies between two others."""
+    """At most GRID + 1 round numbers, equally far apart, that span low to high."""
     high = high if high > low else low + 1
     rough = (high - low) / GRID
     power = 10 ** math.floor(math.log10(rough))
@@ -94,15 +92,15 @@ def axis(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number of an axis, as short as it can be."""
+    """A number of an axis, as short as possible."""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return text.replace("e-0", "e-").replace("-", "−")
 
 
 def thin(points: Points) -> Points:
-    """At most POINTS points; each stands for as many neighbours as any other, or one more."""
+    """At most POINTS points, each the mean of equally many neighbours (or one more)."""
     if len(points) <= POINTS:
         return points
     edges = [number * len(points) // POINTS for number in range(POINTS + 1)]
-    parts = [points[a:b] for a, b in pairwise(edges)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    groups = [points[a:b] for a, b in pairwise(edges)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]

@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page, drawn from what it has left in its folder."""
+"""`report.html`: one page about a run, made from the files in its folder."""
 
 from __future__ import annotations
 
@@ -24,22 +24,31 @@ STYLE = """
 h3 { font-size: .95rem; margin: 1rem 0 .2rem } li { margin: .3rem 0 }
 td { vertical-align: top } table.words td { text-align: left; white-space: normal }
 """
-SHOWN = 5  # damaged records that are named one by one
-FIGURES = ("updates", "samples", "tokens", "supervised_tokens", "seconds", "memory_bytes", "disk_bytes", "cost")
+SHOWN = 5  # damaged records that are listed one by one
+LABELS = {
+    "updates": "steps",
+    "samples": "samples",
+    "tokens": "tokens",
+    "supervised_tokens": "supervised tokens",
+    "seconds": "time",
+    "memory_bytes": "memory",
+    "disk_bytes": "disk",
+    "cost": "cost",
+}
 MANIFEST: dict[str, type] = {"stage": str, "config": dict, "fingerprints": dict, "versions": dict, "starts": list}
-FORECAST: dict[str, type] = dict.fromkeys((*FIGURES, "price_per_hour"), float) | {"config": dict, "how": str}
+FORECAST: dict[str, type] = dict.fromkeys((*LABELS, "price_per_hour"), float) | {"config": dict, "how": str}
 
 
 @dataclass(frozen=True)
-class Left:
-    """What a run has left in its folder; empty where it has not."""
+class RunRecords:
+    """The records in a run folder; empty if a file is missing."""
 
     folder: Path
-    metrics: list[dict[str, Any]]  # of logged updates
+    metrics: list[dict[str, Any]]  # one per logged step
     events: list[dict[str, Any]]
     manifest: dict[str, Any]
     forecast: dict[str, Any]
-    damaged: list[str]  # `file:line: what is wrong` of each record that cannot be read
+    damaged: list[str]  # `file:line: problem` of each unreadable record
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -51,8 +60,8 @@ class Left:
 
     @property
     def recalled(self) -> dict[str, dict[str, Any]]:
-        """What was measured of rows without learning from them: the run's `own`; earlier ones, `before`, `after`."""
-        return {when: found for event in self.events for when, found in event.get("recalled", {}).items()}
+        """Results on the run's `own` rows, and on earlier training rows `before` and `after` the run."""
+        return {when: recall for event in self.events for when, recall in event.get("recalled", {}).items()}
 
     @property
     def last(self) -> dict[str, Any]:
@@ -60,40 +69,40 @@ class Left:
 
 
 def find_run(path: Path) -> Path:
-    """The folder of a run, named by itself, by its weights, or by an --out with one run. Raises MissingInput."""
+    """The run folder; `path` is the folder, its weights, or an --out with one run. Raises MissingInput."""
     path = path.resolve() if path.name in ("", "..") else path
     stem = path.with_suffix("") if path.name else path  # the root has no name
     of_best = stem.with_name(stem.name.removesuffix("_best")) if stem.name.removesuffix("_best") else stem
     for folder in (path, stem, of_best, *([path.parent] if path.is_file() else [])):
         if (folder / "metrics.jsonl").is_file():
             return folder
-    found = sorted(path.glob("*/metrics.jsonl"))
-    if len(found) == 1:
-        return found[0].parent
-    several = ", ".join(str(file.parent) for file in found)
+    runs = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
+    if len(runs) == 1:
+        return runs[0]
+    several = ", ".join(map(str, runs))
     raise MissingInput(
-        f"{path} holds several runs: name one of {several}" if found else
-        f"no run in {path}: there is no metrics.jsonl — name the folder that `mmv train` said the curve is in"
+        f"{path} contains several runs — name one of {several}" if runs else
+        f"no run in {path}: metrics.jsonl is missing — name the run folder that `mmv train` printed"
     )  # fmt: skip
 
 
-def read_run(folder: Path) -> Left:
-    """All that a run has left, of one that is under way too. Raises MissingInput or DataError."""
+def read_run(folder: Path) -> RunRecords:
+    """The records of a run, finished or not. Raises MissingInput or DataError."""
     damaged: list[str] = []
     metrics = read_metrics(folder / "metrics.jsonl", damaged.append, REPORTED)
     events = list(read_lines(folder / "events.jsonl", damaged.append))
     manifest = read_part(folder / "manifest.json", MANIFEST, damaged.append)
     forecast = read_part(folder / "forecast.json", FORECAST, damaged.append)
-    return Left(folder, metrics, events, manifest, forecast, damaged)
+    return RunRecords(folder, metrics, events, manifest, forecast, damaged)
 
 
 def write_report(folder: Path, warn: Callable[[str], object] = lambda _: None) -> Path:
-    """Write the page beside what it shows; `warn` is told what is damaged. Raises MissingInput, DataError, RunError."""
+    """Write the page into the run folder; `warn` gets damaged records. Raises MissingInput, DataError, RunError."""
     path, run = folder / "report.html", read_run(folder)
     try:
         text = report_page(run)
     except RecursionError:
-        raise DataError(f"{folder / 'manifest.json'}: nested too deep to be shown — remove it") from None
+        raise DataError(f"{folder / 'manifest.json'}: nested too deeply — remove it") from None
     write_page(path, text)
     for trouble in run.damaged[:SHOWN]:
         warn(f"{trouble}; left out of the report")
@@ -102,113 +111,112 @@ def write_report(folder: Path, warn: Callable[[str], object] = lambda _: None) -
     return path
 
 
-def report_page(run: Left) -> str:
+def report_page(run: RunRecords) -> str:
     """The page."""
     last = run.last
-    ended = last["step"] >= last.get("steps", last["step"])
     title = f"{run.manifest.get('stage', 'run')} · {run.folder.name}"
-    how = "to its end" if ended else "so far"
+    how = "finished" if last["step"] >= last.get("steps", last["step"]) else "not finished"
     body = (
-        f'<h1>{escape(title)}</h1><p class="dim">{last["step"]:,} of {last.get("steps", 0):,} updates {how}, epoch '
+        f'<h1>{escape(title)}</h1><p class="dim">{last["step"]:,} of {last.get("steps", 0):,} steps, {how}, epoch '
         f"{last.get('epoch', 0):.2f}; <code>{escape(str(run.folder))}</code></p>"
         f"{_figures(run)}{_damaged(run)}{_warnings(run)}{_recalled(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
     )
     return page(f"{title} — report", body, PLOT_STYLE + STYLE)
 
 
-def _figures(run: Left) -> str:
+def _figures(run: RunRecords) -> str:
     last = run.last
-    told = {
-        "loss, mean of the last logged updates": f"{statistics.fmean(one['loss'] for one in run.metrics[-10:]):.4f}",
-        "of the answers' tokens are right": f"{last.get('hits', 0):.1%}",
-        "of training": duration(last["seconds"]),
+    numbers = {
+        "mean loss of the last logged steps": f"{statistics.fmean(record['loss'] for record in run.metrics[-10:]):.4f}",
+        "token accuracy on answers": f"{last.get('hits', 0):.1%}",
+        "training time": duration(last["seconds"]),
         "samples per second": f"{last['samples'] / max(last['seconds'], 1e-9):,.1f}",
     }
     if run.validations:
-        best = min(run.validations, key=lambda one: one["loss"])
-        told[f"best validation loss, at update {best['step']:,}"] = f"{best['loss']:.4f}"
-    return figures(told)
+        best = min(run.validations, key=lambda result: result["loss"])
+        numbers[f"best validation loss, at step {best['step']:,}"] = f"{best['loss']:.4f}"
+    return figures(numbers)
 
 
-def _damaged(run: Left) -> str:
+def _damaged(run: RunRecords) -> str:
     if not run.damaged:
         return ""
     lines = "".join(f'<li class="warn">{escape(trouble)}</li>' for trouble in run.damaged[:SHOWN])
     count = plural(len(run.damaged), "record")
-    return f"<section><h2>Damaged</h2><p>{count} cannot be read and are left out:</p><ul>{lines}</ul></section>"
+    return f"<section><h2>Damaged records</h2><p>{count} could not be read:</p><ul>{lines}</ul></section>"
 
 
-def _warnings(run: Left) -> str:
+def _warnings(run: RunRecords) -> str:
     if not run.warnings:
-        return '<section><h2>Warnings</h2><p class="dim">none: nothing looked wrong</p></section>'
-    told = "".join(f'<li class="warn">update {step:,}: {escape(line)}</li>' for step, line in run.warnings)
-    return f"<section><h2>Warnings</h2><ul>{told}</ul></section>"
+        return '<section><h2>Warnings</h2><p class="dim">none</p></section>'
+    lines = "".join(f'<li class="warn">step {step:,}: {escape(line)}</li>' for step, line in run.warnings)
+    return f"<section><h2>Warnings</h2><ul>{lines}</ul></section>"
 
 
-def _recalled(run: Left) -> str:
-    """What the run knows of its own rows, and what became of what its weights knew before; told where it was asked."""
+def _recalled(run: RunRecords) -> str:
+    """Accuracy on the run's own rows, and on earlier training rows before and after; shown if the run measured it."""
     if not run.manifest.get("config", {}).get("recall_rows"):
         return ""
-    names = {"own": "its own rows, now", "before": "rows learnt before, at the start", "after": "the same, now"}
+    names = {
+        "own": "rows of this run, after",
+        "before": "earlier training rows, before",
+        "after": "the same rows, after",
+    }
     rows = "".join(
-        f"<tr><td>{name}</td><td>{found['rows']} of {escape(found['data'])}</td><td>{found['hits']:.1%}</td>"
-        f"<td>{found['loss']:.4f}</td></tr>"
+        f"<tr><td>{name}</td><td>{recall['rows']} of {escape(recall['data'])}</td><td>{recall['hits']:.1%}</td>"
+        f"<td>{recall['loss']:.4f}</td></tr>"
         for when, name in names.items()
-        if (found := run.recalled.get(when))
+        if (recall := run.recalled.get(when))
     )
-    note = (
-        ""
-        if "after" in run.recalled
-        else "<p>What the weights knew before and may have forgotten was not measured.</p>"
-    )
-    head = "<tr><th></th><th>rows</th><th>answers' tokens right</th><th>loss</th></tr>"
+    note = "" if "after" in run.recalled else "<p>How much the model has forgotten was not measured.</p>"
+    head = "<tr><th></th><th>rows</th><th>token accuracy</th><th>loss</th></tr>"
     return f"<section><h2>Learnt and kept</h2>{f'<table>{head}{rows}</table>' if rows else ''}{note}</section>"
 
 
-def _curves(run: Left) -> str:
-    seen, held = run.metrics, run.validations
-    loss = {"training": _points(seen, "loss"), "validation": _points(held, "loss")}
-    if any(one.get("swapped_loss") is not None for one in held):
-        loss["validation, pictures of other rows"] = _points(held, "swapped_loss")
+def _curves(run: RunRecords) -> str:
+    training, validation = run.metrics, run.validations
+    loss = {"training": _points(training, "loss"), "validation": _points(validation, "loss")}
+    if any(result.get("swapped_loss") is not None for result in validation):
+        loss["validation, with images of other rows"] = _points(validation, "swapped_loss")
     others = {
-        "Answer tokens right": {"training": _points(seen, "hits"), "validation": _points(held, "hits")},
-        "Learning rate": {"lr": _points(seen, "lr")},
-        "Gradient norm before clipping": {"norm": _points(seen, "grad_norm")},
-        "Samples per second": {"samples": _rates(seen, "samples")},
-        "Tokens per second": {"tokens": _rates(seen, "tokens")},
-        "Share of time waiting for data": {"share": _rates(seen, "data_seconds")},
+        "Token accuracy": {"training": _points(training, "hits"), "validation": _points(validation, "hits")},
+        "Learning rate": {"lr": _points(training, "lr")},
+        "Gradient norm before clipping": {"norm": _points(training, "grad_norm")},
+        "Samples per second": {"samples": _rates(training, "samples")},
+        "Tokens per second": {"tokens": _rates(training, "tokens")},
+        "Share of time spent waiting for data": {"share": _rates(training, "data_seconds")},
     }
     small = "".join(f"<div><h3>{title}</h3>{curves(series)}</div>" for title, series in others.items())
     return f'<section><h2>Loss</h2>{curves(loss)}<div class="cols">{small}</div></section>'
 
 
-def _forecast(run: Left) -> str:
-    """What was foretold beside what happened."""
+def _forecast(run: RunRecords) -> str:
+    """The forecast beside the actual values."""
     if not run.forecast:
         return ""
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{shown(name, foretold)}</td><td>{shown(name, happened)}</td>"
-        f"<td>{f'{happened / foretold:.2f}×' if happened and foretold else '–'}</td></tr>"
-        for name, foretold, happened in beside(run)
+        f"<tr><td>{LABELS[name]}</td><td>{shown(name, forecast)}</td><td>{shown(name, actual)}</td>"
+        f"<td>{f'{actual / forecast:.2f}×' if actual and forecast else '–'}</td></tr>"
+        for name, forecast, actual in beside(run)
     )
     planned, config = run.forecast.get("config", {}), run.manifest.get("config", {})
     other = [key for key in planned if planned[key] != config.get(key)]
-    note = f'<p class="warn">The plan was for other settings: {escape(", ".join(other))}.</p>' if other else ""
+    note = f'<p class="warn">The forecast had other settings: {escape(", ".join(other))}.</p>' if other else ""
     if run.last["step"] < run.last.get("steps", 0):
-        note += '<p class="dim">The run is not at its end: what happened is until now.</p>'
+        note += '<p class="dim">The run is not finished: the actual values are those so far.</p>'
     return (
-        '<section><h2>Forecast and what happened</h2><div class="wide"><table><tr><th></th><th>mmv train plan</th>'
-        f"<th>the run</th><th></th></tr>{rows}</table></div>"
+        '<section><h2>Forecast and actual</h2><div class="wide"><table><tr><th></th><th>forecast</th>'
+        f"<th>actual</th><th>ratio</th></tr>{rows}</table></div>"
         f'{note}<p class="dim">{escape(str(run.forecast.get("how", "")))}</p></section>'
     )
 
 
-def beside(run: Left) -> list[tuple[str, float | None, float | None]]:
-    """Name, forecast and what happened, for all that a plan foretells."""
-    last, told = run.last, run.forecast
+def beside(run: RunRecords) -> list[tuple[str, float | None, float | None]]:
+    """Name, forecast and actual value of each figure of the forecast."""
+    last, forecast = run.last, run.forecast
     memory = max((event["memory_bytes"] for event in run.events if "memory_bytes" in event), default=None)
-    price = told.get("price_per_hour")
-    happened: dict[str, float | None] = {
+    price = forecast.get("price_per_hour")
+    actual: dict[str, float | None] = {
         "updates": last["step"],
         "samples": last["samples"],
         "tokens": last.get("tokens"),
@@ -218,30 +226,30 @@ def beside(run: Left) -> list[tuple[str, float | None, float | None]]:
         "disk_bytes": disk_used(run.folder),
         "cost": price * last["seconds"] / 3600 if price else None,
     }
-    return [(name, told[name], value) for name, value in happened.items() if told.get(name) is not None]
+    return [(name, forecast[name], value) for name, value in actual.items() if forecast.get(name) is not None]
 
 
 def disk_used(folder: Path) -> int:
-    """Bytes of the weights, the states and the records of a run, whose folder this is."""
+    """Bytes of the weights, states and records of the run in `folder`."""
     weights = [folder.with_name(folder.name + ending) for ending in (".pth", ".json", "_best.pth", "_best.json")]
     return sum(file.stat().st_size for file in [*folder.rglob("*"), *weights] if file.is_file())
 
 
-def _manifest(run: Left) -> str:
-    found = run.manifest
-    if not found:
+def _manifest(run: RunRecords) -> str:
+    manifest = run.manifest
+    if not manifest:
         return ""
-    flat = dict(_flat(found.get("config", {})))
+    flat = dict(_flat(manifest.get("config", {})))
     starts = [
-        {"time": start.get("time"), "after update": start.get("after_updates"), "command": start.get("command")}
+        {"time": start.get("time"), "after step": start.get("after_updates"), "command": start.get("command")}
         | {"commit": object_in(start, "git").get("commit"), "machine": object_in(start, "machine").get("platform")}
-        for start in found.get("starts", [])
+        for start in manifest.get("starts", [])
         if isinstance(start, dict)
     ]
     return (
         f"<section><h2>Starts</h2>{''.join(map(_table, starts))}</section>"
-        f"<section><h2>What it was made of</h2>"
-        f"{_table(found.get('fingerprints', {}))}{_table(found.get('versions', {}))}</section>"
+        f"<section><h2>Inputs and versions</h2>"
+        f"{_table(manifest.get('fingerprints', {}))}{_table(manifest.get('versions', {}))}</section>"
         f"<section><h2>Configuration</h2>{_table(flat)}</section>"
     )
 
@@ -267,7 +275,7 @@ def _points(records: list[dict[str, Any]], key: str) -> Points:
 
 
 def _rates(records: list[dict[str, Any]], key: str) -> Points:
-    """How much of what adds up came per second between two records."""
+    """Increase per second of a running total, between two records."""
     return [
         (later["step"], (later[key] - earlier[key]) / (later["seconds"] - earlier["seconds"]))
         for earlier, later in pairwise(records)
@@ -276,7 +284,7 @@ def _rates(records: list[dict[str, Any]], key: str) -> Points:
 
 
 def shown(name: str, value: float | None) -> str:
-    """A figure of a forecast or of a run, in words."""
+    """A figure of a forecast or of a run, as text."""
     if value is None:
         return "–"
     if name == "seconds":

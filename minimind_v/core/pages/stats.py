@@ -26,16 +26,16 @@ LABELS = 6  # below the histogram, at most, besides the first
 
 
 def stats_page(report: dict[str, Any]) -> str:
-    """A report of `stats.look_at` as a page."""
+    """The page of a report that `mmv data stats` computes."""
     name = escape(visible(str(report["file"])))
-    told = f"a sample of {report['looked_at']:,} rows, the first of the first epoch" if report["sample"] else "all rows"
+    rows_read = f"the first {report['looked_at']:,} rows of the first epoch" if report["sample"] else "all rows"
     numbers = {
         "rows": f"{report['rows']:,}",
-        "tokens, half of the rows have more": f"{report['tokens']['total']['p50']:,}",
+        "tokens per row (median)": f"{report['tokens']['total']['p50']:,}",
         f"of the rows are cut at {report['max_length']} tokens": f"{report['cut']['share']:.1%}",
         "of the rows are skipped": f"{report['skipped']['share']:.1%}",
         "padding in training's batches": f"{report['padding']['batches']:.1%}",
-        "updates": f"{report['training']['updates']:,}",
+        "steps": f"{report['training']['updates']:,}",
     }
     tables = table_of_quantiles(report)
     head = "".join(f"<th>{escape(title)}</th>" for title in ["", *next(iter(tables.values()))])
@@ -48,19 +48,19 @@ def stats_page(report: dict[str, Any]) -> str:
     key = legend((colour, f"{name} {share:.1%}") for colour, (name, share) in languages)
     words = "".join(f"<dt>{escape(key)}</dt><dd>{escape(visible(text))}</dd>" for key, text in summary(report).items())
     body = (
-        f'<h1>What these rows are like</h1><p class="dim"><code>{name}</code>, read as <b>{report["stage"]}</b> would '
-        f"read it; {told}.</p>{figures(numbers)}"
+        f'<h1>Statistics of the rows</h1><p class="dim"><code>{name}</code>, read as <b>{report["stage"]}</b> data; '
+        f"{rows_read}.</p>{figures(numbers)}"
         f"<section><h2>Tokens per row, before truncation</h2>"
         f"{_plot(report['histogram'], report['max_length'])}</section>"
         f'<section><h2>Quantiles</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div></section>'
-        f'<section><h2>What a run would make of it</h2><div class="share">{shares}</div>{key}'
+        f'<section><h2>In training</h2><div class="share">{shares}</div>{key}'
         f"<p></p><dl>{words}</dl></section>"
     )
     return page(f"{report['file']} — stats", body, PLOT_STYLE + STYLE)
 
 
 def _plot(histogram: dict[str, list[int]], max_length: int) -> str:
-    """A bar for as many rows as have so many tokens; those that are longer than training takes in red."""
+    """The histogram of row lengths; rows longer than `max_length` are red."""
     edges, counts = histogram["edges"], histogram["counts"]
     ticks = axis(0, max(counts))
     step = WIDTH / len(counts)
@@ -76,5 +76,5 @@ def _plot(histogram: dict[str, list[int]], max_length: int) -> str:
         bars.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{HEIGHT}"/>')
     every = -(-len(counts) // LABELS)
     labels = [(number / len(counts), f"{edges[number]:,}") for number in range(0, len(edges), every)]
-    key = {"var(--whole)": "read whole", "var(--over)": f"longer than the {max_length:,} tokens that training takes"}
+    key = {"var(--whole)": "not cut", "var(--over)": f"longer than the {max_length:,} tokens of training"}
     return chart("".join(bars), ticks, labels) + (legend(key.items()) if edges[-1] > max_length else "")
