@@ -1,4 +1,4 @@
-"""Pictures as people name them: files, what a terminal writes when files are dropped on it, and addresses."""
+"""Picture files as users name them: paths, what a terminal writes when files are dropped on it, and addresses."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 from minimind_v.core.data.images import FORMATS
 from minimind_v.core.errors import MissingInput, MmvError, UsageError, shorten
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
+from minimind_v.core.rows.row import IMAGE_MARK
 
 SHOWN = 120  # characters of a name
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # longer than the letter of a drive
@@ -104,6 +105,13 @@ def pictures_in(text: str) -> list[str]:
     alone = len(names) == 1 and " " not in names[0]
     ending = alone and (names[0].lower().endswith(ENDINGS) or names[0].lower().startswith("data:image/"))
     return names if names and (all(there) or ending) else []
+
+
+def check_marks(question: str, images: int) -> None:
+    """Raises UsageError where a question has marks for another number of images than there are."""
+    marks = question.count(IMAGE_MARK)
+    if marks and marks != images:
+        raise UsageError(f"the question has {marks} {IMAGE_MARK} marks for {images} pictures")
 
 
 def _path(name: str) -> Path:
