@@ -164,8 +164,8 @@ class LoadedVLM:
         weight that is not finite.
 
         >>> m = mmv.load("out/sft_vlm_128.pth")
-        >>> m.save("copy.safetensors", overwrite=True)
-        PosixPath('copy.safetensors')
+        >>> m.save("copy.safetensors", overwrite=True).name
+        'copy.safetensors'
         """
         path = Path(path)
         if path.suffix not in WEIGHTS_ENDINGS:

@@ -80,7 +80,8 @@ class Processor:
         if isinstance(image, str | Path):
             image = read_picture(str(image))
         if not isinstance(image, Picture):
-            raise UsageError(f"a {type(image).__name__} is no image — give a path, bytes, a PIL image or a numpy array")
+            kind = type(image).__name__
+            raise UsageError(f"not an image: {kind} — give a path, bytes, a PIL image or a numpy array")
         return load_pixels(image.data, image.name, size)
 
     def pad(self, rows: Sequence[Tokens]) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ def _from_array(array: np.ndarray) -> Pillow.Image:
     flat = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if array.dtype != np.uint8 or not flat or not array.size:
         raise UsageError(
-            f"an array of shape {list(array.shape)} and type {array.dtype} is no image — give [height, width, 3] of "
+            f"not an image: an array of shape {list(array.shape)} and type {array.dtype} — give [height, width, 3] of "
             "uint8, or of floats from 0 to 1"
         )
     return Pillow.fromarray(np.ascontiguousarray(array))
