@@ -239,7 +239,7 @@ def test_progress_is_shown_where_it_is_asked_for(tmp_path, capsys):
         (["sft"], {"epoch": 3}, "epoch"),
         (["sft"], {"lr": "fast"}, "lr must be of type float"),
         (["sft"], {"gpus": 2}, "mmv train sft --gpus 2"),
-        (["sft"], {"data": "no.jsonl", "vision_model": "no"}, "2 things are missing"),
+        (["sft"], {"data": "no.jsonl", "vision_model": "no"}, "3 things are missing: .*no.jsonl"),
         ([mmv.config("sft")], {"lr": 1.0}, "a RunConfig takes no settings"),
     ],
     ids=lambda value: str(value)[:20],
