@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: setup demo test lint format bench gpu soak fuzz interop demo-assets clean
+.PHONY: setup demo test lint format reference bench gpu soak fuzz interop demo-assets clean
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ lint: $(DEV)
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/reference, from the options of the command line and the docstrings of the Python names.
+reference: $(DEV)
+	$(BIN)/python docs/generate_reference.py
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks.stores

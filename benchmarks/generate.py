@@ -108,7 +108,7 @@ class Ours:
 
     def picture_before(self, picture: Path) -> tuple[float, float]:
         session = self.start()
-        shown = session.look(picture)
+        shown = session.encode(picture)
         return seconds(lambda: list(session.ask(QUESTIONS[0], [shown], 1)))
 
     def next_question(self, picture: Path) -> tuple[float, float]:

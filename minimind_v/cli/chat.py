@@ -25,7 +25,7 @@ from minimind_v.core.hub.sources import PICTURE_ENDINGS
 if TYPE_CHECKING:
     import numpy as np
 
-    from minimind_v.core.generate.picture_names import Picture
+    from minimind_v.core.data.picture_names import Picture
     from minimind_v.core.generate.session import Session
 
 HELP = "/image FILE adds a picture to the next question, /new starts over, /quit leaves; Ctrl-C stops an answer"
@@ -117,8 +117,7 @@ def _as_text(word: str) -> str:
 
 def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
     """The pictures of the command line, before any time is spent on a model. Raises UsageError or MissingInput."""
-    from minimind_v.core.formats.inputs import check_marks
-    from minimind_v.core.generate.picture_names import pictures_in, read_pictures, split_names
+    from minimind_v.core.data.picture_names import check_marks, pictures_in, read_pictures, split_names
 
     named = [split_names(image) for image in images]
     if not all(named):
@@ -186,7 +185,7 @@ class Conversation:
 
     def take(self, line: str) -> None:
         """One line: a command, pictures, or a question. Raises MmvError for what cannot be done."""
-        from minimind_v.core.generate.picture_names import pictures_in, read_pictures, split_names
+        from minimind_v.core.data.picture_names import pictures_in, read_pictures, split_names
 
         offered, self.offered = self.offered, []
         word, rest = (*line.split(maxsplit=1), "", "")[:2]
@@ -217,7 +216,7 @@ class Conversation:
 
     def add(self, pictures: list[Picture]) -> None:
         """Pictures for the next question: all of them, or none where one cannot be decoded."""
-        self.waiting += [(picture.name, self.session.look(picture)) for picture in pictures]
+        self.waiting += [(picture.name, self.session.encode(picture)) for picture in pictures]
         self.terminal.say(self.contents())
 
     def renew(self) -> None:

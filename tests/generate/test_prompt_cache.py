@@ -80,7 +80,7 @@ def test_a_picture_that_was_looked_at_before_the_question_is_not_looked_at_again
     kept._READY.clear()
     session = Session(model, tokenizer(), GREEDY)
     counted.update(pictures=0)
-    shown = session.look(path)
+    shown = session.encode(path)
     assert np.array_equal(shown, picture(1))
     assert counted["pictures"] == 1
     assert ask(session, FIRST, [shown]) == expected

@@ -61,7 +61,7 @@ def answer(session, question, pictures=(), limit=8):
 @torch.inference_mode()
 def anew(model, turns, question, pictures, limit=8):
     """First logits and ids with nothing kept: all is read again for every token. `turns`: (question, answer's ids)."""
-    prompts = Session(model, tokenizer(), GREEDY).prompts
+    prompts = Session(model, tokenizer(), GREEDY).processor.prompts
     asked = [
         f"<image>\n{question}" if pictures and not n else question
         for n, question in enumerate([*dict(turns), question])
@@ -224,7 +224,12 @@ def test_the_k_th_picture_goes_to_the_k_th_mark(talk):
         answer(session, "Is <image> brighter than <image>?", [pixels(number) for number in numbers], 1)
         caches.append(session.cache.values[0])
     assert (caches[0] - caches[1]).abs().max() > 1e-3
-    before = len(Session(sighted_model(), tokenizer(), GREEDY).prompts.prompt([{"role": "user", "content": "Is "}])) - 5
+    before = (
+        len(
+            Session(sighted_model(), tokenizer(), GREEDY).processor.prompts.prompt([{"role": "user", "content": "Is "}])
+        )
+        - 5
+    )
     assert torch.equal(caches[0][..., :before, :], caches[1][..., :before, :])
 
 

@@ -88,12 +88,7 @@ def load_pixels(data: bytes, name: str, size: int, fit: str = "crop") -> np.ndar
     fit: `crop` keeps the middle of the longer side; `squeeze` keeps all of the image, and not its aspect.
     """
     with _blame(name):
-        picture, extent = _load(data, size)
-        if fit == "squeeze":
-            whole = _to_eight_bits(picture).resize((size, size), Image.Resampling.BICUBIC, (0, 0, *extent))
-            return _crop(_turn(whole, _orientation(picture)), size)
-        small = _shrink(_to_eight_bits(picture), size, extent)
-        return _crop(_turn(small, _orientation(picture)), size)
+        return _prepare(*_load(data, size), size, fit)
 
 
 def is_dark_on_transparent(data: bytes) -> bool:
@@ -115,12 +110,23 @@ def is_dark_on_transparent(data: bytes) -> bool:
     return False
 
 
-def to_pixels(picture: Image.Image, size: int) -> np.ndarray:
-    """Resize the short side to `size` (bicubic) and crop the centre: uint8 [3, size, size], as CLIPImageProcessor does.
+def to_pixels(picture: Image.Image, size: int, fit: str = "crop", name: str = "the image") -> np.ndarray:
+    """Prepare a decoded image as `load_pixels` does. Raises RowError naming `name`."""
+    with _blame(name):
+        return _prepare(picture, picture.size, size, fit)
 
-    Normalising is the vision model's business: four times fewer bytes travel from the data workers.
+
+def _prepare(picture: Image.Image, extent: tuple[int, int], size: int, fit: str) -> np.ndarray:
+    """Resize (bicubic) to uint8 [3, size, size]: CLIPImageProcessor's resize and centre crop, or a squeeze.
+
+    The vision encoder normalises: four times fewer bytes travel from the data workers.
     """
-    return _crop(_shrink(_to_eight_bits(picture), size, picture.size), size)
+    eight_bits = _to_eight_bits(picture)
+    if fit == "squeeze":
+        small = eight_bits.resize((size, size), Image.Resampling.BICUBIC, (0, 0, *extent))
+    else:
+        small = _shrink(eight_bits, size, extent)
+    return _crop(_turn(small, _orientation(picture)), size)
 
 
 def blank_pixels(size: int) -> np.ndarray:

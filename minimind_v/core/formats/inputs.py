@@ -9,7 +9,7 @@ from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.tokenizer import find_tokenizer
-from minimind_v.core.errors import MissingInput, UsageError, WeightsError, open_all
+from minimind_v.core.errors import MissingInput, WeightsError, open_all
 from minimind_v.core.formats.generations import check_tower
 from minimind_v.core.hub.sources import (
     STANDARD_PRESET,
@@ -22,7 +22,6 @@ from minimind_v.core.hub.sources import (
 from minimind_v.core.model.vision.spec import read_config
 from minimind_v.core.rows.jsonl import find_rows
 from minimind_v.core.rows.pictures import find_pictures
-from minimind_v.core.rows.row import IMAGE_MARK
 
 
 def find_inputs(config: RunConfig) -> None:
@@ -78,10 +77,3 @@ def find_model(
             lambda: find_tokenizer(tokenizer or TOKENIZER_DIR),
         )
         raise
-
-
-def check_marks(question: str, pictures: int) -> None:
-    """Raises UsageError where a question has marks for another number of pictures than there are."""
-    marks = question.count(IMAGE_MARK)
-    if marks and marks != pictures:
-        raise UsageError(f"the question has {marks} {IMAGE_MARK} marks for {pictures} pictures")

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from minimind_v.core.data.prompt import PromptEncoder, Tokens
+from minimind_v.core.data.processor import Images, Processor
+from minimind_v.core.data.prompt import Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.engine import generate_rows
 from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
-from minimind_v.core.generate.session import CONTEXT, Image, open_question
-from minimind_v.core.model.vision.spec import VisionSpec
+from minimind_v.core.generate.session import CONTEXT
 from minimind_v.core.model.vlm import VLM
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and about which pictures."""
+    """A text and the images that it is about."""
 
     text: str
-    images: Sequence[Image] = field(default=())
+    images: Images = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, encoded."""
+
+    tokens: Tokens
+    images: list[np.ndarray]  # uint8 [3, S, S] each
 
 
 def generate_many(
@@ -39,71 +45,59 @@ def generate_many(
     """Answer each question as a conversation of its own, `at_once` side by side; answers in the order of questions.
 
     Greedy answers are those that a `Session` gives; with a seed, question k draws as a session with seed + k does.
-    All pictures are read before the first answer is begun. Raises what `Session.ask` does, for the first question
-    that cannot be asked.
+    All images are read before the first answer begins. Raises what `Session.ask` does, for the first question that
+    cannot be asked.
     """
     model.eval()
-    prompts = PromptEncoder(tokenizer, model.spec.tokens_per_image)
+    processor = Processor(tokenizer, model.spec)
     context = min(CONTEXT, model.config.max_position_embeddings)
-    asked = [_open(question, prompts, model.spec, context) for question in questions]
-    by_length = sorted(range(len(asked)), key=lambda number: len(asked[number].tokens))
-    answers = [""] * len(asked)
-    for start in range(0, len(asked), at_once):
-        numbers = by_length[start : start + at_once]  # of about one length: little padding
+    prompts = [_encode(question, processor, context) for question in questions]
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number].tokens))
+    answers = [""] * len(prompts)
+    for start in range(0, len(prompts), at_once):
+        numbers = by_length[start : start + at_once]  # of about the same length: little padding
         samplers = [
             Sampler(sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + number) % 2**63))
             for number in numbers
         ]
-        limits = [min(max_new_tokens, context - len(asked[number].tokens)) for number in numbers]
+        limits = [min(max_new_tokens, context - len(prompts[number].tokens)) for number in numbers]
+        group = [prompts[number] for number in numbers]
         for number, ids in zip(
-            numbers, _together(model, tokenizer, [asked[number] for number in numbers], samplers, limits), strict=True
+            numbers, _answer(model, processor, tokenizer.eos_id, group, samplers, limits), strict=True
         ):
             answers[number] = tokenizer.decode(ids)
     return answers
 
 
-@dataclass(frozen=True)
-class _Asked:
-    tokens: Tokens
-    pictures: list[np.ndarray]
-
-
-def _open(question: Question, prompts: PromptEncoder, spec: VisionSpec, context: int) -> _Asked:
-    text, pictures = open_question(question.text, question.images, spec.image_size, spec.fit)
-    tokens = prompts.prompt([{"role": "user", "content": text}])
+def _encode(question: Question, processor: Processor, context: int) -> Prompt:
+    text, images = processor.question(question.text, question.images)
+    tokens = processor.prompts.prompt([{"role": "user", "content": text}])
     if len(tokens) >= context:
         raise UsageError(f"the question {text[:40]!r} … is longer than {context} tokens — ask for less at once")
-    return _Asked(tokens, pictures)
+    return Prompt(tokens, images)
 
 
-def _together(
-    model: VLM, tokenizer: Tokenizer, asked: list[_Asked], samplers: list[Sampler], limits: list[int]
+def _answer(
+    model: VLM, processor: Processor, eos_id: int, prompts: list[Prompt], samplers: list[Sampler], limits: list[int]
 ) -> list[list[int]]:
     """The ids of each answer."""
-    memory, device = ready(model), model.device
-    longest = max(len(one.tokens) for one in asked)
-    cache = memory.decoder.new_cache(len(asked), longest + max(limits))
-    input_ids = _pad([one.tokens.input_ids for one in asked], tokenizer.pad_id)  # [B, T]
-    attention_mask = _pad([[True] * len(one.tokens) for one in asked], False)
-    image_mask = _pad([one.tokens.image_mask for one in asked], False)
-    features = memory.features(model, [picture for one in asked for picture in one.pictures])
+    prompt_cache, device = ready(model), model.device
+    inputs = {name: tensor.to(device) for name, tensor in processor.pad([p.tokens for p in prompts]).items()}  # [B, T]
+    cache = prompt_cache.decoder.new_cache(len(prompts), inputs["input_ids"].shape[1] + max(limits))
+    features = prompt_cache.features(model, [image for prompt in prompts for image in prompt.images])
     steps = generate_rows(
         model,
         cache,
-        input_ids.to(device),
+        inputs["input_ids"],
         samplers,
-        tokenizer.eos_id,
+        eos_id,
         limits,
-        attention_mask.to(device),
+        inputs["attention_mask"],
         features,
-        image_mask.to(device),
+        inputs["image_mask"],
     )
-    answers: list[list[int]] = [[] for _ in asked]
+    answers: list[list[int]] = [[] for _ in prompts]
     for step in steps:
         for row, token in step:
             answers[row].append(token)
     return answers
-
-
-def _pad(rows: Sequence[list], value: float) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

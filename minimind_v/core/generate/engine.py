@@ -1,4 +1,4 @@
-"""From prompts to token ids, step by step; what is done with them is somebody else's business."""
+"""From prompts to token ids: reads a prompt, then samples one token at a time for one row or several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generate(
 ) -> Iterator[int]:
     """Read input_ids [1, T] behind what the cache holds, then yield new ids up to, and not with, `eos_id`.
 
-    The cache is one of `ready(model).decoder`. Pictures are looked at in the first step only. An id is in the cache
+    The cache is one of `ready(model).decoder`. Images are read in the first step only. An id is in the cache
     once the next has been asked for.
     """
     limits = [max_new_tokens]
@@ -48,30 +48,30 @@ def generate_rows(
 ) -> Iterator[list[tuple[int, int]]]:
     """Several rows at once: input_ids [B, T], right-padded; for each a sampler and how many ids it may get.
 
-    Each step yields (row, id) of the rows that go on, in no particular order. A row ends before its `eos_id`, at its
-    limit, or where the cache is full, and leaves the cache, so that the others go on faster.
+    Each step yields (row, id) of the rows that continue, in no particular order. A row ends before its `eos_id`, at its
+    limit, or where the cache is full, and leaves the cache, so that the others run faster.
     """
     decoder = ready(model).decoder
     room = cache.max_length - cache.used - input_ids.shape[1] + 1
-    rows = list(range(len(input_ids)))  # which row each of the cache's is
+    rows = list(range(len(input_ids)))  # the row of input_ids that each row of the cache holds
     logits = decoder.read(model.embed(input_ids, image_features, image_mask), cache, attention_mask)
     for count in range(1, min(max(limits), room) + 1):
-        ids = [samplers[row](one) for row, one in zip(rows, logits.cpu(), strict=True)]
-        _leave([at for at, token in enumerate(ids) if token == eos_id], cache, rows, ids)
+        ids = [samplers[row](row_logits) for row, row_logits in zip(rows, logits.cpu(), strict=True)]
+        _drop([index for index, token in enumerate(ids) if token == eos_id], cache, rows, ids)
         if rows:
             yield list(zip(rows, ids, strict=True))
-        _leave([at for at, row in enumerate(rows) if limits[row] <= count], cache, rows, ids)
+        _drop([index for index, row in enumerate(rows) if limits[row] <= count], cache, rows, ids)
         if not rows:
             return
         if count < room:
             logits = decoder.read(model.embed(torch.tensor(ids, device=input_ids.device)[:, None]), cache)
 
 
-def _leave(gone: list[int], cache: KVCache, rows: list[int], ids: list[int]) -> None:
-    """Take rows out, by their places; each time the last one takes the place. The cache of the last row is kept."""
-    for at in reversed(gone):
+def _drop(ended: list[int], cache: KVCache, rows: list[int], ids: list[int]) -> None:
+    """Drop rows by their index in the cache; the last row moves to each index. The cache keeps its last row."""
+    for index in reversed(ended):
         if len(rows) > 1:
-            cache.drop(at)
-        for parts in (rows, ids):
-            parts[at] = parts[-1]
-            parts.pop()
+            cache.drop(index)
+        for values in (rows, ids):
+            values[index] = values[-1]
+            values.pop()

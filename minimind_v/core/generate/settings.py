@@ -1,4 +1,4 @@
-"""How tokens are to be drawn: what a user sets, checked before torch is imported."""
+"""How the next token is drawn: the settings of a user, checked before torch is imported."""
 
 from __future__ import annotations
 

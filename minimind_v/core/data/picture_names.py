@@ -1,4 +1,4 @@
-"""Pictures as people name them: files, what a terminal writes when files are dropped on it, and addresses."""
+"""Picture files as users name them: paths, what a terminal writes when files are dropped on it, and addresses."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 from minimind_v.core.data.images import FORMATS
 from minimind_v.core.errors import MissingInput, MmvError, UsageError, shorten
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
+from minimind_v.core.rows.row import IMAGE_MARK
 
 SHOWN = 120  # characters of a name
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # longer than the letter of a drive
@@ -33,7 +34,7 @@ class Picture:
 
 
 def split_names(text: str) -> list[str]:
-    """The names in what was typed or dropped: one file as it stands, or several, quoted or escaped as for a shell."""
+    """The names in a typed or dropped text: one file as it stands, or several, quoted or escaped as for a shell."""
     whole = text.strip()
     if not whole or _exists(whole) or INLINE.match(whole):
         return [whole] if whole else []
@@ -51,7 +52,7 @@ def split_names(text: str) -> list[str]:
 
 
 def read_pictures(names: Iterable[str]) -> list[Picture]:
-    """Read all files. Raises MissingInput or UsageError that tells every one that cannot be read."""
+    """Read all files. Raises MissingInput or UsageError that names every file that cannot be read."""
     pictures: list[Picture] = []
     errors: list[MmvError] = []
     for name in names:
@@ -100,10 +101,17 @@ def read_picture(name: str) -> Picture:
 def pictures_in(text: str) -> list[str]:
     """The names in a question that is nothing but names of pictures; empty for any other."""
     names = split_names(text)
-    there = [_exists(name) and _is_picture(_path(name)) for name in names]
+    are_pictures = [_exists(name) and _is_picture(_path(name)) for name in names]
     alone = len(names) == 1 and " " not in names[0]
     ending = alone and (names[0].lower().endswith(ENDINGS) or names[0].lower().startswith("data:image/"))
-    return names if names and (all(there) or ending) else []
+    return names if names and (all(are_pictures) or ending) else []
+
+
+def check_marks(question: str, images: int) -> None:
+    """Raises UsageError where a question has marks for another number of images than there are."""
+    marks = question.count(IMAGE_MARK)
+    if marks and marks != images:
+        raise UsageError(f"the question has {marks} {IMAGE_MARK} marks for {images} pictures")
 
 
 def _path(name: str) -> Path:

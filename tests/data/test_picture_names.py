@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from minimind_v.core.data.picture_names import pictures_in, read_picture, read_pictures, split_names
 from minimind_v.core.errors import MissingInput, UsageError
-from minimind_v.core.generate.picture_names import pictures_in, read_picture, read_pictures, split_names
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="

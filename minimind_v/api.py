@@ -1,0 +1,326 @@
+"""The front door: load a model, ask it, train and evaluate from Python (`import minimind_v as mmv`).
+
+Every path may be a text. Errors are subclasses of `mmv.MmvError`, each with one line that says what to do next.
+Messages go to the logger `minimind_v`: warnings are shown, unless you configure logging, and the rest is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minimind_v.core.config.load import Resolved, images_beside, resolve
+from minimind_v.core.config.schema import STAGES, RunConfig, TextConfig
+from minimind_v.core.config.settings import read_settings
+from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.processor import Images, Processor
+from minimind_v.core.errors import UsageError
+from minimind_v.core.evaluate.run import evaluate as score
+from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
+from minimind_v.core.formats.inputs import find_inputs, find_model
+from minimind_v.core.formats.load import LoadedModel, load_model
+from minimind_v.core.generate.sampling import Sampling
+from minimind_v.core.generate.session import Session
+from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
+from minimind_v.core.model.vlm import VLM, Output
+from minimind_v.core.monitor.metrics import Silent
+from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.splits import SCORE
+from minimind_v.core.train.distributed import World
+from minimind_v.core.train.run import Summary
+from minimind_v.core.train.run import train as run
+
+log = logging.getLogger("minimind_v")
+
+
+def load(
+    path: str | Path | None = None,
+    vision_model: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    device: str = "auto",
+) -> LoadedVLM:
+    """Load a model with its vision encoder and its tokenizer.
+
+    `path` is a `.pth`, a `.safetensors`, an exported folder or a run's folder; without one, the weights that the latest
+    stage left in `out`. `vision_model` and `tokenizer` are folders; without them, the ones that the weights were
+    trained with. `device` is auto, cpu, cuda, cuda:1 or mps.
+    Raises MissingInput where something is not there, WeightsError where it is damaged or does not belong together.
+
+    >>> m = mmv.load("out/sft_vlm_128.pth")
+    >>> m.config.hidden_size
+    128
+    """
+    vision, words = _path(vision_model), _path(tokenizer)
+    weights = find_model(_path(path), vision, words, log.info)
+    return LoadedVLM(load_model(weights, vision, words, device, log.info))
+
+
+class LoadedVLM:
+    """A model that answers: `model` is the plain torch module, `processor` makes its inputs, `tokenizer` its ids."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.model: VLM = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.processor = Processor(loaded.tokenizer, loaded.model.spec)
+        self.path, self.stage = loaded.checkpoint.path, loaded.checkpoint.stage
+        self._companions = loaded.checkpoint.companions
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"LoadedVLM({str(self.path)!r}, {count / 1e6:.1f}M parameters, {self.device})"
+
+    @property
+    def config(self) -> TextConfig:
+        """Sizes of the language model, by the names of Hugging Face's Llama."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; a call moves its inputs there."""
+        return self.model.device
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters of `model`, those of the frozen vision encoder among them."""
+        return self.model.parameters()
+
+    def __call__(self, input_ids: Tensor, **inputs: Any) -> Output:
+        """One forward pass over what `processor` returns, with gradients unless `torch.no_grad()` is on.
+
+        input_ids [B, T]; further inputs are those of `mmv.VLM.forward`. Returns an object with `logits` [B, T, V], or,
+        with labels [B, T], with `loss`. Raises ValueError where placeholders do not fit the images.
+
+        >>> m = mmv.load("out/sft_vlm_128.pth")
+        >>> inputs = m.processor("What is this?", "pictures/star.jpg")
+        >>> out = m(**inputs)
+        >>> out.logits.shape == (1, inputs["input_ids"].shape[1], m.config.vocab_size)
+        True
+        """
+        inputs = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        output: Output = self.model(input_ids.to(self.device), **inputs)
+        return output
+
+    def ask(
+        self,
+        question: str,
+        images: Images = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.85,
+        seed: int | None = None,
+    ) -> str:
+        """Answer a question, about images or without any.
+
+        `images` is one image or a list: paths, bytes, PIL images, arrays [H, W, 3] of uint8 or of floats from 0 to 1.
+        Temperature 0 takes the likeliest token each time; above 0, tokens are drawn from the likeliest that together
+        have the probability `top_p`, and a seed makes the draw repeatable.
+        Raises UsageError, MissingInput or RowError where an image cannot be read or does not fit the question.
+
+        >>> m = mmv.load("out/sft_vlm_128.pth")
+        >>> answer = m.ask("What colour is the star?", "pictures/star.jpg", max_new_tokens=8)
+        >>> answer == m.ask("What colour is the star?", ["pictures/star.jpg"], max_new_tokens=8)
+        True
+        """
+        return self.chat(temperature, top_p, seed).ask(question, images, max_new_tokens)
+
+    def stream(
+        self,
+        question: str,
+        images: Images = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.85,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Yield the answer of `ask` piece by piece, as it is generated.
+
+        >>> m = mmv.load("out/sft_vlm_128.pth")
+        >>> pieces = list(m.stream("What colour is the star?", "pictures/star.jpg", max_new_tokens=8))
+        >>> "".join(pieces) == m.ask("What colour is the star?", "pictures/star.jpg", max_new_tokens=8)
+        True
+        """
+        return self.chat(temperature, top_p, seed).stream(question, images, max_new_tokens)
+
+    def chat(self, temperature: float = 0.0, top_p: float = 0.85, seed: int | None = None) -> Conversation:
+        """Begin a conversation, in which the model remembers earlier questions, answers and images.
+
+        >>> chat = mmv.load("out/sft_vlm_128.pth").chat()
+        >>> first = chat.ask("What colour is the star?", "pictures/star.jpg", max_new_tokens=8)
+        >>> second = chat.ask("How many objects are there?", max_new_tokens=8)
+        """
+        return Conversation(Session(self.model, self.tokenizer, Sampling(temperature, top_p, seed)))
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write the weights as they are now, in half precision, to a `.pth` or a `.safetensors`; returns the path.
+
+        The vision encoder is not in it. Raises UsageError for another ending or a file that exists, RunError for a
+        weight that is not finite.
+
+        >>> m = mmv.load("out/sft_vlm_128.pth")
+        >>> m.save("copy.safetensors", overwrite=True).name
+        'copy.safetensors'
+        """
+        path = Path(path)
+        if path.suffix not in WEIGHTS_ENDINGS:
+            raise UsageError(f"{path} must end with one of {', '.join(WEIGHTS_ENDINGS)}")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists already — add overwrite=True, or name another file")
+        write_checkpoint(path, export_tensors(self.model), self.config, self.stage, self._companions)
+        return path
+
+
+class Conversation:
+    """Questions that follow each other: only the new tokens are read, earlier turns are kept."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def ask(self, question: str, images: Images = None, max_new_tokens: int = 512) -> str:
+        """Answer the next question. Images, errors and tokens are those of `LoadedVLM.ask`."""
+        return "".join(self.stream(question, images, max_new_tokens))
+
+    def stream(self, question: str, images: Images = None, max_new_tokens: int = 512) -> Iterator[str]:
+        """Yield the answer of `ask` piece by piece, as it is generated."""
+        return self._session.ask(question, images, max_new_tokens)
+
+
+def config(stage: str | Path, **settings: Any) -> RunConfig:
+    """A checked training configuration: the recipe of a stage, changed by settings.
+
+    `stage` is `pretrain`, `sft` or a YAML file with a `stage`. Settings have the names of the options of `mmv train`
+    (`data`, `images`, `out`, `batch_size`, `lr` …); `**{"model.hidden_size": 64}` sets any other key.
+    Raises UsageError for a setting that does not exist or has a wrong value.
+
+    >>> config = mmv.config("sft", preset="demo", max_steps=10)
+    >>> config.max_steps, config.freeze
+    (10, 'all')
+    """
+    return _resolve(stage, settings).config
+
+
+def train(
+    config: RunConfig | str | Path,
+    *,
+    progress: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> Summary:
+    """Train a stage, and save its weights and its metrics.
+
+    The first argument is `pretrain` or `sft` with settings as in `mmv.config`, a YAML file, or a RunConfig.
+    `progress` shows each logged step on stderr. `overwrite` replaces an earlier run in `out`; `resume` continues it.
+    Ctrl-C stops after the step and saves; pressed again it stops at once. Returns where weights and metrics are, the
+    number of steps, and what stopped the run, if anything did.
+    Raises MissingInput with everything that is missing, UsageError, DataError, WeightsError or RunError.
+
+    >>> summary = mmv.train("sft", preset="demo", out="notebook", max_steps=2, overwrite=True)
+    >>> summary.steps, summary.weights.name
+    (2, 'sft_vlm_128.pth')
+    """
+    if isinstance(config, RunConfig):
+        if settings:
+            raise UsageError(f"{', '.join(settings)}: a RunConfig takes no settings — give them to mmv.config")
+        plan, auto = config, False
+    else:
+        resolved = _resolve(config, settings)
+        plan, auto = resolved.config, resolved.auto
+    if plan.gpus > 1 and not World.find().placed:
+        raise UsageError(
+            f"Python trains in one process — for {plan.gpus} run `mmv train {plan.stage} --gpus {plan.gpus}`"
+        )
+    find_inputs(plan)
+    with _view(plan.stage) if progress else nullcontext(_Logged()) as listener:
+        return run(plan, listener, overwrite=overwrite, resume=resume, auto=auto)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts rows that it was not trained on."""
+
+    loss: float  # nats per supervised token
+    accuracy: float | None  # share of the short answers that are right to the letter; None where there are none
+    n: int  # rows
+    supervised_tokens: int
+    short_answers: int
+
+
+def evaluate(
+    model: LoadedVLM | str | Path | None,
+    data: str | Path,
+    images: str | Path | None = None,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    blank: bool = False,
+    max_length: int = 1536,
+    batch_size: int = 8,
+    dtype: str = "auto",
+) -> Evaluation:
+    """Evaluate a model, or the one that `mmv.load` finds, on rows that it was not trained on.
+
+    `data` and `images` are as in `mmv eval`; without `images`, the zip, folder or tar beside the rows. `limit` takes
+    only the first rows; `blank` replaces every image by a grey one, which shows what images are worth.
+    Raises MissingInput, UsageError, WeightsError, or DataError where no row can be read.
+
+    >>> scores = mmv.evaluate("out/sft_vlm_128.pth", "dataset/heldout_scenes_data.jsonl", limit=4)
+    >>> scores.n, scores.loss > 0
+    (4, True)
+    """
+    m = model if isinstance(model, LoadedVLM) else load(model)
+    file = Path(data)
+    rows = open_rows(file, _path(images) or images_beside(file), split, log.info, SCORE)
+    dataset = RowDataset(rows, m.processor.prompts, m.processor.image_size, max_length, blank)
+    ids = m.tokenizer.pad_id, m.tokenizer.eos_id
+    scores = score(m.model, dataset, *ids, batch_size, workers=_workers(1), limit=limit, dtype=dtype)
+    for row in scores.broken[:5]:
+        log.warning("row skipped: %s", row)
+    return Evaluation(scores.loss, scores.accuracy, scores.rows, scores.supervised_tokens, scores.short_answers)
+
+
+class _Logged(Silent):
+    """A listener whose messages go to the logger."""
+
+    def say(self, message: str) -> None:
+        log.info("%s", message)
+
+    def warn(self, message: str) -> None:
+        log.warning("%s", message)
+
+
+def _view(stage: str) -> Any:
+    """The view of `mmv train`: a live one on a terminal, a line for each logged step in a notebook."""
+    from minimind_v.cli.live import TrainView
+    from minimind_v.cli.terminal import Terminal
+
+    return TrainView(Terminal(), stage)
+
+
+def _resolve(stage: str | Path, settings: dict[str, Any]) -> Resolved:
+    file = None if stage in STAGES else Path(stage)
+    if file is not None:
+        if file.suffix not in (".yaml", ".yml"):
+            raise UsageError(f"{str(stage)!r} is neither {' nor '.join(STAGES)} nor a YAML file")
+        stage = read_settings(file).get("stage", "")
+        if stage not in STAGES:
+            raise UsageError(f"{file} has no `stage` — add `stage: pretrain` or `stage: sft`")
+    if "workers" not in settings and not _workers(1):
+        settings = settings | {"workers": 0}
+    return resolve(str(stage), file, settings)
+
+
+def _workers(count: int) -> int:
+    """As many data workers as asked for, where they are forked; else none: a new process would run the script again."""
+    methods = multiprocessing.get_all_start_methods()  # the system's default first
+    return count if (multiprocessing.get_start_method(allow_none=True) or methods[0]) == "fork" else 0
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -1,0 +1,118 @@
+"""From a question and its images to the tensors that a model reads: one place for answering, batches and Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as Pillow
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from minimind_v.core.data.images import load_pixels, to_pixels
+from minimind_v.core.data.picture_names import Picture, check_marks, read_picture
+from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.errors import UsageError
+from minimind_v.core.model.vision.spec import VisionSpec
+
+Image = str | Path | bytes | Pillow.Image | np.ndarray | Picture
+Images = Image | Sequence[Image] | None  # of one text
+
+
+class Processor:
+    """Encodes questions in the chat layout of a tokenizer, and images as a vision encoder takes them.
+
+    An image is a path, the bytes of a picture file, a PIL image, or an array [H, W, 3], [H, W, 4] or [H, W] of uint8 or
+    of floats from 0 to 1. Files are turned upright as their EXIF says; transparency is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, spec: VisionSpec) -> None:
+        self.prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
+        self.image_size, self.fit = spec.image_size, spec.fit
+        self.pad_id = tokenizer.pad_id
+
+    def __call__(self, text: str | Sequence[str], images: Images | Sequence[Images] = None) -> dict[str, Tensor]:
+        """Encode one question and its images, or a list of questions and a list with the images of each.
+
+        Returns input_ids, attention_mask and image_mask, each [B, T], right-padded; and, where there are images,
+        pixel_values uint8 [M, 3, S, S], all M of them in reading order. B is 1 for one question. The logits at the last
+        token of a row predict the first token of its answer.
+
+        A question without `<image>` marks gets one for each image, in front.
+        Raises UsageError, MissingInput or RowError where images do not fit the marks or cannot be read.
+
+        >>> processor = mmv.load("out/sft_vlm_128.pth").processor
+        >>> inputs = processor("What is this?", "pictures/star.jpg")
+        >>> sorted(inputs), inputs["pixel_values"].shape
+        (['attention_mask', 'image_mask', 'input_ids', 'pixel_values'], torch.Size([1, 3, 64, 64]))
+        """
+        several = not isinstance(text, str)
+        questions = [self.question(*pair) for pair in (_pairs(text, images) if several else [(text, images)])]
+        inputs = self.pad([self.prompts.prompt([{"role": "user", "content": marked}]) for marked, _ in questions])
+        if pixels := [image for _, images in questions for image in images]:
+            inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
+        return inputs
+
+    def question(self, text: str, images: Any = None) -> tuple[str, list[np.ndarray]]:
+        """A question with a mark for each image, and the images as uint8 [3, S, S]. Raises what a call does."""
+        given = [] if images is None else images if isinstance(images, list | tuple) else [images]
+        pixels = [self.pixels(image) for image in given]
+        if pixels and IMAGE_MARK not in text:
+            text = f"{IMAGE_MARK}\n" * len(pixels) + text
+        check_marks(text, len(pixels))
+        return text, pixels
+
+    def pixels(self, image: Image) -> np.ndarray:
+        """An image as uint8 [3, S, S]; one that is so already stays. Raises UsageError, MissingInput or RowError."""
+        size, fit = self.image_size, self.fit
+        if isinstance(image, np.ndarray):
+            if image.shape == (3, size, size) and image.dtype == np.uint8:
+                return image
+            image = _from_array(image)
+        if isinstance(image, Pillow.Image):
+            return to_pixels(image, size, fit)
+        if isinstance(image, bytes | bytearray):
+            return load_pixels(bytes(image), "the image", size, fit)
+        if isinstance(image, str | Path):
+            image = read_picture(str(image))
+        if not isinstance(image, Picture):
+            kind = type(image).__name__
+            raise UsageError(f"not an image: {kind} — give a path, bytes, a PIL image or a numpy array")
+        return load_pixels(image.data, image.name, size, fit)
+
+    def pad(self, rows: Sequence[Tokens]) -> dict[str, Tensor]:
+        """Rows of tokens as input_ids, attention_mask and image_mask, each [B, T], right-padded."""
+
+        def stack(values: list[list[Any]], padding: float) -> Tensor:
+            return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=padding)
+
+        return {
+            "input_ids": stack([row.input_ids for row in rows], self.pad_id),
+            "attention_mask": stack([[True] * len(row) for row in rows], False),
+            "image_mask": stack([row.image_mask for row in rows], False),
+        }
+
+
+def _pairs(texts: Sequence[str], images: Any) -> list[tuple[str, Any]]:
+    """Each of several texts with its images. Raises UsageError where their numbers differ."""
+    images = [None] * len(texts) if images is None else images
+    if not texts or not isinstance(images, list | tuple) or len(images) != len(texts):
+        raise UsageError(f"{len(texts)} texts need a list of {len(texts)}: the image, images or None of each")
+    return list(zip(texts, images, strict=True))
+
+
+def _from_array(array: np.ndarray) -> Pillow.Image:
+    """[H, W, 3], [H, W, 4] or [H, W], uint8 or floats from 0 to 1. Raises UsageError for any other array."""
+    if array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1:
+        array = (array * 255).round().astype(np.uint8)
+    flat = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not flat or not array.size:
+        raise UsageError(
+            f"not an image: an array of shape {list(array.shape)} and type {array.dtype} — give [height, width, 3] of "
+            "uint8, or of floats from 0 to 1"
+        )
+    return Pillow.fromarray(np.ascontiguousarray(array))
