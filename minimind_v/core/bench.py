@@ -79,7 +79,7 @@ def bench(preset: str, device_name: str, tell: Callable[[str], None]) -> Found:
     rate = matmul_rate(device, torch.bfloat16 if eye.kind == "bfloat16" else torch.float32)
     tell("looking at pictures")
     pictures = torch.randint(0, 256, (eye.group, 3, *[model.spec.image_size] * 2), dtype=torch.uint8).to(device)
-    looking = _seconds(device, lambda: eye.look(pictures)) / len(pictures)
+    looking = _seconds(device, lambda: eye.encode(pictures)) / len(pictures)
     tell("decoding pictures")
     decoding = _decode(model.spec.image_size)
     tell("training")

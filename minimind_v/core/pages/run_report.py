@@ -120,7 +120,7 @@ def _figures(run: Left) -> str:
     last = run.last
     told = {
         "loss, mean of the last logged updates": f"{statistics.fmean(one['loss'] for one in run.metrics[-10:]):.4f}",
-        "of the answers' tokens are right": f"{last.get('hits', 0):.1%}",
+        "of the answers' tokens are right": f"{last.get('token_accuracy', 0):.1%}",
         "of training": duration(last["seconds"]),
         "samples per second": f"{last['samples'] / max(last['seconds'], 1e-9):,.1f}",
     }
@@ -151,7 +151,7 @@ def _recalled(run: Left) -> str:
         return ""
     names = {"own": "its own rows, now", "before": "rows learnt before, at the start", "after": "the same, now"}
     rows = "".join(
-        f"<tr><td>{name}</td><td>{found['rows']} of {escape(found['data'])}</td><td>{found['hits']:.1%}</td>"
+        f"<tr><td>{name}</td><td>{found['rows']} of {escape(found['data'])}</td><td>{found['token_accuracy']:.1%}</td>"
         f"<td>{found['loss']:.4f}</td></tr>"
         for when, name in names.items()
         if (found := run.recalled.get(when))
@@ -171,7 +171,10 @@ def _curves(run: Left) -> str:
     if any(one.get("swapped_loss") is not None for one in held):
         loss["validation, pictures of other rows"] = _points(held, "swapped_loss")
     others = {
-        "Answer tokens right": {"training": _points(seen, "hits"), "validation": _points(held, "hits")},
+        "Answer tokens right": {
+            "training": _points(seen, "token_accuracy"),
+            "validation": _points(held, "token_accuracy"),
+        },
         "Learning rate": {"lr": _points(seen, "lr")},
         "Gradient norm before clipping": {"norm": _points(seen, "grad_norm")},
         "Samples per second": {"samples": _rates(seen, "samples")},

@@ -29,7 +29,7 @@ from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.messages import out_of_memory
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.freeze import freeze
-from minimind_v.core.train.micro_batch import parts_of
+from minimind_v.core.train.step import encoded_pieces
 
 HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
 GPU_HEADROOM = 0.08  # of the memory of a GPU that may be taken: its allocator leaves gaps as lengths change
@@ -105,7 +105,7 @@ class Trial:
         encoder = load_encoder(config.vision_model)
         with torch.random.fork_rng(devices=[]):
             self.model = VLM(config.model, encoder.spec, 0, encoder).to(device)
-        self.memory = FeatureCache(FeatureEncoder(encoder, device, config.dtype))
+        self.features = FeatureCache(FeatureEncoder(encoder, device, config.dtype))
         self.trained = freeze(self.model, config.freeze)
         self.length = min(config.data.max_length, config.model.max_position_embeddings)
 
@@ -122,11 +122,11 @@ class Trial:
 
     def __call__(self, rows: int) -> None:
         """Forward and backward over one batch. Raises what torch raises where memory is out."""
-        for part in parts_of(self._batch(rows), self.memory, self.device):
+        for piece in encoded_pieces(self._batch(rows), self.features, self.device):
             with autocast(self.device, self.config.dtype):
-                out = self.model(**part.tokens, image_features=part.image_features)
+                out = self.model(**piece.tokens, image_features=piece.image_features)
             assert out.loss_sum is not None
-            (out.loss_sum / part.supervised + out.aux_loss).backward()
+            (out.loss_sum / piece.supervised + out.aux_loss).backward()
         self.model.zero_grad(set_to_none=True)
 
     def _batch(self, rows: int) -> Batch:

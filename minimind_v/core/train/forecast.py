@@ -20,10 +20,11 @@ from minimind_v.core.device import peak_memory
 from minimind_v.core.files import write_text
 from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.monitor.messages import too_little
-from minimind_v.core.monitor.metrics import Silent, StepMetrics
+from minimind_v.core.monitor.metrics import Listener, StepMetrics
 from minimind_v.core.pages.run_report import disk_used
 from minimind_v.core.rows.jsonl import open_rows
-from minimind_v.core.train.run import Run
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.run import assemble
 from minimind_v.core.train.run_folder import RunFolder
 
 SECONDS = 30.0  # that the measured updates may take, once there are ENOUGH
@@ -97,8 +98,8 @@ def plan(
     return forecast
 
 
-class Stopwatch(Silent):
-    """Listens to a few updates of a run, and then ends it."""
+class Stopwatch(Listener):
+    """Times a few steps of a run, and then ends it."""
 
     run: Run
 
@@ -106,9 +107,9 @@ class Stopwatch(Silent):
         self.warm: StepMetrics | None = None  # where measuring begins
         self.last: StepMetrics | None = None
 
-    def step(self, metrics: StepMetrics, log: bool) -> None:
+    def step(self, metrics: StepMetrics, logged: bool) -> None:
         self.last = metrics
-        kind = self.run.device.type
+        kind = self.run.train_step.model.device.type
         if metrics.step <= min(WARM.get(kind, WARM_ELSEWHERE), metrics.steps - 1):
             self.warm = metrics
             return
@@ -136,22 +137,23 @@ def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, St
     Besides what they held of memory, and what a whole run will have on the disk.
     """
     watch = later = Stopwatch()
-    with tempfile.TemporaryDirectory(prefix="mmv-plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mmv-plan-") as out:
         few = replace(
-            config, out=Path(folder), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
+            config, out=Path(out), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
             recall_rows=0, track="none", gpus=1,
             max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
         )  # fmt: skip
-        watch.run = run = Run(few, watch)
-        run.fit()
-        state = sum(path.stat().st_size for path in run.place.states.paths())
-        best = run.place.weights.stat().st_size if config.val_every else 0
+        watch.run = run = assemble(few, watch)
+        run.run()
+        folder = RunFolder(few)
+        state = sum(path.stat().st_size for path in folder.states.paths())
+        best = folder.weights.stat().st_size if config.val_every else 0
         saves = -(-updates // config.save_every) if config.save_every else 1
-        memory, disk = max(peak_memory()), disk_used(run.place.folder) + best + (min(config.keep, saves) - 1) * state
-        if updates > first and run.memory.store is not None:
+        memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
+        if updates > first and run.train_step.features.store is not None:
             later = Stopwatch()
-            later.run = Run(replace(few, max_steps=run.done), later, overwrite=True)
-            later.run.fit()
+            later.run = assemble(replace(few, max_steps=run.done), later, overwrite=True)
+            later.run.run()
         return watch, later, memory, disk
 
 

@@ -113,7 +113,7 @@ def _look(eye: FeatureEncoder, pictures: int) -> float:
         return 0.0
     size = (pictures, 3, eye.encoder.spec.image_size, eye.encoder.spec.image_size)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8).to(eye.device)
-    return _seconds(eye.device, lambda: eye.look(pixels))
+    return _seconds(eye.device, lambda: eye.encode(pixels))
 
 
 class _Language:
