@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import Dataset
 
+from minimind_v.core.config.load import resolve
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache
@@ -16,6 +17,7 @@ from minimind_v.core.device import pick_device
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
 from minimind_v.core.train.loop import Run
+from minimind_v.core.train.run import train
 from minimind_v.core.train.step import TrainStep
 
 
@@ -55,6 +57,18 @@ class Killed(Events):
     def batches(self, batches: Sequence[Batch]) -> None:
         if self.steps and self.steps[-1].step >= self.after:
             raise KeyboardInterrupt
+
+
+def train_until_killed(after: int, words: Sequence[object], resume: bool = False) -> Killed:
+    """Train in this process as a command line says, and end the run after a step, as a kill does."""
+    _, stage, *rest = map(str, words)
+    pairs = list(zip(rest[::2], rest[1::2], strict=True))
+    options = {name[2:].replace("-", "_"): value for name, value in pairs if name != "--set"}
+    resolved = resolve(stage, None, options, [value for name, value in pairs if name == "--set"])
+    listener = Killed(after)
+    with pytest.raises(KeyboardInterrupt):
+        train(resolved.config, listener, resume=resume, auto=resolved.auto)
+    return listener
 
 
 class GivenBatches(Dataset[list[Batch]]):

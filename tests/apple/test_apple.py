@@ -24,7 +24,7 @@ from minimind_v.core.train.speed import TypicalRow, estimate
 from tests.apple.standin import MPS, OnApple, apple_gpu
 from tests.cli.harness import EYE, here, sighted_model, tokenizer
 from tests.cli.harness import place as tiny_data
-from tests.conftest import GivenRun
+from tests.conftest import Events, given_run
 
 QUESTION = "What colour is the star?"
 
@@ -144,11 +144,11 @@ def test_training_steps_are_those_of_the_cpu(tmp_path, moe, freeze):
         model = VLM(text, spec, placeholder_id=34)
         out = tmp_path / device
         config = replace(sft(text), vision_model=EYE, freeze=freeze, lr=1e-3, epochs=3, device=device, out=out)
-        run = GivenRun(config, model, [rows(spec, text.vocab_size)])
-        run.fit()
-        assert run.device.type == device
-        assert [*out.glob("*.pth")] == [run.place.weights]
-        return [step.loss for step in run.recorder.steps]
+        events = Events()
+        run = given_run(config, model, [rows(spec, text.vocab_size)], events)
+        run.run()
+        assert run.train_step.model.device.type == device
+        return [step.loss for step in events.steps]
 
     expected = losses("cpu")
     assert expected[-1] < expected[0]

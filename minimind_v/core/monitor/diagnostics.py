@@ -195,8 +195,8 @@ def no_marks(history: History) -> str | None:
     if not enough or 2 * history.text_rows <= history.rows:
         return None
     return (
-        f"{history.text_rows} of the first {history.rows} rows have a picture but no {IMAGE_MARK} mark in their text, so "
-        f'the model is not shown it: write {IMAGE_MARK} where the picture belongs, as in "{IMAGE_MARK}\\nWhat is this?"'
+        f"{history.text_rows} of the first {history.rows} rows have a picture but no {IMAGE_MARK} mark in their text, "
+        f'so the model is not shown it: write {IMAGE_MARK} where the picture belongs, as in "{IMAGE_MARK}\\nWhat is this?"'
     )
 
 

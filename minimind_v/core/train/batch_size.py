@@ -166,7 +166,7 @@ def find_batch_size(
     size = int(min(answer for (answer,) in world.gather([found])))
     if size < found:
         why = "another process has no room for more"
-    of = f"the {rows} rows of an update" + ("" if world.size == 1 else " that fall to each process")
+    of = f"the {rows} rows of a step" + ("" if world.size == 1 else " that fall to each process")
     config = replace(config, data=replace(config.data, batch_size=size), accumulate=rows // size)
     return config, f"batch size {size}, accumulate {rows // size}, for {of}: {why}"
 

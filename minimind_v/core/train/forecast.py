@@ -72,7 +72,7 @@ def plan(
     watch, later, memory, disk = _measure(config, updates, first)
     tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (updates, first))
     seconds = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
-    remembered = ", and once more with the pictures remembered, as in later epochs" if later is not watch else ""
+    remembered = ", and once more with the features cached, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes taken for {config.gpus} times as fast as one" if config.gpus > 1 else ""
     most = "; the run ends once every answer is right, so this is the most that it takes" if config.until_right else ""
     forecast = Forecast(
