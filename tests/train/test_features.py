@@ -70,6 +70,10 @@ def train(config, events, tmp_path):
     return train
 
 
+def encoded_and_read(run: Run) -> tuple[int, int]:
+    return run.train_step.features.encoded, run.train_step.features.read
+
+
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in run.train_step.model.state_dict().items() if "vision_encoder" not in name}
 
@@ -90,7 +94,7 @@ def test_remembering_changes_no_bit(dtype, workers, config, train, events):
     assert (first.train_step.features.encoded, first.train_step.features.read) == (ROWS, 2 * ROWS), (
         "each is looked at once"
     )
-    assert (again.train_step.features.encoded, again.train_step.features.read) == (0, pictures)
+    assert encoded_and_read(again) == (0, pictures)
     (told,) = [line for line in events.messages if line.startswith("features:")]
     assert f"{ROWS} cached" in told
 

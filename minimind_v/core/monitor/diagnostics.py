@@ -196,7 +196,8 @@ def no_marks(history: History) -> str | None:
         return None
     return (
         f"{history.text_rows} of the first {history.rows} rows have a picture but no {IMAGE_MARK} mark in their text, "
-        f'so the model is not shown it: write {IMAGE_MARK} where the picture belongs, as in "{IMAGE_MARK}\\nWhat is this?"'
+        f"so the model is not shown it: write {IMAGE_MARK} where the picture belongs, "
+        f'as in "{IMAGE_MARK}\\nWhat is this?"'
     )
 
 

@@ -30,6 +30,7 @@ DECIDING = (
     "model", "rows", "data", "formats", "train/build.py", "train/distributed.py", "train/freeze.py", "train/loop.py",
     "train/resume.py", "train/run.py", "train/step.py", "config/schedule.py", "cpu_sharing.py", "device.py",
 )  # fmt: skip
+WRITERS = {"card.py", "write.py", "writers.py"}  # in these packages: modules that a run does not import
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
 
 
@@ -52,8 +53,8 @@ def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
 
 def deciding_modules(core: Path) -> list[Path]:
     """The files of DECIDING, sorted."""
-    files = [file for name in DECIDING for file in ((core / name).rglob("*.py") if "." not in name else [core / name])]
-    return sorted(files)
+    files = (file for name in DECIDING for file in ((core / name).rglob("*.py") if "." not in name else [core / name]))
+    return sorted(file for file in files if file.name not in WRITERS)
 
 
 def code_digest(core: Path) -> str:

@@ -107,8 +107,8 @@ def recalled(
         else:
             warnings.append(
                 f"not all is learnt: {own.token_accuracy:.1%} of the tokens of the answers to {rows} are right — raise "
-                "--epochs or --lr; where two rows ask the same about the same picture, only one of their answers can be "
-                "right"
+                "--epochs or --lr; where two rows ask the same about the same picture, only one of their answers can "
+                "be right"
             )
     if "before" not in results or "after" not in results:
         messages.append(
