@@ -27,7 +27,8 @@ from minimind_v.core.model import moe
 from minimind_v.core.model.kernels.cpu_training import attend
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
-from minimind_v.core.train.batch_size import Trial, find_batch_size
+from minimind_v.core.train.batch_size import find_batch_size
+from minimind_v.core.train.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFORMANCE = ROOT / "tests" / "conformance" / "test_published_numbers.py"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from minimind_v.core.bench import bench
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import sft
+from minimind_v.core.curate.stats import TypicalRow
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, gpu_names, has_bf16, has_fused_adamw, peak_memory, pick_device
 from minimind_v.core.errors import UsageError
@@ -20,7 +21,7 @@ from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.messages import out_of_memory
 from minimind_v.core.train.batch_size import find_batch_size
-from minimind_v.core.train.speed import TypicalRow, estimate
+from minimind_v.core.train.forecast import estimate
 from tests.apple.standin import MPS, OnApple, apple_gpu
 from tests.cli.harness import EYE, here, sighted_model, tokenizer
 from tests.cli.harness import place as tiny_data

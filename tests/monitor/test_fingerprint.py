@@ -16,8 +16,8 @@ CORE = Path(minimind_v.__file__).parent / "core"
 # of the configuration and contents of inputs are compared by themselves.
 NEUTRAL = (
     "config/", "curate/", "errors.py", "files.py", "hub/", "machine.py", "monitor/", "outputs.py", "pages/", "paths.py",
-    "processes.py", "signals.py", "train/batch_size.py", "train/forecast/", "train/launch.py", "train/recall.py",
-    "train/records.py", "train/run_folder.py", "train/saver.py", "train/validate.py", "wording.py",
+    "processes.py", "signals.py", "train/batch_size.py", "train/forecast.py", "train/launch.py", "train/recall.py",
+    "train/records.py", "train/run_folder.py", "train/saver.py", "train/trial.py", "train/validate.py", "wording.py",
 )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from minimind_v.core.config.load import build_config, resolve
 from minimind_v.core.errors import RunError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import batch_size as fitting
-from minimind_v.core.train.batch_size import HEADROOM, Gauge, Trial, find_batch_size
+from minimind_v.core.train.batch_size import HEADROOM, Gauge, find_batch_size
 from minimind_v.core.train.distributed import World
+from minimind_v.core.train.trial import Trial
 from tests.cli.harness import ASSETS, EYE, here, installed, place, read_rows
 from tests.conftest import train_until_killed
 
