@@ -28,7 +28,8 @@ FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "trac
 # run imports (a test computes it) reports or moves files: its change alters no number.
 DECIDING = (
     "model", "rows", "data", "formats", "train/build.py", "train/distributed.py", "train/freeze.py", "train/loop.py",
-    "train/resume.py", "train/run.py", "train/step.py", "config/schedule.py", "cpu_sharing.py", "device.py",
+    "train/progress.py", "train/resume.py", "train/run.py", "train/step.py", "config/schedule.py", "cpu_sharing.py",
+    "device.py",
 )  # fmt: skip
 WRITERS = {"card.py", "write.py", "writers.py"}  # in these packages: modules that a run does not import
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names

@@ -162,7 +162,7 @@ def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, St
         memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
         if updates > first and run.train_step.features.store is not None:
             later = Stopwatch()
-            later.run = assemble(replace(few, max_steps=run.done), later, overwrite=True)
+            later.run = assemble(replace(few, max_steps=run.progress.done), later, overwrite=True)
             later.run.run()
         return watch, later, memory, disk
 
