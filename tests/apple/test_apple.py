@@ -67,7 +67,7 @@ def test_several_processes_do_not_share_apples_gpu(mac):
 def test_where_there_is_none_asking_for_it_is_one_line():
     ended = here("bench", "--preset", "demo", "--device", "mps")
     assert ended.code == 2
-    assert ended.error.startswith("--device mps: not to be had here")
+    assert ended.error.startswith("--device mps: not available on this machine")
 
 
 @pytest.mark.parametrize(("macos", "expected"), [(13, False), (14, True), (15, True)])
