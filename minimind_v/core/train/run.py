@@ -64,8 +64,8 @@ def assemble(
     `held` gets the lock of what the run writes, to release it when the run is over; without it none is taken.
     """
     folder = RunFolder(config)
-    if world.leads:
-        listener = recorder = Recorder(folder.folder / "events.jsonl", listener)
+    recorder = Recorder(folder.folder / "events.jsonl", listener)
+    listener = recorder if world.leads else Listener()  # one process reports
     device = pick_device(config.device, world.local_rank if world.size > 1 else None)
     if config.deterministic and device.type == "cuda":
         require_determinism()
@@ -75,11 +75,8 @@ def assemble(
         overwrite, resume = False, True
     if held and world.leads:
         folder.lock(held, listener)
-    claim: Claim | None = None
-    if world.leads:
-        claim = folder.claim(world.size, device, overwrite, resume, allowed, listener)
-    claim = world.broadcast(claim)
-    assert claim is not None
+    own = folder.claim(world.size, device, overwrite, resume, allowed, listener) if world.leads else None
+    claim: Claim = world.broadcast(own)
     if auto:
         config = _choose_batch_size(config, folder, claim, device, world, listener)
     torch.manual_seed(config.seed)
