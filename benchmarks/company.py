@@ -57,7 +57,7 @@ def measure(size: str, work: str, side: str) -> dict:
 
     do = {"train": train, "eval": evaluate, "chat": chat}[work]
     learner.seconds(batch)
-    digest = float(sum(weight.detach().double().abs().sum() for weight in learner.trained))
+    digest = float(sum(weight.detach().double().abs().sum() for weight in learner.train_step.trainable))
     do()
     time.sleep(0.6)  # in which the cores are watched
     done, begun = 0, time.perf_counter()

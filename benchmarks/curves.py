@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -37,9 +36,7 @@ from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.rows.jsonl import open_rows
-from minimind_v.core.train.distributed import ALONE
-from minimind_v.core.train.freeze import freeze
-from minimind_v.core.train.run import Counts, Run
+from minimind_v.core.train.step import TrainStep
 
 PICTURE = "growth.svg"
 VIT_B_16 = VisionSpec(image_size=224, patch_size=16, width=768)
@@ -78,24 +75,20 @@ QUICK = Points(
 # --- one update -------------------------------------------------------------------------------------------------------
 
 
-class Learner(Run):
-    """A run with neither files nor eye, that is given its batches. What it does with them is the real update."""
+class Learner:
+    """The real optimiser step of fine-tuning over batches that are given to it, without files or a vision encoder."""
 
     def __init__(self, preset: str) -> None:
         torch.manual_seed(0)
         self.config = replace(sft(PRESETS[preset]), dtype="float32")
-        self.world, self.device, self.memory = ALONE, torch.device("cpu"), FeatureCache()
         model = VLM(self.config.model, VIT_B_16, placeholder_id=34).train()
-        self.model = self.shared = accelerate(model, torch.device("cpu"))
-        self.trained = freeze(self.model, self.config.freeze)
-        self.optimiser = torch.optim.AdamW(self.trained, lr=self.config.lr, fused=True)
-        self.total, self.plan = 2, SimpleNamespace(steps_per_epoch=2)
-        self.counts, self.started, self.stop = Counts(), time.perf_counter(), SimpleNamespace(signal=None)
+        self.model = accelerate(model, torch.device("cpu"))
+        self.train_step = TrainStep(self.config, self.model, FeatureCache())
 
     def seconds(self, batch: Batch) -> float:
-        """CPU seconds of an update from one batch."""
+        """CPU seconds of a step from one batch."""
         begun = time.process_time()
-        self._update(1, [batch])
+        self.train_step([batch], batch.supervised, len(batch), self.config.lr)
         return time.process_time() - begun
 
 

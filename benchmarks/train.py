@@ -27,7 +27,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from benchmarks.pages import PAGE, write_block
 
@@ -99,31 +98,24 @@ class Stopwatch:
 # --- in a process of its own ------------------------------------------------------------------------------------------
 
 
-class OursListener:
-    """Hands the steps of the real run to a stopwatch; its words are of no interest here."""
+def stopwatch_listener(watch: Stopwatch):
+    """A listener that hands the steps of the real run to a stopwatch."""
+    from minimind_v.core.monitor.metrics import Listener
 
-    def __init__(self, watch: Stopwatch) -> None:
-        self.watch = watch
-        self.samples = 0
-        self.last: Any = None  # metrics
+    class OursListener(Listener):
+        samples, last = 0, None  # metrics
 
-    def say(self, message: str) -> None: ...
+        def step(self, metrics, logged: bool) -> None:
+            watch.update(metrics.samples - self.samples, metrics.loss, metrics.grad_norm, metrics.data_seconds)
+            self.samples, self.last = metrics.samples, metrics
 
-    def warn(self, message: str) -> None: ...
-
-    def step(self, metrics, log: bool) -> None:
-        self.watch.update(metrics.samples - self.samples, metrics.loss, metrics.grad_norm, metrics.data_seconds)
-        self.samples, self.last = metrics.samples, metrics
-
-    def validated(self, found) -> None: ...
-
-    def saved(self, step: int) -> None: ...
+    return OursListener()
 
 
-def build_ours(folder: Path, stage: str, updates: int, listener: OursListener, features: Path):
+def build_ours(folder: Path, stage: str, updates: int, listener, features: Path):
     """The real training run, ready to start; `features` is where pictures are remembered."""
     from minimind_v.core.config.load import build_config
-    from minimind_v.core.train.run import Run
+    from minimind_v.core.train.run import assemble
 
     options = {
         "data.file": folder / f"{stage}.jsonl",
@@ -141,7 +133,7 @@ def build_ours(folder: Path, stage: str, updates: int, listener: OursListener, f
         "device": "cpu",
         "dtype": "float32",
     }
-    return Run(build_config(stage, options=options), listener, overwrite=True)
+    return assemble(build_config(stage, options=options), listener, overwrite=True)
 
 
 def prepare(folder: Path, tokenizer: Path) -> dict:
@@ -153,8 +145,8 @@ def prepare(folder: Path, tokenizer: Path) -> dict:
     make_material(folder, tokenizer, {stage: updates * RECIPES[stage]().data.batch_size for stage in STAGES}, SEED)
     order = {}
     for stage in STAGES:
-        run = build_ours(folder, stage, updates, OursListener(Stopwatch()), folder / "features")
-        run.fit()
+        run = build_ours(folder, stage, updates, stopwatch_listener(Stopwatch()), folder / "features")
+        run.run()
         plan = run.plan
         places = [place for number in range(updates) for batch in plan[number] for place in batch.places]
         order[stage] = [int(place.rpartition(":")[2]) - 1 for place in places]
@@ -193,17 +185,17 @@ def measure_ours(folder: Path, stage: str, side: str, updates: int, watch: Stopw
     """The real run, with nothing remembered yet or all of it."""
     from minimind_v.core.bench import operations
 
-    listener = OursListener(watch)
+    listener = stopwatch_listener(watch)
     features = folder / "features" if side == "later" else Path(tempfile.mkdtemp(dir=folder))
     run = build_ours(folder, stage, updates, listener, features)
     if profile:
-        print_profile(stage, run.fit)
+        print_profile(stage, run.run)
     else:
-        run.fit()
+        run.run()
     last, found = listener.last, watch.found
-    each = operations(run.model, last.tokens / last.samples, last.supervised_tokens / last.samples)
+    each = operations(run.train_step.model, last.tokens / last.samples, last.supervised_tokens / last.samples)
     if side == "ours":
-        each += looking_operations(run.model)
+        each += looking_operations(run.train_step.model)
         shutil.rmtree(features)
     found.operations = each * found.samples
 

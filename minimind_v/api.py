@@ -26,12 +26,13 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import evaluate as score
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 from minimind_v.core.formats.inputs import find_inputs, find_model
-from minimind_v.core.formats.load import LoadedModel, load_model
+from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.formats.load import load as load_model
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
 from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
 from minimind_v.core.model.vlm import VLM, Output
-from minimind_v.core.monitor.metrics import Silent
+from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.rows.splits import SCORE
 from minimind_v.core.train.distributed import World
@@ -285,14 +286,14 @@ def evaluate(
     return Evaluation(scores.loss, scores.accuracy, scores.rows, scores.supervised_tokens, scores.short_answers)
 
 
-class _Logged(Silent):
+class _Logged(Listener):
     """A listener whose messages go to the logger."""
 
-    def say(self, message: str) -> None:
-        log.info("%s", message)
+    def message(self, text: str) -> None:
+        log.info("%s", text)
 
-    def warn(self, message: str) -> None:
-        log.warning("%s", message)
+    def warning(self, text: str) -> None:
+        log.warning("%s", text)
 
 
 def _view(stage: str) -> Any:

@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from torch.utils.data import Dataset
 
+from minimind_v.core.config.load import resolve
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.feature_cache import FeatureCache
+from minimind_v.core.device import pick_device
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.monitor.metrics import StepMetrics, Validation
-from minimind_v.core.train import run as loop
-from minimind_v.core.train.build import Data, Loaded
-from minimind_v.core.train.run import Run
+from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.run import train
+from minimind_v.core.train.step import TrainStep
 
 
-class Recorder:
-    """A listener that keeps all that a run tells."""
+class Events(Listener):
+    """A listener that keeps all events of a run."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
-        self.warned: list[str] = []
+        self.messages: list[str] = []
+        self.warnings: list[str] = []
         self.steps: list[StepMetrics] = []
         self.validations: list[Validation] = []
         self.saves: list[int] = []
 
-    def say(self, message: str) -> None:
-        self.said.append(message)
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
 
-    def step(self, metrics: StepMetrics, log: bool) -> None:
+    def step(self, metrics: StepMetrics, logged: bool) -> None:
         self.steps.append(metrics)
 
-    def validated(self, found: Validation) -> None:
-        self.validations.append(found)
+    def validated(self, result: Validation) -> None:
+        self.validations.append(result)
 
     def saved(self, step: int) -> None:
         self.saves.append(step)
+
+
+class Killed(Events):
+    """Ends a run after a step, before the next one: nothing is saved any more, as after a kill."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def batches(self, batches: Sequence[Batch]) -> None:
+        if self.steps and self.steps[-1].step >= self.after:
+            raise KeyboardInterrupt
+
+
+def train_until_killed(after: int, words: Sequence[object], resume: bool = False) -> Killed:
+    """Train in this process as a command line says, and end the run after a step, as a kill does."""
+    _, stage, *rest = map(str, words)
+    pairs = list(zip(rest[::2], rest[1::2], strict=True))
+    options = {name[2:].replace("-", "_"): value for name, value in pairs if name != "--set"}
+    resolved = resolve(stage, None, options, [value for name, value in pairs if name == "--set"])
+    listener = Killed(after)
+    with pytest.raises(KeyboardInterrupt):
+        train(resolved.config, listener, resume=resume, auto=resolved.auto)
+    return listener
 
 
 class GivenBatches(Dataset[list[Batch]]):
@@ -56,6 +82,7 @@ class GivenBatches(Dataset[list[Batch]]):
         self.steps_per_epoch = -(-len(batches) // config.accumulate)
         self.dataset = range(sum(map(len, batches)))  # a run asks only how many rows there are
         self.rows = len(self.dataset)
+        self.rows_per_step = -(-self.rows // self.steps_per_epoch)
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
@@ -65,28 +92,21 @@ class GivenBatches(Dataset[list[Batch]]):
         return self.batches[begin : begin + self.accumulate]
 
 
-class GivenRun(Run):
-    """The real training run over a model and batches that exist already."""
-
-    def __init__(self, config: RunConfig, model: VLM, batches: list[Batch]) -> None:
-        self.recorder = Recorder()
-        data, loaded = Data(None, None, GivenBatches(batches, config), None), Loaded(model, False, False)
-        with (
-            mock.patch.object(loop, "open_data", return_value=data),
-            mock.patch.object(loop, "build_model", return_value=loaded),
-        ):
-            super().__init__(config, self.recorder)
+def given_run(config: RunConfig, model: VLM, batches: list[Batch], listener: Listener) -> Run:
+    """The real training loop over a model and batches that exist already; it leaves nothing on the disk."""
+    train_step = TrainStep(config, model.to(pick_device(config.device)), FeatureCache())
+    return Run(config, GivenBatches(batches, config), train_step, listener)
 
 
 @pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
+def events() -> Events:
+    return Events()
 
 
 @pytest.fixture
-def run_over() -> type[GivenRun]:
-    """`run_over(config, model, batches)` is a run whose `fit()` trains that model on those batches."""
-    return GivenRun
+def run_over(events: Events) -> Callable[[RunConfig, VLM, list[Batch]], Run]:
+    """`run_over(config, model, batches)` is a run of that model over those batches, which reports to `events`."""
+    return lambda config, model, batches: given_run(config, model, batches, events)
 
 
 @pytest.fixture

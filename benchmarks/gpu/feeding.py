@@ -7,7 +7,7 @@ import time
 from contextlib import closing
 
 from benchmarks.gpu.card import Card, Found
-from benchmarks.gpu.runs import Hearer, configure, make_run
+from benchmarks.gpu.runs import StepListener, configure, make_run
 from minimind_v.core.data.loader import load_steps
 
 ROWS = {  # of the material → kinds of picture, and whether their features are read
@@ -21,8 +21,8 @@ def feeding(card: Card, found: Found) -> None:
     cores = os.cpu_count() or 1
     numbers = (1,) if card.tiny else tuple(n for n in (1, 4, 8, 15) if n <= max(1, cores - 1))
     for rows in ROWS:
-        run = make_run(configure(card, "small", "pretrain", data=rows, features="exact"), Hearer())
-        store = run.memory.store
+        run = make_run(configure(card, "small", "pretrain", data=rows, features="exact"), StepListener())
+        store = run.train_step.features.store
         for kind, remembered in ROWS[rows].items():
             run.plan.dataset.remembered = store if remembered else None
             for workers in numbers:

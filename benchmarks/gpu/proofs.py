@@ -22,14 +22,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Found, Kernels, close
-from benchmarks.gpu.runs import Hearer, configure, make_run
+from benchmarks.gpu.runs import StepListener, configure, make_run
 from minimind_v.core.model import ops
 from minimind_v.core.model.kernels import cuda_moe
 from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
-from minimind_v.core.train.batch_size import Trial, find_batch_size
-from minimind_v.core.train.run import Run
+from minimind_v.core.train.batch_size import find_batch_size
+from minimind_v.core.train.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFORMANCE = ROOT / "tests" / "conformance" / "test_published_numbers.py"
@@ -170,7 +170,7 @@ def waits(card: Card, found: Found) -> None:
 
         try:
             with _warnings_into(caught):
-                make_run(configure(card, preset, stage), Hearer(on_step)).fit()
+                make_run(configure(card, preset, stage), StepListener(on_step)).run()
         finally:
             _watch_waits(card, "default")
         places = Counter(
@@ -208,12 +208,12 @@ def resume(card: Card, found: Found) -> None:
             options |= {"max_steps": steps, "deterministic": strict, "out": card.folder / f"{mode}-{name}"}
             config = configure(card, "small", "sft", **options)
             if name == "stopped":
-                make_run(config, Hearer(partial(_stop_at, steps // 2)), Run).fit()
-                run = make_run(config, Hearer(), Run, overwrite=False, resume=True)
+                make_run(config, StepListener(partial(_stop_at, steps // 2)), saves=True).run()
+                run = make_run(config, StepListener(), saves=True, overwrite=False, resume=True)
             else:
-                run = make_run(config, Hearer(), Run)
-            run.fit()
-            return {key: tensor.detach().cpu() for key, tensor in run.model.model.state_dict().items()}
+                run = make_run(config, StepListener(), saves=True)
+            run.run()
+            return {key: tensor.detach().cpu() for key, tensor in run.train_step.model.model.state_dict().items()}
 
         try:
             once = weights("once")

@@ -12,39 +12,32 @@ from benchmarks.gpu.material import SEED
 from minimind_v.core.config.load import build_config
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.monitor.metrics import Silent, StepMetrics
-from minimind_v.core.train.run import Run
+from minimind_v.core.monitor.metrics import Listener, StepMetrics
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.run import assemble
 
 EPOCHS = 1000  # so that a run ends when its listener says so
 
 
-class Hearer(Silent):
+class StepListener(Listener):
     """Calls a function after every step, which may stop the run."""
 
     def __init__(self, on_step: Callable[[StepMetrics], bool] = lambda _: False) -> None:
         self.on_step = on_step
         self.run: Run | None = None
         self.losses: list[float] = []
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
-    def say(self, message: str) -> None:
-        self.said.append(message)
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
-    def warn(self, message: str) -> None:
-        self.said.append(message)
+    def warning(self, text: str) -> None:
+        self.messages.append(text)
 
-    def step(self, metrics: StepMetrics, log: bool) -> None:
+    def step(self, metrics: StepMetrics, logged: bool) -> None:
         self.losses.append(metrics.loss)
         if self.on_step(metrics):
             self.run.total = metrics.step
-
-
-class Measured(Run):
-    """A run that leaves nothing behind: what it would save at its end is not what is measured."""
-
-    def _save_at_the_end(self) -> None: ...
-
-    def _report(self) -> None: ...
 
 
 def configure(card: Card, preset: str, stage: str, data: str | None = None, **options: Any) -> RunConfig:
@@ -71,15 +64,17 @@ def configure(card: Card, preset: str, stage: str, data: str | None = None, **op
     return replace(config, model=card.text(preset))
 
 
-def make_run(config: RunConfig, hearer: Hearer, kind: type[Run] = Measured, **how: Any) -> Run:
-    """The run, ready to start."""
-    run = kind(config, hearer, **({"overwrite": True} | how))
-    hearer.run = run
+def make_run(config: RunConfig, listener: StepListener, saves: bool = False, **how: Any) -> Run:
+    """The run, ready to start. Unless it `saves` it leaves nothing behind: saving is not what is measured."""
+    run = assemble(config, listener, **({"overwrite": True} | how))
+    if not saves:
+        run.saver = run.records = None
+    listener.run = run
     return run
 
 
 class Window:
-    """A hearer's function that measures updates: some to warm up, then all for so many seconds."""
+    """A listener's function that measures updates: some to warm up, then all for so many seconds."""
 
     def __init__(self, seconds: float, warm_seconds: float = 2.0, warm_steps: int = 10) -> None:
         self.limit, self.warm_seconds, self.warm_steps = seconds, warm_seconds, warm_steps

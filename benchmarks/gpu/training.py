@@ -8,7 +8,7 @@ import time
 import torch
 
 from benchmarks.gpu.card import Card, Found, Kernels, quantiles
-from benchmarks.gpu.runs import Hearer, Window, configure, make_run, row_numbers
+from benchmarks.gpu.runs import StepListener, Window, configure, make_run, row_numbers
 from benchmarks.plain import PlainRun, run_plain
 from benchmarks.train import looking_operations
 from minimind_v.core.bench import operations
@@ -66,21 +66,23 @@ def _measure(card: Card, found: Found, preset: str, stage: str, features: str, o
 
     told = {"epochs": 1} if storing else {}
     config = configure(card, preset, stage, features="exact" if storing else features, **told, **options)
-    hearer = Hearer(on_step)
-    run = make_run(config, hearer)
-    found["features"] = next((line for line in hearer.said if line.startswith("features")), "")
+    listener = StepListener(on_step)
+    run = make_run(config, listener)
+    found["features"] = next((line for line in listener.messages if line.startswith("features")), "")
     found["schedule"], found["rows"] = run.total, row_numbers(run, COMPARED)
     with card.memory(found):
-        run.fit()
-    found["losses"] = hearer.losses[:COMPARED]
+        run.run()
+    found["losses"] = listener.losses[:COMPARED]
     if not window.times:  # the rows ended before the warm-up did
         found["skipped"] = "too few rows"
         return
     samples, tokens, answers = (window.difference(name) for name in ("samples", "tokens", "supervised_tokens"))
     length = tokens / samples
-    each = operations(run.model, length, answers / samples) + attention_operations(run.model, length)
+    each = operations(run.train_step.model, length, answers / samples) + attention_operations(
+        run.train_step.model, length
+    )
     if features != "exact":
-        each += looking_operations(run.model)
+        each += looking_operations(run.train_step.model)
     rate = each * samples / window.seconds
     product = card.results.get("ceilings", {}).get("bf16_tflops")
     found |= quantiles(window.times) | {

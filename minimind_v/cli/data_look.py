@@ -53,7 +53,7 @@ def stats(
     from minimind_v.core.curate.stats import look_at
     from minimind_v.core.pages.frame import check_page, write_page
     from minimind_v.core.pages.stats import stats_page
-    from minimind_v.core.train.speed import time_of
+    from minimind_v.core.train.forecast import time_of
 
     terminal = Terminal()
     if html:

@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.monitor.metrics import StepMetrics, Validation
+from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
 
 BARS = "▁▂▃▄▅▆▇█"
 RECENT = 20  # updates over which rates are measured
@@ -77,13 +77,11 @@ class Drawn(LiveRender):
         return super().position_cursor()
 
 
-class TrainView:
+class TrainView(Listener):
     """Listens to a run and shows it."""
 
     def __init__(self, terminal: Terminal, stage: str) -> None:
         self.terminal, self.stage = terminal, stage
-        self.say = terminal.say
-        self.warn = terminal.warn
         self._forget()
         self._live = Live(
             get_renderable=self._draw, console=terminal.err, refresh_per_second=4, vertical_overflow="crop"
@@ -107,23 +105,29 @@ class TrainView:
 
     # --- what a run tells ---------------------------------------------------------------------------------------------
 
-    def step(self, metrics: StepMetrics, log: bool) -> None:
+    def message(self, text: str) -> None:
+        self.terminal.say(text)
+
+    def warning(self, text: str) -> None:
+        self.terminal.warn(text)
+
+    def step(self, metrics: StepMetrics, logged: bool) -> None:
         if self.recent and metrics.step <= self.recent[-1].step:  # another run begins, as in the demo
             self._forget()
         self.recent.append(metrics)
         self.curve.add(metrics.loss)
-        if log and not self._live.is_started:
-            self.say("  ".join(cell.plain for cell in self._cells(metrics)))
+        if logged and not self._live.is_started:
+            self.terminal.say("  ".join(cell.plain for cell in self._cells(metrics)))
 
-    def validated(self, found: Validation) -> None:
-        self.validation = found
-        self.best = found if found.best or self.best is None else self.best
+    def validated(self, result: Validation) -> None:
+        self.validation = result
+        self.best = result if result.best or self.best is None else self.best
         if not self._live.is_started:
-            swapped = found.swapped_loss
-            told = "" if swapped is None else f", {swapped:.4f} with pictures of other rows"
-            self.say(
-                f"step {found.step}  validation loss {found.loss:.4f}{told}  tokens right {found.hits:.0%}"
-                + ("  (the best so far)" if found.best else "")
+            swapped = result.swapped_loss
+            swapped_text = "" if swapped is None else f", {swapped:.4f} with pictures of other rows"
+            self.terminal.say(
+                f"step {result.step}  validation loss {result.loss:.4f}{swapped_text}  "
+                f"tokens right {result.token_accuracy:.0%}" + ("  (the best so far)" if result.best else "")
             )
 
     def saved(self, step: int) -> None:
@@ -145,7 +149,7 @@ class TrainView:
         return [
             Text(f"step {metrics.step}/{metrics.steps}"),
             Text(f"loss {metrics.loss:.4f}", "bold"),
-            Text(f"tokens right {metrics.hits:.0%}"),
+            Text(f"tokens right {metrics.token_accuracy:.0%}"),
             Text(f"lr {metrics.lr:.2e}"),
             Text(f"grad {metrics.grad_norm:.2f}"),
             Text(f"{samples / seconds:.1f} samples/s"),

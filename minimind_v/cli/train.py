@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from minimind_v.core.config.load import Resolved
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.train.launch import Launch
-    from minimind_v.core.train.run import Summary
+    from minimind_v.core.train.loop import Summary
 
 
 NOT_CONFIG = {
@@ -202,7 +202,7 @@ def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> 
         hush()
 
     from minimind_v.core.device import check_room
-    from minimind_v.core.monitor.metrics import Silent
+    from minimind_v.core.monitor.metrics import Listener
     from minimind_v.core.train.distributed import World
     from minimind_v.core.train.run import train as run
 
@@ -212,7 +212,7 @@ def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> 
         launch(several, sys.argv[1:], terminal.say)
         return
     if not world.leads:
-        summary = run(config, Silent(), **how)
+        summary = run(config, Listener(), **how)
     else:
         with TrainView(terminal, config.stage) as view:
             summary = run(config, view, **how)
@@ -266,8 +266,8 @@ def _tell(terminal: Terminal, summary: Summary) -> None:
         terminal.say(describe_text_rows(summary.text_rows, summary.rows))
     for line in describe_notes(summary.notes, summary.rows):
         terminal.say(line)
-    bad = f"; {plural(summary.bad_steps, 'update')} skipped, not finite" if summary.bad_steps else ""
-    terminal.say(f"{how} after {plural(summary.steps, 'update')}{skipped}{bad}; {_where(summary)}")
+    bad = f"; {plural(summary.bad_steps, 'step')} skipped, not finite" if summary.bad_steps else ""
+    terminal.say(f"{how} after {plural(summary.steps, 'step')}{skipped}{bad}; {_where(summary)}")
     if summary.steps and not summary.weights.is_file():
         raise RunError(f"{summary.weights} is not there: somebody has removed it — start the run again")
     report = summary.metrics.with_name("report.html")

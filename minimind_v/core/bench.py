@@ -80,7 +80,7 @@ def bench(preset: str, device_name: str, report: Callable[[str], None]) -> Measu
     operations_per_second = matmul_rate(device, torch.bfloat16 if encoder.kind == "bfloat16" else torch.float32)
     report("encoding images")
     images = torch.randint(0, 256, (encoder.group, 3, *[model.spec.image_size] * 2), dtype=torch.uint8).to(device)
-    encode_seconds = _seconds(device, lambda: encoder.look(images)) / len(images)
+    encode_seconds = _seconds(device, lambda: encoder.encode(images)) / len(images)
     report("decoding pictures")
     decode_seconds = _decode(model.spec.image_size)
     report("training")

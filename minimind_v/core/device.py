@@ -39,12 +39,12 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = textwrap.shorten(str(error), 100, placeholder=" …")
         raise UsageError(
-            f"--device {name}: not to be had here ({reason}) — auto, cpu, cuda, cuda:1 and mps are usual"
+            f"--device {name}: not available on this machine ({reason}) — auto, cpu, cuda, cuda:1 and mps are usual"
         ) from None
     if device.type == "cpu":
         share_cpu()
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # what is asked without naming a device is meant of this one
+        torch.cuda.set_device(device)  # calls that name no device mean this one
     return device
 
 
@@ -93,7 +93,7 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bf16 by itself. Older GPUs imitate it and are slower; macOS 13 lacks it."""
+    """Whether a device computes in bf16 itself. Older GPUs imitate it and are slower; macOS 13 lacks it."""
     if device.type == "mps":
         return torch.amp.is_autocast_available("mps") and torch.backends.mps.is_macos_or_newer(14, 0)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -105,7 +105,7 @@ def has_fused_adamw(device: torch.device) -> bool:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when a device has done all that it was given, so that time can be measured."""
+    """Wait until a device has done all its work, so that time can be measured."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

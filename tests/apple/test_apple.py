@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from minimind_v.core.bench import bench
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import sft
+from minimind_v.core.curate.stats import TypicalRow
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, gpu_names, has_bf16, has_fused_adamw, peak_memory, pick_device
 from minimind_v.core.errors import UsageError
@@ -22,11 +23,11 @@ from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.messages import out_of_memory
 from minimind_v.core.train.batch_size import find_batch_size
-from minimind_v.core.train.speed import TypicalRow, estimate
+from minimind_v.core.train.forecast import estimate
 from tests.apple.standin import MPS, OnApple, apple_gpu
 from tests.cli.harness import EYE, here, sighted_model, tokenizer
 from tests.cli.harness import place as tiny_data
-from tests.conftest import GivenRun
+from tests.conftest import Events, given_run
 
 QUESTION = "What colour is the star?"
 
@@ -68,7 +69,7 @@ def test_several_processes_do_not_share_apples_gpu(mac):
 def test_where_there_is_none_asking_for_it_is_one_line():
     ended = here("bench", "--preset", "demo", "--device", "mps")
     assert ended.code == 2
-    assert ended.error.startswith("--device mps: not to be had here")
+    assert ended.error.startswith("--device mps: not available on this machine")
 
 
 @pytest.mark.parametrize(("macos", "expected"), [(13, False), (14, True), (15, True)])
@@ -146,11 +147,11 @@ def test_training_steps_are_those_of_the_cpu(tmp_path, moe, freeze):
         model = VLM(text, spec, placeholder_id=34)
         out = tmp_path / device
         config = replace(sft(text), vision_model=EYE, freeze=freeze, lr=1e-3, epochs=3, device=device, out=out)
-        run = GivenRun(config, model, [rows(spec, text.vocab_size)])
-        run.fit()
-        assert run.device.type == device
-        assert [*out.glob("*.pth")] == [run.place.weights]
-        return [step.loss for step in run.recorder.steps]
+        events = Events()
+        run = given_run(config, model, [rows(spec, text.vocab_size)], events)
+        run.run()
+        assert run.train_step.model.device.type == device
+        return [step.loss for step in events.steps]
 
     expected = losses("cpu")
     assert expected[-1] < expected[0]

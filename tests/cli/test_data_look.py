@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from minimind_v.core.curate import stats
-from minimind_v.core.train import speed
+from minimind_v.core.train import forecast
 from tests.cli.harness import SIGHT, here, installed, tree, write_rows
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(stats, "estimate", lambda *given: speed.Estimate(5400.0, "a guess"))
+    monkeypatch.setattr(forecast, "estimate", lambda *given: forecast.Estimate(5400.0, "a guess"))
 
 
 def test_stats(place, tmp_path, quick):

@@ -136,11 +136,11 @@ def test_an_out_that_is_a_file_is_refused(refused, place):
         ("preset", "", "none of small, base, moe, demo"),
         ("dtype", "bf16", "none of auto, float32, bfloat16"),
         ("dtype", "float16", "did you mean"),
-        ("device", "gpu", "--device gpu: not to be had here"),
-        ("device", "", "not to be had here"),
-        ("device", "meta", "not to be had here"),
-        ("device", "hpu", "not to be had here"),
-        ("device", "vulkan", "not to be had here"),
+        ("device", "gpu", "--device gpu: not available on this machine"),
+        ("device", "", "not available on this machine"),
+        ("device", "meta", "not available on this machine"),
+        ("device", "hpu", "not available on this machine"),
+        ("device", "vulkan", "not available on this machine"),
         ("lr", 5, "--lr must lie between 0 and 1, not 5"),
         ("lr", 0, "--lr must lie between 0 and 1"),
         ("lr", -1e-4, "--lr must lie between 0 and 1"),
@@ -168,7 +168,7 @@ def test_a_wrong_value_is_refused_before_anything_is_done(refused, option, value
 def test_a_device_of_another_machine_is_refused(refused):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    assert "--device cuda:7: not to be had here" in refused(2, device="cuda:7")
+    assert "--device cuda:7: not available on this machine" in refused(2, device="cuda:7")
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def policy_of(name: str) -> str:
 
 @KINDS
 @pytest.mark.parametrize(("arch", "policy"), named(r"ARCH\.train\.(.+)", SET))
-def test_adamw_steps(arch, policy, fast, load_arch, examples, tokenizer, run_over, tmp_path):
+def test_adamw_steps(arch, policy, fast, load_arch, examples, tokenizer, run_over, events, tmp_path):
     """Losses and gradient norms before clipping, through the real loop: freezing, schedule, clipping, optimiser."""
     record = SET[f"{arch}.train.{policy}"]
     batch = make_batch(examples, tuple(record["batch"]), tokenizer.pad_id, PADDED)
@@ -272,10 +272,10 @@ def test_adamw_steps(arch, policy, fast, load_arch, examples, tokenizer, run_ove
         save_every=0,
     )
     run = run_over(config, model, [batch])
-    accelerate(run.model, DEVICE) if fast else plain(run.model)
-    assert run.optimiser.defaults["betas"] == tuple(record["betas"])
-    assert run.optimiser.defaults["eps"] == record["eps"]
-    run.fit()
-    steps = run.recorder.steps
+    accelerate(model, DEVICE) if fast else plain(model)
+    assert run.train_step.optimiser.defaults["betas"] == tuple(record["betas"])
+    assert run.train_step.optimiser.defaults["eps"] == record["eps"]
+    run.run()
+    steps = events.steps
     assert [step.loss for step in steps] == pytest.approx(record["losses"], rel=RELATIVE)
     assert [step.grad_norm for step in steps] == pytest.approx(record["grad_norms"], rel=RELATIVE)

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.curate import stats
 from minimind_v.core.curate.count import language
 from minimind_v.core.curate.lines import summary
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.errors import DataError
-from minimind_v.core.model.vision.clip import ClipVision
-from minimind_v.core.model.vision.encoder import VisionEncoder
-from minimind_v.core.model.vision.spec import read_config
-from minimind_v.core.model.vlm import VLM
 from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.rows.subset import SampledRows
-from minimind_v.core.train import speed
-from minimind_v.core.train.freeze import freeze
 from tests.curate.made import SPEC, TROUBLE, encoder, recipe, talk, write
 
 
@@ -150,70 +139,6 @@ def test_histogram_has_round_edges_and_every_value():
     assert all(edge % 50 == 0 for edge in found["edges"])
     assert found["edges"][-1] < 1000  # one giant does not flatten all others
     assert stats.histogram([7, 7])["counts"] == [2]
-
-
-TINY_EYE = (
-    '{"vision_config": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32,'
-    ' "num_hidden_layers": 3, "num_attention_heads": 2}}'
-)
-
-
-def test_time_is_measured_without_weights(tmp_path, monkeypatch):
-    """With a clock by which every part takes half a second: two rows fit into the four seconds of a batch."""
-    done = []
-    monkeypatch.setattr(speed, "_seconds", lambda device, work: done.append(work()) or 0.5)
-    (tmp_path / "config.json").write_text(TINY_EYE)
-    config = replace(recipe(), vision_model=tmp_path, model=PRESETS["demo"])
-    row = stats.TypicalRow(length=20, pictures=1.5, supervised=5)
-    found = speed.estimate(config, row, 1000, 250)
-    whole = 0.5 * (1 + 1 + 2)  # the pictures, the model with two of its four layers, twice another layer
-    assert found.seconds == 1000 * whole / 2 + 250 * 0.5, found.how
-    assert found.how.startswith("an estimate: 2.00 s for 2 made-up rows of 20 tokens and 1.5 pictures each")
-    assert len(done) == 3 + 3 + 3 + 1
-    missing = speed.estimate(replace(config, vision_model=tmp_path / "none"), row, 1000, 250)
-    assert missing.seconds is None
-    assert missing.how.startswith("not measured: no vision model")
-
-
-@pytest.mark.parametrize("policy", ["projector+last", "attention", "all"])
-@pytest.mark.parametrize("preset", ["demo", "small"])
-def test_few_layers_foretell_the_work_of_all(tmp_path, monkeypatch, policy, preset):
-    """By a clock that counts multiplications, against the model that a run would train."""
-
-    def multiplications(device, work):
-        with FlopCounterMode(display=False) as counter:
-            work()
-        return counter.get_total_flops()
-
-    (tmp_path / "config.json").write_text(TINY_EYE)
-    config = replace(recipe(), vision_model=tmp_path, model=PRESETS[preset], freeze=policy)
-    monkeypatch.setattr(speed, "_seconds", multiplications)
-    device = torch.device("cpu")
-    encoder = speed._encoder(tmp_path)
-    few = speed._Language(config, encoder.spec, device)
-    told = speed._look(speed.FeatureEncoder(encoder, device, "float32"), 2) + few.step(
-        stats.TypicalRow(30, 1, 7), [1, 1], 30
-    )
-
-    tower = ClipVision(read_config(tmp_path))
-    whole = VLM(config.model, encoder.spec, 34, VisionEncoder(tower, encoder.spec))
-    learns = freeze(whole, policy)
-    ids, mask = torch.randint(0, 600, (2, 30)), torch.arange(30).expand(2, 30) < 4
-    labels = torch.where(torch.arange(30) < 23, -100, ids)
-    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    true = multiplications(
-        device, lambda: whole(ids, pixel_values=pixels, image_mask=mask, labels=labels).loss.backward()
-    )
-    assert told == pytest.approx(true, rel=0.03)  # attention is counted for the queries that need no gradient, too
-    assert few.learnt == sum(one.numel() for one in learns)
-
-
-def test_time_by_a_real_clock_is_some():
-    found = speed.estimate(
-        replace(recipe(), model=PRESETS["demo"]), stats.TypicalRow(length=80, pictures=1, supervised=5), 8, 2
-    )
-    assert found.seconds is not None, found.how
-    assert 0 < found.seconds < 600
 
 
 def test_text_rows_have_no_pictures_and_are_counted(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from minimind_v.core.demo import run
 from minimind_v.core.errors import UsageError
-from minimind_v.core.monitor.metrics import Silent
+from minimind_v.core.monitor.metrics import Listener
 from tests.cli.harness import here
 
 MMV = Path(sys.executable).with_name("mmv")
@@ -141,7 +141,7 @@ def test_a_demo_is_repeated_unless_its_weights_were_trained_on_since(tmp_path, m
         raise InterruptedError
 
     monkeypatch.setattr(run, "as_file", stop)  # the first that it does after it has looked at its folder
-    demo = run.Demo(tmp_path / "demo", 0, Silent(), lambda *told: None)
+    demo = run.Demo(tmp_path / "demo", 0, Listener(), lambda *told: None)
     (tmp_path / "demo" / "out").mkdir(parents=True)
     for path in demo.weights.values():
         path.write_bytes(b"by the demo")

@@ -255,4 +255,4 @@ def test_features_that_are_stored_are_not_encoded_again(score, model, tmp_path):
     )
     fresh = score(rows).loss
     assert [score(rows, memory=memory).loss for memory in (first, again)] == [fresh, fresh]
-    assert (first.looked, first.read, again.looked, again.read) == (3, 0, 0, 3)
+    assert (first.encoded, first.read, again.encoded, again.read) == (3, 0, 0, 3)

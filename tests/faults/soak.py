@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.train import run as loop
+from minimind_v.core.train import saver
 from tests.cli.harness import ROOT, Running, place, read_rows
 
 NAME = "pretrain_vlm_128"
@@ -49,7 +49,7 @@ def save_often() -> None:
         real(handle)
 
     os.fsync = sync
-    loop.MINUTE = 0.1
+    saver.MINUTE = 0.1
 
 
 def start(folder: Path, out: Path, processes: int, *words: str) -> Running:

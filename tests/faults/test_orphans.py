@@ -176,7 +176,7 @@ def hang_after_some():
 def test_a_run_ends_although_its_workers_hang(tmp_path):
     line = place().train(tmp_path / "out", epochs=100, workers=3, max_steps=4)
     run = Running(tmp_path, *line, prepare=hang_after_some)
-    run.until(lambda: "done after 4 updates" in run.err)
+    run.until(lambda: "done after 4 steps" in run.err)
     started = time.monotonic()
     ended = run.wait()
     assert ended.code == 0, ended.err

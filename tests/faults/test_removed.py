@@ -7,7 +7,8 @@ import pytest
 from minimind_v.core.files import Held, Lock
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.monitor.metrics import JsonLines
-from minimind_v.core.train import run as loop
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.records import Records
 from tests.cli.harness import here, place, read_rows
 
 NAME = "pretrain_vlm_128"
@@ -15,7 +16,7 @@ NAME = "pretrain_vlm_128"
 
 def remove_after(step, then=lambda out: None):
     """Let somebody remove the folder of the run after one of its steps."""
-    real = loop.Run._update
+    real = Run._step
 
     def update(run, number, batches):
         if number == step + 1:
@@ -38,7 +39,7 @@ def remove_after(step, then=lambda out: None):
 )
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_run_whose_folder_is_removed_leaves_all_that_it_says(tmp_path, monkeypatch, step, then, every):
-    monkeypatch.setattr(loop.Run, "_update", remove_after(step, then))
+    monkeypatch.setattr(Run, "_step", remove_after(step, then))
     ended = here(*place().train(tmp_path / "out", log_every=every))
     folder = tmp_path / "out" / NAME
     assert ended.code == 0, ended.err
@@ -53,7 +54,7 @@ def test_a_run_whose_folder_is_removed_leaves_all_that_it_says(tmp_path, monkeyp
 
 
 def test_a_folder_that_cannot_be_made_again_is_told_and_the_run_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Run, "_update", remove_after(3, lambda out: out.write_text("")))
+    monkeypatch.setattr(Run, "_step", remove_after(3, lambda out: out.write_text("")))
     ended = here(*place().train(tmp_path / "out"))
     assert ended.code == 1
     assert "cannot be written" in ended.error
@@ -61,13 +62,13 @@ def test_a_folder_that_cannot_be_made_again_is_told_and_the_run_fails(tmp_path, 
 
 
 def test_weights_that_are_removed_after_the_save_are_not_claimed(tmp_path, monkeypatch):
-    real = loop.Run._report
+    real = Records.report
 
-    def report(run):
-        real(run)
-        shutil.rmtree(run.config.out)
+    def report(records):
+        real(records)
+        shutil.rmtree(records.config.out)
 
-    monkeypatch.setattr(loop.Run, "_report", report)
+    monkeypatch.setattr(Records, "report", report)
     ended = here(*place().train(tmp_path / "out", max_steps=1))
     assert ended.code == 1
     assert f"no weights: {tmp_path / 'out' / NAME}.pth was removed" in ended.err

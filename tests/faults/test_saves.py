@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.train import run as loop
+from minimind_v.core.train import saver as saving
+from minimind_v.core.train.loop import Run
 from minimind_v.core.train.resume import States, pack, unpack
-from minimind_v.core.train.run import Run
 from minimind_v.core.train.saver import Saver
 from tests.cli.harness import Running, here, place, read_rows, tree
 
@@ -78,7 +78,7 @@ def test_a_state_is_that_of_its_update_however_late_it_is_written(tmp_path, whol
 
 
 def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
-    real_write, real_update, later = States.write, Run._update, threading.Event()
+    real_write, real_update, later = States.write, Run._step, threading.Event()
 
     def write(states, step, *rest):
         assert step != 4 or later.wait(100), "the training waits for the disk"
@@ -90,7 +90,7 @@ def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
         return real_update(run, step, batches)
 
     monkeypatch.setattr(States, "write", write)
-    monkeypatch.setattr(Run, "_update", update)
+    monkeypatch.setattr(Run, "_step", update)
     ended = here(*place().train(tmp_path / "out", **LINE | {"save_every": 4}))
     assert ended.code == 0, ended.err
     assert [step_of(path) for path in states(tmp_path / "out")] == [8, 10]
@@ -100,29 +100,29 @@ def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
 
 
 def test_states_are_saved_by_time_and_gone_on_from(tmp_path, whole, slow_disk, monkeypatch):
-    real = Run._update
+    real = Run._step
 
     def update(run, step, batches):
         if step > 8:
             raise KeyboardInterrupt  # as a second Ctrl-C: nothing is saved any more
         return real(run, step, batches)
 
-    monkeypatch.setattr(loop, "MINUTE", 0.0)
-    monkeypatch.setattr(Run, "_update", update)
+    monkeypatch.setattr(saving, "MINUTE", 0.0)
+    monkeypatch.setattr(Run, "_step", update)
     begun = slow_disk(0)
     line = place().train(tmp_path / "out", **LINE | {"save_minutes": 1})
     assert here(*line).code == 130
     assert 2 <= len(begun) <= 8, "a save that still runs is not waited for"
-    monkeypatch.setattr(Run, "_update", real)
+    monkeypatch.setattr(Run, "_step", real)
     ended = here(*line, "--resume")
     assert ended.code == 0, ended.err
-    assert f"resuming after update {max(step for step in begun if step < 9)} of 10" in ended.err
+    assert f"resuming after step {max(step for step in begun if step < 9)} of 10" in ended.err
     assert_same_states(states(tmp_path / "out")[-1:], whole[-1:])
 
 
 @pytest.mark.parametrize(("minutes", "minute"), [(0, 0.0), (2, 60.0)])
 def test_before_its_time_nothing_is_saved(tmp_path, slow_disk, monkeypatch, minutes, minute):
-    monkeypatch.setattr(loop, "MINUTE", minute)
+    monkeypatch.setattr(saving, "MINUTE", minute)
     begun = slow_disk(0)
     assert here(*place().train(tmp_path / "out", **LINE | {"save_minutes": minutes})).code == 0
     assert begun == [10]
@@ -166,7 +166,7 @@ def test_a_kill_inside_a_save_loses_nothing_that_was_there(tmp_path, whole, save
     ended = here(*line, "--resume")
     assert ended.code == 0, ended.err
     assert "damaged" not in ended.err
-    assert (f"resuming after update {step_of(there[-1])} of 10" if there else "nothing to resume") in ended.err
+    assert (f"resuming after step {step_of(there[-1])} of 10" if there else "nothing to resume") in ended.err
     assert not in_the_making(out)
     expected, got = load_file(whole[-1]), load_file(states(out)[-1])
     assert all(

@@ -9,7 +9,7 @@ import pytest
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.model.vision.encoder import VisionEncoder
-from minimind_v.core.train.run import Run
+from minimind_v.core.train.loop import Run
 from tests.cli.harness import Running, here, place, read_rows
 
 LONG = {"epochs": 10_000, "workers": 2}
@@ -41,7 +41,7 @@ def test_one_signal_ends_the_update_saves_and_exits(run, tmp_path, number, code,
     assert ended.code == code, ended.err
     assert "Traceback" not in ended.err
     done = len(read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl"))
-    assert f"stopped by {number.name} after {done} updates; weights in " in ended.err
+    assert f"stopped by {number.name} after {done} steps; weights in " in ended.err
     assert read_checkpoint(tmp_path / "out" / WEIGHTS).stage == "pretrain"
     assert gone(run)
 
@@ -64,7 +64,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 def slow_updates():
     """Make every update but the first last a minute."""
-    real = Run._update
+    real = Run._step
 
     def update(run, step, batches):
         if step > 1:
@@ -73,7 +73,7 @@ def slow_updates():
                 time.sleep(0.1)
         return real(run, step, batches)
 
-    Run._update = update
+    Run._step = update
 
 
 def test_a_signal_before_the_first_update_ends_the_command_too(tmp_path):

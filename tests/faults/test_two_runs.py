@@ -15,7 +15,7 @@ import pytest
 from minimind_v.core.files import Held, Lock, write_text
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.model.vision.encoder import VisionEncoder
-from minimind_v.core.train import run as loop
+from minimind_v.core.train import records
 from tests.cli.harness import Running, here, place, read_rows, sighted, tree
 from tests.train.test_distributed import workers_of
 
@@ -86,7 +86,7 @@ def test_the_second_is_refused_while_the_first_is_loading(tmp_path, start):
 
 def slow_report():
     """Make the report at the end last a minute."""
-    loop.write_report = lasting("reporting")
+    records.write_report = lasting("reporting")
 
 
 def test_the_second_is_refused_until_the_report_of_the_first_is_written(tmp_path, start):

@@ -59,7 +59,7 @@ def losses(out):
     ],
 )
 def test_a_run_goes_on_with_as_many_workers_as_there_is_room_for(tmp_path, container, size, changes, told):
-    """Batches are larger than all of the shared memory: 4 pictures of 64² are 49 KB, and 4 updates are under way."""
+    """Batches are larger than all of the shared memory: 4 pictures of 64² are 49 KB, and 4 steps are under way."""
     ended = container(size, *place().train(tmp_path / "out", **changes))
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
@@ -239,7 +239,7 @@ def test_a_signal_ends_a_run_that_waits_for_data(tmp_path, monkeypatch, number, 
     done = len(losses(tmp_path / "out"))
     again = here(*place().train(tmp_path / "out", **line | {"workers": 0, "gpus": 1, "batch_size": 4}), "--resume")
     assert again.code == 0, again.err
-    assert f"resuming after update {done} of 30" in again.err
+    assert f"resuming after step {done} of 30" in again.err
     assert len(losses(tmp_path / "out")) == 30
 
 
@@ -255,7 +255,7 @@ def test_a_signal_before_the_first_batch_is_no_error_of_the_data(tmp_path):
     time.sleep(1)
     ended = run.send(signal.SIGTERM).wait()
     assert ended.code == 143, ended.err
-    assert "stopped by SIGTERM after 0 updates; nothing to save yet" in ended.err
+    assert "stopped by SIGTERM after 0 steps; nothing to save yet" in ended.err
     assert not (tmp_path / "out" / f"{NAME}.pth").exists()
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from minimind_v.core.config.load import build_config
-from minimind_v.core.monitor import diagnostics as signs
+from minimind_v.core.monitor import diagnostics
 from minimind_v.core.monitor.diagnostics import Diagnostics, Start
 from minimind_v.core.monitor.metrics import StepMetrics, Validation
 from minimind_v.core.rows import pictures
 from tests.cli.harness import here, place, read_rows, sighted, write_rows
 
-HEALTHY = json.loads(Path(__file__).with_name("healthy.json").read_text())  # four runs of the demo, every update
-RULES = {rule.__name__ for rule in (*signs.STEP_RULES, *signs.VALIDATION_RULES)}
+HEALTHY = json.loads(Path(__file__).with_name("healthy.json").read_text())  # four runs of the demo, every step
+RULES = {rule.__name__ for rule in (*diagnostics.STEP_RULES, *diagnostics.VALIDATION_RULES)}
 
 
 def started(stage="pretrain", **changes):
@@ -28,7 +28,7 @@ def started(stage="pretrain", **changes):
     return Start(config, **{"loaded": True, "new_projector": stage == "pretrain"} | changes)
 
 
-def update(step, loss, norm=1.0, steps=200, seconds=None, waited=0.0):
+def metrics(step, loss, norm=1.0, steps=200, seconds=None, waited=0.0):
     seconds = float(step) if seconds is None else seconds
     return StepMetrics(step, steps, step / steps, loss, 0.5, 1e-3, norm, step, step, 60 * step, seconds, waited)
 
@@ -36,11 +36,11 @@ def update(step, loss, norm=1.0, steps=200, seconds=None, waited=0.0):
 def told(losses, start=None, norms=None, pictures=1, **more):
     """The rules that fire over losses, with the step at which each does."""
     watched = Diagnostics(start or started())
-    watched.seen.pictures = pictures
+    watched.history.pictures = pictures
     found = {}
-    for step, loss in enumerate(losses, watched.seen.start.done + 1):
+    for step, loss in enumerate(losses, watched.history.start.done + 1):
         norm = norms[step - 1] if norms else 1.0
-        found |= dict.fromkeys(watched.step(update(step, loss, norm, len(losses), **more)), step)
+        found |= dict.fromkeys(watched.step(metrics(step, loss, norm, len(losses), **more)), step)
     return found
 
 
@@ -54,12 +54,12 @@ def held(*losses, every=20, swapped=None):
 @pytest.mark.parametrize("run", HEALTHY, ids=lambda run: f"{run['name']}, {run['stage']}")
 def test_nothing_is_said_over_a_healthy_run(run):
     watched = Diagnostics(started(run["stage"], lr=run["lr"]))
-    watched.seen.pictures = 1
+    watched.history.pictures = 1
     columns = zip(*(run[key] for key in ("loss", "grad_norm", "seconds", "data_seconds")), strict=True)
     for step, (loss, norm, seconds, waited) in enumerate(columns, 1):
-        assert watched.step(update(step, loss, norm, len(run["loss"]), seconds, waited)) == {}
+        assert watched.step(metrics(step, loss, norm, len(run["loss"]), seconds, waited)) == {}
         if step % 20 == 0:  # a held-out loss that follows that of training, others as the demo's are
-            here = max(watched.seen.recent, 0.02) + 0.01
+            here = max(watched.history.recent, 0.02) + 0.01
             assert watched.validated(Validation(step, here, 0.9, here + 0.5, 50)) == {}
 
 
@@ -85,7 +85,7 @@ def test_random_weights_may_guess_and_a_trained_projector_may_stay_as_it_is():
 def first_line(loss, **known):
     """What is said of a first loss."""
     watched = Diagnostics(started("sft", **known))
-    return watched.step(update(1, loss))["first_loss_high"]
+    return watched.step(metrics(1, loss))["first_loss_high"]
 
 
 def test_weights_that_guess_are_told_at_once_and_a_little_later():
@@ -112,7 +112,7 @@ def test_a_loss_that_hardly_falls_names_the_rate_and_for_few_rows_the_recipe():
     losses = [14.9 - step / 100 for step in range(100)]
     watched, said = Diagnostics(started("sft", lr=1e-6, rows=12)), {}
     for step, loss in enumerate(losses, 1):
-        said |= watched.step(update(step, loss))
+        said |= watched.step(metrics(step, loss))
     assert set(said) == {"first_loss_high", "loss_stays_high"}
     assert "raise --lr (now 1e-06), or take --recipe small-data" in said["loss_stays_high"]
     assert told(losses, started("sft", rows=10**6)).keys() == said.keys()
@@ -141,7 +141,7 @@ def test_a_gradient_of_zero_is_told():
 def waits(share, seconds=100, workers=0):
     watched, found = Diagnostics(started("sft", workers=workers)), {}
     for step in range(1, seconds + 1):
-        found |= watched.step(update(step, 2 - step / 1000, steps=10**6, waited=share * step))
+        found |= watched.step(metrics(step, 2 - step / 1000, steps=10**6, waited=share * step))
     return found
 
 
@@ -172,7 +172,7 @@ def test_more_workers_are_advised_as_long_as_there_are_cores(monkeypatch, cores,
 def validated(found, losses, start=None, steps=200):
     watched, said = Diagnostics(start or started("sft")), {}
     for step, loss in enumerate(losses, 1):
-        watched.step(update(step, loss, steps=steps))
+        watched.step(metrics(step, loss, steps=steps))
         for one in found:
             if one.step == step:
                 said |= {rule: (step, line) for rule, line in watched.validated(one).items()}
@@ -192,10 +192,10 @@ def test_overfitting_is_told_since_when():
 
 def test_overfitting_is_told_once_also_over_a_resumed_run():
     earlier = held(1.9, 1.8, 1.85, 1.9)
-    again = Diagnostics(started("sft", done=80), told=(), validations=earlier)
+    again = Diagnostics(started("sft", done=80), warned=(), validations=earlier)
     for step in range(81, 101):
-        again.step(update(step, 1.0))
-    again.seen.losses[:] = [2 - step / 50 for step in range(40)]
+        again.step(metrics(step, 1.0))
+    again.history.losses[:] = [2 - step / 50 for step in range(40)]
     assert "overfitting" in again.validated(held(1.9, 1.8, 1.85, 1.9, 2.0)[-1])
     assert again.validated(Validation(120, 2.2, 0.5, None, 10)) == {}
     assert (
@@ -265,7 +265,7 @@ def test_a_real_run_whose_rows_lack_their_marks(tmp_path):
 
 
 def test_a_real_run_whose_pictures_come_slowly(tmp_path, monkeypatch):
-    monkeypatch.setattr(signs, "STRETCH", 0.2)
+    monkeypatch.setattr(diagnostics, "STRETCH", 0.2)
     real = pictures.ZipPictures.read
     monkeypatch.setattr(pictures.ZipPictures, "read", lambda *args: (time.sleep(0.03), real(*args))[1])
     found = run(tmp_path, epochs=2, lr=4e-3)

@@ -52,9 +52,9 @@ def test_the_manifest_tells_what_the_run_was_made_of(out):
 
 
 def test_a_resumed_run_adds_a_start(tmp_path, monkeypatch):
-    from minimind_v.core.train.run import Run
+    from minimind_v.core.train.loop import Run
 
-    real = Run._update
+    real = Run._step
 
     def update(run, step, batches):
         if step == 5:
@@ -62,7 +62,7 @@ def test_a_resumed_run_adds_a_start(tmp_path, monkeypatch):
         return real(run, step, batches)
 
     line = place().train(tmp_path, save_every=2)
-    monkeypatch.setattr(Run, "_update", update)
+    monkeypatch.setattr(Run, "_step", update)
     assert here(*line).code == 130
     monkeypatch.undo()
     assert here(*line, "--resume").code == 0

@@ -1,4 +1,4 @@
-"""`--batch-size auto`: the largest batch that fits, the same update, and no trace of having been looked for."""
+"""`--batch-size auto`: the largest batch that fits, the same step, and no trace of the trial."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from minimind_v.core.config.load import build_config, resolve
 from minimind_v.core.errors import RunError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import batch_size as fitting
-from minimind_v.core.train.batch_size import HEADROOM, Gauge, Trial, find_batch_size
+from minimind_v.core.train.batch_size import HEADROOM, Gauge, find_batch_size
 from minimind_v.core.train.distributed import World
-from minimind_v.core.train.run import Run
+from minimind_v.core.train.trial import Trial
 from tests.cli.harness import ASSETS, EYE, here, installed, place, read_rows
+from tests.conftest import train_until_killed
 
 NAME = "pretrain_vlm_128"
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_the_largest_divisor_that_fits(config, rows_that_fit, chosen):
     gauge = Small(10 * MIB + rows_that_fit * 100 * MIB, 100 * MIB)
     size, why = fitted(config, gauge)
     assert size == chosen
-    assert f"batch size {chosen}, accumulate {24 // chosen}, for the 24 rows of an update: " in why
+    assert f"batch size {chosen}, accumulate {24 // chosen}, for the 24 rows of a step: " in why
     assert max(gauge.asked) <= max(1, rows_that_fit), "never more than a machine may have room for"
 
 
@@ -101,7 +102,7 @@ def test_all_take_what_fits_on_the_smallest(config, monkeypatch):
     monkeypatch.setattr(World, "gather_objects", lambda world, thing: [thing, "elsewhere"])
     size, why = fitted(config, Small(10**12, 100 * MIB), World(rank=0, size=2, placed=True))
     assert size == 4
-    assert why.endswith("for the 24 rows of an update that fall to each process: another process has no room for more")
+    assert why.endswith("for the 24 rows of a step that fall to each process: another process has no room for more")
     assert told[-1] == [24]
 
 
@@ -202,24 +203,13 @@ def _yaml(folder, **keys):
     return path
 
 
-def test_a_resumed_run_is_divided_as_before(tmp_path, monkeypatch, config):
-    """On a machine that has more room meanwhile: bits depend on how the rows of an update are divided."""
+def test_a_resumed_run_is_divided_as_before(tmp_path):
+    """On a machine that has more room meanwhile: bits depend on how the rows of a step are divided."""
     line = place().train(tmp_path / "out", batch_size="auto", accumulate=2, epochs=2, save_every=1)
-    real = Run._update
-    monkeypatch.setattr(Run, "_fit", lambda run, config: replace(
-        config, data=replace(config.data, batch_size=4), accumulate=8))  # fmt: skip
-
-    def stop(run, step, batches):
-        if step == 2:
-            raise KeyboardInterrupt
-        return real(run, step, batches)
-
-    monkeypatch.setattr(Run, "_update", stop)
-    assert here(*line).code == 130
-    monkeypatch.undo()
+    train_until_killed(1, place().train(tmp_path / "out", batch_size=4, accumulate=8, epochs=2, save_every=1))
     ended = here(*line, "--resume")
     assert ended.code == 0, ended.err
-    assert "resuming after update 1 of 4" in ended.err
+    assert "resuming after step 1 of 4" in ended.err
     config = yaml.safe_load((tmp_path / "out" / NAME / "config.yaml").read_text())
     assert (config["data"]["batch_size"], config["accumulate"]) == (4, 8)
 
@@ -227,7 +217,7 @@ def test_a_resumed_run_is_divided_as_before(tmp_path, monkeypatch, config):
 def test_two_processes_agree(tmp_path):
     ended = installed(*place().train(tmp_path / "out", batch_size="auto", accumulate=2, gpus=2, max_steps=2))
     assert ended.code == 0, ended.err
-    assert "batch size 32, accumulate 1, for the 32 rows of an update that fall to each process: " in ended.err
+    assert "batch size 32, accumulate 1, for the 32 rows of a step that fall to each process: " in ended.err
     assert "on 2 processes (cpu)" in ended.err
 
 

@@ -17,7 +17,7 @@ MILLION = 10**6
 def end_of(broken_at, rows=MILLION, per_update=4, allowed=0.01, known=None, start=0):
     """Rows read when the run ends, or None; `broken_at(n)` says whether the n-th row to be read is broken."""
     counted = BrokenRows(rows, per_update, allowed)
-    counted.known = known if known is not None else {}
+    counted.by_place = known if known is not None else {}
     for first in range(start, rows, per_update):
         numbers = range(first, min(first + per_update, rows))
         found = [BrokenRow(f"f:{n}", "json", "no") for n in numbers if broken_at(n)]

@@ -24,7 +24,7 @@ from minimind_v.core.train.launch import Launch
 from tests.cli.harness import ROOT, Running, here, installed, place, read_rows, tokenizer, write_rows
 
 NAME = "pretrain_vlm_128"
-ROWS = {"epochs": 2, "batch_size": 8, "save_every": 3}  # 40 rows: 10 updates, none of them short
+ROWS = {"epochs": 2, "batch_size": 8, "save_every": 3}  # 40 rows: 10 steps, none of them short
 HALF = ROWS | {"batch_size": 4, "gpus": 2}
 
 
@@ -65,8 +65,8 @@ def pair(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pair") / "out"
     ended = installed(*place().train(out, **HALF))
     assert ended.code == 0, ended.err
-    assert "10 updates of 8 rows on 2 processes (cpu)" in ended.err
-    assert ended.err.count("done after 10 updates") == 1
+    assert "10 steps of 8 rows on 2 processes (cpu)" in ended.err
+    assert ended.err.count("done after 10 steps") == 1
     assert ended.err.count("step 10/10") == 1, "one voice"
     assert "Warning" not in ended.err
     return out
@@ -131,7 +131,7 @@ def test_a_run_of_two_goes_on_with_another_number(tmp_path, pair, alone, changes
     run = installed if changes["gpus"] > 1 else here
     ended = run(*place().train(out, **ROWS | changes), "--resume")
     assert ended.code == 0, ended.err
-    assert "resuming after update 9 of 10" in ended.err
+    assert "resuming after step 9 of 10" in ended.err
     assert_close(out, alone)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import minimind_v.core.demo
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
-from minimind_v.core.data import feature_cache as memory
+from minimind_v.core.data import feature_cache as cache
 from minimind_v.core.data import feature_store as store
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
@@ -23,7 +23,9 @@ from minimind_v.core.data.feature_layout import Form
 from minimind_v.core.data.feature_store import digest
 from minimind_v.core.demo.dataset import write_sft
 from minimind_v.core.formats.vision_tower import load_encoder
-from minimind_v.core.train.run import Run
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.run import assemble
+from tests.conftest import Events
 
 ASSETS = Path(minimind_v.core.demo.__file__).parent / "assets"
 CPU = torch.device("cpu")
@@ -55,26 +57,30 @@ def config(rows, tmp_path) -> RunConfig:
 
 
 @pytest.fixture
-def train(config, recorder, tmp_path):
+def train(config, events, tmp_path):
     """Trains with changes to the configuration; returns the run, its curve and what it has learnt."""
 
     def train(**changes):
-        recorder.steps.clear()
-        recorder.said.clear()
-        run = Run(replace(config, out=tmp_path / f"{random.random()}", **changes), recorder)
-        run.fit()
-        return run, [(step.loss, step.grad_norm) for step in recorder.steps]
+        events.steps.clear()
+        events.messages.clear()
+        run = assemble(replace(config, out=tmp_path / f"{random.random()}", **changes), events)
+        run.run()
+        return run, [(step.loss, step.grad_norm) for step in events.steps]
 
     return train
 
 
+def encoded_and_read(run: Run) -> tuple[int, int]:
+    return run.train_step.features.encoded, run.train_step.features.read
+
+
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in run.model.state_dict().items() if "vision_encoder" not in name}
+    return {name: tensor for name, tensor in run.train_step.model.state_dict().items() if "vision_encoder" not in name}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_remembering_changes_no_bit(dtype, workers, config, train, recorder):
+def test_remembering_changes_no_bit(dtype, workers, config, train, events):
     data = replace(config.data, workers=workers)
     plain, expected = train(features="off", dtype=dtype, data=data)
     first, curve = train(features="exact", dtype=dtype, data=data)
@@ -84,11 +90,13 @@ def test_remembering_changes_no_bit(dtype, workers, config, train, recorder):
         assert torch.equal(tensor, weights(first)[name]), name
         assert torch.equal(tensor, weights(again)[name]), name
     pictures = 3 * ROWS
-    assert plain.memory.looked == pictures
-    assert (first.memory.looked, first.memory.read) == (ROWS, 2 * ROWS), "each is looked at once"
-    assert (again.memory.looked, again.memory.read) == (0, pictures)
-    (told,) = [line for line in recorder.said if line.startswith("features:")]
-    assert f"{ROWS} are there" in told
+    assert plain.train_step.features.encoded == pictures
+    assert (first.train_step.features.encoded, first.train_step.features.read) == (ROWS, 2 * ROWS), (
+        "each is looked at once"
+    )
+    assert encoded_and_read(again) == (0, pictures)
+    (told,) = [line for line in events.messages if line.startswith("features:")]
+    assert f"{ROWS} cached" in told
 
 
 def test_eight_bits_keep_the_curve(train):
@@ -96,33 +104,38 @@ def test_eight_bits_keep_the_curve(train):
     first, rough = train(features="int8", epochs=6)
     again, later = train(features="int8", epochs=6)
     assert rough == later, "read or looked at, a picture is the same"
-    assert (first.memory.looked, again.memory.looked) == (ROWS, 0)
+    assert (first.train_step.features.encoded, again.train_step.features.encoded) == (ROWS, 0)
     assert exact != rough
     assert [loss for loss, _ in rough] == pytest.approx([loss for loss, _ in exact], rel=5e-3)
 
 
-def test_a_resumed_run_is_the_same_whatever_is_remembered(config, recorder, train, monkeypatch):
+class Stopping(Events):
+    """Asks its run to stop after the first step, as Ctrl-C does."""
+
+    def step(self, metrics, logged):
+        super().step(metrics, logged)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_resumed_run_is_the_same_whatever_is_remembered(config, events, train):
     plain, expected = train(features="off")
-    half = replace(config, features="exact")
-    tell = recorder.step
-    monkeypatch.setattr(recorder, "step", lambda metrics, log: (tell(metrics, log), signal.raise_signal(signal.SIGINT)))
-    recorder.steps.clear()
-    assert Run(half, recorder).fit().steps == 1
-    monkeypatch.undo()
+    half, first = replace(config, features="exact"), Stopping()
+    assert assemble(half, first).run().steps == 1
     shutil.rmtree(config.features_dir)
-    resumed = Run(replace(half, features="auto"), recorder, resume=True)
-    resumed.fit()
-    assert [(step.loss, step.grad_norm) for step in recorder.steps] == expected
+    events.steps.clear()
+    resumed = assemble(replace(half, features="auto"), events, resume=True)
+    resumed.run()
+    assert [(step.loss, step.grad_norm) for step in first.steps + events.steps] == expected
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(plain).items())
 
 
-def test_a_resume_may_change_whether_but_not_into_what(config, recorder):
+def test_a_resume_may_change_whether_but_not_into_what(config, events):
     from minimind_v.core.errors import UsageError
 
-    Run(replace(config, max_steps=2, features="exact"), recorder).fit()
-    Run(replace(config, max_steps=2, features="off"), recorder, resume=True)
+    assemble(replace(config, max_steps=2, features="exact"), events).run()
+    assemble(replace(config, max_steps=2, features="off"), events, resume=True)
     with pytest.raises(UsageError, match="features"):
-        Run(replace(config, max_steps=2, features="int8"), recorder, resume=True)
+        assemble(replace(config, max_steps=2, features="int8"), events, resume=True)
 
 
 # --- what a name proves -----------------------------------------------------------------------------------------------
@@ -134,7 +147,7 @@ def tower(tmp_path) -> Path:
 
 
 def name_of(folder: Path, dtype: str = "float32") -> str:
-    return FeatureEncoder(load_encoder(folder), CPU, dtype).prove()[0]
+    return FeatureEncoder(load_encoder(folder), CPU, dtype).identify()[0]
 
 
 def test_the_name_changes_with_all_that_decides_features(tower, monkeypatch):
@@ -155,7 +168,7 @@ def test_the_name_changes_with_all_that_decides_features(tower, monkeypatch):
 
     shutil.copyfile(ASSETS / "vision" / "model.safetensors", tower / "model.safetensors")
     assert name_of(tower) == before
-    monkeypatch.setattr(memory, "RENDERING", "another")
+    monkeypatch.setattr(cache, "RENDERING", "another")
     names.add(name_of(tower))
     assert len(names) == 5
 
@@ -168,7 +181,7 @@ def test_what_another_tower_saw_is_not_used(tower, train):
     save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
     _, expected = train(features="off", vision_model=tower)
     other, curve = train(features="exact", vision_model=tower)
-    assert other.memory.looked == ROWS
+    assert other.train_step.features.encoded == ROWS
     assert curve == expected
 
 
@@ -176,7 +189,7 @@ def test_what_another_tower_saw_is_not_used(tower, train):
 
 
 @pytest.fixture(scope="module")
-def eye() -> FeatureEncoder:
+def encoder() -> FeatureEncoder:
     return FeatureEncoder(load_encoder(ASSETS / "vision"), CPU, "float32")
 
 
@@ -185,11 +198,11 @@ def pictures() -> torch.Tensor:
     return torch.randint(0, 256, (11, 3, 64, 64), dtype=torch.uint8)
 
 
-def test_a_picture_is_the_same_in_any_company(eye, pictures):
-    together = eye.look(pictures)
+def test_a_picture_is_the_same_in_any_company(encoder, pictures):
+    together = encoder.encode(pictures)
     for order in (torch.randperm(11), torch.arange(11)):
         for size in (1, 2, 3, 5, 11):
-            found = torch.cat([eye.look(part) for part in pictures[order].split(size)])
+            found = torch.cat([encoder.encode(part) for part in pictures[order].split(size)])
             assert torch.equal(found, together[order])
 
 
@@ -207,20 +220,20 @@ def test_groups_are_filled_up_where_bits_must_be_the_same(device, groups, pictur
             return given.float() + (1e-6 if len(given) == 1 else 0.0) + 0.5
 
     moody = Moody()
-    eye = FeatureEncoder(moody, CPU, "float32")  # type: ignore[arg-type]
-    eye.group = 4  # not one by one, as on a CPU
-    monkeypatch.setattr(eye, "device", torch.device(device))
-    monkeypatch.setattr(memory, "autocast", lambda *_: nullcontext())
-    alone = eye.look(pictures[:1])
+    encoder = FeatureEncoder(moody, CPU, "float32")  # type: ignore[arg-type]
+    encoder.group = 4  # not one by one, as on a CPU
+    monkeypatch.setattr(encoder, "device", torch.device(device))
+    monkeypatch.setattr(cache, "autocast", lambda *_: nullcontext())
+    alone = encoder.encode(pictures[:1])
     assert torch.equal(alone, pictures[:1] + 0.5) == (device == "cpu")
-    eye.look(pictures[:6])
+    encoder.encode(pictures[:6])
     assert moody.seen == groups
 
 
-def test_features_can_be_learnt_from(eye, pictures):
+def test_features_can_be_learnt_from(encoder, pictures):
     """They are made without a gradient, and a layer behind them has one."""
-    layer = torch.nn.Linear(eye.encoder.spec.width, 2)
-    layer(eye.look(pictures[:2])).sum().backward()
+    layer = torch.nn.Linear(encoder.encoder.spec.width, 2)
+    layer(encoder.encode(pictures[:2])).sum().backward()
     assert layer.weight.grad is not None
 
 
@@ -228,35 +241,35 @@ def test_features_can_be_learnt_from(eye, pictures):
 
 
 @pytest.mark.parametrize(("reading", "looking", "kept"), [(0.1, 1.0, True), (0.6, 1.0, False), (None, 1.0, False)])
-def test_auto_keeps_what_pays(reading, looking, kept, eye, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "measure_reading", lambda *_: reading)
-    monkeypatch.setattr(eye, "prove", lambda: ("name", looking))
+def test_auto_keeps_what_pays(reading, looking, kept, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "measure_reading", lambda *_: reading)
+    monkeypatch.setattr(encoder, "identify", lambda: ("name", looking))
     said: list[str] = []
-    found = open_feature_cache("auto", tmp_path / "features", eye, 100, said.append, said.append)
+    found = open_feature_cache("auto", tmp_path / "features", encoder, 100, said.append, said.append)
     assert (found.store is not None) == kept
     assert len(said) == 1
-    assert ("not remembered" in said[0]) != kept
+    assert ("not cached" in said[0]) != kept
 
 
-def test_a_small_budget_is_told_and_kept(eye, tmp_path, monkeypatch, pictures):
-    form = Form("float32", eye.encoder.spec.tokens_per_image, eye.encoder.spec.width)
+def test_a_small_budget_is_told_and_kept(encoder, tmp_path, monkeypatch, pictures):
+    form = Form("float32", encoder.encoder.spec.tokens_per_image, encoder.encoder.spec.width)
     monkeypatch.setattr(store, "used_and_free", lambda _: (0, 4 * 5 * (form.record + 24)))
     said, warned = [], []
-    found = open_feature_cache("exact", tmp_path / "features", eye, 100, said.append, warned.append)
+    found = open_feature_cache("exact", tmp_path / "features", encoder, 100, said.append, warned.append)
     monkeypatch.undo()
-    assert "room for 5 of the pictures of 100 rows (--features int8: " in said[0]
+    assert "room for 5 of the images of 100 rows (--features int8: " in said[0]
     for begin in range(0, 11, 2):  # of eleven pictures four fit in pairs
         keys = [digest(bytes([n])) for n in range(begin, min(begin + 2, 11))]
         seen = found.features(Batch(*[torch.empty(0)] * 4, pixel_values=pictures[begin : begin + 2], keys=keys))
-        assert torch.equal(seen, eye.look(pictures[begin : begin + 2]))
+        assert torch.equal(seen, encoder.encode(pictures[begin : begin + 2]))
     assert found.store.count() == 4
     assert len(warned) == 1
     assert "budget" in warned[0]
 
 
-def test_off_says_and_makes_nothing(eye, tmp_path):
+def test_off_says_and_makes_nothing(encoder, tmp_path):
     said: list[str] = []
-    found = open_feature_cache("off", tmp_path / "features", eye, 100, said.append, said.append)
+    found = open_feature_cache("off", tmp_path / "features", encoder, 100, said.append, said.append)
     assert found.store is None
     assert not said
     assert not (tmp_path / "features").exists()

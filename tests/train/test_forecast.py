@@ -69,18 +69,18 @@ def test_it_needs_no_base_and_says_all_in_words(tmp_path):
 
 
 def test_later_epochs_do_not_look_again(tmp_path, monkeypatch):
-    encode = FeatureEncoder._encode
+    encode = FeatureEncoder.encode
 
-    def slowly(eye, pictures):
-        time.sleep(0.05 * len(pictures))
-        return encode(eye, pictures)
+    def slowly(encoder, images):
+        time.sleep(0.05 * len(images))
+        return encode(encoder, images)
 
-    monkeypatch.setattr(FeatureEncoder, "_encode", slowly)
+    monkeypatch.setattr(FeatureEncoder, "encode", slowly)
     seconds = {}
     for choice in ("exact", "off"):
         _, *line = place().train(tmp_path / choice, epochs=5, features=choice)
         told = here("train", "plan", *line, "--json").json
-        assert ("with the pictures remembered" in told["how"]) == (choice == "exact")
+        assert ("with the features cached" in told["how"]) == (choice == "exact")
         seconds[choice] = told["seconds"]
     looking = 0.05 * 40  # of an epoch
     assert seconds["exact"] > looking

@@ -105,7 +105,7 @@ def test_two_machines_learn_what_one_does(start, tmp_path):
     both = start(batch_size=4)
     assert [host.end() for host in both] == [0, 0], both[0].said + both[1].said
     assert both[0].said.startswith(f"2 machines meet at {FIRST}: waiting for the others")
-    assert "updates of 8 rows on 2 processes (cpu)" in both[0].said
+    assert "steps of 8 rows on 2 processes (cpu)" in both[0].said
     assert both[1].said.count("\n") == 1, both[1].said
     alone = here(*place().train(tmp_path / "alone", **LINE, batch_size=8))
     assert alone.code == 0, alone.err

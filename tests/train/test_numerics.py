@@ -25,7 +25,7 @@ from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionSpec
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.run import Run
+from minimind_v.core.train.run import assemble
 
 ASSETS = Path(minimind_v.core.demo.__file__).parent / "assets"
 TINY = TextConfig(
@@ -84,10 +84,10 @@ def part_of(batch: Batch, rows: slice) -> Batch:
 
 
 @pytest.fixture
-def one_update(run_over, tmp_path):
-    """Trains a fresh model for one update on these batches together; returns its metrics and clipped gradients."""
+def one_step(run_over, events, tmp_path):
+    """Trains a fresh model for one step on these batches together; returns its metrics and clipped gradients."""
 
-    def update(config: TextConfig, batches: list[Batch]):
+    def step(config: TextConfig, batches: list[Batch]):
         torch.manual_seed(1)
         model = VLM(config, VisionSpec(image_size=2, patch_size=1, width=24), placeholder_id=5)
         run_config = RunConfig(
@@ -101,26 +101,26 @@ def one_update(run_over, tmp_path):
         )
         run = run_over(run_config, model, batches)
         gradients = {}
-        run.optimiser.register_step_pre_hook(
+        run.train_step.optimiser.register_step_pre_hook(
             lambda *_: gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
         )
-        run.fit()
-        (metrics,) = run.recorder.steps
+        run.run()
+        metrics = events.steps[-1]
         return metrics, gradients
 
-    return update
+    return step
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])
 @pytest.mark.parametrize("config", [TINY, EXPERTS], ids=["dense", "experts"])
-def test_two_micro_batches_equal_one(config, first, one_update):
+def test_two_micro_batches_equal_one(config, first, one_step):
     """Micro-batches of unequal rows and supervised tokens: every token weighs the same, and so does every row."""
     torch.manual_seed(0)
     whole = random_batch(lengths=[30, 12, 25, 9], answers=[20, 1, 5, 2])
     parts = [part_of(whole, slice(0, first)), part_of(whole, slice(first, 4))]
     assert parts[0].supervised != parts[1].supervised
-    together, expected = one_update(config, [whole])
-    apart, gradients = one_update(config, parts)
+    together, expected = one_step(config, [whole])
+    apart, gradients = one_step(config, parts)
     assert apart.loss == pytest.approx(together.loss, rel=1e-5)
     assert apart.grad_norm == pytest.approx(together.grad_norm, rel=1e-5)
     assert (apart.samples, apart.tokens, apart.supervised_tokens) == (4, 76, 28)
@@ -131,12 +131,12 @@ def test_two_micro_batches_equal_one(config, first, one_update):
         )
 
 
-def test_a_run_without_one_finite_loss_fails_even_where_it_is_short(one_update):
+def test_a_run_without_one_finite_loss_fails_even_where_it_is_short(one_step):
     torch.manual_seed(0)
     batch = random_batch(lengths=[30, 12], answers=[20, 1])
     batch.image_features[1] = math.inf
-    with pytest.raises(RunError, match="1 update in a row without a finite loss"):
-        one_update(TINY, [batch])
+    with pytest.raises(RunError, match="1 step in a row without a finite loss"):
+        one_step(TINY, [batch])
 
 
 # --- the whole loop ---------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def padded(batch: Batch, name: str, filler: int) -> Tensor:
 
 
 def plain_loop(
-    config: RunConfig, weights: dict[str, Tensor], learns: set[str], updates: list[list[Batch]]
+    config: RunConfig, weights: dict[str, Tensor], learns: set[str], steps: list[list[Batch]]
 ) -> list[float]:
     """Train as slowly and plainly as can be; returns the loss of each update."""
     tower = CLIPVisionModel.from_pretrained(ASSETS / "vision", dtype=torch.float32).eval()
@@ -230,7 +230,7 @@ def plain_loop(
     model = PlainModel(config.model, weights)
     moments = {name: (torch.zeros_like(weights[name]), torch.zeros_like(weights[name])) for name in learns}
     losses = []
-    for step, batches in enumerate(updates):
+    for step, batches in enumerate(steps):
         for name in learns:
             weights[name] = weights[name].detach().requires_grad_()
         nll, counted, aux, total_rows = torch.zeros(()), 0, torch.zeros(()), sum(map(len, batches))
@@ -250,7 +250,7 @@ def plain_loop(
         names = sorted(learns)
         grads = dict(zip(names, torch.autograd.grad(loss, [weights[name] for name in names]), strict=True))
         norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
-        lr = config.lr / 10 + 0.5 * config.lr * (1 + math.cos(math.pi * step / len(updates)))
+        lr = config.lr / 10 + 0.5 * config.lr * (1 + math.cos(math.pi * step / len(steps)))
         for name, grad in grads.items():  # AdamW by its formulas
             grad = grad * min(1.0, config.grad_clip / (norm + 1e-6))
             first, second = moments[name]
@@ -273,8 +273,8 @@ LEARNS = {
     [(TINY, "all", 1), (TINY, "projector+last", 2), (EXPERTS, "all", 1)],
     ids=["dense", "dense, last layer, accumulated", "experts"],
 )
-def test_loss_curve_is_that_of_a_plain_loop(model, freeze, accumulate, rows, recorder, tmp_path):
-    """Fifty updates over more than one epoch: full logits, padding to the full length, a causal mask, AdamW by hand."""
+def test_loss_curve_is_that_of_a_plain_loop(model, freeze, accumulate, rows, events, tmp_path):
+    """Fifty steps over more than one epoch: full logits, padding to the full length, a causal mask, AdamW by hand."""
     data = DataConfig(rows.data, rows.images, ASSETS, max_length=LENGTH, batch_size=2, workers=0)
     config = RunConfig(
         stage="sft",
@@ -292,21 +292,25 @@ def test_loss_curve_is_that_of_a_plain_loop(model, freeze, accumulate, rows, rec
         device="cpu",
         save_every=0,
     )
-    run = Run(config, recorder)
-    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items() if "vision_encoder." not in name}
+    run = assemble(config, events)
+    weights = {
+        name: tensor.clone()
+        for name, tensor in run.train_step.model.state_dict().items()
+        if "vision_encoder." not in name
+    }
     del weights["lm_head.weight"]  # tied
-    run.fit()
+    run.run()
 
-    updates = [run.plan[number] for number in range(STEPS)]
+    steps = [run.plan[number] for number in range(STEPS)]
     learns = {name for name in weights if LEARNS[freeze](name)}
-    expected = plain_loop(config, weights, learns, updates)
-    losses = [metrics.loss for metrics in recorder.steps]
+    expected = plain_loop(config, weights, learns, steps)
+    losses = [metrics.loss for metrics in events.steps]
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected, rel=1e-4)
     # The median of the last few: single batches differ more from each other than a frozen model learns.
     assert statistics.median(losses[-5:]) < 0.95 * losses[0], "nothing was learnt, so little was compared"
     for name, tensor in weights.items():
-        torch.testing.assert_close(run.model.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(run.train_step.model.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 # --- only the projector learns ----------------------------------------------------------------------------------------
@@ -322,7 +326,7 @@ def words_and_pictures(rows, tmp_path):
 
 
 @pytest.mark.parametrize("only_words", [False, True])
-def test_rows_without_a_picture_teach_a_projector_nothing(only_words, words_and_pictures, rows, recorder, tmp_path):
+def test_rows_without_a_picture_teach_a_projector_nothing(only_words, words_and_pictures, rows, events, tmp_path):
     path = words_and_pictures
     if only_words:
         path = tmp_path / "words.jsonl"
@@ -332,31 +336,33 @@ def test_rows_without_a_picture_teach_a_projector_nothing(only_words, words_and_
         stage="sft", model=TINY, data=data, vision_model=ASSETS / "vision", out=tmp_path / "out", freeze="projector",
         epochs=1, lr=3e-3, dtype="float32", device="cpu", save_every=0, weight_decay=0.0,
     )  # fmt: skip
-    run = Run(config, recorder)
-    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    run.fit()
-    assert 0.0 in [metrics.grad_norm for metrics in recorder.steps]
-    learnt = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    run = assemble(config, events)
+    before = {name: tensor.clone() for name, tensor in run.train_step.model.state_dict().items()}
+    run.run()
+    assert 0.0 in [metrics.grad_norm for metrics in events.steps]
+    learnt = {
+        name for name, tensor in run.train_step.model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     assert learnt == (set() if only_words else {name for name in before if name.startswith("vision_proj.")})
 
 
-def test_who_asks_a_model_in_training_hears_what_it_has_learnt(rows, recorder, tmp_path):
+def test_who_asks_a_model_in_training_hears_what_it_has_learnt(rows, events, tmp_path):
     """What is laid out for talking is made of the weights, and follows them though a fused step does not say so."""
     data = DataConfig(rows.data, rows.images, ASSETS, max_length=LENGTH, batch_size=2, workers=0)
     config = RunConfig(
         stage="sft", model=TINY, data=data, vision_model=ASSETS / "vision", out=tmp_path, freeze="all", epochs=1,
         lr=1e-2, max_steps=2, dtype="float32", device="cpu", save_every=0,
     )  # fmt: skip
-    run, ids = Run(config, recorder), torch.arange(10, 30)[None]
+    run, ids = assemble(config, events), torch.arange(10, 30)[None]
 
     @torch.inference_mode()
     def heard() -> Tensor:
-        decoder = ready(run.model).decoder
-        return decoder.read(run.model.embed(ids), decoder.new_cache(1, 32))
+        decoder = ready(run.train_step.model).decoder
+        return decoder.read(run.train_step.model.embed(ids), decoder.new_cache(1, 32))
 
     before = heard()
-    run.fit()
-    run.model.eval()
+    run.run()
+    run.train_step.model.eval()
     assert not torch.allclose(heard(), before)
     with torch.inference_mode():
-        torch.testing.assert_close(heard(), run.model(ids).logits[:, -1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(heard(), run.train_step.model(ids).logits[:, -1], atol=1e-5, rtol=0)

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.train import resume as state
-from minimind_v.core.train.run import Run
+from minimind_v.core.monitor import fingerprint as origin
 from tests.cli.harness import BASE, Running, here, place, read_rows, sighted, write_rows
+from tests.conftest import train_until_killed
 
 NAME = "pretrain_vlm_128"
-# Two epochs of 40 rows: 14 micro-batches of 3 rows each, 5 updates, the last of an epoch smaller.
+# Two epochs of 40 rows: 14 micro-batches of 3 rows each, 5 steps, the last of an epoch smaller.
 STEPS = {"epochs": 2, "batch_size": 3, "accumulate": 3, "save_every": 2}
-EXACT = ("step", "loss", "hits", "lr", "grad_norm", "epoch", "samples", "tokens", "supervised_tokens")
+EXACT = ("step", "loss", "token_accuracy", "lr", "grad_norm", "epoch", "samples", "tokens", "supervised_tokens")
 
 
 def curve(out, name=NAME):
@@ -65,33 +65,14 @@ def whole_alone(tmp_path_factory):
 # --- stopped in good order --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """End runs of this process before update `step` + 1, unsaved since the last save, as a kill does."""
-
-    def stop(step):
-        def update(run, number, batches):
-            if number > step:
-                raise KeyboardInterrupt
-            return real(run, number, batches)
-
-        monkeypatch.setattr(Run, "_update", update)
-
-    real = Run._update
-    yield stop
-    monkeypatch.undo()
-
-
 @pytest.mark.parametrize("step", [1, 4, 5, 9])
-def test_from_any_update_on(tmp_path, reference, stop_after, monkeypatch, step):
+def test_from_any_step_on(tmp_path, reference, step):
     out = tmp_path / "out"
-    stop_after(step)
-    assert here(*place().train(out, **STEPS)).code == 130
-    monkeypatch.undo()
+    train_until_killed(step, place().train(out, **STEPS))
     ended = here(*place().train(out, **STEPS), "--resume")
     assert ended.code == 0, ended.err
     saved = step // 2 * 2
-    assert (f"resuming after update {saved} of 10" if saved else "nothing to resume") in ended.err
+    assert (f"resuming after step {saved} of 10" if saved else "nothing to resume") in ended.err
     assert_same_run(out, reference)
 
 
@@ -105,14 +86,12 @@ def test_from_any_update_on(tmp_path, reference, stop_after, monkeypatch, step):
     ],
     ids=["workers", "sft", "experts", "bf16"],
 )
-def test_stopped_twice(tmp_path, stop_after, monkeypatch, stage, changes, words):
+def test_stopped_twice(tmp_path, stage, changes, words):
     line = STEPS | changes
     name = f"{stage}_vlm_128" + ("_moe" if words else "")
     assert here(*place().train(tmp_path / "reference", stage, **line | {"workers": 0}), *words).code == 0
     for step in (3, 7):
-        stop_after(step)
-        assert here(*place().train(tmp_path / "out", stage, **line), *words, "--resume").code == 130
-        monkeypatch.undo()
+        train_until_killed(step, [*place().train(tmp_path / "out", stage, **line), *words], resume=True)
     assert here(*place().train(tmp_path / "out", stage, **line), *words, "--resume").code == 0
     assert_same_run(tmp_path / "out", tmp_path / "reference", name)
 
@@ -125,13 +104,11 @@ def test_a_complete_run_is_left_as_it_is(reference):
     assert {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()} == before
 
 
-def test_broken_rows_are_counted_once(tmp_path, stop_after, monkeypatch):
+def test_broken_rows_are_counted_once(tmp_path):
     lines = place().data("pretrain").read_text().splitlines()
     data = write_rows(tmp_path / "rows.jsonl", [*lines[:5], "{", *lines[5:9], "nothing", *lines[9:]])
     line = place().train(tmp_path / "out", data=data, **STEPS)
-    stop_after(6)
-    assert here(*line, "--set", "data.bad_rows=0.5").code == 130
-    monkeypatch.undo()
+    train_until_killed(6, [*line, "--set", "data.bad_rows=0.5"])
     ended = here(*line, "--set", "data.bad_rows=0.5", "--resume")
     assert "2 broken rows skipped" in ended.err
 
@@ -205,7 +182,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, reference, damag
     ended = here(*place().train(out, **STEPS), "--resume")
     assert ended.code == 0, ended.err
     assert f"{newest} is damaged" in ended.err
-    assert "resuming after update 8 of 10" in ended.err
+    assert "resuming after step 8 of 10" in ended.err
     assert_same_run(out, reference)
 
 
@@ -235,10 +212,8 @@ def test_starting_over_leaves_no_state_of_before(reference):
 
 
 @pytest.fixture
-def halfway(tmp_path, stop_after, monkeypatch):
-    stop_after(5)
-    assert here(*place().train(tmp_path / "out", **STEPS)).code == 130
-    monkeypatch.undo()
+def halfway(tmp_path):
+    train_until_killed(5, place().train(tmp_path / "out", **STEPS))
     return tmp_path / "out"
 
 
@@ -255,13 +230,13 @@ def test_what_differs_is_told_line_by_line_and_refused(tmp_path, halfway):
 
 
 def test_changed_rows_beside_many_pictures_are_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "MANY", 3)
+    monkeypatch.setattr(origin, "MANY", 3)
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(bytes(8))
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat\n")
-    before = state.fingerprint(tmp_path)
+    before = origin.fingerprint(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a dog\n")
-    assert state.fingerprint(tmp_path) != before
+    assert origin.fingerprint(tmp_path) != before
 
 
 def test_what_is_allowed_by_name_may_differ(halfway):

@@ -16,6 +16,7 @@ from minimind_v.core.monitor.messages import LEAST_REACH, too_little
 from minimind_v.core.pages.run_report import read_run, report_page
 from minimind_v.core.train.recall import earlier_run
 from tests.cli.harness import EYE, here, place, read_rows, sighted, write_rows
+from tests.conftest import train_until_killed
 
 ANSWERS = (
     "Momo sleeps.", "Our boat.", "A wheel.", "The garden.", "Uncle Tom.", "My cake.",
@@ -47,10 +48,15 @@ def earlier(tmp_path_factory):
     return out / "sft_vlm_128.pth"
 
 
+def small_line(out, init, mine, **changes):
+    """The command line of the recipe."""
+    given = {"init": init, "epochs": None, "batch_size": None, "log_every": None, "recipe": "small-data"}
+    return place().train(out, "sft", **mine, **given | changes)
+
+
 def small(out, init, mine, *words, **changes):
     """Run the recipe."""
-    given = {"init": init, "epochs": None, "batch_size": None, "log_every": None, "recipe": "small-data"}
-    return here(*place().train(out, "sft", **mine, **given | changes), *words)
+    return here(*small_line(out, init, mine, **changes), *words)
 
 
 def events(out, key):
@@ -75,7 +81,7 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     assert (scores["short_answers"], scores["accuracy"]) == (12, 1.0)
     found = {when: one for event in events(tmp_path / "out", "recalled") for when, one in event.items()}
     assert set(found) == {"before", "own", "after"}
-    assert (found["own"]["hits"], found["own"]["rows"], found["before"]["rows"]) == (1.0, 12, 32)
+    assert (found["own"]["token_accuracy"], found["own"]["rows"], found["before"]["rows"]) == (1.0, 12, 32)
     assert found["before"]["loss"] < found["after"]["loss"]
     page = report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
     assert "Learnt and kept" in page
@@ -85,24 +91,13 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     assert (again.code, "this run is complete" in again.err) == (0, True), again.err
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, mine, earlier, monkeypatch):
-    from minimind_v.core.train.run import Run
-
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, mine, earlier):
     given = {"lr": 1e-3, "save_every": 30}
     assert small(tmp_path / "whole", earlier, mine, **given).code == 0
-
-    def stop(self, step):
-        if step == 31:
-            raise KeyboardInterrupt
-        real(self, step)
-
-    real = Run._end_if_right
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_end_if_right", stop)
-        assert small(tmp_path / "parts", earlier, mine, **given).code == 130
+    train_until_killed(30, small_line(tmp_path / "parts", earlier, mine, **given))
     ended = small(tmp_path / "parts", earlier, mine, "--resume", **given)
     assert ended.code == 0, ended.err
-    assert "resuming after update 30" in ended.err
+    assert "resuming after step 30" in ended.err
     assert "kept: on 32 rows" in ended.err, "what was measured before the stop is known"
     whole, parts = ((tmp_path / name / "sft_vlm_128.pth").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
@@ -232,9 +227,9 @@ def test_max_steps_that_are_too_few_are_named():
 def test_it_is_said_before_the_first_step_and_by_the_plan(tmp_path, mine):
     ended = here(*place().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-6, epochs=5, batch_size=16))
     lines = ended.err.splitlines()
-    at = next(n for n, line in enumerate(lines) if "5 updates of 12 rows" in line)
+    at = next(n for n, line in enumerate(lines) if "5 steps of 12 rows" in line)
     assert "learning rate from 1.1e-06 down to 1e-07" in lines[at]
-    assert "5 updates at --lr 1e-06 cannot move a weight" in lines[at + 1]
+    assert "5 steps at --lr 1e-06 cannot move a weight" in lines[at + 1]
     assert lines[at + 2].startswith("step 1/5")
     assert events(tmp_path, "warning")[0] in lines[at + 1]
     words = place().train(tmp_path / "plan", "sft", **mine, init=sighted(), lr=1e-6, epochs=5)
@@ -249,7 +244,7 @@ def test_few_rows_held_out_are_told_to_say_little(tmp_path, mine):
     assert ended.code == 0, ended.err
     assert "12 rows of" in ended.err
     assert "(1 of them held out)" in ended.err
-    assert "6 updates of 4 rows" in ended.err
+    assert "6 steps of 4 rows" in ended.err
     assert "only 1 row of 12 held out" in ended.err
 
 

@@ -14,12 +14,12 @@ from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.formats.load import load
 from minimind_v.core.rows.heldout import hold_out
 from minimind_v.core.rows.jsonl import open_rows
-from minimind_v.core.train import run as loop
-from minimind_v.core.train.run import Run
+from minimind_v.core.train import saver
 from tests.cli.harness import ASSETS, EYE, here, place, read_rows, write_rows
+from tests.conftest import train_until_killed
 
 NAME = "pretrain_vlm_128"
-LINE = {"epochs": 3, "val_every": 5, "lr": 4e-3}  # 36 rows to learn from, 9 updates an epoch
+LINE = {"epochs": 3, "val_every": 5, "lr": 4e-3}  # 36 rows to learn from, 9 steps an epoch
 
 
 def events(out, kind):
@@ -141,18 +141,9 @@ def test_looking_changes_nothing_of_what_is_learnt(out, tmp_path):
     assert [one["loss"] for one in often] == [one["loss"] for one in rarely]
 
 
-def test_a_resumed_run_holds_out_the_same_and_knows_the_best(out, tmp_path, monkeypatch):
-    real = Run._update
-
-    def update(run, step, batches):
-        if step == 13:
-            raise KeyboardInterrupt
-        return real(run, step, batches)
-
+def test_a_resumed_run_holds_out_the_same_and_knows_the_best(out, tmp_path):
     line = place().train(tmp_path / "out", **LINE, save_every=4)
-    monkeypatch.setattr(Run, "_update", update)
-    assert here(*line).code == 130
-    monkeypatch.undo()
+    train_until_killed(12, line)
     ended = here(*line, "--resume")
     assert ended.code == 0, ended.err
     assert "looking at the pictures" not in ended.err
@@ -185,14 +176,14 @@ def test_a_model_whose_pictures_are_of_other_rows_does_not_look(tmp_path):
 def test_a_full_disk_costs_the_best_weights_and_not_the_run(tmp_path, monkeypatch):
     from minimind_v.core.errors import RunError
 
-    real = loop.write_checkpoint
+    real = saver.write_checkpoint
 
     def write(path, *rest):
         if "_best" in path.name:
             raise RunError(f"{path}: not saved (No space left on device)")
         return real(path, *rest)
 
-    monkeypatch.setattr(loop, "write_checkpoint", write)
+    monkeypatch.setattr(saver, "write_checkpoint", write)
     ended = here(*place().train(tmp_path / "out", **LINE | {"epochs": 1}))
     assert ended.code == 0
     assert "step 5: " in ended.err

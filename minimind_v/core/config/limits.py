@@ -1,4 +1,4 @@
-"""What this machine can hold, checked before a run takes memory or processes; an error names the key to lower."""
+"""Checks that this machine can hold a run, before it takes memory or processes; an error names the key to lower."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def check_machine(config: RunConfig) -> None:
 
 def check_memory(model: TextConfig) -> None:
     """Raises UsageError where the weights of a model alone need more memory than this machine, or its limit, has."""
-    needed, there = model.parameters * FLOAT, total_memory()
-    if there is not None and needed > there:
+    needed, memory = model.parameters * FLOAT, total_memory()
+    if memory is not None and needed > memory:
         raise UsageError(
             f"model.hidden_size {model.hidden_size:,}, model.num_hidden_layers {model.num_hidden_layers:,} and "
             f"model.vocab_size {model.vocab_size:,} make a model of {model.parameters:,} parameters, which takes "
-            f"{needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f} GiB — lower them, or take a --preset"
+            f"{needed / 2**30:,.1f} GiB, and this machine has {memory / 2**30:,.1f} GiB — lower them or take a --preset"
         )

@@ -79,7 +79,7 @@ def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None
     done = 0
     for window in range(plan.windows):
         planned = plan.window(0, window)
-        for batch in (batch for update in planned.updates for batch in update):
+        for batch in (batch for update in planned.steps for batch in update):
             texts = [planned.texts[row] for row in batch.tolist()]
             lengths = [len(row.tokens) for row in texts if isinstance(row, Example)]
             counted.padded += max(lengths, default=0) * len(lengths)

@@ -157,7 +157,7 @@ class Previewer:
         """Found in the plan itself: its neighbours decide how much padding a row gets."""
         window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self._plan.rows_per_step)
         planned = self._plan.window(0, window)
-        for batch in (batch for update in planned.updates for batch in update):
+        for batch in (batch for update in planned.steps for batch in update):
             texts = [planned.texts[row] for row in batch.tolist()]
             examples: list[Example] = [row for row in texts if not isinstance(row, BrokenRow)]
             if any(example.index == index for example in examples):

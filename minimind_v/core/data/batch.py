@@ -21,35 +21,35 @@ PICTURES = ("pixel_values", "image_features")
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of up to T tokens with M pictures in reading order."""
+    """B rows of up to T tokens with M images in reading order."""
 
     input_ids: Tensor  # [B, T]
     attention_mask: Tensor  # [B, T], true for tokens
     labels: Tensor  # [B, T], -100 where not supervised
     image_mask: Tensor  # [B, T], true where a patch goes
-    pixel_values: Tensor | None = None  # uint8 [M, 3, S, S], but for pictures that are remembered
+    pixel_values: Tensor | None = None  # uint8 [M, 3, S, S], but for images whose features are stored
     image_features: Tensor | None = None  # [M, P, width], in place of pixels
-    remembered: Tensor | None = None  # [M], true where a picture is in image_features, where there are both
-    keys: list[bytes] = field(default_factory=list)  # of the pictures in pixel_values, for remembering them
+    remembered: Tensor | None = None  # [M], true where an image is in image_features, where there are both
+    keys: list[bytes] = field(default_factory=list)  # of the images in pixel_values, for their features
     places: list[str] = field(default_factory=list)  # file:row of each row
     broken: list[BrokenRow] = field(default_factory=list)  # rows that were left out of this batch
     answers: int = 0
     answers_cut: int = 0  # of these, how many did not fit into the length
     text_rows: int = 0  # rows with pictures that no mark shows
     notes: dict[str, int] = field(default_factory=dict)  # rows that are read in another way than they are written
-    trouble: str = ""  # of the worker that made it, which has told nobody else
+    trouble: str = ""  # of the worker that made it, which has not reported it otherwise
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @property
     def supervised(self) -> int:
-        """Tokens that the loss looks at. (The first position of a row has nothing to be predicted from.)"""
+        """Tokens that are predicted for the loss. (The first position of a row has nothing to be predicted from.)"""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     @property
     def tokens(self) -> dict[str, Any]:
-        """What the model's forward takes of a batch besides its pictures, by its names."""
+        """What the model's forward takes of a batch besides its images, by its names."""
         return {name: getattr(self, name) for name in TOKENS}
 
     def to(self, device: torch.device) -> Batch:
@@ -66,9 +66,9 @@ class Batch:
         return replace(self, **moved)
 
     def split(self, positions: int) -> list[Batch]:
-        """Parts of consecutive rows, each of up to so many positions or one row, and no wider than its longest row.
+        """Pieces of consecutive rows, each of up to so many positions or one row, and no wider than its longest row.
 
-        Pictures must have become features.
+        Images must have become features.
         """
         lengths = self.attention_mask.sum(dim=1).clamp(min=1).tolist()
 
@@ -82,17 +82,18 @@ class Batch:
         even = [len(self) * number // len(edges) for number in range(len(edges))]  # not all but a last one of few rows
         if all(fits(begin, end) for begin, end in pairwise([*even, len(self)])):
             edges = even
-        parts, pictures = [], 0
+        pieces, first = [], 0
         images = 0 if self.image_features is None else len(self.image_features)
         per_image = int(self.image_mask.sum()) // max(images, 1)  # the projector may have changed their number
         for begin, end in pairwise([*edges, len(self)]):
             wide = max(lengths[begin:end])
             cut: dict[str, Any] = {name: getattr(self, name)[begin:end, :wide] for name in TOKENS}
             if self.image_features is not None and images:
-                first, pictures = pictures, pictures + int(cut["image_mask"].sum()) // per_image
-                cut["image_features"] = self.image_features[first:pictures]
-            parts.append(Batch(**cut))
-        return parts
+                last = first + int(cut["image_mask"].sum()) // per_image
+                cut["image_features"] = self.image_features[first:last]
+                first = last
+            pieces.append(Batch(**cut))
+        return pieces
 
     def __getstate__(self) -> dict[str, Any]:
         """On its way from a worker a batch is in shared memory, each tensor a file of its own, but for small ones.

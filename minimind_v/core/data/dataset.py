@@ -1,4 +1,4 @@
-"""Rows as the model can read them: tokens cut to length, pictures as pixels, and every broken row by name."""
+"""Rows as the model reads them: tokens cut to length, images as pixels or features, and every broken row by name."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class BrokenRow:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is to be looked at, uint8 [3, S, S], or that was, features [P, width]."""
+    """An image: pixels to encode, uint8 [3, S, S], or its stored features [P, width]."""
 
-    key: bytes  # of its file's content; empty where nothing is remembered
+    key: bytes  # of its file's content; empty where no features are stored
     pixels: np.ndarray | None = None
     features: Tensor | None = None
 
 
 @dataclass
 class Example:
-    """One row: its tokens and, once they are loaded, its pictures, each as what was remembered of it or as pixels."""
+    """One row: its tokens and, once they are loaded, its images, each as stored features or as pixels."""
 
     index: int
     place: str
@@ -48,9 +48,9 @@ class Example:
 
     @property
     def pixels(self) -> np.ndarray | None:
-        """The pictures that are to be looked at, uint8 [N, 3, S, S]; None without any."""
-        found = [picture.pixels for picture in self.pictures if picture.pixels is not None]
-        return np.stack(found) if found else None
+        """The images to encode, uint8 [N, 3, S, S]; None without any."""
+        pixels = [picture.pixels for picture in self.pictures if picture.pixels is not None]
+        return np.stack(pixels) if pixels else None
 
 
 class RowDataset:
@@ -65,14 +65,14 @@ class RowDataset:
         blank: bool = False,
         fit: str = "crop",
     ) -> None:
-        """`blank` shows a grey image in place of every real one. `fit` is that of the vision spec."""
+        """`blank` gives a grey image in place of every real one. `fit` is that of the vision spec."""
         self.rows = rows
         self.encoder = encoder
         self.image_size = image_size
         self.max_length = max_length
         self.blank = blank
         self.fit = fit
-        self.remembered: FeatureStore | None = None  # what is in it is not decoded
+        self.remembered: FeatureStore | None = None  # images whose features it has are not decoded
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,7 +91,7 @@ class RowDataset:
         return Example(index, place, tokens, row.images[: tokens.images])
 
     def load(self, example: Example) -> Example | BrokenRow:
-        """Read the pictures of a row, and decode those that are not remembered."""
+        """Read the picture files of a row, and decode those whose features are not stored."""
         try:
             example.pictures = [self._picture(example.index, n, name) for n, name in enumerate(example.names)]
         except RowError as error:

@@ -1,9 +1,9 @@
-"""Pictures that were looked at once are remembered: a frozen CLIP always finds the same in them.
+"""The feature cache: an image that was encoded once is read from disk, since a frozen encoder's features never change.
 
-Data workers ask the store for the features of a picture before they decode it. The trainer looks at those that are
-missing, always in groups of one size, and stores what it found. So a picture's features do not depend on the pictures
-beside it, and training is the same to the last bit whether they were computed or read (on a GPU: with
-deterministic algorithms only).
+Data workers ask the store for the features of an image before they decode it. The trainer encodes those that are
+missing, always in groups of one size, and stores the features. So an image's features do not depend on the images
+beside it, and training is the same to the last bit whether they were computed or read (on a GPU: with deterministic
+algorithms only).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from minimind_v.core.data.images import RENDERING
 from minimind_v.core.device import autocast
 from minimind_v.core.model.vision.encoder import VisionEncoder
 
-# Pictures that are looked at together. A CPU has them one by one in its cache; of a GPU this number was not measured.
+# Images that are encoded together. A CPU has them one by one in its cache; of a GPU this number was not measured.
 GROUP = {"cpu": 1}
 GROUP_ELSEWHERE = 16
-WORTH = 2  # looking at a picture must take so many times as long as reading it
-PROBES = 4  # fewer pictures are not worth a folder
+WORTH = 2  # encoding an image must take so many times as long as reading its features
+PROBES = 4  # fewer images are not worth a folder
 
 
 class FeatureEncoder:
-    """Looks at the pictures of batches; what it returns for one depends on nothing but the picture.
+    """Encodes the images of batches; the features of an image depend on nothing but the image.
 
     On a GPU that is so to the last bit only where algorithms are deterministic: else groups may have any size, since
     what is learnt from them differs in the last bits anyway.
@@ -45,139 +45,135 @@ class FeatureEncoder:
             lower = torch.is_autocast_enabled(device.type)
         self.kind = "bfloat16" if lower else "float32"  # as which the projector will read them
 
-    def look(self, pixel_values: Tensor) -> Tensor:
-        """Pictures [K, 3, S, S], uint8 → features [K, P, width], without a gradient."""
-        return torch.cat([self._look(part) for part in pixel_values.split(self.group)])
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Images [K, 3, S, S], uint8 → features [K, P, width], without a gradient."""
+        return torch.cat([self._encode_group(group) for group in pixel_values.split(self.group)])
 
-    def _look(self, pictures: Tensor) -> Tensor:
-        """One group. A kernel may be chosen by the number of pictures, and add up in another order than its like.
+    def _encode_group(self, images: Tensor) -> Tensor:
+        """One group. A kernel may be chosen by the number of images, and add up in another order than its like.
 
         So a group that is not full is filled up where bits must be the same.
         """
-        count = len(pictures)
+        count = len(images)
         exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-        if count == self.group or not exact:
-            return self._encode(pictures)
-        return self._encode(pictures[torch.arange(self.group) % count])[:count]
-
-    def _encode(self, pictures: Tensor) -> Tensor:
+        if count < self.group and exact:
+            images = images[torch.arange(self.group) % count]
         with torch.inference_mode(), autocast(self.device, self.dtype):
-            found = self.encoder(pictures)
-        kind = torch.bfloat16 if self.kind == "bfloat16" else torch.float32
-        return found.to(kind)
+            features = self.encoder(images)[:count]
+        return features.to(torch.bfloat16 if self.kind == "bfloat16" else torch.float32)
 
-    def prove(self) -> tuple[str, float]:
-        """What tells this eye from any other, and the seconds that it needs for a picture.
+    def identify(self) -> tuple[str, float]:
+        """A name that no other encoder has, and the seconds that this one needs for an image.
 
-        Weights, preprocessing, and what the tower makes of some pictures here: the bits differ between machines,
-        precisions and releases, and features that would not be computed so are not used.
+        Weights, preprocessing, and the features of some images here: the bits differ between machines, precisions and
+        releases, and features that would not be computed so are not used.
         """
         size = self.encoder.spec.image_size
         noise = torch.Generator().manual_seed(0)
-        pictures = torch.randint(0, 256, (self.group, 3, size, size), dtype=torch.uint8, generator=noise)
-        pictures = pictures.to(self.device)
-        told = hashlib.blake2b(digest_size=8)
+        images = torch.randint(0, 256, (self.group, 3, size, size), dtype=torch.uint8, generator=noise)
+        images = images.to(self.device)
+        digest = hashlib.blake2b(digest_size=8)
         for name, tensor in sorted(self.encoder.state_dict().items()):
-            sum_ = zlib.crc32(tensor.detach().float().cpu().contiguous().numpy())
-            told.update(f"{name} {tuple(tensor.shape)} {sum_};".encode())
-        told.update(f"{self.encoder.spec.identity} {RENDERING}".encode())
-        self.look(pictures)  # the first time pays for what is only made once
+            checksum = zlib.crc32(tensor.detach().float().cpu().contiguous().numpy())
+            digest.update(f"{name} {tuple(tensor.shape)} {checksum};".encode())
+        digest.update(f"{self.encoder.spec.identity} {RENDERING}".encode())
+        self.encode(images)  # the first time pays for what is only made once
         begun = time.perf_counter()
-        seen = self.look(pictures).float().cpu()
+        features = self.encode(images).float().cpu()
         seconds = (time.perf_counter() - begun) / self.group
-        told.update(seen.numpy().tobytes())
-        return told.hexdigest(), seconds
+        digest.update(features.numpy().tobytes())
+        return digest.hexdigest(), seconds
 
 
 class FeatureCache:
-    """The features of a run's pictures: read where they are remembered, computed and remembered where not."""
+    """The features of a run's images: read where they are stored, encoded and stored where not."""
 
     def __init__(
         self,
-        eye: FeatureEncoder | None = None,
+        encoder: FeatureEncoder | None = None,
         store: FeatureStore | None = None,
         form: Form | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
-        """`form` is one that loses something; what it leaves is used for every picture, stored or not."""
-        self.eye, self.store, self.form, self.warn = eye, store, form, warn
-        self.looked = self.read = 0  # pictures
+        """`form` is one that loses precision; features rounded by it are used for every image, stored or not."""
+        self.encoder, self.store, self.form, self.warn = encoder, store, form, warn
+        self.encoded = self.read = 0  # images
 
     def features(self, batch: Batch) -> Tensor | None:
-        """Features of all pictures of a batch on the device, in reading order [M, P, width]; None without any."""
+        """Features of all images of a batch on the device, in reading order [M, P, width]; None without any."""
         if batch.pixel_values is None:
             self.read += 0 if batch.image_features is None else len(batch.image_features)
             return batch.image_features
-        seen = self._see(batch.pixel_values, batch.keys)
+        encoded = self._of_pixels(batch.pixel_values, batch.keys)
         if batch.image_features is None:
-            return seen
+            return encoded
         self.read += len(batch.image_features)
         assert batch.remembered is not None
-        found = seen.new_empty(len(batch.remembered), *seen.shape[1:])  # [M, P, width]
-        found[batch.remembered] = batch.image_features
-        found[~batch.remembered] = seen
-        return found
+        features = encoded.new_empty(len(batch.remembered), *encoded.shape[1:])  # [M, P, width]
+        features[batch.remembered] = batch.image_features
+        features[~batch.remembered] = encoded
+        return features
 
-    def _see(self, pixel_values: Tensor, keys: list[bytes]) -> Tensor:
-        """What is in pictures that a data worker did not find. It reads ahead: they may be there by now."""
-        known = {n: found for n, key in enumerate(keys) if (found := self._recall(key)) is not None}
-        missing = [n for n in range(len(pixel_values)) if n not in known]
-        self.read += len(known)
-        self.looked += len(missing)
+    def _of_pixels(self, pixel_values: Tensor, keys: list[bytes]) -> Tensor:
+        """Features of images that a data worker found none of. It reads ahead: some may be stored by now."""
+        stored = {n: features for n, key in enumerate(keys) if (features := self._read(key)) is not None}
+        missing = [n for n in range(len(pixel_values)) if n not in stored]
+        self.read += len(stored)
+        self.encoded += len(missing)
         if not missing:
-            return torch.stack(list(known.values())).to(pixel_values.device)
-        assert self.eye is not None, "pictures need an eye"
-        fresh = self.eye.look(pixel_values[missing] if known else pixel_values)  # [K, P, width]
+            return torch.stack(list(stored.values())).to(pixel_values.device)
+        assert self.encoder is not None, "pixels need an encoder"
+        fresh = self.encoder.encode(pixel_values[missing] if stored else pixel_values)  # [K, P, width]
         if self.form is not None:
             fresh = self.form.settle(fresh)
-        self._remember([keys[n] for n in missing], fresh)
-        if not known:
+        self._write([keys[n] for n in missing], fresh)
+        if not stored:
             return fresh
-        found = fresh.new_empty(len(pixel_values), *fresh.shape[1:])
-        found[missing] = fresh
-        found[list(known)] = torch.stack(list(known.values())).to(fresh)
-        return found
+        features = fresh.new_empty(len(pixel_values), *fresh.shape[1:])
+        features[missing] = fresh
+        features[list(stored)] = torch.stack(list(stored.values())).to(fresh)
+        return features
 
-    def _recall(self, key: bytes) -> Tensor | None:
+    def _read(self, key: bytes) -> Tensor | None:
         return self.store.read(key) if self.store is not None else None
 
-    def _remember(self, keys: list[bytes], features: Tensor) -> None:
+    def _write(self, keys: list[bytes], features: Tensor) -> None:
         if self.store is None or self.store.trouble:
             return
         self.store.write(keys, features.cpu())
         if self.store.trouble:
-            self.warn(f"no more pictures are remembered: {self.store.trouble}")
+            self.warn(f"no more features are cached: {self.store.trouble}")
 
 
 def open_feature_cache(
-    choice: str, folder: Path, eye: FeatureEncoder, rows: int, say: Callable[[str], None], warn: Callable[[str], None]
+    choice: str,
+    folder: Path,
+    encoder: FeatureEncoder,
+    rows: int,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> FeatureCache:
-    """What a run over so many rows remembers, below `folder`; `choice` is off, auto, exact or int8.
+    """The cache of a run over so many rows, below `folder`; `choice` is off, auto, exact or int8.
 
     Says in one line what was decided. `auto` is `exact` where reading features was measured to take at most half as
     long as computing them, else off; neither changes a bit of what is learnt.
     """
-    spec = eye.encoder.spec
-    form = Form("int8" if choice == "int8" else eye.kind, spec.tokens_per_image, spec.width)
+    spec = encoder.encoder.spec
+    form = Form("int8" if choice == "int8" else encoder.kind, spec.tokens_per_image, spec.width)
     if choice == "off":
-        return FeatureCache(eye)
-    name, looking = eye.prove()
+        return FeatureCache(encoder)
+    name, encoding = encoder.identify()
     store = FeatureStore.below(folder, f"{name}-{form.kind}", form)
-    kept = form if choice == "int8" else None
     room = store.budget // form.record
     if choice == "auto":
         reading = measure_reading(store.folder.parent, form.record) if room >= PROBES else None
-        if reading is None or reading * WORTH > looking:
-            why = (
-                f"no room in {folder}"
-                if reading is None
-                else f"reading one takes {reading * 1e3:.2g} ms, looking {looking * 1e3:.2g} ms"
-            )
-            say(f"features: not remembered ({why})")
-            return FeatureCache(eye)
-    told = f"features: remembered as {form.kind} in {store.folder}, {form.record / 1e3:.0f} kB a picture; "
-    told += f"{store.count():,} are there, room for {room:,}"
+        if reading is None or reading * WORTH > encoding:
+            why = f"reading an image's takes {(reading or 0) * 1e3:.2g} ms, encoding it {encoding * 1e3:.2g} ms"
+            say(f"features: not cached ({f'no room in {folder}' if reading is None else why})")
+            return FeatureCache(encoder)
+    line = f"features: cached as {form.kind} in {store.folder}, {form.record / 1e3:.0f} kB an image; "
+    line += f"{store.count():,} cached, room for {room:,}"
     if room < rows and choice != "int8":
-        told += f" of the pictures of {rows:,} rows (--features int8: {room * form.record // form.eighth:,})"
-    say(told)
-    return FeatureCache(eye, store, kept, warn)
+        line += f" of the images of {rows:,} rows (--features int8: {room * form.record // form.eighth:,})"
+    say(line)
+    return FeatureCache(encoder, store, form if choice == "int8" else None, warn)

@@ -116,7 +116,7 @@ def to_pixels(picture: Image.Image, size: int, fit: str = "crop", name: str = "t
         return _prepare(picture, picture.size, size, fit)
 
 
-def _prepare(picture: Image.Image, extent: tuple[int, int], size: int, fit: str) -> np.ndarray:
+def _prepare(picture: Image.Image, extent: tuple[float, float], size: int, fit: str) -> np.ndarray:
     """Resize (bicubic) to uint8 [3, size, size]: CLIPImageProcessor's resize and centre crop, or a squeeze.
 
     The vision encoder normalises: four times fewer bytes travel from the data workers.

@@ -1,13 +1,13 @@
 """The order of rows and the workers that prepare them.
 
-Each epoch is a new permutation, drawn from the seed. It is walked in windows of several updates; in a window rows are
-sorted by length and cut into updates, so that an update holds rows of similar length and hardly any padding, and the
-updates are shuffled again. An update's rows are shared out, still in order, into micro-batches, and these to the
-processes in turn: what update number k learns from depends on the seed and on the number of its rows, and not on how
+Each epoch is a new permutation, drawn from the seed. It is walked in windows of several steps; in a window rows are
+sorted by length and cut into steps, so that a step holds rows of similar length and hardly any padding, and the
+steps are shuffled again. A step's rows are shared out, still in order, into micro-batches, and these to the
+processes in turn: what step number k learns from depends on the seed and on the number of its rows, and not on how
 many processes and micro-batches do it.
 
-The windows are walked in a few lanes, update by update in turn, each lane a stretch of the permutation: as the workers
-too take updates in turn, 2 or 4 of them have lanes of their own, and read parts of a parquet file that no other reads.
+The windows are walked in a few lanes, step by step in turn, each lane a stretch of the permutation: as the workers
+too take steps in turn, 2 or 4 of them have lanes of their own, and read parts of a parquet file that no other reads.
 Whatever their number, they share their tokens through a file (`token_store.py`): a window is tokenised once, by all
 that wait for it together, and planned from the lengths alone.
 """
@@ -36,21 +36,21 @@ from minimind_v.core.processes import Parent, held_back
 from minimind_v.core.signals import SIGNALS
 
 LANES = 4  # each holds parts of a parquet file in memory; 1, 2 and 4 workers share them evenly
-WINDOW = 32  # updates per window: enough to find rows of one length, and few enough to keep the order random
+WINDOW = 32  # steps per window: enough to find rows of one length, and few enough to keep the order random
 
 
 @dataclass(frozen=True)
 class Window:
-    """The updates of a window, each as the micro-batches of all processes, each of these the rows that it reads."""
+    """The steps of a window, each as the micro-batches of all processes, each of these the rows that it reads."""
 
-    updates: list[list[np.ndarray]]
+    steps: list[list[np.ndarray]]
     texts: dict[int, Text]  # of rows that no file keeps
 
 
 class BatchPlan(Dataset[list[Batch]]):
-    """All updates of a run by number: update k of epoch e is number e · updates_per_epoch + k.
+    """All steps of a run by number: step k of epoch e is number e · steps_per_epoch + k.
 
-    An update has `rows_per_update` rows (not said: one batch per process). It comes as a list of micro-batches of up to
+    A step has `rows_per_step` rows (not said: one batch per process). It comes as a list of micro-batches of up to
     `batch_size` rows: those that fall to process `rank` of `processes`. The last of an epoch may have fewer rows, and a
     process none of them.
     """
@@ -91,23 +91,23 @@ class BatchPlan(Dataset[list[Batch]]):
         self._planned: dict[tuple[int, int], Window] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._reading = Whereabouts()  # what killed a worker can be named
-        self._told = False  # that this process keeps no more tokens
+        self._warned = False  # that this process keeps no more tokens
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
 
     def __getitem__(self, number: int) -> list[Batch]:
-        epoch, update = divmod(number, self.steps_per_epoch)
-        number, place = divmod(int(self._sequence[update]), self.wide)
+        epoch, step = divmod(number, self.steps_per_epoch)
+        number, position = divmod(int(self._sequence[step]), self.wide)
         if (epoch, number) not in self._planned:
             self._planned[epoch, number] = self.window(epoch, number)
             if len(self._planned) > LANES:
                 del self._planned[next(iter(self._planned))]
         window = self._planned[epoch, number]
-        batches = [self._read(rows, window.texts) for rows in window.updates[place][self.rank :: self.processes]]
-        if batches and self.tokens and self.tokens.trouble and not self._told:
+        batches = [self._read(rows, window.texts) for rows in window.steps[position][self.rank :: self.processes]]
+        if batches and self.tokens and self.tokens.trouble and not self._warned:
             batches[0] = replace(batches[0], trouble=not_kept(f"{self.tokens.path}: {self.tokens.trouble}"))
-            self._told = True
+            self._warned = True
         return batches
 
     def _read(self, rows: np.ndarray, texts: dict[int, Text]) -> Batch:
@@ -142,13 +142,13 @@ class BatchPlan(Dataset[list[Batch]]):
         lengths, texts = self._lengths(rows)
         if self.seed is not None:
             rows = rows[lengths.argsort(kind="stable")]
-        updates = [
+        steps = [
             self._share_out(rows[begin : begin + self.rows_per_step])
             for begin in range(0, len(rows), self.rows_per_step)
         ]
         if self.seed is not None:
-            np.random.default_rng([self.seed, epoch, window]).shuffle(updates)
-        return Window(updates, texts)
+            np.random.default_rng([self.seed, epoch, window]).shuffle(steps)
+        return Window(steps, texts)
 
     def _lengths(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, Text]]:
         """The tokens of each row, 0 for a broken one, int64 [rows]; and the rows that no file keeps."""
@@ -188,21 +188,21 @@ class BatchPlan(Dataset[list[Batch]]):
         return None if row is None else self.dataset.rows.place(row)
 
 
-def _lanes(updates: int, lanes: int) -> np.ndarray:
-    """Which update of the permutation is the k-th to be read: the lanes' updates in turn, int64 [updates]."""
-    numbers = np.arange(updates)
-    windows = np.array_split(np.arange(-(-updates // WINDOW)), lanes)
+def _lanes(steps: int, lanes: int) -> np.ndarray:
+    """Which step of the permutation is the k-th to be read: the lanes' steps in turn, int64 [steps]."""
+    numbers = np.arange(steps)
+    windows = np.array_split(np.arange(-(-steps // WINDOW)), lanes)
     firsts = np.array([WINDOW * lane[0] for lane in windows if len(lane)], np.int64)
     lane = np.searchsorted(firsts, numbers, "right") - 1
-    return np.lexsort((lane, numbers - firsts[lane])) if updates else numbers
+    return np.lexsort((lane, numbers - firsts[lane])) if steps else numbers
 
 
 def load_steps(
     plan: BatchPlan, workers: int, pin: bool = False, start: int = 0, warn: Callable[[str], None] = lambda _: None
 ) -> Generator[list[Batch], None, None]:
-    """The updates of a plan from number `start` on, prepared ahead by worker processes, which end when this does.
+    """The steps of a plan from number `start` on, prepared ahead by worker processes, which end when this does.
 
-    Where there is no room for so many workers, `warn` is told once. Raises RunError where one ends before its time.
+    Where there is no room for so many workers, it warns once. Raises RunError where one ends before its time.
     """
     workers = affordable(workers, warn)
     if workers:
@@ -220,20 +220,20 @@ def load_steps(
     stop: Callable[[], None] = lambda: None  # noqa: E731
     try:
         with held_back(SIGNALS):  # one that interrupts this wait would leave workers that nobody knows
-            updates: Any = begin(loader)
-            processes = list(getattr(updates, "_workers", ()))
-            # Not left to the garbage collector: a traceback may hold `updates`, or the program's end this generator,
+            steps: Any = begin(loader)
+            processes = list(getattr(steps, "_workers", ()))
+            # Not left to the garbage collector: a traceback may hold `steps`, or the program's end this generator,
             # and a process waits for ever for workers that nobody has told to stop.
-            stop = partial(end, updates, processes)
+            stop = partial(end, steps, processes)
             atexit.register(stop)
-        yield from unpacked(updates, plan, processes) if workers else updates
+        yield from unpacked(steps, plan, processes) if workers else steps
     finally:
         stop()
         atexit.unregister(stop)  # not before: what interrupts it leaves that to the program's end
 
 
 def _allow_files() -> None:
-    """Each tensor on its way from a worker is an open file; updates of many micro-batches exceed what shells allow."""
+    """Each tensor on its way from a worker is an open file; steps of many micro-batches exceed what shells allow."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -243,9 +243,9 @@ def _allow_files() -> None:
 
 def load_batches(plan: BatchPlan, workers: int) -> Generator[Batch, None, None]:
     """The batches of a plan one by one."""
-    with closing(load_steps(plan, workers)) as updates:
-        for update in updates:
-            yield from update
+    with closing(load_steps(plan, workers)) as steps:
+        for step in steps:
+            yield from step
 
 
 def _prepare(parent: Parent, _: int) -> None:

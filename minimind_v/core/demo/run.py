@@ -205,7 +205,7 @@ class Demo:
         picture, question = self.pictures[EXAMPLE]
         answer = "".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask(question.text, [picture], 32)).strip()
         verdict = "right" if answer == question.answer else f"wrong: the right answer is {question.answer}"
-        self.listener.say(f"   {question.text}\n   {answer} ({verdict})")
+        self.listener.message(f"   {question.text}\n   {answer} ({verdict})")
         return answer
 
     def _samples(self, loaded: LoadedModel, count: int = 12) -> list[Sample]:

@@ -1,7 +1,7 @@
-"""Words with the numbers: what the figures of a run say is wrong with it, each told once, with the next step to take.
+"""Diagnostics: rules that turn the numbers of a run into warnings in plain words, each given once, with its remedy.
 
-A rule is a function of all that has been seen so far. It returns its line when it is sure and None otherwise; being
-silent over a healthy run matters more than being early. Losses are in nats per supervised token.
+A rule is a function of the history so far. It returns its line when it is sure and None otherwise; being silent over a
+healthy run matters more than being early. Losses are in nats per supervised token.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from minimind_v.core.config.schema import RunConfig, usual_workers
@@ -18,29 +18,29 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.monitor.metrics import StepMetrics, Validation
 from minimind_v.core.rows.row import IMAGE_MARK
 
-FEW = 20  # updates whose mean is taken for the loss at a place
+FEW = 20  # steps whose mean is taken for the loss at a place
 SMALL_SET = 500  # rows, for which there is a recipe of its own
 STRETCH = 30.0  # seconds over which the share of waiting is measured
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run began with."""
+    """How a run starts."""
 
     config: RunConfig
     loaded: bool  # weights, and not random numbers
     new_projector: bool
     same_tokenizer: bool | None = None  # as the weights were trained with; None where that is not known
     rows: int = 0  # that are learnt from
-    done: int = 0  # updates of an earlier part of the run, which were not seen
+    done: int = 0  # steps of an earlier part of the run, which are not in the history
 
 
 @dataclass
-class Seen:
-    """What has been seen of a run until now."""
+class History:
+    """The numbers of a run until now."""
 
     start: Start
-    losses: list[float] = field(default_factory=list)  # of each update
+    losses: list[float] = field(default_factory=list)  # of each step
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=FEW))
     validations: list[Validation] = field(default_factory=list)
     lowest: float = math.inf  # mean of FEW losses
@@ -50,14 +50,14 @@ class Seen:
     text_rows: int = 0  # of these, rows with pictures that no mark shows
     answers: int = 0
     cut: int = 0  # of these, cut short or cut off
-    enough_at_first: bool = False  # tokens in the first update for its loss to mean something
+    enough_at_first: bool = False  # tokens in the first step for its loss to mean something
     waiting: list[float] = field(default_factory=list)  # share of each STRETCH
     last: StepMetrics | None = None
     _mark: tuple[float, float] | None = None  # seconds and seconds of waiting where the stretch began
 
     @property
     def begun(self) -> bool:
-        """Whether it was watched from its first update on."""
+        """Whether it holds the first step of the run."""
         return self.start.done == 0
 
     @property
@@ -85,58 +85,60 @@ class Seen:
 
 
 class Diagnostics:
-    """Watches a run and tells each thing that is wrong once."""
+    """Applies the rules to a run as it goes; each warns once."""
 
-    def __init__(self, start: Start, told: Iterable[str] = (), validations: Iterable[Validation] = ()) -> None:
-        """`told` names the rules that an earlier part of the run has told; `validations` are that part's."""
-        self.seen = Seen(start, validations=list(validations))
-        self.told = set(told)
+    def __init__(self, start: Start, warned: Iterable[str] = (), validations: Iterable[Validation] = ()) -> None:
+        """`warned` names the rules that have warned in an earlier part of the run; `validations` are that part's."""
+        self.history = History(start, validations=list(validations))
+        self.warned = set(warned)
 
-    def batch(self, batch: Batch) -> None:
-        """A batch that is about to be learnt from."""
-        self.seen.pictures += 0 if batch.pixel_values is None else len(batch.pixel_values)
-        self.seen.pictures += 0 if batch.image_features is None else len(batch.image_features)
-        self.seen.rows += len(batch)
-        self.seen.text_rows += batch.text_rows
-        self.seen.answers += batch.answers
-        self.seen.cut += batch.answers_cut
+    def batches(self, batches: Sequence[Batch]) -> None:
+        """The micro-batches that the next step trains on."""
+        history = self.history
+        for batch in batches:
+            history.pictures += 0 if batch.pixel_values is None else len(batch.pixel_values)
+            history.pictures += 0 if batch.image_features is None else len(batch.image_features)
+            history.rows += len(batch)
+            history.text_rows += batch.text_rows
+            history.answers += batch.answers
+            history.cut += batch.answers_cut
 
     def step(self, metrics: StepMetrics) -> dict[str, str]:
-        """An update; returns what there is to say, by rule."""
-        self.seen.add(metrics)
-        return self._ask(STEP_RULES)
+        """A step; returns the warnings, by rule."""
+        self.history.add(metrics)
+        return self._apply(STEP_RULES)
 
-    def validated(self, found: Validation) -> dict[str, str]:
-        """A validation; returns what there is to say, by rule."""
-        self.seen.validations.append(found)
-        return self._ask(VALIDATION_RULES)
+    def validated(self, result: Validation) -> dict[str, str]:
+        """A validation; returns the warnings, by rule."""
+        self.history.validations.append(result)
+        return self._apply(VALIDATION_RULES)
 
-    def _ask(self, rules: Iterable[Callable[[Seen], str | None]]) -> dict[str, str]:
-        found = {}
+    def _apply(self, rules: Iterable[Callable[[History], str | None]]) -> dict[str, str]:
+        lines = {}
         for rule in rules:
-            if rule.__name__ not in self.told and (line := rule(self.seen)):
-                found[rule.__name__] = line
-        self.told |= found.keys()
-        return found
+            if rule.__name__ not in self.warned and (line := rule(self.history)):
+                lines[rule.__name__] = line
+        self.warned |= lines.keys()
+        return lines
 
 
-# --- rules about updates ----------------------------------------------------------------------------------------------
+# --- rules about steps ----------------------------------------------------------------------------------------------
 
 
-def first_loss_high(seen: Seen) -> str | None:
+def first_loss_high(history: History) -> str | None:
     """Trained weights are better than guessing on data of their kind before anything is learnt.
 
     A run begins only with weights that loaded whole. So a loss about as high as guessing means that they know nothing,
     and a higher one that they are sure of something else: trained, but on other data, or with another tokenizer.
     """
-    start, guessing = seen.start, math.log(seen.start.config.model.vocab_size)
-    if not (start.loaded and seen.begun and seen.step == 1 and seen.losses[0] > 0.9 * guessing):
+    start, guessing = history.start, math.log(history.start.config.model.vocab_size)
+    if not (start.loaded and history.begun and history.step == 1 and history.losses[0] > 0.9 * guessing):
         return None
-    figure = f"the first loss is {seen.losses[0]:.2f} where blind guessing gives {guessing:.2f}"
+    figure = f"the first loss is {history.losses[0]:.2f} where blind guessing gives {guessing:.2f}"
     init, tokenizer = start.config.init, start.config.data.tokenizer
     if start.same_tokenizer is False:
         return f"{figure}: {init} was trained with another tokenizer than {tokenizer} — name the right one"
-    if seen.losses[0] < 1.05 * guessing:
+    if history.losses[0] < 1.05 * guessing:
         other = "" if start.same_tokenizer else f", or was trained with another tokenizer than {tokenizer}"
         return (
             f"{figure}, although all of {init} was loaded: either it is not trained{other}, or these rows are unlike "
@@ -149,89 +151,100 @@ def first_loss_high(seen: Seen) -> str | None:
     )
 
 
-def loss_stays_high(seen: Seen) -> str | None:
+def loss_stays_high(history: History) -> str | None:
     """Soon after the start a run over trained weights is much better than guessing."""
-    config, guessing = seen.start.config, math.log(seen.start.config.model.vocab_size)
-    if not (seen.start.loaded and seen.begun and seen.step == 3 * FEW and seen.recent > 0.8 * guessing):
+    config, guessing = history.start.config, math.log(history.start.config.model.vocab_size)
+    if not (history.start.loaded and history.begun and history.step == 3 * FEW and history.recent > 0.8 * guessing):
         return None
-    first = _mean(seen.losses[:FEW])
-    if seen.recent < 0.8 * first:  # it is on its way
+    first = _mean(history.losses[:FEW])
+    if history.recent < 0.8 * first:  # it is on its way
         return None
     advice = f"raise --lr (now {config.lr:g})"
-    if config.stage == "sft" and seen.start.rows <= SMALL_SET and not config.until_right:
+    if config.stage == "sft" and history.start.rows <= SMALL_SET and not config.until_right:
         advice += ", or take --recipe small-data, made for few rows"
-    trained = "" if seen.start.same_tokenizer else f", and see that {config.data.tokenizer} is the weights' tokenizer"
+    trained = (
+        "" if history.start.same_tokenizer else f", and see that {config.data.tokenizer} is the weights' tokenizer"
+    )
     return (
-        f"the loss was {first:.2f} in the first {FEW} updates and is still {seen.recent:.2f} after {seen.step}, where "
-        f"blind guessing gives {guessing:.2f}: {advice}{trained}"
+        f"the loss was {first:.2f} in the first {FEW} steps and is still {history.recent:.2f} after {history.step}, "
+        f"where blind guessing gives {guessing:.2f}: {advice}{trained}"
     )
 
 
-def no_pictures(seen: Seen) -> str | None:
+def no_pictures(history: History) -> str | None:
     """A projector learns from pictures alone."""
-    if seen.start.config.stage != "pretrain" or seen.step != 10 or seen.pictures or seen.text_rows or not seen.begun:
+    if (
+        history.start.config.stage != "pretrain"
+        or history.step != 10
+        or history.pictures
+        or history.text_rows
+        or not history.begun
+    ):
         return None
     return (
-        "none of the rows of the first 10 updates has a picture, so the projector learns nothing: look at the key "
-        f"`image` of the rows (mmv data preview {seen.start.config.data.file})"
+        "none of the rows of the first 10 steps has a picture, so the projector learns nothing: look at the key "
+        f"`image` of the rows (mmv data preview {history.start.config.data.file})"
     )
 
 
-def no_marks(seen: Seen) -> str | None:
+def no_marks(history: History) -> str | None:
     """A set may have many text rows; one of them alone was meant to show its pictures."""
-    enough = seen.step == seen.start.done + 10 or (seen.last is not None and seen.step == seen.last.steps)
-    if not enough or 2 * seen.text_rows <= seen.rows:
+    enough = history.step == history.start.done + 10 or (
+        history.last is not None and history.step == history.last.steps
+    )
+    if not enough or 2 * history.text_rows <= history.rows:
         return None
     return (
-        f"{seen.text_rows} of the first {seen.rows} rows have a picture but no {IMAGE_MARK} mark in their text, so the "
-        f'model is not shown it: write {IMAGE_MARK} where the picture belongs, as in "{IMAGE_MARK}\\nWhat is this?"'
+        f"{history.text_rows} of the first {history.rows} rows have a picture but no {IMAGE_MARK} mark in their text, "
+        f"so the model is not shown it: write {IMAGE_MARK} where the picture belongs, "
+        f'as in "{IMAGE_MARK}\\nWhat is this?"'
     )
 
 
-def projector_does_not_learn(seen: Seen) -> str | None:
+def projector_does_not_learn(history: History) -> str | None:
     """A projector that is new speaks noise at first, so the loss must fall in the first tenth of a run."""
-    if not (seen.start.new_projector and seen.begun and seen.pictures and seen.last):
+    if not (history.start.new_projector and history.begun and history.pictures and history.last):
         return None
-    if seen.step != min(max(50, seen.last.steps // 10), 500):
+    if history.step != min(max(50, history.last.steps // 10), 500):
         return None
-    first, recent = _mean(seen.losses[:FEW]), seen.recent
+    first, recent = _mean(history.losses[:FEW]), history.recent
     if recent < 0.97 * first or recent > 1.5 * first:  # rising is another rule's business
         return None
     return (
-        f"the projector does not learn: the loss was {first:.2f} in the first {FEW} updates and is {recent:.2f} after "
-        f"{seen.step} — raise --lr (now {seen.start.config.lr:g}; pretraining's recipe has 4e-4), and see whether "
-        "captions belong to their pictures (mmv data preview)"
+        f"the projector does not learn: the loss was {first:.2f} in the first {FEW} steps and is {recent:.2f} after "
+        f"{history.step} — raise --lr (now {history.start.config.lr:g}; pretraining's recipe has 4e-4), and see "
+        "whether captions belong to their pictures (mmv data preview)"
     )
 
 
-def no_gradient(seen: Seen) -> str | None:
+def no_gradient(history: History) -> str | None:
     """Where every gradient is zero nothing is learnt."""
-    if len(seen.norms) < FEW or any(seen.norms):
+    if len(history.norms) < FEW or any(history.norms):
         return None
-    return f"the gradient has been zero for {FEW} updates, so nothing learns: --freeze {seen.start.config.freeze}?"
+    return f"the gradient has been zero for {FEW} steps, so nothing learns: --freeze {history.start.config.freeze}?"
 
 
-def answers_are_cut(seen: Seen) -> str | None:
+def answers_are_cut(history: History) -> str | None:
     """What is cut off is never learnt, least of all how an answer ends."""
-    if seen.step < seen.start.done + 10 or seen.answers < 50 or seen.cut <= 0.05 * seen.answers:
+    if history.step < history.start.done + 10 or history.answers < 50 or history.cut <= 0.05 * history.answers:
         return None
-    config = seen.start.config
+    config = history.start.config
     return (
-        f"answers are being cut: {seen.cut / seen.answers:.0%} of them do not fit into {config.data.max_length} tokens "
-        f"— raise --max-length; `mmv data stats {config.data.file}` tells how long rows are"
+        f"answers are being cut: {history.cut / history.answers:.0%} of them do not fit into {config.data.max_length} "
+        f"tokens — raise --max-length; `mmv data stats {config.data.file}` tells how long rows are"
     )
 
 
-def learning_rate_too_high(seen: Seen) -> str | None:
+def learning_rate_too_high(history: History) -> str | None:
     """A loss that stays far above what it was has been thrown out of its valley; a short jump is none of this."""
-    if len(seen.losses) < FEW:
+    if len(history.losses) < FEW:
         return None
-    config, first, recent = seen.start.config, seen.losses[0], seen.recent
+    config, first, recent = history.start.config, history.losses[0], history.recent
     advice = f"--lr {config.lr:g} is too high for it; start over with --lr {config.lr / 10:g} --overwrite"
-    if seen.begun and seen.enough_at_first and min(seen.losses[-FEW:]) > first and recent > _far_above(first):
-        return f"the loss was {first:.2f} before the first update and is {recent:.2f} after {seen.step}: {advice}"
-    if recent > _far_above(seen.lowest):
-        return f"the loss has risen from {seen.lowest:.2f} (update {seen.lowest_at}) to {recent:.2f}: {advice}"
+    if history.begun and history.enough_at_first and min(history.losses[-FEW:]) > first and recent > _far_above(first):
+        return f"the loss was {first:.2f} before the first step and is {recent:.2f} after {history.step}: {advice}"
+    if recent > _far_above(history.lowest):
+        return f"the loss has risen from {history.lowest:.2f} (step {history.lowest_at}) to {recent:.2f}: {advice}"
     return None
 
 
@@ -239,34 +252,34 @@ def _far_above(loss: float) -> float:
     return loss + max(1.0, 0.5 * loss)
 
 
-def data_is_slow(seen: Seen) -> str | None:
+def data_is_slow(history: History) -> str | None:
     """Two stretches in a row, so that neither a start nor one slow part of a file is taken for it."""
-    if len(seen.waiting) < 2 or min(seen.waiting[-2:]) <= 0.2:
+    if len(history.waiting) < 2 or min(history.waiting[-2:]) <= 0.2:
         return None
-    config, cores = seen.start.config, os.cpu_count() or 1
+    config, cores = history.start.config, os.cpu_count() or 1
     workers, most = config.data.workers, max(1, cores // config.gpus)
     if workers < most:
         more = min(most, max(2 * workers, usual_workers(config.gpus)))
         advice = f"raise --workers (now {workers}) to {more}"
     else:
         advice = f"{cores} cores have {workers * config.gpus} workers — smaller pictures or a faster disk would help"
-    return f"{seen.waiting[-1]:.0%} of the time is spent waiting for data: {advice}"
+    return f"{history.waiting[-1]:.0%} of the time is spent waiting for data: {advice}"
 
 
 # --- rules about validations ------------------------------------------------------------------------------------------
 
 
-def overfitting(seen: Seen) -> str | None:
+def overfitting(history: History) -> str | None:
     """The held-out loss has risen three times in a row above its best while the loss of training fell."""
-    if len(seen.validations) < 4:
+    if len(history.validations) < 4:
         return None
-    best = min(seen.validations, key=lambda found: found.loss)
-    since = [best, *(found for found in seen.validations if found.step > best.step)]
+    best = min(history.validations, key=lambda validation: validation.loss)
+    since = [best, *(later for later in history.validations if later.step > best.step)]
     rising = all(later.loss > earlier.loss for earlier, later in zip(since[-4:], since[-3:], strict=False))
     if len(since) < 4 or not rising or since[-1].loss < 1.01 * best.loss:
         return None
-    there = best.step - seen.start.done
-    before, now = _mean(seen.losses[max(0, there - FEW) : max(there, FEW)]), seen.recent
+    there = best.step - history.start.done
+    before, now = _mean(history.losses[max(0, there - FEW) : max(there, FEW)]), history.recent
     if not now < before:
         return None
     figures = (
@@ -274,21 +287,21 @@ def overfitting(seen: Seen) -> str | None:
         f"training fell from {before:.3f} to {now:.3f} — the weights of step {best.step} are kept (…_best.pth)"
     )
     advice = "stop here, or train on more rows, or with fewer --epochs"
-    if 0 < seen.start.rows <= SMALL_SET:
-        advice = f"{seen.start.rows} rows are learnt by heart; answers about other pictures need more rows"
+    if 0 < history.start.rows <= SMALL_SET:
+        advice = f"{history.start.rows} rows are learnt by heart; answers about other pictures need more rows"
     return f"overfitting since step {best.step}: {figures}; {advice}"
 
 
-def does_not_look(seen: Seen) -> str | None:
+def does_not_look(history: History) -> str | None:
     """A model that looks is worse off with pictures of other rows."""
-    found = [one for one in seen.validations[-3:] if one.swapped_loss is not None]
-    if len(found) < 3 or not seen.last or seen.step < 0.3 * seen.last.steps:
+    losses = [(it.loss, it.swapped_loss) for it in history.validations[-3:] if it.swapped_loss is not None]
+    if len(losses) < 3 or not history.last or history.step < 0.3 * history.last.steps:
         return None
-    if any(one.swapped_loss < 0.05 or one.swapped_loss - one.loss > 0.005 * one.swapped_loss for one in found):  # type: ignore[operator]
+    if any(swapped < 0.05 or swapped - loss > 0.005 * swapped for loss, swapped in losses):
         return None
     return (
-        f"the model does not look: its loss on held-out rows is {found[-1].loss:.3f} with their pictures and "
-        f"{found[-1].swapped_loss:.3f} with those of other rows — do the answers need the pictures, and are "
+        f"the model does not look: its loss on held-out rows is {losses[-1][0]:.3f} with their pictures and "
+        f"{losses[-1][1]:.3f} with those of other rows — do the answers need the pictures, and are "
         "these the right ones (mmv data preview)? If so, pretrain for longer or with a higher --lr"
     )
 

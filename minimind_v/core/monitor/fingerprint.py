@@ -1,4 +1,4 @@
-"""What a run was made of: the settings and inputs that decide its numbers, compared when it is resumed."""
+"""The origin of a run: the settings, inputs and code that decide its numbers, compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,18 @@ from minimind_v.core.hub.sources import METADATA
 PIECE = 1 << 20  # bytes read at a time
 MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
 WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
-# What a run may change at will: it decides where things go and what is told, not what is learnt.
-# How an update's rows are shared out is free as well; how many they are is not, and has a name of its own.
+# What a resume may change at will: it decides where files go and what is reported, not what is learnt.
+# How a step's rows are shared out is free as well; how many they are is not, and has a name of its own.
 FREE = {"out", "device", "gpus", "save_every", "save_minutes", "keep", "log_every", "recall_rows", "data.workers"}
 FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "track"}
+# The code that decides what a run learns, packages and modules of core: a change in them refuses a resume. What else a
+# run imports (a test computes it) reports or moves files: its change alters no number.
+DECIDING = (
+    "model", "rows", "data", "formats", "train/build.py", "train/distributed.py", "train/freeze.py", "train/loop.py",
+    "train/progress.py", "train/resume.py", "train/run.py", "train/step.py", "config/schedule.py", "cpu_sharing.py",
+    "device.py",
+)  # fmt: skip
+WRITERS = {"card.py", "write.py", "writers.py"}  # in these packages: modules that a run does not import
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
 
 
@@ -37,9 +45,8 @@ def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
         if key == "data.tokenizer":
             path = path / "tokenizer.json"  # other things may stand in its folder
         origin[key] = fingerprint(path) if path.exists() else None
-    sources = sorted(Path(minimind_v.__file__).parent.joinpath("core").rglob("*.py"))
-    origin["features"] = "int8" if config.features == "int8" else "exact"  # remembered or not, they are the same
-    origin["code"] = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
+    origin["features"] = "int8" if config.features == "int8" else "exact"  # cached or not, they are the same
+    origin["code"] = code_digest(Path(minimind_v.__file__).parent / "core")
     if extensions := extensions_digest():
         origin["extensions"] = extensions
     origin["torch"] = torch.__version__
@@ -48,18 +55,32 @@ def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
     return origin
 
 
+def deciding_modules(core: Path) -> list[Path]:
+    """The files of DECIDING, sorted."""
+    files = (file for name in DECIDING for file in ((core / name).rglob("*.py") if "." not in name else [core / name]))
+    return sorted(file for file in files if file.name not in WRITERS)
+
+
+def code_digest(core: Path) -> str:
+    """A digest of the code that decides numbers; `core` is the folder of the packages."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in deciding_modules(core):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def check_origin(
-    there: Mapping[str, Any], here: Mapping[str, Any], allowed: Collection[str], tell: Callable[[str], None]
+    before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], warn: Callable[[str], None]
 ) -> None:
-    """Tell every difference between the run that left a state and this one. Raises UsageError over one not allowed."""
+    """Report every difference between a state's run and this one. Raises UsageError over one that is not allowed."""
     for name in allowed:
-        if name not in here:
-            raise UsageError(f"--allow {name}: nothing of a run is called so{nearest(name, here)}")
-    there = {"projector": LINEAR, **there}  # earlier releases had no other, and did not record it
-    differing = [key for key in here if there.get(key) != here[key]]
+        if name not in now:
+            raise UsageError(f"--allow {name}: nothing of a run is called so{nearest(name, now)}")
+    before = {"projector": LINEAR, **before}  # earlier releases had no other, and did not record it
+    differing = [key for key in now if before.get(key) != now[key]]
     for key in differing:
         allowance = " (allowed)" if key in allowed else ""
-        tell(f"{key}: {_shown(there.get(key))} in the run that is resumed, {_shown(here[key])} now{allowance}")
+        warn(f"{key}: {_shown(before.get(key))} in the run that is resumed, {_shown(now[key])} now{allowance}")
     if refused := [key for key in differing if key not in allowed]:
         raise UsageError(
             "this is not the run that left the state — give what it had, start over with --overwrite, or say "

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a run is made of, so that a year later it can be told and done again."""
+"""`manifest.json`: what a run is made of, so that a year later it can be described and repeated."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "pyarrow")
 
 
 def write_manifest(path: Path, config: RunConfig, origin: Mapping[str, Any], done: int, processes: int = 1) -> None:
-    """Write the manifest at the start of a run; where it is resumed (`done` updates), add a start to the one there is.
+    """Write the manifest at the start of a run; where it is resumed (`done` steps), add a start to the one there is.
 
-    `origin` is what state.origin_of gave: the fingerprints of data and weights are in it. Raises RunError.
+    `origin` is what fingerprint.origin_of returns: the fingerprints of data and weights are in it. Raises RunError.
     """
     begun = start(done, processes)
     starts = read_notes(path).get("starts") if done else None
@@ -47,7 +47,7 @@ def write_manifest(path: Path, config: RunConfig, origin: Mapping[str, Any], don
 
 
 def start(done: int, processes: int) -> dict[str, Any]:
-    """When, how and where a run was started, or taken up after `done` updates."""
+    """When, how and where a run was started, or resumed after `done` steps."""
     name = Path(sys.argv[0]).name
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,4 +1,4 @@
-"""What a run says of itself: what it is about to do, which rows it leaves out, and what ended it."""
+"""Messages of a run: what it is about to do, which rows it leaves out, and what ended it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from minimind_v.core.monitor.diagnostics import SMALL_SET
 from minimind_v.core.monitor.metrics import Recalled
 from minimind_v.core.wording import plural
 
-TOLD = 5  # broken rows that are told one by one
+NAMED_BROKEN = 5  # broken rows that are named one by one
 FEW = 50  # broken rows that no rate is judged by
-NAMED = 8  # rows of an update that are named
+NAMED = 8  # rows of a step that are named
 # What torch says that has no error of its own for it, and what becomes of a failed allocation inside CUDA's libraries.
 NO_MEMORY = (
     "can't allocate memory",
@@ -39,8 +39,8 @@ HIGHEST_RATE = 5e-4  # that is advised
 FORGOTTEN = 0.05  # share of the answers' tokens that must be lost before it is called forgetting
 
 
-def announcement(config: RunConfig, plan: BatchPlan, updates: int, rows: int, model: VLM, where: str) -> str:
-    """What is about to happen: so many updates of so many rows each, at which learning rates."""
+def announcement(config: RunConfig, plan: BatchPlan, steps: int, rows: int, model: VLM, where: str) -> str:
+    """What is about to happen: so many steps of so many rows each, at which learning rates."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_encoder."))
     held_out = len(plan.dataset) - plan.rows
@@ -48,15 +48,15 @@ def announcement(config: RunConfig, plan: BatchPlan, updates: int, rows: int, mo
     end = ", or fewer: it ends once every answer is right" if config.until_right else ""
     return (
         f"{config.stage}: {plural(len(plan.dataset), 'row')} of {config.data.file}{kept}, "
-        f"{plural(config.epochs, 'epoch')}, {plural(updates, 'update')} of {plural(min(rows, plan.rows), 'row')} "
+        f"{plural(config.epochs, 'epoch')}, {plural(steps, 'step')} of {plural(min(rows, plan.rows), 'row')} "
         f"on {where}{end}; learning rate from {peak(config.lr):.2g} down to {config.lr / 10:.2g}; "
         f"{trained:,} of {everything:,} parameters learn ({config.freeze})"
     )
 
 
-def before_the_start(config: RunConfig, plan: BatchPlan, updates: int) -> Iterator[str]:
+def before_the_start(config: RunConfig, plan: BatchPlan, steps: int) -> Iterator[str]:
     """What is known to go wrong with a run before it has begun."""
-    if line := too_little(config, plan.rows, updates):
+    if line := too_little(config, plan.rows, steps):
         yield line
     if config.until_right and plan.rows > SMALL_SET:
         yield (
@@ -71,64 +71,67 @@ def before_the_start(config: RunConfig, plan: BatchPlan, updates: int) -> Iterat
         )
 
 
-def too_little(config: RunConfig, rows: int, updates: int) -> str | None:
+def too_little(config: RunConfig, rows: int, steps: int) -> str | None:
     """That a run cannot move its weights far enough to learn, and what would; None where it can."""
-    moved = reach(config.lr, updates)
+    moved = reach(config.lr, steps)
     if moved >= LEAST_REACH:
         return None
-    lr = max(config.lr, min(HIGHEST_RATE, float(f"{GOOD_REACH / reach(1, updates):.0e}")))
+    lr = max(config.lr, min(HIGHEST_RATE, float(f"{GOOD_REACH / reach(1, steps):.0e}")))
     advice = f"--lr {lr:g}" if lr > config.lr else ""
-    if reach(lr, updates) < GOOD_REACH / 5:  # the updates are too few at any rate
+    if reach(lr, steps) < GOOD_REACH / 5:  # the steps are too few at any rate
         more = math.ceil(GOOD_REACH / 5 / reach(lr, 1))
-        steps = f"--epochs {math.ceil(config.epochs * more / updates)}"
-        if config.max_steps == updates:
-            steps = f"--max-steps {more}"
-        advice = f"{advice} {steps}".strip()
+        option = f"--epochs {math.ceil(config.epochs * more / steps)}"
+        if config.max_steps == steps:
+            option = f"--max-steps {more}"
+        advice = f"{advice} {option}".strip()
     few = config.stage == "sft" and rows <= SMALL_SET and not config.until_right
     small = ", or --recipe small-data, made for few rows" if few else ""
     return (
-        f"{plural(updates, 'update')} at --lr {config.lr:g} cannot move a weight by more than {moved:.1g}: the model "
+        f"{plural(steps, 'step')} at --lr {config.lr:g} cannot move a weight by more than {moved:.1g}: the model "
         f"will stay almost as it is — try {advice}{small}"
     )
 
 
-def recalled(config: RunConfig, weights: Path, known: Mapping[str, Recalled], why: str) -> tuple[list[str], list[str]]:
+def recalled(
+    config: RunConfig, weights: Path, results: Mapping[str, Recalled], why: str
+) -> tuple[list[str], list[str]]:
     """What a run has learnt of its own rows and kept of earlier ones; second, what of that calls for action.
 
-    `known` is what was measured: `own`, `before` and `after`; `why` says why the last two were not.
+    `results` are what was measured: `own`, `before` and `after`; `why` says why the last two were not.
     """
-    said, warned = [], []
-    if own := known.get("own"):
+    messages, warnings = [], []
+    if own := results.get("own"):
         rows = f"{plural(own.rows, 'row')} of {own.data}"
-        if own.hits == 1:
-            said.append(f"learnt: every answer to the {rows} is right, token for token")
+        if own.token_accuracy == 1:
+            messages.append(f"learnt: every answer to the {rows} is right, token for token")
         else:
-            warned.append(
-                f"not all is learnt: {own.hits:.1%} of the tokens of the answers to {rows} are right — raise --epochs "
-                "or --lr; where two rows ask the same about the same picture, only one of their answers can be right"
+            warnings.append(
+                f"not all is learnt: {own.token_accuracy:.1%} of the tokens of the answers to {rows} are right — raise "
+                "--epochs or --lr; where two rows ask the same about the same picture, only one of their answers can "
+                "be right"
             )
-    if "before" not in known or "after" not in known:
-        said.append(
+    if "before" not in results or "after" not in results:
+        messages.append(
             f"not measured: what {config.init} knew before and {weights} may have forgotten ({why}) — "
             f"compare the two with `mmv eval --model {weights} --data FILE`"
         )
-        return said, warned
-    before, after = known["before"], known["after"]
-    said.append(
-        f"kept: on {plural(after.rows, 'row')} of {after.data}, not trained on now, {before.hits:.1%} of the answers' "
-        f"tokens were right before and {after.hits:.1%} are now "
+        return messages, warnings
+    before, after = results["before"], results["after"]
+    messages.append(
+        f"kept: on {plural(after.rows, 'row')} of {after.data}, not trained on now, {before.token_accuracy:.1%} of the "
+        f"answers' tokens were right before and {after.token_accuracy:.1%} are now "
         f"(loss {before.loss:.3f}, now {after.loss:.3f})"
     )
-    if before.hits - after.hits > FORGOTTEN:
-        warned.append(
+    if before.token_accuracy - after.token_accuracy > FORGOTTEN:
+        warnings.append(
             f"part of what {config.init} knew is forgotten: add rows of {after.data} to the new ones, or try a lower "
             f"--lr (now {config.lr:g})"
         )
-    return said, warned
+    return messages, warnings
 
 
 def not_finite(loss: float, grad_norm: float, places: Sequence[str]) -> str:
-    """An update that was skipped, and the rows that it was made of."""
+    """A step that was skipped, and the rows that it was made of."""
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return f"loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {', '.join(places[:NAMED])}{more}"
 
@@ -139,31 +142,31 @@ class BrokenRows:
     def __init__(self, rows: int, rows_per_step: int, allowed: float) -> None:
         """`allowed` is the share of all `rows` that may be broken."""
         self.rows, self.rows_per_step, self.allowed = rows, rows_per_step, allowed
-        self.known: dict[str, list[str]] = {}  # by place: the kind and the whole message
+        self.by_place: dict[str, list[str]] = {}  # by place: the kind and the whole message
 
     @property
     def kinds(self) -> dict[str, int]:
         """How many there are of each kind, the most frequent first."""
-        return dict(Counter(kind for kind, _ in self.known.values()).most_common())
+        return dict(Counter(kind for kind, _ in self.by_place.values()).most_common())
 
     @property
     def first(self) -> str | None:
         """What is wrong with the first one."""
-        return next((message for _, message in self.known.values()), None)
+        return next((message for _, message in self.by_place.values()), None)
 
-    def add(self, found: list[BrokenRow], read: int, warn: Callable[[str], None]) -> None:
+    def add(self, rows: list[BrokenRow], read: int, warn: Callable[[str], None]) -> None:
         """Take in broken rows when so many rows of the set have been `read`, and name the first ones.
 
         Raises DataError where too many of all rows are broken, or so many of those read that the rest hardly matters.
         It depends on nothing else, so it is the same after a resume and for any number of processes.
         """
-        for row in found:
-            if row.place in self.known:
+        for row in rows:
+            if row.place in self.by_place:
                 continue
-            self.known[row.place] = [row.kind, str(row)]
-            if len(self.known) <= TOLD:
+            self.by_place[row.place] = [row.kind, str(row)]
+            if len(self.by_place) <= NAMED_BROKEN:
                 warn(f"row skipped: {row}")
-        broken = len(self.known)
+        broken = len(self.by_place)
         if broken > self.allowed * self.rows:
             share = f"{broken} of {self.rows} rows are broken"
         elif broken > self._bearable(read):

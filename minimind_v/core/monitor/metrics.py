@@ -1,29 +1,32 @@
-"""What a run tells about itself: one record per update, kept as JSON lines and shown by whoever listens."""
+"""The metrics of a run, the listener that receives them as events, and the JSON lines that keep them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from minimind_v.core.errors import DataError, MissingInput, RunError
 from minimind_v.core.files import write_text
 from minimind_v.core.monitor.records import LONGEST, LOSS, read_records
 
+if TYPE_CHECKING:
+    from minimind_v.core.data.batch import Batch
+
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One update. Counts and seconds add up from the start of the run."""
+    """One optimiser step. Counts and seconds add up from the start of the run."""
 
     step: int  # from 1
     steps: int  # of the whole run
-    epoch: float  # epochs done after this update
-    loss: float  # nats per supervised token of this update, with the auxiliary loss
-    hits: float  # share of this update's supervised tokens that were the likeliest
+    epoch: float  # epochs done after this step
+    loss: float  # nats per supervised token of this step, with the auxiliary loss
+    token_accuracy: float  # share of this step's supervised tokens that were the likeliest
     lr: float
     grad_norm: float  # before clipping
     samples: int
@@ -39,67 +42,53 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Validation:
-    """What the model is worth on rows that it does not learn from."""
+    """Loss and token accuracy on rows that the model does not learn from."""
 
     step: int
     loss: float  # nats per supervised token, by the mathematics of training without the auxiliary loss
-    hits: float  # share of the supervised tokens that were the likeliest
-    swapped_loss: float | None  # with the pictures of other rows; None where the rows have no pictures
+    token_accuracy: float  # share of the supervised tokens that were the likeliest
+    swapped_loss: float | None  # with the images of other rows; None where the rows have no images
     rows: int
     best: bool = False  # lower than at every validation before
 
 
 @dataclass(frozen=True)
 class Recalled:
-    """What a model knows of some rows of a file, without learning from them."""
+    """Loss and token accuracy on some rows of a file, measured without learning from them."""
 
     data: str
     rows: int
     loss: float  # nats per supervised token
-    hits: float  # share of the supervised tokens that were the likeliest
+    token_accuracy: float  # share of the supervised tokens that were the likeliest
 
 
-class Listener(Protocol):
-    """Whoever wants to know how a run goes."""
+class Listener:
+    """Receives the events of a run and ignores them; a subclass shows or keeps those that it needs."""
 
-    def say(self, message: str) -> None:
+    def message(self, text: str) -> None:
         """Something worth a line."""
 
-    def warn(self, message: str) -> None:
+    def warning(self, text: str) -> None:
         """Something that the user should act upon."""
 
-    def step(self, metrics: StepMetrics, log: bool) -> None:
-        """An update is done; `log` says that it is one of every log_every."""
+    def batches(self, batches: Sequence[Batch]) -> None:
+        """The micro-batches of this process that the next step trains on."""
 
-    def validated(self, found: Validation) -> None:
-        """Held-out rows were looked at."""
+    def step(self, metrics: StepMetrics, logged: bool) -> None:
+        """A step is done; `logged` is true for one of every log_every."""
+
+    def validated(self, result: Validation) -> None:
+        """Held-out rows were measured."""
 
     def saved(self, step: int) -> None:
-        """All that was learnt until this update is on the disk."""
+        """Weights and state of this step are on the disk."""
 
-
-class Silent:
-    """A listener for those processes of a run that do not lead it."""
-
-    best: Validation | None = None
-
-    def say(self, message: str) -> None: ...
-
-    def warn(self, message: str) -> None: ...
-
-    def batch(self, batch: object) -> None: ...
-
-    def step(self, metrics: StepMetrics, log: bool) -> None: ...
-
-    def validated(self, found: Validation) -> None: ...
-
-    def saved(self, step: int) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The run has ended."""
 
 
 class JsonLines:
-    """A line of JSON for whatever has a step, each flushed. A resumed run keeps the lines up to where it goes on."""
+    """A file of records with a step, a line of JSON each, flushed. A resumed run keeps the lines up to its state."""
 
     def __init__(self, path: Path, after: int = 0) -> None:
         kept = [line for line, record in read_records(path) if record["step"] <= after] if after else []
@@ -148,19 +137,19 @@ class JsonLines:
         self._file = self.path.open("a+", encoding="utf-8")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # told when it was written
+        with contextlib.suppress(OSError):  # reported when it was written
             self._file.close()
 
 
 def read_lines(path: Path, damaged: Callable[[str], object] = lambda _: None) -> Iterator[dict[str, Any]]:
-    """The records of a file of JsonLines; none where there is no file. `damaged` is told of what cannot be read."""
+    """The records of a file of JsonLines; none where there is no file. `damaged` gets what cannot be read."""
     return (record for _, record in read_records(path, damaged))
 
 
 def read_metrics(
     path: Path, damaged: Callable[[str], object] = lambda _: None, needed: tuple[str, ...] = LOSS
 ) -> list[dict[str, Any]]:
-    """The logged updates of a run, also of one under way; `damaged` is told of lines that lack what is `needed`.
+    """The logged steps of a run, also of one under way; `damaged` gets the lines that lack what is `needed`.
 
     Raises MissingInput for none, DataError where every line is damaged.
     """

@@ -1,12 +1,13 @@
-"""Whoever looks at a run besides the user: keeps what happens in `events.jsonl`, and finds words for the numbers.
+"""The recorder of a run: keeps its events in `events.jsonl`, and turns its numbers into warnings.
 
-A `Watch` stands between a run and its listener. What the run tells passes through and is kept; so is what the signs
-say. A run that is resumed finds there what its earlier part has told.
+It stands between a run and its listener: every event passes through, and the diagnostics' warnings are added. A run
+that is resumed finds there what its earlier part has reported.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,13 +22,13 @@ from minimind_v.core.monitor.trackers import Tracker
 Kept = TypeVar("Kept", Validation, Recalled)
 
 
-class Watch:
-    """A listener that keeps what it hears and passes it on."""
+class Recorder(Listener):
+    """A listener that keeps events and passes them on."""
 
     def __init__(self, path: Path, listener: Listener) -> None:
-        """`path` is written only from `begin` on; what is heard before is kept until then."""
+        """`path` is written only from `begin` on; events before are kept until then."""
         self.path, self.listener = path, listener
-        self.signs: Diagnostics | None = None
+        self.diagnostics: Diagnostics | None = None
         self.best: Validation | None = None
         self.recalled: dict[str, Recalled] = {}  # what was measured of rows: `before`, `after`, `own`
         self._tracker: Tracker | None = None
@@ -36,81 +37,81 @@ class Watch:
         self._step = 0
 
     def begin(self, start: Start, tracker: Tracker | None = None) -> None:
-        """The run starts, or goes on after `start.done` updates. Raises RunError."""
+        """The run starts, or is resumed after `start.done` steps. Raises RunError."""
         self._file = JsonLines(self.path, start.done)
         self._tracker = tracker
         events = list(read_lines(self.path))
-        told = [event["sign"] for event in events if "sign" in event]
-        validations = [_again(Validation, event["validation"]) for event in events if "validation" in event]
+        rules = [event["sign"] for event in events if "sign" in event]
+        validations = [_restored(Validation, event["validation"]) for event in events if "validation" in event]
         self.best = min(validations, key=lambda validation: validation.loss, default=None)
         for event in events:
-            self.recalled |= {when: _again(Recalled, rows) for when, rows in event.get("recalled", {}).items()}
-        self.signs = Diagnostics(start, told, validations)
+            self.recalled |= {when: _restored(Recalled, rows) for when, rows in event.get("recalled", {}).items()}
+        self.diagnostics = Diagnostics(start, rules, validations)
         self._step = start.done
         for event in self._early:
             self._keep(**event)
 
     def close(self) -> None:
-        """The run has ended."""
         self._keep(memory_bytes=max(peak_memory()))
-        for opened in (self._file, self._tracker):
+        for opened in (self._file, self._tracker, self.listener):
             if opened:
                 opened.close()
 
-    # --- what a run tells ---------------------------------------------------------------------------------------------
+    # --- events -------------------------------------------------------------------------------------------------------
 
-    def say(self, message: str) -> None:
-        self.listener.say(message)
+    def message(self, text: str) -> None:
+        self.listener.message(text)
 
-    def warn(self, message: str) -> None:
-        self._keep(warning=message)
-        self.listener.warn(message)
+    def warning(self, text: str) -> None:
+        self._keep(warning=text)
+        self.listener.warning(text)
 
-    def batch(self, batch: Batch) -> None:
-        """A batch that is about to be learnt from."""
-        if self.signs:
-            self.signs.batch(batch)
+    def batches(self, batches: Sequence[Batch]) -> None:
+        self.listener.batches(batches)
+        if self.diagnostics:
+            self.diagnostics.batches(batches)
 
-    def step(self, metrics: StepMetrics, log: bool) -> None:
+    def step(self, metrics: StepMetrics, logged: bool) -> None:
         self._step = metrics.step
-        self.listener.step(metrics, log)
-        if self.signs:
-            self._tell(self.signs.step(metrics))
-        if self._tracker and log:
+        self.listener.step(metrics, logged)
+        if self.diagnostics:
+            self._warn(self.diagnostics.step(metrics))
+        if self._tracker and logged:
             self._track(tracked(metrics))
 
-    def validated(self, found: Validation) -> None:
-        if found.best:
-            self.best = found
-        self._keep(validation=asdict(found))
-        self.listener.validated(found)
-        if self.signs:
-            self._tell(self.signs.validated(found))
+    def validated(self, result: Validation) -> None:
+        if result.best:
+            self.best = result
+        self._keep(validation=asdict(result))
+        self.listener.validated(result)
+        if self.diagnostics:
+            self._warn(self.diagnostics.validated(result))
         if self._tracker:
-            swapped = {} if found.swapped_loss is None else {"validation/swapped_loss": found.swapped_loss}
-            self._track({"validation/loss": found.loss, "validation/hits": found.hits} | swapped)
+            swapped = {} if result.swapped_loss is None else {"validation/swapped_loss": result.swapped_loss}
+            accuracy = {"validation/token_accuracy": result.token_accuracy}
+            self._track({"validation/loss": result.loss} | accuracy | swapped)
 
     def saved(self, step: int) -> None:
         self.listener.saved(step)
 
-    def keep_recalled(self, when: str, found: Recalled | None) -> None:
+    def recall(self, when: str, result: Recalled | None) -> None:
         """What was measured `before` and `after` of rows that the weights had learnt, and of the run's `own`."""
-        if found:
-            self.recalled[when] = found
-            self._keep(recalled={when: asdict(found)})
+        if result:
+            self.recalled[when] = result
+            self._keep(recalled={when: asdict(result)})
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _tell(self, lines: dict[str, str]) -> None:
-        for sign, line in lines.items():
-            self._keep(sign=sign, warning=line)
-            self.listener.warn(f"step {self._step}: {line}")
+    def _warn(self, lines: dict[str, str]) -> None:
+        for rule, line in lines.items():
+            self._keep(sign=rule, warning=line)
+            self.listener.warning(f"step {self._step}: {line}")
 
     def _keep(self, **event: Any) -> None:
         if self._file is None:
             self._early.append(event)
             return
-        with contextlib.suppress(RunError):  # a full disk is told of by what matters more
+        with contextlib.suppress(RunError):  # a full disk is reported by what matters more
             self._file.write({"step": self._step} | event)
 
     def _track(self, values: dict[str, float]) -> None:
@@ -119,20 +120,20 @@ class Watch:
             self._tracker.log(self._step, values)
         except Exception as error:  # somebody else's service must not end a run
             self._tracker = None
-            self.warn(f"the tracker failed and is left alone from here on: {' '.join(str(error).split())[:200]}")
+            self.warning(f"the tracker failed and is left alone from here on: {' '.join(str(error).split())[:200]}")
 
 
-def _again(kind: type[Kept], record: dict[str, Any]) -> Kept:
-    """What was kept of it; keys that only another version knows are left out."""
+def _restored(kind: type[Kept], record: dict[str, Any]) -> Kept:
+    """What was kept of it; keys that only another version has are left out."""
     names = {item.name for item in fields(kind)}
     return kind(**{key: value for key, value in record.items() if key in names})
 
 
 def tracked(metrics: StepMetrics) -> dict[str, float]:
-    """The figures of an update by the names that a tracker shows."""
+    """The figures of a step by the names that a tracker shows."""
     return {
         "train/loss": metrics.loss,
-        "train/hits": metrics.hits,
+        "train/token_accuracy": metrics.token_accuracy,
         "train/lr": metrics.lr,
         "train/grad_norm": metrics.grad_norm,
         "train/epoch": metrics.epoch,

@@ -17,10 +17,10 @@ LONGEST = 1 << 20  # bytes of a line; one of ours has some hundred
 LARGEST = 1e100  # of a number: sums and quotients of such are numbers
 # Keys of a logged step, and of what was measured on rows.
 COUNTS = ("step", "steps", "epoch", "samples", "tokens", "supervised_tokens", "seconds", "data_seconds", "rows")
-MEASURED = ("loss", "hits", "lr", "grad_norm", "swapped_loss")  # which need not be finite
+MEASURED = ("loss", "token_accuracy", "lr", "grad_norm", "swapped_loss")  # which need not be finite
 LOSS = ("loss",)  # by which a logged step is known
 REPORTED = ("loss", "samples", "seconds")  # without which there is no report of it
-RECALLED = ("rows", "loss", "hits")
+RECALLED = ("rows", "loss", "token_accuracy")
 
 
 def read_records(
@@ -81,8 +81,16 @@ def _parse(line: bytes, needed: tuple[str, ...]) -> tuple[dict[str, Any] | None,
         return None, "not a line of JSON; it was cut or changed"
     if not isinstance(record, dict):
         return None, "not a record of a run"
+    record = _renamed(record)
     trouble = _trouble(record, needed)
     return (None, trouble) if trouble else (record, "")
+
+
+def _renamed(record: Any, levels: int = 3) -> Any:
+    """A record with today's keys: `token_accuracy` was `hits` in earlier versions."""
+    if not isinstance(record, dict) or not levels:
+        return record
+    return {"token_accuracy" if key == "hits" else key: _renamed(value, levels - 1) for key, value in record.items()}
 
 
 def _trouble(record: dict[str, Any], needed: tuple[str, ...]) -> str:
@@ -97,7 +105,7 @@ def _trouble(record: dict[str, Any], needed: tuple[str, ...]) -> str:
             return f"{key} is {_shown(record[key])}"
     if not is_number(record.get("memory_bytes", 0)):
         return f"memory_bytes is {_shown(record['memory_bytes'])}"
-    for name, kind in (("validation", ("step", "loss", "hits", "swapped_loss", "rows")), ("recalled", ())):
+    for name, kind in (("validation", ("step", "loss", "token_accuracy", "swapped_loss", "rows")), ("recalled", ())):
         measured = record.get(name, {})
         if not isinstance(measured, dict):
             return f"{name} is {_shown(measured)}"

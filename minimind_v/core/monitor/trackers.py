@@ -1,6 +1,6 @@
-"""Trackers of other people's making, behind one small interface. Each is an extra of this package.
+"""Trackers (TensorBoard, Weights & Biases, Trackio) behind one small interface. Each is an extra of this package.
 
-What they are given is what `metrics.jsonl` has anyway; a run never depends on one.
+They show what `metrics.jsonl` has anyway; a run never depends on one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ PROJECT = "minimind-v"
 class Tracker(Protocol):
     """Shows curves somewhere."""
 
-    where: str  # for a line that tells the user
+    where: str  # how the user opens it
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of an update."""
+        """Figures of a step."""
 
     def close(self) -> None:
         """No more will come."""
 
 
 def open_tracker(kind: str, folder: Path, name: str, config: dict[str, Any], done: int) -> Tracker:
-    """A tracker of a run whose folder is `folder`, which goes on after `done` updates.
+    """A tracker of a run whose folder is `folder`, which is resumed after `done` steps.
 
     `kind` is one of config.schema.TRACKERS but none. Raises MissingInput where its package is not installed.
     """
@@ -47,7 +47,7 @@ class TensorBoard:
     def __init__(self, folder: Path, name: str, config: dict[str, Any], done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier part of the run wrote about later updates is hidden.
+        # What an earlier part of the run wrote about later steps is hidden.
         self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
         if not done:
             self._writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
@@ -68,14 +68,14 @@ class Wandb:
     def __init__(self, folder: Path, name: str, config: dict[str, Any], done: int) -> None:
         wandb = importlib.import_module("wandb")
         folder.mkdir(parents=True, exist_ok=True)
-        known = folder / "run.txt"  # the run's name over there, so that it is the same when resumed
-        same = known.read_text(encoding="utf-8").strip() if done and known.is_file() else None
+        name_file = folder / "run.txt"  # the run's name over there, so that it is the same when resumed
+        same = name_file.read_text(encoding="utf-8").strip() if done and name_file.is_file() else None
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT), name=name, config=config, dir=str(folder.parent),
             mode=mode, id=same, resume="allow" if same else None,
         )  # fmt: skip
-        write_text(known, f"{self._run.id}\n")
+        write_text(name_file, f"{self._run.id}\n")
         self.where = f"wandb sync {folder}/offline-*" if mode == "offline" else str(self._run.url)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

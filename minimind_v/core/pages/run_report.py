@@ -128,7 +128,7 @@ def _figures(run: RunRecords) -> str:
     last = run.last
     numbers = {
         "mean loss of the last logged steps": f"{statistics.fmean(record['loss'] for record in run.metrics[-10:]):.4f}",
-        "token accuracy on answers": f"{last.get('hits', 0):.1%}",
+        "token accuracy on answers": f"{last.get('token_accuracy', 0):.1%}",
         "training time": duration(last["seconds"]),
         "samples per second": f"{last['samples'] / max(last['seconds'], 1e-9):,.1f}",
     }
@@ -163,8 +163,8 @@ def _recalled(run: RunRecords) -> str:
         "after": "the same rows, after",
     }
     rows = "".join(
-        f"<tr><td>{name}</td><td>{recall['rows']} of {escape(recall['data'])}</td><td>{recall['hits']:.1%}</td>"
-        f"<td>{recall['loss']:.4f}</td></tr>"
+        f"<tr><td>{name}</td><td>{recall['rows']} of {escape(recall['data'])}</td>"
+        f"<td>{recall['token_accuracy']:.1%}</td><td>{recall['loss']:.4f}</td></tr>"
         for when, name in names.items()
         if (recall := run.recalled.get(when))
     )
@@ -179,7 +179,10 @@ def _curves(run: RunRecords) -> str:
     if any(result.get("swapped_loss") is not None for result in validation):
         loss["validation, with images of other rows"] = _points(validation, "swapped_loss")
     others = {
-        "Token accuracy": {"training": _points(training, "hits"), "validation": _points(validation, "hits")},
+        "Token accuracy": {
+            "training": _points(training, "token_accuracy"),
+            "validation": _points(validation, "token_accuracy"),
+        },
         "Learning rate": {"lr": _points(training, "lr")},
         "Gradient norm before clipping": {"norm": _points(training, "grad_norm")},
         "Samples per second": {"samples": _rates(training, "samples")},

@@ -1,8 +1,7 @@
 """`--batch-size auto`: the largest micro-batch that there is memory for, found before a run begins.
 
-An update keeps its rows. What batch size and accumulation make of them per process is divided anew: the batch size is
-one of its divisors, accumulation follows. A model like the run's, of random weights, is tried with the worst that can
-come: rows of full length, a picture in each, every word of them learnt. It is gone before the run builds its own.
+A step keeps its rows: only how they are divided changes, the batch size into one of their divisors, accumulation with
+it. A model like the run's is tried with the worst rows that can come, and is gone before the run builds its own.
 """
 
 from __future__ import annotations
@@ -19,18 +18,10 @@ from pathlib import Path
 import torch
 
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
-from minimind_v.core.device import autocast
 from minimind_v.core.errors import RunError, UsageError
-from minimind_v.core.formats.vision_tower import load_encoder
-from minimind_v.core.model.kernels.accelerate import accelerate
-from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.messages import out_of_memory
 from minimind_v.core.train.distributed import ALONE, World
-from minimind_v.core.train.freeze import freeze
-from minimind_v.core.train.micro_batch import parts_of
+from minimind_v.core.train.trial import Trial
 
 HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
 GPU_HEADROOM = 0.08  # of the memory of a GPU that may be taken: its allocator leaves gaps as lengths change
@@ -39,20 +30,20 @@ UNMEASURED = "--batch-size auto can measure memory on CUDA and on Linux only: gi
 
 
 class Gauge:
-    """The memory of this machine and of this process, in bytes. Reads what Linux tells of them."""
+    """The memory of this machine and of this process, in bytes, as Linux reports it."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
 
     def room(self) -> int:
         """What may still be taken: the least of what the machine has free and what its groups' limits leave."""
-        found = [self._fields("proc/meminfo")["MemAvailable"]]
+        limits = [self._fields("proc/meminfo")["MemAvailable"]]
         for line in self._lines("proc/self/cgroup"):
             _, kinds, path = line.split(":", 2)
             if kinds in ("", "memory"):
-                found += self._left(Path("sys/fs/cgroup") / kinds, path.strip("/"))
-        found += self._address_space()
-        return min(found)
+                limits += self._left(Path("sys/fs/cgroup") / kinds, path.strip("/"))
+        limits += self._address_space()
+        return min(limits)
 
     def _left(self, mount: Path, path: str) -> Iterator[int]:
         """What the limits of a group and of those around it leave. Files that can be read again do not count."""
@@ -65,8 +56,8 @@ class Gauge:
             ):
                 bounds = [line for name in (limit, used) for line in self._lines(group / name)[:1]]
                 if len(bounds) == 2 and bounds[0].isdigit():  # and not `max`
-                    told = (line.split() for line in self._lines(group / "memory.stat"))
-                    cached = sum(int(words[1]) for words in told if words[0] == idle)
+                    fields = (line.split() for line in self._lines(group / "memory.stat"))
+                    cached = sum(int(words[1]) for words in fields if words[0] == idle)
                     yield int(bounds[0]) - int(bounds[1]) + cached
 
     def _address_space(self) -> list[int]:
@@ -98,50 +89,6 @@ class Gauge:
             return []
 
 
-class Trial:
-    """The passes of a run over rows of the worst kind, by a model of its own."""
-
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
-        encoder = load_encoder(config.vision_model)
-        with torch.random.fork_rng(devices=[]):
-            model = VLM(config.model, encoder.spec, 0, encoder, config.projector).to(device)
-            self.model = accelerate(model, device)
-        self.memory = FeatureCache(FeatureEncoder(encoder, device, config.dtype))
-        self.trained = freeze(self.model, config.freeze)
-        self.length = min(config.data.max_length, config.model.max_position_embeddings)
-
-    @property
-    def moments(self) -> int:
-        """Bytes that the optimiser will hold."""
-        return sum(2 * parameter.nbytes for parameter in self.trained)
-
-    @property
-    def row(self) -> int:
-        """Bytes that a row of a batch takes by itself, its picture and what is seen in it; the least for one more."""
-        spec = self.model.model_config.vision
-        return 18 * self.length + 3 * spec.image_size**2 + 4 * spec.tokens_per_image * spec.width
-
-    def __call__(self, rows: int) -> None:
-        """Forward and backward over one batch. Raises what torch raises where memory is out."""
-        for part in parts_of(self._batch(rows), self.memory, self.device):
-            with autocast(self.device, self.config.dtype):
-                out = self.model(**part.tokens, image_features=part.image_features)
-            assert out.loss_sum is not None
-            (out.loss_sum / part.supervised + out.aux_loss).backward()
-        self.model.zero_grad(set_to_none=True)
-
-    def _batch(self, rows: int) -> Batch:
-        spec, draw = self.model.spec, torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.config.model.vocab_size, (rows, self.length), generator=draw)
-        image_mask = torch.zeros_like(ids, dtype=torch.bool)
-        seen = spec.tokens_per_image if spec.tokens_per_image + 2 <= self.length else 0
-        image_mask[:, :seen] = True
-        pixels = torch.zeros(rows, 3, spec.image_size, spec.image_size, dtype=torch.uint8) if seen else None
-        labels = torch.where(image_mask, IGNORE, ids)
-        return Batch(ids, torch.ones_like(image_mask), labels, image_mask, pixels, keys=[b""] * rows)
-
-
 def find_batch_size(
     config: RunConfig,
     device: torch.device,
@@ -151,8 +98,8 @@ def find_batch_size(
 ) -> tuple[RunConfig, str]:
     """The configuration with the largest batch size that fits on every process, and a line on what was chosen and why.
 
-    Nothing of the run changes but how its updates are divided: no weight, no random number. Raises UsageError where
-    memory cannot be measured, RunError where a GPU has no room for a single row.
+    Nothing of the run changes but how the rows of its steps are divided: no weight, no random number. Raises
+    UsageError where memory cannot be measured, RunError where a GPU has no room for a single row.
     """
     if device.type == "mps":  # whose memory is the machine's: what is too much is swapped, and nothing says so
         raise UsageError(UNMEASURED)
@@ -161,21 +108,21 @@ def find_batch_size(
     with _discarded(device):
         trial = make_trial(config, device)
         if device.type == "cpu":
-            found, why = _by_measure(trial, sizes, world, config.gpus, gauge or Gauge())
+            fitting, why = _by_measure(trial, sizes, world, config.gpus, gauge or Gauge())
         else:
-            found, why = _by_trial(trial, sizes, world.size > 1)
+            fitting, why = _by_trial(trial, sizes, world.size > 1)
         del trial
-    size = int(min(answer for (answer,) in world.gather([found])))
-    if size < found:
+    size = int(min(answer for (answer,) in world.gather([fitting])))
+    if size < fitting:
         why = "another process has no room for more"
-    of = f"the {rows} rows of an update" + ("" if world.size == 1 else " that fall to each process")
+    of = f"the {rows} rows of a step" + ("" if world.size == 1 else " that fall to each process")
     config = replace(config, data=replace(config.data, batch_size=size), accumulate=rows // size)
     return config, f"batch size {size}, accumulate {rows // size}, for {of}: {why}"
 
 
 @contextmanager
 def _discarded(device: torch.device) -> Iterator[None]:
-    """What was tried leaves no memory taken, and no peak behind."""
+    """A trial leaves no memory taken, and no peak behind."""
     try:
         yield
     finally:
@@ -222,14 +169,14 @@ def _gpu_memory(device: torch.device) -> int:
 
 
 def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gauge: Gauge) -> tuple[int, str]:
-    """On a CPU, which kills who takes too much: measured with a few rows and drawn on in a straight line.
+    """On a CPU, where a process that takes too much is killed: measured with a few rows, continued in a straight line.
 
     The processes of a machine share its memory; where none has been started yet, `gpus` says how many there will be.
     """
     if not sys.platform.startswith("linux"):
         raise UsageError(UNMEASURED)
     held, room = gauge.held(), gauge.room()
-    hosts = world.gather_objects(platform.node())  # and all have looked before anyone begins
+    hosts = world.gather_objects(platform.node())  # and all have measured before any begins
     usable = int(room * (1 - HEADROOM)) // (hosts.count(platform.node()) if world.placed else gpus)
     taken = {0: 0}  # rows → bytes
     for rows in (1, 2, 4):
@@ -244,5 +191,5 @@ def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gau
         return trial.moments + taken.get(size, taken[most] + each * (size - most))
 
     size = next((size for size in sizes if takes(size) <= usable), 1)
-    told = f"{takes(size) / GIB:.1f} GiB with rows of {trial.length} tokens, of {usable / GIB:.1f} GiB to be had"
-    return size, told
+    why = f"{takes(size) / GIB:.1f} GiB with rows of {trial.length} tokens, of {usable / GIB:.1f} GiB available"
+    return size, why

@@ -1,4 +1,4 @@
-"""What a run is built from: rows in their order, rows to validate on, and the model with its weights."""
+"""The parts of a run: rows in their order, held-out rows, the model with its weights, its feature cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import RowDataset
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder, open_feature_cache
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.token_store import keep_tokens
@@ -34,7 +35,7 @@ from minimind_v.core.train.distributed import World
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: the updates that it learns from, and the rows that it is looked at with."""
+    """What a run reads: the steps that it learns from, and the rows that it is validated with."""
 
     encoder: VisionEncoder
     tokenizer: Tokenizer
@@ -69,14 +70,14 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
             f"(--preset, --tokenizer, --set model.vocab_size={tokenizer.vocab_size})"
         )
     prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
-    rows = open_rows(data.file, data.images, data.split, listener.say)
+    rows = open_rows(data.file, data.images, data.split, listener.message)
     dataset = RowDataset(rows, prompts, spec.image_size, data.max_length, fit=spec.fit)
-    tokens = keep_tokens(dataset, origin["data.file"], folder, listener.warn)
-    shared = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
+    tokens = keep_tokens(dataset, origin["data.file"], folder, listener.warning)
+    common = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
     held_out, learnt = None, None
     if config.val_every:
-        chosen = world.broadcast(_hold_out(config, dataset, origin, folder, listener) if world.leads else None)
-        held_out, learnt = BatchPlan(dataset, data.batch_size, keep=chosen, tokens=tokens, **shared), ~chosen
+        mask = world.broadcast(_hold_out(config, dataset, origin, folder, listener) if world.leads else None)
+        held_out, learnt = BatchPlan(dataset, data.batch_size, keep=mask, tokens=tokens, **common), ~mask
     plan = BatchPlan(
         dataset,
         data.batch_size,
@@ -85,7 +86,7 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
         rows_per_step=origin["rows_per_update"],
         keep=learnt,
         tokens=tokens,
-        **shared,
+        **common,
     )
     return Data(encoder, tokenizer, plan, held_out)
 
@@ -94,7 +95,7 @@ def _hold_out(
     config: RunConfig, dataset: RowDataset, origin: Mapping[str, Any], folder: Path, listener: Listener
 ) -> np.ndarray:
     inputs = json.dumps([origin[key] for key in ("data.file", "data.split", "data.images")])
-    return hold_out(dataset.rows, config.val_rows, config.seed, folder / "held_out.json", inputs, listener.say)
+    return hold_out(dataset.rows, config.val_rows, config.seed, folder / "held_out.json", inputs, listener.message)
 
 
 def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
@@ -102,12 +103,23 @@ def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
     model = VLM(config.model, data.encoder.spec, data.tokenizer.placeholder_id, data.encoder, config.projector)
     init = find_init(config)
     if init is None:
-        listener.warn("starting from random weights: the language model knows nothing yet")
+        listener.warning("starting from random weights: the language model knows nothing yet")
         return Loaded(model, weights=False, new_projector=True, companions=_companions(config, data))
     checkpoint = read_checkpoint(init)
     receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")
-    listener.say(str(receipt))
+    listener.message(str(receipt))
     return Loaded(model, weights=True, new_projector=bool(receipt.new), companions=_companions(config, data))
+
+
+def open_features(config: RunConfig, model: VLM, plan: BatchPlan, listener: Listener) -> FeatureCache:
+    """The features of the run's images: computed by the model's encoder on its device, kept where that pays."""
+    if model.vision_encoder is None:  # features are given
+        return FeatureCache()
+    folder = config.features_dir or config.out / "features"
+    encoder = FeatureEncoder(model.vision_encoder, model.device, config.dtype)
+    cache = open_feature_cache(config.features, folder, encoder, plan.rows, listener.message, listener.warning)
+    plan.dataset.remembered = cache.store
+    return cache
 
 
 def _companions(config: RunConfig, data: Data) -> Companions:

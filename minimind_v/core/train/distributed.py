@@ -1,7 +1,7 @@
-"""Several processes that train one model: who they are, what they tell each other, and how they end together.
+"""Several processes that train one model: their ranks, what they exchange, and how they end together.
 
-Started by `launch`, by torchrun or by Slurm, every process finds its place in its environment. What they exchange of
-numbers and words travels over the CPU; gradients go the way that torch's DistributedDataParallel chooses.
+Started by `launch`, by torchrun or by Slurm, every process reads its rank from its environment. Numbers and objects
+travel over the CPU; gradients go the way that torch's DistributedDataParallel chooses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GONE = re.compile(r"closed by peer|reset by peer|gloo|nccl|broken pipe|socket|s
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among those of the run. Alone, everything here costs nothing."""
+    """The rank of this process among those of the run. Alone, everything here costs nothing."""
 
     rank: int = 0
     size: int = 1
@@ -42,7 +42,7 @@ class World:
 
     @classmethod
     def find(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """The place that torchrun or Slurm gave to this process; alone where neither did."""
+        """The rank that torchrun or Slurm gave to this process; alone where neither did."""
         try:
             if "RANK" in environment and "WORLD_SIZE" in environment:
                 return cls(
@@ -67,7 +67,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes and talks."""
+        """Whether this process is the one that writes and reports."""
         return self.rank == 0
 
     def join(self, device: torch.device) -> None:
@@ -98,7 +98,7 @@ class World:
 
     @contextmanager
     def contact(self) -> Iterator[None]:
-        """Tell what torch raises when another process is gone from every other error."""
+        """Turn what torch raises when another process is gone into LostContact; other errors pass."""
         try:
             yield
         except RuntimeError as error:
@@ -117,19 +117,19 @@ class World:
         dist.all_gather(everyone, mine)
         return [row.tolist() for row in everyone]
 
-    def gather_objects(self, thing: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """One object of every process, in the order of their ranks."""
         if self.size == 1:
-            return [thing]
+            return [value]
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, thing)
+        dist.all_gather_object(everyone, value)
         return everyone
 
-    def broadcast(self, thing: Any) -> Any:
-        """What the leading process has, to all."""
+    def broadcast(self, value: Any) -> Any:
+        """The value of the leading process, to all."""
         if self.size == 1:
-            return thing
-        box = [thing]
+            return value
+        box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
@@ -161,11 +161,11 @@ def alone_or_last(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 def slurm_address(environment: Mapping[str, str]) -> dict[str, str]:
     """Where Slurm's processes meet: the first host of the step, on a port that the job's number gives.
 
-    Raises UsageError where Slurm does not tell.
+    Raises UsageError where Slurm does not say.
     """
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
-    found = re.match(r"([^,\[]+)(?:\[(\d+))?", hosts)  # gpu[07-09,12],login → gpu07
-    if not found:
+    host = re.match(r"([^,\[]+)(?:\[(\d+))?", hosts)  # gpu[07-09,12],login → gpu07
+    if not host:
         raise UsageError("several processes, but neither MASTER_ADDR nor a list of Slurm's hosts says where they meet")
     port = environment.get("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
-    return {"MASTER_ADDR": found[1] + (found[2] or ""), "MASTER_PORT": port}
+    return {"MASTER_ADDR": host[1] + (host[2] or ""), "MASTER_PORT": port}

@@ -1,41 +1,52 @@
-"""What a run will take, before hours are spent on it: counted from its rows and measured in a few of its updates."""
+"""Forecasts of time, memory and disk, before hours are spent on a run: by a few real steps, or by made-up ones."""
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minimind_v.core.config.load import plain
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schedule import peak
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.curate.stats import Outlook, foresee
+from minimind_v.core.curate.stats import Outlook, TypicalRow, foresee
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.device import peak_memory
+from minimind_v.core.device import gpu_names, peak_memory, pick_device
 from minimind_v.core.files import write_text
 from minimind_v.core.model.projector import projected
 from minimind_v.core.model.vision.spec import read_vision_spec
 from minimind_v.core.monitor.messages import too_little
-from minimind_v.core.monitor.metrics import Silent, StepMetrics
+from minimind_v.core.monitor.metrics import Listener, StepMetrics
 from minimind_v.core.pages.run_report import disk_used
 from minimind_v.core.rows.jsonl import open_rows
-from minimind_v.core.train.run import Run
+from minimind_v.core.train.loop import Run
+from minimind_v.core.train.run import assemble
 from minimind_v.core.train.run_folder import RunFolder
+from minimind_v.core.train.trial import Trial, seconds
+from minimind_v.core.wording import plural
 
-SECONDS = 30.0  # that the measured updates may take, once there are ENOUGH
-ENOUGH = 3  # updates that must be measured
-WARM, MOST = {"cuda": 10}, {"cuda": 300}  # updates that are not measured, and that may be; a GPU does them quickly
+SECONDS = 30.0  # that the measured steps may take, once there are ENOUGH
+ENOUGH = 3  # steps that must be measured
+WARM, MOST = {"cuda": 10}, {"cuda": 300}  # steps that are not measured, and that may be; a GPU does them quickly
 WARM_ELSEWHERE, MOST_ELSEWHERE = 2, 20
+TRIAL_SECONDS = 4.0  # that a made-up batch may take
+CPU_TOKENS = 1024  # of a made-up batch on a CPU, whose time per token is the same for more
+GPU_TIMES = 5  # that a made-up batch is measured on a GPU; the fastest counts
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take. Its report sets it beside what happened, by these names."""
+    """Time, memory, disk and cost of a run. Its report sets them beside what happened, by these names."""
 
     stage: str
     updates: int
@@ -43,12 +54,12 @@ class Forecast:
     tokens: int  # real ones, of all epochs, placeholders included
     supervised_tokens: int
     seconds: float
-    memory_bytes: int  # the most that one process held in the measured updates
+    memory_bytes: int  # the most that one process held in the measured steps
     disk_bytes: int  # weights, states and records
     price_per_hour: float | None
     cost: float | None
-    how: str  # it is known
-    learning_rate: list[float]  # of the first update, and what it falls to
+    how: str  # these are known
+    learning_rate: list[float]  # of the first step, and what it falls to
     warning: str | None  # what is known to go wrong
     config: dict[str, Any]
 
@@ -59,9 +70,9 @@ def plan(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Forecast:
-    """Foretell a run, and leave the forecast in the run's folder, where its report looks for it.
+    """Forecast a run, and leave the forecast in the run's folder, where its report reads it.
 
-    Rows are counted as the first epoch reads them (a sample of very many); then the real run does a few updates in a
+    Rows are counted as the first epoch reads them (a sample of very many); then the real run does a few steps in a
     folder of its own, from random weights, which take as long as any. Raises what a run raises.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -69,11 +80,11 @@ def plan(
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
     updates = min(outlook.updates, config.max_steps or outlook.updates)
-    first = min(outlook.updates // config.epochs, updates)  # in the epoch that looks at the pictures
+    first = min(outlook.updates // config.epochs, updates)  # in the epoch that encodes the images
     watch, later, memory, disk = _measure(config, updates, first)
     tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (updates, first))
-    seconds = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
-    remembered = ", and once more with the pictures remembered, as in later epochs" if later is not watch else ""
+    time = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
+    remembered = ", and once more with the features cached, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes taken for {config.gpus} times as fast as one" if config.gpus > 1 else ""
     most = "; the run ends once every answer is right, so this is the most that it takes" if config.until_right else ""
     forecast = Forecast(
@@ -82,25 +93,25 @@ def plan(
         _of_run(outlook, updates, outlook.counted.used),
         tokens,
         _of_run(outlook, updates, outlook.counted.supervised),
-        seconds,
+        time,
         memory,
         disk,
         price_per_hour,
-        None if price_per_hour is None else price_per_hour * seconds / 3600,
-        f"{watch.measured} updates of the real run, measured on this machine, reading included{remembered}: "
-        f"{seconds / updates:.2f} s for one of average length{several}; saving and validation are not in the time, "
+        None if price_per_hour is None else price_per_hour * time / 3600,
+        f"{watch.measured} steps of the real run, measured on this machine, reading included{remembered}: "
+        f"{time / updates:.2f} s for one of average length{several}; saving and validation are not in the time, "
         f"and longer rows than those measured may need more memory{most}",
         [peak(config.lr), config.lr / 10],
         too_little(config, len(rows), updates),
         plain(config),
     )
-    told = json.dumps(asdict(forecast), indent=1, ensure_ascii=False)
-    write_text(RunFolder(config).folder / "forecast.json", f"{told}\n")
+    text = json.dumps(asdict(forecast), indent=1, ensure_ascii=False)
+    write_text(RunFolder(config).folder / "forecast.json", f"{text}\n")
     return forecast
 
 
-class Stopwatch(Silent):
-    """Listens to a few updates of a run, and then ends it."""
+class Stopwatch(Listener):
+    """Times a few steps of a run, and then ends it."""
 
     run: Run
 
@@ -108,9 +119,9 @@ class Stopwatch(Silent):
         self.warm: StepMetrics | None = None  # where measuring begins
         self.last: StepMetrics | None = None
 
-    def step(self, metrics: StepMetrics, log: bool) -> None:
+    def step(self, metrics: StepMetrics, logged: bool) -> None:
         self.last = metrics
-        kind = self.run.device.type
+        kind = self.run.train_step.model.device.type
         if metrics.step <= min(WARM.get(kind, WARM_ELSEWHERE), metrics.steps - 1):
             self.warm = metrics
             return
@@ -120,7 +131,7 @@ class Stopwatch(Silent):
 
     @property
     def measured(self) -> int:
-        """Updates."""
+        """Steps."""
         assert self.last
         return self.last.step - (self.warm.step if self.warm else 0)
 
@@ -133,30 +144,92 @@ class Stopwatch(Silent):
 
 
 def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, Stopwatch, int, int]:
-    """A few updates of the real run, as they are in its first epoch, whose updates are `first`, and in later ones.
+    """A few steps of the real run, as they are in its first epoch, which has `first` steps, and in later ones.
 
     Besides what they held of memory, and what a whole run will have on the disk.
     """
     watch = later = Stopwatch()
-    with tempfile.TemporaryDirectory(prefix="mmv-plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mmv-plan-") as out:
         few = replace(
-            config, out=Path(folder), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
+            config, out=Path(out), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
             recall_rows=0, track="none", gpus=1,
             max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
         )  # fmt: skip
-        watch.run = run = Run(few, watch)
-        run.fit()
-        state = sum(path.stat().st_size for path in run.place.states.paths())
-        best = run.place.weights.stat().st_size if config.val_every else 0
+        watch.run = run = assemble(few, watch)
+        run.run()
+        folder = RunFolder(few)
+        state = sum(path.stat().st_size for path in folder.states.paths())
+        best = folder.weights.stat().st_size if config.val_every else 0
         saves = -(-updates // config.save_every) if config.save_every else 1
-        memory, disk = max(peak_memory()), disk_used(run.place.folder) + best + (min(config.keep, saves) - 1) * state
-        if updates > first and run.memory.store is not None:
+        memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
+        if updates > first and run.train_step.features.store is not None:
             later = Stopwatch()
-            later.run = Run(replace(few, max_steps=run.done), later, overwrite=True)
-            later.run.fit()
+            later.run = assemble(replace(few, max_steps=run.progress.done), later, overwrite=True)
+            later.run.run()
         return watch, later, memory, disk
 
 
 def _of_run(outlook: Outlook, updates: int, counted: int) -> int:
-    """What was counted in the rows looked at, for so many updates of the run."""
+    """What was counted in the rows looked at, for so many steps of the run."""
     return round(counted / outlook.looked_at * outlook.seen_rows * updates / outlook.updates)
+
+
+# --- by made-up steps -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a whole run, None where they could not be measured, and how that is known."""
+
+    seconds: float | None
+    how: str
+
+
+def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Estimate:
+    """Seconds of a run over `rows` rows (all epochs together) in `steps` steps.
+
+    A batch of the recipe's sizes, or as many of its rows as can be done in some seconds, goes forward and backward. No
+    weights and no rows are read.
+    """
+    try:
+        device = pick_device(config.device)
+        trial = Trial(config, device, light=True)
+        length = min(max(round(row.length), 2), config.data.max_length)
+        supervised = min(max(round(row.supervised), 1), length - 1)
+        most = max(1, CPU_TOKENS // length) if device.type == "cpu" else config.data.batch_size
+
+        def taken(count: int) -> float:
+            images = _images(row, count, length // trial.spec.tokens_per_image)
+            return seconds(device, partial(trial.passes, trial.batch(images, length, supervised)))
+
+        alone = taken(1)  # the first time pays for what is only made once
+        alone = min(alone, taken(1)) if alone < TRIAL_SECONDS else alone
+        count = max(1, min(config.data.batch_size, most, int(TRIAL_SECONDS / alone)))
+        # A GPU chooses its kernels when it meets new sizes, which a run does in a small part of its steps.
+        times = GPU_TIMES if device.type == "cuda" else 1
+        passes = min(taken(count) for _ in range(times)) if count > 1 else alone
+        adamw = trial.adamw_seconds()
+    except torch.OutOfMemoryError:
+        return Estimate(None, "not measured: a batch of this recipe does not fit into the device's memory")
+    except Exception as error:  # an estimate must not end what has been counted
+        return Estimate(None, f"not measured: {' '.join(str(error).split())[:200] or type(error).__name__}")
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else gpu_names()[device.index or 0]
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
+        where += ", which are busy with other work: left alone they may be many times as fast"
+    return Estimate(
+        passes / count * rows + adamw * steps,
+        f"an estimate: {passes:.2f} s for {plural(count, 'made-up row')} of {length} tokens and "
+        f"{row.pictures:.2g} pictures each, forward and backward with random weights, and {adamw:.3f} s "
+        f"for AdamW, measured just now on {where}; reading, saving and what else runs are not in it",
+    )
+
+
+def time_of(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> dict[str, Any]:
+    """`estimate`, as a program reads it."""
+    return asdict(estimate(config, row, rows, steps))
+
+
+def _images(row: TypicalRow, rows: int, most: int) -> list[int]:
+    """How many images each row has. Of 1.5 images a row: one and two in turn."""
+    ends = [int(number * row.pictures) for number in range(rows + 1)]
+    return [min(end - begin, most) for begin, end in pairwise(ends)]

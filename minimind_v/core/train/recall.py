@@ -1,4 +1,4 @@
-"""What a run on few rows knows at its end: of its own rows, and of the rows that its weights learnt before."""
+"""What a run on few rows has learnt at its end, and what its weights have forgotten of the rows before."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from minimind_v.core.data.feature_store import FeatureStore
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.errors import MmvError
 from minimind_v.core.files import read_notes
-from minimind_v.core.model.vlm import VLM
+from minimind_v.core.monitor.messages import recalled
 from minimind_v.core.monitor.metrics import Recalled
+from minimind_v.core.monitor.recorder import Recorder
 from minimind_v.core.rows.jsonl import open_rows
-from minimind_v.core.train.validate import See, Validator
+from minimind_v.core.train.run_folder import RunFolder
+from minimind_v.core.train.step import TrainStep
+from minimind_v.core.train.validate import Validator
 
 BATCH = 8  # rows at a time
 OWN_ROWS = 100  # of a run's own rows, so many at most are measured
@@ -61,10 +64,63 @@ class Recall:
         self.name, self.rows = name, plan.rows
         self._validate = Validator(plan, dtype, swapped=False)
 
-    def __call__(self, model: VLM, see: See) -> Recalled | None:
-        """Loss and right tokens; None where no row can be used."""
-        found = self._validate(model, see, 0, None)
-        return None if found is None else Recalled(self.name, found.rows, found.loss, found.hits)
+    def __call__(self, train_step: TrainStep) -> Recalled | None:
+        """Loss and token accuracy; None where no row can be used."""
+        result = self._validate(train_step.model, train_step.features.features, 0, None)
+        if result is None:
+            return None
+        return Recalled(self.name, result.rows, result.loss, result.token_accuracy)
+
+
+class RecallReport:
+    """Measures a sample of what the weights learnt before the run, then again after it with the run's own rows."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: BatchPlan,
+        train_step: TrainStep,
+        recorder: Recorder,
+        loaded: bool,
+        processes: int = 1,
+    ) -> None:
+        """`loaded` says that the run started from weights, and not from random numbers."""
+        self.config, self.plan, self.train_step, self.recorder = config, plan, train_step, recorder
+        self.loaded, self.processes = loaded, processes
+        self._earlier: Recall | str = ""  # rows that the weights learnt before, or why none are measured
+
+    def before(self, done: int) -> None:
+        """Measure while nothing is forgotten; a run that is resumed (`done` steps) has done so."""
+        self._earlier = self._find_earlier()
+        if isinstance(self._earlier, Recall) and not done:
+            sample = f"{self._earlier.rows} rows of {self._earlier.name}"
+            self.recorder.message(f"measuring what {self.config.init} knows of {sample}")
+            self.recorder.recall("before", self._earlier(self.train_step))
+
+    def _find_earlier(self) -> Recall | str:
+        if self.processes > 1:
+            return "a run of several processes does not measure it"
+        if self.config.init is None or not self.loaded:
+            return "it started from random weights"
+        return recall_earlier(self.config, self.plan, self.train_step.features.store)
+
+    def after(self) -> None:
+        """Measure again, and report what was learnt and what was forgotten."""
+        config, recorder, earlier = self.config, self.recorder, self._earlier
+        try:
+            if self.processes == 1:
+                recorder.recall("own", recall_own(config, self.plan)(self.train_step))
+            if isinstance(earlier, Recall) and "before" in recorder.recalled:
+                recorder.recall("after", earlier(self.train_step))
+        except MmvError as error:  # the weights are there: a row that was broken meanwhile does not end the run badly
+            recorder.warning(f"what the run has learnt and forgotten was not measured: {error}")
+            return
+        why = earlier if isinstance(earlier, str) else "its rows could not be measured before the run"
+        messages, warnings = recalled(config, RunFolder(config).weights, recorder.recalled, why)
+        for line in messages:
+            recorder.message(line)
+        for line in warnings:
+            recorder.warning(line)
 
 
 def recall_own(config: RunConfig, plan: BatchPlan) -> Recall:
@@ -85,12 +141,12 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
         return f"{earlier.file}, which {config.init} learnt from, is not there"
     if earlier.file.resolve() == config.data.file.resolve():
         return f"{config.init} learnt from these same rows"
-    mine = plan.dataset
+    own = plan.dataset
     try:
         rows = open_rows(earlier.file, earlier.images)
         keep = np.zeros(len(rows), bool)
         keep[rows.shuffled(np.random.default_rng(config.seed))[: config.recall_rows]] = True
-        dataset = RowDataset(rows, mine.encoder, mine.image_size, config.data.max_length, fit=mine.fit)
+        dataset = RowDataset(rows, own.encoder, own.image_size, config.data.max_length, fit=own.fit)
         dataset.remembered = store
     except MmvError as error:
         return str(error)

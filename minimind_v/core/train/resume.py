@@ -1,4 +1,4 @@
-"""States of a run: what it takes to go on as if nothing had happened, in files that prove themselves.
+"""Resume states of a run: all that it takes to continue bit for bit, in files that prove themselves.
 
 A state is one safetensors file, whose name ends in a digest of its bytes: what was cut or changed is not taken for one.
 It holds the weights that train in fp32, the optimiser's moments, the state of the random numbers and, as JSON, how far
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind_v.core.errors import RunError
 from minimind_v.core.files import write_atomically
@@ -112,6 +112,11 @@ def digest_of(data: bytes) -> str:
 
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------
+
+
+def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name: those that a state holds."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def pack(named: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class RunFolder:
         self.folder = self.weights.with_suffix("")  # what a run writes besides weights
         self.metrics = self.folder / "metrics.jsonl"
         self.states = States(self.folder / "states", config.keep)
-        self.rows = config.data.batch_size * config.accumulate  # of an update that fall to a process
+        self.rows = config.data.batch_size * config.accumulate  # of a step that fall to a process
 
     def lock(self, held: ExitStack, listener: Listener) -> None:
         """Keep every other run away until `held` is closed. Raises UsageError where one is there already."""
@@ -69,9 +69,9 @@ class RunFolder:
             return
         held.callback(lock.release)
         if not lock.certain:
-            listener.say(f"{self.config.out} is on a file system without locks: let no other run write there")
+            listener.message(f"{self.config.out} is on a file system without locks: let no other run write there")
         if lock.left.get("host", note["host"]) != note["host"]:
-            listener.say(
+            listener.message(
                 f"{self.weights}: a run there did not come to its end ({describe_holder(lock.left)}); where locks do "
                 "not reach from machine to machine, make sure that it is over"
             )
@@ -96,14 +96,14 @@ class RunFolder:
         if not resume:
             self.states.supersede(at_once=processes > 1)
             return Claim(origin)
-        state = self.states.newest(listener.warn)
+        state = self.states.newest(listener.warning)
         if state is None:
             self._refuse_other_run()
-            listener.say(f"nothing to resume in {self.folder}: starting")
+            listener.message(f"nothing to resume in {self.folder}: starting")
             return Claim(origin)
-        if self.same_rows(state):  # more or fewer processes share the same updates
+        if self.same_rows(state):  # more or fewer processes share the same steps
             origin["rows_per_update"] = state.origin["rows_per_update"]
-        check_origin(state.origin, origin, allowed, listener.warn)
+        check_origin(state.origin, origin, allowed, listener.warning)
         before = state.origin.get("rows_per_update", origin["rows_per_update"])
         state.progress["step"] = state.progress["step"] * before // origin["rows_per_update"]
         return Claim(origin, state)
@@ -123,7 +123,7 @@ class RunFolder:
         return "make room, and " + ("go on from the last state with --resume" if states else "start again")
 
     def same_rows(self, state: State) -> bool:
-        """Whether as many rows of an update were asked of each process, in whatever batches."""
+        """Whether as many rows of a step were asked of each process, in whatever batches."""
         return math.prod(state.progress.get("split", ())) == self.rows
 
     def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:

@@ -1,17 +1,31 @@
-"""Saving beside the training: a snapshot is taken at once, and a thread brings it to the disk."""
+"""Saving beside the training: a snapshot is taken at once, and a thread writes it to the disk."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.errors import RunError
+from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
+from minimind_v.core.formats.companions import Companions
+from minimind_v.core.monitor.metrics import Listener
+from minimind_v.core.train.records import errors_as_warnings
+from minimind_v.core.train.resume import named_trainable, pack
+from minimind_v.core.train.run_folder import RunFolder
+from minimind_v.core.train.step import TrainStep
+
+MINUTE = 60.0  # seconds
+
 
 class Snapshot:
-    """Copies of tensors that the next update does not change; those of a GPU lie in pinned memory, which is kept."""
+    """Copies of tensors that the next step does not change; those of a GPU lie in pinned memory, which is kept."""
 
     def __init__(self) -> None:
         self._pinned: dict[str, Tensor] = {}
@@ -42,11 +56,93 @@ class Outcome:
 
 
 class Saver:
-    """One thread at a time that writes. What it raises is kept for the one who asks."""
+    """Saves the states and weights of a run, one at a time, each written by a thread.
 
-    def __init__(self) -> None:
+    Only the leading process saves, and every process has the same weights: none has to ask the others.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        origin: dict[str, Any],
+        train_step: TrainStep,
+        companions: Companions,
+        listener: Listener,
+    ) -> None:
+        self.config, self.folder, self.origin = config, folder, origin
+        self.train_step, self.companions, self.listener = train_step, companions, listener
+        self._snapshot = Snapshot()
+        self._owed = False  # whether a save failed, or is due
+        self._saved_at = time.monotonic()  # or when the run began
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
+
+    def after_step(self, step: int, logged: bool, progress: Callable[[], dict[str, Any]]) -> None:
+        """Begin a save where one is due. Waits where the one before is still written."""
+        self.report()
+        if self._is_due(step, logged):
+            self.report(wait=True)
+            self._owed, self._saved_at = False, time.monotonic()
+            self.start(step, self._writer(progress()))
+
+    def save_now(self, progress: dict[str, Any]) -> None:
+        """Save at the end of a run. Raises RunError with the next step to take."""
+        try:
+            self._writer(progress)()
+        except RunError as error:
+            raise RunError(f"{error} — {self.folder.next_step()}") from None
+        self.listener.saved(progress["step"])
+
+    def save_best(self, step: int) -> None:
+        """Keep the weights of this step, which no validation has found better."""
+        with errors_as_warnings(self.listener, step):
+            tensors, config = export_tensors(self.train_step.model), self.config
+            write_checkpoint(self.folder.best_weights, tensors, config.model, config.stage, self.companions)
+
+    def report(self, wait: bool = False) -> None:
+        """Report how the save in the background has ended. A full disk in the night must not end the run."""
+        ended = self.outcome(wait)
+        if ended is None:
+            return
+        if ended.error is None:
+            self.listener.saved(ended.step)
+        elif isinstance(ended.error, RunError):
+            self._owed = True  # the next time there may be room
+            self.listener.warning(f"step {ended.step}: {ended.error}")
+        else:
+            raise ended.error
+
+    def _is_due(self, step: int, logged: bool) -> bool:
+        """After save_every steps and save_minutes; where that failed, at every logged one until it succeeds."""
+        every, minutes = self.config.save_every, self.config.save_minutes
+        late = bool(minutes) and time.monotonic() - self._saved_at >= minutes * MINUTE and not self.busy
+        due = late or (bool(every) and step % every == 0)
+        self._owed = self._owed or due
+        return due or (self._owed and logged)
+
+    def _writer(self, progress: dict[str, Any]) -> Callable[[], None]:
+        """What writes the state of this moment, and the weights."""
+        model, optimiser, config = self.train_step.model, self.train_step.optimiser, self.config
+        tensors, ready = self._snapshot.take(pack(named_trainable(model), optimiser))
+        weights: dict[str, Tensor] | RunError
+        try:
+            weights = export_tensors(model)
+        except RunError as error:  # there may be a state all the same
+            weights = error
+
+        def write() -> None:
+            ready()
+            try:
+                self.folder.states.write(progress["step"], tensors, progress, self.origin)
+            finally:  # there may be room for the weights alone
+                if isinstance(weights, RunError):
+                    raise weights
+                write_checkpoint(self.folder.weights, weights, config.model, config.stage, self.companions)
+
+        return write
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
@@ -60,10 +156,10 @@ class Saver:
             try:
                 write()
                 self._outcome = Outcome(step, None)
-            except BaseException as error:  # raised where it is asked for
+            except BaseException as error:  # raised by the thread that trains
                 self._outcome = Outcome(step, error)
 
-        # The interpreter does not wait for it: whoever stops a run for the third time is not kept by a slow disk.
+        # The interpreter does not wait for it: a run that is stopped for the third time is not kept by a slow disk.
         self._thread = threading.Thread(target=work, name="save", daemon=True)
         self._thread.start()
 

@@ -1,4 +1,4 @@
-"""The loss on rows that are held out, by the mathematics of training; and the same with pictures of other rows."""
+"""The loss on held-out rows, by the mathematics of training; and the same with images of other rows."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Validation
 
 Gather = Callable[[list[float]], list[list[float]]]
-See = Callable[[Batch], Tensor | None]  # the features of a batch's pictures [M, P, width], as in training
+Encode = Callable[[Batch], Tensor | None]  # the features of a batch's images [M, P, width], as in training
 
 
 class Validator:
-    """Looks at the same rows whenever it is asked. It draws no random number: training goes on as if it were not."""
+    """Measures the same rows at each call. It draws no random number: training continues as if it were not there."""
 
     def __init__(
         self, plan: BatchPlan, dtype: str, gather: Gather = lambda numbers: [numbers], swapped: bool = True
     ) -> None:
         """`plan` has the held-out rows of this process; `gather` brings the sums of all processes.
 
-        Without `swapped` the rows are not measured with pictures of other rows.
+        Without `swapped` the rows are not measured with images of other rows.
         """
         self.plan, self.dtype, self.gather, self.swapped = plan, dtype, gather, swapped
         self._batches: list[Batch] | None = None  # a few hundred rows: they stay
 
-    def __call__(self, model: VLM, see: See, step: int, best: Validation | None) -> Validation | None:
-        """What the model is worth after `step` updates; None where no held-out row can be used."""
+    def __call__(self, model: VLM, encode: Encode, step: int, best: Validation | None) -> Validation | None:
+        """Loss and token accuracy after `step` steps; None where no held-out row can be used."""
         if self._batches is None:
             self._batches = [batch for batch in load_batches(self.plan, workers=0) if batch.supervised]
         model.eval()
         sums = [0.0] * 6
         for number, batch in enumerate(self._batches):
-            moved = self._encoded(model, batch, see)
-            if model.device.type != "cpu":  # where they take a tenth of a gigabyte; a CPU's run may remember them
+            moved = self._encoded(model, batch, encode)
+            if model.device.type != "cpu":  # where they take a tenth of a gigabyte; a CPU's run may keep them on disk
                 self._batches[number] = moved
-            sums = [total + part for total, part in zip(sums, self._look(model, moved), strict=True)]
+            sums = [total + value for total, value in zip(sums, self._measure(model, moved), strict=True)]
         model.train()
-        loss, swapped, hits, supervised, rows, pictures = map(sum, zip(*self.gather(sums), strict=True))
+        loss, swapped, correct, supervised, rows, images = map(sum, zip(*self.gather(sums), strict=True))
         if not supervised:
             return None
-        mean, shown = loss / supervised, swapped / supervised if pictures else None
+        mean, swapped_mean = loss / supervised, swapped / supervised if images else None
         better = best is None or mean < best.loss
-        return Validation(step, mean, hits / supervised, shown, int(rows), better)
+        return Validation(step, mean, correct / supervised, swapped_mean, int(rows), better)
 
     @torch.no_grad()
-    def _encoded(self, model: VLM, batch: Batch, see: See) -> Batch:
+    def _encoded(self, model: VLM, batch: Batch, encode: Encode) -> Batch:
         """The batch on the model's device with features in place of pixels."""
         moved = batch.to(model.device)
         with autocast(model.device, self.dtype):
-            features = see(moved)
+            features = encode(moved)
         return replace(moved, pixel_values=None, image_features=features, remembered=None, keys=[])
 
     @torch.no_grad()
-    def _look(self, model: VLM, batch: Batch) -> tuple[float, ...]:
-        """Sums over a batch: loss, loss with pictures of other rows, hits, supervised tokens, rows, pictures."""
+    def _measure(self, model: VLM, batch: Batch) -> tuple[float, ...]:
+        """Sums over a batch: loss, loss with images of other rows, correct and all supervised tokens, rows, images."""
         features = batch.image_features
         with autocast(model.device, self.dtype):
-            loss, hits = _losses(model, batch, features)
-            swapped, pictures = loss, 0
+            loss, correct = _losses(model, batch, features)
+            swapped, images = loss, 0
             if features is not None and self.swapped:
                 swapped = _losses(model, batch, _others(model, features))[0]
-                pictures = len(features)
-        return float(loss), float(swapped), float(hits), batch.supervised, len(batch), pictures
+                images = len(features)
+        return float(loss), float(swapped), float(correct), batch.supervised, len(batch), images
 
 
 def _losses(model: VLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -80,9 +80,9 @@ def _losses(model: VLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, 
 
 
 def _others(model: VLM, features: Tensor) -> Tensor:
-    """Pictures that belong elsewhere, in place of [M, P, width]: those half a batch away; grey where there is but one.
+    """Images that belong elsewhere, in place of [M, P, width]: those half a batch away; grey where there is but one.
 
-    Not always grey: a model that has only learnt what pictures look like is surprised by grey, and sees nothing.
+    Not always grey: a model that has only learnt the style of images has a higher loss with grey, and reads nothing.
     """
     if len(features) > 1:
         return features.roll(len(features) // 2, 0)

@@ -1,0 +1,218 @@
+"""The one training loop: it takes batches from a plan, makes steps, and reports them. Its parts are handed to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from signal import Signals
+
+from minimind_v.core.config.schedule import learning_rate
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.loader import BatchPlan, load_steps
+from minimind_v.core.errors import DataError
+from minimind_v.core.monitor.messages import announcement, before_the_start, explained
+from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
+from minimind_v.core.signals import StopRequest
+from minimind_v.core.train.distributed import ALONE, World
+from minimind_v.core.train.progress import Progress
+from minimind_v.core.train.recall import RecallReport
+from minimind_v.core.train.records import Records
+from minimind_v.core.train.resume import State, named_trainable, unpack
+from minimind_v.core.train.run_folder import RunFolder
+from minimind_v.core.train.saver import Saver
+from minimind_v.core.train.step import TrainStep
+from minimind_v.core.train.validate import Validator
+
+RIGHT_EPOCHS = 2  # after one, its own last steps had unlearnt an answer to one of twelve rows
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended."""
+
+    weights: Path
+    metrics: Path
+    steps: int
+    stopped_by: Signals | None  # None: it came to its end
+    broken_rows: dict[str, int]  # by kind
+    text_rows: int  # rows with pictures that no mark shows, of
+    notes: dict[str, int]  # rows that are read in another way than they are written, of
+    rows: int  # of the set that were read
+    bad_steps: int  # skipped, since loss or gradient was not finite
+
+
+@dataclass
+class Run:
+    """The training loop over its parts. The leading process alone has a saver, records and a recall report."""
+
+    config: RunConfig
+    plan: BatchPlan
+    train_step: TrainStep
+    listener: Listener
+    world: World = ALONE
+    validator: Validator | None = None
+    saver: Saver | None = None
+    records: Records | None = None
+    recall: RecallReport | None = None
+
+    def __post_init__(self) -> None:
+        self.total = min(len(self.plan), self.config.max_steps or len(self.plan))
+        self.progress = Progress(self.config, self.plan, self.listener, self.world)
+        self.best: Validation | None = None
+        self.stopped_by: Signals | None = None
+
+    def resume(self, state: State) -> None:
+        """Continue from a state, bit for bit as if the run had never been interrupted."""
+        unpack(state.tensors, named_trainable(self.train_step.model), self.train_step.optimiser)
+        self.progress.restore(state.progress)
+        self._end_if_right(self.progress.done)
+        self.listener.message(f"resuming after step {self.progress.done} of {self.total}, from {state.path}")
+
+    def run(self) -> Summary:
+        """Train to the end, or until a signal asks to stop; both save."""
+        progress, begun, torn = self.progress, self.progress.done, False
+        if begun >= self.total:
+            self.listener.message("this run is complete")
+            return self._summary()
+        self.best = self.records.open(begun) if self.records else None
+        self.train_step.model.train()
+        self._announce()
+        if self.recall:
+            self.recall.before(begun)
+        self._clock = time.perf_counter() - progress.counts.seconds
+        with (
+            closing(self.listener),
+            StopRequest() as self.stop,
+            explained(self.config),
+            closing(self.records) if self.records else nullcontext(),
+        ):
+            try:
+                self._loop()
+            except KeyboardInterrupt:  # a second signal, perhaps in the middle of a step
+                torn = True
+                raise
+            finally:
+                self._end(save=progress.done > begun and bool(progress.counts.supervised) and not torn)
+        if not progress.counts.supervised and not self.stopped_by:
+            trouble = progress.broken.first or "every answer is cut off"
+            raise DataError(f"{self.config.data.file}: no row could be used; the first trouble: {trouble}")
+        return self._summary()
+
+    def _loop(self) -> None:
+        config, progress = self.config, self.progress
+        for step, batches in enumerate(self._batches(), progress.done + 1):
+            metrics = self._step(step, batches)
+            if metrics is None:  # asked to stop before there was data
+                return
+            progress.done = step
+            logged = step % config.log_every == 0 or step in (1, self.total)
+            if logged and self.records:
+                self.records.log(metrics)
+            self.listener.step(metrics, logged)
+            if self.validator and (step % config.val_every == 0 or step == self.total):
+                self._validate(self.validator, step)
+            if self.saver and step < self.total:
+                self.saver.after_step(step, logged, progress.state)
+            if self.world.size == 1:  # several must stop after the same step
+                self.stopped_by = self.stop.signal
+            if self.stopped_by or step == self.total:
+                return
+
+    def _batches(self) -> Iterator[list[Batch] | None]:
+        """The micro-batches of each step that fall to this process, fetched when they are needed.
+
+        None, as the last ones, where a signal asked to stop while they were waited for.
+        """
+        pin, workers = self.train_step.model.device.type == "cuda", self.config.data.workers
+        done = self.progress.done
+        with closing(load_steps(self.plan, workers, pin, done, self.listener.warning)) as steps:
+            for _ in range(done, len(self.plan)):
+                asked = time.perf_counter()
+                batches = self.stop.wait(partial(next, steps))
+                self.progress.counts.waited += time.perf_counter() - asked
+                yield batches
+
+    def _step(self, step: int, fetched: list[Batch] | None) -> StepMetrics | None:
+        """One step over all processes; None, and no step, where one was stopped before it had its batches."""
+        progress, counts = self.progress, self.progress.counts
+        self.listener.batches(fetched or [])
+        batches = [batch for batch in fetched or () if batch.supervised]
+        rows = progress.count(step, fetched, batches, self._total)
+        if rows is None:
+            return None
+        lr = learning_rate(step - 1, self.total, self.config.lr)
+        result = self.train_step(batches, rows.supervised, rows.rows, lr, self._total)
+        if rows.supervised:
+            progress.check_finite(step, result, batches, self.total)
+        progress.add(step, rows, result)
+        counts.seconds = time.perf_counter() - self._clock
+        self._end_if_right(step)
+        return StepMetrics(
+            step,
+            self.total,
+            round(step / self.plan.steps_per_epoch, 4),
+            result.loss,
+            result.correct / max(rows.supervised, 1),
+            lr,
+            result.grad_norm,
+            counts.samples,
+            counts.tokens,
+            counts.supervised,
+            counts.seconds,
+            counts.waited,
+        )
+
+    def _total(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all processes; that one was asked to stop travels with them, so that all stop together."""
+        *columns, signals = zip(*self.world.gather([*numbers, self.stop.signal or 0]), strict=True)
+        if any(signals):
+            self.stopped_by = Signals(int(max(signals)))
+        return [sum(column) for column in columns]
+
+    def _end_if_right(self, step: int) -> None:
+        """End the run with this step where whole epochs of right answers are behind it and no more is asked for."""
+        epoch = self.plan.steps_per_epoch
+        if self.config.until_right and step % epoch == 0 and self.progress.counts.right >= RIGHT_EPOCHS * epoch:
+            self.total = step
+
+    def _validate(self, validator: Validator, step: int) -> None:
+        """Measure the held-out rows, and keep the weights where they have never been better."""
+        result = validator(self.train_step.model, self.train_step.features.features, step, self.best)
+        if result is None:
+            return
+        self.best = result if result.best else self.best
+        self.listener.validated(result)
+        if result.best and self.saver:
+            self.saver.save_best(step)
+
+    def _end(self, save: bool) -> None:
+        """Save what was learnt and write the records, after the save that may still run."""
+        if self.saver:
+            self.saver.report(wait=True)
+            if save:
+                self.saver.save_now(self.progress.state())
+        if self.records and save:
+            self.records.restore(self.progress.done)
+            if self.recall and self.progress.done >= self.total:
+                self.recall.after()
+            self.records.report()
+
+    def _announce(self) -> None:
+        config, device = self.config, self.train_step.model.device
+        where = str(device) if self.world.size == 1 else f"{self.world.size} processes ({device.type})"
+        rows = self.plan.rows_per_step
+        about = announcement(config, self.plan, self.total, rows, self.train_step.model, where)
+        self.listener.message(f"{about}; weights go to {RunFolder(config).weights}")
+        if not self.progress.done:
+            for line in before_the_start(config, self.plan, self.total):
+                self.listener.warning(line)
+
+    def _summary(self) -> Summary:
+        folder, progress, counts = RunFolder(self.config), self.progress, self.progress.counts
+        rows = (progress.broken.kinds, counts.text_rows, counts.notes, progress.rows_read(progress.done))
+        return Summary(folder.weights, folder.metrics, progress.done, self.stopped_by, *rows, counts.bad)

@@ -1,0 +1,96 @@
+"""What a run leaves besides weights and states: metrics, events, what it was made of, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from minimind_v.core.config.load import plain, to_yaml
+from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.errors import MmvError, RunError
+from minimind_v.core.files import write_text
+from minimind_v.core.monitor.diagnostics import Start
+from minimind_v.core.monitor.manifest import write_manifest
+from minimind_v.core.monitor.metrics import JsonLines, Listener, StepMetrics, Validation
+from minimind_v.core.monitor.recorder import Recorder
+from minimind_v.core.monitor.trackers import open_tracker
+from minimind_v.core.pages.run_report import write_report
+from minimind_v.core.train.run_folder import RunFolder
+
+
+@contextmanager
+def errors_as_warnings(listener: Listener, step: int) -> Iterator[None]:
+    """A full disk in the night must not end the run."""
+    try:
+        yield
+    except RunError as error:
+        listener.warning(f"step {step}: {error}")
+
+
+class Records:
+    """The records of a run, written by its leading process."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        origin: Mapping[str, Any],
+        start: Start,
+        recorder: Recorder,
+        processes: int = 1,
+    ) -> None:
+        self.config, self.folder, self.origin, self.start = config, folder, origin, start
+        self.recorder, self.processes = recorder, processes
+        self._begun = 0
+
+    def open(self, done: int) -> Validation | None:
+        """The run starts, or is resumed after `done` steps; returns the best validation until then."""
+        config, folder, tracker = self.config, self.folder.folder, None
+        self._begun = done
+        if config.track != "none":
+            tracker = open_tracker(config.track, folder, folder.name, plain(config), done)
+            self.recorder.message(f"curves: {tracker.where}")
+        self._describe()
+        if not done:  # the best weights are those of a run that is started over
+            best = self.folder.best_weights
+            for path in (best, best.with_suffix(".json")):
+                path.unlink(missing_ok=True)
+        self.recorder.begin(replace(self.start, done=done), tracker)
+        self._metrics = JsonLines(self.folder.metrics, done)
+        return self.recorder.best
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Add a line to `metrics.jsonl`."""
+        with errors_as_warnings(self.recorder, metrics.step):
+            if self._metrics.write(asdict(metrics)):
+                self.recorder.warning(
+                    f"step {metrics.step}: {self.folder.metrics} was removed while the run wrote it, and is written "
+                    f"again — what else was in {self.config.out} is lost"
+                )
+                self._describe()
+
+    def restore(self, done: int) -> None:
+        """Write again what somebody has removed, so that what is reported at the end is true."""
+        with errors_as_warnings(self.recorder, done):
+            if self._metrics.restore():
+                self.recorder.warning(f"{self.folder.metrics} was removed while the run went on, and is written again")
+            if not (self.folder.folder / "config.yaml").exists():
+                self._describe()
+
+    def report(self) -> None:
+        """Write `report.html`."""
+        try:
+            write_report(self.folder.folder, self.recorder.warning)
+        except MmvError as error:  # no room, or no metrics for want of room
+            self.recorder.warning(f"no report: {error}")
+
+    def close(self) -> None:
+        self._metrics.close()
+
+    def _describe(self) -> None:
+        """Write what the run is made of."""
+        folder, config = self.folder.folder, self.config
+        write_text(folder / "config.yaml", to_yaml(config))
+        write_manifest(folder / "manifest.json", config, self.origin, self._begun, self.processes)

@@ -1,0 +1,117 @@
+"""The one measurement behind all forecasts: steps over made-up batches of given sizes, by a model of random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_v.core.config.schema import CLIP_VISION, RunConfig
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
+from minimind_v.core.device import has_fused_adamw, wait_for
+from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.hub.sources import VISION_DIR
+from minimind_v.core.model.kernels.accelerate import accelerate
+from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.model.vision.clip import ClipVision
+from minimind_v.core.model.vision.encoder import VisionEncoder, read_vision_spec
+from minimind_v.core.model.vision.spec import read_tower_config
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.step import TrainStep
+
+PROBE = 2**22  # numbers that AdamW is measured with
+
+
+class Trial:
+    """The steps of a run by a model of its own. It draws no number from the program's random numbers."""
+
+    def __init__(self, config: RunConfig, device: torch.device, light: bool = False) -> None:
+        """A `light` one reads no weights, and its layers of one kind are the same: all of the work, little memory."""
+        encoder = _random_encoder(config.vision_model) if light else load_encoder(config.vision_model)
+        layers = config.model.num_hidden_layers
+        built = replace(config.model, num_hidden_layers=min(layers, 2)) if light else config.model
+        with torch.random.fork_rng(devices=[]):
+            model = VLM(built, encoder.spec, 0, encoder, config.projector).to(device)
+        accelerate(model, device)
+        vision = encoder.spec
+        self.feature_bytes = 4 * vision.tokens_per_image * vision.width
+        self.device, self.spec = device, model.spec  # with the tokens per image that leave the projector
+        self.vocab_size = config.model.vocab_size
+        self.length = min(config.data.max_length, config.model.max_position_embeddings)
+        self.train_step = TrainStep(config, model, FeatureCache(FeatureEncoder(encoder, device, config.dtype)))
+        stack, missing = model.model.layers, layers - built.num_hidden_layers
+        repeated = sum(parameter.numel() for parameter in stack[0].parameters() if parameter.requires_grad)
+        self.trainable = sum(parameter.numel() for parameter in self.train_step.trainable) + missing * repeated
+        for _ in range(missing):
+            stack.insert(0, stack[0])
+
+    @property
+    def moments(self) -> int:
+        """Bytes that the optimiser will hold."""
+        return sum(2 * parameter.nbytes for parameter in self.train_step.trainable)
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row of a batch with its image and features, without what a model makes of them."""
+        return 18 * self.length + 3 * self.spec.image_size**2 + self.feature_bytes
+
+    def __call__(self, rows: int) -> None:
+        """Forward and backward over the worst that can come: rows of full length, an image in each, all supervised.
+
+        Raises what torch raises where memory is out.
+        """
+        images = int(self.spec.tokens_per_image + 2 <= self.length)
+        supervised = self.length - images * self.spec.tokens_per_image
+        self.passes(self.batch([images] * rows, self.length, supervised))
+
+    def batch(self, images: list[int], length: int, supervised: int) -> Batch:
+        """Rows of random tokens: at their beginning `images` of each, at their end so many supervised tokens."""
+        draw, shape = torch.Generator().manual_seed(0), (len(images), length)
+        ids = torch.randint(0, self.vocab_size, shape, generator=draw)
+        image_mask = torch.arange(length) < torch.tensor(images)[:, None] * self.spec.tokens_per_image
+        labels = torch.where(torch.arange(length) >= length - supervised, ids, IGNORE)
+        size = (sum(images), 3, self.spec.image_size, self.spec.image_size)
+        pixels = torch.zeros(size, dtype=torch.uint8) if sum(images) else None
+        return Batch(ids, torch.ones(shape, dtype=torch.bool), labels, image_mask, pixels, keys=[b""] * sum(images))
+
+    def passes(self, batch: Batch) -> None:
+        """Encode the images, then forward and backward."""
+        self.train_step.backward([batch], batch.supervised, len(batch))
+        self.train_step.optimiser.zero_grad(set_to_none=True)
+
+    def adamw_seconds(self) -> float:
+        """Seconds of AdamW for all trainable numbers, which take the same time each."""
+        probe = torch.zeros(min(self.trainable, PROBE), device=self.device, requires_grad=True)
+        probe.grad = torch.zeros_like(probe)
+        optimiser = torch.optim.AdamW([probe], lr=0.0, fused=has_fused_adamw(self.device))
+        optimiser.step()  # makes its state
+        return seconds(self.device, optimiser.step) * self.trainable / len(probe)
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds that a device needs for some work."""
+    wait_for(device)
+    started = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - started
+
+
+def _random_encoder(folder: Path) -> VisionEncoder:
+    """A vision encoder of the sizes in a folder's configuration, all of its layers the same random one.
+
+    Of the standard sizes where the standard folder has none: rows can be counted before an encoder is there.
+    """
+    standard = folder == VISION_DIR
+    spec, (kind, config) = read_vision_spec(folder, standard), read_tower_config(folder, standard)
+    if spec.model_type != CLIP_VISION:
+        return VisionEncoder(kind.build(config), spec)
+    tower = ClipVision(replace(config, num_hidden_layers=1))
+    stack: Any = tower.encoder.layers
+    stack.extend([stack[0]] * (config.num_hidden_layers - 1))
+    return VisionEncoder(tower, spec)

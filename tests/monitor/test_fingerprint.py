@@ -1,0 +1,81 @@
+"""Which code decides a run's numbers: all that a step or a model is made of, and no page or message."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from pathlib import Path
+
+import pytest
+
+import minimind_v
+from minimind_v.core.monitor.fingerprint import code_digest, deciding_modules
+
+CORE = Path(minimind_v.__file__).parent / "core"
+# What a run imports, and what nevertheless alters no number: it reports, checks, moves files or ends processes. Values
+# of the configuration and contents of inputs are compared by themselves.
+NEUTRAL = (
+    "config/", "curate/", "errors.py", "files.py", "hub/", "machine.py", "monitor/", "outputs.py", "pages/", "paths.py",
+    "processes.py", "signals.py", "train/batch_size.py", "train/forecast.py", "train/launch.py", "train/recall.py",
+    "train/records.py", "train/run_folder.py", "train/saver.py", "train/trial.py", "train/validate.py", "wording.py",
+)  # fmt: skip
+
+
+def imports_of(path: Path) -> set[Path]:
+    """The modules of core that a module imports, those inside functions included."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minimind_v.core"):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            files = (CORE.parent.parent.joinpath(*name.split(".")).with_suffix(".py") for name in names)
+            modules |= {file for file in files if file.is_file()}
+    return modules
+
+
+def reached_from(*roots: str) -> set[Path]:
+    """All modules that these import, directly or through others."""
+    waiting, reached = [CORE / root for root in roots], set()
+    while waiting:
+        path = waiting.pop()
+        if path not in reached:
+            reached.add(path)
+            waiting += imports_of(path)
+    return reached
+
+
+def names(paths) -> set[str]:
+    return {path.relative_to(CORE).as_posix() for path in paths}
+
+
+def test_all_that_a_step_or_its_parts_import_decides_or_is_known_to_decide_nothing():
+    deciding = names(deciding_modules(CORE))
+    imported = names(reached_from("train/step.py", "train/build.py", "train/loop.py", "train/run.py"))
+    unsorted = {name for name in imported - deciding if not name.startswith(NEUTRAL) or name == "config/schedule.py"}
+    assert unsorted == set(), "add each to DECIDING in monitor/fingerprint.py, or to NEUTRAL here"
+
+
+def test_what_reports_decides_nothing():
+    deciding = names(deciding_modules(CORE))
+    assert not {name for name in deciding if name.startswith(("pages/", "monitor/", "curate/", "export/", "errors.py"))}
+    for name in ("model/decoder.py", "train/step.py", "train/freeze.py", "data/loader.py", "config/schedule.py"):
+        assert name in deciding
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("model/kernels/cpu_training.py", True),
+        ("train/step.py", True),
+        ("data/loader.py", True),
+        ("config/schedule.py", True),
+        ("pages/frame.py", False),
+        ("monitor/messages.py", False),
+        ("errors.py", False),
+    ],
+)
+def test_a_change_of_deciding_code_alone_changes_the_digest(tmp_path, name, refused):
+    copy = Path(shutil.copytree(CORE, tmp_path / "core", ignore=shutil.ignore_patterns("__pycache__", "assets")))
+    before = code_digest(copy)
+    with (copy / name).open("a") as file:
+        file.write("# changed\n")
+    assert (code_digest(copy) != before) == refused

@@ -1,0 +1,82 @@
+"""Made-up steps: without weights they are measured like those of the run, and a light model does all of the work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.curate.stats import TypicalRow
+from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train import forecast, trial
+from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.trial import Trial
+from tests.curate.made import recipe
+
+CPU = torch.device("cpu")
+TINY_ENCODER = (
+    '{"vision_config": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32,'
+    ' "num_hidden_layers": 3, "num_attention_heads": 2}}'
+)
+
+
+@pytest.fixture
+def vision_model(tmp_path):
+    """A folder that says how large a vision encoder is, and has no weights."""
+    (tmp_path / "config.json").write_text(TINY_ENCODER)
+    return tmp_path
+
+
+def test_time_is_measured_without_weights(vision_model, monkeypatch):
+    """With a clock by which a batch takes one and a half seconds: two rows fit into the four seconds of a batch."""
+    done = []
+    monkeypatch.setattr(forecast, "seconds", lambda device, work: done.append(work()) or 1.5)
+    monkeypatch.setattr(trial, "seconds", lambda device, work: done.append(work()) or 0.5)
+    config = replace(recipe(), vision_model=vision_model, model=PRESETS["demo"])
+    row = TypicalRow(length=20, pictures=1.5, supervised=5)
+    found = forecast.estimate(config, row, 1000, 250)
+    assert found.seconds == 1000 * 1.5 / 2 + 250 * 0.5, found.how
+    assert found.how.startswith("an estimate: 1.50 s for 2 made-up rows of 20 tokens and 1.5 pictures each")
+    assert len(done) == 3 + 1
+    missing = forecast.estimate(replace(config, vision_model=vision_model / "none"), row, 1000, 250)
+    assert missing.seconds is None
+    assert missing.how.startswith("not measured: no vision model")
+
+
+@pytest.mark.parametrize("policy", ["projector+last", "attention", "all"])
+@pytest.mark.parametrize("preset", ["demo", "small"])
+def test_a_light_trial_does_the_work_of_all_layers(vision_model, policy, preset):
+    """By a clock that counts multiplications, against the model that a run would train."""
+
+    def multiplications(work):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    config = replace(recipe(), vision_model=vision_model, model=PRESETS[preset], freeze=policy)
+    light = Trial(config, CPU, light=True)
+    batch = light.batch([1, 1], 30, 7)
+    counted = multiplications(lambda: light.passes(batch))
+
+    tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(vision_model))
+    whole = VLM(config.model, light.spec, 34, VisionEncoder(tower, light.spec))
+    trainable = freeze(whole, policy)
+    tokens = {"image_mask": batch.image_mask, "labels": batch.labels, "pixel_values": batch.pixel_values}
+    true = multiplications(lambda: whole(batch.input_ids, **tokens).loss.backward())
+    assert counted == pytest.approx(true, rel=0.03)  # attention is counted for the queries that need no gradient, too
+    assert light.trainable == sum(parameter.numel() for parameter in trainable)
+    assert sum(parameter.numel() for parameter in light.train_step.model.parameters()) < 0.7 * sum(
+        parameter.numel() for parameter in whole.parameters()
+    )
+
+
+def test_time_by_a_real_clock_is_some():
+    config = replace(recipe(), model=PRESETS["demo"])
+    found = forecast.estimate(config, TypicalRow(length=80, pictures=1, supervised=5), 8, 2)
+    assert found.seconds is not None, found.how
+    assert 0 < found.seconds < 600
