@@ -59,8 +59,9 @@ class PackedLayers:
         return x
 
 
-def linears_of(layer: ClipLayer) -> tuple[nn.Linear, ...]:
+def linears_of(layer: nn.Module) -> tuple[nn.Linear, ...]:
     """All Linears of a layer, in the order of their use."""
+    assert isinstance(layer, ClipLayer)
     attention, mlp = layer.self_attn, layer.mlp
     return attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2
 
