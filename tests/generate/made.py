@@ -1,6 +1,9 @@
 """Tiny models with a vision tower, wide random weights, and the demo's tokenizer."""
 
+import torch
+
 from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vlm import VLM
 from tests.cli.harness import tokenizer
 from tests.model.conftest import SIZES, SPEC, spread, tiny_encoder
@@ -23,4 +26,4 @@ def make_model(seed=0, **sizes):
     model = VLM(TextConfig(**(SIZES | {"vocab_size": words.vocab_size} | sizes)), SPEC, words.placeholder_id)
     spread(model, seed)
     model.vision_encoder = tiny_encoder(seed)
-    return model.eval()
+    return accelerate(model.eval(), torch.device("cpu"))  # as a model is loaded

@@ -203,7 +203,7 @@ def _fast_mlp(mlp: nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExper
     return FastExperts(mlp, dtype) if isinstance(mlp, MoEFeedForward) else FastFeedForward(mlp, dtype)
 
 
-def _product(dtype: torch.dtype, *linears: nn.Module) -> Product:
+def _product(dtype: torch.dtype, *linears: nn.Linear) -> Product:
     """x [N, in] → what the Linears make of it, side by side [N, out]: by one packed matrix, or by calling them."""
     if exactly_linear(*linears):
         return product(torch.cat([linear.weight.detach() for linear in linears]).to(dtype))

@@ -133,7 +133,7 @@ class Decoder(nn.Module):
             positions, mask = torch.arange(x.shape[1], device=x.device)[None], None  # [1, T]
         else:
             positions, mask = cache.extend(x.shape[1], attention_mask)  # [B or 1, T], [B or 1, 1, T, S]
-        cos, sin = self.rotary(positions)
+        cos, sin = self.rotary(positions)  # [B or 1, 1, T, hd]
         return AttentionContext(cos, sin, mask, cache, attention_mask)
 
     def forward(

@@ -16,7 +16,7 @@ from minimind_v.core.model import ops
 from minimind_v.core.model.decoder import Attention, RMSNorm
 from minimind_v.core.model.feed_forward import FeedForward
 from minimind_v.core.model.kernels import apple
-from minimind_v.core.model.kernels.apple import AppleAttention, AppleClipAttention
+from minimind_v.core.model.kernels.apple import AppleAttention, AppleClipAttention, AppleRMSNorm
 from minimind_v.core.model.kernels.cpu_clip import CpuClipVision
 from minimind_v.core.model.kernels.cpu_training import CpuAttention, CpuFeedForward, CpuRMSNorm
 from minimind_v.core.model.kernels.cuda_moe import GroupedExperts
@@ -26,7 +26,7 @@ from minimind_v.core.model.vision.clip import ClipAttention, ClipVision
 FAST: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
     "cpu": {Attention: CpuAttention, FeedForward: CpuFeedForward, RMSNorm: CpuRMSNorm, ClipVision: CpuClipVision},
     "cuda": {MoEFeedForward: GroupedExperts},
-    "mps": {Attention: AppleAttention, ClipAttention: AppleClipAttention},
+    "mps": {Attention: AppleAttention, RMSNorm: AppleRMSNorm, ClipAttention: AppleClipAttention},
 }
 _PLAIN = {fast: slow for parts in FAST.values() for slow, fast in parts.items()}
 

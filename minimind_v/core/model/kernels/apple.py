@@ -1,4 +1,4 @@
-"""Attention by its formula and norms, for Apple's GPU (MPS), where no kernel was measured.
+"""Attention and norms by their formulas, for Apple's GPU (MPS), where no kernel was measured.
 
 Nobody has run them there yet: they keep to products, sums and softmax, on which every model depends. Attention in one
 call is reported to fail in releases of torch that `mmv` runs with: is_causal in bf16 lets tokens attend to later ones,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minimind_v.core.model.decoder import Attention
+from minimind_v.core.model.decoder import Attention, RMSNorm
 from minimind_v.core.model.vision.clip import ClipAttention
 
 
@@ -27,6 +27,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).to(v.dtype).flatten(2, 3)  # [B, KV, heads/KV · T, S]
     return (weights @ v).unflatten(2, (-1, time)).flatten(1, 2)  # [B, heads, T, hd]
+
+
+class AppleRMSNorm(RMSNorm):
+    """RMSNorm by the formula."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] → [..., D]."""
+        exact = x.float()
+        scale = torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)  # [..., 1]
+        return (exact * scale * self.weight.float()).to(x.dtype)
 
 
 class AppleAttention(Attention):

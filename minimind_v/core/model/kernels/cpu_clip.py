@@ -39,7 +39,7 @@ class PackedLayers:
     def __init__(self, tower: ClipVision) -> None:
         self.heads = tower.config.num_attention_heads
         self.tokens = len(tower.embeddings.position_embedding.weight)
-        self.layers = [self._pack(layer) for layer in tower.encoder["layers"]]
+        self.layers = [self._pack(layer) for layer in tower.encoder.layers]
 
     def _pack(self, layer: nn.Module) -> tuple[ClipLayer, list[Product]]:
         assert isinstance(layer, ClipLayer)
@@ -59,8 +59,9 @@ class PackedLayers:
         return x
 
 
-def linears_of(layer: ClipLayer) -> tuple[nn.Linear, ...]:
+def linears_of(layer: nn.Module) -> tuple[nn.Linear, ...]:
     """All Linears of a layer, in the order of their use."""
+    assert isinstance(layer, ClipLayer)
     attention, mlp = layer.self_attn, layer.mlp
     return attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2
 
@@ -74,7 +75,7 @@ def packed_layers(tower: ClipVision, images: Tensor) -> PackedLayers | None:
     exact = images.dtype == weights[0].dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not exact or images.device.type != "cpu" or tower.config.hidden_act != "quick_gelu":
         return None
-    linears = [linear for layer in tower.encoder["layers"] for linear in linears_of(layer)]
+    linears = [linear for layer in tower.encoder.layers for linear in linears_of(layer)]
     if not exactly_linear(*linears) or not unhooked(tower.encoder.modules()):
         return None
     state = state_of(weights)

@@ -35,8 +35,7 @@ class ClipVision(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(width, eps=eps)  # spelled so in the published files
-        layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})
+        self.encoder = ClipLayers(config)
         self.post_layernorm = nn.LayerNorm(width, eps=eps)  # in the files; features are taken before it
 
     def forward(self, images: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ class ClipVision(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Embeddings [M, T, width] → the last hidden state [M, T, width]."""
         x = self.pre_layrnorm(x)
-        for layer in self.encoder["layers"]:
+        for layer in self.encoder.layers:
             x = layer(x)
         return x
 
@@ -66,6 +65,14 @@ class Embeddings(nn.Module):
         patches = self.patch_embedding(images).flatten(2).mT  # [M, P, width]
         class_token = self.class_embedding.expand(len(images), 1, -1)  # [M, 1, width]
         return torch.cat((class_token, patches), dim=1) + self.position_embedding.weight
+
+
+class ClipLayers(nn.Module):
+    """The layers, under the name that the published files give them."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class ClipLayer(nn.Module):
