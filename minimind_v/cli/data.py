@@ -14,7 +14,7 @@ from minimind_v.cli.command import Command
 from minimind_v.cli.data_look import File, Stage
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import open_all
-from minimind_v.core.hub.sources import TOKENIZER_DIR
+from minimind_v.core.paths import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:

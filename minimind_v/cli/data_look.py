@@ -11,7 +11,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError, open_all
-from minimind_v.core.hub.sources import TOKENIZER_DIR
+from minimind_v.core.paths import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:

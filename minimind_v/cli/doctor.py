@@ -12,7 +12,8 @@ from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.config.load import build_config
 from minimind_v.core.errors import MissingInput
 from minimind_v.core.files import size_of
-from minimind_v.core.hub.sources import DEMO_DIR, OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR, find_weights
+from minimind_v.core.hub.sources import SOURCES, find_weights
+from minimind_v.core.paths import DEMO_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow", "pillow", "numpy")
 

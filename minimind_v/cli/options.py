@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import TOKENIZER_DIR, VISION_DIR
 
 if TYPE_CHECKING:
     from minimind_v.core.formats.load import LoadedModel

@@ -19,7 +19,8 @@ from minimind_v.core.config.recipes import OWN_KEYS, RECIPES
 from minimind_v.core.config.schema import DataConfig, RunConfig, usual_workers
 from minimind_v.core.config.settings import parse_value, read_settings
 from minimind_v.core.errors import UsageError, nearest, unusable
-from minimind_v.core.hub.sources import DATASET_DIR, METADATA, ROWS, SAMPLE_DIR, dataset_files
+from minimind_v.core.hub.sources import METADATA, ROWS, dataset_files
+from minimind_v.core.paths import DATASET_DIR, SAMPLE_DIR
 
 # Options of the command line whose configuration key has another name; all others are called as their key.
 FLAG_KEYS = {

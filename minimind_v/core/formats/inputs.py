@@ -11,15 +11,9 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.tokenizer import find_tokenizer
 from minimind_v.core.errors import MissingInput, UsageError, open_all
 from minimind_v.core.formats.generations import check_tower
-from minimind_v.core.hub.sources import (
-    STANDARD_PRESET,
-    TOKENIZER_DIR,
-    VISION_DIR,
-    how_to_get,
-    latest_model,
-    weights_at,
-)
+from minimind_v.core.hub.sources import how_to_get, latest_model, weights_at
 from minimind_v.core.model.vision.spec import read_config
+from minimind_v.core.paths import STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.rows.jsonl import find_rows
 from minimind_v.core.rows.pictures import find_pictures
 from minimind_v.core.rows.row import IMAGE_MARK

@@ -18,10 +18,11 @@ from minimind_v.core.formats.gguf.read import is_gguf, read_tokenizer, read_visi
 from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.hf.read import is_llava
 from minimind_v.core.formats.vision_tower import load_encoder
-from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, how_to_get, latest_model
+from minimind_v.core.hub.sources import how_to_get, latest_model
 from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.paths import OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_v.core.errors import MissingInput, nearest
+from minimind_v.core.paths import DATASET_DIR, DEMO_DIR, OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
 
-# Where each stage looks, relative to the working folder; every command has an option to look elsewhere.
-TOKENIZER_DIR = Path("model")
-VISION_DIR = Path("model/vision_model/clip-vit-base-patch16")
-DATASET_DIR = Path("dataset")
-OUT_DIR = Path("out")
-DEMO_DIR = Path("demo")  # of `mmv demo`: all of these, in a folder of its own
-SAMPLE_DIR = DATASET_DIR / "sample"  # `--sample`: the same names as the whole files, in a folder of their own
-
-STANDARD_PRESET = "small"
 WEIGHTS_ENDINGS = (".pth", ".safetensors")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 ROWS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".tar")  # endings of files of rows

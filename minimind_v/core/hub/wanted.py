@@ -9,7 +9,6 @@ from pathlib import Path
 from minimind_v.core.hub.remote import Listing, NotThere, RemoteFile
 from minimind_v.core.hub.sources import (
     CLIP_FILES,
-    SAMPLE_DIR,
     SOURCES,
     SPLITS,
     TOKENIZER_FILES,
@@ -18,6 +17,7 @@ from minimind_v.core.hub.sources import (
     dataset_files,
     weights_files,
 )
+from minimind_v.core.paths import SAMPLE_DIR
 
 
 @dataclass(frozen=True)

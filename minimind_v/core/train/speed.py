@@ -19,13 +19,13 @@ from minimind_v.core.curate.stats import TypicalRow
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureEncoder
 from minimind_v.core.device import autocast, gpu_names, has_fused_adamw, pick_device, wait_for
-from minimind_v.core.hub.sources import VISION_DIR
 from minimind_v.core.model.decoder import AttentionContext
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec, read_vision_spec
 from minimind_v.core.model.vision.spec import read_config
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.paths import VISION_DIR
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.wording import plural
 
