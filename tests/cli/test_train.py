@@ -41,7 +41,7 @@ def test_fine_tuning_starts_from_what_pretraining_left(trained):
 def test_a_run_talks_on_stderr_only(trained):
     assert trained.pretrain.out == trained.sft.out == ""
     assert "step 1/10  loss " in trained.pretrain.err
-    assert f"done after 10 updates; weights in {trained.out / 'pretrain_vlm_128.pth'}" in trained.pretrain.err
+    assert f"done after 10 steps; weights in {trained.out / 'pretrain_vlm_128.pth'}" in trained.pretrain.err
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])

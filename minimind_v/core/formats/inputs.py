@@ -1,4 +1,4 @@
-"""What must be there before a command begins, found without loading anything: all that is missing is told at once."""
+"""Checks of the inputs of a command before anything is loaded. One error names every missing file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from minimind_v.core.errors import MissingInput, UsageError, open_all
 from minimind_v.core.formats.generations import check_tower
 from minimind_v.core.hub.sources import how_to_get, latest_model, weights_at
 from minimind_v.core.model.vision.spec import read_config
-from minimind_v.core.paths import STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.rows.jsonl import find_rows
 from minimind_v.core.rows.pictures import find_pictures
 from minimind_v.core.rows.row import IMAGE_MARK
 
 
 def find_inputs(config: RunConfig) -> None:
-    """Raises MissingInput where a run lacks something that it begins with."""
+    """Raises one MissingInput that names every missing input of a run."""
     open_all(
         lambda: read_config(config.vision_model),
         lambda: find_tokenizer(config.data.tokenizer),
@@ -32,7 +32,7 @@ def find_inputs(config: RunConfig) -> None:
 
 
 def find_init(config: RunConfig) -> Path | None:
-    """The weights that a run starts from; None for random ones. Raises MissingInput with the command to get them."""
+    """The weights that a run starts from; None for random weights. Raises MissingInput with the command to get them."""
     if config.init is None or config.init == NO_INIT:
         return None
     try:
@@ -44,15 +44,19 @@ def find_init(config: RunConfig) -> Path | None:
 
 
 def find_model(
-    weights: Path | None, vision_model: Path | None, tokenizer: Path | None, say: Callable[[str], None]
+    weights: Path | None,
+    vision_model: Path | None,
+    tokenizer: Path | None,
+    say: Callable[[str], None],
+    out: Path = OUT_DIR,
 ) -> Path:
-    """The weights that were named, or those that the latest stage or the demo left.
+    """The weights that were named, else the latest in `out`, else the demo's.
 
-    Raises MissingInput where there are none, and tells then whether vision model and tokenizer are missing, too: where
-    those of given weights are is known only when these are read.
+    Raises MissingInput where there are none. Its message also names the vision model and the tokenizer if they are
+    missing. Existing weights may name their own, so those are checked only when the weights are read.
     """
     try:
-        return weights_at(weights) if weights else latest_model(say)
+        return weights_at(weights) if weights else latest_model(say, out)
     except MissingInput as error:
         missing = error
 
@@ -68,7 +72,7 @@ def find_model(
 
 
 def check_marks(question: str, pictures: int) -> None:
-    """Raises UsageError where a question has marks for another number of pictures than there are."""
+    """Raises UsageError if the number of <image> marks in a question is not the number of its images."""
     marks = question.count(IMAGE_MARK)
     if marks and marks != pictures:
         raise UsageError(f"the question has {marks} {IMAGE_MARK} marks for {pictures} pictures")
