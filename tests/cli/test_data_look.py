@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from minimind_v.core.curate import stats
 from minimind_v.core.train import speed
 from tests.cli.harness import SIGHT, here, installed, tree, write_rows
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(stats, "estimate", lambda *given: speed.Estimate(5400.0, "a guess"))
+    monkeypatch.setattr(speed, "estimate", lambda *given: speed.Estimate(5400.0, "a guess"))
 
 
 def test_stats(place, tmp_path, quick):
@@ -68,7 +67,7 @@ def test_preview_as_json_from_a_row_on(place, tmp_path):
     assert all(row["used"] and len(row["input_ids"]) == row["tokens"] for row in found["rows"])
     beyond = here("data", "preview", place.data("sft"), *SIGHT, "--start", 41, "--html", tmp_path / "q.html")
     assert beyond.code == 2
-    assert "it has 40 rows" in beyond.error
+    assert "has only 40 rows" in beyond.error
     assert not (tmp_path / "q.html").exists()
 
 

@@ -244,7 +244,7 @@ def test_auto_says_which_hub_it_took_and_why(get, hub):
     hub.status = 500
     done = get("lm", hub_name="auto")
     assert done.code == 0
-    assert "hf: the hub is in trouble" in done.err
+    assert "hf: the hub failed" in done.err
     assert "from modelscope" in done.err
 
 
