@@ -1,4 +1,4 @@
-"""`mmv`, and `python -m minimind_v`, which is how it starts its own processes."""
+"""The entry point of `mmv` and of `python -m minimind_v`, which starts the processes of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Entry point of the installed `mmv`. Ctrl-C is heeded while the command line itself is still being imported."""
+    """Run the installed `mmv`. Ctrl-C also ends it cleanly while the command line is still being imported."""
     try:
         _ensure_letters()
         from minimind_v.cli.app import main as run
@@ -18,9 +18,9 @@ def main() -> None:
 
 
 def _ensure_letters() -> None:
-    """Start again in Python's UTF-8 mode where the locale has no letters for the names that rows and settings hold.
+    """Restart in Python's UTF-8 mode if the locale (ASCII, Latin-1) cannot encode the names in rows and settings.
 
-    Such are ASCII and Latin-1. A locale that has them, as GBK, stays; so does the terminal's encoding.
+    Another locale, such as GBK, is kept, and so is the encoding of the terminal.
     """
     try:
         "é小".encode(sys.getfilesystemencoding())
@@ -30,7 +30,7 @@ def _ensure_letters() -> None:
         terminal = getattr(sys.stdout, "encoding", None) or "ascii"
         if "ascii" not in terminal.lower() and terminal != "646":
             os.environ.setdefault("PYTHONIOENCODING", f"{terminal}:backslashreplace")
-        os.environ["PYTHONUTF8"] = "1"  # of the processes that this one will start
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 

@@ -1,4 +1,4 @@
-"""The `mmv` root. One file per command; each imports torch only when it runs."""
+"""The commands of `mmv`, in the groups that its help shows. Each imports torch only when it runs."""
 
 from __future__ import annotations
 
@@ -7,50 +7,85 @@ from typing import Annotated
 import typer
 
 from minimind_v import __version__
-from minimind_v.cli import bench, chat, convert, data, demo, doctor, download, evaluate, info, report, train, upload
-from minimind_v.cli.command import Command
+from minimind_v.cli import (
+    bench,
+    chat,
+    convert,
+    data,
+    demo,
+    doctor,
+    download,
+    evaluate,
+    info,
+    plan,
+    report,
+    runs,
+    train,
+    upload,
+)
+from minimind_v.cli.command import (
+    DATA,
+    MACHINE,
+    PIPELINE,
+    RUNS,
+    Debug,
+    Group,
+    Quiet,
+    Verbose,
+    output,
+    register,
+    set_verbosity,
+)
+from minimind_v.cli.run_options import RUN_OPTIONS
 from minimind_v.cli.terminal import run_app
 from minimind_v.core.extensions import load_extensions
 
 app = typer.Typer(
     name="mmv",
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="`mmv COMMAND --help` shows the options of a command.",
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(value: bool) -> None:
+    if value:
         typer.echo(f"mmv {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        output("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Train, understand and use a tiny vision-language model."""
     load_extensions()
+    set_verbosity(verbose, quiet, debug)
 
 
-app.command("download", cls=Command)(download.download)
-app.add_typer(data.data, name="data")
-app.command("train", cls=Command)(train.train)
-app.command("report", cls=Command)(report.report)
-app.command("eval", cls=Command)(evaluate.evaluate)
-app.command("chat", cls=chat.ChatCommand)(chat.chat)
-app.command("convert", cls=Command)(convert.convert)
-app.command("upload", cls=Command)(upload.upload)
-app.command("demo", cls=Command)(demo.demo)
-app.command("bench", cls=Command)(bench.bench)
-app.command("info", cls=Command)(info.info)
-app.command("doctor", cls=Command)(doctor.doctor)
+register(app, "download", download.download, PIPELINE)
+register(app, "train", train.train, PIPELINE, table=RUN_OPTIONS)
+register(app, "eval", evaluate.evaluate, PIPELINE)
+register(app, "chat", chat.chat, PIPELINE, chat.ChatCommand)
+register(app, "convert", convert.convert, PIPELINE)
+app.add_typer(data.data, name="data", rich_help_panel=DATA)
+register(app, "plan", plan.plan, RUNS, table=RUN_OPTIONS)
+register(app, "runs", runs.runs, RUNS)
+register(app, "report", report.report, RUNS)
+register(app, "info", info.info, RUNS)
+register(app, "upload", upload.upload, RUNS)
+register(app, "demo", demo.demo, MACHINE)
+register(app, "doctor", doctor.doctor, MACHINE)
+register(app, "bench", bench.bench, MACHINE)
 
 
 def main() -> None:

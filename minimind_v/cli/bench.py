@@ -1,40 +1,43 @@
-"""`mmv bench`: how fast this machine is, and what holds it up."""
+"""`mmv bench`: the speed of this machine, and what limits it."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from minimind_v.cli import options
+from minimind_v.cli.options import complete
 from minimind_v.cli.terminal import Terminal
+from minimind_v.core.config.presets import PRESETS, check_preset
+from minimind_v.core.paths import STANDARD_PRESET
 
 
 def bench(
-    preset: Annotated[str, typer.Option(help="small, base, moe or demo.")] = "small",
+    preset: Annotated[
+        str,
+        typer.Option(metavar="NAME", help=f"Model size: {', '.join(PRESETS)}.", autocompletion=complete(*PRESETS)),
+    ] = STANDARD_PRESET,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Measure this machine in under a minute: matrices, pictures, training, answers. Needs no downloads."""
-    from dataclasses import asdict
-
-    from minimind_v.core.config.presets import check_preset
-
+    """Measure the speed of this machine in under a minute. It needs no downloads."""
     check_preset(preset)
     from minimind_v.core.bench import bench as measure
 
     terminal = Terminal()
-    found = measure(preset, device, lambda what: terminal.say(f"{what} …"))
+    result = measure(preset, device, lambda name: terminal.say(f"{name} …"))
     if json:
-        terminal.json(asdict(found))
+        terminal.json(asdict(result))
         return
     terminal.table({
-        "machine": f"{found.device}, {found.threads} threads, {found.dtype}; preset {found.preset}",
-        "matrices": f"{found.matmul_gflops:,.0f} GFLOP/s",
-        "looking": f"{found.clip_pictures:.4g} pictures/s",
-        "decoding": f"{found.decoded_pictures:.4g} pictures/s in each of {found.data_workers} workers",
-        "pretraining": f"{found.samples_first_epoch:.3g} samples/s in the first epoch, "
-        f"{found.samples_later:.3g} with features remembered ({found.matmul_share:.0%} of the matrices' rate)",
-        "answering": f"first token after {found.first_token_seconds:.2f} s, then {found.tokens:.3g} tokens/s",
-        "limit": found.limit,
+        "machine": f"{result.device}, {result.threads} threads, {result.dtype}; preset {result.preset}",
+        "matrices": f"{result.matmul_gflops:,.0f} GFLOP/s",
+        "encoding": f"{result.clip_pictures:.4g} images/s",
+        "decoding": f"{result.decoded_pictures:.4g} images/s in each of {result.data_workers} workers",
+        "pretraining": f"{result.samples_first_epoch:.3g} samples/s in the first epoch, "
+        f"{result.samples_later:.3g} with cached features ({result.matmul_share:.0%} of the matrices' rate)",
+        "generating": f"first token after {result.first_token_seconds:.2f} s, then {result.tokens:.3g} tokens/s",
+        "limit": result.limit,
     })  # fmt: skip

@@ -1,4 +1,4 @@
-"""`mmv chat`: ask a model about pictures, once or in conversation."""
+"""`mmv chat`: ask a model about images, once or in a conversation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.command import Command
+from minimind_v.cli.command import Command, advanced
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import MmvError, UsageError, open_all, shorten
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from minimind_v.core.data.picture_names import Picture
     from minimind_v.core.generate.session import Session
 
-HELP = "/image FILE adds a picture to the next question, /new starts over, /quit leaves; Ctrl-C stops an answer"
-BLIND = "no picture: the answer comes from the words alone"
+HELP = "/image FILE adds an image to the next question, /new starts over, /quit ends; Ctrl-C stops an answer"
+NO_IMAGE = "no image: the model answers from the text alone"
 
 
 class ChatCommand(Command):
-    """Takes one question, and the last of several --model."""
+    """A command with one question; of several --model the last one counts."""
 
     once = ()
 
@@ -41,35 +41,37 @@ class ChatCommand(Command):
         words = [str(values.get("prompt") or ""), *extra]
         if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in words[:-1]):
             options = [word for picture in [*values["image"], *words[:-1]] for word in ("--image", picture)]
-            return f"each picture needs an --image of its own: {shlex.join(['mmv', 'chat', *options, words[-1]])}"
-        return f"the question is one word for the shell, in quotes: {shlex.join(['mmv', 'chat', ' '.join(words)])}"
+            return f"each image needs its own --image: {shlex.join(['mmv', 'chat', *options, words[-1]])}"
+        return f"put the question in quotes: {shlex.join(['mmv', 'chat', ' '.join(words)])}"
 
 
 def chat(
-    prompt: Annotated[str | None, typer.Argument(help="A question; without one, a conversation begins.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The question. Without one, a conversation starts.")
+    ] = None,
     image: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="A picture; may be given several times.")
+        list[str] | None, typer.Option(metavar="FILE", help="An image file; may be given several times.")
     ] = None,
     model: options.Model = None,
     vision_model: options.VisionOfModel = None,
     tokenizer: options.TokenizerOfModel = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.65,
-    top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.")] = 0.85,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    greedy: Annotated[
-        bool, typer.Option("--greedy", help="The likeliest token always; the same as --temperature 0.")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(help="Makes the draw repeatable.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Randomness of the answer; 0: always the most likely token.")
+    ] = 0.65,
+    top_p: Annotated[float, advanced(help="Draw from the most likely tokens with this share of probability.")] = 0.85,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
+    seed: Annotated[int | None, advanced(help="Seed of the random choices.")] = None,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Ask about pictures. The answer goes to stdout as it comes; everything else to stderr."""
+    """Ask about images. The answer goes to stdout, everything else to stderr."""
     terminal = Terminal()
     prompt = prompt and _as_text(prompt)
-    someone_types = sys.stdin is not None and sys.stdin.isatty()
-    if prompt is None and not someone_types:
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    if prompt is None and not interactive:
         prompt = _piped()
-    if prompt is None and (json or not someone_types):
+    if prompt is None and (json or not interactive):
         raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
     from minimind_v.core.generate.settings import Sampling
 
@@ -101,14 +103,14 @@ def _piped() -> str | None:
 
 
 def _take_as_text(errors: str) -> None:
-    """Read UTF-8 where the locale knows no more than ASCII, which is nobody's wish."""
+    """Read stdin as UTF-8 where the locale is plain ASCII."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         ascii_only = sys.stdin.encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968", "646")
         sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors=errors)
 
 
 def _as_text(word: str) -> str:
-    """A word of the command line as the UTF-8 that it is, where the locale is another, or as the locale has it."""
+    """A word of the command line as UTF-8, whatever the locale is, else in the locale's encoding."""
     for encoding in ("utf-8", locale.getencoding()):
         with contextlib.suppress(UnicodeError):
             return os.fsencode(word).decode(encoding)
@@ -116,18 +118,18 @@ def _as_text(word: str) -> str:
 
 
 def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
-    """The pictures of the command line, before any time is spent on a model. Raises UsageError or MissingInput."""
+    """The images of the command line, read before the model. Raises UsageError or MissingInput."""
     from minimind_v.core.data.picture_names import check_marks, pictures_in, read_pictures, split_names
 
     named = [split_names(image) for image in images]
     if not all(named):
-        raise UsageError("--image is empty — name a picture")
-    names = [name for some in named for name in some]
+        raise UsageError("--image is empty — name a file")
+    names = [name for group in named for name in group]
     pictures = read_pictures(names)
     if prompt is not None and (asked := pictures_in(prompt)):
         words = [word for name in (*names, *asked) for word in ("--image", name)]
-        command = shlex.join(["mmv", "chat", *words, "What is in the picture?"])
-        raise UsageError(f"{prompt!r} names a picture and asks nothing — {command}")
+        command = shlex.join(["mmv", "chat", *words, "What is in the image?"])
+        raise UsageError(f"{prompt!r} names an image and asks nothing — {command}")
     if prompt is not None:
         check_marks(prompt, len(pictures))
     return pictures
@@ -135,7 +137,7 @@ def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
 
 def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Picture], limit: int, json: bool) -> None:
     if not pictures and not json:
-        terminal.say(f"{BLIND} (--image FILE shows one)")
+        terminal.say(f"{NO_IMAGE} (add one with --image FILE)")
     started, first, pieces = time.perf_counter(), None, []
     for piece in session.ask(prompt, pictures, limit):
         first = first or time.perf_counter() - started
@@ -153,21 +155,21 @@ def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Pict
 
 
 class Conversation:
-    """Someone at a terminal. What pictures the model has been shown, and which it will be, is said at every change.
+    """A conversation at a terminal. It reports at every change which images it has.
 
-    Pictures are encoded as soon as they are named: nobody waits for that who is still typing a question.
+    Images are encoded as soon as they are named, while the question is still being typed.
     """
 
     def __init__(self, terminal: Terminal, session: Session, limit: int) -> None:
         self.terminal, self.session, self.limit = terminal, session, limit
-        self.shown: list[str] = []  # names of the pictures that the model has read
-        self.waiting: list[tuple[str, np.ndarray]] = []  # those of the next question
-        self.offered: list[str] = []  # names that were typed in the place of a question
-        self.warned = False  # that there is no picture
+        self.shown: list[str] = []  # names of the images that the model has read
+        self.waiting: list[tuple[str, np.ndarray]] = []  # images of the next question
+        self.offered: list[str] = []  # file names that were typed in place of a question
+        self.warned = False  # about the missing image
 
     def run(self) -> None:
-        """Until someone leaves."""
-        _take_as_text("surrogateescape")  # as names of files are read
+        """Read lines until the user ends the conversation."""
+        _take_as_text("surrogateescape")  # as file names are read
         while True:
             try:
                 line = input("you> ")
@@ -184,7 +186,7 @@ class Conversation:
                 self.terminal.warn(str(error))
 
     def take(self, line: str) -> None:
-        """One line: a command, pictures, or a question. Raises MmvError for what cannot be done."""
+        """Carry out one line: a command, image names, or a question. Raises MmvError."""
         from minimind_v.core.data.picture_names import pictures_in, read_pictures, split_names
 
         offered, self.offered = self.offered, []
@@ -207,34 +209,34 @@ class Conversation:
             self.ask(line.strip())
 
     def offer(self, names: list[str]) -> None:
-        """What was typed names pictures and asks nothing."""
+        """Ask what to do with a line that is the name of an image."""
         self.offered = names
         self.terminal.say(
-            f"{_listed(names)}: a picture, not a question — Enter adds it to the next question, as /image does; "
-            "typed again it is asked as it stands"
+            f"{_listed(names)}: an image, not a question — press Enter to add it to the next question, as /image does; "
+            "type it again to ask it as text"
         )
 
     def add(self, pictures: list[Picture]) -> None:
-        """Pictures for the next question: all of them, or none where one cannot be decoded."""
+        """Add images to the next question: all of them, or none if one cannot be decoded."""
         self.waiting += [(picture.name, self.session.encode(picture)) for picture in pictures]
         self.terminal.say(self.contents())
 
     def renew(self) -> None:
-        """A new conversation without pictures."""
+        """Start a new conversation without images."""
         dropped = [*self.shown, *(name for name, _ in self.waiting)]
         self.session.restart()
         self.shown, self.waiting = [], []
-        again = f"; no longer in it: {_listed(dropped)}, /image FILE shows one again" if dropped else ""
-        self.terminal.say(f"a new conversation, without a picture{again}")
+        again = f"; removed: {_listed(dropped)} — add one again with /image FILE" if dropped else ""
+        self.terminal.say(f"a new conversation without images{again}")
 
     def ask(self, question: str) -> None:
-        """Ask, with the pictures that wait. Those of a question that was not read wait for the next one."""
+        """Ask, with the waiting images. If the model did not read the question, they wait for the next one."""
         try:
             question.encode()
         except UnicodeEncodeError:
-            raise UsageError("that is not UTF-8 text") from None
+            raise UsageError("the question is not UTF-8 text") from None
         if not (self.shown or self.waiting or self.warned):
-            self.terminal.say(f"{BLIND} (/image FILE shows one)")
+            self.terminal.say(f"{NO_IMAGE} (add one with /image FILE)")
             self.warned = True
         read = self.session.questions
         try:
@@ -248,13 +250,13 @@ class Conversation:
         self.terminal.result("")
 
     def contents(self) -> str:
-        """The pictures of the conversation, in words."""
-        parts = []
+        """The images of the conversation, as text."""
+        lists = []
         if self.waiting:
-            parts.append(f"with the next question: {_listed([name for name, _ in self.waiting])}")
+            lists.append(f"with the next question: {_listed([name for name, _ in self.waiting])}")
         if self.shown:
-            parts.append(f"in the conversation: {_listed(self.shown)}")
-        return "; ".join(parts) or "no picture in the conversation"
+            lists.append(f"in the conversation: {_listed(self.shown)}")
+        return "; ".join(lists) or "no image in the conversation"
 
 
 def _listed(names: list[str]) -> str:

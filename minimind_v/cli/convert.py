@@ -1,4 +1,4 @@
-"""`mmv convert`: the same model for other programs, proven the same."""
+"""`mmv convert`: write a model in the format of another program, and verify it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import Annotated
 import typer
 
 from minimind_v.cli import options
+from minimind_v.cli.command import advanced
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError
+from minimind_v.core.paths import OUT_DIR
 from minimind_v.core.wording import plural
 
 
 class Format(str, Enum):
-    """What a model can be written as: a folder with all that it takes, or a file of its weights."""
+    """Formats of a model: a folder for another program (hf, gguf), or a weights file."""
 
     hf = "hf"
     gguf = "gguf"
@@ -27,7 +29,7 @@ class Format(str, Enum):
 
 
 class Precision(str, Enum):
-    """Types that weights can be stored in."""
+    """Types of stored weights."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -40,60 +42,70 @@ FILES = ("safetensors", "pth")
 def convert(
     to: Annotated[
         Format,
-        typer.Option("--to", help="hf: a folder for transformers; gguf: one for llama.cpp; else a weights file."),
+        typer.Option(
+            "--to", help="hf: folder for transformers. gguf: folder for llama.cpp. safetensors, pth: weights file."
+        ),
     ],
     model: options.Model = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE|DIR", help="[default: beside the source, with the format in its name]")
+        Path | None,
+        typer.Option(metavar="FILE|DIR", help="The result. [default: beside the source, named after the format]"),
     ] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="[default: as in the source]")] = None,
+    dtype: Annotated[
+        Precision | None,
+        advanced(help="Type of the weights. [default: that of the source]"),
+    ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="Of gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. [default: f16]"),
+        advanced(
+            metavar="TYPE",
+            help="Type of the gguf weights: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. [default: f16]",
+        ),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Open what was written as its users would, and compare.")
+        bool,
+        advanced("--verify/--no-verify", help="Open the result with the other program and compare."),
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote.")] = False,
+    overwrite: options.Overwrite = False,
     vision_model: options.VisionOfModel = None,
     tokenizer: options.TokenizerOfModel = None,
     json: options.Json = False,
 ) -> None:
-    """Write a model for other programs, and prove it the same: nothing that differs is left standing."""
+    """Write a model in another format and verify it. A result that differs is removed."""
     from minimind_v.core.formats.inputs import find_model
     from minimind_v.core.hub.sources import latest_model, weights_at
 
     precision = dtype.value if dtype else None
     _refuse_wrong_type(to, precision, quantize)
     if to.value in FILES:
-        source = weights_at(model) if model else latest_model(Terminal().say)
+        source = weights_at(model) if model else latest_model(Terminal().say, options.folder("out", OUT_DIR))
         _to_file(source, out or _beside(source, f".{to.value}"), to.value, precision, overwrite, json)
         return
-    source = find_model(model, vision_model, tokenizer, Terminal().say)
+    source = find_model(model, vision_model, tokenizer, Terminal().say, options.folder("out", OUT_DIR))
     from minimind_v.core.export.folder import export
     from minimind_v.core.formats.request import ExportRequest
 
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
-    )  # as in `core/export/prove/worker.py`; heeded before torch is there
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
+    )  # as in `core/export/prove/worker.py`; torch reads it when it is imported
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: partial results are removed
     target = out or _beside(source, f"-{to.value}")
-    order = ExportRequest(source, vision_model, tokenizer, precision, quantize)
-    report = export(order, to.value, target, verify, overwrite)
+    request = ExportRequest(source, vision_model, tokenizer, precision, quantize)
+    report = export(request, to.value, target, verify, overwrite)
     terminal = Terminal()
     if json:
         terminal.json({"out": str(target), "kind": to.value, "verified": report.found if verify else None})
         return
     if verify:
         terminal.table(report.found)
-    terminal.say(f"{target}: {'written, opened again and compared' if verify else 'written, and not verified'}")
+    terminal.say(f"{target}: {'written and verified' if verify else 'written, not verified'}")
 
 
 def _refuse_wrong_type(to: Format, dtype: str | None, quantize: str | None) -> None:
     if quantize and to is not Format.gguf:
-        raise UsageError(f"--quantize is for --to gguf; the type of --to {to.value} is said with --dtype")
+        raise UsageError(f"--quantize is for --to gguf — use --dtype for the type of --to {to.value}")
     if dtype and to is Format.gguf:
-        raise UsageError("the type of --to gguf is said with --quantize (f32, f16, bf16, q8_0 …), not with --dtype")
+        raise UsageError("--dtype is not for --to gguf — use --quantize (f32, f16, bf16, q8_0 …)")
 
 
 def _beside(source: Path, ending: str) -> Path:
@@ -107,15 +119,15 @@ def _to_file(source: Path, target: Path, to: str, dtype: str | None, overwrite: 
     check_weights(target, source, to, overwrite)  # before torch is imported
     from minimind_v.core.formats.convert_file import convert as run
 
-    done = run(source, target, to, dtype, overwrite)
+    result = run(source, target, to, dtype, overwrite)
     terminal = Terminal()
     if json:
         terminal.json({
-            "out": str(done.path), "kind": to, "tensors": done.tensors, "bytes": done.bytes,
-            "largest_difference": done.difference,
+            "out": str(result.path), "kind": to, "tensors": result.tensors, "bytes": result.bytes,
+            "largest_difference": result.difference,
         })  # fmt: skip
         return
     terminal.say(
-        f"{done.path}: {plural(done.tensors, 'tensor')}, {done.bytes:,} bytes; read back and compared, "
-        f"largest difference {done.difference:g}"
+        f"{result.path}: {plural(result.tensors, 'tensor')}, {result.bytes:,} bytes; read back; "
+        f"largest difference {result.difference:g}"
     )

@@ -1,4 +1,4 @@
-"""`mmv data`: look at rows, find what is wrong with them, bring them into another form."""
+"""`mmv data`: check, convert and split rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import data_look, options
-from minimind_v.cli.command import Command
-from minimind_v.cli.data_look import File, Stage
+from minimind_v.cli.command import Group, advanced, register
+from minimind_v.cli.data_look import File, StageOfRows
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import open_all
-from minimind_v.core.hub.sources import TOKENIZER_DIR
+from minimind_v.core.paths import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
@@ -22,32 +22,29 @@ if TYPE_CHECKING:
     from minimind_v.core.rows.row import RowStore
 
 data = typer.Typer(
-    no_args_is_help=True, help="Look at rows before a model does: check, stats, preview, convert, split."
+    cls=Group, no_args_is_help=True, help="Inspect and convert rows: check, stats, preview, convert, split."
 )
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 
-
-@data.command(cls=Command)
 def check(
     file: File,
     split: options.Split = None,
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
     vision_model: options.VisionOfRows = None,
-    stage: Stage = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row. [default: the stage's]")] = None,
+    stage: StageOfRows = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row. [default: that of the stage]")] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Held-out rows, none of whose pictures may be in here.")
+        Path | None, typer.Option(metavar="FILE", help="Held-out rows: report images that both have.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[int, advanced(min=1, help="Processes.")] = os.cpu_count() or 1,
     fix: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Write a copy (.jsonl or .parquet) of the rows without fault.")
+        Path | None, typer.Option(metavar="OUT", help="Write a copy (.jsonl or .parquet) of the good rows.")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Find everything that can be wrong with rows, and what training will do about it. Exit 1 where it would refuse."""
+    """Find every problem of every row. The exit code is 1 if training would refuse the rows."""
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.curate import check as checking
     from minimind_v.core.curate.convert import find_target
@@ -64,23 +61,21 @@ def check(
         terminal, file, split, images, tokenizer, vision_model, stage, against
     )
     dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length, fit=spec.fit)
-    held_out = None
-    if against:
-        held_out = open_rows(against, images_beside(against) or images, say=terminal.say, order=SCORE)
+    held_out = open_rows(against, images_beside(against) or images, say=terminal.say, order=SCORE) if against else None
     with terminal.progress("check") as progress:
         report = checking.check(dataset, workers, held_out, progress)
-    found = checking.summary(report, recipe.data.bad_rows)
+    summary = checking.summary(report, recipe.data.bad_rows)
     if fix:
-        found["fixed"] = _fix(terminal, report, rows, fix, overwrite)
+        summary["fixed"] = _fix(terminal, report, rows, fix, overwrite)
     if json:
-        terminal.json(found, problems=map(checking.as_json, report.problems()))
+        terminal.json(summary, problems=map(checking.as_json, report.problems()))
     else:
-        _show(terminal, found, file)
-    if not found["ok"] and fix:
-        terminal.say(f"training would refuse {file} ({found['refusal']}), and takes {fix}")
-    elif not found["ok"]:
-        clean = " — `--fix OUT.jsonl` writes a clean copy" if found["usable"] else ""
-        terminal.fail(f"training would refuse: {found['refusal']}{clean}")
+        _show(terminal, summary, file)
+    if not summary["ok"] and fix:
+        terminal.say(f"training would refuse {file} ({summary['refusal']}); it accepts {fix}")
+    elif not summary["ok"]:
+        clean = " — `--fix OUT.jsonl` writes a clean copy" if summary["usable"] else ""
+        terminal.fail(f"training would refuse these rows: {summary['refusal']}{clean}")
         raise typer.Exit(1)
 
 
@@ -94,7 +89,7 @@ def _fix(terminal: Terminal, report: Report, rows: RowStore, out: Path, overwrit
     usable = report.whole & ~report.skipped
     kept = np.flatnonzero(usable & ~report.repeated)
     if not len(kept):
-        raise DataError(f"{rows.path}: no row is without fault, so there is nothing to write")
+        raise DataError(f"{rows.path}: every row has a problem, so there is nothing to write")
     with terminal.progress("fix") as progress:
         done = run(SampledRows(rows, kept), out, overwrite, progress)
     broken = report.rows - int(usable.sum())
@@ -103,42 +98,39 @@ def _fix(terminal: Terminal, report: Report, rows: RowStore, out: Path, overwrit
     return {"files": [str(path) for path in done.files], "rows": done.rows, "left_out": broken + repeated}
 
 
-def _show(terminal: Terminal, found: dict[str, Any], file: Path) -> None:
-    for kind, told in found["kinds"].items():
-        terminal.result(f"{kind:<18}{told['count']:>8}  training {told['training']}: {', '.join(told['first'])}")
-        terminal.result(f"{'':<28}{told['message']}")
-    for note in (found["text_rows"], *found["notes"].values()):
+def _show(terminal: Terminal, summary: dict[str, Any], file: Path) -> None:
+    for kind, problem in summary["kinds"].items():
+        terminal.result(
+            f"{kind:<18}{problem['count']:>8}  training {problem['training']}: {', '.join(problem['first'])}"
+        )
+        terminal.result(f"{'':<28}{problem['message']}")
+    for note in (summary["text_rows"], *summary["notes"].values()):
         if note["count"]:
             terminal.result(f"information: {note['message']}: {', '.join(note['first'])}")
-    terminal.result(f"{file}: {plural(found['rows'], 'row')}, {found['usable']} of them can be trained on")
+    terminal.result(f"{file}: {plural(summary['rows'], 'row')}, {summary['usable']} of them usable for training")
 
 
-data.command(cls=Command)(data_look.stats)
-data.command(cls=Command)(data_look.preview)
-
-
-@data.command(cls=Command)
 def convert(
     file: File,
-    out: Annotated[Path, typer.Argument(help="NAME.parquet, or NAME.jsonl, which gets NAME_images.zip beside it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="NAME.parquet, or NAME.jsonl with NAME_images.zip.")],
     split: options.Split = None,
     images: options.Images = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Write rows in another form, pictures to the byte. Stopped and started again, it goes on."""
+    """Convert rows between JSONL and parquet; image bytes stay the same. If interrupted, run it again: it resumes."""
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.curate.convert import convert as run
     from minimind_v.core.curate.convert import find_target
 
     terminal = Terminal()
-    find_target(out, overwrite, file, images or images_beside(file))  # before a large file is looked through
+    find_target(out, overwrite, file, images or images_beside(file))  # before a large file is indexed
     rows = _open(terminal, file, split, images)
     try:
         with terminal.progress("convert") as progress:
             done = run(rows, out, overwrite, progress)
     except KeyboardInterrupt:
-        terminal.say("stopped; the same command goes on from here")
+        terminal.say("stopped — run the same command again to resume")
         raise
     files = ", ".join(map(str, done.files))
     resumed = f", the first {done.resumed_at} of them by an earlier run" if done.resumed_at else ""
@@ -147,18 +139,17 @@ def convert(
         terminal.json({"files": [str(path) for path in done.files], "rows": done.rows, "resumed_at": done.resumed_at})
 
 
-@data.command(cls=Command)
 def split(
     file: File,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for train and held_out.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files train and held_out.")],
     held_out: Annotated[float, typer.Option("--held-out", help="A share below 1, or a number of rows.")] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Decides which rows.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 42,
     split: options.Split = None,
     images: options.Images = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Hold out rows by picture: no picture is on both sides."""
+    """Split off held-out rows by image: no image is in both files."""
     from minimind_v.core.curate.split import split as run
 
     if not 0 < held_out < math.inf:
@@ -169,7 +160,7 @@ def split(
     rows = _open(terminal, file, split, images)
     with terminal.progress("split") as progress:
         done = run(rows, out, held_out, seed, overwrite, progress)
-    where = f"; the pictures of both are in {rows.pictures} (--images)" if rows.pictures else ""
+    where = f"; the images of both are in {rows.pictures} (--images)" if rows.pictures else ""
     terminal.say(
         f"{done.train}: {plural(done.train_rows, 'row')}; {done.held_out}: {plural(done.held_out_rows, 'row')}{where}"
     )
@@ -181,7 +172,7 @@ def split(
 
 
 def _open(terminal: Terminal, file: Path, split: str | None, images: Path | None) -> RowStore:
-    """The rows, with the pictures that were named or are beside them."""
+    """The rows, with the images that --images names or that lie beside them."""
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.rows.jsonl import find_rows, open_rows
     from minimind_v.core.rows.pictures import find_pictures
@@ -189,3 +180,10 @@ def _open(terminal: Terminal, file: Path, split: str | None, images: Path | None
     images = images or images_beside(file)
     open_all(lambda: find_rows(file), lambda: find_pictures(images))
     return open_rows(file, images, split, terminal.say)
+
+
+register(data, "check", check)
+register(data, "stats", data_look.stats)
+register(data, "preview", data_look.preview)
+register(data, "convert", convert)
+register(data, "split", split)

@@ -1,17 +1,18 @@
-"""`mmv data stats` and `mmv data preview`: what a set of rows is like, and what a model gets of a row."""
+"""`mmv data stats` and `mmv data preview`: statistics of rows, and rows as the model reads them."""
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minimind_v.cli import options
+from minimind_v.cli.command import advanced
+from minimind_v.cli.run_options import Stage
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError, open_all
-from minimind_v.core.hub.sources import TOKENIZER_DIR
+from minimind_v.core.paths import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
@@ -21,19 +22,15 @@ if TYPE_CHECKING:
     from minimind_v.core.rows.row import RowStore
 
 
-class StageName(str, Enum):
-    """The two stages."""
-
-    pretrain = "pretrain"
-    sft = "sft"
-
-
 File = Annotated[
-    Path, typer.Argument(help="Rows: JSONL, JSON, CSV, parquet or tar, or a folder of such files (docs/data.md).")
+    Path,
+    typer.Argument(
+        metavar="FILE", help="Rows: JSONL, JSON, CSV, parquet or tar, or a folder of such files (docs/data.md)."
+    ),
 ]
-Stage = Annotated[
-    StageName | None,
-    typer.Option(help="Whose lengths and batches count. [default: as the file's name begins, else sft]"),
+StageOfRows = Annotated[
+    Stage | None,
+    advanced("--stage", help="Read the rows as this stage does. [default: by the file's name, else sft]"),
 ]
 
 
@@ -43,13 +40,15 @@ def stats(
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
     vision_model: options.VisionOfRows = None,
-    stage: Stage = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Look at so many rows. [default: a sample of 10000]")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures, too.")] = None,
+    stage: StageOfRows = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Count only the first rows. [default: a sample of 10000]")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with images.")] = None,
     json: options.Json = False,
 ) -> None:
-    """Count rows, turns, tokens and languages, and foretell padding, truncation, updates and time of a stage."""
-    from minimind_v.core.curate.lines import stats_lines
+    """Count rows, turns, tokens and languages; predict padding, truncation, steps and time of a stage."""
+    from minimind_v.cli.data_lines import stats_lines
     from minimind_v.core.curate.stats import look_at
     from minimind_v.core.pages.frame import check_page, write_page
     from minimind_v.core.pages.stats import stats_page
@@ -63,7 +62,7 @@ def stats(
         report = look_at(store, encoder, recipe, time_of, limit, progress)
     if html:
         write_page(html, stats_page(report))
-        terminal.say(f"the page is in {html}")
+        terminal.say(f"page: {html}")
     if json:
         terminal.json(report)
         return
@@ -77,15 +76,15 @@ def preview(
     images: options.Images = None,
     tokenizer: options.TokenizerDir = TOKENIZER_DIR,
     vision_model: options.VisionOfRows = None,
-    stage: Stage = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 12,
-    seed: Annotated[int, typer.Option(min=0, help="Which rows are drawn.")] = 0,
-    start: Annotated[int | None, typer.Option(min=1, metavar="ROW", help="Rows from this one on, none drawn.")] = None,
-    html: Annotated[Path, typer.Option(metavar="FILE", help="Where the page goes.")] = Path("preview.html"),
+    stage: StageOfRows = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
+    start: Annotated[int | None, typer.Option(min=1, metavar="ROW", help="Show the rows from this one on.")] = None,
+    html: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("preview.html"),
     json: options.Json = False,
 ) -> None:
-    """Show rows as the model gets them: pictures after the crop, text as tokens, what is learnt and what is cut off."""
-    from minimind_v.core.curate.lines import row_lines
+    """Show rows as the model reads them: cropped images, tokens, supervised and truncated text."""
+    from minimind_v.cli.data_lines import row_lines
     from minimind_v.core.curate.preview import Previewer, as_json
     from minimind_v.core.pages.frame import check_page, write_page
     from minimind_v.core.pages.preview import preview_page
@@ -96,7 +95,7 @@ def preview(
     previewer = Previewer(store, encoder, spec, recipe)
     chosen = previewer.choose(rows, seed, start)
     if not chosen:
-        raise UsageError(f"--start {start}: {file} ends before, it has {plural(len(store), 'row')}")
+        raise UsageError(f"--start {start}: {file} has only {plural(len(store), 'row')}")
     views = [previewer.view(index) for index in chosen]
     write_page(html, preview_page(views, spec, recipe, str(file)))
     if json:
@@ -105,7 +104,7 @@ def preview(
         for view in views:
             for line in row_lines(view):
                 terminal.pieces(line)
-    terminal.say(f"the page, with the pictures, is in {html}")
+    terminal.say(f"page with images: {html}")
 
 
 def open_data(
@@ -115,13 +114,13 @@ def open_data(
     images: Path | None,
     tokenizer: Path,
     vision_model: Path | None,
-    stage: StageName | None,
+    stage: Stage | None,
     against: Path | None = None,
 ) -> tuple[RunConfig, RowStore, PromptEncoder, VisionSpec]:
-    """The recipe that would read these rows, the rows, and what prepares them.
+    """The recipe of the stage, the rows, the prompt encoder and the vision spec.
 
-    Without a vision model they are counted as the published one would take them. Raises MissingInput that names all
-    that is missing, `against`, the held-out rows, among it.
+    Without a vision model, rows are counted for the encoder of the presets. Raises one MissingInput that names every
+    missing file, the held-out rows `against` included.
     """
     from minimind_v.core.config.load import build_config
     from minimind_v.core.data.prompt import PromptEncoder
@@ -132,13 +131,13 @@ def open_data(
     from minimind_v.core.rows.pictures import find_pictures
 
     if stage is None:
-        stage = next((known for known in StageName if file.name.startswith(known.value)), None)
+        stage = next((name for name in Stage if file.name.startswith(name.value)), None)
         if stage is None:
-            stage = StageName.sft
-            terminal.say("the file's name tells no stage: looked at as sft reads it (--stage pretrain for the other)")
+            stage = Stage.sft
+            terminal.say("reading as sft data (--stage pretrain for the other stage)")
     given = {"data": file, "split": split, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
     recipe = build_config(stage.value, options=given)
-    _, _, words, spec, _ = open_all(
+    _, _, tokens, spec, _ = open_all(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
         lambda: Tokenizer.load(tokenizer),
@@ -148,7 +147,7 @@ def open_data(
     store = open_rows(file, recipe.data.images, split, terminal.say)
     if not (recipe.vision_model / "config.json").is_file():
         terminal.say(
-            f"no vision model in {recipe.vision_model}: taking the pictures of the presets, "
+            f"no vision model in {recipe.vision_model}: counting images as the presets do, "
             f"{spec.image_size} × {spec.image_size} and {spec.tokens_per_image} tokens each"
         )
-    return recipe, store, PromptEncoder(words, spec.tokens_per_image), spec
+    return recipe, store, PromptEncoder(tokens, spec.tokens_per_image), spec

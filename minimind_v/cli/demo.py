@@ -1,4 +1,4 @@
-"""`mmv demo`: the whole pipeline on the embedded world."""
+"""`mmv demo`: run the whole pipeline on a small generated world."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal, command_line
+from minimind_v.core.paths import DEMO_DIR
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Decides pictures, questions and fresh weights.")] = 0,
-    short: Annotated[bool, typer.Option("--short", help="A quarter of the rows: quicker, and sees less well.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of all results.")] = DEMO_DIR,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images, questions and new weights.")] = 0,
+    short: Annotated[bool, typer.Option("--short", help="Use a quarter of the rows: faster, less accurate.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Watch a model learn to see: the whole pipeline on an embedded world, in minutes on two CPU cores."""
+    """Run the whole pipeline on a small generated world, in minutes on two CPU cores."""
     from minimind_v.cli.live import TrainView
     from minimind_v.core.demo.run import FULL, SHORT, Demo
     from minimind_v.core.files import size_of
 
     terminal = Terminal()
 
-    def tell(title: str, command: str) -> None:
+    def announce(title: str, command: str) -> None:
         terminal.say(f"\n── {title}" + (f"\n   $ {command}" if command else ""))
 
     with TrainView(terminal, "demo") as view:
-        summary = Demo(out, seed, view, tell, SHORT if short else FULL).run()
+        summary = Demo(out, seed, view, announce, SHORT if short else FULL).run()
     if json:
         terminal.json(summary)
         return
     example = summary["example"]
     chat = ["chat", "--model", example["model"], "--image", example["image"], example["question"]]
     terminal.table({
-        "scenes never seen": f"{summary['accuracy_heldout_scenes']:.1%} of the answers are right",
-        "shape-colour pairs never seen": f"{summary['accuracy_heldout_pairs']:.1%}",
-        "blank picture": f"{summary['accuracy_blank']:.1%}",
+        "held-out scenes": f"{summary['accuracy_heldout_scenes']:.1%} of the answers are right",
+        "held-out shape-colour pairs": f"{summary['accuracy_heldout_pairs']:.1%}",
+        "blank image": f"{summary['accuracy_blank']:.1%}",
         "before training": f"{summary['accuracy_before']:.1%}",
         "training and evaluation": f"{summary['seconds_training_and_evaluation']:.0f} s",
         "report": str(out / "report.html"),
-        "pictures": f"{Path(example['image']).parent}: a dozen to ask about",
+        "images": f"{Path(example['image']).parent}: a dozen to ask about",
         "ask the model": command_line(*chat),
         "free the disk": f"{shlex.join(['rm', '-r', str(out)])} ({size_of(out) / 1e6:,.0f} MB)",
     })  # fmt: skip

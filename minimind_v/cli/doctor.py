@@ -1,7 +1,8 @@
-"""`mmv doctor`: what is installed, found and missing."""
+"""`mmv doctor`: installed packages, standard folders and missing files."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -12,13 +13,14 @@ from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.config.load import build_config
 from minimind_v.core.errors import MissingInput
 from minimind_v.core.files import size_of
-from minimind_v.core.hub.sources import DEMO_DIR, OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR, find_weights
+from minimind_v.core.hub.sources import SOURCES, find_weights
+from minimind_v.core.paths import DEMO_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow", "pillow", "numpy")
 
 
 def doctor(json: options.Json = False) -> None:
-    """Tell what is installed, what the standard folders hold, and how to get what they lack."""
+    """Report installed packages, the files in the standard folders, and how to get missing files."""
     import torch
 
     from minimind_v.core.device import gpu_names
@@ -33,19 +35,24 @@ def doctor(json: options.Json = False) -> None:
         card = torch.cuda.get_device_properties(0)
         report["gpu"] = f"{card.name}, {card.total_memory / 2**30:.1f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
     else:
-        report["gpu"] = ", ".join(gpu_names()) or "none found: training runs on the CPU"
+        report["gpu"] = ", ".join(gpu_names()) or "none: training runs on the CPU"
     report["cpu threads"] = str(torch.get_num_threads())
     report["free disk here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
-    stages = {stage: build_config(stage) for stage in ("pretrain", "sft")}
-    wanted: dict[str, tuple[Path, str]] = {
-        "vision model": (VISION_DIR / "config.json", SOURCES["clip"].command()),
-        "tokenizer": (TOKENIZER_DIR / "tokenizer.json", SOURCES["tokenizer"].command()),
-        "language model": (stages["pretrain"].init or OUT_DIR, SOURCES["lm"].command()),
+    out, vision_model, tokenizer = (
+        options.folder(name, standard)
+        for name, standard in {"out": OUT_DIR, "vision_model": VISION_DIR, "tokenizer": TOKENIZER_DIR}.items()
+    )
+    given = {"out": out, "data": os.environ.get(options.ENVIRONMENT["data"]) or None}
+    stages = {stage: build_config(stage, options=given) for stage in ("pretrain", "sft")}
+    inputs: dict[str, tuple[Path, str]] = {
+        "vision model": (vision_model / "config.json", SOURCES["clip"].command()),
+        "tokenizer": (tokenizer / "tokenizer.json", SOURCES["tokenizer"].command()),
+        "language model": (stages["pretrain"].init or out, SOURCES["lm"].command()),
         "pretrain data": (stages["pretrain"].data.file, SOURCES["dataset"].command()),
-        "pretrained weights": (stages["sft"].init or OUT_DIR, "mmv train pretrain"),
+        "pretrained weights": (stages["sft"].init or out, "mmv train pretrain"),
         "sft data": (stages["sft"].data.file, SOURCES["dataset"].command()),
     }
-    for name, (path, command) in wanted.items():
+    for name, (path, command) in inputs.items():
         report[name] = f"found, {path}" if path.exists() else f"missing, {path} — `{command}`"
     report |= _demo()
     terminal = Terminal()
@@ -53,7 +60,7 @@ def doctor(json: options.Json = False) -> None:
 
 
 def _demo() -> dict[str, str]:
-    """The demo's model, where `mmv demo` has left one."""
+    """The model that `mmv demo` made, if any."""
     try:
         weights = find_weights(DEMO_DIR / OUT_DIR)
     except MissingInput:

@@ -1,4 +1,4 @@
-"""`mmv download`: bring what the stages need, from Hugging Face or ModelScope."""
+"""`mmv download`: download the inputs of the stages from Hugging Face or ModelScope."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import options
+from minimind_v.cli.command import advanced
+from minimind_v.cli.run_options import Stage
 from minimind_v.cli.terminal import BytesProgress, Terminal
 from minimind_v.core.errors import UsageError
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 
 class What(str, Enum):
+    """Groups of files."""
+
     all = "all"
     clip = "clip"
     lm = "lm"
@@ -28,45 +32,48 @@ class What(str, Enum):
 
 
 class Hub(str, Enum):
+    """The hubs."""
+
     auto = "auto"
     hf = "hf"
     modelscope = "modelscope"
 
 
 class Preset(str, Enum):
+    """The published sizes."""
+
     small = "small"
     base = "base"
     moe = "moe"
 
 
-class Split(str, Enum):
-    pretrain = "pretrain"
-    sft = "sft"
-
-
 def download(
-    what: Annotated[What, typer.Argument(help="What to bring.")] = What.all,
-    hub: Annotated[Hub, typer.Option("--hub", help="Where from; auto: hf, and where it fails modelscope.")] = Hub.auto,
+    what: Annotated[What, typer.Argument(metavar="WHAT", help="The files to download.")] = What.all,
+    hub: Annotated[Hub, typer.Option("--hub", help="auto: hf, then modelscope if hf fails.")] = Hub.auto,
     endpoint: Annotated[
-        str | None, typer.Option("--endpoint", metavar="URL", help="A mirror. [default: HF_ENDPOINT, or the hub's own]")
+        str | None,
+        advanced("--endpoint", metavar="URL", help="Address of a mirror. [default: HF_ENDPOINT, or the hub's own]"),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch, tag or commit. [default: the pinned one]")
+        str | None, advanced("--revision", metavar="NAME", help="Branch, tag or commit. [default: the pinned one]")
     ] = None,
     preset: Annotated[Preset, typer.Option("--preset", help="Size of the language model.")] = Preset.small,
     root: Annotated[
-        Path, typer.Option("--dir", metavar="DIR", help="Where model/, dataset/ and out/ are laid out.")
+        Path, typer.Option("--dir", metavar="DIR", help="Folder that gets model/, dataset/ and out/.")
     ] = Path(),
-    split: Annotated[Split | None, typer.Option("--split", help="Only this half of the dataset.")] = None,
+    split: Annotated[Stage | None, typer.Option("--split", help="Download only this stage's data.")] = None,
     sample: Annotated[
-        int | None, typer.Option("--sample", min=1, metavar="N", help="Only the first N rows, to dataset/sample.")
+        int | None,
+        typer.Option("--sample", min=1, metavar="N", help="Download only the first N rows, into dataset/sample."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would come, from where, how big.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List files, sources and sizes without downloading.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
-    """Bring the vision model, the tokenizer, the language model, the data or trained weights.
+    """Download the vision model, the tokenizer, the language model, the data or trained weights.
 
-    What is here and right is left alone; what was interrupted goes on; every file is checked before it gets its name.
+    Complete files stay as they are. If interrupted, run it again: it resumes. Every file is verified.
     """
     from minimind_v.core.config.presets import PRESETS, weights_name
     from minimind_v.core.hub.fetch import HUBS, Download
@@ -74,22 +81,22 @@ def download(
     from minimind_v.core.hub.wanted import download_parts
 
     if (sample or split) and what not in (What.all, What.dataset):
-        raise UsageError(f"--{'sample' if sample else 'split'} is for the dataset, not for {what.value}")
+        raise UsageError(f"--{'sample' if sample else 'split'} is only for `dataset` and `all`, not for `{what.value}`")
     if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-        raise UsageError(f"--endpoint {endpoint}: an address begins with https:// or http://")
+        raise UsageError(f"--endpoint {endpoint}: must begin with https:// or http://")
     terminal = Terminal()
     file_of = partial(weights_name, config=PRESETS[preset.value])
     parts = download_parts(what.value, root, preset.value, file_of, (split.value,) if split else SPLITS, sample)
     hubs = HUBS if hub is Hub.auto else (hub.value,)
     with BytesProgress(terminal) as progress:
-        work = Download(parts, hubs, progress, endpoint, revision)
+        download = Download(parts, hubs, progress, endpoint, revision)
         try:
-            items = work.run(dry_run)
+            items = download.run(dry_run)
         except KeyboardInterrupt:
-            terminal.say("stopped; the same command goes on from here")
+            terminal.say("stopped — run the same command again to resume")
             sys.exit(130)
     if json:
-        terminal.json(_report(items, work.transferred))
+        terminal.json(_report(items, download.transferred))
     else:
         _show(terminal, items)
 
@@ -123,5 +130,5 @@ def _show(terminal: Terminal, items: list[Item]) -> None:
         size = "first rows" if item.size is None else f"{item.size / 1e6:,.1f} MB"
         terminal.result(f"{item.action:<11}  {size:>12}  {item.path}  ({item.hub} {item.repo}@{item.commit[:12]})")
     if any(item.action == "would fetch" for item in items):
-        coming = sum(max((item.size or 0) - item.staged, 0) for item in items if item.action == "would fetch")
-        terminal.result(f"{coming / 1e6:,.1f} MB to come")
+        remaining = sum(max((item.size or 0) - item.staged, 0) for item in items if item.action == "would fetch")
+        terminal.result(f"{remaining / 1e6:,.1f} MB to download")

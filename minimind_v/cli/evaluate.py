@@ -1,47 +1,58 @@
-"""`mmv eval`: how good a model is on rows that it has not seen."""
+"""`mmv eval`: score a model on held-out rows."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_v.cli import options
+from minimind_v.cli.command import advanced
+from minimind_v.cli.options import complete
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, one_of
 from minimind_v.core.errors import open_all
 
 if TYPE_CHECKING:
+    from minimind_v.core.data.feature_cache import FeatureCache
     from minimind_v.core.evaluate.run import Scores
+    from minimind_v.core.formats.load import LoadedModel
+    from minimind_v.core.rows.row import RowStore
 
-FIRST = 200  # rows that are scored where none are named
+FIRST = 200  # rows that are scored where no --data names others
 
 
 def evaluate(
     model: options.Model = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"Held-out rows: a file or folder. [default: {FIRST} rows of the sft data]"),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Which split of a folder. [default: test, validation or held_out, as said]"),
+        typer.Option(metavar="FILE", help=f"Held-out rows: file or folder. [default: {FIRST} rows of the sft data]"),
     ] = None,
     images: options.Images = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Score again with a blank image: the difference is what images add.")
+    ] = False,
+    split: Annotated[
+        str | None,
+        advanced(metavar="NAME", help="Split of a folder. [default: test, validation or held_out]"),
+    ] = None,
+    max_length: Annotated[int, advanced(min=1, help="Tokens per row, image tokens included.")] = 1536,
+    batch_size: Annotated[int, advanced(min=1, help="Rows per batch.")] = 8,
+    dtype: Annotated[
+        str,
+        advanced(
+            metavar="TYPE", help=f"Type of the computation: {', '.join(DTYPES)}.", autocompletion=complete(*DTYPES)
+        ),
+    ] = "auto",
     vision_model: options.VisionOfModel = None,
     tokenizer: options.TokenizerOfModel = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    blind: Annotated[
-        bool, typer.Option("--blind", help="Score again with a blank picture: what the picture is worth.")
-    ] = False,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens per row, pictures included.")] = 1536,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     device: options.Device = "auto",
-    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "auto",
     json: options.Json = False,
 ) -> None:
-    """Held-out loss and, where rows have short answers, the share that is right to the letter."""
+    """Measure the loss on held-out rows and, where answers are short, the share of exactly right answers."""
     from minimind_v.core.config.load import build_config, images_beside
     from minimind_v.core.rows.jsonl import find_rows, open_rows
     from minimind_v.core.rows.pictures import find_pictures
@@ -50,62 +61,81 @@ def evaluate(
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
     if data is None:
-        found_data = build_config("sft").data
-        data, images, limit = found_data.file, images or found_data.images, limit or FIRST
-        terminal.warn(
-            f"scoring rows of {data}, which the model may have been trained on: name held-out ones with --data"
-        )
+        standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
+        data, images, limit = standard.file, images or standard.images, limit or FIRST
+        terminal.warn(f"scoring rows of {data}, which may be training data: name held-out rows with --data")
     images = images or images_beside(data)
     _, _, loaded = open_all(
         lambda: find_rows(data),
         lambda: find_pictures(images),
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
-    from minimind_v.core.data.dataset import RowDataset
-    from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
-    from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.evaluate.run import evaluate as score
-    from minimind_v.core.rows.row import describe_notes, describe_text_rows
-
     rows = open_rows(data, images, split, terminal.say, SCORE)
-    spec, words = loaded.model.spec, loaded.tokenizer
     terminal.say(str(loaded.receipt))
-    memory, encoder = None, loaded.model.vision_encoder
-    features = loaded.checkpoint.path.parent / "features"
-    if encoder and features.is_dir():  # where the run that made these weights has left them
-        eye = FeatureEncoder(encoder, loaded.model.device, dtype)
-        memory = open_feature_cache("exact", features, eye, len(rows), terminal.say, terminal.warn)
-    prompts, found = PromptEncoder(words, spec.tokens_per_image), {}
-    for name in ("seeing", "blind") if blind else ("seeing",):
-        dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind", fit=spec.fit)
-        with terminal.progress(f"eval {name}") as progress:
-            found[name] = score(
-                loaded.model, dataset, words.pad_id, words.eos_id, batch_size,
-                limit=limit, progress=progress, dtype=dtype, memory=memory if name == "seeing" else None,
-            )  # fmt: skip
-    seeing = found["seeing"]
-    for row in seeing.broken[:5]:
-        terminal.warn(f"row skipped: {row}")
-    if seeing.text_rows:
-        terminal.say(describe_text_rows(seeing.text_rows, seeing.rows))
-    for line in describe_notes(seeing.notes, seeing.rows):
-        terminal.say(line)
-    report = _report(loaded.checkpoint.path, data, rows.split, found)
+    scores = _score(
+        terminal, loaded, rows, max_length, blind, {"batch_size": batch_size, "limit": limit, "dtype": dtype}
+    )
+    _show_rows(terminal, scores["seeing"])
+    report = _report(loaded.checkpoint.path, data, rows.split, scores)
     if json:
         terminal.json(report)
     else:
         terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
 
 
-def _report(model: Path, data: Path, split: str, found: dict[str, Scores]) -> dict[str, Any]:
-    seeing = found["seeing"]
+def _score(
+    terminal: Terminal, loaded: LoadedModel, rows: RowStore, max_length: int, blind: bool, how: dict[str, Any]
+) -> dict[str, Scores]:
+    """The scores with the rows' images and, if `blind`, with blank ones."""
+    from minimind_v.core.data.dataset import RowDataset
+    from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.evaluate.run import evaluate as score
+
+    spec, tokenizer = loaded.model.spec, loaded.tokenizer
+    prompts, scores = PromptEncoder(tokenizer, spec.tokens_per_image), {}
+    cache = _feature_cache(terminal, loaded, how["dtype"], len(rows))
+    for name in ("seeing", "blind") if blind else ("seeing",):
+        dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind", fit=spec.fit)
+        with terminal.progress(f"eval {name}") as progress:
+            scores[name] = score(
+                loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id,
+                progress=progress, memory=cache if name == "seeing" else None, **how,
+            )  # fmt: skip
+    return scores
+
+
+def _feature_cache(terminal: Terminal, loaded: LoadedModel, dtype: str, rows: int) -> FeatureCache | None:
+    """The features that the run of these weights has left beside them, if any."""
+    from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
+
+    encoder, folder = loaded.model.vision_encoder, loaded.checkpoint.path.parent / "features"
+    if encoder is None or not folder.is_dir():
+        return None
+    features = FeatureEncoder(encoder, loaded.model.device, dtype)
+    return open_feature_cache("exact", folder, features, rows, terminal.say, terminal.warn)
+
+
+def _show_rows(terminal: Terminal, scores: Scores) -> None:
+    """Report skipped rows and rows that were read in another way than written."""
+    from minimind_v.core.rows.row import describe_notes, describe_text_rows
+
+    for row in scores.broken[:5]:
+        terminal.warn(f"row skipped: {row}")
+    if scores.text_rows:
+        terminal.say(describe_text_rows(scores.text_rows, scores.rows))
+    for line in describe_notes(scores.notes, scores.rows):
+        terminal.say(line)
+
+
+def _report(model: Path, data: Path, split: str, scores: dict[str, Scores]) -> dict[str, Any]:
+    seeing = scores["seeing"]
     report: dict[str, Any] = {
         "model": str(model), "data": str(data), **({"split": split} if split else {}),
         "rows": seeing.rows, "broken_rows": len(seeing.broken), "text_rows": seeing.text_rows,
         "supervised_tokens": seeing.supervised_tokens, "short_answers": seeing.short_answers,
     }  # fmt: skip
-    for name, scores in found.items():
+    for name, score in scores.items():
         suffix = "" if name == "seeing" else "_blind"
-        report |= {f"loss{suffix}": scores.loss, f"perplexity{suffix}": scores.perplexity}
-        report[f"accuracy{suffix}"] = scores.accuracy
-    return report | {"seconds": sum(scores.seconds for scores in found.values())}
+        report |= {f"loss{suffix}": score.loss, f"perplexity{suffix}": score.perplexity}
+        report[f"accuracy{suffix}"] = score.accuracy
+    return report | {"seconds": sum(score.seconds for score in scores.values())}

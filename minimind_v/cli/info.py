@@ -1,4 +1,4 @@
-"""`mmv info`: what a file or a folder is."""
+"""`mmv info`: describe a file or a folder."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 def info(
     file: Annotated[
-        Path, typer.Argument(help="A checkpoint, an exported folder, a dataset, or a run's folder or metrics.jsonl.")
+        Path, typer.Argument(metavar="FILE", help="Checkpoint, exported folder, dataset, run folder or metrics.jsonl.")
     ],
     split: options.Split = None,
     json: options.Json = False,
 ) -> None:
-    """Tell what a checkpoint, an exported folder, a dataset or a run is."""
+    """Describe a checkpoint, an exported folder, a dataset or a run."""
     if not file.exists():
         beside = [path.name for path in file.parent.glob("*")]
         raise MissingInput(f"no file {file}{nearest(file.name, beside)}")
     description = _described(file, split)
     if split is not None and description["kind"] != "dataset":
-        raise UsageError(f"--split {split}: {file} is no dataset — leave --split out")
+        raise UsageError(f"--split {split}: {file} is not a dataset — remove --split")
     terminal = Terminal()
     terminal.json(description) if json else terminal.table(description)
 
 
 def _described(file: Path, split: str | None = None) -> dict[str, Any]:
-    """What a file is, by its name first: only weights need torch."""
+    """The description of a file, by its name first: only weights need torch."""
     ending = file.suffix.lower()
     if file.is_file() and ending == ".zip":
         return _zip(file)
@@ -57,8 +57,8 @@ def _described(file: Path, split: str | None = None) -> dict[str, Any]:
     if ending not in WEIGHTS_ENDINGS and file.is_file():
         from minimind_v.core.rows.strangers import WORKBOOK, no_rows, stand_in
 
-        if (trouble := stand_in(file)) or (trouble := no_rows(file)) == WORKBOOK:
-            raise DataError(f"{file}: {trouble}")
+        if (problem := stand_in(file)) or (problem := no_rows(file)) == WORKBOOK:
+            raise DataError(f"{file}: {problem}")
     return _weights(file)
 
 
@@ -110,26 +110,26 @@ def _weights(file: Path) -> dict[str, Any]:
 
 
 def _trained_with(checkpoint: Checkpoint) -> dict[str, str]:
-    """Where the vision model and the tokenizer of its run are, as far as the weights or their run tell."""
-    known = {name: companion for name, companion in vars(checkpoint.companions).items() if companion}
+    """The vision model and the tokenizer of the weights' run, where the weights or the run record them."""
+    companions = {name: companion for name, companion in vars(checkpoint.companions).items() if companion}
     return {
-        name: str(next((place for place in companion.places if place.exists()), f"{companion.places[-1]}, not there"))
-        for name, companion in known.items()
+        name: str(next((path for path in companion.places if path.exists()), f"{companion.places[-1]}, missing"))
+        for name, companion in companions.items()
     }
 
 
 def _export(folder: Path) -> dict[str, Any]:
-    """What a folder that other programs read adds to its weights."""
+    """The further fields of an exported folder."""
     from minimind_v.core.export.folder import read_manifest
     from minimind_v.core.files import object_in, size_of
     from minimind_v.core.formats.hf.read import is_llava
 
-    found: dict[str, Any] = {"kind": "published layout, with custom code", "bytes": size_of(folder)}
+    fields: dict[str, Any] = {"kind": "published layout, with custom code", "bytes": size_of(folder)}
     if is_llava(folder):
         from minimind_v.core.model.vision.encoder import read_vision_spec
 
         spec = read_vision_spec(folder)
-        found |= {
+        fields |= {
             "kind": "hf",
             "opened_by": "transformers, AutoModelForImageTextToText",
             "image_size": spec.image_size,
@@ -137,9 +137,9 @@ def _export(folder: Path) -> dict[str, Any]:
         }
     manifest = read_manifest(folder)
     if manifest is None:
-        return found | {"came_from": "not known: it was not written by mmv convert"}
+        return fields | {"came_from": "unknown: not written by mmv convert"}
     source, verified = (object_in(manifest, key) for key in ("source", "verified"))
-    return found | {
+    return fields | {
         "came_from": source.get("name"),
         "source_sha256": source.get("sha256"),
         "made_by": manifest.get("made_by"),
@@ -162,7 +162,7 @@ def _data(file: Path, split: str | None) -> dict[str, Any]:
         "files": rows.file_kind,
         "file": str(file),
         **({"split": rows.split} if rows.split else {}),
-        "form": first.form or "none that is read: no conversation in the first row",
+        "form": first.form or "unknown: no conversation in the first row",
         "rows": len(rows),
         "bytes": size_of(file),
         "pictures": str(rows.pictures or ""),
@@ -178,11 +178,12 @@ def _run(file: Path) -> dict[str, Any]:
     if not file.is_file():
         files = sorted(path.name for path in file.parent.iterdir() if path.suffix in (*WEIGHTS_ENDINGS, *ROWS))
         if not files:
-            raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run: {no_set(file.parent)}")
-        which = f"one of its files ({', '.join(files[:5])})"
-        raise MissingInput(f"{file.parent}: a folder, but of no model, dataset or run — name {which}")
+            raise MissingInput(f"{file.parent} is not itself a model, dataset or run: {no_set(file.parent)}")
+        raise MissingInput(
+            f"{file.parent} is not itself a model, dataset or run — name one of its files: {', '.join(files[:5])}"
+        )
     metrics = read_metrics(file)
     weights = weights_at(file.parent)
-    made = {} if weights == file.parent else {"weights": str(weights)}
+    result = {} if weights == file.parent else {"weights": str(weights)}
     about = {"first_loss": metrics[0]["loss"], "records": len(metrics)}
-    return {"kind": "run", "file": str(file)} | made | about | metrics[-1]
+    return {"kind": "run", "file": str(file)} | result | about | metrics[-1]

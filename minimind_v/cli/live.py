@@ -1,4 +1,4 @@
-"""How a training run is shown: a live view on a terminal, plain lines elsewhere."""
+"""The progress view of a training run: live on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from minimind_v.cli.terminal import Terminal
 from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
 
 BARS = "▁▂▃▄▅▆▇█"
-RECENT = 20  # updates over which rates are measured
+RECENT = 20  # steps over which rates are measured
 POINTS = 128  # of a curve, at most twice as many
 
 
 class Curve:
-    """A curve of any length in few points: when there are too many, neighbours become their mean."""
+    """A curve in a limited number of points: when there are too many, neighbours become their mean."""
 
     def __init__(self) -> None:
         self.points: list[float] = []
@@ -35,7 +35,7 @@ class Curve:
         self.points.append(self._sum / self._count)
         self._sum, self._count = 0.0, 0
         if len(self.points) == 2 * POINTS:
-            self.points = [(one + other) / 2 for one, other in zip(self.points[::2], self.points[1::2], strict=True)]
+            self.points = [(left + right) / 2 for left, right in zip(self.points[::2], self.points[1::2], strict=True)]
             self._each *= 2
 
 
@@ -52,7 +52,7 @@ def sparkline(points: list[float], width: int) -> str:
 
 
 class Drawn(LiveRender):
-    """What stands on the terminal, to be wiped whole: made narrower, the terminal has broken its lines into more."""
+    """The drawing on the terminal. It is wiped whole also after the terminal became narrower and broke its lines."""
 
     def __init__(self, console: Console) -> None:
         super().__init__("")
@@ -70,7 +70,7 @@ class Drawn(LiveRender):
             yield segment
 
     def position_cursor(self) -> Control:
-        """Back to where the drawing began."""
+        """Move the cursor to the first line of the drawing."""
         if self._shape is not None:
             width = max(1, self.console.width)
             self._shape = width, sum(max(1, -(-cells // width)) for cells in self.widths)
@@ -78,17 +78,17 @@ class Drawn(LiveRender):
 
 
 class TrainView(Listener):
-    """Listens to a run and shows it."""
+    """A listener that shows a run."""
 
     def __init__(self, terminal: Terminal, stage: str) -> None:
         self.terminal, self.stage = terminal, stage
-        self._forget()
+        self._reset()
         self._live = Live(
             get_renderable=self._draw, console=terminal.err, refresh_per_second=4, vertical_overflow="crop"
         )
         self._live._live_render = Drawn(terminal.err)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.curve = Curve()
         self.recent: deque[StepMetrics] = deque(maxlen=RECENT + 1)
         self.validation: Validation | None = None
@@ -96,14 +96,14 @@ class TrainView(Listener):
         self.saved_at: int | None = None
 
     def __enter__(self) -> TrainView:
-        if self.terminal.err.is_terminal:
+        if self.terminal.is_live:
             self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._live.stop()
 
-    # --- what a run tells ---------------------------------------------------------------------------------------------
+    # --- events of the run --------------------------------------------------------------------------------------------
 
     def message(self, text: str) -> None:
         self.terminal.say(text)
@@ -113,7 +113,7 @@ class TrainView(Listener):
 
     def step(self, metrics: StepMetrics, logged: bool) -> None:
         if self.recent and metrics.step <= self.recent[-1].step:  # another run begins, as in the demo
-            self._forget()
+            self._reset()
         self.recent.append(metrics)
         self.curve.add(metrics.loss)
         if logged and not self._live.is_started:
@@ -124,22 +124,22 @@ class TrainView(Listener):
         self.best = result if result.best or self.best is None else self.best
         if not self._live.is_started:
             swapped = result.swapped_loss
-            swapped_text = "" if swapped is None else f", {swapped:.4f} with pictures of other rows"
+            other = "" if swapped is None else f", {swapped:.4f} with images of other rows"
             self.terminal.say(
-                f"step {result.step}  validation loss {result.loss:.4f}{swapped_text}  "
-                f"tokens right {result.token_accuracy:.0%}" + ("  (the best so far)" if result.best else "")
+                f"step {result.step}  validation loss {result.loss:.4f}{other}  "
+                f"token accuracy {result.token_accuracy:.0%}" + ("  (the best so far)" if result.best else "")
             )
 
     def saved(self, step: int) -> None:
         self.saved_at = step
 
-    # --- what is shown ------------------------------------------------------------------------------------------------
+    # --- drawing ------------------------------------------------------------------------------------------------------
 
     def _cells(self, metrics: StepMetrics) -> list[Text]:
-        """What there is to know about an update, in pieces that are not broken."""
+        """The values of a step, in cells that are not broken over lines."""
         before = self.recent[0]
         seconds = metrics.seconds - before.seconds
-        if len(self.recent) == 1 or seconds <= 0:  # no stretch yet: from the start of the run
+        if len(self.recent) == 1 or seconds <= 0:  # the first step: rates since the start of the run
             samples, tokens, waited, seconds = metrics.samples, metrics.tokens, metrics.data_seconds, metrics.seconds
         else:
             samples, tokens = metrics.samples - before.samples, metrics.tokens - before.tokens
@@ -149,7 +149,7 @@ class TrainView(Listener):
         return [
             Text(f"step {metrics.step}/{metrics.steps}"),
             Text(f"loss {metrics.loss:.4f}", "bold"),
-            Text(f"tokens right {metrics.token_accuracy:.0%}"),
+            Text(f"token accuracy {metrics.token_accuracy:.0%}"),
             Text(f"lr {metrics.lr:.2e}"),
             Text(f"grad {metrics.grad_norm:.2f}"),
             Text(f"{samples / seconds:.1f} samples/s"),
@@ -174,16 +174,16 @@ class TrainView(Listener):
         return flow(cells, width)
 
     def _milestones(self) -> Iterable[Text]:
-        if found := self.validation:
-            best = f" (best {self.best.loss:.4f} at {self.best.step})" if self.best and self.best != found else ""
-            yield Text(f"validation {found.loss:.4f} at {found.step}{best}")
-            if found.swapped_loss is not None:
-                yield Text(f"with pictures of other rows {found.swapped_loss:.4f}")
+        if last := self.validation:
+            best = f" (best {self.best.loss:.4f} at {self.best.step})" if self.best and self.best != last else ""
+            yield Text(f"validation {last.loss:.4f} at {last.step}{best}")
+            if last.swapped_loss is not None:
+                yield Text(f"with images of other rows {last.swapped_loss:.4f}")
         yield Text("not saved yet" if self.saved_at is None else f"saved at {self.saved_at}")
 
 
 def flow(cells: Iterable[Text], width: int) -> Text:
-    """Cells side by side, in as many lines as it takes; one that is wider than a line loses its end."""
+    """Cells side by side, in as many lines as they need. A cell that is wider than a line loses its end."""
     lines: list[Text] = []
     for cell in cells:
         if lines and lines[-1].cell_len + 3 + cell.cell_len < width:
@@ -196,7 +196,7 @@ def flow(cells: Iterable[Text], width: int) -> Text:
 
 
 def memory() -> str:
-    """The most memory that this process has held, in words."""
+    """The peak memory of this process, as text."""
     from minimind_v.core.device import peak_memory
 
     process, gpu = peak_memory()

@@ -1,75 +1,109 @@
-"""Option types that several commands share. Defaults are where the stages before leave things."""
+"""Options that several commands share, and the environment variables that stand for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+from minimind_v.cli.command import advanced, output
+from minimind_v.core.paths import OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 if TYPE_CHECKING:
     from minimind_v.core.formats.load import LoadedModel
+
+# The variable that gives an option its value where the command line does not. An empty one counts as unset.
+ENVIRONMENT = {
+    "out": "MMV_OUT",
+    "data": "MMV_DATA",
+    "vision_model": "MMV_VISION_MODEL",
+    "tokenizer": "MMV_TOKENIZER",
+    "model": "MMV_MODEL",
+    "device": "MMV_DEVICE",
+}
 
 Model = Annotated[
     Path | None,
     typer.Option(
         "--model",
         metavar="FILE|DIR",
-        help="Weights (.pth, .safetensors) or an exported folder. [default: the latest in ./out, else the demo's]",
+        envvar=ENVIRONMENT["model"],
+        help="Weights (.pth, .safetensors), a run's folder or an exported folder. "
+        "[default: the latest in ./out, else the demo's]",
     ),
 ]
+
+
+def _folder(option: str, variable: str, help: str) -> Any:
+    return advanced(option, metavar="DIR", envvar=ENVIRONMENT[variable], help=help)
+
+
 VisionOfRows = Annotated[
     Path | None,
-    typer.Option(
+    _folder(
         "--vision-model",
-        metavar="DIR",
-        help=f"Folder of the CLIP vision model. [default: {VISION_DIR}; without it, the size that all presets look at]",
+        "vision_model",
+        f"Folder of the vision encoder. [default: {VISION_DIR}; without it, rows are counted for the presets' encoder]",
     ),
 ]
-TokenizerDir = Annotated[Path, typer.Option("--tokenizer", metavar="DIR", help="Folder of tokenizer.json.")]
-# The same beside --model, which may be a folder that has them itself.
+TokenizerDir = Annotated[Path, _folder("--tokenizer", "tokenizer", "Folder of tokenizer.json.")]
+# The same beside --model, which may be a folder that has both.
 VisionOfModel = Annotated[
     Path | None,
-    typer.Option(
+    _folder(
         "--vision-model",
-        metavar="DIR",
-        help=f"Folder of the CLIP vision model. [default: that of --model's folder or run, else {VISION_DIR}]",
+        "vision_model",
+        f"Folder of the vision encoder. [default: that of --model's folder or run, else {VISION_DIR}]",
     ),
 ]
 TokenizerOfModel = Annotated[
     Path | None,
-    typer.Option(
+    _folder(
         "--tokenizer",
-        metavar="DIR",
-        help=f"Folder of tokenizer.json. [default: that of --model's folder or run, else {TOKENIZER_DIR}]",
+        "tokenizer",
+        f"Folder of tokenizer.json. [default: that of --model's folder or run, else {TOKENIZER_DIR}]",
     ),
 ]
 Images = Annotated[
     Path | None,
-    typer.Option("--images", metavar="DIR|ZIP|TAR", help="Pictures of the rows: a folder, zip or tar, read in place."),
+    typer.Option(
+        "--images", metavar="DIR|ZIP|TAR", help="Images of the rows: a folder, zip or tar; nothing is unpacked."
+    ),
 ]
 Split = Annotated[
     str | None,
-    typer.Option(
-        "--split",
-        metavar="NAME",
-        help="Which split of a folder: train, validation, test, held_out, all. [default: train]",
+    advanced(
+        "--split", metavar="NAME", help="Split of a folder: train, validation, test, held_out or all. [default: train]"
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[
+    str,
+    advanced("--device", metavar="NAME", envvar=ENVIRONMENT["device"], help="auto, cpu, cuda, cuda:1, mps …"),
+]
+Json = Annotated[bool, output("--json", help="Print one JSON object and nothing else on stdout.")]
+Overwrite = Annotated[bool, advanced("--overwrite", help="Replace existing files.")]
+
+
+def complete(*choices: str) -> Callable[[str], Iterable[str]]:
+    """The shell completion of an option with these values."""
+    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def folder(name: str, standard: Path) -> Path:
+    """A folder for which a command has no option: that of its variable, else the standard one."""
+    return Path(os.environ.get(ENVIRONMENT[name]) or standard)
 
 
 def load(
     model: Path | None, vision_model: Path | None, tokenizer: Path | None, device: str, say: Callable[[str], None]
 ) -> LoadedModel:
-    """The model that these options name. Whether it is there at all is found before torch is imported."""
+    """The model that these options name. Raises MissingInput before torch is imported."""
     from minimind_v.core.formats.inputs import find_model
 
-    weights = find_model(model, vision_model, tokenizer, say)
+    weights = find_model(model, vision_model, tokenizer, say, folder("out", OUT_DIR))
     from minimind_v.core.formats.load import load
 
     return load(weights, vision_model, tokenizer, device, say)

@@ -1,4 +1,4 @@
-"""`mmv report`: a run on one page."""
+"""`mmv report`: one page about a training run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
+from minimind_v.core.paths import OUT_DIR
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder, its weights, or an --out that holds one run.")] = Path(
-        "out"
-    ),
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            envvar=options.ENVIRONMENT["out"],
+            help="A run's folder, its weights, or an --out folder with one run.",
+        ),
+    ] = OUT_DIR,
     json: options.Json = False,
 ) -> None:
-    """Write report.html into a run's folder: curves, warnings, what it is made of. A run under way has one, too."""
+    """Write report.html into a run's folder: curves, warnings, configuration. The run may still be in progress."""
     from minimind_v.core.pages.run_report import find_run, write_report
 
     terminal = Terminal()

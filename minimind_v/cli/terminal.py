@@ -1,4 +1,4 @@
-"""The only user of Rich: results to stdout, talk to stderr; plain lines where nobody watches."""
+"""The terminal: results go to stdout, messages to stderr; without a terminal, plain lines."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -34,30 +35,52 @@ from minimind_v.core.files import as_json
 from minimind_v.core.train.launch import leave_word
 
 
+class Verbosity(IntEnum):
+    """How much a command shows besides its results and errors."""
+
+    quiet = -1  # nothing
+    normal = 0  # messages, warnings, progress
+    detail = 1  # and details
+
+
 class Terminal:
-    """Where a command shows things."""
+    """The output of a command."""
+
+    verbosity = Verbosity.normal  # of the whole program
 
     def __init__(self) -> None:
         self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=self.verbosity is Verbosity.quiet)
 
     def say(self, message: str) -> None:
-        """Talk: what is going on."""
+        """Write a message about the progress of a command."""
         self.err.print(escape(message))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether progress is drawn: on a terminal, without --quiet."""
+        return self.err.is_terminal and not self.err.quiet
+
+    def detail(self, message: str) -> None:
+        """Write a message that only --verbose shows."""
+        if self.verbosity is Verbosity.detail:
+            self.err.print(Text(message, "dim"))
 
     def warn(self, message: str) -> None:
         self.err.print(f"[yellow]{escape(readable(message))}[/yellow]")
 
     def fail(self, message: str) -> None:
-        self.err.print(f"[bold red]error:[/bold red] {escape(readable(message))}")
+        """Write an error, also where --quiet is given."""
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/bold red] {escape(readable(message))}")
 
     def result(self, text: str, end: str = "\n") -> None:
-        """A result, exactly as it is."""
+        """Write a result to stdout, unchanged."""
         sys.stdout.write(text + end)
         sys.stdout.flush()
 
     def json(self, value: Any, **lists: Iterable[Any]) -> None:
-        """A result for a program, on one line. `lists` are further keys, written as their items come."""
+        """Write a result for a program, on one line. `lists` are further keys, written item by item."""
         encoding = sys.stdout.encoding or "utf-8"
         text = as_json(value, encoding)
         for name, items in lists.items():
@@ -68,13 +91,13 @@ class Terminal:
         self.result(text)
 
     def table(self, rows: dict[str, Any]) -> None:
-        """Names and values as a result, aligned."""
+        """Write names and values as a result, aligned."""
         width = max(map(len, rows))
         for name, value in rows.items():
             self.result(f"{name:<{width}}  {readable(str(value))}")
 
     def pieces(self, line: list[tuple[str, str]]) -> None:
-        """A line as a result, each piece of it with a style that shows on a terminal."""
+        """Write a line as a result; on a terminal each piece has its style."""
         if self.out.is_terminal:
             self.out.print(Text.assemble(*line))
         else:
@@ -85,17 +108,17 @@ class Terminal:
 
 
 class ProgressLine:
-    """A bar on a terminal, and a line every tenth elsewhere."""
+    """A progress bar on a terminal; elsewhere one line for each tenth."""
 
     def __init__(self, terminal: Terminal, what: str) -> None:
         self.terminal = terminal
         self.what = what
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._told = 0
+        self._tenth = 0  # that was reported last
 
     def __enter__(self) -> ProgressLine:
-        if self.terminal.err.is_terminal:
+        if self.terminal.is_live:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                        TextColumn("{task.fields[note]}"), TimeRemainingColumn())  # fmt: skip
             self._bar = Progress(*columns, console=self.terminal.err, transient=True)
@@ -112,20 +135,20 @@ class ProgressLine:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, note=note)
-        elif not note and done * 10 // max(total, 1) > self._told:
-            self._told = done * 10 // max(total, 1)
+        elif not note and done * 10 // max(total, 1) > self._tenth:
+            self._tenth = done * 10 // max(total, 1)
             self.terminal.say(f"{self.what} {done}/{total}")
 
 
 class BytesProgress:
-    """Bytes that come: a bar for the file and one for all on a terminal; elsewhere a line every tenth or 20 seconds."""
+    """Progress of a download: two bars on a terminal; elsewhere one line for each tenth, or every 20 seconds."""
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._began: tuple[float, int] | None = None  # when, and how many bytes were here
-        self._told = (0.0, -1)  # when, and which tenth
+        self._began: tuple[float, int] | None = None  # time, and bytes at that time
+        self._last_line = (0.0, -1)  # time, and tenth
 
     def __enter__(self) -> BytesProgress:
         return self
@@ -143,17 +166,17 @@ class BytesProgress:
         self.terminal.warn(message)
 
     def bytes_here(self, file: str, here: int, size: int, all_here: int, all_size: int) -> None:
-        """`here` of the `size` bytes of `file`, and `all_here` of `all_size` in all."""
-        if self.terminal.err.is_terminal:
+        """Show `here` of the `size` bytes of `file`, and `all_here` of `all_size` bytes of all files."""
+        if self.terminal.is_live:
             self._draw(file, here, size)
             self._draw("all", all_here, all_size)
             return
         now = time.monotonic()
         began, first = self._began = self._began or (now, all_here)
         tenth = all_here * 10 // max(all_size, 1)
-        if tenth == self._told[1] and now - self._told[0] < 20:
+        if tenth == self._last_line[1] and now - self._last_line[0] < 20:
             return
-        self._told = (now, tenth)
+        self._last_line = (now, tenth)
         rate = (all_here - first) / (now - began) if now > began else 0.0
         left = f", {rate / 1e6:,.1f} MB/s, {(all_size - all_here) / rate:,.0f} s left" if rate else ""
         share = all_here * 100 // max(all_size, 1)
@@ -171,55 +194,78 @@ class BytesProgress:
 
 
 def command_line(*words: object) -> str:
-    """A line that can be pasted into the shell that started this program, where `mmv` need not be on the path."""
-    me, known = Path(sys.argv[0]), shutil.which("mmv")
-    if me.name == "__main__.py":
+    """A command line to paste into this shell, also where `mmv` is not on the path."""
+    program_file, on_path = Path(sys.argv[0]), shutil.which("mmv")
+    if program_file.name == "__main__.py":
         program = [sys.executable, "-m", "minimind_v"]
     else:
-        program = ["mmv" if known and me.exists() and me.samefile(known) else str(me)]
+        is_mmv = on_path and program_file.exists() and program_file.samefile(on_path)
+        program = ["mmv" if is_mmv else str(program_file)]
     return shlex.join([*program, *map(str, words)])
 
 
 def run_app(app: Any) -> None:
-    """Run the command line; everything that a user can cause ends as one line and an exit code."""
+    """Run the command line. Each error that a user can cause ends as one line and an exit code."""
     debug = "--debug" in sys.argv or bool(os.environ.get("MMV_DEBUG"))
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by `>&-`: nobody listens, and no file may take its number
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        # A file's name need not be text, nor has every terminal Chinese characters: shown as escapes, as on stderr.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    terminal = Terminal()
-
-    def end(message: str, error: Exception, code: int = 1) -> None:
-        if not leave_word(message, error):
-            terminal.fail(message)
-        sys.exit(code)
-
+    _prepare_streams()
+    Terminal.verbosity, start = Verbosity.normal, time.monotonic()
     with _ctrl_c() as pressed:
         try:
-            app()
+            code = app(standalone_mode=False)
+            Terminal().detail(f"done in {time.monotonic() - start:.1f} s")
+            sys.exit(code if isinstance(code, int) else 0)
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:  # `mmv … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
-            if pressed:  # what was interrupted has made an error of its own of it, as imports may
+            if pressed:  # a library may turn the interruption into an error of its own
                 sys.exit(130)
+            if hasattr(error, "format_message"):
+                _fail_usage(error)
             if debug:
                 raise
-            if isinstance(error, MmvError):
-                end(str(error), error, error.exit_code)
-            if isinstance(error, OSError):  # no permission, no space, a name too long: the system's own words say it
-                said = error.strerror or str(error)
-                end(f"{error.filename}: {said}" if error.filename else said, error)
-            end(f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where", error)
+            message, code = _describe(error)
+            if not leave_word(message, error):
+                Terminal().fail(message)
+            sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Replace closed streams, and write as escapes what an encoding lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: no other file may take its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        # A file's name may be no text, and a terminal may lack Chinese characters. stderr writes escapes by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """End with the line of an error that the parser of the command line raised."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        message = readable(error.format_message()).rstrip(".")
+        Terminal().fail(f"{message} — see `{context.command_path} --help`" if context else message)
+    sys.exit(error.exit_code)
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """The one line of an error, and the exit code."""
+    if isinstance(error, MmvError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):  # no permission, no space, a name that is too long
+        reason = error.strerror or str(error)
+        return (f"{error.filename}: {reason}" if error.filename else reason), 1
+    return f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where", 1
 
 
 @contextmanager
 def _ctrl_c() -> Iterator[list[int]]:
-    """Ctrl-C is a KeyboardInterrupt as ever; the list tells whether there was one."""
+    """Ctrl-C raises KeyboardInterrupt as usual; the list holds the signals that came."""
     pressed: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

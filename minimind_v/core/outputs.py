@@ -1,4 +1,4 @@
-"""Where a command may write: never over what it reads, and without being asked never over what somebody else made."""
+"""Checks of output paths: a command never overwrites its inputs, nor a file of somebody else without --overwrite."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from minimind_v.core.files import read_notes
 
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
-    """Raises UsageError where a file that is to be written is one that is read, by whatever name or link."""
+    """Raises UsageError if an output is an input, under any name or link."""
     read = [path for path in inputs if path]
     for output in outputs:
         if any(_same(output, path) for path in read):
-            raise UsageError(f"{output} is what is read, so it cannot be written — name another file")
+            raise UsageError(f"{output} is an input of this command, so it cannot be its output — name another file")
 
 
 def _same(output: Path, path: Path) -> bool:
@@ -24,32 +24,32 @@ def _same(output: Path, path: Path) -> bool:
 
 
 def keep_set(outputs: Iterable[Path], rows: Path) -> None:
-    """Raises UsageError where a file is to be written into a folder of rows, all files of which are one set."""
+    """Raises UsageError if an output lies in a folder of rows, where all files together are one set."""
     for output in outputs:
         if rows.is_dir() and rows.resolve() in output.resolve().parents:
-            raise UsageError(f"{output} would become a part of the rows in {rows} — name a file outside of that folder")
+            raise UsageError(f"{output} would become a part of the rows in {rows} — name a file outside that folder")
 
 
 def keep_description(weights: Path) -> None:
-    """Raises UsageError where the place of the description of some weights holds another JSON, which would be lost."""
+    """Raises UsageError if the JSON file beside the weights is not a description of weights."""
     beside = weights.with_suffix(".json")
     if beside.exists() and not isinstance(read_notes(beside).get("model"), dict):
         raise UsageError(
-            f"{beside} does not describe weights, and would be written over by what describes {weights.name} — "
+            f"{beside} does not describe weights, and the description of {weights.name} would overwrite it — "
             "move it, or name another --out"
         )
 
 
 def check_weights(target: Path, source: Path, to: str, overwrite: bool) -> None:
-    """Raises UsageError where `source` cannot be written as `target`, a weights file of the kind `to`."""
+    """Raises UsageError if `source` cannot be written as `target`, a weights file of the kind `to`."""
     if target.suffix != f".{to}":
-        raise UsageError(f"--out {target} does not end with .{to}")
+        raise UsageError(f"--out {target} must end with .{to}")
     if target.is_dir():
-        raise UsageError(f"--out {target} is a folder, and a file is to be written — name another --out")
+        raise UsageError(f"--out {target} is a folder — name a file")
     if _same(target, source):
-        raise UsageError(f"{target} is the source itself — name another --out")
+        raise UsageError(f"{target} is the source — name another --out")
     for written in (target, target.with_suffix(".json")) if to == "pth" else (target,):
         if written.exists() and not overwrite:
-            raise UsageError(f"{written} is there already — add --overwrite, or name another --out")
+            raise UsageError(f"{written} already exists — add --overwrite, or name another --out")
     if to == "pth":
         keep_description(target)

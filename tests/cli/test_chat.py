@@ -150,7 +150,7 @@ def test_an_address_is_read_or_refused(ask, place, tmp_path):
 
 def test_without_a_picture_it_says_so_once(ask, place):
     assert (
-        ask(QUESTION, "--greedy").err == "no picture: the answer comes from the words alone (--image FILE shows one)\n"
+        ask(QUESTION, "--greedy").err == "no image: the model answers from the text alone (add one with --image FILE)\n"
     )
     assert ask(QUESTION, "--greedy", "--image", place.picture()).err == ""
     assert ask(QUESTION, "--greedy", "--json").err == ""
@@ -164,7 +164,7 @@ def test_a_picture_in_the_place_of_the_question_is_offered_as_one(ask, place, tm
     for name, quoted in (("my dog.jpg", "'my dog.jpg'"), ("plain", "plain"), ("nowhere.PNG", "nowhere.PNG")):
         line = ask(name, "--image", "other.jpg", code=2).error
         assert line == (
-            f"{name!r} names a picture and asks nothing — "
+            f"{name!r} names an image and asks nothing — "
             f"mmv chat --image other.jpg --image {quoted} 'What is in the picture?'"
         )
     assert ask("notes", "--greedy").out

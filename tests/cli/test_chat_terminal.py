@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.harness import SIGHT, Running
 
-BLIND = "no picture: the answer comes from the words alone (/image FILE shows one)"  # as chat says once
+BLIND = "no image: the model answers from the text alone (add one with /image FILE)"  # as chat says once
 
 
 class Conversation:
@@ -55,12 +55,12 @@ def talk(sighted, tmp_path):
 
 
 def test_a_conversation_from_the_first_word_to_the_last(talk, place, tmp_path):
-    assert "/image FILE adds a picture" in talk.seen
+    assert "/image FILE adds an image" in talk.seen
     first = talk.type("有几个物体？")
     assert first
     second = talk.type("What colour is the star?")
     assert second
-    assert talk.type("/new") == "a new conversation, without a picture"
+    assert talk.type("/new") == "a new conversation without images"
     assert f"{BLIND}\n{talk.type('有几个物体？')}" == first  # the conversation was forgotten, and that is said once
     talk.type("/new")
     assert talk.type(f"/image {place.picture()}") == f"with the next question: {place.picture()}"
@@ -76,7 +76,7 @@ def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path,
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as where a language is set
     talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12)
     assert talk.type("/image nowhere.jpg") == "no picture at nowhere.jpg"
-    assert talk.type("/image").startswith("/image FILE adds a picture")
+    assert talk.type("/image").startswith("/image FILE adds an image")
     long = talk.type("/image " + 300 * "x")
     assert re.fullmatch(r"no picture at x+…x+ \(300 characters\) \(File name too long\)", long)
     assert len(long) < 200
@@ -91,8 +91,8 @@ def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path,
 def test_a_picture_that_is_named_first_is_read_before_the_first_question(sighted, place, tmp_path):
     talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--image", place.picture())
     asked = talk.type("What colour is the star?")
-    dropped = f"no longer in it: {place.picture()}, /image FILE shows one again"
-    assert talk.type("/new") == f"a new conversation, without a picture; {dropped}"
+    dropped = f"removed: {place.picture()} — add one again with /image FILE"
+    assert talk.type("/new") == f"a new conversation without images; {dropped}"
     talk.type(f"/image {place.picture()}")
     assert talk.type("What colour is the star?") == asked
     assert talk.leave() == 0
@@ -125,15 +125,15 @@ def test_what_a_terminal_drops_is_taken(talk, place, tmp_path, monkeypatch):
 
 def test_pictures_typed_as_a_question_are_offered(talk, place):
     offer = talk.type(f"'{place.picture(0)}' ")
-    assert "a picture, not a question" in offer
+    assert "an image, not a question" in offer
     talk.type(place.picture(1).as_uri())  # a drop of several comes line by line
     added = talk.type("")
     assert added == f"with the next question: {place.picture(0)}, {place.picture(1)}"
     assert talk.type("") == ""
-    assert "a picture, not a question" in talk.type("nowhere.jpg")
+    assert "an image, not a question" in talk.type("nowhere.jpg")
     assert talk.type("nowhere.jpg") != talk.type("/image")  # asked as it stands
     assert "in the conversation" in talk.type("/image")
-    assert "a picture, not a question" in talk.type("nowhere.jpg")
+    assert "an image, not a question" in talk.type("nowhere.jpg")
     assert talk.type("") == "no picture at nowhere.jpg"
     assert talk.leave() == 0
 

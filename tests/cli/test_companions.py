@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from minimind_v.core.demo.dataset import write_sft
-from minimind_v.core.hub.sources import TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import TOKENIZER_DIR, VISION_DIR
 from tests.cli.harness import ASSETS, BASE, EYE, here
 
 WEIGHTS = "runs/sft_vlm_128"

@@ -78,7 +78,7 @@ def test_nothing_is_replaced_unasked(source, tmp_path):
     args = ("convert", "--to", "safetensors", "--model", source, "--out", target)
     refused = here(*args)
     assert refused.code == 2
-    assert f"{target} is there already — add --overwrite" in refused.error
+    assert f"{target} already exists — add --overwrite" in refused.error
     assert target.read_text() == "mine"
     assert here(*args, "--overwrite").code == 0
     assert read_checkpoint(target).stage == "sft"
@@ -88,7 +88,7 @@ def test_a_json_of_somebody_else_is_not_replaced_either(source, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     refused = here("convert", "--to", "pth", "--model", source, "--out", tmp_path / "config.pth")
     assert refused.code == 2
-    assert f"{tmp_path / 'config.json'} is there already" in refused.error
+    assert f"{tmp_path / 'config.json'} already exists" in refused.error
     assert (tmp_path / "config.json").read_text() == "{}"
     assert not (tmp_path / "config.pth").exists()
 
@@ -96,10 +96,10 @@ def test_a_json_of_somebody_else_is_not_replaced_either(source, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--to", "pth"], "is the source itself"),
-        (["--to", "pth", "--overwrite"], "is the source itself"),
-        (["--to", "safetensors", "--out", "x.pth"], "--out x.pth does not end with .safetensors"),
-        (["--to", "safetensors", "--out", "x"], "--out x does not end with .safetensors"),
+        (["--to", "pth"], "is the source"),
+        (["--to", "pth", "--overwrite"], "is the source"),
+        (["--to", "safetensors", "--out", "x.pth"], "--out x.pth must end with .safetensors"),
+        (["--to", "safetensors", "--out", "x"], "--out x must end with .safetensors"),
     ],
 )
 def test_a_target_that_makes_no_sense_is_refused(source, tmp_path, args, words):

@@ -25,7 +25,7 @@ def broken(tmp_path):
 def test_check_of_whole_rows_by_the_installed_command():
     ended = installed("data", "check", place().data("sft"), *SIGHT)
     assert ended.code == 0, ended.err
-    assert "40 rows, 40 of them can be trained on" in ended.out
+    assert "40 rows, 40 of them usable for training" in ended.out
 
 
 def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):

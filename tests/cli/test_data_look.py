@@ -19,7 +19,7 @@ def test_stats(place, tmp_path, quick):
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[0].startswith("40 rows of ")
-    assert "looked at as pretrain reads them" in lines[0]
+    assert "read as pretrain data" in lines[0]
     assert "updates     12: 4 epochs in batches of 16" in ended.out
     assert "about 1.5 hours — a guess" in ended.out
     assert "█" in ended.out
@@ -40,10 +40,10 @@ def test_stage_is_guessed_and_told(place, tmp_path, quick):
     rows = tmp_path / "mine.jsonl"
     rows.write_bytes(place.data("sft").read_bytes())
     ended = here("data", "stats", rows, *SIGHT, "--json")
-    assert "tells no stage: looked at as sft" in ended.err
+    assert "reading as sft data" in ended.err
     assert ended.json["stage"] == "sft"
     told = here("data", "stats", rows, *SIGHT, "--json", "--stage", "pretrain")
-    assert "tells no stage" not in told.err
+    assert "reading as sft data" not in told.err
     assert told.json["max_length"] == 640
 
 
@@ -53,7 +53,7 @@ def test_preview(place, tmp_path):
     assert ended.code == 0, ended.err
     assert str(page) in ended.err
     assert ended.out.count("── ") == 3
-    assert "[picture 1: 64 patches]" in ended.out
+    assert "[image 1: 64 patches]" in ended.out
     assert "<|im_end|>↵»" in ended.out
     text = page.read_text(encoding="utf-8")
     assert text.count("<section>") == 3 + 1  # the lesson
@@ -67,7 +67,7 @@ def test_preview_as_json_from_a_row_on(place, tmp_path):
     assert all(row["used"] and len(row["input_ids"]) == row["tokens"] for row in found["rows"])
     beyond = here("data", "preview", place.data("sft"), *SIGHT, "--start", 41, "--html", tmp_path / "q.html")
     assert beyond.code == 2
-    assert "it has 40 rows" in beyond.error
+    assert "has only 40 rows" in beyond.error
     assert not (tmp_path / "q.html").exists()
 
 

@@ -58,7 +58,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(hub, tmp_path):
     running = Running(tmp_path / "log", *command(hub, tmp_path / "root"))
     ended = running.until(lambda: part_size(tmp_path / "root") > 1 << 20).send(signal.SIGINT).wait()
     assert ended.code == 130
-    assert "the same command goes on" in ended.err
+    assert "run the same command again to resume" in ended.err
     assert "Traceback" not in ended.err
     assert [name for name in tree(tmp_path / "root") if ".mmv-download" not in name] == []
 

@@ -47,7 +47,7 @@ def test_everything_is_there_and_no_line_is_wider_than_the_terminal(width):
     shown.validated(Validation(110, 1.35, 0.6, 1.75, 10, False))
     shown.saved(100)
     text = "\n".join(lines(shown))
-    for words in ("step 119/200", "loss 0.8100", "tokens right 50%", "lr 4.00e-04", "grad 1.50", "4.0 samples/s",
+    for words in ("step 119/200", "loss 0.8100", "token accuracy 50%", "lr 4.00e-04", "grad 1.50", "4.0 samples/s",
                   "900 tokens/s", "data 30%", "memory ", "left 1:21", "validation 1.3500", "(best 1.2500 at 100)",
                   "1.7500", "saved at 100", "█", "▁"):  # fmt: skip
         assert words in text
@@ -93,9 +93,9 @@ def test_elsewhere_there_are_plain_lines():
         shown.validated(Validation(2, 1.25, 0.6, 1.5, 10, True))
     said = shown.terminal.err.file.getvalue().splitlines()
     assert len(said) == 2
-    assert said[0].startswith("step 1/200  loss 2.0000  tokens right 50%")
+    assert said[0].startswith("step 1/200  loss 2.0000  token accuracy 50%")
     assert said[1] == (
-        "step 2  validation loss 1.2500, 1.5000 with pictures of other rows  tokens right 60%  (the best so far)"
+        "step 2  validation loss 1.2500, 1.5000 with images of other rows  token accuracy 60%  (the best so far)"
     )
 
 
@@ -137,4 +137,4 @@ def test_ctrl_c_on_a_terminal_leaves_it_in_order(tmp_path):
     os.close(main)
     os.close(side)
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0, "the cursor is back"
-    assert b"go on with: mmv train" in shown
+    assert b"resume with: mmv train" in shown

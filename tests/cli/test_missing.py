@@ -20,7 +20,7 @@ PICTURES, TRAINED = "no pictures at", "no trained weights in out"
         ("train pretrain", [EYE, WORDS, ROWS, PICTURES, "mmv download lm"]),
         ("train sft", [EYE, WORDS, ROWS, PICTURES, "`mmv train pretrain`"]),
         ("train sft --gpus 2 --device cpu", [EYE, WORDS, ROWS, PICTURES, "`mmv train pretrain`"]),
-        ("train plan sft", [EYE, WORDS, ROWS, PICTURES]),
+        ("plan sft", [EYE, WORDS, ROWS, PICTURES]),
         ("train sft --vision-model v --tokenizer t --data d.jsonl --images i --init w.pth",
          ["in v", "in t", "d.jsonl", "at i ", "w.pth"]),
         ("eval", [TRAINED, EYE, WORDS, ROWS, PICTURES]),

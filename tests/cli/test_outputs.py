@@ -34,6 +34,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+INPUT = "is an input of this command"
 SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
 
 
@@ -41,14 +42,14 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
     ("line", "words"),
     [
         # what is read, under its own name or another one
-        ("data check cats.jsonl --fix cats.jsonl --overwrite " + SEE, "is what is read"),
-        ("data check cats.jsonl --fix ./shards/../cats.jsonl --overwrite " + SEE, "is what is read"),
-        ("data check link.jsonl --fix cats.jsonl --overwrite " + SEE, "is what is read"),
-        ("data check cats.jsonl --against held.jsonl --fix held.jsonl --overwrite " + SEE, "is what is read"),
+        ("data check cats.jsonl --fix cats.jsonl --overwrite " + SEE, INPUT),
+        ("data check cats.jsonl --fix ./shards/../cats.jsonl --overwrite " + SEE, INPUT),
+        ("data check link.jsonl --fix cats.jsonl --overwrite " + SEE, INPUT),
+        ("data check cats.jsonl --against held.jsonl --fix held.jsonl --overwrite " + SEE, INPUT),
         ("data check shards/part-0.parquet --images cats_images.zip --fix cats.jsonl --overwrite " + SEE,
-         "cats_images.zip is what is read"),
-        ("data convert cats.jsonl cats.jsonl --overwrite", "is what is read"),
-        ("data convert cats.jsonl link.jsonl --overwrite", "is what is read"),
+         f"cats_images.zip {INPUT}"),
+        ("data convert cats.jsonl cats.jsonl --overwrite", INPUT),
+        ("data convert cats.jsonl link.jsonl --overwrite", INPUT),
         ("data convert shards shards/part-0.parquet --overwrite", "would become a part of the rows in shards"),
         ("data convert shards shards/more.parquet", "would become a part of the rows in shards"),
         ("data split shards --out shards --held-out 4", "would become a part of the rows in shards"),
@@ -64,7 +65,7 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
         # weights
         ("convert --to safetensors --model mine.safetensors --out mine.safetensors --overwrite", "is the source"),
         ("convert --to pth --model mine.safetensors --overwrite", "mine.json does not describe weights"),
-        ("convert --to pth --model mine.safetensors --out shards --overwrite", "does not end with .pth"),
+        ("convert --to pth --model mine.safetensors --out shards --overwrite", "must end with .pth"),
         ("demo --out .", "holds something else"),
         ("demo --out shards", "holds something else"),
         ("demo --out cats.jsonl", "holds something else"),

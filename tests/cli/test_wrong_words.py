@@ -107,7 +107,7 @@ def test_one_row_is_one_row(place, tmp_path):
     assert "sft.jsonl: 1 row, 1 of them" in here("data", "check", one, *images, *SIGHT).out
     assert "1 row of " in here("data", "stats", one, *images, *SIGHT).out
     assert here("data", "convert", one, tmp_path / "one.parquet", *images).err.endswith("one.parquet: 1 row\n")
-    assert "it has 1 row" in here("data", "preview", one, *images, *SIGHT, "--start", 2).error
+    assert "has only 1 row" in here("data", "preview", one, *images, *SIGHT, "--start", 2).error
     shown = here("data", "preview", one, *images, *SIGHT, "--html", tmp_path / "p.html")
     assert "1 row of" in (tmp_path / "p.html").read_text(encoding="utf-8"), shown.err
 
@@ -124,7 +124,7 @@ def test_a_copy_without_faults_ends_well_and_one_that_cannot_be_written_does_not
     assert installed(*line, "--workers", 1).code == 1
     ended = installed(*line, "--workers", 1, "--fix", tmp_path / "clean.jsonl")
     assert ended.code == 0, ended.err
-    assert f"and takes {tmp_path / 'clean.jsonl'}" in ended.err
+    assert f"it accepts {tmp_path / 'clean.jsonl'}" in ended.err
     all_bad = write_rows(tmp_path / "bad.jsonl", ["{"])
     ended = here("data", "check", all_bad, *SIGHT, "--fix", tmp_path / "none.jsonl")
     assert (ended.code, "nothing to write" in ended.error) == (1, True)
@@ -133,7 +133,7 @@ def test_a_copy_without_faults_ends_well_and_one_that_cannot_be_written_does_not
 @pytest.mark.parametrize(
     "words",
     [
-        "train sft --out {}", "train sft --data {}", "train sft --config={}", "train plan sft --init {}",
+        "train sft --out {}", "train sft --data {}", "train sft --config={}", "plan sft --init {}",
         "data check {}", "data stats rows.jsonl --images {}", "data convert rows.jsonl {}", "data preview {}",
         "data split rows.jsonl {}", "eval --model {}", "chat --image {}", "chat {}", "convert --to hf --out {}",
         "upload {}", "demo --out {}", "info {}", "report {}", "download --dir {}",

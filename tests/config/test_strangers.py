@@ -190,7 +190,7 @@ def test_a_model_that_this_machine_cannot_hold_is_refused(monkeypatch):
     [
         (["train", "sft", "--workers", "1000000"], "--workers must be at most 64 on this machine, which has 16 cores"),
         (["train", "sft", "--set", "data.workers=1000000"], "--workers must be at most 64 on this machine"),
-        (["train", "plan", "sft", "--workers", "1000000"], "--workers must be at most 64 on this machine"),
+        (["plan", "sft", "--workers", "1000000"], "--workers must be at most 64 on this machine"),
         (["train", "sft", "--gpus", "100000", "--device", "cpu"], "--gpus must be at most 1,024, not 100000"),
         (["data", "check", "rows.jsonl", "--workers", "65"], "--workers must be at most 64 on this machine"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minimind_v.core.curate.lines import row_lines
+from minimind_v.cli.data_lines import row_lines
 from minimind_v.core.curate.preview import Previewer, as_json
 from minimind_v.core.curate.token_text import BYTES, TokenReader, visible
 from minimind_v.core.data.images import load_pixels
@@ -97,7 +97,7 @@ def test_lines_mark_what_is_learnt_and_what_is_cut(tmp_path):
     data = write(tmp_path, [row | {"image": "wide.png"}])
     whole = encoder().row(row["conversations"], 1, 10**6)
     text = "\n".join("".join(part for part, _ in line) for line in row_lines(views(data, recipe(len(whole) - 1))[0]))
-    assert "[picture 1: 64 patches]↵\nwhy<|im_end|>" in text
+    assert "[image 1: 64 patches]↵\nwhy<|im_end|>" in text
     assert "«so it is<|im_end|>↵»" in text
     assert "[-<|im_start|>user↵" in text
     assert "67% outside the crop" in text

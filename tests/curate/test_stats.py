@@ -7,7 +7,7 @@ import pytest
 
 from minimind_v.core.curate import stats
 from minimind_v.core.curate.count import language
-from minimind_v.core.curate.lines import summary
+from minimind_v.core.curate.summary import summary
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.errors import DataError

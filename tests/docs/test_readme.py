@@ -16,9 +16,10 @@ from minimind_v.core.curate.convert import convert
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import write_pictures, write_pretrain, write_sft
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
-from minimind_v.core.hub.sources import SOURCES, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.paths import TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.rows.jsonl import open_rows
 from tests.cli.harness import ASSETS, ROOT, installed, read_rows, write_rows
 from tests.docs.conftest import commands

@@ -67,7 +67,7 @@ def test_dry_run_writes_nothing(get, hub, tmp_path):
     assert (told["action"], told["bytes"], told["path"]) == ("would fetch", len(LM), str(tmp_path / "out/lm_512.pth"))
     assert told["url"].startswith(hub.endpoint)
     assert (tree(tmp_path), hub.sent) == ([], 0)
-    assert "3.0 MB to come" in get("lm", "--dry-run").out
+    assert "3.0 MB to download" in get("lm", "--dry-run").out
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_misbehaviour_ends_with_the_right_bytes(get, hub, tmp_path, faults, word
         (("html", 0), "HTML page"),
         (("corrupt", 0), "SHA-256"),
         (("bytes", b"x"), "bytes instead of"),
-        (("cut", 0), "goes on from there"),
-        (("status", 500), "goes on from there"),
+        (("cut", 0), "run the same command again to resume"),
+        (("status", 500), "run the same command again to resume"),
         (("status", 403), "hf auth login"),
         (("status", 404), "not found"),
     ],
@@ -144,7 +144,7 @@ def test_what_was_damaged_or_edited_is_kept_beside(get, tmp_path):
         words.write_text(f"mine{number}")
         done = get("tokenizer")
         assert done.code == 0, done.err
-        assert f"what stood at {words} is now {words}.old{number}" in done.err
+        assert f"the file at {words} is now {words}.old{number}" in done.err
         assert Path(f"{words}.old{number}").read_text() == f"mine{number}"
         assert words.read_text() != f"mine{number}"
 
@@ -244,7 +244,7 @@ def test_auto_says_which_hub_it_took_and_why(get, hub):
     hub.status = 500
     done = get("lm", hub_name="auto")
     assert done.code == 0
-    assert "hf: the hub is in trouble" in done.err
+    assert "hf: the hub failed" in done.err
     assert "from modelscope" in done.err
 
 
@@ -258,7 +258,7 @@ def test_nothing_reachable_is_one_line(tmp_path):
 def test_space_is_checked_before_the_first_byte(get, hub, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1_000_000))
-    assert "3.0 MB are to come, 1.0 MB are free" in get("lm").error
+    assert "3.0 MB to download, 1.0 MB are free" in get("lm").error
     assert (finished(tmp_path), hub.sent) == ([], 0)
 
 

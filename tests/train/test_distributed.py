@@ -169,7 +169,7 @@ def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair)
         assert code in (0, -sent if sent == signal.SIGKILL else 128 + sent)
         if code == 143:
             assert "death signal" not in run.err, "torch's own words"
-            assert run.err.splitlines()[-1].startswith("go on with: mmv train pretrain ")
+            assert run.err.splitlines()[-1].startswith("resume with: mmv train pretrain ")
     end = time.monotonic() + 20
     while alive := [pid for pid in processes_of(out) if pid != os.getpid()]:
         assert time.monotonic() < end, f"a killed launcher left {alive}"

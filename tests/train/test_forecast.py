@@ -1,4 +1,4 @@
-"""`mmv train plan`: what it foretells is what happens."""
+"""`mmv plan`: what it predicts is what happens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def out(tmp_path_factory):
     """A run that was foretold."""
     folder = tmp_path_factory.mktemp("planned") / "out"
     _, *line = place().train(folder, epochs=2, accumulate=2)
-    told = here("train", "plan", *line, "--price-per-hour", "3.6", "--json").json
+    told = here("plan", *line, "--price-per-hour", "3.6", "--json").json
     assert tree(folder) == [f"{NAME}/forecast.json"], "it leaves nothing else"
     assert json.loads((folder / NAME / "forecast.json").read_text()) == told
     assert here("train", *line).code == 0
@@ -59,10 +59,10 @@ def test_the_report_says_where_the_plan_was_for_something_else(out):
 
 def test_it_needs_no_base_and_says_all_in_words(tmp_path):
     _, _, *line = place().train(tmp_path, "sft", init=tmp_path / "none.pth", max_steps=3, gpus=2)
-    ended = here("train", "plan", "sft", *line)
+    ended = here("plan", "sft", *line)
     assert ended.code == 0, ended.err
     rows = dict(row.split(maxsplit=1) for row in ended.out.splitlines())
-    assert rows["updates"] == "3"
+    assert rows["steps"] == "3"
     assert rows["samples"] == "24"
     assert "2 processes taken for 2 times as fast" in rows["how"]
     assert "cost" not in rows
@@ -79,7 +79,7 @@ def test_later_epochs_do_not_look_again(tmp_path, monkeypatch):
     seconds = {}
     for choice in ("exact", "off"):
         _, *line = place().train(tmp_path / choice, epochs=5, features=choice)
-        told = here("train", "plan", *line, "--json").json
+        told = here("plan", *line, "--json").json
         assert ("with the features cached" in told["how"]) == (choice == "exact")
         seconds[choice] = told["seconds"]
     looking = 0.05 * 40  # of an epoch
@@ -89,7 +89,7 @@ def test_later_epochs_do_not_look_again(tmp_path, monkeypatch):
 
 def test_mistakes_are_one_line(tmp_path):
     _, _, *line = place().train(tmp_path)
-    assert here("train", "plan", "plan", *line).code == 2
+    assert here("plan", "plan", *line).code == 2
     assert here("train", "pretrain", *line, "--price-per-hour", "2").code == 2
-    assert "no data file" in here("train", "plan", "--data", "none.jsonl", *line[4:]).error
+    assert "no data file" in here("plan", "--data", "none.jsonl", *line[4:]).error
     assert tree(tmp_path) == []

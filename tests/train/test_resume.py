@@ -144,7 +144,7 @@ def test_a_stop_says_how_to_go_on(tmp_path):
     ended = run.send(signal.SIGTERM).wait()
     assert ended.code == 143
     command = ended.err.splitlines()[-1]
-    assert command.startswith("go on with: mmv train pretrain --preset demo ")
+    assert command.startswith("resume with: mmv train pretrain --preset demo ")
     assert command.endswith(" --resume")
     assert "--overwrite" not in command
 

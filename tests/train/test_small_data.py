@@ -233,10 +233,10 @@ def test_it_is_said_before_the_first_step_and_by_the_plan(tmp_path, mine):
     assert lines[at + 2].startswith("step 1/5")
     assert events(tmp_path, "warning")[0] in lines[at + 1]
     words = place().train(tmp_path / "plan", "sft", **mine, init=sighted(), lr=1e-6, epochs=5)
-    planned = here("train", "plan", *words[1:], "--json").json
+    planned = here("plan", *words[1:], "--json").json
     assert planned["learning_rate"] == pytest.approx([1.1e-6, 1e-7])
     assert "cannot move a weight" in planned["warning"]
-    assert here("train", "plan", *words[1:]).err.count("cannot move a weight") == 1
+    assert here("plan", *words[1:]).err.count("cannot move a weight") == 1
 
 
 def test_few_rows_held_out_are_told_to_say_little(tmp_path, mine):

@@ -19,7 +19,8 @@ from minimind_v.core.config.recipes import OWN_KEYS, RECIPES
 from minimind_v.core.config.schema import DataConfig, RunConfig, usual_workers
 from minimind_v.core.config.settings import parse_value, read_settings
 from minimind_v.core.errors import UsageError, nearest, unusable
-from minimind_v.core.hub.sources import DATASET_DIR, METADATA, ROWS, SAMPLE_DIR, dataset_files
+from minimind_v.core.hub.sources import METADATA, ROWS, dataset_files
+from minimind_v.core.paths import DATASET_DIR, SAMPLE_DIR
 
 # Options of the command line whose configuration key has another name; all others are called as their key.
 FLAG_KEYS = {
@@ -72,9 +73,11 @@ def resolve(
             changes.pop(key, None)
             del sources[key]
     auto = changes.pop(AUTO, False)
-    if isinstance(changes.get("data.file"), str | Path) and "data.images" not in changes:
-        changes["data.images"] = images_beside(Path(changes["data.file"]))
-        sources["data.images"] = "what is beside data.file"
+    if isinstance(changes.get("data.file"), str | Path):
+        changes["data.file"] = published_file(Path(changes["data.file"]), stage)
+        if "data.images" not in changes:
+            changes["data.images"] = images_beside(changes["data.file"])
+            sources["data.images"] = "what is beside data.file"
     preset = changes.pop("preset", "small")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
@@ -138,6 +141,14 @@ def _collect(
             raise UsageError(f"--set {item!r} is not of the form key=value")
         put(key, parse_value(value, f"--set {item!r}"), "--set")
     return changes, sources
+
+
+def published_file(path: Path, stage: str) -> Path:
+    """The stage's rows in a folder that `mmv download dataset` filled; any other path as it is."""
+    for files in dataset_files(stage):
+        if all(os.path.isfile(path / file.name) for file in files):
+            return path / files[0].name
+    return path
 
 
 def images_beside(data: Path) -> Path | None:

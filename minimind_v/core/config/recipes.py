@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
-from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 NO_INIT = Path("none")  # `--init none`: start from random weights
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minimind_v.core.errors import UsageError, nearest
-from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 STAGES = ("pretrain", "sft")
 FREEZE_POLICIES = ("projector", "projector+last", "attention", "all")

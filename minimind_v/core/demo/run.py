@@ -32,9 +32,10 @@ from minimind_v.core.formats.load import LoadedModel, load
 from minimind_v.core.generate.batch import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
-from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, SOURCES, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.monitor.metrics import Listener, read_metrics
 from minimind_v.core.pages.demo_report import Sample, write_report
+from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.train.run import train
 

@@ -1,4 +1,4 @@
-"""What must be there before a command begins, found without loading anything: all that is missing is told at once."""
+"""Checks of the inputs of a command before anything is loaded. One error names every missing file."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.tokenizer import find_tokenizer
 from minimind_v.core.errors import MissingInput, WeightsError, open_all
 from minimind_v.core.formats.generations import check_tower
-from minimind_v.core.hub.sources import (
-    STANDARD_PRESET,
-    TOKENIZER_DIR,
-    VISION_DIR,
-    how_to_get,
-    latest_model,
-    weights_at,
-)
+from minimind_v.core.hub.sources import how_to_get, latest_model, weights_at
 from minimind_v.core.model.vision.spec import read_config
+from minimind_v.core.paths import OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.rows.jsonl import find_rows
 from minimind_v.core.rows.pictures import find_pictures
 
 
 def find_inputs(config: RunConfig) -> None:
-    """Raises MissingInput where a run lacks something that it begins with."""
+    """Raises one MissingInput that names every missing input of a run."""
     open_all(
         lambda: _check_vision_model(config),
         lambda: find_tokenizer(config.data.tokenizer),
@@ -44,7 +38,7 @@ def _check_vision_model(config: RunConfig) -> None:
 
 
 def find_init(config: RunConfig) -> Path | None:
-    """The weights that a run starts from; None for random ones. Raises MissingInput with the command to get them."""
+    """The weights that a run starts from; None for random weights. Raises MissingInput with the command to get them."""
     if config.init is None or config.init == NO_INIT:
         return None
     try:
@@ -56,15 +50,19 @@ def find_init(config: RunConfig) -> Path | None:
 
 
 def find_model(
-    weights: Path | None, vision_model: Path | None, tokenizer: Path | None, say: Callable[[str], None]
+    weights: Path | None,
+    vision_model: Path | None,
+    tokenizer: Path | None,
+    say: Callable[[str], None],
+    out: Path = OUT_DIR,
 ) -> Path:
-    """The weights that were named, or those that the latest stage or the demo left.
+    """The weights that were named, else the latest in `out`, else the demo's.
 
-    Raises MissingInput where there are none, and tells then whether vision model and tokenizer are missing, too: where
-    those of given weights are is known only when these are read.
+    Raises MissingInput where there are none. Its message also names the vision model and the tokenizer if they are
+    missing. Existing weights may name their own, so those are checked only when the weights are read.
     """
     try:
-        return weights_at(weights) if weights else latest_model(say)
+        return weights_at(weights) if weights else latest_model(say, out)
     except MissingInput as error:
         missing = error
 

@@ -19,11 +19,12 @@ from minimind_v.core.formats.gguf.read import is_gguf
 from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.hf.read import is_llava
 from minimind_v.core.formats.vision_tower import StoredTower, build_encoder, read_tower
-from minimind_v.core.hub.sources import OUT_DIR, TOKENIZER_DIR, VISION_DIR, how_to_get, latest_model
+from minimind_v.core.hub.sources import how_to_get, latest_model
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.projector import projector_shapes
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.paths import OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 
 @dataclass(frozen=True)

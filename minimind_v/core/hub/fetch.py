@@ -1,8 +1,8 @@
-"""A download from the first question to the last name: what is here, what is not, from where, whether it fits, then it.
+"""A download: which files are missing, which hub has them, whether there is room, then the transfer.
 
-Only a proven file gets its final name. Everything on the way stands in `.mmv-download` inside the target folder: the
-receipt, the lock that a second run waits for, and the parts, whose names carry the sum (or the commit) that they belong
-to, so that a part of another version is never gone on with.
+Only a verified file gets its final name. The folder `.mmv-download` in the target folder holds the receipt, the lock
+that a second run waits for, and the staged files. Their names carry the digest or commit of their version, so that a
+staged file of another version is never resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.hub.item import Item, Listener
 from minimind_v.core.hub.receipt import STAGING, Kept, Receipt
 from minimind_v.core.hub.remote import Hub, HubError, Listing, NotThere, RemoteFile, Unreachable
-from minimind_v.core.hub.transfer import Digests, bring, digests, is_it, settle
+from minimind_v.core.hub.transfer import Digests, bring, digests, matches, settle
 from minimind_v.core.hub.wanted import DownloadPart
 
 HUBS = ("hf", "modelscope")  # `auto` tries them in this order
@@ -54,10 +54,10 @@ class Download:
         self.transferred = 0  # bytes that came over the network for files
 
     def run(self, dry: bool = False) -> list[Item]:
-        """Bring everything, or with `dry` tell what would be brought. Raises HubError, UsageError, RunError."""
-        known = self._known()
-        missing = [want for want in self.download_parts if want.label not in known]
-        items = [item for found in known.values() for item in found]
+        """Download everything, or with `dry` only list it. Raises HubError, UsageError, RunError."""
+        complete = self._complete()
+        missing = [want for want in self.download_parts if want.label not in complete]
+        items = [item for group in complete.values() for item in group]
         if not missing:
             return items
         hub, listings = self._reach(missing)
@@ -66,24 +66,24 @@ class Download:
             self._refuse_to_replace(planned)
             return items + planned
         with self._locked({want.folder for want in missing}):
-            known = self._known()  # by now another run may have brought it all
-            planned = self._plan(hub, [want for want in missing if want.label not in known], listings)
-            items += [item for want in missing for item in known.get(want.label, [])]
+            complete = self._complete()  # another run may have finished in the meantime
+            planned = self._plan(hub, [want for want in missing if want.label not in complete], listings)
+            items += [item for want in missing for item in complete.get(want.label, [])]
             self._refuse_to_replace(planned)
             self._check_space(planned)
             return items + self._fetch(hub, planned)
 
-    # --- what is here ---------------------------------------------------------------------------------------------
+    # --- existing files -------------------------------------------------------------------------------------------
 
-    def _known(self) -> dict[str, list[Item]]:
-        """What the receipts answer for, by want. No network, and no file is read."""
-        found: dict[str, list[Item]] = {}
+    def _complete(self) -> dict[str, list[Item]]:
+        """The items that the receipts vouch for, by label. No network, and no file is read."""
+        complete: dict[str, list[Item]] = {}
         receipts = {folder: Receipt.read(folder) for folder in {want.folder for want in self.download_parts}}
         for want in self.download_parts:
             for name in self.hubs:
                 answer = receipts[want.folder].answers(self._key(name, want))
                 if answer is not None:
-                    found[want.label] = [
+                    complete[want.label] = [
                         Item(
                             want.folder / file, kept.hub, kept.repo, kept.commit, "",
                             RemoteFile(kept.remote, kept.size, kept.sha256), "kept", kept.size, kept.sha256,
@@ -91,19 +91,19 @@ class Download:
                         for file, kept in answer.items()
                     ]  # fmt: skip
                     break
-        return found
+        return complete
 
     def _asked(self, hub: str, want: DownloadPart) -> str:
-        place = want.source.hubs[hub]
-        return f"{hub} {place.repo}@{self.revision or place.revision}"
+        source = want.source.hubs[hub]
+        return f"{hub} {source.repo}@{self.revision or source.revision}"
 
     def _key(self, hub: str, want: DownloadPart) -> str:
         return f"{self._asked(hub, want)} {want.label}"
 
-    # --- what there is --------------------------------------------------------------------------------------------
+    # --- the hub's files ------------------------------------------------------------------------------------------
 
     def _reach(self, missing: Sequence[DownloadPart]) -> tuple[Hub, dict[str, Listing]]:
-        """The first hub that has everything, and its listings. Raises HubError, naming all that was tried."""
+        """The first hub that has everything, and its listings. Raises HubError, naming every attempt."""
         failures: list[HubError] = []
         for name in self.hubs:
             hub = open_hub(name, self.endpoint)
@@ -126,7 +126,7 @@ class Download:
         raise failures[0] if len(failures) == 1 else HubError("; ".join(map(str, failures)))
 
     def _refuse_missing(self, hub: str, missing: Sequence[DownloadPart], listings: dict[str, Listing]) -> None:
-        """Raises NotThere, naming every file that the hub lacks, not the first."""
+        """Raises NotThere, naming every file that the hub lacks."""
         troubles: dict[str, None] = {}
         for want in missing:
             try:
@@ -137,45 +137,45 @@ class Download:
             raise NotThere("; ".join(troubles))
 
     def _listing(self, hub: Hub, want: DownloadPart) -> Listing:
-        place, asked = want.source.hubs[hub.name], self._asked(hub.name, want)
+        source, asked = want.source.hubs[hub.name], self._asked(hub.name, want)
         cached = self._listings
         if asked not in cached:
             remembered = Receipt.read(want.folder).commits.get(asked)
-            revision = self.revision or place.revision
-            same = [other for other in self.download_parts if other.source.hubs[hub.name].repo == place.repo]
-            names = {name for one in same for layout in one.layouts for file in layout for name in file.remote}
+            revision = self.revision or source.revision
+            same = [other for other in self.download_parts if other.source.hubs[hub.name].repo == source.repo]
+            names = {name for other in same for layout in other.layouts for file in layout for name in file.remote}
             try:
-                cached[asked] = hub.listing(place.repo, want.source.kind, remembered or revision, sorted(names))
+                cached[asked] = hub.listing(source.repo, want.source.kind, remembered or revision, sorted(names))
             except NotThere:
                 if remembered in (None, revision):
                     raise
-                self.listener.warn(f"{place.repo} has lost commit {remembered}: taking {revision} as it is now")
-                cached[asked] = hub.listing(place.repo, want.source.kind, revision, sorted(names))
+                self.listener.warn(f"{source.repo} has lost commit {remembered}: taking {revision} as it is now")
+                cached[asked] = hub.listing(source.repo, want.source.kind, revision, sorted(names))
         return cached[asked]
 
     def _plan(self, hub: Hub, missing: Sequence[DownloadPart], listings: dict[str, Listing]) -> list[Item]:
-        """Every file of what is missing: kept where the right one stands there already, however it came."""
+        """Every missing file; one that already exists and is right is kept, whatever its origin."""
         items = []
         for want in missing:
-            listing, place = listings[want.label], want.source.hubs[hub.name]
-            for name, file in want.choose(listing, place.repo).items():
-                remote = hub.complete(place.repo, want.source.kind, listing.commit, file)
-                url = hub.url(place.repo, want.source.kind, listing.commit, remote.path)
+            listing, source = listings[want.label], want.source.hubs[hub.name]
+            for name, file in want.choose(listing, source.repo).items():
+                remote = hub.complete(source.repo, want.source.kind, listing.commit, file)
+                url = hub.url(source.repo, want.source.kind, listing.commit, remote.path)
                 item = Item(
-                    want.folder / name, hub.name, place.repo, listing.commit, url, remote, "would fetch",
+                    want.folder / name, hub.name, source.repo, listing.commit, url, remote, "would fetch",
                     remote.size if want.rows is None else None, remote.sha256 if want.rows is None else None, want,
                 )  # fmt: skip
                 items.append(item if want.rows else self._judge(item))
         return items
 
     def _judge(self, item: Item) -> Item:
-        found = self._proven(item)
-        if found:
-            return replace(item, action="kept", size=found.size, sha256=found.sha256)
-        return replace(item, staged=item.part.stat().st_size if item.part.exists() else 0)
+        verified = self._verified(item)
+        if verified:
+            return replace(item, action="kept", size=verified.size, sha256=verified.sha256)
+        return replace(item, staged=item.staged_file.stat().st_size if item.staged_file.exists() else 0)
 
-    def _proven(self, item: Item) -> Digests | None:
-        """The digests of a file that is here and right. Its bytes are read unless the receipt spares that."""
+    def _verified(self, item: Item) -> Digests | None:
+        """The digests of an existing file that is right. Its bytes are read unless the receipt vouches for it."""
         if not item.path.is_file() or (item.remote.sha256 is None and item.remote.git_sha1 is None):
             return None
         kept = Receipt.read(item.folder).files.get(item.path.name)
@@ -184,21 +184,21 @@ class Download:
         if item.remote.size not in (None, item.path.stat().st_size):
             self.listener.warn(f"{item.path} is not the hub's file (another size): fetching that")
             return None
-        found = digests(item.path)
-        if is_it(found, item.remote):
-            return found
+        actual = digests(item.path)
+        if matches(actual, item.remote):
+            return actual
         self.listener.warn(f"{item.path} is not the hub's file (another SHA-256): fetching that")
         return None
 
     def _refuse_to_replace(self, items: Sequence[Item]) -> None:
-        """Raises UsageError for files in the way that a user made: trained weights, own rows, edited samples."""
+        """Raises UsageError for files of the user that the download would replace, such as trained weights."""
         mine = [str(item.path) for item in items if item.action != "kept" and item.path.exists() and _is_mine(item)]
         if mine:
             raise UsageError(
                 f"in the way, and not as they were downloaded: {', '.join(mine)} — move them, or name another --dir"
             )
 
-    # --- bringing it ----------------------------------------------------------------------------------------------
+    # --- transfer -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _locked(self, folders: set[Path]) -> Iterator[None]:
@@ -215,7 +215,7 @@ class Download:
             yield
 
     def _check_space(self, items: Sequence[Item]) -> None:
-        """Room for all that is missing, before its first byte. Raises RunError."""
+        """Raises RunError if there is no room for the missing files."""
         needed: dict[int, int] = {}
         folders: dict[int, Path] = {}
         for item in items:
@@ -227,8 +227,8 @@ class Download:
             free = shutil.disk_usage(folders[device]).free
             if size and size + MARGIN > free:
                 raise RunError(
-                    f"{folders[device]}: {size / 1e6:,.1f} MB are to come, {free / 1e6:,.1f} MB are free — "
-                    "make room, choose another disk with --dir, or take a taste with --sample N"
+                    f"{folders[device]}: {size / 1e6:,.1f} MB to download, {free / 1e6:,.1f} MB are free — "
+                    "make room, choose another disk with --dir, or download only some rows with --sample N"
                 )
 
     def _fetch(self, hub: Hub, items: Sequence[Item]) -> list[Item]:
@@ -258,24 +258,24 @@ class Download:
     def _bring(self, hub: Hub, item: Item, before: int, total: int) -> Item:
         size = item.size or 0
 
-        def progress(here: int) -> None:
-            self.listener.bytes_here(item.path.name, here, size, before + here, total)
+        def progress(received: int) -> None:
+            self.listener.bytes_here(item.path.name, received, size, before + received, total)
 
         for other in (item.folder / STAGING).glob(f"{item.path.name}.*.part"):
-            if other != item.part:  # of a version that nobody asks for any more
+            if other != item.staged_file:  # of an earlier version
                 other.unlink()
         try:
-            fetched = bring(hub, item.url, item.remote, item.part, progress, self.listener.warn)
+            fetched = bring(hub, item.url, item.remote, item.staged_file, progress, self.listener.warn)
         except NotThere:
             raise NotThere(
-                f"not found: {item.remote.path} of {item.repo} at {item.commit}, which {hub.endpoint} lists and does "
-                "not give — run this again later, or name another --endpoint or --hub; what came before it is kept"
+                f"not found: {item.remote.path} of {item.repo} at {item.commit}, which {hub.endpoint} lists but does "
+                "not return — run this again later, or name another --endpoint or --hub; complete files are kept"
             ) from None
-        if item.path.exists() and not _looks_downloaded(item):  # damaged, or edited: who knows?
+        if item.path.exists() and not _looks_downloaded(item):  # damaged, or edited by the user
             aside = _free_name(item.path)
             item.path.rename(aside)
-            self.listener.warn(f"what stood at {item.path} is now {aside}")
-        settle(item.part, item.path)
+            self.listener.warn(f"the file at {item.path} is now {aside}")
+        settle(item.staged_file, item.path)
         self.transferred += max(fetched.size - item.staged, 0)
         done = replace(item, action="fetched", size=fetched.size, sha256=fetched.sha256)
         self._record(done)
@@ -288,8 +288,8 @@ class Download:
         self.transferred += transferred
         done = []
         for item in items:
-            found = digests(item.path)
-            done.append(replace(item, action="fetched", size=found.size, sha256=found.sha256))
+            sample = digests(item.path)
+            done.append(replace(item, action="fetched", size=sample.size, sha256=sample.sha256))
             self._record(done[-1])
         return done
 
@@ -298,9 +298,9 @@ class Download:
         return self._asked(item.hub, item.want)
 
     def _record(self, item: Item) -> None:
-        seen = item.path.stat()
+        status = item.path.stat()
         kept = Kept(
-            seen.st_size, seen.st_mtime_ns, item.sha256 or "", item.hub, item.repo, item.commit, item.remote.path
+            status.st_size, status.st_mtime_ns, item.sha256 or "", item.hub, item.repo, item.commit, item.remote.path
         )
         with _receipt(item.folder) as receipt:
             receipt.files[item.path.name] = kept
@@ -312,7 +312,7 @@ def _looks_downloaded(item: Item) -> bool:
 
 
 def _is_mine(item: Item) -> bool:
-    """Whether a file was made by a user: it never came from a hub or, of what is often changed, looks otherwise now."""
+    """Whether a file is the user's: it never came from a hub, or it is of a kind that users change, and has changed."""
     if item.path.name not in Receipt.read(item.folder).files:
         return True
     often = item.want is not None and (item.want.source.what == "weights" or item.want.rows is not None)
@@ -320,14 +320,14 @@ def _is_mine(item: Item) -> bool:
 
 
 def _free_name(path: Path) -> Path:
-    """`NAME.old`, or `NAME.old2` and so on where that is there."""
+    """`NAME.old`, or the first of `NAME.old2` … that does not exist."""
     names = (path.with_name(f"{path.name}.old{number if number > 1 else ''}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
 @contextlib.contextmanager
 def _receipt(folder: Path) -> Iterator[Receipt]:
-    """The receipt of a folder, written again with what was changed in it."""
+    """The receipt of a folder; changes are written at the end."""
     receipt = Receipt.read(folder)
     yield receipt
     receipt.write()

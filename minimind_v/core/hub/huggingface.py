@@ -1,4 +1,4 @@
-"""Hugging Face and its mirrors, by huggingface_hub: addresses, tokens, headers and listings are the library's."""
+"""Hugging Face and its mirrors. The library huggingface_hub makes addresses, tokens, headers and listings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from minimind_v.core.hub.remote import HubError, Listing, NotThere, RemoteFile, 
 
 
 class _Answer:
-    """What huggingface_hub made of an answer, in the shape that `patiently` reads."""
+    """An answer of huggingface_hub, in the form that `patiently` reads."""
 
     def __init__(self, value: Any, status_code: int, headers: Any) -> None:
         self.value, self.status_code, self.headers = value, status_code, headers
 
 
 class HuggingFace:
-    """The hub at `endpoint`; without one, where HF_ENDPOINT says, else huggingface.co."""
+    """The hub at `endpoint`, else at HF_ENDPOINT, else at huggingface.co."""
 
     name = "hf"
 
@@ -37,28 +37,28 @@ class HuggingFace:
         try:
             info = self._ask(ask, repo, f"{repo}@{revision}")
         except NotThere:
-            found = self._probe(repo, kind, revision, names)
-            if not found.files:
+            listing = self._probe(repo, kind, revision, names)
+            if not listing.files:
                 raise
-            return found
+            return listing
         if not info.siblings:
             return self._probe(repo, kind, info.sha or revision, names)
-        return Listing(info.sha or revision, {found.rfilename: _remote(found) for found in info.siblings})
+        return Listing(info.sha or revision, {entry.rfilename: _remote(entry) for entry in info.siblings})
 
     def _probe(self, repo: str, kind: str, revision: str, names: Iterable[str]) -> Listing:
-        """What a plain mirror has, which gives files and lists none: it is asked for each name."""
+        """The files of a plain mirror, which has no listing: each name is requested."""
         commit, files = revision, {}
         for name in names:
             try:
-                found = self._head(repo, kind, revision, name)
+                head = self._head(repo, kind, revision, name)
             except NotThere:
                 continue
-            commit = found.commit_hash or commit
-            files[name] = _described(RemoteFile(name, None), found)
+            commit = head.commit_hash or commit
+            files[name] = _described(RemoteFile(name, None), head)
         return Listing(commit, files)
 
     def complete(self, repo: str, kind: str, commit: str, file: RemoteFile) -> RemoteFile:
-        """By the HEAD that the library itself begins with: some mirrors list names only."""
+        """Add size and digest by a HEAD request: some mirrors list names only."""
         if file.size is not None and (file.sha256 or file.git_sha1):
             return file
         return _described(file, self._head(repo, kind, commit, file.path))
@@ -95,7 +95,7 @@ class HuggingFace:
             except GatedRepoError as error:
                 return _Answer(None, 403, error.response.headers)
             except RepositoryNotFoundError as error:
-                raise NotThere(  # the hub says 401 both where there is none and where it is hidden
+                raise NotThere(  # the hub answers 401 for a missing and for a hidden repository
                     f"no repository {repo} at {self.endpoint}, or a private one — if you may see it, {self.login()}"
                 ) from error
             except HfHubHTTPError as error:
@@ -108,11 +108,11 @@ class HuggingFace:
         return patiently(answer, self, what).value
 
 
-def _remote(found: Any) -> RemoteFile:
-    lfs = found.lfs
+def _remote(entry: Any) -> RemoteFile:
+    lfs = entry.lfs
     if lfs is None:
-        return RemoteFile(found.rfilename, found.size, git_sha1=found.blob_id)
-    return RemoteFile(found.rfilename, lfs.size if lfs.size is not None else found.size, sha256=lfs.sha256)
+        return RemoteFile(entry.rfilename, entry.size, git_sha1=entry.blob_id)
+    return RemoteFile(entry.rfilename, lfs.size if lfs.size is not None else entry.size, sha256=lfs.sha256)
 
 
 def _described(file: RemoteFile, head: Any) -> RemoteFile:

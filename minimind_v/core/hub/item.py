@@ -1,4 +1,4 @@
-"""What a download tells of each file, and to whom."""
+"""The items of a download, and the interface of its progress view."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minimind_v.core.hub.wanted import DownloadPart
 
 
 class Listener(Protocol):
-    """Whoever watches a download."""
+    """The view of a download."""
 
     def say(self, message: str) -> None: ...
     def warn(self, message: str) -> None: ...
@@ -21,7 +21,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """A file of a download, and what happened or would happen to it."""
+    """A file of a download, and the action for it."""
 
     path: Path
     hub: str
@@ -33,7 +33,7 @@ class Item:
     size: int | None = None
     sha256: str | None = None
     want: DownloadPart | None = None
-    staged: int = 0
+    staged: int = 0  # bytes that were received before
 
     @property
     def folder(self) -> Path:
@@ -41,6 +41,6 @@ class Item:
         return self.want.folder
 
     @property
-    def part(self) -> Path:
+    def staged_file(self) -> Path:
         version = self.remote.sha256 or self.remote.git_sha1 or self.commit
         return self.folder / STAGING / f"{self.path.name}.{version.replace('/', '_')[:16]}.part"

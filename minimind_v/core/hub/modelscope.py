@@ -1,6 +1,6 @@
-"""ModelScope by its documented HTTP interface: two requests, one that lists and one that gives.
+"""ModelScope by its documented HTTP interface: one request lists files, one returns a file.
 
-It tells no commit for a branch, but a SHA-256 for every file: what is staged belongs to that sum, so a branch that
+It gives no commit for a branch, but a SHA-256 for every file. A staged file belongs to that sum, so a branch that
 moves between two runs never mixes two versions of a file. Source: modelscope/hub/api.py of ModelScope's client.
 """
 
@@ -17,7 +17,7 @@ PAGE = 200  # files in one answer about a dataset
 
 
 class ModelScope:
-    """The hub at `endpoint`; without one, where MODELSCOPE_DOMAIN says, else www.modelscope.cn."""
+    """The hub at `endpoint`, else at MODELSCOPE_DOMAIN, else at www.modelscope.cn."""
 
     name = "modelscope"
 
@@ -31,9 +31,9 @@ class ModelScope:
     def listing(self, repo: str, kind: str, revision: str, names: Iterable[str]) -> Listing:
         files: dict[str, RemoteFile] = {}
         for page in range(1, 101):
-            found = self._page(repo, kind, revision, page)
-            files |= {file.path: file for file in map(_remote, found) if file}
-            if kind == "model" or len(found) < PAGE:
+            entries = self._page(repo, kind, revision, page)
+            files |= {file.path: file for file in map(_remote, entries) if file}
+            if kind == "model" or len(entries) < PAGE:
                 break
         return Listing(revision, files)
 
@@ -63,18 +63,18 @@ class ModelScope:
         what = f"{repo}@{revision}"
         answer = patiently(lambda: get_session().get(url, headers=self.headers(), timeout=self._timeout), self, what)
         try:
-            told = answer.json()
-            if told.get("Success") is False:
-                raise HubError(f"{self.endpoint}: no listing of {what} ({told.get('Message') or 'no reason given'})")
-            return list(told["Data"]["Files"] or [])
+            body = answer.json()
+            if body.get("Success") is False:
+                raise HubError(f"{self.endpoint}: no listing of {what} ({body.get('Message') or 'no reason given'})")
+            return list(body["Data"]["Files"] or [])
         except (ValueError, TypeError, KeyError, AttributeError):
             raise HubError(
                 f"{self.endpoint} does not answer as ModelScope does for {what} — check --endpoint"
             ) from None
 
 
-def _remote(found: dict[str, Any]) -> RemoteFile | None:
-    if found.get("Type") == "tree":
+def _remote(entry: dict[str, Any]) -> RemoteFile | None:
+    if entry.get("Type") == "tree":
         return None
-    size = found.get("Size")
-    return RemoteFile(found["Path"], int(size) if size is not None else None, found.get("Sha256") or None)
+    size = entry.get("Size")
+    return RemoteFile(entry["Path"], int(size) if size is not None else None, entry.get("Sha256") or None)

@@ -113,8 +113,8 @@ class RangeFile(io.RawIOBase):
             return answer
 
     def _checked(self, answer: Any, start: int, stop: int) -> bytes:
-        told = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers.get("Content-Range", ""))
         data: bytes = answer.content
-        if not told or int(told[1]) != start or told[3] not in ("*", str(self.size)) or len(data) != stop - start:
+        if not given or int(given[1]) != start or given[3] not in ("*", str(self.size)) or len(data) != stop - start:
             raise HubError(f"{self.name} from {self.hub.endpoint}: an answer for other bytes than those asked for")
         return data

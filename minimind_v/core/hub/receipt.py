@@ -1,5 +1,5 @@
-"""What a target folder remembers of its downloads: enough to prove the next time, without a hub and without reading
-the files again, that nothing is missing and nothing has changed.
+"""The receipt of a folder's downloads. With it the next download needs neither the hub nor the files' bytes to know
+that nothing is missing and nothing has changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STAGING = ".mmv-download"  # inside the target folder, so that a finished part i
 
 @dataclass(frozen=True)
 class Kept:
-    """A file that was proven, and how it looked then."""
+    """A verified file, with its size and time at that moment."""
 
     size: int
     mtime_ns: int
@@ -30,28 +30,28 @@ class Kept:
 
     def looks_the_same(self, path: Path) -> bool:
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:
             return False
-        return path.is_file() and (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns)
+        return path.is_file() and (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
 
 @dataclass
 class Receipt:
-    """The receipt of one target folder. A damaged one is an empty one: everything is proven again."""
+    """The receipt of one target folder. A damaged one counts as empty: everything is verified again."""
 
     folder: Path
     files: dict[str, Kept] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)  # "hub repo@revision" → the commit it was at the first time
-    download_parts: dict[str, list[str]] = field(default_factory=dict)  # what was asked for → the names that it came to
+    download_parts: dict[str, list[str]] = field(default_factory=dict)  # request → names of its files
 
     @classmethod
     def read(cls, folder: Path) -> Receipt:
         try:
-            told = json.loads((folder / STAGING / "receipt.json").read_text(encoding="utf-8"))
-            files = {name: Kept(**kept) for name, kept in told["files"].items()}
+            notes = json.loads((folder / STAGING / "receipt.json").read_text(encoding="utf-8"))
+            files = {name: Kept(**kept) for name, kept in notes["files"].items()}
             receipt = cls(
-                folder, files, dict(told["commits"]), {key: list(names) for key, names in told["wants"].items()}
+                folder, files, dict(notes["commits"]), {key: list(names) for key, names in notes["wants"].items()}
             )
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return cls(folder)
@@ -66,17 +66,17 @@ class Receipt:
         return right and not any(unusable(name) or Path(name).name != name for name in self.files)
 
     def write(self) -> None:
-        told: dict[str, Any] = {
+        notes: dict[str, Any] = {
             "files": {name: asdict(kept) for name, kept in self.files.items()},
             "commits": self.commits,
             "wants": self.download_parts,
         }
-        write_text(self.folder / STAGING / "receipt.json", json.dumps(told, indent=1) + "\n")
+        write_text(self.folder / STAGING / "receipt.json", json.dumps(notes, indent=1) + "\n")
 
     def answers(self, want: str) -> dict[str, Kept] | None:
-        """The files that `want` came to, where all of them are here and look as they did; else None."""
+        """The files of the request `want`, if all of them exist unchanged; else None."""
         names = self.download_parts.get(want)
         if not names or not all(name in self.files for name in names):
             return None
-        found = {name: self.files[name] for name in names}
-        return found if all(kept.looks_the_same(self.folder / name) for name, kept in found.items()) else None
+        files = {name: self.files[name] for name in names}
+        return files if all(kept.looks_the_same(self.folder / name) for name, kept in files.items()) else None

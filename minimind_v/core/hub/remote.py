@@ -1,7 +1,7 @@
-"""What a hub is to the rest: it lists a repository, and has an address for each of its files.
+"""The interface of a hub: a listing of a repository, and an address for each of its files.
 
-HubError                  a hub cannot give what is asked for: refused, not there, damaged, in trouble
-└── Unreachable           nothing that speaks for the hub answers
+HubError                  a hub does not give a file: refused, missing, damaged, out of order
+└── Unreachable           the hub does not answer
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
 
 class HubError(MmvError):
-    """A hub cannot give what is asked for."""
+    """A hub does not give a file."""
 
 
 class Unreachable(HubError):
-    """Nothing that speaks for the hub answers."""
+    """The hub does not answer."""
 
 
 class NotThere(HubError):
@@ -35,7 +35,7 @@ class NotThere(HubError):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository at one commit. What the hub does not tell is None."""
+    """A file of a repository at one commit. Fields that the hub does not give are None."""
 
     path: str
     size: int | None
@@ -58,24 +58,21 @@ class Hub(Protocol):
     endpoint: str
 
     def listing(self, repo: str, kind: str, revision: str, names: Iterable[str]) -> Listing:
-        """Every file of a repository; of a hub that gives files but lists none, those of `names` that it has.
-
-        Raises HubError.
-        """
+        """Every file of a repository, or those of `names` if the hub has no listing. Raises HubError."""
         ...
 
     def complete(self, repo: str, kind: str, commit: str, file: RemoteFile) -> RemoteFile:
-        """The same file with all that the hub knows of it. Raises HubError."""
+        """The same file with size and digests, as far as the hub gives them. Raises HubError."""
         ...
 
     def url(self, repo: str, kind: str, commit: str, path: str) -> str: ...
 
     def headers(self) -> dict[str, str]:
-        """For requests to `endpoint`; who is redirected to another host must not send them there."""
+        """Headers for requests to `endpoint`. They must not follow a redirect to another host."""
         ...
 
     def login(self) -> str:
-        """What somebody does who may see a repository that is not public."""
+        """The next step of a user who may read a repository that is not public."""
         ...
 
 
@@ -85,7 +82,7 @@ def http() -> Any:
 
 
 def refused(status: int, hub: Hub, what: str) -> HubError:
-    """The error for an answer that is none, in words that say what to do."""
+    """The error for a failed request, with the next step."""
     where = f"{what} ({hub.endpoint}, HTTP {status})"
     if status in (401, 403):
         return HubError(
@@ -95,11 +92,11 @@ def refused(status: int, hub: Hub, what: str) -> HubError:
         return NotThere(f"not found: {where} — check --revision, or whether the mirror has it")
     if status == 429:
         return HubError(f"too many requests for {where} — wait and run the same command again, or {hub.login()}")
-    return HubError(f"the hub is in trouble over {where} — run the same command again later, or use --endpoint")
+    return HubError(f"the hub failed on {where} — run the same command again later, or use --endpoint")
 
 
 def pause(attempt: int, response_headers: Any = None) -> float | None:
-    """Seconds to wait before attempt `attempt` + 1, as the hub asks for; None where it asks for too long."""
+    """Seconds to wait before attempt `attempt` + 1, as the hub requires; None if that is too long."""
     asked = (response_headers or {}).get("Retry-After", "")
     if asked.isdigit():
         return float(asked) if float(asked) <= LONGEST_PAUSE else None
@@ -107,9 +104,9 @@ def pause(attempt: int, response_headers: Any = None) -> float | None:
 
 
 def patiently(ask: Callable[[], Any], hub: Hub, what: str) -> Any:
-    """The answer to a request, asked again a few times where the hub says that it is busy.
+    """The answer to a request, repeated a few times while the hub is busy.
 
-    Raises Unreachable where nothing answers, HubError for any other answer than a good one.
+    Raises Unreachable without an answer, HubError for an error of the hub.
     """
     for attempt in range(TRIES):
         try:

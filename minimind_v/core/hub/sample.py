@@ -55,7 +55,7 @@ def take_sample(hub: Hub, items: Sequence[Item], listener: Listener) -> int:
 
 def _size(item: Item) -> int:
     if item.remote.size is None:
-        raise HubError(f"the hub does not tell the size of {item.remote.path}, so there is no sample of it")
+        raise HubError(f"the hub gives no size for {item.remote.path}, so no sample can be taken")
     return item.remote.size
 
 
@@ -102,15 +102,15 @@ def _pictures(source: RangeFile, lines: Sequence[bytes], path: Any, listener: Li
     with zipfile.ZipFile(source) as archive:
         members = sorted(archive.infolist(), key=lambda member: member.header_offset)
         stops = [member.header_offset for member in members[1:]] + [archive.start_dir]
-        wanted = set(_names(lines))
-        bare = {PurePosixPath(name).name for name in wanted}
+        row_names = set(_names(lines))
+        bare = {PurePosixPath(name).name for name in row_names}
         chosen = [
             (member, stop)
             for member, stop in zip(members, stops, strict=True)
-            if not member.is_dir() and (member.filename in wanted or PurePosixPath(member.filename).name in bare)
+            if not member.is_dir() and (member.filename in row_names or PurePosixPath(member.filename).name in bare)
         ]
-        found = {PurePosixPath(member.filename).name for member, _ in chosen}
-        if lacking := len(bare - found):
+        names = {PurePosixPath(member.filename).name for member, _ in chosen}
+        if lacking := len(bare - names):
             listener.warn(f"{source.name} lacks {lacking} pictures that these rows name")
 
         def write(target: BinaryIO) -> None:
@@ -133,7 +133,7 @@ def _run(chosen: Sequence[tuple[zipfile.ZipInfo, int]], index: int, stop: int) -
 
 
 def _names(lines: Sequence[bytes]) -> list[str]:
-    """The pictures that rows name: comma-separated, or a list. What is no JSON is left for the readers to tell."""
+    """The picture files that rows name: comma-separated, or a list. What is not JSON is left to the readers."""
     names: list[str] = []
     for line in lines:
         try:

@@ -1,8 +1,8 @@
-"""What the pipeline needs from outside: one table of what lives where on which hub, and how to bring it here.
+"""The sources of the pipeline's inputs: which hub has which file, and the command to download it.
 
-A revision is pinned where a commit is known for sure. Everything else names a branch: the first download resolves it to
-a commit and remembers that in the receipt of the target folder, so that an interrupted run goes on with the very files
-that it began with, and a later run stays on them. `--revision` asks for another.
+A known commit is pinned. Everything else names a branch: the first download resolves it to a commit and records it in
+the receipt of the target folder. An interrupted download resumes with the same commit, and a later one stays on it.
+`--revision` chooses another.
 """
 
 from __future__ import annotations
@@ -13,16 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_v.core.errors import MissingInput, nearest
+from minimind_v.core.paths import DATASET_DIR, DEMO_DIR, OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
 
-# Where each stage looks, relative to the working folder; every command has an option to look elsewhere.
-TOKENIZER_DIR = Path("model")
-VISION_DIR = Path("model/vision_model/clip-vit-base-patch16")
-DATASET_DIR = Path("dataset")
-OUT_DIR = Path("out")
-DEMO_DIR = Path("demo")  # of `mmv demo`: all of these, in a folder of its own
-SAMPLE_DIR = DATASET_DIR / "sample"  # `--sample`: the same names as the whole files, in a folder of their own
-
-STANDARD_PRESET = "small"
 WEIGHTS_ENDINGS = (".pth", ".safetensors")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 ROWS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".tar")  # endings of files of rows
@@ -31,7 +23,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # files of ro
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repository on a hub, and the revision that is asked for where nobody asks for another."""
+    """A repository on a hub, and its standard revision."""
 
     repo: str
     revision: str
@@ -39,7 +31,7 @@ class HubRepo:
 
 @dataclass(frozen=True)
 class File:
-    """A file as it is called here, and the names that hubs have for it, today's first."""
+    """A file: its local name, and its names on hubs, the current one first."""
 
     name: str
     remote: tuple[str, ...]
@@ -59,7 +51,7 @@ class Source:
     per_preset: bool = False  # its files depend on the size of the model
 
     def command(self, folder: Path | None = None, preset: str = STANDARD_PRESET) -> str:
-        """The command line that brings it into `folder`, or as near to it as the standard folders under a root go."""
+        """The command line that downloads it into `folder`, if that is a standard folder under some root."""
         words = ["mmv", "download", self.what]
         if self.per_preset and preset != STANDARD_PRESET:
             words += ["--preset", preset]
@@ -135,7 +127,7 @@ def weights_files(*names: str) -> tuple[Layout, ...]:
 
 
 def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRESET) -> str:
-    """The next step for someone who lacks `what`, in `folder` and for the model size `preset`."""
+    """The next step for a user without `what` in `folder`, for the model size `preset`."""
     source = SOURCES[what]
     hint = f"get it with `{source.command(folder, preset)}`"
     if folder and source.root_of(folder) is None:
@@ -143,29 +135,23 @@ def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRE
     return hint
 
 
-def latest_model(say: Callable[[str], None]) -> Path:
-    """The weights that a command takes where none are named: the latest, or the demo's where there are no others.
-
-    Raises MissingInput where there are none at all.
-    """
+def latest_model(say: Callable[[str], None], out: Path = OUT_DIR) -> Path:
+    """The latest weights in `out`, else the demo's. Raises MissingInput where there are none."""
     try:
-        return find_weights(OUT_DIR)
+        return find_weights(out)
     except MissingInput:
         try:
             weights = find_weights(DEMO_DIR / OUT_DIR)
         except MissingInput:
             pass
         else:
-            say(f"no trained weights in {OUT_DIR}: using the demo's model, {weights}")
+            say(f"no trained weights in {out}: using the demo's model, {weights}")
             return weights
         raise
 
 
 def weights_at(path: Path) -> Path:
-    """The weights that a path stands for: a run's folder stands for the file that the run wrote, all else for itself.
-
-    Raises MissingInput where nothing is there.
-    """
+    """The weights at a path; a run's folder stands for the weights of the run. Raises MissingInput."""
     if not path.exists():
         beside = [other.name for other in path.parent.glob("*") if other.suffix in WEIGHTS_ENDINGS]
         raise MissingInput(f"no weights at {path}{nearest(path.name, beside)}")
@@ -177,10 +163,10 @@ def weights_at(path: Path) -> Path:
 
 
 def find_weights(folder: Path) -> Path:
-    """What the latest stage left: sft before pretrain, the newest where there are several sizes."""
+    """The weights of the latest stage: sft before pretrain, of several sizes the newest."""
     for stage in ("sft", "pretrain"):
-        if found := [path for ending in WEIGHTS_ENDINGS for path in folder.glob(f"{stage}_vlm_*{ending}")]:
-            return max(found, key=lambda path: path.stat().st_mtime)
+        if paths := [path for ending in WEIGHTS_ENDINGS for path in folder.glob(f"{stage}_vlm_*{ending}")]:
+            return max(paths, key=lambda path: path.stat().st_mtime)
     raise MissingInput(
         f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model"
     )

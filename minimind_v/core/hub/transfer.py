@@ -1,4 +1,4 @@
-"""One file from a hub into a staged part that goes on at any byte, and the proof that it is the right file.
+"""The transfer of one file: it resumes at any byte, and the result is verified.
 
 The library's own `hf_hub_download` (huggingface_hub 2.4, `_download_to_tmp_and_move`) writes to a name that is unique
 to its process and deletes it at the end, so a run that is killed starts over; and it checks the size only. Therefore
@@ -36,11 +36,11 @@ BLOCK = 1 << 20  # bytes hashed at a time
 CHUNK = 1 << 16  # bytes written at a time: what a kill can lose
 WRONG_TRIES = 3  # times that a file may arrive wrong before its hub is given up
 
-Progress = Callable[[int], None]  # bytes of the file that are here
+Progress = Callable[[int], None]  # bytes of the file received so far
 
 
 class WrongFile(MmvError):
-    """What arrived is not the file that the hub's listing describes."""
+    """The received file is not the one that the hub's listing describes."""
 
 
 @dataclass(frozen=True)
@@ -62,78 +62,78 @@ def digests(path: Path) -> Digests:
     return Digests(size, sha256.hexdigest(), blob.hexdigest())
 
 
-def is_it(found: Digests, wanted: RemoteFile) -> bool:
-    """Whether a file is the wanted one, by all that the hub tells of it."""
+def matches(digests: Digests, remote: RemoteFile) -> bool:
+    """Whether digests are those of a remote file, as far as the hub describes it."""
     return (
-        wanted.size in (None, found.size)
-        and wanted.sha256 in (None, found.sha256)
-        and (wanted.git_sha1 in (None, found.git_sha1) or wanted.sha256 is not None)
+        remote.size in (None, digests.size)
+        and remote.sha256 in (None, digests.sha256)
+        and (remote.git_sha1 in (None, digests.git_sha1) or remote.sha256 is not None)
     )
 
 
-def check(path: Path, wanted: RemoteFile) -> Digests:
-    """The digests of the right file. Raises WrongFile, which says what `path` holds instead."""
+def check(path: Path, remote: RemoteFile) -> Digests:
+    """The digests of the right file. Raises WrongFile, which names the difference."""
     with path.open("rb") as file:
         head = file.read(512).lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")):
         raise WrongFile("it is an HTML page")
     if head.startswith(b"version https://git-lfs"):
         raise WrongFile("it is a git-lfs pointer, not the data")
-    found = digests(path)
-    if not is_it(found, wanted):
-        if wanted.size not in (None, found.size):
-            raise WrongFile(f"{found.size} bytes instead of {wanted.size}")
-        raise WrongFile(f"its SHA-256 is {found.sha256[:12]}…, the hub's is {(wanted.sha256 or '?')[:12]}…")
-    return found
+    actual = digests(path)
+    if not matches(actual, remote):
+        if remote.size not in (None, actual.size):
+            raise WrongFile(f"{actual.size} bytes instead of {remote.size}")
+        raise WrongFile(f"its SHA-256 is {actual.sha256[:12]}…, the hub's is {(remote.sha256 or '?')[:12]}…")
+    return actual
 
 
 def bring(
-    hub: Hub, url: str, wanted: RemoteFile, part: Path, progress: Progress, warn: Callable[[str], None]
+    hub: Hub, url: str, remote: RemoteFile, staged: Path, progress: Progress, warn: Callable[[str], None]
 ) -> Digests:
-    """Fill `part` with the wanted file, going on where it ends. Returns its proven digests.
+    """Complete `staged` to the remote file and return its verified digests.
 
-    A wrong file is named, thrown away and fetched again, three times at most. Raises HubError.
+    A wrong file is removed and downloaded again, three times at most. Raises HubError.
     """
     reason = ""
     for attempt in range(WRONG_TRIES):
         try:
-            _receive(hub, url, wanted, part, progress)
-            return check(part, wanted)
+            _receive(hub, url, remote, staged, progress)
+            return check(staged, remote)
         except WrongFile as error:
             reason = str(error)
-            part.unlink(missing_ok=True)
+            staged.unlink(missing_ok=True)
             if attempt < WRONG_TRIES - 1:
-                warn(f"{wanted.path} arrived wrong ({reason}): thrown away, fetching it again")
+                warn(f"{remote.path} arrived wrong ({reason}): removed, downloading it again")
     raise HubError(
-        f"{wanted.path} from {hub.endpoint} arrives wrong ({reason}), {WRONG_TRIES} times — "
+        f"{remote.path} from {hub.endpoint} arrives wrong ({reason}), {WRONG_TRIES} times — "
         "try another hub or mirror with --hub or --endpoint"
     )
 
 
-def _receive(hub: Hub, url: str, wanted: RemoteFile, part: Path, progress: Progress) -> None:
-    """All bytes of a file. Lost connections are taken up again as long as every few of them bring something new.
+def _receive(hub: Hub, url: str, remote: RemoteFile, staged: Path, progress: Progress) -> None:
+    """Receive all bytes of a file. After a lost connection it resumes, as long as new bytes arrive.
 
-    A server that cannot give ranges makes each attempt begin at zero; what counts as new is what was never here.
+    Without ranges each attempt begins at zero; new bytes are those beyond the longest attempt.
     """
     most, idle = 0, 0
     while True:
         try:
-            if _receive_once(hub, url, wanted, part, progress):
+            if _receive_once(hub, url, remote, staged, progress):
                 return
             trouble, wait = "the connection was cut", pause(idle)
         except _Busy as busy:
             trouble, wait = f"HTTP {busy.status}", pause(idle, busy.headers)
             if wait is None:
-                raise refused(busy.status, hub, wanted.path) from None
+                raise refused(busy.status, hub, remote.path) from None
         except (http().HTTPError, ConnectionError, TimeoutError) as error:
             trouble, wait = plain(error), pause(idle)
-        here = part.stat().st_size if part.exists() else 0
-        idle = 0 if here > most else idle + 1
-        most = max(most, here)
+        received = staged.stat().st_size if staged.exists() else 0
+        idle = 0 if received > most else idle + 1
+        most = max(most, received)
         if idle >= TRIES:
             raise Unreachable(
-                f"{wanted.path} stopped at {here} of {wanted.size or '?'} bytes from {hub.endpoint} ({trouble}, "
-                f"{TRIES} times) — the same command goes on from there"
+                f"{remote.path} stopped at {received} of {remote.size or '?'} bytes from {hub.endpoint} ({trouble}, "
+                f"{TRIES} times) — run the same command again to resume"
             )
         time.sleep(wait or 0)
 
@@ -143,17 +143,17 @@ class _Busy(Exception):
         self.status, self.headers = status, headers
 
 
-def _receive_once(hub: Hub, url: str, wanted: RemoteFile, part: Path, progress: Progress) -> bool:
-    """One request for what is missing; whether the file is complete. Raises WrongFile, HubError, _Busy."""
+def _receive_once(hub: Hub, url: str, remote: RemoteFile, staged: Path, progress: Progress) -> bool:
+    """Request the missing bytes; return whether the file is complete. Raises WrongFile, HubError, _Busy."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    have = part.stat().st_size if part.exists() else 0
-    if wanted.size is not None and have > wanted.size:
-        part.unlink()
+    have = staged.stat().st_size if staged.exists() else 0
+    if remote.size is not None and have > remote.size:
+        staged.unlink()
         have = 0
-    if have == wanted.size:
-        part.touch()  # an empty file needs no request
+    if have == remote.size:
+        staged.touch()  # an empty file needs no request
         progress(have)
         return True
     headers = hub.headers() | {"Accept-Encoding": "identity"}
@@ -161,44 +161,44 @@ def _receive_once(hub: Hub, url: str, wanted: RemoteFile, part: Path, progress: 
         headers["Range"] = f"bytes={have}-"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds without a byte
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as answer:
-        start = _start(answer, have, wanted, hub)
-        with part.open("r+b" if start else "wb") as file:
+        start = _start(answer, have, remote, hub)
+        with staged.open("r+b" if start else "wb") as file:
             file.seek(start)
             for chunk in answer.iter_bytes(CHUNK):
                 file.write(chunk)
                 file.flush()
                 progress(file.tell())
-                if wanted.size is not None and file.tell() > wanted.size:
-                    raise WrongFile(f"more than its {wanted.size} bytes")
-            return wanted.size is None or file.tell() == wanted.size
+                if remote.size is not None and file.tell() > remote.size:
+                    raise WrongFile(f"more than its {remote.size} bytes")
+            return remote.size is None or file.tell() == remote.size
 
 
-def _start(answer: Any, have: int, wanted: RemoteFile, hub: Hub) -> int:
-    """The byte that an answer's body begins at. Raises for an answer that is not (the rest of) the file."""
+def _start(answer: Any, have: int, remote: RemoteFile, hub: Hub) -> int:
+    """The offset of an answer's body in the file. Raises for an answer that is not (the rest of) the file."""
     status = answer.status_code
     if status in RETRIED:
         raise _Busy(status, answer.headers)
     if status == 416:
-        raise WrongFile("the hub has fewer bytes than are here")
+        raise WrongFile("the hub has fewer bytes than were received")
     if status not in (200, 206):
-        raise refused(status, hub, wanted.path)
+        raise refused(status, hub, remote.path)
     kind = answer.headers.get("Content-Type", "")
-    if kind.startswith("text/html") and not wanted.path.endswith((".html", ".htm")):
+    if kind.startswith("text/html") and not remote.path.endswith((".html", ".htm")):
         raise WrongFile("it is an HTML page")
     if status == 206:
-        told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-        if not told or int(told[1]) != have or told[2] not in ("*", str(wanted.size or told[2])):
+        given = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        if not given or int(given[1]) != have or given[2] not in ("*", str(remote.size or given[2])):
             raise WrongFile(f"an answer for other bytes ({answer.headers.get('Content-Range')})")
         return have
     length = answer.headers.get("Content-Length", "")
     coded = answer.headers.get("Content-Encoding", "identity") != "identity"
-    if wanted.size is not None and length.isdigit() and not coded and int(length) != wanted.size:
-        raise WrongFile(f"{length} bytes instead of {wanted.size}")
+    if remote.size is not None and length.isdigit() and not coded and int(length) != remote.size:
+        raise WrongFile(f"{length} bytes instead of {remote.size}")
     return 0
 
 
-def settle(part: Path, final: Path) -> None:
-    """Give a proven file its name."""
-    with part.open("rb") as file:
+def settle(staged: Path, final: Path) -> None:
+    """Give a verified file its name."""
+    with staged.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(part, final)
+    os.replace(staged, final)

@@ -1,4 +1,4 @@
-"""What a download comes to: the files of each part, for a size of model, a split, or a sample of the first rows."""
+"""The files of a download, by model size, split or sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from minimind_v.core.hub.remote import Listing, NotThere, RemoteFile
 from minimind_v.core.hub.sources import (
     CLIP_FILES,
-    SAMPLE_DIR,
     SOURCES,
     SPLITS,
     TOKENIZER_FILES,
@@ -18,11 +17,12 @@ from minimind_v.core.hub.sources import (
     dataset_files,
     weights_files,
 )
+from minimind_v.core.paths import SAMPLE_DIR
 
 
 @dataclass(frozen=True)
 class DownloadPart:
-    """Files that are wanted together, from one repository into one folder."""
+    """Files that belong together, from one repository into one folder."""
 
     label: str
     source: Source
@@ -31,7 +31,7 @@ class DownloadPart:
     rows: int | None = None  # only the first rows
 
     def choose(self, listing: Listing, repo: str) -> dict[str, RemoteFile]:
-        """Name here → file there, by the first layout that the repository has. Raises NotThere, naming what it has."""
+        """Local name → remote file, by the first layout that the repository has. Raises NotThere, naming its files."""
         for layout in self.layouts:
             chosen = {
                 file.name: listing.files[next(name for name in file.remote if name in listing.files)]
@@ -46,12 +46,12 @@ class DownloadPart:
         ]
         closest = min(map(len, lacks))
         nothing = all(len(names) == len(layout) for names, layout in zip(lacks, self.layouts, strict=True))
-        # Of a layout that is there in part, what is missing in it; where nothing is there, what each would have.
+        # The missing files of the most complete layout; if every layout lacks all files, those of each.
         lacking = " / ".join(", ".join(names) for names in lacks if nothing or len(names) == closest)
-        there = [name for name in sorted(listing.files) if not name.startswith(".")]
-        told = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
+        present = [name for name in sorted(listing.files) if not name.startswith(".")]
+        shown = ", ".join(present[:20]) + (f" and {len(present) - 20} more" if len(present) > 20 else "")
         raise NotThere(
-            f"{repo} at {listing.commit} lacks {lacking} — it has: {told or 'nothing'}; check --revision, or name "
+            f"{repo} at {listing.commit} lacks {lacking} — it has: {shown or 'nothing'}; check --revision, or name "
             "another --endpoint"
         )
 
@@ -64,27 +64,29 @@ def download_parts(
     splits: Iterable[str] = SPLITS,
     rows: int | None = None,
 ) -> list[DownloadPart]:
-    """Everything that `what` comes to below `root`; `file_of` names the weights of a stage in the preset.
+    """The files of `what`, below `root`; `file_of` names the weights of a stage in the preset.
 
-    `all` is what training needs. Trained weights come only when they are asked for: they have the names that a run
-    gives to its own, which it would then refuse to replace.
+    `all` is everything that training needs. It leaves out trained weights: they have the names of a run's own weights,
+    which the run would refuse to replace.
     """
-    found = []
-    parts = [name for name in SOURCES if name != "weights"] if what == "all" else [what]
-    for source in (SOURCES[part] for part in parts):
+    parts: list[DownloadPart] = []
+    names = [name for name in SOURCES if name != "weights"] if what == "all" else [what]
+    for source in (SOURCES[name] for name in names):
         folder = root / source.folder
         match source.what:
             case "clip":
-                found.append(DownloadPart("clip", source, CLIP_FILES, folder))
+                parts.append(DownloadPart("clip", source, CLIP_FILES, folder))
             case "tokenizer":
-                found.append(DownloadPart("tokenizer", source, TOKENIZER_FILES, folder))
+                parts.append(DownloadPart("tokenizer", source, TOKENIZER_FILES, folder))
             case "lm":
-                found.append(DownloadPart(f"lm {preset}", source, weights_files(file_of("lm")), folder))
+                parts.append(DownloadPart(f"lm {preset}", source, weights_files(file_of("lm")), folder))
             case "weights":
-                names = [file_of(stage) for stage in ("pretrain", "sft")]
-                found.append(DownloadPart(f"weights {preset}", source, weights_files(*names), folder))
+                files = [file_of(stage) for stage in ("pretrain", "sft")]
+                parts.append(DownloadPart(f"weights {preset}", source, weights_files(*files), folder))
             case "dataset":
-                place = folder if rows is None else root / SAMPLE_DIR
+                target = folder if rows is None else root / SAMPLE_DIR
                 some = "" if rows is None else f", first {rows} rows"
-                found += [DownloadPart(f"{split}{some}", source, dataset_files(split), place, rows) for split in splits]
-    return found
+                parts += [
+                    DownloadPart(f"{split}{some}", source, dataset_files(split), target, rows) for split in splits
+                ]
+    return parts

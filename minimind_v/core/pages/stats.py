@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from minimind_v.core.curate.lines import summary, table_of_quantiles
+from minimind_v.core.curate.summary import quantile_table, summary
 from minimind_v.core.curate.token_text import visible
 from minimind_v.core.pages.frame import figures, page
 from minimind_v.core.pages.plot import COLOURS, HEIGHT, WIDTH, axis, chart, legend
@@ -37,7 +37,7 @@ def stats_page(report: dict[str, Any]) -> str:
         "padding in training's batches": f"{report['padding']['batches']:.1%}",
         "steps": f"{report['training']['updates']:,}",
     }
-    tables = table_of_quantiles(report)
+    tables = quantile_table(report)
     head = "".join(f"<th>{escape(title)}</th>" for title in ["", *next(iter(tables.values()))])
     rows = "".join(
         f"<tr><td>{escape(what)}</td>{''.join(f'<td>{value:,}</td>' for value in row.values())}</tr>"

@@ -1,0 +1,54 @@
+"""`mmv plan`: the time, memory, disk and cost of a training run, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Annotated, Any
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.run_options import Config, Sets, Stage, resolve_run, with_batch_size
+from minimind_v.cli.terminal import Terminal
+
+
+def plan(
+    ctx: typer.Context,
+    settings: dict[str, Any],
+    stage: Annotated[Stage, typer.Argument(metavar="STAGE", help="The stage to plan.")] = Stage.pretrain,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of one hour on this machine.")] = None,
+    config: Config = None,
+    sets: Sets = None,
+    json: options.Json = False,
+) -> None:
+    """Predict time, memory, disk and cost of a run: count its rows and measure a few steps. It takes the same options
+    as `mmv train`.
+    """
+    from minimind_v.core.config.limits import check_machine
+    from minimind_v.core.formats.inputs import find_inputs
+
+    resolved, terminal = resolve_run(ctx, stage, config, settings, sets), Terminal()
+    check_machine(resolved.config)
+    find_inputs(replace(resolved.config, init=None))  # it measures with random weights
+    from minimind_v.core.pages.run_report import shown
+    from minimind_v.core.train.forecast import plan as forecast
+
+    run, _ = with_batch_size(resolved)
+    with terminal.progress("counting") as progress:
+        report = asdict(forecast(run, price_per_hour, progress, terminal.say))
+    if json:
+        terminal.json(report)
+        return
+    if report["warning"]:
+        terminal.warn(report["warning"])
+    names = ("updates", "samples", "tokens", "supervised_tokens", "seconds", "memory_bytes", "disk_bytes", "cost")
+    values = {name: shown(name, report[name]) for name in names}
+    labels = {"updates": "steps"}
+    terminal.table(
+        {
+            labels.get(name, name.removesuffix("_bytes").replace("_", " ")): value
+            for name, value in values.items()
+            if value != "–"
+        }
+        | {"learning rate": "from {:.2g} down to {:.2g}".format(*report["learning_rate"]), "how": report["how"]}
+    )

@@ -1,0 +1,162 @@
+"""A list of the runs and weights in a folder, from headers, JSON and metrics alone: no tensor is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from minimind_v.core.config.presets import PRESETS, weights_name
+from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.files import object_in, read_notes, size_of
+from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
+from minimind_v.core.monitor.records import is_number
+
+_TAIL = 1 << 16  # bytes at the end of metrics.jsonl, which hold its last records
+_NAME = re.compile(r"(?P<stage>lm|llm|pretrain|sft)(_vlm)?_(?P<hidden>\d+)(?P<moe>_moe)?")
+_HEADER_KEY = "minimind_v"  # of the description in a safetensors header, as `hf.read.META`
+_FIRST_BYTES = {".pth": (b"PK\x03\x04", b"\x80"), ".gguf": (b"GGUF",)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run, a weights file or an exported folder."""
+
+    name: str
+    kind: str  # run, weights or export
+    stage: str  # lm, pretrain, sft or unknown
+    model: str  # a preset, or sizes
+    steps: int | None  # done; None for weights and exports
+    total_steps: int | None
+    loss: float | None  # of the last logged step
+    modified: str  # ISO 8601, of the newest file
+    bytes: int
+    damage: str = ""  # why it cannot be read, where it cannot
+
+
+def list_runs(folder: Path) -> list[Entry]:
+    """The entries of a folder, the newest first. Raises MissingInput if there is no such folder."""
+    if not folder.is_dir():
+        raise MissingInput(f"no folder {folder} — `mmv train pretrain` makes it")
+    paths = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
+    runs = {name for name, path in paths.items() if (path / "metrics.jsonl").is_file()}
+    entries = [_run(folder, name, paths) for name in runs]
+    for path in paths.values():
+        if path.is_file() and path.suffix in (*WEIGHTS_ENDINGS, ".gguf") and path.stem not in runs:
+            entries.append(_weights(path))
+        elif (path / "config.json").is_file() or (path.is_dir() and any(path.glob("*.gguf"))):
+            entries.append(_export(path))
+    return sorted(entries, key=lambda entry: (entry.modified, entry.name), reverse=True)
+
+
+def _run(folder: Path, name: str, paths: dict[str, Path]) -> Entry:
+    """A run: its folder, and the weights of the same name beside it."""
+    weights = [paths[name + ending] for ending in WEIGHTS_ENDINGS if name + ending in paths]
+    last, damage = _last_step(folder / name / "metrics.jsonl")
+    notes: dict[str, Any] = {}
+    try:
+        notes = _describe(weights[0]) if weights else {}
+    except (WeightsError, OSError) as error:
+        damage = damage or _reason(weights[0], error)
+    files = [folder / name, *weights, *(path for path in [folder / f"{name}.json"] if path.is_file())]
+    steps, total, loss = (last.get(key) for key in ("step", "steps", "loss"))
+    return Entry(name, "run", *_stage_and_model(name, notes), steps, total, loss, *_date_and_size(files), damage)
+
+
+def _weights(path: Path) -> Entry:
+    notes: dict[str, Any] = {}
+    damage = ""
+    try:
+        notes = _describe(path)
+    except (WeightsError, OSError) as error:
+        damage = _reason(path, error)
+    files = [path, *(beside for beside in [path.with_suffix(".json")] if beside.is_file())]
+    return Entry(
+        path.name, "weights", *_stage_and_model(path.name, notes), None, None, None, *_date_and_size(files), damage
+    )
+
+
+def _export(folder: Path) -> Entry:
+    """A folder for transformers or llama.cpp."""
+    config = read_notes(folder / "config.json")
+    sizes = object_in(config, "text_config") or config
+    damage = "config.json is not a JSON object" if not config and (folder / "config.json").is_file() else ""
+    return Entry(
+        folder.name, "export", *_stage_and_model(folder.name, {"model": sizes}), None, None, None,
+        *_date_and_size([folder]), damage,
+    )  # fmt: skip
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """The description of weights. Raises WeightsError where a file is cut short, or is of another kind."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="np") as file:
+                notes = json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise WeightsError(f"{path}: not a whole safetensors file ({error})") from None
+        return notes if isinstance(notes, dict) else {}
+    with path.open("rb") as file:
+        first = file.read(4)
+    if not first.startswith(_FIRST_BYTES[path.suffix]):
+        raise WeightsError(f"{path}: not a {path.suffix} file")
+    if first.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise WeightsError(f"{path}: the file is cut short")
+    return read_notes(path.with_suffix(".json"))
+
+
+def _stage_and_model(name: str, notes: dict[str, Any]) -> tuple[str, str]:
+    """The stage, and a preset or sizes: by the description, else by the published form of the name."""
+    sizes, match = object_in(notes, "model"), _NAME.match(name)
+    stage = notes.get("stage") or (match["stage"].replace("llm", "lm") if match else "unknown")
+    hidden, layers = sizes.get("hidden_size"), sizes.get("num_hidden_layers")
+    moe = bool(sizes.get("use_moe", sizes.get("num_local_experts")))
+    if hidden and layers:
+        preset = next(
+            (
+                name
+                for name, model in PRESETS.items()
+                if (model.hidden_size, model.num_hidden_layers, model.use_moe) == (hidden, layers, moe)
+            ),
+            None,
+        )
+        return str(stage), preset or f"{hidden} × {layers}{' MoE' if moe else ''}"
+    if match:
+        named = f"{match['stage'].replace('llm', 'lm')}{match[2] or ''}_{match['hidden']}{match['moe'] or ''}.pth"
+        preset = next((key for key, model in PRESETS.items() if weights_name(stage, model) == named), None)
+        return str(stage), preset or match["hidden"] + (" MoE" if match["moe"] else "")
+    return str(stage), "unknown"
+
+
+def _last_step(metrics: Path) -> tuple[dict[str, Any], str]:
+    """The last logged step of a run, or the reason why there is none."""
+    with metrics.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and is_number(record.get("step")) and is_number(record.get("loss"), finite=False):
+            return record, ""
+    return {}, f"{metrics.name} has no logged step"
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """The text of an error without the path that it begins with."""
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _date_and_size(files: Iterable[Path]) -> tuple[str, int]:
+    paths = [path for root in files for path in (root, *root.rglob("*")) if path.is_file()]
+    newest = max((path.stat().st_mtime for path in paths), default=0.0)
+    return datetime.fromtimestamp(newest).isoformat(timespec="seconds"), sum(map(size_of, paths))

@@ -1,0 +1,15 @@
+"""The standard folders, relative to the working folder, and the standard model size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Where each stage looks. Every command has an option to look elsewhere.
+TOKENIZER_DIR = Path("model")
+VISION_DIR = Path("model/vision_model/clip-vit-base-patch16")
+DATASET_DIR = Path("dataset")
+SAMPLE_DIR = DATASET_DIR / "sample"  # of `mmv download --sample`: the names of the whole files, the first rows only
+OUT_DIR = Path("out")
+DEMO_DIR = Path("demo")  # of `mmv demo`: all of these, in a folder of its own
+
+STANDARD_PRESET = "small"

@@ -1,0 +1,94 @@
+"""`mmv runs` lists what lies in a folder, damaged files included, and reads no tensor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
+from minimind_v.core.formats.hf.read import META
+from minimind_v.core.formats.inventory import _HEADER_KEY, list_runs
+from tests.cli.harness import BASE, here
+
+
+def run_folder(out: Path, name: str = "sft_vlm_512") -> Path:
+    """A run of which nothing but metrics is left."""
+    folder = out / name
+    folder.mkdir(parents=True)
+    steps = [{"step": n, "steps": 900, "loss": 3.0 / n} for n in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps) + '{"step": 4, "lo')
+    return folder
+
+
+def test_a_run_is_one_line_with_its_last_whole_step(tmp_path):
+    run_folder(tmp_path / "out")
+    ended = here("runs", tmp_path / "out")
+    heading, line = ended.out.splitlines()
+    assert heading.split() == ["name", "stage", "model", "steps", "loss", "date", "size"]
+    assert line.split()[:7] == ["sft_vlm_512", "sft", "small", "3", "of", "900", "1.0000"]
+
+
+def test_weights_and_their_run_are_one_entry(tmp_path):
+    run_folder(tmp_path)
+    checkpoint = read_checkpoint(BASE)
+    write_checkpoint(tmp_path / "sft_vlm_512.pth", checkpoint.tensors, checkpoint.config, "sft")
+    (entry,) = here("runs", tmp_path, "--json").json["runs"]
+    assert (entry["kind"], entry["model"], entry["steps"], entry["total_steps"]) == ("run", "demo", 3, 900)
+    files = (tmp_path / "sft_vlm_512.pth", tmp_path / "sft_vlm_512.json", tmp_path / "sft_vlm_512" / "metrics.jsonl")
+    assert entry["bytes"] == sum(path.stat().st_size for path in files)
+
+
+def test_stage_and_sizes_of_weights_come_from_their_description(tmp_path):
+    checkpoint = read_checkpoint(BASE)
+    for name in ("a.pth", "b.safetensors"):
+        write_checkpoint(tmp_path / name, checkpoint.tensors, checkpoint.config, "pretrain")
+    entries = list_runs(tmp_path)
+    assert {(entry.name, entry.stage, entry.model, entry.damage) for entry in entries} == {
+        ("a.pth", "pretrain", "demo", ""),
+        ("b.safetensors", "pretrain", "demo", ""),
+    }
+    assert _HEADER_KEY == META
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "damage"),
+    [
+        ("a.pth", b"<html>", "not a .pth file"),
+        ("a.pth", b"PK\x03\x04 and no more", "cut short"),
+        ("a.safetensors", b"12345678{", "not a whole safetensors file"),
+        ("a.gguf", b"", "not a .gguf file"),
+        ("a/metrics.jsonl", b"[1]\nnull\n", "metrics.jsonl has no logged step"),
+        ("a/config.json", b"{", "config.json is not a JSON object"),
+    ],
+)
+def test_a_damaged_entry_is_named_beside_the_others(tmp_path, name, content, damage):
+    run_folder(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    ended = here("runs", tmp_path)
+    assert (ended.code, len(ended.out.splitlines())) == (0, 3)
+    assert f"damaged: {damage}" in ended.out or f"damaged: the file is {damage}" in ended.out
+
+
+def test_a_folder_without_runs_says_how_to_start(tmp_path):
+    assert "mmv train pretrain" in here("runs", tmp_path).err
+    assert here("runs", tmp_path, "--json").json["runs"] == []
+    missing = here("runs", tmp_path / "none")
+    assert (missing.code, "no folder" in missing.error) == (1, True)
+
+
+def test_runs_need_no_torch(tmp_path):
+    run_folder(tmp_path)
+    (tmp_path / "lm_128.safetensors").write_bytes(BASE.read_bytes())
+    program = (
+        "import sys\nfrom minimind_v.cli.app import main\n"
+        f"sys.argv = ['mmv', 'runs', {str(tmp_path)!r}]\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "lm_128.safetensors  lm     demo" in done.stdout
