@@ -35,7 +35,7 @@ from minimind_v.core.files import write_text
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.distributed import ALONE
 from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.run import Counts, Run

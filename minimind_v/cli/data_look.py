@@ -127,8 +127,8 @@ def open_data(
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.data.tokenizer import Tokenizer
     from minimind_v.core.model.vision.spec import read_vision_spec
-    from minimind_v.core.rows.jsonl import find_rows, open_rows
     from minimind_v.core.rows.pictures import find_pictures
+    from minimind_v.core.rows.stores import find_rows, open_rows
 
     if stage is None:
         stage = next((known for known in StageName if file.name.startswith(known.value)), None)
@@ -140,7 +140,7 @@ def open_data(
     _, _, words, spec, _ = open_all(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
-        lambda: Tokenizer.load(tokenizer),
+        lambda: Tokenizer.load(tokenizer, recipe.data.layout),
         lambda: read_vision_spec(recipe.vision_model, standard=vision_model is None),
         lambda: against and find_rows(against),
     )

@@ -43,9 +43,9 @@ def evaluate(
 ) -> None:
     """Held-out loss and, where rows have short answers, the share that is right to the letter."""
     from minimind_v.core.config.load import build_config, images_beside
-    from minimind_v.core.rows.jsonl import find_rows, open_rows
     from minimind_v.core.rows.pictures import find_pictures
     from minimind_v.core.rows.splits import SCORE
+    from minimind_v.core.rows.stores import find_rows, open_rows
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()

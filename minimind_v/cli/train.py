@@ -14,7 +14,8 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.live import TrainView
 from minimind_v.cli.terminal import Terminal, command_line
-from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
+from minimind_v.core.config.freeze import FREEZE_POLICIES
+from minimind_v.core.config.schema import DTYPES, FEATURES, TRACKERS
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.wording import plural
 

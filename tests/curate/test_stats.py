@@ -19,7 +19,7 @@ from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.errors import DataError
 from minimind_v.core.model.vision.encoder import VisionEncoder
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.rows.subset import SampledRows
 from minimind_v.core.train import speed
 from minimind_v.core.train.freeze import freeze

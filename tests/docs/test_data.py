@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import ROOT, here
 from tests.docs.conftest import commands
 from tests.export.made import jpeg

@@ -16,7 +16,7 @@ from minimind_v.core.evaluate.run import SHORT, evaluate
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.generate.session import Session
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import place, read_rows, sighted_model, tokenizer, write_rows
 
 QUESTIONS = [

@@ -39,7 +39,7 @@ from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, SOURCES, TOKENIZER
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Listener, read_metrics
 from minimind_v.core.pages.demo_report import Sample, write_report
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
 
 MARK = ".mmv-demo"  # in the folder of a demo, which may write over what it left there

@@ -20,9 +20,9 @@ from minimind_v.core.hub.sources import (
     weights_at,
 )
 from minimind_v.core.model.vision.spec import read_config
-from minimind_v.core.rows.jsonl import find_rows
 from minimind_v.core.rows.pictures import find_pictures
 from minimind_v.core.rows.row import IMAGE_MARK
+from minimind_v.core.rows.stores import find_rows
 
 
 def find_inputs(config: RunConfig) -> None:

@@ -56,7 +56,11 @@ def load_model(
     encoder = (
         read_vision_encoder(paths.vision_model) if is_gguf(paths.vision_model) else load_encoder(paths.vision_model)
     )
-    words = read_tokenizer(paths.tokenizer) if is_gguf(paths.tokenizer) else Tokenizer.load(paths.tokenizer)
+    words = (
+        read_tokenizer(paths.tokenizer)
+        if is_gguf(paths.tokenizer)
+        else Tokenizer.load(paths.tokenizer, checkpoint.companions.layout)
+    )
     check_companions(checkpoint, paths, words, encoder.spec, encoder.tower.state_dict(), say)
     match_tensors(
         checkpoint, published_shapes(checkpoint.config, encoder.spec.width), checkpoint.config

@@ -35,7 +35,11 @@ def read_parts(order: ExportRequest) -> Source:
         tower = Tower(eye.config, eye.spec, dict(eye.tower.state_dict()))
     else:
         tower = read_tower(paths.vision_model)
-    words = read_tokenizer(paths.tokenizer) if is_gguf(paths.tokenizer) else Tokenizer.load(paths.tokenizer)
+    words = (
+        read_tokenizer(paths.tokenizer)
+        if is_gguf(paths.tokenizer)
+        else Tokenizer.load(paths.tokenizer, checkpoint.companions.layout)
+    )
     check_companions(checkpoint, paths, words, tower.spec, tower.tensors)
     match_tensors(checkpoint, published_shapes(checkpoint.config, tower.spec.width), checkpoint.config)
     return Source(checkpoint, words, tower)

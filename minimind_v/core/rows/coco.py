@@ -78,7 +78,7 @@ class CocoRows(TextRows):
 
     def row(self, index: int) -> Row:
         first, second = (int(number) for number in self._index.array[:, self._rows[index]])
-        return self._read(self._sentence(first, second) if self._sentences else self._annotation(first, second))
+        return self.read_fields(self._sentence(first, second) if self._sentences else self._annotation(first, second))
 
     def picture(self, index: int, position: int, name: str) -> bytes:
         try:

@@ -58,7 +58,7 @@ class CsvRows(TextRows):
         return int(self._index.array[1, index])
 
     def row(self, index: int) -> Row:
-        return self._read(self._fields(self._record(index)))
+        return self.read_fields(self._fields(self._record(index)))
 
     @cached_property
     def _first_line(self) -> bytes:

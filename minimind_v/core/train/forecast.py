@@ -22,7 +22,7 @@ from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.monitor.messages import too_little
 from minimind_v.core.monitor.metrics import Silent, StepMetrics
 from minimind_v.core.pages.run_report import disk_used
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import Run
 from minimind_v.core.train.run_folder import RunFolder
 
@@ -63,7 +63,7 @@ def plan(
     Rows are counted as the first epoch reads them (a sample of very many); then the real run does a few updates in a
     folder of its own, from random weights, which take as long as any. Raises what a run raises.
     """
-    tokenizer, spec = Tokenizer.load(config.data.tokenizer), read_vision_spec(config.vision_model)
+    tokenizer, spec = Tokenizer.load(config.data.tokenizer, config.data.layout), read_vision_spec(config.vision_model)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
     updates = min(outlook.updates, config.max_steps or outlook.updates)

@@ -17,7 +17,7 @@ from minimind_v.core.errors import MmvError
 from minimind_v.core.files import read_notes
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Recalled
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.validate import See, Validator
 
 BATCH = 8  # rows at a time
