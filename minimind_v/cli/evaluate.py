@@ -35,6 +35,10 @@ def evaluate(
     blind: Annotated[
         bool, typer.Option("--blind", help="Score again with a blank picture: what the picture is worth.")
     ] = False,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What to measure: loss, exact or a task of your own. [default: both]"),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per row, pictures included.")] = 1536,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     device: options.Device = "auto",
@@ -81,7 +85,7 @@ def evaluate(
         with terminal.progress(f"eval {name}") as progress:
             found[name] = score(
                 loaded.model, dataset, words.pad_id, words.eos_id, batch_size,
-                limit=limit, progress=progress, dtype=dtype, memory=memory if name == "seeing" else None,
+                limit=limit, progress=progress, dtype=dtype, task=task, memory=memory if name == "seeing" else None,
             )  # fmt: skip
     seeing = found["seeing"]
     for row in seeing.broken[:5]:
@@ -102,10 +106,12 @@ def _report(model: Path, data: Path, split: str, found: dict[str, Scores]) -> di
     report: dict[str, Any] = {
         "model": str(model), "data": str(data), **({"split": split} if split else {}),
         "rows": seeing.rows, "broken_rows": len(seeing.broken), "text_rows": seeing.text_rows,
-        "supervised_tokens": seeing.supervised_tokens, "short_answers": seeing.short_answers,
+        "supervised_tokens": seeing.supervised_tokens,
     }  # fmt: skip
     for name, scores in found.items():
+        counts = {key: value for key, value in scores.metrics.items() if isinstance(value, int)}
+        if name == "seeing":
+            report |= counts
         suffix = "" if name == "seeing" else "_blind"
-        report |= {f"loss{suffix}": scores.loss, f"perplexity{suffix}": scores.perplexity}
-        report[f"accuracy{suffix}"] = scores.accuracy
+        report |= {key + suffix: value for key, value in scores.metrics.items() if key not in counts}
     return report | {"seconds": sum(scores.seconds for scores in found.values())}

@@ -16,7 +16,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export import folder as folders
 from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, sweep, write_atomically, write_text
-from minimind_v.core.formats.convert_file import convert as convert_weights
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import ROOT, here, sighted, tree
 from tests.export.made import order
@@ -224,7 +224,7 @@ def test_a_target_that_comes_while_a_conversion_waits_is_not_replaced(tmp_path, 
 
     monkeypatch.setattr(files.Lock, "_take", take)
     with pytest.raises(UsageError, match="is there already"):
-        convert_weights(sighted(), out, "safetensors")
+        export(ExportRequest(sighted()), "safetensors", out)
     assert out.read_bytes() == b"by the other, meanwhile"
 
 

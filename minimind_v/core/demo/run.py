@@ -27,10 +27,11 @@ from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pictures, write_pretrain, write_sft, write_test
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
+from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, read_notes, write_text
 from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
-from minimind_v.core.formats.convert_file import convert
 from minimind_v.core.formats.load import LoadedModel, load_model
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.generate.batch import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY
@@ -146,7 +147,7 @@ class Demo:
             self.runs.mkdir(parents=True, exist_ok=True)
             base = self.runs / "lm_128.safetensors"
             shutil.copy(assets / base.name, base)
-        convert(base, self.weights["lm_128"], "pth", overwrite=True)
+        export(ExportRequest(base), "pth", self.weights["lm_128"], overwrite=True)
         folder, size = self.dataset, self.size
         # Every set has dice of its own, so that the size of one does not change another.
         dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs", "files")]
@@ -228,7 +229,7 @@ class Demo:
 
     def _convert(self) -> None:
         target = self.runs / "sft_vlm_128.safetensors"
-        convert(self.weights["sft_vlm_128"], target, "safetensors", overwrite=True)
+        export(ExportRequest(self.weights["sft_vlm_128"]), "safetensors", target, overwrite=True)
 
     # --- results ------------------------------------------------------------------------------------------------------
 

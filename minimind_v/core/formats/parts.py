@@ -29,6 +29,7 @@ class Source:
 def read_parts(order: ExportRequest) -> Source:
     """Read what `order` names. Raises MissingInput, or WeightsError where a part is damaged or does not fit."""
     checkpoint = read_checkpoint(order.model)
+    order.refuse_layout(checkpoint.companions.layout)
     paths = find_companions(checkpoint, order.vision_model, order.tokenizer)
     if is_gguf(paths.vision_model):
         eye = read_vision_encoder(paths.vision_model)

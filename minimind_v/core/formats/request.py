@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minimind_v.core.errors import WeightsError
+
 if TYPE_CHECKING:  # whoever only gives an order needs no torch
     from minimind_v.core.formats.checkpoint import Checkpoint
     from minimind_v.core.formats.load import LoadedModel
@@ -29,6 +31,14 @@ class ExportRequest:
         from minimind_v.core.formats.load import load_model
 
         return load_model(self.model, self.vision_model, self.tokenizer, "cpu")
+
+    def refuse_layout(self, layout: str) -> None:
+        """Raises WeightsError for a chat layout that folders for other programs have no template of."""
+        if layout != "chatml":
+            raise WeightsError(
+                f"{self.model} was trained with the chat layout {layout}, and a folder for other programs holds only "
+                "chatml — convert to safetensors or pth"
+            )
 
 
 @dataclass(frozen=True)

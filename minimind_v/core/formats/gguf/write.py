@@ -21,6 +21,7 @@ DEFAULT = "f16"
 def make(order: ExportRequest, folder: Path) -> LoadedModel:
     """Write what `order` names into an empty folder, and return what that was made of. Raises RunError for no room."""
     loaded = order.load()
+    order.refuse_layout(loaded.tokenizer.layout)
     with disk_errors(folder.parent):
         write(loaded, folder, order)
     return loaded
