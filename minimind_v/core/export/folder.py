@@ -35,6 +35,8 @@ def export(request: ExportRequest, to: str, out: Path, check: bool = True, overw
         with only_writer(out):
             check_weights(out, request.model, target.ending, overwrite)  # another run may have written it meanwhile
             report = target.write(request, out, check)[1]
+            if report.wrong:
+                out.unlink(missing_ok=True)
             _refuse_difference(request, out, report)
         return report
     out = out.resolve()
