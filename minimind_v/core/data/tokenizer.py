@@ -146,19 +146,19 @@ def find_tokenizer(folder: Path) -> Path:
 
 def with_image_token(text: str, number: int) -> str:
     """The JSON of a tokenizer with the image token under an id behind its vocabulary."""
-    found = json.loads(text)
-    found["model"]["vocab"][IMAGE_TOKEN] = number
-    found["added_tokens"].append({
+    description = json.loads(text)
+    description["model"]["vocab"][IMAGE_TOKEN] = number
+    description["added_tokens"].append({
         "id": number, "content": IMAGE_TOKEN, "single_word": False, "lstrip": False, "rstrip": False,
         "normalized": False, "special": True,
     })  # fmt: skip
-    return json.dumps(found, ensure_ascii=False, indent=1)
+    return json.dumps(description, ensure_ascii=False, indent=1)
 
 
 def _without_image_token(text: str) -> str:
     if IMAGE_TOKEN not in text:
         return text
-    found = json.loads(text)
-    found["model"]["vocab"].pop(IMAGE_TOKEN, None)
-    found["added_tokens"] = [token for token in found["added_tokens"] if token["content"] != IMAGE_TOKEN]
-    return json.dumps(found, ensure_ascii=False)
+    description = json.loads(text)
+    description["model"]["vocab"].pop(IMAGE_TOKEN, None)
+    description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] != IMAGE_TOKEN]
+    return json.dumps(description, ensure_ascii=False)

@@ -77,15 +77,15 @@ def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> No
     home = Path(os.path.expanduser("~"))  # which, unlike Path.home, does without one
     if out == home or out == Path.cwd() or out in Path.cwd().parents:
         raise UsageError(f"--out {out} is not a place of its own — name a folder that is not there yet")
-    there = sorted(path.name for path in out.iterdir())
-    if not there:
+    names = sorted(path.name for path in out.iterdir())
+    if not names:
         return
     manifest = read_manifest(out)
     if manifest is None:
-        raise UsageError(f"{out} is there already, and not by `mmv convert` ({there[0]}) — name another --out")
+        raise UsageError(f"{out} is there already, and not by `mmv convert` ({names[0]}) — name another --out")
     if not overwrite:
         raise UsageError(f"{out} is there already — add --overwrite, or name another --out")
-    if strange := [name for name in there if name not in manifest["files"] and name != MANIFEST]:
+    if strange := [name for name in names if name not in manifest["files"] and name != MANIFEST]:
         raise UsageError(
             f"{out / strange[0]} is not by `mmv convert` and would be lost — move it, or name another --out"
         )

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from minimind_v.core.errors import DataError, RowError, UsageError
-from minimind_v.core.rows.forms import TALKS
+from minimind_v.core.rows.field_names import TALKS
 from minimind_v.core.rows.json_layout import CHUNK, DECODER
 from minimind_v.core.rows.jsonl import TextRows
 from minimind_v.core.rows.members import hash_bytes

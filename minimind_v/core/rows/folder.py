@@ -33,9 +33,9 @@ FILE_NAME = re.compile(rb"file[_ -]?name", re.IGNORECASE)
 
 def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """The files of metadata in a folder or, where it has none, in the folders below it."""
-    here = [file for name in METADATA if (file := folder / name).is_file() and _names_files(file)]
-    yield from here
-    if not here and depth:
+    files = [file for name in METADATA if (file := folder / name).is_file() and _names_files(file)]
+    yield from files
+    if not files and depth:
         with os.scandir(folder) as entries:  # which knows without asking that half a million pictures are no folders
             below = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
         for name in below:

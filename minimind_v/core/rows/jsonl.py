@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from minimind_v.core.errors import DataError, RowError
+from minimind_v.core.rows.field_names import READ
 from minimind_v.core.rows.file_rows import FileRows
-from minimind_v.core.rows.forms import READ
 from minimind_v.core.rows.index import Index
 from minimind_v.core.rows.json_layout import (
     CHUNK,
@@ -115,12 +115,12 @@ class JsonlRows(TextRows):
                 firsts.append(chunk[starts[kept]])
                 count += len(starts)
                 begin, fresh = begin + len(chunk), data.endswith(b"\n")
-            found = np.concatenate(offsets)
+            line_starts = np.concatenate(offsets)
             # Only a line that begins with white space can be blank, and the first, which a byte order mark may begin.
             spaced = np.concatenate(firsts) <= ord(" ")
             spaced[:1] = True
-            blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, found[n])]
-        return np.delete(np.stack([found, np.concatenate(lines)]), blank, axis=1)
+            blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, line_starts[n])]
+        return np.delete(np.stack([line_starts, np.concatenate(lines)]), blank, axis=1)
 
 
 def _blank_lines(chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:
