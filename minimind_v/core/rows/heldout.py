@@ -18,7 +18,7 @@ from minimind_v.core.rows.row import RowStore
 
 
 def hold_out(rows: RowStore, count: int, seed: int, known: Path, origin: str, say: Callable[[str], None]) -> np.ndarray:
-    """Which rows are held out, bool [rows]: about `wanted` of them, at most a tenth.
+    """Which rows are held out, bool [rows]: about `count` of them, at most a tenth.
 
     Finding out which rows share a picture means reading every picture once. So the choice is kept in the file `known`,
     and is taken from there by any run over the same data, which `origin` stands for. It proves itself by a digest: what
