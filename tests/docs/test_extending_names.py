@@ -113,7 +113,7 @@ def database(path: Path, rows: int) -> Path:
 
 def test_rows_of_a_store_are_checked_converted_and_trained_on(extended, tmp_path):
     data, run = database(tmp_path / "rows.sqlite", 8), extended("store")
-    report = run("data", "check", data, "--json").json
+    report = run("data", "check", data, *SIGHT, "--json").json
     assert (report["rows"], report["problems"]) == (8, [])
     assert run("info", data, "--json").json["files"] == "SQLite"
     ended = run(*place().train(tmp_path / "out", data=data, images=None, workers=1, max_steps=2))
