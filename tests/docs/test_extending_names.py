@@ -25,10 +25,8 @@ EXAMPLES = ROOT / "docs" / "examples"
 NAMES = ("task", "target", "store", "layout", "lora")
 # The command line as it runs with MMV_EXTENSIONS, for a checkout that cannot load extensions itself.
 WITH_EXTENSION = """
-import importlib.util, os, sys
-spec = importlib.util.spec_from_file_location("extension", os.environ["MMV_EXTENSIONS"])
-sys.modules["extension"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["extension"])
+import os, pathlib
+__import__(pathlib.Path(os.environ["MMV_EXTENSIONS"]).stem)
 from minimind_v.__main__ import main
 main()
 """
@@ -44,7 +42,8 @@ def extended(tmp_path):
         def mmv(*words: object) -> Ended:
             own = importlib.util.find_spec("minimind_v.core.extensions") is not None
             command = [sys.executable, *(["-m", "minimind_v"] if own else ["-c", WITH_EXTENSION]), *map(str, words)]
-            environment = os.environ | {"MMV_EXTENSIONS": str(file), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            path = str(ROOT) if own else f"{ROOT}{os.pathsep}{tmp_path}"
+            environment = os.environ | {"MMV_EXTENSIONS": str(file), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
             return Ended(done.returncode, done.stdout, done.stderr)
 
