@@ -87,7 +87,7 @@ def make_loader_rows(folder: Path, count: int) -> None:
 def measure(data: Path, images: Path | None) -> dict[str, float]:
     """Open and read; seconds, rows a second, and megabytes held at the most."""
     started = time.perf_counter()
-    from minimind_v.core.rows.jsonl import open_rows
+    from minimind_v.core.rows.stores import open_rows
 
     imported = time.perf_counter()
     rows = open_rows(data, images)
@@ -127,7 +127,7 @@ def measure_loader(folder: Path) -> dict[str, float]:
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.data.token_store import keep_tokens
     from minimind_v.core.data.tokenizer import Tokenizer
-    from minimind_v.core.rows.jsonl import open_rows
+    from minimind_v.core.rows.stores import open_rows
 
     torch.set_num_threads(1)
     encoder = PromptEncoder(Tokenizer.load(TOKENIZER), PATCHES)

@@ -33,8 +33,8 @@ from minimind_v.core.generate.session import Session
 from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
 from minimind_v.core.model.vlm import VLM, Output
 from minimind_v.core.monitor.metrics import Listener
-from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.rows.splits import SCORE
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.distributed import World
 from minimind_v.core.train.run import Summary
 from minimind_v.core.train.run import train as run

@@ -14,18 +14,11 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.command import advanced
 from minimind_v.cli.terminal import Terminal
+from minimind_v.core.config.schema import one_of
 from minimind_v.core.errors import UsageError
+from minimind_v.core.export.targets import TARGETS
+from minimind_v.core.outputs import check_weights
 from minimind_v.core.paths import OUT_DIR
-from minimind_v.core.wording import plural
-
-
-class Format(str, Enum):
-    """Formats of a model: a folder for another program (hf, gguf), or a weights file."""
-
-    hf = "hf"
-    gguf = "gguf"
-    safetensors = "safetensors"
-    pth = "pth"
 
 
 class Precision(str, Enum):
@@ -36,14 +29,14 @@ class Precision(str, Enum):
     float32 = "float32"
 
 
-FILES = ("safetensors", "pth")
-
-
 def convert(
     to: Annotated[
-        Format,
+        str,
         typer.Option(
-            "--to", help="hf: folder for transformers. gguf: folder for llama.cpp. safetensors, pth: weights file."
+            "--to",
+            metavar="NAME",
+            help="; ".join(f"{name}: {target.help}" for name, target in TARGETS.items()) + ".",
+            autocompletion=options.complete(*TARGETS),
         ),
     ],
     model: options.Model = None,
@@ -73,61 +66,43 @@ def convert(
 ) -> None:
     """Write a model in another format and verify it. A result that differs is removed."""
     from minimind_v.core.formats.inputs import find_model
+    from minimind_v.core.formats.request import ExportRequest
     from minimind_v.core.hub.sources import latest_model, weights_at
 
-    precision = dtype.value if dtype else None
+    one_of("to", to, TARGETS)
+    target, precision, terminal = TARGETS[to], dtype.value if dtype else None, Terminal()
     _refuse_wrong_type(to, precision, quantize)
-    if to.value in FILES:
-        source = weights_at(model) if model else latest_model(Terminal().say, options.folder("out", OUT_DIR))
-        _to_file(source, out or _beside(source, f".{to.value}"), to.value, precision, overwrite, json)
-        return
-    source = find_model(model, vision_model, tokenizer, Terminal().say, options.folder("out", OUT_DIR))
+    out_dir = options.folder("out", OUT_DIR)
+    if target.ending:  # of the weights alone
+        source = weights_at(model) if model else latest_model(terminal.say, out_dir)
+    else:
+        source = find_model(model, vision_model, tokenizer, terminal.say, out_dir)
+    path = out or _beside(source, target.ending or f"-{to}")
+    if target.ending:
+        check_weights(path, source, target.ending, overwrite)  # before torch is imported
     from minimind_v.core.export.folder import export
-    from minimind_v.core.formats.request import ExportRequest
 
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # as in `core/export/prove/worker.py`; torch reads it when it is imported
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: partial results are removed
-    target = out or _beside(source, f"-{to.value}")
     request = ExportRequest(source, vision_model, tokenizer, precision, quantize)
-    report = export(request, to.value, target, verify, overwrite)
-    terminal = Terminal()
+    report = export(request, to, path, verify, overwrite)
     if json:
-        terminal.json({"out": str(target), "kind": to.value, "verified": report.found if verify else None})
+        terminal.json({"out": str(path), "kind": to} | (report.facts or {"verified": report.found if verify else None}))
         return
-    if verify:
+    if report.found:
         terminal.table(report.found)
-    terminal.say(f"{target}: {'written and verified' if verify else 'written, not verified'}")
+    terminal.say(f"{path}: {report.summary or ('written and verified' if verify else 'written, not verified')}")
 
 
-def _refuse_wrong_type(to: Format, dtype: str | None, quantize: str | None) -> None:
-    if quantize and to is not Format.gguf:
-        raise UsageError(f"--quantize is for --to gguf — use --dtype for the type of --to {to.value}")
-    if dtype and to is Format.gguf:
-        raise UsageError("--dtype is not for --to gguf — use --quantize (f32, f16, bf16, q8_0 …)")
+def _refuse_wrong_type(to: str, dtype: str | None, quantize: str | None) -> None:
+    if quantize and not TARGETS[to].quantizes:
+        raise UsageError(f"--quantize is for --to gguf — use --dtype for the type of --to {to}")
+    if dtype and TARGETS[to].quantizes:
+        raise UsageError(f"--dtype is not for --to {to} — use --quantize (f32, f16, bf16, q8_0 …)")
 
 
 def _beside(source: Path, ending: str) -> Path:
     source = source.resolve() if source.name in ("", "..") else source
     return source.with_name((source.name if source.is_dir() else source.stem) + ending)
-
-
-def _to_file(source: Path, target: Path, to: str, dtype: str | None, overwrite: bool, json: bool) -> None:
-    from minimind_v.core.outputs import check_weights
-
-    check_weights(target, source, to, overwrite)  # before torch is imported
-    from minimind_v.core.formats.convert_file import convert as run
-
-    result = run(source, target, to, dtype, overwrite)
-    terminal = Terminal()
-    if json:
-        terminal.json({
-            "out": str(result.path), "kind": to, "tensors": result.tensors, "bytes": result.bytes,
-            "largest_difference": result.difference,
-        })  # fmt: skip
-        return
-    terminal.say(
-        f"{result.path}: {plural(result.tensors, 'tensor')}, {result.bytes:,} bytes; read back; "
-        f"largest difference {result.difference:g}"
-    )

@@ -50,8 +50,8 @@ def check(
     from minimind_v.core.curate.convert import find_target
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.machine import check_workers
-    from minimind_v.core.rows.jsonl import open_rows
     from minimind_v.core.rows.splits import SCORE
+    from minimind_v.core.rows.stores import open_rows
 
     check_workers(workers)
     if fix:
@@ -174,8 +174,8 @@ def split(
 def _open(terminal: Terminal, file: Path, split: str | None, images: Path | None) -> RowStore:
     """The rows, with the images that --images names or that lie beside them."""
     from minimind_v.core.config.load import images_beside
-    from minimind_v.core.rows.jsonl import find_rows, open_rows
     from minimind_v.core.rows.pictures import find_pictures
+    from minimind_v.core.rows.stores import find_rows, open_rows
 
     images = images or images_beside(file)
     open_all(lambda: find_rows(file), lambda: find_pictures(images))

@@ -127,8 +127,8 @@ def open_data(
     from minimind_v.core.data.tokenizer import Tokenizer
     from minimind_v.core.model.projector import projected
     from minimind_v.core.model.vision.spec import read_vision_spec
-    from minimind_v.core.rows.jsonl import find_rows, open_rows
     from minimind_v.core.rows.pictures import find_pictures
+    from minimind_v.core.rows.stores import find_rows, open_rows
 
     if stage is None:
         stage = next((name for name in Stage if file.name.startswith(name.value)), None)
@@ -140,7 +140,7 @@ def open_data(
     _, _, tokens, spec, _ = open_all(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
-        lambda: Tokenizer.load(tokenizer),
+        lambda: Tokenizer.load(tokenizer, recipe.data.layout),
         lambda: projected(read_vision_spec(recipe.vision_model, standard=vision_model is None), recipe.projector),
         lambda: against and find_rows(against),
     )

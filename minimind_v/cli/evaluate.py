@@ -49,14 +49,18 @@ def evaluate(
     ] = "auto",
     vision_model: options.VisionOfModel = None,
     tokenizer: options.TokenizerOfModel = None,
+    task: Annotated[
+        str | None,
+        advanced(metavar="NAME", help="Measure this only: loss, exact or a task of your own. [default: loss, exact]"),
+    ] = None,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
     """Measure the loss on held-out rows and, where answers are short, the share of exactly right answers."""
     from minimind_v.core.config.load import build_config, images_beside
-    from minimind_v.core.rows.jsonl import find_rows, open_rows
     from minimind_v.core.rows.pictures import find_pictures
     from minimind_v.core.rows.splits import SCORE
+    from minimind_v.core.rows.stores import find_rows, open_rows
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
@@ -73,8 +77,9 @@ def evaluate(
     rows = open_rows(data, images, split, terminal.say, SCORE)
     terminal.say(str(loaded.receipt))
     scores = _score(
-        terminal, loaded, rows, max_length, blind, {"batch_size": batch_size, "limit": limit, "dtype": dtype}
-    )
+        terminal, loaded, rows, max_length, blind,
+        {"batch_size": batch_size, "limit": limit, "dtype": dtype, "task": task},
+    )  # fmt: skip
     _show_rows(terminal, scores["seeing"])
     report = _report(loaded.checkpoint.path, data, rows.split, scores)
     if json:
@@ -132,10 +137,12 @@ def _report(model: Path, data: Path, split: str, scores: dict[str, Scores]) -> d
     report: dict[str, Any] = {
         "model": str(model), "data": str(data), **({"split": split} if split else {}),
         "rows": seeing.rows, "broken_rows": len(seeing.broken), "text_rows": seeing.text_rows,
-        "supervised_tokens": seeing.supervised_tokens, "short_answers": seeing.short_answers,
+        "supervised_tokens": seeing.supervised_tokens,
     }  # fmt: skip
     for name, score in scores.items():
+        counts = {key: value for key, value in score.metrics.items() if isinstance(value, int)}
+        if name == "seeing":
+            report |= counts
         suffix = "" if name == "seeing" else "_blind"
-        report |= {f"loss{suffix}": score.loss, f"perplexity{suffix}": score.perplexity}
-        report[f"accuracy{suffix}"] = score.accuracy
+        report |= {key + suffix: value for key, value in score.metrics.items() if key not in counts}
     return report | {"seconds": sum(score.seconds for score in scores.values())}

@@ -63,12 +63,9 @@ def _described(file: Path, split: str | None = None) -> dict[str, Any]:
 
 
 def _is_data(file: Path) -> bool:
-    if file.is_file():
-        return file.suffix in ROWS and file.name != "metrics.jsonl"
-    from minimind_v.core.rows.folder import find_metadata
+    from minimind_v.core.rows.stores import find_store
 
-    shards = (path for ending in ("*.parquet", "*.tar") for path in file.rglob(ending))
-    return any(map(Path.is_file, shards)) or any(file.glob("dataset_*.json")) or any(find_metadata(file))
+    return file.name != "metrics.jsonl" and find_store(file) is not None
 
 
 def _zip(file: Path) -> dict[str, Any]:
@@ -111,11 +108,13 @@ def _weights(file: Path) -> dict[str, Any]:
 
 def _trained_with(checkpoint: Checkpoint) -> dict[str, str]:
     """The vision model and the tokenizer of the weights' run, where the weights or the run record them."""
-    companions = {name: companion for name, companion in vars(checkpoint.companions).items() if companion}
+    companions = checkpoint.companions
+    pairs = (("vision_model", companions.vision_model), ("tokenizer", companions.tokenizer))
     return {
         name: str(next((path for path in companion.places if path.exists()), f"{companion.places[-1]}, missing"))
-        for name, companion in companions.items()
-    }
+        for name, companion in pairs
+        if companion
+    } | {"layout": companions.layout}
 
 
 def _export(folder: Path) -> dict[str, Any]:
@@ -150,7 +149,7 @@ def _export(folder: Path) -> dict[str, Any]:
 def _data(file: Path, split: str | None) -> dict[str, Any]:
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.files import size_of
-    from minimind_v.core.rows.jsonl import open_rows
+    from minimind_v.core.rows.stores import open_rows
 
     rows = open_rows(file, images_beside(file), split, say=Terminal().say)
     try:

@@ -40,16 +40,16 @@ def keep_description(weights: Path) -> None:
         )
 
 
-def check_weights(target: Path, source: Path, to: str, overwrite: bool) -> None:
-    """Raises UsageError if `source` cannot be written as `target`, a weights file of the kind `to`."""
-    if target.suffix != f".{to}":
-        raise UsageError(f"--out {target} must end with .{to}")
+def check_weights(target: Path, source: Path, ending: str, overwrite: bool) -> None:
+    """Raises UsageError if `source` cannot be written as `target`, a file with this ending."""
+    if target.suffix != ending:
+        raise UsageError(f"--out {target} must end with {ending}")
     if target.is_dir():
         raise UsageError(f"--out {target} is a folder — name a file")
     if _same(target, source):
         raise UsageError(f"{target} is the source — name another --out")
-    for written in (target, target.with_suffix(".json")) if to == "pth" else (target,):
+    for written in (target, target.with_suffix(".json")) if ending == ".pth" else (target,):
         if written.exists() and not overwrite:
             raise UsageError(f"{written} already exists — add --overwrite, or name another --out")
-    if to == "pth":
+    if ending == ".pth":
         keep_description(target)

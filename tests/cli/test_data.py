@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import ROWS, SIGHT, here, installed, place, read_rows, tree, write_rows
 
 

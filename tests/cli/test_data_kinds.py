@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import SIGHT, here, place
 
 COUNT = 12

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.config.load import build_config
 from minimind_v.core.config.presets import PRESETS, weights_name
-from minimind_v.core.config.schema import FREEZE_POLICIES, TextConfig
+from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
@@ -38,7 +39,7 @@ def test_a_stage_starts_from_the_file_that_the_one_before_leaves(stage, before):
 
 
 def test_the_policies_are_the_published_ones():
-    assert FREEZE_POLICIES == ("projector", "projector+last", "attention", "all")
+    assert list(FREEZE_POLICIES) == ["projector", "projector+last", "attention", "all"]
 
 
 @pytest.mark.parametrize(

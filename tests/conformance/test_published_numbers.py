@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from minimind_v.core.config.schema import FREEZE_POLICIES, DataConfig, RunConfig, TextConfig
+from minimind_v.core.config.freeze import FREEZE_POLICIES
+from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import Example
+from minimind_v.core.data.layouts import ChatML
 from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder
-from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import autocast, pick_device
 from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.generate import prompt_cache as ready
@@ -87,7 +89,7 @@ def test_no_number_is_left_out():
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     found = Tokenizer.load(TOKENIZER)
-    own = found.backend.token_to_id(PLACEHOLDER) == SET["image_placeholder_id"]
+    own = found.backend.token_to_id(ChatML.placeholder) == SET["image_placeholder_id"]
     return found if own else replace(found, placeholder_id=SET["image_placeholder_id"])
 
 

@@ -19,7 +19,7 @@ from minimind_v.core.curate.check import check, check_row, summary
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import PATCHES, SIZE, picture, png_header, row
 
 

@@ -19,7 +19,7 @@ from minimind_v.core.curate import convert as converting
 from minimind_v.core.curate.convert import convert
 from minimind_v.core.curate.split import split
 from minimind_v.core.errors import DataError, RunError, UsageError
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import ROOT, tree
 from tests.rows.made import picture, row
 
@@ -202,7 +202,7 @@ def test_a_broken_row_stops_it_and_nothing_has_the_final_name(tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.curate import convert as converting
 converting.PART_ROWS = 20
 read = converting.read_whole

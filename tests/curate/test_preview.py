@@ -16,7 +16,7 @@ from minimind_v.core.curate.preview import Previewer, as_json
 from minimind_v.core.curate.token_text import BYTES, TokenReader, visible
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.pages.preview import preview_page
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.curate.made import ASSETS, PUBLISHED, SPEC, TROUBLE, encoder, recipe, talk, write
 
 

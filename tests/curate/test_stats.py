@@ -11,7 +11,7 @@ from minimind_v.core.curate.summary import summary
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.errors import DataError
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.rows.subset import SampledRows
 from tests.curate.made import SPEC, TROUBLE, encoder, recipe, talk, write
 

@@ -15,7 +15,7 @@ from minimind_v.core.data.dataset import BrokenRow, Example, Picture, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.errors import RowError
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import PATCHES, SIZE, picture, png_header, row, shade
 
 WHOLE = row("<image>\nWhat?", "A dog.", "7.png")

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan, _lanes, load_batches, load_steps
 from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.signals import StopRequest
 from tests.rows.made import PATCHES, SIZE, picture, row, shade
 

@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 
 from minimind_v.core.data import prompt
-from minimind_v.core.data.prompt import IMAGE_MARK, SYSTEM_PROMPT, PromptEncoder, Tokens
+from minimind_v.core.data.layouts import ChatML
+from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import RowError
 
@@ -51,7 +52,7 @@ def render(conversation, patches):
     """The whole row as text; for each character its turn (0: opening), whether it is an answer, its picture or -1."""
     messages = list(conversation)
     if messages[0]["role"] != "system":
-        messages.insert(0, system(SYSTEM_PROMPT))
+        messages.insert(0, system(ChatML.system_prompt))
     text, turns, answers, pictures = "", [], [], []
     picture = -1
 
@@ -204,7 +205,7 @@ def test_a_rows_own_system_message_replaces_the_default(encoder, tokenizer, own)
     row = encoder.row([system(own), user("Hi"), assistant("Yes.")], 0, PLENTY)
     text = tokenizer.backend.decode(row.input_ids, skip_special_tokens=False)
     assert text.startswith(f"<|im_start|>system\n{own}<|im_end|>\n<|im_start|>user\n")
-    assert SYSTEM_PROMPT not in text
+    assert ChatML.system_prompt not in text
 
 
 @pytest.mark.parametrize(

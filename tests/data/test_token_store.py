@@ -27,7 +27,7 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.token_store import TokenStore, keep_tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import here, place
 from tests.data.conftest import TOKENIZERS
 from tests.rows.made import PATCHES, SIZE, picture, row

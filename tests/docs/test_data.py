@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import STORES, open_rows
 from tests.cli.harness import ROOT, here
 from tests.docs.conftest import commands
 from tests.export.made import jpeg
@@ -54,6 +54,11 @@ def test_every_form_of_the_table_is_read_with_its_pictures(form, files):
     assert said.shown == names
     assert rows.picture(0, 0, "a.jpg") == jpeg(0)
     assert said.conversations[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)
+def test_every_store_is_in_the_table_of_files(store):
+    assert f"| {store.files} |" in PAGE
 
 
 def test_the_table_of_forms_is_there():

@@ -29,12 +29,13 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.evaluate.run import evaluate
-from minimind_v.core.formats.convert_file import convert
+from minimind_v.core.export.folder import export
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.formats.load import load
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from minimind_v.core.monitor.metrics import Silent
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
 
 data, base, vision, tokenizer, image = map(Path, sys.argv[1:])
@@ -42,7 +43,7 @@ options = {{"preset": "demo", "data": data / "pretrain_data.jsonl", "images": da
            "vision_model": vision, "tokenizer": tokenizer, "init": base, "out": Path("out"), "max_steps": 3,
            "batch_size": 4, "workers": 0, "device": "cpu", "features": "exact"}}
 train(build_config("pretrain", options=options, sets={sets}), Silent())
-convert(Path("out/pretrain_vlm_128.pth"), Path("w.safetensors"), "safetensors")
+export(ExportRequest(Path("out/pretrain_vlm_128.pth")), "safetensors", Path("w.safetensors"))
 loaded = load(Path("w.safetensors"), vision, tokenizer, "cpu")
 spec, words = loaded.model.spec, loaded.tokenizer
 print(loaded.config.vision.model_type, loaded.config.projector, loaded.model.spec.tokens_per_image)

@@ -20,7 +20,7 @@ from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.paths import TOKENIZER_DIR, VISION_DIR
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import ASSETS, ROOT, installed, read_rows, write_rows
 from tests.docs.conftest import commands
 from tests.hub.server import Hub

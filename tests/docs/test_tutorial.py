@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from minimind_v.core.demo.dataset import write_pictures, write_pretrain, write_sft, write_test
-from minimind_v.core.formats.convert_file import convert
+from minimind_v.core.export.folder import export
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
 from tests.cli.harness import ASSETS, BASE, EYE, ROOT, here
 from tests.docs.conftest import commands
@@ -24,7 +25,7 @@ def demo_folder(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / name, folder / TOKENIZER_DIR)
     (folder / OUT_DIR).mkdir()
-    convert(BASE, folder / OUT_DIR / "lm_128.pth", "pth")
+    export(ExportRequest(BASE), "pth", folder / OUT_DIR / "lm_128.pth")
     write_pretrain(folder / DATASET_DIR, random.Random(0), 32)
     write_sft(folder / DATASET_DIR, random.Random(1), 16)
     for name, held_out_pairs in (("heldout_scenes", False), ("heldout_pairs", True)):

@@ -12,11 +12,12 @@ from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cach
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError
-from minimind_v.core.evaluate.run import SHORT, evaluate
+from minimind_v.core.evaluate.run import evaluate
+from minimind_v.core.evaluate.tasks.exact import SHORT
 from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.generate.session import Session
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import place, read_rows, sighted_model, tokenizer, write_rows
 
 QUESTIONS = [

@@ -17,6 +17,7 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export import folder as folders
 from minimind_v.core.export.folder import export, read_manifest
 from minimind_v.core.export.prove.worker import Worker
+from minimind_v.core.export.targets import Target
 from minimind_v.core.files import sweep
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.formats.hf import write as hf
@@ -145,7 +146,7 @@ def test_an_export_that_is_not_the_same_is_refused_and_gone(what, tmp_path, monk
         with Worker("minimind_v.core.export.prove.ask_hf") as prover:
             return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
 
-    monkeypatch.setitem(folders.TARGETS, "hf", write_and_prove)
+    monkeypatch.setitem(folders.TARGETS, "hf", Target("", write_and_prove))
     ended = here("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", tmp_path / "new" / "out")
     assert ended.code == 1
     assert words in ended.error

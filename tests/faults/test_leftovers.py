@@ -16,8 +16,8 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export import folder as folders
 from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, sweep, write_atomically, write_text
-from minimind_v.core.formats.convert_file import convert as convert_weights
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.formats.request import ExportRequest
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import ROOT, here, sighted, tree
 from tests.export.made import order
 from tests.rows.made import picture, row
@@ -50,7 +50,7 @@ def replace(source, target):
 files.os.replace = replace
 """
 CONVERT = """
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.curate.convert import convert
 convert(open_rows(Path(sys.argv[1]), Path(sys.argv[1]).parent), Path(sys.argv[2]))
 """
@@ -224,7 +224,7 @@ def test_a_target_that_comes_while_a_conversion_waits_is_not_replaced(tmp_path, 
 
     monkeypatch.setattr(files.Lock, "_take", take)
     with pytest.raises(UsageError, match="is there already"):
-        convert_weights(sighted(), out, "safetensors")
+        export(ExportRequest(sighted()), "safetensors", out)
     assert out.read_bytes() == b"by the other, meanwhile"
 
 

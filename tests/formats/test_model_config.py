@@ -12,9 +12,10 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.config.schema import ModelConfig, VisionSpec
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.errors import UsageError, WeightsError
+from minimind_v.core.export.folder import export
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
 from minimind_v.core.formats.companions import vision_digest
-from minimind_v.core.formats.convert_file import convert
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.formats.vision_tower import read_tower
 from minimind_v.core.model.projector import PROJECTORS, projected
 from minimind_v.core.model.vlm import VLM
@@ -43,7 +44,7 @@ def test_the_json_beside_weights_names_tokens_per_image(tmp_path):
 
 def test_the_model_config_survives_a_conversion(tmp_path):
     write_checkpoint(tmp_path / "w.pth", state(), CONFIG, "sft")
-    convert(tmp_path / "w.pth", tmp_path / "w.safetensors", "safetensors")
+    export(ExportRequest(tmp_path / "w.pth"), "safetensors", tmp_path / "w.safetensors")
     assert read_checkpoint(tmp_path / "w.safetensors").model_config == CONFIG
 
 

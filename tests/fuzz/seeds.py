@@ -45,7 +45,7 @@ from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.fingerprint import INPUTS
 from minimind_v.core.rows import index
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.resume import States
 from tests.cli.harness import ASSETS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import here
 
 

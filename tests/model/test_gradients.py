@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minimind_v.core.config.schema import FREEZE_POLICIES
+from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.train.freeze import freeze
 

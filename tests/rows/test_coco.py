@@ -9,7 +9,7 @@ import pytest
 
 from minimind_v.core.errors import DataError, RowError, UsageError
 from minimind_v.core.rows import coco, index
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import picture, use
 
 PICTURES = [{"file_name": f"{n}.png", "height": 18, "id": n, "license": {"a": [1, "}]"]}} for n in range(4)]

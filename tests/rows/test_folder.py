@@ -11,7 +11,7 @@ import pytest
 
 from minimind_v.core.config.load import images_beside
 from minimind_v.core.errors import DataError, RowError, UsageError
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import picture
 
 

@@ -23,8 +23,8 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows import forms
 from minimind_v.core.rows.forms import FORMS, no_form, read_row
-from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.rows.row import ANSWER_FIRST, MARK_PER_TURN, NOTES, SEVERAL_ANSWERS, SEVERAL_CAPTIONS
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import PATCHES, SIZE, picture
 
 CASES = Path("../shared/cases")

@@ -11,7 +11,7 @@ from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows import json_layout
 from minimind_v.core.rows import jsonl as stores
 from minimind_v.core.rows.json_layout import ARRAY, LINES, OBJECTS, OTHER, find_layout
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 
 ROW = {"conversations": [{"role": "user", "content": '图 ]} " {['}, {"role": "assistant", "content": "a\\"}], "id": 1}
 LINE = json.dumps(ROW, ensure_ascii=False)

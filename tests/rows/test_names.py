@@ -340,7 +340,7 @@ def test_an_archive_behind_a_program_is_read_with_a_kept_index_too(tmp_path, mon
 @pytest.mark.parametrize("pictures", ["pictures", "pictures.zip"])
 @pytest.mark.parametrize("rows", ["rows.jsonl", "rows_list.jsonl", "rows.json"])
 def test_the_cases_of_names(rows, pictures):
-    from minimind_v.core.rows.jsonl import open_rows
+    from minimind_v.core.rows.stores import open_rows
 
     store = open_rows(CASES / "names" / rows, CASES / "names" / pictures)
     for number in range(len(store)):

@@ -16,7 +16,7 @@ from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows import index, json_layout, pictures
 from minimind_v.core.rows import jsonl as stores
 from minimind_v.core.rows.index import Index
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import picture
 
 LLAVA = [

@@ -16,8 +16,8 @@ from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows import parquet
-from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.rows.parquet import ParquetRows
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import PATCHES, SIZE, picture, shade
 
 

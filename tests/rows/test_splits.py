@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind_v.core.errors import DataError, UsageError
-from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.rows.splits import SCORE, split_of
+from minimind_v.core.rows.stores import open_rows
 
 
 def talk(text):

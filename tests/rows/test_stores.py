@@ -20,9 +20,10 @@ import pytest
 from minimind_v.core.errors import DataError, MissingInput, RowError
 from minimind_v.core.rows import jsonl as stores
 from minimind_v.core.rows import row
-from minimind_v.core.rows.jsonl import JsonlRows, open_rows
+from minimind_v.core.rows.jsonl import JsonlRows
 from minimind_v.core.rows.pictures import FolderPictures, ZipPictures, open_pictures
 from minimind_v.core.rows.row import image_names, names_as_text
+from minimind_v.core.rows.stores import open_rows
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 

@@ -12,7 +12,7 @@ import pytest
 
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows import tables
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import picture, use
 
 

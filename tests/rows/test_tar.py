@@ -14,8 +14,8 @@ import pytest
 
 from minimind_v.core.errors import DataError, RowError, UsageError
 from minimind_v.core.rows import index
-from minimind_v.core.rows.jsonl import open_rows
 from minimind_v.core.rows.pictures import open_pictures
+from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import picture, use
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]

@@ -15,7 +15,7 @@ from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.heldout import digests_of, group_by_picture
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.rows.unread import KIND
 from tests.rows.made import PATCHES, SIZE, picture
 

@@ -97,7 +97,7 @@ def test_fifty_updates_of_fine_tuning_with_experts_uneven_ends_and_accumulation(
 def test_no_row_is_lost_or_repeated(tmp_path, count, batch_size, accumulate, processes):
     from minimind_v.core.data.dataset import RowDataset
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.rows.jsonl import open_rows
+    from minimind_v.core.rows.stores import open_rows
 
     text = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = open_rows(write_rows(tmp_path / "rows.jsonl", [{"conversations": text}] * count), None)

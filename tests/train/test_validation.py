@@ -13,7 +13,7 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.formats.load import load
 from minimind_v.core.rows.heldout import hold_out
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train import saver
 from tests.cli.harness import ASSETS, EYE, here, place, read_rows, write_rows
 from tests.conftest import train_until_killed

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 STAGES = ("pretrain", "sft")
-FREEZE_POLICIES = ("projector", "projector+last", "attention", "all")
 DTYPES = ("auto", "float32", "bfloat16")
 FEATURES = ("off", "auto", "exact", "int8")
 MOST_WORKERS = 16  # data workers of a run that nobody gave a number: more than feed any of today's GPUs
@@ -174,6 +175,7 @@ class DataConfig:
     images: Path | None = None  # a folder, a zip or a tar; none for text-only rows
     tokenizer: Path = TOKENIZER_DIR
     split: str | None = None  # which one of a folder that has several; none: train
+    layout: str = "chatml"  # of the prompts: one of CHAT_LAYOUTS
     max_length: int = 640  # tokens per row, placeholders included
     batch_size: int = 16  # rows per process and micro-batch
     workers: int = field(default_factory=usual_workers)
@@ -270,7 +272,7 @@ def _shown(value: float) -> str:
     return str(value)
 
 
-def one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(flag: str, value: str, choices: Collection[str]) -> None:
     """Raise UsageError where the value of an option is none of its choices."""
     if value not in choices:
         raise UsageError(f"--{flag} {value!r} is none of {', '.join(choices)}{nearest(value, choices)}")

@@ -150,10 +150,10 @@ def check(
     """Check all rows in several processes. A process that a row kills is replaced, and the row named."""
     report = Report(dataset.rows, held_out)
     kept = _all_digests(held_out) if held_out else Digests()
-    for found in each_row(check_row, dataset, workers, _crashed):
-        report.add(found)
-        if found.index % 100 == 99 or found.index + 1 == len(dataset):
-            progress(found.index + 1, len(dataset))
+    for checked_row in each_row(check_row, dataset, workers, _crashed):
+        report.add(checked_row)
+        if checked_row.index % 100 == 99 or checked_row.index + 1 == len(dataset):
+            progress(checked_row.index + 1, len(dataset))
     report.compare(kept)
     return report
 
@@ -164,12 +164,12 @@ def _crashed(index: int) -> Found:
 
 def _all_digests(rows: RowStore) -> Digests:
     """Each picture of a set, and the text of each row without any."""
-    found = Digests()
+    digests = Digests()
     for index in range(len(rows)):
         with suppress(RowError):  # it is nobody's copy
             for digest in digests_of(rows, index):
-                found.add(index, digest)
-    return found
+                digests.add(index, digest)
+    return digests
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -177,63 +177,63 @@ def _all_digests(rows: RowStore) -> Digests:
 
 def check_row(dataset: RowDataset, index: int) -> Found:
     """All that can be told of one row."""
-    found = Found(index)
+    checked = Found(index)
     try:
         row = dataset.rows.row(index)
         if row.conversations is None:
             raise no_form(row)
     except RowError as error:
-        found.problems.append((error.kind, str(error)))
-        return found
-    found.notes = row.notes
-    used = _check_text(dataset, index, row, found)
+        checked.problems.append((error.kind, str(error)))
+        return checked
+    checked.notes = row.notes
+    used = _check_text(dataset, index, row, checked)
     pictures: list[int] = []
     for position, name in enumerate(row.images):
         try:
             data = dataset.rows.picture(index, position, name)
             pictures.append(picture_digest(data))
-            if not found.text_row:
+            if not checked.text_row:
                 load_pixels(data, name, dataset.image_size, dataset.fit)
                 if position < used and is_dark_on_transparent(data):
-                    found.problems.append(("dark on transparent", f"{name}: {DARK_ON_TRANSPARENT}"))
+                    checked.problems.append(("dark on transparent", f"{name}: {DARK_ON_TRANSPARENT}"))
         except RowError as error:
-            if found.text_row:
-                found.problems.append(("unused picture", f"{error} (of a text row: training never reads it)"))
+            if checked.text_row:
+                checked.problems.append(("unused picture", f"{error} (of a text row: training never reads it)"))
             elif position >= used:  # training never looks at it
-                found.problems.append(("cut", f"{error} (in a part that is cut off)"))
+                checked.problems.append(("cut", f"{error} (in a part that is cut off)"))
             else:
-                found.problems.append((error.kind, str(error)))
+                checked.problems.append((error.kind, str(error)))
             if error.kind == "placeholders":
                 break  # says it of all
     if len(pictures) == len(row.images):
         text = text_digest(row)
-        found.whole, found.parts = whole_digest(text, pictures), (pictures if row.shown else []) or [text]
-    return found
+        checked.whole, checked.parts = whole_digest(text, pictures), (pictures if row.shown else []) or [text]
+    return checked
 
 
-def _check_text(dataset: RowDataset, index: int, row: Row, found: Found) -> int:
+def _check_text(dataset: RowDataset, index: int, row: Row, checked: Found) -> int:
     """How many of the row's pictures training would read."""
     if isinstance(row.conversations, list):
         for number, message in enumerate(row.conversations, 1):
             content = message.get("content") if isinstance(message, dict) else None
             if isinstance(content, str) and message.get("role") == "assistant" and not content.strip():
-                found.problems.append(("empty answer", f"message {number}, an answer, is empty"))
+                checked.problems.append(("empty answer", f"message {number}, an answer, is empty"))
     try:
         whole = dataset.encoder.row(row.conversations, len(row.images), NO_LIMIT)
     except RowError as error:
-        found.problems.append((error.kind, str(error)))
+        checked.problems.append((error.kind, str(error)))
         return len(row.images)
-    found.text_row = whole.unmarked > 0
+    checked.text_row = whole.unmarked > 0
     if row.conversations[-1]["role"] == "user":
-        found.problems.append(("unanswered", "the last question has no answer: it is left out"))
+        checked.problems.append(("unanswered", "the last question has no answer: it is left out"))
     if len(whole) <= dataset.max_length:
         return whole.images
     kept = dataset.text(index)
     if isinstance(kept, BrokenRow):
-        found.problems.append((kept.kind, kept.message))
+        checked.problems.append((kept.kind, kept.message))
         return len(row.images)
     lost = sum(whole.loss_mask) - sum(kept.tokens.loss_mask)
-    found.problems.append(
+    checked.problems.append(
         ("cut", f"{len(whole)} tokens where {dataset.max_length} fit: {lost} tokens of answers are cut off")
     )
     return kept.tokens.images

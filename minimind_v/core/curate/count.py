@@ -134,9 +134,10 @@ class _CountedRows(RowDataset):
         """The tokens without truncation. Tokenised again only where some may be missing."""
         if isinstance(read, Example):
             assert isinstance(read.tokens, Tokens)
-            told = [message["role"] for message in row.conversations].count("assistant")
+            written = [message["role"] for message in row.conversations].count("assistant")
             # A cut through an answer leaves the greatest length, or less by a part of a picture.
-            if self._turns(read.tokens) == told and len(read.tokens) < self.max_length - self.encoder.tokens_per_image:
+            uncut = self.max_length - self.encoder.tokens_per_image
+            if self._turns(read.tokens) == written and len(read.tokens) < uncut:
                 return read.tokens
         elif read.kind != "too long":
             return None

@@ -108,8 +108,8 @@ def _publish(staged: list[Path], final: list[Path]) -> None:
 
 def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
     """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit whole."""
-    wanted = round(held_out * len(groups)) if held_out < 1 else int(held_out)
-    held = choose(groups, wanted, seed)
+    count = round(held_out * len(groups)) if held_out < 1 else int(held_out)
+    held = choose(groups, count, seed)
     if not 0 < held.sum() < len(groups):
         raise UsageError(
             f"--held-out {held_out:g} of {plural(len(groups), 'row')}, in {plural(len(np.unique(groups)), 'group')} "

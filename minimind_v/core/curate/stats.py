@@ -145,8 +145,8 @@ def quantiles(values: Sequence[int]) -> dict[str, float]:
     """Quantiles, mean and sum of whole numbers; empty for none."""
     if not values:
         return {}
-    found = np.percentile(values, list(QUANTILES.values()), method="nearest")
-    named = {name: int(value) for name, value in zip(QUANTILES, found, strict=True)}
+    percentiles = np.percentile(values, list(QUANTILES.values()), method="nearest")
+    named = {name: int(value) for name, value in zip(QUANTILES, percentiles, strict=True)}
     return named | {"mean": round(float(np.mean(values)), 2), "sum": int(np.sum(values))}
 
 

@@ -36,17 +36,17 @@ class TokenReader:
 
     def pieces(self, tokens: Tokens, kept: int, tokens_per_image: int, limit: int) -> list[Piece]:
         """At most `limit` pieces from the first token on; tokens from `kept` on are removed ones."""
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         at = pictures = 0
-        while at < len(tokens) and len(found) < limit:
+        while at < len(tokens) and len(pieces) < limit:
             if tokens.image_mask[at]:
                 ids = tuple(tokens.input_ids[at : at + tokens_per_image])
-                found.append(Piece("", ids, removed=at >= kept, picture=pictures))
+                pieces.append(Piece("", ids, removed=at >= kept, picture=pictures))
                 pictures += 1
             else:
-                found.append(self._piece(tokens, at, kept))
-            at += len(found[-1].ids)
-        return found
+                pieces.append(self._piece(tokens, at, kept))
+            at += len(pieces[-1].ids)
+        return pieces
 
     def _piece(self, tokens: Tokens, at: int, kept: int) -> Piece:
         """The token at a place and, if it ends within a character, those that complete it."""

@@ -41,9 +41,9 @@ def each_row(look: Look[T], rows: Sized, workers: int, crashed: Callable[[int], 
             pool.append(_Worker(look, rows))
         while at < len(rows):
             if at in done:
-                found = done.pop(at)
-                yield from found
-                at += len(found)
+                results = done.pop(at)
+                yield from results
+                at += len(results)
                 continue
             for worker in pool:
                 while todo and todo[0][0] < at + AHEAD * workers and len(worker.spans) < QUEUED:
@@ -129,10 +129,10 @@ def _work(parent: Parent, pipe: Connection, look: Look[T], rows: Any) -> None:
         while True:
             begin, end = pipe.recv()
             try:
-                found: Any = [look(rows, index) for index in range(begin, end)]
+                results: Any = [look(rows, index) for index in range(begin, end)]
             except Exception as error:
-                found = error
-            pipe.send(found)
+                results = error
+            pipe.send(results)
 
 
 @contextmanager

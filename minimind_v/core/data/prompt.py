@@ -1,7 +1,6 @@
 """From a conversation to token ids: what the model reads, which tokens are answers, where pictures go.
 
-The layout is `<|im_start|>role\\n…<|im_end|>\\n` per message. Only answers are supervised: their tokens, their
-`<|im_end|>` and the newline after it.
+The tokenizer's chat layout (`layouts.py`) says how messages become text, and what of that is supervised.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
+from minimind_v.core.data.layouts import Piece
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.row import IMAGE_MARK
 
-SYSTEM_PROMPT = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")
 MOST_MESSAGES = 10_000  # of a row: 32768 positions hold fewer
 TEXT_LIMIT = 10**6  # characters of a message that a row looks at: more than 32768 positions can hold, and no gigabytes
@@ -77,9 +76,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, tokens_per_image: int) -> None:
         self.tokenizer = tokenizer
         self.tokens_per_image = tokens_per_image
-        newline = tokenizer.encode("\n").ids
-        self._end = [tokenizer.eos_id, *newline]  # closes every message
-        self._system = "", Tokens()  # the last one: mostly that of all rows
+        self._system: tuple[str | None, Tokens] = None, Tokens()  # the last one: mostly that of all rows
 
     def row(self, conversations: Any, images: int, max_length: int) -> Tokens:
         """A training row of at most `max_length` tokens, cut after the last whole turn that fits.
@@ -120,58 +117,69 @@ class PromptEncoder:
         return encoded
 
     def prompt(self, conversations: Any) -> Tokens:
-        """What the model reads before it answers: all messages, then `<|im_start|>assistant\\n`."""
+        """What the model reads before it answers: all messages, and the start of the answer."""
         messages = check_conversations(conversations)
         encoded = self._opening(messages)
         for message in messages:
             if message["role"] != "system":
                 encoded += self._message(message["role"], message["content"])
-        encoded += self.answer_header()
+        encoded += self._encode(self.tokenizer.chat_layout.answer_start())
         return encoded
 
     def follow_up(self, question: str) -> Tokens:
-        """A further question behind an answer that is complete, newline included, and the header of its answer."""
+        """A further question behind an answer that is complete, its end included, and the start of its answer."""
         encoded = self._message("user", question)
-        encoded += self.answer_header()
+        encoded += self._encode(self.tokenizer.chat_layout.answer_start())
         return encoded
 
-    def answer_header(self) -> Tokens:
-        """`<|im_start|>assistant\\n`."""
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode("assistant\n").ids]
-        return Tokens(ids, [False] * len(ids), [False] * len(ids))
+    def answer_end(self) -> Tokens:
+        """What stands behind an answer."""
+        return self._encode(self.tokenizer.chat_layout.answer_end())
 
     def _opening(self, messages: list[dict[str, str]]) -> Tokens:
-        system = messages[0]["content"] if messages[0]["role"] == "system" else SYSTEM_PROMPT
-        if self._system[0] != system:
-            self._system = system, self._message("system", system)
+        """The system message, if there is one: the conversation's own or the layout's."""
+        own = messages[0]["role"] == "system"
+        system = messages[0]["content"] if own else self.tokenizer.chat_layout.system_prompt
         opening = Tokens()
-        opening += self._system[1]
+        if system is not None:
+            if self._system[0] != system:
+                self._system = system, self._message("system", system)
+            opening += self._system[1]
         return opening
 
     def _message(self, role: str, content: str) -> Tokens:
-        """One message. Role and text are encoded together, as one string, so that the ids are those of the whole."""
-        header = f"{role}\n"
-        ids, starts, image_mask = self._encode(header + content)
-        supervised = role == "assistant"
-        loss_mask = [False] * len(ids)
-        if supervised:
-            loss_mask = [start >= len(header) and not patch for start, patch in zip(starts, image_mask, strict=True)]
-        return Tokens(
-            [self.tokenizer.bos_id, *ids, *self._end],
-            [False, *loss_mask, *[supervised] * len(self._end)],
-            [False, *image_mask, *[False] * len(self._end)],
-            content.count(IMAGE_MARK),
-        )
+        return self._encode(self.tokenizer.chat_layout.message(role, content))
 
-    def _encode(self, text: str) -> tuple[list[int], list[int], list[bool]]:
+    def _encode(self, pieces: list[Piece]) -> Tokens:
+        tokens = Tokens()
+        for piece in pieces:
+            if piece.is_token:
+                ids, starts, image_mask = [self.tokenizer.token_id(piece.text)], [0], [False]
+            else:
+                ids, starts, image_mask = self._encode_text(piece.text)
+            tokens.input_ids += ids
+            tokens.image_mask += image_mask
+            begin = piece.supervised_from
+            if begin is None:
+                tokens.loss_mask += [False] * len(ids)
+            else:
+                tokens.loss_mask += [
+                    start >= begin and not image for start, image in zip(starts, image_mask, strict=True)
+                ]
+            tokens.images += piece.text.count(IMAGE_MARK)
+        return tokens
+
+    def _encode_text(self, text: str) -> tuple[list[int], list[int], list[bool]]:
         """Ids of a text, the character each starts at, and which of them are patches.
 
         Marks become runs of placeholders and the whole is encoded at once; only the placeholders that a mark stands
         for are patches, never a user's own. Where the tokenizer would merge a placeholder with its neighbours, the
-        pieces are encoded one by one instead.
+        texts between marks are encoded one by one instead, and so they are where the placeholder is a special token.
         """
-        pieces = text.split(IMAGE_MARK)
-        run = PLACEHOLDER * self.tokens_per_image
+        pieces, placeholder = text.split(IMAGE_MARK), self.tokenizer.chat_layout.placeholder
+        if len(pieces) > 1 and len(placeholder) > 1:
+            return self._encode_apart(pieces)
+        run = placeholder * self.tokens_per_image
         whole = self.tokenizer.encode(run.join(pieces))
         ids, starts = whole.ids, [start for start, _ in whole.offsets]
         image_mask = [False] * len(ids)
@@ -183,12 +191,12 @@ class PromptEncoder:
             first = bisect_left(starts, begin)
             last, end = first + len(run), begin + len(run)
             if ids[first:last] != placeholders or starts[first:last] != list(range(begin, end)):
-                return self._encode_pieces(pieces)
+                return self._encode_apart(pieces)
             image_mask[first:last] = [True] * len(run)
             begin = end
         return ids, starts, image_mask
 
-    def _encode_pieces(self, pieces: list[str]) -> tuple[list[int], list[int], list[bool]]:
+    def _encode_apart(self, pieces: list[str]) -> tuple[list[int], list[int], list[bool]]:
         ids: list[int] = []
         starts: list[int] = []
         image_mask: list[bool] = []

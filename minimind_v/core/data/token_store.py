@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import inspect
 import json
 import mmap
 import os
@@ -31,7 +32,7 @@ import tokenizers
 
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PackedTokens
-from minimind_v.core.errors import RunError
+from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.files import sweep, write_atomically
 from minimind_v.core.rows.row import NOTES
 
@@ -337,6 +338,11 @@ def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:
     for source in (*sorted(core.glob("data/*.py")), *sorted(core.glob("rows/*.py"))):
         digest.update(source.read_bytes())
     digest.update(encoder.tokenizer.backend.to_str().encode())
+    layout = encoder.tokenizer.layout
+    try:  # it may be one of the user's own
+        digest.update(layout.encode() + Path(inspect.getfile(type(encoder.tokenizer.chat_layout))).read_bytes())
+    except (TypeError, OSError):
+        raise UsageError(f"data.layout {layout}: its class must be in a file, so that a change is noticed") from None
     digest.update(json.dumps([tokenizers.__version__, encoder.tokens_per_image, dataset.max_length]).encode())
     name = digest.hexdigest()[:8]
     files = getattr(dataset.rows, "files", None) or (sorted(path.rglob("*")) if path.is_dir() else [path])

@@ -14,10 +14,10 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
+from minimind_v.core.data.layouts import ChatLayout, find_layout
 from minimind_v.core.errors import MissingInput, RowError, WeightsError
 from minimind_v.core.hub.sources import how_to_get
 
-PLACEHOLDER = "@"  # one of these stands for one patch of a picture
 MOST_BYTES = 64 << 20  # of a tokenizer.json: twice the largest vocabularies of today
 PROBE = "Is it 1?\n它是。"  # a text that any tokenizer of this system can encode
 MOST_STEPS, MOST_GROWTH = 16, 64  # of a normalizer
@@ -26,18 +26,22 @@ IMAGE_TOKEN = "<|image|>"  # does so in a folder that was exported for transform
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizer.json` read as text only: a special token written out by a user stays ordinary text."""
+    """A `tokenizer.json` read as text only: a special token written out by a user stays ordinary text.
+
+    Its chat layout decides which tokens end an answer and stand for an image.
+    """
 
     backend: FastTokenizer
     pad_id: int
     bos_id: int
     eos_id: int
     placeholder_id: int
+    layout: str = "chatml"  # one of CHAT_LAYOUTS
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, layout: str = "chatml") -> Tokenizer:
         """Load `tokenizer.json` from a folder. Raises MissingInput or WeightsError, each with the next step."""
-        path = find_tokenizer(folder)
+        path, chat_layout = find_tokenizer(folder), find_layout(layout)
         try:
             text = _read(path)
             backend = FastTokenizer.from_str(_without_image_token(text))
@@ -50,19 +54,31 @@ class Tokenizer:
                 raise
             raise WeightsError(f"{path}: not a tokenizer ({error}) — {how_to_get('tokenizer', folder)}") from None
         ids = []
-        for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", PLACEHOLDER):
-            found = backend.token_to_id(token)
-            if found is None:
+        for token in ("<|endoftext|>", "<|im_start|>", chat_layout.end_token, chat_layout.placeholder):
+            id = backend.token_to_id(token)
+            if id is None:
                 raise WeightsError(f"{path}: has no {token!r} token, so it is not a MiniMind-V tokenizer")
-            ids.append(found)
+            ids.append(id)
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, *ids)
+        pad, bos, eos, placeholder = ids
+        return cls(backend, pad, bos, eos, placeholder, layout)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.backend.encode_special_tokens = True  # the library leaves it out when it is pickled
+
+    @property
+    def chat_layout(self) -> ChatLayout:
+        return find_layout(self.layout)
+
+    def token_id(self, token: str) -> int:
+        """The id of a token by its name. Raises WeightsError."""
+        id = self.backend.token_to_id(token)
+        if id is None:
+            raise WeightsError(f"the tokenizer has no {token!r} token, which the layout {self.layout} needs")
+        return int(id)
 
     @cached_property
     def last_token(self) -> str:
@@ -130,19 +146,19 @@ def find_tokenizer(folder: Path) -> Path:
 
 def with_image_token(text: str, number: int) -> str:
     """The JSON of a tokenizer with the image token under an id behind its vocabulary."""
-    found = json.loads(text)
-    found["model"]["vocab"][IMAGE_TOKEN] = number
-    found["added_tokens"].append({
+    description = json.loads(text)
+    description["model"]["vocab"][IMAGE_TOKEN] = number
+    description["added_tokens"].append({
         "id": number, "content": IMAGE_TOKEN, "single_word": False, "lstrip": False, "rstrip": False,
         "normalized": False, "special": True,
     })  # fmt: skip
-    return json.dumps(found, ensure_ascii=False, indent=1)
+    return json.dumps(description, ensure_ascii=False, indent=1)
 
 
 def _without_image_token(text: str) -> str:
     if IMAGE_TOKEN not in text:
         return text
-    found = json.loads(text)
-    found["model"]["vocab"].pop(IMAGE_TOKEN, None)
-    found["added_tokens"] = [token for token in found["added_tokens"] if token["content"] != IMAGE_TOKEN]
-    return json.dumps(found, ensure_ascii=False)
+    description = json.loads(text)
+    description["model"]["vocab"].pop(IMAGE_TOKEN, None)
+    description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] != IMAGE_TOKEN]
+    return json.dumps(description, ensure_ascii=False)

@@ -29,7 +29,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.data.images import load_pixels
-from minimind_v.core.data.prompt import IMAGE_MARK, SYSTEM_PROMPT, PromptEncoder
+from minimind_v.core.data.layouts import ChatML
+from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
 from minimind_v.core.model.kernels.accelerate import accelerate
@@ -55,7 +56,7 @@ def make_tokenizer(out: Path) -> None:
     rng = random.Random(0)
     for _ in range(2000):
         scene = world.make_scene(rng)
-        texts = [SYSTEM_PROMPT, "system user assistant", world.caption(scene, "en")]
+        texts = [ChatML.system_prompt, "system user assistant", world.caption(scene, "en")]
         texts += [question.text + " " + question.answer for question in world.questions(scene, rng)]
         texts += world.CAPTION_PROMPTS["en"]
         vocabulary.update(

@@ -26,9 +26,10 @@ from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pictures, write_pretrain, write_sft, write_test
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate
+from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, read_notes, write_text
-from minimind_v.core.formats.convert_file import convert
 from minimind_v.core.formats.load import LoadedModel, load
+from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.generate.batch import Question, generate_many
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
@@ -36,7 +37,7 @@ from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.monitor.metrics import Listener, read_metrics
 from minimind_v.core.pages.demo_report import Sample, write_report
 from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
 
 MARK = ".mmv-demo"  # in the folder of a demo, which may write over what it left there
@@ -143,7 +144,7 @@ class Demo:
             self.runs.mkdir(parents=True, exist_ok=True)
             base = self.runs / "lm_128.safetensors"
             shutil.copy(assets / base.name, base)
-        convert(base, self.weights["lm_128"], "pth", overwrite=True)
+        export(ExportRequest(base), "pth", self.weights["lm_128"], overwrite=True)
         folder, size = self.dataset, self.size
         # Every set has dice of its own, so that the size of one does not change another.
         dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs", "files")]
@@ -222,7 +223,7 @@ class Demo:
 
     def _convert(self) -> None:
         target = self.runs / "sft_vlm_128.safetensors"
-        convert(self.weights["sft_vlm_128"], target, "safetensors", overwrite=True)
+        export(ExportRequest(self.weights["sft_vlm_128"]), "safetensors", target, overwrite=True)
 
     # --- results ------------------------------------------------------------------------------------------------------
 

@@ -1,51 +1,60 @@
-"""How good a model is on rows that it has not seen: the loss, and how many short answers are exactly right."""
+"""Evaluate a model on rows that it has not seen: one forward pass over them, scored by tasks."""
 
 from __future__ import annotations
 
-import math
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from minimind_v.core.data.batch import Batch
+from minimind_v.core.config.schema import one_of
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.data.loader import BatchPlan, load_batches
-from minimind_v.core.device import autocast
 from minimind_v.core.errors import DataError
-from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.evaluate.forward import batch_losses
+from minimind_v.core.evaluate.tasks import TASKS
+from minimind_v.core.evaluate.tasks.task import Task, TaskRows
 from minimind_v.core.model.vlm import VLM
 
-SHORT = 12  # tokens, `<|im_end|>` included: an answer up to this long is scored as right or wrong
+USUAL = ("loss", "exact")  # the tasks of an evaluation that names none
 
 
 @dataclass
 class Scores:
-    """What an evaluation found."""
+    """The results of an evaluation."""
 
     rows: int = 0
     supervised_tokens: int = 0
-    loss: float = 0.0  # nats per supervised token
-    short_answers: int = 0
-    short_right: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)  # of all its tasks, by name
+    answers: dict[str, list[float | None]] = field(default_factory=dict)  # per row: a score each; None: not judged
     seconds: float = 0.0
-    answers: dict[str, list[bool | None]] = field(default_factory=dict)  # per row: right or not; None where not short
     broken: list[BrokenRow] = field(default_factory=list)
-    text_rows: int = 0  # of the rows, those with pictures that no mark shows
-    notes: Counter[str] = field(default_factory=Counter)  # those that are read in another way than they are written
+    text_rows: int = 0  # of the rows, those with images that no mark shows
+    notes: Counter[str] = field(default_factory=Counter)  # of the rows, those read in another way than they are written
 
     @property
-    def accuracy(self) -> float | None:
-        """Share of the short answers that are right to the letter; None where there are none."""
-        return self.short_right / self.short_answers if self.short_answers else None
+    def loss(self) -> float:
+        """Nats per supervised token. Needs the task `loss`."""
+        return float(self.metrics["loss"])
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 50.0))
+        return float(self.metrics["perplexity"])
+
+    @property
+    def short_answers(self) -> int:
+        return int(self.metrics["short_answers"])
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the short answers that are right to the letter; None where there are none. Needs `exact`."""
+        accuracy: float | None = self.metrics["accuracy"]
+        return accuracy
 
 
 @torch.inference_mode()
@@ -60,64 +69,50 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     dtype: str = "auto",
     memory: FeatureCache | None = None,
+    task: str | None = None,
 ) -> Scores:
-    """Score every turn of every row, given the true turns before it, in the precision of training.
+    """Score every answer of every row, given the true turns before it, in the precision of training.
 
-    `memory` has the features of pictures that were encoded before; without it each picture is encoded here.
-
-    One forward pass does it all: a greedy answer equals the truth exactly where each of its tokens, and the end, is
-    the likeliest one after the true tokens before it.
+    `task` is one of TASKS; without it the USUAL ones share one pass. `memory` has features of images that were encoded
+    before; without it each image is encoded here. Raises UsageError for an unknown task, DataError where no row can be
+    scored.
     """
+    tasks = open_tasks(task, eos_id)
+    if task is not None and type(tasks[0]).conversation is not Task.conversation:
+        dataset = copy.copy(dataset)
+        dataset.rows = TaskRows(dataset.rows, tasks[0])
     model.eval()
     started = time.perf_counter()
     plan = BatchPlan(dataset, batch_size, pad_id, limit=limit)
     scores = Scores()
-    total_loss = 0.0
     if memory is None:
-        memory = FeatureCache(
-            FeatureEncoder(model.vision_encoder, model.device, dtype) if model.vision_encoder else None
-        )
+        encoder = model.vision_encoder
+        memory = FeatureCache(FeatureEncoder(encoder, model.device, dtype) if encoder else None)
     dataset.remembered = memory.store
     for number, batch in enumerate(load_batches(plan, workers), 1):
         scores.broken += batch.broken
         if len(batch):
             moved = batch.to(model.device)
-            features = memory.features(moved)
-            with autocast(model.device, dtype):
-                out = model(**moved.tokens, image_features=features)
-            assert out.loss_sum is not None
-            assert out.hits is not None
-            total_loss += float(out.loss_sum)
+            losses = batch_losses(model, moved, memory.features(moved), dtype)
+            for each in tasks:
+                each.add(losses)
             scores.rows += len(batch)
             scores.text_rows += batch.text_rows
             scores.notes += Counter(batch.notes)
-            scores.supervised_tokens += len(out.hits)
-            _score_answers(scores, batch, out.hits.cpu(), eos_id)
+            scores.supervised_tokens += len(losses.correct)
         progress(number, len(plan))
     if not scores.supervised_tokens:
         trouble = f"; the first trouble: {scores.broken[0]}" if scores.broken else ""
         raise DataError(f"{dataset.rows.path}: no row could be scored{trouble}")
-    scores.loss = total_loss / scores.supervised_tokens
+    for each in tasks:
+        scores.metrics |= each.metrics()
+        scores.answers |= each.scores
     scores.seconds = time.perf_counter() - started
     return scores
 
 
-def _score_answers(scores: Scores, batch: Batch, hits: Tensor, eos_id: int) -> None:
-    supervised = batch.labels[:, 1:] != IGNORE  # [B, T-1]
-    right = torch.ones_like(supervised)
-    right[supervised] = hits
-    for row, place in enumerate(batch.places):
-        answers: list[bool | None] = []
-        at = supervised[row].nonzero().flatten()  # positions of the row's supervised tokens
-        if len(at):
-            breaks = (at.diff() > 1).nonzero().flatten() + 1
-            for span in at.tensor_split(breaks):
-                labels = batch.labels[row, span + 1]
-                ends = (labels == eos_id).nonzero().flatten()
-                if len(ends) == 0 or int(ends[-1]) + 1 > SHORT:  # cut, or long
-                    answers.append(None)
-                    continue
-                answers.append(bool(right[row, span[: int(ends[-1]) + 1]].all()))
-        scores.answers[place] = answers
-        scores.short_answers += sum(answer is not None for answer in answers)
-        scores.short_right += sum(answer is True for answer in answers)
+def open_tasks(task: str | None, end_id: int) -> list[Task]:
+    """The task of this name, or the usual ones; answers end with `end_id`. Raises UsageError."""
+    if task is not None:
+        one_of("task", task, TASKS)
+    return [TASKS[name](end_id) for name in ([task] if task else USUAL)]

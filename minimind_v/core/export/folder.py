@@ -1,4 +1,4 @@
-"""A folder that is whole and proven, or absent: written beside, verified, then renamed."""
+"""Write an export: a folder is whole and proven, or absent: written beside, verified, then renamed."""
 
 from __future__ import annotations
 
@@ -16,43 +16,58 @@ from minimind_v import __version__
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.targets import TARGETS
-from minimind_v.core.files import in_use, read_notes, sweep, umask, write_text
+from minimind_v.core.files import in_use, only_writer, read_notes, sweep, umask, write_text
 from minimind_v.core.formats.request import ExportFacts, ExportRequest
+from minimind_v.core.outputs import check_weights
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 
 
-def export(order: ExportRequest, to: str, out: Path, check: bool = True, overwrite: bool = False) -> Report:
-    """Write what `order` names as the folder `out`, proven the same unless `check` is false.
+def export(request: ExportRequest, to: str, out: Path, check: bool = True, overwrite: bool = False) -> Report:
+    """Write what `request` names as `out`, one of TARGETS, proven the same unless `check` is false.
 
     Raises UsageError where `out` is in the way, MissingInput or WeightsError where the source is not good, RunError
-    where the folder cannot be written or is not the same. Nothing is left behind then, and what was there stays.
+    where `out` cannot be written or is not the same. Nothing of a folder is left behind then, and what was there stays.
     """
+    target = TARGETS[to]
+    if target.ending:
+        check_weights(out, request.model, target.ending, overwrite)
+        with only_writer(out):
+            check_weights(out, request.model, target.ending, overwrite)  # another run may have written it meanwhile
+            report = target.write(request, out, check)[1]
+            if report.wrong:
+                out.unlink(missing_ok=True)
+            _refuse_difference(request, out, report)
+        return report
     out = out.resolve()
-    _refuse_to_replace(order, out, overwrite)
+    _refuse_to_replace(request, out, overwrite)
     with _beside(out) as staging:
-        made, report = TARGETS[to](order, staging, check)
-        if report.wrong:
-            told = "; ".join(f"{name}: {report.found[name]}" for name in report.wrong)
-            raise RunError(f"{out}: not written, because it would not be the same as {order.model} ({told})")
-        manifest = _describe(order, to, made, report)
+        made, report = target.write(request, staging, check)
+        _refuse_difference(request, out, report)
+        manifest = _describe(request, to, made, report)
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         write_text(staging / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         _sync(staging)
-        _refuse_to_replace(order, out, overwrite)  # another run may have written it meanwhile
+        _refuse_to_replace(request, out, overwrite)  # another run may have written it meanwhile
         _rename(staging, out)
     return report
 
 
+def _refuse_difference(request: ExportRequest, out: Path, report: Report) -> None:
+    if report.wrong:
+        findings = "; ".join(f"{name}: {report.found[name]}" for name in report.wrong)
+        raise RunError(f"{out}: not written, because it would not be the same as {request.model} ({findings})")
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What `export` noted in a folder that it wrote; None for any other folder."""
-    found = read_notes(folder / MANIFEST)
-    return found if isinstance(found.get("files"), dict) else None
+    manifest = read_notes(folder / MANIFEST)
+    return manifest if isinstance(manifest.get("files"), dict) else None
 
 
-def _refuse_to_replace(order: ExportRequest, out: Path, overwrite: bool) -> None:
+def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> None:
     """Only an empty place, or, where that is asked for, a folder of which every file is ours."""
-    sources = [path.resolve() for path in (order.model, order.vision_model, order.tokenizer) if path]
+    sources = [path.resolve() for path in (request.model, request.vision_model, request.tokenizer) if path]
     if any(out == source or out in source.parents for source in sources):
         raise UsageError(f"--out {out} holds the source itself — name another --out")
     if not out.exists():
@@ -62,25 +77,25 @@ def _refuse_to_replace(order: ExportRequest, out: Path, overwrite: bool) -> None
     home = Path(os.path.expanduser("~"))  # which, unlike Path.home, does without one
     if out == home or out == Path.cwd() or out in Path.cwd().parents:
         raise UsageError(f"--out {out} is not a place of its own — name a folder that is not there yet")
-    there = sorted(path.name for path in out.iterdir())
-    if not there:
+    names = sorted(path.name for path in out.iterdir())
+    if not names:
         return
     manifest = read_manifest(out)
     if manifest is None:
-        raise UsageError(f"{out} is there already, and not by `mmv convert` ({there[0]}) — name another --out")
+        raise UsageError(f"{out} is there already, and not by `mmv convert` ({names[0]}) — name another --out")
     if not overwrite:
         raise UsageError(f"{out} is there already — add --overwrite, or name another --out")
-    if strange := [name for name in there if name not in manifest["files"] and name != MANIFEST]:
+    if strange := [name for name in names if name not in manifest["files"] and name != MANIFEST]:
         raise UsageError(
             f"{out / strange[0]} is not by `mmv convert` and would be lost — move it, or name another --out"
         )
 
 
-def _describe(order: ExportRequest, to: str, made: ExportFacts, report: Report) -> dict[str, Any]:
+def _describe(request: ExportRequest, to: str, made: ExportFacts, report: Report) -> dict[str, Any]:
     """What the manifest tells: no paths, since folders travel."""
-    source: dict[str, Any] = {"name": order.model.name}
-    if order.model.is_file():
-        with order.model.open("rb") as file:
+    source: dict[str, Any] = {"name": request.model.name}
+    if request.model.is_file():
+        with request.model.open("rb") as file:
             source["sha256"] = file_digest(file, "sha256").hexdigest()
     return {
         "made_by": f"mmv {__version__}",
@@ -88,8 +103,8 @@ def _describe(order: ExportRequest, to: str, made: ExportFacts, report: Report) 
         "source": source,
         "stage": made.stage,
         "preset": made.preset,
-        "dtype": order.dtype,
-        "quantize": order.quantize,
+        "dtype": request.dtype,
+        "quantize": request.quantize,
         "verified": report.found or None,
     }
 

@@ -1,12 +1,13 @@
-"""What a model can be written as that is a folder: how each is written, and how it is proven.
+"""Export targets: what a model can be written as, by name.
 
-A target writes what an order names into an empty folder, which gets its name only when the report finds nothing wrong
-(`folder.py`). Where that is asked for, what was written is opened as its users would, in a process of its own.
+A target writes the model that a request names, and proves it: what it wrote is opened as its users would, and compared
+with the source. A folder gets its name only when its report finds nothing wrong (`folder.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_v.core.export.prove.report import Report
@@ -14,7 +15,21 @@ from minimind_v.core.export.prove.worker import Worker
 from minimind_v.core.formats.request import ExportFacts, ExportRequest
 
 
-def _to_hf(order: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts, Report]:
+@dataclass(frozen=True)
+class Target:
+    """A format. `write` gets the request, where to write, and whether to prove the result.
+
+    Of a folder `write` gets an empty one; a file it writes atomically, whole or not at all.
+    Raises WeightsError for a model that the format cannot hold.
+    """
+
+    help: str
+    write: Callable[[ExportRequest, Path, bool], tuple[ExportFacts, Report]]
+    ending: str = ""  # of the file that is written; empty: it is a folder
+    quantizes: bool = False  # the type is given by --quantize, not by --dtype
+
+
+def _to_hf(request: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts, Report]:
     """Two processes, so that source and export are never in memory together; the second imports while the first writes.
 
     This one has no torch, unless the caller brought it.
@@ -22,20 +37,31 @@ def _to_hf(order: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts
     if not check:
         from minimind_v.core.formats.hf import write as hf
 
-        return hf.make(order, folder), Report()
+        return hf.make(request, folder), Report()
     with Worker("minimind_v.core.export.prove.ask_hf") as prover:
         with Worker() as maker:
-            made = maker.call("minimind_v.core.formats.hf.write:make", order, folder)
-        return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
+            made = maker.call("minimind_v.core.formats.hf.write:make", request, folder)
+        return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", request, folder)
 
 
-def _to_gguf(order: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts, Report]:
+def _to_gguf(request: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts, Report]:
     from minimind_v.core.export.prove import verify_gguf
     from minimind_v.core.formats.gguf import write as gguf
 
-    loaded = gguf.make(order, folder)
+    loaded = gguf.make(request, folder)
     made = ExportFacts.of(loaded.checkpoint)
-    return made, verify_gguf.verify(loaded, folder, order) if check else Report()
+    return made, verify_gguf.verify(loaded, folder, request) if check else Report()
 
 
-TARGETS: dict[str, Callable[[ExportRequest, Path, bool], tuple[ExportFacts, Report]]] = {"hf": _to_hf, "gguf": _to_gguf}
+def _to_weights(request: ExportRequest, path: Path, check: bool) -> tuple[ExportFacts, Report]:
+    from minimind_v.core.export.weights_file import write_weights
+
+    return write_weights(request, path)  # which always proves it: reading a file is quick
+
+
+TARGETS = {
+    "hf": Target("a folder for transformers", _to_hf),
+    "gguf": Target("a folder for llama.cpp and Ollama", _to_gguf, quantizes=True),
+    "safetensors": Target("a file of the weights", _to_weights, ".safetensors"),
+    "pth": Target("a file of the weights, as published", _to_weights, ".pth"),
+}

@@ -40,6 +40,7 @@ class Companions:
 
     vision_model: Companion | None = None
     tokenizer: Companion | None = None
+    layout: str = "chatml"  # of the prompts: one of CHAT_LAYOUTS
 
 
 UNKNOWN = Companions()
@@ -64,19 +65,26 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 def as_record(companions: Companions, folder: Path) -> dict[str, Any]:
     """The record for the description of weights in `folder`."""
-    record = {}
-    for name, companion in vars(companions).items():
-        if companion is not None:
+    record: dict[str, Any] = {}
+    for name in ("vision_model", "tokenizer"):
+        if companion := getattr(companions, name):
             place = next((place for place in companion.places if place.exists()), companion.places[0])
             paths = [_seen_from(folder, place), str(companion.places[-1])]
             record[name] = {"paths": paths, "digest": companion.digest}
+    if record or companions.layout != UNKNOWN.layout:
+        record["layout"] = companions.layout
     return record
 
 
 def read_record(record: Any, folder: Path) -> Companions:
     """The companions that the description of weights in `folder` names."""
     record = record if isinstance(record, dict) else {}
-    return Companions(**{name: _read(record.get(name), folder) for name in ("vision_model", "tokenizer")})
+    layout = record.get("layout")
+    return Companions(
+        _read(record.get("vision_model"), folder),
+        _read(record.get("tokenizer"), folder),
+        layout if isinstance(layout, str) else UNKNOWN.layout,
+    )
 
 
 def of_the_run(weights: Path) -> Companions:
@@ -96,7 +104,7 @@ def of_the_run(weights: Path) -> Companions:
         if path.is_absolute() == out.is_absolute():  # so the way from one to the other is known
             places.insert(0, tidy(_resolved(folder.parent) / os.path.relpath(path, out)))
         found[name] = Companion(tuple(places))
-    return Companions(**found)
+    return Companions(**found, layout=config.get("data.layout", UNKNOWN.layout))
 
 
 def _read(record: Any, folder: Path) -> Companion | None:

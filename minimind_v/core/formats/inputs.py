@@ -14,8 +14,8 @@ from minimind_v.core.formats.generations import check_tower
 from minimind_v.core.hub.sources import how_to_get, latest_model, weights_at
 from minimind_v.core.model.vision.spec import read_config
 from minimind_v.core.paths import OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
-from minimind_v.core.rows.jsonl import find_rows
 from minimind_v.core.rows.pictures import find_pictures
+from minimind_v.core.rows.stores import find_rows
 
 
 def find_inputs(config: RunConfig) -> None:

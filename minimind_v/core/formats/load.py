@@ -98,7 +98,7 @@ def read_model_parts(
     """
     checkpoint = read_checkpoint(weights or latest_model(say))
     paths = find_companions(checkpoint, vision_model, tokenizer, say)
-    tower, words = read_companions(paths.vision_model, paths.tokenizer)
+    tower, words = read_companions(paths.vision_model, paths.tokenizer, checkpoint.companions.layout)
     check_companions(checkpoint, paths, words, tower, say)
     parts = ModelParts(checkpoint, words, tower)
     shapes = published_shapes(checkpoint.config)
@@ -107,10 +107,10 @@ def read_model_parts(
     return parts
 
 
-def read_companions(vision_model: Path, tokenizer: Path) -> tuple[StoredTower, Tokenizer]:
+def read_companions(vision_model: Path, tokenizer: Path, layout: str) -> tuple[StoredTower, Tokenizer]:
     """The vision tower and the tokenizer in these folders, or GGUF files. Raises MissingInput or WeightsError."""
     tower = gguf.read_vision_tower(vision_model) if is_gguf(vision_model) else read_tower(vision_model)
-    return tower, gguf.read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
+    return tower, gguf.read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer, layout)
 
 
 # --- the vision model and the tokenizer of some weights ---------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import UsageError, WeightsError
 
 if TYPE_CHECKING:  # a command that only asks for an export imports no torch
     from minimind_v.core.config.schema import ModelConfig
@@ -32,6 +32,14 @@ class ExportRequest:
         from minimind_v.core.formats.load import load
 
         return load(self.model, self.vision_model, self.tokenizer, "cpu")
+
+    def refuse_layout(self, layout: str) -> None:
+        """Raises WeightsError for a chat layout that folders for other programs have no template of."""
+        if layout != "chatml":
+            raise WeightsError(
+                f"{self.model} was trained with the chat layout {layout}, and a folder for other programs holds only "
+                "chatml — convert to safetensors or pth"
+            )
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Session:
             if ids or ended:
                 read = max(0, len(ids) - 1)  # the latest token may be half read, and is read again
                 self.cache.rewind(start + len(tokens) + read)
-                self._pending = [*ids[read:], self.tokenizer.eos_id, *self.tokenizer.encode("\n").ids]
+                self._pending = [*ids[read:], *self.processor.prompts.answer_end().input_ids]
                 self.questions += 1
             else:  # the question itself was not read: as if it had never been asked
                 self.cache.rewind(start)

@@ -10,7 +10,8 @@ import numpy as np
 
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 from minimind_v.core.rows.cells import decode_inline
-from minimind_v.core.rows.forms import READ, TALKS, is_readable, picture_field, read_row
+from minimind_v.core.rows.field_names import READ, TALKS, is_readable, picture_field
+from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.splits import ALL, LEARN, Choice, choose

@@ -52,17 +52,17 @@ class Digests:
         """For each of `rows` rows the first one of another set that it shares a digest with, or -1: int64 [rows]."""
         if not len(other._digests):
             return np.full(rows, -1, np.int64)
-        known, first = np.unique(other.digests, return_index=True)
+        digests_there, first = np.unique(other.digests, return_index=True)
         digests = self.digests
-        places = np.minimum(np.searchsorted(known, digests), len(known) - 1)
-        return _of_each_row(self.owners, other.owners[first[places]], known[places] == digests, rows)
+        places = np.minimum(np.searchsorted(digests_there, digests), len(digests_there) - 1)
+        return _of_each_row(self.owners, other.owners[first[places]], digests_there[places] == digests, rows)
 
 
 def _of_each_row(owners: np.ndarray, values: np.ndarray, hits: np.ndarray, rows: int) -> np.ndarray:
     """Of each row the value of its first hit, or -1."""
-    found = np.full(rows, -1, np.int64)
-    found[owners[hits][::-1]] = values[hits][::-1]  # of several the last to be written stays
-    return found
+    row_values = np.full(rows, -1, np.int64)
+    row_values[owners[hits][::-1]] = values[hits][::-1]  # of several the last to be written stays
+    return row_values
 
 
 def text_digest(row: Row) -> int:

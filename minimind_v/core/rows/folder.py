@@ -18,20 +18,24 @@ import pyarrow.parquet as pq
 
 from minimind_v.core.errors import DataError
 from minimind_v.core.hub.sources import METADATA
+from minimind_v.core.rows.jsonl import open_json
+from minimind_v.core.rows.parquet import ParquetRows, source_of
 from minimind_v.core.rows.row import OpenedRows, Row
 from minimind_v.core.rows.shards import ShardedRows
 from minimind_v.core.rows.splits import LEARN, of_one_split
+from minimind_v.core.rows.tables import CsvRows
 
 DEPTH = 3  # folders below that of the rows in which metadata is looked for
 HEAD = 2**16  # bytes of metadata in which a field of file names is looked for
+OPENERS = {".jsonl": open_json, ".csv": CsvRows, ".parquet": ParquetRows}  # of a file of metadata
 FILE_NAME = re.compile(rb"file[_ -]?name", re.IGNORECASE)
 
 
 def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """The files of metadata in a folder or, where it has none, in the folders below it."""
-    here = [file for name in METADATA if (file := folder / name).is_file() and _names_files(file)]
-    yield from here
-    if not here and depth:
+    files = [file for name in METADATA if (file := folder / name).is_file() and _names_files(file)]
+    yield from files
+    if not files and depth:
         with os.scandir(folder) as entries:  # which knows without asking that half a million pictures are no folders
             below = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
         for name in below:
@@ -43,8 +47,6 @@ def _names_files(file: Path) -> bool:
     if file.suffix != ".parquet":
         with file.open("rb") as opened:
             return FILE_NAME.search(opened.read(HEAD)) is not None
-    from minimind_v.core.rows.parquet import source_of
-
     try:
         names = pq.read_schema(source_of(file)).names
     except (pa.ArrowException, OSError):
@@ -61,8 +63,6 @@ class FolderRows(ShardedRows):
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
         """`images` is where the pictures are if not beside the metadata. Raises DataError, MissingInput, UsageError."""
-        from minimind_v.core.rows.jsonl import open_file
-
         self.path = path
         named = list(find_metadata(path))
         for file, other in pairwise(named):
@@ -70,7 +70,7 @@ class FolderRows(ShardedRows):
                 raise DataError(f"{file.parent}: both {file.name} and {other.name} — name one of them with its path")
         files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
         self.files = files
-        self._stores: list[OpenedRows] = [open_file(file, images or file.parent) for file in files]
+        self._stores: list[OpenedRows] = [OPENERS[file.suffix](file, images or file.parent) for file in files]
         self.left_out = "; ".join(filter(None, (store.left_out for store in self._stores)))
         self._ends = np.cumsum([len(store) for store in self._stores])
         # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.

@@ -17,21 +17,19 @@ from minimind_v.core.rows.digests import Digests, picture_digest, text_digest
 from minimind_v.core.rows.row import RowStore
 
 
-def hold_out(
-    rows: RowStore, wanted: int, seed: int, known: Path, origin: str, say: Callable[[str], None]
-) -> np.ndarray:
-    """Which rows are held out, bool [rows]: about `wanted` of them, at most a tenth.
+def hold_out(rows: RowStore, count: int, seed: int, known: Path, origin: str, say: Callable[[str], None]) -> np.ndarray:
+    """Which rows are held out, bool [rows]: about `count` of them, at most a tenth.
 
     Finding out which rows share a picture means reading every picture once. So the choice is kept in the file `known`,
     and is taken from there by any run over the same data, which `origin` stands for. It proves itself by a digest: what
     was changed there is chosen again. Raises UsageError where none can be held out.
     """
-    wanted = min(wanted, len(rows) // 10)
-    key = hashlib.blake2b(json.dumps([origin, len(rows), wanted, seed]).encode(), digest_size=8).hexdigest()
+    count = min(count, len(rows) // 10)
+    key = hashlib.blake2b(json.dumps([origin, len(rows), count, seed]).encode(), digest_size=8).hexdigest()
     chosen = _read(known, key)
     if chosen is None:
         say(f"choosing rows to hold out: looking at the pictures of all {len(rows):,} rows, once")
-        held = choose(group_by_picture(rows, lambda index, error: None), wanted, seed)
+        held = choose(group_by_picture(rows, lambda index, error: None), count, seed)
         chosen = np.flatnonzero(held).tolist()
         write_text(known, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
     if not chosen:
@@ -87,8 +85,8 @@ def group_by_picture(
     owners, firsts = digests.owners, digests.firsts()
     shared = owners != firsts
     for index, first in zip(owners[shared].tolist(), firsts[shared].tolist(), strict=True):
-        one, other = sorted((root(index), root(first)))
-        parent[other] = one
+        smaller, larger = sorted((root(index), root(first)))
+        parent[larger] = smaller
     groups = np.array([root(index) for index in range(len(rows))], np.int64)
     groups[unread] = -1
     return groups

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.forms import FORMS, TALKS
+from minimind_v.core.rows.field_names import TALKS
+from minimind_v.core.rows.forms import FORMS
 
 CHUNK = 2**22  # bytes that are read together when rows are searched
 ROW_LIMIT = 2**26  # bytes of one row, its pictures included where they stand in it

@@ -1,19 +1,17 @@
-"""Stores of rows in files of JSON, by offset; and the one door to every kind of file."""
+"""Rows of files of JSON, found by their offsets."""
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
-from minimind_v.core.hub.sources import ROWS, how_to_get
-from minimind_v.core.rows.cells import decode_inline
-from minimind_v.core.rows.forms import READ, read_row
+from minimind_v.core.errors import DataError, RowError
+from minimind_v.core.rows.field_names import READ
+from minimind_v.core.rows.file_rows import FileRows
 from minimind_v.core.rows.index import Index
 from minimind_v.core.rows.json_layout import (
     CHUNK,
@@ -27,77 +25,10 @@ from minimind_v.core.rows.json_layout import (
     find_layout,
     refuse_many_values,
 )
-from minimind_v.core.rows.pictures import open_pictures
-from minimind_v.core.rows.row import NUMBERED, OpenedRows, Reopened, Row, RowStore
-from minimind_v.core.rows.splits import LEARN, Choice
-from minimind_v.core.rows.strangers import no_rows, no_set, stand_in
+from minimind_v.core.rows.row import OpenedRows, Row
+from minimind_v.core.rows.strangers import no_rows, stand_in
 
 WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # of each byte, whether it is white space
-
-
-def open_rows(
-    data: Path,
-    images: Path | None = None,
-    split: str | None = None,
-    say: Callable[[str], None] = lambda message: None,
-    order: Sequence[str] = LEARN,
-) -> RowStore:
-    """Open rows of any kind: a file (JSONL, JSON, CSV, parquet, a tar), or a folder of shards, pictures or `datasets`.
-
-    `images` holds the pictures, where they do not stand in the rows. Of a set that has several splits one is read, and
-    `say` is told which: `split` or, where that is None, the first of `order`. Opening reads no row. Raises
-    MissingInput, DataError or UsageError.
-    """
-    find_rows(data)
-    rows = (_open_folder if data.is_dir() else open_file)(data, images, split, order)
-    for note in filter(None, (rows.choice.notice, rows.left_out)):
-        say(note)
-    return rows
-
-
-def _open_folder(data: Path, images: Path | None, split: str | None, order: Sequence[str]) -> OpenedRows:
-    if any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        from minimind_v.core.rows.arrow import SavedRows
-
-        return SavedRows(data, images, split, order)
-    from minimind_v.core.rows.folder import FolderRows, find_metadata
-
-    if next(find_metadata(data), None):
-        return FolderRows(data, images, split, order)
-    if next(data.rglob("*.parquet"), None):
-        from minimind_v.core.rows.parquet import ParquetRows
-
-        return ParquetRows(data, images, split, order)
-    if next(data.rglob("*.tar"), None):
-        from minimind_v.core.rows.tar import TarRows
-
-        return TarRows(data, images, split, order)
-    raise DataError(f"{data}: no data file, but {no_set(data)}")
-
-
-def open_file(
-    data: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
-) -> OpenedRows:
-    """Open a file of rows, by its name. Raises MissingInput, DataError or UsageError."""
-    from minimind_v.core.rows.coco import CocoRows, is_captions
-
-    if data.suffix == ".json" and is_captions(data):
-        return CocoRows(data, images, split, order)  # the only kind of file that may have splits
-    if split is not None:
-        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
-    if data.suffix == ".parquet":
-        from minimind_v.core.rows.parquet import ParquetRows
-
-        return ParquetRows(data, images)
-    if data.suffix == ".tar":
-        from minimind_v.core.rows.tar import TarRows
-
-        return TarRows(data, images)
-    if data.suffix in (".csv", ".tsv"):
-        from minimind_v.core.rows.tables import CsvRows
-
-        return CsvRows(data, images)
-    return open_json(data, images)
 
 
 def open_json(path: Path, images: Path | None = None) -> OpenedRows:
@@ -111,70 +42,27 @@ def open_json(path: Path, images: Path | None = None) -> OpenedRows:
     return JsonlRows(path, images) if layout.kind in (LINES, OTHER) else LlavaRows(path, layout, images)
 
 
-def find_rows(data: Path) -> Path:
-    """The file or folder of rows, if it is there. Raises MissingInput with the name beside it that is most like it."""
-    if data.is_dir() or data.is_file():
-        return data
-    try:
-        beside = [path.name for path in data.parent.iterdir() if path.name.endswith(ROWS)]
-    except OSError:  # no folder either
-        beside = []
-    raise MissingInput(f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or name your own")
-
-
-class TextRows(Reopened):
-    """Rows at offsets of a text file, their pictures beside it."""
+class TextRows(FileRows):
+    """Rows at offsets of a text file."""
 
     kind: str  # of the index
-    file_kind: str
-    choice = Choice("")  # a file of text has no splits
-    left_out = ""
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
         """Raises MissingInput, or DataError where the file is something else or is empty."""
-        super().__init__(path)
-        if found := stand_in(path) or no_rows(path):
-            raise DataError(f"{path}: {found}")
+        if problem := stand_in(path) or no_rows(path):
+            raise DataError(f"{path}: {problem}")
+        self.path = path
         self._index = Index(path, self.kind, self._find_rows)
         if len(self._index) == 0:
             raise DataError(f"{path}: the file has no rows")
-        self._images = open_pictures(images)
-
-    def _find_rows(self) -> np.ndarray:
-        """Two numbers per row, [2, rows], the first of them its offset."""
-        raise NotImplementedError
-
-    @property
-    def split(self) -> str:
-        return self.choice.name
-
-    @property
-    def pictures(self) -> Path | None:
-        return self._images.path
+        super().__init__(path, images)
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def number(self, index: int) -> int:
-        return index + 1
-
-    def place(self, index: int) -> str:
-        """`file:row` as an editor counts."""
-        return f"{self.path}:{self.number(index)}"
-
-    def picture(self, index: int, position: int, name: str) -> bytes:
-        """A picture that stands in its row is read from there again; every such picture is numbered."""
-        if NUMBERED.fullmatch(name):
-            inline = self.row(index).inline
-            if position in inline:
-                return decode_inline(inline[position], name)
-        return self._images.read(name)
-
-    def row(self, index: int) -> Row:
+    def _find_rows(self) -> np.ndarray:
+        """Two numbers per row, [2, rows], the first of them its offset."""
         raise NotImplementedError
-
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(len(self))
 
     def _parse(self, data: bytes) -> Row:
         if len(data) > ROW_LIMIT:
@@ -190,13 +78,7 @@ class TextRows(Reopened):
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(fields, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
-        return self._read(fields)
-
-    def _read(self, fields: Mapping[str, Any]) -> Row:
-        row = read_row(fields)
-        for position in row.inline:  # so that `picture` knows them
-            row.images[position] = f"picture {position + 1}"
-        return row
+        return self.read_fields(fields)
 
 
 def _array(data: bytes) -> str:
@@ -233,12 +115,12 @@ class JsonlRows(TextRows):
                 firsts.append(chunk[starts[kept]])
                 count += len(starts)
                 begin, fresh = begin + len(chunk), data.endswith(b"\n")
-            found = np.concatenate(offsets)
+            line_starts = np.concatenate(offsets)
             # Only a line that begins with white space can be blank, and the first, which a byte order mark may begin.
             spaced = np.concatenate(firsts) <= ord(" ")
             spaced[:1] = True
-            blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, found[n])]
-        return np.delete(np.stack([found, np.concatenate(lines)]), blank, axis=1)
+            blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, line_starts[n])]
+        return np.delete(np.stack([line_starts, np.concatenate(lines)]), blank, axis=1)
 
 
 def _blank_lines(chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:

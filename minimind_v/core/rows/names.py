@@ -70,8 +70,8 @@ def below(path: PicturePath, roots: Sequence[tuple[str, ...]]) -> list[tuple[str
     unless it leads to this very folder.
     """
     names, plain = path.names, path.composed().names
-    if path.absolute and (here := next((root for root in roots if plain[: len(root)] == root), None)):
-        return [names[len(here) :]]
+    if path.absolute and (root_of_path := next((root for root in roots if plain[: len(root)] == root), None)):
+        return [names[len(root_of_path) :]]
     places = {names: None}
     for count in range(1, len(names)):
         dropped, left = plain[:count], names[count:]

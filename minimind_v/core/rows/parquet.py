@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.cells import Picture, StoredPictures, decode_inline, pictures_of
-from minimind_v.core.rows.forms import PICTURES, READ, TALKS, is_readable, picture_field, read_row
+from minimind_v.core.rows.field_names import PICTURES, READ, TALKS, is_readable, picture_field
+from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
 from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import Row
@@ -285,12 +286,12 @@ def _read_footer(file: Path) -> pq.FileMetaData:
         _leaves(footer), footer.schema.to_arrow_schema().names
         check_footer(file, footer)
     except Exception as error:  # the library raises many kinds on damaged files
-        found = (
+        problem = (
             stand_in(file)
             or no_rows(file)
             or f"not a parquet file ({' '.join(str(error).split())}) — download it again"
         )
-        raise DataError(f"{file}: {found}") from None
+        raise DataError(f"{file}: {problem}") from None
     return footer
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
 from minimind_v.core.rows.cells import decode_inline
-from minimind_v.core.rows.forms import TALKS, read_row
+from minimind_v.core.rows.field_names import TALKS
+from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import Index
 from minimind_v.core.rows.members import hash_name
 from minimind_v.core.rows.names import PicturePath

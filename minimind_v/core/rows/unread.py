@@ -99,11 +99,11 @@ def _unread_mark(text: str) -> str | None:
     rest = text.replace(IMAGE_MARK, "")
     if "<" not in rest and "[" not in rest:  # as in nearly every text
         return None
-    for found in MARK.finditer(text):
-        mark = found[0]
+    for match in MARK.finditer(text):
+        mark = match[0]
         if mark == IMAGE_MARK or (TAG.fullmatch(mark) and WEB_PAGE.search(text)):
             continue
-        if mark[1].isupper() and text[: found.start()][-1:].isidentifier():  # a type: `vector<Image>`
+        if mark[1].isupper() and text[: match.start()][-1:].isidentifier():  # a type: `vector<Image>`
             continue
         return mark
     return None

@@ -29,7 +29,7 @@ from minimind_v.core.model.vision.encoder import VisionEncoder
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.rows.heldout import hold_out
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.distributed import World
 
 
@@ -59,7 +59,7 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     `origin` is what the run is made of, its rows per update among it. Raises MissingInput, UsageError or DataError.
     """
     data = config.data
-    tower, tokenizer = read_companions(config.vision_model, data.tokenizer)
+    tower, tokenizer = read_companions(config.vision_model, data.tokenizer, data.layout)
     encoder = build_encoder(tower)
     spec = projected(tower.spec, config.projector)
     check_tokenizer(tokenizer, data.tokenizer, find_init(config))
@@ -127,4 +127,5 @@ def _companions(config: RunConfig, data: Data) -> Companions:
     return Companions(
         vision_model=Companion((config.vision_model,), vision),
         tokenizer=Companion((config.data.tokenizer,), tokenizer_digest(data.tokenizer)),
+        layout=config.data.layout,
     )

@@ -28,7 +28,7 @@ from minimind_v.core.model.vision.spec import read_vision_spec
 from minimind_v.core.monitor.messages import too_little
 from minimind_v.core.monitor.metrics import Listener, StepMetrics
 from minimind_v.core.pages.run_report import disk_used
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.run import assemble
 from minimind_v.core.train.run_folder import RunFolder
@@ -75,7 +75,7 @@ def plan(
     Rows are counted as the first epoch reads them (a sample of very many); then the real run does a few steps in a
     folder of its own, from random weights, which take as long as any. Raises what a run raises.
     """
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.data.layout)
     spec = projected(read_vision_spec(config.vision_model), config.projector)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)

@@ -18,7 +18,7 @@ from minimind_v.core.files import read_notes
 from minimind_v.core.monitor.messages import recalled
 from minimind_v.core.monitor.metrics import Recalled
 from minimind_v.core.monitor.recorder import Recorder
-from minimind_v.core.rows.jsonl import open_rows
+from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.train.step import TrainStep
 from minimind_v.core.train.validate import Validator

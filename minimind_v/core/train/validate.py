@@ -12,6 +12,7 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.images import blank_pixels
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.device import autocast
+from minimind_v.core.evaluate.forward import batch_losses
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Validation
 
@@ -63,20 +64,15 @@ class Validator:
     def _measure(self, model: VLM, batch: Batch) -> tuple[float, ...]:
         """Sums over a batch: loss, loss with images of other rows, correct and all supervised tokens, rows, images."""
         features = batch.image_features
-        with autocast(model.device, self.dtype):
-            loss, correct = _losses(model, batch, features)
-            swapped, images = loss, 0
-            if features is not None and self.swapped:
-                swapped = _losses(model, batch, _others(model, features))[0]
-                images = len(features)
-        return float(loss), float(swapped), float(correct), batch.supervised, len(batch), images
-
-
-def _losses(model: VLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
-    out = model(**batch.tokens, image_features=features)
-    assert out.loss_sum is not None
-    assert out.hits is not None
-    return out.loss_sum, out.hits.sum()
+        own = batch_losses(model, batch, features, self.dtype)
+        swapped, images = own.loss_sum, 0
+        if features is not None and self.swapped:
+            with autocast(model.device, self.dtype):
+                others = _others(model, features)
+            swapped = batch_losses(model, batch, others, self.dtype).loss_sum
+            images = len(features)
+        correct = own.correct.sum()
+        return float(own.loss_sum), float(swapped), float(correct), batch.supervised, len(batch), images
 
 
 def _others(model: VLM, features: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ class _Reader:
         assert encoder is not None
         prompts = PromptEncoder(loaded.tokenizer, encoder.spec.tokens_per_image)
         self.tokens = [prompts.prompt(case.conversations) for case in CASES]
-        seen = [_as_seen(picture, encoder.spec.image_size) for picture in pictures()]
-        self.pixels = [(picture.float() / 255 - encoder.mean) / encoder.std for picture in seen]
+        images = [_as_seen(picture, encoder.spec.image_size) for picture in pictures()]
+        self.pixels = [(picture.float() / 255 - encoder.mean) / encoder.std for picture in images]
         features = encoder(torch.stack(self.pixels))  # [M, P, width]
         self.features = [features[list(case.pictures)] if case.pictures else None for case in CASES]
 
@@ -88,9 +88,9 @@ class _Reader:
         ]
 
     def _before(self, tokens: Tokens, features: Tensor | None, said: Tensor) -> Tensor:
-        known = said[:-1].clamp(max=self.model.config.vocab_size - 1)
-        ids = torch.cat((torch.tensor(tokens.input_ids), known))[None]  # [1, T + N - 1]
-        mask = torch.tensor([tokens.image_mask + [False] * len(known)])
+        said_before = said[:-1].clamp(max=self.model.config.vocab_size - 1)
+        ids = torch.cat((torch.tensor(tokens.input_ids), said_before))[None]  # [1, T + N - 1]
+        mask = torch.tensor([tokens.image_mask + [False] * len(said_before)])
         logits = self.model(ids, image_features=features, image_mask=mask, logits_to_keep=len(said)).logits
         assert logits is not None
         return logits[0]

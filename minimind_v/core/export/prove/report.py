@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Report:
     """Findings by name, in words, and the names of those that are not good."""
 
+    summary: str = ""  # in place of the usual one
     found: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # for `--json`, in place of the findings
 
     def add(self, name: str, found: str, good: bool = True) -> None:
         self.found[name] = found

@@ -21,10 +21,10 @@ def verify(order: ExportRequest, folder: Path) -> Report:
     the source is loaded in the place of the folder's model. Raises RunError where the folder cannot be opened at all.
     """
     with in_use(folder):
-        found = ask(folder)
+        answers = ask(folder)
         from minimind_v.core.export.prove.compare_hf import compare
 
-        return compare(order, folder, found)
+        return compare(order, folder, answers)
 
 
 def ask(folder: Path, dtype: str = "float32") -> dict[str, Any]:

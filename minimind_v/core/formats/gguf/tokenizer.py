@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from minimind_v.core.data.prompt import SYSTEM_PROMPT
-from minimind_v.core.data.tokenizer import PLACEHOLDER, Tokenizer
+from minimind_v.core.data.layouts import ChatML
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.formats.gguf.file import Reader, Writer
 
@@ -23,7 +23,7 @@ _PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "en
 # (`<__media…__>`) right before the words gets the newline that the model was trained with.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
-    "{{ '<|im_start|>system\\n" + SYSTEM_PROMPT + "<|im_end|>\\n' }}"
+    "{{ '<|im_start|>system\\n" + ChatML.system_prompt + "<|im_end|>\\n' }}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -91,7 +91,11 @@ def read_words(reader: Reader) -> Tokenizer:
     tokens, types, merges = (_list(reader, name) for name in ("tokens", "token_type", "merges"))
     vocab = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=False)) if type != UNUSED}
     pad, bos, eos = (reader.number(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "bos", "eos"))
-    if len(types) != len(tokens) or len(vocab) != sum(type != UNUSED for type in types) or PLACEHOLDER not in vocab:
+    if (
+        len(types) != len(tokens)
+        or len(vocab) != sum(type != UNUSED for type in types)
+        or ChatML.placeholder not in vocab
+    ):
         raise WeightsError(f"{reader.path}: its tokens are those of no tokenizer of ours — convert again")
     if not max(pad, bos, eos) < len(tokens):
         raise WeightsError(f"{reader.path}: has {len(tokens):,} tokens, and special ones behind them — convert again")
@@ -106,7 +110,7 @@ def read_words(reader: Reader) -> Tokenizer:
         for token, type in zip(tokens, types, strict=True) if type == CONTROL
     ])  # fmt: skip
     backend.encode_special_tokens = True
-    return Tokenizer(backend, pad, bos, eos, vocab[PLACEHOLDER])
+    return Tokenizer(backend, pad, bos, eos, vocab[ChatML.placeholder])
 
 
 def _list(reader: Reader, name: str) -> list[Any]:
@@ -129,7 +133,7 @@ TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
 {{{{ .Content }}}}<|im_end|>
 {{{{ end }}}}<|im_start|>assistant
 """
-SYSTEM """{SYSTEM_PROMPT}"""
+SYSTEM """{ChatML.system_prompt}"""
 PARAMETER stop "<|im_end|>"
 PARAMETER stop "<|im_start|>"
 PARAMETER temperature 0.65

@@ -24,6 +24,7 @@ def make(order: ExportRequest, folder: Path) -> LoadedModel:
     """Write what `order` names into an empty folder, and return what that was made of. Raises RunError for no room."""
     loaded = order.load()
     check_target("gguf", order.model, loaded.config, TOWERS, PROJECTORS)
+    order.refuse_layout(loaded.tokenizer.layout)
     with disk_errors(folder.parent):
         write(loaded, folder, order)
     return loaded

@@ -1,0 +1,10 @@
+"""Evaluation tasks by name: which rows each takes, what the model reads of them, and how its answers score."""
+
+from __future__ import annotations
+
+from minimind_v.core.evaluate.tasks.exact import Exact
+from minimind_v.core.evaluate.tasks.loss import Loss
+from minimind_v.core.evaluate.tasks.task import Task
+
+# A task is made anew for each evaluation, with the id of the token that ends an answer.
+TASKS: dict[str, type[Task]] = {"loss": Loss, "exact": Exact}

@@ -1,0 +1,40 @@
+"""The same tensors in another file: `.pth` and `.safetensors`, both ways, read back and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minimind_v.core.errors import RunError
+from minimind_v.core.export.prove.report import Report
+from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
+from minimind_v.core.formats.request import ExportFacts, ExportRequest
+from minimind_v.core.formats.tensor_files import cast
+from minimind_v.core.wording import plural
+
+
+def write_weights(request: ExportRequest, target: Path) -> tuple[ExportFacts, Report]:
+    """Write the weights of a request as `target`, by its ending, in `request.dtype` or as they are.
+
+    Raises MissingInput, WeightsError, and RunError where the file cannot be written or reads back differently.
+    """
+    checkpoint = read_checkpoint(request.model)
+    tensors = checkpoint.tensors
+    if request.dtype is not None:
+        tensors = {name: cast(name, tensor, request.dtype) for name, tensor in tensors.items()}
+    write_checkpoint(target, tensors, checkpoint.model_config, checkpoint.stage, checkpoint.companions)
+    again = read_checkpoint(target)
+    if again.tensors.keys() != tensors.keys() or again.model_config != checkpoint.model_config:
+        raise RunError(f"{target}: reads back with other tensors or sizes than were written")
+    difference = max(
+        float((tensor.double() - again.tensors[name].double()).abs().max())
+        for name, tensor in checkpoint.tensors.items()
+    )
+    if request.dtype is None and difference:
+        raise RunError(f"{target}: reads back with values that differ by {difference:g}")
+    size = target.stat().st_size
+    facts = {"tensors": len(tensors), "bytes": size, "largest_difference": difference}
+    report = Report(
+        f"{plural(len(tensors), 'tensor')}, {size:,} bytes; read back and compared, largest difference {difference:g}",
+        facts=facts,
+    )
+    return ExportFacts.of(checkpoint), report

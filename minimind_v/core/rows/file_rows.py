@@ -1,0 +1,69 @@
+"""Rows of a single file: what every store of such a file has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_v.core.rows.cells import decode_inline
+from minimind_v.core.rows.forms import read_row
+from minimind_v.core.rows.pictures import open_pictures
+from minimind_v.core.rows.row import NUMBERED, Reopened, Row
+from minimind_v.core.rows.splits import Choice
+
+
+class FileRows(Reopened):
+    """A store of the rows of one file. A subclass has `__len__`, `row` and `file_kind`; `handle` is the open file.
+
+    Its pictures stand in the rows or in `images`: a folder, zip or tar.
+    """
+
+    file_kind: str
+    choice = Choice("")  # one file has no splits
+    left_out = ""
+
+    def __init__(self, path: Path, images: Path | None = None) -> None:
+        super().__init__(path)
+        self._images = open_pictures(images)
+
+    @property
+    def split(self) -> str:
+        return self.choice.name
+
+    @property
+    def pictures(self) -> Path | None:
+        return self._images.path
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def number(self, index: int) -> int:
+        return index + 1
+
+    def place(self, index: int) -> str:
+        """`file:row`, counted as an editor does."""
+        return f"{self.path}:{self.number(index)}"
+
+    def row(self, index: int) -> Row:
+        raise NotImplementedError
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        """A picture that stands in its row is read from there again; every such picture is numbered."""
+        if NUMBERED.fullmatch(name):
+            inline = self.row(index).inline
+            if position in inline:
+                return decode_inline(inline[position], name)
+        return self._images.read(name)
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self))
+
+    def read_fields(self, fields: Mapping[str, Any]) -> Row:
+        """The row of these fields, in any form that is read. Raises RowError."""
+        row = read_row(fields)
+        for position in row.inline:  # so that `picture` knows them
+            row.images[position] = f"picture {position + 1}"
+        return row

@@ -1,0 +1,172 @@
+"""The pictures of a row, found in its fields and put in the order of the marks in its text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minimind_v.core.errors import RowError
+from minimind_v.core.rows.cells import (
+    Picture,
+    StoredPictures,
+    picture_of_element,
+    pictures_of,
+)
+from minimind_v.core.rows.field_names import (
+    ALTERNATIVES,
+    FILE_NAMES,
+    PICTURES,
+    plain_names,
+)
+from minimind_v.core.rows.messages import NEXT, Conversation
+from minimind_v.core.rows.row import (
+    IMAGE_MARK,
+    MARK_PER_TURN,
+    count_marks,
+)
+from minimind_v.core.rows.unread import named_in
+
+
+def find_pictures(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The first of the fields that holds pictures, however its name is spelt."""
+    plain = plain_names(fields)
+    for key in keys:
+        value = fields.get(plain.get(key, key))
+        if isinstance(value, StoredPictures) or any(True for _ in named_in(value, key)):
+            return plain.get(key, key)
+    return None
+
+
+def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[str, list[Picture] | StoredPictures]:
+    """The field of the row's pictures, and these. Raises RowError where two fields differ."""
+    key, pictures = "", []  # type: str, list[Picture] | StoredPictures
+    for name in PICTURES:
+        if name not in fields:
+            continue
+        value = fields.pop(name)
+        others = value if isinstance(value, StoredPictures) else pictures_of(value, name)
+        if others and not pictures:
+            key, pictures = name, others
+        elif others:
+            pictures = _same_pictures(pictures, others, key, name)
+    if not pictures and (conversation.leads or (not conversation.parts and count_marks(conversation.messages))):
+        alternative = find_pictures(fields, ALTERNATIVES)
+        if alternative is not None:
+            value = fields.pop(alternative)
+            return alternative, value if isinstance(value, StoredPictures) else pictures_of(value, alternative)
+        named = [name for name in fields if name.endswith(FILE_NAMES)]
+        pictures = [picture for name in named for picture in pictures_of(fields.pop(name), name)]
+        key = " + ".join(named)
+    return key, pictures
+
+
+def _same_pictures(
+    first: list[Picture] | StoredPictures, second: list[Picture] | StoredPictures, *keys: str
+) -> list[Picture] | StoredPictures:
+    """The pictures that two fields have, of one their data and of the other their names. Raises RowError."""
+    if isinstance(first, StoredPictures) and not isinstance(second, StoredPictures):
+        return [Picture(picture.name, number) for number, picture in enumerate(second)]
+    if not isinstance(first, StoredPictures) and not isinstance(second, StoredPictures):
+        if first == second:
+            return first
+        if len(first) == len(second):
+            pairs = list(zip(first, second, strict=True))
+            if all((left.data is None) != (right.data is None) for left, right in pairs):
+                return [left if left.data is not None else right for left, right in pairs]
+    raise RowError(f"`{keys[0]}` and `{keys[1]}` have different pictures — leave left of them", "image")
+
+
+def place_pictures(conversation: Conversation, pictures: list[Picture] | StoredPictures) -> list[Picture]:
+    """The pictures of a row in the order of its marks; marks are put where the form says that pictures stand."""
+    messages = conversation.messages
+    if conversation.parts and any(part is not NEXT for part in conversation.parts):
+        return _named_by_parts(conversation.parts, _counted(pictures))
+    if isinstance(pictures, StoredPictures):
+        # As many as the text has marks, which is found out when one is read; nobody would read one of a text row.
+        marks = count_marks(messages)
+        trusted = marks == 1 or (marks > 1 and not _mark_in_each_question(messages))
+        pictures = _counted(pictures, marks if trusted else None)
+    if conversation.needs and not pictures:
+        raise RowError(f"the row has a `{conversation.form}` and no picture", "picture missing")
+    if not pictures or not isinstance(messages, list):
+        return pictures
+    if conversation.leads and messages and not count_marks(messages):
+        first = next(number for number, message in enumerate(messages) if message["role"] == "user")
+        question = messages[first]["content"]
+        messages[first] = {"role": "user", "content": f"{IMAGE_MARK}\n" * len(pictures) + question}
+    elif len(pictures) == 1 and len(messages) > 2 and _mark_in_each_question(messages):
+        questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
+        for number in questions[1:]:
+            messages[number] = {**messages[number], "content": _without_mark(messages[number]["content"])}
+        conversation.notes.append(MARK_PER_TURN)
+    return pictures
+
+
+def _counted(pictures: list[Picture] | StoredPictures, count: int | None = None) -> list[Picture]:
+    if not isinstance(pictures, StoredPictures):
+        return pictures
+    return [Picture(None, number) for number in range(pictures.count() if count is None else count)]
+
+
+def _mark_in_each_question(messages: Any) -> bool:
+    """Whether there are several questions, each with one mark, and no mark anywhere else."""
+    questions = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        is_question = isinstance(content, str) and message.get("role") == "user"
+        if not isinstance(content, str) or content.count(IMAGE_MARK) != is_question:
+            return False
+        questions += is_question
+    return questions > 1
+
+
+def _without_mark(text: str) -> str:
+    before, _, behind = text.partition(IMAGE_MARK)
+    return before.removesuffix("\n") if not behind else before + (behind if before else behind.removeprefix("\n"))
+
+
+def _named_by_parts(parts: list[Any], pictures: list[Picture]) -> list[Picture]:
+    """The picture of each mark where parts say which: by its number in the row, or by itself. Raises RowError."""
+    own = {}
+    for position, part in enumerate(parts):
+        if part is not NEXT and not isinstance(part, int):
+            shown = pictures_of(part, "content") if not isinstance(part, str) else picture_of_element(part, "content")
+            if len(shown) != 1:
+                raise RowError("a part of a message shows no picture, or several", "placeholders")
+            own[position] = shown[0]
+    if own:
+        return _beside_own(parts, own, pictures)
+    indices = [part for part in parts if part is not NEXT]
+    rest = [number for number in range(len(pictures)) if number not in indices]
+    order = [rest.pop(0) if part is NEXT and rest else part for part in parts]
+    if rest or not all(isinstance(number, int) and 0 <= number < len(pictures) for number in order):
+        raise RowError(f"its parts show {len(set(order))} pictures, the row has {len(pictures)}", "placeholders")
+    return [pictures[number] for number in order]
+
+
+def _beside_own(parts: list[Any], own: dict[int, Picture], pictures: list[Picture]) -> list[Picture]:
+    """The picture of each mark where some parts have their own, and the row may have them again. Raises RowError."""
+    if len(pictures) == len(parts):
+        for position, picture in own.items():
+            listed = pictures[position]
+            if picture.data is None and listed.data is None and _file(picture.name) != _file(listed.name):
+                break
+        else:
+            return [
+                own[position] if position in own and listed.data is None else listed
+                for position, listed in enumerate(pictures)
+            ]
+    others = [number for number in range(len(parts)) if number not in own]
+    names = {_file(picture.name) for picture in own.values()}
+    if not others and all(picture.data is None and _file(picture.name) in names for picture in pictures):
+        return list(own.values())
+    if len(others) != len(pictures):
+        raise RowError(
+            f"its parts show {len(parts)} pictures, {len(own)} of them their own, and the row has {len(pictures)} more",
+            "placeholders",
+        )
+    return [own[position] if position in own else pictures.pop(0) for position in range(len(parts))]
+
+
+def _file(name: str | None) -> str:
+    return (name or "").replace("\\", "/").rsplit("/", 1)[-1]

@@ -1,0 +1,193 @@
+"""Conversations that stand in a row as messages: a list, JSON text or a record of lists, of text or of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minimind_v.core.errors import RowError
+from minimind_v.core.rows.cells import (
+    BYTES_KEYS,
+    NAME_KEYS,
+    records_of,
+)
+from minimind_v.core.rows.field_names import (
+    TALKS,
+)
+from minimind_v.core.rows.row import (
+    ANSWER_FIRST,
+    IMAGE_MARK,
+    count_marks,
+    parse_json,
+)
+from minimind_v.core.rows.unread import KIND, named_in
+
+STANDARD = ("system", "user", "assistant")
+ROLES = {
+    **dict.fromkeys(("user", "human", "usr", "prompter", "question"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "chatbot", "ai", "answer"), "assistant"),
+    "system": "system",
+}
+PART_TEXT = ("text", "input_text", "output_text")
+PART_IMAGE = ("image", "image_url", "input_image", "image_path", "image_base64", "img")
+
+
+@dataclass
+class Conversation:
+    """A conversation, and what its form says of its pictures."""
+
+    messages: Any
+    form: str
+    parts: list[Any] | None = None  # for each mark what its part says of its picture; None without parts
+    leads: bool = False  # the pictures stand before the first question where no mark says otherwise
+    needs: bool = False  # without a picture it says nothing
+    notes: list[str] = field(default_factory=list)
+
+
+class _Next:
+    """What a part says that shows the next picture of the row."""
+
+
+NEXT = _Next()
+
+
+def conversation_key(fields: Mapping[str, Any]) -> str | None:
+    """The field of the conversation: the first that has one, or is there."""
+    filled_keys = [key for key in TALKS if fields.get(key) is not None]
+    return next((key for key in filled_keys if fields[key]), filled_keys[0] if filled_keys else None)
+
+
+def conversation_is(*kinds: type) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda fields: (key := conversation_key(fields)) is not None and isinstance(fields[key], kinds)
+
+
+def read_messages(fields: dict[str, Any]) -> Conversation:
+    """`conversations` or `messages`: a list of messages, or what is none, as it is."""
+    key = conversation_key(fields)
+    assert key is not None
+    conversation = _messages(fields.pop(key), key)
+    for other in TALKS:
+        if fields.get(other, 0) is None:
+            del fields[other]
+    return conversation
+
+
+def read_json(fields: dict[str, Any]) -> Conversation:
+    """The same as JSON text."""
+    key = conversation_key(fields)
+    assert key is not None
+    text = fields[key]
+    if text[:64].lstrip()[:1] not in ("[", "{", b"[", b"{"):  # some text, which is no conversation
+        return Conversation(fields.pop(key), key)
+    fields[key] = parse_json(text, f"`{key}` is ")
+    if isinstance(fields[key], dict):
+        fields[key] = records_of(fields[key])
+    return read_messages(fields) if fields[key] is not None else Conversation(fields.pop(key), key)
+
+
+def read_lists(fields: dict[str, Any]) -> Conversation:
+    """The same as a record of lists: `{"role": [...], "content": [...]}`."""
+    key = conversation_key(fields)
+    assert key is not None
+    fields[key] = records_of(fields[key])
+    return read_messages(fields)
+
+
+def _messages(value: Any, form: str) -> Conversation:
+    conversation = Conversation(value, form)
+    if not isinstance(value, list):
+        return conversation
+    plain = True  # no message has parts
+    messages = []
+    for message in value:
+        if type(message) is not dict or not (
+            len(message) == 2 and message.get("role") in STANDARD and type(message.get("content")) is str
+        ):
+            message = _message(message)
+            plain = plain and not (isinstance(message, dict) and isinstance(message.get("content"), list | dict))
+        messages.append(message)
+    conversation.messages = messages
+    if not plain:
+        conversation.form = f"{form} of parts"
+        conversation.parts = []
+        for number, message in enumerate(messages, 1):
+            if isinstance(message, dict):
+                conversation.parts += _join_parts(message, number)
+    _drop_answer(conversation)
+    return conversation
+
+
+def _message(message: Any) -> Any:
+    """A message under our names: `from` and `value` are `role` and `content`, roles are ours, no field is null."""
+    if not isinstance(message, dict):
+        return message
+    role_key = "role" if message.get("role") is not None else "from"
+    text_key = "content" if message.get("content") is not None else "value"
+    if role_key not in message and text_key not in message:
+        return message
+    role = message.get(role_key)
+    rest = {
+        key: value
+        for key, value in message.items()
+        if key not in ("role", "content", role_key, text_key) and value is not None
+    }
+    role = ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
+    return {"role": role, "content": message.get(text_key), **rest}
+
+
+def _drop_answer(conversation: Conversation) -> None:
+    """An answer that no question stands before is dropped, as where a conversation begins with `gpt`."""
+    messages = conversation.messages
+    first = 1 if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system" else 0
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages[first : first + 2]]
+    if roles == ["assistant", "user"]:
+        content = messages[first].get("content")
+        if conversation.parts is not None and isinstance(content, str):
+            before = count_marks(messages[:first])
+            del conversation.parts[before : before + content.count(IMAGE_MARK)]
+        del messages[first]
+        conversation.notes.append(ANSWER_FIRST)
+
+
+def _join_parts(message: dict[str, Any], number: int) -> list[Any]:
+    """Make a message's parts its text, with a mark for each picture; returns what is said of each of these."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [NEXT] * content.count(IMAGE_MARK)
+    text, pictures = "", []
+    for part in content if isinstance(content, list) else [content]:
+        piece, shows = _part(part, number)
+        if text and piece and not (text[-1].isspace() or piece[0].isspace()):
+            text += "\n"
+        text += piece
+        pictures += shows
+    message["content"] = text
+    return pictures
+
+
+def _part(part: Any, number: int) -> tuple[str, list[Any]]:
+    """The text of a part, a mark for a picture, and what the part says of each of its pictures. Raises RowError."""
+    if isinstance(part, str):
+        return part, [NEXT] * part.count(IMAGE_MARK)
+    if not isinstance(part, dict):
+        raise RowError(f"message {number} has a part that is neither text nor a picture", "conversations")
+    filled = {key: value for key, value in part.items() if value not in (None, "", [], {})}
+    kind = filled.get("type") or ("text" if isinstance(filled.get("text"), str) else next(iter(filled), None))
+    kind = kind.lower() if isinstance(kind, str) else kind
+    if kind in PART_TEXT and not any(key in filled for key in PART_IMAGE):
+        text = filled.get("text", filled.get("content", ""))
+        if not isinstance(text, str):
+            raise RowError(f"message {number} has a part of text without one", "conversations")
+        return text, [NEXT] * text.count(IMAGE_MARK)
+    own = next((filled[key] for key in NAME_KEYS if key in filled), None)
+    if any(key in filled for key in BYTES_KEYS):
+        own = filled
+    index = filled.get("index")
+    if kind not in PART_IMAGE or (own is None and index is None and any(True for _ in named_in(filled, ""))):
+        raise RowError(
+            f"message {number} has a part of type {kind!r:.40}, which is not read: text, image and image_url are", KIND
+        )
+    if own is None:
+        own = index if isinstance(index, int) and not isinstance(index, bool) else NEXT
+    return IMAGE_MARK, [own]

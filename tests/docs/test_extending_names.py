@@ -1,0 +1,197 @@
+"""The examples of docs/extending.md: each is copied out of the repository, and used through the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from minimind_v.core.config.freeze import FREEZE_POLICIES
+from minimind_v.core.formats.checkpoint import export_tensors, read_checkpoint
+from minimind_v.core.train.freeze import freeze
+from tests.cli.harness import ROOT, SIGHT, Ended, place, read_rows, sighted, sighted_model
+
+EXAMPLES = ROOT / "docs" / "examples"
+NAMES = ("task", "target", "store", "layout", "lora")
+# The command line as it runs with MMV_EXTENSIONS, for a checkout that cannot load extensions itself.
+WITH_EXTENSION = """
+import os, pathlib
+__import__(pathlib.Path(os.environ["MMV_EXTENSIONS"]).stem)
+from minimind_v.__main__ import main
+main()
+"""
+
+
+@pytest.fixture
+def extended(tmp_path):
+    """`extended(name)` copies an example elsewhere; what it returns runs `mmv` with that example."""
+
+    def copy(name):
+        file = shutil.copy(EXAMPLES / f"extend_{name}.py", tmp_path / f"my_{name}.py")
+
+        def mmv(*words: object) -> Ended:
+            own = importlib.util.find_spec("minimind_v.core.extensions") is not None
+            command = [sys.executable, *(["-m", "minimind_v"] if own else ["-c", WITH_EXTENSION]), *map(str, words)]
+            path = str(ROOT) if own else f"{ROOT}{os.pathsep}{tmp_path}"
+            environment = os.environ | {"MMV_EXTENSIONS": str(file), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+            return Ended(done.returncode, done.stdout, done.stderr)
+
+        return mmv
+
+    return copy
+
+
+def mmv(tmp_path: Path, *words: object) -> Ended:
+    """Run `mmv` without any extension."""
+    command = [sys.executable, "-m", "minimind_v", *map(str, words)]
+    environment = {key: value for key, value in os.environ.items() if key != "MMV_EXTENSIONS"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def example(name):
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(f"extend_{name}", EXAMPLES / f"extend_{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_one_short_file(name):
+    assert len((EXAMPLES / f"extend_{name}.py").read_text(encoding="utf-8").splitlines()) < 80
+
+
+def test_a_task_scores_its_own_rows(extended, tmp_path):
+    rows = read_rows(place().data("sft"))[:6]
+    for row, answer in zip(rows, ["yes", "red", "No", "two", "yes", "circle"], strict=True):
+        row["conversations"][1]["content"] = answer
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    words = ["eval", "--model", sighted(), *SIGHT, "--data", data, "--images", place().images("sft"), "--json"]
+    report = extended("task")(*words, "--task", "yesno").json
+    assert (report["rows"], report["answers"]) == (3, 3)
+    assert 0 <= report["yesno_accuracy"] <= 1
+    assert "loss" not in report
+    refused = mmv(tmp_path, *words, "--task", "yesno")
+    assert refused.code == 2
+    assert "loss, exact" in refused.error
+
+
+def test_a_target_writes_and_proves_its_file(extended, tmp_path):
+    out = tmp_path / "weights.npz"
+    ended = extended("target")("convert", "--to", "npz", "--model", sighted(), "--out", out, "--json")
+    assert ended.json == {"out": str(out), "kind": "npz", "verified": {"weights": "the same"}}
+    tensors = read_checkpoint(sighted()).tensors
+    with np.load(out) as saved:
+        assert all(np.array_equal(saved[name], tensor.numpy()) for name, tensor in tensors.items())
+
+
+def database(path: Path, rows: int) -> Path:
+    """A database of questions about the pictures of the tests, one of them without."""
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE rows (question TEXT, answer TEXT, image BLOB)")
+        for number in range(rows):
+            image = place().picture(number).read_bytes() if number else None
+            connection.execute("INSERT INTO rows VALUES (?, ?, ?)", ("What is it?", f"number {number}", image))
+    connection.close()
+    return path
+
+
+def test_rows_of_a_store_are_checked_converted_and_trained_on(extended, tmp_path):
+    data, run = database(tmp_path / "rows.sqlite", 8), extended("store")
+    report = run("data", "check", data, *SIGHT, "--json").json
+    assert (report["rows"], report["problems"]) == (8, [])
+    assert run("info", data, "--json").json["files"] == "SQLite"
+    ended = run(*place().train(tmp_path / "out", data=data, images=None, workers=1, max_steps=2))
+    assert ended.code == 0, ended.err
+    assert [record["step"] for record in read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_layout_is_trained_with_and_remembered(extended, tmp_path):
+    run, out = extended("layout"), tmp_path / "out"
+    train = place().train(out, "sft", max_steps=2, init=sighted(), workers=1)
+    ended = run(*train, "--set", "data.layout=alpaca")
+    assert ended.code == 0, ended.err
+    weights = out / "sft_vlm_128.pth"
+    assert json.loads(weights.with_suffix(".json").read_text())["trained_with"]["layout"] == "alpaca"
+    asked = run("chat", "--model", weights, "What is it?", "--greedy", "--max-new-tokens", "4", "--json")
+    assert asked.code == 0, asked.err
+    refused = run("convert", "--to", "hf", "--model", weights, "--out", tmp_path / "hf")
+    assert "chat layout alpaca" in refused.error
+    assert "data.layout 'alpaca'" in mmv(tmp_path, "chat", "--model", weights, "What is it?").error
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora():
+    yield example("lora")
+    FREEZE_POLICIES.pop("lora", None)
+
+
+def test_a_zero_adapter_merges_to_the_very_same_weights(lora):
+    model = sighted_model()
+    before = export_tensors(model)
+    trained = freeze(model, "lora")
+    assert len(trained) == 2 + 2 * len(lora.WRAPPED) * model.config.num_hidden_layers  # with those of the projector
+    after = export_tensors(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)) for name in before)
+
+
+def test_a_trained_adapter_computes_what_its_merged_weight_does(lora):
+    torch.manual_seed(0)
+    base = nn.Linear(12, 8, bias=False)
+    layer = lora.LoRALinear(base)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 5, 12)
+    merged = nn.Linear(12, 8, bias=False)
+    merged.load_state_dict(layer.state_dict())
+    assert layer.state_dict().keys() == {"weight"}
+    torch.testing.assert_close(layer(x), merged(x))
+    assert not torch.equal(layer(x), base(x))
+
+
+def test_lora_trains_through_the_layers_that_the_model_calls(lora):
+    model = sighted_model()
+    freeze(model, "lora")
+    model(torch.arange(3, 40)[None], labels=torch.arange(3, 40)[None]).loss.backward()
+    layer = model.model.layers[0].self_attn.q_proj
+    if layer.lora_b.grad is None:
+        pytest.xfail("the decoder reads the weights of its linear layers and does not call them")
+    assert layer.lora_b.grad.abs().sum() > 0
+    assert layer.weight.grad is None
+
+
+def test_a_run_with_lora_resumes_bit_for_bit_and_saves_published_names(extended, tmp_path):
+    run, whole, stopped = extended("lora"), tmp_path / "whole", tmp_path / "stopped"
+
+    def train(out, *more):
+        words = place().train(out, "sft", freeze="lora", init=sighted(), lr=1e-2, max_steps=4, save_every=2)
+        ended = run(*words, *more)
+        assert ended.code == 0, ended.err
+        return read_checkpoint(out / "sft_vlm_128.pth").tensors
+
+    weights = train(whole)
+    shutil.copytree(whole, stopped)
+    (stopped / "sft_vlm_128.pth").unlink()
+    max((stopped / "sft_vlm_128" / "states").iterdir()).unlink()  # as if it had been killed in step 3
+    resumed = train(stopped, "--resume")
+    assert weights.keys() == read_checkpoint(sighted()).tensors.keys()
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    frozen = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(weights[frozen], read_checkpoint(sighted()).tensors[frozen])
