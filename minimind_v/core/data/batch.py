@@ -84,7 +84,7 @@ class Batch:
             edges = even
         pieces, first = [], 0
         images = 0 if self.image_features is None else len(self.image_features)
-        per_image = int(self.image_mask.sum()) // max(images, 1)  # the projector may have changed their number
+        per_image = max(1, int(self.image_mask.sum()) // max(images, 1))  # as many as leave the projector
         for begin, end in pairwise([*edges, len(self)]):
             wide = max(lengths[begin:end])
             cut: dict[str, Any] = {name: getattr(self, name)[begin:end, :wide] for name in TOKENS}

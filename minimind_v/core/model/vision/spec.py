@@ -116,7 +116,10 @@ def read_vision_spec(folder: Path, standard: bool = False) -> VisionSpec:
     )
     if trouble := trouble_of_colours(mean, std) or _trouble_of_size(preprocessing):
         raise WeightsError(does_not_load(folder, f"in preprocessor_config.json {trouble}"))
-    return kind.describe(config, preprocessing)
+    try:
+        return kind.describe(config, preprocessing)
+    except UsageError as error:
+        raise WeightsError(does_not_load(folder, str(error))) from None
 
 
 # --- CLIP -------------------------------------------------------------------------------------------------------------
