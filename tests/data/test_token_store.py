@@ -323,6 +323,7 @@ def filler(path: Path, seed: int) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.long
 def test_writers_that_are_killed_leave_nothing_wrong(tmp_path):
     path = write(tmp_path, some_lines(2000))
     dataset = open_dataset(path)
