@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: setup demo test lint format reference bench gpu soak fuzz interop demo-assets clean
+.PHONY: setup demo test test-long lint format reference bench gpu soak fuzz interop demo-assets clean
 
 setup: $(READY)
 
@@ -23,8 +23,13 @@ $(DEV): $(READY)
 demo: $(READY)
 	$(BIN)/mmv demo
 
+# All tests but the long ones, in minutes.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' --numprocesses auto --dist worksteal
+
+# The others: real kills, several processes, the demo and the README from end to end.
+test-long: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto --dist loadgroup
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ from benchmarks.gpu import report
 from benchmarks.gpu.__main__ import PARTS, Part, TooLong, do, limit
 from benchmarks.gpu.card import Card
 
+pytestmark = pytest.mark.xdist_group("gpu")  # its fixture is made once
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,6 +27,7 @@ def found(tmp_path_factory):
     return json.loads((out / "gpu.json").read_text()), (out / "gpu.md").read_text()
 
 
+@pytest.mark.long
 def test_every_part_is_done_and_no_check_fails(found):
     parts = found[0]["parts"]
     assert {name: part["status"] for name, part in parts.items()} == {part.name: "done" for part in PARTS}
@@ -34,6 +37,7 @@ def test_every_part_is_done_and_no_check_fails(found):
     assert unchecked <= {"conformance", "ceilings", "material", "plans", "waits", "training", "talking", "feeding"}
 
 
+@pytest.mark.long
 def test_what_is_measured_is_there(found):
     parts = found[0]["parts"]
     assert parts["ceilings"]["bf16_tflops"] > 0
@@ -51,6 +55,7 @@ def test_what_is_measured_is_there(found):
     assert parts["resident"]["pretrain, graph"]["loss"] == pytest.approx(parts["resident"]["pretrain, eager"]["loss"])
 
 
+@pytest.mark.long
 def test_the_page_names_the_card_on_every_table_and_sets_predictions_beside(found):
     page = found[1]
     headings = [line for line in page.splitlines() if line.startswith("## ")]
@@ -58,6 +63,7 @@ def test_the_page_names_the_card_on_every_table_and_sets_predictions_beside(foun
     assert "| | measured | predicted |" in page
 
 
+@pytest.mark.long
 def test_a_part_that_breaks_or_takes_too_long_ends_nothing_else(tmp_path):
     card = Card(None, False, None, tmp_path)  # type: ignore[arg-type]
     card.__class__ = type("NoCard", (Card,), {"cuda": False})

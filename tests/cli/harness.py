@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -18,14 +17,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import torch
@@ -38,12 +36,12 @@ from minimind_v.core.demo.dataset import write_pretrain, write_sft
 from minimind_v.core.formats.checkpoint import export_tensors, load_into, read_checkpoint, write_checkpoint
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.model.vlm import VLM
+from tests import fork_server
 
+MMV, ROOT = fork_server.MMV, fork_server.ROOT
 ASSETS = Path(str(files("minimind_v.core.demo") / "assets"))
 BASE = ASSETS / "lm_128.safetensors"
 EYE = ASSETS / "vision"
-ROOT = Path(__file__).parents[2]
-MMV = Path(sys.executable).with_name("mmv")
 PATIENCE = 120  # seconds that a machine full of other work may need for what takes one
 ROWS = 40
 SIGHT = ("--vision-model", EYE, "--tokenizer", ASSETS)
@@ -93,9 +91,23 @@ def here(*args: object, stdin: str | bytes = b"") -> Ended:
 
 def installed(*args: object, stdin: str = "", cwd: Path | None = None) -> Ended:
     """Run the installed command to its end."""
-    command = [str(MMV), *map(str, args)]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=PATIENCE, check=False)
-    return Ended(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        read, write = os.pipe()
+        process = fork_server.start([*map(str, args)], [read, out.fileno(), err.fileno()], dict(os.environ), cwd)
+        os.close(read)
+        with contextlib.suppress(BrokenPipeError), open(write, "w", encoding="utf-8") as pipe:
+            pipe.write(stdin)
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return Ended(code, *(_text(file) for file in (out, err)))
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode().replace("\r\n", "\n")
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -117,23 +129,10 @@ class Running:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        start = [str(MMV)]
-        if prepare:
-            first = f"from {prepare.__module__} import {prepare.__name__} as prepare; prepare()"
-            code = f"{first}; from minimind_v.cli.app import main; main()"
-            start = [sys.executable, "-c", code]
         names = [terminal or folder / name for name in ("stdin", "stdout", "stderr")]
         files = [os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOCTTY) for name in names]
-        self.process = subprocess.Popen(
-            [*start, *map(str, args)],
-            stdin=files[0],
-            stdout=files[1],
-            stderr=files[2],
-            start_new_session=True,
-            preexec_fn=_take_terminal if terminal else _heed_ctrl_c,
-            cwd=ROOT if prepare else None,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = fork_server.start([*map(str, args)], files, environment, None, bool(terminal), prepare)
         for file in files:
             os.close(file)
         self.pid = self.process.pid
@@ -173,15 +172,6 @@ class Running:
     def left_behind(self) -> list[int]:
         """Processes of its session that are still there, itself not counted."""
         return [pid for pid, session in _sessions() if session == self.pid and pid != self.pid]
-
-
-def _heed_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so do its children
-
-
-def _take_terminal() -> None:
-    _heed_ctrl_c()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there becomes a signal
 
 
 def _sessions() -> Iterator[tuple[int, int]]:

@@ -29,6 +29,7 @@ def part_size(root):
     return sum(part.stat().st_size for part in root.rglob("*.part"))
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_goes_on(hub, tmp_path):
     root = tmp_path / "root"
     for number, size in enumerate((1, 2 << 20, 5 << 20, 7 << 20)):
@@ -43,6 +44,7 @@ def test_killed_at_any_moment_it_goes_on(hub, tmp_path):
     assert done["transferred"] <= len(LM) - (7 << 20)
 
 
+@pytest.mark.long
 def test_killed_between_the_name_and_the_receipt(hub, tmp_path):
     hub.delay = 0
     assert installed(*command(hub, tmp_path)).code == 0

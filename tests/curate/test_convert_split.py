@@ -213,6 +213,7 @@ print(done.resumed_at)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_killed_and_started_again_it_goes_on(tmp_path, ending):
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:

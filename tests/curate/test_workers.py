@@ -73,6 +73,7 @@ def test_a_process_that_cannot_begin_is_not_the_fault_of_a_row():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.long
 def test_ctrl_c_and_a_kill_leave_no_process_and_no_traceback(tmp_path):
     rows = read_rows(place().data("sft"))
     many = write_rows(tmp_path / "rows.jsonl", rows * 200)

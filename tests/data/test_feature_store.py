@@ -122,6 +122,7 @@ for begin in range(0, 10**9, 4):
 """
 
 
+@pytest.mark.long
 def test_a_kill_at_any_moment_leaves_nothing_wrong(store):
     for pause in (0.0, 0.03, 0.1):
         writer = subprocess.Popen([sys.executable, "-c", KILLED, store.folder], stdout=subprocess.PIPE)

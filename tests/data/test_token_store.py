@@ -166,7 +166,7 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
     )
 
 
-@pytest.mark.parametrize(("batch_size", "rows_per_update"), [(4, 4), (2, 6)])
+@pytest.mark.parametrize(("batch_size", "rows_per_step"), [(4, 4), (2, 6)])
 def test_batches_are_those_of_the_plain_way_for_any_number_of_workers(tmp_path, batch_size, rows_per_step):
     dataset = open_dataset(write(tmp_path, some_lines(300)))
     wanted = list(plain_updates(dataset, batch_size, 3, 2, rows_per_step))
@@ -323,6 +323,7 @@ def filler(path: Path, seed: int) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.long
 def test_writers_that_are_killed_leave_nothing_wrong(tmp_path):
     path = write(tmp_path, some_lines(2000))
     dataset = open_dataset(path)

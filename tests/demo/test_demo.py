@@ -16,6 +16,8 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.monitor.metrics import Listener
 from tests.cli.harness import here
 
+pytestmark = pytest.mark.xdist_group("demo")  # its fixture is made once
+
 MMV = Path(sys.executable).with_name("mmv")
 
 
@@ -29,6 +31,7 @@ def demo(tmp_path_factory):
     return out, json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.long
 def test_the_model_sees(demo):
     _, summary, _ = demo
     assert summary["accuracy_heldout_scenes"] >= 0.75
@@ -37,6 +40,7 @@ def test_the_model_sees(demo):
     assert summary["accuracy_before"] <= 0.45
 
 
+@pytest.mark.long
 def test_summary_is_written_and_complete(demo):
     out, summary, _ = demo
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -44,6 +48,7 @@ def test_summary_is_written_and_complete(demo):
     assert {"assets", "before", "pretrain", "sft", "eval", "chat", "convert"} <= set(summary["seconds"])
 
 
+@pytest.mark.long
 def test_report_is_one_file_with_curves_and_pictures(demo):
     page = (demo[0] / "report.html").read_text()
     assert page.count("<svg") == 2
@@ -54,11 +59,13 @@ def test_report_is_one_file_with_curves_and_pictures(demo):
     assert 'href="http' not in page
 
 
+@pytest.mark.long
 def test_each_stage_names_the_command_that_it_stands_for(demo):
     for command in ("mmv train pretrain", "mmv train sft", "mmv eval", "mmv chat", "mmv convert"):
         assert f"$ {command}" in demo[2]
 
 
+@pytest.mark.long
 def test_printed_commands_are_real(demo):
     """The commands that the demo prints do what the demo did: here the evaluation, over the same rows."""
     _, summary, talk = demo
@@ -80,6 +87,7 @@ def shown(demo):
     return dict(re.split(r"  +", line, maxsplit=1) for line in ended.out.splitlines()), ended.err
 
 
+@pytest.mark.long
 def test_the_last_lines_can_be_pasted(demo, shown):
     line = shown[0]["ask the model"]
     path = {"PATH": f"{MMV.parent}:{os.environ['PATH']}"}
@@ -91,6 +99,7 @@ def test_the_last_lines_can_be_pasted(demo, shown):
     assert {"--vision-model", "--tokenizer", "PICTURE"}.isdisjoint(shlex.split(line))
 
 
+@pytest.mark.long
 def test_the_last_lines_say_what_it_sees_and_how_to_free_the_disk(demo, shown):
     lines, talk = shown
     size = sum(path.stat().st_size for path in demo[0].rglob("*") if path.is_file())
@@ -99,6 +108,7 @@ def test_the_last_lines_say_what_it_sees_and_how_to_free_the_disk(demo, shown):
     assert "dark ground" in talk
 
 
+@pytest.mark.long
 def test_the_chat_stage_shows_a_question_and_its_answer(demo):
     example, lines = demo[1]["example"], [line.strip() for line in demo[2].splitlines()]
     begin = next(n for n, line in enumerate(lines) if line.startswith("$ mmv chat"))
@@ -107,12 +117,14 @@ def test_the_chat_stage_shows_a_question_and_its_answer(demo):
     assert shlex.split(lines[begin])[-2:] == [example["image"], example["question"]]
 
 
+@pytest.mark.long
 def test_a_dozen_pictures_lie_as_files(demo):
     pictures = sorted((demo[0] / "pictures").glob("*.jpg"))
     assert len(pictures) == 12
     assert demo[0] / "pictures" / "star.jpg" in pictures
 
 
+@pytest.mark.long
 def test_the_folder_is_a_project_of_its_own(demo, monkeypatch):
     """Everything is where the standard folders are: in it no command needs an option."""
     monkeypatch.chdir(demo[0])
@@ -123,6 +135,7 @@ def test_the_folder_is_a_project_of_its_own(demo, monkeypatch):
     )
 
 
+@pytest.mark.long
 def test_files_stand_under_published_names(demo):
     names = {path.name for path in (demo[0] / "out").iterdir()}
     assert {"pretrain_vlm_128.pth", "sft_vlm_128.pth", "sft_vlm_128.safetensors"} <= names
@@ -130,9 +143,9 @@ def test_files_stand_under_published_names(demo):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    done = subprocess.run([MMV, "demo", "--out", tmp_path], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "name a new folder" in done.stderr
+    ended = installed("demo", "--out", tmp_path)
+    assert ended.code == 2
+    assert "name a new folder" in ended.error
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -26,6 +26,7 @@ def names(table):
     return [line.split("  ")[0] for line in table]
 
 
+@pytest.mark.long
 def test_the_commands_and_the_program_run(hub, capsys):
     lines = commands(PAGE)
     assert [line.split()[1] for line in lines] == ["convert", "info", "chat", "convert", "upload"]

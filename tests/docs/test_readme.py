@@ -77,6 +77,7 @@ def hub(tmp_path_factory):
         yield hub
 
 
+@pytest.mark.long
 def test_every_mmv_command_runs_as_it_stands(place, hub, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)

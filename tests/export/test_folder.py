@@ -261,6 +261,7 @@ def test_a_full_disk_leaves_nothing(small_disk):
         assert list(disk.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing(tmp_path, number):
     out = tmp_path / "place"
@@ -275,6 +276,7 @@ def test_a_signal_leaves_nothing(tmp_path, number):
     assert running.left_behind() == []
 
 
+@pytest.mark.long
 def test_what_a_killed_conversion_left_goes_with_the_next(tmp_path):
     place = tmp_path / "place"
     place.mkdir()
@@ -301,6 +303,7 @@ def waited_for(happened):
     return False
 
 
+@pytest.mark.long
 def test_what_a_killed_writer_of_a_file_left_goes_with_the_next(tmp_path):
     out = tmp_path / "w.pth"
     code = (

@@ -18,6 +18,7 @@ from tests.cli.harness import ROOT, Running, place
 CONFIG = TextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", range(4))
 def test_a_run_that_saves_after_every_update(tmp_path, moment):
     weights = tmp_path / "out" / "pretrain_vlm_128.pth"
@@ -30,6 +31,7 @@ def test_a_run_that_saves_after_every_update(tmp_path, moment):
         assert len(read_checkpoint(weights).tensors) == 41
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 def test_saving_without_pause(tmp_path, ending):
     """Each save is of one number, so a file of two saves would show."""

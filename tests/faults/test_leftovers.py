@@ -70,6 +70,7 @@ def killed_in(code, *words):
         process.kill()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_what_a_killed_conversion_of_rows_left_goes_with_the_next(rows, tmp_path, ending):
     out = tmp_path / "new" / f"rows.{ending}"
@@ -81,6 +82,7 @@ def test_what_a_killed_conversion_of_rows_left_goes_with_the_next(rows, tmp_path
     assert tree(out.parent) == sorted(path.name for path in done.files)
 
 
+@pytest.mark.long
 def test_what_a_killed_conversion_to_a_folder_left_goes_with_the_next_at_once(tmp_path):
     out = tmp_path / "model"
     killed_in(FOLDER, out)
@@ -141,6 +143,7 @@ def write_often(path, text):
         write_text(path, text * 1000)
 
 
+@pytest.mark.long
 def test_two_that_write_a_file_over_and_over_never_sweep_each_other(tmp_path):
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=write_often, args=(tmp_path / "a", text)) for text in "xyz"]

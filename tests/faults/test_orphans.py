@@ -101,6 +101,7 @@ def wait_until(happened, seconds):
     return happened()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("start", "there"),
     [
@@ -121,6 +122,7 @@ def test_a_process_that_is_killed_while_it_starts_others_leaves_none(starting, s
     assert wait_until(lambda: not members(process), 30), members(process)  # those that still import notice it then
 
 
+@pytest.mark.long
 def test_a_child_that_is_older_than_its_first_look_at_its_parent_ends():
     """The moment at which nobody would ever tell it: its parent ended before it could ask for a signal."""
     context = multiprocessing.get_context("fork")
@@ -130,6 +132,7 @@ def test_a_child_that_is_older_than_its_first_look_at_its_parent_ends():
     assert child.exitcode == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("system", ["signals", "watches", "starts from a thread"])
 def test_a_child_ends_with_its_parent(system, tmp_path):
     context, path = multiprocessing.get_context("fork"), tmp_path / "pid"
@@ -173,6 +176,7 @@ def hang_after_some():
     RowDataset.load = load
 
 
+@pytest.mark.long
 def test_a_run_ends_although_its_workers_hang(tmp_path):
     line = place().train(tmp_path / "out", epochs=100, workers=3, max_steps=4)
     run = Running(tmp_path, *line, prepare=hang_after_some)
@@ -230,6 +234,7 @@ def test_what_cannot_be_killed_is_left_and_waited_for_by_nobody(monkeypatch):
         process.join()
 
 
+@pytest.mark.long
 def test_those_that_end_by_themselves_are_given_the_time(monkeypatch):
     context = multiprocessing.get_context("fork")
     child = context.Process(target=time.sleep, args=(0.3,))

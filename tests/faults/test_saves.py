@@ -153,6 +153,7 @@ def in_the_making(out):
     return list((out / NAME / "states").glob(".step-*.tmp"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("saved", [0, 1, 3])
 def test_a_kill_inside_a_save_loses_nothing_that_was_there(tmp_path, whole, saved):
     out = tmp_path / "out"
@@ -174,6 +175,7 @@ def test_a_kill_inside_a_save_loses_nothing_that_was_there(tmp_path, whole, save
     )
 
 
+@pytest.mark.long
 def test_a_stop_waits_for_the_save_that_runs_and_saves_what_came_after(tmp_path):
     out = tmp_path / "out"
     run = Running(tmp_path, *place().train(out, **LINE | {"save_every": 3, "epochs": 1000}), prepare=slow_sync)

@@ -34,6 +34,7 @@ def gone(run):
     return not run.left_behind()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("group", [False, True], ids=["to the command", "to its whole group"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_one_signal_ends_the_update_saves_and_exits(run, tmp_path, number, code, group):
@@ -46,6 +47,7 @@ def test_one_signal_ends_the_update_saves_and_exits(run, tmp_path, number, code,
     assert gone(run)
 
 
+@pytest.mark.long
 def test_a_second_signal_stops_at_once(tmp_path):
     """In the middle of an update: what it would leave is neither before nor after, so it is not saved."""
     run = Running(tmp_path, *place().train(tmp_path / "out", **LONG), prepare=slow_updates)
@@ -76,6 +78,7 @@ def slow_updates():
     Run._step = update
 
 
+@pytest.mark.long
 def test_a_signal_before_the_first_update_ends_the_command_too(tmp_path):
     run = Running(tmp_path, *place().train(tmp_path / "out", **LONG), prepare=slow_loading)
     run.until(lambda: "loading" in run.err)
@@ -121,12 +124,14 @@ def test_an_interrupt_that_became_another_error_on_its_way_is_an_interrupt(tmp_p
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.long
 def test_killed_outright_no_worker_survives(run):
     assert len(run.left_behind()) >= 2  # its data workers
     assert run.send(signal.SIGKILL).wait().code == -signal.SIGKILL
     assert gone(run)
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_ends_the_run_with_a_next_step(run, tmp_path):
     for worker in run.left_behind():
         os.kill(worker, signal.SIGKILL)
@@ -138,6 +143,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_next_step(run, tmp_path):
     assert gone(run)
 
 
+@pytest.mark.long
 def test_after_a_stop_the_next_run_asks_before_it_replaces(run, tmp_path):
     run.send(signal.SIGTERM).wait()
     again = here(*place().train(tmp_path / "out"))

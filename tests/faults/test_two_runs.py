@@ -50,6 +50,7 @@ def assert_refused(ended, run):
 # --- as long as the first lives ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_second_is_refused_in_the_middle_of_the_first(tmp_path, start):
     run = start().until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
     for words in ((), ("--resume",), ("--overwrite",)):
@@ -78,6 +79,7 @@ def slow_loading():
     VisionEncoder.load = lasting("loading")
 
 
+@pytest.mark.long
 def test_the_second_is_refused_while_the_first_is_loading(tmp_path, start):
     start(prepare=slow_loading).until(lambda: (tmp_path / "out" / LOCK).exists())
     assert_refused(here(*place().train(tmp_path / "out")), tmp_path / "out")
@@ -89,6 +91,7 @@ def slow_report():
     records.write_report = lasting("reporting")
 
 
+@pytest.mark.long
 def test_the_second_is_refused_until_the_report_of_the_first_is_written(tmp_path, start):
     run = start(prepare=slow_report, epochs=1, max_steps=1)
     run.until(lambda: "reporting" in run.err)
@@ -97,6 +100,7 @@ def test_the_second_is_refused_until_the_report_of_the_first_is_written(tmp_path
     assert (tmp_path / "out" / f"{NAME}.pth").read_bytes() == before
 
 
+@pytest.mark.long
 def test_of_two_that_start_together_one_trains(tmp_path, start):
     runs = [start("--resume", prepare=slow_report, epochs=1, max_steps=2) for _ in range(2)]
     while all(run.alive for run in runs):
@@ -106,18 +110,21 @@ def test_of_two_that_start_together_one_trains(tmp_path, start):
     winner.until(lambda: "reporting" in winner.err)
 
 
+@pytest.mark.long
 def test_another_spelling_of_the_folder_is_the_same_folder(tmp_path, start):
     start(prepare=slow_loading).until(lambda: (tmp_path / "out" / LOCK).exists())
     (tmp_path / "link").symlink_to(tmp_path / "out")
     assert_refused(here(*place().train(tmp_path / "link")), tmp_path / "link")
 
 
+@pytest.mark.long
 def test_a_run_under_another_name_is_not_in_the_way(tmp_path, start):
     start(prepare=slow_loading).until(lambda: (tmp_path / "out" / LOCK).exists())
     ended = here(*place().train(tmp_path / "out", "sft", max_steps=1, init=sighted()))
     assert ended.code == 0, ended.err
 
 
+@pytest.mark.long
 def test_of_several_processes_the_first_holds_the_lock(tmp_path, start):
     run = start(gpus=2, batch_size=2, workers=0)
     run.until(lambda: "step 1/" in run.err)
@@ -129,6 +136,7 @@ def test_of_several_processes_the_first_holds_the_lock(tmp_path, start):
 # --- not a moment longer ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_is_in_nobodys_way(tmp_path, start):
     run = start().until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
     run.send(signal.SIGKILL).wait()
@@ -139,6 +147,7 @@ def test_a_run_that_is_killed_is_in_nobodys_way(tmp_path, start):
     assert LOCK not in tree(tmp_path / "out")
 
 
+@pytest.mark.long
 def test_a_leader_that_is_killed_does_not_keep_the_others_from_starting_again(tmp_path, start):
     run = start("--max-restarts", "1", gpus=2, batch_size=2, workers=1, epochs=3)
     run.until(lambda: "step 4/" in run.err)
@@ -179,6 +188,7 @@ def hold_for_ever(path, held):
     time.sleep(600)
 
 
+@pytest.mark.long
 def test_a_lock_is_held_until_its_process_is_killed(tmp_path, child):
     path, held = tmp_path / "new" / "lock", multiprocessing.get_context("fork").Event()
     process = child(hold_for_ever, path, held)
@@ -221,6 +231,7 @@ def test_two_of_one_process_keep_each_other_out(tmp_path):
     lock.release()
 
 
+@pytest.mark.long
 def test_a_forked_child_neither_keeps_nor_releases_the_lock(tmp_path, child):
     lock = Lock(tmp_path / "lock", {})
     releasing = child(lock.release)
@@ -241,6 +252,7 @@ def add_ones(path, lock):
         held.release()
 
 
+@pytest.mark.long
 def test_a_lock_that_is_removed_with_each_release_is_never_held_twice(tmp_path, child):
     """The one who waits for a file that is removed must not take it for the lock."""
     (tmp_path / "number").write_text("0")

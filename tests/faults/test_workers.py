@@ -49,6 +49,7 @@ def losses(out):
     return [record["loss"] for record in read_rows(out / NAME / "metrics.jsonl")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "changes", "told"),
     [
@@ -72,6 +73,7 @@ def test_a_run_goes_on_with_as_many_workers_as_there_is_room_for(tmp_path, conta
         assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["check", "stats"])
 def test_rows_are_counted_without_shared_memory(container, command):
     words = ("data", command, place().data("pretrain"), "--images", place().images("pretrain"))
@@ -108,6 +110,7 @@ def exit_in_silence():
     only_in_a_worker(lambda: os._exit(0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("prepare", "told"),
     [
@@ -214,6 +217,7 @@ def wait_for_ever():
     RowDataset.load = load
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "code", "changes"),
     [
@@ -249,6 +253,7 @@ def wait_at_once():
     print("waiting", file=sys.stderr, flush=True)
 
 
+@pytest.mark.long
 def test_a_signal_before_the_first_batch_is_no_error_of_the_data(tmp_path):
     run = Running(tmp_path, *place().train(tmp_path / "out", workers=1), prepare=wait_at_once)
     run.until(lambda: "1 epoch" in run.err)

@@ -27,6 +27,7 @@ def loop():
     loop.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FORMATS)
 def test_changed_files_are_read_or_refused_in_one_line(loop, name):
     """What fails here is repeated by `python -m tests.fuzz --seed 11 --cases 25 --only NAME`, which keeps its files."""

@@ -214,6 +214,7 @@ def test_a_resumed_run_is_divided_as_before(tmp_path):
     assert (config["data"]["batch_size"], config["accumulate"]) == (4, 8)
 
 
+@pytest.mark.long
 def test_two_processes_agree(tmp_path):
     ended = installed(*place().train(tmp_path / "out", batch_size="auto", accumulate=2, gpus=2, max_steps=2))
     assert ended.code == 0, ended.err

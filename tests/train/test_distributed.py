@@ -72,10 +72,12 @@ def pair(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_two_processes_learn_what_one_does(pair, alone):
     assert_close(pair, alone)
 
 
+@pytest.mark.long
 def test_fifty_updates_of_fine_tuning_with_experts_uneven_ends_and_accumulation(tmp_path):
     """Rows that no number here divides: processes without a row, text-only batches, experts that nobody chose."""
     words = ("--set", "model.use_moe=true", "--set", "model.num_hidden_layers=2")
@@ -120,6 +122,7 @@ def test_no_row_is_lost_or_repeated(tmp_path, count, batch_size, accumulate, pro
 # --- another number of processes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [({"batch_size": 4, "gpus": 1}, 10), ({"batch_size": 8, "gpus": 1}, 10), ({"batch_size": 4, "gpus": 3}, 10)],
@@ -135,6 +138,7 @@ def test_a_run_of_two_goes_on_with_another_number(tmp_path, pair, alone, changes
     assert_close(out, alone)
 
 
+@pytest.mark.long
 def test_other_rows_per_update_are_another_run(tmp_path, pair):
     out = shutil.copytree(pair, tmp_path / "out")
     ended = here(*place().train(out, **ROWS | {"batch_size": 5}), "--resume")
@@ -156,6 +160,7 @@ def start(folder: Path, out: Path, *words: object, **changes: object) -> Running
     return Running(folder, *place().train(out, **HALF | changes), *words)
 
 
+@pytest.mark.long
 def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair):
     """Every process on one thread, as in `pair`: what is compared bit for bit."""
     out, rng = tmp_path / "out", random.Random(0)
@@ -187,6 +192,7 @@ def processes_of(out: Path) -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
+@pytest.mark.long
 def test_who_starts_when_the_launcher_is_gone_already_ends(tmp_path):
     """Killed at once, a launcher is no parent any more when its processes look for it."""
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
@@ -197,6 +203,7 @@ def test_who_starts_when_the_launcher_is_gone_already_ends(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_is_killed_ends_all_within_seconds(tmp_path, victim):
     run = start(tmp_path / "run", tmp_path / "out", epochs=10_000)
@@ -209,6 +216,7 @@ def test_one_that_is_killed_ends_all_within_seconds(tmp_path, victim):
     assert "was ended by SIGKILL, often the system's answer to a lack of memory — add --resume" in ended.error
 
 
+@pytest.mark.long
 def test_one_that_is_killed_makes_all_go_on(tmp_path, pair):
     out = tmp_path / "out"
     run = start(tmp_path / "run", out, "--max-restarts", "1", save_every=1)
@@ -223,6 +231,7 @@ def test_one_that_is_killed_makes_all_go_on(tmp_path, pair):
 # --- one error --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_error_is_told_once_and_not_tried_again(tmp_path):
     began = time.monotonic()
     ended = installed(*place().train(tmp_path / "out", **HALF | {"init": tmp_path / "none.pth"}), "--max-restarts", 3)
@@ -233,12 +242,14 @@ def test_an_error_is_told_once_and_not_tried_again(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_an_existing_run_is_refused_with_the_code_of_a_usage_error(tmp_path, pair):
     ended = installed(*place().train(pair, **HALF))
     assert ended.code == 2
     assert "is there from an earlier run" in ended.error
 
 
+@pytest.mark.long
 def test_a_row_that_breaks_on_one_process_is_counted_by_all(tmp_path):
     lines = place().data("pretrain").read_text().splitlines()
     data = write_rows(tmp_path / "rows.jsonl", ["{", *lines, "{"])
@@ -290,6 +301,7 @@ finally:
 """
 
 
+@pytest.mark.long
 def test_started_by_torchrun_or_slurm(tmp_path, alone):
     """Two processes with nothing in common but their environment; nothing of their contact is left when they are done.
 
@@ -317,6 +329,7 @@ def test_started_by_torchrun_or_slurm(tmp_path, alone):
         assert_close(out, alone)
 
 
+@pytest.mark.long
 def test_two_machines(tmp_path, alone):
     """Two launchers that meet at an address, each with a process of its own."""
     port = random.Random(os.getpid() + 1).randrange(20000, 40000)

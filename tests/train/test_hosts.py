@@ -101,6 +101,7 @@ def start(hosts, tmp_path):
             os.killpg(host.process.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_two_machines_learn_what_one_does(start, tmp_path):
     both = start(batch_size=4)
     assert [host.end() for host in both] == [0, 0], both[0].said + both[1].said
@@ -116,6 +117,7 @@ def test_two_machines_learn_what_one_does(start, tmp_path):
         assert [one[key] for one in curves[0]] == pytest.approx([one[key] for one in curves[1]], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_machine_that_is_gone_ends_the_other_and_a_stop_ends_both(start, tmp_path):
     first, second = start(epochs=10_000)
     first.until("step 3/")
@@ -136,6 +138,7 @@ def test_a_machine_that_is_gone_ends_the_other_and_a_stop_ends_both(start, tmp_p
     assert list((tmp_path / "other" / "out" / NAME / "states").glob("*"))
 
 
+@pytest.mark.long
 def test_who_waits_in_vain_is_told(tmp_path):
     run = Running(tmp_path, *place().train(tmp_path / "out"), "--nnodes", 2, "--node-rank", 1,
                   "--rdzv-endpoint", "127.0.0.1:9", prepare=meet_soon)  # fmt: skip

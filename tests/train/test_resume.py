@@ -123,6 +123,7 @@ def alone(out, *words):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
 def test_killed_for_real_again_and_again(tmp_path, whole_alone, number):
     out, rng, codes = tmp_path / "out", random.Random(number), []
@@ -138,6 +139,7 @@ def test_killed_for_real_again_and_again(tmp_path, whole_alone, number):
     assert_same_run(out, whole_alone)
 
 
+@pytest.mark.long
 def test_a_stop_says_how_to_go_on(tmp_path):
     run = Running(tmp_path / "run", *place().train(tmp_path / "out", epochs=10_000, workers=1), "--overwrite")
     run.until(lambda: "step 3/" in run.err)

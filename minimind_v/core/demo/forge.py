@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEnco
 from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 
+log = logging.getLogger(__name__)
 VISION: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
           "num_hidden_layers": 4, "num_attention_heads": 4}  # fmt: skip
 MASTERY = 0.95  # share of right answers at which the language model has read enough
@@ -179,7 +181,7 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
         optimiser.step()
         schedule.step()
         if step % 50 == 0:
-            print(f"tower {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+            log.info(f"tower {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s")
     figures = _score_tower(encoder, reader, random.Random(seed + 1))
     figures["seconds"] = round(time.time() - started)
     folder = out / "vision"
@@ -300,10 +302,10 @@ def train_base(out: Path, seed: int, steps: int, rows: int) -> dict[str, float]:
         optimiser.step()
         schedule.step()
         if step % 50 == 0:
-            print(f"base {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+            log.info(f"base {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s")
         if step % 500 == 0 or step == steps:
             figures = reader.score(random.Random(seed + 1))
-            print(f"base {step}: {figures}", flush=True)
+            log.info(f"base {step}: {figures}")
             kept = {k: v.half().contiguous() for k, v in model.state_dict().items() if k.startswith("model.")}
             save_file(kept, out / f"lm_{model.config.hidden_size}.safetensors", metadata={"format": "pt"})
             if min(figures.values()) >= MASTERY:
@@ -395,6 +397,7 @@ def main() -> None:
     parser.add_argument("--base-rows", type=int, default=20)
     parser.add_argument("--only", choices=("tokenizer", "tower", "base"))
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "figures.json"
     figures = json.loads(path.read_text()) if path.exists() else {}

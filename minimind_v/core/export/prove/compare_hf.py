@@ -11,9 +11,9 @@ from torch import Tensor
 
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
+from minimind_v.core.export.prove.ask_cases import ask
 from minimind_v.core.export.prove.cases import CASES, Case, pictures
 from minimind_v.core.export.prove.report import Report
-from minimind_v.core.export.prove.verify_hf import ask
 from minimind_v.core.files import size_of
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.request import ExportRequest
@@ -22,7 +22,7 @@ TOLERANCE = 1e-4  # of a logit in fp32; what rounding alone does is near 1e-6
 
 
 def compare(order: ExportRequest, folder: Path, found: dict[str, Any]) -> Report:
-    """Compare with the source of `order` what `folder` answered (`verify_hf.ask`).
+    """Compare with the source of `order` what `folder` answered (`ask_cases.ask`).
 
     An export in another type is compared with the source's weights in that type, which must give the same; what the
     type itself costs is told beside.

@@ -1,0 +1,25 @@
+"""The answers of an exported folder's model to the fixed prompts and images."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.errors import RunError
+from minimind_v.core.export.prove import ask_hf
+from minimind_v.core.export.prove.cases import CASES, pictures
+
+
+def ask(folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """What the model of a folder answers in the cases. Raises RunError where it cannot be opened."""
+    with tempfile.TemporaryDirectory(prefix="mmv-verify-") as work:
+        names = [str(Path(work) / f"{number}.png") for number in range(len(pictures()))]
+        for name, picture in zip(names, pictures(), strict=True):
+            picture.save(name)
+        cases = [{"messages": case.standard, "pictures": [names[n] for n in case.pictures]} for case in CASES]
+        try:
+            return ask_hf.ask(str(folder), cases, dtype)
+        except Exception as error:  # whatever a library says of a folder that it cannot use
+            reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+            raise RunError(f"transformers does not open what was written ({reason:.300}); nothing is left") from error
