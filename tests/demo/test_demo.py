@@ -14,7 +14,7 @@ import pytest
 from minimind_v.core.demo import run
 from minimind_v.core.errors import UsageError
 from minimind_v.core.monitor.metrics import Listener
-from tests.cli.harness import here
+from tests.cli.harness import here, installed
 
 pytestmark = pytest.mark.xdist_group("demo")  # its fixture is made once
 
