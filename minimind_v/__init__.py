@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from minimind_v.core.version import __version__
 
 TYPE_CHECKING = False  # so read by mypy and editors; the module `typing` itself takes longer to import than this one
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from minimind_v import __version__
 from minimind_v.cli import (
     bench,
     chat,
@@ -39,6 +38,7 @@ from minimind_v.cli.command import (
 from minimind_v.cli.run_options import RUN_OPTIONS
 from minimind_v.cli.terminal import run_app
 from minimind_v.core.extensions import load_extensions
+from minimind_v.core.version import __version__
 
 app = typer.Typer(
     name="mmv",

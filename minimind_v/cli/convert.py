@@ -16,7 +16,7 @@ from minimind_v.cli.command import advanced
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import one_of
 from minimind_v.core.errors import UsageError
-from minimind_v.core.export.targets import TARGETS
+from minimind_v.core.export.targets import TARGETS, Target
 from minimind_v.core.outputs import check_weights
 from minimind_v.core.paths import OUT_DIR
 
@@ -65,26 +65,18 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Write a model in another format and verify it. A result that differs is removed."""
-    from minimind_v.core.formats.inputs import find_model
     from minimind_v.core.formats.request import ExportRequest
-    from minimind_v.core.hub.sources import latest_model, weights_at
 
     one_of("to", to, TARGETS)
     target, precision, terminal = TARGETS[to], dtype.value if dtype else None, Terminal()
     _refuse_wrong_type(to, precision, quantize)
-    out_dir = options.folder("out", OUT_DIR)
-    if target.ending:  # of the weights alone
-        source = weights_at(model) if model else latest_model(terminal.say, out_dir)
-    else:
-        source = find_model(model, vision_model, tokenizer, terminal.say, out_dir)
+    source = _find_source(target, model, vision_model, tokenizer, terminal)
     path = out or _beside(source, target.ending or f"-{to}")
-    if target.ending:
-        check_weights(path, source, target.ending, overwrite)  # before torch is imported
+    if target.ending:  # refused before torch is imported
+        check_weights(path, source, target.ending, overwrite)
     from minimind_v.core.export.folder import export
 
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # as in `core/export/prove/worker.py`; torch reads it when it is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `core/export/prove/worker.py`, before torch is imported
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: partial results are removed
     request = ExportRequest(source, vision_model, tokenizer, precision, quantize)
     report = export(request, to, path, verify, overwrite)
@@ -94,6 +86,19 @@ def convert(
     if report.found:
         terminal.table(report.found)
     terminal.say(f"{path}: {report.summary or ('written and verified' if verify else 'written, not verified')}")
+
+
+def _find_source(
+    target: Target, model: Path | None, vision_model: Path | None, tokenizer: Path | None, terminal: Terminal
+) -> Path:
+    """The weights to convert. Raises MissingInput for all missing inputs of the target."""
+    from minimind_v.core.formats.inputs import find_model
+    from minimind_v.core.hub.sources import latest_model, weights_at
+
+    out_dir = options.folder("out", OUT_DIR)
+    if target.ending:  # it holds the weights alone
+        return weights_at(model) if model else latest_model(terminal.say, out_dir)
+    return find_model(model, vision_model, tokenizer, terminal.say, out_dir)
 
 
 def _refuse_wrong_type(to: str, dtype: str | None, quantize: str | None) -> None:

@@ -12,13 +12,13 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from minimind_v import __version__
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.targets import TARGETS
 from minimind_v.core.files import in_use, only_writer, read_notes, sweep, umask, write_text
 from minimind_v.core.formats.request import ExportFacts, ExportRequest
 from minimind_v.core.outputs import check_weights
+from minimind_v.core.version import __version__
 
 MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
 

@@ -22,6 +22,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.device import gpu_names
 from minimind_v.core.files import read_notes, write_text
 from minimind_v.core.monitor.fingerprint import INPUTS
+from minimind_v.core.version import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "pyarrow")
 
@@ -34,7 +35,7 @@ def write_manifest(path: Path, config: RunConfig, origin: Mapping[str, Any], don
     begun = start(done, processes)
     starts = read_notes(path).get("starts") if done else None
     manifest = {
-        "mmv": minimind_v.__version__,
+        "mmv": __version__,
         "stage": config.stage,
         "seed": config.seed,
         "config": plain(config),
@@ -63,7 +64,7 @@ def start(done: int, processes: int) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of this package, Python, and what decides numbers."""
-    found = {"mmv": minimind_v.__version__, "python": platform.python_version()}
+    found = {"mmv": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minimind_v import __version__
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import CLIP_VISION, LINEAR
 from minimind_v.core.files import disk_errors, write_text
@@ -15,6 +14,7 @@ from minimind_v.core.formats.gguf.tokenizer import modelfile, write_words
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.request import ExportRequest, check_target
 from minimind_v.core.model.projector import PREFIX
+from minimind_v.core.version import __version__
 
 DEFAULT = "f16"
 TOWERS, PROJECTORS = (CLIP_VISION,), (LINEAR,)  # that llama.cpp can hold

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.model import ops
-from minimind_v.core.model.vision.spec import ClipConfig
+from minimind_v.core.model.vision.clip_config import ClipConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP's own

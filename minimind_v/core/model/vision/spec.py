@@ -14,6 +14,7 @@ from minimind_v.core.config.schema import CLIP_MEAN, CLIP_STD, CLIP_VISION, MOST
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError, nearest
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.model.vision.clip_config import ClipConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,21 +23,6 @@ if TYPE_CHECKING:
 MOST_SIZES = {"hidden_size": 4_096, "intermediate_size": 16_384, "num_hidden_layers": 256, "num_attention_heads": 256,
               "num_channels": 3, "image_size": 4_096, "patch_size": 128, "layer_norm_eps": 1.0}  # fmt: skip
 MOST_PATCHES = 16_384
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """What decides what a tower computes, by transformers' names, with the values that its files leave out."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
 
 
 STANDARD = ClipConfig(patch_size=16)  # ViT-B/16, which the published models look with
