@@ -72,7 +72,9 @@ def chat(
     if prompt is None and not interactive:
         prompt = _piped()
     if prompt is None and (json or not interactive):
-        raise typer.BadParameter("a question is needed: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT")
+        raise typer.BadParameter(
+            "the question is missing: mmv chat --image dog.jpg 'What is this?'", param_hint="PROMPT"
+        )
     from minimind_v.core.generate.settings import Sampling
 
     sampling = Sampling(0.0 if greedy else temperature, top_p, seed)
@@ -253,7 +255,7 @@ class Conversation:
         """The images of the conversation, as text."""
         lists = []
         if self.waiting:
-            lists.append(f"with the next question: {_listed([name for name, _ in self.waiting])}")
+            lists.append(f"for the next question: {_listed([name for name, _ in self.waiting])}")
         if self.shown:
             lists.append(f"in the conversation: {_listed(self.shown)}")
         return "; ".join(lists) or "no image in the conversation"

@@ -74,7 +74,7 @@ def check(
     if not summary["ok"] and fix:
         terminal.say(f"training would refuse {file} ({summary['refusal']}); it accepts {fix}")
     elif not summary["ok"]:
-        clean = " — `--fix OUT.jsonl` writes a clean copy" if summary["usable"] else ""
+        clean = " — write a clean copy with --fix OUT.jsonl" if summary["usable"] else ""
         terminal.fail(f"training would refuse these rows: {summary['refusal']}{clean}")
         raise typer.Exit(1)
 
@@ -94,7 +94,9 @@ def _fix(terminal: Terminal, report: Report, rows: RowStore, out: Path, overwrit
         done = run(SampledRows(rows, kept), out, overwrite, progress)
     broken = report.rows - int(usable.sum())
     repeated = report.rows - broken - done.rows
-    terminal.say(f"{out}: {plural(done.rows, 'row')}; left out: {broken} broken, {repeated} repeated or held out")
+    terminal.say(
+        f"{out}: {plural(done.rows, 'row')}; {broken} broken and {repeated} repeated or held-out rows left out"
+    )
     return {"files": [str(path) for path in done.files], "rows": done.rows, "left_out": broken + repeated}
 
 
@@ -133,7 +135,7 @@ def convert(
         terminal.say("stopped — run the same command again to resume")
         raise
     files = ", ".join(map(str, done.files))
-    resumed = f", the first {done.resumed_at} of them by an earlier run" if done.resumed_at else ""
+    resumed = f", {done.resumed_at} of them from the interrupted run" if done.resumed_at else ""
     terminal.say(f"{files}: {plural(done.rows, 'row')}{resumed}")
     if json:
         terminal.json({"files": [str(path) for path in done.files], "rows": done.rows, "resumed_at": done.resumed_at})
@@ -142,7 +144,9 @@ def convert(
 def split(
     file: File,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files train and held_out.")],
-    held_out: Annotated[float, typer.Option("--held-out", help="A share below 1, or a number of rows.")] = 0.01,
+    held_out: Annotated[
+        float, typer.Option("--held-out", help="Held-out part: a share below 1, or a number of rows.")
+    ] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 42,
     split: options.Split = None,
     images: options.Images = None,
@@ -155,7 +159,7 @@ def split(
     if not 0 < held_out < math.inf:
         raise typer.BadParameter("must be above 0, and finite", param_hint="--held-out")
     if held_out > 1 and not held_out.is_integer():
-        raise typer.BadParameter("is a share below 1 or a whole number of rows", param_hint="--held-out")
+        raise typer.BadParameter("must be a share below 1 or a whole number of rows", param_hint="--held-out")
     terminal = Terminal()
     rows = _open(terminal, file, split, images)
     with terminal.progress("split") as progress:

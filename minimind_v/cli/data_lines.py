@@ -33,9 +33,9 @@ def row_lines(view: RowView) -> Iterator[Line]:
             f"{view.supervised} supervised"
         )
         if lost:
-            counts += f"; {lost} cut off, {view.answers_lost} of them of answers"
+            counts += f"; {lost} cut off, {view.answers_lost} of them in answers"
         if view.batch:
-            counts += f"; {view.batch.length - len(view.tokens)} of padding in its batch"
+            counts += f"; {view.batch.length - len(view.tokens)} padding tokens in its batch"
         yield [(counts, DIM)]
     line: Line = []
     for (style, opens, closes), run in groupby(view.pieces, _marks):
@@ -56,7 +56,7 @@ def row_lines(view: RowView) -> Iterator[Line]:
     if view.unmarked:
         yield [(TEXT_ROW, DIM)]
     if view.unanswered:
-        yield [("a last question without an answer is left out: ", DIM), (visible(view.unanswered), CUT)]
+        yield [("the last question has no answer and is not used: ", DIM), (visible(view.unanswered), CUT)]
     if view.source:
         yield from ([(visible(line), DIM)] for line in view.source.split("\n"))
     yield [("", "")]
@@ -88,7 +88,7 @@ def stats_lines(report: dict[str, Any]) -> Iterator[Line]:
         )
     ]
     if report["sample"]:
-        yield [(f"a sample: the first {plural(report['looked_at'], 'row')} in the order of the first epoch", DIM)]
+        yield [(f"sample: the first {plural(report['looked_at'], 'row')} of the first epoch", DIM)]
     yield [("", "")]
     yield from _quantile_lines(report)
     yield [("", "")]

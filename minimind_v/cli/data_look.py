@@ -148,6 +148,6 @@ def open_data(
     if not (recipe.vision_model / "config.json").is_file():
         terminal.say(
             f"no vision model in {recipe.vision_model}: counting images as the presets do, "
-            f"{spec.image_size} × {spec.image_size} and {spec.tokens_per_image} tokens each"
+            f"{spec.image_size} × {spec.image_size}, {spec.tokens_per_image} tokens per image"
         )
     return recipe, store, PromptEncoder(tokens, spec.tokens_per_image), spec

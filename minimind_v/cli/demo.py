@@ -37,13 +37,13 @@ def demo(
     example = summary["example"]
     chat = ["chat", "--model", example["model"], "--image", example["image"], example["question"]]
     terminal.table({
-        "held-out scenes": f"{summary['accuracy_heldout_scenes']:.1%} of the answers are right",
+        "held-out scenes": f"{summary['accuracy_heldout_scenes']:.1%} of the answers are correct",
         "held-out shape-colour pairs": f"{summary['accuracy_heldout_pairs']:.1%}",
         "blank image": f"{summary['accuracy_blank']:.1%}",
         "before training": f"{summary['accuracy_before']:.1%}",
         "training and evaluation": f"{summary['seconds_training_and_evaluation']:.0f} s",
         "report": str(out / "report.html"),
-        "images": f"{Path(example['image']).parent}: a dozen to ask about",
+        "images": f"{Path(example['image']).parent}: a dozen images for your questions",
         "ask the model": command_line(*chat),
         "free the disk": f"{shlex.join(['rm', '-r', str(out)])} ({size_of(out) / 1e6:,.0f} MB)",
     })  # fmt: skip

@@ -154,7 +154,7 @@ class TrainView(Listener):
             Text(f"grad {metrics.grad_norm:.2f}"),
             Text(f"{samples / seconds:.1f} samples/s"),
             Text(f"{tokens / seconds:.0f} tokens/s"),
-            Text(f"data {share:.0%}", "yellow" if share > 0.2 else ""),
+            Text(f"waiting for data {share:.0%}", "yellow" if share > 0.2 else ""),
             Text(f"memory {memory()}"),
             Text(f"left {clock(metrics.seconds_left)}"),
         ]

@@ -64,7 +64,7 @@ TokenizerOfModel = Annotated[
     _folder(
         "--tokenizer",
         "tokenizer",
-        f"Folder of tokenizer.json. [default: that of --model's folder or run, else {TOKENIZER_DIR}]",
+        f"Folder of tokenizer.json. [default: the one recorded with --model, else {TOKENIZER_DIR}]",
     ),
 ]
 Images = Annotated[

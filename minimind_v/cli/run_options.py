@@ -74,7 +74,7 @@ RUN_OPTIONS: Table = {
         autocompletion=complete(*FREEZE_POLICIES),
     ),
     "device": _common(str, "auto, cpu, cuda, cuda:1, mps …", metavar="NAME", envvar=ENVIRONMENT["device"]),
-    "gpus": _common(int, "GPUs of this machine; with --device cpu, processes."),
+    "gpus": _common(int, "Number of GPUs on this machine; with --device cpu, number of processes."),
     "recipe": _advanced(
         str, "small-data, with sft: train on up to a few hundred rows of your own, and measure what the model forgets. "
         "[default: the stage's recipe]",

@@ -260,7 +260,7 @@ def _describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):  # no permission, no space, a name that is too long
         reason = error.strerror or str(error)
         return (f"{error.filename}: {reason}" if error.filename else reason), 1
-    return f"{type(error).__name__}: {error} — this is a defect of mmv; --debug shows where", 1
+    return f"{type(error).__name__}: {error} — this is a bug in mmv; --debug shows the traceback", 1
 
 
 @contextmanager

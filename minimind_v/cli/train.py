@@ -35,7 +35,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run in --out exactly; start it if there is none.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights of an earlier run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over and replace an earlier run.")] = False,
     allow: Annotated[
         list[str] | None,
         advanced("--allow", metavar="KEY", help="With --resume: accept a change of this key."),
@@ -120,7 +120,7 @@ def _show_summary(terminal: Terminal, summary: Summary) -> None:
     if report.is_file():
         terminal.say(f"report: {report}")
     if summary.weights.is_file():
-        terminal.say(f"ask it: {command_line('chat', '--model', summary.weights)}")
+        terminal.say(f"chat with it: {command_line('chat', '--model', summary.weights)}")
     if summary.stopped_by:
         words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
         terminal.say(f"resume with: {shlex.join(['mmv', *words, '--resume'])}")
@@ -136,8 +136,9 @@ def _skipped(summary: Summary) -> str:
 def _results(summary: Summary) -> str:
     """The paths of a run's results that exist."""
     if not summary.steps:
-        return "nothing to save yet"
+        return "nothing saved yet"
     results = {"weights": summary.weights, "curve": summary.metrics}
     return ", ".join(
-        f"{name} in {path}" if path.is_file() else f"no {name}: {path} was removed" for name, path in results.items()
+        f"{name} in {path}" if path.is_file() else f"{name} is lost: {path} was removed"
+        for name, path in results.items()
     )

@@ -1,1 +1,1 @@
-"""The stations of the pipeline, in the order in which data flows through them."""
+"""The core of mmv: one package per stage of the pipeline."""

@@ -81,7 +81,7 @@ def bench(preset: str, device_name: str, report: Callable[[str], None]) -> Measu
     report("encoding images")
     images = torch.randint(0, 256, (encoder.group, 3, *[model.spec.image_size] * 2), dtype=torch.uint8).to(device)
     encode_seconds = _seconds(device, lambda: encoder.encode(images)) / len(images)
-    report("decoding pictures")
+    report("decoding images")
     decode_seconds = _decode(model.spec.image_size)
     report("training")
     step_seconds, step_operations = _learn(model, recipe.freeze, 4 if device.type == "cpu" else recipe.data.batch_size)
@@ -175,7 +175,7 @@ def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
 def operations(model: VLM, length: float, answer: float) -> float:
     """Operations for a row of `length` tokens and one image with cached features, `answer` tokens supervised.
 
-    Two operations per weight and token forward, two for its input's gradient, two more for a weight that learns. Of
+    Two operations per weight and token forward, two for its input's gradient, two more for a trainable weight. Of
     experts those are counted that a token meets, of the last layer what an answer's tokens or their attention need;
     attention's own products are left out.
     """

@@ -55,7 +55,7 @@ class CpuUse:
         self._then: tuple[float, float, float] | None = None  # time, seconds of all, seconds of ours
 
     def sample(self) -> float | None:
-        """Cores' worth of time that others have used since the last sample, 0 at the first; None where not known."""
+        """Cores used by other processes since the last sample; 0 at first, None if unknown."""
         try:
             now = time.monotonic(), self._used_by_all(), self._used_by_us()
         except (OSError, ValueError, IndexError):
@@ -65,7 +65,7 @@ class CpuUse:
         return max(0.0, (everyone - max(ours, 0.0)) / passed) if passed else 0.0
 
     def _used_by_all(self) -> float:
-        """Seconds that our cores were busy: with whatever, or for another virtual machine."""
+        """Busy seconds of our cores, including steal time of other virtual machines."""
         cores, busy = our_cores(), 0
         for line in (self.root / "stat").read_text(encoding="ascii").splitlines():
             name, *counts = line.split()
@@ -75,7 +75,7 @@ class CpuUse:
         return busy / self._ticks
 
     def _used_by_us(self) -> float:
-        """Seconds of this process, all of its threads, and of its children that live, as data workers do."""
+        """CPU seconds of this process, its threads and its living children, such as data workers."""
         children: list[str] = []
         for task in (self.root / "self/task").iterdir():
             with suppress(OSError):  # a thread that has ended meanwhile
@@ -92,7 +92,7 @@ class CpuUse:
 
 
 class SecondTeam:
-    """A thread that holds a team of OpenMP's threads, for as long as it is told to."""
+    """A thread that holds a second team of OpenMP threads until it is released."""
 
     def __init__(self) -> None:
         self._leave: threading.Event | None = None

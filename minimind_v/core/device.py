@@ -1,4 +1,4 @@
-"""Where computing happens, and in which precision."""
+"""The device and the precision of a computation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from minimind_v.core.machine import check_processes
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is CUDA where there is one, else Apple's GPU (MPS), else the CPU.
 
-    Of several processes on a machine, each has a GPU of its own; they do not share Apple's, of which there is one.
-    Raises UsageError for a device that is not there.
+    Each process on a machine gets its own GPU; Apple's single GPU is not shared.
+    Raises UsageError for a device that does not exist.
     """
     if name == "auto":
         alone = local_rank is None
         name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     if name.startswith("mps") and local_rank is not None:
-        raise UsageError(f"--device {name} is one GPU for one process — leave out --gpus, or add --device cpu to it")
+        raise UsageError(f"--device {name} is one GPU for one process — leave out --gpus, or use --device cpu")
     if name == "cuda" and local_rank is not None:
         if local_rank >= torch.cuda.device_count():
             raise UsageError(
@@ -49,7 +49,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def check_room(name: str, processes: int) -> None:
-    """Raises UsageError where so many processes of a run would not find a device each on this machine."""
+    """Raises UsageError if this machine does not have a device for each process."""
     gpus = torch.cuda.device_count() if name in ("auto", "cuda") else 0
     if name == "cpu" or (name == "auto" and not gpus):
         check_processes(processes)
@@ -61,7 +61,7 @@ def check_room(name: str, processes: int) -> None:
 
 
 def _choose_kernels() -> None:
-    """Which of CUDA's kernels may be used. These are switches of torch's, which need no GPU."""
+    """Select the CUDA kernels that torch may use. This needs no GPU."""
     # cuDNN's attention makes a plan for every new number of rows and tokens, which takes up to a second.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # fp32 means fp32: TF32 keeps 10 bits of a product's factors, and convolutions use it unless told otherwise.
@@ -70,7 +70,7 @@ def _choose_kernels() -> None:
 
 
 def require_determinism() -> None:
-    """The same bits from the same run on a GPU too, for this process. Must be called before a GPU multiplies matrices.
+    """Make this process bit-exact repeatable on a GPU. Must be called before the first matrix product on a GPU.
 
     Without this, backward passes of attention add up in the order in which a GPU's blocks end.
     """
@@ -80,14 +80,14 @@ def require_determinism() -> None:
 
 
 def resolve_dtype(device: torch.device, dtype: str) -> str:
-    """The precision of products that `auto` stands for: bfloat16 on a GPU that has it, else float32."""
+    """The precision that `auto` means: bfloat16 on a GPU that supports it, else float32."""
     if dtype == "auto":
         return "bfloat16" if has_bf16(device) else "float32"
     return dtype
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
-    """bf16 autocast where asked for or, with `auto`, on a GPU that has it; fp32 master weights always."""
+    """bf16 autocast if requested or, with `auto`, on a GPU that supports it; master weights are always fp32."""
     kind = resolve_dtype(device, dtype)
     return torch.autocast(device.type, torch.bfloat16) if kind == "bfloat16" else nullcontext()
 
@@ -113,7 +113,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the name of a GPU, else the kind of device."""
+    """The name of the GPU, else the type of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -124,7 +124,7 @@ def gpu_names() -> list[str]:
 
 
 def peak_memory() -> tuple[int, int]:
-    """The most bytes that this process has held, 0 where that is not known, and of them on its GPU."""
+    """The peak memory of this process in bytes (0 if unknown), and of its GPU."""
     try:
         import resource
     except ImportError:  # Windows has no such count

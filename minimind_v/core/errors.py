@@ -41,7 +41,7 @@ class MissingInput(MmvError):
     """One or several inputs are missing; each message names the command that makes the input."""
 
     def __init__(self, *missing: str) -> None:
-        several = f"{len(missing)} things are missing: " if len(missing) > 1 else ""
+        several = f"{len(missing)} inputs are missing: " if len(missing) > 1 else ""
         super().__init__(several + "; ".join(missing))
         self.missing = missing
 
@@ -71,7 +71,7 @@ class WeightsError(MmvError):
 
 
 class RunError(MmvError):
-    """A run cannot go on."""
+    """A run cannot continue."""
 
 
 class LostContact(RunError):

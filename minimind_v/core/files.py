@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         if (size := path.stat().st_size) > MOST_JSON:
-            raise ValueError(f"it has {size:,} bytes, the most is {MOST_JSON:,}")
+            raise ValueError(f"it has {size:,} bytes; the maximum is {MOST_JSON:,}")
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not even text, or lists in lists in lists
         raise WeightsError(f"{path}: not JSON ({error}) — download the file again") from None
@@ -347,7 +347,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except MmvError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"{folder}: the export cannot be written there ({_reason(error)}); nothing is left") from error
+        raise RunError(
+            f"{folder}: the export cannot be written there ({_reason(error)}); nothing was written"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

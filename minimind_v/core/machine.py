@@ -1,4 +1,4 @@
-"""What this machine has: cores and memory; an error names the option to lower."""
+"""The cores and memory of this machine; an error names the option to lower."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FEWEST = {"workers": 32, "processes": 8}  # that even a small machine may be ask
 
 
 def check_workers(workers: int) -> None:
-    """Raises UsageError for more `--workers` than the cores of this machine can make use of."""
+    """Raises UsageError for more `--workers` than the cores of this machine can use."""
     _refuse_more("--workers", workers, "workers")
 
 
 def check_processes(processes: int) -> None:
-    """Raises UsageError for more training processes on the CPU than its cores can make use of."""
+    """Raises UsageError for more training processes on the CPU than its cores can use."""
     _refuse_more("--gpus", processes, "processes")
 
 
@@ -31,7 +31,7 @@ def _refuse_more(option: str, asked: int, what: str) -> None:
 
 
 def total_memory() -> int | None:
-    """Bytes of memory that this machine has, or fewer where the system sets this process a limit; None: not known."""
+    """The memory of this machine in bytes, or the process limit if it is lower; None if unknown."""
     sizes: list[int] = []
     with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

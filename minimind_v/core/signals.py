@@ -19,7 +19,7 @@ class _Stopped(BaseException):
 class StopRequest:
     """While entered, SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) set `signal`; a second one stops at once.
 
-    SIGHUP stays ignored where it is, as under nohup.
+    SIGHUP stays ignored if it was ignored, as under nohup.
     """
 
     def __init__(self) -> None:

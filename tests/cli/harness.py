@@ -60,7 +60,7 @@ class Ended:
         """The one line that an error is told in; fails where it is not the last and only one."""
         lines = self.err.replace("\0", "").splitlines()  # torch's handler of a bus error writes one behind its line
         assert "Traceback" not in self.err
-        assert "defect of mmv" not in self.err
+        assert "this is a bug in mmv; --debug shows the traceback" not in self.err
         assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
         return lines[-1].removeprefix("error: ")
 

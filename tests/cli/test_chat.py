@@ -108,8 +108,8 @@ def test_a_cut_picture_is_told(ask, place, tmp_path):
 
 
 def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
-    assert ask(QUESTION, "--image", "dog.jpg", code=1).error == "no picture at dog.jpg"
-    assert ask(QUESTION, "--image", tmp_path, code=1).error == f"{tmp_path} is a folder — name a picture in it"
+    assert ask(QUESTION, "--image", "dog.jpg", code=1).error == "no image file at dog.jpg"
+    assert ask(QUESTION, "--image", tmp_path, code=1).error == f"{tmp_path} is a folder — name an image file in it"
     (tmp_path / "cat.JPG").touch()
     assert (
         f"name a picture in it, for example {tmp_path / 'cat.JPG'}" in ask(QUESTION, "--image", tmp_path, code=1).error
@@ -119,14 +119,14 @@ def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
 
 def test_all_pictures_that_are_not_there_are_told_at_once(ask, place, tmp_path):
     line = ask(QUESTION, "--image", "a.jpg", "--image", place.picture(), "--image", tmp_path, code=1).error
-    assert line == f"2 things are missing: no picture at a.jpg; {tmp_path} is a folder — name a picture in it"
+    assert line == f"2 inputs are missing: no image file at a.jpg; {tmp_path} is a folder — name an image file in it"
     assert "--image is empty" in ask(QUESTION, "--image", "", code=2).error
 
 
 def test_a_missing_picture_is_told_with_all_else_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     error = here("chat", QUESTION, "--image", "a.jpg").error
-    assert error.startswith("4 things are missing: no picture at a.jpg; no trained weights in out")
+    assert error.startswith("4 inputs are missing: no image file at a.jpg; no trained weights in out")
 
 
 def test_an_address_is_read_or_refused(ask, place, tmp_path):
@@ -142,7 +142,7 @@ def test_an_address_is_read_or_refused(ask, place, tmp_path):
         line = ask(QUESTION, "--image", address, code=2).error
         assert line.startswith(f"{address} is an address")
         assert "download it first" in line
-    assert "without its content" in ask(QUESTION, "--image", "data:image/png", code=2).error
+    assert "without content" in ask(QUESTION, "--image", "data:image/png", code=2).error
     damaged = ask(QUESTION, "--image", inline[:100] + "!", code=2).error
     assert "damaged or cut" in damaged
     assert len(damaged) < 300
@@ -174,7 +174,7 @@ def test_a_picture_in_the_place_of_the_question_is_offered_as_one(ask, place, tm
 def test_a_question_is_needed(ask):
     for args in ([], ["--json"]):
         ended = ask(*args, code=2, stdin="  \n")
-        assert "a question is needed" in ended.err
+        assert "the question is missing" in ended.err
         assert "Traceback" not in ended.err
 
 
@@ -190,13 +190,13 @@ def test_an_empty_question_is_still_a_question(ask):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--temperature", -1, "--temperature must be 0 or more"),
-        ("--temperature", "nan", "--temperature must be 0 or more"),
-        ("--top-p", 0, "--top-p must lie above 0"),
-        ("--top-p", 1.1, "--top-p must lie above 0"),
-        ("--top-p", "nan", "--top-p must lie above 0"),
-        ("--seed", 2**64, "--seed must be 0 or more and below 2^63"),
-        ("--seed", -1, "--seed must be 0 or more"),
+        ("--temperature", -1, "--temperature must be at least 0"),
+        ("--temperature", "nan", "--temperature must be at least 0"),
+        ("--top-p", 0, "--top-p must be above 0"),
+        ("--top-p", 1.1, "--top-p must be above 0"),
+        ("--top-p", "nan", "--top-p must be above 0"),
+        ("--seed", 2**64, "--seed must be at least 0 and below 2^63"),
+        ("--seed", -1, "--seed must be at least 0"),
         ("--device", "gpu", "--device gpu"),
     ],
 )
@@ -245,4 +245,4 @@ def test_with_nothing_else_the_model_of_the_demo_is_used_and_named(tmp_path, mon
 
 
 def test_a_text_only_base_is_refused(ask):
-    assert "text-only base without a projector" in ask(QUESTION, "--model", BASE, code=1).error
+    assert "text-only base has no projector" in ask(QUESTION, "--model", BASE, code=1).error

@@ -63,11 +63,11 @@ def test_a_conversation_from_the_first_word_to_the_last(talk, place, tmp_path):
     assert talk.type("/new") == "a new conversation without images"
     assert f"{BLIND}\n{talk.type('有几个物体？')}" == first  # the conversation was forgotten, and that is said once
     talk.type("/new")
-    assert talk.type(f"/image {place.picture()}") == f"with the next question: {place.picture()}"
+    assert talk.type(f"/image {place.picture()}") == f"for the next question: {place.picture()}"
     seen = talk.type("What colour is the star?")
     assert seen
     assert talk.type("") == ""
-    assert "/quit leaves" in talk.type("/help")
+    assert "/quit exits" in talk.type("/help")
     assert talk.leave() == 0
     assert "Traceback" not in talk.seen
 
@@ -75,10 +75,10 @@ def test_a_conversation_from_the_first_word_to_the_last(talk, place, tmp_path):
 def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as where a language is set
     talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12)
-    assert talk.type("/image nowhere.jpg") == "no picture at nowhere.jpg"
+    assert talk.type("/image nowhere.jpg") == "no image file at nowhere.jpg"
     assert talk.type("/image").startswith("/image FILE adds an image")
     long = talk.type("/image " + 300 * "x")
-    assert re.fullmatch(r"no picture at x+…x+ \(300 characters\) \(File name too long\)", long)
+    assert re.fullmatch(r"no image file at x+…x+ \(300 characters\) \(File name too long\)", long)
     assert len(long) < 200
     assert talk.type("", raw=b"\xff\n").splitlines()[-1] == "that is not UTF-8 text"
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>")
@@ -98,7 +98,7 @@ def test_a_picture_that_is_named_first_is_read_before_the_first_question(sighted
     assert talk.leave() == 0
     refused = Conversation(tmp_path, "--model", sighted, "--image", "dog.jpg")
     assert refused.mmv.wait().code == 1
-    assert "no picture at dog.jpg" in refused.read()
+    assert "no image file at dog.jpg" in refused.read()
     assert "you> " not in refused.seen
 
 
@@ -110,16 +110,16 @@ def test_what_a_terminal_drops_is_taken(talk, place, tmp_path, monkeypatch):
         path.write_bytes(place.picture(number % 2).read_bytes())
     escaped = str(first).replace(" ", "\\ ").replace("'", "\\'")
     for dropped in (f"{first}", shlex.quote(str(first)) + " ", escaped + "  ", f'"{first}"', first.as_uri()):
-        assert talk.type(f"/image {dropped}").startswith("with the next question: ")
+        assert talk.type(f"/image {dropped}").startswith("for the next question: ")
         assert talk.type("/new").count("a dog") == 1
     several = f"/image {escaped} {shlex.quote(str(second))} {third.as_uri()}"
-    assert talk.type(several) == f"with the next question: {first}, {second}, {third}"
+    assert talk.type(several) == f"for the next question: {first}, {second}, {third}"
     assert talk.type("Which is bigger?")
     assert talk.type("/image").endswith(f"\nin the conversation: {first}, {second}, {third}")
     assert talk.type("/image https://example.org/dog.jpg").startswith("https://example.org/dog.jpg is an address")
     both = talk.type(f"/image {third} nowhere.jpg")
-    assert both == "no picture at nowhere.jpg"
-    assert "with the next question" not in talk.type("/image")  # all, or none
+    assert both == "no image file at nowhere.jpg"
+    assert "for the next question" not in talk.type("/image")  # all, or none
     assert talk.leave() == 0
 
 
@@ -128,20 +128,20 @@ def test_pictures_typed_as_a_question_are_offered(talk, place):
     assert "an image, not a question" in offer
     talk.type(place.picture(1).as_uri())  # a drop of several comes line by line
     added = talk.type("")
-    assert added == f"with the next question: {place.picture(0)}, {place.picture(1)}"
+    assert added == f"for the next question: {place.picture(0)}, {place.picture(1)}"
     assert talk.type("") == ""
     assert "an image, not a question" in talk.type("nowhere.jpg")
     assert talk.type("nowhere.jpg") != talk.type("/image")  # asked as it stands
     assert "in the conversation" in talk.type("/image")
     assert "an image, not a question" in talk.type("nowhere.jpg")
-    assert talk.type("") == "no picture at nowhere.jpg"
+    assert talk.type("") == "no image file at nowhere.jpg"
     assert talk.leave() == 0
 
 
 def test_a_question_that_was_not_read_leaves_its_pictures_waiting(talk, place):
     talk.type(f"/image {place.picture()}")
     assert talk.type("<image> or <image>?") == "the question has 2 <image> marks for 1 pictures"
-    assert talk.type("/image").endswith(f"with the next question: {place.picture()}")
+    assert talk.type("/image").endswith(f"for the next question: {place.picture()}")
     assert "marks" not in talk.type("What is it?")
     assert talk.type("/image").endswith(f"in the conversation: {place.picture()}")
     assert talk.leave() == 0

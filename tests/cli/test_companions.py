@@ -133,7 +133,7 @@ def test_others_of_the_same_size_are_refused_unless_they_are_named(project, make
     assert re.search(words, ended.error)
     named = ask(f"{WEIGHTS}.pth", *NAMED)
     assert named.code == 0
-    assert f"was trained with another {'vision model' if make is other_eye else 'tokenizer'}" in named.err
+    assert f"was trained with a different {'vision model' if make is other_eye else 'tokenizer'}" in named.err
 
 
 def test_others_in_the_standard_folders_are_refused_where_the_own_ones_are_gone(project):
@@ -149,7 +149,7 @@ def test_both_that_are_gone_are_named_at_once(project):
         shutil.rmtree(folder)
     ended = ask(f"{WEIGHTS}.pth")
     assert ended.code == 1
-    for words in ("eyes/small — name its folder with --vision-model", "words — name its folder with --tokenizer"):
+    for words in ("eyes/small — give its folder with --vision-model", "words — give its folder with --tokenizer"):
         assert words in ended.error
 
 

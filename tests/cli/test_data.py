@@ -32,7 +32,7 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
     line = ("data", "check", broken, "--images", place().images("sft"), *SIGHT)
     ended = here(*line, "--json", "--fix", tmp_path / "clean.parquet")
     assert ended.code == 0, "the copy that was asked for is there"
-    assert "training would refuse" in ended.err, "two of forty rows are more than training allows"
+    assert "training refuses" in ended.err, "two of forty rows are more than training allows"
     assert "error" not in ended.err
     told = json.loads(ended.out)
     assert [(one["row"], one["kind"]) for one in told["problems"]] == [
@@ -43,7 +43,7 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
     assert len(open_rows(tmp_path / "clean.parquet")) == 37
     spoken = here(*line)
     assert spoken.code == 1
-    assert "training would refuse: 2 of 40 rows are broken" in spoken.error
+    assert "training refuses: 2 of 40 rows are broken" in spoken.error
     again = here("data", "check", tmp_path / "clean.parquet", *SIGHT, "--json")
     assert again.json["problems"] == []
 
@@ -54,7 +54,7 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
         (("check", "none.jsonl"), "no data file"),
         (("check", "{rows}", "--tokenizer", "nowhere"), "mmv download tokenizer"),
         (("check", "{rows}", "--against", "none.jsonl"), "no data file"),
-        (("convert", "{rows}", "rows.csv"), "neither .jsonl nor .parquet"),
+        (("convert", "{rows}", "rows.csv"), "must end in .jsonl or .parquet"),
         (("split", "{rows}", "--out", "parts", "--held-out", "1000"), "one side empty"),
         (("split", "{rows}", "--out", "parts", "--held-out", "0"), "must be above 0"),
         (("split", "{rows}", "--out", "parts", "--held-out", "nan"), "must be above 0"),
@@ -120,7 +120,7 @@ def test_text_rows_are_told_as_information(tmp_path):
     line = ("data", "check", data, "--images", place().images("sft"), *SIGHT)
     ended = here(*line)
     assert ended.code == 0, ended.err
-    assert "information: 1 of 4 rows have a picture but no <image> mark: text rows" in ended.out
+    assert "information: 1 of 4 rows have an image but no <image> mark: text rows" in ended.out
     assert f"{data}:2" in ended.out
     fixed = here(*line, "--json", "--fix", tmp_path / "clean.parquet").json
     assert (fixed["text_rows"]["count"], fixed["fixed"]["rows"]) == (1, 4)
@@ -180,6 +180,6 @@ def test_a_model_trains_on_one_split_and_is_scored_on_another(splits, tmp_path):
         assert f"the split {name} is read" in scored.err
     other = here(*line, "--split", "validation", "--resume")
     assert other.code == 2
-    assert "data.split: nothing in the run that is resumed, validation now" in other.err
+    assert "data.split: nothing in the interrupted run, validation now" in other.err
     planned = here(*line[:1], "plan", *line[1:], "--split", "test", "--json")
     assert "the split test is read" in planned.err

@@ -128,9 +128,9 @@ def test_pictures_beside_a_table_are_found(tmp_path, pictures):
 
 def test_what_is_not_read_is_named_with_what_would_be(tmp_path, pictures):
     folder, captions = pictures
-    assert "put a metadata.csv" in here("data", "check", folder, *SIGHT).error
-    assert "put a metadata.csv" in here("info", folder).error
+    assert "add a metadata.csv" in here("data", "check", folder, *SIGHT).error
+    assert "add a metadata.csv" in here("info", folder).error
     (tmp_path / "bare.csv").write_text("\n".join(f"{name},{text}" for name, text in captions.items()))
-    assert "write the names of the columns above it" in here("info", tmp_path / "bare.csv").error
+    assert "add a line of column names above it" in here("info", tmp_path / "bare.csv").error
     (tmp_path / "set.tar.gz").write_bytes(b"\x1f\x8b" + bytes(600))
-    assert "gunzip it first" in here("data", "check", tmp_path / "set.tar.gz", *SIGHT).error
+    assert "decompress it first" in here("data", "check", tmp_path / "set.tar.gz", *SIGHT).error

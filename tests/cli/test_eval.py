@@ -80,7 +80,7 @@ def test_broken_rows_are_left_out_and_counted(score, place, tmp_path):
 def test_pictures_are_found_beside_the_data_or_asked_for(score, place, tmp_path):
     assert score("--limit", 2, "--json").json["broken_rows"] == 0
     alone = write_rows(tmp_path / "alone.jsonl", read_rows(place.data("sft"))[:2])
-    assert "no row could be scored; the first trouble:" in score(data=alone, code=1).error
+    assert "no row could be evaluated; the first trouble:" in score(data=alone, code=1).error
 
 
 def test_rows_without_pictures_need_none(score, tmp_path):
@@ -93,7 +93,7 @@ def test_rows_without_pictures_need_none(score, tmp_path):
     ("option", "wrong", "code", "words"),
     [
         ("--data", "nowhere.jsonl", 1, "no data file nowhere.jsonl"),
-        ("--images", "nowhere.zip", 1, "no pictures at nowhere.zip"),
+        ("--images", "nowhere.zip", 1, "no picture files at nowhere.zip"),
         ("--model", "nowhere.pth", 1, "no weights at nowhere.pth"),
         ("--vision-model", "nowhere", 1, "no vision model in nowhere"),
         ("--tokenizer", "nowhere", 1, "no tokenizer in nowhere"),
@@ -121,4 +121,4 @@ def test_numbers_are_at_least_one(score, option):
 def test_an_unknown_precision_is_refused_before_anything_is_read(place):
     ended = here("eval", "--model", "nothing.pth", "--data", "nothing.jsonl", "--dtype", "bfloat")
     assert ended.code == 2
-    assert "--dtype 'bfloat' is none of auto, float32, bfloat16" in ended.err
+    assert "--dtype 'bfloat' must be one of auto, float32, bfloat16" in ended.err

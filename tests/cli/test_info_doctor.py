@@ -66,7 +66,7 @@ def test_info_as_a_table(sighted):
         ("page.pth", b"  <html>", "HTML page"),
         ("text.txt", b"hello", "neither a torch nor a safetensors file"),
         ("rows.jsonl.gz", b"\x1f\x8b\x08", "this is a gzip archive — unpack it first"),
-        ("set.tar.gz", b"\x1f\x8b\x08", "gunzip it first"),
+        ("set.tar.gz", b"\x1f\x8b\x08", "decompress it first"),
         ("rows.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel workbook — save it as CSV"),
         ("zeros.bin", bytes(100), "neither a torch nor a safetensors file"),
         ("header.safetensors", b"\xff" * 8 + b"{", "truncated or damaged"),
@@ -123,7 +123,7 @@ def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):
     ("file", "words"),
     [
         (EYE / "model.safetensors", "not the weights of a MiniMind model"),
-        (ASSETS / "tokenizer.json", "which is no row and holds no list of rows"),
+        (ASSETS / "tokenizer.json", "which is neither a row nor a list of rows"),
         (EYE, "not the weights of a MiniMind model"),
         (ASSETS.parent, "is not itself a model, dataset or run"),
         ("", "is not itself a model, dataset or run"),
@@ -143,7 +143,7 @@ def test_info_of_other_files(file, words, tmp_path, monkeypatch):
 def test_info_of_pictures_and_of_a_zip_of_them(place, tmp_path):
     found = here("info", place.images("sft"), "--json").json
     assert (found["kind"], found["members"]) == ("zip", ROWS)
-    assert f"name the rows ({place.data('sft')}) in its place, and the zip with --images" in found["use"]
+    assert f"give the rows ({place.data('sft')}) here, and the zip with --images" in found["use"]
     found = here("info", place.picture(), "--json").json
     assert (found["kind"], found["width"], found["height"]) == ("picture", 128, 128)
     (tmp_path / "cut.zip").write_bytes(place.images("sft").read_bytes()[:1000])

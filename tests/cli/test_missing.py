@@ -11,7 +11,7 @@ import pytest
 from tests.cli.harness import ASSETS, BASE, here, installed, tree
 
 EYE, WORDS, ROWS = "mmv download clip", "mmv download tokenizer", "mmv download dataset"
-PICTURES, TRAINED = "no pictures at", "no trained weights in out"
+PICTURES, TRAINED = "no picture files at", "no trained weights in out"
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_all_that_is_missing_is_told_at_once(line, missing, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     ended = here(*line.split())
     assert ended.code == 1
-    assert f"{len(missing)} things are missing: " in ended.error
+    assert f"{len(missing)} inputs are missing: " in ended.error
     assert all(name in ended.error for name in missing), ended.error
     assert tree(tmp_path) == []
 
@@ -50,7 +50,7 @@ def test_what_is_there_is_not_missed(tmp_path, monkeypatch, place, sighted):
     """Weights that are there, and nothing else: what goes with them is found when they are read."""
     monkeypatch.chdir(tmp_path)
     told = here("eval", "--model", sighted, "--data", "none.jsonl").error
-    assert told.startswith("3 things are missing: no data file none.jsonl")
+    assert told.startswith("3 inputs are missing: no data file none.jsonl")
     assert (EYE in told, WORDS in told) == (True, True)
     told = here("convert", "--to", "hf", "--model", sighted).error
     assert (EYE in told, WORDS in told) == (True, True)

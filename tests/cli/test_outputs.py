@@ -50,10 +50,10 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
          f"cats_images.zip {INPUT}"),
         ("data convert cats.jsonl cats.jsonl --overwrite", INPUT),
         ("data convert cats.jsonl link.jsonl --overwrite", INPUT),
-        ("data convert shards shards/part-0.parquet --overwrite", "would become a part of the rows in shards"),
-        ("data convert shards shards/more.parquet", "would become a part of the rows in shards"),
-        ("data split shards --out shards --held-out 4", "would become a part of the rows in shards"),
-        ("data split shards --out shards/parts --held-out 4", "would become a part of the rows in shards"),
+        ("data convert shards shards/part-0.parquet --overwrite", "would become part of the data set shards"),
+        ("data convert shards shards/more.parquet", "would become part of the data set shards"),
+        ("data split shards --out shards --held-out 4", "would become part of the data set shards"),
+        ("data split shards --out shards/parts --held-out 4", "would become part of the data set shards"),
         # what is there
         ("data convert cats.jsonl held.jsonl", "is there already"),
         ("data check cats.jsonl --fix held.jsonl " + SEE, "is there already"),
@@ -103,7 +103,7 @@ def test_a_run_does_not_write_over_what_it_starts_from(place, sighted, tmp_path,
         shutil.copy(sighted, out / f"{name}.pth")
         before = contents(tmp_path)
         ended = here(*place.train(out, "sft", init=out / f"{name}.pth"), *more)
-        assert (ended.code, "is what this run would write over" in ended.error) == (2, True), ended.err
+        assert (ended.code, "this run would overwrite" in ended.error) == (2, True), ended.err
         assert contents(tmp_path) == before
 
 
@@ -128,7 +128,7 @@ def test_the_curves_of_a_run_stay_where_its_weights_were_moved_away(trained, pla
     shutil.rmtree(out / "pretrain_vlm_128" / "states")
     before = contents(out)
     ended = here(*place.train(out))
-    assert (ended.code, "whose weights are gone" in ended.error) == (2, True)
+    assert (ended.code, "without weights" in ended.error) == (2, True)
     assert contents(out) == before
 
 

@@ -52,7 +52,7 @@ def test_a_run_ends_with_its_report_and_a_chat_that_works(trained, stage):
     assert Path(report.removeprefix("report: ")).is_file()
     assert str(trained.out / f"{stage}_vlm_128.pth") in chat
     done = subprocess.run(
-        ["bash", "-c", f"echo 'Is there a red circle?' | {chat.removeprefix('ask it: ')} --max-new-tokens 5"],
+        ["bash", "-c", f"echo 'Is there a red circle?' | {chat.removeprefix('chat with it: ')} --max-new-tokens 5"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0
@@ -192,7 +192,7 @@ def test_an_untrained_base_is_told_from_a_trained_one_by_the_first_loss(place, t
     write_checkpoint(tmp_path / "lm_128.pth", text, PRESETS["demo"], "lm")
     warned = here(*place.train(tmp_path, init=tmp_path / "lm_128.pth", max_steps=1))
     assert warned.code == 0
-    assert "either it is not trained" in warned.err
+    assert "it is not trained" in warned.err
     assert f"{math.log(600):.2f}" in warned.err
     assert "not trained" not in here(*place.train(tmp_path, max_steps=1), "--overwrite").err
 

@@ -54,7 +54,7 @@ def test_the_base_that_is_missing_is_that_of_the_size_that_was_asked_for(refused
 
 def test_fine_tuning_before_pretraining_is_told_to_pretrain_first(refused):
     assert "`mmv train pretrain`" in refused(1, stage="sft", init=None)
-    assert "text-only base without a projector; `mmv train pretrain` makes one" in refused(1, stage="sft", init=BASE)
+    assert "this text-only base has no projector; `mmv train pretrain` trains one" in refused(1, stage="sft", init=BASE)
 
 
 # --- inputs that are something else -----------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_heads_that_change_no_shape_must_be_those_of_the_weights(refused, sighte
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(refused):
     line = refused(2, "--set", "model.vocab_size=599", init="none")
-    assert "600 tokens, the model only 599" in line
+    assert "600 tokens, but the model has only 599" in line
 
 
 def test_a_folder_where_weights_are_wanted_and_the_other_way_round(refused, place, tmp_path):
@@ -141,10 +141,10 @@ def test_an_out_that_is_a_file_is_refused(refused, place):
         ("device", "meta", "not available on this machine"),
         ("device", "hpu", "not available on this machine"),
         ("device", "vulkan", "not available on this machine"),
-        ("lr", 5, "--lr must lie between 0 and 1, not 5"),
-        ("lr", 0, "--lr must lie between 0 and 1"),
-        ("lr", -1e-4, "--lr must lie between 0 and 1"),
-        ("lr", "nan", "--lr must lie between 0 and 1"),
+        ("lr", 5, "--lr must be between 0 and 1, not 5"),
+        ("lr", 0, "--lr must be between 0 and 1"),
+        ("lr", -1e-4, "--lr must be between 0 and 1"),
+        ("lr", "nan", "--lr must be between 0 and 1"),
         ("epochs", 0, "--epochs must be at least 1, not 0"),
         ("epochs", -1, "--epochs must be at least 1, not -1"),
         ("batch_size", 0, "--batch-size must be at least 1"),
@@ -179,7 +179,7 @@ def test_a_device_of_another_machine_is_refused(refused):
         (["train", "pretrain", "--batchsize", "4"], "--batch-size"),
         (["train", "pretrain", "--epochs", "two"], "Invalid value for '--epochs'"),
         (["train", "pretrain", "--epochs", "1.5"], "Invalid value for '--epochs'"),
-        (["train", "pretrain", "sft"], "looks ahead"),
+        (["train", "pretrain", "sft"], "measures a run before it starts"),
         (["trian"], "train"),
     ],
 )
@@ -279,7 +279,7 @@ def test_rows_with_a_picture_and_no_mark_are_text_rows_told_once(place, sighted,
     assert ended.code == 0, ended.err
     told = [line for line in ended.err.splitlines() if "no <image> mark" in line]
     assert [line.startswith("step ") for line in told] == [True, False], ended.err
-    assert told[-1].startswith("10 of 40 rows have a picture but no <image> mark: text rows")
+    assert told[-1].startswith("10 of 40 rows have an image but no <image> mark: text rows")
     assert "skipped" not in ended.err
 
 
@@ -306,8 +306,8 @@ def test_a_set_that_lacks_its_marks_is_warned_of(place, sighted, tmp_path, stage
     data = write_rows(tmp_path / "mine.jsonl", rows)
     ended = here(*place.train(tmp_path / "out", stage, data=data, init=sighted if stage == "sft" else BASE))
     assert ended.code == 0, ended.err
-    assert "40 of the first 40 rows have a picture but no <image> mark in their text" in ended.err
-    assert "40 of 40 rows have a picture but no <image> mark: text rows" in ended.err
+    assert "40 of the first 40 rows have an image but no <image> mark in their text" in ended.err
+    assert "40 of 40 rows have an image but no <image> mark: text rows" in ended.err
 
 
 def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(place, sighted, tmp_path):
@@ -319,7 +319,7 @@ def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(pla
     line = place.train(tmp_path / "out", "sft", data=data, init=sighted)
     ended = here(*line, "--set", "data.bad_rows=0.1")
     assert ended.code == 0, ended.err
-    assert f"row skipped: {data}:4: pictures or videos in `video` are not read" in ended.err
+    assert f"row skipped: {data}:4: images or videos in `video` are not read" in ended.err
     assert f"row skipped: {data}:21: '<img>a.jpg</img>' in its text is not read as a picture" in ended.err
     assert "2 broken rows skipped (2 pictures not read)" in ended.err
     refused = here(*line, "--overwrite")

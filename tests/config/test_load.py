@@ -213,8 +213,8 @@ def test_the_source_of_data_that_was_found_is_the_disk(tmp_path, monkeypatch):
     Path("dataset/sft_i2t.parquet").touch()
     Path("mine_data.jsonl").touch()
     Path("mine_images").mkdir()
-    assert resolve("sft").sources["data.file"] == "what is there"
-    assert resolve("sft", options={"data": "mine_data.jsonl"}).sources["data.images"] == "what is beside data.file"
+    assert resolve("sft").sources["data.file"] == "found on disk"
+    assert resolve("sft", options={"data": "mine_data.jsonl"}).sources["data.images"] == "found beside data.file"
 
 
 def test_the_command_prints_what_it_reads(tmp_path, monkeypatch):
@@ -278,21 +278,21 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path, key, meant):
         ("out=", "out must be of type Path, not None"),
         ("data.file=[a, b]", "data.file must be of type Path"),
         ("lr={a: 1}", "lr must be of type float"),
-        ("lr", "'lr' is not of the form key=value"),
+        ("lr", "'lr' must have the form key=value"),
         ("lr=[", "the value is not YAML"),
-        ("preset=tiny", "preset 'tiny' is none of small, base, moe, demo"),
-        ("preset=[small]", "preset .* is none of"),
-        ("preset=", "preset None is none of"),
-        ("freeze=al", r"--freeze 'al' is none of .*did you mean 'all'"),
-        ("dtype=float64", "--dtype 'float64' is none of"),
+        ("preset=tiny", "preset 'tiny' must be one of small, base, moe, demo"),
+        ("preset=[small]", "preset .* must be one of"),
+        ("preset=", "preset None must be one of"),
+        ("freeze=al", r"--freeze 'al' must be one of .*did you mean 'all'"),
+        ("dtype=float64", "--dtype 'float64' must be one of"),
         ("weight_decay=-0.1", "weight_decay must be at least 0"),
         ("weight_decay=.nan", "weight_decay must be at least 0"),
         ("grad_clip=0", "grad_clip must be above 0"),
         ("grad_clip=.nan", "grad_clip must be above 0"),
-        ("data.bad_rows=-1", "data.bad_rows is a share from 0 to 1"),
-        ("data.bad_rows=5", "data.bad_rows is a share from 0 to 1"),
+        ("data.bad_rows=-1", "data.bad_rows must be a share from 0 to 1"),
+        ("data.bad_rows=5", "data.bad_rows must be a share from 0 to 1"),
         ("seed=9223372036854775808", r"--seed must be below 2\^63"),
-        ("stage=pretrain", "is one for stage pretrain, the command is for sft"),
+        ("stage=pretrain", "is one for stage pretrain, the command for sft"),
         ("stage=dpo", "is one for stage dpo"),
     ],
 )

@@ -41,7 +41,7 @@ CASES = {
     "a large seed": ("seed: 1" + "0" * 36, r"--seed must be below 2\^63, not a number of 37 digits"),
     "a float too large": ("lr: 1.0e+400", r"lr must be of type float, not '1.0e\+400'"),
     "no clipping is not too large": ("grad_clip: 1e400", "grad_clip must be of type float"),
-    "an int too large for a float": ("lr: 1" + "0" * 35, "--lr must lie between 0 and 1"),
+    "an int too large for a float": ("lr: 1" + "0" * 35, "--lr must be between 0 and 1"),
     "NUL": ("out: a\0b", r":1: not YAML \(the character U\+0000"),
     "an escaped NUL": ('lr: 1e-3\nout: "a\\0b"', r"out contains a NUL character"),
     "half a character": ('data: {file: "\\ud800"}', "data.file contains half of a character"),
@@ -64,9 +64,9 @@ CASES = {
     "a set": ("data: !!set {a, b}", ":1: data.*not read"),
     "a number that is none": ("epochs: !!int many", ":1: epochs.*not read"),
     "a truth that is none": ("deterministic: !!bool perhaps", ":1: deterministic.*not read"),
-    "no number": ("lr: .nan", "--lr must lie between 0 and 1"),
+    "no number": ("lr: .nan", "--lr must be between 0 and 1"),
     "two documents": ("lr: 1e-3\n---\nlr: 1e-4", ":2: not YAML .*another document"),
-    "a huge file": ("lr: 1e-3\n# " + "x" * (1 << 20), "1,048,.* bytes, and a configuration has at most 262,144"),
+    "a huge file": ("lr: 1e-3\n# " + "x" * (1 << 20), "1,048,.* bytes; a configuration has at most 262,144"),
     "a key that has a wrong type": ("data: {max_length: long}", "data.max_length must be of type int"),
     "a true number": ("epochs: true", "epochs must be of type int, not True"),
 }
@@ -121,8 +121,8 @@ SETS = {
     "lr=!!python/name:os.system ''": "lr.*python/name.*not read",
     "seed=" + "9" * 5000: "seed must be of type int",
     "epochs=1e400": "epochs must be of type int",
-    "model.rope_theta=.inf": "model.rope_theta must lie between 0 and",
-    "model.aux_loss_alpha=.inf": "model.aux_loss_alpha must lie between 0 and",
+    "model.rope_theta=.inf": "model.rope_theta must be between 0 and",
+    "model.aux_loss_alpha=.inf": "model.aux_loss_alpha must be between 0 and",
 }
 
 
@@ -179,7 +179,7 @@ def test_the_parameters_are_those_of_the_published_models():
 def test_a_model_that_this_machine_cannot_hold_is_refused(monkeypatch):
     large = TextConfig(hidden_size=4096, num_attention_heads=32, num_hidden_layers=8)
     monkeypatch.setattr(limits, "total_memory", lambda: 2**32)
-    with pytest.raises(UsageError, match=r"model.num_hidden_layers 8 .* parameters, which takes \d\.\d GiB, and this"):
+    with pytest.raises(UsageError, match=r"model.num_hidden_layers 8 .* parameters. It needs \d\.\d GiB, and this"):
         check_memory(large)
     monkeypatch.setattr(limits, "total_memory", lambda: None)  # a system that does not tell
     check_memory(large)

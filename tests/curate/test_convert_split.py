@@ -109,7 +109,7 @@ def test_what_is_read_is_not_written_over(commas, tmp_path):
         lambda: convert(commas, tmp_path / "commas.jsonl", overwrite=True),
         lambda: split(open_rows(shutil.copy(commas.path, tmp_path / "train.jsonl"), tmp_path), tmp_path, 3, 0, True),
     ):
-        with pytest.raises(UsageError, match="is what is read"):
+        with pytest.raises(UsageError, match="is an input"):
             write()
     (tmp_path / "train.jsonl").unlink()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -181,7 +181,7 @@ def test_pictures_without_names_and_of_the_same_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("rows.jsonl", row("<image>q", "a", image="1.png"), "--images was not given — name"),
+        ("rows.jsonl", row("<image>q", "a", image="1.png"), "--images is missing — give"),
         ("rows.csv", "image,caption\n1.png,红色的圆\n".encode("gbk"), "save the file as UTF-8"),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_row_whose_pictures_are_not_read_is_neither_converted_nor_split(tmp_pa
         lambda: convert(open_rows(path), tmp_path / "out.jsonl"),
         lambda: split(open_rows(path), tmp_path / "parts", 3, 0),
     ):
-        with pytest.raises(DataError, match=r"rows\.jsonl:4: pictures or videos in `video` are not read.*--fix"):
+        with pytest.raises(DataError, match=r"rows\.jsonl:4: images or videos in `video` are not read.*--fix"):
             run()
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
 

@@ -206,7 +206,7 @@ def test_a_text_row_shows_no_picture_and_says_so(tmp_path):
     rows = [{"conversations": talk("What is red?", "A rose."), "image": "broken.jpg"}]
     (view,) = views(write(tmp_path, rows))
     assert (view.trouble, view.pictures, view.unmarked) == ("", [], 1)
-    told = "a text row: it has a picture but no <image> mark, so the model is shown none"
+    told = "a text row: it has an image but no <image> mark, so the model is shown none"
     assert told in "\n".join("".join(text for text, _ in line) for line in row_lines(view))
     assert told in Page(preview_page([view], SPEC, recipe(), "rows")).text
     assert (as_json(view)["used"], as_json(view)["unmarked_pictures"]) == (True, 1)

@@ -68,7 +68,7 @@ def test_an_error_over_a_row_is_raised_where_the_rows_are_asked_for():
 
 
 def test_a_process_that_cannot_begin_is_not_the_fault_of_a_row():
-    with pytest.raises(RunError, match="ended before it began"):
+    with pytest.raises(RunError, match="ended before it started"):
         list(each_row(divided_by, EndsItsReader(), 2, str))
     assert multiprocessing.active_children() == []
 

@@ -54,7 +54,7 @@ def test_what_is_written_is_read_bit_for_bit(store):
     assert all(torch.equal(store.read(key(n)), features(n)) for n in range(15))
     assert store.read(key(15)) is None
     (data,) = segment_files(store.folder, "features")
-    assert data.stat().st_size == 15 * FORM.record, "what is there is not written again"
+    assert data.stat().st_size == 15 * FORM.record, "found on disk is not written again"
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

@@ -383,7 +383,7 @@ def test_damage_gives_a_picture_or_a_row_error_and_nothing_else(kind):
     ("data", "said"),
     [
         (b"", "empty file"),
-        (bytes(5000), "nothing but zeros"),
+        (bytes(5000), "only zero bytes"),
         (b"\xef\xbb\xbf\n <!DOCTYPE HTML><html>", "HTML page"),
         (b"<html lang=en>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git-lfs pointer"),
@@ -756,7 +756,7 @@ def gif_of_many_blocks(count):
 )
 def test_a_header_of_megabytes_is_not_read_byte_by_byte(data):
     begin = time.process_time()
-    assert "no image begins in its first 1,048,576 bytes" in str(refused(data))
+    assert "no image starts in its first 1,048,576 bytes" in str(refused(data))
     assert time.process_time() - begin < 2
 
 

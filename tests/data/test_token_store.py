@@ -505,4 +505,4 @@ def test_a_run_says_once_that_it_keeps_no_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(TokenStore, "__init__", then_no_room)
     ended = here(*place().train(tmp_path / "out", data=data, epochs=2, workers=2))
     assert ended.code == 0
-    assert ended.err.count("token ids are not kept") == 1
+    assert ended.err.count("token ids are not cached") == 1

@@ -48,8 +48,8 @@ def test_the_largest_id_counts_not_the_number_of_tokens(tmp_path):
     with pytest.raises(WeightsError, match=r"knows 600 tokens .* has 5001: '\S+' has no row in the weights"):
         load(sighted(), EYE, tmp_path)
     line = here(*place().train(tmp_path / "out", tokenizer=tmp_path)).error
-    assert "has 5001 tokens, the model only 600: " in line
-    assert "would have no row" in line
+    assert "has 5001 tokens, but the model has only 600: " in line
+    assert "would have no embedding" in line
 
 
 def test_the_image_token_of_an_exported_folder_does_not_count(tmp_path):
@@ -107,7 +107,7 @@ def test_tokenizers_that_ask_for_more_than_they_say(tmp_path):
     (tmp_path / "large").mkdir()
     with (tmp_path / "large" / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 36)
-    files[tmp_path / "large"] = "it has 68,719,476,736 bytes, the most is"
+    files[tmp_path / "large"] = "it has 68,719,476,736 bytes; the maximum is"
     check_refused("minimind_v.core.data.tokenizer:Tokenizer.load", files)
 
 

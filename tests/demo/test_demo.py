@@ -53,7 +53,7 @@ def test_report_is_one_file_with_curves_and_pictures(demo):
     page = (demo[0] / "report.html").read_text()
     assert page.count("<svg") == 2
     assert all(f"<dt>{word}</dt>" in page for word in ("truth", "after", "before", "blank"))  # the legend
-    assert "cannot see" in page
+    assert "understands nothing else" in page
     assert page.count("data:image/jpeg;base64,") == 24
     assert 'src="http' not in page
     assert 'href="http' not in page
@@ -105,7 +105,7 @@ def test_the_last_lines_say_what_it_sees_and_how_to_free_the_disk(demo, shown):
     size = sum(path.stat().st_size for path in demo[0].rglob("*") if path.is_file())
     assert lines["free the disk"] == f"rm -r {demo[0]} ({size / 1e6:,.0f} MB)"
     assert size < 60e6
-    assert "dark ground" in talk
+    assert "dark background" in talk
 
 
 @pytest.mark.long

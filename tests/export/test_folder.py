@@ -129,10 +129,10 @@ def spoil_template(folder, old, new):
 SPOILT = {
     "weights": (spoil_weights, "largest logit difference"),
     "template": (lambda folder: spoil_template(folder, "helpful", "harmful"), "token ids"),
-    "no pictures": (lambda folder: spoil_template(folder, "{{ '<|image|>' }}", ""), "transformers does not open"),
+    "no pictures": (lambda folder: spoil_template(folder, "{{ '<|image|>' }}", ""), "transformers could not open"),
     "pixels": (lambda folder: spoil_json(folder, "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]), "pixels"),
     "layer": (lambda folder: spoil_json(folder, "config.json", vision_feature_layer=-2), "largest logit difference"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "transformers does not open"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "transformers could not open"),
 }
 
 
@@ -160,7 +160,7 @@ def test_an_export_is_replaced_only_when_asked(tmp_path):
     out = tmp_path / "out"
     quick(out)
     before = (out / "config.json").stat().st_mtime_ns
-    with pytest.raises(UsageError, match="is there already — add --overwrite"):
+    with pytest.raises(UsageError, match="exists — add --overwrite"):
         quick(out)
     assert (out / "config.json").stat().st_mtime_ns == before
     quick(out, overwrite=True)
@@ -186,11 +186,11 @@ def test_nothing_of_anybody_else_is_ever_replaced(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    with pytest.raises(UsageError, match="not a place of its own"):
+    with pytest.raises(UsageError, match="is not usable as an output folder"):
         quick(home, overwrite=True)
     monkeypatch.chdir(home)
     monkeypatch.delenv("HOME")
-    with pytest.raises(UsageError, match="not a place of its own"):
+    with pytest.raises(UsageError, match="is not usable as an output folder"):
         quick(Path(), overwrite=True)
     assert tree(tmp_path / "mine") == ["thesis.txt"]
     assert (out / "notes.txt").read_text() == file.read_text() == "mine"
@@ -200,7 +200,7 @@ def test_the_source_is_not_written_over(tmp_path):
     quick(tmp_path / "out")
     ended = here("convert", "--to", "hf", "--model", tmp_path / "out", "--out", tmp_path / "out", "--overwrite")
     assert ended.code == 2
-    assert "holds the source itself" in ended.error
+    assert "contains the source" in ended.error
     assert here("info", tmp_path / "out").code == 0
 
 
@@ -217,7 +217,7 @@ def test_an_empty_folder_may_be_filled(tmp_path):
 @pytest.mark.parametrize(
     ("model", "sight", "words"),
     [
-        (lambda tmp: BASE, SIGHT, "text-only base without a projector; `mmv train pretrain` makes one"),
+        (lambda tmp: BASE, SIGHT, "this text-only base has no projector; `mmv train pretrain` trains one"),
         (lambda tmp: half(tmp), SIGHT, "truncated or damaged"),
         (lambda tmp: tmp, SIGHT, "a folder, not a weights file"),
         (lambda tmp: EYE, SIGHT, "not the weights of a MiniMind model"),

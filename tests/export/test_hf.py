@@ -106,7 +106,7 @@ PROMPTS = [
     "<image>",
     "图中有什么？\n<image>",
     "<image>\n🙂 def f(x): return x @ y",
-    "no picture at all",
+    "no image file at all",
     "  spaces  \n\n and lines \n",
     "@" * 64,
     "<image>\n" + "@" * 200,
@@ -342,7 +342,7 @@ def test_records_of_a_run_that_are_damaged_are_left_out_of_the_card(tmp_path, da
     run.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):
         (run / name).write_bytes(damaged.encode("latin-1"))
-    assert "Nothing more is known of its training here." in _training(source(), made)
+    assert "Nothing more is known about its training." in _training(source(), made)
 
 
 def test_the_snippet_of_the_card_runs(tmp_path, monkeypatch, capsys):

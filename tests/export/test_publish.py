@@ -187,10 +187,10 @@ def test_names_that_are_none(hub, folder, repo):
 def test_only_what_was_exported_and_is_whole(hub, folder, tmp_path):
     args = ("--repo", "me/model", "--endpoint", hub.endpoint)
     ended = here("upload", tmp_path, *args)
-    assert (ended.code, "not a folder that `mmv convert` wrote" in ended.error) == (2, True)
+    assert (ended.code, "not written by `mmv convert`" in ended.error) == (2, True)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1])
-    assert "is not as it was written" in here("upload", folder, *args).error
+    assert "was changed after the export" in here("upload", folder, *args).error
     (folder / "model.safetensors").unlink()
     assert "model.safetensors is missing" in here("upload", folder, *args).error
     assert hub.repos == {}

@@ -42,7 +42,7 @@ def start(tmp_path):
 
 def assert_refused(ended, run):
     assert ended.code == 2, ended.err
-    assert f"another run writes {run}" in ended.error
+    assert f"another run is writing {run}" in ended.error
     assert f"on {platform.node()}, since 20" in ended.error
     assert "--out" in ended.error
 
@@ -154,7 +154,7 @@ def test_a_leader_that_is_killed_does_not_keep_the_others_from_starting_again(tm
     os.kill(leader_of(run), signal.SIGKILL)
     ended = run.wait()
     assert ended.code == 0, ended.err
-    assert "a process was lost: all have started again" in ended.err
+    assert "a process was lost: all processes have restarted" in ended.err
 
 
 def leader_of(run):
@@ -268,7 +268,12 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     ended = here(*place().train(tmp_path / "out", max_steps=1))
     assert ended.code == 0, ended.err
-    assert ended.err.count(f"{tmp_path / 'out'} is on a file system without locks: let no other run write there") == 1
+    assert (
+        ended.err.count(
+            f"{tmp_path / 'out'} is on a file system without locks: make sure that no other run writes there"
+        )
+        == 1
+    )
 
 
 def test_a_run_of_another_machine_that_has_not_ended_is_told(tmp_path):

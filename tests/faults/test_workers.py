@@ -55,7 +55,7 @@ def losses(out):
     [
         (64, {"workers": 2}, None),
         (64, {"workers": 4}, "/dev/shm has 64 KB, 64 KB of it free: room for 2 of 4 data workers"),
-        (16, {"workers": 2}, "/dev/shm has 16 KB, 16 KB of it free: room for no data worker (as with --workers 0)"),
+        (16, {"workers": 2}, "/dev/shm has 16 KB, 16 KB of it free: room for no data workers (as with --workers 0)"),
         (64, {"workers": 2, "gpus": 2, "batch_size": 2}, "room for no data worker"),
     ],
 )
@@ -260,7 +260,7 @@ def test_a_signal_before_the_first_batch_is_no_error_of_the_data(tmp_path):
     time.sleep(1)
     ended = run.send(signal.SIGTERM).wait()
     assert ended.code == 143, ended.err
-    assert "stopped by SIGTERM after 0 steps; nothing to save yet" in ended.err
+    assert "stopped by SIGTERM after 0 steps; nothing saved yet" in ended.err
     assert not (tmp_path / "out" / f"{NAME}.pth").exists()
 
 

@@ -115,7 +115,7 @@ def test_a_run_does_not_mix_the_generations(tmp_path):
     assert "the tokenizer is that of minimind-3v (2026)" in line
     assert BASE.name in line
     line = here(*place().train(tmp_path / "out", init="none", tokenizer=words)).error
-    assert "and the model of 2025 must have theirs" in line
+    assert "and the model of 2025 needs theirs" in line
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizer-3v").is_dir(), reason="the tokenizer of minimind-3v is not here")

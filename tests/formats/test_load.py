@@ -40,7 +40,7 @@ def test_nothing_is_drawn_or_imported_that_is_not_used():
 
 
 def test_inputs_that_do_not_belong_together_are_told(tmp_path):
-    with pytest.raises(WeightsError, match=r"text-only base without a projector"):
+    with pytest.raises(WeightsError, match=r"text-only base has no projector"):
         load(BASE, EYE, ASSETS)
     other = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
     other["added_tokens"].append({**other["added_tokens"][0], "id": 600, "content": "<new>"})
@@ -69,7 +69,7 @@ def touch(folder, name, time):
 
 
 def test_the_latest_stage_is_found_and_of_it_the_newest(tmp_path):
-    with pytest.raises(MissingInput, match="run `mmv train pretrain`, `mmv train sft`, or name a file with --model"):
+    with pytest.raises(MissingInput, match="run `mmv train pretrain`, `mmv train sft`, or give a file with --model"):
         find_weights(tmp_path)
     with pytest.raises(MissingInput):
         find_weights(tmp_path / "nowhere")

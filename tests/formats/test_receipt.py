@@ -58,9 +58,9 @@ def test_tied_weights_are_read_under_either_name(load, name):
 def test_a_head_that_is_not_tied_is_refused(load, name):
     tensors = state()
     tensors[name] = tensors[name] + 1
-    assert "lm_head.weight and model.embed_tokens.weight differ, but must be tied" in refused(load, tensors)
+    assert "lm_head.weight and model.embed_tokens.weight differ, but they must be equal" in refused(load, tensors)
     tensors[name] = torch.zeros(62, 32)
-    assert "differ, but must be tied ([6" in refused(load, tensors)
+    assert "differ, but they must be equal ([6" in refused(load, tensors)
 
 
 def test_a_name_in_two_forms_is_refused(load):
@@ -70,7 +70,7 @@ def test_a_name_in_two_forms_is_refused(load):
 
 def test_a_token_that_was_added_later_is_not_lost(load):
     line = refused(load, state(replace(DENSE, vocab_size=63)))
-    assert "they have 63 tokens and the model 61: say --set model.vocab_size=63" in line
+    assert "they have 63 tokens and the model 61: add --set model.vocab_size=63" in line
 
 
 @pytest.mark.parametrize("name", [name for name in state() if name not in TIED])
@@ -127,7 +127,7 @@ def test_a_text_only_base_gets_a_new_projector_where_one_is_wanted(load):
 
 def test_a_text_only_base_is_refused_elsewhere(load):
     line = refused(load, text_only(state()))
-    assert line.endswith("this is a text-only base without a projector; `mmv train pretrain` makes one")
+    assert line.endswith("this text-only base has no projector; `mmv train pretrain` trains one")
 
 
 @pytest.mark.parametrize("kept", PROJECTOR)
@@ -161,7 +161,7 @@ def test_weights_of_another_size_name_their_preset(tmp_path, name):
     checkpoint = Checkpoint(
         tmp_path / "w.pth", {"model.norm.weight": torch.ones(config.hidden_size)}, config, "lm", [], True
     )
-    with pytest.raises(WeightsError, match=f"its sizes are those of --preset {name}$"):
+    with pytest.raises(WeightsError, match=f"its sizes match --preset {name}$"):
         load_into(model(), checkpoint)
 
 

@@ -168,10 +168,10 @@ def test_the_shipped_base_is_of_the_demo_preset():
         ({"use_moe": True}, "use_moe True, not False"),
         ({"num_attention_heads": 3}, "must be an even multiple"),
         ({"num_attention_heads": 0}, "must be at least 1"),
-        ({"num_key_value_heads": 4}, "heads of another width"),
-        ({"hidden_size": "wide"}, "tells of other weights"),
-        ({"hidden_size": None}, "tells of other weights"),
-        ({"num_attention_heads": [4]}, "tells of other weights"),
+        ({"num_key_value_heads": 4}, "heads have another width"),
+        ({"hidden_size": "wide"}, "belongs to other weights"),
+        ({"hidden_size": None}, "belongs to other weights"),
+        ({"num_attention_heads": [4]}, "belongs to other weights"),
     ],
 )
 def test_a_description_of_other_weights_is_told(tmp_path, description, words):

@@ -147,7 +147,7 @@ def test_a_model_that_is_gone_is_not_kept(model):
 
 def test_without_its_vision_model_a_model_says_so(model):
     model.vision_encoder = None
-    with pytest.raises(UsageError, match="without its vision model"):
+    with pytest.raises(UsageError, match="without its vision encoder"):
         ask(Session(model, tokenizer(), GREEDY), FIRST, [picture(1)])
 
 

@@ -245,7 +245,7 @@ def test_pictures_that_cannot_be_shown_are_told(talk, tmp_path):
     session = talk()
     with pytest.raises(RowError, match=r"page\.jpg: the picture cannot be decoded \(an HTML page"):
         session.ask(FIRST, [tmp_path / "page.jpg"])
-    with pytest.raises(MissingInput, match="no picture at"):
+    with pytest.raises(MissingInput, match="no image file at"):
         session.ask(FIRST, [tmp_path / "none.jpg"])
     assert answer(session, FIRST) == answer(talk(), FIRST)
 

@@ -158,7 +158,10 @@ def test_what_a_user_made_is_in_the_way_and_stays(get, hub, tmp_path, more):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
         ended = get(what, *more)
-        assert (ended.code, f"in the way, and not as they were downloaded: {tmp_path / name} " in ended.error) == (
+        assert (
+            ended.code,
+            f"these files exist and were changed after the download: {tmp_path / name} " in ended.error,
+        ) == (
             2,
             True,
         )
@@ -250,7 +253,7 @@ def test_auto_says_which_hub_it_took_and_why(get, hub):
 
 def test_nothing_reachable_is_one_line(tmp_path):
     done = here("download", "lm", "--endpoint", "http://127.0.0.1:9", "--dir", tmp_path)
-    for words in ("127.0.0.1:9", "--endpoint", "HF_ENDPOINT", "by hand", str(tmp_path / "out")):
+    for words in ("127.0.0.1:9", "--endpoint", "HF_ENDPOINT", "yourself", str(tmp_path / "out")):
         assert words in done.error
     assert tree(tmp_path) == []
 
@@ -302,7 +305,7 @@ def test_a_sample_where_ranges_fail(get, hub, tmp_path):
     hub.faults["pretrain_i2t.parquet"] = [("status", 503), ("cut", 100), ("stall", 9)]
     assert get("dataset", "--split", "pretrain", "--sample", 3).code == 0
     hub.faults["sft_i2t.parquet"] = [("whole", 0)]
-    assert "only whole" in get("dataset", "--split", "sft", "--sample", 3).error
+    assert "only as a whole" in get("dataset", "--split", "sft", "--sample", 3).error
     assert "sft_i2t.parquet" not in "".join(finished(tmp_path))
 
 
@@ -346,7 +349,7 @@ def test_a_file_that_is_listed_and_not_given_is_named_with_its_repository(get, h
     ended = get("tokenizer")
     assert ended.code == 1
     assert f"not found: {missing} of jingyaogong/MiniMind2-Small-V at " in ended.error
-    assert "run this again later, or name another --endpoint" in ended.error
+    assert "try again later, or use another --endpoint" in ended.error
     hub.faults.clear()
     assert get("tokenizer").code == 0
     assert finished(tmp_path) == ["model/tokenizer.json", "model/tokenizer_config.json"]

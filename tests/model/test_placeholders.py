@@ -134,10 +134,10 @@ def test_pictures_by_row_name_the_row(make_vlm):
     """[B, N, …] says how many each row has, so a total that happens to be right is not enough."""
     model = make_vlm(seen=True)
     rows = torch.cat((ids_of(PICTURE, PICTURE, PICTURE), ids_of(PICTURE, [7] * 8)))  # 3 + 1 = 2 + 2
-    with pytest.raises(ValueError, match="row 0 has placeholders for 3 pictures, but 2 pictures"):
+    with pytest.raises(ValueError, match="row 0 has placeholders for 3 images, but 2 pictures"):
         model(rows, pixel_values=torch.randn(2, 2, 3, 16, 16))
     rows = torch.cat((ids_of(PICTURE, PICTURE), ids_of(PICTURE, [7] * 4)))
-    with pytest.raises(ValueError, match="row 1 has placeholders for 1 pictures, but 2 pictures"):
+    with pytest.raises(ValueError, match="row 1 has placeholders for 1 images, but 2 pictures"):
         model(rows, pixel_values=torch.randn(2, 2, 3, 16, 16))
 
 

@@ -96,16 +96,16 @@ def test_weights_that_guess_are_told_at_once_and_a_little_later():
 
 
 def test_a_first_loss_says_what_is_known_about_its_cause():
-    assert "either it is not trained" in first_line(6.4)
+    assert "it is not trained" in first_line(6.4)
     for loss in (8.0, 14.9):
         line = first_line(loss)
-        assert f"the first loss is {loss:.2f} where blind guessing gives 6.40" in line
-        assert "these rows are unlike what it learnt from" in line
+        assert f"the first loss is {loss:.2f} ; uniform guessing gives 6.40" in line
+        assert "these rows differ from its training data" in line
         assert "do not fit" not in line
         assert "not trained" not in line
         assert "is not its tokenizer" in line
     assert "tokenizer" not in first_line(14.9, same_tokenizer=True)
-    assert "was trained with another tokenizer" in first_line(14.9, same_tokenizer=False)
+    assert "was trained with a different tokenizer" in first_line(14.9, same_tokenizer=False)
 
 
 def test_a_loss_that_hardly_falls_names_the_rate_and_for_few_rows_the_recipe():
@@ -122,9 +122,9 @@ def test_few_rows_are_learnt_by_heart_and_that_is_how_it_is_called():
     falling = [2 - step / 200 for step in range(200)]
     _, line = validated(held(1.9, 1.8, 1.85, 1.9, 2.0), falling, started("sft", rows=12))["overfitting"]
     assert line.startswith("overfitting since step 40")
-    assert "12 rows are learnt by heart; answers about other pictures need more rows" in line
+    assert "12 rows were memorised; answers about other images need more rows" in line
     _, line = validated(held(1.9, 1.8, 1.85, 1.9, 2.0), falling, started("sft", rows=10**5))["overfitting"]
-    assert "stop here, or train on more rows" in line
+    assert "stop now, or use more rows" in line
 
 
 def test_a_learning_rate_that_throws_the_loss_out_is_told():
@@ -160,8 +160,8 @@ def test_waiting_for_data_is_told_with_the_number_of_workers():
         (16, 14, "raise --workers (now 14) to 16"),
         (64, 16, "raise --workers (now 16) to 32"),
         (2, 1, "raise --workers (now 1) to 2"),
-        (16, 16, "16 cores have 16 workers — smaller pictures or a faster disk would help"),
-        (2, 4, "smaller pictures or a faster disk would help"),
+        (16, 16, "16 cores have 16 workers — smaller images or a faster disk would help"),
+        (2, 4, "smaller images or a faster disk would help"),
     ],
 )
 def test_more_workers_are_advised_as_long_as_there_are_cores(monkeypatch, cores, workers, advice):

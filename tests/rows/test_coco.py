@@ -49,10 +49,10 @@ def test_a_row_is_a_caption(tmp_path, monkeypatch, order, options, chunk):
     ("annotation", "words"),
     [
         ({"caption": "c", "id": 1}, "without `image_id`"),
-        ({"caption": "c", "image_id": 99}, "no picture has the id 99"),
-        ({"caption": "c", "image_id": "7"}, "several pictures have the id '7'"),
+        ({"caption": "c", "image_id": 99}, "no image has the id 99"),
+        ({"caption": "c", "image_id": "7"}, "several images have the id '7'"),
         ({"caption": "c", "image_id": 8}, "has no `file_name`"),
-        (3, "no JSON object"),
+        (3, "not a JSON object"),
         ({"image_id": 1}, "conversation"),
     ],
 )
@@ -107,10 +107,10 @@ def test_karpathy_has_splits(tmp_path):
     [
         ({"images": PICTURES, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}, "no annotation has a `caption`"),
         ({"images": PICTURES, "annotations": []}, "no annotation has a `caption`"),
-        ('{"images": [{"id": 1}', "not the captions of COCO"),
-        ('{"images": [{"id": 1}, ' + "[" * 100_000, "not the captions of COCO"),
-        ('{"images": [{"id": ' + "9" * 5000 + "}]}", "not the captions of COCO"),
-        ('{"images": [{"id": 1}]} {"a"', "stands behind its end"),
+        ('{"images": [{"id": 1}', "not a COCO caption file"),
+        ('{"images": [{"id": 1}, ' + "[" * 100_000, "not a COCO caption file"),
+        ('{"images": [{"id": ' + "9" * 5000 + "}]}", "not a COCO caption file"),
+        ('{"images": [{"id": 1}]} {"a"', "extra data after its end"),
         ('{"images": [{"id": 1}], nonsense', "no key at byte 24"),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_value_without_end_is_not_kept_in_memory(tmp_path):
         for _ in range(64):
             file.write("x" * 2**20)
         file.write('"}]}')
-    with pytest.raises(DataError, match="not the captions of COCO"):
+    with pytest.raises(DataError, match="not a COCO caption file"):
         open_rows(path)
 
 

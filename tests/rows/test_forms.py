@@ -349,7 +349,7 @@ def test_a_row_of_no_form_is_named_with_what_would_be_read(tmp_path):
     with pytest.raises(DataError, match=r"no column `conversations`, only prompt — a row has"):
         open_rows(tmp_path / "rows.parquet")
     (tmp_path / "one.json").write_text('{"info": {}, "licences": [{"id": 1}]}')
-    with pytest.raises(DataError, match="holds no list of rows"):
+    with pytest.raises(DataError, match="neither a row nor a list of rows"):
         open_rows(tmp_path / "one.json")
 
 
@@ -561,8 +561,8 @@ def test_bytes_beside_named_pictures_are_not_copied(tmp_path, kind):
 
 
 def test_a_row_has_a_bounded_number_of_pictures_and_messages(demo_tokenizer):
-    with pytest.raises(RowError, match="20,000 pictures, and a row has at most 10,000"):
+    with pytest.raises(RowError, match="20,000 images; a row has at most 10,000"):
         read_row({"messages": said("<image>" * 20_000, "Many."), "images": ["a.jpg"] * 20_000})
     talk = read_row({"messages": said("What?", "A.") * 10_000}).conversations
-    with pytest.raises(RowError, match="20,000 messages, and a row has at most 10,000"):
+    with pytest.raises(RowError, match="20,000 messages; a row has at most 10,000"):
         PromptEncoder(demo_tokenizer, PATCHES).row(talk, 0, 512)

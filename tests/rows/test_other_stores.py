@@ -67,7 +67,7 @@ def test_an_array_of_rows(tmp_path, monkeypatch, indent, ascii_, chunk):
         ('[{"a":1}', "begins at byte"),
         ('[{"a":1},{"b"', "begins at byte 9"),
         ('[{"a":1} nonsense]', "begins at byte 9"),
-        ('[{"a":1}] more', "stands behind its end"),
+        ('[{"a":1}] more', "extra data after its end"),
         ("[12", "begins at byte 1"),
         ("[" * 100_000, "not a JSON array"),
         ("[]", "no rows"),

@@ -105,7 +105,7 @@ def test_shards_of_a_folder_are_one_set_in_the_order_of_their_names(tmp_path):
     assert rows.place(29).endswith("train-00002.parquet:17")
     assert sorted(rows.shuffled(np.random.default_rng(1))) == list(range(COUNT))
     write(tmp_path / "set" / "odd.parquet", {"conversations": ["[]"]})
-    with pytest.raises(DataError, match="other columns"):
+    with pytest.raises(DataError, match="its columns differ"):
         open_rows(tmp_path / "set")
 
 

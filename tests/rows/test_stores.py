@@ -177,7 +177,7 @@ def test_a_missing_file_names_the_next_step(tmp_path):
         open_rows(tmp_path / "none.jsonl")
     with pytest.raises(MissingInput, match=r"download .*dataset"):
         open_pictures(tmp_path / "none.zip")
-    with pytest.raises(RowError, match="--images was not given"):
+    with pytest.raises(RowError, match="--images is missing"):
         open_pictures(None).read("a.jpg")
 
 
@@ -362,7 +362,7 @@ def test_a_zip_is_read_in_place_however_it_is_packed(zipped, tmp_path, compressi
 @pytest.mark.parametrize(("compression", "method"), [(zipfile.ZIP_BZIP2, "bzip2"), (zipfile.ZIP_LZMA, "LZMA")])
 def test_a_member_whose_unpacking_has_no_bound_is_refused(zipped, compression, method):
     pictures = zipped({"a.jpg": bytes(1000)}, compression)
-    with pytest.raises(RowError, match=rf"^a\.jpg: packed with {method} in .*pack them again$") as caught:
+    with pytest.raises(RowError, match=rf"^a\.jpg: packed with {method} in .*create the zip again$") as caught:
         pictures.read("a.jpg")
     assert caught.value.kind == "picture broken"
 
@@ -611,9 +611,9 @@ def _read_and_tell(shared):
         (b"BZh91AY&SY", "a bzip2 archive"),
         (b"\x28\xb5\x2f\xfd" + bytes(20), "a zstd archive"),
         (bytes(257) + b"ustar\x0000" + bytes(700), "a tar archive"),
-        (b"\x89PNG\r\n\x1a\n", "a picture, not rows"),
-        (b"GGUF" + bytes(20), "weights of a model, not rows"),
-        (b"\x40\0\0\0\0\0\0\0{}", "weights of a model, not rows"),
+        (b"\x89PNG\r\n\x1a\n", "a picture file, not a data file"),
+        (b"GGUF" + bytes(20), "model weights, not a data file"),
+        (b"\x40\0\0\0\0\0\0\0{}", "model weights, not a data file"),
         (b"\x01\x02\0\x03", "no text"),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_picture_in_base64_stands_in_its_row(tmp_path):
     [
         ("a.png", "1 cell for 2 columns"),
         ("a.png,a dog, a cat", "3 cells for 2 columns"),
-        ('a.png,"a dog', "opened and not closed"),
+        ('a.png,"a dog', "is not closed"),
         ('a.png,"a" dog', "not CSV"),
         (b"a.png,\xff\xfe dog", "not UTF-8"),
         ("a.png,", "conversation"),
@@ -108,7 +108,7 @@ def test_a_tsv_without_quoting_keeps_its_quotes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a.png,a red circle\nb.png,a cat\n", "is a row — write the names"),
+        ("a.png,a red circle\nb.png,a cat\n", "is a row — add a line of column names"),
         ("a red circle\n", "names a red circle, so there is no conversation"),
         ("image,label\na.png,3\n", "names image, label, so"),
         ("image,caption,caption\n", "names caption twice"),
@@ -117,7 +117,7 @@ def test_a_tsv_without_quoting_keeps_its_quotes(tmp_path):
         ("<html>\n", "HTML page"),
         (b"image,\xc3\n", "not UTF-8"),
         (b"image,caption\ra.png,a dog\rb.png,a cat", "line"),
-        ("x" * 3_000_000, "its first line has no end"),
+        ("x" * 3_000_000, "its first line never ends"),
     ],
 )
 def test_what_has_no_column_names_is_named(tmp_path, text, words):

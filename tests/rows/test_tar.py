@@ -235,7 +235,7 @@ def test_archives_that_were_joined_are_read_to_the_end(tmp_path):
 
 
 def test_a_tar_of_pictures_alone_is_named(tmp_path):
-    with pytest.raises(DataError, match="name the rows in its place, and the tar with --images"):
+    with pytest.raises(DataError, match="give the rows in its place, and the tar with --images"):
         open_rows(tar_of(tmp_path / "a.tar", [("0.jpg", picture(0))]))
 
 
@@ -243,7 +243,7 @@ def test_a_packed_tar_is_named(tmp_path):
     for name in ("a.tar.gz", "a.tgz", "a.tar"):
         with tarfile.open(tmp_path / name, "w:gz"):
             pass
-        with pytest.raises(DataError, match="gunzip it first"):
+        with pytest.raises(DataError, match="decompress it first"):
             open_rows(tmp_path / name)
 
 
@@ -349,7 +349,7 @@ def test_pictures_in_a_tar_are_found_by_the_names_that_find_them_in_a_zip(named,
         ("c/1.jpg", "not below c"),
         ("../a/1.jpg", r"\.\."),
         ("none.jpg", "no such picture in .*named.tar"),
-        ("x, y.jpg", "write the name as its file has it"),
+        ("x, y.jpg", "write the name exactly like the file name"),
     ],
 )
 def test_a_picture_that_a_tar_has_not_is_named(named, name, words):

@@ -102,7 +102,7 @@ def test_all_take_what_fits_on_the_smallest(config, monkeypatch):
     monkeypatch.setattr(World, "gather_objects", lambda world, thing: [thing, "elsewhere"])
     size, why = fitted(config, Small(10**12, 100 * MIB), World(rank=0, size=2, placed=True))
     assert size == 4
-    assert why.endswith("for the 24 rows of a step that fall to each process: another process has no room for more")
+    assert why.endswith("for the 24 rows of a step per process: another process has no memory for more")
     assert told[-1] == [24]
 
 
@@ -131,9 +131,9 @@ def test_a_gpu_is_tried_from_the_largest_down(config, monkeypatch):
     size, why = fitting._by_trial(Full(gone), [24, 12, 8, 6], several=False)
     assert (size, gone, len(asked)) == (8, [8], 3)
     assert asked[0] == 10 * MIB + int(0.08 * 8 * 2**30), "what a run holds besides, and some more"
-    assert why == "tried with rows of 128 tokens on 8.0 GiB"
+    assert why == "measured with rows of 128 tokens on 8.0 GiB"
     limit, share = 0, 0.25
-    with pytest.raises(RunError, match="not one row of 128 tokens fits into 4"):
+    with pytest.raises(RunError, match="not one row of 128 tokens does not fit into 4"):
         fitting._by_trial(Full(gone), [2, 1], several=True)
     errors = cycle([RuntimeError("CUDA error: an illegal memory access was encountered")])
     with pytest.raises(RuntimeError, match="illegal"):
@@ -218,7 +218,7 @@ def test_a_resumed_run_is_divided_as_before(tmp_path):
 def test_two_processes_agree(tmp_path):
     ended = installed(*place().train(tmp_path / "out", batch_size="auto", accumulate=2, gpus=2, max_steps=2))
     assert ended.code == 0, ended.err
-    assert "batch size 32, accumulate 1, for the 32 rows of a step that fall to each process: " in ended.err
+    assert "batch size 32, accumulate 1, for the 32 rows of a step per process: " in ended.err
     assert "on 2 processes (cpu)" in ended.err
 
 

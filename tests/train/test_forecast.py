@@ -64,7 +64,7 @@ def test_it_needs_no_base_and_says_all_in_words(tmp_path):
     rows = dict(row.split(maxsplit=1) for row in ended.out.splitlines())
     assert rows["steps"] == "3"
     assert rows["samples"] == "24"
-    assert "2 processes taken for 2 times as fast" in rows["how"]
+    assert "2 processes assumed to be 2 times as fast" in rows["how"]
     assert "cost" not in rows
 
 

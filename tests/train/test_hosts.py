@@ -105,7 +105,7 @@ def start(hosts, tmp_path):
 def test_two_machines_learn_what_one_does(start, tmp_path):
     both = start(batch_size=4)
     assert [host.end() for host in both] == [0, 0], both[0].said + both[1].said
-    assert both[0].said.startswith(f"2 machines meet at {FIRST}: waiting for the others")
+    assert both[0].said.startswith(f"2 machines connect at {FIRST}: waiting up to")
     assert "steps of 8 rows on 2 processes (cpu)" in both[0].said
     assert both[1].said.count("\n") == 1, both[1].said
     alone = here(*place().train(tmp_path / "alone", **LINE, batch_size=8))
@@ -133,7 +133,7 @@ def test_a_machine_that_is_gone_ends_the_other_and_a_stop_ends_both(start, tmp_p
     assert time.monotonic() - gone < 30
     last = first.said.splitlines()[-1]
     assert last == (
-        "error: another machine has left the run, or cannot be reached — add --resume to go on from the last state"
+        "error: another machine has stopped or cannot be reached — add --resume to go on from the last state"
     )
     assert list((tmp_path / "other" / "out" / NAME / "states").glob("*"))
 
@@ -144,7 +144,7 @@ def test_who_waits_in_vain_is_told(tmp_path):
                   "--rdzv-endpoint", "127.0.0.1:9", prepare=meet_soon)  # fmt: skip
     ended = run.wait()
     assert ended.code == 1
-    assert "2 machines did not meet at 127.0.0.1:9 — start the command on each" in ended.error
+    assert "2 machines did not connect at 127.0.0.1:9 — start the command on each" in ended.error
 
 
 def meet_soon():
@@ -160,7 +160,7 @@ def test_the_way_to_oneself_is_the_loopback():
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "told"), [("10.77.0.1", "not of the form HOST:PORT"), ("no.such.host.:1", "no host")]
+    ("endpoint", "told"), [("10.77.0.1", "must have the form HOST:PORT"), ("no.such.host.:1", "no host")]
 )
 def test_an_endpoint_that_cannot_be_one(endpoint, told, tmp_path):
     ended = here(*place().train(tmp_path / "out"), "--nnodes", 2, "--node-rank", 1, "--rdzv-endpoint", endpoint)

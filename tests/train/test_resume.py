@@ -100,7 +100,7 @@ def test_a_complete_run_is_left_as_it_is(reference):
     before = {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()}
     ended = here(*place().train(reference, **STEPS), "--resume")
     assert ended.code == 0
-    assert "this run is complete" in ended.err
+    assert "this run is already finished" in ended.err
     assert {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()} == before
 
 
@@ -193,14 +193,14 @@ def test_where_every_state_is_damaged_the_run_is_refused(tmp_path, reference):
         path.write_bytes(b"")
     ended = here(*place().train(reference, **STEPS), "--resume")
     assert ended.code == 1
-    assert "no state in it is whole — start over with --overwrite" in ended.error
+    assert "it contains no undamaged state — start over with --overwrite" in ended.error
 
 
 def test_weights_without_a_state_cannot_be_resumed(reference):
     shutil.rmtree(reference / NAME / "states")
     ended = here(*place().train(reference, **STEPS), "--resume")
     assert ended.code == 2
-    assert "no state to go on from" in ended.error
+    assert "no state to resume from" in ended.error
 
 
 def test_starting_over_leaves_no_state_of_before(reference):
@@ -224,7 +224,7 @@ def test_what_differs_is_told_line_by_line_and_refused(tmp_path, halfway):
     other = write_rows(tmp_path / "other.jsonl", lines[:-1])
     ended = here(*place().train(halfway, **STEPS, lr=1e-5, data=other), "--resume")
     assert ended.code == 2
-    assert any(line.startswith("lr: 0.0004 in the run that is resumed, 1e-05 now") for line in ended.err.splitlines())
+    assert any(line.startswith("lr: 0.0004 in the interrupted run, 1e-05 now") for line in ended.err.splitlines())
     assert any(line.startswith("data.file: ") and " bytes " in line for line in ended.err.splitlines())
     assert ended.error.endswith("say --allow lr --allow data.file") or ended.error.endswith(
         "say --allow data.file --allow lr"

@@ -69,8 +69,8 @@ def events(out, key):
 def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, mine, earlier):
     ended = small(tmp_path / "out", earlier, mine)
     assert ended.code == 0, ended.err
-    assert f"learnt: every answer to the 12 rows of {mine['data']} is right, token for token" in ended.err
-    assert f"kept: on 32 rows of {place().data('sft')}, not trained on now, " in ended.err
+    assert f"learnt: every answer of the 12 rows of {mine['data']} is correct, token for token" in ended.err
+    assert f"kept: on 32 rows of {place().data('sft')} that this run did not use " in ended.err
     last = read_rows(tmp_path / "out" / "sft_vlm_128" / "metrics.jsonl")[-1]
     assert last["step"] == last["steps"] < 60 * 12, "it ends as soon as all is right"
     assert last["step"] % 12 == 0
@@ -88,7 +88,7 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     assert "was not measured" not in page
     assert "steps, finished" in page
     again = small(tmp_path / "out", earlier, mine, "--resume")
-    assert (again.code, "this run is complete" in again.err) == (0, True), again.err
+    assert (again.code, "this run is already finished" in again.err) == (0, True), again.err
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, mine, earlier):
@@ -116,15 +116,15 @@ def test_what_cannot_be_measured_is_said(tmp_path, mine, earlier, trouble):
             text = text.replace(str(place().data("sft")), str(here_now))
             (tmp_path / "sft_vlm_128" / name).write_text(text)
     why = {
-        "no folder": f"nothing beside {init} names the rows that it learnt from",
-        "no rows": f"{tmp_path / 'gone.jsonl'}, which {init} learnt from, is not there",
-        "same rows": "learnt from these same rows",
+        "no folder": f"nothing beside {init} names its training rows",
+        "no rows": f"{tmp_path / 'gone.jsonl'}, which {init}, does not exist",
+        "same rows": "was trained on these same rows",
     }[trouble]
     ended = small(tmp_path / "out", init, mine, epochs=2)
     assert ended.code == 0, ended.err
-    assert f"not measured: what {init} knew before" in ended.err
+    assert f"not measured: how much {init} knew" in ended.err
     assert why in ended.err
-    assert "not all is learnt: " in ended.err
+    assert "not everything was learnt: " in ended.err
     assert "was not measured" in report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
 
 
@@ -174,7 +174,7 @@ def test_the_recipe_is_printed_and_read_again(tmp_path):
 def test_a_recipe_for_another_stage_or_of_no_such_name_is_refused():
     assert "`mmv train sft --recipe small-data`" in here("train", "pretrain", "--recipe", "small-data").error
     assert "did you mean 'small-data'" in here("train", "sft", "--recipe", "smal-data").error
-    with pytest.raises(UsageError, match="recipe 3 is none of"):
+    with pytest.raises(UsageError, match="recipe 3 must be one of"):
         build_config("sft", sets=["recipe=3"])
 
 
@@ -202,7 +202,7 @@ def test_it_starts_from_the_best_weights_there_are_and_never_from_its_own(tmp_pa
 def test_a_run_that_can_move_nothing_is_told_with_a_value_that_can(lr, updates):
     config = build_config("sft", options={"lr": lr, "epochs": 2})
     line = too_little(config, 12, updates)
-    assert f"--lr {lr:g} cannot move a weight" in line
+    assert f"--lr {lr:g} cannot change a weight" in line
     assert "or --recipe small-data" in line
     words = line.partition("try ")[2].replace(",", "").split()
     advised = {word: float(words[at + 1]) for at, word in enumerate(words) if word in ("--lr", "--epochs")}
@@ -210,7 +210,7 @@ def test_a_run_that_can_move_nothing_is_told_with_a_value_that_can(lr, updates):
     better = build_config("sft", options={"lr": advised.get("--lr", lr)})
     more = round(updates * advised.get("--epochs", 2) / 2)
     assert too_little(better, 12, more) is None
-    assert too_little(config, 10**6, updates) == line.replace(", or --recipe small-data, made for few rows", "")
+    assert too_little(config, 10**6, updates) == line.replace(", or --recipe small-data (for few rows)", "")
 
 
 def test_nothing_is_said_of_the_published_runs_nor_of_the_recipe():
@@ -229,14 +229,14 @@ def test_it_is_said_before_the_first_step_and_by_the_plan(tmp_path, mine):
     lines = ended.err.splitlines()
     at = next(n for n, line in enumerate(lines) if "5 steps of 12 rows" in line)
     assert "learning rate from 1.1e-06 down to 1e-07" in lines[at]
-    assert "5 steps at --lr 1e-06 cannot move a weight" in lines[at + 1]
+    assert "5 steps at --lr 1e-06 cannot change a weight" in lines[at + 1]
     assert lines[at + 2].startswith("step 1/5")
     assert events(tmp_path, "warning")[0] in lines[at + 1]
     words = place().train(tmp_path / "plan", "sft", **mine, init=sighted(), lr=1e-6, epochs=5)
     planned = here("plan", *words[1:], "--json").json
     assert planned["learning_rate"] == pytest.approx([1.1e-6, 1e-7])
-    assert "cannot move a weight" in planned["warning"]
-    assert here("plan", *words[1:]).err.count("cannot move a weight") == 1
+    assert "cannot change a weight" in planned["warning"]
+    assert here("plan", *words[1:]).err.count("cannot change a weight") == 1
 
 
 def test_few_rows_held_out_are_told_to_say_little(tmp_path, mine):

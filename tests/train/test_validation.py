@@ -99,7 +99,7 @@ def test_broken_rows_are_never_held_out(tmp_path):
 
 def test_too_few_rows_are_refused(tmp_path):
     rows = open_rows(write_rows(tmp_path / "rows.jsonl", read_rows(place().data("pretrain"))[:9]))
-    with pytest.raises(UsageError, match="leave --val-every out"):
+    with pytest.raises(UsageError, match="leave out --val-every"):
         hold_out(rows, 100, 1, tmp_path / "known.json", "", lambda line: None)
 
 
@@ -146,7 +146,7 @@ def test_a_resumed_run_holds_out_the_same_and_knows_the_best(out, tmp_path):
     train_until_killed(12, line)
     ended = here(*line, "--resume")
     assert ended.code == 0, ended.err
-    assert "looking at the pictures" not in ended.err
+    assert "reading the images" not in ended.err
     assert events(tmp_path / "out", "validation") == events(out, "validation")
     refused = here(*line, "--overwrite", "--set", "val_every=0")
     assert refused.code == 0
@@ -170,7 +170,7 @@ def test_a_model_whose_pictures_are_of_other_rows_does_not_look(tmp_path):
     )
     ended = here(*line)
     assert ended.code == 0, ended.err
-    assert "does not look" in ended.err, events(tmp_path / "out", "validation")
+    assert "ignores the images" in ended.err, events(tmp_path / "out", "validation")
 
 
 def test_a_full_disk_costs_the_best_weights_and_not_the_run(tmp_path, monkeypatch):

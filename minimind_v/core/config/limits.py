@@ -21,6 +21,6 @@ def check_memory(model: TextConfig) -> None:
     if memory is not None and needed > memory:
         raise UsageError(
             f"model.hidden_size {model.hidden_size:,}, model.num_hidden_layers {model.num_hidden_layers:,} and "
-            f"model.vocab_size {model.vocab_size:,} make a model of {model.parameters:,} parameters, which takes "
+            f"model.vocab_size {model.vocab_size:,} make a model of {model.parameters:,} parameters. It needs "
             f"{needed / 2**30:,.1f} GiB, and this machine has {memory / 2**30:,.1f} GiB — lower them or take a --preset"
         )

@@ -1,4 +1,4 @@
-"""From a recipe, a YAML file and `key=value` overrides to a checked RunConfig, and back to YAML."""
+"""Build a validated RunConfig from a recipe, a YAML file and `key=value` overrides; write it as YAML."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def resolve(
         changes["data.file"] = published_file(Path(changes["data.file"]), stage)
         if "data.images" not in changes:
             changes["data.images"] = images_beside(changes["data.file"])
-            sources["data.images"] = "what is beside data.file"
+            sources["data.images"] = "found beside data.file"
     preset = changes.pop("preset", "small")
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
+        raise UsageError(f"preset {preset!r} must be one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
     if (told := changes.pop("stage", stage)) != stage:
-        raise UsageError(f"the configuration is one for stage {told}, the command is for {stage}")
+        raise UsageError(f"the configuration is for stage {told}, the command for {stage} — use one of the two")
     # The model comes first: the recipe names its files after its size.
     recipe = RECIPES[name]
     sizes = {key: value for key, value in changes.items() if key.startswith("model.")}
@@ -93,9 +93,9 @@ def resolve(
     config = _change(sized, {key: value for key, value in changes.items() if key not in sizes}, files)
     if "data.file" not in changes and (data := _find_data(config)) != config.data:
         config = replace(config, data=data)
-        sources |= dict.fromkeys(("data.file", "data.images"), "what is there")
+        sources |= dict.fromkeys(("data.file", "data.images"), "found on disk")
     if "init" not in changes and (init := _find_init(config)) != config.init:
-        config, sources["init"] = replace(config, init=init), "what is there"
+        config, sources["init"] = replace(config, init=init), "found on disk"
     if "data.workers" not in sources:
         config = replace(config, data=replace(config.data, workers=usual_workers(config.gpus)))
     given = f"preset {preset}" + (f", {sources['preset']}" if "preset" in sources else "")
@@ -109,9 +109,9 @@ def resolve(
 def _recipe_name(stage: str, name: Any) -> str:
     """The name of a recipe, if it is one for this stage. Raises UsageError."""
     if not isinstance(name, str) or name not in RECIPES:
-        raise UsageError(f"recipe {name!r} is none of {', '.join(RECIPES)}{nearest(str(name), RECIPES)}")
+        raise UsageError(f"recipe {name!r} must be one of {', '.join(RECIPES)}{nearest(str(name), RECIPES)}")
     if (meant := RECIPES[name]().stage) != stage:
-        raise UsageError(f"recipe {name} is one for {meant}: `mmv train {meant} --recipe {name}`")
+        raise UsageError(f"recipe {name} is for {meant} — run `mmv train {meant} --recipe {name}`")
     return name
 
 
@@ -138,7 +138,7 @@ def _collect(
     for item in sets:
         key, equals, value = item.partition("=")
         if not equals:
-            raise UsageError(f"--set {item!r} is not of the form key=value")
+            raise UsageError(f"--set {item!r} must have the form key=value")
         put(key, parse_value(value, f"--set {item!r}"), "--set")
     return changes, sources
 

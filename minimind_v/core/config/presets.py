@@ -1,4 +1,4 @@
-"""Named model sizes: the three published ones, and the tiny one of the embedded world."""
+"""Presets: the three published model sizes, and the tiny one of the demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESETS: dict[str, TextConfig] = {
 def check_preset(name: str) -> None:
     """Raises UsageError for a name that no preset has."""
     if name not in PRESETS:
-        raise UsageError(f"--preset {name!r} is none of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+        raise UsageError(f"--preset {name!r} must be one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
 
 
 def name_preset(config: TextConfig) -> str | None:

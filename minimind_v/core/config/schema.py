@@ -1,4 +1,4 @@
-"""What a run is made of, as frozen dataclasses that check themselves."""
+"""The settings of a model and a run, as frozen dataclasses that validate themselves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MOST_PARAMETERS = 2_000_000_000  # of a language model, and of a tower
 # Of a run, with what to do instead where there is something.
 MOST = {
     "max_length": (1 << 20, ""),
-    "batch_size": (1 << 14, "; for more rows per step raise --accumulate"),
+    "batch_size": (1 << 14, "; to use more rows per step, raise --accumulate"),
     "accumulate": (10**6, ""),
     "epochs": (10**6, ""),
     "gpus": (1 << 10, ""),
@@ -80,7 +80,7 @@ class TextConfig:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(f"model.{name} must be a number, not {value!r}")
             if not 0 <= value <= limit or (not value and name != "aux_loss_alpha"):
-                raise UsageError(f"model.{name} must lie between 0 and {limit:g}, not {value}")
+                raise UsageError(f"model.{name} must be between 0 and {limit:g}, not {value}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise UsageError(
                 f"model.hidden_size {self.hidden_size} must be an even multiple of "
@@ -93,7 +93,7 @@ class TextConfig:
             )
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise UsageError(
-                f"model.num_experts_per_tok must lie between 1 and model.n_routed_experts ({self.n_routed_experts})"
+                f"model.num_experts_per_tok must be between 1 and model.n_routed_experts ({self.n_routed_experts})"
             )
         if not self.intermediate_size:
             rounded = 64 * -(-int(self.hidden_size * 8 / 3) // 64)
@@ -101,7 +101,7 @@ class TextConfig:
         if self.parameters > MOST_PARAMETERS:
             raise UsageError(
                 f"model.hidden_size {self.hidden_size} with model.num_hidden_layers {self.num_hidden_layers} makes "
-                f"{self.parameters:,} parameters, the most is {MOST_PARAMETERS:,}"
+                f"{self.parameters:,} parameters; the maximum is {MOST_PARAMETERS:,}"
             )
 
     @property
@@ -186,7 +186,7 @@ class DataConfig:
         _option("batch_size", self.batch_size, 1)
         _option("workers", self.workers, 0)
         if not 0 <= self.bad_rows <= 1:
-            raise UsageError(f"data.bad_rows is a share from 0 to 1, not {self.bad_rows:g}")
+            raise UsageError(f"data.bad_rows must be a share from 0 to 1, not {self.bad_rows:g}")
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class RunConfig:
         if self.seed >= 2**63:
             raise UsageError(f"--seed must be below 2^63, not {_shown(self.seed)}")
         if not 0 < self.lr < 1:
-            raise UsageError(f"--lr must lie between 0 and 1, not {self.lr:g}")
+            raise UsageError(f"--lr must be between 0 and 1, not {self.lr:g}")
         if not 0 <= self.weight_decay < 1:
             raise UsageError(f"weight_decay must be at least 0 and below 1, not {self.weight_decay:g}")
         if not self.grad_clip > 0:
@@ -275,4 +275,4 @@ def _shown(value: float) -> str:
 def one_of(flag: str, value: str, choices: Collection[str]) -> None:
     """Raise UsageError where the value of an option is none of its choices."""
     if value not in choices:
-        raise UsageError(f"--{flag} {value!r} is none of {', '.join(choices)}{nearest(value, choices)}")
+        raise UsageError(f"--{flag} {value!r} must be one of {', '.join(choices)}{nearest(value, choices)}")

@@ -1,4 +1,4 @@
-"""Settings as people write them in YAML, by dotted key: a file from a stranger costs no more than its size.
+"""Settings from YAML by dotted key; reading is limited by the file's size, also for hostile files.
 
 PyYAML parses the text; the tree is walked here, so that every refusal names its key and its line, and so that aliases,
 which let two kilobytes stand for a billion values, are counted as what they stand for. No tag makes an object. A date
@@ -54,7 +54,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def parse_value(text: str, where: str) -> Any:
     """The value of `--set key=value`, Written where it is a list or a mapping. Raises UsageError."""
     if len(text) > MOST_BYTES:
-        raise UsageError(f"{where}: {len(text):,} characters, and a value has at most {MOST_BYTES:,}")
+        raise UsageError(f"{where}: {len(text):,} characters; the maximum is {MOST_BYTES:,}")
     try:
         node = yaml.compose(text, Loader=_Loader)
         return None if node is None else _value(node, where, text)
@@ -75,12 +75,12 @@ def _settings(path: Path) -> list[Setting]:
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not YAML ({error})") from None
     except RecursionError:
-        raise UsageError(f"{path}: not YAML that can be read (it is nested deeper than {DEEPEST} levels)") from None
+        raise UsageError(f"{path}: not readable YAML (nested deeper than {DEEPEST} levels)") from None
     if node is None:
         return []
     if not node.tag.startswith(_TAG) or "/" in node.tag.removeprefix(_TAG):
         raise UsageError(
-            f"{path}:{node.start_mark.line + 1}: not YAML of plain values (the tag {node.tag} is not read)"
+            f"{path}:{node.start_mark.line + 1}: the YAML tag {node.tag} is not supported — use plain values"
         )
     if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"{path}: not a mapping of keys to values")
@@ -93,7 +93,7 @@ def _read_text(path: Path) -> str:
     with path.open("rb") as file:
         raw = file.read(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
-        raise UsageError(f"{path}: {path.stat().st_size:,} bytes, and a configuration has at most {MOST_BYTES:,}")
+        raise UsageError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most {MOST_BYTES:,}")
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes what it is given
     try:
         text = raw.decode("utf-16" if wide else "utf-8-sig")
@@ -102,7 +102,7 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"{path}:{line}: not YAML (the text is not UTF-8) — save the file as UTF-8") from None
     if odd := yaml.reader.Reader.NON_PRINTABLE.search(text):
         line = text.count("\n", 0, odd.start()) + 1
-        raise UsageError(f"{path}:{line}: not YAML (the character U+{ord(odd[0]):04X} is in it) — remove it")
+        raise UsageError(f"{path}:{line}: not YAML (it contains the character U+{ord(odd[0]):04X}) — remove it")
     return text
 
 
@@ -144,7 +144,7 @@ class _Walk:
     def _name(self, node: yaml.Node, prefix: str) -> str:
         if not isinstance(node, yaml.ScalarNode):
             raise UsageError(
-                f"{self._at(node, prefix or 'the top level')}: a key must be a word, not a list or a mapping"
+                f"{self._at(node, prefix or 'the top level')}: a key must be text, not a list or a mapping"
             )
         return f"{prefix}{node.value}"
 
@@ -154,7 +154,7 @@ class _Walk:
         if depth > DEEPEST:
             raise UsageError(f"{where}: nested deeper than {DEEPEST} levels, or an alias of itself")
         if self.keys > MOST_KEYS:
-            raise UsageError(f"{where}: more than {MOST_KEYS:,} keys, with what its aliases stand for")
+            raise UsageError(f"{where}: more than {MOST_KEYS:,} keys, aliases included")
 
     def _at(self, node: yaml.Node, key: str) -> str:
         return f"{self.path}:{node.start_mark.line + 1}: {key}"
@@ -187,7 +187,7 @@ def _value(node: yaml.Node, where: str, text: str) -> Any:
             return node.value
     except (ValueError, KeyError, IndexError):
         pass
-    raise UsageError(f"{where}: {node.value!r} with the tag {node.tag} is not read — write a plain value")
+    raise UsageError(f"{where}: {node.value!r} with the tag {node.tag} is not supported — write a plain value")
 
 
 def _number(node: yaml.ScalarNode, kind: str) -> int | float | str:

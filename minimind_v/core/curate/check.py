@@ -1,4 +1,4 @@
-"""Every row against everything that can go wrong with it, before a run finds out in its third hour.
+"""Check every row for every problem that training would meet.
 
 A row is read as training reads it, by the same functions, so the two cannot disagree. What training would do about each
 kind of problem stands in `KINDS`.
@@ -26,7 +26,7 @@ from minimind_v.core.rows.forms import no_form
 from minimind_v.core.rows.heldout import digests_of
 from minimind_v.core.rows.row import NOTES, Row, RowStore, describe_notes, describe_text_rows
 
-SKIPPED, CUT, TRAINED = "skips the row", "cuts the row", "trains on it all the same"
+SKIPPED, CUT, TRAINED = "skips the row", "cuts the row", "still uses the row"
 KINDS = {  # what training does about a row with this problem; every other kind that a row can have is skipped
     "cut": CUT,
     "unanswered": CUT,
@@ -37,7 +37,7 @@ KINDS = {  # what training does about a row with this problem; every other kind 
     "duplicate picture": TRAINED,
     "held out": TRAINED,
 }
-DARK_ON_TRANSPARENT = "dark on a transparent background, which training sees as black: save it on white"
+DARK_ON_TRANSPARENT = "dark on a transparent background, which becomes black in training — save it on white"
 EXAMPLES = 3  # places that a summary tells of each kind
 
 
@@ -135,7 +135,7 @@ class Report:
         """Why training would refuse these rows, if it would; `bad_rows` is the share of broken ones that it allows."""
         skipped = int(self.skipped.sum())
         if skipped == self.rows:
-            return "no row can be used"
+            return "no row is usable"
         if skipped > bad_rows * self.rows:
             return f"{skipped} of {self.rows} rows are broken, more than {bad_rows:.0%}"
         return None
@@ -159,7 +159,7 @@ def check(
 
 
 def _crashed(index: int) -> Found:
-    return Found(index, [("crash", "reading the row ended the process that read it")])
+    return Found(index, [("crash", "reading this row crashed the process")])
 
 
 def _all_digests(rows: RowStore) -> Digests:
@@ -198,9 +198,9 @@ def check_row(dataset: RowDataset, index: int) -> Found:
                     checked.problems.append(("dark on transparent", f"{name}: {DARK_ON_TRANSPARENT}"))
         except RowError as error:
             if checked.text_row:
-                checked.problems.append(("unused picture", f"{error} (of a text row: training never reads it)"))
+                checked.problems.append(("unused picture", f"{error} (in a text row, so training does not read it)"))
             elif position >= used:  # training never looks at it
-                checked.problems.append(("cut", f"{error} (in a part that is cut off)"))
+                checked.problems.append(("cut", f"{error} (in a turn that is cut off)"))
             else:
                 checked.problems.append((error.kind, str(error)))
             if error.kind == "placeholders":
@@ -225,7 +225,7 @@ def _check_text(dataset: RowDataset, index: int, row: Row, checked: Found) -> in
         return len(row.images)
     checked.text_row = whole.unmarked > 0
     if row.conversations[-1]["role"] == "user":
-        checked.problems.append(("unanswered", "the last question has no answer: it is left out"))
+        checked.problems.append(("unanswered", "the last question has no answer and is not used"))
     if len(whole) <= dataset.max_length:
         return whole.images
     kept = dataset.text(index)
@@ -234,7 +234,7 @@ def _check_text(dataset: RowDataset, index: int, row: Row, checked: Found) -> in
         return len(row.images)
     lost = sum(whole.loss_mask) - sum(kept.tokens.loss_mask)
     checked.problems.append(
-        ("cut", f"{len(whole)} tokens where {dataset.max_length} fit: {lost} tokens of answers are cut off")
+        ("cut", f"{len(whole)} tokens, the maximum is {dataset.max_length}: {lost} answer tokens are cut off")
     )
     return kept.tokens.images
 

@@ -1,4 +1,4 @@
-"""A list that is long, alike and seldom read: kept compressed."""
+"""A long list of similar texts, stored compressed."""
 
 from __future__ import annotations
 

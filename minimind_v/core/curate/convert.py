@@ -1,4 +1,4 @@
-"""Rows from one form into another without loss: JSONL with a zip of pictures, or parquet with the pictures in it.
+"""Convert rows without loss: to JSONL with a zip of image files, or to parquet with the image bytes.
 
 Rows are written in parts, each whole or absent, in a folder beside the target; a conversion that was stopped goes on
 behind the last whole part. At the end the parts become the target, which has its name only when it is complete.
@@ -75,9 +75,9 @@ def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *
     """
     form: type[Form] | None = {".jsonl": JsonlZip, ".parquet": Parquet}.get(out.suffix)  # type: ignore[assignment]
     if form is None:
-        raise UsageError(f"{out}: ends in neither .jsonl nor .parquet, so it is not clear what to write")
+        raise UsageError(f"{out}: must end in .jsonl or .parquet")
     if out.is_dir():
-        raise UsageError(f"{out} is a folder, and a file is to be written — name another file")
+        raise UsageError(f"{out} is a folder — name a file")
     target = form(out, out.with_name(f".{out.name}.parts"))
     check_files(target.files, overwrite or _only_ours(target), rows, pictures, *others)
     return target
@@ -98,7 +98,7 @@ def check_files(files: list[Path], overwrite: bool, rows: Path, *others: Path | 
     keep_set(files, rows)
     for path in files:
         if path.exists() and not overwrite:
-            raise UsageError(f"{path} is there already — add --overwrite to replace it")
+            raise UsageError(f"{path} exists — add --overwrite to replace it")
 
 
 def read_whole(rows: RowStore, index: int) -> Whole:
@@ -114,7 +114,7 @@ def read_whole(rows: RowStore, index: int) -> Whole:
 
 def unreadable(rows: RowStore, index: int, error: RowError) -> DataError:
     """The error over a row that must be read and cannot be; it says what to do, where that is not told already."""
-    advice = "" if " — " in str(error) else " — `mmv data check --fix` writes a copy without such rows"
+    advice = "" if " — " in str(error) else " — write a copy without such rows with `mmv data check --fix`"
     return DataError(f"{rows.place(index)}: {error}{advice}")
 
 

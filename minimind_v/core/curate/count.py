@@ -1,4 +1,4 @@
-"""Goes through rows in the batches that training makes of them, and counts."""
+"""Count tokens, padding and cuts of rows in the batches that training would make."""
 
 from __future__ import annotations
 

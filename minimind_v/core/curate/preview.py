@@ -1,4 +1,4 @@
-"""Rows as the model gets them: pictures after the crop, text as tokens, what is learnt and what is cut off."""
+"""Rows as the model receives them: cropped images, tokens, supervised tokens, cut tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ THUMBNAIL = 360  # pixels of the longer side
 MOST_PIECES = 4000  # tokens of one row that are shown
 MOST_PICTURES = 16  # of one row that are shown
 MOST_TEXT = 2000  # characters of a broken row that are shown
-TEXT_ROW = f"a text row: it has a picture but no {IMAGE_MARK} mark, so the model is shown none"
+TEXT_ROW = f"a text row: it has an image but no {IMAGE_MARK} in its text, so the model does not receive the image"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Holds out rows by picture: no picture stands on both sides, whatever it is called there."""
+"""Split rows by image: no image is on both sides, whatever its file name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def split(
     check_files([train, aside], overwrite, rows.path, rows.pictures)
     for path in (train, aside):
         if path.is_dir():
-            raise UsageError(f"{path} is a folder, and a file is to be written — name another --out")
+            raise UsageError(f"{path} is a folder — name another --out")
 
     def refuse(index: int, error: RowError) -> None:
         raise unreadable(rows, index, error)
@@ -101,7 +101,7 @@ def _publish(staged: list[Path], final: list[Path]) -> None:
                 old.replace(path)
             elif not staged[final.index(path)].exists():
                 path.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({error.strerror or error}); what stood there is there") from None
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}); the old file is unchanged") from None
     for old in aside.values():
         old.unlink(missing_ok=True)
 
@@ -113,7 +113,7 @@ def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
     if not 0 < held.sum() < len(groups):
         raise UsageError(
             f"--held-out {held_out:g} of {plural(len(groups), 'row')}, in {plural(len(np.unique(groups)), 'group')} "
-            "that share pictures, leaves one side empty"
+            "that share images, leaves one side empty — choose another share"
         )
     return held
 

@@ -1,4 +1,4 @@
-"""What a set of rows is like, and what a stage's recipe would make of it."""
+"""Statistics of a data set, and what training makes of it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def foresee(
     count(plan_batches(sampled, encoder, config, counted), counted, progress)
     if not counted.used:
         _, first = min(counted.first_skipped.values())
-        raise DataError(f"none of {wanted} rows can be used; the first trouble: {first}")
+        raise DataError(f"none of {wanted} rows is usable; the first problem: {first}")
     return Outlook(counted, wanted, config.epochs * every.steps_per_epoch, config.epochs * len(rows))
 
 

@@ -9,24 +9,24 @@ from minimind_v.core.wording import plural
 
 
 def summary(report: dict[str, Any]) -> dict[str, str]:
-    """The rest of a report in words, by name."""
+    """The other figures of a report as text, by name."""
     skipped, cut, training = report["skipped"], report["cut"], report["training"]
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped["kinds"].items())
     found = {
         "languages": ", ".join(f"{name} {share:.1%}" for name, share in report["languages"].items()) + " (by script)",
         "skipped": f"{plural(skipped['rows'], 'row')} ({skipped['share']:.2%}){f': {kinds}' if kinds else ''}"
-        + ("; training would refuse so many" if skipped["refused"] else "")
-        + "; pictures were not opened, `mmv data check` does",
+        + ("; training refuses this many" if skipped["refused"] else "")
+        + "; image files were not opened (`mmv data check` opens them)",
         **({"text rows": describe_text_rows(report["text_rows"], report["looked_at"])} if report["text_rows"] else {}),
         **({"read as": "; ".join(notes)} if (notes := describe_notes(report["notes"], report["looked_at"])) else {}),
         "cut": f"{plural(cut['rows'], 'row')} ({cut['share']:.2%}) at {report['max_length']} tokens, "
         f"{plural(cut['turns'], 'turn')} and {plural(cut['answer_tokens'], 'answer token')} "
         f"({cut['answer_tokens_share']:.2%}) with them",
-        "padding": f"{report['padding']['batches']:.2%} in training's batches; "
-        f"{report['padding']['fixed']:.1%} if every row were filled up to {report['max_length']}",
-        "updates": f"{training['updates']:,}: {plural(training['epochs'], 'epoch')} in batches of "
-        f"{training['batch_size']}, {training['accumulate']} per update; "
-        f"{plural(training['supervised_tokens'], 'token')} learnt",
+        "padding": f"{report['padding']['batches']:.2%} in training batches; "
+        f"{report['padding']['fixed']:.1%} if every row were padded to {report['max_length']}",
+        "steps": f"{training['updates']:,}: {plural(training['epochs'], 'epoch')} in batches of "
+        f"{training['batch_size']}, {training['accumulate']} per step; "
+        f"{plural(training['supervised_tokens'], 'supervised token')}",
     }
     seconds = report["time"]["seconds"]
     found["time"] = f"{_duration(seconds)} — {report['time']['how']}" if seconds else report["time"]["how"]
@@ -46,7 +46,7 @@ def _duration(seconds: float) -> str:
 
 
 def quantile_table(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What there are quantiles of, by the name to show."""
+    """The tables of quantiles, by their label."""
     tokens = {f"tokens, {name}" if name != "total" else "tokens": row for name, row in report["tokens"].items()}
-    rows = {"turns": report["turns"], "pictures": report["images"]} | tokens
+    rows = {"turns": report["turns"], "images": report["images"]} | tokens
     return {what: {name: value for name, value in row.items() if name != "sum"} for what, row in rows.items()}

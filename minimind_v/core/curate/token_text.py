@@ -1,4 +1,4 @@
-"""Token ids as text that a person can read, and that can do nothing to a page or a terminal."""
+"""Token ids as readable text that is safe to print on a page or a terminal."""
 
 from __future__ import annotations
 

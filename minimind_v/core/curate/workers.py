@@ -1,4 +1,4 @@
-"""Every row of a set through a function, in several processes, in the order of the rows; a row that kills is named.
+"""Apply a function to every row in several processes, in row order; a row that crashes a process is named.
 
 The processes are ours, each at one end of a pipe, and not a `ProcessPoolExecutor`: that one has a thread which outlives
 `shutdown(wait=False)` and closes its pipe while the interpreter, at its end, still writes into it: a traceback in one
@@ -119,7 +119,7 @@ class _Worker(Generic[T]):
 
 
 def _too_early() -> RunError:
-    return RunError("a process that checks rows ended before it began: it may lack memory — try fewer --workers")
+    return RunError("a worker process ended before it started, perhaps for lack of memory — try fewer --workers")
 
 
 def _work(parent: Parent, pipe: Connection, look: Look[T], rows: Any) -> None:

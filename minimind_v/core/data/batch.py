@@ -1,4 +1,4 @@
-"""Examples side by side as tensors, padded to the longest of them and no further."""
+"""Examples collated into tensors, padded to the longest of them."""
 
 from __future__ import annotations
 

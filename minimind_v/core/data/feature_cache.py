@@ -169,7 +169,7 @@ def open_feature_cache(
         reading = measure_reading(store.folder.parent, form.record) if room >= PROBES else None
         if reading is None or reading * WORTH > encoding:
             why = f"reading an image's takes {(reading or 0) * 1e3:.2g} ms, encoding it {encoding * 1e3:.2g} ms"
-            say(f"features: not cached ({f'no room in {folder}' if reading is None else why})")
+            say(f"features: not cached ({f'no disk space in {folder}' if reading is None else why})")
             return FeatureCache(encoder)
     line = f"features: cached as {form.kind} in {store.folder}, {form.record / 1e3:.0f} kB an image; "
     line += f"{store.count():,} cached, room for {room:,}"

@@ -1,4 +1,4 @@
-"""How the features of one picture lie in a file: as they were computed, or in 8 bits with a scale per token."""
+"""The file layout of one image's features: exact, or 8 bits with a scale per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of pictures on disk: found by a digest of the picture, written by several processes at once.
+"""Image features on disk, indexed by a digest of the image; several processes may write at once.
 
 A folder holds segments. A segment belongs to the one process that made it and is two files: `.features`, records of one
 size behind each other, and `.index`, an entry for each record, written when the record is there. An entry proves itself

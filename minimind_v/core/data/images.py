@@ -1,4 +1,4 @@
-"""From the bytes of a picture to what CLIP is shown: the published preprocessing, kept as uint8 until the model.
+"""Decode a picture file and preprocess it for CLIP, as published; the pixels stay uint8 until the model.
 
 Two things differ from the published code on purpose: pictures are turned upright as their EXIF says, and 16 bits and
 floats are scaled to 8 where Pillow's `convert` would clip them. Everything else is equal to one grey level, but for
@@ -55,9 +55,9 @@ TURNS = {  # EXIF orientation (tag 0x0112) → what brings the picture upright
     8: Transpose.ROTATE_90,
 }
 STRANGERS = {  # first bytes of what is found in the place of pictures
-    b"<!doctype html": "an HTML page: a link to the page of a picture was saved instead of the picture",
-    b"<html": "an HTML page: a link to the page of a picture was saved instead of the picture",
-    b"version https://git-lfs": "a git-lfs pointer, not the picture: run `git lfs pull` where it came from",
+    b"<!doctype html": "an HTML page: the web page of a picture was saved instead of the picture",
+    b"<html": "an HTML page: the web page of a picture was saved instead of the picture",
+    b"version https://git-lfs": "a git-lfs pointer, not the picture: run `git lfs pull` in its repository",
     b"<svg": "an SVG drawing: save it as PNG",
     b"<?xml": "XML, perhaps an SVG drawing: save it as PNG",
     b"%!ps": "PostScript, a program and not a picture: save it as PNG",
@@ -65,7 +65,7 @@ STRANGERS = {  # first bytes of what is found in the place of pictures
     b"8bps": "a Photoshop file: save it as PNG",
     b"pk\x03\x04": "a zip archive",
     b"\x1f\x8b": "a gzip archive",
-    b"{": "JSON text: perhaps a server's error was saved instead of the picture",
+    b"{": "JSON text: perhaps a server's error message was saved instead of the picture",
 }
 BRANDS = {b"hei": "HEIC", b"hev": "HEIC", b"mif": "HEIF", b"msf": "HEIF"}  # in an ISO media file, behind `ftyp`
 
@@ -150,7 +150,7 @@ def _open(data: bytes) -> Image.Image:
         try:
             Image.open(io.BytesIO(data[:HEADER_LIMIT]), formats=("PPM", "GIF"))
         except Exception:
-            raise ValueError(f"no image begins in its first {HEADER_LIMIT:,} bytes") from None
+            raise ValueError(f"no image starts in its first {HEADER_LIMIT:,} bytes") from None
     try:
         picture = Image.open(io.BytesIO(data), formats=_formats())
     except Image.UnidentifiedImageError:
@@ -198,7 +198,7 @@ def _load(data: bytes, size: int | None) -> tuple[Image.Image, tuple[float, floa
     elif data.startswith(png.MAGIC):
         data = png.keep_pixels(data)
     elif data.startswith(TIFFS) and not tiff.is_bounded(data):
-        raise ValueError("its directory has more fields or longer ones than the file has room for")
+        raise ValueError("its directory is larger than the file")
     picture = _open(data)
     extent = (_draft(picture, size) if size else None) or picture.size
     if layout.waits:
@@ -255,14 +255,14 @@ def _describe(data: bytes) -> str:
     if not data:
         return "an empty file"
     if not data.strip(b"\0"):
-        return "nothing but zeros: a download that broke off"
+        return "only zero bytes: an interrupted download"
     if head[4:8] == b"ftyp":
         kind = BRANDS.get(head[8:11], "a video, or another kind of media file")
         return f"{kind}: save it as JPEG"
     for beginning, meaning in STRANGERS.items():
         if head.startswith(beginning):
             return meaning
-    return f"not a picture, or damaged at its beginning; these are read: {', '.join(_formats())}"
+    return f"not a picture, or damaged at its start; supported formats: {', '.join(_formats())}"
 
 
 # --- to pixels --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""JPEGs, decoded so that missing data shows: libjpeg paints the rest grey without a word, and an end marker is cheap.
+"""Decode JPEGs and detect missing data, which libjpeg silently fills with grey.
 
 The decoder is given the data of the scans without what follows them, and a little padding that it may read ahead but
-has no need of. If it asks for more, the file breaks off, whether an end marker stands there or not; if it does not, the
+has no need of. If it asks for more, the file is cut off, whether an end marker stands there or not; if it does not, the
 image is whole, whether one is missing or not.
 """
 
@@ -21,7 +21,7 @@ EXIF_LIMIT = 16  # segments that EXIF is spread over: each is copied as often as
 PHOTOSHOP_LIMIT = 2**20  # bytes of Photoshop's notes, which Pillow takes apart one by one
 SEGMENT_LIMIT = 10_000  # of one file; a profile of a megabyte takes sixteen
 GAP_LIMIT = 1_000_000  # bytes before the first scan that belong to no segment: Pillow reads them one at a time
-BREAKS_OFF = "the file breaks off"
+BREAKS_OFF = "the file is cut off"
 
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither a stuffed byte, nor a restart, nor a byte that fills
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")

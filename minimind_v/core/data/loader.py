@@ -1,4 +1,4 @@
-"""The order of rows and the workers that prepare them.
+"""The order of the rows, and the data workers that prepare batches.
 
 Each epoch is a new permutation, drawn from the seed. It is walked in windows of several steps; in a window rows are
 sorted by length and cut into steps, so that a step holds rows of similar length and hardly any padding, and the

@@ -1,4 +1,4 @@
-"""Batches on their way from a data worker to the trainer, in memory that has no limit of its own.
+"""Batches in transit from a data worker to the trainer, in memory without a separate limit.
 
 torch gives every tensor that leaves a worker a file in /dev/shm. A container has 64 MB there, and a batch that finds no
 room is lost without a word: the trainer waits for it for ever. A `Parcel` is one anonymous file for all tensors of an

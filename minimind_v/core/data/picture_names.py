@@ -77,10 +77,10 @@ def read_picture(name: str) -> Picture:
         if inline := INLINE.fullmatch(name):
             return Picture(shown, _inline(shown, *inline.groups()))
         if name.lower().startswith("data:"):
-            raise UsageError(f"{shown}: a data: address without its content — it goes data:image/png;base64,CONTENT")
+            raise UsageError(f"{shown}: a data: address without content — the form is data:image/png;base64,CONTENT")
         if ADDRESS.match(name) and not LOCAL.match(name):
             raise UsageError(
-                f"{shown} is an address, and pictures are read from files of this machine — "
+                f"{shown} is a web address; mmv reads local files — "
                 "download it first (curl -LO ADDRESS), then give the file's name"
             )
     path = _path(name)
@@ -90,12 +90,12 @@ def read_picture(name: str) -> Picture:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_ENDINGS)
             example = f", for example {inside[0]}" if inside else ""
-            raise MissingInput(f"{shown} is a folder — name a picture in it{example}")
+            raise MissingInput(f"{shown} is a folder — name an image file in it{example}")
         if not path.is_file():
-            raise MissingInput(f"no picture at {shown}")
+            raise MissingInput(f"no image file at {shown}")
         return Picture(shown, path.read_bytes())
     except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
-        raise MissingInput(f"no picture at {shown} ({getattr(error, 'strerror', None) or error})") from None
+        raise MissingInput(f"no image file at {shown} ({getattr(error, 'strerror', None) or error})") from None
 
 
 def pictures_in(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""PNGs without what their pixels have no need of: texts and profiles are neither unpacked nor checked."""
+"""PNGs reduced to their pixels: texts and profiles are neither unpacked nor checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a conversation to token ids: what the model reads, which tokens are answers, where pictures go.
+"""From a conversation to token ids: the text, the supervised tokens, and the positions of images.
 
 The tokenizer's chat layout (`layouts.py`) says how messages become text, and what of that is supervised.
 """
@@ -92,7 +92,7 @@ class PromptEncoder:
         if encoded.images:
             raise RowError(f"{IMAGE_MARK} in the system message", "roles")
         if marks and marks != images:
-            raise RowError(f"{marks} {IMAGE_MARK} marks for {images} pictures", "placeholders")
+            raise RowError(f"{marks} {IMAGE_MARK} marks for {images} images", "placeholders")
         if len(turns) == 1:
             raise RowError("the question has no answer", "no answer")
         answers, whole = len(turns) // 2, 0
@@ -219,7 +219,7 @@ def check_conversations(conversations: Any) -> list[dict[str, str]]:
     if not isinstance(conversations, list) or not conversations:
         raise RowError("`conversations` is not a list of messages", "conversations")
     if len(conversations) > MOST_MESSAGES:
-        raise RowError(f"{len(conversations):,} messages, and a row has at most {MOST_MESSAGES:,}", "too long")
+        raise RowError(f"{len(conversations):,} messages; a row has at most {MOST_MESSAGES:,}", "too long")
     for number, message in enumerate(conversations, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise RowError(f"message {number} has no text in `content`", "conversations")
@@ -229,5 +229,5 @@ def check_conversations(conversations: Any) -> list[dict[str, str]]:
             )
     turns = conversations[1:] if conversations[0]["role"] == "system" else conversations
     if not turns or any(turn["role"] != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):
-        raise RowError("user and assistant do not take turns", "roles")
+        raise RowError("user and assistant do not alternate", "roles")
     return conversations

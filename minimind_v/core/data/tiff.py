@@ -1,4 +1,4 @@
-"""What a TIFF's first directory would take, before Pillow reads it; EXIF is a TIFF too."""
+"""The memory that a TIFF's first directory needs, checked before Pillow reads it; EXIF is also a TIFF."""
 
 from __future__ import annotations
 

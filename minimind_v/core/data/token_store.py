@@ -1,4 +1,4 @@
-"""Token ids of rows in one file beside the data: a row is tokenised once, whoever reads it and however often.
+"""A file beside the data that caches the token ids of its rows, so that each row is tokenised once.
 
 The file has a table with one entry per row, and behind it records in the order in which they were written. A process
 appends records, then writes their entries; all others see an entry at once. An entry proves itself by a checksum and
@@ -105,7 +105,7 @@ class TokenStore:
             end = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)
             same = os.path.sameopenfile(file.fileno(), end.fileno())  # and not replaced in between
             if not same or file.read(HEAD) != self._head or os.fstat(file.fileno()).st_size < size:
-                raise OSError(errno.ESTALE, "it is of other data or damaged")
+                raise OSError(errno.ESTALE, "it belongs to other data or is damaged")
         except OSError as error:
             self.trouble = _say(error)
             return False
@@ -323,7 +323,7 @@ def keep_tokens(dataset: RowDataset, data: str, elsewhere: Path, warn: Callable[
 
 def not_kept(trouble: str) -> str:
     """What a run says where it cannot keep tokens."""
-    return f"token ids are not kept ({trouble}): rows are tokenised again in every epoch"
+    return f"token ids are not cached ({trouble}): every epoch tokenises the rows again"
 
 
 def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:

@@ -1,4 +1,4 @@
-"""The tokenizer as the data path needs it: plain text in, ids and places out, and the ids with a meaning."""
+"""The tokenizer: text to ids with positions, ids to text, and the special ids."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Tokenizer:
         for token in ("<|endoftext|>", "<|im_start|>", chat_layout.end_token, chat_layout.placeholder):
             id = backend.token_to_id(token)
             if id is None:
-                raise WeightsError(f"{path}: has no {token!r} token, so it is not a MiniMind-V tokenizer")
+                raise WeightsError(f"{path}: not a MiniMind-V tokenizer (it has no {token!r} token)")
             ids.append(id)
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -96,7 +96,7 @@ class Tokenizer:
         try:
             return self.backend.encode(text, add_special_tokens=False)
         except TypeError:  # JSON can spell half of a surrogate pair, which no UTF-8 can
-            raise RowError("the text has half a character in it (a lone surrogate)", "conversations") from None
+            raise RowError("the text contains half a character (a lone surrogate)", "conversations") from None
         except Exception as error:  # the Rust library's own
             raise RowError(f"the tokenizer cannot encode the text ({error})", "conversations") from None
 
@@ -108,7 +108,7 @@ class Tokenizer:
 def _read(path: Path) -> str:
     """The text of a `tokenizer.json`. Raises ValueError where it is longer than that of any model."""
     if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"it has {size:,} bytes, the most is {MOST_BYTES:,}")
+        raise ValueError(f"it has {size:,} bytes; the maximum is {MOST_BYTES:,}")
     return path.read_text(encoding="utf-8")
 
 

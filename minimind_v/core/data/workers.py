@@ -1,4 +1,4 @@
-"""Data workers, and their end: whatever ends one, or its work, ends the reading too, which else would wait for ever."""
+"""Data workers: if one of them ends, reading ends with a clear error instead of waiting for ever."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def affordable(workers: int, warn: Callable[[str], None]) -> int:
     """How many of so many workers can be started; `warn` is told where that is fewer."""
     fitting = _fitting(workers) if workers else 0
     if fitting < workers:
-        instead = f"{fitting} of {workers} data workers" if fitting else "no data worker (as with --workers 0)"
-        warn(f"{_shared_memory()}: room for {instead}; where that is slow, start the container with --shm-size=1g")
+        instead = f"{fitting} of {workers} data workers" if fitting else "no data workers (as with --workers 0)"
+        warn(f"{_shared_memory()} is enough for {instead}; if this is slow, start the container with --shm-size=1g")
     return fitting
 
 
@@ -82,7 +82,7 @@ def begin(loader: DataLoader[Any]) -> Any:
     try:
         return iter(loader)
     except OSError as error:  # another process has taken the room meanwhile
-        raise RunError(f"no data worker can be started ({error}): {_shared_memory()} — try --workers 0") from None
+        raise RunError(f"no data worker could be started ({error}): {_shared_memory()} — try --workers 0") from None
     finally:
         gc.unfreeze()
         if heard and threading.current_thread() is threading.main_thread() and before is not None:
@@ -117,10 +117,11 @@ def _died(plan: Any, processes: list[Any], error: Exception) -> RunError:
         place = _place(plan, process.pid)
         ended = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
         advice = {
-            "SIGKILL": "look at that row, or, where memory is short, try fewer workers, or --workers 0",
-            "SIGBUS": f"a file that was cut while it was read, or no shared memory: {_shared_memory()}; start the "
+            "SIGKILL": "check that row; if memory is short, try fewer workers or --workers 0",
+            "SIGBUS": f"a file was truncated while it was read, or shared memory is full: {_shared_memory()}; "
+            f"start the "
             "container with --shm-size=1g, or try --workers 0",
-        }.get(ended, "look at that row, or try --workers 0")
+        }.get(ended, "check that row, or try --workers 0")
         return RunError(f"a data worker died of {ended}{f' at {place}' if place else ''} — {advice}")
     return RunError(f"a batch of a data worker did not arrive ({error}) — try --workers 0")
 

@@ -1,4 +1,4 @@
-"""Writes sets of the embedded world: real JPEG files in a real zip, beside a real JSONL."""
+"""Writes data sets of the embedded world: a JSONL file and a zip of JPEG files."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class DemoSet:
 
 @dataclass(frozen=True)
 class Test:
-    """One held-out picture with one question, and where its row stands."""
+    """One held-out image with one question."""
 
     picture: bytes
     question: Question
 
 
 def write_pretrain(folder: Path, rng: random.Random, rows: int) -> tuple[DemoSet, set[Scene]]:
-    """Pictures with captions, in either language."""
+    """Write images with captions, in English or Chinese."""
 
     def talk(scene: Scene) -> list[tuple[str, str]]:
         language = rng.choice(world.LANGUAGES)
@@ -43,7 +43,7 @@ def write_pretrain(folder: Path, rng: random.Random, rows: int) -> tuple[DemoSet
 
 
 def write_sft(folder: Path, rng: random.Random, rows: int) -> tuple[DemoSet, set[Scene]]:
-    """Pictures with several questions each; a caption now and then, lest it be forgotten."""
+    """Write images with several questions each, and sometimes a caption, so that captions are not forgotten."""
 
     def talk(scene: Scene) -> list[tuple[str, str]]:
         if rng.random() < 0.05:
@@ -60,7 +60,7 @@ def write_test(
 ) -> tuple[DemoSet, list[Test]]:
     """One question per row, so that no earlier turn gives an answer away, about scenes that are not in `known_scenes`.
 
-    With `held_out_pairs` every scene has an object of a shape-colour pair that no training knew, and is asked about it.
+    With `held_out_pairs` every scene has an object of a held-out shape-colour pair, and the question is about it.
     """
     tests: list[Test] = []
     entries: list[tuple[Scene, list[tuple[str, str]]]] = []
@@ -81,8 +81,8 @@ def write_test(
 def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -> list[tuple[Path, Question]]:
     """Write a dozen image files of scenes that are not in `known_scenes`, each with a fitting question in English.
 
-    Of each shape there are two, to be asked for its colour: `star.jpg`, and `red_star.jpg` with the pair that no
-    training knew. Of two and of three objects there is one each, to be counted.
+    Each shape has two images with a question about its colour: `star.jpg`, and `red_star.jpg` with the held-out
+    pair. Two more images show two and three objects, with a question about their number.
     """
 
     def scene(suits: Callable[[Scene], object], held_out: bool) -> Scene:
@@ -107,13 +107,13 @@ def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -
 
 
 def _of_shape(scene: Scene, shape: str, held_out: bool) -> list[Thing]:
-    """The things of a shape; none where it is there in a pair of the other sort, so that `the star` is one star."""
+    """The things of a shape; empty if one is of the other kind of pair, so that `the star` is unique."""
     things = [thing for thing in scene if thing.shape == shape]
     return things if all(thing.held_out == held_out for thing in things) else []
 
 
 def _pick(questions: list[Question], rng: random.Random) -> Question:
-    """One question, every kind that there is being equally likely."""
+    """One random question; each kind is equally likely."""
     kind = rng.choice(sorted({question.kind for question in questions}))
     return next(question for question in questions if question.kind == kind)
 

@@ -1,4 +1,4 @@
-"""Makes the assets that the demo ships: a tokenizer, a tiny CLIP and a text-only language model of its world.
+"""Trains the demo's assets: a tokenizer, a tiny CLIP and a text-only language model.
 
     python -m minimind_v.core.demo.forge --seed 7 --out minimind_v/core/demo/assets
 

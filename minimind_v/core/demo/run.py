@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded world, through the functions that the real commands call."""
+"""The demo: the whole pipeline on the embedded world, with the functions of the real commands."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MARK = ".mmv-demo"  # in the folder of a demo, which may write over what it left
 
 @dataclass(frozen=True)
 class Size:
-    """How much of the demo is done."""
+    """The size of the demo."""
 
     pretrain_rows: int = 3000
     sft_rows: int = 6000
@@ -63,12 +63,12 @@ EXAMPLE = "star"  # the one of these that is asked about
 
 
 class Demo:
-    """One run of the demo in a folder of its own, in which everything lies where the standard folders are."""
+    """One run of the demo in its own folder, which has the standard folders inside."""
 
     def __init__(
         self, out: Path, seed: int, listener: Listener, tell: Callable[[str, str], None], size: Size = FULL
     ) -> None:
-        """`tell` is given the title of each stage and the real command that it stands for."""
+        """`tell` gets the title of each stage and the equivalent command."""
         self.out, self.seed, self.listener, self.tell, self.size = out, seed, listener, tell, size
         self.seconds: dict[str, float] = {}
         self.runs, self.dataset = out / OUT_DIR, out / DATASET_DIR
@@ -76,9 +76,9 @@ class Demo:
         self.vision, self.tokenizer = out / VISION_DIR, out / TOKENIZER_DIR
 
     def run(self) -> dict[str, Any]:
-        """Everything in order; returns what `summary.json` holds.
+        """Run all stages; returns the content of `summary.json`.
 
-        Raises UsageError for a folder of something else, RunError for one that another demo is at work in.
+        Raises UsageError if the folder has other files, RunError if another demo is running in it.
         """
         self._refuse_to_replace()
         with only_writer(self.out / MARK):
@@ -90,21 +90,21 @@ class Demo:
         started = time.perf_counter()
         sft = self.weights["sft_vlm_128"]
         test = ["--data", self.dataset / "heldout_scenes_data.jsonl"]
-        self._stage("assets", "getting the assets: a world is drawn", SOURCES["dataset"].command(), self._assets)
-        before = self._stage("before", "before training: guessing", "", lambda: self._score(self._untrained()))
-        for stage, title in (("pretrain", "learning to see: captions"), ("sft", "learning to answer: questions")):
+        self._stage("assets", "assets: drawing the world", SOURCES["dataset"].command(), self._assets)
+        before = self._stage("before", "before training: the model guesses", "", lambda: self._score(self._untrained()))
+        for stage, title in (("pretrain", "pretraining on captions"), ("sft", "fine-tuning on questions")):
             self._stage(stage, title, _command("train", stage, *self._flags(stage)), partial(self._train, stage))
         loaded = load(sft, device="cpu")
         after = self._stage(
-            "eval", "scenes and pairs never seen, and blank pictures",
+            "eval", "evaluation: new scenes, new pairs, blank images",
             _command("eval", "--model", sft, *test, "--blind"), lambda: self._score(loaded),
         )  # fmt: skip
         picture, question = self.pictures[EXAMPLE]
         chat = _command("chat", "--model", sft, "--greedy", "--image", picture, question.text)
-        answer = self._stage("chat", "asking about a picture never seen", chat, lambda: self._chat(loaded))
+        answer = self._stage("chat", "chat: a question about a new image", chat, lambda: self._chat(loaded))
         samples = self._samples(loaded)
         export = _command("convert", "--model", sft, "--to", "safetensors")
-        self._stage("convert", "the same weights as safetensors", export, self._convert)
+        self._stage("convert", "convert: the same weights as safetensors", export, self._convert)
         self._note_weights()
         summary = self._summary(before, after, answer, time.perf_counter() - started)
         write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -119,18 +119,20 @@ class Demo:
         return result
 
     def _refuse_to_replace(self) -> None:
-        """Raises UsageError where the folder holds what no demo has left."""
+        """Raises UsageError if the folder has files that no demo wrote."""
         mark = self.out / MARK
         if self.out.exists() and not mark.exists():
             own = f".{MARK}.lock"
             if self.out.is_file() or any(path.name != own for path in self.out.iterdir()):
-                raise UsageError(f"{self.out} holds something else — name a new folder with --out")
+                raise UsageError(f"{self.out} contains other files — name a new folder with --out")
         for name, stamp in read_notes(mark).get("weights", {}).items():
             if (path := self.out / "out" / name).exists() and _stamp(path) != stamp:
-                raise UsageError(f"{path} is not as the demo left it — move it, or name a new folder with --out")
+                raise UsageError(
+                    f"{path} was changed after the demo wrote it — move it, or name a new folder with --out"
+                )
 
     def _note_weights(self) -> None:
-        """Note how the weights look: those that were trained on since are not written over."""
+        """Record the state of the weights, so that weights changed later are not overwritten."""
         weights = {path.name: _stamp(path) for path in self.weights.values()}
         write_text(self.out / MARK, json.dumps({"made_by": "mmv demo", "weights": weights}) + "\n")
 
@@ -203,15 +205,15 @@ class Demo:
         return evaluate(loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id, batch_size=32)
 
     def _chat(self, loaded: LoadedModel) -> str:
-        """The answer to the question about one of the pictures that are left as files."""
+        """Ask the question about one of the image files."""
         picture, question = self.pictures[EXAMPLE]
         answer = "".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask(question.text, [picture], 32)).strip()
-        verdict = "right" if answer == question.answer else f"wrong: the right answer is {question.answer}"
+        verdict = "right" if answer == question.answer else f"wrong: the correct answer is {question.answer}"
         self.listener.message(f"   {question.text}\n   {answer} ({verdict})")
         return answer
 
     def _samples(self, loaded: LoadedModel, count: int = 12) -> list[Sample]:
-        """Questions about held-out pictures, answered before, after, and without the picture."""
+        """Questions about held-out images, answered before training, after it, and with a blank image."""
         side, tests = loaded.model.spec.image_size, self.scenes[:count] + self.pairs[:count]
         pixels = [load_pixels(test.picture, "held-out picture", side) for test in tests]
         before, after = (_answers(who, tests, pixels) for who in (self._untrained(), loaded))
@@ -287,5 +289,5 @@ def _by_kind(scores: Scores, tests: list[Test]) -> dict[str, float]:
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes when a file is written."""
+    """Size and modification time of a file."""
     return [path.stat().st_size, path.stat().st_mtime_ns]

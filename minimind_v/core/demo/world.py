@@ -1,4 +1,4 @@
-"""The embedded world: pictures of one to three simple objects, and what can be said and asked about them.
+"""The embedded world: images of one to three simple objects, with captions and questions about them.
 
 Everything is drawn from a `random.Random`, so a seed decides the pictures, the words and the questions.
 Five shape-colour pairs are kept out of every training set, so that naming one shows composition, not memory.
@@ -70,7 +70,7 @@ Scene = tuple[Thing, ...]  # in reading order of the places
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its short answer, and what it asks for: colour, shape, place, size, count or exists."""
+    """A question, its short answer, and its kind: colour, shape, place, size, count or exists."""
 
     kind: str
     text: str
@@ -97,14 +97,14 @@ def _free_pair(rng: random.Random) -> tuple[str, str]:
 
 
 def knows() -> str:
-    """What a model of this world can see, and what it cannot, in two sentences."""
+    """Describe what a model of this world understands, and what not."""
     *shapes, last_shape = (f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES)
     *colours, last_colour = COLOURS
     *_, most = (word for word, _ in NUMBERS.values())
     return (
-        f"This model can see one to {most} {', '.join(shapes)} and {last_shape}, in {', '.join(colours)} and "
-        f"{last_colour}, drawn on a dark ground; it answers the demo's own questions, in English and Chinese. "
-        "It cannot see anything else: no photographs, no bright grounds, no other shapes or colours, and it knows no "
+        f"This model understands one to {most} {', '.join(shapes)} and {last_shape}, in {', '.join(colours)} and "
+        f"{last_colour}, on a dark background. It answers the demo's own questions, in English and Chinese. "
+        "It understands nothing else: no photographs, no light backgrounds, no other shapes or colours, and no "
         "other words."
     )
 
@@ -125,11 +125,11 @@ CAPTION_PROMPTS = {
 
 
 def questions(scene: Scene, rng: random.Random, about: Thing | None = None) -> Iterator[Question]:
-    """Questions that each have one right answer, shuffled, each in a random language; only those on `about` if given.
+    """Questions with one correct answer each, shuffled, in random languages; only about `about` if given.
 
-    "Is there a …?" comes as often with yes as with no, and a no is often a near miss: the right shape in another
+    "Is there a …?" has yes and no equally often, and no is often a near miss: the right shape in another
     colour, or the right colour on another shape. Of an object either the colour is asked for or the shape, since one
-    question would give away the other's answer, and the picture need not be looked at.
+    question would reveal the other's answer, and the model could ignore the image.
     """
     kinds: list[tuple[str, Thing | None]] = [("exists", about)]
     for thing in [about] if about else scene:
@@ -150,7 +150,7 @@ def questions(scene: Scene, rng: random.Random, about: Thing | None = None) -> I
 
 
 def ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Question:
-    """A question of a kind about a thing, or about how many there are; the scene must have one answer to it."""
+    """A question of this kind about a thing, or about the number of things; the scene must have one answer."""
     if thing is None:
         how_many = {"en": "How many objects are there?", "zh": "有几个物体？"}[language]
         return Question(kind, how_many, NUMBERS[len(scene)][language == "zh"])
@@ -205,7 +205,7 @@ class Figure:
 
 
 def pose(scene: Scene, rng: random.Random) -> list[Figure]:
-    """Where exactly each object lies, how large, turned and tinted: all noise but the background's."""
+    """The exact position, size, rotation and tint of each object: all noise except the background's."""
     figures = []
     for thing in rng.sample(scene, len(scene)):
         x, y = (value + rng.uniform(-5, 5) for value in PLACES[thing.place][1])
@@ -229,7 +229,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def paint(figures: list[Figure], rng: random.Random) -> Image.Image:
-    """Paint figures on a grainy ground of a random grey."""
+    """Paint figures on a grainy background of random grey."""
     grey = rng.randint(25, 105)
     ground = tuple(grey + rng.randint(-12, 12) for _ in range(3))
     grain = Image.frombytes("L", (32, 32), rng.randbytes(1024)).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
@@ -267,7 +267,7 @@ _OUTLINES = {
 
 
 def jpeg(picture: Image.Image) -> bytes:
-    """The picture as the bytes of a JPEG file."""
+    """The image as the bytes of a JPEG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

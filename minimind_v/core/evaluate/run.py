@@ -102,8 +102,8 @@ def evaluate(
             scores.supervised_tokens += len(losses.correct)
         progress(number, len(plan))
     if not scores.supervised_tokens:
-        trouble = f"; the first trouble: {scores.broken[0]}" if scores.broken else ""
-        raise DataError(f"{dataset.rows.path}: no row could be scored{trouble}")
+        trouble = f"; the first problem: {scores.broken[0]}" if scores.broken else ""
+        raise DataError(f"{dataset.rows.path}: no row could be evaluated{trouble}")
     for each in tasks:
         scores.metrics |= each.metrics()
         scores.answers |= each.scores

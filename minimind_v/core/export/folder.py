@@ -69,14 +69,14 @@ def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> No
     """Only an empty place, or, where that is asked for, a folder of which every file is ours."""
     sources = [path.resolve() for path in (request.model, request.vision_model, request.tokenizer) if path]
     if any(out == source or out in source.parents for source in sources):
-        raise UsageError(f"--out {out} holds the source itself — name another --out")
+        raise UsageError(f"--out {out} contains the source — name another --out")
     if not out.exists():
         return
     if not out.is_dir():
-        raise UsageError(f"--out {out} is a file, and a folder is to be written — name another --out")
+        raise UsageError(f"--out {out} is a file — name a folder with --out")
     home = Path(os.path.expanduser("~"))  # which, unlike Path.home, does without one
     if out == home or out == Path.cwd() or out in Path.cwd().parents:
-        raise UsageError(f"--out {out} is not a place of its own — name a folder that is not there yet")
+        raise UsageError(f"--out {out} is not usable as an output folder — name a new folder")
     names = sorted(path.name for path in out.iterdir())
     if not names:
         return
@@ -84,10 +84,10 @@ def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> No
     if manifest is None:
         raise UsageError(f"{out} is there already, and not by `mmv convert` ({names[0]}) — name another --out")
     if not overwrite:
-        raise UsageError(f"{out} is there already — add --overwrite, or name another --out")
+        raise UsageError(f"{out} exists — add --overwrite, or name another --out")
     if strange := [name for name in names if name not in manifest["files"] and name != MANIFEST]:
         raise UsageError(
-            f"{out / strange[0]} is not by `mmv convert` and would be lost — move it, or name another --out"
+            f"{out / strange[0]} was not written by `mmv convert` and would be lost — move it, or name another --out"
         )
 
 
@@ -116,7 +116,7 @@ def _beside(out: Path) -> Iterator[Path]:
     What a process that was killed has left there goes first. Raises RunError where a living one is at it.
     """
     if sweep(out, patience=1.0):
-        raise RunError(f"{out}: another run is writing it — wait for that, or name another --out")
+        raise RunError(f"{out}: another process is writing it — wait until it ends, or name another --out")
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,9 +151,7 @@ def _rename(staging: Path, out: Path) -> None:
     except OSError as error:
         if old.exists() and not out.exists():
             old.rename(out)
-        raise RunError(
-            f"{out}: cannot be written ({error.strerror or error}); what stood there is still there"
-        ) from None
+        raise RunError(f"{out}: cannot be written ({error.strerror or error}); the old folder is unchanged") from None
     finally:
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)

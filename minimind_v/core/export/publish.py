@@ -1,4 +1,4 @@
-"""An exported folder as a repository on a hub: every file that the conversion wrote, in one commit."""
+"""Upload an exported folder to a hub: all files of the export in one commit."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def publish(folder: Path, repo: str, private: bool = False, endpoint: str | None
     except HFValidationError as error:
         raise UsageError(f"--repo {repo}: {str(error).splitlines()[0]}") from None
     if repo.count("/") != 1:
-        raise UsageError(f"--repo {repo} is not of the form owner/name")
+        raise UsageError(f"--repo {repo} must have the form owner/name")
     hub = (endpoint or constants.ENDPOINT).rstrip("/")
     if not get_token():
-        raise RunError(f"no token for {hub} — run `hf auth login` (or set HF_TOKEN) with one that may write")
+        raise RunError(f"no token for {hub} — run `hf auth login` (or set HF_TOKEN) with a write token")
     disable_progress_bars()
     if "huggingface.co" not in hub:  # others take large files as git does
         constants.HF_HUB_DISABLE_XET = True
@@ -56,13 +56,13 @@ def _files_of(folder: Path) -> list[str]:
     """The files that the conversion wrote, whole; whatever else lies there stays here."""
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UsageError(f"{folder}: not a folder that `mmv convert` wrote — convert the model first (--to hf)")
+        raise UsageError(f"{folder}: not written by `mmv convert` — convert the model first (--to hf)")
     for name, size in manifest["files"].items():
         path = folder / Path(name).name
         if not path.is_file():
             raise WeightsError(f"{path} is missing — convert the model again")
         if name != CARD and path.stat().st_size != size:
-            raise WeightsError(f"{path} is not as it was written ({size:,} bytes) — convert the model again")
+            raise WeightsError(f"{path} was changed after the export ({size:,} bytes) — convert the model again")
     return sorted((*manifest["files"], MANIFEST))
 
 
@@ -74,12 +74,12 @@ def _send(api: Any, folder: Path, files: list[str], repo: str, private: bool) ->
     additions = [CommitOperationAdd(name, folder / name) for name in files]
     try:
         if not _create(api, repo, private) and private and api.model_info(repo).private is False:
-            raise RunError(f"{repo} is there already, and public — make it private on the hub, or name another --repo")
+            raise RunError(f"{repo} exists and is public — make it private on the hub, or name another --repo")
         return api.create_commit(repo, additions, commit_message="Upload by mmv").oid
     except HfHubHTTPError as error:
         status = error.response.status_code
         reason = (error.server_message or str(error)).strip().splitlines()[0]
-        hint = " — is it your repository, and may the token write?" if status in (401, 403, 404) else ""
+        hint = " — check that the repository is yours and the token may write" if status in (401, 403, 404) else ""
         raise RunError(f"{api.endpoint} refuses {repo} ({status}: {reason:.200}){hint}") from None
     except (http().HTTPError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

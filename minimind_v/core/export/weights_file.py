@@ -1,4 +1,4 @@
-"""The same tensors in another file: `.pth` and `.safetensors`, both ways, read back and compared."""
+"""Convert weights between `.pth` and `.safetensors`; the result is read back and compared."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def write_weights(request: ExportRequest, target: Path) -> tuple[ExportFacts, Re
     write_checkpoint(target, tensors, checkpoint.model_config, checkpoint.stage, checkpoint.companions)
     again = read_checkpoint(target)
     if again.tensors.keys() != tensors.keys() or again.model_config != checkpoint.model_config:
-        raise RunError(f"{target}: reads back with other tensors or sizes than were written")
+        raise RunError(f"{target}: the file read back has other tensors or sizes")
     difference = max(
         float((tensor.double() - again.tensors[name].double()).abs().max())
         for name, tensor in checkpoint.tensors.items()
     )
     if request.dtype is None and difference:
-        raise RunError(f"{target}: reads back with values that differ by {difference:g}")
+        raise RunError(f"{target}: the file read back differs by {difference:g}")
     size = target.stat().st_size
     facts = {"tensors": len(tensors), "bytes": size, "largest_difference": difference}
     report = Report(

@@ -1,4 +1,4 @@
-"""Weights files: reading them safely, knowing what they are, and loading them with a receipt.
+"""Checkpoints: read weights safely, recognise the model, and load them with a receipt.
 
 A checkpoint is a flat state dict in half precision without `vision_encoder.*`, under the published names, as `.pth`
 or `.safetensors`. What a file cannot say of itself (the number of attention heads, the stage) stands in a small JSON
@@ -139,7 +139,9 @@ def _unwrap(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         twice = next(name for name in tensors if _WRAPPERS.sub("", name) != name and _WRAPPERS.sub("", name) in tensors)
-        raise WeightsError(f"{path}: holds {twice} and {_WRAPPERS.sub('', twice)}, which are one — remove one of them")
+        raise WeightsError(
+            f"{path}: contains {twice} and {_WRAPPERS.sub('', twice)}, which mean the same tensor — remove one of them"
+        )
     return plain
 
 
@@ -158,7 +160,7 @@ def _tie(path: Path, tensors: dict[str, Tensor]) -> None:
 def _read_beside(path: Path) -> dict[str, Any]:
     beside = path.with_suffix(".json")
     if beside.is_file() and beside.stat().st_size > MOST_JSON:
-        raise WeightsError(f"{beside}: too long for the description of weights — delete it and try again")
+        raise WeightsError(f"{beside}: too long to describe weights — delete it and try again")
     return _parse_meta(beside, beside.read_bytes()) if beside.is_file() else {}
 
 
@@ -218,7 +220,7 @@ def match_tensors(
         if not checkpoint.guessed and told != getattr(config.text, name):
             raise WeightsError(
                 f"{checkpoint.path} was trained with {name} {told}, the model has {getattr(config.text, name)} — "
-                f"say --set model.{name}={told}"
+                f"add --set model.{name}={told}"
             )
     return given, receipt
 
@@ -231,25 +233,25 @@ def _advice(checkpoint: Checkpoint, receipt: Receipt, config: ModelConfig) -> st
     if replace(checkpoint.config, vocab_size=text.vocab_size) == text and tokens != text.vocab_size:
         return (
             f" — they have {tokens} tokens and the model {text.vocab_size}: say --set model.vocab_size={tokens}, "
-            f"or rows of the embedding are lost"
+            f"otherwise rows of the embedding are lost"
         )
     preset = name_preset(checkpoint.config)
     if checkpoint.config == text:
         return ""
     if preset:
-        return f" — its sizes are those of --preset {preset}"
+        return f" — its sizes match --preset {preset}"
     return f" — its sizes are {checkpoint.config.hidden_size} × {checkpoint.config.num_hidden_layers} layers"
 
 
 def _projector_advice(checkpoint: Checkpoint, projector: str) -> str:
     """What to do where nothing but the projector does not fit."""
     if not any(name.startswith(PROJECTOR) for name in checkpoint.tensors):
-        return " — this is a text-only base without a projector; `mmv train pretrain` makes one"
+        return " — this text-only base has no projector; `mmv train pretrain` trains one"
     if checkpoint.projector is None:
         return f" — its projector is none of {', '.join(PROJECTORS)}: name the file of its own in MMV_EXTENSIONS"
     if checkpoint.projector != projector:
         return f" — it has the projector {checkpoint.projector!r}, the model {projector!r} (--set projector=NAME)"
-    return f" — it was trained with a vision model whose features are {checkpoint.vision_width} wide (--vision-model)"
+    return f" — it needs a vision model with features of width {checkpoint.vision_width} (--vision-model)"
 
 
 def export_tensors(model: VLM) -> dict[str, Tensor]:
@@ -265,7 +267,7 @@ def export_tensors(model: VLM) -> dict[str, Tensor]:
         if tensor.data_ptr() not in cast:
             cast[tensor.data_ptr()] = tensor.detach().to("cpu", torch.float16, copy=True).contiguous()
             if not bool(cast[tensor.data_ptr()].isfinite().all()):
-                raise RunError(f"{name} does not fit in float16: it holds NaN or too large values")
+                raise RunError(f"{name} does not fit in float16: it contains NaN or values that are too large")
         tensors[name] = cast[tensor.data_ptr()]
     return tensors
 

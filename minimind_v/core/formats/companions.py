@@ -1,4 +1,4 @@
-"""The vision model and the tokenizer that weights were trained with: recorded with the weights, and found again.
+"""The vision model and the tokenizer of a checkpoint: recorded when it is saved, found when it is loaded.
 
 A record holds two paths of each, the one that the run was given and the one from the folder of the weights, so that
 folders which move together are found wherever they are. A digest of what it computes tells it from any other of the

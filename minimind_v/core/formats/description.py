@@ -51,7 +51,7 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError, UsageError):
         some = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise WeightsError(f"{path}: not the weights of a MiniMind model (it holds {some} …)") from None
+        raise WeightsError(f"{path}: not the weights of a MiniMind model (it contains {some} …)") from None
 
 
 def _count_layers(tensors: Mapping[str, Tensor]) -> int:
@@ -84,13 +84,13 @@ def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> 
             if getattr(config, name) != getattr(inferred, name)
         ]
         if config.num_key_value_heads * config.head_dim != inferred.num_key_value_heads * inferred.head_dim:
-            wrong.append("heads of another width")
+            wrong.append("heads have another width")
     except (TypeError, UsageError) as error:
         wrong = [str(error)]
     if wrong:
         raise WeightsError(
-            f"{path}: its description tells of other weights ({'; '.join(wrong)}) — "
-            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} that of an older file?"
+            f"{path}: the description beside it belongs to other weights ({'; '.join(wrong)}) — "
+            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} from an older file?"
         )
     return config
 

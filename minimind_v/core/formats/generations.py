@@ -1,4 +1,4 @@
-"""The two generations of models, and what tells them apart. Weights of the other one raise no shape error.
+"""How to distinguish the two generations of models; mixing them raises no shape error.
 
 | | of 2025 | minimind-3v, of 2026 |
 |---|---|---|
@@ -48,7 +48,7 @@ def check_weights(path: Path, tensors: Mapping[str, Tensor], described: bool, pr
         form = f"{OTHER}, whose k_proj has 384 rows"
     else:
         return
-    raise WeightsError(f"{path}: weights of {form}; this version uses those of 2025 — {how_to_get('weights')}")
+    raise WeightsError(f"{path}: weights of {form}; this version supports those of 2025 — {how_to_get('weights')}")
 
 
 def check_tower(folder: Path, weights: Path | None) -> None:
@@ -71,6 +71,6 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, weights: Path | None) ->
 def _mixed(folder: Path, part: str, sign: str, weights: Path | None, ours: str, option: str, what: str) -> str:
     model = f"the weights in {weights}" if weights else "the model"
     return (
-        f"{folder}: the {part} is that of {OTHER} ({sign}), and {model} of 2025 must have {ours} — "
+        f"{folder}: the {part} belongs to {OTHER} ({sign}), but {model} of 2025 needs {ours} — "
         f"name another folder with {option}, or {how_to_get(what)}"
     )

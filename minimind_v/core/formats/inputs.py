@@ -46,7 +46,7 @@ def find_init(config: RunConfig) -> Path | None:
     except MissingInput as error:
         size = name_preset(config.model) or STANDARD_PRESET
         before = "`mmv train pretrain`" if config.stage == "sft" else how_to_get("lm", config.init.parent, size)
-        raise MissingInput(f"{error} to start from — {before}, or name a file with --init") from None
+        raise MissingInput(f"{error} to start from — run {before}, or name a file with --init") from None
 
 
 def find_model(

@@ -182,14 +182,14 @@ def _find(kind: CompanionKind, weights: Path, companion: Companion | None, say: 
     if out.name == OUT_DIR.name and kind.is_at(out.parent / standard):  # the standard folder of the weights' project
         standard = tidy(out.parent / standard)
     if companion and companion.digest is None and kind.is_at(standard):  # otherwise `check_companions` compares
-        say(f"the {kind.name} of the run is no longer in {companion.places[-1]}: using the one in {standard}")
+        say(f"the run's {kind.name} is no longer in {companion.places[-1]}: using {standard} instead")
     return standard
 
 
 def _how_to_mend(kind: CompanionKind, path: Path, companion: Companion | None) -> str:
     if companion is None:
         return f"no {kind.name} in {path} ({kind.file} is missing) — {how_to_get(kind.what, path)}"
-    return f"the {kind.name} of the run is no longer in {companion.places[-1]} — name its folder with {kind.option}"
+    return f"the run's {kind.name} is no longer in {companion.places[-1]} — give its folder with {kind.option}"
 
 
 def check_companions(
@@ -206,8 +206,8 @@ def check_companions(
     check_tokenizer(words, paths.tokenizer, checkpoint.path)
     if words.vocab_size > checkpoint.config.vocab_size:
         raise WeightsError(
-            f"{checkpoint.path} knows {checkpoint.config.vocab_size} tokens and the tokenizer in {paths.tokenizer} "
-            f"has {words.vocab_size}: {words.last_token!r} has no row in the weights — name their own tokenizer "
+            f"{checkpoint.path} has {checkpoint.config.vocab_size} tokens, the tokenizer in {paths.tokenizer} "
+            f"has {words.vocab_size}: {words.last_token!r} has no embedding — give the matching tokenizer "
             f"(--tokenizer), or train with --set model.vocab_size={words.vocab_size}"
         )
     width = checkpoint.vision_width
@@ -222,7 +222,7 @@ def check_companions(
     ):
         if companion is None or companion.digest in (None, digest):
             continue
-        trouble = f"{checkpoint.path} was trained with another {kind.name} than the one in {path}"
+        trouble = f"{checkpoint.path} was trained with a different {kind.name} than {path}"
         if kind not in paths.named:
-            raise WeightsError(f"{trouble} — name the folder of its own with {kind.option}")
+            raise WeightsError(f"{trouble} — give the matching folder with {kind.option}")
         say(trouble)

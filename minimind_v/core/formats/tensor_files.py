@@ -1,4 +1,4 @@
-"""Files of tensors, read without running anybody's code: what each really is, and a line for each way to be wrong."""
+"""Read tensor files without running code; one clear error for each kind of wrong file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _sniff(path: Path) -> str:
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith(b"<"):
         raise WeightsError(
-            f"{path}: this is an HTML page, not weights — a link to the file's page was saved "
+            f"{path}: this is an HTML page, not weights — the file's web page was saved "
             f"(`/blob/` in the address); take the `/resolve/` address, or `mmv download`"
         )
     if text.startswith(b"version https://git-lfs"):
@@ -69,9 +69,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
     ):
-        raise WeightsError(
-            f"{path}: holds no state dict (names and tensors), so it is not a weights file of this model"
-        )
+        raise WeightsError(f"{path}: contains no state_dict (names and tensors), so it is not a weights file")
     return dict(found)
 
 
@@ -80,12 +78,12 @@ def _why_unreadable(error: Exception) -> str:
     reason = str(error)
     if named := re.search(r"GLOBAL ([\w.]+)", reason):
         return (
-            f"the file wants to run code when it is opened ({named[1]}), so it was not opened — "
-            f"a weights file holds tensors only; get it from a source that you trust"
+            f"opening the file would run code ({named[1]}), so it was not opened — "
+            f"a weights file contains only tensors; get it from a source that you trust"
         )
     if isinstance(error, pickle.UnpicklingError):
         return (
-            "damaged, or no plain file of tensors, whose opening could run code, so it was not opened — "
+            "damaged, or not a plain tensor file; opening it could run code, so it was not opened — "
             "download it again, from a source that you trust"
         )
     first = textwrap.shorten((reason or type(error).__name__).splitlines()[0], 150, placeholder=" …")
@@ -96,26 +94,24 @@ def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
     """Raise WeightsError where a tensor holds something else than finite floating-point numbers."""
     if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
         kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
-        raise WeightsError(
-            f"{path}: {name} does not hold plain floating-point numbers ({kind}); quantised weights cannot be read"
-        )
+        raise WeightsError(f"{path}: {name} is not plain floating point ({kind}); quantised weights are not supported")
     # As they are computed with: a larger number of float64 is infinite there, and torch cannot test 8-bit floats.
     numbers = tensor if tensor.element_size() in (2, 4) else tensor.float()
     # NaN and infinity are the least or the largest of any numbers; that is ten times as fast as to test each of them.
     if numbers.numel() and not all(bool(extreme.isfinite()) for extreme in numbers.aminmax()):
-        raise WeightsError(f"{path}: {name} holds NaN or infinite values — this file cannot be used")
+        raise WeightsError(f"{path}: {name} contains NaN or infinite values — this file is unusable")
 
 
 def _read_safetensors(path: Path, without: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise WeightsError(f"{path}: safetensors files are opened by names that are UTF-8 only — rename it") from None
+        raise WeightsError(f"{path}: safetensors needs a file name in UTF-8 — rename it") from None
     try:
         _check_header(path)
         with safe_open(path, framework="pt") as file:
             if (count := len(file.keys())) > MOST_TENSORS:
-                raise ValueError(f"it has {count:,} tensors, the most is {MOST_TENSORS:,}")
+                raise ValueError(f"it has {count:,} tensors; the maximum is {MOST_TENSORS:,}")
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(without)}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -129,12 +125,12 @@ def _check_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
     most = min(path.stat().st_size - 8, _MOST_HEADER)
     if length > most:
-        raise ValueError(f"its header has {length:,} bytes, the most is {most:,}")
+        raise ValueError(f"its header has {length:,} bytes; the maximum is {most:,}")
 
 
 def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
     """A tensor in another type. Raises RunError where it does not fit."""
     changed = tensor.to(getattr(torch, dtype))
     if not bool(changed.isfinite().all()):
-        raise RunError(f"{name} does not fit in {dtype}: choose another --dtype")
+        raise RunError(f"{name} does not fit in {dtype} — choose another --dtype")
     return changed

@@ -1,4 +1,4 @@
-"""What a torch file would make, found out before torch makes it.
+"""Check the contents of a torch file before torch loads it.
 
 torch takes the sizes in a file at their word: a record that is packed, a tensor of ten thousand million numbers over a
 storage of one, and a call that doubles a text thirty times all take the memory of the machine. Here the directory of
@@ -51,7 +51,7 @@ def _check_zip(file: BinaryIO, size: int) -> None:
     root = next(iter(records), "").partition("/")[0]  # torch takes the folder of the first record
     place, length = records.get(f"{root}/data.pkl", (0, 0))
     if not length or length > MOST_PICKLE:
-        raise ValueError(f"its data.pkl has {length:,} bytes, the most is {MOST_PICKLE:,}")
+        raise ValueError(f"its data.pkl has {length:,} bytes; the maximum is {MOST_PICKLE:,}")
     file.seek(place)
     outline = Outline(
         io.BytesIO(file.read(length)), {name: bytes for name, (_, bytes) in records.items()}, f"{root}/data/"
@@ -81,7 +81,7 @@ def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         if magic != b"PK\x01\x02" or name in records:
             raise ValueError("its directory is damaged")
         if method or flags & 1 or packed != plain:
-            raise ValueError(f"its record {name} is packed, which torch never does: it may be far larger than the file")
+            raise ValueError(f"its record {name} is compressed, which torch never does")
         total += plain
         if total > size or offset + _LOCAL + plain > size:
             raise ValueError(f"its record {name} is larger than the file")
@@ -107,7 +107,7 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
         if magic != b"PK\x06\x06":
             raise ValueError("its directory is damaged")
     if count > MOST_TENSORS + 100:  # and a few records of torch's own
-        raise ValueError(f"it has {count:,} records, the most is {MOST_TENSORS + 100:,}")
+        raise ValueError(f"it has {count:,} records; the maximum is {MOST_TENSORS + 100:,}")
     if begin + length != end:
         raise ValueError("its directory is damaged")
     return count, begin, end
@@ -140,7 +140,7 @@ def _check_old(file: BinaryIO, size: int) -> None:
     keys = Outline(begin).load()
     stored = sum(storage.bytes + 8 for storage in outline.storages.values())
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(outline.storages):
-        raise ValueError("its storages are not those of its tensors")
+        raise ValueError("its storages do not match its tensors")
     if stored > size - begin.tell():
         raise ValueError("it is shorter than its tensors")
     outline.check_views()
@@ -254,7 +254,7 @@ class Outline(pickle._Unpickler):
 
     def _call(self, function: Any, args: Any) -> Any:
         if not isinstance(function, _Name) or not isinstance(args, tuple):
-            raise pickle.UnpicklingError("a call of what is no function")
+            raise pickle.UnpicklingError("a call of something that is not a function")
         name = function.name
         if name == _WITH_ATTRIBUTES:
             return self._call(args[0], args[2])
@@ -267,7 +267,7 @@ class Outline(pickle._Unpickler):
         self.copied += sum(len(arg) for arg in args if hasattr(arg, "__len__"))
         plain = name != "_codecs.encode" or args[1:] == ("latin1",)  # other codecs make more of less
         if self.copied > _MOST_COPIES or not plain or (name == "builtins.set" and not _are_keys(*args)):
-            raise pickle.UnpicklingError(f"a call of {name} that no state dict has")
+            raise pickle.UnpicklingError(f"a call of {name} that a state_dict never contains")
         return _Mapping() if name in ("collections.OrderedDict", "collections.Counter") else function
 
     def _tensor(self, storage: Any, offset: Any, size: Any, strides: Any) -> _Tensor:
@@ -289,7 +289,7 @@ class Outline(pickle._Unpickler):
         """Attributes, which nobody here reads."""
         self.stack.pop()
         if not isinstance(self.stack[-1], _Mapping | _Tensor):
-            raise pickle.UnpicklingError("attributes of what has none")
+            raise pickle.UnpicklingError("attributes on an object that has none")
 
     def load_setitem(self) -> None:
         """An entry of a dict."""
@@ -303,12 +303,12 @@ class Outline(pickle._Unpickler):
 
     def _set(self, items: dict[Any, Any] | None) -> None:
         if items is None or not isinstance(self.stack[-1], dict):
-            raise pickle.UnpicklingError("an entry that no state dict has")
+            raise pickle.UnpicklingError("an entry that a state_dict never contains")
         self.stack[-1].update(items)
 
     def refuse(self) -> None:
         """An operation that torch does not use."""
-        raise pickle.UnpicklingError("an operation that torch does not use")
+        raise pickle.UnpicklingError("an operation that torch never uses")
 
 
 Outline.dispatch = dict.fromkeys(range(256), Outline.refuse)

@@ -87,11 +87,11 @@ def _complete(folder: Path, tensors: dict[str, Tensor], kind: TowerType, config:
             f"— {how_to_get('clip', folder)}"
         )
     if further := [name for name in tensors if name.startswith(_LAYERS) and name not in shapes]:
-        why = f"{further[0]} is in it, and config.json has {config.num_hidden_layers} layers"
+        why = f"it contains {further[0]}, but config.json has {config.num_hidden_layers} layers"
         raise WeightsError(does_not_load(folder, why))
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            sizes = f"{list(tensors[name].shape)}, and by config.json {list(shape)}"
+            sizes = f"{list(tensors[name].shape)}, but config.json says {list(shape)}"
             raise WeightsError(does_not_load(folder, f"{name} is {sizes}"))
         check_numbers(folder, name, tensors[name])
     return {name: tensors[name] for name in shapes}

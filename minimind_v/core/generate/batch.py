@@ -1,4 +1,4 @@
-"""Many questions at once: decoding reads every weight once per step, however many answers a step carries on."""
+"""Answer many questions at once: each step reads every weight once for all answers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _encode(question: Question, processor: Processor, context: int) -> Prompt:
     text, images = processor.question(question.text, question.images)
     tokens = processor.prompts.prompt([{"role": "user", "content": text}])
     if len(tokens) >= context:
-        raise UsageError(f"the question {text[:40]!r} … is longer than {context} tokens — ask for less at once")
+        raise UsageError(f"the question {text[:40]!r} … is longer than {context} tokens — shorten it")
     return Prompt(tokens, images)
 
 

@@ -1,4 +1,4 @@
-"""A token for each row as a CUDA graph: recorded once, and replayed for every further token.
+"""One decoding step as a CUDA graph: recorded once, then replayed for each token.
 
 One step of so small a model is some 200 kernels, and to launch them takes a host longer than a GPU needs for them. A
 recording launches them all at once, always with the same tensors: so what changes from step to step is copied into

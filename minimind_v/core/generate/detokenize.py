@@ -1,4 +1,4 @@
-"""From ids to text as they come."""
+"""Decode token ids to text, piece by piece."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class PromptCache:
         if not images:
             return None
         if model.vision_encoder is None:
-            raise UsageError("this model was loaded without its vision model")
+            raise UsageError("this model was loaded without its vision encoder")
         digests = [image_digest(image) for image in images]
         new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in self._features}
         kept = {digest: self._features[digest] for digest in digests if digest not in new}

@@ -121,7 +121,7 @@ class Download:
             folders = ", ".join(dict.fromkeys(str(want.folder) for want in missing))
             raise Unreachable(
                 f"no hub can be reached (tried {'; '.join(map(str, failures))}) — name a mirror with --endpoint URL "
-                f"or HF_ENDPOINT, or copy the files by hand into {folders} and run this again to check them"
+                f"or HF_ENDPOINT, or copy the files into {folders} yourself and run this command again to verify them"
             )
         raise failures[0] if len(failures) == 1 else HubError("; ".join(map(str, failures)))
 
@@ -149,7 +149,7 @@ class Download:
             except NotThere:
                 if remembered in (None, revision):
                     raise
-                self.listener.warn(f"{source.repo} has lost commit {remembered}: taking {revision} as it is now")
+                self.listener.warn(f"{source.repo} no longer has commit {remembered}: using the current {revision}")
                 cached[asked] = hub.listing(source.repo, want.source.kind, revision, sorted(names))
         return cached[asked]
 
@@ -182,12 +182,12 @@ class Download:
         if kept and kept.looks_the_same(item.path) and item.remote.sha256 == kept.sha256:
             return Digests(kept.size, kept.sha256, "")
         if item.remote.size not in (None, item.path.stat().st_size):
-            self.listener.warn(f"{item.path} is not the hub's file (another size): fetching that")
+            self.listener.warn(f"{item.path} differs from the hub's file (size): downloading it again")
             return None
         actual = digests(item.path)
         if matches(actual, item.remote):
             return actual
-        self.listener.warn(f"{item.path} is not the hub's file (another SHA-256): fetching that")
+        self.listener.warn(f"{item.path} differs from the hub's file (SHA-256): downloading it again")
         return None
 
     def _refuse_to_replace(self, items: Sequence[Item]) -> None:
@@ -195,7 +195,8 @@ class Download:
         mine = [str(item.path) for item in items if item.action != "kept" and item.path.exists() and _is_mine(item)]
         if mine:
             raise UsageError(
-                f"in the way, and not as they were downloaded: {', '.join(mine)} — move them, or name another --dir"
+                f"these files exist and were changed after the download: {', '.join(mine)} — move them, or "
+                f"name another --dir"
             )
 
     # --- transfer -------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ class Download:
                 try:
                     lock.acquire(timeout=0)
                 except Timeout:
-                    self.listener.say(f"another download works on {folder}: waiting for it")
+                    self.listener.say(f"another download is writing {folder}: waiting for it")
                     lock.acquire()
                 stack.callback(lock.release)
             yield

@@ -96,13 +96,13 @@ class HuggingFace:
                 return _Answer(None, 403, error.response.headers)
             except RepositoryNotFoundError as error:
                 raise NotThere(  # the hub answers 401 for a missing and for a hidden repository
-                    f"no repository {repo} at {self.endpoint}, or a private one — if you may see it, {self.login()}"
+                    f"no repository {repo} at {self.endpoint}, or it is private — if you have access, {self.login()}"
                 ) from error
             except HfHubHTTPError as error:
                 return _Answer(None, error.response.status_code, error.response.headers)
             except (ValueError, TypeError, KeyError) as error:
                 raise HubError(
-                    f"{self.endpoint} does not answer as a hub does for {what} (an HTML page?) — check --endpoint"
+                    f"{self.endpoint} did not answer like a hub for {what} (an HTML page?) — check --endpoint"
                 ) from error
 
         return patiently(answer, self, what).value
@@ -116,7 +116,7 @@ def _remote(entry: Any) -> RemoteFile:
 
 
 def _described(file: RemoteFile, head: Any) -> RemoteFile:
-    """The file with what the answer to a HEAD adds."""
+    """The file with the facts of a HEAD answer."""
     tag = head.etag or ""
     return replace(
         file,

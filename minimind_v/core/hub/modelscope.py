@@ -68,9 +68,7 @@ class ModelScope:
                 raise HubError(f"{self.endpoint}: no listing of {what} ({body.get('Message') or 'no reason given'})")
             return list(body["Data"]["Files"] or [])
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise HubError(
-                f"{self.endpoint} does not answer as ModelScope does for {what} — check --endpoint"
-            ) from None
+            raise HubError(f"{self.endpoint} did not answer like ModelScope for {what} — check --endpoint") from None
 
 
 def _remote(entry: dict[str, Any]) -> RemoteFile | None:

@@ -1,4 +1,4 @@
-"""A file on a hub that is read where it is: seek and read, over HTTP ranges."""
+"""Read parts of a file on a hub with HTTP range requests."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ AHEAD = 1 << 18  # bytes that one request brings at least
 
 
 class RangeFile(io.RawIOBase):
-    """The bytes of `url`, fetched as they are read; the last piece is kept. `transferred` counts what came.
+    """The bytes of `url`, fetched when they are read; the last piece is kept. `transferred` counts the bytes.
 
-    Raises HubError where the server has no ranges, another size than the listing, or stops answering.
+    Raises HubError if the server has no ranges, reports another size than the listing, or stops answering.
     """
 
     def __init__(self, hub: Hub, url: str, name: str, size: int) -> None:
@@ -57,7 +57,7 @@ class RangeFile(io.RawIOBase):
         return data
 
     def hold(self, start: int, stop: int) -> None:
-        """Have the bytes from `start` to `stop` here."""
+        """Fetch the bytes from `start` to `stop`."""
         have = self._piece_at + len(self._piece)
         if start < self._piece_at or start > have:
             self._piece, self._piece_at, have = b"", start, start
@@ -85,7 +85,7 @@ class RangeFile(io.RawIOBase):
                         raise refused(answer.status_code, self.hub, self.name)
                 elif answer.status_code == 200:
                     raise HubError(
-                        f"{self.hub.endpoint} gives {self.name} only whole, so there is no sample of it — "
+                        f"{self.hub.endpoint} delivers {self.name} only as a whole, so a sample is not possible — "
                         "leave out --sample, or use another --endpoint"
                     )
                 else:
@@ -116,5 +116,5 @@ class RangeFile(io.RawIOBase):
         given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers.get("Content-Range", ""))
         data: bytes = answer.content
         if not given or int(given[1]) != start or given[3] not in ("*", str(self.size)) or len(data) != stop - start:
-            raise HubError(f"{self.name} from {self.hub.endpoint}: an answer for other bytes than those asked for")
+            raise HubError(f"{self.name} from {self.hub.endpoint}: the answer has other bytes than requested")
         return data

@@ -86,7 +86,7 @@ def refused(status: int, hub: Hub, what: str) -> HubError:
     where = f"{what} ({hub.endpoint}, HTTP {status})"
     if status in (401, 403):
         return HubError(
-            f"access refused to {where}: gated or private — accept its terms on the hub, then {hub.login()}"
+            f"access refused to {where}: it is gated or private — accept its terms on the hub, then {hub.login()}"
         )
     if status in (404, 410):
         return NotThere(f"not found: {where} — check --revision, or whether the mirror has it")

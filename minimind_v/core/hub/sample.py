@@ -1,4 +1,4 @@
-"""The first rows of a dataset on a hub, by reading only what they need.
+"""Download the first rows of a data set, reading only the bytes that they need.
 
 What is transferred: of a parquet file its footer and the pages of its first rows (not their whole row group); of a
 JSONL its first lines; of a zip its directory, and the members that those lines name. A part cannot be proven by the sum
@@ -28,7 +28,7 @@ TOGETHER = 1 << 22  # bytes of neighbouring zip members that are fetched by one 
 
 
 def take_sample(hub: Hub, items: Sequence[Item], listener: Listener) -> int:
-    """Write the first rows of one split. Returns the bytes that were transferred. Raises HubError, DataError."""
+    """Write the first rows of one split. Returns the number of bytes transferred. Raises HubError, DataError."""
     files = {item.path.suffix: RangeFile(hub, item.url, item.remote.path, _size(item)) for item in items}
     paths = {item.path.suffix: item.path for item in items}
     rows = items[0].want.rows if items[0].want else 0
@@ -49,7 +49,7 @@ def take_sample(hub: Hub, items: Sequence[Item], listener: Listener) -> int:
         f"{came / 1e6:,.1f} of {whole / 1e6:,.1f} MB transferred"
     )
     if count < rows:
-        listener.warn(f"there are only {count} rows, all of them are taken")
+        listener.warn(f"the data set has only {count} rows; downloading all of them")
     return came
 
 
@@ -111,7 +111,7 @@ def _pictures(source: RangeFile, lines: Sequence[bytes], path: Any, listener: Li
         ]
         names = {PurePosixPath(member.filename).name for member, _ in chosen}
         if lacking := len(bare - names):
-            listener.warn(f"{source.name} lacks {lacking} pictures that these rows name")
+            listener.warn(f"{source.name} lacks {lacking} images of these rows")
 
         def write(target: BinaryIO) -> None:
             with zipfile.ZipFile(target, "w") as copy:
@@ -123,7 +123,7 @@ def _pictures(source: RangeFile, lines: Sequence[bytes], path: Any, listener: Li
 
 
 def _run(chosen: Sequence[tuple[zipfile.ZipInfo, int]], index: int, stop: int) -> int:
-    """The end of the neighbours that are worth one request together with member `index`."""
+    """The end of the group of neighbours that one request fetches together with member `index`."""
     start = chosen[index][0].header_offset
     for member, after in chosen[index + 1 :]:
         if member.header_offset != stop or after - start > TOGETHER:

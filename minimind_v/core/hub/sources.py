@@ -42,7 +42,7 @@ Layout = tuple[File, ...]  # files that belong together
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A part of a hub repository and the folder that it belongs in."""
+    """Files of a hub repository and their local folder."""
 
     what: str
     folder: Path
@@ -61,7 +61,7 @@ class Source:
         return shlex.join(words)
 
     def root_of(self, folder: Path) -> Path | None:
-        """The root that has `folder` as its standard folder; None where it is none."""
+        """The root whose standard folder is `folder`; None if there is none."""
         depth = len(self.folder.parts)
         parts = folder.parts
         return Path(*parts[:-depth]) if parts[-depth:] == self.folder.parts else None
@@ -115,7 +115,7 @@ SPLITS = ("pretrain", "sft")
 
 
 def dataset_files(split: str) -> tuple[Layout, ...]:
-    """Parquet as it is published today, or the JSONL and the zip of older revisions."""
+    """The parquet file published today, or the JSONL and zip of older revisions."""
     parquet = f"{split}_i2t.parquet"
     names = {f"{split}_{kind}": (f"{split}_{kind}", f"{split}_vlm_{kind}") for kind in ("data.jsonl", "images.zip")}
     return (File(parquet, (parquet,)),), tuple(File(name, remote) for name, remote in names.items())
@@ -131,7 +131,7 @@ def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRE
     source = SOURCES[what]
     hint = f"get it with `{source.command(folder, preset)}`"
     if folder and source.root_of(folder) is None:
-        hint += f", which fills {source.folder}"
+        hint += f", which writes to {source.folder}"
     return hint
 
 
@@ -168,5 +168,5 @@ def find_weights(folder: Path) -> Path:
         if paths := [path for ending in WEIGHTS_ENDINGS for path in folder.glob(f"{stage}_vlm_*{ending}")]:
             return max(paths, key=lambda path: path.stat().st_mtime)
     raise MissingInput(
-        f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or name a file with --model"
+        f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or give a file with --model"
     )

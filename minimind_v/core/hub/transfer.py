@@ -45,7 +45,7 @@ class WrongFile(MmvError):
 
 @dataclass(frozen=True)
 class Digests:
-    """A file's size, its SHA-256, and the name that git would give it as a blob."""
+    """A file's size, its SHA-256, and its git blob hash."""
 
     size: int
     sha256: str
@@ -105,7 +105,7 @@ def bring(
             if attempt < WRONG_TRIES - 1:
                 warn(f"{remote.path} arrived wrong ({reason}): removed, downloading it again")
     raise HubError(
-        f"{remote.path} from {hub.endpoint} arrives wrong ({reason}), {WRONG_TRIES} times — "
+        f"{remote.path} from {hub.endpoint} arrived damaged {WRONG_TRIES} times ({reason}) — "
         "try another hub or mirror with --hub or --endpoint"
     )
 
@@ -188,7 +188,7 @@ def _start(answer: Any, have: int, remote: RemoteFile, hub: Hub) -> int:
     if status == 206:
         given = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
         if not given or int(given[1]) != have or given[2] not in ("*", str(remote.size or given[2])):
-            raise WrongFile(f"an answer for other bytes ({answer.headers.get('Content-Range')})")
+            raise WrongFile(f"the answer has other bytes than requested ({answer.headers.get('Content-Range')})")
         return have
     length = answer.headers.get("Content-Length", "")
     coded = answer.headers.get("Content-Encoding", "identity") != "identity"

@@ -51,7 +51,7 @@ class DownloadPart:
         present = [name for name in sorted(listing.files) if not name.startswith(".")]
         shown = ", ".join(present[:20]) + (f" and {len(present) - 20} more" if len(present) > 20 else "")
         raise NotThere(
-            f"{repo} at {listing.commit} lacks {lacking} — it has: {shown or 'nothing'}; check --revision, or name "
+            f"{repo} at {listing.commit} lacks {lacking} — it has: {shown or 'nothing'}; check --revision, or use "
             "another --endpoint"
         )
 

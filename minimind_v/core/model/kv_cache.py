@@ -57,7 +57,7 @@ class KVCache:
         """
         start, end = self.used, self.used + time
         if end > self.max_length:
-            raise ValueError(f"the KV cache holds {self.max_length} tokens, {end} are needed")
+            raise ValueError(f"the KV cache holds {self.max_length} tokens, but {end} are needed")
         columns = torch.arange(start, end, device=self.keys.device)  # [T]
         positions = columns[None] if self.padding is None else self.lengths[:, None] + (columns - start)
         self.used = end

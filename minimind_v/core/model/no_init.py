@@ -1,4 +1,4 @@
-"""Modules whose weights come from a file: no random numbers are drawn for them first."""
+"""Build modules without random initial weights, because the weights come from a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vision-language model: pictures take the places of their placeholders in the text."""
+"""The vision-language model: image features replace the embeddings of their placeholders."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class VLM(nn.Module):
             return self._place_pictures(x, input_ids, image_features, image_mask, per_row)
         if image_mask is not None and image_mask.any():
             row = int(image_mask.any(dim=1).nonzero()[0])
-            raise ValueError(f"row {row} has placeholders for pictures, but no pictures are given")
+            raise ValueError(f"row {row} has image placeholders, but no images")
         return x
 
     def _place_pictures(
@@ -140,10 +140,10 @@ class VLM(nn.Module):
         for row, count in enumerate(counts.tolist()):
             if (per_row is not None and count != per_row) or count != int(count):
                 wanted = "a whole number of" if per_row is None else per_row
-                raise ValueError(f"row {row} has placeholders for {count:g} pictures, but {wanted} pictures")
+                raise ValueError(f"row {row} has placeholders for {count:g} images, but {wanted} images")
         if int(counts.sum()) != len(features):
             found = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
-            raise ValueError(f"{len(features)} pictures for these placeholders: {found}")
+            raise ValueError(f"{len(features)} images for these placeholders: {found}")
         return x.masked_scatter(image_mask[..., None], embeddings.flatten(0, 1))  # [B, T, D]
 
 

@@ -137,17 +137,25 @@ def first_loss_high(history: History) -> str | None:
     figure = f"the first loss is {history.losses[0]:.2f} where blind guessing gives {guessing:.2f}"
     init, tokenizer = start.config.init, start.config.data.tokenizer
     if start.same_tokenizer is False:
-        return f"{figure}: {init} was trained with another tokenizer than {tokenizer} — name the right one"
+        return (
+            f"{figure}: {init} was trained with another tokenizer than {tokenizer} — give the right one "
+            f"with --tokenizer"
+        )
     if history.losses[0] < 1.05 * guessing:
         other = "" if start.same_tokenizer else f", or was trained with another tokenizer than {tokenizer}"
         return (
-            f"{figure}, although all of {init} was loaded: either it is not trained{other}, or these rows are unlike "
-            f"what it learnt from — ask it something with `mmv chat --model {init}`"
+            f"{figure}, although all of {init} was loaded: it is not trained{other}, or these rows differ from "
+            f"its training data — test it with `mmv chat --model {init}`"
         )
-    unsure = "" if start.same_tokenizer else f" If {tokenizer} is not its tokenizer, stop here and name the right one."
+    unsure = (
+        ""
+        if start.same_tokenizer
+        else (f" If {tokenizer} is not its tokenizer, stop and give the right one with --tokenizer.")
+    )
     return (
-        f"{figure}, although all of {init} was loaded: it is sure of other answers, so these rows are unlike what it "
-        f"learnt from. It can learn them where the loss falls well below {guessing:.2f}.{unsure}"
+        f"{figure}, although all of {init} was loaded: it confidently predicts other answers, so these rows "
+        f"differ from its "
+        f"training data. It learns them if the loss falls well below {guessing:.2f}.{unsure}"
     )
 
 
@@ -161,13 +169,15 @@ def loss_stays_high(history: History) -> str | None:
         return None
     advice = f"raise --lr (now {config.lr:g})"
     if config.stage == "sft" and history.start.rows <= SMALL_SET and not config.until_right:
-        advice += ", or take --recipe small-data, made for few rows"
+        advice += ", or use --recipe small-data (for few rows)"
     trained = (
-        "" if history.start.same_tokenizer else f", and see that {config.data.tokenizer} is the weights' tokenizer"
+        ""
+        if history.start.same_tokenizer
+        else f", and check that {config.data.tokenizer} is the tokenizer of the weights"
     )
     return (
         f"the loss was {first:.2f} in the first {FEW} steps and is still {history.recent:.2f} after {history.step}, "
-        f"where blind guessing gives {guessing:.2f}: {advice}{trained}"
+        f"where uniform guessing gives {guessing:.2f}: {advice}{trained}"
     )
 
 
@@ -213,7 +223,7 @@ def projector_does_not_learn(history: History) -> str | None:
     return (
         f"the projector does not learn: the loss was {first:.2f} in the first {FEW} steps and is {recent:.2f} after "
         f"{history.step} — raise --lr (now {history.start.config.lr:g}; pretraining's recipe has 4e-4), and see "
-        "whether captions belong to their pictures (mmv data preview)"
+        "whether the captions match their images (mmv data preview)"
     )
 
 
@@ -231,7 +241,7 @@ def answers_are_cut(history: History) -> str | None:
     config = history.start.config
     return (
         f"answers are being cut: {history.cut / history.answers:.0%} of them do not fit into {config.data.max_length} "
-        f"tokens — raise --max-length; `mmv data stats {config.data.file}` tells how long rows are"
+        f"tokens — raise --max-length; `mmv data stats {config.data.file}` shows the lengths"
     )
 
 
@@ -240,7 +250,7 @@ def learning_rate_too_high(history: History) -> str | None:
     if len(history.losses) < FEW:
         return None
     config, first, recent = history.start.config, history.losses[0], history.recent
-    advice = f"--lr {config.lr:g} is too high for it; start over with --lr {config.lr / 10:g} --overwrite"
+    advice = f"--lr {config.lr:g} is too high; start over with --lr {config.lr / 10:g} --overwrite"
     if history.begun and history.enough_at_first and min(history.losses[-FEW:]) > first and recent > _far_above(first):
         return f"the loss was {first:.2f} before the first step and is {recent:.2f} after {history.step}: {advice}"
     if recent > _far_above(history.lowest):
@@ -262,7 +272,7 @@ def data_is_slow(history: History) -> str | None:
         more = min(most, max(2 * workers, usual_workers(config.gpus)))
         advice = f"raise --workers (now {workers}) to {more}"
     else:
-        advice = f"{cores} cores have {workers * config.gpus} workers — smaller pictures or a faster disk would help"
+        advice = f"{cores} cores have {workers * config.gpus} workers — smaller images or a faster disk would help"
     return f"{history.waiting[-1]:.0%} of the time is spent waiting for data: {advice}"
 
 
@@ -283,12 +293,13 @@ def overfitting(history: History) -> str | None:
     if not now < before:
         return None
     figures = (
-        f"from there on the loss on held-out rows rose from {best.loss:.3f} to {since[-1].loss:.3f} while that of "
-        f"training fell from {before:.3f} to {now:.3f} — the weights of step {best.step} are kept (…_best.pth)"
+        f"since then, the loss on held-out rows rose from {best.loss:.3f} to {since[-1].loss:.3f} while the "
+        f"training loss "
+        f"fell from {before:.3f} to {now:.3f} — the weights of step {best.step} are saved (…_best.pth)"
     )
-    advice = "stop here, or train on more rows, or with fewer --epochs"
+    advice = "stop now, or use more rows or fewer --epochs"
     if 0 < history.start.rows <= SMALL_SET:
-        advice = f"{history.start.rows} rows are learnt by heart; answers about other pictures need more rows"
+        advice = f"{history.start.rows} rows were memorised; answers about other images need more rows"
     return f"overfitting since step {best.step}: {figures}; {advice}"
 
 
@@ -301,8 +312,8 @@ def does_not_look(history: History) -> str | None:
         return None
     return (
         f"the model does not look: its loss on held-out rows is {losses[-1][0]:.3f} with their pictures and "
-        f"{losses[-1][1]:.3f} with those of other rows — do the answers need the pictures, and are "
-        "these the right ones (mmv data preview)? If so, pretrain for longer or with a higher --lr"
+        f"{losses[-1][1]:.3f} with images of other rows — check that the answers need the images and that "
+        "the images are the right ones (mmv data preview). If so, pretrain longer or with a higher --lr"
     )
 
 

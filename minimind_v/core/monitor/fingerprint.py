@@ -75,7 +75,7 @@ def check_origin(
     """Report every difference between a state's run and this one. Raises UsageError over one that is not allowed."""
     for name in allowed:
         if name not in now:
-            raise UsageError(f"--allow {name}: nothing of a run is called so{nearest(name, now)}")
+            raise UsageError(f"--allow {name} is not a key of a run{nearest(name, now)}")
     before = {"projector": LINEAR, **before}  # earlier releases had no other, and did not record it
     differing = [key for key in now if before.get(key) != now[key]]
     for key in differing:
@@ -83,8 +83,8 @@ def check_origin(
         warn(f"{key}: {_shown(before.get(key))} in the run that is resumed, {_shown(now[key])} now{allowance}")
     if refused := [key for key in differing if key not in allowed]:
         raise UsageError(
-            "this is not the run that left the state — give what it had, start over with --overwrite, or say "
-            + " ".join(f"--allow {key}" for key in refused)
+            "this run differs from the interrupted one — use the same inputs, start over with --overwrite, "
+            "or accept it with " + " ".join(f"--allow {key}" for key in refused)
         )
 
 

@@ -45,12 +45,12 @@ def announcement(config: RunConfig, plan: BatchPlan, steps: int, rows: int, mode
     everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_encoder."))
     held_out = len(plan.dataset) - plan.rows
     kept = f" ({held_out:,} of them held out)" if held_out else ""
-    end = ", or fewer: it ends once every answer is right" if config.until_right else ""
+    end = ", or fewer: the run stops when every answer is correct" if config.until_right else ""
     return (
         f"{config.stage}: {plural(len(plan.dataset), 'row')} of {config.data.file}{kept}, "
         f"{plural(config.epochs, 'epoch')}, {plural(steps, 'step')} of {plural(min(rows, plan.rows), 'row')} "
         f"on {where}{end}; learning rate from {peak(config.lr):.2g} down to {config.lr / 10:.2g}; "
-        f"{trained:,} of {everything:,} parameters learn ({config.freeze})"
+        f"{trained:,} of {everything:,} parameters are trainable ({config.freeze})"
     )
 
 
@@ -60,14 +60,16 @@ def before_the_start(config: RunConfig, plan: BatchPlan, steps: int) -> Iterator
         yield line
     if config.until_right and plan.rows > SMALL_SET:
         yield (
-            f"{plan.rows:,} rows are many for a run that goes on until every answer is right: it may never be, and "
-            "each row is a step of its own — leave --recipe out, and raise --lr instead"
+            f"{plan.rows:,} rows are too many for a run that stops when every answer is correct: it may never "
+            f"stop, and "
+            "each row takes one step — leave out --recipe and raise --lr instead"
         )
     held_out = len(plan.dataset) - plan.rows
     if config.val_every and held_out < FEW_HELD_OUT:
         yield (
-            f"only {plural(held_out, 'row')} of {len(plan.dataset)} held out: the loss on so few says little, and the "
-            f"best weights are chosen by it — leave --val-every out, or measure rows of another file with `mmv eval`"
+            f"only {plural(held_out, 'row')} of {len(plan.dataset)} held out: the loss on so few rows is not "
+            f"reliable, but the "
+            f"best weights are chosen by it — leave out --val-every, or use `mmv eval` with another file"
         )
 
 
@@ -85,10 +87,10 @@ def too_little(config: RunConfig, rows: int, steps: int) -> str | None:
             option = f"--max-steps {more}"
         advice = f"{advice} {option}".strip()
     few = config.stage == "sft" and rows <= SMALL_SET and not config.until_right
-    small = ", or --recipe small-data, made for few rows" if few else ""
+    small = ", or --recipe small-data (for few rows)" if few else ""
     return (
         f"{plural(steps, 'step')} at --lr {config.lr:g} cannot move a weight by more than {moved:.1g}: the model "
-        f"will stay almost as it is — try {advice}{small}"
+        f"will hardly change — try {advice}{small}"
     )
 
 
@@ -103,7 +105,7 @@ def recalled(
     if own := results.get("own"):
         rows = f"{plural(own.rows, 'row')} of {own.data}"
         if own.token_accuracy == 1:
-            messages.append(f"learnt: every answer to the {rows} is right, token for token")
+            messages.append(f"learnt: every answer of the {rows} is correct, token for token")
         else:
             warnings.append(
                 f"not all is learnt: {own.token_accuracy:.1%} of the tokens of the answers to {rows} are right — raise "
@@ -112,7 +114,7 @@ def recalled(
             )
     if "before" not in results or "after" not in results:
         messages.append(
-            f"not measured: what {config.init} knew before and {weights} may have forgotten ({why}) — "
+            f"not measured: how much {weights} has forgotten of what {config.init} knew ({why}) — "
             f"compare the two with `mmv eval --model {weights} --data FILE`"
         )
         return messages, warnings
@@ -124,7 +126,8 @@ def recalled(
     )
     if before.token_accuracy - after.token_accuracy > FORGOTTEN:
         warnings.append(
-            f"part of what {config.init} knew is forgotten: add rows of {after.data} to the new ones, or try a lower "
+            f"the model has forgotten part of what {config.init} knew: add rows of {after.data} to the new "
+            f"ones, or use a lower "
             f"--lr (now {config.lr:g})"
         )
     return messages, warnings
@@ -133,7 +136,7 @@ def recalled(
 def not_finite(loss: float, grad_norm: float, places: Sequence[str]) -> str:
     """A step that was skipped, and the rows that it was made of."""
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    return f"loss {loss:g}, gradient norm {grad_norm:g}: skipped; its rows: {', '.join(places[:NAMED])}{more}"
+    return f"loss {loss:g}, gradient norm {grad_norm:g}: step skipped; its rows: {', '.join(places[:NAMED])}{more}"
 
 
 class BrokenRows:
@@ -170,13 +173,13 @@ class BrokenRows:
         if broken > self.allowed * self.rows:
             share = f"{broken} of {self.rows} rows are broken"
         elif broken > self._bearable(read):
-            share = f"{broken} of the first {read} rows that were read are broken"
+            share = f"{broken} of the first {read} rows are broken"
         else:
             return
         # Where no row was whole there is nothing to allow.
         more = f", or allow more with --set data.bad_rows={_above(broken / read):g}" if broken < read else ""
         raise DataError(
-            f"{share}, more than {self.allowed:.0%}; the first: {self.first} — mend the data (`mmv data check` names "
+            f"{share}, more than {self.allowed:.0%}; the first: {self.first} — fix the data (`mmv data check` lists "
             f"every such row){more}"
         )
 
@@ -206,9 +209,12 @@ def explained(config: RunConfig) -> Iterator[None]:
             raise
         batch, accumulate = config.data.batch_size, config.accumulate
         half = next((size for size in range(batch // 2, 0, -1) if batch % size == 0), 0)
-        advice = f"the same recipe with less: --batch-size {half} --accumulate {accumulate * batch // max(half, 1)}"
+        advice = (
+            f"keep the rows per step with less memory: --batch-size {half} --accumulate "
+            f"{accumulate * batch // max(half, 1)}"
+        )
         if not half:
-            advice = f"lower --max-length {config.data.max_length}, or take a smaller --preset"
+            advice = f"lower --max-length {config.data.max_length}, or choose a smaller --preset"
         raise RunError(f"out of memory — {advice}") from None
 
 

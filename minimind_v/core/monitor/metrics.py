@@ -161,7 +161,7 @@ def read_metrics(
 
     logged = [record for _, record in read_records(path, note, needed) if "loss" in record]
     if not logged and troubles:
-        raise DataError(f"{troubles[0]} — these are not the metrics of a run, or they are lost")
+        raise DataError(f"{troubles[0]} — not the metrics of a run, or damaged")
     if not logged and path.is_file() and b"\n" in path.read_bytes()[:LONGEST]:
         raise DataError(f"{path}: not the metrics of a run")
     if not logged:

@@ -120,7 +120,7 @@ class Recorder(Listener):
             self._tracker.log(self._step, values)
         except Exception as error:  # somebody else's service must not end a run
             self._tracker = None
-            self.warning(f"the tracker failed and is left alone from here on: {' '.join(str(error).split())[:200]}")
+            self.warning(f"the tracker failed and is no longer used: {' '.join(str(error).split())[:200]}")
 
 
 def _restored(kind: type[Kept], record: dict[str, Any]) -> Kept:

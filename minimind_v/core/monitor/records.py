@@ -1,4 +1,4 @@
-"""The records of a run as they are read again. What a full disk, a power cut or an editor has damaged is left out.
+"""Read the records of a run; damaged records are reported and left out.
 
 All that reads a run takes its values from here, so that each can be believed to be of its type.
 """
@@ -97,7 +97,7 @@ def _trouble(record: dict[str, Any], needed: tuple[str, ...]) -> str:
     """What makes a record of no use; empty where nothing does."""
     step = record.get("step")
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
-        return "no step, so it is no record of a run" if step is None else f"step is {_shown(step)}"
+        return "not a record of a run (it has no step)" if step is None else f"step is {_shown(step)}"
     if "loss" in record and (trouble := _of_numbers(record, needed)):
         return trouble
     for key in ("warning", "sign"):

@@ -1,4 +1,4 @@
-"""The page of `mmv data preview`: one file that shows rows, and explains what it shows."""
+"""The page of `mmv data preview`: rows as the model receives them, with explanations."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name
     side = spec.image_size // spec.patch_size
     used = sum(not view.trouble for view in views)
     head = (
-        f"<h1>What the model gets</h1><p class='dim'>{plural(len(views), 'row')} of "
+        f"<h1>Rows as the model receives them</h1><p class='dim'>{plural(len(views), 'row')} of "
         f"<code>{escape(visible(name))}</code>, "
-        f"prepared as <b>{config.stage}</b> would read them: at most {config.data.max_length} tokens a row, batches of "
-        f"{config.data.batch_size}, pictures of {spec.image_size} × {spec.image_size} pixels. "
-        f"{used} of them would be trained on.</p>"
+        f"read as <b>{config.stage}</b> data: at most {config.data.max_length} tokens per row, batches of "
+        f"{config.data.batch_size}, images of {spec.image_size} × {spec.image_size} pixels. "
+        f"Training would use {used} of them.</p>"
     )
     switches = (
         f'<input type="checkbox" id="grid" hidden><input type="checkbox" id="ids" hidden>'
@@ -89,7 +89,7 @@ def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name
 
 
 def _legend() -> str:
-    samples = (("t", "read only"), ("t l", "learnt"), ("t s", "special"), ("t p", "picture"), ("t x", "cut off"))
+    samples = (("t", "context"), ("t l", "supervised"), ("t s", "special"), ("t p", "image"), ("t x", "cut off"))
     return (
         '<span class="legend">' + "".join(f'<span class="{kind}">{text}</span>' for kind, text in samples) + "</span>"
     )
@@ -99,42 +99,48 @@ def _lesson(spec: VisionSpec, config: RunConfig) -> str:
     side, patches = spec.image_size // spec.patch_size, spec.tokens_per_image
     parts = {
         "A token is a piece of text with a number": (
-            "The model never sees letters. A tokenizer cuts the text into pieces that are frequent — a word, a part of "
-            "one, a Chinese character or two — and the model reads their numbers. A rare character takes several "
-            "tokens, each holding some of its bytes: such a group has a dotted border, and none of its tokens is "
-            "readable alone. Every message stands between <span class='t s'>&lt;|im_start|&gt;</span> and "
-            "<span class='t s'>&lt;|im_end|&gt;</span>, which no user can type."
+            "The model does not read letters. A tokenizer cuts the text into frequent pieces — a word, a part of "
+            "a word, one or two Chinese characters — and the model reads their numbers (ids). A rare "
+            "character takes several "
+            "tokens, each with some of its bytes: such a group has a dotted border, and a single token of it is not "
+            "readable. Every message is between <span class='t s'>&lt;|im_start|&gt;</span> and "
+            "<span class='t s'>&lt;|im_end|&gt;</span>. A user's text cannot contain these marks."
         ),
-        f"Why a picture is {patches} tokens": (
-            f"The vision model cuts the picture of {spec.image_size} × {spec.image_size} pixels into squares of "
-            f"{spec.patch_size} × {spec.patch_size}: {side} × {side} = {patches} patches. It turns each into "
-            f"{spec.width} numbers that say what is there and around it. One linear layer, the projector, "
-            f"translates these into the language model's own words, so to speak, "
-            f"and puts them into {patches} places kept free in the text. From there on a patch is a token "
-            "like any other."
+        f"Why an image is {patches} tokens": (
+            f"The vision encoder cuts the image of {spec.image_size} × {spec.image_size} pixels into squares of "
+            f"{spec.patch_size} × {spec.patch_size}: {side} × {side} = {patches} patches. It encodes each patch as "
+            f"{spec.width} numbers that describe the patch and its surroundings. The projector, one linear layer, "
+            f"maps them to the width of the language model's word embeddings "
+            f"and puts them at {patches} reserved positions in the text. After that, the language model treats a patch "
+            "like any other token."
         ),
         "What the crop does": (
-            f"The vision model wants a square. The shorter side becomes {spec.image_size} pixels, and of the longer "
-            "one only the middle stays. The darkened edges of an original are never seen. An answer that speaks of "
-            "something there teaches the model to make things up."
+            f"The vision encoder needs a square. The shorter side becomes {spec.image_size} pixels, and the longer "
+            "side is cropped to its middle. The model never receives the darkened edges. An answer about "
+            "something in these edges teaches the model to invent things."
         ),
-        "Why only answers are learnt": (
-            "The model is trained to continue text, and it should learn to answer, not to ask. So the loss counts only "
-            "the <span class='t l'>green</span> tokens: answers, with their end mark, or it would never learn to stop. "
-            "All else is read, and shapes the answer, but no error is measured there. This choice is the <em>loss "
+        "Why only answers are supervised": (
+            "The model learns to continue text. It should learn to answer, not to ask. So the loss counts only "
+            "the <span class='t l'>green</span> tokens: the answers and their end marks. Without the end "
+            "mark, the model would never learn to stop. "
+            "All other tokens are context: the model reads them, but they do not count in the loss. This "
+            "choice is the <em>loss "
             "mask</em>."
         ),
         "The shift by one": (
-            "At every place the model says what comes <em>next</em>. So the first word of an answer is asked for where "
-            "the line break behind <code>assistant</code> is read, and the last thing asked for is the line break "
-            "behind the end mark. During training the true tokens are read, whatever the model would have said: every "
-            "green token is a question of its own, and all of them are answered in one pass."
+            "At every position, the model predicts the <em>next</em> token. So it predicts the first token "
+            "of an answer at "
+            "the line break after <code>assistant</code>, and the last supervised token is the line break "
+            "after the end mark. In training, the model always reads the true tokens, not its own "
+            "predictions. So every "
+            "green token is a separate prediction, and one forward pass computes all of them."
         ),
-        "What is cut, and what is filled up": (
-            f"A row holds at most {config.data.max_length} tokens. A longer one loses its last turns, whole; if even "
-            "the first turn is too long, its answer loses its end, and the model is taught no ending there. Rows of a "
-            "batch must be equally long, so shorter ones are filled up with padding, which nobody reads but that costs "
-            "time. Training puts rows of similar length together, and hardly any is needed."
+        "Cutting and padding": (
+            f"A row holds at most {config.data.max_length} tokens. A longer row loses its last turns, always "
+            f"complete ones. If even "
+            "the first turn is too long, its answer is cut and has no end mark. The rows of a "
+            "batch must have the same length, so shorter rows get padding. The model ignores padding, but it costs "
+            "time. Training puts rows of similar length into a batch, so it needs little padding."
         ),
     }  # fmt: skip
     cards = "".join(f"<div><h3>{title}</h3><p>{text}</p></div>" for title, text in parts.items())
@@ -146,7 +152,7 @@ def _lesson(spec: VisionSpec, config: RunConfig) -> str:
 
 def _row(view: RowView, spec: VisionSpec, config: RunConfig) -> str:
     lost = view.whole - len(view.tokens)
-    state, kind = ("left out", "bad") if view.trouble else ("cut", "bad") if lost else ("whole", "good")
+    state, kind = ("skipped", "bad") if view.trouble else ("cut", "bad") if lost else ("complete", "good")
     parts = [f'<h2><code>{_safe(view.place)}</code> <span class="badge {kind}">{state}</span></h2>']
     if view.trouble:
         parts.append(f'<p class="warn">Training skips this row: {_safe(view.trouble)}.</p>')
@@ -160,21 +166,21 @@ def _row(view: RowView, spec: VisionSpec, config: RunConfig) -> str:
         parts.append(f'<p class="dim">This is {_safe(TEXT_ROW)}.</p>')
     if view.unanswered:
         parts.append(
-            f"<p>The last question has no answer, so there is nothing to learn from it and it is left out: "
+            f"<p>The last question has no answer, so training does not use it: "
             f'<span class="t x">{_safe(view.unanswered)}</span></p>'
         )
     if view.tokens and not view.trouble:
         parts.append(_shift(view))
     if view.source:
         source = "\n".join(map(_safe, view.source.split("\n")))
-        parts.append(f"<details><summary>What the row says</summary><pre>{source}</pre></details>")
+        parts.append(f"<details><summary>The row in the file</summary><pre>{source}</pre></details>")
     return f"<section>{''.join(parts)}</section>"
 
 
 def _picture(picture: PictureView, number: int, removed: bool, spec: VisionSpec) -> str:
     name = _safe(picture.name)
     if picture.trouble:
-        return f'<p class="warn">Picture {number + 1} cannot be shown: {_safe(picture.trouble)}</p>'
+        return f'<p class="warn">Image {number + 1} cannot be shown: {_safe(picture.trouble)}</p>'
     side, size = spec.image_size // spec.patch_size, spec.image_size
     width, height = picture.width, picture.height
     short = min(width, height)
@@ -190,13 +196,14 @@ def _picture(picture: PictureView, number: int, removed: bool, spec: VisionSpec)
         f'<svg class="grid" viewBox="0 0 {side} {side}"><path d="{lines}" stroke="#fff" stroke-opacity=".75" '
         f'stroke-width="1" vector-effect="non-scaling-stroke"/></svg>'
     )
-    loss = "nothing is lost" if picture.kept == 1 else f"{1 - picture.kept:.0%} of it lies outside the crop"
+    loss = "nothing cropped" if picture.kept == 1 else f"{1 - picture.kept:.0%} outside the crop"
     gone = ' <span class="badge bad">cut off with its turn</span>' if removed else ""
     return (
         f'<figure class="original"><span class="frame"><img alt="" src="{data_uri(picture.thumbnail, "jpeg")}">{crop}'
         f"</span><figcaption><b>Original</b> {name}: {width} × {height}, {picture.size / 1000:,.0f} kB — {loss}{gone}"
         f'</figcaption></figure><figure class="model"><span class="frame"><img alt="" '
-        f'src="{data_uri(picture.model, "png")}">{grid}</span><figcaption><b>What the model sees</b>: {size} × {size} '
+        f'src="{data_uri(picture.model, "png")}">{grid}</span><figcaption><b>What the model receives</b>: '
+        f"{size} × {size} "
         f"pixels, {side} × {side} patches, {spec.tokens_per_image} tokens</figcaption></figure>"
     )
 
@@ -205,13 +212,13 @@ def _facts(view: RowView, config: RunConfig) -> str:
     tokens, images, learnt = len(view.tokens), sum(view.tokens.image_mask), view.supervised
     lost = view.whole - tokens
     facts = [
-        (tokens, "tokens are read"),
-        (images, "of them patches"),
-        (tokens - images - learnt, "read only"),
-        (learnt, "learnt"),
+        (tokens, "tokens"),
+        (images, "image patches"),
+        (tokens - images - learnt, "context"),
+        (learnt, "supervised"),
     ]
     if lost:
-        facts += [(lost, "cut off"), (view.answers_lost, "of them answers")]
+        facts += [(lost, "cut off"), (view.answers_lost, "of these in answers")]
     padding = view.batch.length - tokens if view.batch else 0
     bar = ((images, "eye"), (tokens - images - learnt, "ask"), (learnt, "learn"), (padding, "pad"), (lost, "cut"))
     total = max(sum(width for width, _ in bar), 1)
@@ -228,9 +235,10 @@ def _padding(batch: BatchView | None, tokens: int, config: RunConfig) -> str:
     if batch is None:
         return ""
     return (
-        f'<p class="dim">In the first epoch it shares a batch with {plural(batch.rows - 1, "row")} of up to '
-        f"{batch.length} tokens and gets <b>{batch.length - tokens}</b> tokens of padding; filled up to "
-        f"{config.data.max_length} it would get {config.data.max_length - tokens}.</p>"
+        f'<p class="dim">In the first epoch, this row is in a batch with '
+        f"{plural(batch.rows - 1, 'other row')} of up to "
+        f"{batch.length} tokens and gets <b>{batch.length - tokens}</b> tokens of padding. Padded to "
+        f"{config.data.max_length} tokens, it would get {config.data.max_length - tokens}.</p>"
     )
 
 
@@ -257,7 +265,7 @@ def _chip(piece: Piece) -> str:
     ids = " ".join(map(str, piece.ids))
     if piece.picture is not None:
         patches = len(piece.ids)
-        text = f"▦ picture {piece.picture + 1} · {patches} patches"
+        text = f"▦ image {piece.picture + 1} · {patches} patches"
         return f'<span class="{_join(*kinds, "p")}" data-id="{piece.ids[0]} × {patches}">{text}</span> '
     # The line breaks behind the chip, not in it, lest an empty end of it stands on the next line.
     breaks = piece.text.endswith("\n")
@@ -285,10 +293,12 @@ def _shift(view: RowView) -> str:
     if len(asked) > SHIFTS + 1:
         rows.insert(-1, f'<tr><td class="dim">… {len(asked) - SHIFTS - 1} more …</td><td></td></tr>')
     return (
-        f"<details><summary>The loss mask in words</summary><p>{view.supervised} of {len(view.tokens)} tokens are "
-        f"asked for, each where the one before it is read. The loss of this row is how surprised the model is by "
-        f"them, on average; it is never asked for the other {len(view.tokens) - view.supervised}.</p>"
-        f'<table class="shift"><tr><th>having read up to</th><th>say</th></tr>{"".join(rows)}</table></details>'
+        f"<details><summary>The loss mask, token by token</summary><p>{view.supervised} of {len(view.tokens)} "
+        f"tokens are "
+        f"supervised; the model predicts each of them at the token before it. The loss of this row is the "
+        f"mean surprise "
+        f"at these tokens; the other {len(view.tokens) - view.supervised} do not count.</p>"
+        f'<table class="shift"><tr><th>after reading</th><th>predict</th></tr>{"".join(rows)}</table></details>'
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of a folder that `datasets` has saved (`save_to_disk`), by the optional extra of that name."""
+"""Rows of a folder that `datasets` saved (`save_to_disk`); needs the optional extra of that name."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class SavedRows:
             dataset = _together(path, list(dataset.values())) if together else dataset[self.choice.name]
             self._folder = path if together else path / self.choice.name
         elif split is not None:
-            raise UsageError(f"--split {split}: {path} is one split by itself — leave --split out")
+            raise UsageError(f"--split {split}: {path} has only one split — leave out --split")
         if not is_readable(dataset.column_names):
             raise DataError(
-                f"{path}: no column `conversations`, only {', '.join(dataset.column_names)} — a row has {READ}"
+                f"{path}: no column `conversations`, only {', '.join(dataset.column_names)} — a row needs {READ}"
             )
         if not len(dataset):
-            raise DataError(f"{path}: the dataset has no rows")
+            raise DataError(f"{path}: the data set has no rows")
         # The bytes of a picture as they are: decoding is our own business, with its limits. Videos are not read.
         for name, kind in dataset.features.items():
             if (plain := _undecoded(kind)) != kind:
@@ -62,7 +62,7 @@ class SavedRows:
         self._bytes = picture_field(binary) or ""
         self._others = [name for name in binary if name != self._bytes]
         self.left_out = (
-            f"{path}: bytes in {', '.join(self._others)} are neither read nor copied" if self._others else ""
+            f"{path}: the bytes in {', '.join(self._others)} are ignored and not copied" if self._others else ""
         )
         self._rows = dataset.with_format("arrow")
         self._images = open_pictures(images)
@@ -111,7 +111,7 @@ def _together(path: Path, parts: list[Any]) -> Any:
     try:
         return datasets.concatenate_datasets(parts)
     except Exception as error:  # the library raises many kinds
-        raise DataError(f"{path}: its splits do not go together ({' '.join(str(error).split())})") from None
+        raise DataError(f"{path}: its splits do not match ({' '.join(str(error).split())})") from None
 
 
 def _undecoded(feature: Any) -> Any:

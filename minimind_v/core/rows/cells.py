@@ -1,4 +1,4 @@
-"""What a cell of pictures may be: names, bytes, base64 text, data URIs, records of these, or lists."""
+"""Image cells of a table: names, bytes, base64 text, data URIs, records of these, or lists."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pictures_of(value: Any, key: str) -> list[Picture]:
         return _of_record(value, key)
     if isinstance(value, list | tuple):
         return [picture for cell in value for picture in picture_of_element(cell, key)]
-    raise RowError(f"`{key}` is not a text of picture names", "image")
+    raise RowError(f"`{key}` must be a text with picture names", "image")
 
 
 def picture_of_element(cell: Any, key: str) -> list[Picture]:
@@ -81,9 +81,7 @@ def _data_in(text: str) -> bool:
 
 def _refuse_remote(name: str) -> None:
     if REMOTE.match(name.strip()):
-        raise RowError(
-            f"{name:.200}: pictures are not fetched — download it, and put the file's name in its place", KIND
-        )
+        raise RowError(f"{name:.200}: mmv does not download images — download it and write the file name instead", KIND)
 
 
 def _of_record(record: dict[str, Any], key: str) -> list[Picture]:
@@ -98,7 +96,7 @@ def _of_record(record: dict[str, Any], key: str) -> list[Picture]:
             return [Picture(None, value)]
         return picture_of_element(value, f"{key}.{name}")
     if any(record.values()):
-        raise RowError(f"`{key}` has {', '.join(map(str, record))}, and none of bytes, path and url", "image")
+        raise RowError(f"`{key}` has {', '.join(map(str, record))}, but needs bytes, path or url", "image")
     return []
 
 
@@ -121,5 +119,5 @@ def records_of(lists: dict[str, Any]) -> Any:
     if not columns:
         return lists
     if len({len(column) for column in columns.values()}) > 1:
-        raise RowError(f"the lists {', '.join(columns)} are not of one length", "conversations")
+        raise RowError(f"the lists {', '.join(columns)} have different lengths", "conversations")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""Captions of pictures as COCO has them, in one JSON object: a row a caption.
+"""Rows from COCO caption files: one row per caption.
 
 `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`, and Karpathy's
 `{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}`. The file is gone through once. Where in it a
@@ -28,7 +28,7 @@ from minimind_v.core.rows.splits import ALL, LEARN, WORDS, choose, split_of
 HEAD = 2**22  # bytes that show whether a file may hold captions
 LENGTH_BITS = 24  # of a place: the length of what stands there, 16 MiB at most; the bits above are its offset
 SENTENCE_BITS = 32  # of a sentence's place: its number; the bits above are its split
-UNKNOWN, SEVERAL = 0, 1  # in the place of a picture: no picture has this id, or several have
+UNKNOWN, SEVERAL = 0, 1  # in the place of a picture: no image has this id, or several have
 NO_ID = 1 << 62
 SPLITS = list(WORDS)
 LISTS = re.compile(rb'"(?:images|annotations)"\s*:\s*\[\s*\{[^}]{0,2000}"(?:file_?name|image_id|id)"')
@@ -93,11 +93,11 @@ class CocoRows(TextRows):
         if annotation.get("image_id") is None:
             raise RowError("an annotation without `image_id`", "coco")
         if picture_place in (UNKNOWN, SEVERAL):
-            count = "several pictures have" if picture_place else "no picture has"
+            count = "several images have" if picture_place else "no image has"
             raise RowError(f"{count} the id {annotation['image_id']!r:.60}", "coco")
         name = self._object(picture_place).get("file_name")
         if not isinstance(name, str) or not name:
-            raise RowError(f"the picture {annotation['image_id']!r:.60} has no `file_name`", "coco")
+            raise RowError(f"the image {annotation['image_id']!r:.60} has no `file_name`", "coco")
         return annotation | {"image": [name]}
 
     def _sentence(self, place: int, number: int) -> dict[str, Any]:
@@ -105,10 +105,10 @@ class CocoRows(TextRows):
         sentences = picture.get("sentences")
         number &= 0xFFFFFFFF
         if not isinstance(sentences, list) or len(sentences) <= number or not isinstance(sentences[number], dict):
-            raise RowError("a sentence that is no object with `raw`", "coco")
+            raise RowError("a sentence that is not an object with `raw`", "coco")
         folder, name = picture.get("filepath"), picture.get("filename") or picture.get("file_name")
         if not isinstance(name, str):
-            raise RowError("a picture without `filename`", "coco")
+            raise RowError("an image without `filename`", "coco")
         names = [f"{folder}/{name}" if isinstance(folder, str) and folder else name]
         return {"image": names, "caption": sentences[number].get("raw")}
 
@@ -117,7 +117,7 @@ class CocoRows(TextRows):
         self.handle.seek(place >> LENGTH_BITS)
         value = parse_json(self.handle.read(place & ((1 << LENGTH_BITS) - 1)))
         if not isinstance(value, dict):
-            raise RowError("no JSON object", "json")
+            raise RowError("not a JSON object", "json")
         return value
 
     def _find_rows(self) -> np.ndarray:
@@ -128,13 +128,13 @@ class CocoRows(TextRows):
                 for key, value, place in JsonElements(file):
                     scan.add(key, value, place)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path}: not the captions of COCO ({error})") from None
+            raise DataError(f"{self.path}: not a COCO caption file ({error})") from None
         if len(scan.sentences) and not scan.captions:
             return np.array([scan.sentence_places, scan.sentences], np.uint64)
         if not scan.captions:
             raise DataError(
-                f"{self.path}: no annotation has a `caption` — COCO has captions in files of their own, "
-                "captions_train2017.json and the like"
+                f"{self.path}: no annotation has a `caption` — use COCO's caption files, "
+                "such as captions_train2017.json"
             )
         return np.stack([np.array(scan.places, np.uint64), scan.picture_places()])
 
@@ -235,7 +235,7 @@ class JsonElements:
             self._at += 1
         self._at += 1
         if self._next():
-            raise ValueError(f"something stands behind its end, at byte {self._begin + self._at}")
+            raise ValueError(f"extra data after its end, at byte {self._begin + self._at}")
 
     def _more(self, size: int) -> bool:
         """Read on, and let go of what was done with; whether there was more."""

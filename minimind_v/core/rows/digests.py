@@ -1,4 +1,4 @@
-"""Which rows say and show the same: a number of 64 bits for each, compared by sorting.
+"""Find duplicate rows and images with 64-bit digests, compared by sorting.
 
 A million Python objects of sums and places would be hundreds of megabytes; so many numbers are 16 of them. Two
 different pictures among a million have the same number once in forty million such sets.

@@ -1,4 +1,4 @@
-"""Rows beside their pictures in a folder, as `datasets` reads it (`imagefolder`): a file of metadata in it.
+"""Rows in a folder with a metadata file beside the image files (`imagefolder` of `datasets`).
 
 `metadata.jsonl`, `metadata.csv` or `metadata.parquet` stands in the folder itself or in sub-folders, each of a split or
 of a piece of one. Its rows name their pictures in `file_name`, below the folder of the metadata.
@@ -67,7 +67,7 @@ class FolderRows(ShardedRows):
         named = list(find_metadata(path))
         for file, other in pairwise(named):
             if file.parent == other.parent:
-                raise DataError(f"{file.parent}: both {file.name} and {other.name} — name one of them with its path")
+                raise DataError(f"{file.parent}: both {file.name} and {other.name} — give the path of one of them")
         files, self.choice = of_one_split(path, {file: file.parent.relative_to(path) for file in named}, split, order)
         self.files = files
         self._stores: list[OpenedRows] = [OPENERS[file.suffix](file, images or file.parent) for file in files]

@@ -1,4 +1,4 @@
-"""The forms in which a row's conversation and pictures are written, each brought to the one form that is used.
+"""The row formats: each is converted to the one internal format.
 
 A row comes as its fields, whatever file they stand in. `FORMS` says in which forms a conversation is read, in order;
 `cells.py` says what a cell of pictures may be. What is not read is refused by `unread.py`.
@@ -74,7 +74,7 @@ def read_row(fields: Mapping[str, Any]) -> Row:
     except RecursionError:
         raise RowError("nested too deeply", "json") from None
     if len(row.images) > MOST_IMAGES:
-        raise RowError(f"{len(row.images):,} pictures, and a row has at most {MOST_IMAGES:,}", "image")
+        raise RowError(f"{len(row.images):,} images; a row has at most {MOST_IMAGES:,}", "image")
     return refuse_unread(row)
 
 
@@ -164,7 +164,7 @@ def no_form(row: Row) -> RowError:
         if key in row.extra and row.extra[key] in (None, "", []):
             return RowError(f"`{key}` is empty", "conversations")
     names = ", ".join([*row.extra, *(["image"] if row.images else [])])
-    return RowError(f"no conversation in {names or 'an empty row':.300} — a row has {READ}", "conversations")
+    return RowError(f"no conversation in {names or 'an empty row':.300} — a row needs {READ}", "conversations")
 
 
 FORMS = (

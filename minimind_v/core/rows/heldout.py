@@ -1,4 +1,4 @@
-"""Rows set aside by picture: none of theirs is learnt from, whatever it is called there."""
+"""Hold out rows by image: training uses none of their images, whatever the file name."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def hold_out(rows: RowStore, count: int, seed: int, known: Path, origin: str, sa
     key = hashlib.blake2b(json.dumps([origin, len(rows), count, seed]).encode(), digest_size=8).hexdigest()
     chosen = _read(known, key)
     if chosen is None:
-        say(f"choosing rows to hold out: looking at the pictures of all {len(rows):,} rows, once")
+        say(f"choosing held-out rows: reading the images of all {len(rows):,} rows once")
         held = choose(group_by_picture(rows, lambda index, error: None), count, seed)
         chosen = np.flatnonzero(held).tolist()
         write_text(known, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
     if not chosen:
         raise UsageError(
-            f"{rows.path}: none of its {len(rows)} rows can be held out by picture, so there is nothing to validate on "
-            "— leave --val-every out"
+            f"{rows.path}: none of its {len(rows)} rows can be held out by image, so validation is not possible "
+            "— leave out --val-every"
         )
     mask = np.zeros(len(rows), bool)
     mask[chosen] = True

@@ -1,4 +1,4 @@
-"""Where each entry of a large file begins: found once, then kept beside the file."""
+"""An index of a large file: the start of each entry, computed once and stored beside the file."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Index:
         if self.array is None:
             self.array = self._read()
         if self.array is None:
-            raise DataError(f"{self.kept}: changed while it was in use — start again")
+            raise DataError(f"{self.kept}: changed while it was in use — run the command again")
 
 
 def _checksums(numbers: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How rows stand in a file of JSON, by its content: one per line, in one array, one after the other, or below a key.
+"""The layout of rows in a JSON file: one per line, an array, one after the other, or an array under a key.
 
 A file's ending says nothing: lines are saved as .json, and arrays as .jsonl.
 """
@@ -175,13 +175,13 @@ def _check_end(behind: bytes, file: BinaryIO, layout: Layout, place: int) -> Non
     behind += file.read(ROW_LIMIT if layout.key else CHUNK)
     if not layout.key:
         if behind.strip():
-            raise ValueError(f"something stands behind its end, at byte {place}")
+            raise ValueError(f"extra data after its end, at byte {place}")
         return
     try:
         refuse_many_values(behind)
         json.loads(b'{"":0' + behind)
     except (ValueError, RecursionError, RowError):
-        raise ValueError(f"the object around `{layout.key}` does not end as one, from byte {place} on") from None
+        raise ValueError(f"the object around `{layout.key}` is not a complete object, from byte {place} on") from None
 
 
 def refuse_many_values(data: bytes) -> None:

@@ -36,8 +36,8 @@ def open_json(path: Path, images: Path | None = None) -> OpenedRows:
     layout = find_layout(path)
     if layout.kind == OTHER and path.suffix == ".json":
         raise DataError(
-            f"{path}: one JSON object with {layout.key:.200}, which is no row and holds no list of rows (it does not "
-            f"begin with [) — a row has {READ}"
+            f"{path}: one JSON object with {layout.key:.200}, which is neither a row nor a list of rows (it does not "
+            f"start with [) — a row needs {READ}"
         )
     return JsonlRows(path, images) if layout.kind in (LINES, OTHER) else LlavaRows(path, layout, images)
 

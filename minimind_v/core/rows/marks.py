@@ -132,7 +132,7 @@ def _named_by_parts(parts: list[Any], pictures: list[Picture]) -> list[Picture]:
         if part is not NEXT and not isinstance(part, int):
             shown = pictures_of(part, "content") if not isinstance(part, str) else picture_of_element(part, "content")
             if len(shown) != 1:
-                raise RowError("a part of a message shows no picture, or several", "placeholders")
+                raise RowError("an image part of a message has no image, or several", "placeholders")
             own[position] = shown[0]
     if own:
         return _beside_own(parts, own, pictures)
@@ -140,7 +140,7 @@ def _named_by_parts(parts: list[Any], pictures: list[Picture]) -> list[Picture]:
     rest = [number for number in range(len(pictures)) if number not in indices]
     order = [rest.pop(0) if part is NEXT and rest else part for part in parts]
     if rest or not all(isinstance(number, int) and 0 <= number < len(pictures) for number in order):
-        raise RowError(f"its parts show {len(set(order))} pictures, the row has {len(pictures)}", "placeholders")
+        raise RowError(f"its parts refer to {len(set(order))} images, the row has {len(pictures)}", "placeholders")
     return [pictures[number] for number in order]
 
 
@@ -162,7 +162,7 @@ def _beside_own(parts: list[Any], own: dict[int, Picture], pictures: list[Pictur
         return list(own.values())
     if len(others) != len(pictures):
         raise RowError(
-            f"its parts show {len(parts)} pictures, {len(own)} of them their own, and the row has {len(pictures)} more",
+            f"its parts refer to {len(parts)} images, contain {len(own)} of them, and the row has {len(pictures)} more",
             "placeholders",
         )
     return [own[position] if position in own else pictures.pop(0) for position in range(len(parts))]

@@ -1,4 +1,4 @@
-"""The directory of a zip, and its members: read in place, by their names in whatever encoding these were written."""
+"""The directory of a zip and its members, read in place; member names may be in any encoding."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def unpack(file: BinaryIO, member: Member, prefix: int) -> bytes:
         raise zipfile.BadZipFile("no file header where its directory says")
     name_length, extra_length = HEADER.unpack(header)[9:]
     if file.read(name_length) != member.raw_name:
-        raise zipfile.BadZipFile("another name in its file header than in its directory")
+        raise zipfile.BadZipFile("its file header and its directory have different names")
     file.seek(extra_length, 1)
     data = file.read(member.packed)
     if member.method == DEFLATED:
@@ -149,9 +149,9 @@ def unpack(file: BinaryIO, member: Member, prefix: int) -> bytes:
         except zlib.error as error:
             raise zipfile.BadZipFile(str(error)) from None
     if len(data) != member.size:
-        raise zipfile.BadZipFile("more or fewer bytes than its directory says")
+        raise zipfile.BadZipFile("its size differs from its directory entry")
     if zlib.crc32(data) != member.crc:
-        raise zipfile.BadZipFile("another checksum than its directory says")
+        raise zipfile.BadZipFile("its checksum differs from its directory entry")
     return data
 
 

@@ -171,14 +171,14 @@ def _part(part: Any, number: int) -> tuple[str, list[Any]]:
     if isinstance(part, str):
         return part, [NEXT] * part.count(IMAGE_MARK)
     if not isinstance(part, dict):
-        raise RowError(f"message {number} has a part that is neither text nor a picture", "conversations")
+        raise RowError(f"message {number} has a part that is neither text nor an image", "conversations")
     filled = {key: value for key, value in part.items() if value not in (None, "", [], {})}
     kind = filled.get("type") or ("text" if isinstance(filled.get("text"), str) else next(iter(filled), None))
     kind = kind.lower() if isinstance(kind, str) else kind
     if kind in PART_TEXT and not any(key in filled for key in PART_IMAGE):
         text = filled.get("text", filled.get("content", ""))
         if not isinstance(text, str):
-            raise RowError(f"message {number} has a part of text without one", "conversations")
+            raise RowError(f"message {number} has a text part without text", "conversations")
         return text, [NEXT] * text.count(IMAGE_MARK)
     own = next((filled[key] for key in NAME_KEYS if key in filled), None)
     if any(key in filled for key in BYTES_KEYS):
@@ -186,7 +186,8 @@ def _part(part: Any, number: int) -> tuple[str, list[Any]]:
     index = filled.get("index")
     if kind not in PART_IMAGE or (own is None and index is None and any(True for _ in named_in(filled, ""))):
         raise RowError(
-            f"message {number} has a part of type {kind!r:.40}, which is not read: text, image and image_url are", KIND
+            f"message {number} has a part of type {kind!r:.40}, which is not supported — use text, image or image_url",
+            KIND,
         )
     if own is None:
         own = index if isinstance(index, int) and not isinstance(index, bool) else NEXT

@@ -1,4 +1,4 @@
-"""Names of pictures as rows spell them, and what of a name may differ from the file that it means.
+"""Image names in rows, and how a name may differ from the file name.
 
 A name that is there exactly always counts first. No spelling leads from one folder to another: a name may only lose
 folders in front that are those of the pictures themselves.

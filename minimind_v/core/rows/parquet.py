@@ -1,4 +1,4 @@
-"""Rows of parquet files, today's layout of the published data: pictures stand in the rows.
+"""Rows of parquet files, the published data format: the rows contain the image bytes.
 
 Parquet is read by row groups, so a row is dear and its neighbours are free. Rows are read in pieces: a group, or a part
 of one that would be too large; the pieces in use stay in memory, and `shuffled` draws an order that needs each piece
@@ -56,7 +56,9 @@ class ParquetRows(ShardedRows):
         self.files = files
         schema = _common_schema(files, footers)
         if not is_readable(schema.names):
-            raise DataError(f"{files[0]}: no column `conversations`, only {', '.join(schema.names)} — a row has {READ}")
+            raise DataError(
+                f"{files[0]}: no column `conversations`, only {', '.join(schema.names)} — a row needs {READ}"
+            )
         binary = [name for name in schema.names if _holds_bytes(schema.field(name).type) and name not in TALKS]
         self._bytes = picture_field(binary) or ""
         text = [name for name in schema.names if name not in binary]
@@ -73,7 +75,7 @@ class ParquetRows(ShardedRows):
         named = self._bytes not in PICTURES and not set(PICTURES).isdisjoint(text)
         self._images = open_pictures(images if not self._bytes or self._nulls or named else None)
         others = [name for name in binary if name != self._bytes]  # read only where a row seems to have no picture
-        self.left_out = f"{path}: bytes in {', '.join(others)} are neither read nor copied" if others else ""
+        self.left_out = f"{path}: the bytes in {', '.join(others)} are ignored and not copied" if others else ""
         if self._bytes and self._bytes not in PICTURES:
             others.append(self._bytes)  # the text may have no mark for them
         self._text = _Pieces(files, footers, text, KEPT_TEXT)
@@ -115,7 +117,7 @@ class ParquetRows(ShardedRows):
         if isinstance(data, int):
             cells, count = self._cells(index), len({number for number in inline.values() if isinstance(number, int)})
             if len(cells) != count:
-                raise RowError(f"the text speaks of {count} pictures, the row has {len(cells)}", "placeholders")
+                raise RowError(f"the text refers to {count} images, the row has {len(cells)}", "placeholders")
             data, name = cells[data].data, cells[data].name or name
         return self._images.read(name) if data is None else decode_inline(data, name)
 
@@ -203,7 +205,7 @@ class _Pieces:
             next(reader, None)
         found = next(reader, None)
         if found is None:
-            raise pa.ArrowInvalid("fewer rows than the file says")
+            raise pa.ArrowInvalid("fewer rows than the file's metadata says")
         if number + 1 < len(self.groups) and self.groups[number + 1, 2]:  # the group goes on
             self._going[number + 1] = reader
             if len(self._going) > READERS:
@@ -322,13 +324,15 @@ def _common_schema(files: list[Path], footers: list[pq.FileMetaData]) -> pa.Sche
             raise DataError(f"{file}: two of its columns have one name")
         if different := sorted(set(schema.names) ^ set(first.names)):
             raise DataError(
-                f"{file}: other columns than {files[0]} has, so they are no shards of one set "
+                f"{file}: its columns differ from those of {files[0]}, so the files are not one data set "
                 f"({', '.join(different)} in one of them only)"
             )
         for name in first.names:
             kinds = first.field(name).type, schema.field(name).type
             if _holds_bytes(kinds[0]) != _holds_bytes(kinds[1]) and not any(map(pa.types.is_null, kinds)):
-                raise DataError(f"{file}: `{name}` is {kinds[1]}, and {kinds[0]} in {files[0]} — no shards of one set")
+                raise DataError(
+                    f"{file}: `{name}` is {kinds[1]}, and {kinds[0]} in {files[0]}, so the files are not one data set"
+                )
     # A column that is empty in the first file has no type there.
     typed = [
         next((s.field(n) for s in schemas if not pa.types.is_null(s.field(n).type)), first.field(n))

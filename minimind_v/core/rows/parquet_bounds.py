@@ -1,4 +1,4 @@
-"""What reading a parquet file would take, held against the file before pyarrow takes it.
+"""Check the memory that a parquet file needs before pyarrow reads it.
 
 A page header states how large its page unpacks, and pyarrow allocates that much before it reads the page. A dictionary
 holds a value once, and rows repeat it at no cost in the file. Both are read here from the page headers, which stand
@@ -42,7 +42,7 @@ def check_footer(file: Path, footer: pq.FileMetaData) -> None:
     size = file.stat().st_size
     rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) != footer.num_rows:
-        raise ValueError("its row groups have other rows than the file")
+        raise ValueError("its row groups do not add up to its rows")
     if footer.num_rows > max(MANY_ROWS, ROWS_PER_BYTE * size):
         raise ValueError(f"{footer.num_rows:,} rows in {size:,} bytes")
 
@@ -61,14 +61,15 @@ def dictionary_size(file: Path, group: pq.RowGroupMetaData, leaves: list[int]) -
             begin = dictionary if dictionary and 0 < dictionary < first else first
             end = begin + chunk.total_compressed_size
             if not 0 <= begin <= end <= size:
-                raise ValueError(f"column {chunk.path_in_schema} lies outside of the file")
+                raise ValueError(f"column {chunk.path_in_schema} is outside the file")
             for page in _pages(opened, begin, end):
                 if page.begin + page.packed > size:
-                    raise ValueError(f"a page of {chunk.path_in_schema} goes on behind the end of the file")
+                    raise ValueError(f"a page of {chunk.path_in_schema} continues after the end of the file")
                 if page.unpacked > PAGE_LIMIT:
                     raise ValueError(
-                        f"a page of {chunk.path_in_schema} unpacks to {page.unpacked:,} bytes, and {PAGE_LIMIT:,} are "
-                        "the most — write the file with smaller pages"
+                        f"a page of {chunk.path_in_schema} unpacks to {page.unpacked:,} bytes; the maximum is "
+                        f"{PAGE_LIMIT:,} "
+                        "— write the file with smaller pages"
                     )
                 if page.kind == DICTIONARY:
                     largest = max(largest, page.unpacked)

@@ -1,4 +1,4 @@
-"""Pictures by name: files below a folder, or members of a zip that is read in place."""
+"""Find picture files by name: in a folder, or in a zip that is read in place."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def open_pictures(path: Path | None) -> Pictures:
 def find_pictures(path: Path | None) -> Path | None:
     """The folder or zip, if it is there. Raises MissingInput."""
     if path is not None and not path.is_dir() and not path.is_file():
-        raise MissingInput(f"no pictures at {path} — {how_to_get('dataset')}, or name a folder or a zip with --images")
+        raise MissingInput(
+            f"no picture files at {path} — {how_to_get('dataset')}, or give a folder, zip or tar with --images"
+        )
     return path
 
 
@@ -76,7 +78,7 @@ class NoPictures:
 
     def read(self, name: str) -> bytes:
         raise RowError(
-            f"{name}: the row has a picture, but --images was not given — name its folder, zip or tar there",
+            f"{name}: the row names a picture, but --images is missing — give its folder, zip or tar with --images",
             "picture missing",
         )
 
@@ -278,8 +280,8 @@ class ZipPictures(ArchivePictures[Member]):
         if member.method not in (STORED, DEFLATED):
             method = METHODS.get(member.method, f"method {member.method}")
             raise RowError(
-                f"{name}: packed with {method} in {self.path}, and only stored and deflated pictures are read — "
-                "pack them again",
+                f"{name}: compressed with {method} in {self.path}; zip members must be stored or deflated — "
+                "create the zip again",
                 "picture broken",
             )
         check_size(name, max(member.size, member.packed))
@@ -312,13 +314,13 @@ def _fitting(path: PicturePath, members: list[M], roots: list[tuple[str, ...]]) 
 def refuse_climbing(name: str) -> None:
     """Raises RowError where a name leads upwards, which no place below a folder is called."""
     if ".." in name and ".." in PicturePath.of(name).names:
-        raise RowError(f"{name}: `..` in the name of a picture — write its path below --images", "picture missing")
+        raise RowError(f"{name}: `..` in a picture name — write the path below --images", "picture missing")
 
 
 def _describe_namesake(names: tuple[str, ...]) -> str:
     folders, last = "/".join(names[:-1]), names[-1]
-    return f" (a {last} is there, but not below {folders}) — give the folder that holds {names[0]}/ with --images"
+    return f" (a {last} exists, but not in {folders}) — give the folder that contains {names[0]}/ with --images"
 
 
 def _describe_case(last: str) -> str:
-    return f" ({last} is there) — write the name as its file has it"
+    return f" ({last} exists) — write the name exactly like the file name"

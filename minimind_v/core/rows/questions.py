@@ -85,7 +85,7 @@ def _turns_before(fields: dict[str, Any]) -> list[Any]:
     del fields["history"]
     for turn in turns:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise RowError("`history` is no list of pairs of a question and its answer", "conversations")
+            raise RowError("`history` must be a list of pairs of a question and its answer", "conversations")
     return turns
 
 
@@ -120,5 +120,5 @@ def _first_text(value: Any, key: str) -> tuple[str, bool]:
     if isinstance(first, int | float):
         raise RowError(f"`{key}` is the number {first:.12g} — write it as text", "conversations")
     if not isinstance(first, str):
-        raise RowError(f"`{key}` is neither a text nor a list of texts", "conversations")
+        raise RowError(f"`{key}` must be a text or a list of texts", "conversations")
     return first, len(texts) > 1

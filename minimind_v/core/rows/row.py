@@ -1,4 +1,4 @@
-"""One row of training data, whatever file it stands in, and the interface of the stores that hold rows."""
+"""One row of training data, independent of its file format, and the interface of row stores."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MARK_PER_TURN = "one picture, a mark in every turn"
 SEVERAL_CAPTIONS = "several captions, the first is read"
 SEVERAL_ANSWERS = "several answers, the first is read"
 NOTES = {  # and what is done with such rows
-    ANSWER_FIRST: "begin with an answer: it is left out, since no question stands before it",
-    MARK_PER_TURN: f"have one picture and an {IMAGE_MARK} mark in every question: the first mark counts",
-    SEVERAL_CAPTIONS: "have several captions: the first is the answer",
-    SEVERAL_ANSWERS: "have several answers: the first is read",
+    ANSWER_FIRST: "begin with an answer without a question; it is not used",
+    MARK_PER_TURN: f"have one image and {IMAGE_MARK} in every question; only the first {IMAGE_MARK} counts",
+    SEVERAL_CAPTIONS: "have several captions; only the first is used",
+    SEVERAL_ANSWERS: "have several answers; only the first is used",
 }
 
 
@@ -138,8 +138,9 @@ def count_marks(conversations: Any) -> int:
 def describe_text_rows(count: int, rows: int) -> str:
     """What is said of text rows that have pictures, `count` of so many rows."""
     return (
-        f"{count:,} of {rows:,} rows have a picture but no {IMAGE_MARK} mark: text rows, whose pictures the model is "
-        f"not shown (write {IMAGE_MARK} where one belongs in the text)"
+        f"{count:,} of {rows:,} rows have an image but no {IMAGE_MARK} in their text: text rows, whose images "
+        f"the model does not "
+        f"receive (write {IMAGE_MARK} at the image's position in the text)"
     )
 
 
@@ -169,7 +170,7 @@ def image_names(names: Any) -> list[str]:
         return check_names(_read_names(names))
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return check_names(names)
-    raise RowError("`image` is not a text of picture names", "image")
+    raise RowError("`image` must be a text with picture names", "image")
 
 
 def _read_names(text: str) -> list[str]:
@@ -201,7 +202,7 @@ def check_names(names: list[str]) -> list[str]:
     """The names, if each could be one of a file. Raises RowError."""
     for name in names:
         if NO_NAME.search(name):
-            raise RowError(f"{name!r:.80} is no name of a picture", "image")
+            raise RowError(f"{name!r:.80} is not a picture name", "image")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Rows that stand in several files, one file after the other."""
+"""Rows in several files (shards), read one after the other."""
 
 from __future__ import annotations
 

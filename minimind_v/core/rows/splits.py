@@ -1,4 +1,4 @@
-"""Train, validation and test parts of one set, told apart by the names of their files and folders.
+"""The splits of a data set (train, validation, test), recognised by file and folder names.
 
 The words are those of Hugging Face's `datasets`, and `held_out`, which `mmv data split` writes. A file whose name and
 folders say nothing belongs to train.
@@ -73,7 +73,7 @@ def of_one_split(
     splits = {file: split_of(name) for file, name in names.items()}
     if not any(splits.values()):
         if wanted not in (None, ALL, LEARN[0]):
-            raise UsageError(f"--split {wanted}: no name of a file in {folder} says a split, so they are all train")
+            raise UsageError(f"--split {wanted}: no file name in {folder} names a split, so all rows are train")
         return list(splits), Choice("")
     sizes = Counter(split or LEARN[0] for split in splits.values())
     choice = choose(folder, sizes, wanted, order, "file")
@@ -90,20 +90,20 @@ def choose(where: object, sizes: Mapping[str, int], wanted: str | None, order: S
     if wanted is not None:
         name = ALL if wanted == ALL else _find(wanted, sizes)
         if name is None:
-            raise UsageError(f"--split {wanted}: {where} has only {listed}{nearest(wanted, sizes)}")
+            raise UsageError(f"--split {wanted}: {where} has only the splits {listed}{nearest(wanted, sizes)}")
     else:
         name = next(filter(None, (_find(name, sizes) for name in order)), None)
         name = name or (next(iter(sizes)) if len(sizes) == 1 else None)
         if name is None:
-            raise UsageError(f"{where} has the splits {listed} and no train — name one with --split")
+            raise UsageError(f"{where} has the splits {listed} but no train — choose one with --split")
     if len(sizes) == 1:
         only = next(iter(sizes))
         return Choice(only, "" if only == order[0] else f"{where}: its only split is {only}")
     if name == ALL:
         return Choice(ALL, f"{where}: all splits together, {listed}")
     others = _listed({other: size for other, size in sizes.items() if other != name}, unit)
-    taken = f"{where}: the split {name} is read ({plural(sizes[name], unit)}), not {others}"
-    return Choice(name, f"{taken} — --split NAME reads another")
+    taken = f"{where}: reading the split {name} ({plural(sizes[name], unit)}), not {others}"
+    return Choice(name, f"{taken} — choose another with --split NAME")
 
 
 def _find(wanted: str, names: Iterable[str]) -> str | None:

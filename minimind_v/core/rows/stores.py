@@ -44,9 +44,9 @@ def open_rows(
     find_rows(data)
     store = find_store(data) or (JSON if data.is_file() else None)
     if store is None:
-        raise DataError(f"{data}: no data file, but {no_set(data)}")
+        raise DataError(f"{data} is not a data file: {no_set(data)}")
     if split is not None and data.is_file() and not store.file_has_splits:
-        raise UsageError(f"--split {split}: {data} is one file, splits are those of a folder — leave --split out")
+        raise UsageError(f"--split {split}: {data} is one file; only a folder has splits — leave out --split")
     rows = store.open(data, images, split, order)
     for note in filter(None, (rows.choice.notice, rows.left_out)):
         say(note)
@@ -66,7 +66,9 @@ def find_rows(data: Path) -> Path:
         beside = [path.name for path in data.parent.iterdir() if path.name.endswith(ROWS)]
     except OSError:  # no folder either
         beside = []
-    raise MissingInput(f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or name your own")
+    raise MissingInput(
+        f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or give your own data file"
+    )
 
 
 def _is_saved(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What was saved, or named, in the place of a data file."""
+"""Recognise files that are not data files, and suggest what to do."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ STRANGERS = {  # first bytes of files that are something else than rows or a zip
     b"\xfe\xff": "this is text in UTF-16 — save it as UTF-8",
 }
 TAR = slice(257, 262)  # where a tar archive says that it is one
-WEIGHTS = "these are weights of a model, not rows"
-PICTURE = "this is a picture, not rows"
+WEIGHTS = "these are model weights, not a data file"
+PICTURE = "this is a picture file, not a data file"
 NO_ROWS = {  # first bytes of files that belong to `mmv`, in another place
     b"GGUF": WEIGHTS,
     b"\x89PNG": PICTURE,
@@ -41,14 +41,18 @@ def stand_in(path: Path) -> str | None:
     for beginning, meaning in STRANGERS.items():
         if raw.startswith(beginning):
             packed_tar = beginning == b"\x1f\x8b" and path.name.endswith((".tar", ".tar.gz", ".tgz"))
-            return "this is a packed tar archive — gunzip it first: a .tar is read in place" if packed_tar else meaning
+            return (
+                ("this is a compressed tar archive — decompress it first; a .tar is read in place")
+                if packed_tar
+                else meaning
+            )
     if raw[TAR] == b"ustar" and path.suffix != ".tar":
         return "this is a tar archive — give it a name that ends in .tar"
     if raw.startswith(b"PAR1") and path.suffix != ".parquet":
         return "this is parquet — give it a name that ends in .parquet"
     head = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"<"):
-        return "this is an HTML page, not data — a link to the page of a file was saved instead of the file"
+        return "this is an HTML page, not data — the web page of a file was saved instead of the file"
     if head.startswith(b"version https://git-lfs"):
         return f"this is a git-lfs pointer, not the data — {how_to_get('dataset')}"
     return None
@@ -66,7 +70,7 @@ def no_rows(path: Path) -> str | None:
     if raw[8:9] == b"{" and b"\0" in raw[:8]:  # safetensors: the length of a header, and the header
         return WEIGHTS
     if b"\0" in raw and path.suffix != ".parquet" and not raw.lstrip().startswith((b"{", b"[")):
-        return "this is no text, so it has no rows"
+        return "this is not text, so it has no rows"
     return None
 
 
@@ -81,11 +85,11 @@ def _of_zip(path: Path) -> str:
     if any(name.endswith("data.pkl") for name in names):  # what torch.save writes
         return WEIGHTS
     if rows := [name for name in names if name.endswith(ROWS)]:
-        return f"this is a zip — unpack it first, and name {rows[0]:.80}"
+        return f"this is a zip — unpack it and give {rows[0]:.80}"
     stem = path.name.removesuffix(".zip").removesuffix("_images")
     beside = [path.with_name(f"{stem}{ending}") for ending in ("_data.jsonl", *ROWS)]
     rows_here = next((str(file) for file in beside if file.is_file()), "a .jsonl, .json or .parquet")
-    return f"this is a zip of pictures — name the rows ({rows_here}) in its place, and the zip with --images"
+    return f"this is a zip of picture files — give the rows ({rows_here}) here, and the zip with --images"
 
 
 def no_set(folder: Path) -> str:
@@ -93,7 +97,7 @@ def no_set(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     rows = [path for path in files if path.name.endswith(ROWS)]
     if rows:
-        return f"a folder whose files of rows are no shards of one set — name one of them, as {rows[0]}"
+        return f"a folder with several data sets — give one file, such as {rows[0]}"
     if any(path.suffix.lower() in PICTURE_ENDINGS for path in files):
-        return "a folder of pictures without rows — put a metadata.csv with the columns file_name and text beside them"
-    return "a folder without rows: neither .parquet nor .tar files, nor pictures with a metadata.jsonl or .csv"
+        return "a folder of picture files without rows — add a metadata.csv with the columns file_name and text"
+    return "a folder without rows: it has no .parquet or .tar files, and no metadata.jsonl or .csv"

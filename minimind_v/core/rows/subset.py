@@ -1,4 +1,4 @@
-"""Some rows of a store, as a store."""
+"""A row store that contains some rows of another store."""
 
 from __future__ import annotations
 

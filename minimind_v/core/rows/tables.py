@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files: a line of column names, then a record a row, whose quoted cells may have line ends."""
+"""Rows of CSV and TSV files: a line of column names, then one record per row; quoted cells may contain line breaks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class CsvRows(TextRows):
             data = file.read(PIECE)
         line, end, _ = data.removeprefix(BOM).lstrip(BLANK).partition(b"\n")
         if not end and len(data) == PIECE:
-            raise DataError(f"{self.path}: its first line has no end, so it does not name columns")
+            raise DataError(f"{self.path}: its first line never ends, so it has no column names")
         return line
 
     @cached_property
@@ -84,9 +84,9 @@ class CsvRows(TextRows):
             raise DataError(f"{where} names {', '.join(twice):.300} twice")
         if not is_readable(names):
             if any(FILE.fullmatch(name) or name[:1] in ("{", "[") for name in names):
-                raise DataError(f"{where} is a row — write the names of the columns above it, as image,caption")
+                raise DataError(f"{where} is a row — add a line of column names above it, such as image,caption")
             listed = ", ".join(filter(None, names)) or "nothing"
-            raise DataError(f"{where} names {listed:.300}, so there is no conversation — a row has {READ}")
+            raise DataError(f"{where} names {listed:.300}, so there is no conversation — a row needs {READ}")
         return names
 
     def _find_rows(self) -> np.ndarray:
@@ -119,7 +119,7 @@ class CsvRows(TextRows):
         while len(cells) > len(names) and not cells[-1].strip():
             cells.pop()
         if len(cells) != len(names):
-            quote = f" (a text with one of its {SEPARATORS[self._separator]} in it stands in quotes)"
+            quote = f" (put a text that contains {SEPARATORS[self._separator]} in quotes)"
             raise RowError(
                 f"{plural(len(cells), 'cell')} for {plural(len(names), 'column')}{quote * (len(cells) > len(names))}",
                 "csv",
@@ -138,7 +138,7 @@ class CsvRows(TextRows):
             if len(cells) == len(self._columns):
                 return cells
         if trouble == "unexpected end of data":
-            trouble = 'a quote (") is opened and not closed'
+            trouble = 'a quote (") is not closed'
         raise RowError(f"not {self.file_kind} ({trouble})", "csv")
 
 

@@ -1,4 +1,4 @@
-"""Tar archives, read in place and never extracted: WebDataset shards as rows, and pictures by name.
+"""Tar archives, read in place: WebDataset shards as rows, and picture files by name.
 
 Members of one key, which is their path up to the first dot of the file name, are one sample: `000.jpg`, `000.txt` and
 `000.json`. Where each sample begins is found once; its headers are read again whenever the row is.
@@ -117,7 +117,7 @@ class TarRows(ShardedRows):
                     texts = texts or has_text
         if not texts:
             raise DataError(
-                f"{self.path}: a tar without a .txt or .json beside its pictures has no rows — name the rows in its "
+                f"{self.path}: a tar without a .txt or .json beside its pictures has no rows — give the rows in its "
                 "place, and the tar with --images"
             )
         return np.array([starts, lengths], np.uint64)
@@ -179,7 +179,7 @@ class TarRows(ShardedRows):
         unread = [member.name for what, member in members.items() if what not in ("json", *texts)]
         if unread and not pictures:
             raise RowError(
-                f"{unread[0]} is not read: pictures are ({', '.join(PICTURE_ENDINGS)}), a caption in .txt, and fields "
+                f"{unread[0]} is not supported: images ({', '.join(PICTURE_ENDINGS)}), a caption in .txt, and fields "
                 "in .json",
                 "pictures not read",
             )
@@ -187,7 +187,7 @@ class TarRows(ShardedRows):
 
     def _text(self, index: int, member: Member) -> str:
         if member.size > TEXT_LIMIT:
-            raise RowError(f"{member.name}: {member.size:,} bytes are too many for a text", "tar")
+            raise RowError(f"{member.name}: {member.size:,} bytes are too long for a text", "tar")
         try:
             return self._read(index, member).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
@@ -237,7 +237,7 @@ def _in_order(pictures: list[Member], fields: dict[str, Any]) -> list[tuple[str,
         if all(name.rpartition("/")[2] in by_name for name in names):
             pictures = [by_name[name.rpartition("/")[2]] for name in names]
         elif len(names) != len(pictures):
-            raise RowError(f"its fields name {plural(len(names), 'picture')}, the sample has {len(pictures)}", "tar")
+            raise RowError(f"its fields name {plural(len(names), 'image')}, the sample has {len(pictures)}", "tar")
     return [
         (f"picture {number}" if NO_NAME.search(member.name) else member.name, member)
         for number, member in enumerate(pictures, 1)

@@ -1,4 +1,4 @@
-"""The members of a tar: read in place, each header held against the archive's size before what it says is believed."""
+"""The members of a tar, read in place; each header is checked against the archive's size."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _member(
     """What the last of a member's headers, and those before it, say together."""
     name, data, size, trouble = fields.get("path") or name or info.name, at + BLOCK, info.size, ""
     if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in fields):
-        trouble = "stored as a sparse file, which is not read"
+        trouble = "stored as a sparse file, which is not supported"
         if info.type == tarfile.GNUTYPE_SPARSE:
             data = _end_of_maps(handle, at)
     if "size" in fields:
@@ -123,9 +123,9 @@ def _member(
             raise DamagedTar(f"a member of {fields['size']:.30} bytes", at)
         size = int(fields["size"])
     if info.type in NO_DATA:
-        size, trouble = 0, "a link, which is not followed" if info.type in LINKS else "no file"
+        size, trouble = 0, "a link; links are not followed" if info.type in LINKS else "not a file"
     elif info.type not in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE):
-        trouble = "no file"
+        trouble = "not a file"
     if data + size > length:
         there = max(length - data, 0)
         trouble, size = f"cut off: the archive ends after {there:,} of {size:,} bytes", there
@@ -153,7 +153,7 @@ def _extended(body: bytes, at: int) -> dict[str, str]:
         size = int(digits) if digits.isdigit() else 0
         key, equals, value = body[begin + len(digits) + 1 : begin + size].partition(b"=")
         if size <= len(digits) or begin + size > len(body) or not equals:
-            raise DamagedTar("extended fields that cannot be read", at)
+            raise DamagedTar("unreadable extended fields", at)
         fields[key.decode("utf-8", "replace")] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
         begin += size
     return fields

@@ -1,4 +1,4 @@
-"""Pictures and videos that a row names in a way that is not read: trained on, such a row would be trained on blind.
+"""Recognise rows that refer to images or videos in an unsupported way; training on them would ignore the image.
 
 Two things give a row away: a key whose name or value is that of a picture (`images`, `img_path`, `"file": "a.jpg"`),
 and a mark in the text of a question that is not `<image>` (`<img>a.jpg</img>`, `<image1>`, `<video>`, `<|image_pad|>`).
@@ -61,19 +61,19 @@ def refuse_unread(row: Row, columns: Mapping[str, Any] | None = None) -> Row:
     for text in _questions(row.conversations):
         if mark := _unread_mark(text):
             raise RowError(
-                f"{mark!r:.80} in its text is not read as a picture: write <image> there, and the picture's name "
-                "in `image`",
+                f"{mark!r:.80} in its text is not supported: write <image> there, and the picture name in `image`",
                 KIND,
             )
     if not row.images:
         for tree in (row.extra, columns or {}, *_rests(row.conversations)):
             for key, value in named_in(tree, ""):
-                instead = "put the names of pictures in `image`"
+                instead = "put the picture names into `image`"
                 if isinstance(value, bytes):
-                    instead = "put pictures in a column `image_bytes`, as binary or lists of it"
+                    instead = "put the picture bytes into a column `image_bytes` (binary, or a list of binary)"
                 raise RowError(
-                    f"pictures or videos in `{key:.60}` are not read: {instead}, and <image> in the text where each "
-                    "goes",
+                    f"images or videos in `{key:.60}` are not supported: {instead}, and write <image> in the "
+                    f"text where each "
+                    "belongs",
                     KIND,
                 )
     return row

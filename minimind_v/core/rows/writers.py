@@ -1,4 +1,4 @@
-"""The forms that rows are written in: JSONL with a zip of pictures, or parquet with the pictures in it.
+"""Write rows as JSONL with a zip of picture files, or as parquet with the picture bytes.
 
 Each writes parts in a folder, whole or absent, and makes its files of them at the end.
 """

@@ -1,4 +1,4 @@
-"""`--batch-size auto`: the largest micro-batch that there is memory for, found before a run begins.
+"""`--batch-size auto`: find the largest micro-batch that fits in memory, before the run starts.
 
 A step keeps its rows: only how they are divided changes, the batch size into one of their divisors, accumulation with
 it. A model like the run's is tried with the worst rows that can come, and is gone before the run builds its own.
@@ -26,7 +26,7 @@ from minimind_v.core.train.trial import Trial
 HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
 GPU_HEADROOM = 0.08  # of the memory of a GPU that may be taken: its allocator leaves gaps as lengths change
 GIB = 2**30
-UNMEASURED = "--batch-size auto can measure memory on CUDA and on Linux only: give a number"
+UNMEASURED = "--batch-size auto can measure memory only on CUDA and on Linux — give a number"
 
 
 class Gauge:
@@ -114,8 +114,8 @@ def find_batch_size(
         del trial
     size = int(min(answer for (answer,) in world.gather([fitting])))
     if size < fitting:
-        why = "another process has no room for more"
-    of = f"the {rows} rows of a step" + ("" if world.size == 1 else " that fall to each process")
+        why = "another process has no memory for more"
+    of = f"the {rows} rows of a step" + ("" if world.size == 1 else " per process")
     config = replace(config, data=replace(config.data, batch_size=size), accumulate=rows // size)
     return config, f"batch size {size}, accumulate {rows // size}, for {of}: {why}"
 
@@ -142,10 +142,10 @@ def _by_trial(trial: Trial, sizes: Sequence[int], several: bool) -> tuple[int, s
         gc.collect()
         torch.cuda.empty_cache()
         if fits:
-            return size, f"tried with rows of {trial.length} tokens on {total / GIB:.1f} GiB"
+            return size, f"measured with rows of {trial.length} tokens on {total / GIB:.1f} GiB"
     raise RunError(
-        f"out of memory — not one row of {trial.length} tokens fits into {total / GIB:.1f} GiB: "
-        "lower --max-length, or take a smaller --preset"
+        f"out of memory — a single row of {trial.length} tokens does not fit into {total / GIB:.1f} GiB: "
+        "lower --max-length, or choose a smaller --preset"
     )
 
 

@@ -65,8 +65,9 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     check_tokenizer(tokenizer, data.tokenizer, find_init(config))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UsageError(
-            f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} tokens, the model only "
-            f"{config.model.vocab_size}: {tokenizer.last_token!r} would have no row — they do not belong together "
+            f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} tokens, but the model has only "
+            f"{config.model.vocab_size}: {tokenizer.last_token!r} would have no embedding — they do not "
+            f"belong together "
             f"(--preset, --tokenizer, --set model.vocab_size={tokenizer.vocab_size})"
         )
     prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
@@ -103,7 +104,7 @@ def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
     model = VLM(config.model, data.encoder.spec, data.tokenizer.placeholder_id, data.encoder, config.projector)
     init = find_init(config)
     if init is None:
-        listener.warning("starting from random weights: the language model knows nothing yet")
+        listener.warning("starting from random weights: the language model is untrained")
         return Loaded(model, weights=False, new_projector=True, companions=_companions(config, data))
     checkpoint = read_checkpoint(init)
     receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")

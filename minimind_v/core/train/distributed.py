@@ -62,7 +62,7 @@ class World:
                     True,
                 )
         except ValueError as error:
-            raise UsageError(f"the place of this process cannot be read from its environment: {error}") from None
+            raise UsageError(f"the rank of this process cannot be read from the environment: {error}") from None
         return cls()
 
     @property
@@ -166,6 +166,8 @@ def slurm_address(environment: Mapping[str, str]) -> dict[str, str]:
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
     host = re.match(r"([^,\[]+)(?:\[(\d+))?", hosts)  # gpu[07-09,12],login → gpu07
     if not host:
-        raise UsageError("several processes, but neither MASTER_ADDR nor a list of Slurm's hosts says where they meet")
+        raise UsageError(
+            "several processes, but neither MASTER_ADDR nor Slurm's host list gives a meeting address — set MASTER_ADDR"
+        )
     port = environment.get("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
     return {"MASTER_ADDR": host[1] + (host[2] or ""), "MASTER_PORT": port}

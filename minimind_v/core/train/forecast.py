@@ -85,8 +85,8 @@ def plan(
     tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (updates, first))
     time = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
     remembered = ", and once more with the features cached, as in later epochs" if later is not watch else ""
-    several = f", {config.gpus} processes taken for {config.gpus} times as fast as one" if config.gpus > 1 else ""
-    most = "; the run ends once every answer is right, so this is the most that it takes" if config.until_right else ""
+    several = f", {config.gpus} processes assumed to be {config.gpus} times as fast as one" if config.gpus > 1 else ""
+    most = "; the run stops when every answer is correct, so this is an upper limit" if config.until_right else ""
     forecast = Forecast(
         config.stage,
         updates,
@@ -99,8 +99,8 @@ def plan(
         price_per_hour,
         None if price_per_hour is None else price_per_hour * time / 3600,
         f"{watch.measured} steps of the real run, measured on this machine, reading included{remembered}: "
-        f"{time / updates:.2f} s for one of average length{several}; saving and validation are not in the time, "
-        f"and longer rows than those measured may need more memory{most}",
+        f"{time / updates:.2f} s per step of average length{several}; saving and validation are not included, "
+        f"and longer rows may need more memory{most}",
         [peak(config.lr), config.lr / 10],
         too_little(config, len(rows), updates),
         plain(config),
@@ -210,15 +210,15 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
         passes = min(taken(count) for _ in range(times)) if count > 1 else alone
         adamw = trial.adamw_seconds()
     except torch.OutOfMemoryError:
-        return Estimate(None, "not measured: a batch of this recipe does not fit into the device's memory")
+        return Estimate(None, "not measured: a batch of this recipe does not fit into memory")
     except Exception as error:  # an estimate must not end what has been counted
         return Estimate(None, f"not measured: {' '.join(str(error).split())[:200] or type(error).__name__}")
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else gpu_names()[device.index or 0]
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
-        where += ", which are busy with other work: left alone they may be many times as fast"
+        where += ", which are busy with other work; on an idle machine training may be many times faster"
     return Estimate(
         passes / count * rows + adamw * steps,
-        f"an estimate: {passes:.2f} s for {plural(count, 'made-up row')} of {length} tokens and "
+        f"an estimate: {passes:.2f} s for {plural(count, 'synthetic row')} of {length} tokens and "
         f"{row.pictures:.2g} pictures each, forward and backward with random weights, and {adamw:.3f} s "
         f"for AdamW, measured just now on {where}; reading, saving and what else runs are not in it",
     )

@@ -1,4 +1,4 @@
-"""Several processes from one command, by torch's elastic launcher, and one error from all of them.
+"""Start several processes with torch's elastic launcher, and report one error for all of them.
 
 A process that ends with an error leaves word of it in a folder that they share, and the launcher tells it: of several,
 the first that is not about the end of another. Who is started by somebody else's torchrun tells its own errors.
@@ -52,15 +52,19 @@ class Launch:
             if value < least:
                 raise UsageError(f"--{flag} must be at least {least}, not {value}")
         if self.nnodes == 1 and (self.rdzv_endpoint or self.node_rank):
-            raise UsageError("--rdzv-endpoint and --node-rank are for several machines: say how many with --nnodes")
+            raise UsageError(
+                "--rdzv-endpoint and --node-rank are for several machines — give their number with --nnodes"
+            )
         if self.nnodes > 1 and not self.rdzv_endpoint:
             raise UsageError(
-                f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, the first machine's, the same on all"
+                f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT of the first machine, the same on all machines"
             )
         if self.rdzv_endpoint and not re.fullmatch(r".+:\d+", self.rdzv_endpoint):
-            raise UsageError(f"--rdzv-endpoint {self.rdzv_endpoint}: not of the form HOST:PORT")
+            raise UsageError(f"--rdzv-endpoint {self.rdzv_endpoint} must have the form HOST:PORT")
         if (self.node_rank or 0) >= self.nnodes:
-            raise UsageError(f"--node-rank {self.node_rank}: of {self.nnodes} machines the last is {self.nnodes - 1}")
+            raise UsageError(
+                f"--node-rank {self.node_rank} must be at most {self.nnodes - 1} with {self.nnodes} machines"
+            )
 
     @property
     def needed(self) -> bool:
@@ -87,7 +91,7 @@ def launch(plan: Launch, words: Sequence[str], say: Callable[[str], None]) -> No
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.processes)))
     if plan.nnodes > 1:
         _look_up(plan)
-        say(f"{plan.nnodes} machines meet at {plan.rdzv_endpoint}: waiting for the others for up to {MEETING} s")
+        say(f"{plan.nnodes} machines connect at {plan.rdzv_endpoint}: waiting up to {MEETING} s for the others")
     with tempfile.TemporaryDirectory(prefix="mmv-") as folder:
         os.environ |= {WORDS: folder, LAUNCHER: str(os.getpid())}
         try:
@@ -118,10 +122,10 @@ def _look_up(plan: Launch) -> None:
 
 def _met_nobody(plan: Launch) -> str:
     if plan.nnodes == 1:
-        return "the processes did not find each other"
+        return "the processes could not connect to each other"
     return (
-        f"{plan.nnodes} machines did not meet at {plan.rdzv_endpoint} — start the command on each, with its own "
-        "--node-rank and the same --rdzv-endpoint, an address of the first one that the others reach"
+        f"{plan.nnodes} machines did not connect at {plan.rdzv_endpoint} — start the command on each, with its own "
+        "--node-rank and the same --rdzv-endpoint, an address of the first machine that all others can reach"
     )
 
 
@@ -219,11 +223,11 @@ def _first_error(folder: Path, error: Any) -> MmvError:
     # Those that missed it have ended by themselves, or were asked to by SIGTERM.
     order = {-signal.SIGTERM: 1}
     rank, failure = min(error.failures.items(), key=lambda item: order.get(item[1].exitcode, int(item[1].exitcode > 0)))
-    again = "add --resume to go on from the last state"
+    again = "add --resume to resume from the last state"
     if words and (failure.exitcode > 0 or failure.exitcode in order):  # all they have to tell is that one was missed
-        return RunError(f"another machine has left the run, or cannot be reached — {again}")
+        return RunError(f"another machine has stopped or cannot be reached — {again}")
     ended = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    hint = ", often the system's answer to a lack of memory" if ended == "SIGKILL" else ""
+    hint = ", often because memory ran out" if ended == "SIGKILL" else ""
     return RunError(f"process {rank} was ended by {ended}{hint} — {again}")
 
 

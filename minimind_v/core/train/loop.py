@@ -77,7 +77,7 @@ class Run:
         """Train to the end, or until a signal asks to stop; both save."""
         progress, begun, torn = self.progress, self.progress.done, False
         if begun >= self.total:
-            self.listener.message("this run is complete")
+            self.listener.message("this run is already finished")
             return self._summary()
         self.best = self.records.open(begun) if self.records else None
         self.train_step.model.train()
@@ -100,7 +100,7 @@ class Run:
                 self._end(save=progress.done > begun and bool(progress.counts.supervised) and not torn)
         if not progress.counts.supervised and not self.stopped_by:
             trouble = progress.broken.first or "every answer is cut off"
-            raise DataError(f"{self.config.data.file}: no row could be used; the first trouble: {trouble}")
+            raise DataError(f"{self.config.data.file}: no row is usable; the first problem: {trouble}")
         return self._summary()
 
     def _loop(self) -> None:

@@ -107,7 +107,7 @@ class Progress:
         if text_rows and not self.counts.text_rows:
             lines.insert(0, describe_text_rows(text_rows, rows))
         for line in lines:
-            self.listener.message(f"step {step}: {line}; from here on they are only counted")
+            self.listener.message(f"step {step}: {line}; further ones are only counted")
 
     def add(self, step: int, rows: StepRows, result: StepResult) -> None:
         """A step is done."""

@@ -99,9 +99,9 @@ class RecallReport:
 
     def _find_earlier(self) -> Recall | str:
         if self.processes > 1:
-            return "a run of several processes does not measure it"
+            return "not measured with several processes"
         if self.config.init is None or not self.loaded:
-            return "it started from random weights"
+            return "the run started from random weights"
         return recall_earlier(self.config, self.plan, self.train_step.features.store)
 
     def after(self) -> None:
@@ -113,9 +113,9 @@ class RecallReport:
             if isinstance(earlier, Recall) and "before" in recorder.recalled:
                 recorder.recall("after", earlier(self.train_step))
         except MmvError as error:  # the weights are there: a row that was broken meanwhile does not end the run badly
-            recorder.warning(f"what the run has learnt and forgotten was not measured: {error}")
+            recorder.warning(f"learning and forgetting were not measured: {error}")
             return
-        why = earlier if isinstance(earlier, str) else "its rows could not be measured before the run"
+        why = earlier if isinstance(earlier, str) else "the rows could not be measured before the run"
         messages, warnings = recalled(config, RunFolder(config).weights, recorder.recalled, why)
         for line in messages:
             recorder.message(line)
@@ -136,11 +136,11 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
     """A sample of what the weights learnt before, by the run's seed; or why there is none."""
     earlier = earlier_run(config.init)
     if earlier is None:
-        return f"nothing beside {config.init} names the rows that it learnt from, and the published ones are not here"
+        return f"nothing beside {config.init} names its training rows, and the published rows are not on this machine"
     if not earlier.file.exists():
-        return f"{earlier.file}, which {config.init} learnt from, is not there"
+        return f"{earlier.file}, the training data of {config.init}, does not exist"
     if earlier.file.resolve() == config.data.file.resolve():
-        return f"{config.init} learnt from these same rows"
+        return f"{config.init} was trained on these same rows"
     own = plan.dataset
     try:
         rows = open_rows(earlier.file, earlier.images)

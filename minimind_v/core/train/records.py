@@ -67,7 +67,7 @@ class Records:
             if self._metrics.write(asdict(metrics)):
                 self.recorder.warning(
                     f"step {metrics.step}: {self.folder.metrics} was removed while the run wrote it, and is written "
-                    f"again — what else was in {self.config.out} is lost"
+                    f"again — what else in {self.config.out} are lost"
                 )
                 self._describe()
 
@@ -75,7 +75,7 @@ class Records:
         """Write again what somebody has removed, so that what is reported at the end is true."""
         with errors_as_warnings(self.recorder, done):
             if self._metrics.restore():
-                self.recorder.warning(f"{self.folder.metrics} was removed while the run went on, and is written again")
+                self.recorder.warning(f"{self.folder.metrics} was removed during the run and is written again")
             if not (self.folder.folder / "config.yaml").exists():
                 self._describe()
 

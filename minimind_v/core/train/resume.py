@@ -77,9 +77,9 @@ class States:
             try:
                 return _read(path)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
-                warn(f"{path} is damaged ({error}): taking the one before it")
+                warn(f"{path} is damaged ({error}): using the state before it")
         if paths:
-            raise RunError(f"{self.folder}: no state in it is whole — start over with --overwrite")
+            raise RunError(f"{self.folder}: it contains no undamaged state — start over with --overwrite")
         return None
 
 
@@ -100,7 +100,7 @@ def _pieces(tensors: Mapping[str, Tensor], meta: dict[str, str]) -> list[Any]:
 def _read(path: Path) -> State:
     data = path.read_bytes()
     if not path.stem.endswith(f"-{digest_of(data)}"):
-        raise ValueError("its bytes are not those that were written")
+        raise ValueError("its checksum is wrong")
     with safe_open(path, framework="pt") as file:
         meta = file.metadata()
     return State(path, load(data), json.loads(meta["progress"]), json.loads(meta["origin"]))

@@ -72,7 +72,7 @@ def assemble(
         require_determinism()
     world.join(device)
     if world.restarts:
-        listener.message("a process was lost: all have started again")
+        listener.message("a process was lost: all processes have restarted")
         overwrite, resume = False, True
     if held and world.leads:
         folder.lock(held, listener)

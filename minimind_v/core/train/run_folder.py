@@ -1,4 +1,4 @@
-"""Where a run leaves what it makes, whether it may, and what it goes on from."""
+"""The run folder: its files, its lock, and the state from which a run resumes."""
 
 from __future__ import annotations
 
@@ -62,18 +62,21 @@ class RunFolder:
             lock = Lock(self.weights.with_name(f".{self.weights.stem}.lock"), note)
         except Held as other:
             raise UsageError(
-                f"another run writes {self.weights} ({describe_holder(other.note)}) — wait for its end, stop it, or "
+                f"another run is writing {self.weights} ({describe_holder(other.note)}) — wait until it ends, "
+                f"stop it, or "
                 "name another --out"
             ) from None
         except OSError:  # nothing can be written there, by no run: the first file that is tried says why
             return
         held.callback(lock.release)
         if not lock.certain:
-            listener.message(f"{self.config.out} is on a file system without locks: let no other run write there")
+            listener.message(
+                f"{self.config.out} is on a file system without locks: make sure that no other run writes there"
+            )
         if lock.left.get("host", note["host"]) != note["host"]:
             listener.message(
-                f"{self.weights}: a run there did not come to its end ({describe_holder(lock.left)}); where locks do "
-                "not reach from machine to machine, make sure that it is over"
+                f"{self.weights}: an earlier run did not finish ({describe_holder(lock.left)}); if locks do "
+                "not work across machines, make sure that it has stopped"
             )
 
     def claim(
@@ -120,7 +123,9 @@ class RunFolder:
     def next_step(self) -> str:
         """What to do about files that could not be written."""
         states = self.states.paths()
-        return "make room, and " + ("go on from the last state with --resume" if states else "start again")
+        return "free some disk space, and " + (
+            "resume from the last state with --resume" if states else "run the command again"
+        )
 
     def same_rows(self, state: State) -> bool:
         """Whether as many rows of a step were asked of each process, in whatever batches."""
@@ -128,22 +133,22 @@ class RunFolder:
 
     def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:
         if overwrite and resume:
-            raise UsageError("--overwrite starts over, --resume goes on: give one of them")
+            raise UsageError("--overwrite starts a new run, --resume continues one — give only one of them")
         self._keep_others()
         there = [path for path in (self.weights, *self.states.paths()) if path.exists()]
         if resume and self.weights.exists() and not self.states.paths():
             raise UsageError(
-                f"{self.weights} is there, but no state to go on from (in {self.states.folder}) — "
+                f"{self.weights} exists, but {self.states.folder} has no state to resume from — "
                 "add --overwrite to replace it, or name another --out"
             )
         if there and not overwrite and not resume:
             raise UsageError(
-                f"{there[0]} is there from an earlier run — add --resume to go on with it, --overwrite to replace it, "
+                f"{there[0]} exists from an earlier run — add --resume to continue it, --overwrite to replace it, "
                 "or name another --out"
             )
         if not overwrite and not resume and any(read_lines(self.metrics)):
             raise UsageError(
-                f"{self.metrics} is there from an earlier run, whose weights are gone — add --overwrite to replace it, "
+                f"{self.metrics} exists from an earlier run without weights — add --overwrite to replace it, "
                 "or name another --out"
             )
 
@@ -152,12 +157,13 @@ class RunFolder:
         init = self.config.init
         for weights in (self.weights, self.best_weights):
             if init and init.exists() and weights.exists() and weights.samefile(weights_at(init)):
-                raise UsageError(f"--init {init} is what this run would write over — name another --out")
+                raise UsageError(f"this run would overwrite --init {init} — name another --out")
             keep_description(weights)
         inside = sorted(path.name for path in self.folder.glob("[!.]*")) if self.folder.is_dir() else []
         if inside and not RECORDS & set(inside):
             raise UsageError(
-                f"{self.folder}, where this run would keep its records, is not a run's folder (it holds {inside[0]}) — "
+                f"{self.folder} is needed for the records of this run but is not a run folder (it contains "
+                f"{inside[0]}) — "
                 "move it, or name another --out"
             )
 
@@ -172,6 +178,7 @@ class RunFolder:
         )
         which = f", of --preset {preset}" if preset else ""
         raise UsageError(
-            f"nothing to resume in {self.folder}, but {self.config.out / other} has a run{which} — give its size to go "
-            "on with it, or leave --resume out to start this one"
+            f"nothing to resume in {self.folder}, but {self.config.out / other} contains a run{which} — give "
+            f"its size to resume "
+            "it, or leave out --resume to start this one"
         )

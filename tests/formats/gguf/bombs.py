@@ -35,8 +35,8 @@ def bombs():
     """Name → bytes, and words of the line that refuses them."""
     one = key("a", U8, b"\1")
     return {
-        "tensors": (file(counts=(2**60, 1)), "tensors, the most is"),
-        "keys": (file(counts=(0, 2**60)), "keys, the most is"),
+        "tensors": (file(counts=(2**60, 1)), "tensors; the maximum is"),
+        "keys": (file(counts=(0, 2**60)), "keys; the maximum is"),
         "few_keys": (file(counts=(0, 9000)), "no GGUF file"),
         "array": (file([key("a", ARRAY, array(U8, 2**40))]), "an array of"),
         "array_64": (file([key("a", ARRAY, array(U64, 2**61))]), "an array of"),
@@ -50,7 +50,7 @@ def bombs():
         "string": (file([key("a", STRING, struct.pack("<Q", 2**62))]), "a text of"),
         "name": (file([text(b"a" * 70_000) + struct.pack("<I", U8) + b"\1"]), "a text of 70,000 bytes"),
         "no_text": (file([key("a", STRING, text(b"\xff\xfe"))]), "no GGUF file"),
-        "twice": (file([one, one]), "the key a is there twice"),
+        "twice": (file([one, one]), "the key a occurs twice"),
         "type": (file([key("a", 77, b"\1")]), "a value of type 77"),
         "version": (file(version=9), "version 9 of the format"),
         "alignment": (
@@ -59,13 +59,13 @@ def bombs():
         ),
         "alignment_0": (file([key("general.alignment", U32, bytes(4))]), "general.alignment is 0"),
         "alignment_text": (file([key("general.alignment", STRING, text("32"))]), "general.alignment is '32'"),
-        "dims": (file(tensors=[tensor("t", [2**40, 2**40])]), "ends behind the end of the file"),
-        "wrap": (file(tensors=[tensor("t", [2**63, 2, 2])], data=bytes(64)), "ends behind the end of the file"),
-        "zero": (file(tensors=[tensor("t", [0, 2**40])], data=bytes(64)), "no whole number of blocks"),
-        "many_dims": (file(tensors=[text("t") + struct.pack("<I", 2**31)]), "dimensions, the most is 4"),
-        "offset": (file(tensors=[tensor("t", [4], offset=2**63)], data=bytes(64)), "ends behind the end of the file"),
+        "dims": (file(tensors=[tensor("t", [2**40, 2**40])]), "ends after the end of the file"),
+        "wrap": (file(tensors=[tensor("t", [2**63, 2, 2])], data=bytes(64)), "ends after the end of the file"),
+        "zero": (file(tensors=[tensor("t", [0, 2**40])], data=bytes(64)), "not a whole number of blocks"),
+        "many_dims": (file(tensors=[text("t") + struct.pack("<I", 2**31)]), "dimensions; the maximum is 4"),
+        "offset": (file(tensors=[tensor("t", [4], offset=2**63)], data=bytes(64)), "ends after the end of the file"),
         "kind": (file(tensors=[tensor("t", [4], type=999)], data=bytes(64)), "of type 999"),
-        "block": (file(tensors=[tensor("t", [33], type=8)], data=bytes(64)), "no whole number of blocks of 32"),
-        "names": (file(tensors=[tensor("t", [4]), tensor("t", [4], offset=32)], data=bytes(64)), "is there twice"),
+        "block": (file(tensors=[tensor("t", [33], type=8)], data=bytes(64)), "not a whole number of blocks of 32"),
+        "names": (file(tensors=[tensor("t", [4]), tensor("t", [4], offset=32)], data=bytes(64)), "occurs twice"),
         "overlap": (file(tensors=[tensor("t", [8]), tensor("u", [8], offset=4)], data=bytes(64)), "u overlaps another"),
     }

@@ -31,8 +31,8 @@ def convert(sighted, tmp_path, monkeypatch):
 def test_a_folder_is_written_proven_and_read_again(convert, sighted, tmp_path):
     done = convert("--json")
     found = done.json["verified"]
-    assert found["weights"] == "at most 0 of the largest apart"
-    assert found["logits"].startswith("at most 0.00%")
+    assert found["weights"] == "largest difference 0 of the largest value"
+    assert found["logits"].startswith("largest difference 0.00%")
     assert {path.name for path in (tmp_path / "gguf").iterdir()} >= {"model.gguf", "mmproj.gguf", "Modelfile"}
     question = ("chat", "What colour is the star?", "--greedy", "--max-new-tokens", 8, "--model")
     answers = {
@@ -66,7 +66,7 @@ def test_what_is_wrong_is_not_left_standing(convert, tmp_path, monkeypatch):
     monkeypatch.setattr(language, "interleave", lambda weight, head_dim: weight)
     done = convert()
     assert done.code == 1
-    assert "not written, because it would not be the same" in done.error
+    assert "not written, because it differs" in done.error
     assert tree(tmp_path) == []
 
 
@@ -82,16 +82,17 @@ def test_a_full_disk_leaves_nothing(convert, tmp_path, monkeypatch):
 
 
 def test_mistakes_are_one_line(convert, sighted, tmp_path):
-    assert "--quantize 'q9' is none of f32" in convert("--quantize", "q9").error
-    assert "said with --quantize" in convert("--dtype", "float16").error
+    assert "--quantize 'q9' must be one of f32" in convert("--quantize", "q9").error
+    assert "use --quantize" in convert("--dtype", "float16").error
     assert (
-        "--quantize is for --to gguf" in here("convert", "--to", "pth", "--model", sighted, "--quantize", "f16").error
+        "--quantize is only for --to gguf"
+        in here("convert", "--to", "pth", "--model", sighted, "--quantize", "f16").error
     )
-    assert "text-only base without a projector" in convert(model=BASE).error
+    assert "text-only base has no projector" in convert(model=BASE).error
     assert not (tmp_path / "gguf").exists()
     assert convert().code == 0
     before = (tmp_path / "gguf" / "model.gguf").read_bytes()
-    assert "is there already — add --overwrite" in convert("--quantize", "q8_0").error
+    assert "exists — add --overwrite" in convert("--quantize", "q8_0").error
     assert (tmp_path / "gguf" / "model.gguf").read_bytes() == before
     assert convert("--quantize", "q8_0", "--overwrite").code == 0
     assert "Q8_0" in File(tmp_path / "gguf" / "model.gguf").types.values()

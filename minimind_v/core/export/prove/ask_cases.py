@@ -22,4 +22,4 @@ def ask(folder: Path, dtype: str = "float32") -> dict[str, Any]:
             return ask_hf.ask(str(folder), cases, dtype)
         except Exception as error:  # whatever a library says of a folder that it cannot use
             reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
-            raise RunError(f"transformers does not open what was written ({reason:.300}); nothing is left") from error
+            raise RunError(f"transformers could not open the export ({reason:.300}); the export was removed") from error

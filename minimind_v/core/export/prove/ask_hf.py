@@ -1,4 +1,4 @@
-"""Ask a folder questions as its user would: stock transformers, no code from the folder, nothing of ours."""
+"""Answer test prompts with an exported folder as its user would: stock transformers, no custom code, no mmv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ask llama.cpp questions about the two files, as a program that uses it would, with nothing of ours.
+"""Answer test prompts with llama.cpp and the two exported files, without mmv.
 
 Run as a program by `verify_gguf`: the folder, and a folder with `cases.json` and pictures, which gets `answers.npz`.
 """
@@ -34,7 +34,7 @@ class LlamaCpp:
         options.n_threads = self.llama.n_threads
         self.eye = mtmd_cpp.mtmd_init_from_file(str(folder / "mmproj.gguf").encode(), self.llama.model, options)
         if not self.eye or not mtmd_cpp.mtmd_support_vision(self.eye):
-            raise ValueError("mmproj.gguf is not opened")
+            raise ValueError("llama.cpp could not open mmproj.gguf")
         self.mark = mtmd_cpp.mtmd_default_marker().decode()
         self.template = Environment().from_string(self.llama.metadata["tokenizer.chat_template"])
 
@@ -88,19 +88,19 @@ class LlamaCpp:
         for bitmap in bitmaps:
             self.mtmd.mtmd_bitmap_free(bitmap)
         if failed:
-            raise ValueError(f"the prompt is not taken (code {failed})")
+            raise ValueError(f"llama.cpp refused the prompt (code {failed})")
         return chunks
 
     def _look(self, chunk: Any, count: int) -> np.ndarray:
         if self.mtmd.mtmd_encode_chunk(self.eye, chunk):
-            raise ValueError("the picture is not encoded")
+            raise ValueError("llama.cpp could not encode the image")
         width = self.llama.n_embd()
         found = np.ctypeslib.as_array(self.mtmd.mtmd_get_output_embd(self.eye), (count * width,)).copy()
         past = ctypes.c_int32()
         if self.mtmd.mtmd_helper_eval_chunk_single(
             self.eye, self.llama._ctx.ctx, chunk, self.llama.n_tokens, 0, self.llama.n_batch, False, ctypes.byref(past)
         ):
-            raise ValueError("the picture is not read")
+            raise ValueError("llama.cpp could not read the image")
         self.llama.n_tokens = past.value
         return found.reshape(count, width)
 

@@ -1,4 +1,4 @@
-"""Fixed prompts and pictures that an export and its source are both asked."""
+"""The fixed prompts and images on which an export is compared with its source."""
 
 from __future__ import annotations
 

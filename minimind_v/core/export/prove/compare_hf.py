@@ -1,4 +1,4 @@
-"""Does the source think as an exported folder answered? What was read, seen and said is compared number by number."""
+"""Compare an exported folder with its source: token ids, pixels, logits and greedy tokens."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def compare(order: ExportRequest, folder: Path, found: dict[str, Any]) -> Report
     difference = _largest(thought, found)
     report.add(
         "largest logit difference",
-        f"{difference:.1e} in {precision} (allowed {TOLERANCE:.0e})",
+        f"{difference:.1e} in {precision} (allowed: {TOLERANCE:.0e})",
         difference <= TOLERANCE,
     )
     if cost is not None:
         report.add(f"cost of {order.dtype}", f"{cost:.1e} of a logit")
     same, count = _count_likeliest(thought, found)
-    report.add("greedy tokens", f"{same} of {count} the same", same == count)
-    report.add("parameters", f"{found['parameters']:,}, vision tower included")
+    report.add("greedy tokens", f"{same} of {count} equal", same == count)
+    report.add("parameters", f"{found['parameters']:,}, vision encoder included")
     report.add("size", f"{size_of(folder):,} bytes; the source has {size_of(order.model):,}")
     return report
 
@@ -114,8 +114,8 @@ def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, found:
             levels = 255.0
         elif pixels is not None:
             levels = max(levels, float((pixels - others).abs().max()) * std * 255)
-    report.add("token ids", f"the same in {same} of {len(CASES)} prompts", same == len(CASES))
-    report.add("pixels", f"at most {levels:.2g} of 255 grey levels apart", levels <= 1.01)
+    report.add("token ids", f"equal in {same} of {len(CASES)} prompts", same == len(CASES))
+    report.add("pixels", f"largest difference {levels:.2g} of 255 grey levels", levels <= 1.01)
     return not report.wrong
 
 

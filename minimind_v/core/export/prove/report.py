@@ -1,4 +1,4 @@
-"""What a verification found: a few lines, each with a verdict."""
+"""The report of a verification: a few figures, each with a verdict."""
 
 from __future__ import annotations
 

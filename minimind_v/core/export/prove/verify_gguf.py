@@ -1,4 +1,4 @@
-"""Are the two GGUF files the same as their source? Read back, and where it is installed llama.cpp itself is asked."""
+"""Verify the two GGUF files: read them back, and compare llama.cpp's answers if it is installed."""
 
 from __future__ import annotations
 
@@ -80,23 +80,23 @@ def _compare_weights(report: Report, loaded: LoadedModel, folder: Path, quantize
     del theirs
     eye = Reader(folder / MMPROJ)
     worst = max(worst, *(_apart(ours[name], tensor) for name, tensor in vision.read_projector(eye).items()))
-    report.add("weights", f"at most {worst:.1g} of the largest apart", worst <= STEP[quantize] * 1.02)
+    report.add("weights", f"largest difference {worst:.1g} of the largest value", worst <= STEP[quantize] * 1.02)
     tower, step = vision.tower_tensors(encoder), STEP[QUANTIZATIONS[quantize]]
     worst = max(_apart(tower[name], tensor) for name, tensor in vision.read_tower(eye))
-    report.add("vision tower", f"at most {worst:.1g} of the largest apart", worst <= step * 1.02 + 1e-6)
+    report.add("vision tower", f"largest difference {worst:.1g} of the largest value", worst <= step * 1.02 + 1e-6)
 
 
 def _compare_ids(report: Report, loaded: LoadedModel, found: list[list[int]]) -> None:
     same = sum(loaded.tokenizer.encode(text).ids == ids for text, ids in zip(TEXTS, found, strict=True))
-    report.add("token ids", f"the same in {same} of {len(TEXTS)} texts", same == len(TEXTS))
+    report.add("token ids", f"equal in {same} of {len(TEXTS)} texts", same == len(TEXTS))
 
 
 def _compare_read_back(report: Report, loaded: LoadedModel, folder: Path) -> None:
-    report.add("opened by", "our own reader; llama.cpp is asked as well where llama-cpp-python is installed")
+    report.add("opened by", "mmv's own reader (install llama-cpp-python to compare llama.cpp too)")
     ours = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
     _take_weights(loaded, folder)
     theirs = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
-    report.add("logits", f"at most {max(map(_apart, ours, theirs)):.2%} of the largest apart")
+    report.add("logits", f"largest difference {max(map(_apart, ours, theirs)):.2%} of the largest logit (measured)")
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
     )  # fmt: skip
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise RunError(f"llama.cpp does not open what was written ({reason:.300}); nothing is left of it")
+        raise RunError(f"llama.cpp could not open the export ({reason:.300}); the export was removed")
     with np.load(work / "answers.npz") as found:
         return dict(found)
 
@@ -142,7 +142,7 @@ def _compare_llama(report: Report, loaded: LoadedModel, found: dict[str, np.ndar
     prompts = sum(
         _as_asked(_encode(loaded, case)) == found[f"ids{number}"].tolist() for number, case in enumerate(CASES)
     )
-    report.add("prompts", f"the same in {prompts} of {len(CASES)}", prompts == len(CASES))
+    report.add("prompts", f"equal in {prompts} of {len(CASES)}", prompts == len(CASES))
     if report.wrong:
         return
     given: list[float] = []
@@ -162,10 +162,10 @@ def _compare_llama(report: Report, loaded: LoadedModel, found: dict[str, np.ndar
         likely += (ours.argmax(-1) == torch.tensor(said)).tolist()
     allowed = ALLOWED.get(quantize, float("inf"))
     for name, apart in (("picture features", given), ("logits", logits)):
-        told = f"{median(apart):.2%} of the largest apart in the median, at most {max(apart):.2%}"
+        told = f"{median(apart):.2%} of the largest value: median difference; largest {max(apart):.2%}"
         report.add(name, told, median(apart) <= allowed)
-    report.add("the corner's patch", f"not seen by llama.cpp: with it, logits {median(whole):.2%} apart in the median")
-    report.add("greedy tokens", f"{sum(likely)} of {len(likely)} those of the source, which sees the corner")
+    report.add("corner patch", f"missing in llama.cpp; it changes the logits by {median(whole):.2%} (median)")
+    report.add("greedy tokens", f"{sum(likely)} of {len(likely)} equal to the source, which has the corner patch")
 
 
 def _version() -> str:

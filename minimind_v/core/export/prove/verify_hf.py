@@ -1,4 +1,4 @@
-"""Is an exported folder the same as its source? Asked of stock transformers, in a process that has nothing else."""
+"""Verify an exported folder: stock transformers opens it in a separate process, and the answers are compared."""
 
 from __future__ import annotations
 

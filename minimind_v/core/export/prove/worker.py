@@ -1,4 +1,4 @@
-"""A process of its own that calls functions for us: its memory goes with it, and it has only what it was told to load.
+"""A separate process that runs functions: its memory is freed with it, and it loads only what it needs.
 
 As a program: imports the modules that it is given, then for each call on stdin puts the result or the error on stdout.
 """

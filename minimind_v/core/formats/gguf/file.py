@@ -1,4 +1,4 @@
-"""One GGUF file being written, one being read, and the types that its numbers can have."""
+"""Reading and writing one GGUF file, and its number types."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_quantization(name: str) -> None:
     """Raises UsageError where `name` is no type that can be written."""
     if name not in QUANTIZATIONS:
         choices = ", ".join(QUANTIZATIONS)
-        raise UsageError(f"--quantize {name!r} is none of {choices}{nearest(name, QUANTIZATIONS)}")
+        raise UsageError(f"--quantize {name!r} must be one of {choices}{nearest(name, QUANTIZATIONS)}")
 
 
 class Writer:
@@ -79,7 +79,7 @@ class Writer:
 
     def _add(self, name: str, tensor: Tensor, type: Any) -> None:
         if type == self.gguf.GGMLQuantizationType.F16 and float(tensor.abs().max()) > float(np.finfo(np.float16).max):
-            raise WeightsError(f"{name} does not fit in f16: it holds too large values — say --quantize f32 or bf16")
+            raise WeightsError(f"{name} does not fit in f16: its values are too large — use --quantize f32 or bf16")
         self.tensors.append((name, tensor.detach(), type))
         block, size = self.gguf.GGML_QUANT_SIZES[type]
         self.file.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.numel() // block * size, type)
@@ -106,7 +106,7 @@ class Reader:
         try:
             header = read_header(path, sizes)
         except (ValueError, OSError) as error:
-            raise WeightsError(f"{path}: truncated, damaged or no GGUF file ({error}) — convert again") from None
+            raise WeightsError(f"{path}: truncated, damaged or not a GGUF file ({error}) — convert again") from None
         self.gguf, self.path = gguf, path
         self.keys: Mapping[str, Any] = header.keys
         self.places = header.tensors
@@ -114,21 +114,21 @@ class Reader:
     def key(self, name: str) -> Any:
         """A value. Raises WeightsError where it is not there."""
         if name not in self.keys:
-            raise WeightsError(f"{self.path}: has no {name}, so it is not what `mmv convert --to gguf` writes")
+            raise WeightsError(f"{self.path}: not written by `mmv convert --to gguf` (it has no {name})")
         return self.keys[name]
 
     def number(self, name: str, kind: type[int | float] = int) -> Any:
         """A key's number. Raises WeightsError where there is none, or something else."""
         value = self.key(name)
         if type(value) not in (int, kind):
-            raise WeightsError(f"{self.path}: {name} is {value!r}, no number — convert again")
+            raise WeightsError(f"{self.path}: {name} is {value!r}, not a number — convert again")
         return value
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A tensor of a shape as float32. Raises WeightsError where it is not there, or of another shape."""
         place = self.places.get(name)
         if place is None:
-            raise WeightsError(f"{self.path}: has no tensor {name}, so it is not what `mmv convert --to gguf` writes")
+            raise WeightsError(f"{self.path}: not written by `mmv convert --to gguf` (it has no tensor {name})")
         if place.shape != shape:
             raise WeightsError(f"{self.path}: {name} is {list(place.shape)}, not {list(shape)} — convert again")
         import torch
@@ -144,4 +144,4 @@ class Reader:
         try:
             return torch.from_numpy(np.array(self.gguf.dequantize(data, type), dtype=np.float32))
         except NotImplementedError:
-            raise WeightsError(f"{self.path}: {name} is {type.name}, which cannot be read — convert again") from None
+            raise WeightsError(f"{self.path}: {name} has the unsupported type {type.name} — convert again") from None

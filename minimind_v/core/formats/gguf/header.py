@@ -1,4 +1,4 @@
-"""The keys and the places of the tensors of a GGUF file, each count and length held against the file's size first.
+"""The keys and tensor positions of a GGUF file; every count and length is checked against the file size.
 
 The reader of the `gguf` package believes them (it reads an array of 2⁴⁰ numbers in 94 bytes for ever), and makes an
 object for each token.
@@ -59,11 +59,11 @@ def read_header(path: Path, type_sizes: dict[int, tuple[int, int]]) -> Header:
         if cursor.take(4) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         if (version := cursor.number("I")) not in (2, 3):
-            raise ValueError(f"it is of version {version} of the format, and only 2 and 3 are read")
+            raise ValueError(f"its format version is {version}; versions 2 and 3 are supported")
         tensors, keys = cursor.number("Q"), cursor.number("Q")
         for count, most, what in ((tensors, MOST_TENSORS, "tensors"), (keys, MOST_KEYS, "keys")):
             if count > most:
-                raise ValueError(f"it has {count:,} {what}, the most is {most:,}")
+                raise ValueError(f"it has {count:,} {what}; the maximum is {most:,}")
         values = _read_keys(cursor, keys)
         return Header(values, _read_places(cursor, tensors, _alignment(values), type_sizes))
 
@@ -73,7 +73,7 @@ def _read_keys(cursor: _Cursor, count: int) -> dict[str, Any]:
     for _ in range(count):
         name = cursor.text(MOST_NAME)
         if name in keys:
-            raise ValueError(f"the key {name} is there twice")
+            raise ValueError(f"the key {name} occurs twice")
         keys[name] = cursor.value(cursor.number("I"))
     return keys
 
@@ -81,7 +81,7 @@ def _read_keys(cursor: _Cursor, count: int) -> dict[str, Any]:
 def _alignment(keys: dict[str, Any]) -> int:
     alignment = keys.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment is {alignment!r}, no power of two up to {MOST_ALIGNMENT:,}")
+        raise ValueError(f"general.alignment is {alignment!r}, not a power of two up to {MOST_ALIGNMENT:,}")
     return alignment
 
 
@@ -92,22 +92,22 @@ def _read_places(
     for _ in range(count):
         name, dimensions = cursor.text(MOST_NAME), cursor.number("I")
         if dimensions > MOST_DIMENSIONS:
-            raise ValueError(f"{name} has {dimensions:,} dimensions, the most is {MOST_DIMENSIONS}")
+            raise ValueError(f"{name} has {dimensions:,} dimensions; the maximum is {MOST_DIMENSIONS}")
         shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
         entries.append((name, shape, cursor.number("I"), cursor.number("Q")))
     begin = -(-cursor.at // alignment) * alignment
     places: dict[str, TensorPlace] = {}
     for name, shape, type, offset in entries:
         if name in places:
-            raise ValueError(f"the tensor {name} is there twice")
+            raise ValueError(f"the tensor {name} occurs twice")
         if type not in type_sizes:
-            raise ValueError(f"{name} is of type {type}, which is unknown")
+            raise ValueError(f"{name} has the unknown type {type}")
         block, bytes = type_sizes[type]
         if not prod(shape) or (shape[-1:] != () and shape[-1] % block):
-            raise ValueError(f"{name} is of {list(shape)}, no whole number of blocks of {block}")
+            raise ValueError(f"{name} has the shape {list(shape)}, not a whole number of blocks of {block}")
         place = TensorPlace(name, shape, type, begin + offset, prod(shape) // block * bytes)
         if place.begin + place.bytes > cursor.size:
-            raise ValueError(f"{name} ends behind the end of the file")
+            raise ValueError(f"{name} ends after the end of the file")
         places[name] = place
     in_order = sorted(places.values(), key=lambda place: place.begin)
     if overlap := next(
@@ -126,7 +126,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise ValueError(f"it states {count:,} bytes at byte {self.at:,}, and has {self.size - self.at:,}")
+            raise ValueError(f"it announces {count:,} bytes at byte {self.at:,}, but has only {self.size - self.at:,}")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -137,7 +137,7 @@ class _Cursor:
     def text(self, most: int) -> str:
         length = self.number("Q")
         if length > most:
-            raise ValueError(f"a text of {length:,} bytes at byte {self.at:,}, the most is {most:,}")
+            raise ValueError(f"a text of {length:,} bytes at byte {self.at:,}; the maximum is {most:,}")
         return self.take(length).decode()
 
     def value(self, type: int) -> Any:
@@ -154,7 +154,9 @@ class _Cursor:
         type, count = self.number("I"), self.number("Q")
         self.entries -= count
         if self.entries < 0:
-            raise ValueError(f"an array of {count:,} entries at byte {self.at:,}, the most is {MOST_ENTRIES:,} in all")
+            raise ValueError(
+                f"an array of {count:,} entries at byte {self.at:,}; the maximum is {MOST_ENTRIES:,} in all"
+            )
         if type == _STRING:
             return [self.text(self.size) for _ in range(count)]
         if type not in _FORMS:

@@ -1,4 +1,4 @@
-"""The language model's file: llama.cpp's names, order of rows and keys.
+"""The language model as GGUF: llama.cpp's tensor names, row order and keys.
 
 A dense model is llama.cpp's `llama`. A mixture of experts is its `granitemoe`, whose block has the same mathematics
 (softmax, the k best, renormalised, plus an ungated shared expert), with all its multipliers 1.
@@ -86,9 +86,9 @@ def read_config(reader: Reader) -> TextConfig:
     """The sizes. Raises WeightsError where the file is that of another kind of model."""
     arch = reader.key("general.architecture")
     if arch in ("qwen3", "qwen3moe"):
-        raise WeightsError(f"{reader.path}: a {arch}, as {OTHER} is; this version uses models of 2025")
+        raise WeightsError(f"{reader.path}: a {arch}, like {OTHER}; this version supports models of 2025")
     if arch not in ("llama", "granitemoe"):
-        raise WeightsError(f"{reader.path}: a model of llama.cpp's kind {arch!r}, not a MiniMind model")
+        raise WeightsError(f"{reader.path}: a llama.cpp model of architecture {arch!r}, not a MiniMind model")
 
     def size(name: str) -> int:
         return int(reader.number(f"{arch}.{name}"))
@@ -118,7 +118,7 @@ def read_config(reader: Reader) -> TextConfig:
             **experts,
         )
     except UsageError as error:
-        raise WeightsError(f"{reader.path}: its sizes are those of no model ({error}) — convert again") from None
+        raise WeightsError(f"{reader.path}: its sizes do not make a model ({error}) — convert again") from None
 
 
 def _decimal(number: float) -> float:
@@ -129,7 +129,9 @@ def _decimal(number: float) -> float:
 def read_tensors(reader: Reader, config: TextConfig) -> dict[str, Tensor]:
     """The tensors under the published names, the tied head included."""
     if "output.weight" in reader.places:
-        raise WeightsError(f"{reader.path}: has a head of its own (output.weight), which must be tied to the embedding")
+        raise WeightsError(
+            f"{reader.path}: has a separate head (output.weight), but the head must be tied to the embedding"
+        )
     wide, narrow = config.hidden_size, config.num_key_value_heads * config.head_dim
     embedding = reader.tensor("token_embd.weight", config.vocab_size, wide)
     tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}

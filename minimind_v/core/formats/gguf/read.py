@@ -1,4 +1,4 @@
-"""A model's two files, `model.gguf` and `mmproj.gguf` side by side, as everything that using it takes."""
+"""Read a model from its two files, `model.gguf` and `mmproj.gguf`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _open(path: Path) -> Reader:
 def _open_eye(path: Path) -> Reader:
     eye = (path if path.is_dir() else path.parent) / MMPROJ
     if not eye.is_file():
-        raise MissingInput(f"{eye} is missing: without it the model sees nothing — put it beside {MODEL} again")
+        raise MissingInput(f"{eye} is missing, so the model cannot encode images — put it beside {MODEL} again")
     reader = Reader(eye)
     reader.key(MADE_BY)
     return reader

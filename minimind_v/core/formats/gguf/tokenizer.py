@@ -1,4 +1,4 @@
-"""The tokenizer and the prompt, as llama.cpp and Ollama take them."""
+"""The tokenizer and the chat template for llama.cpp and Ollama."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def _check_kind(told: dict[str, Any]) -> None:
         wrong.append("it normalises")
     if wrong:
         raise WeightsError(
-            f"llama.cpp would give other ids than this tokenizer ({'; '.join(wrong)}): "
-            f"only MiniMind's kind, byte-level BPE with GPT-2's pattern, can be converted"
+            f"llama.cpp would produce other token ids ({'; '.join(wrong)}): "
+            f"only byte-level BPE with GPT-2's pattern (MiniMind's kind) can be converted"
         )
 
 
@@ -96,9 +96,9 @@ def read_words(reader: Reader) -> Tokenizer:
         or len(vocab) != sum(type != UNUSED for type in types)
         or ChatML.placeholder not in vocab
     ):
-        raise WeightsError(f"{reader.path}: its tokens are those of no tokenizer of ours — convert again")
+        raise WeightsError(f"{reader.path}: its tokens do not belong to a MiniMind tokenizer — convert again")
     if not max(pad, bos, eos) < len(tokens):
-        raise WeightsError(f"{reader.path}: has {len(tokens):,} tokens, and special ones behind them — convert again")
+        raise WeightsError(f"{reader.path}: has {len(tokens):,} tokens, then special ones after them — convert again")
     try:
         backend = FastTokenizer(models.BPE(vocab, [tuple(merge.split(" ", 1)) for merge in merges]))
     except Exception as error:  # the Rust library raises plain Exception
@@ -117,7 +117,7 @@ def _list(reader: Reader, name: str) -> list[Any]:
     """An array of the tokenizer's: of texts, or of the types of tokens."""
     values, kind = reader.key(f"tokenizer.ggml.{name}"), int if name == "token_type" else str
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise WeightsError(f"{reader.path}: tokenizer.ggml.{name} is no array of {kind.__name__} — convert again")
+        raise WeightsError(f"{reader.path}: tokenizer.ggml.{name} is not an array of {kind.__name__} — convert again")
     return values
 
 

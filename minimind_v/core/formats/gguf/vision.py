@@ -1,4 +1,4 @@
-"""The picture half: the `mmproj` file, with CLIP's tower and the projector as llama.cpp's LLaVA graph takes them.
+"""The vision part as GGUF: the `mmproj` file with CLIP and the projector, for llama.cpp's LLaVA graph.
 
 What differs from a plain renaming, and why:
 
@@ -45,7 +45,7 @@ def write_keys(writer: Writer, encoder: VisionEncoder, hidden_size: int) -> None
     """Everything that llama.cpp must know of the tower. Raises WeightsError for a tower that it cannot compute."""
     file, config, spec = writer.file, encoder.config, encoder.spec
     if config.hidden_act not in _ACTIVATIONS:
-        raise WeightsError(f"llama.cpp has no vision tower whose activation is {config.hidden_act!r}")
+        raise WeightsError(f"llama.cpp supports no vision encoder with activation {config.hidden_act!r}")
     if switch := _ACTIVATIONS[config.hidden_act]:
         file.add_bool(f"clip.{switch}", True)
     file.add_clip_has_vision_encoder(True)

@@ -1,4 +1,4 @@
-"""llama.cpp's two files, for a model that was trained here: the language model, and what lets it see."""
+"""Write llama.cpp's two files: the language model, and CLIP with the projector."""
 
 from __future__ import annotations
 

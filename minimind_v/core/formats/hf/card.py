@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what it is, what it was trained on as far as that is known, how it is used."""
+"""The model card of an exported folder: the model, its training as far as known, and its use."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ tags:
 
 # {name}
 
-A small vision-language model: a frozen CLIP looks, one linear projection translates, {reader} of {millions:.1f} million
-parameters answers. Converted by `mmv convert`; it needs no custom code.
+A small vision-language model: frozen CLIP, one linear projector, and {reader} of {millions:.1f} million
+parameters. `mmv convert` wrote this folder; it needs no custom code.
 
 {sizes}
 """
@@ -50,12 +50,12 @@ answer = model.generate(**inputs, max_new_tokens=100, do_sample=False)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-Several pictures are several parts; a message may also be plain text. `transformers serve` serves the folder as it is.
+For several images, add several parts; a message may also be plain text. `transformers serve` serves this folder.
 
 ## Limits
 
-A model of this size is made to be trained and understood in an hour. It errs often, about small things and text in
-pictures above all, and repeats what its data got wrong.
+This model is small enough to be trained and understood in an hour. It makes many mistakes, above all about small
+objects and text in images, and it repeats the errors of its training data.
 """
 
 
@@ -65,15 +65,14 @@ def write_card(folder: Path, source: ModelParts, order: ExportRequest) -> None:
     reader = "a language model with a mixture of experts" if config.use_moe else "a Llama"
     sizes = {
         "layers × width": f"{config.num_hidden_layers} × {config.hidden_size}",
-        "heads, of them for keys and values": f"{config.num_attention_heads}, {config.num_key_value_heads}",
+        "attention heads, key-value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
         "vocabulary": f"{config.vocab_size:,}, and the image token",
-        "picture": f"{spec.image_size}² pixels, {spec.tokens_per_image} tokens",
+        "image": f"{spec.image_size}² pixels, {spec.tokens_per_image} tokens",
         "stored as": order.dtype or "in the training's own precision",
     }
     if config.use_moe:
         sizes["experts"] = (
-            f"{config.n_routed_experts}, of which {config.num_experts_per_tok} work on a token, "
-            f"and {config.n_shared_experts} for all"
+            f"{config.n_routed_experts}, {config.num_experts_per_tok} per token, and {config.n_shared_experts} shared"
         )
     head = HEAD.format(
         name=order.model.stem, reader=reader, millions=source.checkpoint.parameters / 1e6, sizes=_table(sizes)
@@ -100,11 +99,11 @@ def _training(source: ModelParts, order: ExportRequest) -> str:
     if isinstance(lr := rows.pop("learning rate", None), float):
         rows["peak learning rate"] = f"{peak(lr):.3g}"
     for name, key in {
-        "updates": "step", "rows seen": "samples", "tokens learnt from": "supervised_tokens", "last loss": "loss",
+        "steps": "step", "rows trained on": "samples", "supervised tokens": "supervised_tokens", "last loss": "loss",
     }.items():  # fmt: skip
         if isinstance(last.get(key), int | float):
             rows[name] = f"{last[key]:,}" if isinstance(last[key], int) else f"{last[key]:.3f}"
-    unknown = "Nothing more is known of its training here.\n\n" if len(rows) == 1 else ""
+    unknown = "Nothing more is known about its training.\n\n" if len(rows) == 1 else ""
     return f"\n## Training\n\n{unknown}{_table(rows)}\n"
 
 

@@ -1,4 +1,4 @@
-"""The names of one model's tensors in two houses: as published, and as transformers' LLaVA has them.
+"""Tensor names of a model: the published ones and those of transformers' LLaVA.
 
 | published                                  | LLaVA                                              |
 |--------------------------------------------|----------------------------------------------------|
@@ -111,7 +111,7 @@ def from_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, T
         named[TEXT + EMBEDDING] = tensors[HEAD]
     embedding = named.pop(TEXT + EMBEDDING)[: config.vocab_size]  # [V, D]
     if not torch.equal(embedding, tensors.get(HEAD, embedding)[: config.vocab_size]):
-        raise ValueError(f"{HEAD} and {TEXT}{EMBEDDING} differ, but must be tied")
+        raise ValueError(f"{HEAD} and {TEXT}{EMBEDDING} differ, but they must be equal")
     found = {f"model.{EMBEDDING}": embedding, HEAD: embedding}
     if config.use_moe:
         for layer in range(config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Folders that transformers reads, as weights under the published names. Nobody's code is run.
+"""Read transformers folders as weights with the published names; no code from the folder is run.
 
 Two kinds: a LLaVA without custom code, as `mmv convert --to hf` writes it and as transformers saves it after further
 training; and the published layout, whose `config.json` names custom code (`auto_map`) and whose tensors have the
@@ -71,14 +71,14 @@ def weight_files(folder: Path) -> list[Path]:
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise WeightsError(f"{index}: names no files — download the folder again")
             if elsewhere := [shard for shard in shards.values() if not _is_name(shard)]:
-                raise WeightsError(f"{index}: {elsewhere[0]!r} is no file in the folder — download the folder again")
+                raise WeightsError(f"{index}: {elsewhere[0]!r} is not a file in the folder — download the folder again")
             files = [folder / shard for shard in sorted(set(shards.values()))]
             for file in files:
                 if not file.is_file():
-                    raise WeightsError(f"{file} is missing, a part of the weights — download the folder again")
+                    raise WeightsError(f"{file} (part of the weights) is missing — download the folder again")
             return files
     if (folder / "config.json").is_file():
-        raise WeightsError(f"{folder}: has a config.json and no weights ({' or '.join(WEIGHTS)}) — download it again")
+        raise WeightsError(f"{folder}: has a config.json but no weights ({' or '.join(WEIGHTS)}) — download it again")
     inside = ", ".join(path.name for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS_ENDINGS)
     which = f"one of {inside}" if inside else "the .pth or .safetensors"
     raise WeightsError(f"{folder}: a folder, not a weights file — name {which} in it")
@@ -110,7 +110,7 @@ def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tupl
     except KeyError as error:
         raise WeightsError(f"{folder}: {error.args[0]} is missing — convert or download it again") from None
     except (UsageError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise WeightsError(f"{folder}: config.json and the weights do not fit ({error}) — convert it again") from None
+        raise WeightsError(f"{folder}: config.json does not match the weights ({error}) — convert it again") from None
 
 
 def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int) -> None:
@@ -124,8 +124,9 @@ def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size:
     ids = Tokenizer.load(folder).backend.get_vocab()
     if added := sorted(token for token, id in ids.items() if id >= vocab_size):
         raise WeightsError(
-            f"{folder}: {plural(len(added), 'token')} ({', '.join(added[:3])}) came behind the image token: their rows "
-            f"of the embedding would be lost — train with a tokenizer that has them and with "
+            f"{folder}: {plural(len(added), 'token')} ({', '.join(added[:3])}) were added after the image "
+            f"token: their rows "
+            f"of the embedding would be lost — train with a tokenizer that contains them and with "
             f"--set model.vocab_size={vocab_size + len(added)}, then convert"
         )
 
@@ -146,8 +147,8 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
     }
     if wrong := [name for name, right in wanted.items() if not right]:
         raise WeightsError(
-            f"{folder}: another LLaVA, not one of this system's (its {', '.join(wrong)} differs); "
-            f"`mmv convert --to hf` writes those that can be read"
+            f"{folder}: a LLaVA model of another kind (different {', '.join(wrong)}); "
+            f"mmv reads only the folders that `mmv convert --to hf` writes"
         )
 
 

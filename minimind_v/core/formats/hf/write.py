@@ -1,4 +1,4 @@
-"""A folder that stock transformers loads: a LLaVA without custom code, its processor, tokenizer and chat template.
+"""Write a folder that stock transformers loads: a LLaVA model, its processor, tokenizer and chat template.
 
 A dense model is a Llama in there, a mixture of experts a GraniteMoeShared; both compute exactly what ours does. The
 image token is a new one behind the vocabulary, so that nothing a user writes can be taken for a picture.

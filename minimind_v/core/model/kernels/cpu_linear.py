@@ -1,4 +1,4 @@
-"""Products with a weight that stays: laid out once, not again at every call."""
+"""Linear layers on the CPU with weights packed once, not at every call."""
 
 from __future__ import annotations
 

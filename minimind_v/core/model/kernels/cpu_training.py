@@ -1,4 +1,4 @@
-"""Parts of a block whose backward passes are written out, because autograd's own move more memory than they compute.
+"""Hand-written backward passes of a decoder block for the CPU; autograd's own move more memory than they compute.
 
 On a CPU a block's matrix products run near the machine's peak, and a third of the time goes to reading and writing
 tensors between them. Written out, most steps happen in place, what is cheap to compute again is not kept, and gradients

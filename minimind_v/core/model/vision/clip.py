@@ -1,4 +1,4 @@
-"""CLIP's vision tower (Radford et al., 2021) of any size, with the names that transformers gives its parts.
+"""CLIP's vision encoder (Radford et al., 2021) of any size, with transformers' parameter names.
 
 transformers' CLIPVisionModel computes the same. It is not used because importing it takes longer than all else that is
 done before a question is answered.

@@ -77,7 +77,7 @@ def read_tower_config(folder: Path, standard: bool = False) -> tuple[TowerType, 
         raise MissingInput(f"no vision model in {folder} (config.json is missing) — {how_to_get('clip', folder)}")
     values = values.get("vision_config", values)  # a whole CLIP nests its tower
     if not isinstance(values, dict):
-        raise WeightsError(does_not_load(folder, "vision_config is no object"))
+        raise WeightsError(does_not_load(folder, "vision_config is not an object"))
     try:
         kind = tower_type(str(values.get("model_type", CLIP_VISION)))
     except UsageError as error:
@@ -129,10 +129,10 @@ def trouble_of(config: ClipConfig) -> str | None:
         if not (isinstance(value, str) if kind is str else type(value) in (int, kind) and value > 0):
             return f"{name} is {value!r}"
         if kind is not str and not value <= most:
-            return f"{name} is {value}, the most is {most:,}"
+            return f"{name} is {value}; the maximum is {most:,}"
     width, heads, patch, image = config.hidden_size, config.num_attention_heads, config.patch_size, config.image_size
     if width % heads:
-        return f"{heads} heads cannot share a width of {width}"
+        return f"a width of {width} does not divide into {heads} heads"
     if config.num_channels != ClipConfig.num_channels:
         return f"num_channels is {config.num_channels}, images have {ClipConfig.num_channels}"
     patches = (image // patch) ** 2
@@ -141,7 +141,7 @@ def trouble_of(config: ClipConfig) -> str | None:
     layers = config.num_hidden_layers * (4 * width + 2 * config.intermediate_size) * width
     count = layers + (config.num_channels * patch**2 + patches) * width
     if count > MOST_PARAMETERS:
-        return f"hidden_size {width} makes {count:,} parameters, the most is {MOST_PARAMETERS:,}"
+        return f"hidden_size {width} makes {count:,} parameters; the maximum is {MOST_PARAMETERS:,}"
     return None
 
 
@@ -167,7 +167,7 @@ def _trouble_of_size(normal: dict[str, Any]) -> str | None:
 
 def does_not_load(folder: Path, why: str) -> str:
     """What is wrong with a folder, and the next step."""
-    return f"{folder}: the vision model does not load ({why}) — {how_to_get('clip', folder)}"
+    return f"{folder}: the vision model could not be loaded ({why}) — {how_to_get('clip', folder)}"
 
 
 _CLIP = TowerType(ClipConfig, _build_clip, _describe_clip, trouble_of, unused=("post_layernorm.",))
