@@ -148,7 +148,7 @@ def prepare(folder: Path, tokenizer: Path) -> dict:
         run = build_ours(folder, stage, updates, stopwatch_listener(Stopwatch()), folder / "features")
         run.run()
         plan = run.plan
-        places = [place for number in range(updates) for batch in plan[number] for place in batch.places]
+        places = [place for number in range(updates) for batch in plan[number] for place in batch.locations]
         order[stage] = [int(place.rpartition(":")[2]) - 1 for place in places]
     return order
 

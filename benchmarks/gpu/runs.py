@@ -109,5 +109,5 @@ class Window:
 
 def row_numbers(run: Run, updates: int) -> list[int]:
     """Which rows the first updates of a run read, in their order, from 0."""
-    places = [place for number in range(updates) for batch in run.plan[number] for place in batch.places]
+    places = [place for number in range(updates) for batch in run.plan[number] for place in batch.locations]
     return [int(place.rpartition(":")[2]) - 1 for place in places]

@@ -60,7 +60,7 @@ def check(
     recipe, rows, encoder, spec = data_look.open_data(
         terminal, file, split, images, tokenizer, vision_model, stage, against
     )
-    dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length, fit=spec.fit)
+    dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length, resize_mode=spec.fit)
     held_out = open_rows(against, images_beside(against) or images, say=terminal.say, order=SCORE) if against else None
     with terminal.progress("check") as progress:
         report = checking.check(dataset, workers, held_out, progress)

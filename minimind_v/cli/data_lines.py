@@ -23,7 +23,7 @@ Line = list[tuple[str, str]]
 def row_lines(view: RowView) -> Iterator[Line]:
     """The lines of one row."""
     lost = view.whole - len(view.tokens)
-    yield [(f"── {visible(view.place)}", BOLD), (f" skipped: {visible(view.trouble)}" if view.trouble else "", CUT)]
+    yield [(f"── {visible(view.location)}", BOLD), (f" skipped: {visible(view.trouble)}" if view.trouble else "", CUT)]
     for number, image in enumerate(view.pictures, 1):
         size = f"{visible(image.name)}, {image.width}×{image.height}, {1 - image.kept:.0%} outside the crop"
         yield [(f"image {number}: {visible(image.trouble) or size}", DIM)]
@@ -65,7 +65,7 @@ def row_lines(view: RowView) -> Iterator[Line]:
 def _text(piece: Piece) -> str:
     if piece.picture is not None:
         return f"[image {piece.picture + 1}: {len(piece.ids)} patches]"
-    return piece.text if piece.text or not piece.parts else f"[bytes {piece.parts[0]}]"
+    return piece.text if piece.text or not piece.token_bytes else f"[bytes {piece.token_bytes[0]}]"
 
 
 def _marks(piece: Piece) -> tuple[str, str, str]:
@@ -80,7 +80,7 @@ def _marks(piece: Piece) -> tuple[str, str, str]:
 
 
 def stats_lines(report: dict[str, Any]) -> Iterator[Line]:
-    """The lines of a report of `stats.look_at`."""
+    """The lines of a report of `stats.describe_rows`."""
     yield [
         (
             f"{plural(report['rows'], 'row')} of {visible(report['file'])}, read as {report['stage']} data",

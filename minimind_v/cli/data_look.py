@@ -49,7 +49,7 @@ def stats(
 ) -> None:
     """Count rows, turns, tokens and languages; predict padding, truncation, steps and time of a stage."""
     from minimind_v.cli.data_lines import stats_lines
-    from minimind_v.core.curate.stats import look_at
+    from minimind_v.core.curate.stats import describe_rows
     from minimind_v.core.pages.frame import check_page, write_page
     from minimind_v.core.pages.stats import stats_page
     from minimind_v.core.train.forecast import time_of
@@ -59,7 +59,7 @@ def stats(
         check_page(html)
     recipe, store, encoder, _ = open_data(terminal, file, split, images, tokenizer, vision_model, stage)
     with terminal.progress("rows") as progress:
-        report = look_at(store, encoder, recipe, time_of, limit, progress)
+        report = describe_rows(store, encoder, recipe, time_of, limit, progress)
     if html:
         write_page(html, stats_page(report))
         terminal.say(f"page: {html}")

@@ -100,7 +100,7 @@ def _score(
     prompts, scores = PromptEncoder(tokenizer, spec.tokens_per_image), {}
     cache = _feature_cache(terminal, loaded, how["dtype"], len(rows))
     for name in ("seeing", "blind") if blind else ("seeing",):
-        dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind", fit=spec.fit)
+        dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind", resize_mode=spec.fit)
         with terminal.progress(f"eval {name}") as progress:
             scores[name] = score(
                 loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id,

@@ -133,7 +133,7 @@ def rows(spec: VisionSpec, vocabulary: int) -> Batch:
     image[:, 3 : patches + 3] = True
     labels = torch.where(mask & (torch.arange(ids.shape[1]) > patches + 8), ids, -100)
     features = torch.randn(2, patches, spec.width, generator=draw)
-    return Batch(ids, mask, labels, image, None, features, places=["a:1", "a:2"])
+    return Batch(ids, mask, labels, image, None, features, locations=["a:1", "a:2"])
 
 
 @pytest.mark.parametrize("moe", [False, True])

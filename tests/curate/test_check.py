@@ -72,7 +72,7 @@ def test_every_problem_is_named_on_its_row(dataset, workers):
     found = {number: [] for number in LINES}
     for problem in report.problems():
         found[problem.row].append(problem.kind)
-        assert problem.place == f"{rows.rows.path}:{problem.row}"
+        assert problem.location == f"{rows.rows.path}:{problem.row}"
         assert "\n" not in problem.message
     assert {number: sorted(kinds) for number, kinds in found.items()} == {
         number: sorted(kinds) for number, (_, kinds) in LINES.items()
@@ -199,14 +199,14 @@ def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, d
     report = check(dataset, 1)
     plan = BatchPlan(dataset, 7, pad_id=0, seed=seed)
     batches = [batch for number in range(len(plan)) for batch in plan[number]]
-    read = [place for batch in batches for place in batch.places]
-    broken = {row.place: row.kind for batch in batches for row in batch.broken}
+    read = [place for batch in batches for place in batch.locations]
+    broken = {row.location: row.kind for batch in batches for row in batch.broken}
     assert sorted([*read, *broken]) == sorted(rows.place(index) for index in range(count))
     assert {rows.place(index) for index in np.flatnonzero(report.skipped)} == set(broken)
     assert 20 < len(broken) < count - 20
     kinds = {}
     for problem in report.problems():
-        kinds.setdefault(problem.place, set()).add(problem.kind)
+        kinds.setdefault(problem.location, set()).add(problem.kind)
     assert all(kind in kinds[place] for place, kind in broken.items())
     assert len(set(broken.values())) > (4 if kind == "jsonl" else 2)
 

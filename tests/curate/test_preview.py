@@ -133,7 +133,7 @@ def test_pieces_read_as_the_text(folder, text):
     pieces = TokenReader(words.tokenizer).pieces(tokens, len(tokens), SPEC.tokens_per_image, 10**6)
     assert "".join(piece.text for piece in pieces if not piece.special).count(text) == 2
     for piece in pieces:
-        assert len(piece.parts) == (len(piece.ids) if len(piece.ids) > 1 else 0)
+        assert len(piece.token_bytes) == (len(piece.ids) if len(piece.ids) > 1 else 0)
         assert "\ufffd" not in piece.text or "\ufffd" in text
     assert sum(piece.special for piece in pieces) == 2 * 3
 
@@ -142,7 +142,7 @@ def test_a_cut_through_a_character_shows_its_bytes(tmp_path):
     row = {"conversations": talk("a", "𠮷" * 5)}
     whole = encoder().row(row["conversations"], 0, 10**6)
     view = views(write(tmp_path, [row]), recipe(len(whole) - 5))[0]  # two of the end, three bytes of the last
-    texts = [(piece.text, piece.parts, piece.removed) for piece in view.pieces if piece.supervised]
+    texts = [(piece.text, piece.token_bytes, piece.removed) for piece in view.pieces if piece.supervised]
     assert texts[4:-2] == [
         ("", ("F0",), False), ("", ("A0",), True), ("", ("AE",), True), ("", ("B7",), True)
     ]  # fmt: skip

@@ -21,7 +21,7 @@ def time_of(*given):
 
 
 def look(data, config=None, limit=None):
-    return stats.look_at(open_rows(data, data.parent / "t_images"), encoder(), config or recipe(), time_of, limit)
+    return stats.describe_rows(open_rows(data, data.parent / "t_images"), encoder(), config or recipe(), time_of, limit)
 
 
 def test_counts_of_whole_rows(tmp_path):

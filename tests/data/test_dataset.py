@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minimind_v.core.data.batch import collate
-from minimind_v.core.data.dataset import BrokenRow, Example, Picture, RowDataset
+from minimind_v.core.data.dataset import BrokenRow, Example, LoadedImage, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.errors import RowError
 from minimind_v.core.model.loss import IGNORE
@@ -82,7 +82,7 @@ def test_a_broken_row_is_named_and_its_neighbours_are_whole(dataset, kind):
         found = [read(rows, index) for index in range(3)]
         assert isinstance(found[1], BrokenRow), line[:80]
         assert found[1].kind == kind, found[1]
-        assert found[1].place == f"{rows.rows.path}:3"
+        assert found[1].location == f"{rows.rows.path}:3"
         assert str(found[1]).startswith(f"{rows.rows.path}:3: ")
         assert "\n" not in str(found[1])
         str(found[1]).encode("utf-8")
@@ -95,7 +95,7 @@ def test_a_broken_row_is_named_and_its_neighbours_are_whole(dataset, kind):
 def test_a_whole_row(dataset, demo_tokenizer):
     rows = dataset([row("<image> and <image>", "Both.", " 5.png , images/11.png"), row("Hi", "Yes", "")])
     example = read(rows, 0)
-    assert example.place.endswith("rows.jsonl:1")
+    assert example.location.endswith("rows.jsonl:1")
     assert example.names == ["5.png", "images/11.png"]
     assert example.pixels.shape == (2, 3, SIZE, SIZE)
     assert example.pixels.dtype == np.uint8
@@ -165,7 +165,7 @@ def test_a_row_error_keeps_its_kind_on_the_way_home():
 def example(length, number, pictures=0) -> Example:
     ids = [number * 100 + n for n in range(length)]
     tokens = Tokens(ids, [n % 3 == 1 for n in range(length)], [n % 5 == 2 for n in range(length)], pictures)
-    shown = [Picture(b"", np.full((3, SIZE, SIZE), number, np.uint8)) for _ in range(pictures)]
+    shown = [LoadedImage(b"", np.full((3, SIZE, SIZE), number, np.uint8)) for _ in range(pictures)]
     return Example(number, f"f:{number}", tokens, [], shown)
 
 
@@ -175,7 +175,7 @@ def test_a_batch_is_as_long_as_its_longest_row():
     batch = collate(examples, broken, pad_id=9)
     assert len(batch) == 3
     assert batch.input_ids.shape == (3, 7)
-    assert batch.places == ["f:1", "f:2", "f:3"]
+    assert batch.locations == ["f:1", "f:2", "f:3"]
     assert batch.broken == broken
     assert batch.pixel_values[:, 0, 0, 0].tolist() == [1, 3, 3], "pictures in reading order"
     assert batch.pixel_values.dtype == torch.uint8
@@ -205,5 +205,5 @@ def test_a_batch_moves_as_a_whole():
     for name in ("input_ids", "attention_mask", "labels", "image_mask", "pixel_values"):
         assert getattr(moved, name).device.type == "meta"
         assert getattr(moved, name).shape == getattr(batch, name).shape
-    assert moved.places == batch.places
+    assert moved.locations == batch.locations
     assert moved.image_features is None

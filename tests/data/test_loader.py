@@ -68,14 +68,14 @@ def same(left, right) -> bool:
             for k in ("input_ids", "labels", "attention_mask", "image_mask")
         )
         and (pixels[0] is pixels[1] is None or torch.equal(*pixels))
-        and left.places == right.places
+        and left.locations == right.locations
         and left.broken == right.broken
     )
 
 
 def numbers(batch) -> list[int]:
     """The row numbers of a batch, the broken ones behind."""
-    return [int(place.rpartition(":")[2]) for place in [*batch.places, *(one.place for one in batch.broken)]]
+    return [int(place.rpartition(":")[2]) for place in [*batch.locations, *(one.location for one in batch.broken)]]
 
 
 # --- every row once ---------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_every_row_has_its_own_text_and_its_own_pictures(rows, demo_tokenizer):
     seen = 0
     for batch in load_batches(plan, 0):
         pixels = iter(batch.pixel_values if batch.pixel_values is not None else [])
-        for n, place in enumerate(batch.places):
+        for n, place in enumerate(batch.locations):
             number = int(place.rpartition(":")[2]) - 1
             line = data.rows.row(number)
             text = demo_tokenizer.decode(batch.input_ids[n][batch.labels[n] >= 0].tolist())
@@ -168,7 +168,7 @@ def test_broken_rows_are_reported_with_their_batch_in_every_epoch(rows):
     plan = BatchPlan(rows(some_lines(60)), 4, PAD, 1, epochs=2)
     for epoch in range(2):
         batches = [plan[epoch * plan.steps_per_epoch + k][0] for k in range(plan.steps_per_epoch)]
-        broken = sorted(int(one.place.rpartition(":")[2]) for batch in batches for one in batch.broken)
+        broken = sorted(int(one.location.rpartition(":")[2]) for batch in batches for one in batch.broken)
         assert broken == list(range(4, 61, 7))
 
 

@@ -151,7 +151,7 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
         attention[n, :end] = True
         image[n, :end] = torch.tensor(tokens.image_mask)
         labels[n, :end] = torch.where(torch.tensor(tokens.loss_mask), torch.tensor(tokens.input_ids), IGNORE)
-    pixels = [torch.from_numpy(picture.pixels.copy()) for example in examples for picture in example.pictures]
+    pixels = [torch.from_numpy(picture.pixels.copy()) for example in examples for picture in example.images]
     return Batch(
         ids,
         attention,
@@ -159,7 +159,7 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
         image,
         torch.stack(pixels) if pixels else None,
         keys=[b""] * len(pixels),
-        places=[example.place for example in examples],
+        locations=[example.location for example in examples],
         broken=[text for text in read if isinstance(text, BrokenRow)],
         answers=sum(example.tokens.answers for example in examples),
         answers_cut=sum(example.tokens.answers_cut for example in examples),

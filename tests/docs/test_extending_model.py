@@ -48,7 +48,7 @@ loaded = load(Path("w.safetensors"), vision, tokenizer, "cpu")
 spec, words = loaded.model.spec, loaded.tokenizer
 print(loaded.config.vision.model_type, loaded.config.projector, loaded.model.spec.tokens_per_image)
 rows = open_rows(options["data"], options["images"])
-dataset = RowDataset(rows, PromptEncoder(words, spec.tokens_per_image), spec.image_size, 640, fit=spec.fit)
+dataset = RowDataset(rows, PromptEncoder(words, spec.tokens_per_image), spec.image_size, 640, resize_mode=spec.fit)
 assert evaluate(loaded.model, dataset, words.pad_id, words.eos_id, limit=4).loss > 0
 print(len("".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask("what?", [image], 4))))
 """

@@ -203,7 +203,7 @@ def test_broken_rows_are_kept_apart(score, tmp_path):
     good, marked = row([("What?", "red")]), row([("<image>What?", "red")])
     scores = score([good, "{", json.dumps({"conversations": marked["conversations"], "image": "none.jpg"}), good])
     assert scores.rows == 2
-    assert [broken.place.rpartition(":")[2] for broken in scores.broken] == ["2", "3"]
+    assert [broken.location.rpartition(":")[2] for broken in scores.broken] == ["2", "3"]
     assert scores.loss == pytest.approx(score([good]).loss)
 
 

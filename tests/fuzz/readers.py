@@ -159,7 +159,7 @@ def read_rows(data: Path, images: Path | None = None) -> Data:
 
 
 def _of_row(example: Example) -> Any:
-    return list(example.tokens.input_ids), example.names, [picture.pixels for picture in example.pictures]
+    return list(example.tokens.input_ids), example.names, [picture.pixels for picture in example.images]
 
 
 def rows_in(name: str, images: str | None = None) -> Callable[[Path], Data]:

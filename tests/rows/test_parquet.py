@@ -141,7 +141,7 @@ def test_a_broken_row_is_named_and_its_neighbours_are_whole(tmp_path, dataset, c
     rows = dataset(path)
     found = [one if isinstance(one := rows.text(n), BrokenRow) else rows.load(one) for n in range(3)]
     assert isinstance(found[1], BrokenRow)
-    assert (found[1].kind, found[1].place) == (kind, f"{path}:2")
+    assert (found[1].kind, found[1].location) == (kind, f"{path}:2")
     for index in (0, 2):
         assert found[index].pixels[0, :, 0, 0].tolist() == shade(5)
 
@@ -258,13 +258,13 @@ def test_batches_of_parquet_are_those_of_the_seed(tmp_path, dataset, workers):
     plan = BatchPlan(dataset(many(tmp_path / "rows.parquet", 700, 64)), 4, 0, seed=3)
     shown = []
     for batch in load_batches(plan, workers):
-        for place, pixels in zip(batch.places, batch.pixel_values, strict=True):
+        for place, pixels in zip(batch.locations, batch.pixel_values, strict=True):
             number = int(place.rpartition(":")[2]) - 1
             assert pixels[:, 0, 0].tolist() == shade(number % 50)
             shown.append(number)
     assert sorted(shown) == list(range(700))
     again = BatchPlan(plan.dataset, 4, 0, seed=3)
-    places = [place for k in range(len(again)) for batch in again[k] for place in batch.places]
+    places = [place for k in range(len(again)) for batch in again[k] for place in batch.locations]
     assert shown == [int(place.rpartition(":")[2]) - 1 for place in places]
 
 

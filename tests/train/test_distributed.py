@@ -115,8 +115,8 @@ def test_no_row_is_lost_or_repeated(tmp_path, count, batch_size, accumulate, pro
         batches = [part[number] for part in parts]
         assert len({len(mine) for mine in batches}) == 1, "all take part equally often"
         assert all(len(batch) <= batch_size for mine in batches for batch in mine)
-        places = [place for mine in batches for batch in mine for place in batch.places]
-        assert sorted(places) == sorted(place for batch in whole[number] for place in batch.places)
+        places = [place for mine in batches for batch in mine for place in batch.locations]
+        assert sorted(places) == sorted(place for batch in whole[number] for place in batch.locations)
 
 
 # --- another number of processes --------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class Problem:
     row: int  # its number from 1, in JSONL its line
     kind: str
     message: str
-    place: str  # file:row
+    location: str  # file:row
 
     @property
     def training(self) -> str:
@@ -56,17 +56,17 @@ class Problem:
         return KINDS.get(self.kind, SKIPPED)
 
 
-Told = tuple[int, str, str]  # index of a row, kind and message of something that is wrong with it
+Finding = tuple[int, str, str]  # index of a row, kind and message of something that is wrong with it
 
 
 @dataclass
-class Found:
+class CheckedRow:
     """What one process found out about one row."""
 
     index: int
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind and message
     whole: int | None = None  # a digest of text and pictures, where all of them can be read
-    parts: list[int] = field(default_factory=list)  # digests of each picture shown or, without any, of the text
+    digests: list[int] = field(default_factory=list)  # digests of each picture shown or, without any, of the text
     text_row: bool = False  # it has pictures and no mark for any
     notes: tuple[str, ...] = ()  # in what it is read in another way than it is written
 
@@ -76,8 +76,8 @@ class Report:
 
     def __init__(self, rows: RowStore, held_out: RowStore | None = None) -> None:
         self._store, self._held_out = rows, held_out
-        self._told: Packed[Told] = Packed()
-        self._wholes, self._parts = Digests(), Digests()
+        self._findings: Packed[Finding] = Packed()
+        self._wholes, self._digests = Digests(), Digests()
         count = len(rows)
         self.skipped = np.zeros(count, bool)  # [rows], those that training would skip
         self.repeated = np.zeros(count, bool)  # [rows], those that stand earlier too, or in the held-out file
@@ -91,38 +91,38 @@ class Report:
     def rows(self) -> int:
         return len(self.skipped)
 
-    def add(self, found: Found) -> None:
+    def add(self, row: CheckedRow) -> None:
         """Take in the next row."""
-        self.text_rows[found.index] = found.text_row
-        for note in found.notes:
-            self.notes[note][found.index] = True
-        for kind, message in found.problems:
-            self._told.append((found.index, kind, message))
+        self.text_rows[row.index] = row.text_row
+        for note in row.notes:
+            self.notes[note][row.index] = True
+        for kind, message in row.problems:
+            self._findings.append((row.index, kind, message))
             if kind not in KINDS:
-                self.skipped[found.index] = True
-        if found.whole is not None:
-            self.whole[found.index] = True
-            self._wholes.add(found.index, found.whole)
-            for digest in found.parts:
-                self._parts.add(found.index, digest)
+                self.skipped[row.index] = True
+        if row.whole is not None:
+            self.whole[row.index] = True
+            self._wholes.add(row.index, row.whole)
+            for digest in row.digests:
+                self._digests.add(row.index, digest)
 
     def compare(self, held_out: Digests) -> None:
         """Find the rows that stand twice, when all are here."""
         self._copies = self._wholes.seen_before(self.rows)
-        self._shown = np.where(self._copies < 0, self._parts.seen_before(self.rows), -1)
-        self._kept = self._parts.seen_in(held_out, self.rows)
+        self._shown = np.where(self._copies < 0, self._digests.seen_before(self.rows), -1)
+        self._kept = self._digests.seen_in(held_out, self.rows)
         self.repeated = (self._copies >= 0) | (self._kept >= 0)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`file:row`."""
         return self._store.place(index)
 
     def problems(self) -> Iterator[Problem]:
         """Everything that was found, in the order of the rows."""
-        for index, kind, message in heapq.merge(self._told, self._repetitions(), key=lambda told: told[0]):
+        for index, kind, message in heapq.merge(self._findings, self._repetitions(), key=lambda finding: finding[0]):
             yield Problem(self._store.number(index), kind, message, self._store.place(index))
 
-    def _repetitions(self) -> Iterator[Told]:
+    def _repetitions(self) -> Iterator[Finding]:
         for index in np.flatnonzero((self._shown >= 0) | self.repeated).tolist():
             if (first := self._copies[index]) >= 0:
                 yield index, "duplicate row", f"the same text and pictures as {self._store.place(int(first))}"
@@ -158,8 +158,8 @@ def check(
     return report
 
 
-def _crashed(index: int) -> Found:
-    return Found(index, [("crash", "reading this row crashed the process")])
+def _crashed(index: int) -> CheckedRow:
+    return CheckedRow(index, [("crash", "reading this row crashed the process")])
 
 
 def _all_digests(rows: RowStore) -> Digests:
@@ -175,9 +175,9 @@ def _all_digests(rows: RowStore) -> Digests:
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def check_row(dataset: RowDataset, index: int) -> Found:
+def check_row(dataset: RowDataset, index: int) -> CheckedRow:
     """All that can be told of one row."""
-    checked = Found(index)
+    checked = CheckedRow(index)
     try:
         row = dataset.rows.row(index)
         if row.conversations is None:
@@ -193,7 +193,7 @@ def check_row(dataset: RowDataset, index: int) -> Found:
             data = dataset.rows.picture(index, position, name)
             pictures.append(picture_digest(data))
             if not checked.text_row:
-                load_pixels(data, name, dataset.image_size, dataset.fit)
+                load_pixels(data, name, dataset.image_size, dataset.resize_mode)
                 if position < used and is_dark_on_transparent(data):
                     checked.problems.append(("dark on transparent", f"{name}: {DARK_ON_TRANSPARENT}"))
         except RowError as error:
@@ -207,11 +207,11 @@ def check_row(dataset: RowDataset, index: int) -> Found:
                 break  # says it of all
     if len(pictures) == len(row.images):
         text = text_digest(row)
-        checked.whole, checked.parts = whole_digest(text, pictures), (pictures if row.shown else []) or [text]
+        checked.whole, checked.digests = whole_digest(text, pictures), (pictures if row.shown else []) or [text]
     return checked
 
 
-def _check_text(dataset: RowDataset, index: int, row: Row, checked: Found) -> int:
+def _check_text(dataset: RowDataset, index: int, row: Row, checked: CheckedRow) -> int:
     """How many of the row's pictures training would read."""
     if isinstance(row.conversations, list):
         for number, message in enumerate(row.conversations, 1):
@@ -257,20 +257,20 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
             kind: {
                 "count": count,
                 "training": first[kind][0].training,
-                "first": [problem.place for problem in first[kind]],
+                "first": [problem.location for problem in first[kind]],
                 "message": first[kind][0].message,
             }
             for kind, count in counts.most_common()
         },
         "text_rows": {
             "count": len(text_rows),
-            "first": [report.place(int(index)) for index in text_rows[:EXAMPLES]],
+            "first": [report.location(int(index)) for index in text_rows[:EXAMPLES]],
             "message": describe_text_rows(len(text_rows), report.rows) if len(text_rows) else "",
         },
         "notes": {
             note: {
                 "count": int(rows.sum()),
-                "first": [report.place(int(index)) for index in np.flatnonzero(rows)[:EXAMPLES]],
+                "first": [report.location(int(index)) for index in np.flatnonzero(rows)[:EXAMPLES]],
                 "message": describe_notes({note: int(rows.sum())}, report.rows)[0],
             }
             for note, rows in report.notes.items()
@@ -281,4 +281,4 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
 
 def as_json(problem: Problem) -> dict[str, Any]:
     """A problem for a program to read."""
-    return {"row": problem.row, "kind": problem.kind, "message": problem.message, "place": problem.place}
+    return {"row": problem.row, "kind": problem.kind, "message": problem.message, "place": problem.location}

@@ -56,10 +56,10 @@ def _convert(rows: RowStore, target: Form, progress: Callable[[int, int], None])
     """Write the parts that are missing, and make the target of all."""
     done = begun = _resume(rows, target)
     pictures = 0
-    for part in _parts(rows, done):
-        pictures += sum(len(whole.pictures) for whole in part)
-        target.write_part(done, part)
-        done += len(part)
+    for batch in _batches(rows, done):
+        pictures += sum(len(whole.pictures) for whole in batch)
+        target.write_part(done, batch)
+        done += len(batch)
         progress(done, len(rows))
     write_text(target.folder / FINISHING, "")
     target.finish()
@@ -127,10 +127,10 @@ def _resume(rows: RowStore, target: Form) -> int:
     chosen = hashlib.sha256()  # not the same of two selections
     for index in range(len(rows)):
         chosen.update(f"{rows.place(index)}\n".encode("utf-8", "surrogateescape"))
-    told = json.dumps({"rows": chosen.hexdigest(), "files": stamps})
-    if not plan.is_file() or plan.read_text(encoding="utf-8") != told:
+    description = json.dumps({"rows": chosen.hexdigest(), "files": stamps})
+    if not plan.is_file() or plan.read_text(encoding="utf-8") != description:
         shutil.rmtree(target.folder, ignore_errors=True)
-        write_text(plan, told)
+        write_text(plan, description)
     done = 0
     for begin, count in target.parts():
         if begin != done:
@@ -139,15 +139,15 @@ def _resume(rows: RowStore, target: Form) -> int:
     return done
 
 
-def _parts(rows: RowStore, begin: int) -> Iterator[list[Whole]]:
-    part: list[Whole] = []
+def _batches(rows: RowStore, begin: int) -> Iterator[list[Whole]]:
+    batch: list[Whole] = []
     size = 0
     for index in range(begin, len(rows)):
         whole = read_whole(rows, index)
-        part.append(whole)
+        batch.append(whole)
         size += sum(map(len, whole.pictures))
-        if len(part) == PART_ROWS or size > PART_BYTES:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+        if len(batch) == PART_ROWS or size > PART_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

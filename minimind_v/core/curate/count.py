@@ -79,7 +79,7 @@ def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None
     done = 0
     for window in range(plan.windows):
         planned = plan.window(0, window)
-        for batch in (batch for update in planned.steps for batch in update):
+        for batch in (batch for step in planned.steps for batch in step):
             texts = [planned.texts[row] for row in batch.tolist()]
             lengths = [len(row.tokens) for row in texts if isinstance(row, Example)]
             counted.padded += max(lengths, default=0) * len(lengths)
@@ -104,8 +104,8 @@ class _CountedRows(RowDataset):
             counted.notes.update(read.tokens.notes)
         else:
             counted.skipped[read.kind] += 1
-            found = (self.rows.number(index), str(read))  # rows come in the order of training
-            counted.first_skipped[read.kind] = min(found, counted.first_skipped.get(read.kind, found))
+            first = (self.rows.number(index), str(read))  # rows come in the order of training
+            counted.first_skipped[read.kind] = min(first, counted.first_skipped.get(read.kind, first))
         try:
             row = self.rows.row(index)
         except RowError:
@@ -157,7 +157,9 @@ def language(conversations: Any) -> str:
     if not isinstance(conversations, list):
         return "other"
     texts = (message.get("content") for message in conversations if isinstance(message, dict))
-    text = " ".join(part[:LOOKED_AT] for part in texts if isinstance(part, str))[:LOOKED_AT].replace(IMAGE_MARK, "")
+    text = " ".join(content[:LOOKED_AT] for content in texts if isinstance(content, str))[:LOOKED_AT].replace(
+        IMAGE_MARK, ""
+    )
     han, latin, other = (len(pattern.findall(text)) for pattern in (_HAN, _LATIN, _OTHER))
     if other > han + latin or not han + latin:
         return "other"

@@ -60,7 +60,7 @@ class BatchView:
 class RowView:
     """One row. Without `trouble` it is trained on; `pieces` may be there all the same, where the tokens can be told."""
 
-    place: str
+    location: str
     trouble: str = ""
     kind: str = ""  # of the trouble
     pieces: list[Piece] = field(default_factory=list)
@@ -105,16 +105,16 @@ class Previewer:
 
     def view(self, index: int) -> RowView:
         """One row. Never raises RowError: what is wrong with a row is what there is to see."""
-        place = self.rows.place(index)
+        location = self.rows.place(index)
         try:
             row = self.rows.row(index)
         except RowError as error:
-            return RowView(place, str(error), error.kind)
+            return RowView(location, str(error), error.kind)
         pictures = [self._picture(index, n, name) for n, name in enumerate(row.shown[:MOST_PICTURES])]
         try:
             whole = self.encoder.row(row.conversations, len(row.images), NO_LIMIT)
         except RowError as error:
-            return RowView(place, str(error), error.kind, pictures=pictures, source=_source(row))
+            return RowView(location, str(error), error.kind, pictures=pictures, source=_source(row))
         trouble, kind, kept = "", "", Tokens()
         try:
             kept = self.encoder.row(row.conversations, len(row.images), self.config.data.max_length)
@@ -125,7 +125,7 @@ class Previewer:
             trouble, kind = pictures[bad].trouble, pictures[bad].kind
         pieces = self._reader.pieces(whole, len(kept), self.spec.tokens_per_image, MOST_PIECES)
         return RowView(
-            place,
+            location,
             trouble,
             kind,
             pieces,
@@ -157,7 +157,7 @@ class Previewer:
         """Found in the plan itself: its neighbours decide how much padding a row gets."""
         window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self._plan.rows_per_step)
         planned = self._plan.window(0, window)
-        for batch in (batch for update in planned.steps for batch in update):
+        for batch in (batch for step in planned.steps for batch in step):
             texts = [planned.texts[row] for row in batch.tolist()]
             examples: list[Example] = [row for row in texts if not isinstance(row, BrokenRow)]
             if any(example.index == index for example in examples):
@@ -181,7 +181,7 @@ def as_json(view: RowView) -> dict[str, Any]:
     mask = [False, *view.tokens.loss_mask, False]
     edges = [n for n in range(len(mask) - 1) if mask[n] != mask[n + 1]]
     return {
-        "place": view.place,
+        "place": view.location,
         "used": not view.trouble,
         "kind": view.kind,
         "message": view.trouble,
@@ -193,8 +193,14 @@ def as_json(view: RowView) -> dict[str, Any]:
         "image_tokens": sum(view.tokens.image_mask),
         "padded_to": view.batch.length if view.batch else None,
         "pictures": [
-            {"name": one.name, "width": one.width, "height": one.height, "kept": one.kept, "trouble": one.trouble}
-            for one in view.pictures
+            {
+                "name": image.name,
+                "width": image.width,
+                "height": image.height,
+                "kept": image.kept,
+                "trouble": image.trouble,
+            }
+            for image in view.pictures
         ],
         "input_ids": view.tokens.input_ids,
         "supervised": list(zip(edges[::2], edges[1::2], strict=True)),

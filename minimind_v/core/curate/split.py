@@ -72,12 +72,12 @@ def split(
         staged = [staging / path.name for path in (aside, train)]
         try:
             for path, chosen in zip(staged, (held, ~held), strict=True):
-                part = SampledRows(rows, np.flatnonzero(chosen))
+                chosen_rows = SampledRows(rows, np.flatnonzero(chosen))
                 if packed:
-                    convert(part, path, overwrite=True)
+                    convert(chosen_rows, path, overwrite=True)
                 else:
-                    _write_rows(part, path)
-                progress(len(rows) + len(part), 2 * len(rows))
+                    _write_rows(chosen_rows, path)
+                progress(len(rows) + len(chosen_rows), 2 * len(rows))
             _publish(staged, [aside, train])
         finally:
             for path in staged:

@@ -38,14 +38,14 @@ class Outlook:
     """What was counted in some rows of a set, in the order in which a run reads them."""
 
     counted: Counted
-    looked_at: int  # rows, of all
-    updates: int  # of all epochs
-    seen_rows: int  # that the epochs ask for, broken ones included
+    counted_rows: int  # rows, of all
+    steps: int  # of all epochs
+    planned_rows: int  # that the epochs ask for, broken ones included
 
     @property
     def samples(self) -> float:
         """Rows that go through the model."""
-        return self.counted.used / self.looked_at * self.seen_rows
+        return self.counted.used / self.counted_rows * self.planned_rows
 
 
 def foresee(
@@ -62,16 +62,16 @@ def foresee(
     """
     counted = Counted()
     every = plan_batches(rows, encoder, config)
-    wanted = min(limit or SAMPLE, len(rows))
-    sampled = rows if wanted == len(rows) else SampledRows(rows, every.order(0)[:wanted])
+    size = min(limit or SAMPLE, len(rows))
+    sampled = rows if size == len(rows) else SampledRows(rows, every.order(0)[:size])
     count(plan_batches(sampled, encoder, config, counted), counted, progress)
     if not counted.used:
         _, first = min(counted.first_skipped.values())
-        raise DataError(f"none of {wanted} rows is usable; the first problem: {first}")
-    return Outlook(counted, wanted, config.epochs * every.steps_per_epoch, config.epochs * len(rows))
+        raise DataError(f"none of {size} rows is usable; the first problem: {first}")
+    return Outlook(counted, size, config.epochs * every.steps_per_epoch, config.epochs * len(rows))
 
 
-def look_at(
+def describe_rows(
     rows: RowStore,
     encoder: PromptEncoder,
     config: RunConfig,
@@ -84,7 +84,7 @@ def look_at(
     As `foresee` otherwise.
     """
     outlook = foresee(rows, encoder, config, limit, progress)
-    counted, wanted, updates, seen = outlook.counted, outlook.looked_at, outlook.updates, outlook.samples
+    counted, count, steps, samples = outlook.counted, outlook.counted_rows, outlook.steps, outlook.samples
     typical = TypicalRow(
         *(total / counted.used for total in (counted.padded, counted.pictures_kept, counted.supervised))
     )
@@ -92,22 +92,22 @@ def look_at(
         "file": str(rows.path),
         "stage": config.stage,
         "rows": len(rows),
-        "looked_at": wanted,
-        "sample": wanted < len(rows),
-        **_facts(counted, encoder, config, wanted),
+        "looked_at": count,
+        "sample": count < len(rows),
+        **_facts(counted, encoder, config, count),
         "training": {
             "preset_hidden_size": config.model.hidden_size,
             "epochs": config.epochs,
             "batch_size": config.data.batch_size,
             "accumulate": config.accumulate,
-            "updates": updates,
-            "supervised_tokens": round(counted.supervised / counted.used * seen),
+            "updates": steps,
+            "supervised_tokens": round(counted.supervised / counted.used * samples),
         },
-        "time": time_of(config, typical, seen, updates),
+        "time": time_of(config, typical, samples, steps),
     }
 
 
-def _facts(counted: Counted, encoder: PromptEncoder, config: RunConfig, wanted: int) -> dict[str, Any]:
+def _facts(counted: Counted, encoder: PromptEncoder, config: RunConfig, count: int) -> dict[str, Any]:
     """What was counted, without the foretelling."""
     length, skipped = config.data.max_length, counted.skipped.total()
     return {
@@ -116,20 +116,20 @@ def _facts(counted: Counted, encoder: PromptEncoder, config: RunConfig, wanted: 
         "tokens": {name: quantiles(getattr(counted, name)) for name in ("total", "prompt", "answers", "images")},
         "tokens_per_image": encoder.tokens_per_image,
         "histogram": histogram(counted.total),
-        "languages": {name: rows / wanted for name, rows in counted.languages.most_common()},
+        "languages": {name: rows / count for name, rows in counted.languages.most_common()},
         "max_length": length,
         "skipped": {
             "rows": skipped,
-            "share": skipped / wanted,
+            "share": skipped / count,
             "kinds": dict(counted.skipped.most_common()),
             "first": {kind: text for kind, (_, text) in counted.first_skipped.items()},
-            "refused": skipped > config.data.bad_rows * wanted,  # more than a run puts up with
+            "refused": skipped > config.data.bad_rows * count,  # more than a run puts up with
         },
         "text_rows": counted.text_rows,  # with pictures that no mark shows
         "notes": dict(counted.notes),  # rows that are read in another way than they are written
         "cut": {
             "rows": counted.cut,
-            "share": counted.cut / wanted,
+            "share": counted.cut / count,
             "turns": counted.turns_lost,
             "answer_tokens": counted.answers_lost,
             "answer_tokens_share": counted.answers_lost / (counted.supervised + counted.answers_lost),

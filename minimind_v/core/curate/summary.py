@@ -1,4 +1,4 @@
-"""A report of `stats.look_at` as named lines of text and a table of quantiles, for a terminal and a page."""
+"""A report of `stats.describe_rows` as named lines of text and a table of quantiles, for a terminal and a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def summary(report: dict[str, Any]) -> dict[str, str]:
     """The other figures of a report as text, by name."""
     skipped, cut, training = report["skipped"], report["cut"], report["training"]
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped["kinds"].items())
-    found = {
+    figures = {
         "languages": ", ".join(f"{name} {share:.1%}" for name, share in report["languages"].items()) + " (by script)",
         "skipped": f"{plural(skipped['rows'], 'row')} ({skipped['share']:.2%}){f': {kinds}' if kinds else ''}"
         + ("; training refuses this many" if skipped["refused"] else "")
@@ -29,8 +29,8 @@ def summary(report: dict[str, Any]) -> dict[str, str]:
         f"{plural(training['supervised_tokens'], 'supervised token')}",
     }
     seconds = report["time"]["seconds"]
-    found["time"] = f"{_duration(seconds)} — {report['time']['how']}" if seconds else report["time"]["how"]
-    return found
+    figures["time"] = f"{_duration(seconds)} — {report['time']['how']}" if seconds else report["time"]["how"]
+    return figures
 
 
 def _duration(seconds: float) -> str:

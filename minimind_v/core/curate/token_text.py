@@ -18,7 +18,7 @@ class Piece:
 
     text: str
     ids: tuple[int, ...]
-    parts: tuple[str, ...] = ()  # the bytes of each token in hex, where there are several or they are no text
+    token_bytes: tuple[str, ...] = ()  # the bytes of each token in hex, where there are several or they are no text
     special: bool = False
     supervised: bool = False
     removed: bool = False  # by truncation
@@ -54,18 +54,18 @@ class TokenReader:
         first = tokens.input_ids[at]
         if first in self._specials:
             return Piece(self._name(first), (first,), (), True, supervised, removed)
-        data, parts, end = b"", [], at
+        data, token_bytes, end = b"", [], at
         while end < len(tokens) and (end < kept or removed) and end - at < LONGEST:
             if tokens.input_ids[end] in self._specials or tokens.image_mask[end]:
                 break
-            parts.append(self.bytes_of(tokens.input_ids[end]))
-            data += parts[-1]
+            token_bytes.append(self.bytes_of(tokens.input_ids[end]))
+            data += token_bytes[-1]
             end += 1
             if (text := _whole(data)) is not None:
-                shown = tuple(part.hex(" ").upper() for part in parts) if len(parts) > 1 else ()
+                shown = tuple(chunk.hex(" ").upper() for chunk in token_bytes) if len(token_bytes) > 1 else ()
                 return Piece(text, tuple(tokens.input_ids[at:end]), shown, False, supervised, removed)
         # No text, or the cut went through a character.
-        return Piece("", (first,), (parts[0].hex(" ").upper(),), False, supervised, removed)
+        return Piece("", (first,), (token_bytes[0].hex(" ").upper(),), False, supervised, removed)
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for."""

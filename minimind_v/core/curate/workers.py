@@ -20,14 +20,14 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.processes import Parent, end_processes
 
 T = TypeVar("T")
-Look = Callable[[Any, int], T]
+RowFunction = Callable[[Any, int], T]
 Span = tuple[int, int]  # rows from the first number on, up to the second
 TOGETHER = 32  # rows that a process is given at a time
 QUEUED = 2  # spans that a process has: one to work on, one so that it need not wait
 AHEAD = 4 * TOGETHER  # rows per process that may be done before the row that is next in order
 
 
-def each_row(look: Look[T], rows: Sized, workers: int, crashed: Callable[[int], T]) -> Iterator[T]:
+def each_row(function: RowFunction[T], rows: Sized, workers: int, crashed: Callable[[int], T]) -> Iterator[T]:
     """`look(rows, index)` for every row, in order; `crashed(index)` of one that ends its process. All are pickled.
 
     Raises what `look` raises, and RunError where a process ends before it has begun.
@@ -38,7 +38,7 @@ def each_row(look: Look[T], rows: Sized, workers: int, crashed: Callable[[int], 
     at = 0  # the row that is next in order
     try:
         for _ in range(min(workers, len(todo))):
-            pool.append(_Worker(look, rows))
+            pool.append(_Worker(function, rows))
         while at < len(rows):
             if at in done:
                 results = done.pop(at)
@@ -69,7 +69,7 @@ def each_row(look: Look[T], rows: Sized, workers: int, crashed: Callable[[int], 
                 else:
                     todo.extendleft((index, index + 1) for index in reversed(range(begin, end)))
                 worker.end()
-                pool[pool.index(worker)] = _Worker(look, rows)
+                pool[pool.index(worker)] = _Worker(function, rows)
     finally:
         with _no_ctrl_c():
             for worker in pool:
@@ -79,12 +79,12 @@ def each_row(look: Look[T], rows: Sized, workers: int, crashed: Callable[[int], 
 class _Worker(Generic[T]):
     """A process that looks at rows, the pipe to it, and the spans that it has been given."""
 
-    def __init__(self, look: Look[T], rows: Sized) -> None:
+    def __init__(self, function: RowFunction[T], rows: Sized) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit whatever threads the libraries have
         self.spans: deque[Span] = deque()
         self.begun = False
         self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(Parent.here(), theirs, look, rows), daemon=True)
+        self._process = spawn.Process(target=_work, args=(Parent.here(), theirs, function, rows), daemon=True)
         resource_tracker.ensure_running()  # the first time it lets Ctrl-C through again
         try:
             with _no_ctrl_c():  # inherited: Ctrl-C is the business of the process that waits for the results
@@ -122,14 +122,14 @@ def _too_early() -> RunError:
     return RunError("a worker process ended before it started, perhaps for lack of memory — try fewer --workers")
 
 
-def _work(parent: Parent, pipe: Connection, look: Look[T], rows: Any) -> None:
+def _work(parent: Parent, pipe: Connection, function: RowFunction[T], rows: Any) -> None:
     """Answer spans to the end. `parent` has taken effect by its arrival, before what the rows need was imported."""
     with suppress(EOFError, ConnectionError):  # whoever asked has ended
         pipe.send(True)
         while True:
             begin, end = pipe.recv()
             try:
-                results: Any = [look(rows, index) for index in range(begin, end)]
+                results: Any = [function(rows, index) for index in range(begin, end)]
             except Exception as error:
                 results = error
             pipe.send(results)

@@ -16,7 +16,7 @@ from minimind_v.core.data.dataset import BrokenRow, Example
 from minimind_v.core.model.loss import IGNORE
 
 TOKENS = ("input_ids", "attention_mask", "image_mask", "labels")  # [B, T] each
-PICTURES = ("pixel_values", "image_features")
+IMAGES = ("pixel_values", "image_features")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Batch:
     image_features: Tensor | None = None  # [M, P, width], in place of pixels
     remembered: Tensor | None = None  # [M], true where an image is in image_features, where there are both
     keys: list[bytes] = field(default_factory=list)  # of the images in pixel_values, for their features
-    places: list[str] = field(default_factory=list)  # file:row of each row
+    locations: list[str] = field(default_factory=list)  # file:row of each row
     broken: list[BrokenRow] = field(default_factory=list)  # rows that were left out of this batch
     answers: int = 0
     answers_cut: int = 0  # of these, how many did not fit into the length
@@ -72,15 +72,15 @@ class Batch:
         """
         lengths = self.attention_mask.sum(dim=1).clamp(min=1).tolist()
 
-        def fits(begin: int, end: int) -> bool:
+        def within_limit(begin: int, end: int) -> bool:
             return end - begin == 1 or (end - begin) * max(lengths[begin:end]) <= positions
 
         edges = [0]
         for row in range(1, len(self)):
-            if not fits(edges[-1], row + 1):
+            if not within_limit(edges[-1], row + 1):
                 edges.append(row)
         even = [len(self) * number // len(edges) for number in range(len(edges))]  # not all but a last one of few rows
-        if all(fits(begin, end) for begin, end in pairwise([*even, len(self)])):
+        if all(within_limit(begin, end) for begin, end in pairwise([*even, len(self)])):
             edges = even
         pieces, first = [], 0
         images = 0 if self.image_features is None else len(self.image_features)
@@ -101,7 +101,7 @@ class Batch:
         Those are written into the pipe, which costs a fifth of that.
         """
         return {
-            name: value.numpy() if isinstance(value, Tensor) and name not in PICTURES else value
+            name: value.numpy() if isinstance(value, Tensor) and name not in IMAGES else value
             for name, value in self.__dict__.items()
         }
 
@@ -132,19 +132,19 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
         image_mask[row, :end] = tokens.image_mask
         loss_mask[row, :end] = tokens.loss_mask
     labels = np.where(loss_mask, input_ids, IGNORE)
-    pictures = [picture for example in examples for picture in example.pictures]
-    pixels = [picture.pixels for picture in pictures if picture.pixels is not None]
-    features = [picture.features for picture in pictures if picture.features is not None]
+    images = [image for example in examples for image in example.images]
+    pixels = [image.pixels for image in images if image.pixels is not None]
+    features = [image.features for image in images if image.features is not None]
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(attention_mask),
         torch.from_numpy(labels),
         torch.from_numpy(image_mask),
-        _together(pixels, torch.uint8) if pixels else None,
-        _together(features, features[0].dtype) if features else None,
-        torch.tensor([picture.features is not None for picture in pictures]) if pixels and features else None,
-        [picture.key for picture in pictures if picture.pixels is not None],
-        places=[example.place for example in examples],
+        _stack(pixels, torch.uint8) if pixels else None,
+        _stack(features, features[0].dtype) if features else None,
+        torch.tensor([image.features is not None for image in images]) if pixels and features else None,
+        [image.key for image in images if image.pixels is not None],
+        locations=[example.location for example in examples],
         broken=broken,
         answers=sum(example.tokens.answers for example in examples),
         answers_cut=sum(example.tokens.answers_cut for example in examples),
@@ -153,15 +153,15 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
     )
 
 
-def _together(pictures: Sequence[Tensor | np.ndarray], kind: torch.dtype) -> Tensor:
+def _stack(arrays: Sequence[Tensor | np.ndarray], kind: torch.dtype) -> Tensor:
     """Pictures [M, …] in one tensor."""
-    together = torch.empty((len(pictures), *pictures[0].shape), dtype=kind)
-    for number, picture in enumerate(pictures):
-        if isinstance(picture, Tensor):
-            together[number] = picture
+    stacked = torch.empty((len(arrays), *arrays[0].shape), dtype=kind)
+    for number, array in enumerate(arrays):
+        if isinstance(array, Tensor):
+            stacked[number] = array
         else:
-            together[number].numpy()[:] = picture
-    return together
+            stacked[number].numpy()[:] = array
+    return stacked
 
 
 def stand_in(pad_id: int) -> Batch:

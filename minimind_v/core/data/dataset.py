@@ -19,16 +19,16 @@ from minimind_v.core.rows.row import RowStore
 class BrokenRow:
     """A row that was left out, where it stands, and why."""
 
-    place: str
+    location: str
     kind: str
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.message}"
+        return f"{self.location}: {self.message}"
 
 
 @dataclass(frozen=True)
-class Picture:
+class LoadedImage:
     """An image: pixels to encode, uint8 [3, S, S], or its stored features [P, width]."""
 
     key: bytes  # of its file's content; empty where no features are stored
@@ -41,15 +41,15 @@ class Example:
     """One row: its tokens and, once they are loaded, its images, each as stored features or as pixels."""
 
     index: int
-    place: str
+    location: str
     tokens: Tokens | PackedTokens
     names: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[LoadedImage] = field(default_factory=list)
 
     @property
     def pixels(self) -> np.ndarray | None:
         """The images to encode, uint8 [N, 3, S, S]; None without any."""
-        pixels = [picture.pixels for picture in self.pictures if picture.pixels is not None]
+        pixels = [image.pixels for image in self.images if image.pixels is not None]
         return np.stack(pixels) if pixels else None
 
 
@@ -63,15 +63,15 @@ class RowDataset:
         image_size: int,
         max_length: int,
         blank: bool = False,
-        fit: str = "crop",
+        resize_mode: str = "crop",
     ) -> None:
-        """`blank` gives a grey image in place of every real one. `fit` is that of the vision spec."""
+        """`blank` gives a grey image in place of every real one. `resize_mode` is `fit` of the vision spec."""
         self.rows = rows
         self.encoder = encoder
         self.image_size = image_size
         self.max_length = max_length
         self.blank = blank
-        self.fit = fit
+        self.resize_mode = resize_mode
         self.remembered: FeatureStore | None = None  # images whose features it has are not decoded
 
     def __len__(self) -> int:
@@ -79,30 +79,30 @@ class RowDataset:
 
     def text(self, index: int) -> Example | BrokenRow:
         """The tokens of a row, its pictures not yet read: enough to know how long it is."""
-        place = self.rows.place(index)
+        location = self.rows.place(index)
         try:
             row = self.rows.row(index)
             if row.conversations is None:
                 raise no_form(row)
             tokens = self.encoder.row(row.conversations, len(row.images), self.max_length)
         except RowError as error:
-            return BrokenRow(place, error.kind, str(error))
+            return BrokenRow(location, error.kind, str(error))
         tokens.notes = row.notes
-        return Example(index, place, tokens, row.images[: tokens.images])
+        return Example(index, location, tokens, row.images[: tokens.images])
 
     def load(self, example: Example) -> Example | BrokenRow:
         """Read the picture files of a row, and decode those whose features are not stored."""
         try:
-            example.pictures = [self._picture(example.index, n, name) for n, name in enumerate(example.names)]
+            example.images = [self._image(example.index, n, name) for n, name in enumerate(example.names)]
         except RowError as error:
-            return BrokenRow(example.place, error.kind, str(error))
+            return BrokenRow(example.location, error.kind, str(error))
         return example
 
-    def _picture(self, index: int, position: int, name: str) -> Picture:
+    def _image(self, index: int, position: int, name: str) -> LoadedImage:
         if self.blank:
-            return Picture(b"", blank_pixels(self.image_size))
+            return LoadedImage(b"", blank_pixels(self.image_size))
         data = self.rows.picture(index, position, name)
         key = digest(data) if self.remembered is not None else b""
         if self.remembered is not None and (features := self.remembered.read(key)) is not None:
-            return Picture(key, features=features)
-        return Picture(key, load_pixels(data, name, self.image_size, self.fit))
+            return LoadedImage(key, features=features)
+        return LoadedImage(key, load_pixels(data, name, self.image_size, self.resize_mode))

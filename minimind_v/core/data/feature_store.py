@@ -78,12 +78,12 @@ class FeatureStore:
 
     def read(self, key: bytes) -> Tensor | None:
         """The features of a picture [P, width], or None where they are not there, or not whole."""
-        place = self._find(key)
-        if place is None and self._refresh():
-            place = self._find(key)
-        if place is None:
+        entry = self._find(key)
+        if entry is None and self._refresh():
+            entry = self._find(key)
+        if entry is None:
             return None
-        segment, number = self._segments[place >> 40], place & (1 << 40) - 1
+        segment, number = self._segments[entry >> 40], entry & (1 << 40) - 1
         data = segment.read(key, number)
         if data is None:  # from now on it is as if it had never been
             self._loose[_short(key)] = -1
@@ -95,12 +95,12 @@ class FeatureStore:
         if self._pid != os.getpid():
             self._forget()
         short = _short(key)
-        place = self._loose.get(short)
-        if place is None:
-            keys, places = self._sorted
+        entry = self._loose.get(short)
+        if entry is None:
+            keys, entries = self._sorted
             at = int(np.searchsorted(keys, np.uint64(short), "right")) - 1
-            place = int(places[at]) if at >= 0 and int(keys[at]) == short else -1
-        return place if place >= 0 else None
+            entry = int(entries[at]) if at >= 0 and int(keys[at]) == short else -1
+        return entry if entry >= 0 else None
 
     def _refresh(self) -> bool:
         """Take in what has been written since; says whether there was anything. Costs some microseconds."""
@@ -121,13 +121,13 @@ class FeatureStore:
                 self._take_in(shorts, numbers | number << 40)
         return grown
 
-    def _take_in(self, shorts: np.ndarray, places: np.ndarray) -> None:
+    def _take_in(self, shorts: np.ndarray, entries: np.ndarray) -> None:
         if len(self._loose) + len(shorts) <= LOOSE:
-            self._loose |= zip(shorts.tolist(), places.tolist(), strict=True)
+            self._loose |= zip(shorts.tolist(), entries.tolist(), strict=True)
             return
         loose = list(self._loose), list(self._loose.values())
         keys = np.concatenate([self._sorted[0], np.array(loose[0], np.uint64), shorts])
-        where = np.concatenate([self._sorted[1], np.array(loose[1], np.int64), places])
+        where = np.concatenate([self._sorted[1], np.array(loose[1], np.int64), entries])
         order = np.argsort(keys, kind="stable")
         keys, where = keys[order], where[order]
         last = np.append(keys[1:] != keys[:-1], True)  # of entries with one key, the youngest
@@ -166,11 +166,11 @@ class FeatureStore:
         self._segments.append(self._own)
         self._names.add(f"{name}.index")
 
-    def _no_room(self, wanted: int) -> str | None:
+    def _no_room(self, needed: int) -> str | None:
         used, free = used_and_free(self.folder)
-        if used + wanted > self.budget:
+        if used + needed > self.budget:
             return f"the budget of {self.budget / 1e9:.1f} GB is used up"
-        if free < wanted + FULL * self.form.record:
+        if free < needed + FULL * self.form.record:
             return "the disk is full"
         return None
 
@@ -193,27 +193,27 @@ class _Segment:
         except OSError:
             os.close(self._data)
             raise
-        self._seen = 0  # entries
+        self._entries = 0  # entries
 
     def grown(self) -> tuple[np.ndarray, np.ndarray]:
         """The beginnings of keys and the numbers of entries that are new here and prove themselves."""
         data = b""
         with contextlib.suppress(OSError):
-            behind = os.fstat(self._index).st_size // ENTRY - self._seen
-            data = os.pread(self._index, behind * ENTRY, self._seen * ENTRY) if behind > 0 else b""
+            behind = os.fstat(self._index).st_size // ENTRY - self._entries
+            data = os.pread(self._index, behind * ENTRY, self._entries * ENTRY) if behind > 0 else b""
         if not data:  # mostly: asked for every picture that is not there yet
             return np.empty(0, np.uint64), np.empty(0, np.int64)
         return self._keep(data[: len(data) // ENTRY * ENTRY])
 
     def _keep(self, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-        words = np.frombuffer(raw, "<u8").reshape(-1, ENTRY // 8)  # the first is the beginning of the key
+        table = np.frombuffer(raw, "<u8").reshape(-1, ENTRY // 8)  # the first is the beginning of the key
         whole = [
             zlib.crc32(raw[at : at + HEAD]) == int.from_bytes(raw[at + HEAD : at + ENTRY], "little")
             for at in range(0, len(raw), ENTRY)
         ]
-        numbers = np.flatnonzero(whole) + self._seen
-        self._seen += len(words)
-        return words[whole, 0], numbers
+        numbers = np.flatnonzero(whole) + self._entries
+        self._entries += len(table)
+        return table[whole, 0], numbers
 
     def deleted(self) -> bool:
         """Whether its files have no name any more: what is written then takes room and is found by nobody."""
@@ -234,10 +234,10 @@ class _Segment:
         """Write records, then their entries. What fails half-way (OSError) leaves no entry."""
         entries = b""
         for n, (key, data) in enumerate(zip(keys, records, strict=True)):
-            _write_all(self._data, data, (self._seen + n) * self.record)
+            _write_all(self._data, data, (self._entries + n) * self.record)
             head = _head(key, data)
             entries += head + zlib.crc32(head).to_bytes(4, "little")
-        _write_all(self._index, entries, self._seen * ENTRY)
+        _write_all(self._index, entries, self._entries * ENTRY)
         return self._keep(entries)
 
     def close(self) -> None:
@@ -265,9 +265,9 @@ def used_and_free(folder: Path) -> tuple[int, int]:
     for file in root.glob("*/*"):
         with contextlib.suppress(OSError):  # gone meanwhile
             used += file.stat().st_size
-    there = next(path for path in (root, *root.parents) if path.exists())
-    found = os.statvfs(there)
-    return used, found.f_bavail * found.f_frsize
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    disk = os.statvfs(existing)
+    return used, disk.f_bavail * disk.f_frsize
 
 
 def measure_reading(root: Path, record: int) -> float | None:

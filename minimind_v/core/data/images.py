@@ -82,13 +82,13 @@ def decode(data: bytes, name: str) -> Image.Image:
         return _turn(_to_eight_bits(picture), _orientation(picture)).convert("RGB")
 
 
-def load_pixels(data: bytes, name: str, size: int, fit: str = "crop") -> np.ndarray:
+def load_pixels(data: bytes, name: str, size: int, resize_mode: str = "crop") -> np.ndarray:
     """Decode and prepare a picture: uint8 [3, size, size]. Raises RowError naming `name`.
 
-    fit: `crop` keeps the middle of the longer side; `squeeze` keeps all of the image, and not its aspect.
+    resize_mode: `crop` keeps the middle of the longer side; `squeeze` keeps all of the image, and not its aspect.
     """
     with _blame(name):
-        return _prepare(*_load(data, size), size, fit)
+        return _prepare(*_load(data, size), size, resize_mode)
 
 
 def is_dark_on_transparent(data: bytes) -> bool:
@@ -110,19 +110,19 @@ def is_dark_on_transparent(data: bytes) -> bool:
     return False
 
 
-def to_pixels(picture: Image.Image, size: int, fit: str = "crop", name: str = "the image") -> np.ndarray:
+def to_pixels(picture: Image.Image, size: int, resize_mode: str = "crop", name: str = "the image") -> np.ndarray:
     """Prepare a decoded image as `load_pixels` does. Raises RowError naming `name`."""
     with _blame(name):
-        return _prepare(picture, picture.size, size, fit)
+        return _prepare(picture, picture.size, size, resize_mode)
 
 
-def _prepare(picture: Image.Image, extent: tuple[float, float], size: int, fit: str) -> np.ndarray:
+def _prepare(picture: Image.Image, extent: tuple[float, float], size: int, resize_mode: str) -> np.ndarray:
     """Resize (bicubic) to uint8 [3, size, size]: CLIPImageProcessor's resize and centre crop, or a squeeze.
 
     The vision encoder normalises: four times fewer bytes travel from the data workers.
     """
     eight_bits = _to_eight_bits(picture)
-    if fit == "squeeze":
+    if resize_mode == "squeeze":
         small = eight_bits.resize((size, size), Image.Resampling.BICUBIC, (0, 0, *extent))
     else:
         small = _shrink(eight_bits, size, extent)

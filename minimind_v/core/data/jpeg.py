@@ -227,18 +227,18 @@ def _end_of_block(layout: Layout, data: bytes) -> str:
         at = begin
         while at + 17 <= end:
             counts, symbols = data[at + 1 : at + 17], data[at + 17 : at + 17 + sum(data[at + 1 : at + 17])]
-            if data[at] == 0x10 | layout.last_table and (place := symbols.find(b"\0")) >= 0:
-                answer = _code(counts, place)
+            if data[at] == 0x10 | layout.last_table and (position := symbols.find(b"\0")) >= 0:
+                answer = _code(counts, position)
             at += 17 + len(symbols)
     return answer
 
 
-def _code(counts: bytes, place: int) -> str:
-    """The code of the symbol in this place of a canonical Huffman table."""
+def _code(counts: bytes, position: int) -> str:
+    """The code of the symbol at this position of a canonical Huffman table."""
     code = 0
     for length, count in enumerate(counts, 1):
         code *= 2
-        if place < count:
-            return f"{code + place:0{length}b}"
-        code, place = code + count, place - count
+        if position < count:
+            return f"{code + position:0{length}b}"
+        code, position = code + count, position - count
     return "no such code"

@@ -116,14 +116,14 @@ class BatchPlan(Dataset[list[Batch]]):
         for index in rows.tolist():
             self._note(index)
             row = texts.get(index) or kept.get(index) or self.dataset.text(index)  # a damaged disk may lose some
-            if not row.place:
-                row = replace(row, place=self.dataset.rows.place(index))
+            if not row.location:
+                row = replace(row, location=self.dataset.rows.place(index))
             read.append(self.dataset.load(row) if isinstance(row, Example) else row)
         examples = [row for row in read if isinstance(row, Example)]
         broken = [row for row in read if isinstance(row, BrokenRow)]
         batch = collate(examples, broken, self.pad_id)
         for example in examples:
-            example.pictures = []  # the window stays, its pictures need not
+            example.images = []  # the window stays, its pictures need not
         return batch
 
     def order(self, epoch: int) -> np.ndarray:
@@ -164,8 +164,8 @@ class BatchPlan(Dataset[list[Batch]]):
 
     def _share_out(self, rows: np.ndarray) -> list[np.ndarray]:
         """Micro-batches of nearly the same number of rows, as many for each process."""
-        parts = self.processes * self._rounds(len(rows))
-        edges = [len(rows) * part // parts for part in range(parts + 1)]
+        micro_batches = self.processes * self._rounds(len(rows))
+        edges = [len(rows) * number // micro_batches for number in range(micro_batches + 1)]
         return [rows[begin:end] for begin, end in pairwise(edges)]
 
     def _rounds(self, rows: int) -> int:

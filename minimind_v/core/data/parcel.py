@@ -26,23 +26,23 @@ ALIGNED = 64  # bytes: where the tensors of a parcel begin
 class Parcel:
     """Anything with tensors in it, to be opened once and in another process."""
 
-    def __init__(self, thing: Any) -> None:
+    def __init__(self, content: Any) -> None:
         """Raises OSError or MemoryError where there is no room for it."""
         buffers: list[pickle.PickleBuffer] = []
         head = io.BytesIO()
-        _Pickler(head, protocol=5, buffer_callback=buffers.append).dump(thing)
-        parts = [head.getbuffer(), *(buffer.raw() for buffer in buffers)]
-        parts.insert(0, memoryview(np.array([len(part) for part in parts], np.int64).tobytes()))
-        self._sizes = len(parts) - 1
+        _Pickler(head, protocol=5, buffer_callback=buffers.append).dump(content)
+        buffers_ = [head.getbuffer(), *(buffer.raw() for buffer in buffers)]
+        buffers_.insert(0, memoryview(np.array([len(data) for data in buffers_], np.int64).tobytes()))
+        self._sizes = len(buffers_) - 1
         self._data: bytes | None = None
         try:
             handle = os.memfd_create("mmv-batch")
         except (AttributeError, OSError):  # not Linux, or not allowed: all of it goes through the workers' pipe
-            self._data = b"".join(bytes(part) + bytes(-len(part) % ALIGNED) for part in parts)
+            self._data = b"".join(bytes(data) + bytes(-len(data) % ALIGNED) for data in buffers_)
             return
         try:
-            for part in parts:
-                _write(handle, part)
+            for data in buffers_:
+                _write(handle, data)
             self._handle = reduction.DupFd(handle)
         finally:
             os.close(handle)
@@ -69,22 +69,22 @@ class Parcel:
         return [batch.pin_memory() for batch in self.open()]
 
 
-def _write(handle: int, part: memoryview) -> None:
-    left = memoryview(part)
+def _write(handle: int, data: memoryview) -> None:
+    left = memoryview(data)
     while len(left):
         left = left[os.write(handle, left) :]
-    os.lseek(handle, -len(part) % ALIGNED, os.SEEK_CUR)
+    os.lseek(handle, -len(data) % ALIGNED, os.SEEK_CUR)
     os.truncate(handle, os.lseek(handle, 0, os.SEEK_CUR))
 
 
 class _Pickler(pickle.Pickler):
     """Leaves the bytes of tensors outside."""
 
-    def reducer_override(self, thing: Any) -> Any:
-        if not isinstance(thing, Tensor):
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
             return NotImplemented
-        flat: Any = thing.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        return _tensor, (pickle.PickleBuffer(flat), thing.dtype, thing.shape)
+        flat: Any = value.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        return _tensor, (pickle.PickleBuffer(flat), value.dtype, value.shape)
 
 
 def _tensor(buffer: Any, dtype: torch.dtype, shape: torch.Size) -> Tensor:

@@ -38,12 +38,12 @@ def split_names(text: str) -> list[str]:
     whole = text.strip()
     if not whole or _exists(whole) or INLINE.match(whole):
         return [whole] if whole else []
-    words = shlex.shlex(text, posix=True, punctuation_chars=False)
-    words.whitespace_split, words.commenters = True, ""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters = True, ""
     if os.name == "nt":
-        words.escape = ""  # a backslash is part of a path
+        lexer.escape = ""  # a backslash is part of a path
     try:
-        names = list(words)
+        names = list(lexer)
     except ValueError:  # a quote without its other half
         return [whole]
     if len(names) > 1 and not any(_exists(name) or ADDRESS.match(name) for name in names):

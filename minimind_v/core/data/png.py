@@ -34,7 +34,7 @@ def keep_pixels(data: bytes) -> bytes:
         elif kind in (b"IHDR", b"PLTE"):
             if not pixels:
                 head.append(data[begin:end])
-        elif (keyword := _keyword(data, begin)) and _fits(data, begin, end, _TURNING[keyword]):
+        elif (keyword := _keyword(data, begin)) and _is_small_enough(data, begin, end, _TURNING[keyword]):
             turning[keyword] = data[begin:end]  # of several the last counts
     return b"".join((MAGIC, *head, *turning.values(), *pixels, b"\0\0\0\0IEND\xaeB`\x82"))
 
@@ -75,7 +75,7 @@ def _is_whole(data: bytes, begin: int, end: int) -> bool:
     return end <= len(data) and zlib.crc32(data[begin + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
 
 
-def _fits(data: bytes, begin: int, end: int, limit: int) -> bool:
+def _is_small_enough(data: bytes, begin: int, end: int, limit: int) -> bool:
     """Whether a text is undamaged and has no more bytes than `limit`. No more than that are unpacked."""
     if not _is_whole(data, begin, end):
         return False

@@ -131,7 +131,7 @@ class TokenStore:
 
     def read(self, rows: np.ndarray) -> dict[int, Text]:
         """Those of the rows that are kept and whole. Their pictures are not read, their places not said."""
-        found: dict[int, Text] = {}
+        texts: dict[int, Text] = {}
         rows = rows[self._kept(rows)]
         for row, entry in zip(rows.tolist(), self._table[rows].tolist(), strict=True):
             assert self._file is not None
@@ -139,8 +139,8 @@ class TokenStore:
             read = os.preadv(self._file.fileno(), [data], entry[0])
             text = self._decode(row, data) if read == len(data) else None
             if text is not None:
-                found[row] = text
-        return found
+                texts[row] = text
+        return texts
 
     def _kept(self, rows: np.ndarray) -> np.ndarray:
         """Which rows have an entry that proves itself, bool [rows]."""
@@ -224,16 +224,16 @@ class TokenStore:
             yield True
             return
         assert self._file is not None
-        place = HEAD + row * ENTRY.itemsize
+        offset = HEAD + row * ENTRY.itemsize
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
         except OSError as error:  # in use, or without locks
             yield error.errno not in (errno.EACCES, errno.EAGAIN)
             return
         try:
             yield True
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, offset)
 
     def _write(self, texts: dict[int, Text], loose: dict[int, Text]) -> None:
         """Keep rows; those that cannot be kept go to `loose`."""
@@ -294,8 +294,8 @@ def _check(rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
 
 
 def _refuse_a_full_disk(folder: Path) -> None:
-    found = os.statvfs(folder)
-    if found.f_bavail * found.f_frsize < RESERVE:
+    disk = os.statvfs(folder)
+    if disk.f_bavail * disk.f_frsize < RESERVE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

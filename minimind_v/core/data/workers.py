@@ -30,7 +30,7 @@ GRACE = 3.0  # seconds that all workers together may take to end
 class _Failure:
     """What ended a worker's work on an update. Of the error its words alone travel: not every error can."""
 
-    place: str | None
+    location: str | None
     kind: type[MmvError] | None
     message: str
 
@@ -52,18 +52,18 @@ class Packed(Dataset[Parcel | _Failure]):
             return _Failure(None, type(error), str(error))
         except (OSError, MemoryError) as error:
             reason = f"{str(error) or 'out of memory'} — try fewer workers, or --workers 0"
-            return _Failure(_place(self.plan, os.getpid()), RunError, reason)
+            return _Failure(_location_of(self.plan, os.getpid()), RunError, reason)
         except Exception:
-            return _Failure(_place(self.plan, os.getpid()), None, traceback.format_exc())
+            return _Failure(_location_of(self.plan, os.getpid()), None, traceback.format_exc())
 
 
 def affordable(workers: int, warn: Callable[[str], None]) -> int:
     """How many of so many workers can be started; `warn` is told where that is fewer."""
-    fitting = _fitting(workers) if workers else 0
-    if fitting < workers:
-        instead = f"{fitting} of {workers} data workers" if fitting else "no data workers (as with --workers 0)"
+    allowed = _room_for(workers) if workers else 0
+    if allowed < workers:
+        instead = f"{allowed} of {workers} data workers" if allowed else "no data workers (as with --workers 0)"
         warn(f"{_shared_memory()} is enough for {instead}; if this is slow, start the container with --shm-size=1g")
-    return fitting
+    return allowed
 
 
 def begin(loader: DataLoader[Any]) -> Any:
@@ -89,15 +89,15 @@ def begin(loader: DataLoader[Any]) -> Any:
             signal.signal(heard, before)
 
 
-def unpacked(updates: Any, plan: Any, processes: list[Any]) -> Iterator[Any]:
+def unpacked(parcels: Any, plan: Any, processes: list[Any]) -> Iterator[Any]:
     """What workers have packed. Raises RunError where one has ended, and what ended its work where it has not."""
     try:
-        for parcel in updates:
+        for parcel in parcels:
             if isinstance(parcel, _Failure):
-                where = f" at {parcel.place}" if parcel.place else ""
+                location = f" at {parcel.location}" if parcel.location else ""
                 if parcel.kind is None:
-                    raise RuntimeError(f"a data worker failed{where}\n{parcel.message}")
-                raise parcel.kind(f"a data worker failed{where}: {parcel.message}" if where else parcel.message)
+                    raise RuntimeError(f"a data worker failed{location}\n{parcel.message}")
+                raise parcel.kind(f"a data worker failed{location}: {parcel.message}" if location else parcel.message)
             yield parcel.open() if isinstance(parcel, Parcel) else parcel
     except (RuntimeError, OSError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
@@ -114,7 +114,7 @@ def _died(plan: Any, processes: list[Any], error: Exception) -> RunError:
         process.join(5)
         if process.exitcode is None:
             continue
-        place = _place(plan, process.pid)
+        location = _location_of(plan, process.pid)
         ended = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
         advice = {
             "SIGKILL": "check that row; if memory is short, try fewer workers or --workers 0",
@@ -122,53 +122,53 @@ def _died(plan: Any, processes: list[Any], error: Exception) -> RunError:
             f"start the "
             "container with --shm-size=1g, or try --workers 0",
         }.get(ended, "check that row, or try --workers 0")
-        return RunError(f"a data worker died of {ended}{f' at {place}' if place else ''} — {advice}")
+        return RunError(f"a data worker died of {ended}{f' at {location}' if location else ''} — {advice}")
     return RunError(f"a batch of a data worker did not arrive ({error}) — try --workers 0")
 
 
-def _place(plan: Any, process: int) -> str | None:
+def _location_of(plan: Any, process: int) -> str | None:
     return plan.read_by(process) if hasattr(plan, "read_by") else None
 
 
-def end(updates: Any, processes: list[Any]) -> None:
+def end(iterator: Any, processes: list[Any]) -> None:
     """End the workers, also those that hang in a decoder or wait for a dead network disk.
 
     torch would give each of them ten seconds, one after the other, and the interpreter at its end wait for ever.
     """
     if processes:
-        _ask(updates)
+        _ask(iterator)
         stuck = end_processes(processes, GRACE)
-        updates._workers = [process for process in processes if process not in stuck]
-    getattr(updates, "_shutdown_workers", lambda: None)()
+        iterator._workers = [process for process in processes if process not in stuck]
+    getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
-def _ask(updates: Any) -> None:
+def _ask(iterator: Any) -> None:
     """What torch's own shutdown asks of its thread and of its workers, in its order, without waiting for these."""
-    if thread := getattr(updates, "_pin_memory_thread", None):
-        updates._pin_memory_thread_done_event.set()
-        updates._worker_result_queue.put((None, None))
+    if thread := getattr(iterator, "_pin_memory_thread", None):
+        iterator._pin_memory_thread_done_event.set()
+        iterator._worker_result_queue.put((None, None))
         thread.join(GRACE)
         if thread.is_alive():  # it reads what a worker has begun to send
-            del updates._pin_memory_thread
-    updates._workers_done_event.set()
-    for number, available in enumerate(updates._workers_status):
+            del iterator._pin_memory_thread
+    iterator._workers_done_event.set()
+    for number, available in enumerate(iterator._workers_status):
         if available:
-            updates._mark_worker_as_unavailable(number, shutdown=True)
+            iterator._mark_worker_as_unavailable(number, shutdown=True)
 
 
 # --- what /dev/shm is still needed for --------------------------------------------------------------------------------
 
 
-def semaphores(wanted: int) -> int:
+def semaphores(count: int) -> int:
     """For how many of so many semaphores there is room; each takes a page in /dev/shm. They are given back."""
     taken: list[Any] = []
     with suppress(OSError):  # no room, or no shared memory at all
-        while len(taken) < wanted:
+        while len(taken) < count:
             taken.append(get_context().Lock())
     return len(taken)
 
 
-def _fitting(workers: int) -> int:
+def _room_for(workers: int) -> int:
     """For how many of so many data workers there is room, where other processes of the run want as many."""
     runs = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(0, (semaphores(runs * (3 * workers + 8)) // runs - 8) // 3)  # so many has torch's DataLoader

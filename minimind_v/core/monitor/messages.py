@@ -164,9 +164,9 @@ class BrokenRows:
         It depends on nothing else, so it is the same after a resume and for any number of processes.
         """
         for row in rows:
-            if row.place in self.by_place:
+            if row.location in self.by_place:
                 continue
-            self.by_place[row.place] = [row.kind, str(row)]
+            self.by_place[row.location] = [row.kind, str(row)]
             if len(self.by_place) <= NAMED_BROKEN:
                 warn(f"row skipped: {row}")
         broken = len(self.by_place)

@@ -42,15 +42,15 @@ def curves(series: dict[str, Points]) -> str:
     xs, ys = zip(*(point for points in shown.values() for point in points), strict=True)
     x_low, x_high, ticks = min(xs), max(xs), axis(min(0.0, *ys), max(ys))
 
-    def place(x: float, y: float) -> str:
+    def position(x: float, y: float) -> str:
         across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
         return f"{across * WIDTH:.1f},{HEIGHT * (ticks[-1] - y) / (ticks[-1] - ticks[0]):.2f}"
 
     lines = []
     for colour, points in zip(COLOURS * len(shown), shown.values(), strict=False):
         kind = ' class="point"' if len(points) == 1 else ""  # a line of length 0, with round ends
-        places = " ".join(place(*point) for point in points * (2 if len(points) == 1 else 1))
-        lines.append(f'<polyline{kind} points="{places}" style="stroke:{colour}"/>')
+        positions = " ".join(position(*point) for point in points * (2 if len(points) == 1 else 1))
+        lines.append(f'<polyline{kind} points="{positions}" style="stroke:{colour}"/>')
     labels = [(0.0, f"step {x_low:,.0f}"), (1.0, f"{x_high:,.0f}")] if x_high > x_low else [(0.5, f"step {x_low:,.0f}")]
     below = legend(zip(COLOURS * len(shown), shown, strict=False)) if len(shown) > 1 else ""
     return chart("".join(lines), ticks, labels) + below

@@ -97,7 +97,7 @@ def _legend() -> str:
 
 def _lesson(spec: VisionSpec, config: RunConfig) -> str:
     side, patches = spec.image_size // spec.patch_size, spec.tokens_per_image
-    parts = {
+    topics = {
         "A token is a piece of text with a number": (
             "The model does not read letters. A tokenizer cuts the text into frequent pieces — a word, a part of "
             "a word, one or two Chinese characters — and the model reads their numbers (ids). A rare "
@@ -143,7 +143,7 @@ def _lesson(spec: VisionSpec, config: RunConfig) -> str:
             "time. Training puts rows of similar length into a batch, so it needs little padding."
         ),
     }  # fmt: skip
-    cards = "".join(f"<div><h3>{title}</h3><p>{text}</p></div>" for title, text in parts.items())
+    cards = "".join(f"<div><h3>{title}</h3><p>{text}</p></div>" for title, text in topics.items())
     return f"<section><h2>How to read this page</h2><div class='lesson'>{cards}</div></section>"
 
 
@@ -153,28 +153,28 @@ def _lesson(spec: VisionSpec, config: RunConfig) -> str:
 def _row(view: RowView, spec: VisionSpec, config: RunConfig) -> str:
     lost = view.whole - len(view.tokens)
     state, kind = ("skipped", "bad") if view.trouble else ("cut", "bad") if lost else ("complete", "good")
-    parts = [f'<h2><code>{_safe(view.place)}</code> <span class="badge {kind}">{state}</span></h2>']
+    blocks = [f'<h2><code>{_safe(view.location)}</code> <span class="badge {kind}">{state}</span></h2>']
     if view.trouble:
-        parts.append(f'<p class="warn">Training skips this row: {_safe(view.trouble)}.</p>')
+        blocks.append(f'<p class="warn">Training skips this row: {_safe(view.trouble)}.</p>')
     if view.pictures:
         removed = range(view.tokens.images, len(view.pictures)) if view.whole and view.tokens else range(0)
-        pictures = (_picture(one, n, n in removed, spec) for n, one in enumerate(view.pictures))
-        parts.append(f'<div class="pictures">{"".join(pictures)}</div>')
+        pictures = (_picture(image, n, n in removed, spec) for n, image in enumerate(view.pictures))
+        blocks.append(f'<div class="pictures">{"".join(pictures)}</div>')
     if view.whole:
-        parts += [_facts(view, config), "".join(_messages(view))]
+        blocks += [_facts(view, config), "".join(_messages(view))]
     if view.unmarked:
-        parts.append(f'<p class="dim">This is {_safe(TEXT_ROW)}.</p>')
+        blocks.append(f'<p class="dim">This is {_safe(TEXT_ROW)}.</p>')
     if view.unanswered:
-        parts.append(
+        blocks.append(
             f"<p>The last question has no answer, so training does not use it: "
             f'<span class="t x">{_safe(view.unanswered)}</span></p>'
         )
     if view.tokens and not view.trouble:
-        parts.append(_shift(view))
+        blocks.append(_shift(view))
     if view.source:
         source = "\n".join(map(_safe, view.source.split("\n")))
-        parts.append(f"<details><summary>The row in the file</summary><pre>{source}</pre></details>")
-    return f"<section>{''.join(parts)}</section>"
+        blocks.append(f"<details><summary>The row in the file</summary><pre>{source}</pre></details>")
+    return f"<section>{''.join(blocks)}</section>"
 
 
 def _picture(picture: PictureView, number: int, removed: bool, spec: VisionSpec) -> str:
@@ -209,18 +209,24 @@ def _picture(picture: PictureView, number: int, removed: bool, spec: VisionSpec)
 
 
 def _facts(view: RowView, config: RunConfig) -> str:
-    tokens, images, learnt = len(view.tokens), sum(view.tokens.image_mask), view.supervised
+    tokens, images, supervised = len(view.tokens), sum(view.tokens.image_mask), view.supervised
     lost = view.whole - tokens
     facts = [
         (tokens, "tokens"),
         (images, "image patches"),
-        (tokens - images - learnt, "context"),
-        (learnt, "supervised"),
+        (tokens - images - supervised, "context"),
+        (supervised, "supervised"),
     ]
     if lost:
         facts += [(lost, "cut off"), (view.answers_lost, "of these in answers")]
     padding = view.batch.length - tokens if view.batch else 0
-    bar = ((images, "eye"), (tokens - images - learnt, "ask"), (learnt, "learn"), (padding, "pad"), (lost, "cut"))
+    bar = (
+        (images, "eye"),
+        (tokens - images - supervised, "ask"),
+        (supervised, "learn"),
+        (padding, "pad"),
+        (lost, "cut"),
+    )
     total = max(sum(width for width, _ in bar), 1)
     return (
         '<div class="bar">'
@@ -261,7 +267,7 @@ def _messages(view: RowView) -> Iterator[str]:
 
 
 def _chip(piece: Piece) -> str:
-    kinds = ["t", "s" * piece.special, "l" * piece.supervised, "x" * piece.removed, "many" if piece.parts else ""]
+    kinds = ["t", "s" * piece.special, "l" * piece.supervised, "x" * piece.removed, "many" if piece.token_bytes else ""]
     ids = " ".join(map(str, piece.ids))
     if piece.picture is not None:
         patches = len(piece.ids)
@@ -270,8 +276,8 @@ def _chip(piece: Piece) -> str:
     # The line breaks behind the chip, not in it, lest an empty end of it stands on the next line.
     breaks = piece.text.endswith("\n")
     shown = _safe(piece.text.removesuffix("\n"), lines=True) + NEWLINE * breaks
-    if piece.parts:
-        shown += f"<small>{' | '.join(piece.parts)}</small>"
+    if piece.token_bytes:
+        shown += f"<small>{' | '.join(piece.token_bytes)}</small>"
     return f'<span class="{_join(*kinds)}" data-id="{ids}" title="{ids}">{shown}</span>{"<br>" * breaks}'
 
 

@@ -79,8 +79,8 @@ def plan(
     spec = projected(read_vision_spec(config.vision_model), config.projector)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
-    updates = min(outlook.updates, config.max_steps or outlook.updates)
-    first = min(outlook.updates // config.epochs, updates)  # in the epoch that encodes the images
+    updates = min(outlook.steps, config.max_steps or outlook.updates)
+    first = min(outlook.steps // config.epochs, updates)  # in the epoch that encodes the images
     watch, later, memory, disk = _measure(config, updates, first)
     tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (updates, first))
     time = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
@@ -171,7 +171,7 @@ def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, St
 
 def _of_run(outlook: Outlook, updates: int, counted: int) -> int:
     """What was counted in the rows looked at, for so many steps of the run."""
-    return round(counted / outlook.looked_at * outlook.seen_rows * updates / outlook.updates)
+    return round(counted / outlook.counted_rows * outlook.planned_rows * updates / outlook.steps)
 
 
 # --- by made-up steps -------------------------------------------------------------------------------------------------

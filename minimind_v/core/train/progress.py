@@ -129,7 +129,7 @@ class Progress:
         self.counts.bad += 1
         losses = zip(batches, result.batch_losses, strict=False)
         worst = [batch for batch, loss in losses if not math.isfinite(loss)] or batches
-        places = self.world.gather_objects([place for batch in worst for place in batch.places])
+        places = self.world.gather_objects([place for batch in worst for place in batch.locations])
         suspects = [place for of_process in places for place in of_process]
         self.listener.warning(f"step {step}: {not_finite(result.loss, result.grad_norm, suspects)}")
         if self.counts.skipped == min(PATIENCE, steps):

@@ -146,7 +146,7 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
         rows = open_rows(earlier.file, earlier.images)
         keep = np.zeros(len(rows), bool)
         keep[rows.shuffled(np.random.default_rng(config.seed))[: config.recall_rows]] = True
-        dataset = RowDataset(rows, own.encoder, own.image_size, config.data.max_length, fit=own.fit)
+        dataset = RowDataset(rows, own.encoder, own.image_size, config.data.max_length, resize_mode=own.resize_mode)
         dataset.remembered = store
     except MmvError as error:
         return str(error)

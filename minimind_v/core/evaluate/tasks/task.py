@@ -38,10 +38,10 @@ class Task:
 
     def add(self, losses: BatchLosses) -> None:
         """Score the answers of a batch."""
-        for place in losses.batch.places:
+        for place in losses.batch.locations:
             self.scores[place] = []
         for answer in losses.answers(self.end_id):
-            self.scores[losses.batch.places[answer.row]].append(self.score(answer))
+            self.scores[losses.batch.locations[answer.row]].append(self.score(answer))
 
     def metrics(self) -> dict[str, Any]:
         """The results by the names that `mmv eval --json` gives them."""
