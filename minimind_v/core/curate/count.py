@@ -17,7 +17,7 @@ from minimind_v.core.errors import RowError
 from minimind_v.core.rows.row import IMAGE_MARK, Row, RowStore
 
 NO_LIMIT = 10**9  # tokens: nothing is cut
-LOOKED_AT = 2000  # characters of a row that tell its language
+SAMPLE = 2000  # characters of a row from which its language is guessed
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 LATIN = "A-Za-z\u00c0-\u024f"
@@ -157,9 +157,7 @@ def language(conversations: Any) -> str:
     if not isinstance(conversations, list):
         return "other"
     texts = (message.get("content") for message in conversations if isinstance(message, dict))
-    text = " ".join(content[:LOOKED_AT] for content in texts if isinstance(content, str))[:LOOKED_AT].replace(
-        IMAGE_MARK, ""
-    )
+    text = " ".join(content[:SAMPLE] for content in texts if isinstance(content, str))[:SAMPLE].replace(IMAGE_MARK, "")
     han, latin, other = (len(pattern.findall(text)) for pattern in (_HAN, _LATIN, _OTHER))
     if other > han + latin or not han + latin:
         return "other"

@@ -193,14 +193,8 @@ def as_json(view: RowView) -> dict[str, Any]:
         "image_tokens": sum(view.tokens.image_mask),
         "padded_to": view.batch.length if view.batch else None,
         "pictures": [
-            {
-                "name": image.name,
-                "width": image.width,
-                "height": image.height,
-                "kept": image.kept,
-                "trouble": image.trouble,
-            }
-            for image in view.pictures
+            {key: getattr(picture, key) for key in ("name", "width", "height", "kept", "trouble")}
+            for picture in view.pictures
         ],
         "input_ids": view.tokens.input_ids,
         "supervised": list(zip(edges[::2], edges[1::2], strict=True)),

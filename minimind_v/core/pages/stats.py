@@ -46,9 +46,7 @@ def stats_page(report: dict[str, Any]) -> str:
     languages = list(zip(COLOURS, report["languages"].items(), strict=False))
     shares = "".join(f'<i style="width:{share:.2%};background:{colour}"></i>' for colour, (_, share) in languages)
     key = legend((colour, f"{name} {share:.1%}") for colour, (name, share) in languages)
-    details = "".join(
-        f"<dt>{escape(key)}</dt><dd>{escape(visible(text))}</dd>" for key, text in summary(report).items()
-    )
+    facts = "".join(f"<dt>{escape(key)}</dt><dd>{escape(visible(text))}</dd>" for key, text in summary(report).items())
     body = (
         f'<h1>Statistics of the rows</h1><p class="dim"><code>{name}</code>, read as <b>{report["stage"]}</b> data; '
         f"{rows_read}.</p>{figures(numbers)}"
@@ -56,7 +54,7 @@ def stats_page(report: dict[str, Any]) -> str:
         f"{_plot(report['histogram'], report['max_length'])}</section>"
         f'<section><h2>Quantiles</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div></section>'
         f'<section><h2>In training</h2><div class="share">{shares}</div>{key}'
-        f"<p></p><dl>{details}</dl></section>"
+        f"<p></p><dl>{facts}</dl></section>"
     )
     return page(f"{report['file']} — stats", body, PLOT_STYLE + STYLE)
 
