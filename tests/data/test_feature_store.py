@@ -62,7 +62,7 @@ def test_other_types(kind, tmp_path):
     form = Form(kind, 4, 8)
     store = FeatureStore(tmp_path / "eye", form, PLENTY)
     fill(store, [3])
-    assert torch.equal(store.read(key(3)), form.settle(features(3)))
+    assert torch.equal(store.read(key(3)), form.rounded(features(3)))
 
 
 def test_eight_bits_are_within_half_a_level_per_token(tmp_path):
@@ -73,7 +73,7 @@ def test_eight_bits_are_within_half_a_level_per_token(tmp_path):
     found = store.read(key(0))
     assert form.record == 4 * 8 + 4 * 4
     assert ((found - given).abs() <= given.abs().amax(dim=1, keepdim=True) / 127 * 0.501).all()
-    assert torch.equal(found, form.settle(given[None])[0]), "stored or not, the trainer gets the same"
+    assert torch.equal(found, form.rounded(given[None])[0]), "stored or not, the trainer gets the same"
 
 
 def test_another_process_finds_what_comes_later(store):

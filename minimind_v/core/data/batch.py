@@ -1,10 +1,10 @@
-"""Examples collated into tensors, padded to the longest of them."""
+"""Examples collated into tensors and padded to the longest example."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,54 +21,48 @@ IMAGES = ("pixel_values", "image_features")
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of up to T tokens with M images in reading order."""
+    """B rows of up to T tokens, with M images in reading order."""
 
     input_ids: Tensor  # [B, T]
     attention_mask: Tensor  # [B, T], true for tokens
     labels: Tensor  # [B, T], -100 where not supervised
-    image_mask: Tensor  # [B, T], true where a patch goes
-    pixel_values: Tensor | None = None  # uint8 [M, 3, S, S], but for images whose features are stored
-    image_features: Tensor | None = None  # [M, P, width], in place of pixels
-    remembered: Tensor | None = None  # [M], true where an image is in image_features, where there are both
-    keys: list[bytes] = field(default_factory=list)  # of the images in pixel_values, for their features
+    image_mask: Tensor  # [B, T], true for placeholders of patches
+    pixel_values: Tensor | None = None  # uint8 [images without stored features, 3, S, S]
+    image_features: Tensor | None = None  # [images with stored features, P, width]
+    remembered: Tensor | None = None  # [M], true for images in image_features, if some are in each
+    keys: list[bytes] = field(default_factory=list)  # of the images in pixel_values, to store their features
     locations: list[str] = field(default_factory=list)  # file:row of each row
     broken: list[BrokenRow] = field(default_factory=list)  # rows that were left out of this batch
     answers: int = 0
-    answers_cut: int = 0  # of these, how many did not fit into the length
-    text_rows: int = 0  # rows with pictures that no mark shows
-    notes: dict[str, int] = field(default_factory=dict)  # rows that are read in another way than they are written
-    trouble: str = ""  # of the worker that made it, which has not reported it otherwise
+    answers_cut: int = 0  # how many of these were cut short or cut off
+    text_rows: int = 0  # rows with pictures and no mark
+    notes: dict[str, int] = field(default_factory=dict)  # rows by how their reading differs from their text
+    trouble: str = ""  # a worker's warning, for the trainer to report
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @property
     def supervised(self) -> int:
-        """Tokens that are predicted for the loss. (The first position of a row has nothing to be predicted from.)"""
+        """Supervised tokens. The first position of a row does not count: no token before it predicts it."""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     @property
     def tokens(self) -> dict[str, Any]:
-        """What the model's forward takes of a batch besides its images, by its names."""
+        """The arguments of the model's forward besides the images."""
         return {name: getattr(self, name) for name in TOKENS}
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; the copy overlaps with computing where memory is pinned, as it is for CUDA.
+        """The batch on a device; a copy from pinned memory to CUDA overlaps with computing.
 
-        An overlapping copy to MPS may read memory that has been given to something else meanwhile.
+        An overlapping copy to MPS may read memory that was freed and used again meanwhile.
         """
-        overlap = device.type == "cuda"
-        moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=overlap)
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def split(self, positions: int) -> list[Batch]:
-        """Pieces of consecutive rows, each of up to so many positions or one row, and no wider than its longest row.
+        """Pieces of consecutive rows, each of at most `positions` or of one row, and as wide as its longest row.
 
-        Images must have become features.
+        The images must be features already.
         """
         lengths = self.attention_mask.sum(dim=1).clamp(min=1).tolist()
 
@@ -79,12 +73,12 @@ class Batch:
         for row in range(1, len(self)):
             if not within_limit(edges[-1], row + 1):
                 edges.append(row)
-        even = [len(self) * number // len(edges) for number in range(len(edges))]  # not all but a last one of few rows
+        even = [len(self) * number // len(edges) for number in range(len(edges))]  # avoids a last piece of few rows
         if all(within_limit(begin, end) for begin, end in pairwise([*even, len(self)])):
             edges = even
         pieces, first = [], 0
         images = 0 if self.image_features is None else len(self.image_features)
-        per_image = max(1, int(self.image_mask.sum()) // max(images, 1))  # as many as leave the projector
+        per_image = max(1, int(self.image_mask.sum()) // max(images, 1))  # placeholders
         for begin, end in pairwise([*edges, len(self)]):
             wide = max(lengths[begin:end])
             cut: dict[str, Any] = {name: getattr(self, name)[begin:end, :wide] for name in TOKENS}
@@ -96,10 +90,7 @@ class Batch:
         return pieces
 
     def __getstate__(self) -> dict[str, Any]:
-        """On its way from a worker a batch is in shared memory, each tensor a file of its own, but for small ones.
-
-        Those are written into the pipe, which costs a fifth of that.
-        """
+        """Small tensors travel from a worker as arrays through the pipe: a fifth of the cost of shared memory."""
         return {
             name: value.numpy() if isinstance(value, Tensor) and name not in IMAGES else value
             for name, value in self.__dict__.items()
@@ -110,17 +101,18 @@ class Batch:
             self.__dict__[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
     def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader for transfers to a CUDA device."""
-        pinned: dict[str, Any] = {
-            item.name: value.pin_memory()
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
+        """torch's DataLoader calls this for transfers to a CUDA device."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {
+            n: function(value) for n, value in self.__dict__.items() if isinstance(value, Tensor)
         }
-        return replace(self, **pinned)
+        return replace(self, **tensors)
 
 
 def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Batch:
-    """Right-pad examples into a batch. An empty list gives a batch of no rows."""
+    """Right-pad examples into a batch; no examples give a batch of no rows."""
     length = max((len(example.tokens) for example in examples), default=0)
     shape = (len(examples), length)
     input_ids = np.full(shape, pad_id, np.int64)
@@ -165,6 +157,6 @@ def _stack(arrays: Sequence[Tensor | np.ndarray], kind: torch.dtype) -> Tensor:
 
 
 def stand_in(pad_id: int) -> Batch:
-    """A row of padding from which nothing is learnt."""
+    """A row of padding without supervised tokens."""
     nothing = torch.zeros(1, 2, dtype=torch.bool)
     return Batch(torch.full((1, 2), pad_id), nothing, torch.full((1, 2), IGNORE), nothing)

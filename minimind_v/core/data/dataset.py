@@ -1,4 +1,4 @@
-"""Rows as the model reads them: tokens cut to length, images as pixels or features, and every broken row by name."""
+"""Rows as the model reads them: tokens cut to length, images as pixels or features; every broken row is reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minimind_v.core.rows.row import RowStore
 
 @dataclass(frozen=True)
 class BrokenRow:
-    """A row that was left out, where it stands, and why."""
+    """A row that training skips: its file:row, and why."""
 
     location: str
     kind: str
@@ -31,14 +31,14 @@ class BrokenRow:
 class LoadedImage:
     """An image: pixels to encode, uint8 [3, S, S], or its stored features [P, width]."""
 
-    key: bytes  # of its file's content; empty where no features are stored
+    key: bytes  # digest of the picture file; empty if no features are stored
     pixels: np.ndarray | None = None
     features: Tensor | None = None
 
 
 @dataclass
 class Example:
-    """One row: its tokens and, once they are loaded, its images, each as stored features or as pixels."""
+    """One row: its tokens and, after `load`, its images."""
 
     index: int
     location: str
@@ -48,13 +48,13 @@ class Example:
 
     @property
     def pixels(self) -> np.ndarray | None:
-        """The images to encode, uint8 [N, 3, S, S]; None without any."""
+        """The images to encode, uint8 [N, 3, S, S]; None if there are none."""
         pixels = [image.pixels for image in self.images if image.pixels is not None]
         return np.stack(pixels) if pixels else None
 
 
 class RowDataset:
-    """Joins a store of rows and a prompt encoder. Picklable."""
+    """A store of rows and a prompt encoder. Picklable."""
 
     def __init__(
         self,
@@ -72,13 +72,13 @@ class RowDataset:
         self.max_length = max_length
         self.blank = blank
         self.resize_mode = resize_mode
-        self.remembered: FeatureStore | None = None  # images whose features it has are not decoded
+        self.remembered: FeatureStore | None = None  # images with stored features are not decoded
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def text(self, index: int) -> Example | BrokenRow:
-        """The tokens of a row, its pictures not yet read: enough to know how long it is."""
+        """The tokens of a row; its picture files are not read."""
         location = self.rows.place(index)
         try:
             row = self.rows.row(index)
@@ -91,7 +91,7 @@ class RowDataset:
         return Example(index, location, tokens, row.images[: tokens.images])
 
     def load(self, example: Example) -> Example | BrokenRow:
-        """Read the picture files of a row, and decode those whose features are not stored."""
+        """Read the picture files of a row, and decode those without stored features."""
         try:
             example.images = [self._image(example.index, n, name) for n, name in enumerate(example.names)]
         except RowError as error:

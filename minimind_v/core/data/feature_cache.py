@@ -1,9 +1,8 @@
-"""The feature cache: an image that was encoded once is read from disk, since a frozen encoder's features never change.
+"""The feature cache: an image is encoded once and then read from disk, since a frozen encoder's features never change.
 
-Data workers ask the store for the features of an image before they decode it. The trainer encodes those that are
-missing, always in groups of one size, and stores the features. So an image's features do not depend on the images
-beside it, and training is the same to the last bit whether they were computed or read (on a GPU: with deterministic
-algorithms only).
+Data workers read an image's features from the store before they decode it. The trainer encodes missing images in groups
+of one size and stores their features. So features do not depend on the other images of a batch, and training is the
+same to the last bit whether features were computed or read (on a GPU: with deterministic algorithms only).
 """
 
 from __future__ import annotations
@@ -24,18 +23,17 @@ from minimind_v.core.data.images import RENDERING
 from minimind_v.core.device import autocast
 from minimind_v.core.model.vision.encoder import VisionEncoder
 
-# Images that are encoded together. A CPU has them one by one in its cache; of a GPU this number was not measured.
+# Images that are encoded together. One image fits into a CPU's cache; for GPUs the number was not measured.
 GROUP = {"cpu": 1}
 GROUP_ELSEWHERE = 16
-WORTH = 2  # encoding an image must take so many times as long as reading its features
+WORTH = 2  # encoding an image must take at least so many times as long as reading its features
 PROBES = 4  # fewer images are not worth a folder
 
 
 class FeatureEncoder:
-    """Encodes the images of batches; the features of an image depend on nothing but the image.
+    """Encodes the images of batches; the features of an image depend on that image only.
 
-    On a GPU that is so to the last bit only where algorithms are deterministic: else groups may have any size, since
-    what is learnt from them differs in the last bits anyway.
+    On a GPU this holds to the last bit with deterministic algorithms only; without them, groups may have any size.
     """
 
     def __init__(self, encoder: VisionEncoder, device: torch.device, dtype: str) -> None:
@@ -43,17 +41,14 @@ class FeatureEncoder:
         self.group = GROUP.get(device.type, GROUP_ELSEWHERE)
         with autocast(device, dtype):
             lower = torch.is_autocast_enabled(device.type)
-        self.kind = "bfloat16" if lower else "float32"  # as which the projector will read them
+        self.kind = "bfloat16" if lower else "float32"  # the projector's input
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Images [K, 3, S, S], uint8 → features [K, P, width], without a gradient."""
         return torch.cat([self._encode_group(group) for group in pixel_values.split(self.group)])
 
     def _encode_group(self, images: Tensor) -> Tensor:
-        """One group. A kernel may be chosen by the number of images, and add up in another order than its like.
-
-        So a group that is not full is filled up where bits must be the same.
-        """
+        """One group, filled up if bits must be the same: the number of images can change the kernel and its sums."""
         count = len(images)
         exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         if count < self.group and exact:
@@ -63,10 +58,10 @@ class FeatureEncoder:
         return features.to(torch.bfloat16 if self.kind == "bfloat16" else torch.float32)
 
     def identify(self) -> tuple[str, float]:
-        """A name that no other encoder has, and the seconds that this one needs for an image.
+        """A name that no other encoder has, and the seconds to encode an image.
 
-        Weights, preprocessing, and the features of some images here: the bits differ between machines, precisions and
-        releases, and features that would not be computed so are not used.
+        The name depends on weights, preprocessing and the features of some images on this machine: the bits differ
+        between machines, precisions and releases, and features with other bits must not be used.
         """
         size = self.encoder.spec.image_size
         noise = torch.Generator().manual_seed(0)
@@ -77,7 +72,7 @@ class FeatureEncoder:
             checksum = zlib.crc32(tensor.detach().float().cpu().contiguous().numpy())
             digest.update(f"{name} {tuple(tensor.shape)} {checksum};".encode())
         digest.update(f"{self.encoder.spec.identity} {RENDERING}".encode())
-        self.encode(images)  # the first time pays for what is only made once
+        self.encode(images)  # warm-up
         begun = time.perf_counter()
         features = self.encode(images).float().cpu()
         seconds = (time.perf_counter() - begun) / self.group
@@ -86,7 +81,7 @@ class FeatureEncoder:
 
 
 class FeatureCache:
-    """The features of a run's images: read where they are stored, encoded and stored where not."""
+    """The features of a run's images: read if they are stored, else encoded and stored."""
 
     def __init__(
         self,
@@ -95,12 +90,12 @@ class FeatureCache:
         form: Form | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
-        """`form` is one that loses precision; features rounded by it are used for every image, stored or not."""
+        """`form` is a layout that loses precision: it rounds the features of every image, stored or not."""
         self.encoder, self.store, self.form, self.warn = encoder, store, form, warn
         self.encoded = self.read = 0  # images
 
     def features(self, batch: Batch) -> Tensor | None:
-        """Features of all images of a batch on the device, in reading order [M, P, width]; None without any."""
+        """Features of a batch's images on the device, in reading order [M, P, width]; None if it has none."""
         if batch.pixel_values is None:
             self.read += 0 if batch.image_features is None else len(batch.image_features)
             return batch.image_features
@@ -115,7 +110,7 @@ class FeatureCache:
         return features
 
     def _of_pixels(self, pixel_values: Tensor, keys: list[bytes]) -> Tensor:
-        """Features of images that a data worker found none of. It reads ahead: some may be stored by now."""
+        """Features of images that had none in the store when a data worker read ahead; some may be stored by now."""
         stored = {n: features for n, key in enumerate(keys) if (features := self._read(key)) is not None}
         missing = [n for n in range(len(pixel_values)) if n not in stored]
         self.read += len(stored)
@@ -125,7 +120,7 @@ class FeatureCache:
         assert self.encoder is not None, "pixels need an encoder"
         fresh = self.encoder.encode(pixel_values[missing] if stored else pixel_values)  # [K, P, width]
         if self.form is not None:
-            fresh = self.form.settle(fresh)
+            fresh = self.form.rounded(fresh)
         self._write([keys[n] for n in missing], fresh)
         if not stored:
             return fresh
@@ -153,10 +148,10 @@ def open_feature_cache(
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> FeatureCache:
-    """The cache of a run over so many rows, below `folder`; `choice` is off, auto, exact or int8.
+    """The cache, below `folder`, of a run over `rows` rows; `choice` is off, auto, exact or int8.
 
-    Says in one line what was decided. `auto` is `exact` where reading features was measured to take at most half as
-    long as computing them, else off; neither changes a bit of what is learnt.
+    `say` gets the decision in one line. `auto` is `exact` if reading features takes at most half as long as computing
+    them, by measurement, else off; neither changes a bit of the trained weights.
     """
     spec = encoder.encoder.spec
     form = Form("int8" if choice == "int8" else encoder.kind, spec.tokens_per_image, spec.width)

@@ -13,7 +13,7 @@ SCALE = 4  # bytes of a token's scale, a float32
 
 @dataclass(frozen=True)
 class Form:
-    """The layout of one picture's features: P patches of a width, `kind` one of float32, bfloat16 and int8."""
+    """The layout of one image's features: P patches of a width; `kind` is float32, bfloat16 or int8."""
 
     kind: str
     patches: int
@@ -21,18 +21,18 @@ class Form:
 
     @property
     def record(self) -> int:
-        """Bytes of one picture."""
+        """Bytes of one image."""
         if self.kind == "int8":
             return self.eighth
         return self.patches * self.width * TYPES[self.kind].itemsize
 
     @property
     def eighth(self) -> int:
-        """Bytes of one picture in 8 bits, whatever the kind is."""
+        """Bytes of one image as int8, for every kind."""
         return self.patches * (self.width + SCALE)
 
     def pack(self, features: Tensor) -> list[bytes]:
-        """[K, P, width] on the CPU → the bytes of each picture."""
+        """[K, P, width] on the CPU → the bytes of each image."""
         if self.kind != "int8":
             rows = features.to(TYPES[self.kind]).contiguous().flatten(1).view(torch.uint8)  # [K, record]
             return [row.numpy().tobytes() for row in rows]
@@ -40,7 +40,7 @@ class Form:
         return [level.numpy().tobytes() + scale.numpy().tobytes() for level, scale in zip(levels, scales, strict=True)]
 
     def unpack(self, data: bytearray) -> Tensor:
-        """The bytes of a picture → [P, width]."""
+        """The bytes of an image → [P, width]."""
         if self.kind != "int8":
             return torch.frombuffer(data, dtype=TYPES[self.kind]).view(self.patches, self.width)
         split = self.patches * self.width
@@ -48,8 +48,8 @@ class Form:
         scales = torch.frombuffer(data, dtype=torch.float32, offset=split).view(self.patches, 1)
         return levels.float() * scales
 
-    def settle(self, features: Tensor) -> Tensor:
-        """What comes back of features that are stored, wherever they are: remembered or not, a picture is the same."""
+    def rounded(self, features: Tensor) -> Tensor:
+        """Features with the precision of stored ones, on any device."""
         if self.kind != "int8":
             return features.to(TYPES[self.kind])
         levels, scales = _quantise(features)
@@ -57,6 +57,6 @@ class Form:
 
 
 def _quantise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """[K, P, width] → 127 levels either way [K, P, width] int8 and what one of them is worth [K, P, 1] float32."""
+    """[K, P, width] → levels from -127 to 127, int8 [K, P, width], and the size of a level, float32 [K, P, 1]."""
     scales = features.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
     return (features.float() / scales).round().to(torch.int8), scales

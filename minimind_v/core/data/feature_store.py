@@ -1,12 +1,12 @@
 """Image features on disk, indexed by a digest of the image; several processes may write at once.
 
-A folder holds segments. A segment belongs to the one process that made it and is two files: `.features`, records of one
-size behind each other, and `.index`, an entry for each record, written when the record is there. An entry proves itself
-and its record by checksums, so that whatever a kill, a crash of the machine or a damaged disk leaves is not found; no
-segment is ever continued by another process. Readers look again at what has grown.
+A folder holds segments. A segment belongs to the process that made it and is two files: `.features`, records of one
+size, and `.index`, an entry for each record, written after the record. Checksums prove an entry and its record, so that
+readers ignore the remains of a kill, a crash of the machine or a damaged disk. No other process continues a segment.
+Readers read new entries when they miss a key.
 
-Records are read with `pread`, not through a memory map: the page cache serves both alike, and a file that is cut while
-it is mapped ends the process.
+`pread` reads records, not a memory map: both use the page cache, and a file that is truncated while it is mapped ends
+the process.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from minimind_v.core.data.feature_layout import Form
 
 ENTRY = 24  # bytes: a key of 16, the checksum of its record, the checksum of both
 HEAD = 20  # bytes of an entry that its checksum covers
-LOOSE = 4096  # entries that are kept in a dict until they are sorted in
-SHARE = 4  # of the bytes that are free, those that are taken are one part in so many
-PROBES = 4  # records that are written and read to measure a disk
-FULL = 32  # free bytes of a disk are left alone below so many records
+LOOSE = 4096  # entries in a dict before they are merged into the sorted arrays
+SHARE = 4  # the stores take a quarter of the free bytes
+PROBES = 4  # records that measure a disk
+FULL = 32  # records that must stay free on a disk
 
 
 def digest(data: bytes) -> bytes:
-    """The key of a picture: 16 bytes that tell its file's content."""
+    """The key of a picture file: a digest of 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class FeatureStore:
-    """Features by key. Cheap to pickle; forked or spawned, each process has files of its own."""
+    """Features by key. Cheap to pickle; each process, forked or spawned, opens its own files."""
 
     def __init__(self, folder: Path, form: Form, budget: int) -> None:
-        """`budget` is how many bytes all segments of all folders beside this one may have together."""
+        """`budget` limits the bytes of all segments in this folder and the folders beside it."""
         self.folder, self.form, self.budget = folder, form, budget
         self._forget()
 
     @classmethod
     def below(cls, root: Path, name: str, form: Form) -> FeatureStore:
-        """The store of this name in a folder of stores, which together may have a quarter of what is free."""
+        """The store of this name in a folder of stores, which together may take a quarter of the free bytes."""
         return cls(root / name, form, sum(used_and_free(root / name)) // SHARE)
 
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._segments: list[_Segment] = []
         self._names: set[str] = set()
-        self._sorted = np.empty(0, np.uint64), np.empty(0, np.int64)  # the beginnings of keys, and where they are
+        self._sorted = np.empty(0, np.uint64), np.empty(0, np.int64)  # beginnings of keys, and their entries
         self._loose: dict[int, int] = {}
         self._own: _Segment | None = None
-        self.trouble: str | None = None  # why nothing more is written
+        self.trouble: str | None = None  # why the store writes no more
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -70,14 +70,14 @@ class FeatureStore:
         self._forget()
 
     def count(self) -> int:
-        """Pictures that can be found."""
+        """Images with stored features."""
         self._refresh()
         return len(self._sorted[0]) + len(self._loose)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def read(self, key: bytes) -> Tensor | None:
-        """The features of a picture [P, width], or None where they are not there, or not whole."""
+        """The features of an image [P, width]; None if they are missing or damaged."""
         entry = self._find(key)
         if entry is None and self._refresh():
             entry = self._find(key)
@@ -85,13 +85,13 @@ class FeatureStore:
             return None
         segment, number = self._segments[entry >> 40], entry & (1 << 40) - 1
         data = segment.read(key, number)
-        if data is None:  # from now on it is as if it had never been
+        if data is None:  # forget the entry
             self._loose[_short(key)] = -1
             return None
         return self.form.unpack(data)
 
     def _find(self, key: bytes) -> int | None:
-        """Segment and number of an entry that begins like the key, as one number."""
+        """Segment and number, as one integer, of an entry that begins like the key."""
         if self._pid != os.getpid():
             self._forget()
         short = _short(key)
@@ -103,15 +103,15 @@ class FeatureStore:
         return entry if entry >= 0 else None
 
     def _refresh(self) -> bool:
-        """Take in what has been written since; says whether there was anything. Costs some microseconds."""
+        """Read new entries; returns whether there were any. Costs some microseconds."""
         if self._pid != os.getpid():
             self._forget()
         names: set[str] = set()
         with contextlib.suppress(OSError):
             names = {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".index")}
-        for name in sorted(names - self._names):  # in the order in which they were begun
+        for name in sorted(names - self._names):  # oldest first
             self._names.add(name)
-            with contextlib.suppress(OSError):  # half deleted, or not for us
+            with contextlib.suppress(OSError):  # half deleted, or unreadable
                 self._segments.append(_Segment(self.folder / name[: -len(".index")], self.form.record))
         grown = False
         for number, segment in enumerate(self._segments):
@@ -136,9 +136,9 @@ class FeatureStore:
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def write(self, keys: Sequence[bytes], features: Tensor) -> None:
-        """Add pictures, features [K, P, width] on the CPU, as long as there is room; those that are there stay.
+        """Add the features of images, [K, P, width] on the CPU, while there is room; stored ones stay.
 
-        Never raises for want of room or rights: `trouble` then says why nothing more is written.
+        Without room or rights it sets `trouble` and does not raise.
         """
         fresh = {key: n for n, key in enumerate(keys) if self._find(key) is None}
         if self.trouble or not fresh:
@@ -175,7 +175,7 @@ class FeatureStore:
         return None
 
     def close(self) -> None:
-        """Let go of all files. The store can be used again."""
+        """Close all files. The next use opens them again."""
         for segment in self._segments:
             segment.close()
         self._forget()
@@ -193,20 +193,20 @@ class _Segment:
         except OSError:
             os.close(self._data)
             raise
-        self._entries = 0  # entries
+        self._entries = 0  # read or written
 
     def grown(self) -> tuple[np.ndarray, np.ndarray]:
-        """The beginnings of keys and the numbers of entries that are new here and prove themselves."""
+        """Beginnings of keys and numbers of new entries with a correct checksum."""
         data = b""
         with contextlib.suppress(OSError):
             behind = os.fstat(self._index).st_size // ENTRY - self._entries
             data = os.pread(self._index, behind * ENTRY, self._entries * ENTRY) if behind > 0 else b""
-        if not data:  # mostly: asked for every picture that is not there yet
+        if not data:  # the usual case
             return np.empty(0, np.uint64), np.empty(0, np.int64)
         return self._keep(data[: len(data) // ENTRY * ENTRY])
 
     def _keep(self, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-        table = np.frombuffer(raw, "<u8").reshape(-1, ENTRY // 8)  # the first is the beginning of the key
+        table = np.frombuffer(raw, "<u8").reshape(-1, ENTRY // 8)  # column 0: beginnings of keys
         whole = [
             zlib.crc32(raw[at : at + HEAD]) == int.from_bytes(raw[at + HEAD : at + ENTRY], "little")
             for at in range(0, len(raw), ENTRY)
@@ -216,11 +216,11 @@ class _Segment:
         return table[whole, 0], numbers
 
     def deleted(self) -> bool:
-        """Whether its files have no name any more: what is written then takes room and is found by nobody."""
+        """Whether its files were deleted: no reader would find new records."""
         return not os.fstat(self._data).st_nlink or not os.fstat(self._index).st_nlink
 
     def read(self, key: bytes, number: int) -> bytearray | None:
-        """The record of an entry, if it has this key and is whole."""
+        """The record of an entry, if the entry has this key and the record is whole."""
         data = bytearray(self.record)
         try:
             entry = os.pread(self._index, HEAD, number * ENTRY)
@@ -231,7 +231,7 @@ class _Segment:
         return data if entry == _head(key, data) else None
 
     def append(self, keys: list[bytes], records: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Write records, then their entries. What fails half-way (OSError) leaves no entry."""
+        """Write records, then their entries. A failure half-way (OSError) leaves no entry."""
         entries = b""
         for n, (key, data) in enumerate(zip(keys, records, strict=True)):
             _write_all(self._data, data, (self._entries + n) * self.record)
@@ -246,12 +246,12 @@ class _Segment:
 
 
 def _head(key: bytes, data: bytes | bytearray) -> bytes:
-    """What an entry says of a record."""
+    """The entry of a record, without its own checksum."""
     return key + zlib.crc32(data).to_bytes(4, "little")
 
 
 def _write_all(handle: int, data: bytes, offset: int) -> None:
-    """A disk that has room for a part takes a part, and says what is wrong when it is asked again."""
+    """Write all bytes: an almost full disk takes some of them, and reports the error at the next call."""
     view = memoryview(data)
     while view:
         count = os.pwrite(handle, view, offset)
@@ -259,19 +259,18 @@ def _write_all(handle: int, data: bytes, offset: int) -> None:
 
 
 def used_and_free(folder: Path) -> tuple[int, int]:
-    """Bytes of all segments beside and in a folder, and free ones of its disk."""
+    """Bytes of all segments in a folder and beside it, and free bytes of its disk."""
     root = folder.parent
     used = 0
     for file in root.glob("*/*"):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # deleted meanwhile
             used += file.stat().st_size
-    existing = next(path for path in (root, *root.parents) if path.exists())
-    disk = os.statvfs(existing)
+    disk = os.statvfs(next(path for path in (root, *root.parents) if path.exists()))
     return used, disk.f_bavail * disk.f_frsize
 
 
 def measure_reading(root: Path, record: int) -> float | None:
-    """Seconds to read a record below `root` that the page cache does not have; None where none can be written."""
+    """Seconds to read a record below `root` that is not in the page cache; None if none can be written."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root) as file:

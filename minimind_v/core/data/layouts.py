@@ -1,7 +1,7 @@
 """Chat layouts: how the messages of a conversation become the text that a model reads, by name.
 
-A layout writes pieces. Each is encoded by itself, so that special tokens are only those that the layout puts there:
-what a user types stays text. Where the ids depend on what stands side by side, that belongs into one piece.
+A layout writes pieces. Each is encoded by itself, so that only the layout writes special tokens: a user's text stays
+text. Texts whose ids depend on each other belong into one piece.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Piece:
 
 
 class ChatLayout:
-    """A layout. A subclass says all that differs from one to another; roles are system, user and assistant."""
+    """A chat layout; roles are system, user and assistant."""
 
-    system_prompt: str | None = None  # of a conversation that has no system message
-    placeholder = "@"  # the token that stands for one feature of an image, where a message has its `<image>` mark
+    system_prompt: str | None = None  # of a conversation without a system message
+    placeholder = "@"  # the token that reserves a patch's position, at a message's `<image>` mark
     end_token = "<|im_end|>"  # generation stops at it
 
     def message(self, role: str, content: str) -> list[Piece]:
@@ -32,19 +32,19 @@ class ChatLayout:
         raise NotImplementedError
 
     def answer_start(self) -> list[Piece]:
-        """What stands before an answer: the end of a prompt."""
+        """The pieces before an answer: the end of a prompt."""
         raise NotImplementedError
 
     def answer_end(self) -> list[Piece]:
-        """What stands behind an answer: the end token, and what belongs before the next message."""
+        """The pieces after an answer: the end token, and the text before the next message."""
         return [Piece(self.end_token, is_token=True, supervised_from=0), Piece("\n", supervised_from=0)]
 
 
 class ChatML(ChatLayout):
     """The published layout of 2025: `<|im_start|>role\\ncontent<|im_end|>\\n` per message.
 
-    Supervised are an answer's content, its `<|im_end|>` and the newline behind that. Role and content are one piece,
-    so that their ids are those of the whole.
+    An answer's content, its `<|im_end|>` and the newline after that are supervised. Role and content are one piece, so
+    that their ids are those of the whole text.
     """
 
     system_prompt = "You are a helpful assistant"
@@ -63,7 +63,7 @@ CHAT_LAYOUTS: dict[str, ChatLayout] = {"chatml": ChatML()}
 
 
 def find_layout(name: str) -> ChatLayout:
-    """Raises UsageError for a name that no layout has."""
+    """The layout of this name. Raises UsageError for an unknown name."""
     if name not in CHAT_LAYOUTS:
         raise UsageError(f"data.layout {name!r} must be one of {', '.join(CHAT_LAYOUTS)}{nearest(name, CHAT_LAYOUTS)}")
     return CHAT_LAYOUTS[name]

@@ -1,15 +1,14 @@
 """The order of the rows, and the data workers that prepare batches.
 
-Each epoch is a new permutation, drawn from the seed. It is walked in windows of several steps; in a window rows are
-sorted by length and cut into steps, so that a step holds rows of similar length and hardly any padding, and the
-steps are shuffled again. A step's rows are shared out, still in order, into micro-batches, and these to the
-processes in turn: what step number k learns from depends on the seed and on the number of its rows, and not on how
-many processes and micro-batches do it.
+Each epoch is a new permutation, drawn from the seed, and consists of windows of several steps. In a window rows are
+sorted by length and cut into steps, so that a step has rows of similar length and hardly any padding; then the steps
+are shuffled. A step's rows are divided, in order, into micro-batches, which the processes take in turn. So the rows of
+step k depend on the seed and the rows per step only, not on the number of processes and micro-batches.
 
-The windows are walked in a few lanes, step by step in turn, each lane a stretch of the permutation: as the workers
-too take steps in turn, 2 or 4 of them have lanes of their own, and read parts of a parquet file that no other reads.
-Whatever their number, they share their tokens through a file (`token_store.py`): a window is tokenised once, by all
-that wait for it together, and planned from the lengths alone.
+The windows lie in a few lanes, each a stretch of the permutation, and the steps come from the lanes in turn. As workers
+take steps in turn too, 2 or 4 of them have lanes of their own and read different parts of a parquet file. All workers
+share a file of tokens (`token_store.py`): those that wait for a window tokenise it together, and plan it from the
+lengths alone.
 """
 
 from __future__ import annotations
@@ -35,24 +34,24 @@ from minimind_v.core.data.workers import Packed, Whereabouts, affordable, begin,
 from minimind_v.core.processes import Parent, held_back
 from minimind_v.core.signals import SIGNALS
 
-LANES = 4  # each holds parts of a parquet file in memory; 1, 2 and 4 workers share them evenly
-WINDOW = 32  # steps per window: enough to find rows of one length, and few enough to keep the order random
+LANES = 4  # each has parts of a parquet file in memory; 1, 2 and 4 workers share them evenly
+WINDOW = 32  # steps per window: enough for rows of similar length, few enough for a random order
 
 
 @dataclass(frozen=True)
 class Window:
-    """The steps of a window, each as the micro-batches of all processes, each of these the rows that it reads."""
+    """The steps of a window: of each, the rows of the micro-batches of all processes."""
 
     steps: list[list[np.ndarray]]
-    texts: dict[int, Text]  # of rows that no file keeps
+    texts: dict[int, Text]  # of rows that are in no file
 
 
 class BatchPlan(Dataset[list[Batch]]):
     """All steps of a run by number: step k of epoch e is number e · steps_per_epoch + k.
 
-    A step has `rows_per_step` rows (not said: one batch per process). It comes as a list of micro-batches of up to
-    `batch_size` rows: those that fall to process `rank` of `processes`. The last of an epoch may have fewer rows, and a
-    process none of them.
+    A step has `rows_per_step` rows (default: one batch per process). An item is the list of its micro-batches, each of
+    up to `batch_size` rows, for process `rank` of `processes`. The last step of an epoch may have fewer rows, and none
+    for some processes.
     """
 
     def __init__(
@@ -69,9 +68,9 @@ class BatchPlan(Dataset[list[Batch]]):
         keep: np.ndarray | None = None,
         tokens: TokenStore | None = None,
     ) -> None:
-        """Without a seed the rows keep the order of their file; `limit` leaves out all but the first so many.
+        """Without a seed the rows keep the order of their file; `limit` takes the first so many only.
 
-        `keep`, bool [rows of the file], leaves out the rows where it is false. `tokens` is where they are kept.
+        `keep`, bool [rows of the file], selects rows. `tokens` caches their token ids.
         """
         self.dataset, self.tokens = dataset, tokens
         self.kept = np.ones(len(dataset), bool) if keep is None else keep
@@ -85,13 +84,13 @@ class BatchPlan(Dataset[list[Batch]]):
         self.processes, self.rank = processes, rank
         self.rows_per_step = rows_per_step or batch_size * processes
         self.steps_per_epoch = -(-self.rows // self.rows_per_step)
-        self.wide = 1 if seed is None else WINDOW  # nothing is sorted in the order of the file
+        self.wide = 1 if seed is None else WINDOW  # without a seed nothing is sorted
         self.windows = -(-self.steps_per_epoch // self.wide)
         self._sequence = _lanes(self.steps_per_epoch, 1 if seed is None else LANES)
         self._planned: dict[tuple[int, int], Window] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._reading = Whereabouts()  # what killed a worker can be named
-        self._warned = False  # that this process keeps no more tokens
+        self._reading = Whereabouts()  # to name the row that killed a worker
+        self._warned = False  # that this process caches no more tokens
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
@@ -111,7 +110,7 @@ class BatchPlan(Dataset[list[Batch]]):
         return batches
 
     def _read(self, rows: np.ndarray, texts: dict[int, Text]) -> Batch:
-        """A micro-batch with its pictures."""
+        """A micro-batch with its images."""
         read, kept = [], self.tokens.read(rows) if self.tokens else {}
         for index in rows.tolist():
             self._note(index)
@@ -123,7 +122,7 @@ class BatchPlan(Dataset[list[Batch]]):
         broken = [row for row in read if isinstance(row, BrokenRow)]
         batch = collate(examples, broken, self.pad_id)
         for example in examples:
-            example.images = []  # the window stays, its pictures need not
+            example.images = []  # the window stays in memory, its images need not
         return batch
 
     def order(self, epoch: int) -> np.ndarray:
@@ -136,7 +135,7 @@ class BatchPlan(Dataset[list[Batch]]):
         return self._order[1]
 
     def window(self, epoch: int, window: int) -> Window:
-        """One window; pictures are not read."""
+        """One window; picture files are not read."""
         wide = self.wide * self.rows_per_step
         rows = self.order(epoch)[window * wide : (window + 1) * wide]
         lengths, texts = self._lengths(rows)
@@ -151,7 +150,7 @@ class BatchPlan(Dataset[list[Batch]]):
         return Window(steps, texts)
 
     def _lengths(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, Text]]:
-        """The tokens of each row, 0 for a broken one, int64 [rows]; and the rows that no file keeps."""
+        """The number of tokens of each row, 0 for a broken one, int64 [rows]; and the rows that are in no file."""
         if self.tokens is None:
             texts = {index: self._tokenise(index) for index in rows.tolist()}
             lengths = [len(text.tokens) if isinstance(text, Example) else 0 for text in texts.values()]
@@ -163,18 +162,18 @@ class BatchPlan(Dataset[list[Batch]]):
         return self.dataset.text(index)
 
     def _share_out(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Micro-batches of nearly the same number of rows, as many for each process."""
+        """Micro-batches of nearly equal size, the same number for each process."""
         micro_batches = self.processes * self._rounds(len(rows))
         edges = [len(rows) * number // micro_batches for number in range(micro_batches + 1)]
         return [rows[begin:end] for begin, end in pairwise(edges)]
 
     def _rounds(self, rows: int) -> int:
-        """How many micro-batches of so many rows fall to each process."""
+        """Micro-batches per process of a step of `rows` rows."""
         return -(-rows // (self.batch_size * self.processes))
 
     @property
     def prefetch(self) -> int:
-        """Updates that a worker prepares ahead: some four micro-batches."""
+        """Steps that a worker prepares ahead: about four micro-batches."""
         return max(2, 4 // self._rounds(self.rows_per_step))
 
     def _note(self, index: int) -> None:
@@ -183,13 +182,13 @@ class BatchPlan(Dataset[list[Batch]]):
             self._reading.note(worker.id, index)
 
     def read_by(self, process: int) -> str | None:
-        """The place of the row that a worker process was at."""
+        """The file:row that a worker process was reading."""
         row = self._reading.row_of(process)
         return None if row is None else self.dataset.rows.place(row)
 
 
 def _lanes(steps: int, lanes: int) -> np.ndarray:
-    """Which step of the permutation is the k-th to be read: the lanes' steps in turn, int64 [steps]."""
+    """The steps of the permutation in the order of reading, the lanes in turn: int64 [steps]."""
     numbers = np.arange(steps)
     windows = np.array_split(np.arange(-(-steps // WINDOW)), lanes)
     firsts = np.array([WINDOW * lane[0] for lane in windows if len(lane)], np.int64)
@@ -200,9 +199,9 @@ def _lanes(steps: int, lanes: int) -> np.ndarray:
 def load_steps(
     plan: BatchPlan, workers: int, pin: bool = False, start: int = 0, warn: Callable[[str], None] = lambda _: None
 ) -> Generator[list[Batch], None, None]:
-    """The steps of a plan from number `start` on, prepared ahead by worker processes, which end when this does.
+    """The steps of a plan from number `start` on; worker processes prepare them ahead and end with the generator.
 
-    Where there is no room for so many workers, it warns once. Raises RunError where one ends before its time.
+    Warns if there is no room for so many workers. Raises RunError if a worker dies.
     """
     workers = affordable(workers, warn)
     if workers:
@@ -215,25 +214,25 @@ def load_steps(
         prefetch_factor=plan.prefetch if workers else None,
         pin_memory=pin,
         worker_init_fn=partial(_prepare, Parent.here()),
-        generator=torch.Generator(),  # its draw would otherwise be one from the program's own random numbers
+        generator=torch.Generator(),  # else it would draw from the program's own random numbers
     )
     stop: Callable[[], None] = lambda: None  # noqa: E731
     try:
-        with held_back(SIGNALS):  # one that interrupts this wait would leave workers that nobody knows
+        with held_back(SIGNALS):  # a signal here would leave workers behind
             steps: Any = begin(loader)
             processes = list(getattr(steps, "_workers", ()))
             # Not left to the garbage collector: a traceback may hold `steps`, or the program's end this generator,
-            # and a process waits for ever for workers that nobody has told to stop.
+            # and the process would wait for its workers for ever.
             stop = partial(end, steps, processes)
             atexit.register(stop)
         yield from unpacked(steps, plan, processes) if workers else steps
     finally:
         stop()
-        atexit.unregister(stop)  # not before: what interrupts it leaves that to the program's end
+        atexit.unregister(stop)  # last: if a signal interrupts `stop`, the program's end calls it
 
 
 def _allow_files() -> None:
-    """Each tensor on its way from a worker is an open file; steps of many micro-batches exceed what shells allow."""
+    """Raise the limit of open files: each tensor from a worker is one, and many micro-batches exceed the default."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -249,10 +248,10 @@ def load_batches(plan: BatchPlan, workers: int) -> Generator[Batch, None, None]:
 
 
 def _prepare(parent: Parent, _: int) -> None:
-    """A worker ends with its parent. Signals to the whole group are that one's business; it ends its workers itself."""
+    """Prepare a worker: it ends with its parent, and the parent handles signals to the group."""
     parent.end_with_it()
     shown = sys.excepthook
-    # A thread of this process hands over what its parent asked for, and no longer takes where it was interrupted.
+    # A thread of this process may still send results that the interrupted parent does not receive.
     sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError) else shown(kind, *error)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
