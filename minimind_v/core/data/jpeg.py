@@ -195,7 +195,7 @@ def _feed(image: Image.Image, layout: Layout, scans: bytes, padding: bytes) -> N
 def _finish(
     decoder: Image.core.ImagingDecoder | ImageFile.PyDecoder, layout: Layout, scans: bytes, left: int
 ) -> tuple[int, int]:
-    """Whether a decoder has all its scans: it then skips any data up to a marker, but inside a scan it waits."""
+    """Decode an end marker: a decoder with all its scans skips data up to it, but inside a scan it waits for more."""
     if left >= 0 and layout.restarts:  # it may wait for a restart; else it skips this one
         numbers = [match[0][1] for match in _RESTART.finditer(scans, layout.begin)]
         restart = bytes([0xFF, 0xD0 + (numbers[-1] + 1) % 8 if numbers else 0xD0])

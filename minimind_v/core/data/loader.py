@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from minimind_v.core.data.batch import Batch, collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.token_store import Text, TokenStore, not_kept
-from minimind_v.core.data.workers import Packed, Whereabouts, affordable, begin, end, unpacked
+from minimind_v.core.data.workers import CurrentRows, Packed, affordable, begin, end, unpacked
 from minimind_v.core.processes import Parent, held_back
 from minimind_v.core.signals import SIGNALS
 
@@ -89,7 +89,7 @@ class BatchPlan(Dataset[list[Batch]]):
         self._sequence = _lanes(self.steps_per_epoch, 1 if seed is None else LANES)
         self._planned: dict[tuple[int, int], Window] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._reading = Whereabouts()  # to name the row that killed a worker
+        self._reading = CurrentRows()  # to name the row that killed a worker
         self._warned = False  # that this process caches no more tokens
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
 """Batches in transit from a data worker to the trainer, in memory without a separate limit.
 
-torch gives every tensor that leaves a worker a file in /dev/shm. A container has 64 MB there, and a batch that finds no
-room is lost without a word: the trainer waits for it for ever. A `Parcel` is one anonymous file for all tensors of an
-update (memfd), which counts as memory of the process and needs no folder. It is packed where the worker reads its rows,
-so whatever fails there is an error of that update.
+torch writes every tensor from a worker into a file in /dev/shm. A container has 64 MB there, and a batch without room
+is lost without an error: the trainer waits for it for ever. A `Parcel` is one anonymous file (memfd) for all tensors of
+a step, which counts as memory of the process and needs no folder. The worker packs it while it prepares the step, so
+that every failure is an error of that step.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ALIGNED = 64  # bytes: where the tensors of a parcel begin
+ALIGNED = 64  # bytes: tensors begin at multiples
 
 
 class Parcel:
-    """Anything with tensors in it, to be opened once and in another process."""
+    """An object with tensors, to be opened once, in another process."""
 
     def __init__(self, content: Any) -> None:
-        """Raises OSError or MemoryError where there is no room for it."""
-        buffers: list[pickle.PickleBuffer] = []
+        """Raises OSError or MemoryError if there is no room for it."""
+        tensors: list[pickle.PickleBuffer] = []
         head = io.BytesIO()
-        _Pickler(head, protocol=5, buffer_callback=buffers.append).dump(content)
-        buffers_ = [head.getbuffer(), *(buffer.raw() for buffer in buffers)]
-        buffers_.insert(0, memoryview(np.array([len(data) for data in buffers_], np.int64).tobytes()))
-        self._sizes = len(buffers_) - 1
+        _Pickler(head, protocol=5, buffer_callback=tensors.append).dump(content)
+        blocks = [head.getbuffer(), *(tensor.raw() for tensor in tensors)]
+        blocks.insert(0, memoryview(np.array([len(block) for block in blocks], np.int64).tobytes()))
+        self._sizes = len(blocks) - 1
         self._data: bytes | None = None
         try:
             handle = os.memfd_create("mmv-batch")
-        except (AttributeError, OSError):  # not Linux, or not allowed: all of it goes through the workers' pipe
-            self._data = b"".join(bytes(data) + bytes(-len(data) % ALIGNED) for data in buffers_)
+        except (AttributeError, OSError):  # not Linux, or forbidden: send all bytes through the workers' pipe
+            self._data = b"".join(bytes(block) + bytes(-len(block) % ALIGNED) for block in blocks)
             return
         try:
-            for data in buffers_:
-                _write(handle, data)
+            for block in blocks:
+                _write(handle, block)
             self._handle = reduction.DupFd(handle)
         finally:
             os.close(handle)
 
     def open(self) -> Any:
-        """What was packed. Raises OSError or EOFError where the process that did it is gone."""
+        """The packed object. Raises OSError or EOFError if the process that packed it has ended."""
         buffer: bytearray | mmap.mmap
         if self._data is not None:
             buffer = bytearray(self._data)
@@ -65,7 +65,7 @@ class Parcel:
         return pickle.loads(head, buffers=rest)
 
     def pin_memory(self) -> Any:
-        """Called by torch's DataLoader for transfers to a CUDA device, in a thread of its own."""
+        """torch's DataLoader calls this for transfers to a CUDA device, in a thread of its own."""
         return [batch.pin_memory() for batch in self.open()]
 
 
@@ -78,7 +78,7 @@ def _write(handle: int, data: memoryview) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves the bytes of tensors outside."""
+    """Pickles tensors without their bytes."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

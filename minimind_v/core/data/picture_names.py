@@ -1,4 +1,4 @@
-"""Picture files as users name them: paths, what a terminal writes when files are dropped on it, and addresses."""
+"""Picture files as users name them: paths, files dropped on a terminal, and addresses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def split_names(text: str) -> list[str]:
         lexer.escape = ""  # a backslash is part of a path
     try:
         names = list(lexer)
-    except ValueError:  # a quote without its other half
+    except ValueError:  # an open quote
         return [whole]
     if len(names) > 1 and not any(_exists(name) or ADDRESS.match(name) for name in names):
         return [whole]  # one name with spaces, and no such file
@@ -68,9 +68,9 @@ def read_pictures(names: Iterable[str]) -> list[Picture]:
 
 
 def read_picture(name: str) -> Picture:
-    """Read the file that a name or a file: address names, or the content of a data: address.
+    """Read a path or a file: address, or decode the content of a data: address.
 
-    Raises MissingInput where it cannot be read, UsageError for an address of something else.
+    Raises MissingInput if the file cannot be read, UsageError for other addresses.
     """
     shown = shorten(name, SHOWN)
     if not _exists(name):
@@ -99,7 +99,7 @@ def read_picture(name: str) -> Picture:
 
 
 def pictures_in(text: str) -> list[str]:
-    """The names in a question that is nothing but names of pictures; empty for any other."""
+    """The names in a question that consists of picture files only; empty for any other question."""
     names = split_names(text)
     are_pictures = [_exists(name) and _is_picture(_path(name)) for name in names]
     alone = len(names) == 1 and " " not in names[0]
@@ -108,17 +108,17 @@ def pictures_in(text: str) -> list[str]:
 
 
 def check_marks(question: str, images: int) -> None:
-    """Raises UsageError where a question has marks for another number of images than there are."""
+    """Raises UsageError if a question's marks differ in number from its images."""
     marks = question.count(IMAGE_MARK)
     if marks and marks != images:
         raise UsageError(f"the question has {marks} {IMAGE_MARK} marks for {images} pictures")
 
 
 def _path(name: str) -> Path:
-    """The path that a name means."""
+    """The path of a name or of a file: address."""
     if not os.path.lexists(name) and (local := LOCAL.fullmatch(name)):
         path = local[1]
-        if not os.path.lexists(path):  # else a program that encodes nothing wrote the address
+        if not os.path.lexists(path):  # else the address has no percent encoding
             path = os.fsdecode(unquote_to_bytes(path.encode(errors="surrogateescape")))
         return Path(path[1:] if os.name == "nt" else path)
     return Path(name if os.path.lexists(name) else os.path.expanduser(name))

@@ -1,4 +1,4 @@
-"""PNGs reduced to their pixels: texts and profiles are neither unpacked nor checked."""
+"""Reduce PNGs to their pixels, without unpacking or checking texts and profiles."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import zlib
 MAGIC = b"\x89PNG\r\n\x1a\n"
 CHUNK_LIMIT = 100_000  # of one file; the largest image has some 40,000 of the usual eight kilobytes
 
-_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND"}  # the first frame's, and how it is turned
-_CHECKED = {b"tRNS", b"eXIf"}  # broken ones are left out; the others' sums are the decoder's business
+_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND"}  # of the first frame, and its orientation
+_CHECKED = {b"tRNS", b"eXIf"}  # dropped if broken; the decoder checks the others
 _TURNING = {b"Raw profile type exif": 2**17, b"XML:com.adobe.xmp": 2**20}  # texts that can hold an orientation: bytes
 _KIND = re.compile(rb"[A-Za-z]{4}")
 _Chunk = tuple[bytes, int, int]  # kind, begin and end with length, kind and check sum
 
 
 def keep_pixels(data: bytes) -> bytes:
-    """The file without chunks that do not decide its pixels; one that has none of these is returned as it is.
+    """The file without chunks that do not change its pixels; the same file if it has none of these.
 
-    Raises ValueError where there are too many.
+    Raises ValueError if there are too many chunks.
     """
     chunks = _walk(data)
     if not any(kind == b"IDAT" for kind, _, _ in chunks) or _is_plain(data, chunks):
@@ -35,12 +35,12 @@ def keep_pixels(data: bytes) -> bytes:
             if not pixels:
                 head.append(data[begin:end])
         elif (keyword := _keyword(data, begin)) and _is_small_enough(data, begin, end, _TURNING[keyword]):
-            turning[keyword] = data[begin:end]  # of several the last counts
+            turning[keyword] = data[begin:end]  # the last one counts
     return b"".join((MAGIC, *head, *turning.values(), *pixels, b"\0\0\0\0IEND\xaeB`\x82"))
 
 
 def _walk(data: bytes) -> list[_Chunk]:
-    """All chunks up to the end, or to what is no chunk."""
+    """All chunks up to the end, or up to other data."""
     chunks: list[_Chunk] = []
     at = len(MAGIC)
     while at + 8 <= len(data):
@@ -57,7 +57,7 @@ def _walk(data: bytes) -> list[_Chunk]:
 
 
 def _is_plain(data: bytes, chunks: list[_Chunk]) -> bool:
-    """Nothing but what decides the pixels, undamaged, and their data in one piece."""
+    """Whether a file has only chunks for its pixels, undamaged, and the IDAT chunks are consecutive."""
     kinds = [kind for kind, _, _ in chunks]
     first = kinds.index(b"IDAT")
     return (
@@ -76,7 +76,7 @@ def _is_whole(data: bytes, begin: int, end: int) -> bool:
 
 
 def _is_small_enough(data: bytes, begin: int, end: int, limit: int) -> bool:
-    """Whether a text is undamaged and has no more bytes than `limit`. No more than that are unpacked."""
+    """Whether a text is undamaged and has at most `limit` bytes. Unpacks at most `limit` bytes."""
     if not _is_whole(data, begin, end):
         return False
     kind = data[begin + 4 : begin + 8]

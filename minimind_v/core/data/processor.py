@@ -1,4 +1,4 @@
-"""From a question and its images to the tensors that a model reads: one place for answering, batches and Python."""
+"""From a question and its images to the model's input tensors, for answers, batches and the Python API."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Processor:
     def __call__(self, text: str | Sequence[str], images: Images | Sequence[Images] = None) -> dict[str, Tensor]:
         """Encode one question and its images, or a list of questions and a list with the images of each.
 
-        Returns input_ids, attention_mask and image_mask, each [B, T], right-padded; and, where there are images,
-        pixel_values uint8 [M, 3, S, S], all M of them in reading order. B is 1 for one question. The logits at the last
+        Returns input_ids, attention_mask and image_mask, each [B, T], right-padded; and, if there are images,
+        pixel_values uint8 [M, 3, S, S], all M images in reading order. B is 1 for one question. The logits at the last
         token of a row predict the first token of its answer.
 
         A question without `<image>` marks gets one for each image, in front.
-        Raises UsageError, MissingInput or RowError where images do not fit the marks or cannot be read.
+        Raises UsageError, MissingInput or RowError if images do not match the marks or cannot be read.
 
         >>> processor = mmv.load("out/sft_vlm_128.pth").processor
         >>> inputs = processor("What is this?", "pictures/star.jpg")
@@ -58,7 +58,7 @@ class Processor:
         return inputs
 
     def question(self, text: str, images: Any = None) -> tuple[str, list[np.ndarray]]:
-        """A question with a mark for each image, and the images as uint8 [3, S, S]. Raises what a call does."""
+        """A question with a mark for each image, and the images as uint8 [3, S, S]. Raises errors as `__call__`."""
         given = [] if images is None else images if isinstance(images, list | tuple) else [images]
         pixels = [self.pixels(image) for image in given]
         if pixels and IMAGE_MARK not in text:
@@ -67,7 +67,7 @@ class Processor:
         return text, pixels
 
     def pixels(self, image: Image) -> np.ndarray:
-        """An image as uint8 [3, S, S]; one that is so already stays. Raises UsageError, MissingInput or RowError."""
+        """An image as uint8 [3, S, S]; such an array stays as it is. Raises UsageError, MissingInput or RowError."""
         size, resize_mode = self.image_size, self.resize_mode
         if isinstance(image, np.ndarray):
             if image.shape == (3, size, size) and image.dtype == np.uint8:
@@ -98,7 +98,7 @@ class Processor:
 
 
 def _pairs(texts: Sequence[str], images: Any) -> list[tuple[str, Any]]:
-    """Each of several texts with its images. Raises UsageError where their numbers differ."""
+    """Each of several texts with its images. Raises UsageError if their numbers differ."""
     images = [None] * len(texts) if images is None else images
     if not texts or not isinstance(images, list | tuple) or len(images) != len(texts):
         raise UsageError(f"{len(texts)} texts need a list of {len(texts)}: the image, images or None of each")

@@ -1,6 +1,6 @@
 """From a conversation to token ids: the text, the supervised tokens, and the positions of images.
 
-The tokenizer's chat layout (`layouts.py`) says how messages become text, and what of that is supervised.
+The tokenizer's chat layout (`layouts.py`) defines how messages become text, and which text is supervised.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from minimind_v.core.rows.row import IMAGE_MARK
 
 ROLES = ("system", "user", "assistant")
 MOST_MESSAGES = 10_000  # of a row: 32768 positions hold fewer
-TEXT_LIMIT = 10**6  # characters of a message that a row looks at: more than 32768 positions can hold, and no gigabytes
+TEXT_LIMIT = 10**6  # characters of a message that a row encodes: more than 32768 positions can hold, but no gigabytes
 
 
 @dataclass
 class Tokens:
-    """Token ids with, for each, whether it is supervised and whether it is a patch of a picture."""
+    """Token ids; each is supervised or not, and an image's placeholder or not."""
 
     input_ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     image_mask: list[bool] = field(default_factory=list)
     images: int = 0
-    answers: int = field(default=0, compare=False)  # of a row: how many it has
-    answers_cut: int = field(default=0, compare=False)  # of these, how many are cut short or cut off
-    unmarked: int = field(default=0, compare=False)  # pictures of a text row, which no mark shows
+    answers: int = field(default=0, compare=False)  # of a row
+    answers_cut: int = field(default=0, compare=False)  # how many of these are cut short or cut off
+    unmarked: int = field(default=0, compare=False)  # images of a text row, which has no mark
     notes: tuple[str, ...] = field(default=(), compare=False)  # of the row
 
     def __len__(self) -> int:
@@ -45,17 +45,15 @@ class Tokens:
         return self
 
     def cut(self, length: int, tokens_per_image: int) -> Tokens:
-        """The first `length` tokens, less where the cut would go through a picture."""
-        patches = sum(self.image_mask[:length])
-        if patches % tokens_per_image:
-            length -= patches % tokens_per_image
-        images = patches // tokens_per_image
+        """The first `length` tokens, or fewer: no cut goes through an image."""
+        images, rest = divmod(sum(self.image_mask[:length]), tokens_per_image)
+        length -= rest
         return Tokens(self.input_ids[:length], self.loss_mask[:length], self.image_mask[:length], images)
 
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """The tokens of a row in arrays [T], as they are kept in a file and written into batches."""
+    """The tokens of a row as arrays [T], for the token store and for batches."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
@@ -63,7 +61,7 @@ class PackedTokens:
     images: int
     answers: int
     answers_cut: int
-    unmarked: int = 0  # pictures of a text row
+    unmarked: int = 0  # images of a text row
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -71,19 +69,19 @@ class PackedTokens:
 
 
 class PromptEncoder:
-    """Encodes conversations with a tokenizer and a number of placeholders per picture."""
+    """Encodes conversations with a tokenizer and a number of placeholders per image."""
 
     def __init__(self, tokenizer: Tokenizer, tokens_per_image: int) -> None:
         self.tokenizer = tokenizer
         self.tokens_per_image = tokens_per_image
-        self._system: tuple[str | None, Tokens] = None, Tokens()  # the last one: mostly that of all rows
+        self._system: tuple[str | None, Tokens] = None, Tokens()  # the last one; most rows have the same
 
     def row(self, conversations: Any, images: int, max_length: int) -> Tokens:
         """A training row of at most `max_length` tokens, cut after the last whole turn that fits.
 
-        `images` is how many pictures the row has; `Tokens.images` how many of them, from the first, are left. A row
-        with pictures and no mark is a text row: its pictures are `Tokens.unmarked`.
-        Raises RowError where the conversation is malformed, marks and pictures differ, or the prompt does not fit.
+        `images` is the number of the row's images; `Tokens.images` counts those before the cut. A row with images and
+        no mark is a text row: `Tokens.unmarked` counts its images.
+        Raises RowError if the conversation is malformed, marks and images differ in number, or the prompt is too long.
         """
         messages = check_conversations(conversations)
         encoded = self._opening(messages)
@@ -96,7 +94,7 @@ class PromptEncoder:
         if len(turns) == 1:
             raise RowError("the question has no answer", "no answer")
         answers, whole = len(turns) // 2, 0
-        # Not strict: a last question without an answer teaches nothing, and goes with its pictures.
+        # Not strict: a last question without an answer is dropped with its images.
         for question, answer in zip(turns[::2], turns[1::2], strict=False):
             prompt = self._message("user", question["content"][:TEXT_LIMIT])
             reply = self._message("assistant", answer["content"][:TEXT_LIMIT])
@@ -105,7 +103,7 @@ class PromptEncoder:
                 encoded += reply
                 whole += 1
                 continue
-            if not any(encoded.loss_mask):  # not even the first turn fits: keep the beginning of its answer
+            if not any(encoded.loss_mask):  # the first turn is too long: keep the beginning of its answer
                 encoded += prompt
                 encoded += reply
                 encoded = encoded.cut(max_length, self.tokens_per_image)
@@ -117,7 +115,7 @@ class PromptEncoder:
         return encoded
 
     def prompt(self, conversations: Any) -> Tokens:
-        """What the model reads before it answers: all messages, and the start of the answer."""
+        """The tokens before an answer: all messages, and the start of the answer."""
         messages = check_conversations(conversations)
         encoded = self._opening(messages)
         for message in messages:
@@ -127,13 +125,13 @@ class PromptEncoder:
         return encoded
 
     def follow_up(self, question: str) -> Tokens:
-        """A further question behind an answer that is complete, its end included, and the start of its answer."""
+        """A further question, after a complete answer and its end, and the start of its answer."""
         encoded = self._message("user", question)
         encoded += self._encode(self.tokenizer.chat_layout.answer_start())
         return encoded
 
     def answer_end(self) -> Tokens:
-        """What stands behind an answer."""
+        """The tokens after an answer."""
         return self._encode(self.tokenizer.chat_layout.answer_end())
 
     def _opening(self, messages: list[dict[str, str]]) -> Tokens:
@@ -160,21 +158,19 @@ class PromptEncoder:
             tokens.input_ids += ids
             tokens.image_mask += image_mask
             begin = piece.supervised_from
-            if begin is None:
-                tokens.loss_mask += [False] * len(ids)
-            else:
-                tokens.loss_mask += [
-                    start >= begin and not image for start, image in zip(starts, image_mask, strict=True)
-                ]
+            tokens.loss_mask += [
+                begin is not None and start >= begin and not image
+                for start, image in zip(starts, image_mask, strict=True)
+            ]
             tokens.images += piece.text.count(IMAGE_MARK)
         return tokens
 
     def _encode_text(self, text: str) -> tuple[list[int], list[int], list[bool]]:
-        """Ids of a text, the character each starts at, and which of them are patches.
+        """Ids of a text, the character that each starts at, and which of them are patches.
 
-        Marks become runs of placeholders and the whole is encoded at once; only the placeholders that a mark stands
-        for are patches, never a user's own. Where the tokenizer would merge a placeholder with its neighbours, the
-        texts between marks are encoded one by one instead, and so they are where the placeholder is a special token.
+        Marks become runs of placeholders, and the whole text is encoded at once; only a mark's placeholders are
+        patches, never a user's own. If the tokenizer would merge a placeholder with its neighbours, or the placeholder
+        is a special token, the texts between marks are encoded one by one instead.
         """
         pieces, placeholder = text.split(IMAGE_MARK), self.tokenizer.chat_layout.placeholder
         if len(pieces) > 1 and len(placeholder) > 1:
@@ -215,7 +211,7 @@ class PromptEncoder:
 
 
 def check_conversations(conversations: Any) -> list[dict[str, str]]:
-    """The messages of a row, if they are: system?, then user and assistant in turn. Raises RowError otherwise."""
+    """The messages of a row: an optional system message, then user and assistant in turn. Raises RowError otherwise."""
     if not isinstance(conversations, list) or not conversations:
         raise RowError("`conversations` is not a list of messages", "conversations")
     if len(conversations) > MOST_MESSAGES:

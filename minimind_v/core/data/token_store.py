@@ -1,14 +1,14 @@
 """A file beside the data that caches the token ids of its rows, so that each row is tokenised once.
 
-The file has a table with one entry per row, and behind it records in the order in which they were written. A process
-appends records, then writes their entries; all others see an entry at once. An entry proves itself by a checksum and
-its record by another, so that a killed writer, two writers at once, a crash of the machine or a damaged disk can leave
-nothing that is taken for a row's tokens: such a row is tokenised again. The head of the file names what decides the
-tokens (see `identify`); a file with another head is replaced as a whole.
+The file has a table with one entry per row, and then records in the order of writing. A process appends records, then
+writes their entries; all others can read an entry at once. One checksum proves an entry and another its record, so that
+no reader mistakes the remains of a killed writer, two writers at once, a crash of the machine or a damaged disk for a
+row's tokens: it tokenises such a row again. The head of the file identifies all inputs of the tokens (see `identify`);
+a file with another head is replaced.
 
-The processes of one machine share the work. Rows that are needed together are tokenised in chunks, and a lock of the
-system on each chunk, which dies with its process, keeps two from doing the same. Locks only save work: where a system
-has none, or where somebody stopped in the middle of a chunk, the same rows are tokenised twice.
+The processes of one machine share the work. They tokenise rows in chunks, and a lock of the system on each chunk, which
+ends with its process, keeps two from the same work. Without locks, or if a process stops in the middle of a chunk, the
+same rows are tokenised twice.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from minimind_v.core.rows.row import NOTES
 MAGIC = b"mmv tokens 1\n"
 HEAD = 64  # bytes: the magic words, the identity, zeros
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("length", "<u4"), ("check", "<u8")])
-# Checksum of all that follows · row · tokens · images · answers · cut · pictures without a mark · notes · name bytes
+# Checksum of the rest · row · tokens · images · answers · cut · images without a mark · notes · bytes of names
 RECORD = struct.Struct("<IQIIIIIII")
-CHUNK = 16  # rows that one process tokenises while others do the next ones
-PATIENCE = 5.0  # seconds of waiting for chunks of others, after which they are tokenised here as well
-RESERVE = 2**28  # free bytes of a disk that are left alone
-MOST = 4  # files of one data file, each with other settings; of more, those unused for longest are removed
-PASSING = {"parquet"}  # kinds of broken rows that may be a reading error, gone the next time
+CHUNK = 16  # rows that a process tokenises under one lock
+PATIENCE = 5.0  # seconds to wait for chunks of other processes before this process tokenises them too
+RESERVE = 2**28  # bytes that must stay free on a disk
+MOST = 4  # files of one data file, with different settings; the least recently used are removed
+PASSING = {"parquet"}  # kinds of broken rows that may be a passing reading error
 
-Text = Example | BrokenRow  # what a row says, or why it cannot be used
+Text = Example | BrokenRow  # a row's tokens, or why it has none
 
 
 class TokenStore:
-    """Tokens by row. Cheap to pickle; forked or spawned, each process opens the file for itself."""
+    """Tokens by row. Cheap to pickle; each process, forked or spawned, opens the file itself."""
 
     def __init__(self, path: Path, rows: int, identity: bytes, wide: bool) -> None:
-        """Raises OSError where the file cannot be made; `wide` is for vocabularies that 16 bits do not number."""
+        """Raises OSError if the file cannot be made; `wide` is for ids of more than 16 bits."""
         self.path, self.rows, self.identity = path, rows, identity
         self.ids = np.dtype("<u4" if wide else "<u2")
         self._forget()
         if self._open():
-            with contextlib.suppress(OSError):  # not ours: whoever else uses it keeps it
+            with contextlib.suppress(OSError):  # the file of another user
                 os.utime(path)
         else:
             sweep(path)
@@ -74,10 +74,10 @@ class TokenStore:
 
     def _forget(self) -> None:
         self._pid = os.getpid()
-        self._file: BinaryIO | None = None  # entries are written and records read here
-        self._end: BinaryIO | None = None  # and records appended here
+        self._file: BinaryIO | None = None  # to write entries and read records
+        self._end: BinaryIO | None = None  # to append records
         self._table = np.empty(0, ENTRY)
-        self.trouble: str | None = None  # why this process writes nothing more
+        self.trouble: str | None = None  # why this process writes no more
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "trouble" and name[0] != "_"}
@@ -97,7 +97,7 @@ class TokenStore:
         file.truncate(HEAD + self.rows * ENTRY.itemsize)
 
     def _open(self) -> bool:
-        """Open the file if it is there and is the right one."""
+        """Open the file, if it exists and has the right head."""
         self._forget()
         try:
             file = self.path.open("r+b", buffering=0)
@@ -120,7 +120,7 @@ class TokenStore:
         return self._file is not None
 
     def _remove_others(self) -> None:
-        """Let the oldest files of the same data go."""
+        """Remove the least recently used files of the same data."""
         with contextlib.suppress(OSError):
             begins = self.path.name.rpartition("-")[0]
             beside = [path for path in self.path.parent.iterdir() if path.name.rpartition("-")[0] == begins]
@@ -130,7 +130,7 @@ class TokenStore:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def read(self, rows: np.ndarray) -> dict[int, Text]:
-        """Those of the rows that are kept and whole. Their pictures are not read, their places not said."""
+        """The rows that are stored and undamaged, without images and locations."""
         texts: dict[int, Text] = {}
         rows = rows[self._kept(rows)]
         for row, entry in zip(rows.tolist(), self._table[rows].tolist(), strict=True):
@@ -143,7 +143,7 @@ class TokenStore:
         return texts
 
     def _kept(self, rows: np.ndarray) -> np.ndarray:
-        """Which rows have an entry that proves itself, bool [rows]."""
+        """Which rows have an entry with a correct checksum, bool [rows]."""
         if not self._mine():
             return np.zeros(len(rows), bool)
         entries = self._table[rows]
@@ -182,9 +182,9 @@ class TokenStore:
     # --- tokenising together ------------------------------------------------------------------------------------------
 
     def lengths(self, rows: np.ndarray, tokenise: Callable[[int], Text]) -> tuple[np.ndarray, dict[int, Text]]:
-        """Tokens of each row, 0 for a broken one; and the rows that could not be kept.
+        """The number of tokens of each row, 0 for a broken one; and the rows that could not be stored.
 
-        What is not kept yet is tokenised and kept, in common with all processes that are at the same rows.
+        Tokenises and stores the missing rows, together with all processes that need the same rows.
         """
         loose: dict[int, Text] = {}
         chunks = np.split(rows, range(CHUNK, len(rows), CHUNK))
@@ -214,7 +214,7 @@ class TokenStore:
 
     @contextlib.contextmanager
     def _claim(self, row: int) -> Iterator[bool]:
-        """Whether the chunk that begins with this row is ours for a while."""
+        """Lock the chunk that begins with this row; whether this process has it."""
         if not self._mine():
             yield True
             return
@@ -227,7 +227,7 @@ class TokenStore:
         offset = HEAD + row * ENTRY.itemsize
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
-        except OSError as error:  # in use, or without locks
+        except OSError as error:  # locked, or a file system without locks
             yield error.errno not in (errno.EACCES, errno.EAGAIN)
             return
         try:
@@ -236,7 +236,7 @@ class TokenStore:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, offset)
 
     def _write(self, texts: dict[int, Text], loose: dict[int, Text]) -> None:
-        """Keep rows; those that cannot be kept go to `loose`."""
+        """Store rows; those that cannot be stored go to `loose`."""
         for row, text in texts.items():
             if isinstance(text, BrokenRow) and text.kind in PASSING:
                 loose[row] = text
@@ -256,7 +256,7 @@ class TokenStore:
         records = [self._encode(row, text) for row, text in texts.items()]
         data = b"".join(records)
         written = self._end.write(data)
-        if written != len(data):  # a disk that has room for a part takes a part
+        if written != len(data):  # an almost full disk takes some bytes
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sizes = np.array([len(record) for record in records])
         entries = np.zeros(len(records), ENTRY)
@@ -285,7 +285,7 @@ def _length(text: Text) -> int:
 
 
 def _check(rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
-    """The checksum of each entry, uint64 [rows]: numpy computes a window's at once."""
+    """The checksum of each entry, uint64 [rows], computed at once."""
     mixed = rows.astype(np.uint64) + np.uint64(1)
     for field in ("offset", "size", "length"):
         mixed = (mixed ^ entries[field].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
@@ -303,9 +303,9 @@ def _refuse_a_full_disk(folder: Path) -> None:
 
 
 def keep_tokens(dataset: RowDataset, data: str, elsewhere: Path, warn: Callable[[str], None]) -> TokenStore | None:
-    """The store of a dataset's tokens: beside its file or, where that cannot be written, in the folder `elsewhere`.
+    """The store of a dataset's tokens: beside its file or, if that folder is not writable, in the folder `elsewhere`.
 
-    `data` tells the content of the file. Where nothing can be kept this is said, and the result is None.
+    `data` is a digest of the file. Warns and returns None if no file can be made.
     """
     path, tokenizer = dataset.rows.path.resolve(), dataset.encoder.tokenizer
     settings, identity = identify(dataset, data)
@@ -322,15 +322,15 @@ def keep_tokens(dataset: RowDataset, data: str, elsewhere: Path, warn: Callable[
 
 
 def not_kept(trouble: str) -> str:
-    """What a run says where it cannot keep tokens."""
+    """The warning of a run that cannot cache tokens."""
     return f"token ids are not cached ({trouble}): every epoch tokenises the rows again"
 
 
 def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:
-    """What decides the tokens of a dataset: a name for the settings, and a digest of these and of the data.
+    """The identity of a dataset's tokens: a name for the settings, and a digest of the settings and the data.
 
-    The code that makes tokens and the library below it are part of the settings. The time of the data file is part of
-    the digest, since of a very large file not every byte is in `data`.
+    The settings include the code and the tokenizers library. The digest includes the time of the data file, since
+    `data` does not cover every byte of a very large file.
     """
     encoder, path = dataset.encoder, dataset.rows.path
     digest = hashlib.blake2b(digest_size=32)
@@ -339,7 +339,7 @@ def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:
         digest.update(source.read_bytes())
     digest.update(encoder.tokenizer.backend.to_str().encode())
     layout = encoder.tokenizer.layout
-    try:  # it may be one of the user's own
+    try:  # it may be the user's own
         digest.update(layout.encode() + Path(inspect.getfile(type(encoder.tokenizer.chat_layout))).read_bytes())
     except (TypeError, OSError):
         raise UsageError(f"data.layout {layout}: its class must be in a file, so that a change is noticed") from None

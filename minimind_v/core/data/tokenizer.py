@@ -1,4 +1,4 @@
-"""The tokenizer: text to ids with positions, ids to text, and the special ids."""
+"""The tokenizer: text to ids and character offsets, ids to text, and the special ids."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from minimind_v.core.errors import MissingInput, RowError, WeightsError
 from minimind_v.core.hub.sources import how_to_get
 
 MOST_BYTES = 64 << 20  # of a tokenizer.json: twice the largest vocabularies of today
-PROBE = "Is it 1?\n它是。"  # a text that any tokenizer of this system can encode
+PROBE = "Is it 1?\n它是。"  # a text that any tokenizer can encode
 MOST_STEPS, MOST_GROWTH = 16, 64  # of a normalizer
-IMAGE_TOKEN = "<|image|>"  # does so in a folder that was exported for transformers, behind the vocabulary
+IMAGE_TOKEN = "<|image|>"  # the placeholder of an export for transformers, after the vocabulary
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizer.json` read as text only: a special token written out by a user stays ordinary text.
+    """A `tokenizer.json`; special tokens in a user's text stay ordinary text.
 
-    Its chat layout decides which tokens end an answer and stand for an image.
+    Its chat layout decides which tokens end an answer and reserve positions for an image.
     """
 
     backend: FastTokenizer
@@ -49,7 +49,7 @@ class Tokenizer:
             if backend.normalizer is not None:
                 _check_growth(json.loads(text)["normalizer"])
             backend.encode(PROBE, add_special_tokens=False)
-        except BaseException as error:  # the Rust library raises plain Exception, and a panic that is none
+        except BaseException as error:  # the Rust library raises Exception, and panics as BaseException
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise WeightsError(f"{path}: not a tokenizer ({error}) — {how_to_get('tokenizer', folder)}") from None
@@ -67,7 +67,7 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.backend.encode_special_tokens = True  # the library leaves it out when it is pickled
+        self.backend.encode_special_tokens = True  # pickling loses it
 
     @property
     def chat_layout(self) -> ChatLayout:
@@ -88,14 +88,14 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many rows an embedding must have: the largest id decides, not the number of tokens."""
+        """Rows of the embedding: the largest id plus one, not the number of tokens."""
         return int(self.backend.token_to_id(self.last_token) or 0) + 1
 
     def encode(self, text: str) -> Encoding:
-        """Ids and character offsets of ordinary text. Raises RowError where it is no text."""
+        """Ids and character offsets of ordinary text. Raises RowError for text that cannot be encoded."""
         try:
             return self.backend.encode(text, add_special_tokens=False)
-        except TypeError:  # JSON can spell half of a surrogate pair, which no UTF-8 can
+        except TypeError:  # JSON can write half of a surrogate pair, UTF-8 cannot
             raise RowError("the text contains half a character (a lone surrogate)", "conversations") from None
         except Exception as error:  # the Rust library's own
             raise RowError(f"the tokenizer cannot encode the text ({error})", "conversations") from None
@@ -106,14 +106,14 @@ class Tokenizer:
 
 
 def _read(path: Path) -> str:
-    """The text of a `tokenizer.json`. Raises ValueError where it is longer than that of any model."""
+    """The text of a `tokenizer.json`. Raises ValueError if it is longer than that of any model."""
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"it has {size:,} bytes; the maximum is {MOST_BYTES:,}")
     return path.read_text(encoding="utf-8")
 
 
 def _check_growth(normalizer: Any) -> None:
-    """Raises ValueError for a normalizer that makes much of little: each step may multiply the one before."""
+    """Raises ValueError for a normalizer that can multiply a text's length many times."""
     steps = list(_steps(normalizer))
     growth = prod(max(len(str(step.get("content") or step.get("prepend") or "")), 1) for step in steps)
     if len(steps) > MOST_STEPS or growth > MOST_GROWTH:
@@ -121,7 +121,7 @@ def _check_growth(normalizer: Any) -> None:
 
 
 def _steps(normalizer: Any) -> Iterator[dict[str, Any]]:
-    """What a normalizer does, one after another."""
+    """The steps of a normalizer."""
     if isinstance(normalizer, dict):
         yield normalizer
         for step in normalizer.get("normalizers") or []:
@@ -129,7 +129,7 @@ def _steps(normalizer: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_ids(backend: FastTokenizer) -> None:
-    """Raises ValueError where two tokens have one id, which no text would tell apart."""
+    """Raises ValueError if two tokens have the same id."""
     ids = backend.get_vocab()
     if len(set(ids.values())) < len(ids):
         id = Counter(ids.values()).most_common(1)[0][0]
@@ -145,7 +145,7 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def with_image_token(text: str, number: int) -> str:
-    """The JSON of a tokenizer with the image token under an id behind its vocabulary."""
+    """The JSON of a tokenizer with the image token under an id after its vocabulary."""
     description = json.loads(text)
     description["model"]["vocab"][IMAGE_TOKEN] = number
     description["added_tokens"].append({

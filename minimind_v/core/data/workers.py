@@ -1,4 +1,4 @@
-"""Data workers: if one of them ends, reading ends with a clear error instead of waiting for ever."""
+"""Data workers: if one dies, reading ends with a clear error and does not wait for ever."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRACE = 3.0  # seconds that all workers together may take to end
 
 @dataclass(frozen=True)
 class _Failure:
-    """What ended a worker's work on an update. Of the error its words alone travel: not every error can."""
+    """The error that ended a worker's step, as text: not every exception can be pickled."""
 
     location: str | None
     kind: type[MmvError] | None
@@ -36,10 +36,10 @@ class _Failure:
 
 
 class Packed(Dataset[Parcel | _Failure]):
-    """The updates of a plan as a worker sends them. What fails in it becomes part of the answer: nothing is lost."""
+    """The steps of a plan as a worker sends them: a parcel, or the error, which torch could lose."""
 
     def __init__(self, plan: Any) -> None:
-        self.parent = Parent.here()  # before the plan: on its arrival in a spawned process, extensions are imported
+        self.parent = Parent.here()  # before the plan: a spawned process imports extensions when it unpickles the plan
         self.plan = plan
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class Packed(Dataset[Parcel | _Failure]):
 
 
 def affordable(workers: int, warn: Callable[[str], None]) -> int:
-    """How many of so many workers can be started; `warn` is told where that is fewer."""
+    """The number of workers, up to `workers`, that have room to start; warns if they are fewer."""
     allowed = _room_for(workers) if workers else 0
     if allowed < workers:
         instead = f"{allowed} of {workers} data workers" if allowed else "no data workers (as with --workers 0)"
@@ -69,28 +69,28 @@ def affordable(workers: int, warn: Callable[[str], None]) -> int:
 def begin(loader: DataLoader[Any]) -> Any:
     """Start the workers.
 
-    torch has a worker's end interrupt the program wherever it is, also in the middle of an update. It is enough to
-    notice it when the next batch does not come, so torch's handler is taken back.
+    torch's signal handler interrupts the program when a worker dies, also in the middle of a step. `unpacked` reports
+    the death when the next batch does not arrive, so the old handler is set again.
 
-    A forked worker must free nothing that it has inherited: what lies on a GPU, or is pinned for one, cannot be freed
-    in it, and the attempt ends the process. So garbage goes before, and what is there then is left alone.
+    A forked worker must not free inherited memory of a GPU, or pinned for one: the attempt ends the process. So garbage
+    is collected before, and all other objects are frozen.
     """
-    heard = getattr(signal, "SIGCHLD", None)
-    before = signal.getsignal(heard) if heard else None
+    sigchld = getattr(signal, "SIGCHLD", None)
+    before = signal.getsignal(sigchld) if sigchld else None
     gc.collect()
     gc.freeze()
     try:
         return iter(loader)
-    except OSError as error:  # another process has taken the room meanwhile
+    except OSError as error:  # another process took the room
         raise RunError(f"no data worker could be started ({error}): {_shared_memory()} — try --workers 0") from None
     finally:
         gc.unfreeze()
-        if heard and threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(heard, before)
+        if sigchld and threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(sigchld, before)
 
 
 def unpacked(parcels: Any, plan: Any, processes: list[Any]) -> Iterator[Any]:
-    """What workers have packed. Raises RunError where one has ended, and what ended its work where it has not."""
+    """The opened parcels. Raises RunError if a worker died, or the error that ended its step."""
     try:
         for parcel in parcels:
             if isinstance(parcel, _Failure):
@@ -106,8 +106,8 @@ def unpacked(parcels: Any, plan: Any, processes: list[Any]) -> Iterator[Any]:
 
 
 def _died(plan: Any, processes: list[Any], error: Exception) -> RunError:
-    """Which worker has ended, by what and at which row."""
-    ending = connection.wait([process.sentinel for process in processes], 1)  # perhaps it is about to
+    """The error for a dead worker: its signal or exit code, and its row."""
+    ending = connection.wait([process.sentinel for process in processes], 1)  # it may be about to end
     for process in processes:
         if process.sentinel not in ending:
             continue
@@ -119,8 +119,7 @@ def _died(plan: Any, processes: list[Any], error: Exception) -> RunError:
         advice = {
             "SIGKILL": "check that row; if memory is short, try fewer workers or --workers 0",
             "SIGBUS": f"a file was truncated while it was read, or shared memory is full: {_shared_memory()}; "
-            f"start the "
-            "container with --shm-size=1g, or try --workers 0",
+            "start the container with --shm-size=1g, or try --workers 0",
         }.get(ended, "check that row, or try --workers 0")
         return RunError(f"a data worker died of {ended}{f' at {location}' if location else ''} — {advice}")
     return RunError(f"a batch of a data worker did not arrive ({error}) — try --workers 0")
@@ -131,9 +130,9 @@ def _location_of(plan: Any, process: int) -> str | None:
 
 
 def end(iterator: Any, processes: list[Any]) -> None:
-    """End the workers, also those that hang in a decoder or wait for a dead network disk.
+    """End the workers, even if they hang in a decoder or wait for a dead network disk.
 
-    torch would give each of them ten seconds, one after the other, and the interpreter at its end wait for ever.
+    torch would wait ten seconds for each, one after another, and the interpreter at its end for ever.
     """
     if processes:
         _ask(iterator)
@@ -143,12 +142,12 @@ def end(iterator: Any, processes: list[Any]) -> None:
 
 
 def _ask(iterator: Any) -> None:
-    """What torch's own shutdown asks of its thread and of its workers, in its order, without waiting for these."""
+    """Ask torch's thread and workers to end, in the order of its own shutdown, without waiting for the workers."""
     if thread := getattr(iterator, "_pin_memory_thread", None):
         iterator._pin_memory_thread_done_event.set()
         iterator._worker_result_queue.put((None, None))
         thread.join(GRACE)
-        if thread.is_alive():  # it reads what a worker has begun to send
+        if thread.is_alive():  # it is reading from a worker
             del iterator._pin_memory_thread
     iterator._workers_done_event.set()
     for number, available in enumerate(iterator._workers_status):
@@ -156,26 +155,26 @@ def _ask(iterator: Any) -> None:
             iterator._mark_worker_as_unavailable(number, shutdown=True)
 
 
-# --- what /dev/shm is still needed for --------------------------------------------------------------------------------
+# --- room in /dev/shm -------------------------------------------------------------------------------------------------
 
 
 def semaphores(count: int) -> int:
-    """For how many of so many semaphores there is room; each takes a page in /dev/shm. They are given back."""
-    taken: list[Any] = []
+    """The number of semaphores, up to `count`, that have room; each takes a page in /dev/shm. All are freed."""
+    locks: list[Any] = []
     with suppress(OSError):  # no room, or no shared memory at all
-        while len(taken) < count:
-            taken.append(get_context().Lock())
-    return len(taken)
+        while len(locks) < count:
+            locks.append(get_context().Lock())
+    return len(locks)
 
 
 def _room_for(workers: int) -> int:
-    """For how many of so many data workers there is room, where other processes of the run want as many."""
+    """The number of data workers, up to `workers`, that have room if each process of the run starts as many."""
     runs = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, (semaphores(runs * (3 * workers + 8)) // runs - 8) // 3)  # so many has torch's DataLoader
+    return max(0, (semaphores(runs * (3 * workers + 8)) // runs - 8) // 3)  # semaphores of torch's DataLoader
 
 
 def _shared_memory() -> str:
-    """How much shared memory this system has."""
+    """The size and free bytes of shared memory, as text."""
     try:
         disk = os.statvfs(SHM)
     except OSError:
@@ -184,8 +183,8 @@ def _shared_memory() -> str:
     return f"{SHM} has {size:,} KB, {free:,} KB of it free"
 
 
-class Whereabouts:
-    """The process of each worker and the row that it is at, in memory that forked workers share."""
+class CurrentRows:
+    """The process of each worker and its current row, in memory that forked workers share."""
 
     def __init__(self) -> None:
         self._table = np.frombuffer(mmap.mmap(-1, 1024), np.int64).reshape(-1, 2)
@@ -195,8 +194,8 @@ class Whereabouts:
             self._table[worker] = os.getpid(), row
 
     def row_of(self, process: int) -> int | None:
-        """The row that a process was at; None where it has read none."""
+        """The current row of a process; None if it has read none."""
         return next((row for pid, row in self._table.tolist() if pid == process), None)
 
-    def __reduce__(self) -> tuple[type[Whereabouts], tuple[()]]:
-        return Whereabouts, ()  # a process that is not forked has one of its own
+    def __reduce__(self) -> tuple[type[CurrentRows], tuple[()]]:
+        return CurrentRows, ()  # a spawned process has its own
