@@ -1,7 +1,7 @@
 """Check every row for every problem that training would meet.
 
-A row is read as training reads it, by the same functions, so the two cannot disagree. What training would do about each
-kind of problem stands in `KINDS`.
+The check reads rows by the functions of training, so the two cannot disagree. `KINDS` lists what training does about
+each kind of problem.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from minimind_v.core.rows.heldout import digests_of
 from minimind_v.core.rows.row import NOTES, Row, RowStore, describe_notes, describe_text_rows
 
 SKIPPED, CUT, TRAINED = "skips the row", "cuts the row", "still uses the row"
-KINDS = {  # what training does about a row with this problem; every other kind that a row can have is skipped
+KINDS = {  # what training does about a row with this problem; it skips rows with any other problem
     "cut": CUT,
     "unanswered": CUT,
     "empty answer": TRAINED,
@@ -38,12 +38,12 @@ KINDS = {  # what training does about a row with this problem; every other kind 
     "held out": TRAINED,
 }
 DARK_ON_TRANSPARENT = "dark on a transparent background, which becomes black in training — save it on white"
-EXAMPLES = 3  # places that a summary tells of each kind
+EXAMPLES = 3  # rows of each kind in a summary
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with a row."""
+    """A problem of a row."""
 
     row: int  # its number from 1, in JSONL its line
     kind: str
@@ -56,34 +56,34 @@ class Problem:
         return KINDS.get(self.kind, SKIPPED)
 
 
-Finding = tuple[int, str, str]  # index of a row, kind and message of something that is wrong with it
+Finding = tuple[int, str, str]  # index of a row, kind and message of a problem
 
 
 @dataclass
 class CheckedRow:
-    """What one process found out about one row."""
+    """The result of one row's check."""
 
     index: int
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind and message
-    whole: int | None = None  # a digest of text and pictures, where all of them can be read
-    digests: list[int] = field(default_factory=list)  # digests of each picture shown or, without any, of the text
-    text_row: bool = False  # it has pictures and no mark for any
-    notes: tuple[str, ...] = ()  # in what it is read in another way than it is written
+    whole: int | None = None  # digest of text and pictures, if all of them are readable
+    digests: list[int] = field(default_factory=list)  # of each picture with a mark or, without any, of the text
+    text_row: bool = False  # it has pictures and no mark
+    notes: tuple[str, ...] = ()  # how its reading differs from its text
 
 
 class Report:
-    """What is wrong with a set of rows. Of a row without fault nothing is kept but numbers."""
+    """The problems of a set of rows; of a row without problems it has numbers only."""
 
     def __init__(self, rows: RowStore, held_out: RowStore | None = None) -> None:
         self._store, self._held_out = rows, held_out
         self._findings: Packed[Finding] = Packed()
         self._wholes, self._digests = Digests(), Digests()
         count = len(rows)
-        self.skipped = np.zeros(count, bool)  # [rows], those that training would skip
-        self.repeated = np.zeros(count, bool)  # [rows], those that stand earlier too, or in the held-out file
-        self.whole = np.zeros(count, bool)  # [rows], those that can be copied: nothing that they name is missing
-        self.text_rows = np.zeros(count, bool)  # [rows], those with pictures that no mark shows: no problem
-        self.notes = {note: np.zeros(count, bool) for note in NOTES}  # [rows], of each note: no problem either
+        self.skipped = np.zeros(count, bool)  # [rows]: training would skip these
+        self.repeated = np.zeros(count, bool)  # [rows]: copies of earlier rows or of held-out ones
+        self.whole = np.zeros(count, bool)  # [rows]: complete, so that they can be copied
+        self.text_rows = np.zeros(count, bool)  # [rows]: with pictures and no mark; no problem
+        self.notes = {note: np.zeros(count, bool) for note in NOTES}  # [rows] by note; no problem either
         # Index of the row with the same text and pictures, with one of the pictures, and of the held-out one; or -1.
         self._copies, self._shown, self._kept = (np.full(count, -1, np.int64) for _ in range(3))
 
@@ -92,7 +92,7 @@ class Report:
         return len(self.skipped)
 
     def add(self, row: CheckedRow) -> None:
-        """Take in the next row."""
+        """Add the next row."""
         self.text_rows[row.index] = row.text_row
         for note in row.notes:
             self.notes[note][row.index] = True
@@ -107,7 +107,7 @@ class Report:
                 self._digests.add(row.index, digest)
 
     def compare(self, held_out: Digests) -> None:
-        """Find the rows that stand twice, when all are here."""
+        """Find repeated rows, after all rows were added."""
         self._copies = self._wholes.seen_before(self.rows)
         self._shown = np.where(self._copies < 0, self._digests.seen_before(self.rows), -1)
         self._kept = self._digests.seen_in(held_out, self.rows)
@@ -118,7 +118,7 @@ class Report:
         return self._store.place(index)
 
     def problems(self) -> Iterator[Problem]:
-        """Everything that was found, in the order of the rows."""
+        """All problems, in the order of the rows."""
         for index, kind, message in heapq.merge(self._findings, self._repetitions(), key=lambda finding: finding[0]):
             yield Problem(self._store.number(index), kind, message, self._store.place(index))
 
@@ -132,7 +132,7 @@ class Report:
                 yield index, "held out", f"shared with {self._held_out.place(int(first))}"
 
     def refusal(self, bad_rows: float) -> str | None:
-        """Why training would refuse these rows, if it would; `bad_rows` is the share of broken ones that it allows."""
+        """Why training would refuse these rows; else None. `bad_rows` is the allowed share of broken rows."""
         skipped = int(self.skipped.sum())
         if skipped == self.rows:
             return "no row is usable"
@@ -147,7 +147,7 @@ def check(
     held_out: RowStore | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Check all rows in several processes. A process that a row kills is replaced, and the row named."""
+    """Check all rows in several processes. If a row crashes its process, a new one continues after it."""
     report = Report(dataset.rows, held_out)
     kept = _all_digests(held_out) if held_out else Digests()
     for checked_row in each_row(check_row, dataset, workers, _crashed):
@@ -166,7 +166,7 @@ def _all_digests(rows: RowStore) -> Digests:
     """Each picture of a set, and the text of each row without any."""
     digests = Digests()
     for index in range(len(rows)):
-        with suppress(RowError):  # it is nobody's copy
+        with suppress(RowError):  # an unreadable row has no copies
             for digest in digests_of(rows, index):
                 digests.add(index, digest)
     return digests
@@ -176,7 +176,7 @@ def _all_digests(rows: RowStore) -> Digests:
 
 
 def check_row(dataset: RowDataset, index: int) -> CheckedRow:
-    """All that can be told of one row."""
+    """Find all problems of one row."""
     checked = CheckedRow(index)
     try:
         row = dataset.rows.row(index)
@@ -199,12 +199,12 @@ def check_row(dataset: RowDataset, index: int) -> CheckedRow:
         except RowError as error:
             if checked.text_row:
                 checked.problems.append(("unused picture", f"{error} (in a text row, so training does not read it)"))
-            elif position >= used:  # training never looks at it
+            elif position >= used:  # training does not read it
                 checked.problems.append(("cut", f"{error} (in a turn that is cut off)"))
             else:
                 checked.problems.append((error.kind, str(error)))
             if error.kind == "placeholders":
-                break  # says it of all
+                break  # the message is for all pictures
     if len(pictures) == len(row.images):
         text = text_digest(row)
         checked.whole, checked.digests = whole_digest(text, pictures), (pictures if row.shown else []) or [text]
@@ -212,7 +212,7 @@ def check_row(dataset: RowDataset, index: int) -> CheckedRow:
 
 
 def _check_text(dataset: RowDataset, index: int, row: Row, checked: CheckedRow) -> int:
-    """How many of the row's pictures training would read."""
+    """Add the problems of the text. Returns how many of the row's pictures training would read."""
     if isinstance(row.conversations, list):
         for number, message in enumerate(row.conversations, 1):
             content = message.get("content") if isinstance(message, dict) else None
@@ -240,7 +240,7 @@ def _check_text(dataset: RowDataset, index: int, row: Row, checked: CheckedRow) 
 
 
 def summary(report: Report, bad_rows: float) -> dict[str, Any]:
-    """The report for a program to read, its problems by kind; each by itself is what `Report.problems` gives."""
+    """The report as JSON for programs, its problems by kind."""
     counts: Counter[str] = Counter()
     first: dict[str, list[Problem]] = {}
     for problem in report.problems():
@@ -280,5 +280,5 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
 
 
 def as_json(problem: Problem) -> dict[str, Any]:
-    """A problem for a program to read."""
+    """A problem as JSON for programs."""
     return {"row": problem.row, "kind": problem.kind, "message": problem.message, "place": problem.location}

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-TOGETHER = 4096  # items that are compressed as one
+PACK = 4096  # items that are compressed together
 
 
 class Packed(Generic[T]):
-    """Items that are added one by one and read through. A hundred thousand messages that differ in a number: 1 MB."""
+    """A list to append to and iterate over. A hundred thousand messages that differ in a number take 1 MB."""
 
     def __init__(self) -> None:
         self._packs: list[bytes] = []
@@ -20,7 +20,7 @@ class Packed(Generic[T]):
 
     def append(self, item: T) -> None:
         self._loose.append(item)
-        if len(self._loose) == TOGETHER:
+        if len(self._loose) == PACK:
             self._packs.append(zlib.compress(pickle.dumps(self._loose), 1))
             self._loose = []
 

@@ -1,7 +1,7 @@
 """Convert rows without loss: to JSONL with a zip of image files, or to parquet with the image bytes.
 
-Rows are written in parts, each whole or absent, in a folder beside the target; a conversion that was stopped goes on
-behind the last whole part. At the end the parts become the target, which has its name only when it is complete.
+Rows are written in parts, each whole or absent, in a folder beside the target; an interrupted conversion resumes after
+the last whole part. At the end the parts become the target, which gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from minimind_v.core.rows.forms import no_form
 from minimind_v.core.rows.row import RowStore
 from minimind_v.core.rows.writers import Form, JsonlZip, Parquet, Whole
 
-FINISHING = "finishing"  # in the folder of the parts, from when on the files of the target are being made
+FINISHING = "finishing"  # a file in the folder of the parts while the target is being made
 PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written."""
+    """The files that a conversion wrote."""
 
     files: list[Path]
     rows: int
     pictures: int
-    resumed_at: int  # rows that an earlier run had done
+    resumed_at: int  # rows of an earlier run
 
 
 def convert(
     rows: RowStore, out: Path, overwrite: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Converted:
-    """Write rows as `out`, in the form that its ending says.
+    """Write rows as `out`, in the format of its ending.
 
-    Raises UsageError for another ending or a target that exists, DataError for the first row that cannot be read:
-    nothing is left out without being asked for.
+    Raises UsageError for another ending or an existing target, DataError for the first unreadable row: no row is left
+    out silently.
     """
     find_target(out, overwrite, rows.path, rows.pictures)
     with only_writer(out):
@@ -48,12 +48,12 @@ def convert(
         try:
             return _convert(rows, target, progress)
         finally:
-            if not any(target.folder.glob("part-*")):  # nothing to go on from
+            if not any(target.folder.glob("part-*")):  # nothing to resume from
                 shutil.rmtree(target.folder, ignore_errors=True)
 
 
 def _convert(rows: RowStore, target: Form, progress: Callable[[int, int], None]) -> Converted:
-    """Write the parts that are missing, and make the target of all."""
+    """Write the missing parts, and make the target from all parts."""
     done = begun = _resume(rows, target)
     pictures = 0
     for batch in _batches(rows, done):
@@ -68,10 +68,9 @@ def _convert(rows: RowStore, target: Form, progress: Callable[[int, int], None])
 
 
 def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *others: Path | None) -> Form:
-    """The form that a file's name asks for, where it may be written.
+    """The format of a file that may be written.
 
-    Raises UsageError for another ending, for a file that is there, and where one of the other paths, which are read,
-    would be written over.
+    Raises UsageError for another ending, for an existing file, and if it would overwrite one of the other paths.
     """
     form: type[Form] | None = {".jsonl": JsonlZip, ".parquet": Parquet}.get(out.suffix)  # type: ignore[assignment]
     if form is None:
@@ -84,7 +83,7 @@ def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *
 
 
 def _only_ours(target: Form) -> bool:
-    """Whether all files that are there are of a conversion that was stopped before it had given the last its name."""
+    """Whether all existing files are of a conversion that was interrupted before it renamed the last one."""
     try:
         begun = (target.folder / FINISHING).stat().st_mtime_ns
         return all(path.stat().st_mtime_ns >= begun for path in target.files if path.exists())
@@ -93,7 +92,7 @@ def _only_ours(target: Form) -> bool:
 
 
 def check_files(files: list[Path], overwrite: bool, rows: Path, *others: Path | None) -> None:
-    """Raises UsageError where files of rows may not be written, as `find_target` does."""
+    """Raises UsageError as `find_target`, if files of rows may not be written."""
     keep_inputs(files, (rows, *others))
     keep_set(files, rows)
     for path in files:
@@ -102,7 +101,7 @@ def check_files(files: list[Path], overwrite: bool, rows: Path, *others: Path | 
 
 
 def read_whole(rows: RowStore, index: int) -> Whole:
-    """A row with its pictures. Raises DataError that names it."""
+    """A row with its pictures. Raises DataError with its file:row."""
     try:
         row = rows.row(index)
         if row.conversations is None:
@@ -113,18 +112,18 @@ def read_whole(rows: RowStore, index: int) -> Whole:
 
 
 def unreadable(rows: RowStore, index: int, error: RowError) -> DataError:
-    """The error over a row that must be read and cannot be; it says what to do, where that is not told already."""
+    """The error for an unreadable row that may not be skipped, with the next step."""
     advice = "" if " — " in str(error) else " — write a copy without such rows with `mmv data check --fix`"
     return DataError(f"{rows.place(index)}: {error}{advice}")
 
 
 def _resume(rows: RowStore, target: Form) -> int:
-    """Rows that stand in whole parts of an earlier run over the same source; parts of another source are removed."""
+    """Rows in whole parts of an earlier run over the same source; removes parts of another source."""
     plan = target.folder / "source.json"
     files = [path for path in (rows.path, rows.pictures) if path]
     files += sorted(rows.path.rglob("*")) if rows.path.is_dir() else []
     stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    chosen = hashlib.sha256()  # not the same of two selections
+    chosen = hashlib.sha256()  # differs between selections of rows
     for index in range(len(rows)):
         chosen.update(f"{rows.place(index)}\n".encode("utf-8", "surrogateescape"))
     description = json.dumps({"rows": chosen.hexdigest(), "files": stamps})

@@ -31,33 +31,33 @@ def _numbers() -> array[int]:
 
 @dataclass
 class Counted:
-    """What was counted. Arrays have a number per row, of the whole row, before truncation."""
+    """Counts over rows. Arrays have a number per row, of the whole row, before truncation."""
 
     total: array[int] = field(default_factory=_numbers)
     prompt: array[int] = field(default_factory=_numbers)
     answers: array[int] = field(default_factory=_numbers)
-    images: array[int] = field(default_factory=_numbers)  # tokens that stand for pictures
+    images: array[int] = field(default_factory=_numbers)  # placeholders of images
     turns: array[int] = field(default_factory=_numbers)
     pictures: array[int] = field(default_factory=_numbers)
     languages: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)  # rows by kind
-    first_skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # by kind: its number, where and why
-    text_rows: int = 0  # with pictures that no mark shows
-    notes: Counter[str] = field(default_factory=Counter)  # rows that are read in another way than they are written
+    first_skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # by kind: row number, location and reason
+    text_rows: int = 0  # with pictures and no mark
+    notes: Counter[str] = field(default_factory=Counter)  # rows by how their reading differs from their text
     cut: int = 0  # rows
     turns_lost: int = 0
     answers_lost: int = 0  # tokens
-    used: int = 0  # rows that are trained on
+    used: int = 0  # rows that training uses
     kept: int = 0  # their tokens, placeholders included
-    padded: int = 0  # the same, and the padding of their batches
-    supervised: int = 0  # those that are learnt
+    padded: int = 0  # the same with the padding of their batches
+    supervised: int = 0  # tokens
     pictures_kept: int = 0
 
 
 def plan_batches(
     rows: RowStore, encoder: PromptEncoder, config: RunConfig, counted: Counted | None = None
 ) -> BatchPlan:
-    """The plan of a run, its rows counted as they are read. No picture is read, so none needs a size."""
+    """The plan of a run; `counted` counts rows when they are read. No picture file is read: the image size is 0."""
     data = config.data
     dataset = RowDataset(rows, encoder, 0, data.max_length)
     if counted is not None:
@@ -75,7 +75,7 @@ def plan_batches(
 
 
 def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None]) -> None:
-    """Go through the batches of the first epoch."""
+    """Count the rows and batches of the first epoch."""
     done = 0
     for window in range(plan.windows):
         planned = plan.window(0, window)
@@ -88,7 +88,7 @@ def count(plan: BatchPlan, counted: Counted, progress: Callable[[int, int], None
 
 
 class _CountedRows(RowDataset):
-    """Rows that are counted when their text is read."""
+    """Counts rows when it reads their text."""
 
     counted: Counted
 
@@ -131,11 +131,11 @@ class _CountedRows(RowDataset):
         counted.turns.append(self._turns(whole))
 
     def _whole(self, row: Row, read: Example | BrokenRow) -> Tokens | None:
-        """The tokens without truncation. Tokenised again only where some may be missing."""
+        """The tokens without truncation; tokenises again only if some may be missing."""
         if isinstance(read, Example):
             assert isinstance(read.tokens, Tokens)
             written = [message["role"] for message in row.conversations].count("assistant")
-            # A cut through an answer leaves the greatest length, or less by a part of a picture.
+            # A cut through an answer leaves the maximum length, or less by some patches of an image.
             uncut = self.max_length - self.encoder.tokens_per_image
             if self._turns(read.tokens) == written and len(read.tokens) < uncut:
                 return read.tokens
@@ -147,13 +147,13 @@ class _CountedRows(RowDataset):
             return None
 
     def _turns(self, tokens: Tokens) -> int:
-        """Questions with answers. Nobody's own text has the id that begins a message."""
+        """Questions with answers. No user's text has the id that begins a message."""
         messages = tokens.input_ids.count(self.encoder.tokenizer.bos_id)
-        return (messages - 1) // 2  # the system's is no turn
+        return (messages - 1) // 2  # without the system message
 
 
 def language(conversations: Any) -> str:
-    """What a conversation is written in, by its script: a Chinese character counts as much as a Latin word."""
+    """The language of a conversation, by its script: a Chinese character counts as much as a Latin word."""
     if not isinstance(conversations, list):
         return "other"
     texts = (message.get("content") for message in conversations if isinstance(message, dict))

@@ -31,7 +31,7 @@ TEXT_ROW = f"a text row: it has an image but no {IMAGE_MARK} in its text, so the
 
 @dataclass(frozen=True)
 class PictureView:
-    """A picture as its file has it, and as the model sees it."""
+    """A picture file, and the image that the model receives."""
 
     name: str
     trouble: str = ""
@@ -40,17 +40,17 @@ class PictureView:
     height: int = 0
     size: int = 0  # of its file, in bytes
     thumbnail: bytes = b""  # JPEG of the whole original
-    model: bytes = b""  # PNG, exactly the pixels that the vision tower gets
+    model: bytes = b""  # PNG with the vision encoder's input pixels
 
     @property
     def kept(self) -> float:
-        """Share of the original's area that the crop leaves."""
+        """Share of the original's area inside the crop."""
         return min(self.width, self.height) / max(self.width, self.height, 1)
 
 
 @dataclass(frozen=True)
 class BatchView:
-    """The batch of the first epoch that a row goes into."""
+    """The batch of a row in the first epoch."""
 
     rows: int
     length: int  # of its longest row, to which all are padded
@@ -58,18 +58,18 @@ class BatchView:
 
 @dataclass(frozen=True)
 class RowView:
-    """One row. Without `trouble` it is trained on; `pieces` may be there all the same, where the tokens can be told."""
+    """One row. Training uses it if it has no `trouble`; a row with trouble may have `pieces` too."""
 
     location: str
     trouble: str = ""
     kind: str = ""  # of the trouble
     pieces: list[Piece] = field(default_factory=list)
-    hidden: int = 0  # tokens that are too many to be shown
-    tokens: Tokens = field(default_factory=Tokens)  # after truncation: what the model reads
+    hidden: int = 0  # tokens that are not shown
+    tokens: Tokens = field(default_factory=Tokens)  # after truncation
     whole: int = 0  # tokens before truncation
-    answers_lost: int = 0  # tokens of answers that truncation took
-    unanswered: str = ""  # a last question without an answer, which is left out
-    unmarked: int = 0  # pictures of a text row, which no mark shows
+    answers_lost: int = 0  # answer tokens that truncation removed
+    unanswered: str = ""  # a last question without an answer, which training drops
+    unmarked: int = 0  # pictures of a text row, which has no mark
     pictures: list[PictureView] = field(default_factory=list)
     batch: BatchView | None = None
     source: str = ""  # of a broken row
@@ -80,7 +80,7 @@ class RowView:
 
 
 class Previewer:
-    """Looks at rows as the recipe of a run would read them."""
+    """Reads rows as a run with this recipe would."""
 
     def __init__(self, rows: RowStore, encoder: PromptEncoder, spec: VisionSpec, config: RunConfig) -> None:
         self.rows = rows
@@ -91,9 +91,9 @@ class Previewer:
         self._plan: BatchPlan = plan_batches(rows, encoder, config)
 
     def choose(self, count: int, seed: int, start: int | None = None) -> list[int]:
-        """Indices of `count` rows: drawn, or those from row number `start` on. In the order of the file."""
+        """Indices of `count` rows in the order of the file: drawn, or from row number `start` on."""
         if start is not None:
-            # Shards count from 1 each; in their folder rows are counted through.
+            # Each shard counts from 1; `start` counts through all shards of a folder.
             begin = (
                 bisect_left(range(len(self.rows)), start, key=self.rows.number)
                 if self.rows.path.is_file()
@@ -104,7 +104,7 @@ class Previewer:
         return sorted(int(index) for index in drawn)
 
     def view(self, index: int) -> RowView:
-        """One row. Never raises RowError: what is wrong with a row is what there is to see."""
+        """One row; a problem of the row is its `trouble`, not an error."""
         location = self.rows.place(index)
         try:
             row = self.rows.row(index)
@@ -154,7 +154,7 @@ class Previewer:
         return PictureView(name, "", "", width, height, len(data), thumbnail.getvalue(), model.getvalue())
 
     def _batch(self, index: int) -> BatchView | None:
-        """Found in the plan itself: its neighbours decide how much padding a row gets."""
+        """The row's batch in the plan: the batch decides how much padding a row gets."""
         window = int(np.flatnonzero(self._plan.order(0) == index)[0]) // (WINDOW * self._plan.rows_per_step)
         planned = self._plan.window(0, window)
         for batch in (batch for step in planned.steps for batch in step):
@@ -170,14 +170,14 @@ def _unanswered(conversations: list[dict[str, str]]) -> str:
 
 
 def _source(row: Row) -> str:
-    """What a row says that cannot be read."""
+    """The text of a broken row."""
     value: dict[str, Any] = {"conversations": row.conversations, "image": row.images}
     text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
     return text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + " …"
 
 
 def as_json(view: RowView) -> dict[str, Any]:
-    """A row for programs: its ids, and from where to where they are supervised."""
+    """A row as JSON for programs: its ids, and the ranges of supervised ones."""
     mask = [False, *view.tokens.loss_mask, False]
     edges = [n for n in range(len(mask) - 1) if mask[n] != mask[n + 1]]
     return {

@@ -1,4 +1,4 @@
-"""Split rows by image: no image is on both sides, whatever its file name."""
+"""Split rows by image: no image is on both sides, even under another file name."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from minimind_v.core.rows.tar import TarRows
 from minimind_v.core.rows.writers import ENDINGS
 from minimind_v.core.wording import plural
 
-SPLIT = "split"  # what the lock and the files on the way are called
+SPLIT = "split"  # the name of the lock and of temporary files
 
 
 @dataclass(frozen=True)
 class Split:
-    """Two sets of rows."""
+    """The two files of rows."""
 
     train: Path
     held_out: Path
     train_rows: int
     held_out_rows: int
-    groups: int  # rows that share no picture with rows of another
+    groups: int  # sets of rows that share no picture with other rows
 
 
 def split(
@@ -46,10 +46,10 @@ def split(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Split:
-    """Write `train` and `held_out` into a folder: parquet where the rows have their pictures in them, else JSONL.
+    """Write `train` and `held_out` into a folder: parquet if the rows contain their pictures, else JSONL.
 
-    `held_out` is a share below 1, or a number of rows from 1 on. Rows that share a picture, directly or by way of other
-    rows, stay together. Raises UsageError where one side would be empty, DataError for a row that cannot be read.
+    `held_out` is a share below 1, or a number of rows from 1 on. Rows that share a picture, directly or through other
+    rows, stay together. Raises UsageError if one side would be empty, DataError for an unreadable row.
     """
     packed = isinstance(rows, ParquetRows | SavedRows | TarRows) or (
         isinstance(rows, FolderRows) and rows.pictures is None
@@ -63,12 +63,11 @@ def split(
     def refuse(index: int, error: RowError) -> None:
         raise unreadable(rows, index, error)
 
-    # Rows are read first, then written.
     groups = group_by_picture(rows, refuse, lambda done: progress(done, 2 * len(rows)))
     held = _hold_out(groups, held_out, seed)
     with only_writer(out / SPLIT):
-        check_files([train, aside], overwrite, rows.path, rows.pictures)  # another run may have written them meanwhile
-        staging = out / f".{SPLIT}.parts"  # both or neither get their names, and what was there stays until then
+        check_files([train, aside], overwrite, rows.path, rows.pictures)  # another run may have made them
+        staging = out / f".{SPLIT}.parts"  # both files get their names, or neither
         staged = [staging / path.name for path in (aside, train)]
         try:
             for path, chosen in zip(staged, (held, ~held), strict=True):
@@ -82,13 +81,13 @@ def split(
         finally:
             for path in staged:
                 path.unlink(missing_ok=True)
-            with suppress(OSError):  # what a conversion goes on from is still in it
+            with suppress(OSError):  # it contains parts of an interrupted conversion
                 staging.rmdir()
     return Split(train, aside, int((~held).sum()), int(held.sum()), len(np.unique(groups)))
 
 
 def _publish(staged: list[Path], final: list[Path]) -> None:
-    """Give files their names, or none of them. Raises RunError, and what was there before is there again."""
+    """Rename all files, or none: restores the old files and raises RunError if one cannot be renamed."""
     aside = {path: staged[0].with_name(f"{path.name}.old") for path in final}
     try:
         for new, path in zip(staged, final, strict=True):
@@ -107,7 +106,7 @@ def _publish(staged: list[Path], final: list[Path]) -> None:
 
 
 def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
-    """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit whole."""
+    """Held-out rows, bool [rows]: whole groups in the seed's order, up to the number of rows."""
     count = round(held_out * len(groups)) if held_out < 1 else int(held_out)
     held = choose(groups, count, seed)
     if not 0 < held.sum() < len(groups):
@@ -119,7 +118,7 @@ def _hold_out(groups: np.ndarray, held_out: float, seed: int) -> np.ndarray:
 
 
 def _write_rows(rows: RowStore, path: Path) -> None:
-    """Rows that name the same pictures as before, or have them in base64 where they stood in the rows before."""
+    """Write rows as JSONL, with their pictures' names, or in base64 those that the rows contain."""
 
     def write(file: BinaryIO) -> None:
         for index in range(len(rows)):

@@ -1,4 +1,4 @@
-"""Statistics of a data set, and what training makes of it."""
+"""Statistics of a data set, and of training on it."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from minimind_v.core.errors import DataError
 from minimind_v.core.rows.row import RowStore
 from minimind_v.core.rows.subset import SampledRows
 
-SAMPLE = 10_000  # rows that are looked at: a few seconds, and a hundred rows above the 99th percentile
+SAMPLE = 10_000  # rows: a few seconds, and a hundred rows above the 99th percentile
 BINS = 20  # of the histogram, at most
 QUANTILES = {"min": 0, "p5": 5, "p50": 50, "p95": 95, "p99": 99, "max": 100}
 
 
 @dataclass(frozen=True)
 class TypicalRow:
-    """What a row of a batch has on average, padding included."""
+    """The mean of a batch's rows, padding included."""
 
     length: float
     pictures: float
     supervised: float
 
 
-# Seconds of a run, and how they are known: of a recipe, its typical row, its rows and updates of all epochs.
+# The seconds of a run and their source, from a recipe, its typical row, and the rows and steps of all epochs.
 TimeOf = Callable[[RunConfig, TypicalRow, float, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What was counted in some rows of a set, in the order in which a run reads them."""
+    """Counts over the first rows that a run reads."""
 
     counted: Counted
-    counted_rows: int  # rows, of all
+    counted_rows: int
     steps: int  # of all epochs
-    planned_rows: int  # that the epochs ask for, broken ones included
+    planned_rows: int  # of all epochs, broken ones included
 
     @property
     def samples(self) -> float:
-        """Rows that go through the model."""
+        """Usable rows of all epochs."""
         return self.counted.used / self.counted_rows * self.planned_rows
 
 
@@ -55,10 +55,9 @@ def foresee(
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outlook:
-    """Count `limit` rows (not given: SAMPLE). No picture is read.
+    """Count `limit` rows (default: SAMPLE). No picture file is read.
 
-    A sample is the beginning of the order in which the first epoch reads the rows, cut into batches as that epoch is.
-    Raises DataError where no row can be used.
+    A sample is the first rows of the first epoch, in the batches of that epoch. Raises DataError if no row is usable.
     """
     counted = Counted()
     every = plan_batches(rows, encoder, config)
@@ -79,10 +78,7 @@ def describe_rows(
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """What rows are like, as a program reads it, and how long a run over the whole set would take by `time_of`.
-
-    As `foresee` otherwise.
-    """
+    """Statistics of rows as JSON for programs, and by `time_of` the time of a run over the whole set; as `foresee`."""
     outlook = foresee(rows, encoder, config, limit, progress)
     counted, count, steps, samples = outlook.counted, outlook.counted_rows, outlook.steps, outlook.samples
     typical = TypicalRow(
@@ -108,7 +104,7 @@ def describe_rows(
 
 
 def _facts(counted: Counted, encoder: PromptEncoder, config: RunConfig, count: int) -> dict[str, Any]:
-    """What was counted, without the foretelling."""
+    """The counts, without the forecast."""
     length, skipped = config.data.max_length, counted.skipped.total()
     return {
         "turns": quantiles(counted.turns),
@@ -123,10 +119,10 @@ def _facts(counted: Counted, encoder: PromptEncoder, config: RunConfig, count: i
             "share": skipped / count,
             "kinds": dict(counted.skipped.most_common()),
             "first": {kind: text for kind, (_, text) in counted.first_skipped.items()},
-            "refused": skipped > config.data.bad_rows * count,  # more than a run puts up with
+            "refused": skipped > config.data.bad_rows * count,  # by training
         },
-        "text_rows": counted.text_rows,  # with pictures that no mark shows
-        "notes": dict(counted.notes),  # rows that are read in another way than they are written
+        "text_rows": counted.text_rows,  # with pictures and no mark
+        "notes": dict(counted.notes),  # rows by how their reading differs from their text
         "cut": {
             "rows": counted.cut,
             "share": counted.cut / count,
@@ -151,7 +147,7 @@ def quantiles(values: Sequence[int]) -> dict[str, float]:
 
 
 def histogram(values: Sequence[int]) -> dict[str, list[int]]:
-    """Counts between round edges. The last bin has all from the 99.5th percentile on: a long tail hides the rest."""
+    """Counts between round edges. The last bin has all above the 99.5th percentile, lest a long tail hide the rest."""
     if not values:
         return {"edges": [], "counts": []}
     low, high = min(values), int(np.percentile(values, 99.5, method="higher"))

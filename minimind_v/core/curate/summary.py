@@ -9,7 +9,7 @@ from minimind_v.core.wording import plural
 
 
 def summary(report: dict[str, Any]) -> dict[str, str]:
-    """The other figures of a report as text, by name."""
+    """The figures of a report as text, by name, without the quantiles."""
     skipped, cut, training = report["skipped"], report["cut"], report["training"]
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped["kinds"].items())
     figures = {
@@ -46,7 +46,7 @@ def _duration(seconds: float) -> str:
 
 
 def quantile_table(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The tables of quantiles, by their label."""
+    """The rows of the table of quantiles, by label."""
     tokens = {f"tokens, {name}" if name != "total" else "tokens": row for name, row in report["tokens"].items()}
     rows = {"turns": report["turns"], "images": report["images"]} | tokens
     return {what: {name: value for name, value in row.items() if name != "sum"} for what, row in rows.items()}

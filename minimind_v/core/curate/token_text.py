@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from minimind_v.core.data.prompt import Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 
-UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # kinds of characters that steer instead of showing
-LONGEST = 4  # bytes of a character of UTF-8
+INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of control characters and the like
+LONGEST = 4  # bytes of a character in UTF-8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token says; several, where only together they are characters; or all patches of one picture."""
+    """One token; several tokens that form characters only together; or all patches of one image."""
 
     text: str
     ids: tuple[int, ...]
-    token_bytes: tuple[str, ...] = ()  # the bytes of each token in hex, where there are several or they are no text
+    token_bytes: tuple[str, ...] = ()  # in hex, per token: for several tokens, or bytes that are no text
     special: bool = False
     supervised: bool = False
     removed: bool = False  # by truncation
-    picture: int | None = None  # from 0, where these are its patches
+    picture: int | None = None  # number of the image from 0, for patches
 
 
 class TokenReader:
-    """Reads ids back, token by token. Byte-level vocabularies, as MiniMind's, are read by their bytes."""
+    """Decodes ids token by token; byte-level vocabularies, as MiniMind's, by their bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._backend = tokenizer.backend
@@ -35,7 +35,7 @@ class TokenReader:
         }
 
     def pieces(self, tokens: Tokens, kept: int, tokens_per_image: int, limit: int) -> list[Piece]:
-        """At most `limit` pieces from the first token on; tokens from `kept` on are removed ones."""
+        """The first pieces, at most `limit`; truncation removed the tokens from `kept` on."""
         pieces: list[Piece] = []
         at = pictures = 0
         while at < len(tokens) and len(pieces) < limit:
@@ -49,7 +49,7 @@ class TokenReader:
         return pieces
 
     def _piece(self, tokens: Tokens, at: int, kept: int) -> Piece:
-        """The token at a place and, if it ends within a character, those that complete it."""
+        """The token at a position and, if it ends within a character, those that complete it."""
         supervised, removed = tokens.loss_mask[at], at >= kept
         first = tokens.input_ids[at]
         if first in self._specials:
@@ -68,7 +68,7 @@ class TokenReader:
         return Piece("", (first,), (token_bytes[0].hex(" ").upper(),), False, supervised, removed)
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token stands for."""
+        """The bytes of a token."""
         name = self._name(token)
         if all(character in BYTES for character in name):
             return bytes(BYTES[character] for character in name)
@@ -89,7 +89,7 @@ BYTES = _byte_characters()
 
 
 def _whole(data: bytes) -> str | None:
-    """The text that bytes are, if they end where a character does."""
+    """The text of bytes; None if they end within a character."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -97,7 +97,7 @@ def _whole(data: bytes) -> str | None:
 
 
 def visible(text: str) -> str:
-    """The text with every character that steers (control, direction, half of a pair) written out; newlines as ↵."""
+    """The text with control, direction and surrogate characters escaped; newlines as ↵, tabs as ⇥."""
     if text.isascii() and text.isprintable():
         return text
     shown = []
@@ -106,7 +106,7 @@ def visible(text: str) -> str:
             shown.append("↵")
         elif character == "\t":
             shown.append("⇥")
-        elif unicodedata.category(character) in UNSEEN:
+        elif unicodedata.category(character) in INVISIBLE:
             shown.append(f"\\u{ord(character):04x}")
         else:
             shown.append(character)

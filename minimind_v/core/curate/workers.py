@@ -1,8 +1,8 @@
-"""Apply a function to every row in several processes, in row order; a row that crashes a process is named.
+"""Apply a function to every row in several processes, in row order, and report rows that crash a process.
 
-The processes are ours, each at one end of a pipe, and not a `ProcessPoolExecutor`: that one has a thread which outlives
-`shutdown(wait=False)` and closes its pipe while the interpreter, at its end, still writes into it: a traceback in one
-of eight runs on a busy machine. Here nothing runs beside the caller, and nothing is left when `each_row` has ended.
+Not a `ProcessPoolExecutor`: its thread outlives `shutdown(wait=False)` and closes its pipe while the ending interpreter
+still writes into it: a traceback in one of eight runs on a busy machine. Here no thread runs beside the caller, and no
+process is left when `each_row` has ended.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from minimind_v.core.processes import Parent, end_processes
 T = TypeVar("T")
 RowFunction = Callable[[Any, int], T]
 Span = tuple[int, int]  # rows from the first number on, up to the second
-TOGETHER = 32  # rows that a process is given at a time
-QUEUED = 2  # spans that a process has: one to work on, one so that it need not wait
-AHEAD = 4 * TOGETHER  # rows per process that may be done before the row that is next in order
+TOGETHER = 32  # rows that a process gets at a time
+QUEUED = 2  # spans that a process has: one to work on, and the next
+AHEAD = 4 * TOGETHER  # rows per process that may be done ahead of the next row in order
 
 
 def each_row(function: RowFunction[T], rows: Sized, workers: int, crashed: Callable[[int], T]) -> Iterator[T]:
-    """`look(rows, index)` for every row, in order; `crashed(index)` of one that ends its process. All are pickled.
+    """`function(rows, index)` for every row, in order; `crashed(index)` for a row that crashes its process.
 
-    Raises what `look` raises, and RunError where a process ends before it has begun.
+    All arguments are pickled. Raises the errors of `function`, and RunError if a process ends before it has started.
     """
     pool: list[_Worker[T]] = []
     todo = deque((begin, min(begin + TOGETHER, len(rows))) for begin in range(0, len(rows), TOGETHER))
     done: dict[int, list[T]] = {}  # results by their first row
-    at = 0  # the row that is next in order
+    at = 0  # the next row in order
     try:
         for _ in range(min(workers, len(todo))):
             pool.append(_Worker(function, rows))
@@ -62,7 +62,7 @@ def each_row(function: RowFunction[T], rows: Sized, workers: int, crashed: Calla
                     done[begin] = result
                     worker.spans.popleft()
                     continue
-                # The process has ended over one of the rows of the first span: each of them gets a turn of its own.
+                # One of the rows of the first span crashed the process: try each alone.
                 todo.extendleft(reversed(others))
                 if begin + 1 == end:
                     done[begin] = [crashed(begin)]
@@ -77,43 +77,43 @@ def each_row(function: RowFunction[T], rows: Sized, workers: int, crashed: Calla
 
 
 class _Worker(Generic[T]):
-    """A process that looks at rows, the pipe to it, and the spans that it has been given."""
+    """A process that reads rows, the pipe to it, and its spans."""
 
     def __init__(self, function: RowFunction[T], rows: Sized) -> None:
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit whatever threads the libraries have
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit the libraries' threads
         self.spans: deque[Span] = deque()
         self.begun = False
         self.pipe, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_work, args=(Parent.here(), theirs, function, rows), daemon=True)
-        resource_tracker.ensure_running()  # the first time it lets Ctrl-C through again
+        resource_tracker.ensure_running()  # its first call would let Ctrl-C through
         try:
-            with _no_ctrl_c():  # inherited: Ctrl-C is the business of the process that waits for the results
+            with _no_ctrl_c():  # inherited: only the parent handles Ctrl-C
                 self._process.start()
         except BrokenPipeError:
             raise _too_early() from None
-        theirs.close()  # so that the process is the only one that holds the pipe open
+        theirs.close()  # only the process holds this end open
 
     def give(self, span: Span) -> None:
         self.spans.append(span)
-        with suppress(ConnectionError):  # it has ended: `take` says so
+        with suppress(ConnectionError):  # it has ended: `take` returns None
             self.pipe.send(span)
 
     def begin(self) -> None:
-        """Take note that the process can read rows. Raises RunError where it has ended before."""
+        """Wait until the process can read rows. Raises RunError if it has ended."""
         try:
             self.begun = self.pipe.recv()
         except (EOFError, OSError):
             raise _too_early() from None
 
     def take(self) -> list[T] | Exception | None:
-        """The results of the first span, or what was raised over it; None where the process has ended."""
+        """The results of the first span, or its error; None if the process has ended."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
             return None
 
     def end(self) -> None:
-        """At once: all that it could still say is of no use."""
+        """End the process at once."""
         self.pipe.close()
         end_processes([self._process])
 
@@ -123,8 +123,8 @@ def _too_early() -> RunError:
 
 
 def _work(parent: Parent, pipe: Connection, function: RowFunction[T], rows: Any) -> None:
-    """Answer spans to the end. `parent` has taken effect by its arrival, before what the rows need was imported."""
-    with suppress(EOFError, ConnectionError):  # whoever asked has ended
+    """Read spans until the pipe closes. Unpickling `parent` before `rows` ties the process to its parent first."""
+    with suppress(EOFError, ConnectionError):  # the parent has ended
         pipe.send(True)
         while True:
             begin, end = pipe.recv()
@@ -137,7 +137,7 @@ def _work(parent: Parent, pipe: Connection, function: RowFunction[T], rows: Any)
 
 @contextmanager
 def _no_ctrl_c() -> Iterator[None]:
-    """Holds Ctrl-C back, where signals can be held back."""
+    """Block Ctrl-C, if the system can block signals."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -11,7 +11,7 @@ from minimind_v.core.curate.token_text import visible
 from minimind_v.core.errors import UsageError
 from minimind_v.core.files import write_text
 
-# A browser that follows this policy neither runs nor fetches anything that a row of data contains.
+# With this policy a browser neither runs nor fetches anything in a row of data.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE = """

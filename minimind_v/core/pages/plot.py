@@ -8,7 +8,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT = 1000, 100  # of the drawing, before it is stretched
-POINTS = 400  # of a curve; of more, neighbours become their mean
+POINTS = 400  # of a curve at most; the mean of neighbours replaces them if there are more
 COLOURS = ("var(--accent)", "#d9685d", "#35a35c", "#d98a2b")
 GRID = 4  # steps of the vertical axis, at most
 
@@ -31,12 +31,9 @@ STYLE = """
 
 
 def curves(series: dict[str, Points]) -> str:
-    """Curves of (step, y) by name, on one axis that starts at 0; a legend if there are several.
-
-    Values that are not finite are left out.
-    """
-    shown = {name: thin([point for point in points if math.isfinite(point[1])]) for name, points in series.items()}
-    shown = {name: points for name, points in shown.items() if points}
+    """Curves of (step, y) by name, without infinite values, on one axis from 0; a legend if there are several."""
+    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
+    shown = {name: thin(points) for name, points in finite.items() if points}
     if not shown:
         return '<p class="dim">no data</p>'
     xs, ys = zip(*(point for points in shown.values() for point in points), strict=True)

@@ -13,7 +13,7 @@ from minimind_v.core.pages.frame import data_uri, page
 from minimind_v.core.wording import plural
 
 NEWLINE = '<span class="dim">↵</span>'
-SHIFTS = 6  # predictions of a row that are written out
+SHIFTS = 6  # predictions of a row that the page lists
 
 STYLE = """
 .switches { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .55rem 0;
@@ -73,9 +73,8 @@ def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name
     used = sum(not view.trouble for view in views)
     head = (
         f"<h1>Rows as the model receives them</h1><p class='dim'>{plural(len(views), 'row')} of "
-        f"<code>{escape(visible(name))}</code>, "
-        f"read as <b>{config.stage}</b> data: at most {config.data.max_length} tokens per row, batches of "
-        f"{config.data.batch_size}, images of {spec.image_size} × {spec.image_size} pixels. "
+        f"<code>{escape(visible(name))}</code>, read as <b>{config.stage}</b> data: at most {config.data.max_length} "
+        f"tokens per row, batches of {config.data.batch_size}, images of {spec.image_size} × {spec.image_size} pixels. "
         f"Training would use {used} of them.</p>"
     )
     switches = (
@@ -196,8 +195,7 @@ def _picture(picture: PictureView, number: int, removed: bool, spec: VisionSpec)
         f"</span><figcaption><b>Original</b> {name}: {width} × {height}, {picture.size / 1000:,.0f} kB — {loss}{gone}"
         f'</figcaption></figure><figure class="model"><span class="frame"><img alt="" '
         f'src="{data_uri(picture.model, "png")}">{grid}</span><figcaption><b>What the model receives</b>: '
-        f"{size} × {size} "
-        f"pixels, {side} × {side} patches, {spec.tokens_per_image} tokens</figcaption></figure>"
+        f"{size} × {size} pixels, {side} × {side} patches, {spec.tokens_per_image} tokens</figcaption></figure>"
     )
 
 
@@ -223,15 +221,14 @@ def _padding(batch: BatchView | None, tokens: int, config: RunConfig) -> str:
     if batch is None:
         return ""
     return (
-        f'<p class="dim">In the first epoch, this row is in a batch with '
-        f"{plural(batch.rows - 1, 'other row')} of up to "
-        f"{batch.length} tokens and gets <b>{batch.length - tokens}</b> tokens of padding. Padded to "
+        f'<p class="dim">In the first epoch, this row is in a batch with {plural(batch.rows - 1, "other row")} of up '
+        f"to {batch.length} tokens and gets <b>{batch.length - tokens}</b> tokens of padding. Padded to "
         f"{config.data.max_length} tokens, it would get {config.data.max_length - tokens}.</p>"
     )
 
 
 def _messages(view: RowView) -> Iterator[str]:
-    """The pieces, a block for each message: a message begins with the first special token of its kind."""
+    """The pieces in a block per message; each message begins with the row's first special token."""
     opening = view.pieces[0].ids if view.pieces else ()
     blocks: list[list[Piece]] = []
     for piece in view.pieces:
@@ -249,49 +246,46 @@ def _messages(view: RowView) -> Iterator[str]:
 
 
 def _chip(piece: Piece) -> str:
-    kinds = ["t", "s" * piece.special, "l" * piece.supervised, "x" * piece.removed, "many" if piece.token_bytes else ""]
-    ids = " ".join(map(str, piece.ids))
+    kinds = {
+        "t": True, "s": piece.special, "l": piece.supervised, "x": piece.removed,
+        "many": bool(piece.token_bytes), "p": piece.picture is not None,
+    }  # fmt: skip
+    kind, ids = " ".join(name for name in kinds if kinds[name]), " ".join(map(str, piece.ids))
     if piece.picture is not None:
         patches = len(piece.ids)
         text = f"▦ image {piece.picture + 1} · {patches} patches"
-        return f'<span class="{_join(*kinds, "p")}" data-id="{piece.ids[0]} × {patches}">{text}</span> '
-    # The line breaks behind the chip, not in it, lest an empty end of it stands on the next line.
+        return f'<span class="{kind}" data-id="{piece.ids[0]} × {patches}">{text}</span> '
+    # The line breaks after the chip, not in it, lest an empty end of it stand on the next line.
     breaks = piece.text.endswith("\n")
     shown = _safe(piece.text.removesuffix("\n"), lines=True) + NEWLINE * breaks
     if piece.token_bytes:
         shown += f"<small>{' | '.join(piece.token_bytes)}</small>"
-    return f'<span class="{_join(*kinds)}" data-id="{ids}" title="{ids}">{shown}</span>{"<br>" * breaks}'
-
-
-def _join(*kinds: str) -> str:
-    return " ".join(kind for kind in kinds if kind)
+    return f'<span class="{kind}" data-id="{ids}" title="{ids}">{shown}</span>{"<br>" * breaks}'
 
 
 def _shift(view: RowView) -> str:
-    """What is asked for where: the first predictions of a row, and its last."""
+    """The first predictions of a row, and its last."""
     pieces = [piece for piece in view.pieces if not piece.removed]
-    asked = [n for n in range(1, len(pieces)) if pieces[n].supervised]
-    if not asked:
+    targets = [n for n in range(1, len(pieces)) if pieces[n].supervised]
+    if not targets:
         return ""
     rows = [
         f"<tr><td><span class='t'>{_safe(pieces[n - 1].text) or '…'}</span></td>"
         f"<td><span class='t l'>{_safe(pieces[n].text) or '…'}</span></td></tr>"
-        for n in (asked if len(asked) <= SHIFTS + 1 else [*asked[:SHIFTS], asked[-1]])
+        for n in (targets if len(targets) <= SHIFTS + 1 else [*targets[:SHIFTS], targets[-1]])
     ]
-    if len(asked) > SHIFTS + 1:
-        rows.insert(-1, f'<tr><td class="dim">… {len(asked) - SHIFTS - 1} more …</td><td></td></tr>')
+    if len(targets) > SHIFTS + 1:
+        rows.insert(-1, f'<tr><td class="dim">… {len(targets) - SHIFTS - 1} more …</td><td></td></tr>')
     return (
-        f"<details><summary>The loss mask, token by token</summary><p>{view.supervised} of {len(view.tokens)} "
-        f"tokens are "
-        f"supervised; the model predicts each of them at the token before it. The loss of this row is the "
-        f"mean surprise "
-        f"at these tokens; the other {len(view.tokens) - view.supervised} do not count.</p>"
+        f"<details><summary>The loss mask, token by token</summary><p>{view.supervised} of {len(view.tokens)} tokens "
+        "are supervised; the model predicts each of them at the token before it. The loss of this row is the mean "
+        f"surprise at these tokens; the other {len(view.tokens) - view.supervised} do not count.</p>"
         f'<table class="shift"><tr><th>after reading</th><th>predict</th></tr>{"".join(rows)}</table></details>'
     )
 
 
 def _safe(text: str, lines: bool = False) -> str:
-    """Text for a page. What steers is written out; with `lines`, a line break also breaks the line."""
+    """Text for a page, with control characters escaped; with `lines`, a line break also breaks the line."""
     if not lines:
         return escape(visible(text))
     return f"{NEWLINE}\n".join(escape(visible(line)) for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""`report.html`: one page about a run, made from the files in its folder."""
+"""`report.html`: one page about a run, from the files in its folder."""
 
 from __future__ import annotations
 

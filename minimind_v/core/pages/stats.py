@@ -22,7 +22,7 @@ dd { margin: 0; overflow-wrap: anywhere }
 """
 
 
-LABELS = 6  # below the histogram, at most, besides the first
+LABELS = 6  # below the histogram at most, without the first
 
 
 def stats_page(report: dict[str, Any]) -> str:
