@@ -85,7 +85,7 @@ class Report:
         self.text_rows = np.zeros(count, bool)  # [rows]: with pictures and no mark; no problem
         self.notes = {note: np.zeros(count, bool) for note in NOTES}  # [rows] by note; no problem either
         # Index of the row with the same text and pictures, with one of the pictures, and of the held-out one; or -1.
-        self._copies, self._shown, self._kept = (np.full(count, -1, np.int64) for _ in range(3))
+        self._first_copy, self._first_shown, self._held_out_copy = (np.full(count, -1, np.int64) for _ in range(3))
 
     @property
     def rows(self) -> int:
@@ -108,10 +108,10 @@ class Report:
 
     def compare(self, held_out: Digests) -> None:
         """Find repeated rows, after all rows were added."""
-        self._copies = self._wholes.seen_before(self.rows)
-        self._shown = np.where(self._copies < 0, self._digests.seen_before(self.rows), -1)
-        self._kept = self._digests.seen_in(held_out, self.rows)
-        self.repeated = (self._copies >= 0) | (self._kept >= 0)
+        self._first_copy = self._wholes.seen_before(self.rows)
+        self._first_shown = np.where(self._first_copy < 0, self._digests.seen_before(self.rows), -1)
+        self._held_out_copy = self._digests.seen_in(held_out, self.rows)
+        self.repeated = (self._first_copy >= 0) | (self._held_out_copy >= 0)
 
     def location(self, index: int) -> str:
         """`file:row`."""
@@ -123,12 +123,12 @@ class Report:
             yield Problem(self._store.number(index), kind, message, self._store.place(index))
 
     def _repetitions(self) -> Iterator[Finding]:
-        for index in np.flatnonzero((self._shown >= 0) | self.repeated).tolist():
-            if (first := self._copies[index]) >= 0:
+        for index in np.flatnonzero((self._first_shown >= 0) | self.repeated).tolist():
+            if (first := self._first_copy[index]) >= 0:
                 yield index, "duplicate row", f"the same text and pictures as {self._store.place(int(first))}"
-            if (first := self._shown[index]) >= 0:
+            if (first := self._first_shown[index]) >= 0:
                 yield index, "duplicate picture", f"a picture of {self._store.place(int(first))}"
-            if self._held_out and (first := self._kept[index]) >= 0:
+            if self._held_out and (first := self._held_out_copy[index]) >= 0:
                 yield index, "held out", f"shared with {self._held_out.place(int(first))}"
 
     def refusal(self, bad_rows: float) -> str | None:

@@ -30,7 +30,7 @@ dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem } d
 .sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: .8rem; font-size: .9rem }
 .card img { width: 100%; image-rendering: pixelated; border-radius: .25rem }
-.right { color: var(--learn-ink); font-weight: 600 } .wrong { color: var(--warn); font-weight: 600 }
+.right { color: var(--supervised-ink); font-weight: 600 } .wrong { color: var(--warn); font-weight: 600 }
 """
 
 

@@ -16,11 +16,13 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fbfaf8; --card: #fff; --ink: #1f2328; --dim: #6b7280; --line: #e4e2dd;
-  --learn: #bbf0cc; --learn-ink: #0b4a22; --accent: #2457d6; --warn: #b42318; --chip: #f0eee9; --chip2: #e6e3dc;
-  --eye: #dbe7ff; --eye-ink: #173a8a; --special: #eadcfb; --special-ink: #532291; --cut: #f7dcd9 }
+  --supervised: #bbf0cc; --supervised-ink: #0b4a22; --accent: #2457d6; --warn: #b42318; --chip: #f0eee9;
+  --chip2: #e6e3dc; --image: #dbe7ff; --image-ink: #173a8a; --special: #eadcfb; --special-ink: #532291;
+  --cut: #f7dcd9 }
 @media (prefers-color-scheme: dark) { :root { --back: #14161a; --card: #1c1f25; --ink: #e6e6e3; --dim: #9aa1ac;
-  --line: #31353d; --learn: #14532d; --learn-ink: #c5f6d6; --accent: #8ab0ff; --warn: #ff9a8f; --chip: #2a2e36;
-  --chip2: #343944; --eye: #1e3566; --eye-ink: #d3e1ff; --special: #43265f; --special-ink: #ecdcff; --cut: #4a2320 } }
+  --line: #31353d; --supervised: #14532d; --supervised-ink: #c5f6d6; --accent: #8ab0ff; --warn: #ff9a8f;
+  --chip: #2a2e36; --chip2: #343944; --image: #1e3566; --image-ink: #d3e1ff; --special: #43265f;
+  --special-ink: #ecdcff; --cut: #4a2320 } }
 * { box-sizing: border-box }
 body { font: 16px/1.6 system-ui, "Noto Sans CJK SC", sans-serif; margin: 0 auto; max-width: 68rem;
   padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--back) }
@@ -40,7 +42,6 @@ td + td { white-space: nowrap } td code { overflow-wrap: normal }
   flex: 1 1 9rem; color: var(--dim); font-size: .9rem; line-height: 1.35 }
 .figure b { display: block; font-size: 1.6rem; color: var(--ink); font-weight: 650 }
 """
-
 
 BEGIN = (
     f'<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -29,13 +29,13 @@ STYLE = """
   -webkit-box-decoration-break: clone; box-decoration-break: clone }
 .t:nth-child(even) { background: var(--chip2) }
 .t.s { background: var(--special); color: var(--special-ink); padding: .12em .35em; font-size: .8em }
-.t.l, .t.l:nth-child(even) { background: var(--learn); color: var(--learn-ink) }
+.t.l, .t.l:nth-child(even) { background: var(--supervised); color: var(--supervised-ink) }
 .t.l:nth-child(even) { filter: brightness(.95) }
 .t.l.s { box-shadow: inset 0 -2px var(--special-ink) }
 .t.x { opacity: .6; text-decoration: line-through; background: var(--cut) !important; color: inherit }
 .t.many { border: 1px dotted var(--dim) } .t small { color: var(--dim); font-size: .68em; margin-left: .35em }
 .t.l small { color: inherit; opacity: .75 }
-.t.p { background: var(--eye) !important; color: var(--eye-ink); padding: .25em .6em;
+.t.p { background: var(--image) !important; color: var(--image-ink); padding: .25em .6em;
   font-family: inherit; font-weight: 600 }
 #ids:checked ~ main .t::after { content: attr(data-id); font: .62rem ui-monospace, monospace; color: var(--dim);
   vertical-align: -.55em; margin-left: .25em } #ids:checked ~ main .t { margin: 0 2px }
@@ -51,13 +51,13 @@ figure { margin: 0; flex: 0 1 21rem; min-width: 0 } figcaption { font-size: .85r
 .facts b { color: var(--ink); font-variant-numeric: tabular-nums }
 .bar { display: flex; height: .8rem; border-radius: .4rem; overflow: hidden; margin: .7rem 0 .25rem;
   background: var(--chip) }
-.bar i { display: block } .b-eye { background: #6f9bff } .b-ask { background: #b9b3a6 } .b-learn { background: #35a35c }
-
+.bar i { display: block } .b-image { background: #6f9bff } .b-context { background: #b9b3a6 }
+.b-supervised { background: #35a35c }
 .b-pad { background: repeating-linear-gradient(45deg, transparent 0 3px, var(--dim) 3px 4px) }
 .b-cut { background: #d9685d }
 .badge { display: inline-block; border-radius: 1em; padding: 0 .7em; font-size: .8rem; font-weight: 600;
   background: var(--chip2); vertical-align: .15em } .badge.bad { background: var(--cut); color: var(--warn) }
-.badge.good { background: var(--learn); color: var(--learn-ink) }
+.badge.good { background: var(--supervised); color: var(--supervised-ink) }
 h2 code { font-weight: 600 }
 details { margin: .6rem 0 } summary { cursor: pointer; color: var(--accent) } details p { margin: .6rem 0 }
 .lesson { columns: 2 21rem; column-gap: 2.2rem } .lesson div { break-inside: avoid; margin-bottom: 1.1rem }
@@ -206,7 +206,7 @@ def _facts(view: RowView, config: RunConfig) -> str:
     if lost:
         facts += [(lost, "cut off"), (view.answers_lost, "of these in answers")]
     padding = view.batch.length - tokens if view.batch else 0
-    bar = ((images, "eye"), (context, "ask"), (supervised, "learn"), (padding, "pad"), (lost, "cut"))
+    bar = ((images, "image"), (context, "context"), (supervised, "supervised"), (padding, "pad"), (lost, "cut"))
     total = max(sum(width for width, _ in bar), 1)
     return (
         '<div class="bar">'

@@ -79,7 +79,7 @@ def plan(
     spec = projected(read_vision_spec(config.vision_model), config.projector)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
-    updates = min(outlook.steps, config.max_steps or outlook.updates)
+    updates = min(outlook.steps, config.max_steps or outlook.steps)
     first = min(outlook.steps // config.epochs, updates)  # in the epoch that encodes the images
     watch, later, memory, disk = _measure(config, updates, first)
     tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (updates, first))
