@@ -81,7 +81,7 @@ class SavedRows:
     def number(self, index: int) -> int:
         return index + 1
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{self._folder}:{index + 1}"
 
     def row(self, index: int) -> Row:
@@ -105,11 +105,11 @@ class SavedRows:
         return rng.permutation(len(self))
 
 
-def _together(path: Path, parts: list[Any]) -> Any:
+def _together(path: Path, splits: list[Any]) -> Any:
     import datasets
 
     try:
-        return datasets.concatenate_datasets(parts)
+        return datasets.concatenate_datasets(splits)
     except Exception as error:  # the library raises many kinds
         raise DataError(f"{path}: its splits do not match ({' '.join(str(error).split())})") from None
 

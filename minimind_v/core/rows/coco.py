@@ -88,34 +88,34 @@ class CocoRows(TextRows):
                 return super().picture(index, position, name.rpartition("/")[2])
             raise
 
-    def _annotation(self, place: int, picture_place: int) -> dict[str, Any]:
-        annotation = self._object(place)
+    def _annotation(self, span: int, image_span: int) -> dict[str, Any]:
+        annotation = self._object(span)
         if annotation.get("image_id") is None:
             raise RowError("an annotation without `image_id`", "coco")
-        if picture_place in (UNKNOWN, SEVERAL):
-            count = "several images have" if picture_place else "no image has"
+        if image_span in (UNKNOWN, SEVERAL):
+            count = "several images have" if image_span else "no image has"
             raise RowError(f"{count} the id {annotation['image_id']!r:.60}", "coco")
-        name = self._object(picture_place).get("file_name")
+        name = self._object(image_span).get("file_name")
         if not isinstance(name, str) or not name:
             raise RowError(f"the image {annotation['image_id']!r:.60} has no `file_name`", "coco")
         return annotation | {"image": [name]}
 
-    def _sentence(self, place: int, number: int) -> dict[str, Any]:
-        picture = self._object(place)
-        sentences = picture.get("sentences")
+    def _sentence(self, span: int, number: int) -> dict[str, Any]:
+        image = self._object(span)
+        sentences = image.get("sentences")
         number &= 0xFFFFFFFF
         if not isinstance(sentences, list) or len(sentences) <= number or not isinstance(sentences[number], dict):
             raise RowError("a sentence that is not an object with `raw`", "coco")
-        folder, name = picture.get("filepath"), picture.get("filename") or picture.get("file_name")
+        folder, name = image.get("filepath"), image.get("filename") or image.get("file_name")
         if not isinstance(name, str):
             raise RowError("an image without `filename`", "coco")
         names = [f"{folder}/{name}" if isinstance(folder, str) and folder else name]
         return {"image": names, "caption": sentences[number].get("raw")}
 
-    def _object(self, place: int) -> dict[str, Any]:
+    def _object(self, span: int) -> dict[str, Any]:
         """The JSON object at a place of the file. Raises RowError."""
-        self.handle.seek(place >> LENGTH_BITS)
-        value = parse_json(self.handle.read(place & ((1 << LENGTH_BITS) - 1)))
+        self.handle.seek(span >> LENGTH_BITS)
+        value = parse_json(self.handle.read(span & ((1 << LENGTH_BITS) - 1)))
         if not isinstance(value, dict):
             raise RowError("not a JSON object", "json")
         return value
@@ -125,18 +125,18 @@ class CocoRows(TextRows):
         scan = _Scan()
         try:
             with self.path.open("rb") as file:
-                for key, value, place in JsonElements(file):
-                    scan.add(key, value, place)
+                for key, value, span in JsonElements(file):
+                    scan.add(key, value, span)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: not a COCO caption file ({error})") from None
         if len(scan.sentences) and not scan.captions:
-            return np.array([scan.sentence_places, scan.sentences], np.uint64)
+            return np.array([scan.sentence_spans, scan.sentences], np.uint64)
         if not scan.captions:
             raise DataError(
                 f"{self.path}: no annotation has a `caption` — use COCO's caption files, "
                 "such as captions_train2017.json"
             )
-        return np.stack([np.array(scan.places, np.uint64), scan.picture_places()])
+        return np.stack([np.array(scan.spans, np.uint64), scan.annotation_image_spans()])
 
 
 @dataclass
@@ -145,42 +145,42 @@ class _Scan:
 
     ids: array[int] = field(default_factory=lambda: array("Q"))  # of pictures
     names: array[int] = field(default_factory=lambda: array("Q"))  # digests of them
-    pictures: array[int] = field(default_factory=lambda: array("Q"))  # places of them
+    image_spans: array[int] = field(default_factory=lambda: array("Q"))  # places of them
     of: array[int] = field(default_factory=lambda: array("Q"))  # of each annotation the id of its picture
-    places: array[int] = field(default_factory=lambda: array("Q"))
+    spans: array[int] = field(default_factory=lambda: array("Q"))
     sentences: array[int] = field(default_factory=lambda: array("Q"))  # split and number of each
-    sentence_places: array[int] = field(default_factory=lambda: array("Q"))  # those of their pictures
+    sentence_spans: array[int] = field(default_factory=lambda: array("Q"))  # those of their pictures
     captions: int = 0
 
-    def add(self, key: str, value: Any, place: int) -> None:
+    def add(self, key: str, value: Any, span: int) -> None:
         fields = value if isinstance(value, dict) else {}
         if key == "annotations":
             self.of.append(_id(fields["image_id"]) if fields.get("image_id") is not None else NO_ID)
-            self.places.append(place)
+            self.spans.append(span)
             self.captions += isinstance(fields.get("caption"), str)
         elif key == "images":
             if fields.get("id") is not None:
                 self.ids.append(_id(fields["id"]))
                 self.names.append(_digest(repr(fields.get("file_name"))))
-                self.pictures.append(place)
+                self.image_spans.append(span)
             sentences = fields.get("sentences")
             if isinstance(sentences, list):
                 split = _split_code(fields.get("split"))
                 self.sentences.extend(1 << 63 | split << SENTENCE_BITS | number for number in range(len(sentences)))
-                self.sentence_places.extend([place] * len(sentences))
+                self.sentence_spans.extend([span] * len(sentences))
 
-    def picture_places(self) -> np.ndarray:
+    def annotation_image_spans(self) -> np.ndarray:
         """For each annotation the place of its picture, or UNKNOWN or SEVERAL."""
         if not len(self.ids):
-            return np.full(len(self.places), UNKNOWN, np.uint64)
+            return np.full(len(self.spans), UNKNOWN, np.uint64)
         order = np.argsort(np.array(self.ids, np.uint64), kind="stable")
         ids, names = np.array(self.ids, np.uint64)[order], np.array(self.names, np.uint64)[order]
         distinct, firsts = np.unique(ids, return_index=True)
         differ = np.minimum.reduceat(names, firsts) != np.maximum.reduceat(names, firsts)
-        places = np.where(differ, np.uint64(SEVERAL), np.array(self.pictures, np.uint64)[order][firsts])
+        spans = np.where(differ, np.uint64(SEVERAL), np.array(self.image_spans, np.uint64)[order][firsts])
         of = np.array(self.of, np.uint64)
         which = np.minimum(np.searchsorted(distinct, of), len(distinct) - 1)
-        return np.where(distinct[which] == of, places[which], np.uint64(UNKNOWN))
+        return np.where(distinct[which] == of, spans[which], np.uint64(UNKNOWN))
 
 
 def _id(value: Any) -> int:
@@ -230,8 +230,8 @@ class JsonElements:
                 continue
             self._at += 1
             while self._next() != "]":
-                value, place = self._value()
-                yield str(key), value, place
+                value, span = self._value()
+                yield str(key), value, span
             self._at += 1
         self._at += 1
         if self._next():
@@ -263,11 +263,11 @@ class JsonElements:
                 value, end = DECODER.raw_decode(self._text, self._at)
                 if end < len(self._text):  # a number at the end might go on
                     length = end - self._at
-                    place = self._begin + self._at << LENGTH_BITS | length
+                    span = self._begin + self._at << LENGTH_BITS | length
                     self._at = end
                     if length >> LENGTH_BITS:
                         break
-                    return value, place
+                    return value, span
                 trouble = "it does not end"
             except json.JSONDecodeError as error:
                 trouble = error.msg

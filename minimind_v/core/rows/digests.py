@@ -54,14 +54,14 @@ class Digests:
             return np.full(rows, -1, np.int64)
         digests_there, first = np.unique(other.digests, return_index=True)
         digests = self.digests
-        places = np.minimum(np.searchsorted(digests_there, digests), len(digests_there) - 1)
-        return _of_each_row(self.owners, other.owners[first[places]], digests_there[places] == digests, rows)
+        positions = np.minimum(np.searchsorted(digests_there, digests), len(digests_there) - 1)
+        return _of_each_row(self.owners, other.owners[first[positions]], digests_there[positions] == digests, rows)
 
 
-def _of_each_row(owners: np.ndarray, values: np.ndarray, hits: np.ndarray, rows: int) -> np.ndarray:
+def _of_each_row(owners: np.ndarray, values: np.ndarray, mask: np.ndarray, rows: int) -> np.ndarray:
     """Of each row the value of its first hit, or -1."""
     row_values = np.full(rows, -1, np.int64)
-    row_values[owners[hits][::-1]] = values[hits][::-1]  # of several the last to be written stays
+    row_values[owners[mask][::-1]] = values[mask][::-1]  # of several the last to be written stays
     return row_values
 
 
@@ -77,7 +77,7 @@ def picture_digest(data: bytes) -> int:
 
 def whole_digest(text: int, pictures: list[int]) -> int:
     """A digest of a conversation and its pictures, by the digests of each."""
-    return _digest(b"".join(part.to_bytes(8, "little") for part in (text, *pictures)), b"row")
+    return _digest(b"".join(digest.to_bytes(8, "little") for digest in (text, *pictures)), b"row")
 
 
 def _digest(data: bytes, kind: bytes = b"") -> int:

@@ -43,7 +43,7 @@ class FileRows(Reopened):
     def number(self, index: int) -> int:
         return index + 1
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`file:row`, counted as an editor does."""
         return f"{self.path}:{self.number(index)}"
 

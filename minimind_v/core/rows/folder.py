@@ -84,9 +84,9 @@ class FolderRows(ShardedRows):
         file, row = self._at(index)
         return self._stores[file].number(row)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         file, row = self._at(index)
-        return self._stores[file].place(row)
+        return self._stores[file].location(row)
 
     def row(self, index: int) -> Row:
         file, row = self._at(index)

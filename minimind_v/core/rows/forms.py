@@ -57,7 +57,7 @@ class Form:
     """A form of conversation: whether a row's fields have it, and how it is read; `read` removes what it uses."""
 
     name: str
-    fits: Callable[[Mapping[str, Any]], bool]
+    matches: Callable[[Mapping[str, Any]], bool]
     read: Callable[[dict[str, Any]], Conversation]
 
 
@@ -80,7 +80,7 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
 def _read_fields(fields: Mapping[str, Any]) -> Row:
     rest = dict(fields)
-    form = next((form for form in FORMS if form.fits(rest)), None)
+    form = next((form for form in FORMS if form.matches(rest)), None)
     if form is None:
         conversation = Conversation(None, "")
         for key in TALKS:

@@ -17,7 +17,7 @@ from minimind_v.core.rows.digests import Digests, picture_digest, text_digest
 from minimind_v.core.rows.row import RowStore
 
 
-def hold_out(rows: RowStore, count: int, seed: int, known: Path, origin: str, say: Callable[[str], None]) -> np.ndarray:
+def hold_out(rows: RowStore, count: int, seed: int, path: Path, origin: str, say: Callable[[str], None]) -> np.ndarray:
     """Which rows are held out, bool [rows]: about `count` of them, at most a tenth.
 
     Finding out which rows share a picture means reading every picture once. So the choice is kept in the file `known`,
@@ -26,12 +26,12 @@ def hold_out(rows: RowStore, count: int, seed: int, known: Path, origin: str, sa
     """
     count = min(count, len(rows) // 10)
     key = hashlib.blake2b(json.dumps([origin, len(rows), count, seed]).encode(), digest_size=8).hexdigest()
-    chosen = _read(known, key)
+    chosen = _read(path, key)
     if chosen is None:
         say(f"choosing held-out rows: reading the images of all {len(rows):,} rows once")
         held = choose(group_by_picture(rows, lambda index, error: None), count, seed)
         chosen = np.flatnonzero(held).tolist()
-        write_text(known, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
+        write_text(path, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
     if not chosen:
         raise UsageError(
             f"{rows.path}: none of its {len(rows)} rows can be held out by image, so validation is not possible "
@@ -42,7 +42,7 @@ def hold_out(rows: RowStore, count: int, seed: int, known: Path, origin: str, sa
     return mask
 
 
-def choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+def choose(groups: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit into `wanted` rows."""
     usable = groups >= 0
     _, which, sizes = np.unique(groups[usable], return_inverse=True, return_counts=True)
@@ -50,7 +50,7 @@ def choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     random.Random(seed).shuffle(order)
     chosen, count = np.zeros(len(sizes), bool), 0
     for group in order:
-        if count + sizes[group] <= wanted:
+        if count + sizes[group] <= limit:
             chosen[group] = True
             count += int(sizes[group])
     held = np.zeros(len(groups), bool)
@@ -83,8 +83,8 @@ def group_by_picture(
         return index
 
     owners, firsts = digests.owners, digests.firsts()
-    shared = owners != firsts
-    for index, first in zip(owners[shared].tolist(), firsts[shared].tolist(), strict=True):
+    repeated = owners != firsts
+    for index, first in zip(owners[repeated].tolist(), firsts[repeated].tolist(), strict=True):
         smaller, larger = sorted((root(index), root(first)))
         parent[larger] = smaller
     groups = np.array([root(index) for index in range(len(rows))], np.int64)
@@ -99,8 +99,8 @@ def digests_of(rows: RowStore, index: int) -> list[int]:
     return [picture_digest(data) for data in pictures] or [text_digest(row)]
 
 
-def _read(known: Path, key: str) -> list[int] | None:
-    noted = read_notes(known)
+def _read(path: Path, key: str) -> list[int] | None:
+    noted = read_notes(path)
     chosen = noted.get("rows")
     if not isinstance(chosen, list) or not all(isinstance(row, int) for row in chosen):
         return None

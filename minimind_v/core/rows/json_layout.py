@@ -75,7 +75,7 @@ def _layout(head: bytes, whole: bool) -> Layout | None:
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, dict) and any(form.fits(value) for form in FORMS)
+    return isinstance(value, dict) and any(form.matches(value) for form in FORMS)
 
 
 def _array_below(text: str, begin: int) -> Layout | None:
@@ -170,18 +170,18 @@ def _balanced_end(text: str, at: int) -> int | None:
     return None
 
 
-def _check_end(behind: bytes, file: BinaryIO, layout: Layout, place: int) -> None:
+def _check_end(behind: bytes, file: BinaryIO, layout: Layout, offset: int) -> None:
     """Raises ValueError where something stands behind an array that belongs to nothing."""
     behind += file.read(ROW_LIMIT if layout.key else CHUNK)
     if not layout.key:
         if behind.strip():
-            raise ValueError(f"extra data after its end, at byte {place}")
+            raise ValueError(f"extra data after its end, at byte {offset}")
         return
     try:
         refuse_many_values(behind)
         json.loads(b'{"":0' + behind)
     except (ValueError, RecursionError, RowError):
-        raise ValueError(f"the object around `{layout.key}` is not a complete object, from byte {place} on") from None
+        raise ValueError(f"the object around `{layout.key}` is not a complete object, from byte {offset} on") from None
 
 
 def refuse_many_values(data: bytes) -> None:

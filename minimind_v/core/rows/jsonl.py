@@ -159,10 +159,10 @@ class LlavaRows(TextRows):
 
     def _find_rows(self) -> np.ndarray:
         """Offset and length in bytes of every row."""
-        places = array("Q")
+        spans = array("Q")
         try:
-            for place in find_elements(self.path, self._layout):
-                places.extend(place)
+            for span in find_elements(self.path, self._layout):
+                spans.extend(span)
         except (ValueError, RecursionError, RowError) as error:
             raise DataError(f"{self.path}: not a JSON array of rows ({error})") from None
-        return np.array(places, np.uint64).reshape(-1, 2).T
+        return np.array(spans, np.uint64).reshape(-1, 2).T

@@ -49,7 +49,7 @@ def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[st
             key, pictures = name, others
         elif others:
             pictures = _same_pictures(pictures, others, key, name)
-    if not pictures and (conversation.leads or (not conversation.parts and count_marks(conversation.messages))):
+    if not pictures and (conversation.leads or (not conversation.image_refs and count_marks(conversation.messages))):
         alternative = find_pictures(fields, ALTERNATIVES)
         if alternative is not None:
             value = fields.pop(alternative)
@@ -79,8 +79,8 @@ def _same_pictures(
 def place_pictures(conversation: Conversation, pictures: list[Picture] | StoredPictures) -> list[Picture]:
     """The pictures of a row in the order of its marks; marks are put where the form says that pictures stand."""
     messages = conversation.messages
-    if conversation.parts and any(part is not NEXT for part in conversation.parts):
-        return _named_by_parts(conversation.parts, _counted(pictures))
+    if conversation.image_refs and any(ref is not NEXT for ref in conversation.image_refs):
+        return _pictures_by_refs(conversation.image_refs, _counted(pictures))
     if isinstance(pictures, StoredPictures):
         # As many as the text has marks, which is found out when one is read; nobody would read one of a text row.
         marks = count_marks(messages)
@@ -125,28 +125,28 @@ def _without_mark(text: str) -> str:
     return before.removesuffix("\n") if not behind else before + (behind if before else behind.removeprefix("\n"))
 
 
-def _named_by_parts(parts: list[Any], pictures: list[Picture]) -> list[Picture]:
+def _pictures_by_refs(refs: list[Any], pictures: list[Picture]) -> list[Picture]:
     """The picture of each mark where parts say which: by its number in the row, or by itself. Raises RowError."""
     own = {}
-    for position, part in enumerate(parts):
-        if part is not NEXT and not isinstance(part, int):
-            shown = pictures_of(part, "content") if not isinstance(part, str) else picture_of_element(part, "content")
+    for position, ref in enumerate(refs):
+        if ref is not NEXT and not isinstance(ref, int):
+            shown = pictures_of(ref, "content") if not isinstance(ref, str) else picture_of_element(ref, "content")
             if len(shown) != 1:
                 raise RowError("an image part of a message has no image, or several", "placeholders")
             own[position] = shown[0]
     if own:
-        return _beside_own(parts, own, pictures)
-    indices = [part for part in parts if part is not NEXT]
+        return _beside_own(refs, own, pictures)
+    indices = [ref for ref in refs if ref is not NEXT]
     rest = [number for number in range(len(pictures)) if number not in indices]
-    order = [rest.pop(0) if part is NEXT and rest else part for part in parts]
+    order = [rest.pop(0) if ref is NEXT and rest else ref for ref in refs]
     if rest or not all(isinstance(number, int) and 0 <= number < len(pictures) for number in order):
         raise RowError(f"its parts refer to {len(set(order))} images, the row has {len(pictures)}", "placeholders")
     return [pictures[number] for number in order]
 
 
-def _beside_own(parts: list[Any], own: dict[int, Picture], pictures: list[Picture]) -> list[Picture]:
+def _beside_own(refs: list[Any], own: dict[int, Picture], pictures: list[Picture]) -> list[Picture]:
     """The picture of each mark where some parts have their own, and the row may have them again. Raises RowError."""
-    if len(pictures) == len(parts):
+    if len(pictures) == len(refs):
         for position, picture in own.items():
             listed = pictures[position]
             if picture.data is None and listed.data is None and _file(picture.name) != _file(listed.name):
@@ -156,16 +156,16 @@ def _beside_own(parts: list[Any], own: dict[int, Picture], pictures: list[Pictur
                 own[position] if position in own and listed.data is None else listed
                 for position, listed in enumerate(pictures)
             ]
-    others = [number for number in range(len(parts)) if number not in own]
+    others = [number for number in range(len(refs)) if number not in own]
     names = {_file(picture.name) for picture in own.values()}
     if not others and all(picture.data is None and _file(picture.name) in names for picture in pictures):
         return list(own.values())
     if len(others) != len(pictures):
         raise RowError(
-            f"its parts refer to {len(parts)} images, contain {len(own)} of them, and the row has {len(pictures)} more",
+            f"its parts refer to {len(refs)} images, contain {len(own)} of them, and the row has {len(pictures)} more",
             "placeholders",
         )
-    return [own[position] if position in own else pictures.pop(0) for position in range(len(parts))]
+    return [own[position] if position in own else pictures.pop(0) for position in range(len(refs))]
 
 
 def _file(name: str | None) -> str:

@@ -88,9 +88,9 @@ def entries(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, Member]
         raise zipfile.BadZipFile("Truncated central directory")
 
 
-def entry_at(file: BinaryIO, place: int) -> Member:
+def entry_at(file: BinaryIO, offset: int) -> Member:
     """The entry that begins there. Raises BadZipFile."""
-    file.seek(place)
+    file.seek(offset)
     data = file.read(ENTRY.size)
     length = _entry_length(data, 0)
     data += file.read(length - ENTRY.size if length else 0)

@@ -39,7 +39,7 @@ class Conversation:
 
     messages: Any
     form: str
-    parts: list[Any] | None = None  # for each mark what its part says of its picture; None without parts
+    image_refs: list[Any] | None = None  # for each mark what its part says of its picture; None without parts
     leads: bool = False  # the pictures stand before the first question where no mark says otherwise
     needs: bool = False  # without a picture it says nothing
     notes: list[str] = field(default_factory=list)
@@ -110,10 +110,10 @@ def _messages(value: Any, form: str) -> Conversation:
     conversation.messages = messages
     if not plain:
         conversation.form = f"{form} of parts"
-        conversation.parts = []
+        conversation.image_refs = []
         for number, message in enumerate(messages, 1):
             if isinstance(message, dict):
-                conversation.parts += _join_parts(message, number)
+                conversation.image_refs += _join_items(message, number)
     _drop_answer(conversation)
     return conversation
 
@@ -143,36 +143,36 @@ def _drop_answer(conversation: Conversation) -> None:
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages[first : first + 2]]
     if roles == ["assistant", "user"]:
         content = messages[first].get("content")
-        if conversation.parts is not None and isinstance(content, str):
+        if conversation.image_refs is not None and isinstance(content, str):
             before = count_marks(messages[:first])
-            del conversation.parts[before : before + content.count(IMAGE_MARK)]
+            del conversation.image_refs[before : before + content.count(IMAGE_MARK)]
         del messages[first]
         conversation.notes.append(ANSWER_FIRST)
 
 
-def _join_parts(message: dict[str, Any], number: int) -> list[Any]:
+def _join_items(message: dict[str, Any], number: int) -> list[Any]:
     """Make a message's parts its text, with a mark for each picture; returns what is said of each of these."""
     content = message.get("content")
     if isinstance(content, str):
         return [NEXT] * content.count(IMAGE_MARK)
-    text, pictures = "", []
-    for part in content if isinstance(content, list) else [content]:
-        piece, shows = _part(part, number)
+    text, refs = "", []
+    for item in content if isinstance(content, list) else [content]:
+        piece, item_refs = _read_item(item, number)
         if text and piece and not (text[-1].isspace() or piece[0].isspace()):
             text += "\n"
         text += piece
-        pictures += shows
+        refs += item_refs
     message["content"] = text
-    return pictures
+    return refs
 
 
-def _part(part: Any, number: int) -> tuple[str, list[Any]]:
+def _read_item(item: Any, number: int) -> tuple[str, list[Any]]:
     """The text of a part, a mark for a picture, and what the part says of each of its pictures. Raises RowError."""
-    if isinstance(part, str):
-        return part, [NEXT] * part.count(IMAGE_MARK)
-    if not isinstance(part, dict):
+    if isinstance(item, str):
+        return item, [NEXT] * item.count(IMAGE_MARK)
+    if not isinstance(item, dict):
         raise RowError(f"message {number} has a part that is neither text nor an image", "conversations")
-    filled = {key: value for key, value in part.items() if value not in (None, "", [], {})}
+    filled = {key: value for key, value in item.items() if value not in (None, "", [], {})}
     kind = filled.get("type") or ("text" if isinstance(filled.get("text"), str) else next(iter(filled), None))
     kind = kind.lower() if isinstance(kind, str) else kind
     if kind in PART_TEXT and not any(key in filled for key in PART_IMAGE):

@@ -39,7 +39,7 @@ class PicturePath:
 def spellings(name: str) -> Iterator[PicturePath]:
     """What a name may mean, the exact text first; none of it leads upwards."""
     if "\\" in name:  # in most systems a letter like others
-        yield PicturePath(tuple(part for part in name.split("/") if part not in ("", ".")))
+        yield PicturePath(tuple(folder for folder in name.split("/") if folder not in ("", ".")))
     for text in _texts(name):
         path = PicturePath.of(text)
         if path.names and ".." not in path.names:
@@ -72,11 +72,11 @@ def below(path: PicturePath, roots: Sequence[tuple[str, ...]]) -> list[tuple[str
     names, plain = path.names, path.composed().names
     if path.absolute and (root_of_path := next((root for root in roots if plain[: len(root)] == root), None)):
         return [names[len(root_of_path) :]]
-    places = {names: None}
+    paths = {names: None}
     for count in range(1, len(names)):
         dropped, left = plain[:count], names[count:]
         own = any(root[-count:] == dropped for root in roots)
         likely = path.absolute and (len(left) > 1 or any(root[-1:] == dropped[-1:] for root in roots))
         if own or likely:
-            places[left] = None
-    return list(places)
+            paths[left] = None
+    return list(paths)

@@ -126,9 +126,9 @@ class ParquetRows(ShardedRows):
 
         The parts of a group that is too large for memory follow each other, since reading starts at its beginning.
         """
-        parts = [(self._text, MIXED_TEXT), *([(self._data, MIXED_PICTURES)] if self._data else [])]
-        rows = min(int(bytes_ / max(part.sizes.sum() / len(self), 1)) for part, bytes_ in parts)
-        return parts[-1][0].shuffled(rng, max(rows, 1))
+        columns = [(self._text, MIXED_TEXT), *([(self._data, MIXED_PICTURES)] if self._data else [])]
+        rows = min(int(limit / max(pieces.sizes.sum() / len(self), 1)) for pieces, limit in columns)
+        return columns[-1][0].shuffled(rng, max(rows, 1))
 
 
 class _Pieces:
@@ -144,12 +144,12 @@ class _Pieces:
             for number in range(footer.num_row_groups):
                 group = footer.row_group(number)
                 size = sum(group.column(n).total_uncompressed_size for n in leaves)
-                parts = max(1, min(-(-size // (kept // 8)), group.num_rows))
-                rows = -(-group.num_rows // parts) or 1
-                for part, first in enumerate(range(0, group.num_rows, rows)):
-                    groups.append((file, number, part, rows))
+                count = max(1, min(-(-size // (kept // 8)), group.num_rows))
+                rows = -(-group.num_rows // count) or 1
+                for number_in_group, first in enumerate(range(0, group.num_rows, rows)):
+                    groups.append((file, number, number_in_group, rows))
                     starts.append(row + first)
-                    sizes.append(size // parts)
+                    sizes.append(size // count)
                 row += group.num_rows
         self.rows = row
         self.groups = np.array(groups, np.int64).reshape(-1, 4)
@@ -166,11 +166,11 @@ class _Pieces:
         return self.__dict__ | {"_kept": OrderedDict(), "_going": {}, "_footers": {}}
 
     def row(self, index: int) -> dict[str, Any]:
-        piece, place = self._piece(index)
+        piece, position = self._piece(index)
         row = {}
         for name in self.names:
             try:
-                row[name] = piece.column(name)[place].as_py()
+                row[name] = piece.column(name)[position].as_py()
             except Exception as error:  # one bad byte is no UTF-8, and other damage raises many kinds
                 raise RowError(f"`{name}` cannot be read ({' '.join(str(error).split())})", "json") from None
         return row
@@ -195,22 +195,22 @@ class _Pieces:
 
     def _read(self, number: int) -> pa.RecordBatch:
         """Read on in the group to this piece, or from the group's beginning where it lies behind."""
-        file, group, part, rows = (int(value) for value in self.groups[number])
-        at = max((piece for piece in self._going if number - part <= piece <= number), default=None)
+        file, group, number_in_group, rows = (int(value) for value in self.groups[number])
+        at = max((piece for piece in self._going if number - number_in_group <= piece <= number), default=None)
         if at is None:
-            at, reader = number - part, self._batches(file, group, rows)
+            at, reader = number - number_in_group, self._batches(file, group, rows)
         else:
             reader = self._going.pop(at)
         for _ in range(at, number):
             next(reader, None)
-        found = next(reader, None)
-        if found is None:
+        batch = next(reader, None)
+        if batch is None:
             raise pa.ArrowInvalid("fewer rows than the file's metadata says")
         if number + 1 < len(self.groups) and self.groups[number + 1, 2]:  # the group goes on
             self._going[number + 1] = reader
             if len(self._going) > READERS:
                 del self._going[next(iter(self._going))]
-        return found
+        return batch
 
     def _batches(self, file: int, group: int, rows: int) -> Iterator[pa.RecordBatch]:
         """The rows of a group, so many at a time: put together of fewer where a dictionary could make them huge."""

@@ -97,8 +97,8 @@ class FolderPictures:
         refuse_climbing(name)
         try:
             for path in spellings(name):
-                for place in below(path, self._roots):
-                    for file in _files_at(self._folder, place):
+                for names in below(path, self._roots):
+                    for file in _files_at(self._folder, names):
                         return _read_file(name, file)
             hint = self._hint(PicturePath.of(name).names)
         except OSError as error:
@@ -189,9 +189,9 @@ class ArchivePictures(Reopened, Generic[M]):
     is kept, by a hash of the file name in it; what an entry says is read again when its member is wanted.
     """
 
-    def __init__(self, path: Path, kind: str, part: str = "") -> None:
+    def __init__(self, path: Path, kind: str, subject: str = "") -> None:
         super().__init__(path)
-        self._index = Index(path, kind, self._find_entries, part)
+        self._index = Index(path, kind, self._find_entries, subject)
         self._roots = _roots_of(path)
 
     def _hashed_names(self) -> Iterator[tuple[int, int]]:
@@ -204,28 +204,28 @@ class ArchivePictures(Reopened, Generic[M]):
 
     def _find_entries(self) -> np.ndarray:
         """A hash and a place for every reading of a name, sorted by hash: uint64 [2, readings]."""
-        digests, places = array("Q"), array("Q")
-        for digest, place in self._hashed_names():
+        digests, offsets = array("Q"), array("Q")
+        for digest, offset in self._hashed_names():
             digests.append(digest)
-            places.append(place)
-        both = np.array([digests, places], np.uint64).reshape(2, -1)
+            offsets.append(offset)
+        both = np.array([digests, offsets], np.uint64).reshape(2, -1)
         return both[:, np.argsort(both[0], kind="stable")]
 
-    def _places(self, last: str) -> list[int]:
+    def _offsets(self, last: str) -> list[int]:
         """Where the entries begin that may have this file name."""
-        digests, places = self._index.array
+        digests, offsets = self._index.array
         digest = np.uint64(hash_name(last))
         first, end = (int(np.searchsorted(digests, digest, side)) for side in ("left", "right"))
-        return [int(place) for place in places[first:end]]
+        return [int(offset) for offset in offsets[first:end]]
 
     def _find(self, name: str) -> M | None:
         for path in spellings(name):
             members = self._namesakes(path.names[-1])
-            for fits in _fitting(path, list(members.values()), self._roots):
-                if len(fits) == 1:
-                    return fits[0]
-                if fits:
-                    raise RowError(f"{name}: {len(fits)} members of {self.path} have this name", "picture ambiguous")
+            for matches in _matching(path, list(members.values()), self._roots):
+                if len(matches) == 1:
+                    return matches[0]
+                if matches:
+                    raise RowError(f"{name}: {len(matches)} members of {self.path} have this name", "picture ambiguous")
         return None
 
     def _hint(self, name: str) -> str:
@@ -259,10 +259,10 @@ class ZipPictures(ArchivePictures[Member]):
     def _hashed_names(self) -> Iterator[tuple[int, int]]:
         begin, end, count, _ = directory(self.handle)
         number = 0
-        for place, member in entries(self.handle, begin, end):
+        for offset, member in entries(self.handle, begin, end):
             number += 1
             for digest in hashes(member):
-                yield digest, place
+                yield digest, offset
         if number != count & 0xFFFF and number != count:
             raise zipfile.BadZipFile(f"its directory has {number} entries where it says {count}")
 
@@ -291,7 +291,7 @@ class ZipPictures(ArchivePictures[Member]):
             raise RowError(f"{name}: damaged in {self.path} ({error})", "picture broken") from None
 
     def _namesakes(self, last: str) -> dict[str, Member]:
-        return {member.names[0]: member for member in (entry_at(self.handle, place) for place in self._places(last))}
+        return {member.names[0]: member for member in (entry_at(self.handle, offset) for offset in self._offsets(last))}
 
 
 def _roots_of(archive: Path) -> list[tuple[str, ...]]:
@@ -300,15 +300,19 @@ def _roots_of(archive: Path) -> list[tuple[str, ...]]:
     return [(*folder, stem) for folder in _folders_of(archive.parent) for stem in stems]
 
 
-def _fitting(path: PicturePath, members: list[M], roots: list[tuple[str, ...]]) -> Iterator[list[M]]:
+def _matching(path: PicturePath, members: list[M], roots: list[tuple[str, ...]]) -> Iterator[list[M]]:
     """Members that a path may mean, the best fit first: exactly, below more folders, with fewer of its own folders."""
     readings = [[PicturePath.of(name).names for name in member.names] for member in members]
     yield [member for member, paths in zip(members, readings, strict=True) if path.names in paths]
     composed = [[tuple(unicodedata.normalize("NFC", n) for n in names) for names in paths] for paths in readings]
-    places = below(path.composed(), roots)
-    ends = [[names[-len(places[0]) :] for names in paths] for paths in composed]
-    for place, candidates in [(places[0], composed), (places[0], ends), *((place, composed) for place in places[1:])]:
-        yield [member for member, paths in zip(members, candidates, strict=True) if place in paths]
+    candidates = below(path.composed(), roots)
+    ends = [[names[-len(candidates[0]) :] for names in paths] for paths in composed]
+    for names, paths_of_members in [
+        (candidates[0], composed),
+        (candidates[0], ends),
+        *((names, composed) for names in candidates[1:]),
+    ]:
+        yield [member for member, paths in zip(members, paths_of_members, strict=True) if names in paths]
 
 
 def refuse_climbing(name: str) -> None:

@@ -70,7 +70,7 @@ def read_question(fields: dict[str, Any]) -> Conversation:
     text, several = _first_text(answer, keys[1])
     turns = [*_turns_before(fields), (question, text)]
     messages = [
-        {"role": role, "content": said} for turn in turns for role, said in zip(STANDARD[1:], turn, strict=True)
+        {"role": role, "content": content} for turn in turns for role, content in zip(STANDARD[1:], turn, strict=True)
     ]
     return Conversation(messages, " + ".join(keys), leads=True, notes=[SEVERAL_ANSWERS] if several else [])
 

@@ -83,7 +83,7 @@ class RowStore(Protocol):
     def number(self, index: int) -> int:
         """The number of a row in its file, from 1; in JSONL its line."""
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`file:row`."""
 
     def row(self, index: int) -> Row:

@@ -38,6 +38,6 @@ class ShardedRows:
     def number(self, index: int) -> int:
         return self._at(index)[1] + 1
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         file, row = self._at(index)
         return f"{self.files[file]}:{row + 1}"

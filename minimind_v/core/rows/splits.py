@@ -36,22 +36,22 @@ class Choice:
 
 def split_of(path: PurePath) -> str | None:
     """The split that a path says it belongs to, its last part first; None where it says none."""
-    for part in reversed([*path.parts[:-1], path.name.partition(".parquet")[0]]):
-        for word in _words(part):
-            for split, known in WORDS.items():
-                if re.fullmatch(known, word):
+    for name in reversed([*path.parts[:-1], path.name.partition(".parquet")[0]]):
+        for word in _terms(name):
+            for split, pattern in WORDS.items():
+                if re.fullmatch(pattern, word):
                     return split
     return None
 
 
-def _words(name: str) -> list[str]:
+def _terms(name: str) -> list[str]:
     """`coco_val2017`, `myTrainSet` and `训练集-00001` as words, small letters."""
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     joined = re.sub(r"(?i)(?<![a-z])(held|hold)[\W_]?out(?![a-z])", "heldout", parted)
     return [word.lower() for word in re.findall(r"[A-Za-z]+|[^\W\d_A-Za-z]+", joined)]
 
 
-def shards_of(folder: Path, ending: str, wanted: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
+def shards_of(folder: Path, ending: str, requested: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
     """The files below a folder that are of one split, and which one that is; `ending` is that of their names.
 
     Raises DataError for no files, UsageError for no such split.
@@ -59,38 +59,38 @@ def shards_of(folder: Path, ending: str, wanted: str | None, order: Sequence[str
     files = [
         file
         for file in sorted(filter(Path.is_file, folder.rglob(f"*{ending}")))
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)  # left over, or another program's
+        if not any(name.startswith(".") for name in file.relative_to(folder).parts)  # left over, or another program's
     ]
     if not files:
         raise DataError(f"{folder}: a folder without {ending} files of rows")
-    return of_one_split(folder, {file: file.relative_to(folder) for file in files}, wanted, order)
+    return of_one_split(folder, {file: file.relative_to(folder) for file in files}, requested, order)
 
 
 def of_one_split(
-    folder: Path, names: Mapping[Path, PurePath], wanted: str | None, order: Sequence[str]
+    folder: Path, names: Mapping[Path, PurePath], requested: str | None, order: Sequence[str]
 ) -> tuple[list[Path], Choice]:
     """Those of some files of a folder, by the paths that name their splits, that are of one, and which one that is."""
     splits = {file: split_of(name) for file, name in names.items()}
     if not any(splits.values()):
-        if wanted not in (None, ALL, LEARN[0]):
-            raise UsageError(f"--split {wanted}: no file name in {folder} names a split, so all rows are train")
+        if requested not in (None, ALL, LEARN[0]):
+            raise UsageError(f"--split {requested}: no file name in {folder} names a split, so all rows are train")
         return list(splits), Choice("")
     sizes = Counter(split or LEARN[0] for split in splits.values())
-    choice = choose(folder, sizes, wanted, order, "file")
+    choice = choose(folder, sizes, requested, order, "file")
     return [file for file, split in splits.items() if choice.name in (ALL, split or LEARN[0])], choice
 
 
-def choose(where: object, sizes: Mapping[str, int], wanted: str | None, order: Sequence[str], unit: str) -> Choice:
+def choose(where: object, sizes: Mapping[str, int], requested: str | None, order: Sequence[str], unit: str) -> Choice:
     """Which of the splits of a set is taken; `sizes` tells how large each is, in some unit (`file`, `row`).
 
     Without a wish it is the first of `order` that there is, or the only one. Raises UsageError for a split that there
     is not, and where there are several and none of `order`.
     """
     listed = _listed(sizes, unit)
-    if wanted is not None:
-        name = ALL if wanted == ALL else _find(wanted, sizes)
+    if requested is not None:
+        name = ALL if requested == ALL else _find(requested, sizes)
         if name is None:
-            raise UsageError(f"--split {wanted}: {where} has only the splits {listed}{nearest(wanted, sizes)}")
+            raise UsageError(f"--split {requested}: {where} has only the splits {listed}{nearest(requested, sizes)}")
     else:
         name = next(filter(None, (_find(name, sizes) for name in order)), None)
         name = name or (next(iter(sizes)) if len(sizes) == 1 else None)
@@ -106,11 +106,11 @@ def choose(where: object, sizes: Mapping[str, int], wanted: str | None, order: S
     return Choice(name, f"{taken} — choose another with --split NAME")
 
 
-def _find(wanted: str, names: Iterable[str]) -> str | None:
+def _find(requested: str, names: Iterable[str]) -> str | None:
     """The split of this name or, where that is only one, of this meaning (`val` for `validation`)."""
-    if wanted in names:
-        return wanted
-    meant = split_of(PurePath(wanted))
+    if requested in names:
+        return requested
+    meant = split_of(PurePath(requested))
     same = [name for name in names if meant and split_of(PurePath(name)) == meant]
     return same[0] if len(same) == 1 else None
 

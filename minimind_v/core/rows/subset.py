@@ -35,8 +35,8 @@ class SampledRows:
     def number(self, index: int) -> int:
         return self._rows.number(int(self._indices[index]))
 
-    def place(self, index: int) -> str:
-        return self._rows.place(int(self._indices[index]))
+    def location(self, index: int) -> str:
+        return self._rows.location(int(self._indices[index]))
 
     def row(self, index: int) -> Row:
         return self._rows.row(int(self._indices[index]))

@@ -58,7 +58,7 @@ class TarPictures(ArchivePictures[Member]):
                 raise DataError(f"{self.path}: damaged ({error}) — download it again") from None
 
     def _namesakes(self, last: str) -> dict[str, Member]:
-        members = [next(read_members(self.handle, place)) for place in self._places(last)]
+        members = [next(read_members(self.handle, offset)) for offset in self._offsets(last)]
         return {"/".join(PicturePath.of(member.name).names): member for member in members}
 
     def read(self, name: str) -> bytes:

@@ -127,8 +127,8 @@ def _member(
     elif info.type not in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE):
         trouble = "not a file"
     if data + size > length:
-        there = max(length - data, 0)
-        trouble, size = f"cut off: the archive ends after {there:,} of {size:,} bytes", there
+        available = max(length - data, 0)
+        trouble, size = f"cut off: the archive ends after {available:,} of {size:,} bytes", available
     return Member(name, start, data, size, trouble), info.isdir()
 
 

@@ -124,11 +124,11 @@ def named_in(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 def _names_picture(key: str, value: Any) -> bool:
     """Whether a value, by itself or under its key, names a picture or is one."""
-    parts = [_words(part) for part in key.split(".")]
-    while parts and not any(map(_is_shown, parts[0])):  # what stands above says nothing
-        parts.pop(0)
-    words = [word for part in parts for word in part]
-    shown, only = bool(words), all(_is_shown(word) or BESIDE.fullmatch(word) for word in words)
+    levels = [_terms(level) for level in key.split(".")]
+    while levels and not any(map(_is_shown, levels[0])):  # what stands above says nothing
+        levels.pop(0)
+    terms = [word for level in levels for word in level]
+    shown, only = bool(terms), all(_is_shown(word) or BESIDE.fullmatch(word) for word in terms)
     if isinstance(value, bytes | bytearray | memoryview):
         return len(value) > 0 and (shown or bytes(value[:4]).startswith(BEGINNINGS))
     if isinstance(value, str):
@@ -138,11 +138,11 @@ def _names_picture(key: str, value: Any) -> bool:
         is_file = FILE.fullmatch(text) is not None and (shown or " " not in text)
         return (shown and only) or is_file or IN_TEXT.match(text) is not None
     if isinstance(value, int) and not isinstance(value, bool):
-        return shown and only and value >= 0 and not {"id", "ids"}.isdisjoint(words)
+        return shown and only and value >= 0 and not {"id", "ids"}.isdisjoint(terms)
     return False
 
 
-def _words(key: str) -> list[str]:
+def _terms(key: str) -> list[str]:
     """`imagePath`, `image_path` and `IMAGE-PATHS2` alike."""
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", key)
     return [word.lower() for word in re.findall(r"[^\W\d_]+", parted)]

@@ -50,10 +50,10 @@ class Form(Protocol):
 
     def __init__(self, out: Path, folder: Path) -> None: ...
 
-    def parts(self) -> Iterator[tuple[int, int]]:
+    def chunks(self) -> Iterator[tuple[int, int]]:
         """First row and number of rows of each whole part, in order."""
 
-    def write_part(self, begin: int, part: list[Whole]) -> None:
+    def write_chunk(self, begin: int, chunk: list[Whole]) -> None:
         """Write some rows, the first of which is number `begin` from 0."""
 
     def finish(self) -> None:
@@ -70,13 +70,13 @@ class Parquet:
     def __init__(self, out: Path, folder: Path) -> None:
         self.files, self.folder = [out], folder
 
-    def parts(self) -> Iterator[tuple[int, int]]:
+    def chunks(self) -> Iterator[tuple[int, int]]:
         for path in _named(self.folder, "parquet"):
             yield int(path.stem.split("-")[1]), pq.read_metadata(source_of(path)).num_rows
 
-    def write_part(self, begin: int, part: list[Whole]) -> None:
+    def write_chunk(self, begin: int, chunk: list[Whole]) -> None:
         cells: list[list[Any]] = [[], [], [], []]
-        for whole in part:
+        for whole in chunk:
             row = whole.row
             named = not all(NUMBERED.fullmatch(name) for name in row.images)
             names = names_as_text(row.images) if named else None
@@ -105,11 +105,11 @@ class JsonlZip:
         self.files, self.folder = [out, out.with_name(f"{name}_images.zip")], folder
         self._members: dict[str, tuple[int, int]] | None = None  # name → CRC and size
 
-    def parts(self) -> Iterator[tuple[int, int]]:
+    def chunks(self) -> Iterator[tuple[int, int]]:
         for path in _named(self.folder, "jsonl"):
             yield int(path.stem.split("-")[1]), path.read_bytes().count(b"\n")
 
-    def write_part(self, begin: int, part: list[Whole]) -> None:
+    def write_chunk(self, begin: int, chunk: list[Whole]) -> None:
         if self._members is None:
             self._members = {}
             for path in _named(self.folder, "zip"):
@@ -120,7 +120,7 @@ class JsonlZip:
 
         def write(file: Any) -> None:
             with zipfile.ZipFile(file, "w") as archive:
-                for number, whole in enumerate(part, begin + 1):
+                for number, whole in enumerate(chunk, begin + 1):
                     names = [
                         self._store(archive, name, data, f"{number:08d}" + f"_{position}" * (position > 1))
                         for position, (name, data) in enumerate(zip(whole.row.images, whole.pictures, strict=True), 1)
@@ -138,7 +138,7 @@ class JsonlZip:
         name that is taken gets a new name.
         """
         assert self._members is not None
-        member = own = "/".join(part for part in PicturePath.of(name).names if part != "..")
+        member = own = "/".join(chunk for chunk in PicturePath.of(name).names if chunk != "..")
         if NUMBERED.fullmatch(name) or not 0 < len(own.encode()) <= LONGEST:
             ending = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "bin")
             member = f"{number}.{ending}"
@@ -156,9 +156,9 @@ class JsonlZip:
         def write_pictures(file: Any) -> None:
             with zipfile.ZipFile(file, "w") as whole:
                 for path in _named(self.folder, "zip"):
-                    with zipfile.ZipFile(path) as part:
-                        for member in part.infolist():
-                            whole.writestr(zipfile.ZipInfo(member.filename), part.read(member))
+                    with zipfile.ZipFile(path) as chunk:
+                        for member in chunk.infolist():
+                            whole.writestr(zipfile.ZipInfo(member.filename), chunk.read(member))
 
         def write_rows(file: Any) -> None:
             for path in _named(self.folder, "jsonl"):
