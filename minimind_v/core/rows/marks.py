@@ -1,4 +1,4 @@
-"""The pictures of a row, found in its fields and put in the order of the marks in its text."""
+"""Find the pictures of a row in its fields, and sort them by the marks in its text."""
 
 from __future__ import annotations
 
@@ -6,29 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import (
-    Picture,
-    StoredPictures,
-    picture_of_element,
-    pictures_of,
-)
-from minimind_v.core.rows.field_names import (
-    ALTERNATIVES,
-    FILE_NAMES,
-    PICTURES,
-    plain_names,
-)
+from minimind_v.core.rows.cells import Picture, StoredPictures, picture_of_element, pictures_of
+from minimind_v.core.rows.field_names import ALTERNATIVES, FILE_NAMES, PICTURES, plain_names
 from minimind_v.core.rows.messages import NEXT, Conversation
-from minimind_v.core.rows.row import (
-    IMAGE_MARK,
-    MARK_PER_TURN,
-    count_marks,
-)
+from minimind_v.core.rows.row import IMAGE_MARK, MARK_PER_TURN, count_marks
 from minimind_v.core.rows.unread import named_in
 
 
 def find_pictures(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    """The first of the fields that holds pictures, however its name is spelt."""
+    """The first field that holds pictures, in any spelling of its name."""
     plain = plain_names(fields)
     for key in keys:
         value = fields.get(plain.get(key, key))
@@ -38,7 +24,7 @@ def find_pictures(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | Non
 
 
 def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[str, list[Picture] | StoredPictures]:
-    """The field of the row's pictures, and these. Raises RowError where two fields differ."""
+    """The field of the row's pictures, and the pictures. Raises RowError where two fields differ."""
     key, pictures = "", []  # type: str, list[Picture] | StoredPictures
     for name in PICTURES:
         if name not in fields:
@@ -63,7 +49,7 @@ def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[st
 def _same_pictures(
     first: list[Picture] | StoredPictures, second: list[Picture] | StoredPictures, *keys: str
 ) -> list[Picture] | StoredPictures:
-    """The pictures that two fields have, of one their data and of the other their names. Raises RowError."""
+    """The pictures of two fields, of which one has the data and the other the names. Raises RowError."""
     if isinstance(first, StoredPictures) and not isinstance(second, StoredPictures):
         return [Picture(picture.name, number) for number, picture in enumerate(second)]
     if not isinstance(first, StoredPictures) and not isinstance(second, StoredPictures):
@@ -73,16 +59,16 @@ def _same_pictures(
             pairs = list(zip(first, second, strict=True))
             if all((left.data is None) != (right.data is None) for left, right in pairs):
                 return [left if left.data is not None else right for left, right in pairs]
-    raise RowError(f"`{keys[0]}` and `{keys[1]}` have different pictures — leave left of them", "image")
+    raise RowError(f"`{keys[0]}` and `{keys[1]}` have different pictures — leave one of them", "image")
 
 
 def place_pictures(conversation: Conversation, pictures: list[Picture] | StoredPictures) -> list[Picture]:
-    """The pictures of a row in the order of its marks; marks are put where the form says that pictures stand."""
+    """The pictures of a row in the order of its marks; adds the marks that the form of the row implies."""
     messages = conversation.messages
     if conversation.image_refs and any(ref is not NEXT for ref in conversation.image_refs):
         return _pictures_by_refs(conversation.image_refs, _counted(pictures))
     if isinstance(pictures, StoredPictures):
-        # As many as the text has marks, which is found out when one is read; nobody would read one of a text row.
+        # Trust the number of marks in the text: reading a picture checks it, and a text row never reads one.
         marks = count_marks(messages)
         trusted = marks == 1 or (marks > 1 and not _mark_in_each_question(messages))
         pictures = _counted(pictures, marks if trusted else None)
@@ -109,7 +95,7 @@ def _counted(pictures: list[Picture] | StoredPictures, count: int | None = None)
 
 
 def _mark_in_each_question(messages: Any) -> bool:
-    """Whether there are several questions, each with one mark, and no mark anywhere else."""
+    """Whether several questions have one mark each, and no other message has any."""
     questions = 0
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
@@ -126,7 +112,7 @@ def _without_mark(text: str) -> str:
 
 
 def _pictures_by_refs(refs: list[Any], pictures: list[Picture]) -> list[Picture]:
-    """The picture of each mark where parts say which: by its number in the row, or by itself. Raises RowError."""
+    """The picture of each mark by its reference: its index in the row, its name or its data. Raises RowError."""
     own = {}
     for position, ref in enumerate(refs):
         if ref is not NEXT and not isinstance(ref, int):
@@ -145,7 +131,7 @@ def _pictures_by_refs(refs: list[Any], pictures: list[Picture]) -> list[Picture]
 
 
 def _beside_own(refs: list[Any], own: dict[int, Picture], pictures: list[Picture]) -> list[Picture]:
-    """The picture of each mark where some parts have their own, and the row may have them again. Raises RowError."""
+    """The picture of each mark where items hold `own` pictures, which the row may repeat. Raises RowError."""
     if len(pictures) == len(refs):
         for position, picture in own.items():
             listed = pictures[position]

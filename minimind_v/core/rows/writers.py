@@ -1,6 +1,6 @@
 """Write rows as JSONL with a zip of picture files, or as parquet with the picture bytes.
 
-Each writes parts in a folder, whole or absent, and makes its files of them at the end.
+Each form writes chunks to a folder, whole or absent, and joins them into its files at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minimind_v.core.rows.names import PicturePath
 from minimind_v.core.rows.parquet import source_of
 from minimind_v.core.rows.row import NUMBERED, Row, names_as_text
 
-LONGEST = 2**15  # bytes of a member's name; a zip has room for twice as many
+LONGEST = 2**15  # bytes of a member's name; a zip allows twice as many
 SCHEMA = pa.schema(
     [
         ("conversations", pa.string()),
@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
     ]
 )
 ENDINGS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*": "tif"}
-# Pictures are compressed already.
+# Picture files are compressed already.
 COMPRESSION = {"conversations": "zstd", "image_bytes.list.element": "none", "image": "zstd", "extra": "zstd"}
 
 
@@ -43,21 +43,21 @@ class Whole:
 
 
 class Form(Protocol):
-    """A form that rows are written in."""
+    """A file format that rows are written in."""
 
-    files: list[Path]  # what it comes to
-    folder: Path  # of its parts
+    files: list[Path]  # the output
+    folder: Path  # of its chunks
 
     def __init__(self, out: Path, folder: Path) -> None: ...
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """First row and number of rows of each whole part, in order."""
+        """First row and number of rows of each whole chunk, in order."""
 
     def write_chunk(self, begin: int, chunk: list[Whole]) -> None:
-        """Write some rows, the first of which is number `begin` from 0."""
+        """Write some rows; the first has number `begin`, from 0."""
 
     def finish(self) -> None:
-        """Make the files of the parts."""
+        """Join the chunks into the files."""
 
 
 def _named(folder: Path, ending: str) -> list[Path]:
@@ -65,7 +65,7 @@ def _named(folder: Path, ending: str) -> list[Path]:
 
 
 class Parquet:
-    """One file, a row group per part."""
+    """One file, a row group per chunk."""
 
     def __init__(self, out: Path, folder: Path) -> None:
         self.files, self.folder = [out], folder
@@ -128,17 +128,16 @@ class JsonlZip:
                     image = {"image": names_as_text(names)} if names else {}
                     lines.append(as_json({"conversations": whole.row.conversations} | image | whole.row.extra))
 
-        write_atomically(archive_path, write)  # before its rows, whose being there says that the part is whole
+        write_atomically(archive_path, write)  # before its rows, which mark the chunk as whole
         write_text(archive_path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
 
     def _store(self, archive: zipfile.ZipFile, name: str, data: bytes, number: str) -> str:
-        """Put a picture in unless it is there, and return the name by which a row finds it: if possible its own.
+        """Store a picture unless the archive has it, and return its name for the row: if possible its own.
 
-        One without a name is called by its row's number; so is one that no member can be called. Another picture of a
-        name that is taken gets a new name.
+        A picture without a usable name gets its row's number as a name; a second picture of one name gets a new name.
         """
         assert self._members is not None
-        member = own = "/".join(chunk for chunk in PicturePath.of(name).names if chunk != "..")
+        member = own = "/".join(folder for folder in PicturePath.of(name).names if folder != "..")
         if NUMBERED.fullmatch(name) or not 0 < len(own.encode()) <= LONGEST:
             ending = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "bin")
             member = f"{number}.{ending}"
