@@ -1,4 +1,4 @@
-"""Rows of a single file: what every store of such a file has in common."""
+"""Rows of a single file or folder: the base of their stores."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from minimind_v.core.rows.splits import Choice
 
 
 class FileRows(Reopened):
-    """A store of the rows of one file. A subclass has `__len__`, `row` and `file_kind`; `handle` is the open file.
+    """A store of the rows of one file. A subclass defines `__len__`, `row` and `file_kind`; `handle` is the open file.
 
-    Its pictures stand in the rows or in `images`: a folder, zip or tar.
+    The pictures are in the rows or in `images`: a folder, zip or tar.
     """
 
     file_kind: str
@@ -51,7 +51,7 @@ class FileRows(Reopened):
         raise NotImplementedError
 
     def picture(self, index: int, position: int, name: str) -> bytes:
-        """A picture that stands in its row is read from there again; every such picture is numbered."""
+        """Read a picture from its row if the row holds it (such a picture is numbered), else by its name."""
         if NUMBERED.fullmatch(name):
             inline = self.row(index).inline
             if position in inline:
@@ -62,8 +62,8 @@ class FileRows(Reopened):
         return rng.permutation(len(self))
 
     def read_fields(self, fields: Mapping[str, Any]) -> Row:
-        """The row of these fields, in any form that is read. Raises RowError."""
+        """The row of these fields, in any supported form. Raises RowError."""
         row = read_row(fields)
-        for position in row.inline:  # so that `picture` knows them
+        for position in row.inline:  # `picture` recognises these names
             row.images[position] = f"picture {position + 1}"
         return row

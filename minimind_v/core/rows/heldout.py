@@ -18,11 +18,11 @@ from minimind_v.core.rows.row import RowStore
 
 
 def hold_out(rows: RowStore, count: int, seed: int, path: Path, origin: str, say: Callable[[str], None]) -> np.ndarray:
-    """Which rows are held out, bool [rows]: about `count` of them, at most a tenth.
+    """Choose the held-out rows, bool [rows]: about `count` of them, at most a tenth.
 
-    Finding out which rows share a picture means reading every picture once. So the choice is kept in the file `known`,
-    and is taken from there by any run over the same data, which `origin` stands for. It proves itself by a digest: what
-    was changed there is chosen again. Raises UsageError where none can be held out.
+    Grouping rows by picture reads every picture once. So the file `path` keeps the choice for all runs over the same
+    data, which `origin` identifies. A digest protects the file: after any change the rows are chosen again. Raises
+    UsageError where no row can be held out.
     """
     count = min(count, len(rows) // 10)
     key = hashlib.blake2b(json.dumps([origin, len(rows), count, seed]).encode(), digest_size=8).hexdigest()
@@ -43,7 +43,7 @@ def hold_out(rows: RowStore, count: int, seed: int, path: Path, origin: str, say
 
 
 def choose(groups: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit into `wanted` rows."""
+    """Choose the held-out rows, bool [rows]: whole groups in the seed's order, at most `limit` rows together."""
     usable = groups >= 0
     _, which, sizes = np.unique(groups[usable], return_inverse=True, return_counts=True)
     order = list(range(len(sizes)))
@@ -61,9 +61,9 @@ def choose(groups: np.ndarray, limit: int, seed: int) -> np.ndarray:
 def group_by_picture(
     rows: RowStore, broken: Callable[[int, RowError], None], progress: Callable[[int], None] = lambda done: None
 ) -> np.ndarray:
-    """For each row the first of those that belong together, int64 [rows]: by pictures or, without any, by the text.
+    """For each row the first row of its group, int64 [rows]: rows with equal pictures or, without any, equal texts.
 
-    A row that cannot be read is handed to `broken`, and has -1.
+    An unreadable row gets -1, and `broken` receives its error.
     """
     digests, unread = Digests(), []
     for index in range(len(rows)):
@@ -93,7 +93,7 @@ def group_by_picture(
 
 
 def digests_of(rows: RowStore, index: int) -> list[int]:
-    """Of each picture that a row shows, or of the text of a row that shows none. Raises RowError."""
+    """The digest of each picture that a row shows, or of the text of a row without any. Raises RowError."""
     row = rows.row(index)
     pictures = [rows.picture(index, position, name) for position, name in enumerate(row.shown)]
     return [picture_digest(data) for data in pictures] or [text_digest(row)]
