@@ -84,9 +84,7 @@ class CocoRows(TextRows):
         try:
             return super().picture(index, position, name)
         except RowError as error:
-            if (
-                error.kind == "picture missing" and self._sentences and "/" in name
-            ):  # the folder `filepath` is often absent
+            if error.kind == "picture missing" and self._sentences and "/" in name:  # `filepath` is often absent
                 return super().picture(index, position, name.rpartition("/")[2])
             raise
 

@@ -184,8 +184,8 @@ M = TypeVar("M", bound=Named)
 class ArchivePictures(Reopened, Generic[M]):
     """Pictures in an archive, read in place and never extracted.
 
-    Half a million entries as Python objects would take hundreds of megabytes. So the index keeps only the offset of each
-    entry by a hash of its file name, and reads the entry again for each picture.
+    Half a million entries as Python objects would take hundreds of megabytes. So the index keeps only a hash of
+    each file name and the offset of its entry; each read of a picture reads the entry again.
     """
 
     damage: tuple[type[Exception], ...]  # errors of a damaged archive

@@ -11,7 +11,7 @@ from minimind_v.core.rows.splits import Choice
 
 
 class ShardedRows:
-    """Where a row stands in a set of files of one split; what reads it is a subclass's own."""
+    """Rows of a set of files of one split; a subclass reads the rows."""
 
     files: list[Path]
     choice: Choice
@@ -31,7 +31,7 @@ class ShardedRows:
         return int(self._ends[-1])
 
     def _at(self, index: int) -> tuple[int, int]:
-        """The number of a row's file, and the row's index in that."""
+        """The number of a row's file, and the row's index in the file."""
         file = int(np.searchsorted(self._ends, index, "right"))
         return file, index - (int(self._ends[file - 1]) if file else 0)
 

@@ -10,7 +10,7 @@ from minimind_v.core.rows.row import Row, RowStore
 
 
 class SampledRows:
-    """Rows of a store by their indices [rows], in that order: `shuffled` leaves it, since it is one already."""
+    """Rows of a store by their indices [rows]; `shuffled` keeps their order, which is already random."""
 
     def __init__(self, rows: RowStore, indices: np.ndarray) -> None:
         self.path = rows.path
