@@ -63,7 +63,7 @@ def test_an_array_of_rows(tmp_path, monkeypatch, indent, ascii_, chunk):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"a":1}', "does not begin with"),
+        ('{"a":1}', "does not start with"),
         ('[{"a":1}', "begins at byte"),
         ('[{"a":1},{"b"', "begins at byte 9"),
         ('[{"a":1} nonsense]', "begins at byte 9"),

@@ -1,7 +1,7 @@
 """Image names in rows, and how a name may differ from the file name.
 
-An exact match always counts first. No spelling leads to another folder: a name may only lose leading folders of the path
-of the pictures themselves.
+An exact match always counts first. No spelling leads to another folder: a name may only lose leading folders that
+belong to the path of the pictures themselves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Check the memory that a parquet file needs before pyarrow reads it.
 
 A page header states the unpacked size of its page, and pyarrow allocates that size before it reads the page. A
-dictionary holds a value once, and rows repeat it at no cost in the file. Both sizes are in the page headers, in Thrift's
+dictionary holds a value once, and rows repeat it at no cost in the file. The page headers hold both sizes, in Thrift's
 compact protocol (github.com/apache/parquet-format, `PageHeader`).
 """
 

@@ -40,12 +40,9 @@ def stand_in(path: Path) -> str | None:
         raw = file.read(512)
     for beginning, meaning in STRANGERS.items():
         if raw.startswith(beginning):
-            packed_tar = beginning == b"\x1f\x8b" and path.name.endswith((".tar", ".tar.gz", ".tgz"))
-            return (
-                "this is a compressed tar archive — decompress it first; a .tar is read in place"
-                if packed_tar
-                else meaning
-            )
+            if beginning == b"\x1f\x8b" and path.name.endswith((".tar", ".tar.gz", ".tgz")):
+                return "this is a compressed tar archive — decompress it first; a .tar is read in place"
+            return meaning
     if raw[TAR] == b"ustar" and path.suffix != ".tar":
         return "this is a tar archive — give it a name that ends in .tar"
     if raw.startswith(b"PAR1") and path.suffix != ".parquet":
