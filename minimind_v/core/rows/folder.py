@@ -97,4 +97,4 @@ class FolderRows(ShardedRows):
         return self._stores[file].picture(row, position, name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        return self._stores[0].shuffled(rng) if len(self._stores) == 1 else rng.permutation(len(self))
+        return self._stores[0].shuffled(rng) if len(self._stores) == 1 else super().shuffled(rng)

@@ -13,7 +13,7 @@ from minimind_v.core.rows.row import IMAGE_MARK, MARK_PER_TURN, count_marks
 from minimind_v.core.rows.unread import named_in
 
 
-def find_pictures(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+def filled_picture_field(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
     """The first field that holds pictures, in any spelling of its name."""
     plain = plain_names(fields)
     for key in keys:
@@ -36,7 +36,7 @@ def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[st
         elif others:
             pictures = _same_pictures(pictures, others, key, name)
     if not pictures and (conversation.leads or (not conversation.image_refs and count_marks(conversation.messages))):
-        alternative = find_pictures(fields, ALTERNATIVES)
+        alternative = filled_picture_field(fields, ALTERNATIVES)
         if alternative is not None:
             value = fields.pop(alternative)
             return alternative, value if isinstance(value, StoredPictures) else pictures_of(value, alternative)

@@ -135,7 +135,8 @@ class _Pieces:
 
     def __init__(self, files: list[Path], footers: list[pq.FileMetaData], columns: list[str], kept: int) -> None:
         self.files, self.columns, self.kept = files, columns, kept
-        self.names = [column.partition(".")[0] if column not in _names(footers[0]) else column for column in columns]
+        names = footers[0].schema.to_arrow_schema().names
+        self.names = [column if column in names else column.partition(".")[0] for column in columns]
         groups, starts, sizes = (
             [],
             [],
@@ -303,10 +304,6 @@ def _read_footer(file: Path) -> pq.FileMetaData:
 def _leaves_below(footer: pq.FileMetaData, columns: list[str]) -> list[int]:
     """The numbers of the leaves of some columns."""
     return [number for number, leaf in enumerate(_leaves(footer)) if any(_is_below(leaf, name) for name in columns)]
-
-
-def _names(footer: pq.FileMetaData) -> list[str]:
-    return list(footer.schema.to_arrow_schema().names)
 
 
 def _leaves(footer: pq.FileMetaData) -> list[str]:

@@ -52,8 +52,9 @@ class Pictures(Protocol):
 
 def open_pictures(path: Path | None) -> Pictures:
     """Open a folder, zip or tar of pictures; None for none. Raises MissingInput or DataError."""
-    if find_pictures(path) is None:
+    if path is None:
         return NoPictures()
+    find_pictures(path)
     if path.suffix == ".tar" and path.is_file():
         from minimind_v.core.rows.tar import TarPictures
 

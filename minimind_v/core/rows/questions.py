@@ -9,7 +9,7 @@ from typing import Any
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.cells import records_of
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, FILE_NAMES, PICTURES, QUESTIONS
-from minimind_v.core.rows.marks import find_pictures
+from minimind_v.core.rows.marks import filled_picture_field
 from minimind_v.core.rows.messages import STANDARD, Conversation
 from minimind_v.core.rows.row import SEVERAL_ANSWERS, SEVERAL_CAPTIONS, parse_json
 
@@ -83,7 +83,7 @@ def _caption_key(fields: Mapping[str, Any]) -> str | None:
 
 def has_caption(fields: Mapping[str, Any]) -> bool:
     return _caption_key(fields) is not None and (
-        find_pictures(fields, (*PICTURES, *ALTERNATIVES)) is not None
+        filled_picture_field(fields, (*PICTURES, *ALTERNATIVES)) is not None
         or any(name.endswith(FILE_NAMES) for name in fields)
     )
 

@@ -6,26 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind_v.core.rows.pictures import Pictures
-from minimind_v.core.rows.splits import Choice
+from minimind_v.core.rows.file_rows import SplitRows
 
 
-class ShardedRows:
+class ShardedRows(SplitRows):
     """Rows of a set of files of one split; a subclass reads the rows."""
 
     files: list[Path]
-    choice: Choice
-    left_out = ""
     _ends: np.ndarray  # of each file, in rows
-    _images: Pictures
-
-    @property
-    def split(self) -> str:
-        return self.choice.name
-
-    @property
-    def pictures(self) -> Path | None:
-        return self._images.path
 
     def __len__(self) -> int:
         return int(self._ends[-1])

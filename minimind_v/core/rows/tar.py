@@ -131,9 +131,6 @@ class TarRows(ShardedRows):
         check_size(name, member.size)
         return self._read(index, member)
 
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(len(self))
-
     def _read(self, index: int, member: Member) -> bytes:
         if member.trouble:
             raise RowError(f"{member.name}: {member.trouble}", "tar")
