@@ -38,8 +38,6 @@ class Digests:
 
     def firsts(self) -> np.ndarray:
         """The first row with each digest, int64 [digests]."""
-        if not len(self._digests):
-            return self.owners
         _, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
         return self.owners[first[which]]
 

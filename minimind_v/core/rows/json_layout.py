@@ -64,9 +64,9 @@ def _layout(head: bytes, whole: bool) -> Layout | None:
         if below := _array_below(text, begin):
             return below
         return Layout(LINES) if whole else None
-    stands = Layout(OBJECTS, begin) if "\n" in text[:end] else Layout(LINES)
+    layout = Layout(OBJECTS, begin) if "\n" in text[:end] else Layout(LINES)
     if _is_row(value) or not whole or text[end:].strip():
-        return stands
+        return layout
     lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
     rows = [key for key in lists if _is_row(value[key][0])]
     if len(rows) == 1:
@@ -98,10 +98,9 @@ def _array_below(text: str, begin: int) -> Layout | None:
 
 
 def find_elements(path: Path, layout: Layout) -> Iterator[tuple[int, int]]:
-    """Offset and length of each row of an array, or of objects one after the other. Read in pieces.
+    """Offset and length of each row of an array, or of objects one after the other, from chunks of the file.
 
-    The end of an element is where the decoder says that it is; whether it is a row is asked when it is read. One that
-    is broken inside ends where its brackets do. Raises ValueError.
+    The decoder finds the end of an element; a broken element ends at its closing bracket. Raises ValueError.
     """
     with path.open("rb") as file:
         file.seek(layout.begin)

@@ -71,9 +71,9 @@ class TextRows(FileRows):
             refuse_many_values(data)
         try:
             fields = json.loads(data.decode("utf-8-sig"))
-        except json.JSONDecodeError as error:  # its own text names line 1
-            what = error.msg.removesuffix(" at")  # the end of some of its messages
-            raise RowError(f"not JSON ({what} at character {error.pos + 1}){_array(data)}", "json") from None
+        except json.JSONDecodeError as error:  # its text names line 1
+            reason = error.msg.removesuffix(" at")  # the end of some of its messages
+            raise RowError(f"not JSON ({reason} at character {error.pos + 1}){_array(data)}", "json") from None
         except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, nested too deeply
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(fields, dict):

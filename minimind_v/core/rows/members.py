@@ -21,7 +21,7 @@ ZIP64, UNICODE_PATH = 0x0001, 0x7075  # extra fields, the second of which begins
 ENCRYPTED, UTF8 = 0x0001, 0x0800  # flags
 STORED, DEFLATED = 0, 8  # the two methods whose unpacking can be bounded
 METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 20: "Zstandard", 93: "Zstandard", 95: "xz", 98: "PPMd"}
-ABSENT = 0xFFFFFFFF  # a number that stands in the zip64 field
+ABSENT = 0xFFFFFFFF  # the number is in the zip64 field
 PLAIN = re.compile(rb"[^%\\]*[^%\\/.]")  # paths whose last name has one spelling but for case
 PIECE = 2**20  # bytes of the directory that are read together
 
@@ -64,7 +64,7 @@ def directory(file: BinaryIO) -> tuple[int, int, int, int]:
         raise zipfile.BadZipFile("File is not a zip file")
     signature, count, size, offset, end = record[0], record[4], record[5], record[6], record[9]
     if signature == b"PK\x06\x06":
-        end -= 56 + 20  # zip64's own record and its locator stand between
+        end -= 56 + 20  # between them are zip64's record and locator
     prefix = end - size - offset
     if end - size < 0 or prefix < 0:
         raise zipfile.BadZipFile("Bad offset for central directory")

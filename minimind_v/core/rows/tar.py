@@ -144,10 +144,10 @@ class TarRows(ShardedRows):
         sample = ""
         try:
             for member in read_members(self._opened[self._at(index)[0]].handle, start, start + length):
-                key, what = member.key
+                key, kind = member.key
                 sample = sample or key
                 if key and key == sample:
-                    members[what] = member
+                    members[kind] = member
                 if len(members) > MOST:
                     raise RowError(f"more than {MOST} members of one sample", "tar")
         except (DamagedTar, OSError) as error:
@@ -161,13 +161,13 @@ class TarRows(ShardedRows):
             if member.trouble:
                 raise RowError(f"{member.name}: {member.trouble}", "tar")
         fields = self._parse(index, members["json"]) if "json" in members else {}
-        texts = [what for what in members if what == "txt"] or [what for what in members if what.endswith(".txt")]
+        texts = [kind for kind in members if kind == "txt"] or [kind for kind in members if kind.endswith(".txt")]
         if len(texts) > 1:
-            raise RowError(f"several texts ({', '.join(members[what].name for what in texts)})", "tar")
+            raise RowError(f"several texts ({', '.join(members[kind].name for kind in texts)})", "tar")
         if texts and not any(fields.get(key) for key in (*TALKS, "texts")):
             fields["caption"] = self._text(index, members[texts[0]])
-        pictures = [member for what, member in members.items() if f".{what.rpartition('.')[2]}" in PICTURE_ENDINGS]
-        unread = [member.name for what, member in members.items() if what not in ("json", *texts)]
+        pictures = [member for kind, member in members.items() if f".{kind.rpartition('.')[2]}" in PICTURE_ENDINGS]
+        unread = [member.name for kind, member in members.items() if kind not in ("json", *texts)]
         if unread and not pictures:
             raise RowError(
                 f"{unread[0]} is not supported: images ({', '.join(PICTURE_ENDINGS)}), a caption in .txt, and fields "
@@ -198,14 +198,14 @@ def _samples(path: Path, file: Any) -> Iterator[tuple[int, int, bool]]:
     sample, start, end, useful, has_text = "", 0, 0, False, False
     try:
         for member in read_members(file):
-            key, what = member.key
+            key, kind = member.key
             if not key:
                 continue
             if key != sample:
                 if useful:
                     yield start, end, has_text
                 sample, start, useful, has_text = key, member.start, False, False
-            ending = f".{what.rpartition('.')[2]}"
+            ending = f".{kind.rpartition('.')[2]}"
             text = ending in (".txt", ".json")
             end, useful, has_text = member.end, useful or text or ending in PICTURE_ENDINGS, has_text or text
     except DamagedTar as error:

@@ -18,7 +18,7 @@ DEPTH, WIDTH = 4, 64  # how deep and how far a value is searched
 NAME_LIMIT = 4096  # characters of a text that could be a name
 
 SHOWN = re.compile("(?:image|img|picture|pic|photo|video|clip|frame|visual|jpg|jpeg|png)s?")
-# Words that may stand beside those: `image_path` names a picture whatever its value, `image_width` does not.
+# Words that may occur beside those: `image_path` names a picture whatever its value, `image_width` does not.
 BESIDE = re.compile(
     "(?:path|file|filename|name|url|uri|link|href|src|id|bytes?|data|base|b|binary|raw|content|list|array|local|remote|"
     "main|first|second|third|left|right|query|input|original|full|hd)s?"
@@ -34,7 +34,7 @@ NOTHING = {"", "none", "null", "nan", "n/a", "na", "-", "[]", "{}", "false", "no
 _NAME = r"(?:image|img|picture|photo|video)"
 MARK = re.compile(
     rf"""
-      <img>[^<>\n]{{1,400}}</img>                          # Qwen-VL: the name stands in the text
+      <img>[^<>\n]{{1,400}}</img>                          # Qwen-VL: the name is in the text
     | <\|[\w\ -]{{0,30}}?(?:{_NAME}|vision)[\w\ -]{{0,30}}\|>  # <|image_1|>, <|vision_start|>, <|video_pad|>
     | <[\w\ -]{{0,30}}?{_NAME}[\w\ -]{{0,30}}/?>           # <video>, <image1>, <ImageHere>, <start_of_image>
     | <{_NAME}\ [^<>\n]{{0,400}}?=[^<>\n]{{1,400}}>         # <img src="a.jpg">
