@@ -115,21 +115,21 @@ class Report:
 
     def place(self, index: int) -> str:
         """`file:row`."""
-        return self._store.place(index)
+        return self._store.location(index)
 
     def problems(self) -> Iterator[Problem]:
         """Everything that was found, in the order of the rows."""
         for index, kind, message in heapq.merge(self._told, self._repetitions(), key=lambda told: told[0]):
-            yield Problem(self._store.number(index), kind, message, self._store.place(index))
+            yield Problem(self._store.number(index), kind, message, self._store.location(index))
 
     def _repetitions(self) -> Iterator[Told]:
         for index in np.flatnonzero((self._shown >= 0) | self.repeated).tolist():
             if (first := self._copies[index]) >= 0:
-                yield index, "duplicate row", f"the same text and pictures as {self._store.place(int(first))}"
+                yield index, "duplicate row", f"the same text and pictures as {self._store.location(int(first))}"
             if (first := self._shown[index]) >= 0:
-                yield index, "duplicate picture", f"a picture of {self._store.place(int(first))}"
+                yield index, "duplicate picture", f"a picture of {self._store.location(int(first))}"
             if self._held_out and (first := self._kept[index]) >= 0:
-                yield index, "held out", f"shared with {self._held_out.place(int(first))}"
+                yield index, "held out", f"shared with {self._held_out.location(int(first))}"
 
     def refusal(self, bad_rows: float) -> str | None:
         """Why training would refuse these rows, if it would; `bad_rows` is the share of broken ones that it allows."""

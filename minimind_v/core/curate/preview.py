@@ -105,7 +105,7 @@ class Previewer:
 
     def view(self, index: int) -> RowView:
         """One row. Never raises RowError: what is wrong with a row is what there is to see."""
-        place = self.rows.place(index)
+        place = self.rows.location(index)
         try:
             row = self.rows.row(index)
         except RowError as error:

@@ -79,7 +79,7 @@ class RowDataset:
 
     def text(self, index: int) -> Example | BrokenRow:
         """The tokens of a row, its pictures not yet read: enough to know how long it is."""
-        place = self.rows.place(index)
+        place = self.rows.location(index)
         try:
             row = self.rows.row(index)
             if row.conversations is None:
