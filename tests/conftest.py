@@ -14,6 +14,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.device import pick_device
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
 from minimind_v.core.train.loop import Run
@@ -94,7 +95,8 @@ class GivenBatches(Dataset[list[Batch]]):
 
 def given_run(config: RunConfig, model: VLM, batches: list[Batch], listener: Listener) -> Run:
     """The real training loop over a model and batches that exist already; it leaves nothing on the disk."""
-    train_step = TrainStep(config, model.to(pick_device(config.device)), FeatureCache())
+    device = pick_device(config.device)
+    train_step = TrainStep(config, accelerate(model.to(device), device), FeatureCache())
     return Run(config, GivenBatches(batches, config), train_step, listener)
 
 

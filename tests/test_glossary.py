@@ -10,7 +10,7 @@ from tests.structure import PACKAGE
 # Names that still use a forbidden word, by package. Each number may only fall.
 BUDGET = {
     ".": 15, "cli": 38, "config": 8, "demo": 39, "evaluate": 2, "export": 49, "formats": 75,
-    "generate": 37, "hub": 57, "model": 41, "monitor": 48, "rows": 103, "train": 74,
+    "generate": 37, "hub": 57, "model": 41, "monitor": 48, "train": 74,
 }  # fmt: skip
 
 

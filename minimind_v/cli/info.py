@@ -155,7 +155,7 @@ def _data(file: Path, split: str | None) -> dict[str, Any]:
     try:
         first = rows.row(0)
     except RowError as error:
-        raise DataError(f"{rows.place(0)}: {error}") from None
+        raise DataError(f"{rows.location(0)}: {error}") from None
     return {
         "kind": "dataset",
         "files": rows.file_kind,

@@ -95,7 +95,7 @@ def write(path, changes):
 
 
 def test_the_tests_know_every_key():
-    assert set(CHANGED) == set(keys()) - {"stage"}
+    assert set(CHANGED) == set(keys()) - {"stage", "projector", "data.layout"}  # tables of one entry: docs/extending.md
 
 
 # --- every key by every way -------------------------------------------------------------------------------------------
@@ -292,8 +292,8 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path, key, meant):
         ("data.bad_rows=-1", "data.bad_rows must be a share from 0 to 1"),
         ("data.bad_rows=5", "data.bad_rows must be a share from 0 to 1"),
         ("seed=9223372036854775808", r"--seed must be below 2\^63"),
-        ("stage=pretrain", "is one for stage pretrain, the command for sft"),
-        ("stage=dpo", "is one for stage dpo"),
+        ("stage=pretrain", "is for stage pretrain, the command for sft"),
+        ("stage=dpo", "is for stage dpo"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_key(setting, words):
@@ -309,7 +309,7 @@ def test_a_wrong_value_is_refused_by_its_key(setting, words):
         ("- lr\n- epochs", "not a mapping of keys to values"),
         ("just words", "not a mapping of keys to values"),
         ("7", "not a mapping of keys to values"),
-        ("!!python/object/apply:os.system ['touch owned']", "not YAML"),
+        ("!!python/object/apply:os.system ['touch owned']", "the YAML tag .* is not supported"),
         ("lr: 1e-3\nlearning: fast", "unknown configuration key learning"),
         ("1: 2", "unknown configuration key 1"),
         ("null: 2", "unknown configuration key null"),

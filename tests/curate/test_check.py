@@ -201,8 +201,8 @@ def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, d
     batches = [batch for number in range(len(plan)) for batch in plan[number]]
     read = [place for batch in batches for place in batch.locations]
     broken = {row.location: row.kind for batch in batches for row in batch.broken}
-    assert sorted([*read, *broken]) == sorted(rows.place(index) for index in range(count))
-    assert {rows.place(index) for index in np.flatnonzero(report.skipped)} == set(broken)
+    assert sorted([*read, *broken]) == sorted(rows.location(index) for index in range(count))
+    assert {rows.location(index) for index in np.flatnonzero(report.skipped)} == set(broken)
     assert 20 < len(broken) < count - 20
     kinds = {}
     for problem in report.problems():

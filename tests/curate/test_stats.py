@@ -106,7 +106,7 @@ def test_a_sample_is_the_beginning_of_the_first_epoch(tmp_path):
     assert found["tokens"]["total"]["sum"] == sum(lengths)
     sampled = SampledRows(store, order)
     assert len(sampled) == 50
-    assert sampled.place(3) == store.place(int(order[3]))
+    assert sampled.location(3) == store.location(int(order[3]))
     assert sampled.number(3) == order[3] + 1
     assert (sampled.shuffled(np.random.default_rng(0)) == np.arange(50)).all()
 

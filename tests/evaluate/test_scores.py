@@ -216,7 +216,7 @@ def test_a_picture_that_no_mark_shows_is_not_asked_for(score):
 
 def test_nothing_to_score_is_an_error_that_names_the_first_trouble(score):
     with pytest.raises(
-        DataError, match=r"rows\.jsonl: no row could be evaluated; the first trouble: .*rows\.jsonl:1: not JSON"
+        DataError, match=r"rows\.jsonl: no row could be evaluated; the first problem: .*rows\.jsonl:1: not JSON"
     ):
         score(["{", "{"])
 

@@ -39,7 +39,7 @@ def test_a_row_is_a_caption(tmp_path, monkeypatch, order, options, chunk):
     assert [rows.row(n).images for n in range(len(rows))] == [[f"{n % 4}.png"] for n in range(8)]
     assert [caption(rows, n) for n in range(8)] == [f"caption {n} 图🐶" for n in range(8)]
     assert rows.picture(7, 0, "3.png") == picture(3)
-    assert rows.place(7) == f"{path}:8"
+    assert rows.location(7) == f"{path}:8"
     assert rows.row(7).form.endswith("+ caption")
     with pytest.raises(UsageError, match="--split train"):
         open_rows(path, split="train")
@@ -93,10 +93,10 @@ def test_karpathy_has_splits(tmp_path):
     assert [caption(rows, n) for n in range(len(rows))] == ["train 0", "restval 0", "restval 1"]
     assert rows.row(1).images == ["val2014/1.png"]
     assert rows.picture(1, 0, "val2014/1.png") == picture(1)
-    assert (rows.split, rows.place(2)) == ("train", f"{path}:3")
+    assert (rows.split, rows.location(2)) == ("train", f"{path}:3")
     assert "the split train is read (3 rows), not validation (3 rows), test (4 rows)" in told[0]
     test = open_rows(path, split="test")
-    assert (len(test), caption(test, 3), test.place(0)) == (4, "test 3", f"{path}:7")
+    assert (len(test), caption(test, 3), test.location(0)) == (4, "test 3", f"{path}:7")
     assert len(open_rows(path, split="all")) == 10
     with pytest.raises(UsageError, match="--split held_out"):
         open_rows(path, split="held_out")

@@ -48,7 +48,7 @@ def test_metadata_stands_beside_its_pictures(tmp_path, kind):
     assert store.row(1).extra == {"more": "x"}
     assert store.picture(1, 0, "deep/2.png") == picture(2)
     assert store.pictures == tmp_path / "set"
-    assert store.place(1).startswith(f"{path}:")
+    assert store.location(1).startswith(f"{path}:")
     itself = open_rows(path, images_beside(path))
     assert itself.picture(1, 0, "deep/2.png") == picture(2)
 
@@ -61,7 +61,7 @@ def test_sub_folders_are_splits(tmp_path, kind):
     told = []
     rows = open_rows(tmp_path, say=told.append)
     assert [rows.picture(n, 0, rows.row(n).images[0]) for n in range(len(rows))] == [picture(0), picture(1)]
-    assert [rows.place(n).rpartition(":")[0] for n in range(2)] == [
+    assert [rows.location(n).rpartition(":")[0] for n in range(2)] == [
         str(tmp_path / "train" / name / f"metadata.{kind}") for name in "ab"
     ]
     assert sorted(rows.shuffled(__import__("numpy").random.default_rng(0)).tolist()) == [0, 1]

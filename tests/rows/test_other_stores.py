@@ -56,14 +56,14 @@ def test_an_array_of_rows(tmp_path, monkeypatch, indent, ascii_, chunk):
     assert [message["role"] for message in found[1].conversations] == ["system", "user"]
     assert found[2].conversations[0] == {"role": "alien", "content": ']},{"['}
     assert found[2].extra == {"id": "2", "n": {"a": [1, 2]}}
-    assert rows.place(2) == f"{path}:3"
+    assert rows.location(2) == f"{path}:3"
     assert rows.picture(0, 0, "a.png") == picture(1)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"a":1}', "does not begin with"),
+        ('{"a":1}', "does not start with"),
         ('[{"a":1}', "begins at byte"),
         ('[{"a":1},{"b"', "begins at byte 9"),
         ('[{"a":1} nonsense]', "begins at byte 9"),

@@ -68,7 +68,7 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
         assert row.images == ["picture 1"]
         assert row.extra == {}
         assert rows.picture(int(index), 0, row.images[0]) == PICTURES[index]
-        assert rows.place(int(index)) == f"{tmp_path / 'rows.parquet'}:{index + 1}"
+        assert rows.location(int(index)) == f"{tmp_path / 'rows.parquet'}:{index + 1}"
 
 
 def test_names_and_other_columns_are_carried(tmp_path):
@@ -101,8 +101,8 @@ def test_shards_of_a_folder_are_one_set_in_the_order_of_their_names(tmp_path):
         write(tmp_path / "set" / "data" / f"train-{shard:05d}.parquet", part)
     rows = open_rows(tmp_path / "set")
     assert [rows.row(n).conversations for n in range(len(rows))] == TALKS
-    assert rows.place(12) == f"{tmp_path / 'set' / 'data' / 'train-00001.parquet'}:1"
-    assert rows.place(29).endswith("train-00002.parquet:17")
+    assert rows.location(12) == f"{tmp_path / 'set' / 'data' / 'train-00001.parquet'}:1"
+    assert rows.location(29).endswith("train-00002.parquet:17")
     assert sorted(rows.shuffled(np.random.default_rng(1))) == list(range(COUNT))
     write(tmp_path / "set" / "odd.parquet", {"conversations": ["[]"]})
     with pytest.raises(DataError, match="its columns differ"):

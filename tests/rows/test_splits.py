@@ -143,7 +143,7 @@ def test_splits_that_datasets_has_saved(tmp_path):
     rows = open_rows(tmp_path / "set", say=said.append)
     assert (questions(rows), rows.split) == (["train"] * 3, "train")
     assert "not test (2 rows), val (1 row)" in said[0]
-    assert rows.place(1) == f"{tmp_path / 'set' / 'train'}:2"
+    assert rows.location(1) == f"{tmp_path / 'set' / 'train'}:2"
     assert questions(open_rows(tmp_path / "set", split="validation")) == ["val"]
     assert len(open_rows(tmp_path / "set", split="all")) == 6
     with pytest.raises(UsageError, match="--split dog"):

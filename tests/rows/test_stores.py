@@ -58,7 +58,7 @@ def read_all(rows):
     """Line number → the row, or the error, of every row."""
     found = {}
     for index in range(len(rows)):
-        name, _, line = rows.place(index).rpartition(":")
+        name, _, line = rows.location(index).rpartition(":")
         assert name == str(rows.path)
         try:
             found[int(line)] = rows.row(index).extra
@@ -193,7 +193,7 @@ def test_memory_holds_offsets_and_no_rows(tmp_path):
     assert peak < 64 * 2**20, "reading in pieces"
     for index in (0, 1, 99_999, count - 1):
         assert rows.row(index).extra["n"] == index
-        assert rows.place(index) == f"{path}:{index + 1}"
+        assert rows.location(index) == f"{path}:{index + 1}"
     assert len(pickle.dumps(rows)) < 17 * count
 
 

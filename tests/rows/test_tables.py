@@ -52,7 +52,7 @@ def test_quoted_cells_hold_line_ends_and_the_line_is_that_of_an_editor(tmp_path)
     text = 'image,caption,source\na.png,"two\nlines, ""so""",web\n\n\nb.png,é\u2028\x0b,\n'
     rows = rows_of(tmp_path, text)
     assert answers(rows) == ['two\nlines, "so"', "é\u2028\x0b"]
-    assert [rows.place(n).rpartition(":")[2] for n in range(2)] == ["2", "6"]
+    assert [rows.location(n).rpartition(":")[2] for n in range(2)] == ["2", "6"]
     assert rows.row(0).extra == {"source": "web"}
 
 
@@ -94,7 +94,7 @@ def test_a_bad_record_is_one_broken_row(tmp_path, record, words):
     record = record if isinstance(record, bytes) else record.encode()
     rows = rows_of(tmp_path, b"image,caption\nb.png,before\n" + record + b'\nc.png,after\nd.png,"the\nlast"\n')
     assert len(rows) == 4
-    assert rows.place(1).endswith("rows.csv:3")
+    assert rows.location(1).endswith("rows.csv:3")
     with pytest.raises(RowError, match=words):
         use(rows, 1)
     assert [rows.row(n).conversations[-1]["content"] for n in (0, 2, 3)] == ["before", "after", "the\nlast"]

@@ -61,7 +61,7 @@ def test_members_of_one_key_are_a_sample(tmp_path, form):
     assert [rows.picture(n, 0, rows.row(n).images[0]) for n in range(3)] == [picture(n) for n in range(3)]
     assert [caption(rows, n) for n in range(3)] == ["a dog", "一只狗", "A dog."]
     assert rows.row(2).extra == {"source": "web"}
-    assert rows.place(2) == f"{path}:3"
+    assert rows.location(2) == f"{path}:3"
     assert not list(tmp_path.glob("*.jpg"))
 
 
@@ -256,7 +256,7 @@ def test_shards_of_a_folder_by_split(tmp_path):
     told = []
     rows = open_rows(tmp_path, say=told.append)
     assert [rows.row(n).images for n in range(len(rows))] == [["000.jpg"], ["010.jpg"], ["001.jpg"], ["011.jpg"]]
-    assert [rows.place(n) for n in (1, 2)] == [f"{tmp_path}/train-0.tar:2", f"{tmp_path}/train-1.tar:1"]
+    assert [rows.location(n) for n in (1, 2)] == [f"{tmp_path}/train-0.tar:2", f"{tmp_path}/train-1.tar:1"]
     assert rows.split == "train"
     assert "the split train is read (2 files), not validation (1 file)" in told[0]
     rows = open_rows(tmp_path, split="val")

@@ -187,7 +187,8 @@ def _value(node: yaml.Node, where: str, text: str) -> Any:
             return node.value
     except (ValueError, KeyError, IndexError):
         pass
-    raise UsageError(f"{where}: {node.value!r} with the tag {node.tag} is not supported — write a plain value")
+    shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list or a mapping"
+    raise UsageError(f"{where}: {shown} with the tag {node.tag} is not supported — write a plain value")
 
 
 def _number(node: yaml.ScalarNode, kind: str) -> int | float | str:

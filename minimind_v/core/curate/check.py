@@ -115,21 +115,21 @@ class Report:
 
     def location(self, index: int) -> str:
         """`file:row`."""
-        return self._store.place(index)
+        return self._store.location(index)
 
     def problems(self) -> Iterator[Problem]:
         """All problems, in the order of the rows."""
         for index, kind, message in heapq.merge(self._findings, self._repetitions(), key=lambda finding: finding[0]):
-            yield Problem(self._store.number(index), kind, message, self._store.place(index))
+            yield Problem(self._store.number(index), kind, message, self._store.location(index))
 
     def _repetitions(self) -> Iterator[Finding]:
         for index in np.flatnonzero((self._first_shown >= 0) | self.repeated).tolist():
             if (first := self._first_copy[index]) >= 0:
-                yield index, "duplicate row", f"the same text and pictures as {self._store.place(int(first))}"
+                yield index, "duplicate row", f"the same text and pictures as {self._store.location(int(first))}"
             if (first := self._first_shown[index]) >= 0:
-                yield index, "duplicate picture", f"a picture of {self._store.place(int(first))}"
+                yield index, "duplicate picture", f"a picture of {self._store.location(int(first))}"
             if self._held_out and (first := self._held_out_copy[index]) >= 0:
-                yield index, "held out", f"shared with {self._held_out.place(int(first))}"
+                yield index, "held out", f"shared with {self._held_out.location(int(first))}"
 
     def refusal(self, bad_rows: float) -> str | None:
         """Why training would refuse these rows; else None. `bad_rows` is the allowed share of broken rows."""

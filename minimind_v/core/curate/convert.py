@@ -58,7 +58,7 @@ def _convert(rows: RowStore, target: Form, progress: Callable[[int, int], None])
     pictures = 0
     for batch in _batches(rows, done):
         pictures += sum(len(whole.pictures) for whole in batch)
-        target.write_part(done, batch)
+        target.write_chunk(done, batch)
         done += len(batch)
         progress(done, len(rows))
     write_text(target.folder / FINISHING, "")
@@ -114,7 +114,7 @@ def read_whole(rows: RowStore, index: int) -> Whole:
 def unreadable(rows: RowStore, index: int, error: RowError) -> DataError:
     """The error for an unreadable row that may not be skipped, with the next step."""
     advice = "" if " — " in str(error) else " — write a copy without such rows with `mmv data check --fix`"
-    return DataError(f"{rows.place(index)}: {error}{advice}")
+    return DataError(f"{rows.location(index)}: {error}{advice}")
 
 
 def _resume(rows: RowStore, target: Form) -> int:
@@ -125,13 +125,13 @@ def _resume(rows: RowStore, target: Form) -> int:
     stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     chosen = hashlib.sha256()  # differs between selections of rows
     for index in range(len(rows)):
-        chosen.update(f"{rows.place(index)}\n".encode("utf-8", "surrogateescape"))
+        chosen.update(f"{rows.location(index)}\n".encode("utf-8", "surrogateescape"))
     description = json.dumps({"rows": chosen.hexdigest(), "files": stamps})
     if not plan.is_file() or plan.read_text(encoding="utf-8") != description:
         shutil.rmtree(target.folder, ignore_errors=True)
         write_text(plan, description)
     done = 0
-    for begin, count in target.parts():
+    for begin, count in target.chunks():
         if begin != done:
             break
         done += count

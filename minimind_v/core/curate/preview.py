@@ -105,7 +105,7 @@ class Previewer:
 
     def view(self, index: int) -> RowView:
         """One row; a problem of the row is its `trouble`, not an error."""
-        location = self.rows.place(index)
+        location = self.rows.location(index)
         try:
             row = self.rows.row(index)
         except RowError as error:

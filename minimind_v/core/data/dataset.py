@@ -79,7 +79,7 @@ class RowDataset:
 
     def text(self, index: int) -> Example | BrokenRow:
         """The tokens of a row; its picture files are not read."""
-        location = self.rows.place(index)
+        location = self.rows.location(index)
         try:
             row = self.rows.row(index)
             if row.conversations is None:

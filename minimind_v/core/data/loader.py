@@ -116,7 +116,7 @@ class BatchPlan(Dataset[list[Batch]]):
             self._note(index)
             row = texts.get(index) or kept.get(index) or self.dataset.text(index)  # a damaged disk may lose some
             if not row.location:
-                row = replace(row, location=self.dataset.rows.place(index))
+                row = replace(row, location=self.dataset.rows.location(index))
             read.append(self.dataset.load(row) if isinstance(row, Example) else row)
         examples = [row for row in read if isinstance(row, Example)]
         broken = [row for row in read if isinstance(row, BrokenRow)]
@@ -184,7 +184,7 @@ class BatchPlan(Dataset[list[Batch]]):
     def read_by(self, process: int) -> str | None:
         """The file:row that a worker process was reading."""
         row = self._reading.row_of(process)
-        return None if row is None else self.dataset.rows.place(row)
+        return None if row is None else self.dataset.rows.location(row)
 
 
 def _lanes(steps: int, lanes: int) -> np.ndarray:

@@ -6,41 +6,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 from minimind_v.core.rows.cells import decode_inline
 from minimind_v.core.rows.field_names import READ, TALKS, is_readable, picture_field
+from minimind_v.core.rows.file_rows import FileRows
 from minimind_v.core.rows.forms import read_row
-from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import Row
-from minimind_v.core.rows.splits import ALL, LEARN, Choice, choose
+from minimind_v.core.rows.splits import ALL, LEARN, choose
 from minimind_v.core.rows.unread import refuse_unread
 
 
-class SavedRows:
-    """A saved dataset, or one of the splits of a saved set of them. Its files are mapped, not read."""
+class SavedRows(FileRows):
+    """A saved dataset, or one split of a saved set of them. Its files are mapped, not read."""
 
     file_kind = "saved by datasets"
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
-        """`split` and `order` say which one of several.
+        """`split` and `order` select the split.
 
-        Raises MissingInput where the library is not installed, DataError where the folder is something else or its
-        splits do not go together, UsageError where there is no such split.
+        Raises MissingInput without the library, DataError where the folder is something else or its splits differ,
+        UsageError for an unknown split.
         """
         try:
             import datasets
         except ImportError:
             raise MissingInput(f"{path}: reading it needs an extra — pip install 'minimind-v[datasets]'") from None
-        self.path = path
         try:
             dataset = datasets.load_from_disk(str(path))
         except Exception as error:  # the library raises many kinds
             raise DataError(f"{path}: not a saved dataset ({' '.join(str(error).split())})") from None
-        self._folder, self.choice = path, Choice("")
+        self._folder = path
         if isinstance(dataset, datasets.DatasetDict):
             self.choice = choose(path, {name: len(rows) for name, rows in dataset.items()}, split, order, "row")
             together = self.choice.name == ALL
@@ -54,7 +51,7 @@ class SavedRows:
             )
         if not len(dataset):
             raise DataError(f"{path}: the data set has no rows")
-        # The bytes of a picture as they are: decoding is our own business, with its limits. Videos are not read.
+        # Keep the bytes of pictures: `data` decodes them, within its limits. Videos are not read.
         for name, kind in dataset.features.items():
             if (plain := _undecoded(kind)) != kind:
                 dataset = dataset.cast_column(name, plain)
@@ -65,57 +62,43 @@ class SavedRows:
             f"{path}: the bytes in {', '.join(self._others)} are ignored and not copied" if self._others else ""
         )
         self._rows = dataset.with_format("arrow")
-        self._images = open_pictures(images)
-
-    @property
-    def split(self) -> str:
-        return self.choice.name
-
-    @property
-    def pictures(self) -> Path | None:
-        return self._images.path
+        super().__init__(path, images)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def number(self, index: int) -> int:
-        return index + 1
-
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{self._folder}:{index + 1}"
 
     def row(self, index: int) -> Row:
         try:
             table = self._rows[index]
-            table.validate(full=True)  # what a damaged file says of lengths leads anywhere in memory
+            table.validate(full=True)  # wrong lengths in a damaged file lead anywhere in memory
             cells = {name: table.column(name)[0].as_py() for name in table.column_names}
             fields = {name: value for name, value in cells.items() if value is not None}
         except Exception as error:  # the library raises many kinds
             raise RowError(f"cannot be read ({' '.join(str(error).split())})", "json") from None
         others = {name: fields.pop(name) for name in self._others if name in fields}
         row = read_row(fields)
-        row.extra.pop(self._bytes, None)  # of a row that has its pictures from elsewhere, or none
+        row.extra.pop(self._bytes, None)  # of a row with its pictures elsewhere, or none
         return row if row.images else refuse_unread(row, others)
 
     def picture(self, index: int, position: int, name: str) -> bytes:
         data = self.row(index).inline.get(position)
         return self._images.read(name) if data is None else decode_inline(data, name)
 
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(len(self))
 
-
-def _together(path: Path, parts: list[Any]) -> Any:
+def _together(path: Path, splits: list[Any]) -> Any:
     import datasets
 
     try:
-        return datasets.concatenate_datasets(parts)
+        return datasets.concatenate_datasets(splits)
     except Exception as error:  # the library raises many kinds
         raise DataError(f"{path}: its splits do not match ({' '.join(str(error).split())})") from None
 
 
 def _undecoded(feature: Any) -> Any:
-    """A column's feature whose pictures and videos, however deep in it, are left as bytes and path."""
+    """The same feature with `decode=False` for all pictures, videos and audio in it."""
     import datasets
 
     if isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):

@@ -13,35 +13,32 @@ from minimind_v.core.errors import RowError
 from minimind_v.core.rows.row import check_names, check_size, image_names
 from minimind_v.core.rows.unread import IN_TEXT, KIND
 
-# Keys under which a part, or a record in a cell of pictures, has a picture's bytes, and under which its name.
+# Keys of a picture's bytes, and of its name, in a content item or in a record of a cell.
 BYTES_KEYS = ("bytes", "base64", "data", "b64_json")
 NAME_KEYS = ("path", "image", "image_url", "url", "image_path", "file_name", "filename", "file", "file_path", "source")
 REMOTE = re.compile(r"(?:https?|s3|gs|ftp|hdfs)://", re.IGNORECASE)
 DATA_URI = re.compile(r"data:(?:[^,]{0,200};base64,|(?:image|video)/)", re.IGNORECASE)  # `data:x.png` is a name
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
-BASE64_LEAST = 64  # characters; a name may begin like a picture in base64
+BASE64_LEAST = 64  # characters; a shorter text may be a name
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a row by its name, or its data: bytes, base64 text, a data URI, or its number in a column."""
+    """A picture of a row by its name or its data: bytes, base64 text, a data URI, or its number in a column."""
 
     name: str | None
     data: Any = None
 
 
 class StoredPictures:
-    """Pictures in a column that is read only for their bytes; `count` finds out how many there are."""
+    """Pictures in a column that is read only for their bytes; `count` counts them."""
 
     def __init__(self, count: Callable[[], int]) -> None:
         self.count = count
 
 
 def pictures_of(value: Any, key: str) -> list[Picture]:
-    """The pictures of a cell: a name, bytes, base64 text, a data URI, a record of these, or a list; maybe none.
-
-    Raises RowError.
-    """
+    """The pictures of a cell: none, a name, bytes, base64 text, a data URI, a record or a list. Raises RowError."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -56,7 +53,7 @@ def pictures_of(value: Any, key: str) -> list[Picture]:
 
 
 def picture_of_element(cell: Any, key: str) -> list[Picture]:
-    """The picture of an element of a list: a text there is one name, whatever it has in it."""
+    """The pictures of an element of a list; a text there is one name, commas included."""
     if isinstance(cell, str) and not _data_in(cell):
         if not cell:
             return []
@@ -73,7 +70,7 @@ def _of_text(text: str, key: str) -> list[Picture]:
 
 
 def _data_in(text: str) -> bool:
-    """Whether a text is a picture and not its name."""
+    """Whether a text is a picture, not a name."""
     if DATA_URI.match(text):
         return True
     return len(text) >= BASE64_LEAST and IN_TEXT.match(text) is not None and BASE64.fullmatch(text[:1024]) is not None
@@ -85,7 +82,7 @@ def _refuse_remote(name: str) -> None:
 
 
 def _of_record(record: dict[str, Any], key: str) -> list[Picture]:
-    """`{"bytes": …, "path": …}` and the like: the bytes where there are any, else the name."""
+    """The picture of a record such as `{"bytes": …, "path": …}`: its bytes if any, else its name."""
     for name in (*BYTES_KEYS, *NAME_KEYS):
         value = record.get(name)
         if value is None or value == "" or (isinstance(value, bytes) and not value):
@@ -101,7 +98,7 @@ def _of_record(record: dict[str, Any], key: str) -> list[Picture]:
 
 
 def decode_inline(data: Any, name: str) -> bytes:
-    """The bytes of a picture that stands in its row. Raises RowError."""
+    """The bytes of a picture in its row. Raises RowError."""
     if isinstance(data, str):
         text = data.partition(",")[2] if data.startswith("data:") else data
         check_size(name, len(text) * 3 // 4)
@@ -114,7 +111,7 @@ def decode_inline(data: Any, name: str) -> bytes:
 
 
 def records_of(lists: dict[str, Any]) -> Any:
-    """Records of a record of lists; what is none as it is. Raises RowError where the lists differ in length."""
+    """Turn a record of lists into a list of records. Raises RowError where the lists differ in length."""
     columns = {key: value for key, value in lists.items() if isinstance(value, list)}
     if not columns:
         return lists

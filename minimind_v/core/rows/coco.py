@@ -1,8 +1,8 @@
 """Rows from COCO caption files: one row per caption.
 
 `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`, and Karpathy's
-`{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}`. The file is gone through once. Where in it a
-caption and its picture stand is kept, two numbers a row.
+`{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}`. One pass over the file finds the span of each
+caption and of its image entry; the index keeps these two numbers per row.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from minimind_v.core.rows.row import Row, parse_json
 from minimind_v.core.rows.splits import ALL, LEARN, WORDS, choose, split_of
 
 HEAD = 2**22  # bytes that show whether a file may hold captions
-LENGTH_BITS = 24  # of a place: the length of what stands there, 16 MiB at most; the bits above are its offset
-SENTENCE_BITS = 32  # of a sentence's place: its number; the bits above are its split
-UNKNOWN, SEVERAL = 0, 1  # in the place of a picture: no image has this id, or several have
+LENGTH_BITS = 24  # of a span: the length, at most 16 MiB; the bits above are the offset
+SENTENCE_BITS = 32  # of a sentence: its number; the bits above are its split
+UNKNOWN, SEVERAL = 0, 1  # instead of an image's span: no image has this id, or several have
 NO_ID = 1 << 62
 SPLITS = list(WORDS)
 LISTS = re.compile(rb'"(?:images|annotations)"\s*:\s*\[\s*\{[^}]{0,2000}"(?:file_?name|image_id|id)"')
@@ -36,7 +36,7 @@ GAP = re.compile(r"[ \t\r\n,]*")
 
 
 def is_captions(path: Path) -> bool:
-    """Whether a file of JSON is one object of pictures or annotations, as far as its beginning shows that."""
+    """Whether a JSON file is one object of images or annotations, judged by its beginning."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
@@ -45,14 +45,14 @@ def is_captions(path: Path) -> bool:
 
 
 class CocoRows(TextRows):
-    """Rows of COCO's captions, or of one split of Karpathy's. Of each two places in the file are kept: 16 bytes."""
+    """Rows of COCO's captions, or of one split of Karpathy's. The index takes 16 bytes per row."""
 
     kind = "COCO captions: place of the caption, place of the picture"
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
-        """`split` and `order` say which of Karpathy's. Raises MissingInput, DataError or UsageError."""
+        """`split` and `order` select Karpathy's split. Raises MissingInput, DataError or UsageError."""
         super().__init__(path, images)
         self._rows = np.arange(len(self._index))
         self._sentences = bool(int(self._index.array[1, 0]) >> 63)
@@ -84,107 +84,107 @@ class CocoRows(TextRows):
         try:
             return super().picture(index, position, name)
         except RowError as error:
-            if error.kind == "picture missing" and self._sentences and "/" in name:  # its `filepath` is often not there
+            if error.kind == "picture missing" and self._sentences and "/" in name:  # `filepath` is often absent
                 return super().picture(index, position, name.rpartition("/")[2])
             raise
 
-    def _annotation(self, place: int, picture_place: int) -> dict[str, Any]:
-        annotation = self._object(place)
+    def _annotation(self, span: int, image_span: int) -> dict[str, Any]:
+        annotation = self._object(span)
         if annotation.get("image_id") is None:
             raise RowError("an annotation without `image_id`", "coco")
-        if picture_place in (UNKNOWN, SEVERAL):
-            count = "several images have" if picture_place else "no image has"
+        if image_span in (UNKNOWN, SEVERAL):
+            count = "several images have" if image_span else "no image has"
             raise RowError(f"{count} the id {annotation['image_id']!r:.60}", "coco")
-        name = self._object(picture_place).get("file_name")
+        name = self._object(image_span).get("file_name")
         if not isinstance(name, str) or not name:
             raise RowError(f"the image {annotation['image_id']!r:.60} has no `file_name`", "coco")
         return annotation | {"image": [name]}
 
-    def _sentence(self, place: int, number: int) -> dict[str, Any]:
-        picture = self._object(place)
-        sentences = picture.get("sentences")
+    def _sentence(self, span: int, number: int) -> dict[str, Any]:
+        image = self._object(span)
+        sentences = image.get("sentences")
         number &= 0xFFFFFFFF
         if not isinstance(sentences, list) or len(sentences) <= number or not isinstance(sentences[number], dict):
             raise RowError("a sentence that is not an object with `raw`", "coco")
-        folder, name = picture.get("filepath"), picture.get("filename") or picture.get("file_name")
+        folder, name = image.get("filepath"), image.get("filename") or image.get("file_name")
         if not isinstance(name, str):
             raise RowError("an image without `filename`", "coco")
         names = [f"{folder}/{name}" if isinstance(folder, str) and folder else name]
         return {"image": names, "caption": sentences[number].get("raw")}
 
-    def _object(self, place: int) -> dict[str, Any]:
-        """The JSON object at a place of the file. Raises RowError."""
-        self.handle.seek(place >> LENGTH_BITS)
-        value = parse_json(self.handle.read(place & ((1 << LENGTH_BITS) - 1)))
+    def _object(self, span: int) -> dict[str, Any]:
+        """The JSON object at a span of the file. Raises RowError."""
+        self.handle.seek(span >> LENGTH_BITS)
+        value = parse_json(self.handle.read(span & ((1 << LENGTH_BITS) - 1)))
         if not isinstance(value, dict):
             raise RowError("not a JSON object", "json")
         return value
 
     def _find_rows(self) -> np.ndarray:
-        """The place of every caption, and that of its picture. Raises DataError."""
+        """The span of every caption, and that of its image. Raises DataError."""
         scan = _Scan()
         try:
             with self.path.open("rb") as file:
-                for key, value, place in JsonElements(file):
-                    scan.add(key, value, place)
+                for key, value, span in JsonElements(file):
+                    scan.add(key, value, span)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: not a COCO caption file ({error})") from None
         if len(scan.sentences) and not scan.captions:
-            return np.array([scan.sentence_places, scan.sentences], np.uint64)
+            return np.array([scan.sentence_spans, scan.sentences], np.uint64)
         if not scan.captions:
             raise DataError(
                 f"{self.path}: no annotation has a `caption` — use COCO's caption files, "
                 "such as captions_train2017.json"
             )
-        return np.stack([np.array(scan.places, np.uint64), scan.picture_places()])
+        return np.stack([np.array(scan.spans, np.uint64), scan.annotation_image_spans()])
 
 
 @dataclass
 class _Scan:
-    """What was found of pictures, annotations and sentences: numbers only, as there may be very many."""
+    """The images, annotations and sentences of a file, as numbers only: there may be millions."""
 
-    ids: array[int] = field(default_factory=lambda: array("Q"))  # of pictures
-    names: array[int] = field(default_factory=lambda: array("Q"))  # digests of them
-    pictures: array[int] = field(default_factory=lambda: array("Q"))  # places of them
-    of: array[int] = field(default_factory=lambda: array("Q"))  # of each annotation the id of its picture
-    places: array[int] = field(default_factory=lambda: array("Q"))
+    ids: array[int] = field(default_factory=lambda: array("Q"))  # of images
+    names: array[int] = field(default_factory=lambda: array("Q"))  # their digests
+    image_spans: array[int] = field(default_factory=lambda: array("Q"))  # of images
+    of: array[int] = field(default_factory=lambda: array("Q"))  # of each annotation the id of its image
+    spans: array[int] = field(default_factory=lambda: array("Q"))  # of annotations
     sentences: array[int] = field(default_factory=lambda: array("Q"))  # split and number of each
-    sentence_places: array[int] = field(default_factory=lambda: array("Q"))  # those of their pictures
+    sentence_spans: array[int] = field(default_factory=lambda: array("Q"))  # of each sentence the span of its image
     captions: int = 0
 
-    def add(self, key: str, value: Any, place: int) -> None:
+    def add(self, key: str, value: Any, span: int) -> None:
         fields = value if isinstance(value, dict) else {}
         if key == "annotations":
             self.of.append(_id(fields["image_id"]) if fields.get("image_id") is not None else NO_ID)
-            self.places.append(place)
+            self.spans.append(span)
             self.captions += isinstance(fields.get("caption"), str)
         elif key == "images":
             if fields.get("id") is not None:
                 self.ids.append(_id(fields["id"]))
                 self.names.append(_digest(repr(fields.get("file_name"))))
-                self.pictures.append(place)
+                self.image_spans.append(span)
             sentences = fields.get("sentences")
             if isinstance(sentences, list):
                 split = _split_code(fields.get("split"))
                 self.sentences.extend(1 << 63 | split << SENTENCE_BITS | number for number in range(len(sentences)))
-                self.sentence_places.extend([place] * len(sentences))
+                self.sentence_spans.extend([span] * len(sentences))
 
-    def picture_places(self) -> np.ndarray:
-        """For each annotation the place of its picture, or UNKNOWN or SEVERAL."""
+    def annotation_image_spans(self) -> np.ndarray:
+        """For each annotation the span of its image, or UNKNOWN or SEVERAL."""
         if not len(self.ids):
-            return np.full(len(self.places), UNKNOWN, np.uint64)
+            return np.full(len(self.spans), UNKNOWN, np.uint64)
         order = np.argsort(np.array(self.ids, np.uint64), kind="stable")
         ids, names = np.array(self.ids, np.uint64)[order], np.array(self.names, np.uint64)[order]
         distinct, firsts = np.unique(ids, return_index=True)
         differ = np.minimum.reduceat(names, firsts) != np.maximum.reduceat(names, firsts)
-        places = np.where(differ, np.uint64(SEVERAL), np.array(self.pictures, np.uint64)[order][firsts])
+        spans = np.where(differ, np.uint64(SEVERAL), np.array(self.image_spans, np.uint64)[order][firsts])
         of = np.array(self.of, np.uint64)
         which = np.minimum(np.searchsorted(distinct, of), len(distinct) - 1)
-        return np.where(distinct[which] == of, places[which], np.uint64(UNKNOWN))
+        return np.where(distinct[which] == of, spans[which], np.uint64(UNKNOWN))
 
 
 def _id(value: Any) -> int:
-    """An id as a number: 7, 7.0 and "7" are the same one."""
+    """An id as a number: 7, 7.0 and "7" are the same id."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value)
@@ -198,7 +198,7 @@ def _digest(text: str) -> int:
 
 
 def _split_code(split: Any) -> int:
-    """The number of a split of Karpathy's; `restval` is meant to be learnt from."""
+    """The number of one of Karpathy's splits; `restval` is training data."""
     name = split_of(Path(split)) if isinstance(split, str) else None
     return SPLITS.index(name) if name else 0
 
@@ -207,14 +207,14 @@ def _split_code(split: Any) -> int:
 
 
 class JsonElements:
-    """The elements of the arrays of the JSON object that a file holds, read in pieces: key, value, place of each.
+    """The elements of the arrays in a file's JSON object, read in pieces: key, value, span of each.
 
-    Texts among the values have a character for each byte. Raises ValueError or RecursionError.
+    Texts have one character per byte. Raises ValueError or RecursionError.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._text, self._at, self._begin = "", 0, 0  # what is in memory, where in it, and where that is in the file
+        self._text, self._at, self._begin = "", 0, 0  # the text in memory, the position in it, its offset in the file
 
     def __iter__(self) -> Iterator[tuple[str, Any, int]]:
         self._more(CHUNK)
@@ -230,21 +230,21 @@ class JsonElements:
                 continue
             self._at += 1
             while self._next() != "]":
-                value, place = self._value()
-                yield str(key), value, place
+                value, span = self._value()
+                yield str(key), value, span
             self._at += 1
         self._at += 1
         if self._next():
             raise ValueError(f"extra data after its end, at byte {self._begin + self._at}")
 
     def _more(self, size: int) -> bool:
-        """Read on, and let go of what was done with; whether there was more."""
+        """Drop the text before the position and read more; whether there was more."""
         data = self._file.read(size)
         self._text, self._begin, self._at = self._text[self._at :] + data.decode("latin-1"), self._begin + self._at, 0
         return bool(data)
 
     def _next(self) -> str:
-        """The next character that is no gap, which is not taken; empty at the end."""
+        """The next character that is not a gap, without taking it; empty at the end."""
         while True:
             self._at = GAP.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text) or not self._more(CHUNK):
@@ -256,18 +256,18 @@ class JsonElements:
         self._at += 1
 
     def _value(self) -> tuple[Any, int]:
-        """The value that begins here, and its place. Raises ValueError."""
+        """The value that begins at the position, and its span. Raises ValueError."""
         while True:
             rest = len(self._text) - self._at
             try:
                 value, end = DECODER.raw_decode(self._text, self._at)
-                if end < len(self._text):  # a number at the end might go on
+                if end < len(self._text):  # a number at the end may continue
                     length = end - self._at
-                    place = self._begin + self._at << LENGTH_BITS | length
+                    span = self._begin + self._at << LENGTH_BITS | length
                     self._at = end
                     if length >> LENGTH_BITS:
                         break
-                    return value, place
+                    return value, span
                 trouble = "it does not end"
             except json.JSONDecodeError as error:
                 trouble = error.msg

@@ -1,7 +1,7 @@
 """Find duplicate rows and images with 64-bit digests, compared by sorting.
 
-A million Python objects of sums and places would be hundreds of megabytes; so many numbers are 16 of them. Two
-different pictures among a million have the same number once in forty million such sets.
+A million digests with their rows take 16 MB; as Python objects they would take hundreds. Two different pictures among a
+million have the same digest once in forty million such sets.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from minimind_v.core.rows.row import Row
 
 
 class Digests:
-    """Digests with the index of the row that each belongs to."""
+    """Digests, each with the index of its row."""
 
     def __init__(self) -> None:
         self._digests, self._owners = array("Q"), array("Q")
 
     def add(self, owner: int, digest: int) -> None:
-        """Rows are added in order."""
+        """Add a digest of row `owner`; rows come in order."""
         self._digests.append(digest)
         self._owners.append(owner)
 
     @property
     def digests(self) -> np.ndarray:
-        """All digests, uint64 [digests], in the order in which they were added."""
+        """All digests in order, uint64 [digests]."""
         return np.array(self._digests, np.uint64)
 
     @property
@@ -37,31 +37,29 @@ class Digests:
         return np.array(self._owners, np.int64)
 
     def firsts(self) -> np.ndarray:
-        """The first row that each digest belongs to, int64 [digests]."""
-        if not len(self._digests):
-            return self.owners
+        """The first row with each digest, int64 [digests]."""
         _, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
         return self.owners[first[which]]
 
     def seen_before(self, rows: int) -> np.ndarray:
-        """For each of `rows` rows an earlier one that one of its digests belongs to, or -1: int64 [rows]."""
+        """For each of `rows` rows an earlier row with one of its digests, or -1: int64 [rows]."""
         owners, firsts = self.owners, self.firsts()
         return _of_each_row(owners, firsts, firsts < owners, rows)
 
     def seen_in(self, other: Digests, rows: int) -> np.ndarray:
-        """For each of `rows` rows the first one of another set that it shares a digest with, or -1: int64 [rows]."""
+        """For each of `rows` rows the first row of another set with one of its digests, or -1: int64 [rows]."""
         if not len(other._digests):
             return np.full(rows, -1, np.int64)
         digests_there, first = np.unique(other.digests, return_index=True)
         digests = self.digests
-        places = np.minimum(np.searchsorted(digests_there, digests), len(digests_there) - 1)
-        return _of_each_row(self.owners, other.owners[first[places]], digests_there[places] == digests, rows)
+        positions = np.minimum(np.searchsorted(digests_there, digests), len(digests_there) - 1)
+        return _of_each_row(self.owners, other.owners[first[positions]], digests_there[positions] == digests, rows)
 
 
-def _of_each_row(owners: np.ndarray, values: np.ndarray, hits: np.ndarray, rows: int) -> np.ndarray:
-    """Of each row the value of its first hit, or -1."""
+def _of_each_row(owners: np.ndarray, values: np.ndarray, mask: np.ndarray, rows: int) -> np.ndarray:
+    """Of each row its first value in the mask, or -1."""
     row_values = np.full(rows, -1, np.int64)
-    row_values[owners[hits][::-1]] = values[hits][::-1]  # of several the last to be written stays
+    row_values[owners[mask][::-1]] = values[mask][::-1]  # reversed, as the last value written stays
     return row_values
 
 
@@ -77,7 +75,7 @@ def picture_digest(data: bytes) -> int:
 
 def whole_digest(text: int, pictures: list[int]) -> int:
     """A digest of a conversation and its pictures, by the digests of each."""
-    return _digest(b"".join(part.to_bytes(8, "little") for part in (text, *pictures)), b"row")
+    return _digest(b"".join(digest.to_bytes(8, "little") for digest in (text, *pictures)), b"row")
 
 
 def _digest(data: bytes, kind: bytes = b"") -> int:

@@ -1,4 +1,4 @@
-"""Rows of a single file: what every store of such a file has in common."""
+"""Rows of a single file or folder: the base of their stores."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ import numpy as np
 
 from minimind_v.core.rows.cells import decode_inline
 from minimind_v.core.rows.forms import read_row
-from minimind_v.core.rows.pictures import open_pictures
+from minimind_v.core.rows.pictures import Pictures, open_pictures
 from minimind_v.core.rows.row import NUMBERED, Reopened, Row
 from minimind_v.core.rows.splits import Choice
 
 
-class FileRows(Reopened):
-    """A store of the rows of one file. A subclass has `__len__`, `row` and `file_kind`; `handle` is the open file.
+class SplitRows:
+    """Rows of one split, with pictures in the rows or in a folder, zip or tar. A subclass reads the rows."""
 
-    Its pictures stand in the rows or in `images`: a folder, zip or tar.
-    """
-
-    file_kind: str
-    choice = Choice("")  # one file has no splits
+    choice = Choice("")
     left_out = ""
-
-    def __init__(self, path: Path, images: Path | None = None) -> None:
-        super().__init__(path)
-        self._images = open_pictures(images)
+    _images: Pictures
 
     @property
     def split(self) -> str:
@@ -40,10 +33,26 @@ class FileRows(Reopened):
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self))
+
+
+class FileRows(SplitRows, Reopened):
+    """A store of the rows of one file. A subclass defines `__len__`, `row` and `file_kind`; `handle` is the open file.
+
+    `images` is a folder, zip or tar of the pictures that are not in the rows.
+    """
+
+    file_kind: str
+
+    def __init__(self, path: Path, images: Path | None = None) -> None:
+        super().__init__(path)
+        self._images = open_pictures(images)
+
     def number(self, index: int) -> int:
         return index + 1
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`file:row`, counted as an editor does."""
         return f"{self.path}:{self.number(index)}"
 
@@ -51,19 +60,16 @@ class FileRows(Reopened):
         raise NotImplementedError
 
     def picture(self, index: int, position: int, name: str) -> bytes:
-        """A picture that stands in its row is read from there again; every such picture is numbered."""
+        """Read a picture from its row if the row holds it (such a picture is numbered), else by its name."""
         if NUMBERED.fullmatch(name):
             inline = self.row(index).inline
             if position in inline:
                 return decode_inline(inline[position], name)
         return self._images.read(name)
 
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(len(self))
-
     def read_fields(self, fields: Mapping[str, Any]) -> Row:
-        """The row of these fields, in any form that is read. Raises RowError."""
+        """The row of these fields, in any supported form. Raises RowError."""
         row = read_row(fields)
-        for position in row.inline:  # so that `picture` knows them
+        for position in row.inline:  # `picture` recognises these names
             row.images[position] = f"picture {position + 1}"
         return row

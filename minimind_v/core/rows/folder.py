@@ -1,7 +1,7 @@
 """Rows in a folder with a metadata file beside the image files (`imagefolder` of `datasets`).
 
-`metadata.jsonl`, `metadata.csv` or `metadata.parquet` stands in the folder itself or in sub-folders, each of a split or
-of a piece of one. Its rows name their pictures in `file_name`, below the folder of the metadata.
+`metadata.jsonl`, `metadata.csv` or `metadata.parquet` is in the folder itself or in sub-folders, one per split or piece
+of a split. The field `file_name` of a row names its picture, relative to the folder of the metadata.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from minimind_v.core.rows.shards import ShardedRows
 from minimind_v.core.rows.splits import LEARN, of_one_split
 from minimind_v.core.rows.tables import CsvRows
 
-DEPTH = 3  # folders below that of the rows in which metadata is looked for
-HEAD = 2**16  # bytes of metadata in which a field of file names is looked for
+DEPTH = 3  # levels of sub-folders that are searched for metadata
+HEAD = 2**16  # bytes of metadata that are searched for a field of file names
 OPENERS = {".jsonl": open_json, ".csv": CsvRows, ".parquet": ParquetRows}  # of a file of metadata
 FILE_NAME = re.compile(rb"file[_ -]?name", re.IGNORECASE)
 
 
 def find_metadata(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The files of metadata in a folder or, where it has none, in the folders below it."""
+    """The metadata files of a folder or, where it has none, of the folders below it."""
     files = [file for name in METADATA if (file := folder / name).is_file() and _names_files(file)]
     yield from files
     if not files and depth:
-        with os.scandir(folder) as entries:  # which knows without asking that half a million pictures are no folders
+        with os.scandir(folder) as entries:  # `is_dir` needs no system call, even for half a million pictures
             below = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
         for name in below:
             yield from find_metadata(folder / name, depth - 1)
 
 
 def _names_files(file: Path) -> bool:
-    """Whether rows name files: other things are called metadata as well, beside shards of a set that has its rows."""
+    """Whether the rows of a file name files: beside shards, a file of another kind may be called metadata."""
     if file.suffix != ".parquet":
         with file.open("rb") as opened:
             return FILE_NAME.search(opened.read(HEAD)) is not None
@@ -55,14 +55,14 @@ def _names_files(file: Path) -> bool:
 
 
 class FolderRows(ShardedRows):
-    """The rows of the metadata in a folder that are of one split."""
+    """The rows of one split, from the metadata files of a folder."""
 
     file_kind = "imagefolder"
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
-        """`images` is where the pictures are if not beside the metadata. Raises DataError, MissingInput, UsageError."""
+        """`images` holds the pictures if not beside the metadata. Raises DataError, MissingInput or UsageError."""
         self.path = path
         named = list(find_metadata(path))
         for file, other in pairwise(named):
@@ -73,7 +73,7 @@ class FolderRows(ShardedRows):
         self._stores: list[OpenedRows] = [OPENERS[file.suffix](file, images or file.parent) for file in files]
         self.left_out = "; ".join(filter(None, (store.left_out for store in self._stores)))
         self._ends = np.cumsum([len(store) for store in self._stores])
-        # Names below several folders mean nothing to another file: such pictures are as if they stood in the rows.
+        # Names relative to several folders are of no use in another file: treat these pictures as part of the rows.
         self._pictures = images or (files[0].parent if len(files) == 1 else None)
 
     @property
@@ -84,9 +84,9 @@ class FolderRows(ShardedRows):
         file, row = self._at(index)
         return self._stores[file].number(row)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         file, row = self._at(index)
-        return self._stores[file].place(row)
+        return self._stores[file].location(row)
 
     def row(self, index: int) -> Row:
         file, row = self._at(index)
@@ -97,4 +97,4 @@ class FolderRows(ShardedRows):
         return self._stores[file].picture(row, position, name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        return self._stores[0].shuffled(rng) if len(self._stores) == 1 else rng.permutation(len(self))
+        return self._stores[0].shuffled(rng) if len(self._stores) == 1 else super().shuffled(rng)

@@ -1,7 +1,7 @@
 """The row formats: each is converted to the one internal format.
 
-A row comes as its fields, whatever file they stand in. `FORMS` says in which forms a conversation is read, in order;
-`cells.py` says what a cell of pictures may be. What is not read is refused by `unread.py`.
+The input is a row's fields, from any file. `FORMS` lists the forms of conversation, in order; `cells.py` reads cells of
+pictures; `unread.py` refuses unsupported fields.
 """
 
 from __future__ import annotations
@@ -11,16 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import (
-    StoredPictures,
-)
-from minimind_v.core.rows.field_names import (
-    CAPTIONS,
-    PICTURES,
-    QUESTIONS,
-    READ,
-    TALKS,
-)
+from minimind_v.core.rows.cells import StoredPictures
+from minimind_v.core.rows.field_names import CAPTIONS, PICTURES, QUESTIONS, READ, TALKS
 from minimind_v.core.rows.marks import place_pictures, row_pictures
 from minimind_v.core.rows.messages import (
     STANDARD,
@@ -39,12 +31,7 @@ from minimind_v.core.rows.questions import (
     read_question,
     read_texts,
 )
-from minimind_v.core.rows.row import (
-    IMAGE_MARK,
-    Row,
-    image_names,
-    parse_json,
-)
+from minimind_v.core.rows.row import IMAGE_MARK, Row, image_names, parse_json
 from minimind_v.core.rows.unread import refuse_unread
 
 MOST_IMAGES = 10_000  # of a row: 32768 positions hold fewer
@@ -54,17 +41,17 @@ _DATA = ("data:", "/9j/", "iVBOR", "R0lG", "UklGR")
 
 @dataclass(frozen=True)
 class Form:
-    """A form of conversation: whether a row's fields have it, and how it is read; `read` removes what it uses."""
+    """A form of conversation: whether a row's fields have it, and how to read it; `read` removes the fields it uses."""
 
     name: str
-    fits: Callable[[Mapping[str, Any]], bool]
+    matches: Callable[[Mapping[str, Any]], bool]
     read: Callable[[dict[str, Any]], Conversation]
 
 
 def read_row(fields: Mapping[str, Any]) -> Row:
-    """The row that these fields are. Raises RowError where they say something that is not read.
+    """Read a row from its fields. Raises RowError where they hold anything unsupported.
 
-    A row without a conversation has None for it; whoever uses the row raises `no_form`.
+    A row without a conversation has None for it; its user raises `no_form`.
     """
     text = fields.get("conversations")
     if type(text) is str and text.startswith("["):
@@ -80,7 +67,7 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
 def _read_fields(fields: Mapping[str, Any]) -> Row:
     rest = dict(fields)
-    form = next((form for form in FORMS if form.fits(rest)), None)
+    form = next((form for form in FORMS if form.matches(rest)), None)
     if form is None:
         conversation = Conversation(None, "")
         for key in TALKS:
@@ -100,7 +87,7 @@ def _read_fields(fields: Mapping[str, Any]) -> Row:
 
 
 def _put_system(fields: dict[str, Any], conversation: Conversation) -> None:
-    """A field `system`, as LLaMA-Factory has it, is the first message, unless the conversation has one of its own."""
+    """Put a field `system` (LLaMA-Factory) first, unless the conversation has a system message of its own."""
     text, messages = fields.get("system"), conversation.messages
     if isinstance(text, str) and text.strip() and isinstance(messages, list) and messages:
         first = messages[0]
@@ -110,7 +97,7 @@ def _put_system(fields: dict[str, Any], conversation: Conversation) -> None:
 
 
 def _usual_row(fields: Mapping[str, Any]) -> Row | None:
-    """A row of the forms that published data has, by the million; None for any other, which takes longer to read."""
+    """Read a row in the forms of published data, quickly; None for any other form, which takes longer to read."""
     key = "conversations" if "conversations" in fields else "messages"
     messages = fields.get(key)
     if type(messages) is not list or not messages or "system" in fields:
@@ -159,7 +146,7 @@ def _usual_row(fields: Mapping[str, Any]) -> Row | None:
 
 
 def no_form(row: Row) -> RowError:
-    """The error over a row that has no conversation."""
+    """The error for a row without a conversation."""
     for key in (*CAPTIONS, *(answer for answers in QUESTIONS.values() for answer in answers)):
         if key in row.extra and row.extra[key] in (None, "", []):
             return RowError(f"`{key}` is empty", "conversations")

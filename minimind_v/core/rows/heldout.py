@@ -17,21 +17,21 @@ from minimind_v.core.rows.digests import Digests, picture_digest, text_digest
 from minimind_v.core.rows.row import RowStore
 
 
-def hold_out(rows: RowStore, count: int, seed: int, known: Path, origin: str, say: Callable[[str], None]) -> np.ndarray:
-    """Which rows are held out, bool [rows]: about `count` of them, at most a tenth.
+def hold_out(rows: RowStore, count: int, seed: int, path: Path, origin: str, say: Callable[[str], None]) -> np.ndarray:
+    """Choose the held-out rows, bool [rows]: about `count` of them, at most a tenth.
 
-    Finding out which rows share a picture means reading every picture once. So the choice is kept in the file `known`,
-    and is taken from there by any run over the same data, which `origin` stands for. It proves itself by a digest: what
-    was changed there is chosen again. Raises UsageError where none can be held out.
+    Grouping rows by picture reads every picture once. So the file `path` keeps the choice for all runs over the same
+    data, which `origin` identifies. A digest protects the file: after any change the rows are chosen again. Raises
+    UsageError where no row can be held out.
     """
     count = min(count, len(rows) // 10)
     key = hashlib.blake2b(json.dumps([origin, len(rows), count, seed]).encode(), digest_size=8).hexdigest()
-    chosen = _read(known, key)
+    chosen = _read(path, key)
     if chosen is None:
         say(f"choosing held-out rows: reading the images of all {len(rows):,} rows once")
         held = choose(group_by_picture(rows, lambda index, error: None), count, seed)
         chosen = np.flatnonzero(held).tolist()
-        write_text(known, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
+        write_text(path, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
     if not chosen:
         raise UsageError(
             f"{rows.path}: none of its {len(rows)} rows can be held out by image, so validation is not possible "
@@ -42,15 +42,15 @@ def hold_out(rows: RowStore, count: int, seed: int, known: Path, origin: str, sa
     return mask
 
 
-def choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Which rows are held out, bool [rows]: groups in the seed's order, as long as they fit into `wanted` rows."""
+def choose(groups: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Choose the held-out rows, bool [rows]: whole groups in the seed's order, at most `limit` rows together."""
     usable = groups >= 0
     _, which, sizes = np.unique(groups[usable], return_inverse=True, return_counts=True)
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
     chosen, count = np.zeros(len(sizes), bool), 0
     for group in order:
-        if count + sizes[group] <= wanted:
+        if count + sizes[group] <= limit:
             chosen[group] = True
             count += int(sizes[group])
     held = np.zeros(len(groups), bool)
@@ -61,9 +61,9 @@ def choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
 def group_by_picture(
     rows: RowStore, broken: Callable[[int, RowError], None], progress: Callable[[int], None] = lambda done: None
 ) -> np.ndarray:
-    """For each row the first of those that belong together, int64 [rows]: by pictures or, without any, by the text.
+    """For each row the first row of its group, int64 [rows]: rows with equal pictures or, without any, equal texts.
 
-    A row that cannot be read is handed to `broken`, and has -1.
+    An unreadable row gets -1, and `broken` receives its error.
     """
     digests, unread = Digests(), []
     for index in range(len(rows)):
@@ -83,8 +83,8 @@ def group_by_picture(
         return index
 
     owners, firsts = digests.owners, digests.firsts()
-    shared = owners != firsts
-    for index, first in zip(owners[shared].tolist(), firsts[shared].tolist(), strict=True):
+    repeated = owners != firsts
+    for index, first in zip(owners[repeated].tolist(), firsts[repeated].tolist(), strict=True):
         smaller, larger = sorted((root(index), root(first)))
         parent[larger] = smaller
     groups = np.array([root(index) for index in range(len(rows))], np.int64)
@@ -93,14 +93,14 @@ def group_by_picture(
 
 
 def digests_of(rows: RowStore, index: int) -> list[int]:
-    """Of each picture that a row shows, or of the text of a row that shows none. Raises RowError."""
+    """The digest of each picture that a row shows, or of the text of a row without any. Raises RowError."""
     row = rows.row(index)
     pictures = [rows.picture(index, position, name) for position, name in enumerate(row.shown)]
     return [picture_digest(data) for data in pictures] or [text_digest(row)]
 
 
-def _read(known: Path, key: str) -> list[int] | None:
-    noted = read_notes(known)
+def _read(path: Path, key: str) -> list[int] | None:
+    noted = read_notes(path)
     chosen = noted.get("rows")
     if not isinstance(chosen, list) or not all(isinstance(row, int) for row in chosen):
         return None

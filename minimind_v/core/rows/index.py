@@ -14,24 +14,23 @@ import numpy as np
 from minimind_v.core.errors import DataError, RunError
 from minimind_v.core.files import write_atomically
 
-WORTH_KEEPING = 10_000  # entries; fewer are found again in less time than anybody notices
+WORTH_KEEPING = 10_000  # entries; finding fewer again takes no noticeable time
 STAMP = 3  # columns in front
 
 
 class Index:
-    """Two whole numbers about each of N entries, uint64 [2, N], in memory or mapped from the file that keeps them.
+    """Two whole numbers for each of N entries, uint64 [2, N], in memory or mapped from the file that keeps them.
 
-    The kept file is `.NAME.index.npy`, or `.NAME.SUBJECT.index.npy` where one file or folder has several: a split of a
-    folder, the pictures in a tar of rows. It has three columns more in front: the size and the time of the file that it
-    is about; a digest of `kind`, which says what the numbers are and who reads them so; and checksums of the numbers.
-    Where one of these differs, or the kept file is damaged, it is made again: the same file may have been read as
-    something else before.
+    The kept file is `.NAME.index.npy`, or `.NAME.SUBJECT.index.npy` where a file or folder has several: a split of a
+    folder, the pictures in a tar of rows. Three columns in front hold the size and time of the indexed file, a digest
+    of `kind`, which describes the numbers, and checksums of the numbers. Where one of these differs, or the kept file
+    is damaged, the index is built again: the same file may have been read as another kind before.
     """
 
     def __init__(self, path: Path, kind: str, build: Callable[[], np.ndarray], subject: str = "") -> None:
         self.kept = path.with_name(f".{path.name}{subject and '.'}{subject}.index.npy")
         stat = path.stat()
-        layout = f"{kind}, behind {STAMP} columns"  # so that a version with another layout makes it again
+        layout = f"{kind}, behind {STAMP} columns"  # another layout gives another digest
         digest = hashlib.blake2b(layout.encode(), digest_size=16).digest()
         file = np.array([stat.st_size, stat.st_mtime_ns % 2**64], np.uint64)
         self._stamp = np.column_stack([file, np.frombuffer(digest, np.uint64)])
@@ -56,12 +55,12 @@ class Index:
 
     def _keep(self) -> None:
         whole = np.hstack([self._stamp, _checksums(self.array), self.array])
-        with contextlib.suppress(RunError):  # a folder that nobody may write to: found anew each time
+        with contextlib.suppress(RunError):  # a read-only folder: built again each time
             write_atomically(self.kept, lambda file: np.save(file, whole, allow_pickle=False))
             self.array = np.load(self.kept, mmap_mode="r", allow_pickle=False)[:, STAMP:]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is mapped travels by its name, which costs nothing."""
+        """Pickle a mapped array by its file name, which costs nothing."""
         return self.__dict__ | ({"array": None} if isinstance(self.array, np.memmap) else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -73,5 +72,5 @@ class Index:
 
 
 def _checksums(numbers: np.ndarray) -> np.ndarray:
-    """One for each of the two rows, as a column; 46 MB, the index of 2.9 million rows, take 20 ms."""
+    """The checksums of the two rows, as a column; 46 MB, the index of 2.9 million rows, take 20 ms."""
     return np.array([[zlib.crc32(row)] for row in numbers], np.uint64)

@@ -1,6 +1,6 @@
 """The layout of rows in a JSON file: one per line, an array, one after the other, or an array under a key.
 
-A file's ending says nothing: lines are saved as .json, and arrays as .jsonl.
+The ending of a file does not decide: lines may be saved as .json, and arrays as .jsonl.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from minimind_v.core.errors import RowError
 from minimind_v.core.rows.field_names import TALKS
 from minimind_v.core.rows.forms import FORMS
 
-CHUNK = 2**22  # bytes that are read together when rows are searched
-ROW_LIMIT = 2**26  # bytes of one row, its pictures included where they stand in it
+CHUNK = 2**22  # bytes that the search for rows reads together
+ROW_LIMIT = 2**26  # bytes of one row, with the pictures in it
 VALUES_LIMIT = 2**20  # lists and records in one row: as Python objects each takes a hundred bytes
-HEAD = 2**16  # bytes that mostly show how rows stand
+HEAD = 2**16  # bytes that usually show the layout
 
 LINES, ARRAY, OBJECTS = "lines", "array", "objects"
-OTHER = "other"  # one object that is no row and has no list of rows
+OTHER = "other"  # one object that is neither a row nor has a list of rows
 DECODER = json.JSONDecoder()
 GAP, SPACE = re.compile(r"[\s,]*"), re.compile(r"\s*")
 QUOTE_OR_BRACKET, QUOTE_OR_ESCAPE = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')
@@ -30,15 +30,15 @@ QUOTE_OR_BRACKET, QUOTE_OR_ESCAPE = re.compile(r'["\[\]{}]'), re.compile(r'["\\]
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows stand in a file, and the byte that the first of them, and the end of the array, is searched from."""
+    """The layout of rows in a file, and the byte at which their search begins."""
 
     kind: str
     begin: int = 0
-    key: str = ""  # of the array in an object, or all keys of an object that has none
+    key: str = ""  # of the array in an object, or all keys of an object without one
 
 
 def find_layout(path: Path) -> Layout:
-    """How rows stand in a file of JSON. What cannot be decided is lines: each broken one is then named."""
+    """The layout of rows in a JSON file. An undecided file counts as lines, so that errors name the line."""
     with path.open("rb") as file:
         head = b""
         for size in (HEAD, CHUNK):
@@ -50,7 +50,7 @@ def find_layout(path: Path) -> Layout:
 
 
 def _layout(head: bytes, whole: bool) -> Layout | None:
-    """The layout that a beginning shows; None where more of the file may show it."""
+    """The layout that the beginning of a file shows; None where more of the file may show it."""
     data = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     begin = len(head) - len(data)
     if data.startswith(b"["):
@@ -64,9 +64,9 @@ def _layout(head: bytes, whole: bool) -> Layout | None:
         if below := _array_below(text, begin):
             return below
         return Layout(LINES) if whole else None
-    stands = Layout(OBJECTS, begin) if "\n" in text[:end] else Layout(LINES)
+    layout = Layout(OBJECTS, begin) if "\n" in text[:end] else Layout(LINES)
     if _is_row(value) or not whole or text[end:].strip():
-        return stands
+        return layout
     lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
     rows = [key for key in lists if _is_row(value[key][0])]
     if len(rows) == 1:
@@ -75,11 +75,11 @@ def _layout(head: bytes, whole: bool) -> Layout | None:
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, dict) and any(form.fits(value) for form in FORMS)
+    return isinstance(value, dict) and any(form.matches(value) for form in FORMS)
 
 
 def _array_below(text: str, begin: int) -> Layout | None:
-    """The first array of rows below a key of the object that a text begins with."""
+    """The first array of rows below a key of the object at the start of a text."""
     at = 1
     while True:
         try:
@@ -98,10 +98,9 @@ def _array_below(text: str, begin: int) -> Layout | None:
 
 
 def find_elements(path: Path, layout: Layout) -> Iterator[tuple[int, int]]:
-    """Offset and length of each row of an array, or of objects one after the other. Read in pieces.
+    """Offset and length of each row of an array, or of objects one after the other, from chunks of the file.
 
-    The end of an element is where the decoder says that it is; whether it is a row is asked when it is read. One that
-    is broken inside ends where its brackets do. Raises ValueError.
+    The decoder finds the end of an element; a broken element ends at its closing bracket. Raises ValueError.
     """
     with path.open("rb") as file:
         file.seek(layout.begin)
@@ -136,7 +135,7 @@ def find_elements(path: Path, layout: Layout) -> Iterator[tuple[int, int]]:
 
 
 def _element_end(text: str, at: int) -> tuple[int | None, str]:
-    """The character that an element ends before; None, and why, where it does not end in this text."""
+    """The position behind an element; None, and the reason, where it does not end in this text."""
     try:
         _, end = DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:
@@ -145,13 +144,13 @@ def _element_end(text: str, at: int) -> tuple[int | None, str]:
         if balanced is None or not (follows.isspace() or follows in ",]{"):
             return None, error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return balanced, ""
-    if end == len(text) and text[at] not in '{["':  # a number might go on
+    if end == len(text) and text[at] not in '{["':  # a number may continue
         return None, "the array does not end"
     return end, ""
 
 
 def _balanced_end(text: str, at: int) -> int | None:
-    """Where the bracket that opens at a character closes; None where it opens none, or does not close."""
+    """The position behind the closing bracket of an opening one; None without one, or where it does not close."""
     if text[at : at + 1] not in ("{", "["):
         return None
     depth = 0
@@ -170,18 +169,18 @@ def _balanced_end(text: str, at: int) -> int | None:
     return None
 
 
-def _check_end(behind: bytes, file: BinaryIO, layout: Layout, place: int) -> None:
-    """Raises ValueError where something stands behind an array that belongs to nothing."""
+def _check_end(behind: bytes, file: BinaryIO, layout: Layout, offset: int) -> None:
+    """Raises ValueError for data behind an array that is not the rest of its object."""
     behind += file.read(ROW_LIMIT if layout.key else CHUNK)
     if not layout.key:
         if behind.strip():
-            raise ValueError(f"extra data after its end, at byte {place}")
+            raise ValueError(f"extra data after its end, at byte {offset}")
         return
     try:
         refuse_many_values(behind)
         json.loads(b'{"":0' + behind)
     except (ValueError, RecursionError, RowError):
-        raise ValueError(f"the object around `{layout.key}` is not a complete object, from byte {place} on") from None
+        raise ValueError(f"the object around `{layout.key}` is not a complete object, from byte {offset} on") from None
 
 
 def refuse_many_values(data: bytes) -> None:

@@ -28,11 +28,11 @@ from minimind_v.core.rows.json_layout import (
 from minimind_v.core.rows.row import OpenedRows, Row
 from minimind_v.core.rows.strangers import no_rows, stand_in
 
-WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # of each byte, whether it is white space
+WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # whether each byte is white space
 
 
 def open_json(path: Path, images: Path | None = None) -> OpenedRows:
-    """Open rows in a file of JSON, as its content says that they stand. Raises DataError or MissingInput."""
+    """Open rows in a JSON file of any layout. Raises DataError or MissingInput."""
     layout = find_layout(path)
     if layout.kind == OTHER and path.suffix == ".json":
         raise DataError(
@@ -48,7 +48,7 @@ class TextRows(FileRows):
     kind: str  # of the index
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
-        """Raises MissingInput, or DataError where the file is something else or is empty."""
+        """Raises MissingInput, or DataError where the file is something else or empty."""
         if problem := stand_in(path) or no_rows(path):
             raise DataError(f"{path}: {problem}")
         self.path = path
@@ -71,10 +71,10 @@ class TextRows(FileRows):
             refuse_many_values(data)
         try:
             fields = json.loads(data.decode("utf-8-sig"))
-        except json.JSONDecodeError as error:  # its own text speaks of a line 1
-            what = error.msg.removesuffix(" at")  # some of its messages end there, others do not
-            raise RowError(f"not JSON ({what} at character {error.pos + 1}){_array(data)}", "json") from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, nested without end
+        except json.JSONDecodeError as error:  # its text names line 1
+            reason = error.msg.removesuffix(" at")  # the end of some of its messages
+            raise RowError(f"not JSON ({reason} at character {error.pos + 1}){_array(data)}", "json") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5000 digits, nested too deeply
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(fields, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
@@ -86,7 +86,7 @@ def _array(data: bytes) -> str:
 
 
 class JsonlRows(TextRows):
-    """Rows of a JSONL file. Of each only its offset and its line are kept: 16 bytes."""
+    """Rows of a JSONL file. The index keeps offset and line of each: 16 bytes."""
 
     kind = "JSONL rows: offset, line"
     file_kind = "JSONL"
@@ -99,7 +99,7 @@ class JsonlRows(TextRows):
         return self._parse(self.handle.readline(ROW_LIMIT + 1))
 
     def _find_rows(self) -> np.ndarray:
-        """Offset and line number (from 1) of every line that is not blank. Read in pieces, so that none stays."""
+        """Offset and line number (from 1) of every line that is not blank, from chunks of the file."""
         offsets, lines, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
         count = 0
         with self.path.open("rb") as file:
@@ -116,7 +116,7 @@ class JsonlRows(TextRows):
                 count += len(starts)
                 begin, fresh = begin + len(chunk), data.endswith(b"\n")
             line_starts = np.concatenate(offsets)
-            # Only a line that begins with white space can be blank, and the first, which a byte order mark may begin.
+            # Only a line that begins with white space can be blank, and the first, after a byte order mark.
             spaced = np.concatenate(firsts) <= ord(" ")
             spaced[:1] = True
             blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, line_starts[n])]
@@ -124,7 +124,7 @@ class JsonlRows(TextRows):
 
 
 def _blank_lines(chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Which of the lines that begin there are blank and end in this chunk, bool [lines]: there may be millions."""
+    """Which of the lines that begin at `starts` are blank and end in this chunk, bool [lines]."""
     spaced = WHITE[chunk[starts]]
     if not spaced.any():
         return spaced
@@ -142,7 +142,7 @@ def _is_blank(file: Any, offset: int) -> bool:
 
 
 class LlavaRows(TextRows):
-    """Rows of one JSON array, as LLaVA's data has them, or of JSON objects one after the other."""
+    """Rows of one JSON array, as in LLaVA's data, or of JSON objects one after the other."""
 
     file_kind = "JSON"
 
@@ -159,10 +159,10 @@ class LlavaRows(TextRows):
 
     def _find_rows(self) -> np.ndarray:
         """Offset and length in bytes of every row."""
-        places = array("Q")
+        spans = array("Q")
         try:
-            for place in find_elements(self.path, self._layout):
-                places.extend(place)
+            for span in find_elements(self.path, self._layout):
+                spans.extend(span)
         except (ValueError, RecursionError, RowError) as error:
             raise DataError(f"{self.path}: not a JSON array of rows ({error})") from None
-        return np.array(places, np.uint64).reshape(-1, 2).T
+        return np.array(spans, np.uint64).reshape(-1, 2).T

@@ -1,4 +1,4 @@
-"""The pictures of a row, found in its fields and put in the order of the marks in its text."""
+"""Find the pictures of a row in its fields, and sort them by the marks in its text."""
 
 from __future__ import annotations
 
@@ -6,29 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import (
-    Picture,
-    StoredPictures,
-    picture_of_element,
-    pictures_of,
-)
-from minimind_v.core.rows.field_names import (
-    ALTERNATIVES,
-    FILE_NAMES,
-    PICTURES,
-    plain_names,
-)
+from minimind_v.core.rows.cells import Picture, StoredPictures, picture_of_element, pictures_of
+from minimind_v.core.rows.field_names import ALTERNATIVES, FILE_NAMES, PICTURES, plain_names
 from minimind_v.core.rows.messages import NEXT, Conversation
-from minimind_v.core.rows.row import (
-    IMAGE_MARK,
-    MARK_PER_TURN,
-    count_marks,
-)
+from minimind_v.core.rows.row import IMAGE_MARK, MARK_PER_TURN, count_marks
 from minimind_v.core.rows.unread import named_in
 
 
-def find_pictures(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    """The first of the fields that holds pictures, however its name is spelt."""
+def filled_picture_field(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The first field that holds pictures, in any spelling of its name."""
     plain = plain_names(fields)
     for key in keys:
         value = fields.get(plain.get(key, key))
@@ -38,7 +24,7 @@ def find_pictures(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | Non
 
 
 def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[str, list[Picture] | StoredPictures]:
-    """The field of the row's pictures, and these. Raises RowError where two fields differ."""
+    """The field of the row's pictures, and the pictures. Raises RowError where two fields differ."""
     key, pictures = "", []  # type: str, list[Picture] | StoredPictures
     for name in PICTURES:
         if name not in fields:
@@ -49,8 +35,8 @@ def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[st
             key, pictures = name, others
         elif others:
             pictures = _same_pictures(pictures, others, key, name)
-    if not pictures and (conversation.leads or (not conversation.parts and count_marks(conversation.messages))):
-        alternative = find_pictures(fields, ALTERNATIVES)
+    if not pictures and (conversation.leads or (not conversation.image_refs and count_marks(conversation.messages))):
+        alternative = filled_picture_field(fields, ALTERNATIVES)
         if alternative is not None:
             value = fields.pop(alternative)
             return alternative, value if isinstance(value, StoredPictures) else pictures_of(value, alternative)
@@ -63,7 +49,7 @@ def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[st
 def _same_pictures(
     first: list[Picture] | StoredPictures, second: list[Picture] | StoredPictures, *keys: str
 ) -> list[Picture] | StoredPictures:
-    """The pictures that two fields have, of one their data and of the other their names. Raises RowError."""
+    """The pictures of two fields, of which one has the data and the other the names. Raises RowError."""
     if isinstance(first, StoredPictures) and not isinstance(second, StoredPictures):
         return [Picture(picture.name, number) for number, picture in enumerate(second)]
     if not isinstance(first, StoredPictures) and not isinstance(second, StoredPictures):
@@ -73,16 +59,16 @@ def _same_pictures(
             pairs = list(zip(first, second, strict=True))
             if all((left.data is None) != (right.data is None) for left, right in pairs):
                 return [left if left.data is not None else right for left, right in pairs]
-    raise RowError(f"`{keys[0]}` and `{keys[1]}` have different pictures — leave left of them", "image")
+    raise RowError(f"`{keys[0]}` and `{keys[1]}` have different pictures — leave one of them", "image")
 
 
 def place_pictures(conversation: Conversation, pictures: list[Picture] | StoredPictures) -> list[Picture]:
-    """The pictures of a row in the order of its marks; marks are put where the form says that pictures stand."""
+    """The pictures of a row in the order of its marks; adds the marks that the form of the row implies."""
     messages = conversation.messages
-    if conversation.parts and any(part is not NEXT for part in conversation.parts):
-        return _named_by_parts(conversation.parts, _counted(pictures))
+    if conversation.image_refs and any(ref is not NEXT for ref in conversation.image_refs):
+        return _pictures_by_refs(conversation.image_refs, _counted(pictures))
     if isinstance(pictures, StoredPictures):
-        # As many as the text has marks, which is found out when one is read; nobody would read one of a text row.
+        # Trust the number of marks in the text: reading a picture checks it, and a text row never reads one.
         marks = count_marks(messages)
         trusted = marks == 1 or (marks > 1 and not _mark_in_each_question(messages))
         pictures = _counted(pictures, marks if trusted else None)
@@ -109,7 +95,7 @@ def _counted(pictures: list[Picture] | StoredPictures, count: int | None = None)
 
 
 def _mark_in_each_question(messages: Any) -> bool:
-    """Whether there are several questions, each with one mark, and no mark anywhere else."""
+    """Whether several questions have one mark each, and no other message has any."""
     questions = 0
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
@@ -125,28 +111,28 @@ def _without_mark(text: str) -> str:
     return before.removesuffix("\n") if not behind else before + (behind if before else behind.removeprefix("\n"))
 
 
-def _named_by_parts(parts: list[Any], pictures: list[Picture]) -> list[Picture]:
-    """The picture of each mark where parts say which: by its number in the row, or by itself. Raises RowError."""
+def _pictures_by_refs(refs: list[Any], pictures: list[Picture]) -> list[Picture]:
+    """The picture of each mark by its reference: its index in the row, its name or its data. Raises RowError."""
     own = {}
-    for position, part in enumerate(parts):
-        if part is not NEXT and not isinstance(part, int):
-            shown = pictures_of(part, "content") if not isinstance(part, str) else picture_of_element(part, "content")
+    for position, ref in enumerate(refs):
+        if ref is not NEXT and not isinstance(ref, int):
+            shown = pictures_of(ref, "content") if not isinstance(ref, str) else picture_of_element(ref, "content")
             if len(shown) != 1:
                 raise RowError("an image part of a message has no image, or several", "placeholders")
             own[position] = shown[0]
     if own:
-        return _beside_own(parts, own, pictures)
-    indices = [part for part in parts if part is not NEXT]
+        return _beside_own(refs, own, pictures)
+    indices = [ref for ref in refs if ref is not NEXT]
     rest = [number for number in range(len(pictures)) if number not in indices]
-    order = [rest.pop(0) if part is NEXT and rest else part for part in parts]
+    order = [rest.pop(0) if ref is NEXT and rest else ref for ref in refs]
     if rest or not all(isinstance(number, int) and 0 <= number < len(pictures) for number in order):
         raise RowError(f"its parts refer to {len(set(order))} images, the row has {len(pictures)}", "placeholders")
     return [pictures[number] for number in order]
 
 
-def _beside_own(parts: list[Any], own: dict[int, Picture], pictures: list[Picture]) -> list[Picture]:
-    """The picture of each mark where some parts have their own, and the row may have them again. Raises RowError."""
-    if len(pictures) == len(parts):
+def _beside_own(refs: list[Any], own: dict[int, Picture], pictures: list[Picture]) -> list[Picture]:
+    """The picture of each mark where items hold `own` pictures, which the row may repeat. Raises RowError."""
+    if len(pictures) == len(refs):
         for position, picture in own.items():
             listed = pictures[position]
             if picture.data is None and listed.data is None and _file(picture.name) != _file(listed.name):
@@ -156,16 +142,16 @@ def _beside_own(parts: list[Any], own: dict[int, Picture], pictures: list[Pictur
                 own[position] if position in own and listed.data is None else listed
                 for position, listed in enumerate(pictures)
             ]
-    others = [number for number in range(len(parts)) if number not in own]
+    others = [number for number in range(len(refs)) if number not in own]
     names = {_file(picture.name) for picture in own.values()}
     if not others and all(picture.data is None and _file(picture.name) in names for picture in pictures):
         return list(own.values())
     if len(others) != len(pictures):
         raise RowError(
-            f"its parts refer to {len(parts)} images, contain {len(own)} of them, and the row has {len(pictures)} more",
+            f"its parts refer to {len(refs)} images, contain {len(own)} of them, and the row has {len(pictures)} more",
             "placeholders",
         )
-    return [own[position] if position in own else pictures.pop(0) for position in range(len(parts))]
+    return [own[position] if position in own else pictures.pop(0) for position in range(len(refs))]
 
 
 def _file(name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The directory of a zip and its members, read in place; member names may be in any encoding."""
+"""Read the directory and the members of a zip in place; member names may be in any encoding."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ZIP64, UNICODE_PATH = 0x0001, 0x7075  # extra fields, the second of which begins
 ENCRYPTED, UTF8 = 0x0001, 0x0800  # flags
 STORED, DEFLATED = 0, 8  # the two methods whose unpacking can be bounded
 METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 20: "Zstandard", 93: "Zstandard", 95: "xz", 98: "PPMd"}
-ABSENT = 0xFFFFFFFF  # a number that stands in the zip64 field
+ABSENT = 0xFFFFFFFF  # the number is in the zip64 field
 PLAIN = re.compile(rb"[^%\\]*[^%\\/.]")  # paths whose last name has one spelling but for case
 PIECE = 2**20  # bytes of the directory that are read together
 
 
 class Member(NamedTuple):
-    """What an entry of the directory says."""
+    """An entry of the directory."""
 
     raw_name: bytes
     flags: int
@@ -40,7 +40,7 @@ class Member(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The readings of its name, the likeliest first: few zips say in which encoding their names are."""
+        """The readings of its name, the likeliest first: few zips state the encoding of names."""
         raw = self.raw_name
         readings = [unicode_path] if (unicode_path := self._unicode_path()) else []
         for encoding in ("utf-8",) if raw.isascii() or self.flags & UTF8 else ("utf-8", "gbk", "cp437"):
@@ -49,7 +49,7 @@ class Member(NamedTuple):
         return list(dict.fromkeys(readings or [raw.decode("utf-8", "replace")]))
 
     def _unicode_path(self) -> str | None:
-        """The name in the Info-ZIP Unicode Path field, where it is about this name."""
+        """The name in the Info-ZIP Unicode Path field, where its checksum matches the raw name."""
         value = extra_field(self.extra, UNICODE_PATH) if self.extra else b""
         if value[:5] != b"\x01" + struct.pack("<L", zlib.crc32(self.raw_name)):
             return None
@@ -57,17 +57,14 @@ class Member(NamedTuple):
 
 
 def directory(file: BinaryIO) -> tuple[int, int, int, int]:
-    """Where the directory begins and ends, how many entries it should have, and how many bytes stand before the zip.
-
-    Raises BadZipFile.
-    """
-    # The library's own way to find it, in all its forms (zip64, a comment behind, something in front).
+    """Begin, end and number of entries of the directory, and the bytes before the zip. Raises BadZipFile."""
+    # The library finds all forms (zip64, a comment behind, data in front).
     record = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if not record:
         raise zipfile.BadZipFile("File is not a zip file")
     signature, count, size, offset, end = record[0], record[4], record[5], record[6], record[9]
     if signature == b"PK\x06\x06":
-        end -= 56 + 20  # zip64's own record and its locator stand between
+        end -= 56 + 20  # between them are zip64's record and locator
     prefix = end - size - offset
     if end - size < 0 or prefix < 0:
         raise zipfile.BadZipFile("Bad offset for central directory")
@@ -75,7 +72,7 @@ def directory(file: BinaryIO) -> tuple[int, int, int, int]:
 
 
 def entries(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, Member]]:
-    """The place of each entry between two places of the file, and what it says. Raises BadZipFile."""
+    """Each entry between two offsets of the file, and its own offset. Raises BadZipFile."""
     rest = b""
     file.seek(begin)
     while fresh := file.read(min(PIECE, end - begin - len(rest))):
@@ -88,9 +85,9 @@ def entries(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, Member]
         raise zipfile.BadZipFile("Truncated central directory")
 
 
-def entry_at(file: BinaryIO, place: int) -> Member:
-    """The entry that begins there. Raises BadZipFile."""
-    file.seek(place)
+def entry_at(file: BinaryIO, offset: int) -> Member:
+    """The entry at an offset. Raises BadZipFile."""
+    file.seek(offset)
     data = file.read(ENTRY.size)
     length = _entry_length(data, 0)
     data += file.read(length - ENTRY.size if length else 0)
@@ -100,7 +97,7 @@ def entry_at(file: BinaryIO, place: int) -> Member:
 
 
 def _entry_length(data: bytes, at: int) -> int:
-    """Bytes of the entry that begins there; 0 where its beginning is cut off."""
+    """The bytes of the entry at a position; 0 where its fixed fields are cut off."""
     if at + ENTRY.size > len(data):
         return 0
     return ENTRY.size + sum(struct.unpack_from("<3H", data, at + 28))
@@ -122,7 +119,7 @@ def _parse(data: bytes, at: int) -> Member:
 
 
 def extra_field(extra: bytes, kind: int) -> bytes:
-    """The content of an extra field; empty where there is none."""
+    """The content of an extra field; empty without one."""
     at = 0
     while at + 4 <= len(extra):
         field, length = struct.unpack_from("<2H", extra, at)
@@ -133,7 +130,7 @@ def extra_field(extra: bytes, kind: int) -> bytes:
 
 
 def unpack(file: BinaryIO, member: Member, prefix: int) -> bytes:
-    """The bytes of a stored or deflated member. Takes no more memory than the directory says. Raises BadZipFile."""
+    """The bytes of a stored or deflated member, never more than its directory entry states. Raises BadZipFile."""
     file.seek(prefix + member.offset)
     header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(b"PK\x03\x04"):
@@ -156,7 +153,7 @@ def unpack(file: BinaryIO, member: Member, prefix: int) -> bytes:
 
 
 def fold(name: str) -> str:
-    """A file name without what spellings of it differ in: composition, percent-encoding and case."""
+    """A file name without differences of spelling: composition, percent-encoding and case."""
     if name.isascii() and "%" not in name:
         return name.lower()
     return unicodedata.normalize("NFC", unquote(name)).casefold()
@@ -168,9 +165,9 @@ def hash_name(name: str) -> int:
 
 
 def hashes(member: Member) -> set[int]:
-    """The hashes under which a member is looked up, one for each reading of its name; none for a folder."""
+    """The hashes of a member in the index, one for each reading of its name; none for a folder."""
     raw = member.raw_name
-    if raw.isascii() and PLAIN.fullmatch(raw) and b"up" not in member.extra:  # nearly all: without what others need
+    if raw.isascii() and PLAIN.fullmatch(raw) and b"up" not in member.extra:  # nearly all: the fast path
         return {hash_bytes(raw[raw.rfind(b"/") + 1 :].lower())}
     paths = [PicturePath.of(name).names for name in member.names]
     return {hash_name(names[-1]) for names in paths if names and not raw.endswith(b"/")}

@@ -1,4 +1,4 @@
-"""Conversations that stand in a row as messages: a list, JSON text or a record of lists, of text or of parts."""
+"""Conversations given as messages: a list, JSON text or a record of lists; contents are text or lists of items."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import (
-    BYTES_KEYS,
-    NAME_KEYS,
-    records_of,
-)
-from minimind_v.core.rows.field_names import (
-    TALKS,
-)
-from minimind_v.core.rows.row import (
-    ANSWER_FIRST,
-    IMAGE_MARK,
-    count_marks,
-    parse_json,
-)
+from minimind_v.core.rows.cells import BYTES_KEYS, NAME_KEYS, records_of
+from minimind_v.core.rows.field_names import TALKS
+from minimind_v.core.rows.row import ANSWER_FIRST, IMAGE_MARK, count_marks, parse_json
 from minimind_v.core.rows.unread import KIND, named_in
 
 STANDARD = ("system", "user", "assistant")
@@ -35,25 +24,23 @@ PART_IMAGE = ("image", "image_url", "input_image", "image_path", "image_base64",
 
 @dataclass
 class Conversation:
-    """A conversation, and what its form says of its pictures."""
+    """A conversation, and how it refers to its pictures."""
 
     messages: Any
     form: str
-    parts: list[Any] | None = None  # for each mark what its part says of its picture; None without parts
-    leads: bool = False  # the pictures stand before the first question where no mark says otherwise
-    needs: bool = False  # without a picture it says nothing
+    image_refs: list[Any] | None = (
+        None  # for each mark: NEXT, an index, a name or data; None where all contents are text
+    )
+    leads: bool = False  # without marks the pictures go before the first question
+    needs: bool = False  # useless without a picture
     notes: list[str] = field(default_factory=list)
 
 
-class _Next:
-    """What a part says that shows the next picture of the row."""
-
-
-NEXT = _Next()
+NEXT = object()  # refers to the next picture of the row
 
 
 def conversation_key(fields: Mapping[str, Any]) -> str | None:
-    """The field of the conversation: the first that has one, or is there."""
+    """The field of the conversation: the first with a value, or the first that exists."""
     filled_keys = [key for key in TALKS if fields.get(key) is not None]
     return next((key for key in filled_keys if fields[key]), filled_keys[0] if filled_keys else None)
 
@@ -63,7 +50,7 @@ def conversation_is(*kinds: type) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def read_messages(fields: dict[str, Any]) -> Conversation:
-    """`conversations` or `messages`: a list of messages, or what is none, as it is."""
+    """`conversations` or `messages`: a list of messages; any other value as it is."""
     key = conversation_key(fields)
     assert key is not None
     conversation = _messages(fields.pop(key), key)
@@ -74,11 +61,11 @@ def read_messages(fields: dict[str, Any]) -> Conversation:
 
 
 def read_json(fields: dict[str, Any]) -> Conversation:
-    """The same as JSON text."""
+    """Messages as JSON text."""
     key = conversation_key(fields)
     assert key is not None
     text = fields[key]
-    if text[:64].lstrip()[:1] not in ("[", "{", b"[", b"{"):  # some text, which is no conversation
+    if text[:64].lstrip()[:1] not in ("[", "{", b"[", b"{"):  # not a conversation
         return Conversation(fields.pop(key), key)
     fields[key] = parse_json(text, f"`{key}` is ")
     if isinstance(fields[key], dict):
@@ -87,7 +74,7 @@ def read_json(fields: dict[str, Any]) -> Conversation:
 
 
 def read_lists(fields: dict[str, Any]) -> Conversation:
-    """The same as a record of lists: `{"role": [...], "content": [...]}`."""
+    """Messages as a record of lists: `{"role": [...], "content": [...]}`."""
     key = conversation_key(fields)
     assert key is not None
     fields[key] = records_of(fields[key])
@@ -98,7 +85,7 @@ def _messages(value: Any, form: str) -> Conversation:
     conversation = Conversation(value, form)
     if not isinstance(value, list):
         return conversation
-    plain = True  # no message has parts
+    plain = True  # all contents are text
     messages = []
     for message in value:
         if type(message) is not dict or not (
@@ -110,16 +97,16 @@ def _messages(value: Any, form: str) -> Conversation:
     conversation.messages = messages
     if not plain:
         conversation.form = f"{form} of parts"
-        conversation.parts = []
+        conversation.image_refs = []
         for number, message in enumerate(messages, 1):
             if isinstance(message, dict):
-                conversation.parts += _join_parts(message, number)
+                conversation.image_refs += _join_items(message, number)
     _drop_answer(conversation)
     return conversation
 
 
 def _message(message: Any) -> Any:
-    """A message under our names: `from` and `value` are `role` and `content`, roles are ours, no field is null."""
+    """A message with standard names: `from` and `value` become `role` and `content`; null fields are dropped."""
     if not isinstance(message, dict):
         return message
     role_key = "role" if message.get("role") is not None else "from"
@@ -137,42 +124,42 @@ def _message(message: Any) -> Any:
 
 
 def _drop_answer(conversation: Conversation) -> None:
-    """An answer that no question stands before is dropped, as where a conversation begins with `gpt`."""
+    """Drop an answer without a question, as where a conversation begins with `gpt`."""
     messages = conversation.messages
     first = 1 if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system" else 0
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages[first : first + 2]]
     if roles == ["assistant", "user"]:
         content = messages[first].get("content")
-        if conversation.parts is not None and isinstance(content, str):
+        if conversation.image_refs is not None and isinstance(content, str):
             before = count_marks(messages[:first])
-            del conversation.parts[before : before + content.count(IMAGE_MARK)]
+            del conversation.image_refs[before : before + content.count(IMAGE_MARK)]
         del messages[first]
         conversation.notes.append(ANSWER_FIRST)
 
 
-def _join_parts(message: dict[str, Any], number: int) -> list[Any]:
-    """Make a message's parts its text, with a mark for each picture; returns what is said of each of these."""
+def _join_items(message: dict[str, Any], number: int) -> list[Any]:
+    """Join a message's items into one text with a mark for each picture; return the reference of each mark."""
     content = message.get("content")
     if isinstance(content, str):
         return [NEXT] * content.count(IMAGE_MARK)
-    text, pictures = "", []
-    for part in content if isinstance(content, list) else [content]:
-        piece, shows = _part(part, number)
+    text, refs = "", []
+    for item in content if isinstance(content, list) else [content]:
+        piece, item_refs = _read_item(item, number)
         if text and piece and not (text[-1].isspace() or piece[0].isspace()):
             text += "\n"
         text += piece
-        pictures += shows
+        refs += item_refs
     message["content"] = text
-    return pictures
+    return refs
 
 
-def _part(part: Any, number: int) -> tuple[str, list[Any]]:
-    """The text of a part, a mark for a picture, and what the part says of each of its pictures. Raises RowError."""
-    if isinstance(part, str):
-        return part, [NEXT] * part.count(IMAGE_MARK)
-    if not isinstance(part, dict):
+def _read_item(item: Any, number: int) -> tuple[str, list[Any]]:
+    """The text of an item, which is a mark for a picture, and the references of its marks. Raises RowError."""
+    if isinstance(item, str):
+        return item, [NEXT] * item.count(IMAGE_MARK)
+    if not isinstance(item, dict):
         raise RowError(f"message {number} has a part that is neither text nor an image", "conversations")
-    filled = {key: value for key, value in part.items() if value not in (None, "", [], {})}
+    filled = {key: value for key, value in item.items() if value not in (None, "", [], {})}
     kind = filled.get("type") or ("text" if isinstance(filled.get("text"), str) else next(iter(filled), None))
     kind = kind.lower() if isinstance(kind, str) else kind
     if kind in PART_TEXT and not any(key in filled for key in PART_IMAGE):
@@ -181,8 +168,7 @@ def _part(part: Any, number: int) -> tuple[str, list[Any]]:
             raise RowError(f"message {number} has a text part without text", "conversations")
         return text, [NEXT] * text.count(IMAGE_MARK)
     own = next((filled[key] for key in NAME_KEYS if key in filled), None)
-    if any(key in filled for key in BYTES_KEYS):
-        own = filled
+    own = filled if any(key in filled for key in BYTES_KEYS) else own
     index = filled.get("index")
     if kind not in PART_IMAGE or (own is None and index is None and any(True for _ in named_in(filled, ""))):
         raise RowError(

@@ -1,7 +1,7 @@
 """Image names in rows, and how a name may differ from the file name.
 
-A name that is there exactly always counts first. No spelling leads from one folder to another: a name may only lose
-folders in front that are those of the pictures themselves.
+An exact match always counts first. No spelling leads to another folder: a name may only lose leading folders that
+belong to the path of the pictures themselves.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ DRIVE = re.compile(r"[A-Za-z]:")
 
 @dataclass(frozen=True)
 class PicturePath:
-    """A path of folders and a file name; `absolute` where it began at the root of a file system."""
+    """A path of folders and a file name; `absolute` where it begins at the root of a file system."""
 
     names: tuple[str, ...]
     absolute: bool = False
 
     @classmethod
     def of(cls, text: str) -> PicturePath:
-        """Read a path with either slash. Empty names, `.` and the letter of a drive are left out."""
+        """Read a path with either slash, without empty names, `.` and the letter of a drive."""
         plain = text.replace("\\", "/")
         names = [name for name in plain.split("/") if name not in ("", ".")]
         drive = bool(names) and DRIVE.fullmatch(names[0]) is not None
@@ -37,9 +37,9 @@ class PicturePath:
 
 
 def spellings(name: str) -> Iterator[PicturePath]:
-    """What a name may mean, the exact text first; none of it leads upwards."""
-    if "\\" in name:  # in most systems a letter like others
-        yield PicturePath(tuple(part for part in name.split("/") if part not in ("", ".")))
+    """The paths that a name may mean, the exact text first; none leads upwards."""
+    if "\\" in name:  # an ordinary letter on most systems
+        yield PicturePath(tuple(folder for folder in name.split("/") if folder not in ("", ".")))
     for text in _texts(name):
         path = PicturePath.of(text)
         if path.names and ".." not in path.names:
@@ -47,7 +47,7 @@ def spellings(name: str) -> Iterator[PicturePath]:
 
 
 def _texts(name: str) -> Iterator[str]:
-    """A name as it stands; without spaces around it; as a file: address; with percent-encoding taken off or put on."""
+    """A name as given, without surrounding spaces, from a file: address, and percent-decoded or -encoded."""
     yield name
     text = name.strip()
     if text != name:
@@ -63,20 +63,20 @@ def _texts(name: str) -> Iterator[str]:
 
 
 def below(path: PicturePath, roots: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Where a path may lie below a folder whose own path, composed, is one of `roots`; the likeliest place first.
+    """The paths that a path may mean below a folder whose own path, composed, is one of `roots`; the likeliest first.
 
-    Leading folders are dropped where they are the folder's own: all of them must be the end of its path. An absolute
-    path was perhaps written on another machine: of it one folder must be left, or be the last of the folder's path,
-    unless it leads to this very folder.
+    Leading folders are dropped where all of them are the end of the folder's own path. An absolute path may be of
+    another machine: one of its folders must be left, or be the last of the folder's path, unless the path leads to
+    this folder.
     """
     names, plain = path.names, path.composed().names
     if path.absolute and (root_of_path := next((root for root in roots if plain[: len(root)] == root), None)):
         return [names[len(root_of_path) :]]
-    places = {names: None}
+    paths = {names: None}
     for count in range(1, len(names)):
         dropped, left = plain[:count], names[count:]
         own = any(root[-count:] == dropped for root in roots)
         likely = path.absolute and (len(left) > 1 or any(root[-1:] == dropped[-1:] for root in roots))
         if own or likely:
-            places[left] = None
-    return list(places)
+            paths[left] = None
+    return list(paths)

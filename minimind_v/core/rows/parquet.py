@@ -1,8 +1,7 @@
 """Rows of parquet files, the published data format: the rows contain the image bytes.
 
-Parquet is read by row groups, so a row is dear and its neighbours are free. Rows are read in pieces: a group, or a part
-of one that would be too large; the pieces in use stay in memory, and `shuffled` draws an order that needs each piece
-about once.
+Parquet is read by row groups: a single row is expensive, and its neighbours are free. So rows are read in pieces: a
+group, or a fraction of a large one. Pieces in use stay in memory, and `shuffled` needs each piece about once.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from minimind_v.core.rows.strangers import no_rows, stand_in
 from minimind_v.core.rows.unread import refuse_unread
 
 # Unpacked bytes of text and of pictures whose rows are mixed with each other, and that stay in memory: the loader reads
-# along four lanes at a time, each in a mixture of its own.
+# four lanes at a time, each in a mixture of its own.
 MIXED_TEXT, MIXED_PICTURES = 4 * 2**20, 64 * 2**20
 KEPT_TEXT, KEPT_PICTURES = 5 * MIXED_TEXT, 5 * MIXED_PICTURES
-READERS = 8  # groups, or places in a large one, that are being read through at a time
+READERS = 8  # open readers, each of one group
 
 
 class ParquetRows(ShardedRows):
-    """Rows of a parquet file, or of those below a folder that are of one split, in the order of their names."""
+    """Rows of a parquet file, or of the files of one split below a folder, in the order of their names."""
 
     file_kind = "parquet"
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
-        """`images` serves files that have the names of pictures only; `split` and `order` say which files of a folder.
+        """`images` holds pictures that the rows only name; `split` and `order` select the files of a folder.
 
         Raises DataError, MissingInput or UsageError.
         """
@@ -62,27 +61,27 @@ class ParquetRows(ShardedRows):
         binary = [name for name in schema.names if _holds_bytes(schema.field(name).type) and name not in TALKS]
         self._bytes = picture_field(binary) or ""
         text = [name for name in schema.names if name not in binary]
-        self._single, self._nulls, self._aside = True, False, ""  # of the column of pictures: one each, some are null
+        self._single, self._nulls, path_leaf = True, False, ""  # of the column of pictures: one each, some are null
         if self._bytes:
             self._single = not _is_list(schema.field(self._bytes).type)
             present, self._nulls = _count_bytes(footers, self._bytes)
-            self._aside = _path_leaf(footers, self._bytes)
-            if self._aside and not present:  # names, and no bytes at all
-                text.append(self._aside)
+            path_leaf = _path_leaf(footers, self._bytes)
+            if path_leaf and not present:  # names, and no bytes at all
+                text.append(path_leaf)
                 binary.remove(self._bytes)
                 self._bytes = ""
-        # Another field than that of the bytes may name the pictures, and counts before it.
+        # Another field may name the pictures, and counts before that of the bytes.
         named = self._bytes not in PICTURES and not set(PICTURES).isdisjoint(text)
         self._images = open_pictures(images if not self._bytes or self._nulls or named else None)
-        others = [name for name in binary if name != self._bytes]  # read only where a row seems to have no picture
+        others = [name for name in binary if name != self._bytes]  # read only for a row without a picture
         self.left_out = f"{path}: the bytes in {', '.join(others)} are ignored and not copied" if others else ""
         if self._bytes and self._bytes not in PICTURES:
-            others.append(self._bytes)  # the text may have no mark for them
+            others.append(self._bytes)  # the text may have no mark for its pictures
         self._text = _Pieces(files, footers, text, KEPT_TEXT)
         self._others = _Pieces(files, footers, others, KEPT_TEXT) if others else None
         self._data = _Pieces(files, footers, [self._bytes], KEPT_PICTURES) if self._bytes else None
         # How many pictures a row has, without their bytes.
-        self._paths = _Pieces(files, footers, [self._aside], KEPT_TEXT) if self._bytes and self._aside else None
+        self._paths = _Pieces(files, footers, [path_leaf], KEPT_TEXT) if self._bytes and path_leaf else None
         self._ends = np.cumsum([footer.num_rows for footer in footers])  # of each file, in rows
         if len(self) == 0:
             raise DataError(f"{path}: the file has no rows")
@@ -92,7 +91,7 @@ class ParquetRows(ShardedRows):
         if self._bytes:
             fields[self._bytes] = StoredPictures(lambda: self._count(index))
         row = read_row(fields)
-        row.extra.pop(self._bytes, None)  # of a row that has its pictures from elsewhere, or none
+        row.extra.pop(self._bytes, None)  # of a row with its pictures elsewhere, or none
         if len(row.extra) == 1 and isinstance(text := row.extra.get("extra"), str):
             row = replace(row, extra=_unpack_extra(text))
         if not row.images:
@@ -100,14 +99,14 @@ class ParquetRows(ShardedRows):
         return row
 
     def _count(self, index: int) -> int:
-        """How many pictures a row has; their bytes are read only where nothing else says it."""
+        """The number of pictures of a row; reads their bytes only if nothing else shows it."""
         if self._nulls or not (self._single or self._paths):
             return len(self._cells(index))
         paths = [] if self._single or self._paths is None else self._paths.row(index)[self._bytes]
         return 1 if self._single else len(paths or [])
 
     def _cells(self, index: int) -> list[Picture]:
-        """What the row has of pictures."""
+        """The pictures of a row."""
         assert self._data is not None
         return pictures_of(self._data.row(index)[self._bytes], self._bytes)
 
@@ -122,34 +121,39 @@ class ParquetRows(ShardedRows):
         return self._images.read(name) if data is None else decode_inline(data, name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """Groups in any order, the rows of neighbours in that order mixed.
+        """Groups in random order, with the rows of neighbours in that order mixed.
 
-        The parts of a group that is too large for memory follow each other, since reading starts at its beginning.
+        The pieces of a large group follow each other, since its reader starts at the beginning of the group.
         """
-        parts = [(self._text, MIXED_TEXT), *([(self._data, MIXED_PICTURES)] if self._data else [])]
-        rows = min(int(bytes_ / max(part.sizes.sum() / len(self), 1)) for part, bytes_ in parts)
-        return parts[-1][0].shuffled(rng, max(rows, 1))
+        columns = [(self._text, MIXED_TEXT), *([(self._data, MIXED_PICTURES)] if self._data else [])]
+        rows = min(int(limit / max(pieces.sizes.sum() / len(self), 1)) for pieces, limit in columns)
+        return columns[-1][0].shuffled(rng, max(rows, 1))
 
 
 class _Pieces:
-    """Some columns of parquet files, read piece by piece; each process has files and pieces of its own."""
+    """Some columns of parquet files, read piece by piece; each process has its own files and pieces."""
 
     def __init__(self, files: list[Path], footers: list[pq.FileMetaData], columns: list[str], kept: int) -> None:
         self.files, self.columns, self.kept = files, columns, kept
-        self.names = [column.partition(".")[0] if column not in _names(footers[0]) else column for column in columns]
-        groups, starts, sizes = [], [], []  # of each piece: file and group and part, first row, unpacked bytes
+        names = footers[0].schema.to_arrow_schema().names
+        self.names = [column if column in names else column.partition(".")[0] for column in columns]
+        groups, starts, sizes = (
+            [],
+            [],
+            [],
+        )  # of each piece: (file, group, number, rows), first row, unpacked bytes
         row = 0
         for file, footer in enumerate(footers):
             leaves = _leaves_below(footer, columns)
             for number in range(footer.num_row_groups):
                 group = footer.row_group(number)
                 size = sum(group.column(n).total_uncompressed_size for n in leaves)
-                parts = max(1, min(-(-size // (kept // 8)), group.num_rows))
-                rows = -(-group.num_rows // parts) or 1
-                for part, first in enumerate(range(0, group.num_rows, rows)):
-                    groups.append((file, number, part, rows))
+                count = max(1, min(-(-size // (kept // 8)), group.num_rows))
+                rows = -(-group.num_rows // count) or 1
+                for number_in_group, first in enumerate(range(0, group.num_rows, rows)):
+                    groups.append((file, number, number_in_group, rows))
                     starts.append(row + first)
-                    sizes.append(size // parts)
+                    sizes.append(size // count)
                 row += group.num_rows
         self.rows = row
         self.groups = np.array(groups, np.int64).reshape(-1, 4)
@@ -160,23 +164,23 @@ class _Pieces:
         self._pid = os.getpid()
         self._kept: OrderedDict[int, pa.RecordBatch] = OrderedDict()
         self._footers: dict[int, pq.FileMetaData] = {}
-        self._going: dict[int, Iterator[pa.RecordBatch]] = {}  # the piece that each reader would give next
+        self._going: dict[int, Iterator[pa.RecordBatch]] = {}  # open readers by their next piece
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": OrderedDict(), "_going": {}, "_footers": {}}
 
     def row(self, index: int) -> dict[str, Any]:
-        piece, place = self._piece(index)
+        piece, position = self._piece(index)
         row = {}
         for name in self.names:
             try:
-                row[name] = piece.column(name)[place].as_py()
-            except Exception as error:  # one bad byte is no UTF-8, and other damage raises many kinds
+                row[name] = piece.column(name)[position].as_py()
+            except Exception as error:  # damage raises many kinds, a bad byte UnicodeDecodeError
                 raise RowError(f"`{name}` cannot be read ({' '.join(str(error).split())})", "json") from None
         return row
 
     def _piece(self, index: int) -> tuple[pa.RecordBatch, int]:
-        """The piece of a row and the row's place in it. Raises RowError where the file is damaged there."""
+        """The piece of a row and the row's position in it. Raises RowError for a damaged piece."""
         if self._pid != os.getpid():
             self._forget()
         number = int(np.searchsorted(self.starts, index, "right")) - 1
@@ -194,26 +198,26 @@ class _Pieces:
         return self._kept[number], index - int(self.starts[number])
 
     def _read(self, number: int) -> pa.RecordBatch:
-        """Read on in the group to this piece, or from the group's beginning where it lies behind."""
-        file, group, part, rows = (int(value) for value in self.groups[number])
-        at = max((piece for piece in self._going if number - part <= piece <= number), default=None)
+        """Read a piece, from an open reader of its group or from the beginning of the group."""
+        file, group, number_in_group, rows = (int(value) for value in self.groups[number])
+        at = max((piece for piece in self._going if number - number_in_group <= piece <= number), default=None)
         if at is None:
-            at, reader = number - part, self._batches(file, group, rows)
+            at, reader = number - number_in_group, self._batches(file, group, rows)
         else:
             reader = self._going.pop(at)
         for _ in range(at, number):
             next(reader, None)
-        found = next(reader, None)
-        if found is None:
+        batch = next(reader, None)
+        if batch is None:
             raise pa.ArrowInvalid("fewer rows than the file's metadata says")
-        if number + 1 < len(self.groups) and self.groups[number + 1, 2]:  # the group goes on
+        if number + 1 < len(self.groups) and self.groups[number + 1, 2]:  # a piece of the same group
             self._going[number + 1] = reader
             if len(self._going) > READERS:
                 del self._going[next(iter(self._going))]
-        return found
+        return batch
 
     def _batches(self, file: int, group: int, rows: int) -> Iterator[pa.RecordBatch]:
-        """The rows of a group, so many at a time: put together of fewer where a dictionary could make them huge."""
+        """The rows of a group, `rows` at a time: joined from smaller batches where a dictionary may make them huge."""
         path = self.files[file]
         footer = self._footers.get(file) or self._footers.setdefault(file, _footer(path))
         leaves = _leaves_below(footer, self.columns)
@@ -226,19 +230,19 @@ class _Pieces:
         return _joined(source.iter_batches(few, [group], self.columns, use_threads=False), rows)
 
     def _drop(self) -> None:
-        """Leave out what was not asked for longest, where all together are too much."""
+        """Drop the least recently used pieces beyond the limit."""
         held = sum(int(self.sizes[number]) for number in self._kept)
         while held > self.kept and len(self._kept) > 1:
             number, _ = self._kept.popitem(last=False)
             held -= int(self.sizes[number])
 
     def shuffled(self, rng: np.random.Generator, together: int) -> np.ndarray:
-        """A permutation of all rows that mixes about so many with each other."""
+        """A permutation of all rows that mixes about `together` of them with each other."""
         firsts = np.flatnonzero(self.groups[:, 2] == 0)
         ends, bounds = np.append(firsts[1:], len(self.groups)), np.append(self.starts, self.rows)
         pieces = [piece for n in rng.permutation(len(firsts)) for piece in range(firsts[n], ends[n])]
         order = np.empty(self.rows, np.int64)
-        begin = end = 0  # of the mixture in the making
+        begin = end = 0  # of the current mixture
         for piece in pieces:
             count = bounds[piece + 1] - bounds[piece]
             if end - begin + count > together:
@@ -251,7 +255,7 @@ class _Pieces:
 
 
 def _joined(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """The same rows, so many at a time. Raises ArrowInvalid where these are more than memory should hold."""
+    """The same rows, `rows` at a time. Raises ArrowInvalid where these exceed BATCH_LIMIT."""
     pieces: list[pa.RecordBatch] = []
     count = size = 0
     for batch in batches:
@@ -270,7 +274,7 @@ def _joined(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordB
 
 
 def source_of(file: Path) -> Path | BinaryIO:
-    """What pyarrow can open: it takes names of files that are UTF-8 only."""
+    """The file in a form that pyarrow opens: it takes only file names in UTF-8."""
     try:
         str(file).encode()
     except UnicodeEncodeError:
@@ -302,12 +306,8 @@ def _leaves_below(footer: pq.FileMetaData, columns: list[str]) -> list[int]:
     return [number for number, leaf in enumerate(_leaves(footer)) if any(_is_below(leaf, name) for name in columns)]
 
 
-def _names(footer: pq.FileMetaData) -> list[str]:
-    return list(footer.schema.to_arrow_schema().names)
-
-
 def _leaves(footer: pq.FileMetaData) -> list[str]:
-    """The path of each of a group's stretches of data: `images.list.element.bytes`."""
+    """The path of each leaf column, such as `images.list.element.bytes`."""
     return [footer.schema.column(n).path for n in range(footer.num_columns)]
 
 
@@ -316,7 +316,7 @@ def _is_below(leaf: str, column: str) -> bool:
 
 
 def _common_schema(files: list[Path], footers: list[pq.FileMetaData]) -> pa.Schema:
-    """The columns of all files, in the order of the first. Raises DataError where they are no shards of one set."""
+    """The columns of all files, in the order of the first. Raises DataError where the files are not one data set."""
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
     first = schemas[0]
     for file, schema in zip(files, schemas, strict=True):
@@ -348,7 +348,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    """Whether a column holds pictures as bytes: plain, in lists, or in records that call them `bytes`."""
+    """Whether a column holds pictures as bytes: plain, in lists, or as `bytes` of records."""
     types = pa.types
     if types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
@@ -359,7 +359,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _count_bytes(footers: list[pq.FileMetaData], column: str) -> tuple[bool, bool]:
-    """Whether a column holds any bytes at all, and whether some of it may be null; by the footers."""
+    """Whether a column holds any bytes, and whether some may be null, judged by the footers."""
     present = nulls = False
     for footer in footers:
         number = next((n for n, leaf in enumerate(_leaves(footer)) if _is_bytes_leaf(leaf, column)), None)
@@ -376,7 +376,7 @@ def _is_bytes_leaf(leaf: str, column: str) -> bool:
 
 
 def _path_leaf(footers: list[pq.FileMetaData], column: str) -> str:
-    """The leaf of the pictures' paths, where each file has it; empty where there is none."""
+    """The leaf of the pictures' paths, if every file has it; else empty."""
     leaves = [{leaf for leaf in _leaves(footer) if _is_below(leaf, column)} for footer in footers]
     common = set.intersection(*leaves)
     return next((leaf for leaf in sorted(common) if leaf.endswith(".path")), "")

@@ -1,8 +1,8 @@
 """Check the memory that a parquet file needs before pyarrow reads it.
 
-A page header states how large its page unpacks, and pyarrow allocates that much before it reads the page. A dictionary
-holds a value once, and rows repeat it at no cost in the file. Both are read here from the page headers, which stand
-between the pages in Thrift's compact protocol (github.com/apache/parquet-format, `PageHeader`).
+A page header states the unpacked size of its page, and pyarrow allocates that size before it reads the page. A
+dictionary holds a value once, and rows repeat it at no cost in the file. The page headers hold both sizes, in Thrift's
+compact protocol (github.com/apache/parquet-format, `PageHeader`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import pyarrow.parquet as pq
 
 PAGE_LIMIT = 2**29  # bytes that a page may unpack to: twice the largest picture
 BATCH_LIMIT = 2**30  # bytes of the rows that are read together
-MANY_ROWS, ROWS_PER_BYTE = 10**6, 64  # more rows than this, and so many for each byte, are no data
-HEADER = 2**10  # bytes that are read for a page header at first; statistics can make it longer
+MANY_ROWS, ROWS_PER_BYTE = 10**6, 64  # more rows than both limits are not data
+HEADER = 2**10  # bytes of a page header that are read first; statistics can make it longer
 LONGEST_HEADER = 2**24
-DICTIONARY = 2  # the type of such a page
+DICTIONARY = 2  # the type of a dictionary page
 _FIXED = {1: 0, 2: 0, 3: 1, 7: 8}  # Thrift's types and their bytes: true, false, byte, double
-_BITS = {4: 16, 5: 32, 6: 64}  # of whole numbers: pyarrow takes as many of a longer one
+_BITS = {4: 16, 5: 32, 6: 64}  # of whole numbers: pyarrow truncates a longer number
 _BINARY, _STRUCT = 8, 12
 _DEEPEST = 8
 
 
 @dataclass(frozen=True)
 class Page:
-    """The page of a column chunk that begins at `begin`, behind its header, and its sizes in bytes."""
+    """A page of a column chunk: `begin` is its offset behind the header; sizes are in bytes."""
 
     kind: int
     unpacked: int
@@ -48,9 +48,9 @@ def check_footer(file: Path, footer: pq.FileMetaData) -> None:
 
 
 def dictionary_size(file: Path, group: pq.RowGroupMetaData, leaves: list[int]) -> int:
-    """The bytes of the largest dictionary of some columns of a group. Raises ValueError for a page that is too large.
+    """The bytes of the largest dictionary of some columns of a group. Raises ValueError for a too large page.
 
-    The headers of all pages are read. One that is damaged ends the walk, since pyarrow does not read beyond it either.
+    Reads the headers of all pages. A damaged header ends the walk, since pyarrow does not read beyond it either.
     """
     largest = 0
     with file.open("rb", buffering=0) as opened:
@@ -68,8 +68,7 @@ def dictionary_size(file: Path, group: pq.RowGroupMetaData, leaves: list[int]) -
                 if page.unpacked > PAGE_LIMIT:
                     raise ValueError(
                         f"a page of {chunk.path_in_schema} unpacks to {page.unpacked:,} bytes; the maximum is "
-                        f"{PAGE_LIMIT:,} "
-                        "— write the file with smaller pages"
+                        f"{PAGE_LIMIT:,} — write the file with smaller pages"
                     )
                 if page.kind == DICTIONARY:
                     largest = max(largest, page.unpacked)
@@ -84,7 +83,7 @@ def _pages(file: BinaryIO, at: int, end: int) -> Iterator[Page]:
                 file.seek(at)
                 page = _read_header(file.read(header), at)
                 break
-            except IndexError:  # the header goes on
+            except IndexError:  # the header is longer
                 if header == end - at or header >= LONGEST_HEADER:
                     return
                 header = min(4 * header, end - at)
@@ -95,7 +94,7 @@ def _pages(file: BinaryIO, at: int, end: int) -> Iterator[Page]:
 
 
 def _read_header(data: bytes, at: int) -> Page:
-    """Raises IndexError where the data is too short, ValueError where it is no page header."""
+    """Raises IndexError where the data is too short, ValueError where it is not a page header."""
     numbers, end = _read_struct(data, 0, 0)
     kind, unpacked, packed = (numbers.get(field, -1) for field in (1, 2, 3))
     if min(kind, unpacked, packed) < 0:
@@ -104,7 +103,7 @@ def _read_header(data: bytes, at: int) -> Page:
 
 
 def _read_struct(data: bytes, at: int, depth: int) -> tuple[dict[int, int], int]:
-    """The whole numbers of a struct by field, and where it ends."""
+    """The whole numbers of a struct by field, and the position of its end."""
     if depth > _DEEPEST:
         raise ValueError("nested too deep")
     numbers: dict[int, int] = {}

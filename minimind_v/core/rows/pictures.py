@@ -1,4 +1,4 @@
-"""Find picture files by name: in a folder, or in a zip that is read in place."""
+"""Find picture files by name: in a folder, or in an archive that is read in place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from minimind_v.core.rows.row import Reopened, check_size
 from minimind_v.core.rows.strangers import stand_in
 
 KIND = "zip members: hash of a reading of the folded file name, place of the entry"  # of the index
-NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}  # what systems say of a name without a file
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}  # the errors for a name without a file
 
 
 class Pictures(Protocol):
@@ -51,10 +51,10 @@ class Pictures(Protocol):
 
 
 def open_pictures(path: Path | None) -> Pictures:
-    """Open a folder, zip or tar of pictures; None for rows that should have none. Raises MissingInput or DataError."""
-    path = find_pictures(path)
+    """Open a folder, zip or tar of pictures; None for none. Raises MissingInput or DataError."""
     if path is None:
         return NoPictures()
+    find_pictures(path)
     if path.suffix == ".tar" and path.is_file():
         from minimind_v.core.rows.tar import TarPictures
 
@@ -63,7 +63,7 @@ def open_pictures(path: Path | None) -> Pictures:
 
 
 def find_pictures(path: Path | None) -> Path | None:
-    """The folder or zip, if it is there. Raises MissingInput."""
+    """Return the path. Raises MissingInput where it does not exist."""
     if path is not None and not path.is_dir() and not path.is_file():
         raise MissingInput(
             f"no picture files at {path} — {how_to_get('dataset')}, or give a folder, zip or tar with --images"
@@ -72,7 +72,7 @@ def find_pictures(path: Path | None) -> Path | None:
 
 
 class NoPictures:
-    """What there is where nobody said where pictures are."""
+    """No pictures, where none were given."""
 
     path: None = None
 
@@ -84,21 +84,21 @@ class NoPictures:
 
 
 class FolderPictures:
-    """Pictures as files below a folder, which may hold links to where the pictures really are."""
+    """Pictures as files below a folder; links are followed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Names of files are bytes here: what a row names is UTF-8, whatever the locale takes names for.
+        # File names are bytes here: the names in rows are UTF-8, whatever the locale.
         self._folder = os.fsencode(path)
         self._roots = _folders_of(path)
 
     def read(self, name: str) -> bytes:
-        """Found at its path below the folder, which may begin with the folder's own path."""
+        """Read a picture by its path below the folder; the name may begin with the folder's own path."""
         refuse_climbing(name)
         try:
             for path in spellings(name):
-                for place in below(path, self._roots):
-                    for file in _files_at(self._folder, place):
+                for names in below(path, self._roots):
+                    for file in _files_at(self._folder, names):
                         return _read_file(name, file)
             hint = self._hint(PicturePath.of(name).names)
         except OSError as error:
@@ -106,7 +106,7 @@ class FolderPictures:
         raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
 
     def _hint(self, names: tuple[str, ...]) -> str:
-        """What a row may mean that names a picture which is not there."""
+        """Which existing file a wrong name may mean."""
         if not names:
             return ""
         *folders, last = names
@@ -121,13 +121,13 @@ class FolderPictures:
 
 
 def _folders_of(path: Path) -> list[tuple[str, ...]]:
-    """The names of a folder and the folders above it, as it was named and as it is without links."""
+    """The names of a folder and the folders above it, as given and with links resolved."""
     texts = [os.fsencode(form).decode("utf-8", "surrogateescape") for form in (path.absolute(), path.resolve())]
     return [PicturePath.of(text).composed().names for text in texts]
 
 
 def _files_at(folder: bytes, names: tuple[str, ...]) -> Iterator[bytes]:
-    """The files at a path below a folder, as it stands first, then as other systems write its names."""
+    """The files at a path below a folder: its exact names first, then as other systems write them."""
     whole = "/".join(names)
     if whole.isascii():
         path = os.path.join(folder, whole.encode())
@@ -144,7 +144,7 @@ def _files_at(folder: bytes, names: tuple[str, ...]) -> Iterator[bytes]:
 
 
 def _bytes_of(name: str) -> Iterator[bytes]:
-    """How a file system may hold a name: composed or decomposed UTF-8, or as old Chinese Windows wrote it."""
+    """How a file system may store a name: composed or decomposed UTF-8, or GBK of an old Chinese Windows."""
     forms = dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
     for encoding in ("utf-8",) if name.isascii() else ("utf-8", "gbk"):
         for form in forms:
@@ -153,7 +153,7 @@ def _bytes_of(name: str) -> Iterator[bytes]:
 
 
 def _is(path: bytes, kind: Callable[[int], bool]) -> bool:
-    """Whether a path, or what it links to, is of a kind. Raises OSError where it is there and cannot be reached."""
+    """Whether a path, links resolved, is of a kind. Raises OSError where it exists but is not accessible."""
     try:
         return kind(os.stat(path).st_mode)
     except ValueError:  # a zero byte
@@ -183,53 +183,66 @@ M = TypeVar("M", bound=Named)
 
 
 class ArchivePictures(Reopened, Generic[M]):
-    """Pictures in an archive, read in place. Members are only ever looked up by name, never written anywhere.
+    """Pictures in an archive, read in place and never extracted.
 
-    Half a million entries of a directory as Python objects are hundreds of megabytes. So only where each entry begins
-    is kept, by a hash of the file name in it; what an entry says is read again when its member is wanted.
+    Half a million entries as Python objects would take hundreds of megabytes. So the index keeps only a hash of
+    each file name and the offset of its entry; each read of a picture reads the entry again.
     """
 
-    def __init__(self, path: Path, kind: str, part: str = "") -> None:
+    damage: tuple[type[Exception], ...]  # errors of a damaged archive
+
+    def __init__(self, path: Path, kind: str, subject: str = "") -> None:
         super().__init__(path)
-        self._index = Index(path, kind, self._find_entries, part)
+        self._index = Index(path, kind, self._find_entries, subject)
         self._roots = _roots_of(path)
 
     def _hashed_names(self) -> Iterator[tuple[int, int]]:
-        """A hash of each reading of each member's file name, and the place of its entry."""
+        """A hash of each reading of each member's file name, and the offset of its entry."""
         raise NotImplementedError
 
     def _namesakes(self, last: str) -> dict[str, M]:
-        """Members with this file name in any spelling, by the likeliest reading; of two of one path the later one."""
+        """Members with this file name in any spelling, by their likeliest path; the later of two with one path."""
         raise NotImplementedError
 
     def _find_entries(self) -> np.ndarray:
-        """A hash and a place for every reading of a name, sorted by hash: uint64 [2, readings]."""
-        digests, places = array("Q"), array("Q")
-        for digest, place in self._hashed_names():
+        """A hash and an offset for every reading of a name, sorted by hash: uint64 [2, readings]."""
+        digests, offsets = array("Q"), array("Q")
+        for digest, offset in self._hashed_names():
             digests.append(digest)
-            places.append(place)
-        both = np.array([digests, places], np.uint64).reshape(2, -1)
+            offsets.append(offset)
+        both = np.array([digests, offsets], np.uint64).reshape(2, -1)
         return both[:, np.argsort(both[0], kind="stable")]
 
-    def _places(self, last: str) -> list[int]:
-        """Where the entries begin that may have this file name."""
-        digests, places = self._index.array
+    def _offsets(self, last: str) -> list[int]:
+        """The offsets of the entries that may have this file name."""
+        digests, offsets = self._index.array
         digest = np.uint64(hash_name(last))
         first, end = (int(np.searchsorted(digests, digest, side)) for side in ("left", "right"))
-        return [int(place) for place in places[first:end]]
+        return [int(offset) for offset in offsets[first:end]]
 
     def _find(self, name: str) -> M | None:
         for path in spellings(name):
             members = self._namesakes(path.names[-1])
-            for fits in _fitting(path, list(members.values()), self._roots):
-                if len(fits) == 1:
-                    return fits[0]
-                if fits:
-                    raise RowError(f"{name}: {len(fits)} members of {self.path} have this name", "picture ambiguous")
+            for matches in _matching(path, list(members.values()), self._roots):
+                if len(matches) == 1:
+                    return matches[0]
+                if matches:
+                    raise RowError(f"{name}: {len(matches)} members of {self.path} have this name", "picture ambiguous")
         return None
 
+    def _member(self, name: str) -> M:
+        """The member at a path in the archive, below any folders, if exactly one matches best. Raises RowError."""
+        refuse_climbing(name)
+        try:
+            if (member := self._find(name)) is not None:
+                return member
+            hint = self._hint(name)
+        except self.damage as error:
+            raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
+        raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
+
     def _hint(self, name: str) -> str:
-        """What a row may mean that names a picture which is not there."""
+        """Which existing member a wrong name may mean."""
         names = PicturePath.of(name).names
         others = [PicturePath.of(other).names for other in self._namesakes(names[-1])] if names else []
         lasts = [other[-1] for other in others if other]
@@ -241,8 +254,10 @@ class ArchivePictures(Reopened, Generic[M]):
 class ZipPictures(ArchivePictures[Member]):
     """Pictures in a zip."""
 
+    damage = (OSError, ValueError, zipfile.BadZipFile)
+
     def __init__(self, path: Path) -> None:
-        """Raises DataError where the file is no zip."""
+        """Raises DataError where the file is not a zip."""
         try:
             super().__init__(path, KIND)
             self._prefix = directory(self.handle)[3]
@@ -253,28 +268,21 @@ class ZipPictures(ArchivePictures[Member]):
             raise DataError(f"{path}: {trouble}") from None
 
     def __len__(self) -> int:
-        """How many members it has, folders not counted."""
+        """The number of members without folders."""
         return len(np.unique(self._index.array[1]))
 
     def _hashed_names(self) -> Iterator[tuple[int, int]]:
         begin, end, count, _ = directory(self.handle)
         number = 0
-        for place, member in entries(self.handle, begin, end):
+        for offset, member in entries(self.handle, begin, end):
             number += 1
             for digest in hashes(member):
-                yield digest, place
+                yield digest, offset
         if number != count & 0xFFFF and number != count:
             raise zipfile.BadZipFile(f"its directory has {number} entries where it says {count}")
 
     def read(self, name: str) -> bytes:
-        """Found at its path in the archive, below any folders, as long as one member fits best."""
-        refuse_climbing(name)
-        try:
-            member = self._find(name)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
-        if member is None:
-            raise RowError(f"{name}: no such picture in {self.path}{self._hint(name)}", "picture missing")
+        member = self._member(name)
         if member.flags & ENCRYPTED:
             raise RowError(f"{name}: encrypted in {self.path}", "picture broken")
         if member.method not in (STORED, DEFLATED):
@@ -287,32 +295,36 @@ class ZipPictures(ArchivePictures[Member]):
         check_size(name, max(member.size, member.packed))
         try:
             return unpack(self.handle, member, self._prefix)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:  # ValueError: no file is so long
+        except self.damage as error:  # ValueError: no file is so long
             raise RowError(f"{name}: damaged in {self.path} ({error})", "picture broken") from None
 
     def _namesakes(self, last: str) -> dict[str, Member]:
-        return {member.names[0]: member for member in (entry_at(self.handle, place) for place in self._places(last))}
+        return {member.names[0]: member for member in (entry_at(self.handle, offset) for offset in self._offsets(last))}
 
 
 def _roots_of(archive: Path) -> list[tuple[str, ...]]:
-    """The paths of the folders that an archive may have been packed from."""
+    """The paths of the folders that may have been packed into an archive."""
     stems = dict.fromkeys([archive.stem, archive.stem.removesuffix("_images")])
     return [(*folder, stem) for folder in _folders_of(archive.parent) for stem in stems]
 
 
-def _fitting(path: PicturePath, members: list[M], roots: list[tuple[str, ...]]) -> Iterator[list[M]]:
-    """Members that a path may mean, the best fit first: exactly, below more folders, with fewer of its own folders."""
+def _matching(path: PicturePath, members: list[M], roots: list[tuple[str, ...]]) -> Iterator[list[M]]:
+    """Members that a path may mean, the best first: exact, below more folders, with fewer of its own folders."""
     readings = [[PicturePath.of(name).names for name in member.names] for member in members]
     yield [member for member, paths in zip(members, readings, strict=True) if path.names in paths]
     composed = [[tuple(unicodedata.normalize("NFC", n) for n in names) for names in paths] for paths in readings]
-    places = below(path.composed(), roots)
-    ends = [[names[-len(places[0]) :] for names in paths] for paths in composed]
-    for place, candidates in [(places[0], composed), (places[0], ends), *((place, composed) for place in places[1:])]:
-        yield [member for member, paths in zip(members, candidates, strict=True) if place in paths]
+    candidates = below(path.composed(), roots)
+    ends = [[names[-len(candidates[0]) :] for names in paths] for paths in composed]
+    for names, paths_of_members in [
+        (candidates[0], composed),
+        (candidates[0], ends),
+        *((names, composed) for names in candidates[1:]),
+    ]:
+        yield [member for member, paths in zip(members, paths_of_members, strict=True) if names in paths]
 
 
 def refuse_climbing(name: str) -> None:
-    """Raises RowError where a name leads upwards, which no place below a folder is called."""
+    """Raises RowError where a name leads out of its folder."""
     if ".." in name and ".." in PicturePath.of(name).names:
         raise RowError(f"{name}: `..` in a picture name — write the path below --images", "picture missing")
 

@@ -1,4 +1,4 @@
-"""Conversations that stand in a row as questions and answers, or as a caption of its picture."""
+"""Conversations given as questions and answers, or as a caption of the row's picture."""
 
 from __future__ import annotations
 
@@ -7,30 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import (
-    records_of,
-)
-from minimind_v.core.rows.field_names import (
-    ALTERNATIVES,
-    CAPTIONS,
-    FILE_NAMES,
-    PICTURES,
-    QUESTIONS,
-)
-from minimind_v.core.rows.marks import find_pictures
+from minimind_v.core.rows.cells import records_of
+from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, FILE_NAMES, PICTURES, QUESTIONS
+from minimind_v.core.rows.marks import filled_picture_field
 from minimind_v.core.rows.messages import STANDARD, Conversation
-from minimind_v.core.rows.row import (
-    SEVERAL_ANSWERS,
-    SEVERAL_CAPTIONS,
-    parse_json,
-)
+from minimind_v.core.rows.row import SEVERAL_ANSWERS, SEVERAL_CAPTIONS, parse_json
 
 DESCRIBE, DESCRIBE_CHINESE = "Describe this image.", "描述这张图片。"
 _HAN, _LATIN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"), re.compile("[A-Za-z\u00c0-\u024f]+")
 
 
 def read_texts(fields: dict[str, Any]) -> Conversation:
-    """`texts` of user and assistant, as the_cauldron and nanoVLM have them; the pictures stand before all of it."""
+    """`texts` of user and assistant (the_cauldron, nanoVLM); the pictures go before all of it."""
     value = fields.pop("texts")
     messages: list[dict[str, Any]] = []
     for turn in records_of(value) if isinstance(value, dict) else value:
@@ -60,9 +48,9 @@ def find_question(fields: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def read_question(fields: dict[str, Any]) -> Conversation:
-    """A question and its answer, or the first of its answers, each in a field; the pictures stand before them.
+    """A question and its first answer, each in a field; the pictures go before them.
 
-    Turns before these may stand in `history`, as ms-swift has them.
+    `history` (ms-swift) may hold earlier turns.
     """
     keys = find_question(fields)
     assert keys is not None
@@ -70,13 +58,13 @@ def read_question(fields: dict[str, Any]) -> Conversation:
     text, several = _first_text(answer, keys[1])
     turns = [*_turns_before(fields), (question, text)]
     messages = [
-        {"role": role, "content": said} for turn in turns for role, said in zip(STANDARD[1:], turn, strict=True)
+        {"role": role, "content": content} for turn in turns for role, content in zip(STANDARD[1:], turn, strict=True)
     ]
     return Conversation(messages, " + ".join(keys), leads=True, notes=[SEVERAL_ANSWERS] if several else [])
 
 
 def _turns_before(fields: dict[str, Any]) -> list[Any]:
-    """The questions and answers of `history`; a text is none, but a note such as a patient's. Raises RowError."""
+    """The questions and answers of `history`; a plain text there is a note, not a turn. Raises RowError."""
     turns = fields.get("history")
     if isinstance(turns, str) and turns.startswith("["):
         turns = parse_json(turns, "`history` is ")
@@ -95,13 +83,13 @@ def _caption_key(fields: Mapping[str, Any]) -> str | None:
 
 def has_caption(fields: Mapping[str, Any]) -> bool:
     return _caption_key(fields) is not None and (
-        find_pictures(fields, (*PICTURES, *ALTERNATIVES)) is not None
+        filled_picture_field(fields, (*PICTURES, *ALTERNATIVES)) is not None
         or any(name.endswith(FILE_NAMES) for name in fields)
     )
 
 
 def read_caption(fields: dict[str, Any]) -> Conversation:
-    """A picture and its caption, or the first of its captions: the answer to a request to describe the picture."""
+    """A picture and its first caption: the answer to a request to describe the picture."""
     key = _caption_key(fields)
     assert key is not None
     text, several = _first_text(fields.pop(key), key)

@@ -16,18 +16,18 @@ import numpy as np
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.splits import Choice
 
-PICTURE_LIMIT = 256 * 2**20  # bytes of one picture's file, or that a member of a zip may unpack to
+PICTURE_LIMIT = 256 * 2**20  # bytes of one picture file, unpacked
 NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
 PICTURE_NAME = re.compile(r"\.(a?png|avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|mpo|p[bgpn]m|tga|tiff?|webp)\s*$", re.I)
-IMAGE_MARK = "<image>"  # in a message: here goes a picture
-NUMBERED = re.compile(r"picture \d+")  # what a picture without a name is called
+IMAGE_MARK = "<image>"  # in a message: the position of a picture
+NUMBERED = re.compile(r"picture \d+")  # the name of a picture without one
 
-# What is said of rows that are read in another way than they are written: no problem, but worth to be known.
+# Notes on rows that are not read exactly as written: not errors, but reported.
 ANSWER_FIRST = "began with an answer"
 MARK_PER_TURN = "one picture, a mark in every turn"
 SEVERAL_CAPTIONS = "several captions, the first is read"
 SEVERAL_ANSWERS = "several answers, the first is read"
-NOTES = {  # and what is done with such rows
+NOTES = {  # and how such rows are read
     ANSWER_FIRST: "begin with an answer without a question; it is not used",
     MARK_PER_TURN: f"have one image and {IMAGE_MARK} in every question; only the first {IMAGE_MARK} counts",
     SEVERAL_CAPTIONS: "have several captions; only the first is used",
@@ -37,10 +37,10 @@ NOTES = {  # and what is done with such rows
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation of role and content, not yet checked, the names of its pictures, and all else that the row says.
+    """A conversation of role and content, not yet checked, the names of its pictures, and all other fields.
 
-    A picture that stands in the row is in `inline` by its position: bytes, base64 text, a data URI, or its number in
-    the column that its store reads. Without a name of its own it is called `picture N`.
+    `inline` holds pictures in the row by position: bytes, base64 text, a data URI, or the number in the column that
+    the store reads. A picture without a name is called `picture N`.
     """
 
     conversations: Any
@@ -48,66 +48,66 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
     inline: dict[int, Any] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = ()  # of NOTES
-    form: str = field(default="", compare=False)  # how it was written; empty where it has no conversation
+    form: str = field(default="", compare=False)  # the form of the conversation; empty without one
 
     @property
     def shown(self) -> list[str]:
-        """The names of the pictures that a model is shown: none where the text has no mark for any, else all.
+        """The names of the pictures that a model receives: all if the text has a mark, else none.
 
-        A row with pictures and no mark is a text row. Published fine-tuning data has very many of them, each with a
-        small black picture that only fills the column.
+        A row with pictures and no mark is a text row. Published fine-tuning data has very many, each with a small
+        black picture that only fills the column.
         """
         return self.images if count_marks(self.conversations) else []
 
 
 class RowStore(Protocol):
-    """Rows by index, pictures by row. Cheap to pickle; forked or spawned, each process opens its files for itself."""
+    """Rows by index, pictures by row. Cheap to pickle; each process opens its own files."""
 
     path: Path  # the file or folder of rows
 
     @property
     def file_kind(self) -> str:
-        """What kind of file that is, as `CSV`."""
+        """The kind of that file, such as `CSV`."""
 
     @property
     def split(self) -> str:
-        """Which of the splits of `path` these rows are; empty where it has none."""
+        """The split of these rows; empty where `path` has none."""
 
     @property
     def pictures(self) -> Path | None:
-        """The folder or zip of the pictures; None where they stand in the rows, or where there are none."""
+        """The folder or zip of the pictures; None where they are in the rows, or without any."""
 
     def __len__(self) -> int:
-        """How many rows there are, broken ones included."""
+        """The number of rows, with the broken ones."""
 
     def number(self, index: int) -> int:
         """The number of a row in its file, from 1; in JSONL its line."""
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`file:row`."""
 
     def row(self, index: int) -> Row:
-        """The row, its pictures not read. Raises RowError."""
+        """The row, without reading its pictures. Raises RowError."""
 
     def picture(self, index: int, position: int, name: str) -> bytes:
-        """The bytes of picture `position` (from 0) of a row, which calls it `name`. Raises RowError."""
+        """The bytes of picture `position` (from 0) of a row, with this name. Raises RowError."""
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """A permutation of all rows, int64 [rows], in which they can be read at a good rate."""
+        """A permutation of all rows, int64 [rows], that is fast to read."""
 
 
 class OpenedRows(RowStore, Protocol):
-    """A store as it was opened, and what is to be said of that."""
+    """A store with the messages about its opening."""
 
-    left_out: str  # what of the files is neither read nor copied; empty for nothing
+    left_out: str  # a message about ignored columns; empty for none
 
     @property
     def choice(self) -> Choice:
-        """Which of the splits was taken."""
+        """The selected split."""
 
 
 class Reopened:
-    """A file that each process opens for itself: a shared handle's position would be everybody's."""
+    """A file that each process opens for itself, since a shared handle has one position for all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -128,7 +128,7 @@ class Reopened:
 
 
 def count_marks(conversations: Any) -> int:
-    """The pictures that a conversation speaks of; none where it is no conversation."""
+    """The number of image marks in a conversation; 0 for any other value."""
     if not isinstance(conversations, list):
         return 0
     texts = [message.get("content") for message in conversations if isinstance(message, dict)]
@@ -136,21 +136,20 @@ def count_marks(conversations: Any) -> int:
 
 
 def describe_text_rows(count: int, rows: int) -> str:
-    """What is said of text rows that have pictures, `count` of so many rows."""
+    """The message about `count` of `rows` rows that are text rows with pictures."""
     return (
         f"{count:,} of {rows:,} rows have an image but no {IMAGE_MARK} in their text: text rows, whose images "
-        f"the model does not "
-        f"receive (write {IMAGE_MARK} at the image's position in the text)"
+        f"the model does not receive (write {IMAGE_MARK} at the image's position in the text)"
     )
 
 
 def describe_notes(counts: Mapping[str, int], rows: int) -> list[str]:
-    """What is said of rows that are read in another way than they are written, `counts` of so many rows."""
+    """The messages about rows that are not read exactly as written: `counts` by note, of so many rows."""
     return [f"{counts[name]:,} of {rows:,} rows {text}" for name, text in NOTES.items() if counts.get(name)]
 
 
 def parse_json(text: str | bytes, before: str = "") -> Any:
-    """What JSON says in a row; `before` is what stands in front of the error. Raises RowError."""
+    """Parse JSON in a row; `before` begins the error message. Raises RowError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -158,11 +157,10 @@ def parse_json(text: str | bytes, before: str = "") -> Any:
 
 
 def image_names(names: Any) -> list[str]:
-    """Names of pictures: a text that holds them, or a list; absent or empty for none.
+    """Names of pictures from a text or a list; none from None or an empty text.
 
-    A text may be a JSON list. In any other a comma separates names where the ending of a picture stands before it, or
-    where no piece has such an ending: `a, b.jpg` is one name. Spaces at the ends of a single name may belong to it.
-    Raises RowError.
+    A text may be a JSON list. In any other text a comma separates names behind the ending of a picture file, or where
+    no piece has such an ending: `a, b.jpg` is one name. A single name keeps its outer spaces. Raises RowError.
     """
     if names is None:
         return []
@@ -193,13 +191,13 @@ def _read_names(text: str) -> list[str]:
 
 
 def names_as_text(names: list[str]) -> str | list[str]:
-    """Names of pictures as one text with commas, where `image_names` reads it as these names; else the list."""
+    """Names of pictures as one text with commas, if `image_names` reads the same names from it; else the list."""
     text = ", ".join(names)
     return text if image_names(text) == names else names
 
 
 def check_names(names: list[str]) -> list[str]:
-    """The names, if each could be one of a file. Raises RowError."""
+    """Return the names. Raises RowError where one cannot be a file name."""
     for name in names:
         if NO_NAME.search(name):
             raise RowError(f"{name!r:.80} is not a picture name", "image")
@@ -207,6 +205,6 @@ def check_names(names: list[str]) -> list[str]:
 
 
 def check_size(name: str, size: int) -> None:
-    """Raises RowError where a picture has more bytes than any has."""
+    """Raises RowError where a picture has too many bytes."""
     if size > PICTURE_LIMIT:
         raise RowError(f"{name}: {size} bytes are too many for a picture", "picture too large")

@@ -1,7 +1,7 @@
 """The splits of a data set (train, validation, test), recognised by file and folder names.
 
-The words are those of Hugging Face's `datasets`, and `held_out`, which `mmv data split` writes. A file whose name and
-folders say nothing belongs to train.
+The words are those of Hugging Face's `datasets`, and `held_out`, which `mmv data split` writes. A file without such a
+word in its name or folders belongs to train.
 """
 
 from __future__ import annotations
@@ -21,76 +21,76 @@ WORDS = {
     "test": "test|testing|testset|eval|evaluation|.*测试.*",
     "held_out": "heldout|holdout",
 }
-ALL = "all"  # every file, whatever its name says
-LEARN = ("train",)  # what a command takes that is told no split: the first of these that there is
-SCORE = ("test", "validation", "held_out", "train")  # the same for one that measures
+ALL = "all"  # every file, whatever its name
+LEARN = ("train",)  # the default of commands: the first of these splits that exists
+SCORE = ("test", "validation", "held_out", "train")  # the default of commands that measure
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The split that is taken, and what is said of that; `name` is empty where no name says one."""
+    """The selected split, and the message about it; `name` is empty where no file name has a split."""
 
     name: str
     notice: str = ""
 
 
 def split_of(path: PurePath) -> str | None:
-    """The split that a path says it belongs to, its last part first; None where it says none."""
-    for part in reversed([*path.parts[:-1], path.name.partition(".parquet")[0]]):
-        for word in _words(part):
-            for split, known in WORDS.items():
-                if re.fullmatch(known, word):
+    """The split in the names of a path, the last name first; None without one."""
+    for name in reversed([*path.parts[:-1], path.name.partition(".parquet")[0]]):
+        for word in _terms(name):
+            for split, pattern in WORDS.items():
+                if re.fullmatch(pattern, word):
                     return split
     return None
 
 
-def _words(name: str) -> list[str]:
-    """`coco_val2017`, `myTrainSet` and `训练集-00001` as words, small letters."""
+def _terms(name: str) -> list[str]:
+    """The words of `coco_val2017`, `myTrainSet` or `训练集-00001`, in small letters."""
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     joined = re.sub(r"(?i)(?<![a-z])(held|hold)[\W_]?out(?![a-z])", "heldout", parted)
     return [word.lower() for word in re.findall(r"[A-Za-z]+|[^\W\d_A-Za-z]+", joined)]
 
 
-def shards_of(folder: Path, ending: str, wanted: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
-    """The files below a folder that are of one split, and which one that is; `ending` is that of their names.
+def shards_of(folder: Path, ending: str, requested: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
+    """The files of one split below a folder, with this ending, and the split.
 
-    Raises DataError for no files, UsageError for no such split.
+    Raises DataError without files, UsageError for an unknown split.
     """
     files = [
         file
         for file in sorted(filter(Path.is_file, folder.rglob(f"*{ending}")))
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)  # left over, or another program's
+        if not any(name.startswith(".") for name in file.relative_to(folder).parts)  # left over, or another program's
     ]
     if not files:
         raise DataError(f"{folder}: a folder without {ending} files of rows")
-    return of_one_split(folder, {file: file.relative_to(folder) for file in files}, wanted, order)
+    return of_one_split(folder, {file: file.relative_to(folder) for file in files}, requested, order)
 
 
 def of_one_split(
-    folder: Path, names: Mapping[Path, PurePath], wanted: str | None, order: Sequence[str]
+    folder: Path, names: Mapping[Path, PurePath], requested: str | None, order: Sequence[str]
 ) -> tuple[list[Path], Choice]:
-    """Those of some files of a folder, by the paths that name their splits, that are of one, and which one that is."""
+    """The files of one split, and the split; `names` are the paths that name the split of each file of a folder."""
     splits = {file: split_of(name) for file, name in names.items()}
     if not any(splits.values()):
-        if wanted not in (None, ALL, LEARN[0]):
-            raise UsageError(f"--split {wanted}: no file name in {folder} names a split, so all rows are train")
+        if requested not in (None, ALL, LEARN[0]):
+            raise UsageError(f"--split {requested}: no file name in {folder} names a split, so all rows are train")
         return list(splits), Choice("")
     sizes = Counter(split or LEARN[0] for split in splits.values())
-    choice = choose(folder, sizes, wanted, order, "file")
+    choice = choose(folder, sizes, requested, order, "file")
     return [file for file, split in splits.items() if choice.name in (ALL, split or LEARN[0])], choice
 
 
-def choose(where: object, sizes: Mapping[str, int], wanted: str | None, order: Sequence[str], unit: str) -> Choice:
-    """Which of the splits of a set is taken; `sizes` tells how large each is, in some unit (`file`, `row`).
+def choose(where: object, sizes: Mapping[str, int], requested: str | None, order: Sequence[str], unit: str) -> Choice:
+    """Select a split of a data set; `sizes` are the sizes of its splits, in some unit (`file`, `row`).
 
-    Without a wish it is the first of `order` that there is, or the only one. Raises UsageError for a split that there
-    is not, and where there are several and none of `order`.
+    Without a request, take the first of `order` that exists, or the only split. Raises UsageError for an unknown
+    split, and where there are several and none of `order`.
     """
     listed = _listed(sizes, unit)
-    if wanted is not None:
-        name = ALL if wanted == ALL else _find(wanted, sizes)
+    if requested is not None:
+        name = ALL if requested == ALL else _find(requested, sizes)
         if name is None:
-            raise UsageError(f"--split {wanted}: {where} has only the splits {listed}{nearest(wanted, sizes)}")
+            raise UsageError(f"--split {requested}: {where} has only the splits {listed}{nearest(requested, sizes)}")
     else:
         name = next(filter(None, (_find(name, sizes) for name in order)), None)
         name = name or (next(iter(sizes)) if len(sizes) == 1 else None)
@@ -106,11 +106,11 @@ def choose(where: object, sizes: Mapping[str, int], wanted: str | None, order: S
     return Choice(name, f"{taken} — choose another with --split NAME")
 
 
-def _find(wanted: str, names: Iterable[str]) -> str | None:
-    """The split of this name or, where that is only one, of this meaning (`val` for `validation`)."""
-    if wanted in names:
-        return wanted
-    meant = split_of(PurePath(wanted))
+def _find(requested: str, names: Iterable[str]) -> str | None:
+    """The split of this name or, if unique, of this meaning (`val` for `validation`)."""
+    if requested in names:
+        return requested
+    meant = split_of(PurePath(requested))
     same = [name for name in names if meant and split_of(PurePath(name)) == meant]
     return same[0] if len(same) == 1 else None
 

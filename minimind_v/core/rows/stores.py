@@ -1,4 +1,4 @@
-"""The kinds of files and folders that rows are read from, and the one function that opens any of them."""
+"""The kinds of files and folders of rows, and the one function that opens them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from minimind_v.core.rows.row import OpenedRows, RowStore
 from minimind_v.core.rows.splits import LEARN
 from minimind_v.core.rows.strangers import no_set
 
-# Opens a path, given where the pictures are, which split is asked for, and the order of splits where none is.
+# Opens a path, given the pictures, the requested split, and the order of splits without a request.
 Open = Callable[[Path, Path | None, str | None, Sequence[str]], OpenedRows]
 
 
 @dataclass(frozen=True)
 class Store:
-    """One kind: what it is called, which files or folders it is, and what opens them."""
+    """A kind of files or folders: its name, how to recognise it, and how to open it."""
 
     name: str
     files: str  # as docs/data.md has it
@@ -37,9 +37,8 @@ def open_rows(
 ) -> RowStore:
     """Open rows with the first of STORES that recognises the path.
 
-    `images` holds the pictures, where they do not stand in the rows. Of a set that has several splits one is read, and
-    `say` reports which: `split` or, where that is None, the first of `order`. Opening reads no row. Raises
-    MissingInput, DataError or UsageError.
+    `images` holds the pictures that are not in the rows. Of several splits, `split` is read or, where that is None, the
+    first of `order`; `say` reports it. Opening reads no row. Raises MissingInput, DataError or UsageError.
     """
     find_rows(data)
     store = find_store(data) or (JSON if data.is_file() else None)
@@ -59,7 +58,7 @@ def find_store(data: Path) -> Store | None:
 
 
 def find_rows(data: Path) -> Path:
-    """The file or folder of rows, if it is there. Raises MissingInput with the name beside it that is most like it."""
+    """Return the file or folder of rows. Raises MissingInput, with the most similar name, where it does not exist."""
     if data.is_dir() or data.is_file():
         return data
     try:
@@ -92,12 +91,12 @@ def _ends_with(*endings: str) -> Callable[[Path], bool]:
 
 
 def _holds(ending: str) -> Callable[[Path], bool]:
-    """Whether a path is a file with this ending, or a folder of such."""
+    """Whether a path is a file with this ending, or a folder with such files."""
     return lambda path: any(path.rglob(f"*{ending}")) if path.is_dir() else path.suffix == ending
 
 
 def _with(module: str, name: str, splits: bool = True) -> Open:
-    """Opens with a class or function of this package, which is imported only then: some take a second."""
+    """Open with a class or function of this package, imported late: some imports take a second."""
 
     def opens(data: Path, images: Path | None, split: str | None, order: Sequence[str]) -> OpenedRows:
         opener = getattr(importlib.import_module(f"minimind_v.core.rows.{module}"), name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, how_to_get
 
 WORKBOOK = "this is an Excel workbook — save it as CSV UTF-8"
-STRANGERS = {  # first bytes of files that are something else than rows or a zip
+STRANGERS = {  # first bytes of files that are neither rows nor a zip
     b"\x1f\x8b": "this is a gzip archive — unpack it first",
     b"7z\xbc\xaf": "this is a 7z archive — unpack it first",
     b"Rar!": "this is a RAR archive — unpack it first",
@@ -19,10 +19,10 @@ STRANGERS = {  # first bytes of files that are something else than rows or a zip
     b"\xff\xfe": "this is text in UTF-16 — save it as UTF-8",
     b"\xfe\xff": "this is text in UTF-16 — save it as UTF-8",
 }
-TAR = slice(257, 262)  # where a tar archive says that it is one
+TAR = slice(257, 262)  # the bytes of a tar archive's signature
 WEIGHTS = "these are model weights, not a data file"
 PICTURE = "this is a picture file, not a data file"
-NO_ROWS = {  # first bytes of files that belong to `mmv`, in another place
+NO_ROWS = {  # first bytes of files that other options take
     b"GGUF": WEIGHTS,
     b"\x89PNG": PICTURE,
     b"\xff\xd8\xff": PICTURE,
@@ -35,17 +35,14 @@ NO_ROWS = {  # first bytes of files that belong to `mmv`, in another place
 
 
 def stand_in(path: Path) -> str | None:
-    """What was saved in the place of a data file, where its beginning shows that."""
+    """What was saved instead of a data file, judged by its beginning; None for nothing wrong."""
     with path.open("rb") as file:
         raw = file.read(512)
     for beginning, meaning in STRANGERS.items():
         if raw.startswith(beginning):
-            packed_tar = beginning == b"\x1f\x8b" and path.name.endswith((".tar", ".tar.gz", ".tgz"))
-            return (
-                ("this is a compressed tar archive — decompress it first; a .tar is read in place")
-                if packed_tar
-                else meaning
-            )
+            if beginning == b"\x1f\x8b" and path.name.endswith((".tar", ".tar.gz", ".tgz")):
+                return "this is a compressed tar archive — decompress it first; a .tar is read in place"
+            return meaning
     if raw[TAR] == b"ustar" and path.suffix != ".tar":
         return "this is a tar archive — give it a name that ends in .tar"
     if raw.startswith(b"PAR1") and path.suffix != ".parquet":
@@ -59,7 +56,7 @@ def stand_in(path: Path) -> str | None:
 
 
 def no_rows(path: Path) -> str | None:
-    """What a file is that was named in the place of rows, where its beginning shows that, and where it belongs."""
+    """What was given instead of rows, judged by its beginning, and where it belongs; None for nothing wrong."""
     if zipfile.is_zipfile(path):
         return _of_zip(path)
     with path.open("rb") as file:
@@ -93,7 +90,7 @@ def _of_zip(path: Path) -> str:
 
 
 def no_set(folder: Path) -> str:
-    """Why a folder holds no rows that are read, and what is to be done with what it holds."""
+    """Why a folder is not a data set, and the next step."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     rows = [path for path in files if path.name.endswith(ROWS)]
     if rows:

@@ -10,7 +10,7 @@ from minimind_v.core.rows.row import Row, RowStore
 
 
 class SampledRows:
-    """Rows of a store by their indices [rows], in that order: `shuffled` leaves it, since it is one already."""
+    """Rows of a store by their indices [rows]; `shuffled` keeps their order, which is already random."""
 
     def __init__(self, rows: RowStore, indices: np.ndarray) -> None:
         self.path = rows.path
@@ -35,8 +35,8 @@ class SampledRows:
     def number(self, index: int) -> int:
         return self._rows.number(int(self._indices[index]))
 
-    def place(self, index: int) -> str:
-        return self._rows.place(int(self._indices[index]))
+    def location(self, index: int) -> str:
+        return self._rows.location(int(self._indices[index]))
 
     def row(self, index: int) -> Row:
         return self._rows.row(int(self._indices[index]))

@@ -22,18 +22,18 @@ from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.unread import FILE
 from minimind_v.core.wording import plural
 
-RECORD_LIMIT = 2**25  # bytes of a record; what is longer has a quote that is not closed
-PIECE = 2**20  # bytes of a line that is too long, read together
+RECORD_LIMIT = 2**25  # bytes of a record; a longer record has an open quote
+PIECE = 2**20  # bytes of a too long line that are read together
 BOM, BLANK = b"\xef\xbb\xbf", b"\r\n"
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 TEXTS = {*CAPTIONS, *QUESTIONS, *(key for keys in QUESTIONS.values() for key in keys)}
-KEYS = {*TALKS, "texts", *TEXTS, *PICTURES, *ALTERNATIVES}  # which may be written in capitals
-SINGLE = {key for key in TEXTS if not key.endswith("s")}  # columns of text, which may well stand in brackets
+KEYS = {*TALKS, "texts", *TEXTS, *PICTURES, *ALTERNATIVES}  # also recognised in capitals
+SINGLE = {key for key in TEXTS if not key.endswith("s")}  # columns of text, where brackets are not JSON
 QUOTED_NAMES = re.compile(r"\[\s*'[^'\"]*'(?:\s*,\s*'[^'\"]*')*\s*\]")  # a list as Python prints it
 
 
 class CsvRows(TextRows):
-    """Rows of a CSV or TSV file. Of each only its offset and its line are kept: 16 bytes."""
+    """Rows of a CSV or TSV file. The index keeps offset and line of each: 16 bytes."""
 
     kind = "CSV records: offset, line"
 
@@ -64,13 +64,13 @@ class CsvRows(TextRows):
 
     @cached_property
     def _separator(self) -> str:
-        """That which stands most often in the first line."""
+        """The most frequent separator of the first line."""
         bare = re.sub(r'"[^"]*"', "", self._first_line.decode("latin-1"))
-        return max(SEPARATORS, key=bare.count)  # of equals the first: a single column has none of them
+        return max(SEPARATORS, key=bare.count)  # tabs for a single column, which has no separator
 
     @cached_property
     def _columns(self) -> list[str]:
-        """The names of the columns, empty where there is none. Raises DataError."""
+        """The names of the columns; an unnamed column has an empty name. Raises DataError."""
         where = f"{self.path}: its first line"
         try:
             cells = next(csv.reader([self._first_line.decode()], delimiter=self._separator, strict=True), [])
@@ -127,13 +127,12 @@ class CsvRows(TextRows):
         return {name: _value(name, cell) for name, cell in zip(names, cells, strict=True) if name}
 
     def _cells(self, text: str) -> list[str]:
-        trouble = ""
         try:
             csv.field_size_limit(RECORD_LIMIT)
             return next(csv.reader(io.StringIO(text, newline="\n"), delimiter=self._separator, strict=True), [])
         except csv.Error as error:
             trouble = str(error)
-        if self._separator == "\t":  # many are written without quoting, and have quotes that are only quotes
+        if self._separator == "\t":  # many TSV files do not quote: a quote is a letter
             cells = text.rstrip("\r\n").split("\t")
             if len(cells) == len(self._columns):
                 return cells
@@ -143,12 +142,12 @@ class CsvRows(TextRows):
 
 
 def _records(file: BinaryIO, separator: str) -> Iterator[tuple[int, int]]:
-    """Offset and line of every record that is not blank. Of one that is broken only its first line is taken."""
+    """Offset and line of every record that is not blank. A broken record ends at its first line."""
     csv.field_size_limit(RECORD_LIMIT)
     begin, line = len(BOM) if file.read(len(BOM)) == BOM else 0, 1
     while True:
         file.seek(begin)
-        end = [begin]  # of what was read
+        end = [begin]  # of the lines read
         reader = csv.reader(_lines(file, end), delimiter=separator, strict=True)
         try:
             first = line
@@ -168,7 +167,7 @@ def _records(file: BinaryIO, separator: str) -> Iterator[tuple[int, int]]:
 
 
 def _lines(file: BinaryIO, end: list[int]) -> Iterator[str]:
-    """The lines of a file, a character for each byte; `end` is where the last of them ends."""
+    """The lines of a file, a character per byte; `end` receives the offset of the end of the last line."""
     while data := file.readline(RECORD_LIMIT + 1):
         if len(data) > RECORD_LIMIT:
             raise csv.Error("the line is too long")
@@ -177,7 +176,7 @@ def _lines(file: BinaryIO, end: list[int]) -> Iterator[str]:
 
 
 def _value(name: str, cell: str) -> Any:
-    """A cell: none where it is empty, and a list or a record where it is JSON and its column is not one of text."""
+    """A cell: None if empty, a list or a record if it is JSON and not in a column of text."""
     text = cell.strip()
     if not text:
         return None

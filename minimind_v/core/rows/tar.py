@@ -1,7 +1,7 @@
 """Tar archives, read in place: WebDataset shards as rows, and picture files by name.
 
-Members of one key, which is their path up to the first dot of the file name, are one sample: `000.jpg`, `000.txt` and
-`000.json`. Where each sample begins is found once; its headers are read again whenever the row is.
+Members with one key, their path up to the first dot of the file name, form one sample: `000.jpg`, `000.txt` and
+`000.json`. The index keeps the start of each sample; each access to a row reads its headers again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import Index
 from minimind_v.core.rows.members import hash_name
 from minimind_v.core.rows.names import PicturePath
-from minimind_v.core.rows.pictures import ArchivePictures, open_pictures, refuse_climbing
+from minimind_v.core.rows.pictures import ArchivePictures, open_pictures
 from minimind_v.core.rows.row import NO_NAME, Reopened, Row, check_size, image_names, parse_json
 from minimind_v.core.rows.shards import ShardedRows
 from minimind_v.core.rows.splits import LEARN, Choice, shards_of
@@ -30,7 +30,7 @@ from minimind_v.core.wording import plural
 
 MOST = 1000  # members of a sample
 TEXT_LIMIT = 2**24  # bytes of a sample's text
-OFFSET_BITS = 40  # of a sample's place: a terabyte; the bits above are the number of its shard
+OFFSET_BITS = 40  # of a sample's offset: a terabyte; the bits above are the number of its shard
 PICTURES_KIND = "tar members: hash of a reading of the folded file name, place of the header"  # of the index
 KIND = "tar samples: shard and offset, length"  # of the index
 NAMES = {"image", "images"}  # keys of a sample's JSON that may name its pictures
@@ -40,10 +40,12 @@ NAMES = {"image", "images"}  # keys of a sample's JSON that may name its picture
 
 
 class TarPictures(ArchivePictures[Member]):
-    """Pictures in a tar, by the names by which those in a zip are found."""
+    """Pictures in a tar, found by the same names as in a zip."""
+
+    damage = (DamagedTar, OSError, StopIteration)
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError where the file is no tar, or damaged; of one that is cut off the whole members are there."""
+        """Raises DataError where the file is damaged or not a tar; a cut off tar keeps its whole members."""
         if trouble := stand_in(path):
             raise DataError(f"{path}: {trouble}")
         super().__init__(path, PICTURES_KIND, "pictures")
@@ -58,19 +60,11 @@ class TarPictures(ArchivePictures[Member]):
                 raise DataError(f"{self.path}: damaged ({error}) — download it again") from None
 
     def _namesakes(self, last: str) -> dict[str, Member]:
-        members = [next(read_members(self.handle, place)) for place in self._places(last)]
+        members = [next(read_members(self.handle, offset)) for offset in self._offsets(last)]
         return {"/".join(PicturePath.of(member.name).names): member for member in members}
 
     def read(self, name: str) -> bytes:
-        """Found at its path in the archive, below any folders, as long as one member fits best."""
-        refuse_climbing(name)
-        try:
-            member = self._find(name)
-            hint = "" if member else self._hint(name)
-        except (DamagedTar, OSError, StopIteration) as error:
-            raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
-        if member is None:
-            raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
+        member = self._member(name)
         if member.trouble:
             raise RowError(f"{name}: {member.trouble}, in {self.path}", "picture broken")
         check_size(name, member.size)
@@ -81,14 +75,14 @@ class TarPictures(ArchivePictures[Member]):
 
 
 class TarRows(ShardedRows):
-    """The samples of a WebDataset shard, or of those of a folder that are of one split."""
+    """The samples of one WebDataset shard, or of the shards of one split in a folder."""
 
     file_kind = "WebDataset"
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
     ) -> None:
-        """`images` serves samples that only name their pictures; `split` and `order` say which shards of a folder.
+        """`images` holds pictures that samples only name; `split` and `order` select the shards of a folder.
 
         Raises DataError, MissingInput or UsageError.
         """
@@ -103,7 +97,7 @@ class TarRows(ShardedRows):
         self._ends = np.searchsorted(self._index.array[0], shards)  # of each file, in rows
 
     def _find_samples(self) -> np.ndarray:
-        """Shard and offset, and the length, of every sample that may be a row."""
+        """Shard and offset, and length, of every sample that may be a row."""
         starts: list[int] = []
         lengths: list[int] = []
         texts = False
@@ -137,26 +131,23 @@ class TarRows(ShardedRows):
         check_size(name, member.size)
         return self._read(index, member)
 
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(len(self))
-
     def _read(self, index: int, member: Member) -> bytes:
         if member.trouble:
             raise RowError(f"{member.name}: {member.trouble}", "tar")
         return read_exactly(self._opened[self._at(index)[0]].handle, member)
 
     def _members(self, index: int) -> dict[str, Member]:
-        """The members of a sample by what they are of it. Raises RowError."""
+        """The members of a sample by their ending. Raises RowError."""
         start, length = (int(number) for number in self._index.array[:, index])
         start &= (1 << OFFSET_BITS) - 1
         members: dict[str, Member] = {}
         sample = ""
         try:
             for member in read_members(self._opened[self._at(index)[0]].handle, start, start + length):
-                key, what = member.key
+                key, kind = member.key
                 sample = sample or key
                 if key and key == sample:
-                    members[what] = member
+                    members[kind] = member
                 if len(members) > MOST:
                     raise RowError(f"more than {MOST} members of one sample", "tar")
         except (DamagedTar, OSError) as error:
@@ -164,19 +155,19 @@ class TarRows(ShardedRows):
         return members
 
     def _sample(self, index: int) -> tuple[dict[str, Any], list[tuple[str, Member]]]:
-        """What a sample says, and its pictures with their names. Raises RowError."""
+        """The fields of a sample, and its pictures with their names. Raises RowError."""
         members = self._members(index)
         for member in members.values():
             if member.trouble:
                 raise RowError(f"{member.name}: {member.trouble}", "tar")
         fields = self._parse(index, members["json"]) if "json" in members else {}
-        texts = [what for what in members if what == "txt"] or [what for what in members if what.endswith(".txt")]
+        texts = [kind for kind in members if kind == "txt"] or [kind for kind in members if kind.endswith(".txt")]
         if len(texts) > 1:
-            raise RowError(f"several texts ({', '.join(members[what].name for what in texts)})", "tar")
+            raise RowError(f"several texts ({', '.join(members[kind].name for kind in texts)})", "tar")
         if texts and not any(fields.get(key) for key in (*TALKS, "texts")):
             fields["caption"] = self._text(index, members[texts[0]])
-        pictures = [member for what, member in members.items() if f".{what.rpartition('.')[2]}" in PICTURE_ENDINGS]
-        unread = [member.name for what, member in members.items() if what not in ("json", *texts)]
+        pictures = [member for kind, member in members.items() if f".{kind.rpartition('.')[2]}" in PICTURE_ENDINGS]
+        unread = [member.name for kind, member in members.items() if kind not in ("json", *texts)]
         if unread and not pictures:
             raise RowError(
                 f"{unread[0]} is not supported: images ({', '.join(PICTURE_ENDINGS)}), a caption in .txt, and fields "
@@ -203,18 +194,18 @@ class TarRows(ShardedRows):
 
 
 def _samples(path: Path, file: Any) -> Iterator[tuple[int, int, bool]]:
-    """Begin, end and whether there is a text of each sample of an archive. Raises DataError where that is damaged."""
+    """Start and end of each sample of an archive, and whether it has a text. Raises DataError for a damaged archive."""
     sample, start, end, useful, has_text = "", 0, 0, False, False
     try:
         for member in read_members(file):
-            key, what = member.key
+            key, kind = member.key
             if not key:
                 continue
             if key != sample:
                 if useful:
                     yield start, end, has_text
                 sample, start, useful, has_text = key, member.start, False, False
-            ending = f".{what.rpartition('.')[2]}"
+            ending = f".{kind.rpartition('.')[2]}"
             text = ending in (".txt", ".json")
             end, useful, has_text = member.end, useful or text or ending in PICTURE_ENDINGS, has_text or text
     except DamagedTar as error:
@@ -222,13 +213,13 @@ def _samples(path: Path, file: Any) -> Iterator[tuple[int, int, bool]]:
             raise DataError(f"{path}: damaged ({error}) — download it again") from None
         if useful:
             yield start, end, has_text
-        start, end, useful = error.at, error.at + BLOCK, True  # a row of its own, which is broken
+        start, end, useful = error.at, error.at + BLOCK, True  # a broken row of its own
     if useful:
         yield start, end, has_text
 
 
 def _in_order(pictures: list[Member], fields: dict[str, Any]) -> list[tuple[str, Member]]:
-    """The pictures of a sample with their names, in the order in which its fields name them, else as they stand."""
+    """The pictures of a sample with their names, in the order of its fields, else in the order of the archive."""
     named = next((value for key in sorted(NAMES) if (value := fields.get(key))), None)
     texts = isinstance(named, str) or (isinstance(named, list) and all(isinstance(name, str) for name in named))
     names = image_names(named) if texts else []

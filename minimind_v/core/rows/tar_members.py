@@ -21,7 +21,7 @@ LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an archive that is no folder; `trouble` says why its bytes cannot be read."""
+    """A member of an archive, not a folder; `trouble` is the reason why its bytes cannot be read."""
 
     name: str
     start: int  # of its first header
@@ -35,7 +35,7 @@ class Member:
 
     @property
     def names(self) -> list[str]:
-        """The readings of its name: where that is no UTF-8, a Chinese system may have written it."""
+        """The readings of its name; one that is not UTF-8 may be GBK."""
         try:
             self.name.encode()
         except UnicodeEncodeError:
@@ -45,14 +45,14 @@ class Member:
 
     @property
     def key(self) -> tuple[str, str]:
-        """The sample that it belongs to and, in small letters, what it is of it; empty where it is of none."""
+        """The name of its sample and, in small letters, its ending; both empty where it belongs to no sample."""
         folder, slash, name = self.name.rpartition("/")
         stem, _, ending = name.partition(".")
         return (folder + slash + stem, ending.lower()) if stem and ending else ("", "")
 
 
 class DamagedTar(Exception):
-    """What is wrong with an archive, and from which byte on; `cut` where it is only too short."""
+    """Damage in an archive from byte `at` on; `cut` where the archive is only too short."""
 
     def __init__(self, message: str, at: int, cut: bool = False) -> None:
         super().__init__(f"{message}, at byte {at}")
@@ -60,7 +60,7 @@ class DamagedTar(Exception):
 
 
 def read_members(file: Any, begin: int = 0, end: int | None = None) -> Iterator[Member]:
-    """The members whose headers stand between two places of an archive. Raises DamagedTar."""
+    """The members whose headers begin between two offsets of an archive. Raises DamagedTar."""
     handle = file.fileno()
     length = os.fstat(handle).st_size
     at = begin
@@ -80,7 +80,7 @@ def read_members(file: Any, begin: int = 0, end: int | None = None) -> Iterator[
 
 
 def _read_member(handle: int, start: int, length: int) -> tuple[Member, bool]:
-    """The member whose first header begins there, and whether it is a folder or says something of others only."""
+    """The member whose first header begins at `start`, and whether it is a folder."""
     at, name = start, ""
     fields: dict[str, str] = {}
     for _ in range(CHAIN):
@@ -112,7 +112,7 @@ def _read_member(handle: int, start: int, length: int) -> tuple[Member, bool]:
 def _member(
     handle: int, info: tarfile.TarInfo, start: int, at: int, length: int, name: str, fields: dict[str, str]
 ) -> tuple[Member, bool]:
-    """What the last of a member's headers, and those before it, say together."""
+    """The member that its last header and the headers before it describe, and whether it is a folder."""
     name, data, size, trouble = fields.get("path") or name or info.name, at + BLOCK, info.size, ""
     if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in fields):
         trouble = "stored as a sparse file, which is not supported"
@@ -127,13 +127,13 @@ def _member(
     elif info.type not in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE):
         trouble = "not a file"
     if data + size > length:
-        there = max(length - data, 0)
-        trouble, size = f"cut off: the archive ends after {there:,} of {size:,} bytes", there
+        available = max(length - data, 0)
+        trouble, size = f"cut off: the archive ends after {available:,} of {size:,} bytes", available
     return Member(name, start, data, size, trouble), info.isdir()
 
 
 def _end_of_maps(handle: int, at: int) -> int:
-    """Where the data of a sparse member of the old kind begins: behind its maps."""
+    """The offset of the data of an old sparse member, behind its maps."""
     more = os.pread(handle, BLOCK, at)[482:483]
     at += BLOCK
     for _ in range(SPARSE_MAPS):
@@ -145,7 +145,7 @@ def _end_of_maps(handle: int, at: int) -> int:
 
 
 def _extended(body: bytes, at: int) -> dict[str, str]:
-    """The extended fields of a member: records of their length, a name and a value."""
+    """The extended fields of a member: records of a length, a name and a value."""
     fields: dict[str, str] = {}
     begin = 0
     while begin < len(body) and body[begin] != 0:

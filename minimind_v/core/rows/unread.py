@@ -1,7 +1,7 @@
 """Recognise rows that refer to images or videos in an unsupported way; training on them would ignore the image.
 
-Two things give a row away: a key whose name or value is that of a picture (`images`, `img_path`, `"file": "a.jpg"`),
-and a mark in the text of a question that is not `<image>` (`<img>a.jpg</img>`, `<image1>`, `<video>`, `<|image_pad|>`).
+Two signs: a key or value that names a picture (`images`, `img_path`, `"file": "a.jpg"`), and a mark other than
+`<image>` in the text of a question (`<img>a.jpg</img>`, `<image1>`, `<video>`, `<|image_pad|>`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEPTH, WIDTH = 4, 64  # how deep and how far a value is searched
 NAME_LIMIT = 4096  # characters of a text that could be a name
 
 SHOWN = re.compile("(?:image|img|picture|pic|photo|video|clip|frame|visual|jpg|jpeg|png)s?")
-# Words that may stand beside those: `image_path` names a picture whatever its value is, `image_width` does not.
+# Words that may occur beside those: `image_path` names a picture whatever its value, `image_width` does not.
 BESIDE = re.compile(
     "(?:path|file|filename|name|url|uri|link|href|src|id|bytes?|data|base|b|binary|raw|content|list|array|local|remote|"
     "main|first|second|third|left|right|query|input|original|full|hd)s?"
@@ -34,7 +34,7 @@ NOTHING = {"", "none", "null", "nan", "n/a", "na", "-", "[]", "{}", "false", "no
 _NAME = r"(?:image|img|picture|photo|video)"
 MARK = re.compile(
     rf"""
-      <img>[^<>\n]{{1,400}}</img>                          # Qwen-VL: the name stands in the text
+      <img>[^<>\n]{{1,400}}</img>                          # Qwen-VL: the name is in the text
     | <\|[\w\ -]{{0,30}}?(?:{_NAME}|vision)[\w\ -]{{0,30}}\|>  # <|image_1|>, <|vision_start|>, <|video_pad|>
     | <[\w\ -]{{0,30}}?{_NAME}[\w\ -]{{0,30}}/?>           # <video>, <image1>, <ImageHere>, <start_of_image>
     | <{_NAME}\ [^<>\n]{{0,400}}?=[^<>\n]{{1,400}}>         # <img src="a.jpg">
@@ -52,11 +52,11 @@ WEB_PAGE = re.compile(
 
 
 def refuse_unread(row: Row, columns: Mapping[str, Any] | None = None) -> Row:
-    """The row, if it names no picture or video in a way that is not read.
+    """Return the row. Raises RowError where it refers to a picture or video in an unsupported way.
 
-    `columns` are what else stands in the row and is not in `extra`. Raises RowError.
+    `columns` are the fields of the row that `extra` does not hold.
     """
-    if not isinstance(row.conversations, list):  # no conversation at all, which is told when it is checked
+    if not isinstance(row.conversations, list):  # the check of the conversation reports it
         return row
     for text in _questions(row.conversations):
         if mark := _unread_mark(text):
@@ -71,16 +71,15 @@ def refuse_unread(row: Row, columns: Mapping[str, Any] | None = None) -> Row:
                 if isinstance(value, bytes):
                     instead = "put the picture bytes into a column `image_bytes` (binary, or a list of binary)"
                 raise RowError(
-                    f"images or videos in `{key:.60}` are not supported: {instead}, and write <image> in the "
-                    f"text where each "
-                    "belongs",
+                    f"images or videos in `{key:.60}` are not supported: {instead}, and write <image> in the text "
+                    "where each belongs",
                     KIND,
                 )
     return row
 
 
 def _questions(conversations: list[Any]) -> Iterator[str]:
-    """The texts of all messages that are no answers: an answer may well speak of tags."""
+    """The texts of all messages but the answers: an answer may mention tags."""
     for message in conversations:
         if isinstance(message, dict) and message.get("role") != "assistant":
             content = message.get("content")
@@ -89,7 +88,7 @@ def _questions(conversations: list[Any]) -> Iterator[str]:
 
 
 def _rests(conversations: list[Any]) -> Iterator[dict[str, Any]]:
-    """What messages say besides who speaks and what."""
+    """The other fields of messages than role and content."""
     for message in conversations:
         if isinstance(message, dict) and len(message) > 2:
             yield {key: value for key, value in message.items() if key not in ("role", "content")}
@@ -110,7 +109,7 @@ def _unread_mark(text: str) -> str | None:
 
 
 def named_in(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """What names pictures or videos in a tree, or is one, by its key; `key` is what stands above the tree."""
+    """The values in a tree that name or hold pictures or videos, by their key; `key` is the key of the tree itself."""
     if isinstance(value, dict) and depth < DEPTH:
         for number, (inner, below) in enumerate(value.items()):
             if number < WIDTH:
@@ -123,12 +122,12 @@ def named_in(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 
 def _names_picture(key: str, value: Any) -> bool:
-    """Whether a value, by itself or under its key, names a picture or is one."""
-    parts = [_words(part) for part in key.split(".")]
-    while parts and not any(map(_is_shown, parts[0])):  # what stands above says nothing
-        parts.pop(0)
-    words = [word for part in parts for word in part]
-    shown, only = bool(words), all(_is_shown(word) or BESIDE.fullmatch(word) for word in words)
+    """Whether a value, by itself or by its key, names or holds a picture."""
+    levels = [_terms(level) for level in key.split(".")]
+    while levels and not any(map(_is_shown, levels[0])):  # the keys above say nothing
+        levels.pop(0)
+    terms = [word for level in levels for word in level]
+    shown, only = bool(terms), all(_is_shown(word) or BESIDE.fullmatch(word) for word in terms)
     if isinstance(value, bytes | bytearray | memoryview):
         return len(value) > 0 and (shown or bytes(value[:4]).startswith(BEGINNINGS))
     if isinstance(value, str):
@@ -138,12 +137,12 @@ def _names_picture(key: str, value: Any) -> bool:
         is_file = FILE.fullmatch(text) is not None and (shown or " " not in text)
         return (shown and only) or is_file or IN_TEXT.match(text) is not None
     if isinstance(value, int) and not isinstance(value, bool):
-        return shown and only and value >= 0 and not {"id", "ids"}.isdisjoint(words)
+        return shown and only and value >= 0 and not {"id", "ids"}.isdisjoint(terms)
     return False
 
 
-def _words(key: str) -> list[str]:
-    """`imagePath`, `image_path` and `IMAGE-PATHS2` alike."""
+def _terms(key: str) -> list[str]:
+    """The words of a key, in small letters: `imagePath`, `image_path` and `IMAGE-PATH2` have the same."""
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", key)
     return [word.lower() for word in re.findall(r"[^\W\d_]+", parted)]
 

@@ -1,6 +1,6 @@
 """Write rows as JSONL with a zip of picture files, or as parquet with the picture bytes.
 
-Each writes parts in a folder, whole or absent, and makes its files of them at the end.
+Each form writes chunks to a folder, whole or absent, and joins them into its files at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minimind_v.core.rows.names import PicturePath
 from minimind_v.core.rows.parquet import source_of
 from minimind_v.core.rows.row import NUMBERED, Row, names_as_text
 
-LONGEST = 2**15  # bytes of a member's name; a zip has room for twice as many
+LONGEST = 2**15  # bytes of a member's name; a zip allows twice as many
 SCHEMA = pa.schema(
     [
         ("conversations", pa.string()),
@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
     ]
 )
 ENDINGS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*": "tif"}
-# Pictures are compressed already.
+# Picture files are compressed already.
 COMPRESSION = {"conversations": "zstd", "image_bytes.list.element": "none", "image": "zstd", "extra": "zstd"}
 
 
@@ -43,21 +43,21 @@ class Whole:
 
 
 class Form(Protocol):
-    """A form that rows are written in."""
+    """A file format that rows are written in."""
 
-    files: list[Path]  # what it comes to
-    folder: Path  # of its parts
+    files: list[Path]  # the output
+    folder: Path  # of its chunks
 
     def __init__(self, out: Path, folder: Path) -> None: ...
 
-    def parts(self) -> Iterator[tuple[int, int]]:
-        """First row and number of rows of each whole part, in order."""
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """First row and number of rows of each whole chunk, in order."""
 
-    def write_part(self, begin: int, part: list[Whole]) -> None:
-        """Write some rows, the first of which is number `begin` from 0."""
+    def write_chunk(self, begin: int, chunk: list[Whole]) -> None:
+        """Write some rows; the first has number `begin`, from 0."""
 
     def finish(self) -> None:
-        """Make the files of the parts."""
+        """Join the chunks into the files."""
 
 
 def _named(folder: Path, ending: str) -> list[Path]:
@@ -65,18 +65,18 @@ def _named(folder: Path, ending: str) -> list[Path]:
 
 
 class Parquet:
-    """One file, a row group per part."""
+    """One file, a row group per chunk."""
 
     def __init__(self, out: Path, folder: Path) -> None:
         self.files, self.folder = [out], folder
 
-    def parts(self) -> Iterator[tuple[int, int]]:
+    def chunks(self) -> Iterator[tuple[int, int]]:
         for path in _named(self.folder, "parquet"):
             yield int(path.stem.split("-")[1]), pq.read_metadata(source_of(path)).num_rows
 
-    def write_part(self, begin: int, part: list[Whole]) -> None:
+    def write_chunk(self, begin: int, chunk: list[Whole]) -> None:
         cells: list[list[Any]] = [[], [], [], []]
-        for whole in part:
+        for whole in chunk:
             row = whole.row
             named = not all(NUMBERED.fullmatch(name) for name in row.images)
             names = names_as_text(row.images) if named else None
@@ -105,11 +105,11 @@ class JsonlZip:
         self.files, self.folder = [out, out.with_name(f"{name}_images.zip")], folder
         self._members: dict[str, tuple[int, int]] | None = None  # name → CRC and size
 
-    def parts(self) -> Iterator[tuple[int, int]]:
+    def chunks(self) -> Iterator[tuple[int, int]]:
         for path in _named(self.folder, "jsonl"):
             yield int(path.stem.split("-")[1]), path.read_bytes().count(b"\n")
 
-    def write_part(self, begin: int, part: list[Whole]) -> None:
+    def write_chunk(self, begin: int, chunk: list[Whole]) -> None:
         if self._members is None:
             self._members = {}
             for path in _named(self.folder, "zip"):
@@ -120,7 +120,7 @@ class JsonlZip:
 
         def write(file: Any) -> None:
             with zipfile.ZipFile(file, "w") as archive:
-                for number, whole in enumerate(part, begin + 1):
+                for number, whole in enumerate(chunk, begin + 1):
                     names = [
                         self._store(archive, name, data, f"{number:08d}" + f"_{position}" * (position > 1))
                         for position, (name, data) in enumerate(zip(whole.row.images, whole.pictures, strict=True), 1)
@@ -128,17 +128,16 @@ class JsonlZip:
                     image = {"image": names_as_text(names)} if names else {}
                     lines.append(as_json({"conversations": whole.row.conversations} | image | whole.row.extra))
 
-        write_atomically(archive_path, write)  # before its rows, whose being there says that the part is whole
+        write_atomically(archive_path, write)  # before its rows, which mark the chunk as whole
         write_text(archive_path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
 
     def _store(self, archive: zipfile.ZipFile, name: str, data: bytes, number: str) -> str:
-        """Put a picture in unless it is there, and return the name by which a row finds it: if possible its own.
+        """Store a picture unless the archive has it, and return its name for the row: if possible its own.
 
-        One without a name is called by its row's number; so is one that no member can be called. Another picture of a
-        name that is taken gets a new name.
+        A picture without a usable name gets its row's number as a name; a second picture of one name gets a new name.
         """
         assert self._members is not None
-        member = own = "/".join(part for part in PicturePath.of(name).names if part != "..")
+        member = own = "/".join(folder for folder in PicturePath.of(name).names if folder != "..")
         if NUMBERED.fullmatch(name) or not 0 < len(own.encode()) <= LONGEST:
             ending = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "bin")
             member = f"{number}.{ending}"
@@ -156,9 +155,9 @@ class JsonlZip:
         def write_pictures(file: Any) -> None:
             with zipfile.ZipFile(file, "w") as whole:
                 for path in _named(self.folder, "zip"):
-                    with zipfile.ZipFile(path) as part:
-                        for member in part.infolist():
-                            whole.writestr(zipfile.ZipInfo(member.filename), part.read(member))
+                    with zipfile.ZipFile(path) as chunk:
+                        for member in chunk.infolist():
+                            whole.writestr(zipfile.ZipInfo(member.filename), chunk.read(member))
 
         def write_rows(file: Any) -> None:
             for path in _named(self.folder, "jsonl"):
