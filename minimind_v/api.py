@@ -59,9 +59,9 @@ def load(
     >>> m.config.hidden_size
     128
     """
-    vision, words = _path(vision_model), _path(tokenizer)
-    weights = find_model(_path(path), vision, words, log.info)
-    return LoadedVLM(load_model(weights, vision, words, device, log.info))
+    vision, tokenizer_folder = _path(vision_model), _path(tokenizer)
+    weights = find_model(_path(path), vision, tokenizer_folder, log.info)
+    return LoadedVLM(load_model(weights, vision, tokenizer_folder, device, log.info))
 
 
 class LoadedVLM:

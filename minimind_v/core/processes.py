@@ -25,13 +25,13 @@ KILLED = 2.0  # seconds that a killed process may take; one that waits for a dea
 
 @dataclass(frozen=True)
 class Parent:
-    """A process that starts others: it passes `Parent.here()` to them, and each calls `end_with_it()` first."""
+    """A process that starts others: it passes `Parent.current()` to them, and each calls `end_with_it()` first."""
 
     pid: int
     lasting: bool = True  # whether the thread that starts them is there as long as the process
 
     @classmethod
-    def here(cls) -> Parent:
+    def current(cls) -> Parent:
         """Return the calling process."""
         return cls(os.getpid(), threading.current_thread() is threading.main_thread())
 

@@ -81,8 +81,8 @@ def resolve(
     preset = changes.pop("preset", "small")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"preset {preset!r} must be one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
-    if (told := changes.pop("stage", stage)) != stage:
-        raise UsageError(f"the configuration is for stage {told}, the command for {stage} — use one of the two")
+    if (yaml_stage := changes.pop("stage", stage)) != stage:
+        raise UsageError(f"the configuration is for stage {yaml_stage}, the command for {stage} — use one of the two")
     # The model comes first: the recipe names its files after its size.
     recipe = RECIPES[name]
     sizes = {key: value for key, value in changes.items() if key.startswith("model.")}
@@ -162,9 +162,9 @@ def images_beside(data: Path) -> Path | None:
         return None
     ending = next((ending for ending in ROWS if data.name.endswith(ending)), "")
     stem = data.with_name(data.name.removesuffix(ending).removesuffix("_data") + "_images")
-    places = (stem.with_name(stem.name + ".zip"), stem, stem.with_name(stem.name + ".tar"))
+    paths = (stem.with_name(stem.name + ".zip"), stem, stem.with_name(stem.name + ".tar"))
     of_metadata = data.parent if data.name in METADATA and os.path.isfile(data) else None
-    return next((path for path in places if os.path.exists(path)), of_metadata)  # of any name, also one too long
+    return next((path for path in paths if os.path.exists(path)), of_metadata)  # of any name, also one too long
 
 
 def to_yaml(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:
@@ -186,8 +186,8 @@ def _yaml_lines(tree: Mapping[str, Any], sources: Mapping[str, str], prefix: str
 
 def plain(config: RunConfig) -> dict[str, Any]:
     """A configuration as dicts, texts and numbers."""
-    found: dict[str, Any] = _plain(asdict(config))
-    return found
+    values: dict[str, Any] = _plain(asdict(config))
+    return values
 
 
 def _find_data(config: RunConfig) -> DataConfig:
@@ -211,23 +211,23 @@ def _find_init(config: RunConfig) -> Path | None:
         return None
     name, folders = config.init.name, (config.out, config.init.parent)
     names = (name, f"l{name}") if name.startswith("lm_") else (name,)
-    places = [folder / name for folder in folders for name in names]
+    paths = [folder / name for folder in folders for name in names]
     if name == weights_name("sft", config.model):
-        places += [folder / weights_name("pretrain", config.model) for folder in folders]
+        paths += [folder / weights_name("pretrain", config.model) for folder in folders]
     own = (config.out / weights_name(config.stage, config.model)).resolve()
-    return next((place for place in places if place.is_file() and place.resolve() != own), config.init)
+    return next((path for path in paths if path.is_file() and path.resolve() != own), config.init)
 
 
 def _change(config: Any, changes: Mapping[str, Any], files: Mapping[str, str], prefix: str = "") -> Any:
     """A configuration with some keys changed; `files` names the file that gave a key. Raises UsageError."""
     hints = typing.get_type_hints(type(config))
-    known = {item.name for item in fields(config)}
+    names = {item.name for item in fields(config)}
     values: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         name, dot, rest = key.partition(".")
         source = files.get(prefix + key, "")
-        if name not in known or bool(dot) != is_dataclass(getattr(config, name)):
+        if name not in names or bool(dot) != is_dataclass(getattr(config, name)):
             near = nearest(prefix + key, _keys(config, prefix))
             raise UsageError(f"{source}unknown configuration key {prefix}{key}{near}")
         if dot:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_v.core.demo import world
-from minimind_v.core.demo.world import Question, Scene, Thing
+from minimind_v.core.demo.world import Item, Question, Scene
 
 QUESTIONS = 8  # under one picture: the picture's tokens are the cost, the answers are the signal
 
@@ -68,7 +68,7 @@ def write_test(
         scene = world.make_scene(rng, held_out=held_out_pairs)
         if scene in known_scenes:
             continue
-        about = next((thing for thing in scene if thing.held_out), None)
+        about = next((item for item in scene if item.held_out), None)
         question = _pick(list(world.questions(scene, rng, about)), rng)
         entries.append((scene, [(question.text, question.answer)]))
         tests.append(Test(b"", question))
@@ -94,9 +94,9 @@ def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -
     for shape, colour in sorted(world.HELD_OUT):
         for held_out in (False, True):
             shown = scene(lambda scene: len(_of_shape(scene, shape, held_out)) == 1, held_out)  # noqa: B023
-            (thing,) = _of_shape(shown, shape, held_out)
+            (item,) = _of_shape(shown, shape, held_out)
             name = f"{colour}_{shape}" if held_out else shape
-            chosen.append((name, shown, world.ask("colour", shown, thing, "en")))
+            chosen.append((name, shown, world.ask("colour", shown, item, "en")))
     for count in (2, 3):
         shown = scene(lambda scene: len(scene) == count, False)  # noqa: B023
         chosen.append((f"{world.NUMBERS[count][0]}_objects", shown, world.ask("count", shown, None, "en")))
@@ -106,10 +106,10 @@ def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -
     return [(folder / f"{name}.jpg", question) for name, _, question in chosen]
 
 
-def _of_shape(scene: Scene, shape: str, held_out: bool) -> list[Thing]:
+def _of_shape(scene: Scene, shape: str, held_out: bool) -> list[Item]:
     """The things of a shape; empty if one is of the other kind of pair, so that `the star` is unique."""
-    things = [thing for thing in scene if thing.shape == shape]
-    return things if all(thing.held_out == held_out for thing in things) else []
+    items = [item for item in scene if item.shape == shape]
+    return items if all(item.held_out == held_out for item in items) else []
 
 
 def _pick(questions: list[Question], rng: random.Random) -> Question:

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 VISION: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
           "num_hidden_layers": 4, "num_attention_heads": 4}  # fmt: skip
 MASTERY = 0.95  # share of right answers at which the language model has read enough
-ATTRIBUTES = (list(world.SIZES), list(world.COLOURS), list(world.SHAPES), list(world.PLACES))
-WORDS = [word for words in ATTRIBUTES for word in words]  # what a patch can be said to be
+ATTRIBUTES = (list(world.SIZES), list(world.COLOURS), list(world.SHAPES), list(world.POSITIONS))
+WORDS = [word for attribute in ATTRIBUTES for word in attribute]  # what a patch can be said to be
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def make_tokenizer(out: Path) -> None:
         *(zh for zh, _ in world.COLOURS.values()),
         *(zh for zh, _ in world.SIZES.values()),
     ]
-    chinese += [zh for zh, _ in world.PLACES.values()] + [zh for _, zh in world.NUMBERS.values()]
+    chinese += [zh for zh, _ in world.POSITIONS.values()] + [zh for _, zh in world.NUMBERS.values()]
     chinese += [
         "有一个",
         "有几个物体",
@@ -139,9 +139,9 @@ def captioned_picture(rng: random.Random, held_out: bool = False) -> tuple[Tenso
     labels = np.zeros((patches * patches, len(WORDS)), dtype=np.float32)
     for patch, (which, share) in enumerate(zip(cover.argmax(0), cover.max(0), strict=True)):
         if share > 0.15:
-            thing, named = figures[which].thing, figures[which].named
-            said = (thing.size, thing.shape, thing.place, *([thing.colour] if named else []))
-            labels[patch, [WORDS.index(word) for word in said]] = 1
+            item, named = figures[which].item, figures[which].named
+            names = (item.size, item.shape, item.position, *([item.colour] if named else []))
+            labels[patch, [WORDS.index(name) for name in names]] = 1
     return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
@@ -264,7 +264,7 @@ class ChordBook:
             phrase_words = [
                 word
                 for lang in (world.LANGUAGES if language == "both" else (language,))
-                for word in figure.thing.words(lang)
+                for word in figure.item.names(lang)
             ]
             ids = [
                 id_
@@ -347,8 +347,8 @@ class Reader:
         mask = torch.tensor([row.loss_mask + [False] * (length - len(row)) for row in encoded])
         x = self.model.model.embed_tokens(ids)
         if not written_rows:
-            place = torch.tensor([row.image_mask + [False] * (length - len(row)) for row in encoded])
-            x = x.masked_scatter(place[..., None], self.sound(chords))
+            image_mask = torch.tensor([row.image_mask + [False] * (length - len(row)) for row in encoded])
+            x = x.masked_scatter(image_mask[..., None], self.sound(chords))
         return x, torch.where(mask, ids, IGNORE), ids
 
     def sound(self, chords: list[tuple[list[list[int]], list[float]]]) -> Tensor:

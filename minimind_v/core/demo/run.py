@@ -152,10 +152,12 @@ class Demo:
         dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs", "files")]
         _, scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
         _, more = write_sft(folder, dice[1], size.sft_rows)
-        seen = scenes | more
-        self.scenes_set, self.scenes = write_test(folder, "heldout_scenes", dice[2], size.test_rows, seen, False)
-        self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, seen, True)
-        written = write_pictures(self.out / PICTURES, dice[4], seen)
+        known_scenes = scenes | more
+        self.scenes_set, self.scenes = write_test(
+            folder, "heldout_scenes", dice[2], size.test_rows, known_scenes, False
+        )
+        self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, known_scenes, True)
+        written = write_pictures(self.out / PICTURES, dice[4], known_scenes)
         self.pictures = {path.stem: (path, question) for path, question in written}
 
     def _untrained(self) -> LoadedModel:
@@ -164,7 +166,11 @@ class Demo:
         return load(self.weights["lm_128"], self.vision, self.tokenizer, "cpu", new_projector=True)
 
     def _flags(self, stage: str) -> list[Any]:
-        return [part for flag, value in self._options(stage).items() for part in (f"--{flag.replace('_', '-')}", value)]
+        return [
+            argument
+            for flag, value in self._options(stage).items()
+            for argument in (f"--{flag.replace('_', '-')}", value)
+        ]
 
     def _options(self, stage: str) -> dict[str, Any]:
         data = self.dataset
@@ -271,12 +277,12 @@ class Demo:
         }
 
 
-def _command(*words: Any) -> str:
-    return shlex.join(["mmv", *map(str, words)])
+def _command(*arguments: Any) -> str:
+    return shlex.join(["mmv", *map(str, arguments)])
 
 
 def _answers(loaded: LoadedModel, tests: list[Test], pixels: list[Any]) -> list[str]:
-    questions = [Question(test.question.text, [seen]) for test, seen in zip(tests, pixels, strict=True)]
+    questions = [Question(test.question.text, [image]) for test, image in zip(tests, pixels, strict=True)]
     return [answer.strip() for answer in generate_many(loaded.model, loaded.tokenizer, questions, max_new_tokens=32)]
 
 

@@ -55,5 +55,5 @@ def batch_losses(model: VLM, batch: Batch, features: Tensor | None, dtype: str) 
     with autocast(model.device, dtype):
         out = model(**batch.tokens, image_features=features)
     assert out.loss_sum is not None
-    assert out.hits is not None
-    return BatchLosses(batch, out.loss_sum, out.hits)
+    assert out.correct is not None
+    return BatchLosses(batch, out.loss_sum, out.correct)

@@ -73,7 +73,7 @@ class Replay:
         The step must be the same one every time.
         """
         recording = self._recordings.get(cache)
-        if recording is None or not recording.fits(cache):
+        if recording is None or not recording.covers(cache):
             recording = self._recordings[cache] = Recording(cache, x)
         recording.prepare(x, positions, cache)
         return recording.read(step, self.record)
@@ -84,7 +84,7 @@ class Recording:
 
     def __init__(self, cache: KVCache, x: Tensor) -> None:
         self.rows, self.span = len(x), min(-(-cache.used // SPAN) * SPAN, cache.max_length)
-        self.keys, self.values = (part[..., : self.span, :] for part in (cache.keys, cache.values))
+        self.keys, self.values = (tensor[..., : self.span, :] for tensor in (cache.keys, cache.values))
         self.x = torch.empty_like(x)
         self.positions = torch.empty(self.rows, 1, dtype=torch.int64, device=x.device)
         self.column = torch.empty(1, dtype=torch.int64, device=x.device)
@@ -94,7 +94,7 @@ class Recording:
         self.steps = 0
         self.replay: Work | None = None
 
-    def fits(self, cache: KVCache) -> bool:
+    def covers(self, cache: KVCache) -> bool:
         """Whether the cache has these rows, and no more columns."""
         return cache.keys.shape[1] == self.rows and cache.used <= self.span
 
@@ -119,10 +119,10 @@ class Recording:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Columns' own."""
-        parts = self.keys[layer], self.values[layer]
-        for part, new in zip(parts, (keys, values), strict=True):
-            part.index_copy_(2, self.column, new)
-        return parts
+        tensors = self.keys[layer], self.values[layer]
+        for tensor, new in zip(tensors, (keys, values), strict=True):
+            tensor.index_copy_(2, self.column, new)
+        return tensors
 
     def _work(self, step: Step) -> None:
         logits = step(self.x, self.positions, self.mask, self)

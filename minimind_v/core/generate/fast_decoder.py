@@ -80,7 +80,7 @@ class FastDecoder:
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B or 1, T, 1, hd], the sines of first halves negative: what `rotated` needs."""
-        cos, sin = (part.transpose(1, 2) for part in self.rotary(positions))
+        cos, sin = (table.transpose(1, 2) for table in self.rotary(positions))
         sin[..., : sin.shape[-1] // 2].neg_()
         return cos, sin
 
@@ -173,7 +173,7 @@ class FastExperts:
         self.router = moe.gate
         self.reads_choice = moe.gate.weight.device.type == "cpu"  # elsewhere the host would have to wait for it
         self.experts = [FastFeedForward(expert, dtype) for expert in moe.experts]
-        self.shared = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
+        self.shared_experts = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, D] → [N, D]."""
@@ -186,9 +186,9 @@ class FastExperts:
                 out.add_(self.experts[number](x), alpha=weight)
         else:
             share = weights.new_zeros(len(x), len(self.experts)).scatter(1, chosen, weights).to(x.dtype)
-            for expert, part in zip(self.experts, share.unbind(1), strict=True):
-                out.addcmul_(expert(x), part[:, None])
-        for expert in self.shared:
+            for expert, weight in zip(self.experts, share.unbind(1), strict=True):
+                out.addcmul_(expert(x), weight[:, None])
+        for expert in self.shared_experts:
             out.add_(expert(x))
         return out
 

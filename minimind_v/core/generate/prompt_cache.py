@@ -113,10 +113,10 @@ def position_keys(input_ids: list[int], image_mask: list[bool], pictures: Sequen
     return positions
 
 
-def _common(one: PositionKeys, other: PositionKeys) -> int:
+def _common(first: PositionKeys, second: PositionKeys) -> int:
     """Length of the beginning that two prompts share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 # --- one for every model ----------------------------------------------------------------------------------------------

@@ -21,15 +21,15 @@ class Output:
 
     logits: Tensor | None  # [B, K, V] for the last K positions
     loss_sum: Tensor | None  # sum over supervised tokens: a step divides by those of all its micro-batches
-    hits: Tensor | None  # [S], for each supervised token in reading order: was it the likeliest
+    correct: Tensor | None  # [S], for each supervised token in reading order: was it the likeliest
     aux_loss: Tensor  # expert balance, a mean over rows; 0 for a dense model
 
     @property
     def loss(self) -> Tensor:
         """Mean loss of this batch's supervised tokens plus the auxiliary loss."""
         assert self.loss_sum is not None, "a loss needs labels"
-        assert self.hits is not None
-        return self.loss_sum / max(len(self.hits), 1) + self.aux_loss
+        assert self.correct is not None
+        return self.loss_sum / max(len(self.correct), 1) + self.aux_loss
 
 
 class VLM(nn.Module):
@@ -105,10 +105,10 @@ class VLM(nn.Module):
         positions = supervised(labels)  # [S]
         hidden, aux_loss = self.model(x, attention_mask, cache, positions)  # [S, D]
         targets = labels.flatten()[positions + 1]  # [S]
-        loss_sum, hits = supervised_loss(self.lm_head(hidden), targets)
+        loss_sum, correct = supervised_loss(self.lm_head(hidden), targets)
         if torch.is_grad_enabled() and not loss_sum.requires_grad:  # only the projector trains, and there is no image
             loss_sum = loss_sum + 0 * sum(weight.sum() for weight in self.vision_proj.parameters())
-        return Output(None, loss_sum, hits, aux_loss)
+        return Output(None, loss_sum, correct, aux_loss)
 
     def embed(
         self,
@@ -139,11 +139,11 @@ class VLM(nn.Module):
         counts = image_mask.sum(dim=1) / tokens  # pictures per row [B]
         for row, count in enumerate(counts.tolist()):
             if (per_row is not None and count != per_row) or count != int(count):
-                wanted = "a whole number of" if per_row is None else per_row
-                raise ValueError(f"row {row} has placeholders for {count:g} images, but {wanted} images")
+                expected = "a whole number of" if per_row is None else per_row
+                raise ValueError(f"row {row} has placeholders for {count:g} images, but {expected} images")
         if int(counts.sum()) != len(features):
-            found = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
-            raise ValueError(f"{len(features)} images for these placeholders: {found}")
+            row_counts = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
+            raise ValueError(f"{len(features)} images for these placeholders: {row_counts}")
         return x.masked_scatter(image_mask[..., None], embeddings.flatten(0, 1))  # [B, T, D]
 
 

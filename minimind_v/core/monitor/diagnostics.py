@@ -288,8 +288,8 @@ def overfitting(history: History) -> str | None:
     rising = all(later.loss > earlier.loss for earlier, later in zip(since[-4:], since[-3:], strict=False))
     if len(since) < 4 or not rising or since[-1].loss < 1.01 * best.loss:
         return None
-    there = best.step - history.start.done
-    before, now = _mean(history.losses[max(0, there - FEW) : max(there, FEW)]), history.recent
+    best_step = best.step - history.start.done
+    before, now = _mean(history.losses[max(0, best_step - FEW) : max(best_step, FEW)]), history.recent
     if not now < before:
         return None
     figures = (

@@ -64,13 +64,13 @@ def start(done: int, processes: int) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of this package, Python, and what decides numbers."""
-    found = {"mmv": __version__, "python": platform.python_version()}
+    by_package = {"mmv": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            by_package[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 def machine() -> dict[str, Any]:
@@ -92,9 +92,9 @@ def _gpus() -> list[str]:
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of the code and whether files differ from it; None where it does not come from a repository."""
 
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
         return done.stdout.strip()
 

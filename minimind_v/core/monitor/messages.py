@@ -133,10 +133,10 @@ def recalled(
     return messages, warnings
 
 
-def not_finite(loss: float, grad_norm: float, places: Sequence[str]) -> str:
+def not_finite(loss: float, grad_norm: float, rows: Sequence[str]) -> str:
     """A step that was skipped, and the rows that it was made of."""
-    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    return f"loss {loss:g}, gradient norm {grad_norm:g}: step skipped; its rows: {', '.join(places[:NAMED])}{more}"
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return f"loss {loss:g}, gradient norm {grad_norm:g}: step skipped; its rows: {', '.join(rows[:NAMED])}{more}"
 
 
 class BrokenRows:
@@ -220,4 +220,4 @@ def explained(config: RunConfig) -> Iterator[None]:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch, or a library that it calls, says that there is no memory left, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in NO_MEMORY)

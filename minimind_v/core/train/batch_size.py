@@ -56,8 +56,8 @@ class Gauge:
             ):
                 bounds = [line for name in (limit, used) for line in self._lines(group / name)[:1]]
                 if len(bounds) == 2 and bounds[0].isdigit():  # and not `max`
-                    fields = (line.split() for line in self._lines(group / "memory.stat"))
-                    cached = sum(int(words[1]) for words in fields if words[0] == idle)
+                    lines_of_fields = (line.split() for line in self._lines(group / "memory.stat"))
+                    cached = sum(int(fields[1]) for fields in lines_of_fields if fields[0] == idle)
                     yield int(bounds[0]) - int(bounds[1]) + cached
 
     def _address_space(self) -> list[int]:
@@ -79,8 +79,8 @@ class Gauge:
 
     def _fields(self, name: str) -> dict[str, int]:
         """`Name:  123 kB`, in bytes."""
-        words = [line.split() for line in self._lines(name)]
-        return {row[0].rstrip(":"): int(row[1]) * 1024 for row in words if row[-1] == "kB"}
+        rows = [line.split() for line in self._lines(name)]
+        return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if row[-1] == "kB"}
 
     def _lines(self, name: str | Path) -> list[str]:
         try:
@@ -108,12 +108,12 @@ def find_batch_size(
     with _discarded(device):
         trial = make_trial(config, device)
         if device.type == "cpu":
-            fitting, why = _by_measure(trial, sizes, world, config.gpus, gauge or Gauge())
+            largest, why = _by_measure(trial, sizes, world, config.gpus, gauge or Gauge())
         else:
-            fitting, why = _by_trial(trial, sizes, world.size > 1)
+            largest, why = _by_trial(trial, sizes, world.size > 1)
         del trial
-    size = int(min(answer for (answer,) in world.gather([fitting])))
-    if size < fitting:
+    size = int(min(answer for (answer,) in world.gather([largest])))
+    if size < largest:
         why = "another process has no memory for more"
     of = f"the {rows} rows of a step" + ("" if world.size == 1 else " per process")
     config = replace(config, data=replace(config.data, batch_size=size), accumulate=rows // size)
@@ -138,10 +138,10 @@ def _by_trial(trial: Trial, sizes: Sequence[int], several: bool) -> tuple[int, s
     # What a run holds besides: its optimiser's moments, its gradients once more on their way to others.
     besides = (trial.moments * 3 // 2 if several else trial.moments) + int(total * GPU_HEADROOM)
     for size in sizes:
-        fits = _goes_through(trial, size, besides)
+        in_memory = _goes_through(trial, size, besides)
         gc.collect()
         torch.cuda.empty_cache()
-        if fits:
+        if in_memory:
             return size, f"measured with rows of {trial.length} tokens on {total / GIB:.1f} GiB"
     raise RunError(
         f"out of memory — a single row of {trial.length} tokens does not fit into {total / GIB:.1f} GiB: "

@@ -75,17 +75,17 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     dataset = RowDataset(rows, prompts, spec.image_size, data.max_length, fit=spec.fit)
     tokens = keep_tokens(dataset, origin["data.file"], folder, listener.warning)
     common = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
-    held_out, learnt = None, None
+    held_out, train_rows = None, None
     if config.val_every:
         mask = world.broadcast(_hold_out(config, dataset, origin, folder, listener) if world.leads else None)
-        held_out, learnt = BatchPlan(dataset, data.batch_size, keep=mask, tokens=tokens, **common), ~mask
+        held_out, train_rows = BatchPlan(dataset, data.batch_size, keep=mask, tokens=tokens, **common), ~mask
     plan = BatchPlan(
         dataset,
         data.batch_size,
         seed=config.seed,
         epochs=config.epochs,
         rows_per_step=origin["rows_per_update"],
-        keep=learnt,
+        keep=train_rows,
         tokens=tokens,
         **common,
     )

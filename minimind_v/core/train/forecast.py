@@ -79,30 +79,30 @@ def plan(
     spec = projected(read_vision_spec(config.vision_model), config.projector)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
-    updates = min(outlook.updates, config.max_steps or outlook.updates)
-    first = min(outlook.updates // config.epochs, updates)  # in the epoch that encodes the images
-    watch, later, memory, disk = _measure(config, updates, first)
-    tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (updates, first))
+    steps = min(outlook.updates, config.max_steps or outlook.updates)
+    first = min(outlook.updates // config.epochs, steps)  # in the epoch that encodes the images
+    watch, later, memory, disk = _measure(config, steps, first)
+    tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (steps, first))
     time = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
     remembered = ", and once more with the features cached, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes assumed to be {config.gpus} times as fast as one" if config.gpus > 1 else ""
     most = "; the run stops when every answer is correct, so this is an upper limit" if config.until_right else ""
     forecast = Forecast(
         config.stage,
-        updates,
-        _of_run(outlook, updates, outlook.counted.used),
+        steps,
+        _of_run(outlook, steps, outlook.counted.used),
         tokens,
-        _of_run(outlook, updates, outlook.counted.supervised),
+        _of_run(outlook, steps, outlook.counted.supervised),
         time,
         memory,
         disk,
         price_per_hour,
         None if price_per_hour is None else price_per_hour * time / 3600,
         f"{watch.measured} steps of the real run, measured on this machine, reading included{remembered}: "
-        f"{time / updates:.2f} s per step of average length{several}; saving and validation are not included, "
+        f"{time / steps:.2f} s per step of average length{several}; saving and validation are not included, "
         f"and longer rows may need more memory{most}",
         [peak(config.lr), config.lr / 10],
-        too_little(config, len(rows), updates),
+        too_little(config, len(rows), steps),
         plain(config),
     )
     text = json.dumps(asdict(forecast), indent=1, ensure_ascii=False)
@@ -143,7 +143,7 @@ class Stopwatch(Listener):
         return (self.last.seconds - seconds) / max(self.last.tokens - tokens, 1)
 
 
-def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, Stopwatch, int, int]:
+def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stopwatch, int, int]:
     """A few steps of the real run, as they are in its first epoch, which has `first` steps, and in later ones.
 
     Besides what they held of memory, and what a whole run will have on the disk.
@@ -153,25 +153,25 @@ def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, St
         few = replace(
             config, out=Path(out), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
             recall_rows=0, track="none", gpus=1,
-            max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
+            max_steps=min(steps, max(first, max(WARM.values()) + ENOUGH)),
         )  # fmt: skip
         watch.run = run = assemble(few, watch)
         run.run()
         folder = RunFolder(few)
         state = sum(path.stat().st_size for path in folder.states.paths())
         best = folder.weights.stat().st_size if config.val_every else 0
-        saves = -(-updates // config.save_every) if config.save_every else 1
+        saves = -(-steps // config.save_every) if config.save_every else 1
         memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
-        if updates > first and run.train_step.features.store is not None:
+        if steps > first and run.train_step.features.store is not None:
             later = Stopwatch()
             later.run = assemble(replace(few, max_steps=run.progress.done), later, overwrite=True)
             later.run.run()
         return watch, later, memory, disk
 
 
-def _of_run(outlook: Outlook, updates: int, counted: int) -> int:
+def _of_run(outlook: Outlook, steps: int, counted: int) -> int:
     """What was counted in the rows looked at, for so many steps of the run."""
-    return round(counted / outlook.looked_at * outlook.seen_rows * updates / outlook.updates)
+    return round(counted / outlook.looked_at * outlook.seen_rows * steps / outlook.updates)
 
 
 # --- by made-up steps -------------------------------------------------------------------------------------------------

@@ -81,10 +81,10 @@ class Progress:
             if batch.trouble and batch.trouble not in self._troubles:
                 self._troubles.add(batch.trouble)
                 self.listener.warning(batch.trouble)
-        found = [row for batch in fetched or () for row in batch.broken]
+        broken_rows = [row for batch in fetched or () for row in batch.broken]
         numbers = [
             fetched is None,
-            len(found),
+            len(broken_rows),
             sum(batch.supervised for batch in usable),
             sum(map(len, usable)),
             sum(int(batch.attention_mask.sum()) for batch in usable),
@@ -95,7 +95,7 @@ class Progress:
         if stopped:
             return None
         if broken:
-            everyone = [row for of_process in self.world.gather_objects(found) for row in of_process]
+            everyone = [row for of_process in self.world.gather_objects(broken_rows) for row in of_process]
             self.broken.add(everyone, self.rows_read(step), self.listener.warning)
         notes = {note: count for note, count in zip(NOTES, noted, strict=True) if count}
         self._report_notes(step, rows, text_rows, notes)
@@ -129,8 +129,8 @@ class Progress:
         self.counts.bad += 1
         losses = zip(batches, result.batch_losses, strict=False)
         worst = [batch for batch, loss in losses if not math.isfinite(loss)] or batches
-        places = self.world.gather_objects([place for batch in worst for place in batch.places])
-        suspects = [place for of_process in places for place in of_process]
+        rows = self.world.gather_objects([row for batch in worst for row in batch.places])
+        suspects = [row for of_process in rows for row in of_process]
         self.listener.warning(f"step {step}: {not_finite(result.loss, result.grad_norm, suspects)}")
         if self.counts.skipped == min(PATIENCE, steps):
             raise RunError(

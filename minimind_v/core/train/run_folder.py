@@ -117,8 +117,8 @@ class RunFolder:
             sweep(weights)
             sweep(weights.with_suffix(".json"))
         for folder in (self.folder, self.states.folder):
-            for part in folder.glob(".*.tmp"):
-                sweep(part.with_name(part.name[1:].rsplit(".", 2)[0]))
+            for path in folder.glob(".*.tmp"):
+                sweep(path.with_name(path.name[1:].rsplit(".", 2)[0]))
 
     def next_step(self) -> str:
         """What to do about files that could not be written."""
@@ -135,15 +135,15 @@ class RunFolder:
         if overwrite and resume:
             raise UsageError("--overwrite starts a new run, --resume continues one — give only one of them")
         self._keep_others()
-        there = [path for path in (self.weights, *self.states.paths()) if path.exists()]
+        existing = [path for path in (self.weights, *self.states.paths()) if path.exists()]
         if resume and self.weights.exists() and not self.states.paths():
             raise UsageError(
                 f"{self.weights} exists, but {self.states.folder} has no state to resume from — "
                 "add --overwrite to replace it, or name another --out"
             )
-        if there and not overwrite and not resume:
+        if existing and not overwrite and not resume:
             raise UsageError(
-                f"{there[0]} exists from an earlier run — add --resume to continue it, --overwrite to replace it, "
+                f"{existing[0]} exists from an earlier run — add --resume to continue it, --overwrite to replace it, "
                 "or name another --out"
             )
         if not overwrite and not resume and any(read_lines(self.metrics)):

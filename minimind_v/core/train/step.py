@@ -92,7 +92,7 @@ class TrainStep:
                     loss = out.loss_sum / supervised + out.aux_loss * share
                     (loss * self.world.size).backward()  # gradients of several processes are averaged
                 losses[-1] += loss.detach()
-                correct += out.hits.sum()
+                correct += out.correct.sum()
         return [float(loss) for loss in losses], int(correct)
 
 

@@ -38,8 +38,8 @@ class Task:
 
     def add(self, losses: BatchLosses) -> None:
         """Score the answers of a batch."""
-        for place in losses.batch.places:
-            self.scores[place] = []
+        for row in losses.batch.places:
+            self.scores[row] = []
         for answer in losses.answers(self.end_id):
             self.scores[losses.batch.places[answer.row]].append(self.score(answer))
 

@@ -28,7 +28,7 @@ FAST: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
     "cuda": {MoEFeedForward: GroupedExperts},
     "mps": {Attention: AppleAttention, RMSNorm: AppleRMSNorm, ClipAttention: AppleClipAttention},
 }
-_PLAIN = {fast: slow for parts in FAST.values() for slow, fast in parts.items()}
+_PLAIN = {fast: slow for modules in FAST.values() for slow, fast in modules.items()}
 
 Module = TypeVar("Module", bound=nn.Module)
 
