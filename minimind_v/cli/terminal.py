@@ -179,10 +179,8 @@ class BytesProgress:
         self._last_line = (now, tenth)
         rate = (all_received - first) / (now - began) if now > began else 0.0
         left = f", {rate / 1e6:,.1f} MB/s, {(all_size - all_received) / rate:,.0f} s left" if rate else ""
-        share = all_received * 100 // max(all_size, 1)
-        self.say(
-            f"{file}: {received / 1e6:,.1f} of {size / 1e6:,.1f} MB; all {share}% of {all_size / 1e6:,.1f} MB{left}"
-        )
+        of_all = f"all {all_received * 100 // max(all_size, 1)}% of {all_size / 1e6:,.1f} MB"
+        self.say(f"{file}: {received / 1e6:,.1f} of {size / 1e6:,.1f} MB; {of_all}{left}")
 
     def _draw(self, name: str, received: int, size: int) -> None:
         if not self._bars:

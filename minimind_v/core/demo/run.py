@@ -55,10 +55,10 @@ class Size:
 
 
 FULL = Size()
-SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests: still sees, not as well
+SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests; less accurate
 
 
-PICTURES = "pictures"  # the folder of those that are left as files
+PICTURES = "pictures"  # the folder of the picture files
 EXAMPLE = "star"  # the one of these that is asked about
 
 
@@ -148,16 +148,14 @@ class Demo:
             shutil.copy(assets / base.name, base)
         export(ExportRequest(base), "pth", self.weights["lm_128"], overwrite=True)
         folder, size = self.dataset, self.size
-        # Every set has dice of its own, so that the size of one does not change another.
+        # Each set has its own random numbers, so that the size of one does not change another.
         dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs", "files")]
-        _, scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
-        _, more = write_sft(folder, dice[1], size.sft_rows)
-        known_scenes = scenes | more
-        self.scenes_set, self.scenes = write_test(
-            folder, "heldout_scenes", dice[2], size.test_rows, known_scenes, False
-        )
-        self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, known_scenes, True)
-        written = write_pictures(self.out / PICTURES, dice[4], known_scenes)
+        _, pretrain_scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
+        _, sft_scenes = write_sft(folder, dice[1], size.sft_rows)
+        scenes = pretrain_scenes | sft_scenes
+        self.scenes_set, self.scenes = write_test(folder, "heldout_scenes", dice[2], size.test_rows, scenes, False)
+        self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, scenes, True)
+        written = write_pictures(self.out / PICTURES, dice[4], scenes)
         self.pictures = {path.stem: (path, question) for path, question in written}
 
     def _untrained(self) -> LoadedModel:
@@ -166,11 +164,8 @@ class Demo:
         return load(self.weights["lm_128"], self.vision, self.tokenizer, "cpu", new_projector=True)
 
     def _flags(self, stage: str) -> list[Any]:
-        return [
-            argument
-            for flag, value in self._options(stage).items()
-            for argument in (f"--{flag.replace('_', '-')}", value)
-        ]
+        options = self._options(stage).items()
+        return [text for flag, value in options for text in (f"--{flag.replace('_', '-')}", value)]
 
     def _options(self, stage: str) -> dict[str, Any]:
         data = self.dataset
@@ -183,7 +178,7 @@ class Demo:
             "tokenizer": self.tokenizer,
             "init": self.weights[before],
             "out": self.runs,
-            "features": "off",  # each picture is encoded once, and to keep them would take 300 MB
+            "features": "off",  # each image is encoded once, and a cache would take 300 MB
             "epochs": 1,
             "batch_size": 16,
             "lr": self.size.pretrain_lr if stage == "pretrain" else self.size.sft_lr,

@@ -79,9 +79,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [B, T, D] → [B, T, D]."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, heads · hd], [B, T, KV · hd] twice
-        q, k, v = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projected in (q, k, v)
-        )  # [B, heads, T, hd]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, hd]
         q, k = ops.rotate(q, context.cos, context.sin), ops.rotate(k, context.cos, context.sin)
         if context.cache is not None:
             keys, values = context.cache.write(self.layer, k, v)

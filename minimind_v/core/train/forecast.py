@@ -1,4 +1,4 @@
-"""Forecasts of time, memory and disk, before hours are spent on a run: by a few real steps, or by made-up ones."""
+"""Forecasts of the time, memory and disk of a run: by a few real steps, or by synthetic ones."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ SECONDS = 30.0  # that the measured steps may take, once there are ENOUGH
 ENOUGH = 3  # steps that must be measured
 WARM, MOST = {"cuda": 10}, {"cuda": 300}  # steps that are not measured, and that may be; a GPU does them quickly
 WARM_ELSEWHERE, MOST_ELSEWHERE = 2, 20
-TRIAL_SECONDS = 4.0  # that a made-up batch may take
-CPU_TOKENS = 1024  # of a made-up batch on a CPU, whose time per token is the same for more
-GPU_TIMES = 5  # that a made-up batch is measured on a GPU; the fastest counts
+TRIAL_SECONDS = 4.0  # that a synthetic batch may take
+CPU_TOKENS = 1024  # of a synthetic batch on a CPU, whose time per token is the same for more
+GPU_TIMES = 5  # that a synthetic batch is measured on a GPU; the fastest counts
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Time, memory, disk and cost of a run. Its report sets them beside what happened, by these names."""
+    """Time, memory, disk and cost of a run. Its report compares them with the results, by these names."""
 
     stage: str
     updates: int
@@ -58,9 +58,9 @@ class Forecast:
     disk_bytes: int  # weights, states and records
     price_per_hour: float | None
     cost: float | None
-    how: str  # these are known
-    learning_rate: list[float]  # of the first step, and what it falls to
-    warning: str | None  # what is known to go wrong
+    how: str  # the times were measured
+    learning_rate: list[float]  # of the first step and of the last
+    warning: str | None  # a problem that is certain
     config: dict[str, Any]
 
 
@@ -70,10 +70,10 @@ def plan(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Forecast:
-    """Forecast a run, and leave the forecast in the run's folder, where its report reads it.
+    """Forecast a run, and write the forecast into the run folder, where its report reads it.
 
     Rows are counted as the first epoch reads them (a sample of very many); then the real run does a few steps in a
-    folder of its own, from random weights, which take as long as any. Raises what a run raises.
+    temporary folder, from random weights, which take as long as trained ones. Raises what a run raises.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer, config.data.layout)
     spec = projected(read_vision_spec(config.vision_model), config.projector)
@@ -111,7 +111,7 @@ def plan(
 
 
 class Stopwatch(Listener):
-    """Times a few steps of a run, and then ends it."""
+    """Measures the time of a few steps of a run, then ends it."""
 
     run: Run
 
@@ -144,9 +144,9 @@ class Stopwatch(Listener):
 
 
 def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stopwatch, int, int]:
-    """A few steps of the real run, as they are in its first epoch, which has `first` steps, and in later ones.
+    """Measure a few steps of the first epoch, which has `first` steps, and of later ones.
 
-    Besides what they held of memory, and what a whole run will have on the disk.
+    Returns a stopwatch of each, the bytes of memory, and the bytes on the disk of the whole run.
     """
     watch = later = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as out:
@@ -170,16 +170,16 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
 
 
 def _of_run(outlook: Outlook, steps: int, counted: int) -> int:
-    """What was counted in the rows looked at, for so many steps of the run."""
+    """A count over the sampled rows, scaled to so many steps of the run."""
     return round(counted / outlook.looked_at * outlook.seen_rows * steps / outlook.updates)
 
 
-# --- by made-up steps -------------------------------------------------------------------------------------------------
+# --- by synthetic steps -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a whole run, None where they could not be measured, and how that is known."""
+    """Seconds of a whole run, None if they could not be measured, and how they were measured."""
 
     seconds: float | None
     how: str
@@ -188,8 +188,8 @@ class Estimate:
 def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Estimate:
     """Seconds of a run over `rows` rows (all epochs together) in `steps` steps.
 
-    A batch of the recipe's sizes, or as many of its rows as can be done in some seconds, goes forward and backward. No
-    weights and no rows are read.
+    It measures forward and backward of a batch of the recipe's sizes, or of fewer rows if they take too long. It reads
+    no weights and no rows.
     """
     try:
         device = pick_device(config.device)
@@ -202,16 +202,16 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
             images = _images(row, count, length // trial.spec.tokens_per_image)
             return seconds(device, partial(trial.passes, trial.batch(images, length, supervised)))
 
-        alone = taken(1)  # the first time pays for what is only made once
+        alone = taken(1)  # the first call also allocates
         alone = min(alone, taken(1)) if alone < TRIAL_SECONDS else alone
         count = max(1, min(config.data.batch_size, most, int(TRIAL_SECONDS / alone)))
-        # A GPU chooses its kernels when it meets new sizes, which a run does in a small part of its steps.
+        # A GPU chooses its kernels at the first call with new sizes.
         times = GPU_TIMES if device.type == "cuda" else 1
         passes = min(taken(count) for _ in range(times)) if count > 1 else alone
         adamw = trial.adamw_seconds()
     except torch.OutOfMemoryError:
         return Estimate(None, "not measured: a batch of this recipe does not fit into memory")
-    except Exception as error:  # an estimate must not end what has been counted
+    except Exception as error:  # an estimate must not end the statistics
         return Estimate(None, f"not measured: {' '.join(str(error).split())[:200] or type(error).__name__}")
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else gpu_names()[device.index or 0]
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
@@ -225,11 +225,11 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
 
 
 def time_of(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> dict[str, Any]:
-    """`estimate`, as a program reads it."""
+    """`estimate` as a dict."""
     return asdict(estimate(config, row, rows, steps))
 
 
 def _images(row: TypicalRow, rows: int, most: int) -> list[int]:
-    """How many images each row has. Of 1.5 images a row: one and two in turn."""
+    """The number of images of each row; with 1.5 per row: one and two in turn."""
     ends = [int(number * row.pictures) for number in range(rows + 1)]
     return [min(end - begin, most) for begin, end in pairwise(ends)]

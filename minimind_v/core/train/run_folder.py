@@ -29,7 +29,7 @@ RECORDS = {"config.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "hel
 
 @dataclass(frozen=True)
 class Claim:
-    """What a run is made of, and the state that it goes on from; none where it begins."""
+    """The origin of a run, and the state from which it resumes; None for a new run."""
 
     origin: dict[str, Any]
     state: State | None = None
@@ -46,15 +46,15 @@ class RunFolder:
         self.config = config
         self.weights = config.out / weights_name(config.stage, config.model)
         self.best_weights = self.weights.with_name(f"{self.weights.stem}_best.pth")
-        self.folder = self.weights.with_suffix("")  # what a run writes besides weights
+        self.folder = self.weights.with_suffix("")  # all files of a run besides weights
         self.metrics = self.folder / "metrics.jsonl"
         self.states = States(self.folder / "states", config.keep)
-        self.rows = config.data.batch_size * config.accumulate  # of a step that fall to a process
+        self.rows = config.data.batch_size * config.accumulate  # of a step, per process
 
     def lock(self, held: ExitStack, listener: Listener) -> None:
-        """Keep every other run away until `held` is closed. Raises UsageError where one is there already."""
+        """Lock the folder until `held` is closed. Raises UsageError if another run holds the lock."""
         note = {
-            "process": int(os.environ.get(LAUNCHER, os.getpid())),  # the one to stop, where it has started several
+            "process": int(os.environ.get(LAUNCHER, os.getpid())),  # of several, the process to stop
             "host": platform.node(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
@@ -63,10 +63,9 @@ class RunFolder:
         except Held as other:
             raise UsageError(
                 f"another run is writing {self.weights} ({describe_holder(other.note)}) — wait until it ends, "
-                f"stop it, or "
-                "name another --out"
+                "stop it, or name another --out"
             ) from None
-        except OSError:  # nothing can be written there, by no run: the first file that is tried says why
+        except OSError:  # no run can write there: the first file reports why
             return
         held.callback(lock.release)
         if not lock.certain:
@@ -88,7 +87,7 @@ class RunFolder:
         allowed: Collection[str],
         listener: Listener,
     ) -> Claim:
-        """Make sure that a run of so many processes may write here, and find what it goes on from if that is asked for.
+        """Check that a run of so many processes may write here, and with `resume` read the state to resume from.
 
         Raises UsageError where it may not, or is another run than the one that is here.
         """
@@ -112,7 +111,7 @@ class RunFolder:
         return Claim(origin, state)
 
     def _sweep(self) -> None:
-        """Remove what a killed run was writing; of states, which are all called differently, by the part's own name."""
+        """Remove the temporary files of a killed run; those of states, whose names differ, by their own names."""
         for weights in (self.weights, self.best_weights):
             sweep(weights)
             sweep(weights.with_suffix(".json"))
