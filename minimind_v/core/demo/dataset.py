@@ -12,12 +12,12 @@ from pathlib import Path
 from minimind_v.core.demo import world
 from minimind_v.core.demo.world import Item, Question, Scene
 
-QUESTIONS = 8  # under one picture: the picture's tokens are the cost, the answers are the signal
+QUESTIONS = 8  # about one image: its tokens are the cost, the answers are the signal
 
 
 @dataclass(frozen=True)
 class DemoSet:
-    """A JSONL and its zip of pictures."""
+    """A JSONL file and its zip of pictures."""
 
     data: Path
     images: Path
@@ -107,7 +107,7 @@ def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -
 
 
 def _of_shape(scene: Scene, shape: str, held_out: bool) -> list[Item]:
-    """The things of a shape; empty if one is of the other kind of pair, so that `the star` is unique."""
+    """The items of a shape; empty if one is of the other kind of pair, so that `the star` is unique."""
     items = [item for item in scene if item.shape == shape]
     return items if all(item.held_out == held_out for item in items) else []
 

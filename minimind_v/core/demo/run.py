@@ -40,7 +40,7 @@ from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DI
 from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
 
-MARK = ".mmv-demo"  # in the folder of a demo, which may write over what it left there
+MARK = ".mmv-demo"  # a file in the folder of a demo, which may overwrite that folder
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,18 @@ class Size:
 
 FULL = Size()
 SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests; less accurate
-
-
 PICTURES = "pictures"  # the folder of the picture files
-EXAMPLE = "star"  # the one of these that is asked about
+EXAMPLE = "star"  # the picture of the example question
 
 
 class Demo:
     """One run of the demo in its own folder, which has the standard folders inside."""
 
     def __init__(
-        self, out: Path, seed: int, listener: Listener, tell: Callable[[str, str], None], size: Size = FULL
+        self, out: Path, seed: int, listener: Listener, announce: Callable[[str, str], None], size: Size = FULL
     ) -> None:
-        """`tell` gets the title of each stage and the equivalent command."""
-        self.out, self.seed, self.listener, self.tell, self.size = out, seed, listener, tell, size
+        """`announce` gets the title of each stage and the equivalent command."""
+        self.out, self.seed, self.listener, self.announce, self.size = out, seed, listener, announce, size
         self.seconds: dict[str, float] = {}
         self.runs, self.dataset = out / OUT_DIR, out / DATASET_DIR
         self.weights = {stage: self.runs / f"{stage}.pth" for stage in ("lm_128", "pretrain_vlm_128", "sft_vlm_128")}
@@ -112,7 +110,7 @@ class Demo:
         return summary
 
     def _stage(self, name: str, title: str, command: str, work: Callable[[], Any]) -> Any:
-        self.tell(title, command)
+        self.announce(title, command)
         started = time.perf_counter()
         result = work()
         self.seconds[name] = round(time.perf_counter() - started, 2)

@@ -1,6 +1,6 @@
 """The embedded world: images of one to three simple objects, with captions and questions about them.
 
-Everything is drawn from a `random.Random`, so a seed decides the pictures, the words and the questions.
+Everything is drawn from a `random.Random`, so a seed decides the images, the words and the questions.
 Five shape-colour pairs are kept out of every training set, so that naming one shows composition, not memory.
 """
 
@@ -35,7 +35,7 @@ NUMBERS = {1: ("one", "一"), 2: ("two", "两"), 3: ("three", "三")}
 HELD_OUT = frozenset(
     {("circle", "white"), ("square", "yellow"), ("triangle", "blue"), ("star", "red"), ("cross", "green")}
 )
-CANVAS = 128  # pixels; a picture is larger than what the tower sees, as real ones are
+CANVAS = 128  # pixels; larger than the size that the tower needs, as real pictures are
 LANGUAGES = ("en", "zh")
 
 
@@ -53,7 +53,7 @@ class Item:
         return (self.shape, self.colour) in HELD_OUT
 
     def names(self, language: str) -> tuple[str, str, str, str]:
-        """Size, colour, shape and place as words."""
+        """The words for size, colour, shape and position."""
         if language == "en":
             return self.size, self.colour, self.shape, self.position
         return SIZES[self.size][0], COLOURS[self.colour][0], SHAPES[self.shape], POSITIONS[self.position][0]
@@ -65,7 +65,7 @@ class Item:
         return f"{position}有一个{size}的{colour}{shape}"
 
 
-Scene = tuple[Item, ...]  # in reading order of the places
+Scene = tuple[Item, ...]  # in reading order
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Question:
 
 
 def make_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """One to three objects at different places. With `held_out` exactly one of them is a held-out pair, else none."""
+    """One to three objects at different positions. With `held_out` exactly one is a held-out pair, else none."""
     count = rng.choice((1, 2, 2, 3, 3))
     positions = rng.sample(list(POSITIONS), count)
     special = rng.randrange(count) if held_out else -1
@@ -150,7 +150,7 @@ def questions(scene: Scene, rng: random.Random, about: Item | None = None) -> It
 
 
 def ask(kind: str, scene: Scene, item: Item | None, language: str) -> Question:
-    """A question of this kind about a thing, or about the number of things; the scene must have one answer."""
+    """A question of this kind about an item, or about the number of items; the scene must have one answer."""
     if item is None:
         how_many = {"en": "How many objects are there?", "zh": "有几个物体？"}[language]
         return Question(kind, how_many, NUMBERS[len(scene)][language == "zh"])
@@ -185,7 +185,7 @@ def _exists(scene: Scene, about: Item | None, language: str, rng: random.Random)
     return Question("exists", f"有{COLOURS[colour][0]}{SHAPES[shape]}吗？", "有" if yes else "没有")
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Figure:
     item: Item
     outline: tuple[tuple[float, float], ...]
     colour: tuple[int, int, int]
-    named: bool = True  # false where it was painted in a colour that the world has no word for
+    named: bool = True  # false: its colour has no word in the world
 
     def paint(self, pen: ImageDraw.ImageDraw, fill: tuple[int, int, int] | int) -> None:
         if self.item.shape == "circle":
@@ -233,11 +233,11 @@ def paint(figures: list[Figure], rng: random.Random) -> Image.Image:
     grey = rng.randint(25, 105)
     ground = tuple(grey + rng.randint(-12, 12) for _ in range(3))
     grain = Image.frombytes("L", (32, 32), rng.randbytes(1024)).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
-    picture = Image.blend(Image.new("RGB", (CANVAS, CANVAS), ground), grain.convert("RGB"), rng.uniform(0, 0.12))
-    pen = ImageDraw.Draw(picture)
+    image = Image.blend(Image.new("RGB", (CANVAS, CANVAS), ground), grain.convert("RGB"), rng.uniform(0, 0.12))
+    pen = ImageDraw.Draw(image)
     for figure in figures:
         figure.paint(pen, figure.colour)
-    return picture
+    return image
 
 
 def _polygon(corners: int, start: float, scales: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
@@ -266,8 +266,8 @@ _OUTLINES = {
 }
 
 
-def jpeg(picture: Image.Image) -> bytes:
+def jpeg(image: Image.Image) -> bytes:
     """The image as the bytes of a JPEG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
+    image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

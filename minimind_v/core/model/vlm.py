@@ -17,11 +17,11 @@ from minimind_v.core.model.vision.encoder import VisionEncoder
 
 @dataclass
 class Output:
-    """What one forward pass returns. Without labels: `logits`; with labels: the losses."""
+    """The result of a forward pass. Without labels: `logits`; with labels: the losses."""
 
     logits: Tensor | None  # [B, K, V] for the last K positions
     loss_sum: Tensor | None  # sum over supervised tokens: a step divides by those of all its micro-batches
-    correct: Tensor | None  # [S], for each supervised token in reading order: was it the likeliest
+    correct: Tensor | None  # [S], for each supervised token in reading order: whether it was the likeliest
     aux_loss: Tensor  # expert balance, a mean over rows; 0 for a dense model
 
     @property
@@ -94,7 +94,7 @@ class VLM(nn.Module):
         """
         per_row = None
         if pixel_values is not None and image_features is None:
-            pixel_values, per_row = _flatten_pictures(pixel_values)  # [M, 3, H, W]
+            pixel_values, per_row = _flatten_images(pixel_values)  # [M, 3, H, W]
             if self.vision_encoder is None:
                 raise ValueError("this model was built without a vision encoder: give image_features")
             image_features = self.vision_encoder(pixel_values)  # [M, P, width]
@@ -117,26 +117,26 @@ class VLM(nn.Module):
         image_mask: Tensor | None = None,
         per_row: int | None = None,
     ) -> Tensor:
-        """What the language model reads: embeddings [B, T, D] of ids, and projected features in the places of pictures.
+        """The input of the language model: embeddings [B, T, D] of ids, and projected features at the placeholders.
 
-        Arguments and errors are those of `forward`; per_row is how many pictures each row must have, where it is known.
+        Arguments and errors are those of `forward`; per_row is the number of images that each row must have, if known.
         """
         x = self.model.embed_tokens(input_ids)  # [B, T, D]
         if image_features is not None:
-            return self._place_pictures(x, input_ids, image_features, image_mask, per_row)
+            return self._insert_images(x, input_ids, image_features, image_mask, per_row)
         if image_mask is not None and image_mask.any():
             row = int(image_mask.any(dim=1).nonzero()[0])
             raise ValueError(f"row {row} has image placeholders, but no images")
         return x
 
-    def _place_pictures(
+    def _insert_images(
         self, x: Tensor, input_ids: Tensor, features: Tensor, image_mask: Tensor | None, per_row: int | None
     ) -> Tensor:
         embeddings = self.vision_proj(features.to(x.dtype)).to(x.dtype)  # [M, P, D]
         tokens = embeddings.shape[1]
         if image_mask is None:
             image_mask = find_placeholders(input_ids, self.placeholder_id, tokens)  # [B, T]
-        counts = image_mask.sum(dim=1) / tokens  # pictures per row [B]
+        counts = image_mask.sum(dim=1) / tokens  # images per row [B]
         for row, count in enumerate(counts.tolist()):
             if (per_row is not None and count != per_row) or count != int(count):
                 expected = "a whole number of" if per_row is None else per_row
@@ -148,7 +148,7 @@ class VLM(nn.Module):
 
 
 def find_placeholders(input_ids: Tensor, placeholder_id: int, patches: int) -> Tensor:
-    """Mask [B, T] of whole pictures: in each run of the placeholder id, as many stretches of `patches` as fit."""
+    """Mask [B, T] of whole images: in each run of the placeholder id, as many stretches of `patches` as fit."""
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, ids in enumerate((input_ids == placeholder_id).tolist()):
         start = 0
@@ -161,8 +161,8 @@ def find_placeholders(input_ids: Tensor, placeholder_id: int, patches: int) -> T
     return mask
 
 
-def _flatten_pictures(pixel_values: Tensor) -> tuple[Tensor, int | None]:
-    """[M, 3, H, W] or [B, N, (1,) 3, H, W] → [M, 3, H, W] and, where the shape says it, the pictures per row."""
+def _flatten_images(pixel_values: Tensor) -> tuple[Tensor, int | None]:
+    """[M, 3, H, W] or [B, N, (1,) 3, H, W] → [M, 3, H, W] and, from a shape with N, the images per row."""
     if pixel_values.ndim == 6:
         pixel_values = pixel_values.squeeze(1 if pixel_values.shape[2] != 1 else 2)
     if pixel_values.ndim == 5:

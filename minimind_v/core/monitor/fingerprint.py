@@ -39,7 +39,7 @@ INPUTS = (
     "data.tokenizer",
     "vision_model",
     "init",
-)  # compared by their bytes, not their names
+)  # compared by their bytes
 
 
 def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:

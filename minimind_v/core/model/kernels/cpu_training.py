@@ -22,7 +22,7 @@ from minimind_v.core.model.feed_forward import FeedForward
 from minimind_v.core.model.kernels.untouched import exactly_linear
 
 BLOCK = 96  # queries that attend together; 64 and 128 take as long
-WEIGHTS_KEPT = 768  # tokens of a row up to which its attention is kept: of 1,200 there is no gain any more
+WEIGHTS_KEPT = 768  # tokens of a row up to which its attention is kept: at 1,200 there is no gain
 
 
 def in_training(x: Tensor, *linears: nn.Module) -> bool:
@@ -86,7 +86,7 @@ class _RmsNorm(Function):
             dweight = (dy * x).mul_(inverse).flatten(0, -2).sum(dim=0)
         if ctx.needs_input_grad[0]:
             dx = dy * weight
-            along = (dx * x).sum(dim=-1, keepdim=True)  # what of it would only change the length of x
+            along = (dx * x).sum(dim=-1, keepdim=True)  # the component along x
             dx.addcmul_(x, along.mul_(inverse.square()).div_(x.shape[-1]), value=-1).mul_(inverse)
         return dx, dweight, None
 
@@ -196,7 +196,7 @@ class _Attend(Function):
 
 
 def _blocks(time: int, each: int) -> Iterator[tuple[slice, int, int]]:
-    """The rows of each block of queries, and from and to which position it is."""
+    """The rows of each block of queries, its begin and its end."""
     for begin in range(0, time, BLOCK):
         end = min(begin + BLOCK, time)
         yield slice(begin * each, end * each), begin, end

@@ -19,13 +19,13 @@ from minimind_v.core.model.vision.clip_config import ClipConfig
 if TYPE_CHECKING:
     from torch import nn
 
-# The largest sizes of a tower, some times those of the largest that there are: more is refused before memory is taken.
+# The largest sizes of a tower, far above those of any known one: more is refused before memory is taken.
 MOST_SIZES = {"hidden_size": 4_096, "intermediate_size": 16_384, "num_hidden_layers": 256, "num_attention_heads": 256,
               "num_channels": 3, "image_size": 4_096, "patch_size": 128, "layer_norm_eps": 1.0}  # fmt: skip
 MOST_PATCHES = 16_384
 
 
-STANDARD = ClipConfig(patch_size=16)  # ViT-B/16, which the published models look with
+STANDARD = ClipConfig(patch_size=16)  # ViT-B/16, the tower of the published models
 
 
 def _strip_prefixes(name: str) -> str:
