@@ -4,9 +4,10 @@ torch's CPU threads wait for each other at the end of every operator. With GNU's
 is fastest while every thread has its own core. Beside another busy process one of them has none: the others spin away
 the time that it needs, and a small model trains ten times slower, or worse.
 
-OpenMP hardly spins if it knows of more threads than cores. So while other processes need the cores, an idle thread holds
-a second team of threads. The number of threads per operator stays the same, and so does every bit of its result. Measured on two cores at the demo's size, samples per second: 53 alone
-and 7 beside a busy process while spinning, 33 and 30 without.
+OpenMP hardly spins if it knows of more threads than cores. So while other processes need the cores, an idle thread
+holds a second team of threads. The number of threads per operator stays the same, and so does every bit of its result.
+Measured on two cores at the demo's size, samples per second: 53 alone and 7 beside a busy process while spinning, 33
+and 30 without.
 """
 
 from __future__ import annotations

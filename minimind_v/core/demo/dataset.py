@@ -62,27 +62,25 @@ def write_test(
 
     With `held_out_pairs` every scene has an object of a held-out shape-colour pair, and the question is about it.
     """
-    tests: list[Test] = []
+    questions: list[Question] = []
     entries: list[tuple[Scene, list[tuple[str, str]]]] = []
     while len(entries) < rows:
         scene = world.make_scene(rng, held_out=held_out_pairs)
         if scene in known_scenes:
             continue
         about = next((item for item in scene if item.held_out), None)
-        question = _pick(list(world.questions(scene, rng, about)), rng)
+        questions.append(question := _pick(list(world.questions(scene, rng, about)), rng))
         entries.append((scene, [(question.text, question.answer)]))
-        tests.append(Test(b"", question))
     written = _write(folder, name, entries, rng)
     with zipfile.ZipFile(written.images) as archive:
-        tests = [Test(archive.read(_member(name, n)), test.question) for n, test in enumerate(tests)]
-    return written, tests
+        return written, [Test(archive.read(_member(name, n)), question) for n, question in enumerate(questions)]
 
 
 def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -> list[tuple[Path, Question]]:
-    """Write a dozen image files of scenes that are not in `known_scenes`, each with a fitting question in English.
+    """Write a dozen picture files of scenes that are not in `known_scenes`, each with a question in English.
 
-    Each shape has two images with a question about its colour: `star.jpg`, and `red_star.jpg` with the held-out
-    pair. Two more images show two and three objects, with a question about their number.
+    Each shape has two files with a question about its colour: `star.jpg`, and `red_star.jpg` with the held-out
+    pair. Two more show two and three objects, with a question about their number.
     """
 
     def scene(suits: Callable[[Scene], object], held_out: bool) -> Scene:

@@ -67,21 +67,8 @@ def make_tokenizer(out: Path) -> None:
     chinese = [*world.SHAPES.values()]
     chinese += [zh for zh, _ in (*world.COLOURS.values(), *world.SIZES.values(), *world.POSITIONS.values())]
     chinese += [zh for _, zh in world.NUMBERS.values()]
-    chinese += [
-        "有一个",
-        "有几个物体",
-        "在哪里",
-        "是什么颜色",
-        "是大还是小",
-        "什么形状是",
-        "没有",
-        "吗",
-        "的",
-        "，",
-        "。",
-        "？",
-    ]
-    chinese += ["描述", "这张图片", "你看到了什么", "图片里有什么"]
+    chinese += ["有一个", "有几个物体", "在哪里", "是什么颜色", "是大还是小", "什么形状是", "没有"]
+    chinese += ["吗", "的", "，", "。", "？", "描述", "这张图片", "你看到了什么", "图片里有什么"]
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

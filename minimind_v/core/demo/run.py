@@ -80,7 +80,7 @@ class Demo:
         """
         self._refuse_to_replace()
         with only_writer(self.out / MARK):
-            self._refuse_to_replace()  # another demo may have been here meanwhile
+            self._refuse_to_replace()  # another demo may have written it meanwhile
             write_text(self.out / MARK, json.dumps({"made_by": "mmv demo"}) + "\n")
             return self._run()
 
@@ -157,7 +157,7 @@ class Demo:
         self.pictures = {path.stem: (path, question) for path, question in written}
 
     def _untrained(self) -> LoadedModel:
-        """The base with a fresh projector: what pretraining starts from."""
+        """The base with a fresh projector, as pretraining starts from it."""
         torch.manual_seed(self.seed)
         return load(self.weights["lm_128"], self.vision, self.tokenizer, "cpu", new_projector=True)
 
@@ -215,7 +215,7 @@ class Demo:
         """Questions about held-out images, answered before training, after it, and with a blank image."""
         side, tests = loaded.model.spec.image_size, self.scenes[:count] + self.pairs[:count]
         pixels = [load_pixels(test.picture, "held-out picture", side) for test in tests]
-        before, after = (_answers(who, tests, pixels) for who in (self._untrained(), loaded))
+        before, after = (_answers(model, tests, pixels) for model in (self._untrained(), loaded))
         blank = _answers(loaded, tests, [blank_pixels(side)] * len(tests))
         return [
             Sample(test.picture, test.question.text, test.question.answer, *given)

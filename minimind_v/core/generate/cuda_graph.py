@@ -1,8 +1,8 @@
 """One decoding step as a CUDA graph: recorded once, then replayed for each token.
 
 One step of so small a model is some 200 kernels, and the host needs longer to launch them than a GPU to run them. A
-recording launches them all at once, always with the same tensors: so the inputs of a step are copied into these tensors,
-and attention always spans the same columns of the cache, of which a mask hides the later ones.
+recording launches them all at once, always with the same tensors: the inputs of a step are copied into them, and
+attention always spans the same columns of the cache, of which a mask hides the later ones.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ class Diagnostics:
 def first_loss_high(history: History) -> str | None:
     """Trained weights are better than guessing on data of their kind, even before the first step.
 
-    A run starts only with weights that loaded whole. So a loss as high as guessing means untrained weights; a higher one
-    means weights that were trained on other data, or with another tokenizer.
+    A run starts only with weights that loaded whole. So a loss as high as guessing means untrained weights; a higher
+    one means weights that were trained on other data, or with another tokenizer.
     """
     start, guessing = history.start, math.log(history.start.config.model.vocab_size)
     if not (start.loaded and history.begun and history.step == 1 and history.losses[0] > 0.9 * guessing):

@@ -35,12 +35,12 @@ def train(
     allowed: Collection[str] = (),
     auto: bool = False,
 ) -> Summary:
-    """Train and save. In each of several processes, this does that process's share.
+    """Train and save. Each of several processes does its share.
 
     With `resume` an interrupted run continues, bit for bit as if it had not been (on a GPU only a deterministic one);
     a difference from it is refused unless its name is in `allowed`. With `auto` the rows of a step are divided into the
     largest batches that there is memory for. Raises MissingInput, UsageError, DataError, WeightsError or RunError;
-    what was learnt until then is saved first.
+    the run saves first.
     """
     check_machine(config)
     world = World.find()

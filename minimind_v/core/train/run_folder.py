@@ -89,7 +89,7 @@ class RunFolder:
     ) -> Claim:
         """Check that a run of so many processes may write here, and with `resume` read the state to resume from.
 
-        Raises UsageError where it may not, or is another run than the one that is here.
+        Raises UsageError if it may not, or if the folder has another run.
         """
         self._refuse_to_replace(overwrite, resume)
         self._sweep()
@@ -120,14 +120,14 @@ class RunFolder:
                 sweep(path.with_name(path.name[1:].rsplit(".", 2)[0]))
 
     def next_step(self) -> str:
-        """What to do about files that could not be written."""
+        """The next step after files could not be written."""
         states = self.states.paths()
         return "free some disk space, and " + (
             "resume from the last state with --resume" if states else "run the command again"
         )
 
     def same_rows(self, state: State) -> bool:
-        """Whether as many rows of a step were asked of each process, in whatever batches."""
+        """Whether each process has as many rows of a step as in the state, in any batches."""
         return math.prod(state.progress.get("split", ())) == self.rows
 
     def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:

@@ -20,8 +20,8 @@ Product = Callable[[Tensor], Tensor]
 def product(weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> Product:
     """x [N, in] → x weightᵀ + bias [N, out], for a weight that stays. Right for any N, laid out for about `rows`.
 
-    A library for matrix products copies a weight into its own order before it multiplies. Here this happens once, in fp32
-    on a CPU, by the library that was measured to be the fastest:
+    A library for matrix products copies a weight into its own order before it multiplies. Here this happens once, in
+    fp32 on a CPU, by the library that was measured to be the fastest:
 
     - few rows: a token costs the time to read the weights. If all are half-precision numbers, as published ones are,
       FBGEMM reads 2 bytes of each, and multiplies and adds in fp32: nothing is rounded.
