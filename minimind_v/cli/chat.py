@@ -166,7 +166,7 @@ class Conversation:
         self.terminal, self.session, self.limit = terminal, session, limit
         self.shown: list[str] = []  # names of the images that the model has read
         self.waiting: list[tuple[str, np.ndarray]] = []  # images of the next question
-        self.offered: list[str] = []  # file names that were typed in place of a question
+        self.offered: list[str] = []  # picture files that were typed as a question
         self.warned = False  # about the missing image
 
     def run(self) -> None:

@@ -265,7 +265,7 @@ def _describe(error: Exception) -> tuple[str, int]:
 
 @contextmanager
 def _ctrl_c() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt as usual; the list holds the signals that came."""
+    """Ctrl-C raises KeyboardInterrupt as usual; the list holds the received signals."""
     pressed: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

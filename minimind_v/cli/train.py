@@ -122,7 +122,7 @@ def _show_summary(terminal: Terminal, summary: Summary) -> None:
     if summary.weights.is_file():
         terminal.say(f"chat with it: {command_line('chat', '--model', summary.weights)}")
     if summary.stopped_by:
-        arguments = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+        arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
         terminal.say(f"resume with: {shlex.join(['mmv', *arguments, '--resume'])}")
 
 

@@ -214,9 +214,9 @@ def _answer(model: VLM) -> tuple[float, float]:
     first, each = [], []
     for _ in range(3):
         cache = ready(model).decoder.new_cache(1, prompt.shape[1] + NEW_TOKENS)
-        picture = torch.randint(0, 256, (3, size, size), dtype=torch.uint8).numpy()
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8).numpy()
         begun = time.perf_counter()
-        features = ready(model).features(model, [picture])
+        features = ready(model).features(model, [image])
         answer = generate(
             model, cache, prompt, Sampler(GREEDY), -1, NEW_TOKENS, features, batch.image_mask[:, :-ANSWER]
         )  # without an end

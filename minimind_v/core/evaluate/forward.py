@@ -19,14 +19,14 @@ class Answer:
     """One supervised answer of a row, as the model predicts it after the true tokens before it."""
 
     row: int  # of the batch
-    labels: Tensor  # [N], the true ids up to the end token; what stands behind that is left out
+    labels: Tensor  # [N], the true ids up to the end token
     correct: Tensor  # bool [N], whether the model's likeliest token is the true one
     ended: bool  # false: it was cut, and has no end token
 
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """What a forward pass finds in a batch."""
+    """The results of a forward pass over a batch."""
 
     batch: Batch
     loss_sum: Tensor  # nats, over all supervised tokens

@@ -119,19 +119,16 @@ def _common(first: PositionKeys, second: PositionKeys) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-# --- one for every model ----------------------------------------------------------------------------------------------
+# --- one per model ----------------------------------------------------------------------------------------------------
 
 _READY: WeakKeyDictionary[nn.Module, tuple[object, PromptCache]] = WeakKeyDictionary()
 
 
 def ready(model: VLM) -> PromptCache:
-    """The model made ready to decode: once, and again only when its weights have changed since."""
-    state = _state(model)
+    """The caches of a model, made again only after its weights have changed."""
+    weights = [*model.model.parameters(), *model.vision_proj.parameters()]
+    state = id(model.vision_encoder), state_of(weights)
     entry = _READY.get(model)
     if entry is None or entry[0] != state:
         entry = _READY[model] = state, PromptCache(model)
     return entry[1]
-
-
-def _state(model: VLM) -> object:
-    return id(model.vision_encoder), state_of([*model.model.parameters(), *model.vision_proj.parameters()])

@@ -99,16 +99,11 @@ def _pieces(tensors: Mapping[str, Tensor], meta: dict[str, str]) -> list[Any]:
 
 def _read(path: Path) -> State:
     data = path.read_bytes()
-    if not path.stem.endswith(f"-{digest_of(data)}"):
+    if not path.stem.endswith(f"-{hashlib.blake2b(data, digest_size=8).hexdigest()}"):
         raise ValueError("its checksum is wrong")
     with safe_open(path, framework="pt") as file:
         meta = file.metadata()
     return State(path, load(data), json.loads(meta["progress"]), json.loads(meta["origin"]))
-
-
-def digest_of(data: bytes) -> str:
-    """The end of a state's file name: the digest of its bytes."""
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------

@@ -60,9 +60,9 @@ def assemble(
     world: World = ALONE,
     held: ExitStack | None = None,
 ) -> Run:
-    """A run with all its parts, ready to start.
+    """A run, ready to start.
 
-    `held` gets the lock of what the run writes, to release it when the run is over; without it none is taken.
+    `held` gets the lock of what the run writes, and releases it after the run; without `held` the run takes no lock.
     """
     folder = RunFolder(config)
     recorder = Recorder(folder.folder / "events.jsonl", listener)
@@ -113,7 +113,7 @@ def _choose_batch_size(
 
 
 def _start(config: RunConfig, data: Data, loaded: Loaded, claim: Claim) -> Start:
-    """What the diagnostics must know of how the run begins."""
+    """The start of the run, for the diagnostics."""
     earlier = earlier_run(config.init)
     tokenizer = earlier.tokenizer if earlier else None
     same = None if tokenizer is None else tokenizer == claim.origin["data.tokenizer"]
