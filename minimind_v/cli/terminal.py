@@ -36,7 +36,7 @@ from minimind_v.core.train.launch import report_to_launcher
 
 
 class Verbosity(IntEnum):
-    """How much a command shows besides its results and errors."""
+    """The output of a command besides its results and errors."""
 
     quiet = -1  # nothing
     normal = 0  # messages, warnings, progress
@@ -115,7 +115,7 @@ class ProgressLine:
         self.what = what
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._tenth = 0  # that was reported last
+        self._tenth = 0  # the last reported one
 
     def __enter__(self) -> ProgressLine:
         if self.terminal.is_live:

@@ -41,7 +41,7 @@ MOST = {
     "epochs": (10**6, ""),
     "gpus": (1 << 10, ""),
 }
-MOST_OF_ANY = 2**63 - 1  # what a file of a run can hold
+MOST_OF_ANY = 2**63 - 1  # the largest integer in the files of a run
 CLIP_VISION = "clip_vision_model"  # transformers' model_type of the published models' vision tower
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

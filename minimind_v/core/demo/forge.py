@@ -3,7 +3,7 @@
     python -m minimind_v.core.demo.forge --seed 7 --out minimind_v/core/demo/assets
 
 Offline work of about an hour on two cores; `figures.json` keeps what it measured. None of it sees a held-out
-shape-colour pair, and the language model never sees a picture.
+shape-colour pair, and the language model never gets an image.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from minimind_v.core.model.kernels.cpu_linear import state_of
 from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.vlm import VLM
 
-IMAGES = 16  # whose features are kept; 0.6 MB each of ViT-B/16
-PROMPTS = 8  # that are kept; 2 MB for each image in the small preset
+IMAGES = 16  # images with cached features; 0.6 MB each with ViT-B/16
+PROMPTS = 8  # cached prompts; 2 MB for each image in the small preset
 
 PositionKeys = list[int | bytes]  # of each position of a prompt: its id, or the digest of its image
 

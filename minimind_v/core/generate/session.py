@@ -40,7 +40,7 @@ class Session:
         """Forget the conversation."""
         self.cache = ready(self.model).decoder.new_cache(1, self.context)
         self._pending: list[int] = []  # ids of the latest answer that the model has not read yet
-        self.questions = 0  # that the model has read
+        self.questions = 0  # number of questions so far
 
     def ask(self, question: str, images: Images = (), max_new_tokens: int = 512) -> Generator[str]:
         """Ask, with images, and get the answer piece by piece.

@@ -20,7 +20,7 @@ from minimind_v.core.model.moe import MoEFeedForward
 
 @dataclass
 class AttentionContext:
-    """What all layers of one forward pass share.
+    """The inputs that all layers of a forward pass share.
 
     A right-padded batch needs no mask: causality already keeps real tokens from the padding behind them.
     """
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
     def context(
         self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> AttentionContext:
-        """What the layers share for x [B, T, D]. The cache, if any, makes room for it."""
+        """The shared inputs of the layers for x [B, T, D]. A cache makes room for it."""
         if cache is None:
             positions, mask = torch.arange(x.shape[1], device=x.device)[None], None  # [1, T]
         else:

@@ -25,7 +25,7 @@ STRETCH = 30.0  # seconds over which the share of waiting is measured
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts."""
+    """The start of a run."""
 
     config: RunConfig
     loaded: bool  # weights, and not random numbers

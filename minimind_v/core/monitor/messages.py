@@ -35,7 +35,7 @@ FEW_HELD_OUT = 8  # rows; the loss on fewer is mostly chance
 # How far a weight may move over a run (schedule.reach). Weights are some 0.05 in size. Twelve rows at 0.0001 lowered
 # the loss from 14.9 to 13.7; every answer was right at 0.03 with the small preset and at 0.15 with the demo's.
 LEAST_REACH, GOOD_REACH = 0.001, 0.05
-HIGHEST_RATE = 5e-4  # that is advised
+HIGHEST_RATE = 5e-4  # of the advice
 FORGOTTEN = 0.05  # lost share of the answers' tokens from which a warning calls it forgetting
 
 
@@ -201,7 +201,7 @@ def explained(config: RunConfig) -> Iterator[None]:
     """Turn torch's errors about memory into one with a next step."""
     try:
         yield
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not out_of_memory(error):
             raise
         batch, accumulate = config.data.batch_size, config.accumulate

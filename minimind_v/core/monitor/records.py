@@ -17,7 +17,7 @@ LONGEST = 1 << 20  # bytes of a line; usual ones have some hundred
 LARGEST = 1e100  # of a number: sums and quotients of such are numbers
 # Keys of a logged step, and of what was measured on rows.
 COUNTS = ("step", "steps", "epoch", "samples", "tokens", "supervised_tokens", "seconds", "data_seconds", "rows")
-MEASURED = ("loss", "token_accuracy", "lr", "grad_norm", "swapped_loss")  # which need not be finite
+MEASURED = ("loss", "token_accuracy", "lr", "grad_norm", "swapped_loss")  # they may be infinite or NaN
 LOSS = ("loss",)  # keys of a logged step
 REPORTED = ("loss", "samples", "seconds")  # keys that a report needs
 RECALLED = ("rows", "loss", "token_accuracy")

@@ -21,7 +21,7 @@ PROJECT = "minimind-v"
 class Tracker(Protocol):
     """Shows curves somewhere."""
 
-    where: str  # how the user opens it
+    where: str  # the command or address that opens it
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Figures of a step."""

@@ -35,13 +35,13 @@ from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.train.trial import Trial, seconds
 from minimind_v.core.wording import plural
 
-SECONDS = 30.0  # that the measured steps may take, once there are ENOUGH
-ENOUGH = 3  # steps that must be measured
-WARM, MOST = {"cuda": 10}, {"cuda": 300}  # steps that are not measured, and that may be; a GPU does them quickly
+SECONDS = 30.0  # for the measured steps, after the first ENOUGH
+ENOUGH = 3  # measured steps, at least
+WARM, MOST = {"cuda": 10}, {"cuda": 300}  # warm-up steps, and the most measured steps; a GPU is quick
 WARM_ELSEWHERE, MOST_ELSEWHERE = 2, 20
-TRIAL_SECONDS = 4.0  # that a synthetic batch may take
+TRIAL_SECONDS = 4.0  # for a synthetic batch
 CPU_TOKENS = 1024  # of a synthetic batch on a CPU, whose time per token is the same for more
-GPU_TIMES = 5  # that a synthetic batch is measured on a GPU; the fastest counts
+GPU_TIMES = 5  # measurements of a synthetic batch on a GPU; the fastest counts
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Stopwatch(Listener):
     run: Run
 
     def __init__(self) -> None:
-        self.warm: StepMetrics | None = None  # where measuring begins
+        self.warm: StepMetrics | None = None  # the last step of the warm-up
         self.last: StepMetrics | None = None
 
     def step(self, metrics: StepMetrics, logged: bool) -> None:

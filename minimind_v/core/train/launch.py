@@ -34,7 +34,7 @@ PATIENCE = 600  # seconds that a process may take to finish its step and to save
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes to start here, and with which other machines."""
+    """The processes to start on this machine, and the other machines."""
 
     processes: int
     nnodes: int = 1
@@ -155,9 +155,9 @@ def _elastic(plan: Launch) -> Any:
 
 @dataclass(frozen=True)
 class Way:
-    """How this machine reaches another, or itself."""
+    """The network path from this machine to another, or to itself."""
 
-    address: str  # of this machine, as the other sees it
+    address: str  # of this machine, for the other
     interface: str
 
 

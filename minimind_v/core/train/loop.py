@@ -33,7 +33,7 @@ RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended."""
+    """The end of a run."""
 
     weights: Path
     metrics: Path

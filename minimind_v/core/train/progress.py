@@ -49,7 +49,7 @@ class StepRows:
 
 
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     def __init__(self, config: RunConfig, plan: BatchPlan, listener: Listener, world: World) -> None:
         self.config, self.plan, self.listener, self.world = config, plan, listener, world

@@ -49,7 +49,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended."""
+    """The end of a save."""
 
     step: int
     error: BaseException | None

@@ -27,12 +27,12 @@ Total = Callable[[Sequence[float]], list[float]]  # numbers of this process → 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step computed, over all processes."""
+    """The result of one step, over all processes."""
 
     loss: float  # nats per supervised token, with the auxiliary loss
     grad_norm: float  # before clipping
     correct: int  # supervised tokens that were predicted right
-    batch_losses: list[float]  # what each micro-batch of this process adds to `loss`
+    batch_losses: list[float]  # the share of each micro-batch of this process in `loss`
 
     @property
     def finite(self) -> bool:

@@ -41,7 +41,7 @@ class Validator:
         sums = [0.0] * 6
         for number, batch in enumerate(self._batches):
             moved = self._encoded(model, batch, encode)
-            if model.device.type != "cpu":  # where they take a tenth of a gigabyte; a CPU's run may keep them on disk
+            if model.device.type != "cpu":  # a tenth of a gigabyte; a run on the CPU may keep them on disk
                 self._batches[number] = moved
             sums = [total + value for total, value in zip(sums, self._measure(model, moved), strict=True)]
         model.train()
