@@ -24,7 +24,6 @@ from functools import partial
 from unittest import mock
 
 import torch
-from minimind_v.core.train.micro_batch import CPU_POSITIONS
 from torch import Tensor, nn
 
 from benchmarks.material import ANSWER_TOKENS, CAPTION_TOKENS, QUESTION_TOKENS, make_model
@@ -42,6 +41,7 @@ from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.step import CPU_POSITIONS
 
 CPU = torch.device("cpu")
 PRESET = PRESETS["small"]
