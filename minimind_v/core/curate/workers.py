@@ -84,7 +84,7 @@ class _Worker(Generic[T]):
         self.spans: deque[Span] = deque()
         self.begun = False
         self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(Parent.here(), theirs, look, rows), daemon=True)
+        self._process = spawn.Process(target=_work, args=(Parent.current(), theirs, look, rows), daemon=True)
         resource_tracker.ensure_running()  # the first time it lets Ctrl-C through again
         try:
             with _no_ctrl_c():  # inherited: Ctrl-C is the business of the process that waits for the results

@@ -39,7 +39,7 @@ class Packed(Dataset[Parcel | _Failure]):
     """The updates of a plan as a worker sends them. What fails in it becomes part of the answer: nothing is lost."""
 
     def __init__(self, plan: Any) -> None:
-        self.parent = Parent.here()  # before the plan: on its arrival in a spawned process, extensions are imported
+        self.parent = Parent.current()  # before the plan: on its arrival in a spawned process, extensions are imported
         self.plan = plan
 
     def __len__(self) -> int:

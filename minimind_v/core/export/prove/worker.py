@@ -52,7 +52,7 @@ class Worker:
     def call(self, function: str, *args: Any) -> Any:
         """What `function` ("a.module:name") returns there.
 
-        Raises the MmvError that it raises, and RunError with the last words of a process that fails otherwise.
+        Raises the MmvError that it raises, and RunError with the last output of a process that fails otherwise.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
