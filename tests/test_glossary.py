@@ -9,7 +9,7 @@ from tests.structure import PACKAGE
 
 # Names that still use a forbidden word, by package. Each number may only fall.
 BUDGET = {
-    ".": 15, "cli": 38, "config": 8, "curate": 54, "data": 78, "demo": 39, "evaluate": 2, "export": 49, "formats": 75,
+    ".": 15, "cli": 38, "config": 8, "curate": 54, "data": 78, "demo": 39, "evaluate": 2,
     "generate": 37, "hub": 57, "model": 41, "monitor": 48, "pages": 25, "rows": 103, "train": 74,
 }  # fmt: skip
 
