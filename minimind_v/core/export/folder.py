@@ -129,7 +129,7 @@ def _beside(out: Path) -> Iterator[Path]:
             yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: it holds what was written
+        with contextlib.suppress(OSError):  # not empty: it contains the export
             for parent in new_parents:
                 parent.rmdir()
 

@@ -159,22 +159,19 @@ def find_companions(
         tokenizer or (weights if has_tokenizer else _find(TOKENIZER, weights, companions.tokenizer, say)),
         frozenset(kind for kind, path in ((VISION, vision_model), (TOKENIZER, tokenizer)) if path),
     )
-    missing = [
+    pairs = ((VISION, paths.vision_model, companions.vision_model), (TOKENIZER, paths.tokenizer, companions.tokenizer))
+    if missing := [
         _missing(kind, path, None if kind in paths.named else companion)
-        for kind, path, companion in (
-            (VISION, paths.vision_model, companions.vision_model),
-            (TOKENIZER, paths.tokenizer, companions.tokenizer),
-        )
+        for kind, path, companion in pairs
         if not kind.is_at(path)
-    ]
-    if missing:
+    ]:
         raise MissingInput(*missing)
     check_tower(paths.vision_model, weights)
     return paths
 
 
 def _find(kind: CompanionKind, weights: Path, companion: Companion | None, say: Callable[[str], None]) -> Path:
-    """The first path where the companion is, else the standard folder, whatever is there."""
+    """The first path where the companion is, else the standard folder."""
     if companion and (path := next(filter(kind.is_at, companion.paths), None)):
         return path
     standard = kind.standard

@@ -21,7 +21,7 @@ import torch
 from minimind_v.core.rows.members import ABSENT, ENTRY, ZIP64, extra_field
 
 MOST_TENSORS = 10_000  # of a file: ten times those of a large vision-language model
-MOST_PICKLE = 2 << 20  # bytes of the names and sizes of so many tensors, and of what was saved beside them
+MOST_PICKLE = 2 << 20  # bytes of the names and sizes of so many tensors, and of values saved beside them
 _MOST_CALLS = 5 * MOST_TENSORS  # in a pickle: a parameter takes five
 _MOST_COPIES = 1 << 20  # entries and letters that they may copy
 _MOST_VIEWS = 4  # how many tensors may share each number of a file: tied weights are two

@@ -18,7 +18,7 @@ class Case:
     """A conversation with an `<image>` for each image, and the numbers of its images."""
 
     conversations: list[dict[str, str]]
-    pictures: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
 
     @property
     def standard(self) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ CASES = (
 )
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Soft clouds of colour, the same in every call."""
     rng = np.random.default_rng(0)
     clouds = [Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)) for _ in SIZES]

@@ -13,7 +13,7 @@ from torch import Tensor
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.export.prove.ask_cases import ask
-from minimind_v.core.export.prove.cases import CASES, Case, pictures
+from minimind_v.core.export.prove.cases import CASES, Case, images
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.files import size_of
 from minimind_v.core.formats.load import LoadedModel
@@ -72,13 +72,13 @@ class _Reader:
         assert encoder is not None
         prompts = PromptEncoder(loaded.tokenizer, encoder.spec.tokens_per_image)
         self.tokens = [prompts.prompt(case.conversations) for case in CASES]
-        images = [_load(image, encoder.spec.image_size) for image in pictures()]
-        self.pixels = [(image.float() / 255 - encoder.mean) / encoder.std for image in images]
+        uint8 = [_load(image, encoder.spec.image_size) for image in images()]
+        self.pixels = [(pixels.float() / 255 - encoder.mean) / encoder.std for pixels in uint8]
         features = encoder(torch.stack(self.pixels))  # [M, P, width]
-        self.features = [features[list(case.pictures)] if case.pictures else None for case in CASES]
+        self.features = [features[list(case.images)] if case.images else None for case in CASES]
 
     def pixels_of(self, case: Case) -> Tensor | None:
-        return torch.stack([self.pixels[number] for number in case.pictures]) if case.pictures else None
+        return torch.stack([self.pixels[number] for number in case.images]) if case.images else None
 
     @torch.inference_mode()
     def logits(self, export: dict[str, Any]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from minimind_v.core.data.images import to_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.errors import RunError
-from minimind_v.core.export.prove.cases import CASES, Case, pictures
+from minimind_v.core.export.prove.cases import CASES, Case, images
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.files import size_of
 from minimind_v.core.formats.gguf import language, vision
@@ -120,10 +120,10 @@ def _llama_is_installed() -> bool:
 
 def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
     """The answers of llama.cpp in a separate process, to square images with our pixels: llama.cpp crops otherwise."""
-    for number in range(len(pictures())):
+    for number in range(len(images())):
         square = _pixels(number, size).numpy().transpose(1, 2, 0)
         Image.fromarray(square).save(work / f"{number}.png")
-    cases = [{"messages": case.standard, "pictures": [f"{n}.png" for n in case.pictures]} for case in CASES]
+    cases = [{"messages": case.standard, "pictures": [f"{n}.png" for n in case.images]} for case in CASES]
     (work / "cases.json").write_text(json.dumps({"cases": cases, "texts": TEXTS}), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "minimind_v.core.export.prove.ask_llama", str(folder), str(work)],
@@ -192,16 +192,16 @@ def _ids(tokens: Tokens) -> list[int]:
 
 
 def _pixels(number: int, size: int) -> Tensor:
-    return torch.from_numpy(to_pixels(pictures()[number], size))
+    return torch.from_numpy(to_pixels(images()[number], size))
 
 
 @torch.inference_mode()
 def _features(loaded: LoadedModel, case: Case, corner: bool = True) -> Tensor | None:
     encoder = loaded.model.vision_encoder
     assert encoder is not None
-    if not case.pictures:
+    if not case.images:
         return None
-    pixels = torch.stack([_pixels(number, encoder.spec.image_size) for number in case.pictures])
+    pixels = torch.stack([_pixels(number, encoder.spec.image_size) for number in case.images])
     return encoder(pixels) if corner else vision.without_corner(encoder, pixels)
 
 

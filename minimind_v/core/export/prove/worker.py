@@ -23,7 +23,7 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     # glibc then returns the memory of a deleted model: 50 MB less where a second one follows.
     "MALLOC_MMAP_THRESHOLD_": "1000000",
-    # Threads that wait asleep: beside other busy processes spinning ones took 80 CPU seconds for what takes 14.
+    # Threads sleep while they wait: beside other busy processes, spinning took 80 CPU seconds instead of 14.
     "OMP_WAIT_POLICY": "PASSIVE",
 }  # fmt: skip
 PARENT = "MMV_PARENT"  # environment variable with the id of the parent process
