@@ -56,7 +56,7 @@ def export(request: ExportRequest, to: str, out: Path, check: bool = True, overw
 def _refuse_difference(request: ExportRequest, out: Path, report: Report) -> None:
     if report.wrong:
         findings = "; ".join(f"{name}: {report.findings[name]}" for name in report.wrong)
-        raise RunError(f"{out}: not written, because it would not be the same as {request.model} ({findings})")
+        raise RunError(f"{out}: not written, because it differs from {request.model} ({findings})")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
