@@ -1,4 +1,4 @@
-"""Checks of the inputs of a command before anything is loaded. One error names every missing file."""
+"""Check the inputs of a command before anything is loaded. One error names every missing file."""
 
 from __future__ import annotations
 
@@ -56,21 +56,16 @@ def find_model(
     say: Callable[[str], None],
     out: Path = OUT_DIR,
 ) -> Path:
-    """The weights that were named, else the latest in `out`, else the demo's.
+    """The named weights, else the latest in `out`, else the demo's.
 
-    Raises MissingInput where there are none. Its message also names the vision model and the tokenizer if they are
-    missing. Existing weights may name their own, so those are checked only when the weights are read.
+    Raises MissingInput where there are none; it also names a missing vision model and tokenizer. Existing weights may
+    name their own, so those are checked only when the weights are read.
     """
     try:
         return weights_at(weights) if weights else latest_model(say, out)
-    except MissingInput as error:
-        missing = error
-
-        def nothing() -> Path:
-            raise missing
-
+    except MissingInput:
         open_all(
-            nothing,
+            lambda: weights_at(weights) if weights else latest_model(say, out),
             lambda: read_tower_config(vision_model or VISION_DIR),
             lambda: find_tokenizer(tokenizer or TOKENIZER_DIR),
         )
