@@ -41,7 +41,7 @@ from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
-from minimind_v.core.train.micro_batch import CPU_POSITIONS
+from minimind_v.core.train.step import CPU_POSITIONS
 
 CPU = torch.device("cpu")
 PRESET = PRESETS["small"]

@@ -53,15 +53,15 @@ def load(
     `path` is a `.pth`, a `.safetensors`, an exported folder or a run's folder; without one, the weights that the latest
     stage left in `out`. `vision_model` and `tokenizer` are folders; without them, the ones that the weights were
     trained with. `device` is auto, cpu, cuda, cuda:1 or mps.
-    Raises MissingInput where something is not there, WeightsError where it is damaged or does not belong together.
+    Raises MissingInput for a missing file, WeightsError for damaged files or files that do not belong together.
 
     >>> m = mmv.load("out/sft_vlm_128.pth")
     >>> m.config.hidden_size
     128
     """
-    vision, words = _path(vision_model), _path(tokenizer)
-    weights = find_model(_path(path), vision, words, log.info)
-    return LoadedVLM(load_model(weights, vision, words, device, log.info))
+    vision, tokenizer_folder = _path(vision_model), _path(tokenizer)
+    weights = find_model(_path(path), vision, tokenizer_folder, log.info)
+    return LoadedVLM(load_model(weights, vision, tokenizer_folder, device, log.info))
 
 
 class LoadedVLM:
@@ -85,7 +85,7 @@ class LoadedVLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; a call moves its inputs there."""
+        """The device of the weights; a call moves its inputs there."""
         return self.model.device
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -159,9 +159,9 @@ class LoadedVLM:
         return Conversation(Session(self.model, self.tokenizer, Sampling(temperature, top_p, seed)))
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write the weights as they are now, in half precision, to a `.pth` or a `.safetensors`; returns the path.
+        """Write the present weights in half precision to a `.pth` or a `.safetensors`; returns the path.
 
-        The vision encoder is not in it. Raises UsageError for another ending or a file that exists, RunError for a
+        The file lacks the vision encoder. Raises UsageError for another ending or a file that exists, RunError for a
         weight that is not finite.
 
         >>> m = mmv.load("out/sft_vlm_128.pth")
@@ -218,9 +218,9 @@ def train(
 
     The first argument is `pretrain` or `sft` with settings as in `mmv.config`, a YAML file, or a RunConfig.
     `progress` shows each logged step on stderr. `overwrite` replaces an earlier run in `out`; `resume` continues it.
-    Ctrl-C stops after the step and saves; pressed again it stops at once. Returns where weights and metrics are, the
-    number of steps, and what stopped the run, if anything did.
-    Raises MissingInput with everything that is missing, UsageError, DataError, WeightsError or RunError.
+    Ctrl-C stops after the step and saves; pressed again it stops at once. Returns the paths of weights and
+    metrics, the number of steps, and the signal that stopped the run, if any.
+    Raises MissingInput with all missing files, UsageError, DataError, WeightsError or RunError.
 
     >>> summary = mmv.train("sft", preset="demo", out="notebook", max_steps=2, overwrite=True)
     >>> summary.steps, summary.weights.name
@@ -244,7 +244,7 @@ def train(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts rows that it was not trained on."""
+    """The scores of a model on held-out rows."""
 
     loss: float  # nats per supervised token
     accuracy: float | None  # share of the short answers that are right to the letter; None where there are none
@@ -265,10 +265,10 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "auto",
 ) -> Evaluation:
-    """Evaluate a model, or the one that `mmv.load` finds, on rows that it was not trained on.
+    """Evaluate a model, or that of `mmv.load`, on held-out rows.
 
     `data` and `images` are as in `mmv eval`; without `images`, the zip, folder or tar beside the rows. `limit` takes
-    only the first rows; `blank` replaces every image by a grey one, which shows what images are worth.
+    only the first rows; `blank` replaces every image by a grey one, which shows how much the images help.
     Raises MissingInput, UsageError, WeightsError, or DataError where no row can be read.
 
     >>> scores = mmv.evaluate("out/sft_vlm_128.pth", "dataset/heldout_scenes_data.jsonl", limit=4)

@@ -38,11 +38,11 @@ class ChatCommand(Command):
     once = ()
 
     def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
-        words = [str(values.get("prompt") or ""), *extra]
-        if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in words[:-1]):
-            options = [word for picture in [*values["image"], *words[:-1]] for word in ("--image", picture)]
-            return f"each image needs its own --image: {shlex.join(['mmv', 'chat', *options, words[-1]])}"
-        return f"put the question in quotes: {shlex.join(['mmv', 'chat', ' '.join(words)])}"
+        questions = [str(values.get("prompt") or ""), *extra]
+        if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in questions[:-1]):
+            options = [word for picture in [*values["image"], *questions[:-1]] for word in ("--image", picture)]
+            return f"each image needs its own --image: {shlex.join(['mmv', 'chat', *options, questions[-1]])}"
+        return f"put the question in quotes: {shlex.join(['mmv', 'chat', ' '.join(questions)])}"
 
 
 def chat(
@@ -129,8 +129,8 @@ def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
     names = [name for group in named for name in group]
     pictures = read_pictures(names)
     if prompt is not None and (asked := pictures_in(prompt)):
-        words = [word for name in (*names, *asked) for word in ("--image", name)]
-        command = shlex.join(["mmv", "chat", *words, "What is in the image?"])
+        options = [word for name in (*names, *asked) for word in ("--image", name)]
+        command = shlex.join(["mmv", "chat", *options, "What is in the image?"])
         raise UsageError(f"{prompt!r} names an image and asks nothing — {command}")
     if prompt is not None:
         check_marks(prompt, len(pictures))
@@ -166,7 +166,7 @@ class Conversation:
         self.terminal, self.session, self.limit = terminal, session, limit
         self.shown: list[str] = []  # names of the images that the model has read
         self.waiting: list[tuple[str, np.ndarray]] = []  # images of the next question
-        self.offered: list[str] = []  # file names that were typed in place of a question
+        self.offered: list[str] = []  # picture files that were typed as a question
         self.warned = False  # about the missing image
 
     def run(self) -> None:

@@ -81,10 +81,12 @@ def convert(
     request = ExportRequest(source, vision_model, tokenizer, precision, quantize)
     report = export(request, to, path, verify, overwrite)
     if json:
-        terminal.json({"out": str(path), "kind": to} | (report.facts or {"verified": report.found if verify else None}))
+        terminal.json(
+            {"out": str(path), "kind": to} | (report.facts or {"verified": report.findings if verify else None})
+        )
         return
-    if report.found:
-        terminal.table(report.found)
+    if report.findings:
+        terminal.table(report.findings)
     terminal.say(f"{path}: {report.summary or ('written and verified' if verify else 'written, not verified')}")
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind_v.cli import data_look, options
+from minimind_v.cli import data_view, options
 from minimind_v.cli.command import Group, advanced, register
-from minimind_v.cli.data_look import File, StageOfRows
+from minimind_v.cli.data_view import File, StageOfRows
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import open_all
 from minimind_v.core.paths import TOKENIZER_DIR
@@ -57,7 +57,7 @@ def check(
     if fix:
         find_target(fix, overwrite, file, images or images_beside(file), against)
     terminal = Terminal()
-    recipe, rows, encoder, spec = data_look.open_data(
+    recipe, rows, encoder, spec = data_view.open_data(
         terminal, file, split, images, tokenizer, vision_model, stage, against
     )
     dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length, resize_mode=spec.fit)
@@ -187,7 +187,7 @@ def _open(terminal: Terminal, file: Path, split: str | None, images: Path | None
 
 
 register(data, "check", check)
-register(data, "stats", data_look.stats)
-register(data, "preview", data_look.preview)
+register(data, "stats", data_view.stats)
+register(data, "preview", data_view.preview)
 register(data, "convert", convert)
 register(data, "split", split)

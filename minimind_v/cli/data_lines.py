@@ -81,12 +81,8 @@ def _marks(piece: Piece) -> tuple[str, str, str]:
 
 def stats_lines(report: dict[str, Any]) -> Iterator[Line]:
     """The lines of a report of `stats.describe_rows`."""
-    yield [
-        (
-            f"{plural(report['rows'], 'row')} of {visible(report['file'])}, read as {report['stage']} data",
-            BOLD,
-        )
-    ]
+    title = f"{plural(report['rows'], 'row')} of {visible(report['file'])}, read as {report['stage']} data"
+    yield [(title, BOLD)]
     if report["sample"]:
         yield [(f"sample: the first {plural(report['looked_at'], 'row')} of the first epoch", DIM)]
     yield [("", "")]

@@ -86,10 +86,10 @@ def download(
         raise UsageError(f"--endpoint {endpoint}: must begin with https:// or http://")
     terminal = Terminal()
     file_of = partial(weights_name, config=PRESETS[preset.value])
-    parts = download_parts(what.value, root, preset.value, file_of, (split.value,) if split else SPLITS, sample)
+    groups = download_parts(what.value, root, preset.value, file_of, (split.value,) if split else SPLITS, sample)
     hubs = HUBS if hub is Hub.auto else (hub.value,)
     with BytesProgress(terminal) as progress:
-        download = Download(parts, hubs, progress, endpoint, revision)
+        download = Download(groups, hubs, progress, endpoint, revision)
         try:
             items = download.run(dry_run)
         except KeyboardInterrupt:

@@ -111,7 +111,7 @@ def _trained_with(checkpoint: Checkpoint) -> dict[str, str]:
     companions = checkpoint.companions
     pairs = (("vision_model", companions.vision_model), ("tokenizer", companions.tokenizer))
     return {
-        name: str(next((path for path in companion.places if path.exists()), f"{companion.places[-1]}, missing"))
+        name: str(next((path for path in companion.paths if path.exists()), f"{companion.paths[-1]}, missing"))
         for name, companion in pairs
         if companion
     } | {"layout": companions.layout}

@@ -41,14 +41,10 @@ def plan(
         return
     if report["warning"]:
         terminal.warn(report["warning"])
-    names = ("updates", "samples", "tokens", "supervised_tokens", "seconds", "memory_bytes", "disk_bytes", "cost")
-    values = {name: shown(name, report[name]) for name in names}
-    labels = {"updates": "steps"}
+    labels = {"updates": "steps", "samples": "samples", "tokens": "tokens", "supervised_tokens": "supervised tokens",
+              "seconds": "seconds", "memory_bytes": "memory", "disk_bytes": "disk", "cost": "cost"}  # fmt: skip
+    values = {label: shown(key, report[key]) for key, label in labels.items()}
     terminal.table(
-        {
-            labels.get(name, name.removesuffix("_bytes").replace("_", " ")): value
-            for name, value in values.items()
-            if value != "–"
-        }
+        {label: value for label, value in values.items() if value != "–"}
         | {"learning rate": "from {:.2g} down to {:.2g}".format(*report["learning_rate"]), "how": report["how"]}
     )

@@ -32,11 +32,11 @@ from rich.text import Text
 
 from minimind_v.core.errors import MmvError, readable
 from minimind_v.core.files import as_json
-from minimind_v.core.train.launch import leave_word
+from minimind_v.core.train.launch import report_to_launcher
 
 
 class Verbosity(IntEnum):
-    """How much a command shows besides its results and errors."""
+    """The output of a command besides its results and errors."""
 
     quiet = -1  # nothing
     normal = 0  # messages, warnings, progress
@@ -115,7 +115,7 @@ class ProgressLine:
         self.what = what
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._tenth = 0  # that was reported last
+        self._tenth = 0  # the last reported one
 
     def __enter__(self) -> ProgressLine:
         if self.terminal.is_live:
@@ -165,24 +165,24 @@ class BytesProgress:
     def warn(self, message: str) -> None:
         self.terminal.warn(message)
 
-    def bytes_here(self, file: str, here: int, size: int, all_here: int, all_size: int) -> None:
+    def bytes_here(self, file: str, received: int, size: int, all_received: int, all_size: int) -> None:
         """Show `here` of the `size` bytes of `file`, and `all_here` of `all_size` bytes of all files."""
         if self.terminal.is_live:
-            self._draw(file, here, size)
-            self._draw("all", all_here, all_size)
+            self._draw(file, received, size)
+            self._draw("all", all_received, all_size)
             return
         now = time.monotonic()
-        began, first = self._began = self._began or (now, all_here)
-        tenth = all_here * 10 // max(all_size, 1)
+        began, first = self._began = self._began or (now, all_received)
+        tenth = all_received * 10 // max(all_size, 1)
         if tenth == self._last_line[1] and now - self._last_line[0] < 20:
             return
         self._last_line = (now, tenth)
-        rate = (all_here - first) / (now - began) if now > began else 0.0
-        left = f", {rate / 1e6:,.1f} MB/s, {(all_size - all_here) / rate:,.0f} s left" if rate else ""
-        share = all_here * 100 // max(all_size, 1)
-        self.say(f"{file}: {here / 1e6:,.1f} of {size / 1e6:,.1f} MB; all {share}% of {all_size / 1e6:,.1f} MB{left}")
+        rate = (all_received - first) / (now - began) if now > began else 0.0
+        left = f", {rate / 1e6:,.1f} MB/s, {(all_size - all_received) / rate:,.0f} s left" if rate else ""
+        of_all = f"all {all_received * 100 // max(all_size, 1)}% of {all_size / 1e6:,.1f} MB"
+        self.say(f"{file}: {received / 1e6:,.1f} of {size / 1e6:,.1f} MB; {of_all}{left}")
 
-    def _draw(self, name: str, here: int, size: int) -> None:
+    def _draw(self, name: str, received: int, size: int) -> None:
         if not self._bars:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                        TimeRemainingColumn())  # fmt: skip
@@ -190,10 +190,10 @@ class BytesProgress:
             self._bars.start()
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(escape(name), total=size)
-        self._bars.update(self._tasks[name], completed=here, total=size)
+        self._bars.update(self._tasks[name], completed=received, total=size)
 
 
-def command_line(*words: object) -> str:
+def command_line(*arguments: object) -> str:
     """A command line to paste into this shell, also where `mmv` is not on the path."""
     program_file, on_path = Path(sys.argv[0]), shutil.which("mmv")
     if program_file.name == "__main__.py":
@@ -201,7 +201,7 @@ def command_line(*words: object) -> str:
     else:
         is_mmv = on_path and program_file.exists() and program_file.samefile(on_path)
         program = ["mmv" if is_mmv else str(program_file)]
-    return shlex.join([*program, *map(str, words)])
+    return shlex.join([*program, *map(str, arguments)])
 
 
 def run_app(app: Any) -> None:
@@ -227,7 +227,7 @@ def run_app(app: Any) -> None:
             if debug:
                 raise
             message, code = _describe(error)
-            if not leave_word(message, error):
+            if not report_to_launcher(message, error):
                 Terminal().fail(message)
             sys.exit(code)
 
@@ -265,7 +265,7 @@ def _describe(error: Exception) -> tuple[str, int]:
 
 @contextmanager
 def _ctrl_c() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt as usual; the list holds the signals that came."""
+    """Ctrl-C raises KeyboardInterrupt as usual; the list holds the received signals."""
     pressed: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

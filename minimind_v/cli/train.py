@@ -79,9 +79,9 @@ def train(
 
 def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> None:
     """Train in this process, or start the processes that train."""
-    from minimind_v.core.train.launch import hush, launch, mind_the_launcher
+    from minimind_v.core.train.launch import hush, launch, obey_launcher
 
-    mind_the_launcher()
+    obey_launcher()
     if several.needed:
         hush()
 
@@ -122,8 +122,8 @@ def _show_summary(terminal: Terminal, summary: Summary) -> None:
     if summary.weights.is_file():
         terminal.say(f"chat with it: {command_line('chat', '--model', summary.weights)}")
     if summary.stopped_by:
-        words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-        terminal.say(f"resume with: {shlex.join(['mmv', *words, '--resume'])}")
+        arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
+        terminal.say(f"resume with: {shlex.join(['mmv', *arguments, '--resume'])}")
 
 
 def _skipped(summary: Summary) -> str:

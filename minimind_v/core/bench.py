@@ -1,6 +1,6 @@
 """Measure how fast this machine trains and answers, and what limits it.
 
-Nothing is downloaded: weights are random and of the real sizes, images are drawn on the spot.
+It downloads nothing: weights are random with the real sizes, images are synthetic.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
 
-QUESTION, ANSWER = 40, 40  # tokens of a caption row besides its picture; those of the answer are supervised
-WORDS = 48  # tokens that are generated
+QUESTION, ANSWER = 40, 40  # tokens of a caption row besides its image; those of the answer are supervised
+NEW_TOKENS = 48  # of an answer
 SIDE = 2048  # of the matrices whose product is timed
-SIDE_CUDA = 8192  # a large GPU needs work for longer than the host needs to ask for it
-SPREAD = range(-14, 15, 4)  # tokens by which rows of the measured updates differ: a run meets new lengths all the time
+SIDE_CUDA = 8192  # a large GPU must work longer than the host needs to start it
+SPREAD = range(-14, 15, 4)  # tokens by which rows of the measured steps differ: a run has rows of many lengths
 JPEG = (448, 336)
 # Sizes of the vision towers: CLIP's ViT-B/16, and that of the embedded world.
 BASE_TOWER = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12,
@@ -213,12 +213,12 @@ def _answer(model: VLM) -> tuple[float, float]:
     prompt = batch.input_ids[:, :-ANSWER]
     first, each = [], []
     for _ in range(3):
-        cache = ready(model).decoder.new_cache(1, prompt.shape[1] + WORDS)
-        picture = torch.randint(0, 256, (3, size, size), dtype=torch.uint8).numpy()
+        cache = ready(model).decoder.new_cache(1, prompt.shape[1] + NEW_TOKENS)
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8).numpy()
         begun = time.perf_counter()
-        features = ready(model).features(model, [picture])
+        features = ready(model).features(model, [image])
         answer = generate(
-            model, cache, prompt, Sampler(GREEDY), -1, WORDS, features, batch.image_mask[:, :-ANSWER]
+            model, cache, prompt, Sampler(GREEDY), -1, NEW_TOKENS, features, batch.image_mask[:, :-ANSWER]
         )  # without an end
         next(answer)
         then = time.perf_counter()

@@ -1,13 +1,13 @@
 """Share the CPU with other processes: a thread that waits for a core must not keep one busy.
 
-torch's CPU threads meet at the end of every operator. Under GNU's OpenMP the first ones spin until the last one comes,
-which is the fastest way while every thread has a core of its own. Beside another busy process one of them has none: the
-others spin away the time that it needs, and a small model trains ten times slower, or worse.
+torch's CPU threads wait for each other at the end of every operator. With GNU's OpenMP they spin while they wait, which
+is fastest while every thread has its own core. Beside another busy process one of them has none: the others spin away
+the time that it needs, and a small model trains ten times slower, or worse.
 
-OpenMP itself has the remedy: it hardly spins where it knows of more threads than there are cores. So while others need
-the cores, a thread that does nothing holds a second team of threads. The number of threads that share an operator stays
-the same, and so does every bit of its result. Measured on two cores at the demo's size, samples per second: 53 alone
-and 7 beside a busy process while spinning, 33 and 30 without.
+OpenMP hardly spins if it knows of more threads than cores. So while other processes need the cores, an idle thread
+holds a second team of threads. The number of threads per operator stays the same, and so does every bit of its result.
+Measured on two cores at the demo's size, samples per second: 53 alone and 7 beside a busy process while spinning, 33
+and 30 without.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _started = threading.Lock()
 def share_cpu() -> None:
     """Start to watch whether other processes need the cores of this one, until it ends; a second call does nothing.
 
-    Does nothing where OpenMP is not GNU's, or where the system does not report who uses its cores.
+    Does nothing where OpenMP is not GNU's, or where the system does not report the use of its cores.
     """
     if not _started.acquire(blocking=False):
         return

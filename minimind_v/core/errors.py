@@ -6,7 +6,7 @@ MmvError                  one line: what is wrong, where, and what to do next   
 ├── DataError             a row, an image or a data file is broken
 │   └── RowError          one broken row: it is skipped and counted
 ├── WeightsError          a weights file is damaged, foreign or of another size
-└── RunError              a run cannot go on (no finite loss, no room to save)
+└── RunError              a run cannot continue (no finite loss, no room to save)
     └── LostContact       another process of the run has ended; its own error says why
 
 The command line prints each as one red line; any other exception that reaches the user is a defect of mmv.
@@ -60,9 +60,8 @@ class RowError(DataError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[RowError], tuple[str, str]]:  # keeps `kind` when a data worker sends the error
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        """Keep `kind` when a data worker sends the error."""
         return type(self), (self.args[0], self.kind)
 
 

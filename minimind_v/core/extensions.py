@@ -16,9 +16,9 @@ VARIABLE = "MMV_EXTENSIONS"  # files (`….py`) or names of modules, separated a
 
 
 def load_extensions() -> list[ModuleType]:
-    """Import what MMV_EXTENSIONS names, once in each process: it is code, and it runs.
+    """Import the files and modules of MMV_EXTENSIONS, once in each process: their code runs.
 
-    Processes that this one starts inherit the variable. Raises UsageError with the extension and what is wrong in it.
+    Processes that this one starts inherit the variable. Raises UsageError with the extension and its error.
     """
     modules = []
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
@@ -31,7 +31,7 @@ def load_extensions() -> list[ModuleType]:
 
 
 def extensions_digest() -> str | None:
-    """The digest of the extensions' files, which decide what a run learns; None without any."""
+    """The digest of the extensions' files, which decide the numbers of a run; None without any."""
     files = [Path(module.__file__) for module in load_extensions() if module.__file__]
     return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest() if files else None
 

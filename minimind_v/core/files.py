@@ -45,9 +45,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
             os.chmod(name, 0o666 & ~umask())
-            if os.name != "nt":  # as long as it is open it is locked, and nobody sweeps it away
+            if os.name != "nt":  # while it is open it is locked, and no process sweeps it
                 os.replace(name, path)
-        if os.name == "nt":  # where no open file gets another name, and there are no locks
+        if os.name == "nt":  # no open file can be renamed there, and there are no locks
             os.replace(name, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
@@ -255,7 +255,7 @@ class Lock:
         self.path, self._process = path, os.getpid()
         self._new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         handle, self.certain = self._take(time.monotonic() + patience)  # certain: the file system has locks
-        self.left = _read_note(handle)  # by a process that did not come to its end; empty where there was none
+        self.left = _read_note(handle)  # by a killed process; empty without one
         self._handle = handle
         _HELD.add(handle)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a note
@@ -267,11 +267,11 @@ class Lock:
         if os.getpid() != self._process or self._handle not in _HELD:
             return
         with contextlib.suppress(OSError):
-            if self._is_there(self._handle):  # and not another's, where somebody removed ours
-                self.path.unlink()  # while it is held: whoever has opened it meanwhile notices
+            if self._is_there(self._handle):  # and not another's, after ours was removed
+                self.path.unlink()  # while it is held: a process that has opened it notices
         _HELD.discard(self._handle)
         os.close(self._handle)
-        for folder in self._new_folders:  # that nothing was written into
+        for folder in self._new_folders:  # if they are empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -288,7 +288,7 @@ class Lock:
             time.sleep(0.05)
 
     def _open(self) -> int:
-        for _ in range(20):  # another process may remove a folder that it made before there is a file in it
+        for _ in range(20):  # another process may remove its new folder before it has a file
             with contextlib.suppress(FileNotFoundError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from minimind_v.core.errors import UsageError
 
-PROCESSES_PER_CORE = 4  # more of them wait for each other's cores, and each takes memory of its own
-FEWEST = {"workers": 32, "processes": 8}  # that even a small machine may be asked for: those of a slow disk wait
+PROCESSES_PER_CORE = 4  # more only wait for each other's cores and take memory
+FEWEST = {"workers": 32, "processes": 8}  # allowed even on a small machine: workers on a slow disk only wait
 
 
 def check_workers(workers: int) -> None:

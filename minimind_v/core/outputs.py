@@ -1,4 +1,4 @@
-"""Checks of output paths: a command never overwrites its inputs, nor a file of somebody else without --overwrite."""
+"""Checks of output paths: a command never overwrites its inputs, nor another file without --overwrite."""
 
 from __future__ import annotations
 

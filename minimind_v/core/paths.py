@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# Where each stage looks. Every command has an option to look elsewhere.
+# The inputs of the stages. Every command has an option for another folder.
 TOKENIZER_DIR = Path("model")
 VISION_DIR = Path("model/vision_model/clip-vit-base-patch16")
 DATASET_DIR = Path("dataset")
 SAMPLE_DIR = DATASET_DIR / "sample"  # of `mmv download --sample`: the names of the whole files, the first rows only
 OUT_DIR = Path("out")
-DEMO_DIR = Path("demo")  # of `mmv demo`: all of these, in a folder of its own
+DEMO_DIR = Path("demo")  # of `mmv demo`: it has all the others inside
 
 STANDARD_PRESET = "small"

@@ -18,20 +18,20 @@ from typing import Any
 
 from minimind_v.core.extensions import load_extensions
 
-PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
+PR_SET_PDEATHSIG = 1  # Linux: the signal to a process when the thread that started it ends
 CHECK_INTERVAL = 0.5  # seconds between two checks whether the parent is alive, where the system sends no signal
-KILLED = 2.0  # seconds that a killed process may take; one that waits for a dead network disk takes for ever
+KILLED = 2.0  # seconds that a killed process may take; one that waits for a dead network disk never ends
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A process that starts others: it passes `Parent.here()` to them, and each calls `end_with_it()` first."""
+    """A process that starts others: it passes `Parent.current()` to them, and each calls `end_with_it()` first."""
 
     pid: int
-    lasting: bool = True  # whether the thread that starts them is there as long as the process
+    lasting: bool = True  # whether the thread that starts them lives as long as the process
 
     @classmethod
-    def here(cls) -> Parent:
+    def current(cls) -> Parent:
         """Return the calling process."""
         return cls(os.getpid(), threading.current_thread() is threading.main_thread())
 
@@ -57,7 +57,7 @@ def _arrived(pid: int, lasting: bool) -> Parent:
     parent = Parent(pid, lasting)
     if os.getpid() != pid:
         parent.end_with_it()
-        load_extensions()  # before what follows is read: it may hold objects of their classes
+        load_extensions()  # before objects of their classes are unpickled
     return parent
 
 

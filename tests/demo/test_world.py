@@ -22,7 +22,7 @@ def test_is_as_large_as_promised():
     assert len(world.SHAPES) >= 4
     assert len(world.COLOURS) >= 5
     assert len(world.SIZES) >= 2
-    assert len(world.PLACES) >= 5
+    assert len(world.POSITIONS) >= 5
     assert {len(world.make_scene(random.Random(n))) for n in range(50)} == {1, 2, 3}
 
 
@@ -51,7 +51,7 @@ def test_scenes_have_no_held_out_pair_unless_asked_for():
 
 
 def test_questions_have_the_answers_that_the_scene_gives():
-    scene = (world.Thing("star", "blue", "big", "top left"), world.Thing("circle", "red", "small", "centre"))
+    scene = (world.Item("star", "blue", "big", "top left"), world.Item("circle", "red", "small", "centre"))
     wanted = {
         "What colour is the star?": "blue", "星形是什么颜色？": "蓝色", "Which shape is red?": "circle",
         "什么形状是红色？": "圆形", "Where is the circle?": "centre", "圆形在哪里？": "中间",
@@ -63,7 +63,7 @@ def test_questions_have_the_answers_that_the_scene_gives():
 
 
 def test_questions_are_only_asked_where_one_answer_is_right():
-    twins = (world.Thing("star", "blue", "big", "top left"), world.Thing("star", "blue", "small", "centre"))
+    twins = (world.Item("star", "blue", "big", "top left"), world.Item("star", "blue", "small", "centre"))
     kinds = {q.kind for seed in range(50) for q in world.questions(twins, random.Random(seed))}
     assert kinds == {"exists", "count"}
 
@@ -78,8 +78,8 @@ def test_yes_and_no_are_equally_frequent():
 def test_a_test_set_holds_no_scene_that_was_seen(tmp_path):
     """With every scene of a single object seen, only larger ones are left."""
     seen = {
-        (world.Thing(*attributes),)
-        for attributes in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.PLACES)
+        (world.Item(*attributes),)
+        for attributes in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.POSITIONS)
     }
     _, tests = write_test(tmp_path, "held", random.Random("b"), 400, seen, held_out_pairs=False)
     counts = [test.question.answer for test in tests if test.question.kind == "count"]
@@ -90,7 +90,7 @@ def test_a_test_set_holds_no_scene_that_was_seen(tmp_path):
 def test_the_pictures_that_are_left_fit_their_questions(tmp_path):
     """The scene is not seen from a file: what was drawn is watched."""
     drawn, draw = [], world.draw
-    seen = {(world.Thing(*one),) for one in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.PLACES)}
+    seen = {(world.Item(*one),) for one in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.POSITIONS)}
     with mock.patch.object(world, "draw", lambda scene, rng: drawn.append(scene) or draw(scene, rng)):
         written = write_pictures(tmp_path, random.Random(9), seen)
     assert len(written) == len(drawn) == 12
@@ -108,7 +108,7 @@ def test_the_pictures_that_are_left_fit_their_questions(tmp_path):
 
 def test_what_it_knows_names_all_that_there_is():
     told = world.knows()
-    assert all(word in told for word in (*world.SHAPES, *world.COLOURS, "three", "dark", "cannot", "photographs"))
+    assert all(word in told for word in (*world.SHAPES, *world.COLOURS, "three", "dark", "nothing else", "photographs"))
 
 
 def test_a_seed_decides_every_byte(tmp_path):
@@ -122,7 +122,7 @@ def test_a_seed_decides_every_byte(tmp_path):
 
 def test_pictures_differ_where_scenes_are_equal():
     """Noise in place, size, colour and ground: no picture is drawn twice."""
-    scene = (world.Thing("star", "blue", "big", "top left"),)
+    scene = (world.Item("star", "blue", "big", "top left"),)
     rng = random.Random(2)
     one, two = (load_pixels(world.jpeg(world.draw(scene, rng)), "drawn", 64) for _ in range(2))
     assert np.abs(one.astype(int) - two.astype(int)).mean() > 1

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import RunError
-from minimind_v.core.export.prove.cases import _parts
+from minimind_v.core.export.prove.cases import _content
 from minimind_v.core.formats.hf import write as hf
 from minimind_v.core.formats.hf.card import _training
 from minimind_v.core.formats.load import read_model_parts
@@ -150,7 +150,7 @@ def test_conversations_are_the_same_ids():
         {"role": "assistant", "content": "A star."},
         {"role": "user", "content": "<image>\nAnd now?"},
     ]
-    standard = [{"role": one["role"], "content": _parts(one["content"])} for one in said]
+    standard = [{"role": one["role"], "content": _content(one["content"])} for one in said]
     pictures = iter((picture(0), picture(1)))
     for message in standard:
         for part in message["content"]:

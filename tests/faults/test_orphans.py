@@ -145,7 +145,7 @@ def test_a_child_ends_with_its_parent(system, tmp_path):
         time.sleep(600)
 
     def parent():
-        here = Parent.here() if system != "starts from a thread" else Parent(os.getpid(), lasting=False)
+        here = Parent.current() if system != "starts from a thread" else Parent(os.getpid(), lasting=False)
         context.Process(target=child, args=(here,)).start()
         time.sleep(600)
 

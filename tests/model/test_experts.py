@@ -204,6 +204,6 @@ def test_model_sums_its_layers(make_vlm):
     out = model(input_ids, attention_mask=mask, labels=input_ids)
     by_hand = [slow_aux(layer.mlp, x.detach(), (15, 8)) for layer, (x, _) in zip(model.model.layers, seen, strict=True)]
     assert out.aux_loss.item() == pytest.approx(sum(by_hand), rel=1e-5)
-    assert out.loss.item() == pytest.approx((out.loss_sum / len(out.hits) + out.aux_loss).item(), rel=1e-6)
+    assert out.loss.item() == pytest.approx((out.loss_sum / len(out.correct) + out.aux_loss).item(), rel=1e-6)
     assert model.eval()(input_ids, attention_mask=mask).aux_loss.item() == 0
     assert make_vlm().train()(input_ids, attention_mask=mask).aux_loss.item() == 0

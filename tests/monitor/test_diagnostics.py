@@ -36,7 +36,7 @@ def metrics(step, loss, norm=1.0, steps=200, seconds=None, waited=0.0):
 def told(losses, start=None, norms=None, pictures=1, **more):
     """The rules that fire over losses, with the step at which each does."""
     watched = Diagnostics(start or started())
-    watched.history.pictures = pictures
+    watched.history.images = pictures
     found = {}
     for step, loss in enumerate(losses, watched.history.start.done + 1):
         norm = norms[step - 1] if norms else 1.0
@@ -54,7 +54,7 @@ def held(*losses, every=20, swapped=None):
 @pytest.mark.parametrize("run", HEALTHY, ids=lambda run: f"{run['name']}, {run['stage']}")
 def test_nothing_is_said_over_a_healthy_run(run):
     watched = Diagnostics(started(run["stage"], lr=run["lr"]))
-    watched.history.pictures = 1
+    watched.history.images = 1
     columns = zip(*(run[key] for key in ("loss", "grad_norm", "seconds", "data_seconds")), strict=True)
     for step, (loss, norm, seconds, waited) in enumerate(columns, 1):
         assert watched.step(metrics(step, loss, norm, len(run["loss"]), seconds, waited)) == {}

@@ -196,7 +196,7 @@ def processes_of(out: Path) -> list[int]:
 def test_who_starts_when_the_launcher_is_gone_already_ends(tmp_path):
     """Killed at once, a launcher is no parent any more when its processes look for it."""
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    left = {"MMV_LAST_WORDS": str(tmp_path), "MMV_LAUNCHER": gone.stdout.decode().strip()}
+    left = {"MMV_ERRORS": str(tmp_path), "MMV_LAUNCHER": gone.stdout.decode().strip()}
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     command = [sys.executable, "-m", "minimind_v", *place().train(tmp_path / "out", **HALF)]
     assert subprocess.run(command, cwd=ROOT, env=os.environ | left | alone, timeout=100, check=False).returncode == 1

@@ -22,7 +22,7 @@ from minimind_v.core.errors import UsageError, nearest, unusable
 from minimind_v.core.hub.sources import METADATA, ROWS, dataset_files
 from minimind_v.core.paths import DATASET_DIR, SAMPLE_DIR
 
-# Options of the command line whose configuration key has another name; all others are called as their key.
+# Options of the command line that are not named as their configuration key.
 FLAG_KEYS = {
     "data": "data.file",
     "split": "data.split",
@@ -32,24 +32,22 @@ FLAG_KEYS = {
     "max_length": "data.max_length",
     "workers": "data.workers",
 }
-
-
-AUTO = "auto"  # in place of a batch size: the largest that this machine has room for
+AUTO = "auto"  # in place of a batch size: the largest that fits in memory
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, and for each of its keys who gave the value."""
+    """A configuration, and the source of each of its values."""
 
     config: RunConfig
     sources: dict[str, str]
-    auto: bool = False  # whether the batch size is yet to be found; the one that is here gives the rows of an update
+    auto: bool = False  # the batch size is not chosen yet: that of `config` gives the rows of a step
 
 
 def build_config(
     stage: str, yaml_file: Path | None = None, options: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
 ) -> RunConfig:
-    """The configuration that `resolve` finds."""
+    """The configuration of `resolve`."""
     return resolve(stage, yaml_file, options, sets).config
 
 
@@ -61,7 +59,7 @@ def resolve(
     The keys of YAML and sets are those of RunConfig, nested ones dotted (`data.batch_size`, which may be `auto`),
     `preset` and `recipe`; `train.` before a key of the run itself may be left out. A recipe that an option or a set
     names also replaces what the YAML file says of the keys that this recipe is made of. Rows of another file than the
-    recipe's have their pictures in the zip beside it, or none, unless a key says otherwise.
+    recipe's have their pictures in the zip beside it, or none, unless a key names them.
     Raises UsageError naming the key, with the nearest one that exists.
     """
     changes, sources = _collect(yaml_file, options or {}, sets)
@@ -81,13 +79,13 @@ def resolve(
     preset = changes.pop("preset", "small")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"preset {preset!r} must be one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
-    if (told := changes.pop("stage", stage)) != stage:
-        raise UsageError(f"the configuration is for stage {told}, the command for {stage} — use one of the two")
+    if (yaml_stage := changes.pop("stage", stage)) != stage:
+        raise UsageError(f"the configuration is for stage {yaml_stage}, the command for {stage} — use one of the two")
     # The model comes first: the recipe names its files after its size.
     recipe = RECIPES[name]
     sizes = {key: value for key, value in changes.items() if key.startswith("model.")}
     files = {key: f"{source}: " for key, source in sources.items() if source == str(yaml_file)}
-    if {"model.hidden_size"} & set(sizes):
+    if "model.hidden_size" in sizes:
         sizes.setdefault("model.intermediate_size", 0)
     sized = recipe(_change(recipe(PRESETS[preset]), sizes, files).model)
     config = _change(sized, {key: value for key, value in changes.items() if key not in sizes}, files)
@@ -118,7 +116,7 @@ def _recipe_name(stage: str, name: Any) -> str:
 def _collect(
     yaml_file: Path | None, options: Mapping[str, Any], sets: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """All values that were given, the last one for each key, and who gave it."""
+    """All given values, the last for each key, and their sources."""
     changes: dict[str, Any] = {}
     sources: dict[str, str] = {}
 
@@ -126,7 +124,7 @@ def _collect(
         key = key.strip().removeprefix("train.")
         if key == "data.batch_size":
             changes[AUTO] = value == AUTO
-        if not (key == "data.batch_size" and value == AUTO):  # which leaves the number that was given before
+        if not (key == "data.batch_size" and value == AUTO):  # `auto` keeps the number that was given before
             changes[key] = value
         sources[key] = source
 
@@ -152,7 +150,7 @@ def published_file(path: Path, stage: str) -> Path:
 
 
 def images_beside(data: Path) -> Path | None:
-    """The pictures of a file of rows, if they are where they are looked for.
+    """The pictures that stand beside a file of rows, if any.
 
     `x_images.zip`, the folder `x_images` or `x_images.tar` beside `x_data.jsonl` (or another ending, with or without
     `_data`), as published data has it; of a `metadata.…` its own folder.
@@ -162,9 +160,9 @@ def images_beside(data: Path) -> Path | None:
         return None
     ending = next((ending for ending in ROWS if data.name.endswith(ending)), "")
     stem = data.with_name(data.name.removesuffix(ending).removesuffix("_data") + "_images")
-    places = (stem.with_name(stem.name + ".zip"), stem, stem.with_name(stem.name + ".tar"))
+    paths = (stem.with_name(stem.name + ".zip"), stem, stem.with_name(stem.name + ".tar"))
     of_metadata = data.parent if data.name in METADATA and os.path.isfile(data) else None
-    return next((path for path in places if os.path.exists(path)), of_metadata)  # of any name, also one too long
+    return next((path for path in paths if os.path.exists(path)), of_metadata)  # of any name, also one too long
 
 
 def to_yaml(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:
@@ -186,12 +184,11 @@ def _yaml_lines(tree: Mapping[str, Any], sources: Mapping[str, str], prefix: str
 
 def plain(config: RunConfig) -> dict[str, Any]:
     """A configuration as dicts, texts and numbers."""
-    found: dict[str, Any] = _plain(asdict(config))
-    return found
+    return asdict(config, dict_factory=lambda items: {key: _as_text(value) for key, value in items})
 
 
 def _find_data(config: RunConfig) -> DataConfig:
-    """The stage's data in the layout that the hub had when it was downloaded; a sample where there is nothing more."""
+    """The stage's data in the layout of its download; else a sample."""
     if config.data.file.is_file():
         return config.data
     for folder in (DATASET_DIR, SAMPLE_DIR):
@@ -203,31 +200,31 @@ def _find_data(config: RunConfig) -> DataConfig:
 
 
 def _find_init(config: RunConfig) -> Path | None:
-    """What the stage before has left, in the run's folder or the standard one; `llm_` is an old name of `lm_`.
+    """The weights of the stage before, in the run's folder or the standard one; `llm_` is an old name of `lm_`.
 
-    Where a recipe starts from fine-tuned weights, pretrained ones do as well; what the run itself writes does not.
+    A recipe that starts from fine-tuned weights accepts pretrained ones too, but not the weights that the run writes.
     """
     if config.init is None:
         return None
     name, folders = config.init.name, (config.out, config.init.parent)
     names = (name, f"l{name}") if name.startswith("lm_") else (name,)
-    places = [folder / name for folder in folders for name in names]
+    paths = [folder / name for folder in folders for name in names]
     if name == weights_name("sft", config.model):
-        places += [folder / weights_name("pretrain", config.model) for folder in folders]
+        paths += [folder / weights_name("pretrain", config.model) for folder in folders]
     own = (config.out / weights_name(config.stage, config.model)).resolve()
-    return next((place for place in places if place.is_file() and place.resolve() != own), config.init)
+    return next((path for path in paths if path.is_file() and path.resolve() != own), config.init)
 
 
 def _change(config: Any, changes: Mapping[str, Any], files: Mapping[str, str], prefix: str = "") -> Any:
     """A configuration with some keys changed; `files` names the file that gave a key. Raises UsageError."""
     hints = typing.get_type_hints(type(config))
-    known = {item.name for item in fields(config)}
+    names = {item.name for item in fields(config)}
     values: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         name, dot, rest = key.partition(".")
         source = files.get(prefix + key, "")
-        if name not in known or bool(dot) != is_dataclass(getattr(config, name)):
+        if name not in names or bool(dot) != is_dataclass(getattr(config, name)):
             near = nearest(prefix + key, _keys(config, prefix))
             raise UsageError(f"{source}unknown configuration key {prefix}{key}{near}")
         if dot:
@@ -253,7 +250,7 @@ def _keys(config: Any, prefix: str) -> list[str]:
 
 
 def _coerce(key: str, value: Any, hint: Any, source: str = "") -> Any:
-    """Make a value of YAML or of an option the type that the field has, or say that it cannot be."""
+    """A value of YAML or of an option in the type of the field. Raises UsageError."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
@@ -285,7 +282,5 @@ def _as_number(value: Any) -> int | float | None:
     return None if too_large else number
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value

@@ -16,7 +16,7 @@ NO_INIT = Path("none")  # `--init none`: start from random weights
 
 
 def pretrain(model: TextConfig = PRESETS["small"]) -> RunConfig:
-    """Image-caption pairs; the projector and the last layer of the language model learn."""
+    """Image-caption pairs; the projector and the last layer of the language model are trainable."""
     return RunConfig(
         stage="pretrain",
         model=model,
@@ -37,7 +37,7 @@ def pretrain(model: TextConfig = PRESETS["small"]) -> RunConfig:
 
 
 def sft(model: TextConfig = PRESETS["small"]) -> RunConfig:
-    """Conversations about pictures; the projector and the whole language model learn."""
+    """Conversations about images; the projector and the whole language model are trainable."""
     return replace(
         pretrain(model),
         stage="sft",
@@ -58,15 +58,15 @@ def sft(model: TextConfig = PRESETS["small"]) -> RunConfig:
 def small_data(model: TextConfig = PRESETS["small"]) -> RunConfig:
     """Fine-tuning on a dozen rows of one's own: many small steps, and an end as soon as every answer is right.
 
-    Measured over twelve pictures, all of whose answers are learnt, on what the demo's model knew of held-out scenes:
+    Accuracy of the demo's model on held-out scenes, after twelve images whose answers are all right:
 
         before                       99.7 %
         lr 5e-4, one row a step      97.3 %
         lr 1e-3, two rows a step     85.0 %
-        projector and last layer     88.0 %  (4e-3, the lowest rate that learns; the projector alone does not learn)
+        projector and last layer     88.0 %  (4e-3, the lowest rate that works; the projector alone does not)
 
-    What moves least is kept best, so no step is taken once the rows are known. With the small preset 3e-4 has learnt
-    twelve rows after 84 updates; at 5e-4 single rows were lost again and 168 were not enough.
+    Small changes forget least, so the run ends once every answer is right. With the small preset, twelve rows took 84
+    steps at 3e-4; at 5e-4 single rows became wrong again, and 168 steps were not enough.
     """
     published = sft(model)
     return replace(
@@ -82,8 +82,7 @@ def small_data(model: TextConfig = PRESETS["small"]) -> RunConfig:
 
 
 RECIPES = {"pretrain": pretrain, "sft": sft, "small-data": small_data}  # by name; the first two are the stages' own
-# The keys that make a recipe what it is, where it is not the stage's own: named on the command line, it decides them,
-# whatever a configuration file says.
+# The keys that a recipe other than the stage's own decides: on the command line it overrides a configuration file.
 OWN_KEYS = {
     "small-data": {"freeze", "epochs", "lr", "data.batch_size", "accumulate", "until_right", "recall_rows"},
 }

@@ -16,5 +16,5 @@ def peak(lr: float) -> float:
 
 
 def reach(lr: float, total: int) -> float:
-    """How far a run can move a weight: AdamW moves one by about its rate in each step, so by their sum in all."""
+    """The largest change of a weight in a run: AdamW changes it by about the rate in each step."""
     return 0.6 * lr * total  # the cosine's mean is 0.6·lr

@@ -15,10 +15,10 @@ from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DI
 STAGES = ("pretrain", "sft")
 DTYPES = ("auto", "float32", "bfloat16")
 FEATURES = ("off", "auto", "exact", "int8")
-MOST_WORKERS = 16  # data workers of a run that nobody gave a number: more than feed any of today's GPUs
+MOST_WORKERS = 16  # data workers without --workers: more than any of today's GPUs needs
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 # The largest sizes of a language model, ten times those of any that this system trains: a file or a configuration with
-# more is refused before memory is taken. Whether this machine holds them together `limits` answers.
+# more is refused before memory is taken. `limits` checks whether this machine can hold them together.
 MOST_SIZES = {
     "hidden_size": 65_536,
     "num_hidden_layers": 1_000,
@@ -41,7 +41,7 @@ MOST = {
     "epochs": (10**6, ""),
     "gpus": (1 << 10, ""),
 }
-MOST_OF_ANY = 2**63 - 1  # what a file of a run can hold
+MOST_OF_ANY = 2**63 - 1  # the largest integer in the files of a run
 CLIP_VISION = "clip_vision_model"  # transformers' model_type of the published models' vision tower
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -122,7 +122,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """What the rest of the system must know of a vision tower: its features, and how images are prepared for it."""
+    """The features of a vision tower, and the preparation of its images."""
 
     image_size: int
     patch_size: int
@@ -155,7 +155,7 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides what a model computes. It is saved with every checkpoint of a vision-language model."""
+    """The settings of a model. Every checkpoint of a vision-language model has them."""
 
     text: TextConfig
     vision: VisionSpec  # as the tower has it: `tokens_per_image` counts features before the projector
@@ -169,17 +169,17 @@ def usual_workers(processes: int = 1) -> int:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the rows, their pictures and the tokenizer are, and how batches are made of them."""
+    """The rows, their pictures and the tokenizer, and the sizes of batches."""
 
     file: Path = DATASET_DIR / "pretrain_data.jsonl"
     images: Path | None = None  # a folder, a zip or a tar; none for text-only rows
     tokenizer: Path = TOKENIZER_DIR
-    split: str | None = None  # which one of a folder that has several; none: train
+    split: str | None = None  # a split of a folder; none: train
     layout: str = "chatml"  # of the prompts: one of CHAT_LAYOUTS
     max_length: int = 640  # tokens per row, placeholders included
     batch_size: int = 16  # rows per process and micro-batch
     workers: int = field(default_factory=usual_workers)
-    bad_rows: float = 0.01  # the share of broken rows above which a run is refused
+    bad_rows: float = 0.01  # the share of broken rows above which a run ends
 
     def __post_init__(self) -> None:
         _option("max_length", self.max_length, 1)
@@ -191,7 +191,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a training run. `recipes` builds a complete one per stage."""
+    """The settings of a training run. `recipes` builds a complete one per stage."""
 
     stage: str
     model: TextConfig = field(default_factory=TextConfig)
@@ -212,17 +212,17 @@ class RunConfig:
     device: str = "auto"
     deterministic: bool = False  # the same bits from the same run on a GPU too, at some cost; on a CPU they always are
     gpus: int = 1  # processes on this machine, each with a GPU of its own or, with device cpu, without
-    features: str = "auto"  # whether what CLIP sees in a picture is remembered, and as what
-    features_dir: Path | None = None  # where; none: the folder `features` in `out`
-    save_every: int = 500  # updates between two states to go on from; 0: none by their number
-    save_minutes: float = 5.0  # minutes after which one is saved as well; 0: none by time
-    keep: int = 2  # states to go on from; each is three times the size of what trains
+    features: str = "auto"  # the feature cache: one of FEATURES
+    features_dir: Path | None = None  # of the feature cache; none: the folder `features` in `out`
+    save_every: int = 500  # steps between two resume states; 0: none by steps
+    save_minutes: float = 5.0  # minutes between two resume states; 0: none by time
+    keep: int = 2  # resume states; each has three times the size of the trainable weights
     log_every: int = 20
-    val_every: int = 0  # updates between two looks at rows that are held out by picture; 0: all rows are learnt from
-    val_rows: int = 256  # that are held out, at most a tenth of all
+    val_every: int = 0  # steps between two validations on held-out rows; 0: all rows are training rows
+    val_rows: int = 256  # held-out rows, at most a tenth of all
     until_right: bool = False  # end before the last epoch, after two in which every answer was predicted right
     recall_rows: int = 0  # rows of the data behind `init`, to measure what the run forgets; 0: not measured
-    track: str = "none"  # who shows the curves besides metrics.jsonl and report.html
+    track: str = "none"  # a tracker: one of TRACKERS
 
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)
@@ -266,7 +266,7 @@ def _option(name: str, value: int, least: int) -> None:
 
 
 def _shown(value: float) -> str:
-    """A number as it is, or how long one is that nobody wants to read, and that Python refuses to print."""
+    """A number, or the length of one that Python refuses to print."""
     if isinstance(value, int) and abs(value) >= 10**30:
         return f"a number of {int(value.bit_length() * math.log10(2)) + 1:,} digits"
     return str(value)

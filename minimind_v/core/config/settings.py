@@ -94,7 +94,7 @@ def _read_text(path: Path) -> str:
         raw = file.read(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
         raise UsageError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most {MOST_BYTES:,}")
-    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes what it is given
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes text
     try:
         text = raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -168,7 +168,7 @@ def _beginnings(key: str) -> Iterator[str]:
 
 
 def _value(node: yaml.Node, where: str, text: str) -> Any:
-    """What a scalar stands for; a list or a mapping is Written as it stands in `text`."""
+    """The value of a scalar; a list or a mapping becomes a Written of its part of `text`."""
     if not isinstance(node, yaml.ScalarNode) and node.tag in (f"{_TAG}seq", f"{_TAG}map"):
         return Written(text[node.start_mark.index : node.end_mark.index])
     kind = node.tag.removeprefix(_TAG)

@@ -84,7 +84,7 @@ class _Worker(Generic[T]):
         self.spans: deque[Span] = deque()
         self.begun = False
         self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(Parent.here(), theirs, function, rows), daemon=True)
+        self._process = spawn.Process(target=_work, args=(Parent.current(), theirs, function, rows), daemon=True)
         resource_tracker.ensure_running()  # its first call would let Ctrl-C through
         try:
             with _no_ctrl_c():  # inherited: only the parent handles Ctrl-C

@@ -213,7 +213,7 @@ def load_steps(
         num_workers=workers,
         prefetch_factor=plan.prefetch if workers else None,
         pin_memory=pin,
-        worker_init_fn=partial(_prepare, Parent.here()),
+        worker_init_fn=partial(_prepare, Parent.current()),
         generator=torch.Generator(),  # else it would draw from the program's own random numbers
     )
     stop: Callable[[], None] = lambda: None  # noqa: E731

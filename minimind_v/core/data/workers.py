@@ -39,7 +39,9 @@ class Packed(Dataset[Parcel | _Failure]):
     """The steps of a plan as a worker sends them: a parcel, or the error, which torch could lose."""
 
     def __init__(self, plan: Any) -> None:
-        self.parent = Parent.here()  # before the plan: a spawned process imports extensions when it unpickles the plan
+        self.parent = (
+            Parent.current()
+        )  # before the plan: a spawned process imports extensions when it unpickles the plan
         self.plan = plan
 
     def __len__(self) -> int:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_v.core.demo import world
-from minimind_v.core.demo.world import Question, Scene, Thing
+from minimind_v.core.demo.world import Item, Question, Scene
 
-QUESTIONS = 8  # under one picture: the picture's tokens are the cost, the answers are the signal
+QUESTIONS = 8  # about one image: its tokens are the cost, the answers are the signal
 
 
 @dataclass(frozen=True)
 class DemoSet:
-    """A JSONL and its zip of pictures."""
+    """A JSONL file and its zip of pictures."""
 
     data: Path
     images: Path
@@ -62,27 +62,25 @@ def write_test(
 
     With `held_out_pairs` every scene has an object of a held-out shape-colour pair, and the question is about it.
     """
-    tests: list[Test] = []
+    questions: list[Question] = []
     entries: list[tuple[Scene, list[tuple[str, str]]]] = []
     while len(entries) < rows:
         scene = world.make_scene(rng, held_out=held_out_pairs)
         if scene in known_scenes:
             continue
-        about = next((thing for thing in scene if thing.held_out), None)
-        question = _pick(list(world.questions(scene, rng, about)), rng)
+        about = next((item for item in scene if item.held_out), None)
+        questions.append(question := _pick(list(world.questions(scene, rng, about)), rng))
         entries.append((scene, [(question.text, question.answer)]))
-        tests.append(Test(b"", question))
     written = _write(folder, name, entries, rng)
     with zipfile.ZipFile(written.images) as archive:
-        tests = [Test(archive.read(_member(name, n)), test.question) for n, test in enumerate(tests)]
-    return written, tests
+        return written, [Test(archive.read(_member(name, n)), question) for n, question in enumerate(questions)]
 
 
 def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -> list[tuple[Path, Question]]:
-    """Write a dozen image files of scenes that are not in `known_scenes`, each with a fitting question in English.
+    """Write a dozen picture files of scenes that are not in `known_scenes`, each with a question in English.
 
-    Each shape has two images with a question about its colour: `star.jpg`, and `red_star.jpg` with the held-out
-    pair. Two more images show two and three objects, with a question about their number.
+    Each shape has two files with a question about its colour: `star.jpg`, and `red_star.jpg` with the held-out
+    pair. Two more show two and three objects, with a question about their number.
     """
 
     def scene(suits: Callable[[Scene], object], held_out: bool) -> Scene:
@@ -94,9 +92,9 @@ def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -
     for shape, colour in sorted(world.HELD_OUT):
         for held_out in (False, True):
             shown = scene(lambda scene: len(_of_shape(scene, shape, held_out)) == 1, held_out)  # noqa: B023
-            (thing,) = _of_shape(shown, shape, held_out)
+            (item,) = _of_shape(shown, shape, held_out)
             name = f"{colour}_{shape}" if held_out else shape
-            chosen.append((name, shown, world.ask("colour", shown, thing, "en")))
+            chosen.append((name, shown, world.ask("colour", shown, item, "en")))
     for count in (2, 3):
         shown = scene(lambda scene: len(scene) == count, False)  # noqa: B023
         chosen.append((f"{world.NUMBERS[count][0]}_objects", shown, world.ask("count", shown, None, "en")))
@@ -106,10 +104,10 @@ def write_pictures(folder: Path, rng: random.Random, known_scenes: set[Scene]) -
     return [(folder / f"{name}.jpg", question) for name, _, question in chosen]
 
 
-def _of_shape(scene: Scene, shape: str, held_out: bool) -> list[Thing]:
-    """The things of a shape; empty if one is of the other kind of pair, so that `the star` is unique."""
-    things = [thing for thing in scene if thing.shape == shape]
-    return things if all(thing.held_out == held_out for thing in things) else []
+def _of_shape(scene: Scene, shape: str, held_out: bool) -> list[Item]:
+    """The items of a shape; empty if one is of the other kind of pair, so that `the star` is unique."""
+    items = [item for item in scene if item.shape == shape]
+    return items if all(item.held_out == held_out for item in items) else []
 
 
 def _pick(questions: list[Question], rng: random.Random) -> Question:

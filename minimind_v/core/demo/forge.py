@@ -3,7 +3,7 @@
     python -m minimind_v.core.demo.forge --seed 7 --out minimind_v/core/demo/assets
 
 Offline work of about an hour on two cores; `figures.json` keeps what it measured. None of it sees a held-out
-shape-colour pair, and the language model never sees a picture.
+shape-colour pair, and the language model never gets an image.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from minimind_v.core.model.vlm import VLM
 log = logging.getLogger(__name__)
 VISION: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
           "num_hidden_layers": 4, "num_attention_heads": 4}  # fmt: skip
-MASTERY = 0.95  # share of right answers at which the language model has read enough
-ATTRIBUTES = (list(world.SIZES), list(world.COLOURS), list(world.SHAPES), list(world.PLACES))
-WORDS = [word for words in ATTRIBUTES for word in words]  # what a patch can be said to be
+MASTERY = 0.95  # share of right answers at which the training of the language model ends
+ATTRIBUTES = (list(world.SIZES), list(world.COLOURS), list(world.SHAPES), list(world.POSITIONS))
+WORDS = [word for attribute in ATTRIBUTES for word in attribute]  # all words for a patch
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(out: Path) -> None:
-    """A byte-level BPE whose merges are learnt inside single words, so that no token spans a shape and a colour."""
+    """A byte-level BPE with merges only inside single words, so that no token spans a shape and a colour."""
     vocabulary: set[str] = set()
     rng = random.Random(0)
     for _ in range(2000):
@@ -64,27 +64,11 @@ def make_tokenizer(out: Path) -> None:
         vocabulary.update(
             f"{space}{word}" for text in texts for word in text.split() if word.isascii() for space in ("", " ")
         )
-    chinese = [
-        *world.SHAPES.values(),
-        *(zh for zh, _ in world.COLOURS.values()),
-        *(zh for zh, _ in world.SIZES.values()),
-    ]
-    chinese += [zh for zh, _ in world.PLACES.values()] + [zh for _, zh in world.NUMBERS.values()]
-    chinese += [
-        "有一个",
-        "有几个物体",
-        "在哪里",
-        "是什么颜色",
-        "是大还是小",
-        "什么形状是",
-        "没有",
-        "吗",
-        "的",
-        "，",
-        "。",
-        "？",
-    ]
-    chinese += ["描述", "这张图片", "你看到了什么", "图片里有什么"]
+    chinese = [*world.SHAPES.values()]
+    chinese += [zh for zh, _ in (*world.COLOURS.values(), *world.SIZES.values(), *world.POSITIONS.values())]
+    chinese += [zh for _, zh in world.NUMBERS.values()]
+    chinese += ["有一个", "有几个物体", "在哪里", "是什么颜色", "是大还是小", "什么形状是", "没有"]
+    chinese += ["吗", "的", "，", "。", "？", "描述", "这张图片", "你看到了什么", "图片里有什么"]
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,21 +92,21 @@ def make_tokenizer(out: Path) -> None:
 
 
 def nameless_colour(rng: random.Random) -> tuple[int, int, int]:
-    """A colour that no word of the world means, far from all that one does."""
+    """A colour without a word in the world, far from those with one."""
     while True:
         colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         named = (rgb for _, rgb in world.COLOURS.values())
-        grey = max(colour) - min(colour) < 40  # grey is the ground's
+        grey = max(colour) - min(colour) < 40  # the background is grey
         if not grey and all(sum((a - b) ** 2 for a, b in zip(colour, rgb, strict=True)) > 75**2 for rgb in named):
             return colour
 
 
-def captioned_picture(rng: random.Random, held_out: bool = False) -> tuple[Tensor, Tensor]:
-    """A picture as the tower is shown it, [3, S, S], and the words of the object on each patch, [P, words].
+def captioned_image(rng: random.Random, held_out: bool = False) -> tuple[Tensor, Tensor]:
+    """The pixels of an image [3, S, S], and the words of the object on each patch [P, words].
 
-    Most objects have a colour without a name, and no word for it. From named colours alone the tower learnt that red
-    things are never stars, and could not read the shape of the pairs that are held out. (With `held_out`, for
-    measuring only, every picture has such a pair, and all colours have names.)
+    Most objects have a colour without a name, and no word for it. With named colours alone the tower learned that red
+    objects are never stars, and could not encode the shape of the held-out pairs. (With `held_out`, for measurements
+    only, every image has such a pair, and all colours have names.)
     """
     side, patches = VISION["image_size"], VISION["image_size"] // VISION["patch_size"]
     figures = [
@@ -139,24 +123,24 @@ def captioned_picture(rng: random.Random, held_out: bool = False) -> tuple[Tenso
     labels = np.zeros((patches * patches, len(WORDS)), dtype=np.float32)
     for patch, (which, share) in enumerate(zip(cover.argmax(0), cover.max(0), strict=True)):
         if share > 0.15:
-            thing, named = figures[which].thing, figures[which].named
-            said = (thing.size, thing.shape, thing.place, *([thing.colour] if named else []))
-            labels[patch, [WORDS.index(word) for word in said]] = 1
+            item, named = figures[which].item, figures[which].named
+            names = (item.size, item.shape, item.position, *([item.colour] if named else []))
+            labels[patch, [WORDS.index(name) for name in names]] = 1
     return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def batches(rng: random.Random, count: int, size: int, held_out: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` fresh batches of pictures [B, 3, S, S] and words [B, P, words]."""
+    """`count` fresh batches of images [B, 3, S, S] and words [B, P, words]."""
     for _ in range(count):
-        pixels, labels = zip(*(captioned_picture(rng, held_out) for _ in range(size)), strict=True)
+        pixels, labels = zip(*(captioned_image(rng, held_out) for _ in range(size)), strict=True)
         yield torch.stack(pixels), torch.stack(labels)
 
 
 def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
-    """Train the tower to caption: from each patch a linear layer must tell the words of the object it lies on.
+    """Train the tower to caption: from each patch a linear layer predicts the words of its object.
 
-    The words are told by regression to 0 and 1, not by logits, so that the features hold them linearly and at one
-    scale: that is what a linear projector can read.
+    It predicts them by regression to 0 and 1, not by logits, so that the features hold them linearly and at one scale,
+    as a linear projector needs them.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -194,13 +178,13 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
 
 
 def _encode(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
-    """Features with a graph: what VisionEncoder does without one."""
+    """Features as VisionEncoder computes them, but with gradients."""
     return encoder.tower((pixels.float() / 255 - encoder.mean) / encoder.std)
 
 
 @torch.no_grad()
 def _score_tower(encoder: VisionEncoder, reader: nn.Linear, rng: random.Random) -> dict[str, float]:
-    """The share of object patches, over pictures never seen, whose words are read off right; held-out pairs apart."""
+    """The share of object patches of new images whose words are predicted right; held-out pairs apart."""
     names, groups = ("size", "colour", "shape", "place"), [len(attribute) for attribute in ATTRIBUTES]
     pairs = [(WORDS.index(shape), WORDS.index(colour)) for shape, colour in sorted(world.HELD_OUT)]
     figures: dict[str, float] = {}
@@ -210,7 +194,7 @@ def _score_tower(encoder: VisionEncoder, reader: nn.Linear, rng: random.Random) 
             chosen = sum(labels[..., s] * labels[..., c] for s, c in pairs) > 0 if held_out else labels.any(dim=-1)
             read, truth = reader(_encode(encoder, pixels))[chosen], labels[chosen]
             for n, (guess, target) in enumerate(zip(read.split(groups, -1), truth.split(groups, -1), strict=True)):
-                named = target.any(dim=-1)  # a colour without a name is not asked for
+                named = target.any(dim=-1)  # a colour without a name does not count
                 right[n] += ((guess.argmax(-1) == target.argmax(-1)) & named).sum()
                 total[n] += named.sum()
         shares = (right / total).tolist()
@@ -241,11 +225,11 @@ def written(scene: world.Scene, rng: random.Random) -> str:
 
 
 class ChordBook:
-    """Words that are said at once, like the notes of a chord.
+    """Several words at one position, like the notes of a chord.
 
-    A picture's patch says size, colour, shape and place in a single position, where writing takes four. So that the
-    language model can follow that, half of its reading is written so: a row of positions, each holding the summed
-    embeddings of all the words for one object, or of the empty mark. Still only words, and no picture.
+    The patch of an image has size, colour, shape and position at a single position, where text takes four. To prepare
+    the language model, half of its training rows look like that: each position holds the summed embeddings of all
+    words for one object, or of the empty mark. They hold words only, no image.
     """
 
     EMPTY = "."
@@ -255,22 +239,15 @@ class ChordBook:
         self.positions = positions
 
     def write(self, scene: world.Scene, rng: random.Random) -> tuple[list[list[int]], list[float]]:
-        """Token ids of each position, and how loud each is said."""
+        """Token ids and weight of each position."""
         empty = self.tokenizer.encode(self.EMPTY).ids
         chords, loudness = [empty] * self.positions, [1.0] * self.positions
         side = int(self.positions**0.5)
         language = rng.choice((*world.LANGUAGES, "both"))
         for figure in world.pose(scene, rng):
-            phrase_words = [
-                word
-                for lang in (world.LANGUAGES if language == "both" else (language,))
-                for word in figure.thing.words(lang)
-            ]
-            ids = [
-                id_
-                for word in phrase_words
-                for id_ in self.tokenizer.encode(f" {word}" if word.isascii() else word).ids
-            ]
+            languages = world.LANGUAGES if language == "both" else (language,)
+            names = [name for language in languages for name in figure.item.names(language)]
+            ids = [id_ for name in names for id_ in self.tokenizer.encode(f" {name}" if name.isascii() else name).ids]
             xs, ys = zip(*figure.outline, strict=True)
             scale = side / world.CANVAS
             for row in range(int(min(ys) * scale), min(side - 1, int(max(ys) * scale)) + 1):
@@ -282,7 +259,7 @@ class ChordBook:
 
 
 def train_base(out: Path, seed: int, steps: int, rows: int) -> dict[str, float]:
-    """Train the language model on the world's language until it has mastered questions about what it has read."""
+    """Train the language model on the world's language until it answers questions about a text."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = Tokenizer.load(out)
@@ -316,8 +293,8 @@ def train_base(out: Path, seed: int, steps: int, rows: int) -> dict[str, float]:
 def _wake(model: VLM) -> None:
     """Fresh weights at the scale of their width.
 
-    The usual 0.02 suits wide models. At width 128 it starts the attention so near to uniform that looking things up
-    was not learnt in 60,000 rows; from here it takes a few thousand.
+    The usual 0.02 suits wide models. At width 128 the attention starts so near to uniform that the model did not learn
+    to find a word in 60,000 rows; with these weights it takes a few thousand.
     """
     for module in model.model.modules():
         if isinstance(module, nn.Linear):
@@ -327,7 +304,7 @@ def _wake(model: VLM) -> None:
 
 
 class Reader:
-    """Makes reading matter for the base and measures how well it is understood."""
+    """Makes training rows for the base, and scores it."""
 
     def __init__(self, model: VLM, tokenizer: Tokenizer, positions: int) -> None:
         self.model = model
@@ -335,7 +312,7 @@ class Reader:
         self.chords = ChordBook(tokenizer, positions)
 
     def batch(self, rng: random.Random, rows: int, written_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings [B, T, D], labels and ids [B, T] of rows that are all in writing or all in chords."""
+        """Embeddings [B, T, D], labels and ids [B, T] of rows that are all text or all chords."""
         encoded, chords = [], []
         for _ in range(rows):
             scene = world.make_scene(rng)
@@ -347,12 +324,12 @@ class Reader:
         mask = torch.tensor([row.loss_mask + [False] * (length - len(row)) for row in encoded])
         x = self.model.model.embed_tokens(ids)
         if not written_rows:
-            place = torch.tensor([row.image_mask + [False] * (length - len(row)) for row in encoded])
-            x = x.masked_scatter(place[..., None], self.sound(chords))
+            image_mask = torch.tensor([row.image_mask + [False] * (length - len(row)) for row in encoded])
+            x = x.masked_scatter(image_mask[..., None], self.sound(chords))
         return x, torch.where(mask, ids, IGNORE), ids
 
     def sound(self, chords: list[tuple[list[list[int]], list[float]]]) -> Tensor:
-        """Summed embeddings of every position of every row, [B · P, D], said more or less loud and with some noise."""
+        """Summed embeddings of every position of every row, [B · P, D], times their weights, with some noise."""
         flat = [ids for row, _ in chords for ids in row]
         offsets = torch.tensor([0, *[len(ids) for ids in flat]]).cumsum(0)[:-1]
         table = self.model.model.embed_tokens.weight
@@ -370,7 +347,7 @@ class Reader:
 
     @torch.no_grad()
     def score(self, rng: random.Random) -> dict[str, float]:
-        """The share of answers whose every token is the likeliest one, over new rows in writing and in chords."""
+        """The share of answers whose every token is the likeliest one, over new rows of text and of chords."""
         scores = {}
         for name, in_writing in (("written", True), ("chords", False)):
             right = total = 0

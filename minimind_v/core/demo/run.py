@@ -40,7 +40,7 @@ from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DI
 from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
 
-MARK = ".mmv-demo"  # in the folder of a demo, which may write over what it left there
+MARK = ".mmv-demo"  # a file in the folder of a demo, which may overwrite that folder
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,19 @@ class Size:
 
 
 FULL = Size()
-SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests: still sees, not as well
-
-
-PICTURES = "pictures"  # the folder of those that are left as files
-EXAMPLE = "star"  # the one of these that is asked about
+SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests; less accurate
+PICTURES = "pictures"  # the folder of the picture files
+EXAMPLE = "star"  # the picture of the example question
 
 
 class Demo:
     """One run of the demo in its own folder, which has the standard folders inside."""
 
     def __init__(
-        self, out: Path, seed: int, listener: Listener, tell: Callable[[str, str], None], size: Size = FULL
+        self, out: Path, seed: int, listener: Listener, announce: Callable[[str, str], None], size: Size = FULL
     ) -> None:
-        """`tell` gets the title of each stage and the equivalent command."""
-        self.out, self.seed, self.listener, self.tell, self.size = out, seed, listener, tell, size
+        """`announce` gets the title of each stage and the equivalent command."""
+        self.out, self.seed, self.listener, self.announce, self.size = out, seed, listener, announce, size
         self.seconds: dict[str, float] = {}
         self.runs, self.dataset = out / OUT_DIR, out / DATASET_DIR
         self.weights = {stage: self.runs / f"{stage}.pth" for stage in ("lm_128", "pretrain_vlm_128", "sft_vlm_128")}
@@ -82,7 +80,7 @@ class Demo:
         """
         self._refuse_to_replace()
         with only_writer(self.out / MARK):
-            self._refuse_to_replace()  # another demo may have been here meanwhile
+            self._refuse_to_replace()  # another demo may have written it meanwhile
             write_text(self.out / MARK, json.dumps({"made_by": "mmv demo"}) + "\n")
             return self._run()
 
@@ -112,7 +110,7 @@ class Demo:
         return summary
 
     def _stage(self, name: str, title: str, command: str, work: Callable[[], Any]) -> Any:
-        self.tell(title, command)
+        self.announce(title, command)
         started = time.perf_counter()
         result = work()
         self.seconds[name] = round(time.perf_counter() - started, 2)
@@ -148,23 +146,24 @@ class Demo:
             shutil.copy(assets / base.name, base)
         export(ExportRequest(base), "pth", self.weights["lm_128"], overwrite=True)
         folder, size = self.dataset, self.size
-        # Every set has dice of its own, so that the size of one does not change another.
+        # Each set has its own random numbers, so that the size of one does not change another.
         dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs", "files")]
-        _, scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
-        _, more = write_sft(folder, dice[1], size.sft_rows)
-        seen = scenes | more
-        self.scenes_set, self.scenes = write_test(folder, "heldout_scenes", dice[2], size.test_rows, seen, False)
-        self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, seen, True)
-        written = write_pictures(self.out / PICTURES, dice[4], seen)
+        _, pretrain_scenes = write_pretrain(folder, dice[0], size.pretrain_rows)
+        _, sft_scenes = write_sft(folder, dice[1], size.sft_rows)
+        scenes = pretrain_scenes | sft_scenes
+        self.scenes_set, self.scenes = write_test(folder, "heldout_scenes", dice[2], size.test_rows, scenes, False)
+        self.pairs_set, self.pairs = write_test(folder, "heldout_pairs", dice[3], size.test_rows, scenes, True)
+        written = write_pictures(self.out / PICTURES, dice[4], scenes)
         self.pictures = {path.stem: (path, question) for path, question in written}
 
     def _untrained(self) -> LoadedModel:
-        """The base with a fresh projector: what pretraining starts from."""
+        """The base with a fresh projector, as pretraining starts from it."""
         torch.manual_seed(self.seed)
         return load(self.weights["lm_128"], self.vision, self.tokenizer, "cpu", new_projector=True)
 
     def _flags(self, stage: str) -> list[Any]:
-        return [part for flag, value in self._options(stage).items() for part in (f"--{flag.replace('_', '-')}", value)]
+        options = self._options(stage).items()
+        return [text for flag, value in options for text in (f"--{flag.replace('_', '-')}", value)]
 
     def _options(self, stage: str) -> dict[str, Any]:
         data = self.dataset
@@ -177,7 +176,7 @@ class Demo:
             "tokenizer": self.tokenizer,
             "init": self.weights[before],
             "out": self.runs,
-            "features": "off",  # each picture is encoded once, and to keep them would take 300 MB
+            "features": "off",  # each image is encoded once, and a cache would take 300 MB
             "epochs": 1,
             "batch_size": 16,
             "lr": self.size.pretrain_lr if stage == "pretrain" else self.size.sft_lr,
@@ -216,7 +215,7 @@ class Demo:
         """Questions about held-out images, answered before training, after it, and with a blank image."""
         side, tests = loaded.model.spec.image_size, self.scenes[:count] + self.pairs[:count]
         pixels = [load_pixels(test.picture, "held-out picture", side) for test in tests]
-        before, after = (_answers(who, tests, pixels) for who in (self._untrained(), loaded))
+        before, after = (_answers(model, tests, pixels) for model in (self._untrained(), loaded))
         blank = _answers(loaded, tests, [blank_pixels(side)] * len(tests))
         return [
             Sample(test.picture, test.question.text, test.question.answer, *given)
@@ -271,12 +270,12 @@ class Demo:
         }
 
 
-def _command(*words: Any) -> str:
-    return shlex.join(["mmv", *map(str, words)])
+def _command(*arguments: Any) -> str:
+    return shlex.join(["mmv", *map(str, arguments)])
 
 
 def _answers(loaded: LoadedModel, tests: list[Test], pixels: list[Any]) -> list[str]:
-    questions = [Question(test.question.text, [seen]) for test, seen in zip(tests, pixels, strict=True)]
+    questions = [Question(test.question.text, [image]) for test, image in zip(tests, pixels, strict=True)]
     return [answer.strip() for answer in generate_many(loaded.model, loaded.tokenizer, questions, max_new_tokens=32)]
 
 

@@ -1,6 +1,6 @@
 """The embedded world: images of one to three simple objects, with captions and questions about them.
 
-Everything is drawn from a `random.Random`, so a seed decides the pictures, the words and the questions.
+Everything is drawn from a `random.Random`, so a seed decides the images, the words and the questions.
 Five shape-colour pairs are kept out of every training set, so that naming one shows composition, not memory.
 """
 
@@ -24,7 +24,7 @@ COLOURS = {
     "white": ("白色", (238, 238, 238)),
 }
 SIZES = {"small": ("小", (10.0, 13.0)), "big": ("大", (18.0, 22.0))}  # radius range in pixels
-PLACES = {
+POSITIONS = {
     "top left": ("左上角", (30, 30)),
     "top right": ("右上角", (98, 30)),
     "centre": ("中间", (64, 64)),
@@ -35,37 +35,37 @@ NUMBERS = {1: ("one", "一"), 2: ("two", "两"), 3: ("three", "三")}
 HELD_OUT = frozenset(
     {("circle", "white"), ("square", "yellow"), ("triangle", "blue"), ("star", "red"), ("cross", "green")}
 )
-CANVAS = 128  # pixels; a picture is larger than what the tower sees, as real ones are
+CANVAS = 128  # pixels; larger than the size that the tower needs, as real pictures are
 LANGUAGES = ("en", "zh")
 
 
 @dataclass(frozen=True)
-class Thing:
+class Item:
     """One object of a scene."""
 
     shape: str
     colour: str
     size: str
-    place: str
+    position: str
 
     @property
     def held_out(self) -> bool:
         return (self.shape, self.colour) in HELD_OUT
 
-    def words(self, language: str) -> tuple[str, str, str, str]:
-        """Size, colour, shape and place as words."""
+    def names(self, language: str) -> tuple[str, str, str, str]:
+        """The words for size, colour, shape and position."""
         if language == "en":
-            return self.size, self.colour, self.shape, self.place
-        return SIZES[self.size][0], COLOURS[self.colour][0], SHAPES[self.shape], PLACES[self.place][0]
+            return self.size, self.colour, self.shape, self.position
+        return SIZES[self.size][0], COLOURS[self.colour][0], SHAPES[self.shape], POSITIONS[self.position][0]
 
     def phrase(self, language: str) -> str:
-        size, colour, shape, place = self.words(language)
+        size, colour, shape, position = self.names(language)
         if language == "en":
-            return f"a {size} {colour} {shape} {'in' if place == 'centre' else 'at'} the {place}"
-        return f"{place}有一个{size}的{colour}{shape}"
+            return f"a {size} {colour} {shape} {'in' if position == 'centre' else 'at'} the {position}"
+        return f"{position}有一个{size}的{colour}{shape}"
 
 
-Scene = tuple[Thing, ...]  # in reading order of the places
+Scene = tuple[Item, ...]  # in reading order
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,16 @@ class Question:
 
 
 def make_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """One to three objects at different places. With `held_out` exactly one of them is a held-out pair, else none."""
+    """One to three objects at different positions. With `held_out` exactly one is a held-out pair, else none."""
     count = rng.choice((1, 2, 2, 3, 3))
-    places = rng.sample(list(PLACES), count)
+    positions = rng.sample(list(POSITIONS), count)
     special = rng.randrange(count) if held_out else -1
-    things = []
-    for index, place in enumerate(places):
+    items = []
+    for index, position in enumerate(positions):
         pair = rng.choice(sorted(HELD_OUT)) if index == special else _free_pair(rng)
-        things.append(Thing(*pair, rng.choice(list(SIZES)), place))
-    order = list(PLACES)
-    return tuple(sorted(things, key=lambda thing: order.index(thing.place)))
+        items.append(Item(*pair, rng.choice(list(SIZES)), position))
+    order = list(POSITIONS)
+    return tuple(sorted(items, key=lambda item: order.index(item.position)))
 
 
 def _free_pair(rng: random.Random) -> tuple[str, str]:
@@ -114,7 +114,7 @@ def knows() -> str:
 
 def caption(scene: Scene, language: str) -> str:
     """The scene in one sentence, in reading order."""
-    phrases = [thing.phrase(language) for thing in scene]
+    phrases = [item.phrase(language) for item in scene]
     return ", ".join(phrases) + "." if language == "en" else "，".join(phrases) + "。"
 
 
@@ -124,23 +124,23 @@ CAPTION_PROMPTS = {
 }
 
 
-def questions(scene: Scene, rng: random.Random, about: Thing | None = None) -> Iterator[Question]:
+def questions(scene: Scene, rng: random.Random, about: Item | None = None) -> Iterator[Question]:
     """Questions with one correct answer each, shuffled, in random languages; only about `about` if given.
 
     "Is there a …?" has yes and no equally often, and no is often a near miss: the right shape in another
     colour, or the right colour on another shape. Of an object either the colour is asked for or the shape, since one
     question would reveal the other's answer, and the model could ignore the image.
     """
-    kinds: list[tuple[str, Thing | None]] = [("exists", about)]
-    for thing in [about] if about else scene:
-        alone = sum(other.shape == thing.shape for other in scene) == 1
-        striking = sum(other.colour == thing.colour for other in scene) == 1
+    kinds: list[tuple[str, Item | None]] = [("exists", about)]
+    for item in [about] if about else scene:
+        alone = sum(other.shape == item.shape for other in scene) == 1
+        striking = sum(other.colour == item.colour for other in scene) == 1
         if alone:
-            kinds += [("place", thing), ("size", thing)]
+            kinds += [("place", item), ("size", item)]
         if alone and not (striking and rng.random() < 0.5):
-            kinds.append(("colour", thing))
+            kinds.append(("colour", item))
         elif striking:
-            kinds.append(("shape", thing))
+            kinds.append(("shape", item))
     if about is None:
         kinds.append(("count", None))
     rng.shuffle(kinds)
@@ -149,17 +149,17 @@ def questions(scene: Scene, rng: random.Random, about: Thing | None = None) -> I
         yield _exists(scene, subject, language, rng) if kind == "exists" else ask(kind, scene, subject, language)
 
 
-def ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Question:
-    """A question of this kind about a thing, or about the number of things; the scene must have one answer."""
-    if thing is None:
+def ask(kind: str, scene: Scene, item: Item | None, language: str) -> Question:
+    """A question of this kind about an item, or about the number of items; the scene must have one answer."""
+    if item is None:
         how_many = {"en": "How many objects are there?", "zh": "有几个物体？"}[language]
         return Question(kind, how_many, NUMBERS[len(scene)][language == "zh"])
-    size, colour, shape, place = thing.words(language)
+    size, colour, shape, position = item.names(language)
     text, answer = {
         ("colour", "en"): (f"What colour is the {shape}?", colour),
         ("colour", "zh"): (f"{shape}是什么颜色？", colour),
-        ("place", "en"): (f"Where is the {shape}?", place),
-        ("place", "zh"): (f"{shape}在哪里？", place),
+        ("place", "en"): (f"Where is the {shape}?", position),
+        ("place", "zh"): (f"{shape}在哪里？", position),
         ("size", "en"): (f"Is the {shape} big or small?", size),
         ("size", "zh"): (f"{shape}是大还是小？", size),
         ("shape", "en"): (f"Which shape is {colour}?", shape),
@@ -168,37 +168,37 @@ def ask(kind: str, scene: Scene, thing: Thing | None, language: str) -> Question
     return Question(kind, text, answer)
 
 
-def _exists(scene: Scene, about: Thing | None, language: str, rng: random.Random) -> Question:
-    present = {(thing.shape, thing.colour) for thing in scene}
-    thing = about or rng.choice(scene)
-    pair = (thing.shape, thing.colour)
+def _exists(scene: Scene, about: Item | None, language: str, rng: random.Random) -> Question:
+    present = {(item.shape, item.colour) for item in scene}
+    item = about or rng.choice(scene)
+    pair = (item.shape, item.colour)
     yes = rng.random() < 0.5
     while not yes and pair in present:
         near = rng.random()
         shape, colour = _free_pair(rng)
-        pair = (thing.shape, colour) if near < 0.4 else (shape, thing.colour) if near < 0.8 else (shape, colour)
+        pair = (item.shape, colour) if near < 0.4 else (shape, item.colour) if near < 0.8 else (shape, colour)
         if pair in HELD_OUT:  # not even named in training
-            pair = (thing.shape, thing.colour)
+            pair = (item.shape, item.colour)
     shape, colour = pair
     if language == "en":
         return Question("exists", f"Is there a {colour} {shape}?", "yes" if yes else "no")
     return Question("exists", f"有{COLOURS[colour][0]}{SHAPES[shape]}吗？", "有" if yes else "没有")
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Figure:
     """An object as it is drawn: its outline (two corners of a box for a circle) and its colour."""
 
-    thing: Thing
+    item: Item
     outline: tuple[tuple[float, float], ...]
     colour: tuple[int, int, int]
-    named: bool = True  # false where it was painted in a colour that the world has no word for
+    named: bool = True  # false: its colour has no word in the world
 
     def paint(self, pen: ImageDraw.ImageDraw, fill: tuple[int, int, int] | int) -> None:
-        if self.thing.shape == "circle":
+        if self.item.shape == "circle":
             pen.ellipse(self.outline, fill=fill)
         else:
             pen.polygon(self.outline, fill=fill)
@@ -207,19 +207,19 @@ class Figure:
 def pose(scene: Scene, rng: random.Random) -> list[Figure]:
     """The exact position, size, rotation and tint of each object: all noise except the background's."""
     figures = []
-    for thing in rng.sample(scene, len(scene)):
-        x, y = (value + rng.uniform(-5, 5) for value in PLACES[thing.place][1])
-        radius = rng.uniform(*SIZES[thing.size][1])
-        red, green, blue = (min(255, max(0, value + rng.randint(-18, 18))) for value in COLOURS[thing.colour][1])
+    for item in rng.sample(scene, len(scene)):
+        x, y = (value + rng.uniform(-5, 5) for value in POSITIONS[item.position][1])
+        radius = rng.uniform(*SIZES[item.size][1])
+        red, green, blue = (min(255, max(0, value + rng.randint(-18, 18))) for value in COLOURS[item.colour][1])
         turn = rng.uniform(-0.15, 0.15)
-        if thing.shape == "circle":
+        if item.shape == "circle":
             outline = [(x - radius, y - radius), (x + radius, y + radius)]
         else:
             outline = [
                 (x + radius * scale * math.cos(angle + turn), y + radius * scale * math.sin(angle + turn))
-                for scale, angle in _OUTLINES[thing.shape]
+                for scale, angle in _OUTLINES[item.shape]
             ]
-        figures.append(Figure(thing, tuple(outline), (red, green, blue)))
+        figures.append(Figure(item, tuple(outline), (red, green, blue)))
     return figures
 
 
@@ -233,11 +233,11 @@ def paint(figures: list[Figure], rng: random.Random) -> Image.Image:
     grey = rng.randint(25, 105)
     ground = tuple(grey + rng.randint(-12, 12) for _ in range(3))
     grain = Image.frombytes("L", (32, 32), rng.randbytes(1024)).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
-    picture = Image.blend(Image.new("RGB", (CANVAS, CANVAS), ground), grain.convert("RGB"), rng.uniform(0, 0.12))
-    pen = ImageDraw.Draw(picture)
+    image = Image.blend(Image.new("RGB", (CANVAS, CANVAS), ground), grain.convert("RGB"), rng.uniform(0, 0.12))
+    pen = ImageDraw.Draw(image)
     for figure in figures:
         figure.paint(pen, figure.colour)
-    return picture
+    return image
 
 
 def _polygon(corners: int, start: float, scales: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
@@ -266,8 +266,8 @@ _OUTLINES = {
 }
 
 
-def jpeg(picture: Image.Image) -> bytes:
+def jpeg(image: Image.Image) -> bytes:
     """The image as the bytes of a JPEG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
+    image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

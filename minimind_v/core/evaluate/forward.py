@@ -19,14 +19,14 @@ class Answer:
     """One supervised answer of a row, as the model predicts it after the true tokens before it."""
 
     row: int  # of the batch
-    labels: Tensor  # [N], the true ids up to the end token; what stands behind that is left out
+    labels: Tensor  # [N], the true ids up to the end token
     correct: Tensor  # bool [N], whether the model's likeliest token is the true one
     ended: bool  # false: it was cut, and has no end token
 
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """What a forward pass finds in a batch."""
+    """The results of a forward pass over a batch."""
 
     batch: Batch
     loss_sum: Tensor  # nats, over all supervised tokens
@@ -55,5 +55,5 @@ def batch_losses(model: VLM, batch: Batch, features: Tensor | None, dtype: str) 
     with autocast(model.device, dtype):
         out = model(**batch.tokens, image_features=features)
     assert out.loss_sum is not None
-    assert out.hits is not None
-    return BatchLosses(batch, out.loss_sum, out.hits)
+    assert out.correct is not None
+    return BatchLosses(batch, out.loss_sum, out.correct)

@@ -1,4 +1,4 @@
-"""Evaluate a model on rows that it has not seen: one forward pass over them, scored by tasks."""
+"""Evaluate a model on held-out rows: one forward pass over them, scored by tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write an export: a folder is whole and proven, or absent: written beside, verified, then renamed."""
+"""Write an export, whole and proven, or not at all: write beside, verify, then rename."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from minimind_v.core.formats.request import ExportFacts, ExportRequest
 from minimind_v.core.outputs import check_weights
 from minimind_v.core.version import __version__
 
-MANIFEST = "mmv_export.json"  # what a folder is, where it came from, and which files are ours
+MANIFEST = "mmv_export.json"  # the format and the source of a folder, and the files that mmv wrote
 
 
 def export(request: ExportRequest, to: str, out: Path, check: bool = True, overwrite: bool = False) -> Report:
-    """Write what `request` names as `out`, one of TARGETS, proven the same unless `check` is false.
+    """Write the model of a request as `out` in the format `to` of TARGETS, and verify it unless `check` is false.
 
-    Raises UsageError where `out` is in the way, MissingInput or WeightsError where the source is not good, RunError
-    where `out` cannot be written or is not the same. Nothing of a folder is left behind then, and what was there stays.
+    Raises UsageError where `out` may not be replaced, MissingInput or WeightsError where the source is invalid,
+    RunError where `out` cannot be written or differs. An error leaves no partial folder, and keeps the old one.
     """
     target = TARGETS[to]
     if target.ending:
@@ -42,9 +42,9 @@ def export(request: ExportRequest, to: str, out: Path, check: bool = True, overw
     out = out.resolve()
     _refuse_to_replace(request, out, overwrite)
     with _beside(out) as staging:
-        made, report = target.write(request, staging, check)
+        facts, report = target.write(request, staging, check)
         _refuse_difference(request, out, report)
-        manifest = _describe(request, to, made, report)
+        manifest = _describe(request, to, facts, report)
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         write_text(staging / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         _sync(staging)
@@ -55,18 +55,18 @@ def export(request: ExportRequest, to: str, out: Path, check: bool = True, overw
 
 def _refuse_difference(request: ExportRequest, out: Path, report: Report) -> None:
     if report.wrong:
-        findings = "; ".join(f"{name}: {report.found[name]}" for name in report.wrong)
-        raise RunError(f"{out}: not written, because it would not be the same as {request.model} ({findings})")
+        findings = "; ".join(f"{name}: {report.findings[name]}" for name in report.wrong)
+        raise RunError(f"{out}: not written, because it differs from {request.model} ({findings})")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What `export` noted in a folder that it wrote; None for any other folder."""
+    """The manifest of an exported folder; None for any other folder."""
     manifest = read_notes(folder / MANIFEST)
     return manifest if isinstance(manifest.get("files"), dict) else None
 
 
 def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> None:
-    """Only an empty place, or, where that is asked for, a folder of which every file is ours."""
+    """Raises UsageError unless `out` is absent or empty or, with `overwrite`, an export without other files."""
     sources = [path.resolve() for path in (request.model, request.vision_model, request.tokenizer) if path]
     if any(out == source or out in source.parents for source in sources):
         raise UsageError(f"--out {out} contains the source — name another --out")
@@ -74,7 +74,7 @@ def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> No
         return
     if not out.is_dir():
         raise UsageError(f"--out {out} is a file — name a folder with --out")
-    home = Path(os.path.expanduser("~"))  # which, unlike Path.home, does without one
+    home = Path(os.path.expanduser("~"))  # unlike Path.home, this works without a home
     if out == home or out == Path.cwd() or out in Path.cwd().parents:
         raise UsageError(f"--out {out} is not usable as an output folder — name a new folder")
     names = sorted(path.name for path in out.iterdir())
@@ -91,8 +91,8 @@ def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> No
         )
 
 
-def _describe(request: ExportRequest, to: str, made: ExportFacts, report: Report) -> dict[str, Any]:
-    """What the manifest tells: no paths, since folders travel."""
+def _describe(request: ExportRequest, to: str, facts: ExportFacts, report: Report) -> dict[str, Any]:
+    """The manifest, without paths, since folders move."""
     source: dict[str, Any] = {"name": request.model.name}
     if request.model.is_file():
         with request.model.open("rb") as file:
@@ -101,23 +101,23 @@ def _describe(request: ExportRequest, to: str, made: ExportFacts, report: Report
         "made_by": f"mmv {__version__}",
         "kind": to,
         "source": source,
-        "stage": made.stage,
-        "preset": made.preset,
+        "stage": facts.stage,
+        "preset": facts.preset,
         "dtype": request.dtype,
         "quantize": request.quantize,
-        "verified": report.found or None,
+        "verified": report.findings or None,
     }
 
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, which is gone afterwards unless it was renamed; so are parents made for it.
+    """An empty folder beside `out`, removed afterwards unless it was renamed; so are the parents made for it.
 
-    What a process that was killed has left there goes first. Raises RunError where a living one is at it.
+    First remove what a killed process left. Raises RunError where another process is writing `out`.
     """
     if sweep(out, patience=1.0):
         raise RunError(f"{out}: another process is writing it — wait until it ends, or name another --out")
-    made = [parent for parent in out.parents if not parent.exists()]
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
@@ -129,13 +129,13 @@ def _beside(out: Path) -> Iterator[Path]:
             yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: it holds what was written
-            for parent in made:
+        with contextlib.suppress(OSError):  # not empty: it contains the export
+            for parent in new_parents:
                 parent.rmdir()
 
 
 def _sync(folder: Path) -> None:
-    """Bring all to the disk; some libraries write files that only their owner may read."""
+    """Flush all files to the disk, with usual permissions: some libraries write files only for their owner."""
     for path in folder.iterdir():
         path.chmod(0o666 & ~umask())
         with path.open("rb") as file:

@@ -10,12 +10,12 @@ from minimind_v.core.errors import RunError, UsageError, WeightsError
 from minimind_v.core.export.folder import MANIFEST, read_manifest
 from minimind_v.core.hub.remote import http
 
-CARD = "README.md"  # may have been edited: it is for people
+CARD = "README.md"  # a user may edit it
 
 
 @dataclass(frozen=True)
 class Published:
-    """What is on the hub now."""
+    """The upload: its repository, address, commit and size."""
 
     repo: str
     url: str
@@ -25,10 +25,10 @@ class Published:
 
 
 def publish(folder: Path, repo: str, private: bool = False, endpoint: str | None = None) -> Published:
-    """Upload `folder` as the model repository `repo` (owner/name), which is made if it is not there.
+    """Upload `folder` as the model repository `repo` (owner/name), which is made if it is missing.
 
-    Raises UsageError where the folder or the name is none, WeightsError where a file is not the one that was written,
-    RunError where the hub refuses or cannot be reached. Nothing is visible on the hub before all of it is.
+    Raises UsageError where the folder or the name is invalid, WeightsError where a file was changed or is missing,
+    RunError where the hub refuses or cannot be reached. All files appear on the hub at once.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -53,7 +53,7 @@ def publish(folder: Path, repo: str, private: bool = False, endpoint: str | None
 
 
 def _files_of(folder: Path) -> list[str]:
-    """The files that the conversion wrote, whole; whatever else lies there stays here."""
+    """The files that the conversion wrote, checked; other files are not uploaded."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise UsageError(f"{folder}: not written by `mmv convert` — convert the model first (--to hf)")
@@ -67,7 +67,7 @@ def _files_of(folder: Path) -> list[str]:
 
 
 def _send(api: Any, folder: Path, files: list[str], repo: str, private: bool) -> str:
-    """Make the repository if need be, and commit; returns the commit."""
+    """Make the repository if it is missing, commit the files, and return the commit."""
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -87,7 +87,7 @@ def _send(api: Any, folder: Path, files: list[str], repo: str, private: bool) ->
 
 
 def _create(api: Any, repo: str, private: bool) -> bool:
-    """Make the repository; false where it is there already."""
+    """Make the repository; false where it exists."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:

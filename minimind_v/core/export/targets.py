@@ -1,7 +1,7 @@
-"""Export targets: what a model can be written as, by name.
+"""Export targets: the formats of an export, by name.
 
-A target writes the model that a request names, and proves it: what it wrote is opened as its users would, and compared
-with the source. A folder gets its name only when its report finds nothing wrong (`folder.py`).
+A target writes the model of a request, and proves it: it opens the result as a user would, and compares it with the
+source. A folder gets its name only when its report finds nothing wrong (`folder.py`).
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from minimind_v.core.formats.request import ExportFacts, ExportRequest
 
 @dataclass(frozen=True)
 class Target:
-    """A format. `write` gets the request, where to write, and whether to prove the result.
+    """A format. `write` gets the request, the path, and whether to prove the result.
 
-    Of a folder `write` gets an empty one; a file it writes atomically, whole or not at all.
-    Raises WeightsError for a model that the format cannot hold.
+    The path is an empty folder, or that of a file, which `write` writes atomically. Raises WeightsError for a model
+    that the format cannot hold.
     """
 
     help: str
     write: Callable[[ExportRequest, Path, bool], tuple[ExportFacts, Report]]
-    ending: str = ""  # of the file that is written; empty: it is a folder
+    ending: str = ""  # of the file; empty: a folder
     quantizes: bool = False  # the type is given by --quantize, not by --dtype
 
 
 def _to_hf(request: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts, Report]:
-    """Two processes, so that source and export are never in memory together; the second imports while the first writes.
+    """Two processes, so that source and export are never in memory together; one imports while the other writes.
 
-    This one has no torch, unless the caller brought it.
+    This process imports no torch.
     """
     if not check:
         from minimind_v.core.formats.hf import write as hf
 
         return hf.make(request, folder), Report()
     with Worker("minimind_v.core.export.prove.ask_hf") as prover:
-        with Worker() as maker:
-            made = maker.call("minimind_v.core.formats.hf.write:make", request, folder)
-        return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", request, folder)
+        with Worker() as writer:
+            facts = writer.call("minimind_v.core.formats.hf.write:make", request, folder)
+        return facts, prover.call("minimind_v.core.export.prove.verify_hf:verify", request, folder)
 
 
 def _to_gguf(request: ExportRequest, folder: Path, check: bool) -> tuple[ExportFacts, Report]:
@@ -49,14 +49,13 @@ def _to_gguf(request: ExportRequest, folder: Path, check: bool) -> tuple[ExportF
     from minimind_v.core.formats.gguf import write as gguf
 
     loaded = gguf.make(request, folder)
-    made = ExportFacts.of(loaded.checkpoint)
-    return made, verify_gguf.verify(loaded, folder, request) if check else Report()
+    return ExportFacts.of(loaded.checkpoint), verify_gguf.verify(loaded, folder, request) if check else Report()
 
 
 def _to_weights(request: ExportRequest, path: Path, check: bool) -> tuple[ExportFacts, Report]:
     from minimind_v.core.export.weights_file import write_weights
 
-    return write_weights(request, path)  # which always proves it: reading a file is quick
+    return write_weights(request, path)  # always proves it: reading a file is quick
 
 
 TARGETS = {

@@ -1,4 +1,4 @@
-"""Convert weights between `.pth` and `.safetensors`; the result is read back and compared."""
+"""Convert weights between `.pth` and `.safetensors`; read the result back and compare it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minimind_v.core.wording import plural
 
 
 def write_weights(request: ExportRequest, target: Path) -> tuple[ExportFacts, Report]:
-    """Write the weights of a request as `target`, by its ending, in `request.dtype` or as they are.
+    """Write the weights of a request as `target`, by its ending, in `request.dtype` or unchanged.
 
     Raises MissingInput, WeightsError, and RunError where the file cannot be written or reads back differently.
     """
@@ -32,9 +32,7 @@ def write_weights(request: ExportRequest, target: Path) -> tuple[ExportFacts, Re
     if request.dtype is None and difference:
         raise RunError(f"{target}: the file read back differs by {difference:g}")
     size = target.stat().st_size
+    summary = f"{plural(len(tensors), 'tensor')}, {size:,} bytes; read back and compared, "
     facts = {"tensors": len(tensors), "bytes": size, "largest_difference": difference}
-    report = Report(
-        f"{plural(len(tensors), 'tensor')}, {size:,} bytes; read back and compared, largest difference {difference:g}",
-        facts=facts,
-    )
+    report = Report(f"{summary}largest difference {difference:g}", facts=facts)
     return ExportFacts.of(checkpoint), report

@@ -1,8 +1,8 @@
 """Checkpoints: read weights safely, recognise the model, and load them with a receipt.
 
-A checkpoint is a flat state dict in half precision without `vision_encoder.*`, under the published names, as `.pth`
-or `.safetensors`. What a file cannot say of itself (the number of attention heads, the stage) stands in a small JSON
-beside it, or in the safetensors header; where that is absent, sizes are inferred from the tensors.
+A checkpoint is a flat state_dict in half precision without `vision_encoder.*`, under the published names, as `.pth`
+or `.safetensors`. A small JSON beside it, or the safetensors header, holds what tensors do not show (the number of
+attention heads, the stage); without it, sizes are inferred from the tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HEAD = "lm_head.weight"  # one matrix with the embedding
 # Buffers that older versions of the published model saved and that are computed today.
 _OLD_BUFFERS = re.compile(r"(\.|^)(mask|pos_cis|freqs_cos|freqs_sin|inv_freq)$")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
-# What changes what weights compute, and no shape.
+# These change what weights compute, but no shape.
 _UNSHAPED = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps")
 
 
@@ -60,12 +60,12 @@ class Checkpoint:
     ignored: list[str]  # names that were left out: old buffers, the vision encoder
     guessed: bool  # true where the sizes were inferred from the tensors alone
     companions: Companions = UNKNOWN
-    vision: VisionSpec | None = None  # of the tower it was trained with; None where nothing says so
-    projector: str | None = None  # None for a text-only base, or where it is of no known kind
+    vision: VisionSpec | None = None  # of the tower it was trained with; None: unknown
+    projector: str | None = None  # None: a text-only base, or an unknown kind
 
     @property
     def model_config(self) -> ModelConfig | TextConfig:
-        """What its description holds: that of the language model alone where nothing says what it was trained with."""
+        """The described configuration: the language model's alone where tower or projector are unknown."""
         if self.vision is None or self.projector is None:
             return self.config
         return ModelConfig(self.config, self.vision, self.projector)
@@ -88,7 +88,7 @@ class Receipt:
 
     source: str
     loaded: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)  # not in the file, and meant to be initialised
+    new: list[str] = field(default_factory=list)  # not in the file, to be initialised
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: list[str] = field(default_factory=list)
@@ -97,17 +97,16 @@ class Receipt:
     def __str__(self) -> str:
         counts = [f"{plural(len(self.loaded), 'tensor')} loaded"]
         for name in ("new", "missing", "unexpected", "wrong_shape", "ignored"):
-            if found := getattr(self, name):
-                shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-                counts.append(f"{len(found)} {name.replace('_', ' ')} ({shown})")
+            if names := getattr(self, name):
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                counts.append(f"{len(names)} {name.replace('_', ' ')} ({shown})")
         return f"{self.source}: " + "; ".join(counts)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a `.pth` or `.safetensors` file, whichever it really is, or a folder that transformers or llama.cpp reads.
+    """Read a `.pth` or `.safetensors` file, by its contents, a folder for transformers or llama.cpp, or a run folder.
 
-    A run's folder stands for the weights of the run.
-    Raises MissingInput, or WeightsError with a line for each way in which a file can be wrong.
+    Raises MissingInput, or WeightsError that says what is wrong with the file.
     """
     path = weights_at(path)
     if is_gguf(path):
@@ -118,35 +117,32 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors, described = read_tensors(path)
         meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
     tensors = _unwrap(path, tensors)
-    check_weights(
-        path, tensors, described=bool(meta), projector_fits=recognise_projector(tensors) not in (None, LINEAR)
-    )
+    check_weights(path, tensors, bool(meta), recognise_projector(tensors) not in (None, LINEAR))
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
+    for name in ignored:
+        del tensors[name]
     for name, tensor in tensors.items():
         check_numbers(path, name, tensor)
     _tie(path, tensors)
-    config, guessed = described_config(path, meta, infer_config(path, tensors)), not meta
-    stage = meta.get("stage") if isinstance(meta.get("stage"), str) else None
-    stage = stage or _stage_of(path, tensors)
+    config = described_config(path, meta, infer_config(path, tensors))
+    stage = meta.get("stage")
+    stage = stage if stage and isinstance(stage, str) else _stage_of(path, tensors)
     companions = read_record(meta[RECORD], path.parent) if RECORD in meta else of_the_run(path)
     vision, projector = described_vision(path, meta), described_projector(path, meta, tensors)
-    return Checkpoint(path, tensors, config, stage, ignored, guessed, companions, vision, projector)
+    return Checkpoint(path, tensors, config, stage, ignored, not meta, companions, vision, projector)
 
 
 def _unwrap(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without what other programs put before their names."""
-    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    if len(plain) < len(tensors):
-        twice = next(name for name in tensors if _WRAPPERS.sub("", name) != name and _WRAPPERS.sub("", name) in tensors)
-        raise WeightsError(
-            f"{path}: contains {twice} and {_WRAPPERS.sub('', twice)}, which mean the same tensor — remove one of them"
-        )
-    return plain
+    """Tensors without the prefixes that other programs add to their names."""
+    plain: dict[str, str] = {}
+    for name in tensors:
+        if (twice := plain.setdefault(_WRAPPERS.sub("", name), name)) != name:
+            raise WeightsError(f"{path}: contains {twice} and {name}, which mean the same tensor — remove one of them")
+    return {name: tensors[wrapped] for name, wrapped in plain.items()}
 
 
 def _tie(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The embedding is the head as well: a file may have it under either name, or under both if they are equal."""
+    """The embedding is also the head: a file may have it under either name, or under both if they are equal."""
     for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
         if name in tensors:
             tensors.setdefault(other, tensors[name])
@@ -181,48 +177,47 @@ def _stage_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def load_into(model: VLM, checkpoint: Checkpoint, new_projector: bool = False) -> Receipt:
     """Copy a checkpoint into a model, strictly.
 
-    With `new_projector` a text-only base may lack exactly the projector's tensors, which then keep their fresh values.
-    Raises WeightsError with the receipt, and the preset that would fit, where anything else is missing, unexpected or
-    of another shape.
+    With `new_projector` a text-only base may lack exactly the projector's tensors, which then keep their values.
+    Raises WeightsError with the receipt and advice where another tensor is missing, unexpected or of another shape.
     """
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(VISION)}
-    given, receipt = match_tensors(checkpoint, wanted, model.model_config, new_projector)
-    model.load_state_dict(given, strict=False)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(VISION)}
+    tensors, receipt = match_tensors(checkpoint, shapes, model.model_config, new_projector)
+    model.load_state_dict(tensors, strict=False)
     return receipt
 
 
 def match_tensors(
-    checkpoint: Checkpoint, wanted: Mapping[str, torch.Size], config: ModelConfig, new_projector: bool = False
+    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], config: ModelConfig, new_projector: bool = False
 ) -> tuple[dict[str, Tensor], Receipt]:
-    """The tensors that a model takes that has these names, shapes and sizes, the tied head included.
+    """The tensors of a checkpoint for a model with these shapes by name and this configuration, tied head included.
 
     Raises WeightsError as `load_into` does.
     """
-    given = dict(checkpoint.tensors)
+    tensors = dict(checkpoint.tensors)
     receipt = Receipt(str(checkpoint.path), ignored=checkpoint.ignored)
-    absent = [name for name in wanted if name not in given]
-    projector = [name for name in wanted if name.startswith(PROJECTOR)]
+    absent = [name for name in shapes if name not in tensors]
+    projector = [name for name in shapes if name.startswith(PROJECTOR)]
     if new_projector and absent == projector:
         receipt.new = projector
     else:
         receipt.missing = absent
-    for name, tensor in given.items():
-        if name not in wanted:
+    for name, tensor in tensors.items():
+        if name not in shapes:
             receipt.unexpected.append(name)
-        elif tensor.shape != wanted[name]:
-            receipt.wrong_shape.append(f"{name} {list(tensor.shape)} for {list(wanted[name])}")
+        elif tensor.shape != shapes[name]:
+            receipt.wrong_shape.append(f"{name} {list(tensor.shape)} for {list(shapes[name])}")
         else:
             receipt.loaded.append(name)
     if receipt.missing or receipt.unexpected or receipt.wrong_shape:
         raise WeightsError(f"the weights do not fit. {receipt}{_advice(checkpoint, receipt, config)}")
     for name in _UNSHAPED:
-        told = getattr(checkpoint.config, name)
-        if not checkpoint.guessed and told != getattr(config.text, name):
+        value = getattr(checkpoint.config, name)
+        if not checkpoint.guessed and value != getattr(config.text, name):
             raise WeightsError(
-                f"{checkpoint.path} was trained with {name} {told}, the model has {getattr(config.text, name)} — "
-                f"add --set model.{name}={told}"
+                f"{checkpoint.path} was trained with {name} {value}, the model has {getattr(config.text, name)} — "
+                f"add --set model.{name}={value}"
             )
-    return given, receipt
+    return tensors, receipt
 
 
 def _advice(checkpoint: Checkpoint, receipt: Receipt, config: ModelConfig) -> str:
@@ -244,7 +239,7 @@ def _advice(checkpoint: Checkpoint, receipt: Receipt, config: ModelConfig) -> st
 
 
 def _projector_advice(checkpoint: Checkpoint, projector: str) -> str:
-    """What to do where nothing but the projector does not fit."""
+    """The advice where only the projector does not fit."""
     if not any(name.startswith(PROJECTOR) for name in checkpoint.tensors):
         return " — this text-only base has no projector; `mmv train pretrain` trains one"
     if checkpoint.projector is None:
@@ -255,7 +250,7 @@ def _projector_advice(checkpoint: Checkpoint, projector: str) -> str:
 
 
 def export_tensors(model: VLM) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under their published names: half precision, no vision encoder; tied ones stay one.
+    """The tensors of a checkpoint under their published names: half precision, no vision encoder, tied ones shared.
 
     Raises RunError where a weight does not fit.
     """
@@ -279,7 +274,7 @@ def write_checkpoint(
     stage: str,
     companions: Companions = UNKNOWN,
 ) -> None:
-    """Write a `.pth` (with a JSON beside it) or a `.safetensors` (which carries it inside), atomically."""
+    """Write a `.pth` with a JSON beside it, or a `.safetensors` with the JSON in its header, atomically."""
     meta = describe(config, stage, as_record(companions, path.parent))
     if path.suffix == ".safetensors":
         # The format knows neither shared storage nor strides.

@@ -1,8 +1,7 @@
 """The vision model and the tokenizer of a checkpoint: recorded when it is saved, found when it is loaded.
 
-A record holds two paths of each, the one that the run was given and the one from the folder of the weights, so that
-folders which move together are found wherever they are. A digest of what it computes tells it from any other of the
-same size.
+A record holds two paths of each: the one given to the run, and the one relative to the folder of the weights, so that
+folders which move together are found again. A digest of what it computes distinguishes it from others of its size.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MmvError
 from minimind_v.core.model.vision.spec import tower_type
 
-RECORD = "trained_with"  # the key of all this in the description of weights
+RECORD = "trained_with"  # the key of the record in the description of weights
 
 
 @dataclass(frozen=True)
 class Companion:
-    """A vision model or a tokenizer, by the places where it may be, the likeliest first."""
+    """A vision model or a tokenizer, by the paths where it may be, the likeliest first."""
 
-    places: tuple[Path, ...]
-    digest: str | None = None  # None: of an older run, which did not record it
+    paths: tuple[Path, ...]
+    digest: str | None = None  # None: an older run did not record it
 
 
 @dataclass(frozen=True)
 class Companions:
-    """What weights were trained with; None where nothing says so."""
+    """What weights were trained with; None: unknown."""
 
     vision_model: Companion | None = None
     tokenizer: Companion | None = None
@@ -47,7 +46,7 @@ UNKNOWN = Companions()
 
 
 def vision_digest(spec: VisionSpec, tensors: Mapping[str, Tensor]) -> str:
-    """Tells a vision model from others of its sizes by its biases and norms, the same in half and in full precision."""
+    """The digest of a vision model's spec, biases and norms; half and full precision give the same."""
     digest = hashlib.blake2b(spec.identity.encode(), digest_size=8)
     unused = tower_type(spec.model_type).unused
     for name, tensor in sorted(tensors.items()):
@@ -58,7 +57,7 @@ def vision_digest(spec: VisionSpec, tensors: Mapping[str, Tensor]) -> str:
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Tells a tokenizer from others of its size by the ids of its tokens."""
+    """The digest of a tokenizer's tokens and their ids."""
     ids = json.dumps(sorted(tokenizer.backend.get_vocab().items()))
     return hashlib.blake2b(ids.encode(), digest_size=8).hexdigest()
 
@@ -68,8 +67,8 @@ def as_record(companions: Companions, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name in ("vision_model", "tokenizer"):
         if companion := getattr(companions, name):
-            place = next((place for place in companion.places if place.exists()), companion.places[0])
-            paths = [_seen_from(folder, place), str(companion.places[-1])]
+            path = next(filter(Path.exists, companion.paths), companion.paths[0])
+            paths = [_relative_to(folder, path), str(companion.paths[-1])]
             record[name] = {"paths": paths, "digest": companion.digest}
     if record or companions.layout != UNKNOWN.layout:
         record["layout"] = companions.layout
@@ -88,37 +87,37 @@ def read_record(record: Any, folder: Path) -> Companions:
 
 
 def of_the_run(weights: Path) -> Companions:
-    """The companions that `config.yaml` in the run's folder names: for weights that have no record themselves."""
+    """The companions that `config.yaml` in the run folder names, for weights without a record."""
     if not weights.is_file():
         return UNKNOWN
     folder = weights.with_name(weights.stem.removesuffix("_best"))
     try:
         config = read_settings(folder / "config.yaml")
         out = Path(config["out"])
-        given = {"vision_model": Path(config["vision_model"]), "tokenizer": Path(config["data.tokenizer"])}
-    except (OSError, KeyError, TypeError, MmvError):  # no run, or no longer the file that it wrote
+        paths = {"vision_model": Path(config["vision_model"]), "tokenizer": Path(config["data.tokenizer"])}
+    except (OSError, KeyError, TypeError, MmvError):  # no run, or its file was changed
         return UNKNOWN
-    found = {}
-    for name, path in given.items():
-        places = [path]
-        if path.is_absolute() == out.is_absolute():  # so the way from one to the other is known
-            places.insert(0, tidy(_resolved(folder.parent) / os.path.relpath(path, out)))
-        found[name] = Companion(tuple(places))
-    return Companions(**found, layout=config.get("data.layout", UNKNOWN.layout))
+    companions = {}
+    for name, path in paths.items():
+        moved: tuple[Path, ...] = ()
+        if path.is_absolute() == out.is_absolute():  # so the relative path is known
+            moved = (tidy(_resolved(folder.parent) / os.path.relpath(path, out)),)
+        companions[name] = Companion((*moved, path))
+    return Companions(**companions, layout=config.get("data.layout", UNKNOWN.layout))
 
 
 def _read(record: Any, folder: Path) -> Companion | None:
     paths = record.get("paths") if isinstance(record, dict) else None
     if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
         return None
-    beside, *given = paths
     digest = record.get("digest")
-    places = (tidy(_resolved(folder) / beside), *map(Path, given))
-    return Companion(places, digest if isinstance(digest, str) else None)
+    return Companion(
+        (tidy(_resolved(folder) / paths[0]), *map(Path, paths[1:])), digest if isinstance(digest, str) else None
+    )
 
 
-def _seen_from(folder: Path, path: Path) -> str:
-    """The path of something from a folder, or as it is where they are on different drives."""
+def _relative_to(folder: Path, path: Path) -> str:
+    """A path relative to a folder, or unchanged where they are on different drives."""
     path = _resolved(path.parent) / path.name
     try:
         return os.path.relpath(path, _resolved(folder))
@@ -131,7 +130,7 @@ def _resolved(path: Path) -> Path:
 
 
 def tidy(path: Path) -> Path:
-    """An absolute path without `..`, and from the working folder where it lies in it."""
+    """An absolute path without `..`, relative to the working folder if it is inside."""
     path = Path(os.path.normpath(path))
-    here = _resolved(Path())
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    working_folder = _resolved(Path())
+    return path.relative_to(working_folder) if path.is_relative_to(working_folder) else path

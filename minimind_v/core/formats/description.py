@@ -1,4 +1,4 @@
-"""The description of a model that goes with its weights: how it is written, read, and inferred where it is missing."""
+"""The description of a model beside its weights: write it, read it, and infer it where it is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minimind_v.core.model.projector import PREFIX, PROJECTORS, projected, recog
 from minimind_v.core.model.vision.spec import trouble_of_colours
 
 EMBEDDING = "model.embed_tokens.weight"
-# What the shapes of tensors tell for certain, so that no description may say otherwise.
+# Shapes of tensors decide these, so a description must agree.
 _SHAPED = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "use_moe")
 _SHAPED_EXPERTS = ("n_routed_experts", "n_shared_experts")
 _OTHER_FILE = "is the description that of another file? Without it, sizes are read from the tensors"
@@ -28,7 +28,7 @@ _OTHER_FILE = "is the description that of another file? Without it, sizes are re
 def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
     """Sizes of the language model, from the shapes of its tensors.
 
-    Shapes do not tell the number of heads; all published models have two key-value heads, so two are taken.
+    Shapes do not give the number of heads; all published models have two key-value heads, so two are taken.
     Raises WeightsError where the tensors are not those of a MiniMind model.
     """
     try:
@@ -38,20 +38,18 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
         kv_width = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
         moe = "model.layers.0.mlp.gate.weight" in tensors
         ff = "model.layers.0.mlp." + ("experts.0." if moe else "") + "gate_proj.weight"
-        intermediate = tensors[ff].shape[0]
-        kv_heads = 2
         return TextConfig(
             hidden_size=hidden,
             num_hidden_layers=_count_layers(tensors),
-            num_attention_heads=max(1, hidden * kv_heads // kv_width),
-            num_key_value_heads=kv_heads,
-            intermediate_size=intermediate,
+            num_attention_heads=max(1, hidden * 2 // kv_width),
+            num_key_value_heads=2,
+            intermediate_size=tensors[ff].shape[0],
             vocab_size=vocab,
             **(_count_experts(tensors) if moe else {}),
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError, UsageError):
-        some = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise WeightsError(f"{path}: not the weights of a MiniMind model (it contains {some} …)") from None
+        names = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise WeightsError(f"{path}: not the weights of a MiniMind model (it contains {names} …)") from None
 
 
 def _count_layers(tensors: Mapping[str, Tensor]) -> int:
@@ -63,21 +61,21 @@ def _count_layers(tensors: Mapping[str, Tensor]) -> int:
 
 def _count_experts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     routed = tensors["model.layers.0.mlp.gate.weight"].shape[0]
-    shared = {name.split(".")[5] for name in tensors if name.startswith("model.layers.0.mlp.shared_experts.")}
+    shared_numbers = {name.split(".")[5] for name in tensors if name.startswith("model.layers.0.mlp.shared_experts.")}
     return {
         "use_moe": True,
         "n_routed_experts": routed,
-        "n_shared_experts": len(shared),
+        "n_shared_experts": len(shared_numbers),
         "num_experts_per_tok": min(TextConfig.num_experts_per_tok, routed),
     }
 
 
 def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> TextConfig:
-    """The described sizes, where there is a description. Raises WeightsError where it is one of other weights."""
-    known = {item.name for item in fields(TextConfig)}
-    told = {name: value for name, value in meta.get("model", {}).items() if name in known}
+    """The described sizes, else the inferred ones. Raises WeightsError where the description is of other weights."""
+    names = {item.name for item in fields(TextConfig)}
+    described = {name: value for name, value in meta.get("model", {}).items() if name in names}
     try:
-        config = TextConfig(**(asdict(inferred) | told))
+        config = TextConfig(**(asdict(inferred) | described))
         wrong = [
             f"{name} {getattr(config, name)}, not {getattr(inferred, name)}"
             for name in (*_SHAPED, *(_SHAPED_EXPERTS if inferred.use_moe else ()))
@@ -96,10 +94,9 @@ def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> 
 
 
 def described_vision(path: Path, meta: dict[str, Any]) -> VisionSpec | None:
-    """The described vision tower. Raises WeightsError where no tower can be so."""
-    values = {
-        item.name: meta["vision"][item.name] for item in fields(VisionSpec) if item.name in object_in(meta, "vision")
-    }
+    """The described vision tower. Raises WeightsError where the description is invalid."""
+    described = object_in(meta, "vision")
+    values = {item.name: described[item.name] for item in fields(VisionSpec) if item.name in described}
     if not values:
         return None
     for name in ("mean", "std"):
@@ -126,7 +123,7 @@ def described_projector(path: Path, meta: dict[str, Any], tensors: Mapping[str, 
 
 
 def describe(config: ModelConfig | TextConfig, stage: str, record: Mapping[str, Any] | None = None) -> str:
-    """The JSON text that goes with weights and holds what their shapes do not say. A text-only base is a TextConfig."""
+    """The JSON text beside weights, with what their shapes do not give. A text-only base is a TextConfig."""
     if isinstance(config, TextConfig):
         described: dict[str, Any] = {"stage": stage, "model": asdict(config)}
     else:

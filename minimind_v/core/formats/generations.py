@@ -8,7 +8,7 @@
 | vision model | CLIP | SigLIP |
 | tokenizer | `@` stands for a patch of an image | `<|image_pad|>` does |
 
-This version trains and runs those of 2025.
+This version trains and runs the models of 2025.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 def check_weights(path: Path, tensors: Mapping[str, Tensor], described: bool, projector_fits: bool) -> None:
     """Raises WeightsError for weights of minimind-3v. Without a description, the width of keys counts as well.
 
-    projector_fits: a projector of PROJECTORS has these tensors, so they decide nothing.
+    projector_fits: a projector of PROJECTORS has these tensors, so they do not count.
     """
     projector = None if projector_fits else tensors.get("vision_proj.mlp.0.weight")
     norms = [name for name in tensors if name.endswith(".self_attn.q_norm.weight")]
@@ -68,9 +68,9 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, weights: Path | None) ->
         )
 
 
-def _mixed(folder: Path, part: str, sign: str, weights: Path | None, ours: str, option: str, what: str) -> str:
+def _mixed(folder: Path, name: str, evidence: str, weights: Path | None, ours: str, option: str, what: str) -> str:
     model = f"the weights in {weights}" if weights else "the model"
     return (
-        f"{folder}: the {part} belongs to {OTHER} ({sign}), but {model} of 2025 needs {ours} — "
+        f"{folder}: the {name} belongs to {OTHER} ({evidence}), but {model} of 2025 needs {ours} — "
         f"name another folder with {option}, or {how_to_get(what)}"
     )

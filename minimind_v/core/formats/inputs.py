@@ -1,4 +1,4 @@
-"""Checks of the inputs of a command before anything is loaded. One error names every missing file."""
+"""Check the inputs of a command before anything is loaded. One error names every missing file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minimind_v.core.data.tokenizer import find_tokenizer
 from minimind_v.core.errors import MissingInput, WeightsError, open_all
 from minimind_v.core.formats.generations import check_tower
 from minimind_v.core.hub.sources import how_to_get, latest_model, weights_at
-from minimind_v.core.model.vision.spec import read_config
+from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.paths import OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.rows.pictures import find_pictures
 from minimind_v.core.rows.stores import find_rows
@@ -31,7 +31,7 @@ def find_inputs(config: RunConfig) -> None:
 
 def _check_vision_model(config: RunConfig) -> None:
     try:
-        read_config(config.vision_model)
+        read_tower_config(config.vision_model)
     except WeightsError:
         check_tower(config.vision_model, find_init(config))
         raise
@@ -56,22 +56,17 @@ def find_model(
     say: Callable[[str], None],
     out: Path = OUT_DIR,
 ) -> Path:
-    """The weights that were named, else the latest in `out`, else the demo's.
+    """The named weights, else the latest in `out`, else the demo's.
 
-    Raises MissingInput where there are none. Its message also names the vision model and the tokenizer if they are
-    missing. Existing weights may name their own, so those are checked only when the weights are read.
+    Raises MissingInput where there are none; it also names a missing vision model and tokenizer. Existing weights may
+    name their own, so those are checked only when the weights are read.
     """
     try:
         return weights_at(weights) if weights else latest_model(say, out)
-    except MissingInput as error:
-        missing = error
-
-        def nothing() -> Path:
-            raise missing
-
+    except MissingInput:
         open_all(
-            nothing,
-            lambda: read_config(vision_model or VISION_DIR),
+            lambda: weights_at(weights) if weights else latest_model(say, out),
+            lambda: read_tower_config(vision_model or VISION_DIR),
             lambda: find_tokenizer(tokenizer or TOKENIZER_DIR),
         )
         raise

@@ -1,4 +1,4 @@
-"""A list of the runs and weights in a folder, from headers, JSON and metrics alone: no tensor is read."""
+"""List the runs and weights in a folder from headers, JSON and metrics, without reading tensors."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Entry:
     kind: str  # run, weights or export
     stage: str  # lm, pretrain, sft or unknown
     model: str  # a preset, or sizes
-    steps: int | None  # done; None for weights and exports
+    steps: int | None  # so far; None for weights and exports
     total_steps: int | None
     loss: float | None  # of the last logged step
     modified: str  # ISO 8601, of the newest file
     bytes: int
-    damage: str = ""  # why it cannot be read, where it cannot
+    damage: str = ""  # why it cannot be read
 
 
 def list_runs(folder: Path) -> list[Entry]:
@@ -60,27 +60,16 @@ def _run(folder: Path, name: str, paths: dict[str, Path]) -> Entry:
     """A run: its folder, and the weights of the same name beside it."""
     weights = [paths[name + ending] for ending in WEIGHTS_ENDINGS if name + ending in paths]
     last, damage = _last_step(folder / name / "metrics.jsonl")
-    notes: dict[str, Any] = {}
-    try:
-        notes = _describe(weights[0]) if weights else {}
-    except (WeightsError, OSError) as error:
-        damage = damage or _reason(weights[0], error)
-    files = [folder / name, *weights, *(path for path in [folder / f"{name}.json"] if path.is_file())]
+    notes, broken = _describe(weights[0]) if weights else ({}, "")
     steps, total, loss = (last.get(key) for key in ("step", "steps", "loss"))
-    return Entry(name, "run", *_stage_and_model(name, notes), steps, total, loss, *_date_and_size(files), damage)
+    return Entry(name, "run", *_stage_and_model(name, notes), steps, total, loss,
+                 *_date_and_size([folder / name, *weights, folder / f"{name}.json"]), damage or broken)  # fmt: skip
 
 
 def _weights(path: Path) -> Entry:
-    notes: dict[str, Any] = {}
-    damage = ""
-    try:
-        notes = _describe(path)
-    except (WeightsError, OSError) as error:
-        damage = _reason(path, error)
-    files = [path, *(beside for beside in [path.with_suffix(".json")] if beside.is_file())]
-    return Entry(
-        path.name, "weights", *_stage_and_model(path.name, notes), None, None, None, *_date_and_size(files), damage
-    )
+    notes, damage = _describe(path)
+    return Entry(path.name, "weights", *_stage_and_model(path.name, notes), None, None, None,
+                 *_date_and_size([path, path.with_suffix(".json")]), damage)  # fmt: skip
 
 
 def _export(folder: Path) -> Entry:
@@ -88,13 +77,19 @@ def _export(folder: Path) -> Entry:
     config = read_notes(folder / "config.json")
     sizes = object_in(config, "text_config") or config
     damage = "config.json is not a JSON object" if not config and (folder / "config.json").is_file() else ""
-    return Entry(
-        folder.name, "export", *_stage_and_model(folder.name, {"model": sizes}), None, None, None,
-        *_date_and_size([folder]), damage,
-    )  # fmt: skip
+    return Entry(folder.name, "export", *_stage_and_model(folder.name, {"model": sizes}), None, None, None,
+                 *_date_and_size([folder]), damage)  # fmt: skip
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> tuple[dict[str, Any], str]:
+    """The description of weights, and why the file cannot be read."""
+    try:
+        return _read_description(path), ""
+    except (WeightsError, OSError) as error:
+        return {}, str(error).removeprefix(f"{path}: ")
+
+
+def _read_description(path: Path) -> dict[str, Any]:
     """The description of weights. Raises WeightsError where a file is cut short, or is of another kind."""
     if path.suffix == ".safetensors":
         try:
@@ -113,25 +108,20 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _stage_and_model(name: str, notes: dict[str, Any]) -> tuple[str, str]:
-    """The stage, and a preset or sizes: by the description, else by the published form of the name."""
+    """The stage, and a preset or sizes: from the description, else from the published form of the name."""
     sizes, match = object_in(notes, "model"), _NAME.match(name)
     stage = notes.get("stage") or (match["stage"].replace("llm", "lm") if match else "unknown")
     hidden, layers = sizes.get("hidden_size"), sizes.get("num_hidden_layers")
     moe = bool(sizes.get("use_moe", sizes.get("num_local_experts")))
     if hidden and layers:
-        preset = next(
-            (
-                name
-                for name, model in PRESETS.items()
-                if (model.hidden_size, model.num_hidden_layers, model.use_moe) == (hidden, layers, moe)
-            ),
-            None,
-        )
-        return str(stage), preset or f"{hidden} × {layers}{' MoE' if moe else ''}"
+        for preset, model in PRESETS.items():
+            if (model.hidden_size, model.num_hidden_layers, model.use_moe) == (hidden, layers, moe):
+                return str(stage), preset
+        return str(stage), f"{hidden} × {layers}{' MoE' if moe else ''}"
     if match:
         named = f"{match['stage'].replace('llm', 'lm')}{match[2] or ''}_{match['hidden']}{match['moe'] or ''}.pth"
-        preset = next((key for key, model in PRESETS.items() if weights_name(stage, model) == named), None)
-        return str(stage), preset or match["hidden"] + (" MoE" if match["moe"] else "")
+        named_preset = next((key for key, model in PRESETS.items() if weights_name(stage, model) == named), None)
+        return str(stage), named_preset or match["hidden"] + (" MoE" if match["moe"] else "")
     return str(stage), "unknown"
 
 
@@ -149,11 +139,6 @@ def _last_step(metrics: Path) -> tuple[dict[str, Any], str]:
         if isinstance(record, dict) and is_number(record.get("step")) and is_number(record.get("loss"), finite=False):
             return record, ""
     return {}, f"{metrics.name} has no logged step"
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """The text of an error without the path that it begins with."""
-    return str(error).removeprefix(f"{path}: ")
 
 
 def _date_and_size(files: Iterable[Path]) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""The one opener of models: it finds and reads weights, vision tower and tokenizer, and builds the modules of them."""
+"""Open models: find and read weights, vision tower and tokenizer, and build the modules."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from minimind_v.core.paths import OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model as it is stored: its tensors stay in their files until they are used, and there are no modules."""
+    """A model as it is stored: tensors stay in their files until they are used, and there are no modules."""
 
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
     tower: StoredTower
+    tokenizer: Tokenizer
 
     @property
     def config(self) -> ModelConfig:
-        """What decides what the model computes. A text-only base gets the linear projector."""
+        """The model configuration. A text-only base gets the linear projector."""
         return ModelConfig(self.checkpoint.config, self.tower.spec, self.checkpoint.projector or LINEAR)
 
 
@@ -52,12 +52,12 @@ class LoadedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """What decides what the model computes."""
+        """The model configuration."""
         return self.model.model_config
 
 
 def silent(message: str) -> None:
-    """Where nobody listens."""
+    """Discard a message."""
 
 
 def load(
@@ -71,16 +71,16 @@ def load(
     """Open a model in any format: `.pth`, `.safetensors`, a folder for transformers, GGUF. Weights are in fp32.
 
     Arguments and errors are those of `read_model_parts`. With `new_projector` a text-only base gets a projector with
-    random weights; otherwise it is refused.
+    random weights.
     """
     chosen = pick_device(device)  # a wrong name is refused before anything is read
-    parts = read_model_parts(weights, vision_model, tokenizer, say, new_projector)
-    checkpoint, config = parts.checkpoint, parts.config
-    encoder = build_encoder(parts.tower)
+    stored = read_model_parts(weights, vision_model, tokenizer, say, new_projector)
+    checkpoint, config = stored.checkpoint, stored.config
+    encoder = build_encoder(stored.tower)
     with nullcontext() if new_projector else NoInit():
-        model = VLM(config.text, config.vision, parts.tokenizer.placeholder_id, encoder, config.projector)
+        model = VLM(config.text, config.vision, stored.tokenizer.placeholder_id, encoder, config.projector)
     receipt = load_into(model, checkpoint, new_projector)
-    return LoadedModel(accelerate(model.to(chosen).eval(), chosen), parts.tokenizer, checkpoint, receipt)
+    return LoadedModel(accelerate(model.to(chosen).eval(), chosen), stored.tokenizer, checkpoint, receipt)
 
 
 def read_model_parts(
@@ -90,21 +90,21 @@ def read_model_parts(
     say: Callable[[str], None] = silent,
     new_projector: bool = False,
 ) -> ModelParts:
-    """Find and read weights (None: what the latest stage left in the standard folder), vision tower and tokenizer.
+    """Find and read weights (None: those of the latest stage in the standard folder), vision tower and tokenizer.
 
-    Where the last two are not named, `find_companions` finds them. `say` gets a line about each choice that is not
-    plain. Raises MissingInput, or WeightsError where a part is damaged or they do not fit together; a text-only base is
-    refused unless it gets a `new_projector`.
+    `find_companions` finds the last two where they are not named. `say` gets a line about each choice that is not
+    obvious. Raises MissingInput, or WeightsError where a file is damaged or the files do not belong together; a
+    text-only base is refused without `new_projector`.
     """
     checkpoint = read_checkpoint(weights or latest_model(say))
     paths = find_companions(checkpoint, vision_model, tokenizer, say)
-    tower, words = read_companions(paths.vision_model, paths.tokenizer, checkpoint.companions.layout)
-    check_companions(checkpoint, paths, words, tower, say)
-    parts = ModelParts(checkpoint, words, tower)
+    layout = checkpoint.companions.layout
+    stored = ModelParts(checkpoint, *read_companions(paths.vision_model, paths.tokenizer, layout))
+    _check_companions(stored, paths, say)
     shapes = published_shapes(checkpoint.config)
-    shapes |= projector_shapes(tower.spec, checkpoint.config.hidden_size, parts.config.projector)
-    match_tensors(checkpoint, shapes, parts.config, new_projector)  # before memory is taken
-    return parts
+    shapes |= projector_shapes(stored.tower.spec, checkpoint.config.hidden_size, stored.config.projector)
+    match_tensors(checkpoint, shapes, stored.config, new_projector)  # before memory is taken
+    return stored
 
 
 def read_companions(vision_model: Path, tokenizer: Path, layout: str) -> tuple[StoredTower, Tokenizer]:
@@ -118,10 +118,10 @@ def read_companions(vision_model: Path, tokenizer: Path, layout: str) -> tuple[S
 
 @dataclass(frozen=True)
 class CompanionKind:
-    """A vision model or a tokenizer: what it is called, the file that makes a folder one, and where it comes from."""
+    """A vision model or a tokenizer: its name, its file, its download, its option and its standard folder."""
 
     name: str
-    file: str
+    file: str  # a folder with this file is one
     what: str  # to download
     option: str
     standard: Path
@@ -136,7 +136,7 @@ TOKENIZER = CompanionKind("tokenizer", "tokenizer.json", "tokenizer", "--tokeniz
 
 @dataclass(frozen=True)
 class CompanionPaths:
-    """Where the vision model and the tokenizer of some weights are, and which of them the user named."""
+    """The paths of the vision model and the tokenizer of some weights, and which of them the user named."""
 
     vision_model: Path
     tokenizer: Path
@@ -146,10 +146,10 @@ class CompanionPaths:
 def find_companions(
     checkpoint: Checkpoint, vision_model: Path | None, tokenizer: Path | None, say: Callable[[str], None] = silent
 ) -> CompanionPaths:
-    """Find both: as named, else in the weights' own folder, else where their run had them, else in standard folders.
+    """Find both: as named, else in the folder of the weights, else at the paths of their run, else in standard folders.
 
-    The standard folders of the project that the weights lie in come before those of the working folder.
-    Raises MissingInput, which names both where both are missing.
+    The standard folders of the project that contains the weights come before those of the working folder.
+    Raises one MissingInput for all that is missing.
     """
     weights, companions = checkpoint.path, checkpoint.companions
     has_vision = is_gguf(weights) or (weights.is_dir() and is_llava(weights))
@@ -159,56 +159,48 @@ def find_companions(
         tokenizer or (weights if has_tokenizer else _find(TOKENIZER, weights, companions.tokenizer, say)),
         frozenset(kind for kind, path in ((VISION, vision_model), (TOKENIZER, tokenizer)) if path),
     )
-    missing = [
-        _how_to_mend(kind, path, None if kind in paths.named else companion)
-        for kind, path, companion in (
-            (VISION, paths.vision_model, companions.vision_model),
-            (TOKENIZER, paths.tokenizer, companions.tokenizer),
-        )
+    pairs = ((VISION, paths.vision_model, companions.vision_model), (TOKENIZER, paths.tokenizer, companions.tokenizer))
+    if missing := [
+        _missing(kind, path, None if kind in paths.named else companion)
+        for kind, path, companion in pairs
         if not kind.is_at(path)
-    ]
-    if missing:
+    ]:
         raise MissingInput(*missing)
     check_tower(paths.vision_model, weights)
     return paths
 
 
 def _find(kind: CompanionKind, weights: Path, companion: Companion | None, say: Callable[[str], None]) -> Path:
-    """The first place of the companion where it is, else the standard folder, whatever is there."""
-    if companion and (place := next(filter(kind.is_at, companion.places), None)):
-        return place
+    """The first path where the companion is, else the standard folder."""
+    if companion and (path := next(filter(kind.is_at, companion.paths), None)):
+        return path
     standard = kind.standard
     out = weights.parent.resolve()
     if out.name == OUT_DIR.name and kind.is_at(out.parent / standard):  # the standard folder of the weights' project
         standard = tidy(out.parent / standard)
-    if companion and companion.digest is None and kind.is_at(standard):  # otherwise `check_companions` compares
-        say(f"the run's {kind.name} is no longer in {companion.places[-1]}: using {standard} instead")
+    if companion and companion.digest is None and kind.is_at(standard):  # otherwise `_check_companions` compares
+        say(f"the run's {kind.name} is no longer in {companion.paths[-1]}: using {standard} instead")
     return standard
 
 
-def _how_to_mend(kind: CompanionKind, path: Path, companion: Companion | None) -> str:
+def _missing(kind: CompanionKind, path: Path, companion: Companion | None) -> str:
     if companion is None:
         return f"no {kind.name} in {path} ({kind.file} is missing) — {how_to_get(kind.what, path)}"
-    return f"the run's {kind.name} is no longer in {companion.places[-1]} — give its folder with {kind.option}"
+    return f"the run's {kind.name} is no longer in {companion.paths[-1]} — give its folder with {kind.option}"
 
 
-def check_companions(
-    checkpoint: Checkpoint,
-    paths: CompanionPaths,
-    words: Tokenizer,
-    tower: StoredTower,
-    say: Callable[[str], None] = silent,
-) -> None:
+def _check_companions(stored: ModelParts, paths: CompanionPaths, say: Callable[[str], None]) -> None:
     """Raises WeightsError where weights, tokenizer and vision model do not belong together.
 
-    One of the right size that is not the one of the run is only reported where the user has named it.
+    Where the user named one of the right size that is not the run's, this is only reported.
     """
-    check_tokenizer(words, paths.tokenizer, checkpoint.path)
-    if words.vocab_size > checkpoint.config.vocab_size:
+    checkpoint, tower, tokenizer = stored.checkpoint, stored.tower, stored.tokenizer
+    check_tokenizer(tokenizer, paths.tokenizer, checkpoint.path)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise WeightsError(
             f"{checkpoint.path} has {checkpoint.config.vocab_size} tokens, the tokenizer in {paths.tokenizer} "
-            f"has {words.vocab_size}: {words.last_token!r} has no embedding — give the matching tokenizer "
-            f"(--tokenizer), or train with --set model.vocab_size={words.vocab_size}"
+            f"has {tokenizer.vocab_size}: {tokenizer.last_token!r} has no embedding — give the matching tokenizer "
+            f"(--tokenizer), or train with --set model.vocab_size={tokenizer.vocab_size}"
         )
     width = checkpoint.vision_width
     if width is not None and width != tower.spec.width:
@@ -218,7 +210,7 @@ def check_companions(
         )
     for kind, companion, path, digest in (
         (VISION, checkpoint.companions.vision_model, paths.vision_model, vision_digest(tower.spec, tower.tensors)),
-        (TOKENIZER, checkpoint.companions.tokenizer, paths.tokenizer, tokenizer_digest(words)),
+        (TOKENIZER, checkpoint.companions.tokenizer, paths.tokenizer, tokenizer_digest(tokenizer)),
     ):
         if companion is None or companion.digest in (None, digest):
             continue

@@ -1,4 +1,4 @@
-"""Requests for exports: what is to be written, and the facts that the manifest of the written folder holds."""
+"""Requests for exports, and the facts that the manifest of an exported folder holds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # a command that only asks for an export imports no torch
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """A model by the files that make it, and the precision of the export.
+    """A model by its files, and the precision of the export.
 
-    `dtype` None: weights stay as they are stored. `quantize` is a name of GGUF's, and for GGUF only.
+    `dtype` None: weights keep their type. `quantize` is a GGUF type, for GGUF only.
     """
 
     model: Path
@@ -44,7 +44,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What the manifest of an exported folder says of its source."""
+    """The source of an exported folder, for its manifest."""
 
     stage: str
     preset: str | None
@@ -59,7 +59,7 @@ class ExportFacts:
 def check_target(
     target: str, model: Path, config: ModelConfig, towers: tuple[str, ...], projectors: tuple[str, ...]
 ) -> None:
-    """Raises UsageError where an export target has no form for a model's vision tower or projector."""
+    """Raises UsageError where an export target cannot hold a model's vision tower or projector."""
     if config.vision.model_type not in towers or config.projector not in projectors:
         raise UsageError(
             f"{model} has the vision tower {config.vision.model_type!r} and the projector {config.projector!r}; "

@@ -1,4 +1,4 @@
-"""Read tensor files without running code; one clear error for each kind of wrong file."""
+"""Read tensor files without running code; each kind of wrong file has its own error."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _MOST_HEADER = 8 << 20  # bytes of the names and sizes of a safetensors file
 
 
 def read_tensors(path: Path, without: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a `.pth` or `.safetensors`, whichever it really is, and a safetensors file's metadata.
+    """The tensors of a `.pth` or `.safetensors` file, by its contents, and a safetensors file's metadata.
 
-    Tensors whose names begin with one of `without` are left out, and of a safetensors file not even read.
+    Tensors whose names begin with one of `without` are left out; a safetensors file's are not even read.
     """
     if _sniff(path) == "safetensors":
         return _read_safetensors(path, without)
@@ -32,7 +32,7 @@ def read_tensors(path: Path, without: tuple[str, ...] = ()) -> tuple[dict[str, T
 
 
 def _sniff(path: Path) -> str:
-    """Tell what a file is by its first bytes; refuse what is no weights file."""
+    """The format of a file, by its first bytes. Raises WeightsError for other files."""
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -59,22 +59,22 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         # A file, not its name: torch goes by the ending of a name. Its warnings are about files that are refused here.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             check_torch_file(path)
-            mapped = path.suffix == ".bin" and file.peek(4)[:4] == b"PK\x03\x04"  # what is not used is not even read
-            found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+            mapped = path.suffix == ".bin" and file.peek(4)[:4] == b"PK\x03\x04"  # reads only tensors that are used
+            state_dict = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch's reader raises a dozen kinds on damaged files
         raise WeightsError(f"{path}: {_why_unreadable(error)}") from None
-    for key in 2 * _WRAPPERS:  # one may stand in another
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    for key in 2 * _WRAPPERS:  # one may contain another
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
     ):
         raise WeightsError(f"{path}: contains no state_dict (names and tensors), so it is not a weights file")
-    return dict(found)
+    return dict(state_dict)
 
 
 def _why_unreadable(error: Exception) -> str:
-    """Why torch would not read a file, and what to do about it."""
+    """Why torch did not read a file, and the next step."""
     reason = str(error)
     if named := re.search(r"GLOBAL ([\w.]+)", reason):
         return (
@@ -91,13 +91,13 @@ def _why_unreadable(error: Exception) -> str:
 
 
 def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise WeightsError where a tensor holds something else than finite floating-point numbers."""
+    """Raise WeightsError where a tensor has other values than finite floating-point numbers."""
     if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
         kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
         raise WeightsError(f"{path}: {name} is not plain floating point ({kind}); quantised weights are not supported")
-    # As they are computed with: a larger number of float64 is infinite there, and torch cannot test 8-bit floats.
+    # As float32, like in computation: larger float64 numbers are infinite there, and torch cannot test 8-bit floats.
     numbers = tensor if tensor.element_size() in (2, 4) else tensor.float()
-    # NaN and infinity are the least or the largest of any numbers; that is ten times as fast as to test each of them.
+    # NaN and infinity are the least or the largest of any numbers; aminmax is ten times as fast as a test of each.
     if numbers.numel() and not all(bool(extreme.isfinite()) for extreme in numbers.aminmax()):
         raise WeightsError(f"{path}: {name} contains NaN or infinite values — this file is unusable")
 

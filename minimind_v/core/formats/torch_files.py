@@ -1,9 +1,8 @@
 """Check the contents of a torch file before torch loads it.
 
-torch takes the sizes in a file at their word: a record that is packed, a tensor of ten thousand million numbers over a
-storage of one, and a call that doubles a text thirty times all take the memory of the machine. Here the directory of
-the zip and the pickle in it are read first, with nothing in the place of storages and tensors but their sizes, and
-these are held against the size of the file.
+torch believes the sizes in a file: a compressed record, a tensor of 10¹⁰ numbers over a storage of one, and a call that
+doubles a text thirty times all exhaust the memory. This module reads the zip's directory and the pickle first, with
+only sizes in place of storages and tensors, and compares these with the size of the file.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import io
 import pickle
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -22,17 +21,17 @@ import torch
 from minimind_v.core.rows.members import ABSENT, ENTRY, ZIP64, extra_field
 
 MOST_TENSORS = 10_000  # of a file: ten times those of a large vision-language model
-MOST_PICKLE = 2 << 20  # bytes of the names and sizes of so many tensors, and of what was saved beside them
+MOST_PICKLE = 2 << 20  # bytes of the names and sizes of so many tensors, and of values saved beside them
 _MOST_CALLS = 5 * MOST_TENSORS  # in a pickle: a parameter takes five
 _MOST_COPIES = 1 << 20  # entries and letters that they may copy
-_MOST_VIEWS = 4  # how often each number of a file may be part of a tensor: tied weights are two
+_MOST_VIEWS = 4  # how many tensors may share each number of a file: tied weights are two
 
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _LOCAL = 30  # bytes of the header before a record, without its name
 
 
 def check_torch_file(path: Path) -> None:
-    """Raise pickle.UnpicklingError, ValueError or another error of a reader where a file is not what torch writes."""
+    """Raise pickle.UnpicklingError, ValueError or another error of a reader where torch did not write a file."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -49,10 +48,10 @@ def check_torch_file(path: Path) -> None:
 def _check_zip(file: BinaryIO, size: int) -> None:
     records = _read_directory(file, size)
     root = next(iter(records), "").partition("/")[0]  # torch takes the folder of the first record
-    place, length = records.get(f"{root}/data.pkl", (0, 0))
+    begin, length = records.get(f"{root}/data.pkl", (0, 0))
     if not length or length > MOST_PICKLE:
         raise ValueError(f"its data.pkl has {length:,} bytes; the maximum is {MOST_PICKLE:,}")
-    file.seek(place)
+    file.seek(begin)
     outline = Outline(
         io.BytesIO(file.read(length)), {name: bytes for name, (_, bytes) in records.items()}, f"{root}/data/"
     )
@@ -61,9 +60,9 @@ def _check_zip(file: BinaryIO, size: int) -> None:
 
 
 def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
-    """Where each record begins, and its bytes, by its name in small letters: torch does not tell `A` from `a`.
+    """The start and size of each record, by its name in lower case: torch ignores case.
 
-    All readers of zips agree on a file only where its directory ends it, without a comment, as torch writes it.
+    All zip readers agree on a file only where its directory ends it, without a comment, as torch writes it.
     """
     count, begin, end = _find_directory(file, size)
     file.seek(begin)
@@ -90,7 +89,7 @@ def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
 
 
 def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """How many records there are, and where their directory begins and ends."""
+    """The number of records, and the start and end of their directory."""
     end = size - _END.size
     file.seek(max(end, 0))
     magic, _, _, _, count, length, begin, comment = _END.unpack(file.read(_END.size))
@@ -114,7 +113,7 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 
 def _in_full(extra: bytes, *sizes: int) -> list[int]:
-    """Sizes of a directory's entry; those that 32 bits do not hold stand in its extra field."""
+    """The sizes of a directory entry; its extra field holds those that need more than 32 bits."""
     numbers = extra_field(extra, ZIP64)
     wide = iter(struct.unpack_from(f"<{len(numbers) // 8}Q", numbers))
     if sizes.count(ABSENT) > len(numbers) // 8:
@@ -133,7 +132,7 @@ def _data_of(file: BinaryIO, offset: int) -> int:
 
 def _check_old(file: BinaryIO, size: int) -> None:
     begin = io.BytesIO(file.read(MOST_PICKLE))
-    for _ in range(3):  # a number that tells the form, its version, and what the machine was
+    for _ in range(3):  # a magic number, the version and the machine
         Outline(begin).load()
     outline = Outline(begin)
     outline.load()
@@ -151,7 +150,7 @@ def _check_old(file: BinaryIO, size: int) -> None:
 
 @dataclass(frozen=True)
 class _Storage:
-    """What stands for a storage."""
+    """In place of a storage."""
 
     dtype: torch.dtype
     count: int
@@ -163,23 +162,23 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Name:
-    """What stands for a class, a function or a type, and for what torch makes with one."""
+    """In place of a class, a function or a type, and of the objects that torch makes with it."""
 
     name: str
 
 
 @dataclass
 class _Tensor:
-    """What stands for a tensor."""
+    """In place of a tensor."""
 
-    state: Any = field(default=None)
+    state: Any = None
 
 
 class _Mapping(dict[Any, Any]):
-    """What stands for an OrderedDict: it can have attributes."""
+    """In place of an OrderedDict: it can have attributes."""
 
 
-# What state dicts are made of; whatever else is named in a file is what its opening would run.
+# The types in a state_dict. Opening a file runs every other name in it, so others are refused.
 _TYPES = {"torch.Size", "torch.device", "torch.serialization._get_layout", "collections.OrderedDict",
           "collections.Counter", "builtins.set", "builtins.complex", "_codecs.encode"}  # fmt: skip
 _CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")  # named, never called
@@ -197,9 +196,9 @@ _OPERATIONS = (
 
 
 class Outline(pickle._Unpickler):
-    """A pickle of torch's read with nothing behind its names; it takes the operations that torch takes.
+    """Reads a pickle of torch without the objects that it names; accepts the operations that torch accepts.
 
-    `records` has the bytes of each storage of a zip, by its name behind `folder`; None: the sizes are believed.
+    `records` has the size of each storage in a zip, by `folder` and name; None: storages are not checked.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {}
@@ -213,12 +212,12 @@ class Outline(pickle._Unpickler):
         self.tensors = self.viewed = self.calls = self.copied = 0
 
     def check_views(self) -> None:
-        """Raises ValueError where tensors have more numbers than the storages that they are made of."""
+        """Raises ValueError where tensors have far more numbers than their storages."""
         if self.viewed > _MOST_VIEWS * sum(storage.count for storage in self.storages.values()):
             raise ValueError(f"its tensors have {self.viewed:,} numbers, far more than the file")
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name. Raises UnpicklingError for what a file of tensors does not name."""
+        """A stand-in for a name. Raises UnpicklingError for a name that no tensor file has."""
         path = f"{'builtins' if module == '__builtin__' else module}.{name}"
         kind = path.removeprefix(_REBUILD)
         is_read = path in (*_TYPES, *_CLASSES, _WITH_ATTRIBUTES) or kind in (*_TENSORS, *_OTHERS)
@@ -227,7 +226,7 @@ class Outline(pickle._Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {path.removeprefix('builtins.')}")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """What stands for a storage, whose bytes are there."""
+        """A stand-in for a storage. Raises ValueError where its bytes are not in the file."""
         self._count()
         kind, cls, key, _, count, *view = pid
         dtype = _dtype_of(cls.name.rpartition(".")[2])
@@ -242,7 +241,7 @@ class Outline(pickle._Unpickler):
         return storage
 
     def load_reduce(self) -> None:
-        """A call: of what makes a tensor, or of what makes something small."""
+        """A call that makes a tensor or a small object."""
         self._count()
         args = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], args)
@@ -271,7 +270,7 @@ class Outline(pickle._Unpickler):
         return _Mapping() if name in ("collections.OrderedDict", "collections.Counter") else function
 
     def _tensor(self, storage: Any, offset: Any, size: Any, strides: Any) -> _Tensor:
-        """Check that each number of a tensor has a place of its own in the storage."""
+        """Check that each number of a tensor has its own position in the storage."""
         numbers = (offset, *size, *strides)
         plain = all(map(_is_size, numbers)) and len(size) == len(strides) <= 16
         if not isinstance(storage, _Storage) or not plain:
@@ -286,7 +285,7 @@ class Outline(pickle._Unpickler):
         return _Tensor()
 
     def load_build(self) -> None:
-        """Attributes, which nobody here reads."""
+        """Attributes, which nothing here reads."""
         self.stack.pop()
         if not isinstance(self.stack[-1], _Mapping | _Tensor):
             raise pickle.UnpicklingError("attributes on an object that has none")
@@ -326,12 +325,12 @@ def _is_size(value: Any) -> bool:
 
 
 def _are_keys(values: Any) -> bool:
-    """Whether values are of the kinds that are keys of dicts: a hash of tuples in tuples in tuples ends the process."""
+    """Whether values are plain keys of dicts: the hash of deeply nested tuples ends the process."""
     return all(isinstance(value, str | int | float | bytes | None) for value in values)
 
 
 def _dtype_of(name: str) -> torch.dtype | None:
-    """The type of numbers that `torch.NAME` is, or is a storage of."""
+    """The dtype that `torch.NAME` is, or that a storage of this name has."""
     if name == "UntypedStorage":
         return torch.uint8
     kind = getattr(torch, name, None) if not name.startswith("_") else None

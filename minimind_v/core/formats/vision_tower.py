@@ -1,4 +1,4 @@
-"""A vision tower as it is stored in its folder: tensors that stay in their files, and no modules."""
+"""Read a vision tower from its folder: tensors that stay in their files, without modules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LAYERS = "encoder.layers."
 
 @dataclass(frozen=True)
 class StoredTower:
-    """All that a tower is. `tensors` have the names and shapes of the module that `kind` builds."""
+    """A whole vision tower. `tensors` have the names and shapes of the module that `kind` builds."""
 
     kind: TowerType
     config: Any
@@ -41,7 +41,7 @@ class StoredTower:
 
 
 def read_tower(folder: Path) -> StoredTower:
-    """The tower in a folder: a tower's own, a whole CLIP's, or a LLaVA's. Raises MissingInput or WeightsError."""
+    """The tower in its own folder, a whole CLIP's, or a LLaVA's. Raises MissingInput or WeightsError."""
     check_tower(folder, None)
     spec = read_vision_spec(folder)
     kind, config = read_tower_config(folder)
@@ -78,7 +78,7 @@ def _read(folder: Path, kind: TowerType) -> dict[str, Tensor]:
 
 
 def _complete(folder: Path, tensors: dict[str, Tensor], kind: TowerType, config: Any) -> dict[str, Tensor]:
-    """The tensors of a tower. Those on which features do not depend may be missing."""
+    """The tensors of a tower, checked. Those that features do not depend on may be missing."""
     shapes = tower_shapes(kind, config)
     add_unused(tensors, kind, shapes)
     if missing := [name for name in shapes if name not in tensors]:
@@ -98,13 +98,13 @@ def _complete(folder: Path, tensors: dict[str, Tensor], kind: TowerType, config:
 
 
 def add_unused(tensors: dict[str, Tensor], kind: TowerType, shapes: dict[str, torch.Size]) -> None:
-    """Give the tensors of a norm that a file lacks, and on which features do not depend, the values of a new norm."""
+    """Add the missing tensors of norms that features do not depend on, as those of a new norm."""
     for name, shape in shapes.items():
         if name.startswith(kind.unused) and name not in tensors:
             tensors[name] = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
 
 
 def tower_shapes(kind: TowerType, config: Any) -> dict[str, torch.Size]:
-    """The name and shape of each tensor of a tower. No memory is taken."""
+    """The name and shape of each tensor of a tower, without taking memory."""
     with NoInit(), torch.device("meta"):
         return {name: tensor.shape for name, tensor in kind.build(config).state_dict().items()}

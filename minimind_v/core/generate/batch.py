@@ -20,7 +20,7 @@ from minimind_v.core.model.vlm import VLM
 
 @dataclass(frozen=True)
 class Question:
-    """A text and the images that it is about."""
+    """A text and its images."""
 
     text: str
     images: Images = ()
@@ -62,9 +62,8 @@ def generate_many(
         ]
         limits = [min(max_new_tokens, context - len(prompts[number].tokens)) for number in numbers]
         group = [prompts[number] for number in numbers]
-        for number, ids in zip(
-            numbers, _answer(model, processor, tokenizer.eos_id, group, samplers, limits), strict=True
-        ):
+        ids_of_group = _answer(model, processor, tokenizer.eos_id, group, samplers, limits)
+        for number, ids in zip(numbers, ids_of_group, strict=True):
             answers[number] = tokenizer.decode(ids)
     return answers
 

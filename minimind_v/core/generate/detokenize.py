@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from minimind_v.core.data.tokenizer import Tokenizer
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # how a character looks whose bytes are not all there
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # stands for a character whose bytes are incomplete
 
 
 class TextStream:
     """Turns ids into pieces of text that hold whole characters: the bytes of one may come in several tokens.
 
-    Only what has not been shown is decoded, so a long answer costs as much per token as a short one. That needs a
+    Only new ids are decoded, so a long answer costs as much per token as a short one. That needs a
     tokenizer whose text is that of its tokens side by side, as every byte-level one's is.
     """
 
@@ -28,7 +28,7 @@ class TextStream:
         return text
 
     def rest(self) -> str:
-        """What is left when no more ids come."""
+        """The remaining text after the last id."""
         text = self.tokenizer.decode(self._waiting) if self._waiting else ""
         self._waiting.clear()
         return text

@@ -1,8 +1,8 @@
-"""The language model made ready to talk: the function of `model.decoder.Decoder`, laid out for reading few tokens.
+"""The language model for generation: the function of `model.decoder.Decoder`, laid out for few tokens at a time.
 
-To decode one token is to read every weight once, and beside that it costs as many operators as there are. So q, k and
-v are one matrix here, and gate and up another; of the last layer, only what the next token depends on is computed. The
-weights are copies, laid out for products with few rows (`kernels.cpu_linear`). A Linear that was wrapped is called.
+To decode one token costs the time to read every weight once, and some time per operator. So q, k and v are one matrix
+here, and gate and up another; the last layer computes only what the next token depends on. The weights are copies, laid
+out for products with few rows (`kernels.cpu_linear`). A wrapped Linear is called.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minimind_v.core.model.vlm import VLM
 
 
 class FastDecoder:
-    """Embeddings in, logits of each row's last token out, by the weights that the model has now."""
+    """Embeddings in, logits of each row's last token out, by the present weights of the model."""
 
     def __init__(self, model: VLM, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = model.config, model.device, dtype
@@ -80,7 +80,7 @@ class FastDecoder:
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B or 1, T, 1, hd], the sines of first halves negative: what `rotated` needs."""
-        cos, sin = (part.transpose(1, 2) for part in self.rotary(positions))
+        cos, sin = (table.transpose(1, 2) for table in self.rotary(positions))
         sin[..., : sin.shape[-1] // 2].neg_()
         return cos, sin
 
@@ -96,7 +96,7 @@ class FastDecoder:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`ops.rotate` in few operators: x [B, T, heads, hd] by `_angles`; the halves change places, with sines signed."""
+    """`ops.rotate` in few operators: x [B, T, heads, hd] by `_angles`; the halves are swapped, with sines signed."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
@@ -173,7 +173,7 @@ class FastExperts:
         self.router = moe.gate
         self.reads_choice = moe.gate.weight.device.type == "cpu"  # elsewhere the host would have to wait for it
         self.experts = [FastFeedForward(expert, dtype) for expert in moe.experts]
-        self.shared = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
+        self.shared_experts = [FastFeedForward(expert, dtype) for expert in moe.shared_experts]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, D] → [N, D]."""
@@ -186,14 +186,14 @@ class FastExperts:
                 out.add_(self.experts[number](x), alpha=weight)
         else:
             share = weights.new_zeros(len(x), len(self.experts)).scatter(1, chosen, weights).to(x.dtype)
-            for expert, part in zip(self.experts, share.unbind(1), strict=True):
-                out.addcmul_(expert(x), part[:, None])
-        for expert in self.shared:
+            for expert, weight in zip(self.experts, share.unbind(1), strict=True):
+                out.addcmul_(expert(x), weight[:, None])
+        for expert in self.shared_experts:
             out.add_(expert(x))
         return out
 
     def _sorted(self, x: Tensor, out: Tensor, weights: Tensor, chosen: Tensor) -> None:
-        """One pass per expert over just its own tokens."""
+        """One pass per expert over its own tokens."""
         for number, expert in enumerate(self.experts):
             token, pick = (chosen == number).nonzero(as_tuple=True)
             out.index_add_(0, token, expert(x[token]) * weights[token, pick, None].to(x.dtype))
@@ -204,7 +204,7 @@ def _fast_mlp(mlp: nn.Module, dtype: torch.dtype) -> FastFeedForward | FastExper
 
 
 def _product(dtype: torch.dtype, *linears: nn.Linear) -> Product:
-    """x [N, in] → what the Linears make of it, side by side [N, out]: by one packed matrix, or by calling them."""
+    """x [N, in] → the outputs of the Linears side by side [N, out]: by one packed matrix, or by calling them."""
     if exactly_linear(*linears):
         return product(torch.cat([linear.weight.detach() for linear in linears]).to(dtype))
     own = next(linears[0].parameters()).dtype

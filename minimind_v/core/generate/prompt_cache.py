@@ -1,6 +1,6 @@
-"""What is kept of a model between questions: weights laid out for decoding, features of images, prompts read.
+"""The caches of a model between questions: weights laid out for decoding, features of images, prompts.
 
-All of it follows from the weights, and goes when they change: a model in training may be asked at any time.
+All follow from the weights and are dropped when these change: a model in training may answer at any time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from minimind_v.core.model.kernels.cpu_linear import state_of
 from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.vlm import VLM
 
-IMAGES = 16  # whose features are kept; 0.6 MB each of ViT-B/16
-PROMPTS = 8  # that are kept; 2 MB for each image in the small preset
+IMAGES = 16  # images with cached features; 0.6 MB each with ViT-B/16
+PROMPTS = 8  # cached prompts; 2 MB for each image in the small preset
 
-PositionKeys = list[int | bytes]  # what stands at each position of a prompt: an id, or the digest of its image
+PositionKeys = list[int | bytes]  # of each position of a prompt: its id, or the digest of its image
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class PromptCache:
         return torch.stack([kept[digest] for digest in digests])
 
     def recall(self, positions: PositionKeys, cache: KVCache) -> int:
-        """Fill an empty cache with the longest kept beginning of a prompt; returns how many tokens that is.
+        """Fill an empty cache with the longest kept beginning of a prompt; returns its number of tokens.
 
-        The last token is always left to read: what follows it must be computed.
+        The last token is never filled: its logits must be computed.
         """
         best, length = None, 0
         for prefix in self._prefixes:
@@ -86,11 +86,11 @@ class PromptCache:
         return length
 
     def remember(self, positions: PositionKeys, cache: KVCache) -> None:
-        """Keep what the cache holds of a prompt that was read, up to the end of its last picture."""
-        pictures = [at for at, key in enumerate(positions) if isinstance(key, bytes)]
-        if not pictures:
+        """Keep the keys and values of a prompt up to the end of its last image."""
+        images = [at for at, key in enumerate(positions) if isinstance(key, bytes)]
+        if not images:
             return
-        end = pictures[-1] + 1
+        end = images[-1] + 1
         positions = positions[:end]
         if any(prefix.positions[:end] == positions for prefix in self._prefixes):
             return
@@ -103,35 +103,32 @@ def image_digest(image: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
 
 
-def position_keys(input_ids: list[int], image_mask: list[bool], pictures: Sequence[np.ndarray]) -> PositionKeys:
-    """What stands at each position of a prompt whose images are these, in reading order."""
+def position_keys(input_ids: list[int], image_mask: list[bool], images: Sequence[np.ndarray]) -> PositionKeys:
+    """The keys of a prompt with these images, in reading order."""
     positions: PositionKeys = list(input_ids)
     patches = [at for at, patch in enumerate(image_mask) if patch]
-    names = [image_digest(picture) for picture in pictures]
+    names = [image_digest(image) for image in images]
     for order, at in enumerate(patches):
         positions[at] = names[order * len(names) // len(patches)]
     return positions
 
 
-def _common(one: PositionKeys, other: PositionKeys) -> int:
+def _common(first: PositionKeys, second: PositionKeys) -> int:
     """Length of the beginning that two prompts share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-# --- one for every model ----------------------------------------------------------------------------------------------
+# --- one per model ----------------------------------------------------------------------------------------------------
 
 _READY: WeakKeyDictionary[nn.Module, tuple[object, PromptCache]] = WeakKeyDictionary()
 
 
 def ready(model: VLM) -> PromptCache:
-    """The model made ready to decode: once, and again only when its weights have changed since."""
-    state = _state(model)
+    """The caches of a model, made again only after its weights have changed."""
+    weights = [*model.model.parameters(), *model.vision_proj.parameters()]
+    state = id(model.vision_encoder), state_of(weights)
     entry = _READY.get(model)
     if entry is None or entry[0] != state:
         entry = _READY[model] = state, PromptCache(model)
     return entry[1]
-
-
-def _state(model: VLM) -> object:
-    return id(model.vision_encoder), state_of([*model.model.parameters(), *model.vision_proj.parameters()])

@@ -1,4 +1,4 @@
-"""A conversation with a model: keeps what was read, encodes each further question, and yields the answer as text."""
+"""A conversation with a model: it keeps earlier turns, encodes each further question, and yields the answer as text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CONTEXT = 4096  # tokens of a conversation; the published models were trained on
 class Session:
     """Keeps the keys and values of all earlier turns, so that a further question costs only its own tokens.
 
-    A new conversation about an image that was asked about lately, in this session or another one with the same model,
-    begins behind the image (`ready`).
+    A new conversation about a recent image, of this session or of another with the same model, starts after that image
+    (`ready`).
     """
 
     def __init__(self, model: VLM, tokenizer: Tokenizer, sampling: Sampling, context: int = CONTEXT) -> None:
@@ -40,7 +40,7 @@ class Session:
         """Forget the conversation."""
         self.cache = ready(self.model).decoder.new_cache(1, self.context)
         self._pending: list[int] = []  # ids of the latest answer that the model has not read yet
-        self.questions = 0  # that the model has read
+        self.questions = 0  # number of questions so far
 
     def ask(self, question: str, images: Images = (), max_new_tokens: int = 512) -> Generator[str]:
         """Ask, with images, and get the answer piece by piece.

@@ -1,4 +1,4 @@
-"""How the next token is drawn: the settings of a user, checked before torch is imported."""
+"""The settings of sampling, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minimind_v.core.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: nucleus sampling (Holtzman et al., 2020), or the likeliest where temperature is 0."""
+    """Sampling of tokens: nucleus sampling (Holtzman et al., 2020), or the likeliest token at temperature 0."""
 
     temperature: float = 0.65
     top_p: float = 0.85

@@ -76,7 +76,7 @@ class Download:
     # --- existing files -------------------------------------------------------------------------------------------
 
     def _complete(self) -> dict[str, list[Item]]:
-        """The items that the receipts vouch for, by label. No network, and no file is read."""
+        """The items that the receipts list as complete, by label. It uses no network and reads no file."""
         complete: dict[str, list[Item]] = {}
         receipts = {folder: Receipt.read(folder) for folder in {want.folder for want in self.download_parts}}
         for want in self.download_parts:
@@ -175,7 +175,7 @@ class Download:
         return replace(item, staged=item.staged_file.stat().st_size if item.staged_file.exists() else 0)
 
     def _verified(self, item: Item) -> Digests | None:
-        """The digests of an existing file that is right. Its bytes are read unless the receipt vouches for it."""
+        """The digests of an existing file that is right. Its bytes are read unless the receipt lists it."""
         if not item.path.is_file() or (item.remote.sha256 is None and item.remote.git_sha1 is None):
             return None
         kept = Receipt.read(item.folder).files.get(item.path.name)
@@ -237,17 +237,15 @@ class Download:
             with _receipt(item.folder) as receipt:
                 receipt.commits[self._origin(item)] = item.commit
         whole = [item for item in items if item.want and item.want.rows is None]
-        todo = [item for item in whole if item.action != "kept"]
-        total = sum(item.size or 0 for item in todo)
+        total = sum(item.size or 0 for item in whole if item.action != "kept")
         before, done = 0, []
         for item in whole:
-            if item.action != "kept":
-                got = self._bring(hub, item, before, total)
-                before += got.size or 0
-                item = got
-            else:
+            if item.action == "kept":
                 self._record(item)
-            done.append(item)
+                done.append(item)
+            else:
+                done.append(self._bring(hub, item, before, total))
+                before += done[-1].size or 0
         for want in dict.fromkeys(item.want for item in items if item.want and item.want.rows is not None):
             done += self._sample(hub, [item for item in items if item.want == want])
         for want in dict.fromkeys(item.want for item in items if item.want):
@@ -285,8 +283,7 @@ class Download:
     def _sample(self, hub: Hub, items: list[Item]) -> list[Item]:
         from minimind_v.core.hub.sample import take_sample
 
-        transferred = take_sample(hub, items, self.listener)
-        self.transferred += transferred
+        self.transferred += take_sample(hub, items, self.listener)
         done = []
         for item in items:
             sample = digests(item.path)

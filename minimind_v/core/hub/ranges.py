@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from minimind_v.core.hub.remote import RETRIED, TRIES, Hub, HubError, Unreachable, http, pause, plain, refused
 
-AHEAD = 1 << 18  # bytes that one request brings at least
+AHEAD = 1 << 18  # bytes of a request, at least
 
 
 class RangeFile(io.RawIOBase):
@@ -24,7 +24,7 @@ class RangeFile(io.RawIOBase):
         self.transferred = 0
         self._at = 0
         self._piece, self._piece_at = b"", 0
-        self._direct: str | None = None  # where the hub redirects to: asked directly until it refuses (signatures end)
+        self._direct: str | None = None  # the address after redirects, used until it refuses (signatures expire)
 
     def readable(self) -> bool:
         return True

@@ -73,9 +73,9 @@ def _parquet(source: RangeFile, rows: int, path: Any) -> int:
             nonlocal count
             with pq.ParquetWriter(target, schema) as writer:
                 for batch in file.iter_batches(batch_size=min(rows, GROUP), use_threads=False):
-                    part = batch.slice(0, rows - count)
-                    writer.write_table(pa.Table.from_batches([part], schema))
-                    count += len(part)
+                    group = batch.slice(0, rows - count)
+                    writer.write_table(pa.Table.from_batches([group], schema))
+                    count += len(group)
                     if count == rows:
                         break
 

@@ -52,19 +52,19 @@ class Source:
 
     def command(self, folder: Path | None = None, preset: str = STANDARD_PRESET) -> str:
         """The command line that downloads it into `folder`, if that is a standard folder under some root."""
-        words = ["mmv", "download", self.what]
+        arguments = ["mmv", "download", self.what]
         if self.per_preset and preset != STANDARD_PRESET:
-            words += ["--preset", preset]
+            arguments += ["--preset", preset]
         root = self.root_of(folder) if folder else Path()
         if root not in (None, Path()):
-            words += ["--dir", str(root)]
-        return shlex.join(words)
+            arguments += ["--dir", str(root)]
+        return shlex.join(arguments)
 
     def root_of(self, folder: Path) -> Path | None:
         """The root whose standard folder is `folder`; None if there is none."""
         depth = len(self.folder.parts)
-        parts = folder.parts
-        return Path(*parts[:-depth]) if parts[-depth:] == self.folder.parts else None
+        names = folder.parts
+        return Path(*names[:-depth]) if names[-depth:] == self.folder.parts else None
 
 
 _WEIGHTS = {

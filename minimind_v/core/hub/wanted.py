@@ -69,24 +69,24 @@ def download_parts(
     `all` is everything that training needs. It leaves out trained weights: they have the names of a run's own weights,
     which the run would refuse to replace.
     """
-    parts: list[DownloadPart] = []
+    groups: list[DownloadPart] = []
     names = [name for name in SOURCES if name != "weights"] if what == "all" else [what]
     for source in (SOURCES[name] for name in names):
         folder = root / source.folder
         match source.what:
             case "clip":
-                parts.append(DownloadPart("clip", source, CLIP_FILES, folder))
+                groups.append(DownloadPart("clip", source, CLIP_FILES, folder))
             case "tokenizer":
-                parts.append(DownloadPart("tokenizer", source, TOKENIZER_FILES, folder))
+                groups.append(DownloadPart("tokenizer", source, TOKENIZER_FILES, folder))
             case "lm":
-                parts.append(DownloadPart(f"lm {preset}", source, weights_files(file_of("lm")), folder))
+                groups.append(DownloadPart(f"lm {preset}", source, weights_files(file_of("lm")), folder))
             case "weights":
                 files = [file_of(stage) for stage in ("pretrain", "sft")]
-                parts.append(DownloadPart(f"weights {preset}", source, weights_files(*files), folder))
+                groups.append(DownloadPart(f"weights {preset}", source, weights_files(*files), folder))
             case "dataset":
                 target = folder if rows is None else root / SAMPLE_DIR
                 some = "" if rows is None else f", first {rows} rows"
-                parts += [
+                groups += [
                     DownloadPart(f"{split}{some}", source, dataset_files(split), target, rows) for split in splits
                 ]
-    return parts
+    return groups

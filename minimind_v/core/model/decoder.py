@@ -20,7 +20,7 @@ from minimind_v.core.model.moe import MoEFeedForward
 
 @dataclass
 class AttentionContext:
-    """What all layers of one forward pass share.
+    """The inputs that all layers of a forward pass share.
 
     A right-padded batch needs no mask: causality already keeps real tokens from the padding behind them.
     """
@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [B, T, D] → [B, T, D]."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, heads · hd], [B, T, KV · hd] twice
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))  # [B, heads, T, hd]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, hd]
         q, k = ops.rotate(q, context.cos, context.sin), ops.rotate(k, context.cos, context.sin)
         if context.cache is not None:
             keys, values = context.cache.write(self.layer, k, v)
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
     def context(
         self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> AttentionContext:
-        """What the layers share for x [B, T, D]. The cache, if any, makes room for it."""
+        """The shared inputs of the layers for x [B, T, D]. A cache makes room for it."""
         if cache is None:
             positions, mask = torch.arange(x.shape[1], device=x.device)[None], None  # [1, T]
         else:

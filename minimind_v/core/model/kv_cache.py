@@ -1,4 +1,4 @@
-"""The key-value cache: keys and values of the tokens that were read before."""
+"""The key-value cache: keys and values of the earlier tokens."""
 
 from __future__ import annotations
 

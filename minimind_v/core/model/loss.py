@@ -9,7 +9,7 @@ IGNORE = -100  # a label that is not supervised, as in torch's own cross_entropy
 
 
 def supervised(labels: Tensor) -> Tensor:
-    """Where the next token is supervised: positions [S] in the flattened batch, in reading order; labels [B, T]."""
+    """Positions whose next token is supervised: [S] in the flattened batch, in reading order; labels [B, T]."""
     return F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]
 
 

@@ -31,7 +31,7 @@ class Router(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """Routed and shared experts in the place of one FeedForward."""
+    """Routed and shared experts in place of one FeedForward."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

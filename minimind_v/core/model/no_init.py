@@ -9,12 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 
 class NoInit(TorchFunctionMode):
-    """Within it, torch's random initialisations do nothing: what a module has before it is loaded is not defined."""
+    """Inside, torch's random initialisations do nothing: the values of a module are undefined until it is loaded."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":  # not all that is called has one
+        if getattr(func, "__module__", None) == "torch.nn.init":  # some functions have none
             return given["tensor"] if "tensor" in given else args[0]
         return func(*args, **given)

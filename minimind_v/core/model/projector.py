@@ -28,7 +28,7 @@ class Projector(nn.Module, ABC):
 
     @staticmethod
     def tokens_per_image(spec: VisionSpec) -> int:
-        """How many positions of the language model an image takes. Raises UsageError for a tower that does not fit."""
+        """The number of positions of the language model per image. Raises UsageError for a tower that does not fit."""
         return spec.tokens_per_image
 
     @staticmethod

@@ -17,19 +17,19 @@ from minimind_v.core.model.vision.encoder import VisionEncoder
 
 @dataclass
 class Output:
-    """What one forward pass returns. Without labels: `logits`; with labels: the losses."""
+    """The result of a forward pass. Without labels: `logits`; with labels: the losses."""
 
     logits: Tensor | None  # [B, K, V] for the last K positions
     loss_sum: Tensor | None  # sum over supervised tokens: a step divides by those of all its micro-batches
-    hits: Tensor | None  # [S], for each supervised token in reading order: was it the likeliest
+    correct: Tensor | None  # [S], for each supervised token in reading order: whether it was the likeliest
     aux_loss: Tensor  # expert balance, a mean over rows; 0 for a dense model
 
     @property
     def loss(self) -> Tensor:
         """Mean loss of this batch's supervised tokens plus the auxiliary loss."""
         assert self.loss_sum is not None, "a loss needs labels"
-        assert self.hits is not None
-        return self.loss_sum / max(len(self.hits), 1) + self.aux_loss
+        assert self.correct is not None
+        return self.loss_sum / max(len(self.correct), 1) + self.aux_loss
 
 
 class VLM(nn.Module):
@@ -94,7 +94,7 @@ class VLM(nn.Module):
         """
         per_row = None
         if pixel_values is not None and image_features is None:
-            pixel_values, per_row = _flatten_pictures(pixel_values)  # [M, 3, H, W]
+            pixel_values, per_row = _flatten_images(pixel_values)  # [M, 3, H, W]
             if self.vision_encoder is None:
                 raise ValueError("this model was built without a vision encoder: give image_features")
             image_features = self.vision_encoder(pixel_values)  # [M, P, width]
@@ -105,10 +105,10 @@ class VLM(nn.Module):
         positions = supervised(labels)  # [S]
         hidden, aux_loss = self.model(x, attention_mask, cache, positions)  # [S, D]
         targets = labels.flatten()[positions + 1]  # [S]
-        loss_sum, hits = supervised_loss(self.lm_head(hidden), targets)
+        loss_sum, correct = supervised_loss(self.lm_head(hidden), targets)
         if torch.is_grad_enabled() and not loss_sum.requires_grad:  # only the projector trains, and there is no image
             loss_sum = loss_sum + 0 * sum(weight.sum() for weight in self.vision_proj.parameters())
-        return Output(None, loss_sum, hits, aux_loss)
+        return Output(None, loss_sum, correct, aux_loss)
 
     def embed(
         self,
@@ -117,38 +117,38 @@ class VLM(nn.Module):
         image_mask: Tensor | None = None,
         per_row: int | None = None,
     ) -> Tensor:
-        """What the language model reads: embeddings [B, T, D] of ids, and projected features in the places of pictures.
+        """The input of the language model: embeddings [B, T, D] of ids, and projected features at the placeholders.
 
-        Arguments and errors are those of `forward`; per_row is how many pictures each row must have, where it is known.
+        Arguments and errors are those of `forward`; per_row is the number of images that each row must have, if known.
         """
         x = self.model.embed_tokens(input_ids)  # [B, T, D]
         if image_features is not None:
-            return self._place_pictures(x, input_ids, image_features, image_mask, per_row)
+            return self._insert_images(x, input_ids, image_features, image_mask, per_row)
         if image_mask is not None and image_mask.any():
             row = int(image_mask.any(dim=1).nonzero()[0])
             raise ValueError(f"row {row} has image placeholders, but no images")
         return x
 
-    def _place_pictures(
+    def _insert_images(
         self, x: Tensor, input_ids: Tensor, features: Tensor, image_mask: Tensor | None, per_row: int | None
     ) -> Tensor:
         embeddings = self.vision_proj(features.to(x.dtype)).to(x.dtype)  # [M, P, D]
         tokens = embeddings.shape[1]
         if image_mask is None:
             image_mask = find_placeholders(input_ids, self.placeholder_id, tokens)  # [B, T]
-        counts = image_mask.sum(dim=1) / tokens  # pictures per row [B]
+        counts = image_mask.sum(dim=1) / tokens  # images per row [B]
         for row, count in enumerate(counts.tolist()):
             if (per_row is not None and count != per_row) or count != int(count):
-                wanted = "a whole number of" if per_row is None else per_row
-                raise ValueError(f"row {row} has placeholders for {count:g} images, but {wanted} images")
+                expected = "a whole number of" if per_row is None else per_row
+                raise ValueError(f"row {row} has placeholders for {count:g} images, but {expected} images")
         if int(counts.sum()) != len(features):
-            found = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
-            raise ValueError(f"{len(features)} images for these placeholders: {found}")
+            row_counts = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
+            raise ValueError(f"{len(features)} images for these placeholders: {row_counts}")
         return x.masked_scatter(image_mask[..., None], embeddings.flatten(0, 1))  # [B, T, D]
 
 
 def find_placeholders(input_ids: Tensor, placeholder_id: int, patches: int) -> Tensor:
-    """Mask [B, T] of whole pictures: in each run of the placeholder id, as many stretches of `patches` as fit."""
+    """Mask [B, T] of whole images: in each run of the placeholder id, as many stretches of `patches` as fit."""
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, ids in enumerate((input_ids == placeholder_id).tolist()):
         start = 0
@@ -161,8 +161,8 @@ def find_placeholders(input_ids: Tensor, placeholder_id: int, patches: int) -> T
     return mask
 
 
-def _flatten_pictures(pixel_values: Tensor) -> tuple[Tensor, int | None]:
-    """[M, 3, H, W] or [B, N, (1,) 3, H, W] → [M, 3, H, W] and, where the shape says it, the pictures per row."""
+def _flatten_images(pixel_values: Tensor) -> tuple[Tensor, int | None]:
+    """[M, 3, H, W] or [B, N, (1,) 3, H, W] → [M, 3, H, W] and, from a shape with N, the images per row."""
     if pixel_values.ndim == 6:
         pixel_values = pixel_values.squeeze(1 if pixel_values.shape[2] != 1 else 2)
     if pixel_values.ndim == 5:

@@ -1,7 +1,7 @@
-"""Diagnostics: rules that turn the numbers of a run into warnings in plain words, each given once, with its remedy.
+"""Diagnostics: rules that turn the metrics of a run into warnings, each given once, with a next step.
 
-A rule is a function of the history so far. It returns its line when it is sure and None otherwise; being silent over a
-healthy run matters more than being early. Losses are in nats per supervised token.
+A rule is a function of the history so far. It returns its line when it is sure, else None: silence over a healthy
+run matters more than an early warning. Losses are in nats per supervised token.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.monitor.metrics import StepMetrics, Validation
 from minimind_v.core.rows.row import IMAGE_MARK
 
-FEW = 20  # steps whose mean is taken for the loss at a place
-SMALL_SET = 500  # rows, for which there is a recipe of its own
+FEW = 20  # steps whose mean is the loss at a step
+SMALL_SET = 500  # rows, up to which recipe small-data is for
 STRETCH = 30.0  # seconds over which the share of waiting is measured
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts."""
+    """The start of a run."""
 
     config: RunConfig
     loaded: bool  # weights, and not random numbers
     new_projector: bool
-    same_tokenizer: bool | None = None  # as the weights were trained with; None where that is not known
-    rows: int = 0  # that are learnt from
+    same_tokenizer: bool | None = None  # as the weights were trained with; None: unknown
+    rows: int = 0  # training rows
     done: int = 0  # steps of an earlier part of the run, which are not in the history
 
 
 @dataclass
 class History:
-    """The numbers of a run until now."""
+    """The metrics of a run so far."""
 
     start: Start
     losses: list[float] = field(default_factory=list)  # of each step
@@ -45,19 +45,19 @@ class History:
     validations: list[Validation] = field(default_factory=list)
     lowest: float = math.inf  # mean of FEW losses
     lowest_at: int = 0
-    pictures: int = 0
+    images: int = 0
     rows: int = 0
     text_rows: int = 0  # of these, rows with pictures that no mark shows
     answers: int = 0
     cut: int = 0  # of these, cut short or cut off
-    enough_at_first: bool = False  # tokens in the first step for its loss to mean something
+    enough_at_first: bool = False  # whether the first step has enough tokens for a reliable loss
     waiting: list[float] = field(default_factory=list)  # share of each STRETCH
     last: StepMetrics | None = None
     _mark: tuple[float, float] | None = None  # seconds and seconds of waiting where the stretch began
 
     @property
     def begun(self) -> bool:
-        """Whether it holds the first step of the run."""
+        """Whether the history has the first step of the run."""
         return self.start.done == 0
 
     @property
@@ -96,8 +96,8 @@ class Diagnostics:
         """The micro-batches that the next step trains on."""
         history = self.history
         for batch in batches:
-            history.pictures += 0 if batch.pixel_values is None else len(batch.pixel_values)
-            history.pictures += 0 if batch.image_features is None else len(batch.image_features)
+            history.images += 0 if batch.pixel_values is None else len(batch.pixel_values)
+            history.images += 0 if batch.image_features is None else len(batch.image_features)
             history.rows += len(batch)
             history.text_rows += batch.text_rows
             history.answers += batch.answers
@@ -126,10 +126,10 @@ class Diagnostics:
 
 
 def first_loss_high(history: History) -> str | None:
-    """Trained weights are better than guessing on data of their kind before anything is learnt.
+    """Trained weights are better than guessing on data of their kind, even before the first step.
 
-    A run begins only with weights that loaded whole. So a loss about as high as guessing means that they know nothing,
-    and a higher one that they are sure of something else: trained, but on other data, or with another tokenizer.
+    A run starts only with weights that loaded whole. So a loss as high as guessing means untrained weights; a higher
+    one means weights that were trained on other data, or with another tokenizer.
     """
     start, guessing = history.start, math.log(history.start.config.model.vocab_size)
     if not (start.loaded and history.begun and history.step == 1 and history.losses[0] > 0.9 * guessing):
@@ -147,15 +147,11 @@ def first_loss_high(history: History) -> str | None:
             f"{figure}, although all of {init} was loaded: it is not trained{other}, or these rows differ from "
             f"its training data — test it with `mmv chat --model {init}`"
         )
-    unsure = (
-        ""
-        if start.same_tokenizer
-        else (f" If {tokenizer} is not its tokenizer, stop and give the right one with --tokenizer.")
-    )
+    unsure = f" If {tokenizer} is not its tokenizer, stop and give the right one with --tokenizer."
     return (
         f"{figure}, although all of {init} was loaded: it confidently predicts other answers, so these rows "
-        f"differ from its "
-        f"training data. It learns them if the loss falls well below {guessing:.2f}.{unsure}"
+        f"differ from its training data. It learns them if the loss falls well below {guessing:.2f}."
+        f"{'' if start.same_tokenizer else unsure}"
     )
 
 
@@ -165,28 +161,24 @@ def loss_stays_high(history: History) -> str | None:
     if not (history.start.loaded and history.begun and history.step == 3 * FEW and history.recent > 0.8 * guessing):
         return None
     first = _mean(history.losses[:FEW])
-    if history.recent < 0.8 * first:  # it is on its way
+    if history.recent < 0.8 * first:  # it falls already
         return None
     advice = f"raise --lr (now {config.lr:g})"
     if config.stage == "sft" and history.start.rows <= SMALL_SET and not config.until_right:
         advice += ", or use --recipe small-data (for few rows)"
-    trained = (
-        ""
-        if history.start.same_tokenizer
-        else f", and check that {config.data.tokenizer} is the tokenizer of the weights"
-    )
+    trained = f", and check that {config.data.tokenizer} is the tokenizer of the weights"
     return (
         f"the loss was {first:.2f} in the first {FEW} steps and is still {history.recent:.2f} after {history.step}, "
-        f"where uniform guessing gives {guessing:.2f}: {advice}{trained}"
+        f"where uniform guessing gives {guessing:.2f}: {advice}{'' if history.start.same_tokenizer else trained}"
     )
 
 
 def no_pictures(history: History) -> str | None:
-    """A projector learns from pictures alone."""
+    """Only images train a projector."""
     if (
         history.start.config.stage != "pretrain"
         or history.step != 10
-        or history.pictures
+        or history.images
         or history.text_rows
         or not history.begun
     ):
@@ -198,7 +190,7 @@ def no_pictures(history: History) -> str | None:
 
 
 def no_marks(history: History) -> str | None:
-    """A set may have many text rows; one of them alone was meant to show its pictures."""
+    """Many text rows are fine, but most rows with pictures should have marks."""
     enough = history.step == history.start.done + 10 or (
         history.last is not None and history.step == history.last.steps
     )
@@ -212,13 +204,13 @@ def no_marks(history: History) -> str | None:
 
 
 def projector_does_not_learn(history: History) -> str | None:
-    """A projector that is new speaks noise at first, so the loss must fall in the first tenth of a run."""
-    if not (history.start.new_projector and history.begun and history.pictures and history.last):
+    """A new projector must lower the loss in the first tenth of a run."""
+    if not (history.start.new_projector and history.begun and history.images and history.last):
         return None
     if history.step != min(max(50, history.last.steps // 10), 500):
         return None
     first, recent = _mean(history.losses[:FEW]), history.recent
-    if recent < 0.97 * first or recent > 1.5 * first:  # rising is another rule's business
+    if recent < 0.97 * first or recent > 1.5 * first:  # another rule covers a rising loss
         return None
     return (
         f"the projector does not learn: the loss was {first:.2f} in the first {FEW} steps and is {recent:.2f} after "
@@ -228,14 +220,14 @@ def projector_does_not_learn(history: History) -> str | None:
 
 
 def no_gradient(history: History) -> str | None:
-    """Where every gradient is zero nothing is learnt."""
+    """Zero gradients train nothing."""
     if len(history.norms) < FEW or any(history.norms):
         return None
     return f"the gradient has been zero for {FEW} steps, so nothing learns: --freeze {history.start.config.freeze}?"
 
 
 def answers_are_cut(history: History) -> str | None:
-    """What is cut off is never learnt, least of all how an answer ends."""
+    """Truncated text is never trained, above all the end of an answer."""
     if history.step < history.start.done + 10 or history.answers < 50 or history.cut <= 0.05 * history.answers:
         return None
     config = history.start.config
@@ -246,7 +238,7 @@ def answers_are_cut(history: History) -> str | None:
 
 
 def learning_rate_too_high(history: History) -> str | None:
-    """A loss that stays far above what it was has been thrown out of its valley; a short jump is none of this."""
+    """The loss stays far above its lowest; a short jump does not count."""
     if len(history.losses) < FEW:
         return None
     config, first, recent = history.start.config, history.losses[0], history.recent
@@ -263,7 +255,7 @@ def _far_above(loss: float) -> float:
 
 
 def data_is_slow(history: History) -> str | None:
-    """Two stretches in a row, so that neither a start nor one slow part of a file is taken for it."""
+    """Waiting for data in two stretches in a row: the start, or one slow region of a file, does not count."""
     if len(history.waiting) < 2 or min(history.waiting[-2:]) <= 0.2:
         return None
     config, cores = history.start.config, os.cpu_count() or 1
@@ -288,14 +280,13 @@ def overfitting(history: History) -> str | None:
     rising = all(later.loss > earlier.loss for earlier, later in zip(since[-4:], since[-3:], strict=False))
     if len(since) < 4 or not rising or since[-1].loss < 1.01 * best.loss:
         return None
-    there = best.step - history.start.done
-    before, now = _mean(history.losses[max(0, there - FEW) : max(there, FEW)]), history.recent
+    best_step = best.step - history.start.done
+    before, now = _mean(history.losses[max(0, best_step - FEW) : max(best_step, FEW)]), history.recent
     if not now < before:
         return None
     figures = (
-        f"since then, the loss on held-out rows rose from {best.loss:.3f} to {since[-1].loss:.3f} while the "
-        f"training loss "
-        f"fell from {before:.3f} to {now:.3f} — the weights of step {best.step} are saved (…_best.pth)"
+        f"since then, the loss on held-out rows rose from {best.loss:.3f} to {since[-1].loss:.3f} while the training "
+        f"loss fell from {before:.3f} to {now:.3f} — the weights of step {best.step} are saved (…_best.pth)"
     )
     advice = "stop now, or use more rows or fewer --epochs"
     if 0 < history.start.rows <= SMALL_SET:
@@ -304,7 +295,7 @@ def overfitting(history: History) -> str | None:
 
 
 def does_not_look(history: History) -> str | None:
-    """A model that looks is worse off with pictures of other rows."""
+    """A model that uses the images has a higher loss with images of other rows."""
     losses = [(it.loss, it.swapped_loss) for it in history.validations[-3:] if it.swapped_loss is not None]
     if len(losses) < 3 or not history.last or history.step < 0.3 * history.last.steps:
         return None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import minimind_v
+from minimind_v.core.config.load import plain
 from minimind_v.core.config.schema import LINEAR, RunConfig
 from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
@@ -21,36 +21,42 @@ from minimind_v.core.hub.sources import METADATA
 PIECE = 1 << 20  # bytes read at a time
 MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
 WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
-# What a resume may change at will: it decides where files go and what is reported, not what is learnt.
-# How a step's rows are shared out is free as well; how many they are is not, and has a name of its own.
+# Keys that a resume may change: they decide where files go and what is reported, not what the model learns.
+# The division of a step's rows is free as well; their number is not, and has its own key.
 FREE = {"out", "device", "gpus", "save_every", "save_minutes", "keep", "log_every", "recall_rows", "data.workers"}
 FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "track"}
-# The code that decides what a run learns, packages and modules of core: a change in them refuses a resume. What else a
-# run imports (a test computes it) reports or moves files: its change alters no number.
+# Packages and modules of core that decide the numbers of a run: after a change in them, a resume is refused. The other
+# imports of a run (a test computes them) report or move files.
 DECIDING = (
     "model", "rows", "data", "formats", "train/build.py", "train/distributed.py", "train/freeze.py", "train/loop.py",
     "train/progress.py", "train/resume.py", "train/run.py", "train/step.py", "config/schedule.py", "cpu_sharing.py",
     "device.py",
 )  # fmt: skip
 WRITERS = {"card.py", "write.py", "writers.py"}  # in these packages: modules that a run does not import
-INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # known by their bytes, not their names
+INPUTS = (
+    "data.file",
+    "data.images",
+    "data.tokenizer",
+    "vision_model",
+    "init",
+)  # compared by their bytes
 
 
 def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Everything that decides what a run learns, by configuration key; of its inputs, fingerprints."""
-    flat = _flatten(asdict(config))
+    """All settings that decide the numbers of a run, by configuration key; of its inputs, fingerprints."""
+    flat = _flatten(plain(config))
     origin = {key: value for key, value in flat.items() if key not in FREE and key not in INPUTS}
     for key in INPUTS:
         path = Path(flat[key] or "none")
         if key == "data.tokenizer":
-            path = path / "tokenizer.json"  # other things may stand in its folder
+            path = path / "tokenizer.json"  # its folder may hold other files
         origin[key] = fingerprint(path) if path.exists() else None
-    origin["features"] = "int8" if config.features == "int8" else "exact"  # cached or not, they are the same
+    origin["features"] = "int8" if config.features == "int8" else "exact"  # a cache does not change them
     origin["code"] = code_digest(Path(minimind_v.__file__).parent / "core")
     if extensions := extensions_digest():
         origin["extensions"] = extensions
     origin["torch"] = torch.__version__
-    origin["precision"] = resolve_dtype(device, config.dtype)  # which `auto` leaves to the device
+    origin["precision"] = resolve_dtype(device, config.dtype)  # `auto` depends on the device
     origin["computed_on"] = device_name(device)
     return origin
 
@@ -72,11 +78,11 @@ def code_digest(core: Path) -> str:
 def check_origin(
     before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], warn: Callable[[str], None]
 ) -> None:
-    """Report every difference between a state's run and this one. Raises UsageError over one that is not allowed."""
+    """Report the differences between a state's run and this one. Raises UsageError if one is not allowed."""
     for name in allowed:
         if name not in now:
             raise UsageError(f"--allow {name} is not a key of a run{nearest(name, now)}")
-    before = {"projector": LINEAR, **before}  # earlier releases had no other, and did not record it
+    before = {"projector": LINEAR, **before}  # earlier releases had only this one and did not record it
     differing = [key for key in now if before.get(key) != now[key]]
     for key in differing:
         allowance = " (allowed)" if key in allowed else ""
@@ -89,9 +95,9 @@ def check_origin(
 
 
 def fingerprint(path: Path) -> str:
-    """Size and digest of a file, of a very large one by pieces all over it; of a folder, of the files in it.
+    """Size and digest of a file, of a very large one by pieces all over it; of a folder, of its files.
 
-    Of a folder of a great many files, as of pictures, only names and sizes count, and the bytes of the metadata.
+    Of a folder of more than MANY files, such as pictures, only names, sizes and the bytes of the metadata count.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file())
@@ -112,19 +118,15 @@ def fingerprint(path: Path) -> str:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(name.startswith(".") for name in path.parts)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: _plain(value)}
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _shown(value: Any) -> str:

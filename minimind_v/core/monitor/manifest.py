@@ -1,4 +1,4 @@
-"""`manifest.json`: what a run is made of, so that a year later it can be described and repeated."""
+"""`manifest.json`: the exact inputs of a run, so that it can be repeated later."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "pyarrow")
 
 
 def write_manifest(path: Path, config: RunConfig, origin: Mapping[str, Any], done: int, processes: int = 1) -> None:
-    """Write the manifest at the start of a run; where it is resumed (`done` steps), add a start to the one there is.
+    """Write the manifest at the start of a run; where it is resumed (`done` steps), add a start to it.
 
-    `origin` is what fingerprint.origin_of returns: the fingerprints of data and weights are in it. Raises RunError.
+    `origin` is that of fingerprint.origin_of, with the fingerprints of data and weights. Raises RunError.
     """
     begun = start(done, processes)
     starts = read_notes(path).get("starts") if done else None
@@ -63,43 +63,39 @@ def start(done: int, processes: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python, and what decides numbers."""
-    found = {"mmv": __version__, "python": platform.python_version()}
+    """The versions of this package, of Python and of packages that decide numbers."""
+    by_package = {"mmv": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            by_package[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 def machine() -> dict[str, Any]:
-    """What the run computes on."""
+    """The machine of the run."""
     return {
         "platform": platform.platform(),
         "host": platform.node(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": _gpus(),
+        # A run on the CPU has not started CUDA, which would take memory of each GPU.
+        "gpus": gpu_names() if torch.cuda.is_initialized() or torch.backends.mps.is_available() else [],
     }
-
-
-def _gpus() -> list[str]:
-    """Names of the GPUs. A run on the CPU has not started CUDA, which would take memory of each of them."""
-    return gpu_names() if torch.cuda.is_initialized() or torch.backends.mps.is_available() else []
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of the code and whether files differ from it; None where it does not come from a repository."""
 
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # in a repository, and not merely somewhere below one
+        git("ls-files", "--error-unmatch", "__init__.py")  # in the repository itself, not only below its folder
         changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
         return {"commit": git("rev-parse", "HEAD"), "changed": [line[2:].strip() for line in changed]}
     except (OSError, subprocess.SubprocessError):

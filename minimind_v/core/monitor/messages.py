@@ -1,4 +1,4 @@
-"""Messages of a run: what it is about to do, which rows it leaves out, and what ended it."""
+"""Messages of a run: its announcement, its broken rows, and the reason of its end."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from minimind_v.core.monitor.metrics import Recalled
 from minimind_v.core.wording import plural
 
 NAMED_BROKEN = 5  # broken rows that are named one by one
-FEW = 50  # broken rows that no rate is judged by
+FEW = 50  # broken rows that are too few for a rate
 NAMED = 8  # rows of a step that are named
-# What torch says that has no error of its own for it, and what becomes of a failed allocation inside CUDA's libraries.
+# Messages of torch and of CUDA's libraries after a failed allocation, which are not torch.OutOfMemoryError.
 NO_MEMORY = (
     "can't allocate memory",
     "MPS backend out of memory",
@@ -32,15 +32,15 @@ NO_MEMORY = (
     "CUDA error: out of memory",
 )
 FEW_HELD_OUT = 8  # rows; the loss on fewer is mostly chance
-# How far a weight may move over a run (schedule.reach). Weights are some 0.05 in size. Twelve rows at 0.0001 came from
-# a loss of 14.9 to 13.7; they were learnt whole at 0.03 with the small preset and at 0.15 with the demo's.
+# How far a weight may move over a run (schedule.reach). Weights are some 0.05 in size. Twelve rows at 0.0001 lowered
+# the loss from 14.9 to 13.7; every answer was right at 0.03 with the small preset and at 0.15 with the demo's.
 LEAST_REACH, GOOD_REACH = 0.001, 0.05
-HIGHEST_RATE = 5e-4  # that is advised
-FORGOTTEN = 0.05  # share of the answers' tokens that must be lost before it is called forgetting
+HIGHEST_RATE = 5e-4  # of the advice
+FORGOTTEN = 0.05  # lost share of the answers' tokens from which a warning calls it forgetting
 
 
 def announcement(config: RunConfig, plan: BatchPlan, steps: int, rows: int, model: VLM, where: str) -> str:
-    """What is about to happen: so many steps of so many rows each, at which learning rates."""
+    """The announcement of a run: its rows, steps and learning rates."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_encoder."))
     held_out = len(plan.dataset) - plan.rows
@@ -55,26 +55,24 @@ def announcement(config: RunConfig, plan: BatchPlan, steps: int, rows: int, mode
 
 
 def before_the_start(config: RunConfig, plan: BatchPlan, steps: int) -> Iterator[str]:
-    """What is known to go wrong with a run before it has begun."""
+    """Warnings about the settings of a run, before it starts."""
     if line := too_little(config, plan.rows, steps):
         yield line
     if config.until_right and plan.rows > SMALL_SET:
         yield (
-            f"{plan.rows:,} rows are too many for a run that stops when every answer is correct: it may never "
-            f"stop, and "
-            "each row takes one step — leave out --recipe and raise --lr instead"
+            f"{plan.rows:,} rows are too many for a run that stops when every answer is correct: it may never stop, "
+            "and each row takes one step — leave out --recipe and raise --lr instead"
         )
     held_out = len(plan.dataset) - plan.rows
     if config.val_every and held_out < FEW_HELD_OUT:
         yield (
-            f"only {plural(held_out, 'row')} of {len(plan.dataset)} held out: the loss on so few rows is not "
-            f"reliable, but the "
-            f"best weights are chosen by it — leave out --val-every, or use `mmv eval` with another file"
+            f"only {plural(held_out, 'row')} of {len(plan.dataset)} held out: the loss on so few rows is not reliable, "
+            f"but the best weights are chosen by it — leave out --val-every, or use `mmv eval` with another file"
         )
 
 
 def too_little(config: RunConfig, rows: int, steps: int) -> str | None:
-    """That a run cannot move its weights far enough to learn, and what would; None where it can."""
+    """A warning that a run cannot change its weights enough, with advice; None if it can."""
     moved = reach(config.lr, steps)
     if moved >= LEAST_REACH:
         return None
@@ -97,9 +95,9 @@ def too_little(config: RunConfig, rows: int, steps: int) -> str | None:
 def recalled(
     config: RunConfig, weights: Path, results: Mapping[str, Recalled], why: str
 ) -> tuple[list[str], list[str]]:
-    """What a run has learnt of its own rows and kept of earlier ones; second, what of that calls for action.
+    """Messages about the accuracy of a run on its own rows and on earlier ones; second, warnings.
 
-    `results` are what was measured: `own`, `before` and `after`; `why` says why the last two were not.
+    `results` are those of `own`, `before` and `after`; `why` is the reason if the last two are missing.
     """
     messages, warnings = [], []
     if own := results.get("own"):
@@ -126,42 +124,41 @@ def recalled(
     )
     if before.token_accuracy - after.token_accuracy > FORGOTTEN:
         warnings.append(
-            f"the model has forgotten part of what {config.init} knew: add rows of {after.data} to the new "
-            f"ones, or use a lower "
-            f"--lr (now {config.lr:g})"
+            f"the model has forgotten part of what {config.init} knew: add rows of {after.data} to the new ones, "
+            f"or use a lower --lr (now {config.lr:g})"
         )
     return messages, warnings
 
 
-def not_finite(loss: float, grad_norm: float, places: Sequence[str]) -> str:
-    """A step that was skipped, and the rows that it was made of."""
-    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    return f"loss {loss:g}, gradient norm {grad_norm:g}: step skipped; its rows: {', '.join(places[:NAMED])}{more}"
+def not_finite(loss: float, grad_norm: float, rows: Sequence[str]) -> str:
+    """A warning about a skipped step, with its rows."""
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return f"loss {loss:g}, gradient norm {grad_norm:g}: step skipped; its rows: {', '.join(rows[:NAMED])}{more}"
 
 
 class BrokenRows:
-    """The rows of a run that were left out, each counted once however often it is met."""
+    """The broken rows of a run, each counted once."""
 
     def __init__(self, rows: int, rows_per_step: int, allowed: float) -> None:
         """`allowed` is the share of all `rows` that may be broken."""
         self.rows, self.rows_per_step, self.allowed = rows, rows_per_step, allowed
-        self.by_place: dict[str, list[str]] = {}  # by place: the kind and the whole message
+        self.by_place: dict[str, list[str]] = {}  # place of the row → its kind and its message
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many there are of each kind, the most frequent first."""
+        """The number of rows of each kind, the most frequent first."""
         return dict(Counter(kind for kind, _ in self.by_place.values()).most_common())
 
     @property
     def first(self) -> str | None:
-        """What is wrong with the first one."""
+        """The message of the first row."""
         return next((message for _, message in self.by_place.values()), None)
 
     def add(self, rows: list[BrokenRow], read: int, warn: Callable[[str], None]) -> None:
-        """Take in broken rows when so many rows of the set have been `read`, and name the first ones.
+        """Add broken rows after so many rows of the set were `read`, and name the first ones.
 
         Raises DataError where too many of all rows are broken, or so many of those read that the rest hardly matters.
-        It depends on nothing else, so it is the same after a resume and for any number of processes.
+        The result is the same after a resume and for any number of processes.
         """
         for row in rows:
             if row.location in self.by_place:
@@ -176,7 +173,7 @@ class BrokenRows:
             share = f"{broken} of the first {read} rows are broken"
         else:
             return
-        # Where no row was whole there is nothing to allow.
+        # Without a whole row there is nothing to allow.
         more = f", or allow more with --set data.bad_rows={_above(broken / read):g}" if broken < read else ""
         raise DataError(
             f"{share}, more than {self.allowed:.0%}; the first: {self.first} — fix the data (`mmv data check` lists "
@@ -201,10 +198,10 @@ def _above(share: float) -> float:
 
 @contextmanager
 def explained(config: RunConfig) -> Iterator[None]:
-    """Turn what torch raises for want of memory into words with a next step."""
+    """Turn torch's errors about memory into one with a next step."""
     try:
         yield
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not out_of_memory(error):
             raise
         batch, accumulate = config.data.batch_size, config.accumulate
@@ -219,5 +216,5 @@ def explained(config: RunConfig) -> Iterator[None]:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch, or a library that it calls, says that there is no memory left, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+    """Whether an error of torch, or of a library that it calls, means that memory is full, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in NO_MEMORY)

@@ -42,7 +42,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss and token accuracy on rows that the model does not learn from."""
+    """Loss and token accuracy on held-out rows."""
 
     step: int
     loss: float  # nats per supervised token, by the mathematics of training without the auxiliary loss
@@ -54,7 +54,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Recalled:
-    """Loss and token accuracy on some rows of a file, measured without learning from them."""
+    """Loss and token accuracy on some rows of a file, measured without training on them."""
 
     data: str
     rows: int
@@ -66,10 +66,10 @@ class Listener:
     """Receives the events of a run and ignores them; a subclass shows or keeps those that it needs."""
 
     def message(self, text: str) -> None:
-        """Something worth a line."""
+        """A message about the run."""
 
     def warning(self, text: str) -> None:
-        """Something that the user should act upon."""
+        """A warning, with advice."""
 
     def batches(self, batches: Sequence[Batch]) -> None:
         """The micro-batches of this process that the next step trains on."""
@@ -99,9 +99,9 @@ class JsonLines:
         self._file = path.open("a+", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> bool:
-        """Whether the file had to be made again, with all its lines, since somebody had removed it.
+        """Write a line. Returns whether the file was removed, and was written again with all its lines.
 
-        Raises RunError where there is no room; the line is kept, and written with the next one that finds some.
+        Raises RunError if the disk is full; a later call writes the line too.
         """
         try:
             again = self._is_gone()
@@ -114,7 +114,7 @@ class JsonLines:
         return again
 
     def restore(self) -> bool:
-        """Make the file again if somebody has removed it; whether that was so. Raises RunError."""
+        """Write the file again if it was removed; returns whether it was. Raises RunError."""
         try:
             if again := self._is_gone():
                 self._make_again()
@@ -123,14 +123,14 @@ class JsonLines:
         return again
 
     def _is_gone(self) -> bool:
-        """Whether what has the file's name, if anything, is another file."""
+        """Whether no file, or another file, has the name."""
         try:
             return not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         except FileNotFoundError:
             return True
 
     def _make_again(self) -> None:
-        """What was written is there as long as it is open."""
+        """The open file still has all lines, even after its removal."""
         self._file.seek(0)
         write_text(self.path, self._file.read())
         self._file.close()
@@ -142,16 +142,16 @@ class JsonLines:
 
 
 def read_lines(path: Path, damaged: Callable[[str], object] = lambda _: None) -> Iterator[dict[str, Any]]:
-    """The records of a file of JsonLines; none where there is no file. `damaged` gets what cannot be read."""
+    """The records of a file of JsonLines; none without a file. `damaged` gets a message about each damaged line."""
     return (record for _, record in read_records(path, damaged))
 
 
 def read_metrics(
     path: Path, damaged: Callable[[str], object] = lambda _: None, needed: tuple[str, ...] = LOSS
 ) -> list[dict[str, Any]]:
-    """The logged steps of a run, also of one under way; `damaged` gets the lines that lack what is `needed`.
+    """The logged steps of a run; `damaged` gets a message about each line without a key of `needed`.
 
-    Raises MissingInput for none, DataError where every line is damaged.
+    Raises MissingInput without a step, DataError where every line is damaged.
     """
     troubles: list[str] = []
 

@@ -1,7 +1,7 @@
 """The recorder of a run: keeps its events in `events.jsonl`, and turns its numbers into warnings.
 
 It stands between a run and its listener: every event passes through, and the diagnostics' warnings are added. A run
-that is resumed finds there what its earlier part has reported.
+that is resumed reads its earlier warnings there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Recorder(Listener):
     """A listener that keeps events and passes them on."""
 
     def __init__(self, path: Path, listener: Listener) -> None:
-        """`path` is written only from `begin` on; events before are kept until then."""
+        """`path` is written from `begin` on; earlier events wait until then."""
         self.path, self.listener = path, listener
         self.diagnostics: Diagnostics | None = None
         self.best: Validation | None = None
-        self.recalled: dict[str, Recalled] = {}  # what was measured of rows: `before`, `after`, `own`
+        self.recalled: dict[str, Recalled] = {}  # by `before`, `after`, `own`
         self._tracker: Tracker | None = None
         self._file: JsonLines | None = None
         self._early: list[dict[str, Any]] = []
@@ -95,7 +95,7 @@ class Recorder(Listener):
         self.listener.saved(step)
 
     def recall(self, when: str, result: Recalled | None) -> None:
-        """What was measured `before` and `after` of rows that the weights had learnt, and of the run's `own`."""
+        """Keep a measurement of earlier training rows (`before`, `after`) or of the run's `own`."""
         if result:
             self.recalled[when] = result
             self._keep(recalled={when: asdict(result)})
@@ -111,26 +111,26 @@ class Recorder(Listener):
         if self._file is None:
             self._early.append(event)
             return
-        with contextlib.suppress(RunError):  # a full disk is reported by what matters more
+        with contextlib.suppress(RunError):  # a save reports a full disk
             self._file.write({"step": self._step} | event)
 
     def _track(self, values: dict[str, float]) -> None:
         assert self._tracker
         try:
             self._tracker.log(self._step, values)
-        except Exception as error:  # somebody else's service must not end a run
+        except Exception as error:  # another service must not end a run
             self._tracker = None
             self.warning(f"the tracker failed and is no longer used: {' '.join(str(error).split())[:200]}")
 
 
 def _restored(kind: type[Kept], record: dict[str, Any]) -> Kept:
-    """What was kept of it; keys that only another version has are left out."""
+    """The object of a record, without the keys of other versions."""
     names = {item.name for item in fields(kind)}
     return kind(**{key: value for key, value in record.items() if key in names})
 
 
 def tracked(metrics: StepMetrics) -> dict[str, float]:
-    """The figures of a step by the names that a tracker shows."""
+    """The metrics of a step by their names in a tracker."""
     return {
         "train/loss": metrics.loss,
         "train/token_accuracy": metrics.token_accuracy,

@@ -1,6 +1,6 @@
 """Read the records of a run; damaged records are reported and left out.
 
-All that reads a run takes its values from here, so that each can be believed to be of its type.
+Every reader of a run uses this module, so that each value has its type.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from minimind_v.core.files import read_notes
 
-LONGEST = 1 << 20  # bytes of a line; one of ours has some hundred
+LONGEST = 1 << 20  # bytes of a line; usual ones have some hundred
 LARGEST = 1e100  # of a number: sums and quotients of such are numbers
 # Keys of a logged step, and of what was measured on rows.
 COUNTS = ("step", "steps", "epoch", "samples", "tokens", "supervised_tokens", "seconds", "data_seconds", "rows")
-MEASURED = ("loss", "token_accuracy", "lr", "grad_norm", "swapped_loss")  # which need not be finite
-LOSS = ("loss",)  # by which a logged step is known
-REPORTED = ("loss", "samples", "seconds")  # without which there is no report of it
+MEASURED = ("loss", "token_accuracy", "lr", "grad_norm", "swapped_loss")  # they may be infinite or NaN
+LOSS = ("loss",)  # keys of a logged step
+REPORTED = ("loss", "samples", "seconds")  # keys that a report needs
 RECALLED = ("rows", "loss", "token_accuracy")
 
 
@@ -28,8 +28,8 @@ def read_records(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Lines of a file with the records that they hold; none where there is no file.
 
-    `damaged` is told of each line that holds none, or a logged step without what is `needed`: `file:line: what is
-    wrong`. A last line without an end is in the making, and left out without a word.
+    `damaged` gets `file:line: problem` for each line without a record, or with a logged step without a key of `needed`.
+    A last line without an end is still being written, and is skipped silently.
     """
     if not path.is_file():
         return
@@ -51,7 +51,7 @@ def read_records(
 
 
 def read_part(path: Path, kinds: dict[str, type], damaged: Callable[[str], object]) -> dict[str, Any]:
-    """A JSON object that a run has left. A value of another type than in `kinds` is left out, and `damaged` is told."""
+    """A JSON object of a run. A value of another type than in `kinds` is dropped and reported to `damaged`."""
     notes = read_notes(path)
     if not notes and path.is_file() and path.stat().st_size:
         damaged(f"{path}: not a JSON object")
@@ -94,7 +94,7 @@ def _renamed(record: Any, levels: int = 3) -> Any:
 
 
 def _trouble(record: dict[str, Any], needed: tuple[str, ...]) -> str:
-    """What makes a record of no use; empty where nothing does."""
+    """Why a record is damaged; empty if it is not."""
     step = record.get("step")
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
         return "not a record of a run (it has no step)" if step is None else f"step is {_shown(step)}"

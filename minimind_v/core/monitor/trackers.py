@@ -1,6 +1,6 @@
 """Trackers (TensorBoard, Weights & Biases, Trackio) behind one small interface. Each is an extra of this package.
 
-They show what `metrics.jsonl` has anyway; a run never depends on one.
+They show the values of `metrics.jsonl`; a run never depends on one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ PROJECT = "minimind-v"
 class Tracker(Protocol):
     """Shows curves somewhere."""
 
-    where: str  # how the user opens it
+    where: str  # the command or address that opens it
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Figures of a step."""
 
     def close(self) -> None:
-        """No more will come."""
+        """End the curves."""
 
 
 def open_tracker(kind: str, folder: Path, name: str, config: dict[str, Any], done: int) -> Tracker:
@@ -47,7 +47,7 @@ class TensorBoard:
     def __init__(self, folder: Path, name: str, config: dict[str, Any], done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier part of the run wrote about later steps is hidden.
+        # Steps after the resumed one, written before the interruption, are hidden.
         self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
         if not done:
             self._writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
@@ -63,12 +63,12 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases. Without an account on this machine it works offline, in the run's folder."""
+    """Weights & Biases. Without an account on this machine it works offline, in the run folder."""
 
     def __init__(self, folder: Path, name: str, config: dict[str, Any], done: int) -> None:
         wandb = importlib.import_module("wandb")
         folder.mkdir(parents=True, exist_ok=True)
-        name_file = folder / "run.txt"  # the run's name over there, so that it is the same when resumed
+        name_file = folder / "run.txt"  # the run's id at the service, for a resume
         same = name_file.read_text(encoding="utf-8").strip() if done and name_file.is_file() else None
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         self._run = wandb.init(

@@ -1,7 +1,7 @@
 """`--batch-size auto`: find the largest micro-batch that fits in memory, before the run starts.
 
-A step keeps its rows: only how they are divided changes, the batch size into one of their divisors, accumulation with
-it. A model like the run's is tried with the worst rows that can come, and is gone before the run builds its own.
+A step keeps its rows: the batch size becomes one of their divisors, and accumulation changes with it. A model like the
+run's is tried with the largest possible rows, and is deleted before the run builds its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Gauge:
         self.root = root
 
     def room(self) -> int:
-        """What may still be taken: the least of what the machine has free and what its groups' limits leave."""
+        """Free memory: the least of the machine's and that of its control groups."""
         limits = [self._fields("proc/meminfo")["MemAvailable"]]
         for line in self._lines("proc/self/cgroup"):
             _, kinds, path = line.split(":", 2)
@@ -46,7 +46,7 @@ class Gauge:
         return min(limits)
 
     def _left(self, mount: Path, path: str) -> Iterator[int]:
-        """What the limits of a group and of those around it leave. Files that can be read again do not count."""
+        """Free memory of a control group and of those around it. Cached files count as free."""
         for group in [mount / path, *(mount / path).parents]:
             if not group.is_relative_to(mount):
                 return
@@ -56,8 +56,8 @@ class Gauge:
             ):
                 bounds = [line for name in (limit, used) for line in self._lines(group / name)[:1]]
                 if len(bounds) == 2 and bounds[0].isdigit():  # and not `max`
-                    fields = (line.split() for line in self._lines(group / "memory.stat"))
-                    cached = sum(int(words[1]) for words in fields if words[0] == idle)
+                    lines_of_fields = (line.split() for line in self._lines(group / "memory.stat"))
+                    cached = sum(int(fields[1]) for fields in lines_of_fields if fields[0] == idle)
                     yield int(bounds[0]) - int(bounds[1]) + cached
 
     def _address_space(self) -> list[int]:
@@ -67,11 +67,11 @@ class Gauge:
         return [] if limit == resource.RLIM_INFINITY else [limit - self._fields("proc/self/status")["VmSize"]]
 
     def held(self) -> int:
-        """What this process has in memory now."""
+        """The memory of this process now."""
         return self._fields("proc/self/status")["VmRSS"]
 
     def peak(self, work: Callable[[], object]) -> int:
-        """The most that this process had in memory while it did some work."""
+        """The peak memory of this process during some work."""
         with open(self.root / "proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak begins again
         work()
@@ -79,8 +79,8 @@ class Gauge:
 
     def _fields(self, name: str) -> dict[str, int]:
         """`Name:  123 kB`, in bytes."""
-        words = [line.split() for line in self._lines(name)]
-        return {row[0].rstrip(":"): int(row[1]) * 1024 for row in words if row[-1] == "kB"}
+        rows = [line.split() for line in self._lines(name)]
+        return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if row[-1] == "kB"}
 
     def _lines(self, name: str | Path) -> list[str]:
         try:
@@ -96,24 +96,24 @@ def find_batch_size(
     gauge: Gauge | None = None,
     make_trial: Callable[[RunConfig, torch.device], Trial] = Trial,
 ) -> tuple[RunConfig, str]:
-    """The configuration with the largest batch size that fits on every process, and a line on what was chosen and why.
+    """The configuration with the largest batch size that fits on every process, and a line with the reason.
 
-    Nothing of the run changes but how the rows of its steps are divided: no weight, no random number. Raises
+    Only the division of a step's rows changes: no weight, no random number. Raises
     UsageError where memory cannot be measured, RunError where a GPU has no room for a single row.
     """
-    if device.type == "mps":  # whose memory is the machine's: what is too much is swapped, and nothing says so
+    if device.type == "mps":  # it swaps without an error
         raise UsageError(UNMEASURED)
     rows = config.data.batch_size * config.accumulate
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     with _discarded(device):
         trial = make_trial(config, device)
         if device.type == "cpu":
-            fitting, why = _by_measure(trial, sizes, world, config.gpus, gauge or Gauge())
+            largest, why = _by_measure(trial, sizes, world, config.gpus, gauge or Gauge())
         else:
-            fitting, why = _by_trial(trial, sizes, world.size > 1)
+            largest, why = _by_trial(trial, sizes, world.size > 1)
         del trial
-    size = int(min(answer for (answer,) in world.gather([fitting])))
-    if size < fitting:
+    size = int(min(answer for (answer,) in world.gather([largest])))
+    if size < largest:
         why = "another process has no memory for more"
     of = f"the {rows} rows of a step" + ("" if world.size == 1 else " per process")
     config = replace(config, data=replace(config.data, batch_size=size), accumulate=rows // size)
@@ -122,7 +122,7 @@ def find_batch_size(
 
 @contextmanager
 def _discarded(device: torch.device) -> Iterator[None]:
-    """A trial leaves no memory taken, and no peak behind."""
+    """Free the memory of a trial, and reset the peak."""
     try:
         yield
     finally:
@@ -133,15 +133,15 @@ def _discarded(device: torch.device) -> Iterator[None]:
 
 
 def _by_trial(trial: Trial, sizes: Sequence[int], several: bool) -> tuple[int, str]:
-    """On a GPU, which says when it is full: the first of the sizes, from the largest on, that goes through."""
+    """On a GPU, which raises when it is full: the largest of the sizes (in falling order) that fits."""
     total = _gpu_memory(trial.device)
-    # What a run holds besides: its optimiser's moments, its gradients once more on their way to others.
+    # A run also holds the optimiser's moments and, with several processes, a second copy of the gradients.
     besides = (trial.moments * 3 // 2 if several else trial.moments) + int(total * GPU_HEADROOM)
     for size in sizes:
-        fits = _goes_through(trial, size, besides)
+        in_memory = _goes_through(trial, size, besides)
         gc.collect()
         torch.cuda.empty_cache()
-        if fits:
+        if in_memory:
             return size, f"measured with rows of {trial.length} tokens on {total / GIB:.1f} GiB"
     raise RunError(
         f"out of memory — a single row of {trial.length} tokens does not fit into {total / GIB:.1f} GiB: "
@@ -162,26 +162,26 @@ def _goes_through(trial: Trial, size: int, besides: int) -> bool:
 
 
 def _gpu_memory(device: torch.device) -> int:
-    """What this process may take of a GPU: what is free there or its own already, and no more than its share."""
+    """The memory that this process may use of a GPU: free memory and its own, up to its share."""
     free, whole = torch.cuda.mem_get_info(device)
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(torch.cuda.current_device())
     return min(free + torch.cuda.memory_reserved(device), int(whole * share))
 
 
 def _by_measure(trial: Trial, sizes: Sequence[int], world: World, gpus: int, gauge: Gauge) -> tuple[int, str]:
-    """On a CPU, where a process that takes too much is killed: measured with a few rows, continued in a straight line.
+    """On a CPU, where too much memory ends the process: measured with a few rows, then extrapolated linearly.
 
-    The processes of a machine share its memory; where none has been started yet, `gpus` says how many there will be.
+    The processes of a machine share its memory; before they start, `gpus` is their number.
     """
     if not sys.platform.startswith("linux"):
         raise UsageError(UNMEASURED)
     held, room = gauge.held(), gauge.room()
-    hosts = world.gather_objects(platform.node())  # and all have measured before any begins
+    hosts = world.gather_objects(platform.node())  # it also waits until all have measured
     usable = int(room * (1 - HEADROOM)) // (hosts.count(platform.node()) if world.placed else gpus)
     taken = {0: 0}  # rows → bytes
     for rows in (1, 2, 4):
         taken[rows] = gauge.peak(partial(trial, rows)) - held
-        if 2 * taken[rows] > usable or 2 * rows > sizes[0]:  # twice as many may be too many, or need not be known
+        if 2 * taken[rows] > usable or 2 * rows > sizes[0]:  # twice as many may not fit, or are not needed
             break
     gauge.peak(lambda: None)
     fewer, most = list(taken)[-2:]

@@ -35,7 +35,7 @@ from minimind_v.core.train.distributed import World
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: the steps that it learns from, and the rows that it is validated with."""
+    """The inputs of a run: its steps and its held-out rows."""
 
     encoder: VisionEncoder
     tokenizer: Tokenizer
@@ -45,18 +45,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model as a run begins with it."""
+    """The model at the start of a run."""
 
     model: VLM
-    weights: bool  # and not random numbers
+    weights: bool  # whether they were loaded
     new_projector: bool
-    companions: Companions = UNKNOWN  # what its weights will be trained with
+    companions: Companions = UNKNOWN  # its vision model and tokenizer
 
 
 def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world: World, listener: Listener) -> Data:
-    """Open everything that is read; the choice of held-out rows is kept in `folder`.
+    """Open all inputs; the choice of held-out rows is kept in `folder`.
 
-    `origin` is what the run is made of, its rows per update among it. Raises MissingInput, UsageError or DataError.
+    `origin` is that of the run, with its rows per step. Raises MissingInput, UsageError or DataError.
     """
     data = config.data
     tower, tokenizer = read_companions(config.vision_model, data.tokenizer, data.layout)
@@ -67,25 +67,24 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
         raise UsageError(
             f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} tokens, but the model has only "
             f"{config.model.vocab_size}: {tokenizer.last_token!r} would have no embedding — they do not "
-            f"belong together "
-            f"(--preset, --tokenizer, --set model.vocab_size={tokenizer.vocab_size})"
+            f"belong together (--preset, --tokenizer, --set model.vocab_size={tokenizer.vocab_size})"
         )
     prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
     rows = open_rows(data.file, data.images, data.split, listener.message)
     dataset = RowDataset(rows, prompts, spec.image_size, data.max_length, resize_mode=spec.fit)
     tokens = keep_tokens(dataset, origin["data.file"], folder, listener.warning)
     common = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
-    held_out, learnt = None, None
+    held_out, train_rows = None, None
     if config.val_every:
         mask = world.broadcast(_hold_out(config, dataset, origin, folder, listener) if world.leads else None)
-        held_out, learnt = BatchPlan(dataset, data.batch_size, keep=mask, tokens=tokens, **common), ~mask
+        held_out, train_rows = BatchPlan(dataset, data.batch_size, keep=mask, tokens=tokens, **common), ~mask
     plan = BatchPlan(
         dataset,
         data.batch_size,
         seed=config.seed,
         epochs=config.epochs,
         rows_per_step=origin["rows_per_update"],
-        keep=learnt,
+        keep=train_rows,
         tokens=tokens,
         **common,
     )
@@ -100,7 +99,7 @@ def _hold_out(
 
 
 def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
-    """The model with the weights that it starts from. Raises MissingInput, naming what makes them, or WeightsError."""
+    """The model with its initial weights. Raises MissingInput, with the command that makes them, or WeightsError."""
     model = VLM(config.model, data.encoder.spec, data.tokenizer.placeholder_id, data.encoder, config.projector)
     init = find_init(config)
     if init is None:
@@ -113,7 +112,7 @@ def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
 
 
 def open_features(config: RunConfig, model: VLM, plan: BatchPlan, listener: Listener) -> FeatureCache:
-    """The features of the run's images: computed by the model's encoder on its device, kept where that pays."""
+    """The features of the run's images: computed by the model's encoder on its device, cached if that is faster."""
     if model.vision_encoder is None:  # features are given
         return FeatureCache()
     folder = config.features_dir or config.out / "features"

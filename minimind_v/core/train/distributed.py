@@ -1,7 +1,7 @@
-"""Several processes that train one model: their ranks, what they exchange, and how they end together.
+"""Several processes that train one model: their ranks, their exchange of values, and their common end.
 
-Started by `launch`, by torchrun or by Slurm, every process reads its rank from its environment. Numbers and objects
-travel over the CPU; gradients go the way that torch's DistributedDataParallel chooses.
+`launch`, torchrun or Slurm starts them, and each reads its rank from its environment. Numbers and objects travel over
+the CPU; torch's DistributedDataParallel averages gradients.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from minimind_v.core.errors import LostContact, UsageError
 from minimind_v.core.formats.hf.read import VISION
 from minimind_v.core.train.launch import way_to
 
-# What torch's backends say when another process is gone.
+# Messages of torch's backends after another process has ended.
 _GONE = re.compile(r"closed by peer|reset by peer|gloo|nccl|broken pipe|socket|store|connection", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process among those of the run. Alone, everything here costs nothing."""
+    """The rank of this process among those of the run. Alone, its methods cost nothing."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
-    restarts: int = 0  # how often all of them were started before
-    placed: bool = False  # by a launcher: so there is nothing to launch
+    restarts: int = 0  # of all processes
+    placed: bool = False  # whether a launcher started this process
 
     @classmethod
     def find(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """The rank that torchrun or Slurm gave to this process; alone where neither did."""
+        """The rank of this process from torchrun or Slurm; alone without them."""
         try:
             if "RANK" in environment and "WORLD_SIZE" in environment:
                 return cls(
@@ -67,30 +67,30 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes and reports."""
+        """Whether this process writes and reports."""
         return self.rank == 0
 
     def join(self, device: torch.device) -> None:
-        """Meet the other processes. Raises LostContact where they do not come."""
+        """Connect to the other processes. Raises LostContact if they do not come."""
         if self.size == 1:
             return
         if "MASTER_ADDR" not in os.environ:
             os.environ |= slurm_address(os.environ)
-        # Left alone, gloo asks what the machine's name stands for, which on many is the loopback that no other reaches.
+        # By default, gloo resolves the machine's name, often to the loopback, which no other machine reaches.
         if way := way_to(os.environ["MASTER_ADDR"]):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", way.interface)
         with self.contact():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            # A launcher's store outlives those that it starts again: addresses of the dead must not be found in it.
+            # A launcher's store outlives restarts: a new start must not read the addresses of ended processes.
             store, _, _ = next(rendezvous("env://", self.rank, self.size))
             fresh = dist.PrefixStore(f"start{self.restarts}", store)
             dist.init_process_group(backend, store=fresh, rank=self.rank, world_size=self.size)
 
     def leave(self) -> None:
-        """The run is over, and nothing of it is held any more.
+        """Disconnect, after the run has released its model.
 
-        Only then do gloo's threads end here. One that is left may want to free a tensor while the interpreter shuts
-        down, and ends the process by SIGABRT.
+        Only then do gloo's threads end. A thread that frees a tensor while the interpreter shuts down ends the process
+        by SIGABRT.
         """
         if self.size > 1 and dist.is_initialized():
             gc.collect()  # a shared model holds the group
@@ -98,7 +98,7 @@ class World:
 
     @contextmanager
     def contact(self) -> Iterator[None]:
-        """Turn what torch raises when another process is gone into LostContact; other errors pass."""
+        """Turn torch's errors after the end of another process into LostContact; other errors pass."""
         try:
             yield
         except RuntimeError as error:
@@ -136,17 +136,16 @@ class World:
     # --- gradients ----------------------------------------------------------------------------------------------------
 
     def share(self, model: nn.Module) -> nn.Module:
-        """A model whose gradients, of what trains, are averaged over all processes while the backward pass goes on.
+        """The model with gradients averaged over all processes during the backward pass.
 
-        Parameters without a gradient, as an expert that no token chose, are looked for in each pass; that also keeps
-        the buckets as they were first made, so that three and more numbers are added up in the same order after a
-        resume.
+        Each pass searches for parameters without a gradient, such as an expert without a token. That also keeps the
+        first buckets, so that three and more numbers are added up in the same order after a resume.
         """
         if self.size == 1:
             return model
         frozen = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.startswith(VISION)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each has read it itself
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that older versions know
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each process has read it
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about a name that older versions need
             return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
 
 
@@ -154,14 +153,14 @@ ALONE = World()
 
 
 def alone_or_last(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Around the passes of one batch of several: gradients travel with the last one only."""
+    """A context for the passes of one batch of several: only the last one averages gradients."""
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def slurm_address(environment: Mapping[str, str]) -> dict[str, str]:
-    """Where Slurm's processes meet: the first host of the step, on a port that the job's number gives.
+    """The meeting address of Slurm's processes: the first host of the step, on a port from the job's number.
 
-    Raises UsageError where Slurm does not say.
+    Raises UsageError if Slurm does not give the hosts.
     """
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
     host = re.match(r"([^,\[]+)(?:\[(\d+))?", hosts)  # gpu[07-09,12],login → gpu07

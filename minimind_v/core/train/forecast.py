@@ -1,4 +1,4 @@
-"""Forecasts of time, memory and disk, before hours are spent on a run: by a few real steps, or by made-up ones."""
+"""Forecasts of the time, memory and disk of a run: by a few real steps, or by synthetic ones."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.train.trial import Trial, seconds
 from minimind_v.core.wording import plural
 
-SECONDS = 30.0  # that the measured steps may take, once there are ENOUGH
-ENOUGH = 3  # steps that must be measured
-WARM, MOST = {"cuda": 10}, {"cuda": 300}  # steps that are not measured, and that may be; a GPU does them quickly
+SECONDS = 30.0  # for the measured steps, after the first ENOUGH
+ENOUGH = 3  # measured steps, at least
+WARM, MOST = {"cuda": 10}, {"cuda": 300}  # warm-up steps, and the most measured steps; a GPU is quick
 WARM_ELSEWHERE, MOST_ELSEWHERE = 2, 20
-TRIAL_SECONDS = 4.0  # that a made-up batch may take
-CPU_TOKENS = 1024  # of a made-up batch on a CPU, whose time per token is the same for more
-GPU_TIMES = 5  # that a made-up batch is measured on a GPU; the fastest counts
+TRIAL_SECONDS = 4.0  # for a synthetic batch
+CPU_TOKENS = 1024  # of a synthetic batch on a CPU, whose time per token is the same for more
+GPU_TIMES = 5  # measurements of a synthetic batch on a GPU; the fastest counts
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Time, memory, disk and cost of a run. Its report sets them beside what happened, by these names."""
+    """Time, memory, disk and cost of a run. Its report compares them with the results, by these names."""
 
     stage: str
     updates: int
@@ -58,9 +58,9 @@ class Forecast:
     disk_bytes: int  # weights, states and records
     price_per_hour: float | None
     cost: float | None
-    how: str  # these are known
-    learning_rate: list[float]  # of the first step, and what it falls to
-    warning: str | None  # what is known to go wrong
+    how: str  # the times were measured
+    learning_rate: list[float]  # of the first step and of the last
+    warning: str | None  # a problem that is certain
     config: dict[str, Any]
 
 
@@ -70,39 +70,39 @@ def plan(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Forecast:
-    """Forecast a run, and leave the forecast in the run's folder, where its report reads it.
+    """Forecast a run, and write the forecast into the run folder, where its report reads it.
 
     Rows are counted as the first epoch reads them (a sample of very many); then the real run does a few steps in a
-    folder of its own, from random weights, which take as long as any. Raises what a run raises.
+    temporary folder, from random weights, which take as long as trained ones. Raises what a run raises.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer, config.data.layout)
     spec = projected(read_vision_spec(config.vision_model), config.projector)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
     outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
-    updates = min(outlook.steps, config.max_steps or outlook.steps)
-    first = min(outlook.steps // config.epochs, updates)  # in the epoch that encodes the images
-    watch, later, memory, disk = _measure(config, updates, first)
-    tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (updates, first))
+    steps = min(outlook.steps, config.max_steps or outlook.steps)
+    first = min(outlook.steps // config.epochs, steps)  # in the epoch that encodes the images
+    watch, later, memory, disk = _measure(config, steps, first)
+    tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (steps, first))
     time = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
     remembered = ", and once more with the features cached, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes assumed to be {config.gpus} times as fast as one" if config.gpus > 1 else ""
     most = "; the run stops when every answer is correct, so this is an upper limit" if config.until_right else ""
     forecast = Forecast(
         config.stage,
-        updates,
-        _of_run(outlook, updates, outlook.counted.used),
+        steps,
+        _of_run(outlook, steps, outlook.counted.used),
         tokens,
-        _of_run(outlook, updates, outlook.counted.supervised),
+        _of_run(outlook, steps, outlook.counted.supervised),
         time,
         memory,
         disk,
         price_per_hour,
         None if price_per_hour is None else price_per_hour * time / 3600,
         f"{watch.measured} steps of the real run, measured on this machine, reading included{remembered}: "
-        f"{time / updates:.2f} s per step of average length{several}; saving and validation are not included, "
+        f"{time / steps:.2f} s per step of average length{several}; saving and validation are not included, "
         f"and longer rows may need more memory{most}",
         [peak(config.lr), config.lr / 10],
-        too_little(config, len(rows), updates),
+        too_little(config, len(rows), steps),
         plain(config),
     )
     text = json.dumps(asdict(forecast), indent=1, ensure_ascii=False)
@@ -111,12 +111,12 @@ def plan(
 
 
 class Stopwatch(Listener):
-    """Times a few steps of a run, and then ends it."""
+    """Measures the time of a few steps of a run, then ends it."""
 
     run: Run
 
     def __init__(self) -> None:
-        self.warm: StepMetrics | None = None  # where measuring begins
+        self.warm: StepMetrics | None = None  # the last step of the warm-up
         self.last: StepMetrics | None = None
 
     def step(self, metrics: StepMetrics, logged: bool) -> None:
@@ -143,43 +143,43 @@ class Stopwatch(Listener):
         return (self.last.seconds - seconds) / max(self.last.tokens - tokens, 1)
 
 
-def _measure(config: RunConfig, updates: int, first: int) -> tuple[Stopwatch, Stopwatch, int, int]:
-    """A few steps of the real run, as they are in its first epoch, which has `first` steps, and in later ones.
+def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stopwatch, int, int]:
+    """Measure a few steps of the first epoch, which has `first` steps, and of later ones.
 
-    Besides what they held of memory, and what a whole run will have on the disk.
+    Returns a stopwatch of each, the bytes of memory, and the bytes on the disk of the whole run.
     """
     watch = later = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as out:
         few = replace(
             config, out=Path(out), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
             recall_rows=0, track="none", gpus=1,
-            max_steps=min(updates, max(first, max(WARM.values()) + ENOUGH)),
+            max_steps=min(steps, max(first, max(WARM.values()) + ENOUGH)),
         )  # fmt: skip
         watch.run = run = assemble(few, watch)
         run.run()
         folder = RunFolder(few)
         state = sum(path.stat().st_size for path in folder.states.paths())
         best = folder.weights.stat().st_size if config.val_every else 0
-        saves = -(-updates // config.save_every) if config.save_every else 1
+        saves = -(-steps // config.save_every) if config.save_every else 1
         memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
-        if updates > first and run.train_step.features.store is not None:
+        if steps > first and run.train_step.features.store is not None:
             later = Stopwatch()
             later.run = assemble(replace(few, max_steps=run.progress.done), later, overwrite=True)
             later.run.run()
         return watch, later, memory, disk
 
 
-def _of_run(outlook: Outlook, updates: int, counted: int) -> int:
-    """What was counted in the rows looked at, for so many steps of the run."""
-    return round(counted / outlook.counted_rows * outlook.planned_rows * updates / outlook.steps)
+def _of_run(outlook: Outlook, steps: int, counted: int) -> int:
+    """A count over the sampled rows, scaled to so many steps of the run."""
+    return round(counted / outlook.counted_rows * outlook.planned_rows * steps / outlook.steps)
 
 
-# --- by made-up steps -------------------------------------------------------------------------------------------------
+# --- by synthetic steps -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a whole run, None where they could not be measured, and how that is known."""
+    """Seconds of a whole run, None if they could not be measured, and how they were measured."""
 
     seconds: float | None
     how: str
@@ -188,8 +188,8 @@ class Estimate:
 def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Estimate:
     """Seconds of a run over `rows` rows (all epochs together) in `steps` steps.
 
-    A batch of the recipe's sizes, or as many of its rows as can be done in some seconds, goes forward and backward. No
-    weights and no rows are read.
+    It measures forward and backward of a batch of the recipe's sizes, or of fewer rows if they take too long. It reads
+    no weights and no rows.
     """
     try:
         device = pick_device(config.device)
@@ -202,16 +202,16 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
             images = _images(row, count, length // trial.spec.tokens_per_image)
             return seconds(device, partial(trial.passes, trial.batch(images, length, supervised)))
 
-        alone = taken(1)  # the first time pays for what is only made once
+        alone = taken(1)  # the first call also allocates
         alone = min(alone, taken(1)) if alone < TRIAL_SECONDS else alone
         count = max(1, min(config.data.batch_size, most, int(TRIAL_SECONDS / alone)))
-        # A GPU chooses its kernels when it meets new sizes, which a run does in a small part of its steps.
+        # A GPU chooses its kernels at the first call with new sizes.
         times = GPU_TIMES if device.type == "cuda" else 1
         passes = min(taken(count) for _ in range(times)) if count > 1 else alone
         adamw = trial.adamw_seconds()
     except torch.OutOfMemoryError:
         return Estimate(None, "not measured: a batch of this recipe does not fit into memory")
-    except Exception as error:  # an estimate must not end what has been counted
+    except Exception as error:  # an estimate must not end the statistics
         return Estimate(None, f"not measured: {' '.join(str(error).split())[:200] or type(error).__name__}")
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else gpu_names()[device.index or 0]
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
@@ -225,11 +225,11 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
 
 
 def time_of(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> dict[str, Any]:
-    """`estimate`, as a program reads it."""
+    """`estimate` as a dict."""
     return asdict(estimate(config, row, rows, steps))
 
 
 def _images(row: TypicalRow, rows: int, most: int) -> list[int]:
-    """How many images each row has. Of 1.5 images a row: one and two in turn."""
+    """The number of images of each row; with 1.5 per row: one and two in turn."""
     ends = [int(number * row.pictures) for number in range(rows + 1)]
     return [min(end - begin, most) for begin, end in pairwise(ends)]

@@ -1,7 +1,7 @@
 """Start several processes with torch's elastic launcher, and report one error for all of them.
 
-A process that ends with an error leaves word of it in a folder that they share, and the launcher tells it: of several,
-the first that is not about the end of another. Who is started by somebody else's torchrun tells its own errors.
+A process that fails writes its error into a folder that all share, and the launcher reports it: of several errors, the
+first that is not about the end of another process. A process that another torchrun started reports its own errors.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 from minimind_v.core.errors import LostContact, MmvError, RunError, UsageError
 from minimind_v.core.signals import SIGNALS
 
-WORDS = "MMV_LAST_WORDS"  # the folder in which processes leave word, in their environment
-LAUNCHER = "MMV_LAUNCHER"  # the launcher's own number there: it may be gone before a process has looked for its parent
+ERRORS = "MMV_ERRORS"  # the variable that names the folder of the errors
+LAUNCHER = "MMV_LAUNCHER"  # the launcher's process id: it may have ended before a process asks for its parent
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 MEETING = 600  # seconds that machines may be started apart
-PATIENCE = 600  # seconds that a process may take to finish its update and to save, before it is killed
+PATIENCE = 600  # seconds that a process may take to finish its step and to save, before it is killed
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes to start here, and with which other machines."""
+    """The processes to start on this machine, and the other machines."""
 
     processes: int
     nnodes: int = 1
@@ -73,12 +73,12 @@ class Launch:
 
 
 def hush() -> None:
-    """Keep what torch's own machinery warns of from the user. Only heeded before torch is imported."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what is an error is raised as well
+    """Silence the warnings of torch's launcher; call it before torch is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # errors are raised as well
 
 
-def launch(plan: Launch, words: Sequence[str], say: Callable[[str], None]) -> None:
-    """Run `mmv` with these words in every process, to the end.
+def launch(plan: Launch, arguments: Sequence[str], say: Callable[[str], None]) -> None:
+    """Run `mmv` with these arguments in every process, to the end.
 
     Raises the error of the process that failed first, with its exit code; SystemExit where a signal stopped them all.
     """
@@ -86,19 +86,19 @@ def launch(plan: Launch, words: Sequence[str], say: Callable[[str], None]) -> No
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import launch_agent
 
-    logging.disable()  # torch's words are for its developers; this process has none of its own in a log
+    logging.disable()  # torch's messages are for its developers; this process logs nothing itself
     # Threads of several processes on the same cores wait for each other: to each its share.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.processes)))
     if plan.nnodes > 1:
-        _look_up(plan)
+        _check_host(plan)
         say(f"{plan.nnodes} machines connect at {plan.rdzv_endpoint}: waiting up to {MEETING} s for the others")
     with tempfile.TemporaryDirectory(prefix="mmv-") as folder:
-        os.environ |= {WORDS: folder, LAUNCHER: str(os.getpid())}
+        os.environ |= {ERRORS: folder, LAUNCHER: str(os.getpid())}
         try:
-            launch_agent(_elastic(plan), sys.executable, ["-m", "minimind_v", *words])
+            launch_agent(_elastic(plan), sys.executable, ["-m", "minimind_v", *arguments])
         except ChildFailedError as error:
             codes = {failure.exitcode for failure in error.failures.values()}
-            if codes <= {128 + number for number in SIGNALS}:  # one was asked to stop, here or elsewhere, and all did
+            if codes <= {128 + number for number in SIGNALS}:  # a signal stopped one process, and all followed
                 raise SystemExit(max(codes)) from None
             raise _first_error(Path(folder), error) from None
         except SignalException as stop:
@@ -109,10 +109,10 @@ def launch(plan: Launch, words: Sequence[str], say: Callable[[str], None]) -> No
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(f"{_met_nobody(plan)} ({first})") from None
         finally:
-            del os.environ[WORDS]  # what ends this process is not for itself to read
+            del os.environ[ERRORS]  # this process reports its own errors
 
 
-def _look_up(plan: Launch) -> None:
+def _check_host(plan: Launch) -> None:
     host = (plan.rdzv_endpoint or "").rpartition(":")[0]
     try:
         socket.getaddrinfo(host.strip("[]"), None)
@@ -130,10 +130,10 @@ def _met_nobody(plan: Launch) -> str:
 
 
 def _elastic(plan: Launch) -> Any:
-    """What torch's launcher calls the same things."""
+    """The same settings for torch's launcher."""
     from torch.distributed.launcher.api import LaunchConfig
 
-    alone = plan.nnodes == 1  # then nobody outside has business with this run
+    alone = plan.nnodes == 1  # no other machine takes part in this run
     ranked = plan.node_rank is not None and not alone
     meeting = plan.rdzv_endpoint or "127.0.0.1:0"
     way = way_to(meeting.rpartition(":")[0])
@@ -155,14 +155,14 @@ def _elastic(plan: Launch) -> Any:
 
 @dataclass(frozen=True)
 class Way:
-    """How this machine reaches another, or itself."""
+    """The network path from this machine to another, or to itself."""
 
-    address: str  # of this machine, as the other sees it
+    address: str  # of this machine, for the other
     interface: str
 
 
 def way_to(host: str) -> Way | None:
-    """The way to a host by IPv4; None where the system does not tell. Nothing is sent."""
+    """The way to a host by IPv4; None where the system does not report it. Nothing is sent."""
     try:
         import fcntl
 
@@ -171,67 +171,67 @@ def way_to(host: str) -> Way | None:
             address = probe.getsockname()[0]
             for _, name in socket.if_nameindex():
                 with contextlib.suppress(OSError):  # an interface without an address
-                    told = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                    if socket.inet_ntoa(told[20:24]) == address:
+                    reply = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                    if socket.inet_ntoa(reply[20:24]) == address:
                         return Way(address, name)
     except (ImportError, OSError):
         pass
     return None
 
 
-# --- last words -------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def leave_word(message: str, error: Exception) -> bool:
-    """Leave an error to the launcher. False where there is none: then it is this process that must tell.
+def report_to_launcher(message: str, error: Exception) -> bool:
+    """Write an error for the launcher. False without a launcher: then this process must report it.
 
-    Errors that a user can cause are final: starting again does not mend a wrong option.
+    Errors that a user can cause are final: another start does not correct a wrong option.
     """
-    if WORDS not in os.environ:
+    if ERRORS not in os.environ:
         return False
     kind = "lost" if isinstance(error, LostContact) else "final" if isinstance(error, MmvError) else "crash"
-    word = {"kind": kind, "message": message, "code": getattr(error, "exit_code", 1), "time": time.time()}
+    entry = {"kind": kind, "message": message, "code": getattr(error, "exit_code", 1), "time": time.time()}
     rank = os.environ.get("RANK", "0")
-    path = Path(os.environ[WORDS]) / f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{rank}.json"
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(word), encoding="utf-8")
-    part.replace(path)
+    path = Path(os.environ[ERRORS]) / f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{rank}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(entry), encoding="utf-8")
+    temporary.replace(path)
     return True
 
 
-def mind_the_launcher() -> None:
-    """In a process that was launched: end at once where an error is settled already, or when the launcher is gone."""
-    if WORDS not in os.environ:
+def obey_launcher() -> None:
+    """In a launched process: end at once after a final error of another process, and when the launcher ends."""
+    if ERRORS not in os.environ:
         return
     from minimind_v.core.processes import Parent
 
-    for word in _words(Path(os.environ[WORDS])):
-        if word["kind"] == "final":
-            raise SystemExit(word["code"])
+    for entry in _entries(Path(os.environ[ERRORS])):
+        if entry["kind"] == "final":
+            raise SystemExit(entry["code"])
     Parent(int(os.environ[LAUNCHER])).end_with_it()
 
 
 def _first_error(folder: Path, error: Any) -> MmvError:
-    """What ended the run: an error that was told, else the process that was killed."""
-    words = _words(folder)
+    """The error that ended the run: the first reported one, else the end of a killed process."""
+    entries = _entries(folder)
     for kind in ("final", "crash"):
-        for word in words:
-            if word["kind"] == kind:
-                first = RunError(word["message"])
-                first.exit_code = word["code"]
+        for entry in entries:
+            if entry["kind"] == kind:
+                first = RunError(entry["message"])
+                first.exit_code = entry["code"]
                 return first
-    # Those that missed it have ended by themselves, or were asked to by SIGTERM.
+    # The processes that lost contact with it ended by themselves or by SIGTERM.
     order = {-signal.SIGTERM: 1}
     rank, failure = min(error.failures.items(), key=lambda item: order.get(item[1].exitcode, int(item[1].exitcode > 0)))
     again = "add --resume to resume from the last state"
-    if words and (failure.exitcode > 0 or failure.exitcode in order):  # all they have to tell is that one was missed
+    if entries and (failure.exitcode > 0 or failure.exitcode in order):  # all errors are about a lost contact
         return RunError(f"another machine has stopped or cannot be reached — {again}")
     ended = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     hint = ", often because memory ran out" if ended == "SIGKILL" else ""
     return RunError(f"process {rank} was ended by {ended}{hint} — {again}")
 
 
-def _words(folder: Path) -> list[dict[str, Any]]:
-    """What was left, the earliest first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    return sorted(found, key=lambda word: word["time"])
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """The errors that processes wrote, the earliest first."""
+    entries = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    return sorted(entries, key=lambda entry: entry["time"])

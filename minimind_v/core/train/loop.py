@@ -1,4 +1,4 @@
-"""The one training loop: it takes batches from a plan, makes steps, and reports them. Its parts are handed to it."""
+"""The training loop: it takes batches from a plan, does steps, and reports them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from minimind_v.core.train.saver import Saver
 from minimind_v.core.train.step import TrainStep
 from minimind_v.core.train.validate import Validator
 
-RIGHT_EPOCHS = 2  # after one, its own last steps had unlearnt an answer to one of twelve rows
+RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers wrong again
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended."""
+    """The end of a run."""
 
     weights: Path
     metrics: Path
     steps: int
-    stopped_by: Signals | None  # None: it came to its end
+    stopped_by: Signals | None  # None: the run reached its end
     broken_rows: dict[str, int]  # by kind
     text_rows: int  # rows with pictures that no mark shows, of
     notes: dict[str, int]  # rows that are read in another way than they are written, of
@@ -48,7 +48,7 @@ class Summary:
 
 @dataclass
 class Run:
-    """The training loop over its parts. The leading process alone has a saver, records and a recall report."""
+    """A run, ready to train. The leading process alone has a saver, records and a recall report."""
 
     config: RunConfig
     plan: BatchPlan
@@ -74,7 +74,7 @@ class Run:
         self.listener.message(f"resuming after step {self.progress.done} of {self.total}, from {state.path}")
 
     def run(self) -> Summary:
-        """Train to the end, or until a signal asks to stop; both save."""
+        """Train to the end, or until a signal; then save."""
         progress, begun, torn = self.progress, self.progress.done, False
         if begun >= self.total:
             self.listener.message("this run is already finished")
@@ -107,7 +107,7 @@ class Run:
         config, progress = self.config, self.progress
         for step, batches in enumerate(self._batches(), progress.done + 1):
             metrics = self._step(step, batches)
-            if metrics is None:  # asked to stop before there was data
+            if metrics is None:  # a signal came before the data
                 return
             progress.done = step
             logged = step % config.log_every == 0 or step in (1, self.total)
@@ -124,9 +124,9 @@ class Run:
                 return
 
     def _batches(self) -> Iterator[list[Batch] | None]:
-        """The micro-batches of each step that fall to this process, fetched when they are needed.
+        """The micro-batches of each step for this process, fetched when they are needed.
 
-        None, as the last ones, where a signal asked to stop while they were waited for.
+        The last is None if a signal came during the wait.
         """
         pin, workers = self.train_step.model.device.type == "cuda", self.config.data.workers
         done = self.progress.done
@@ -138,7 +138,7 @@ class Run:
                 yield batches
 
     def _step(self, step: int, fetched: list[Batch] | None) -> StepMetrics | None:
-        """One step over all processes; None, and no step, where one was stopped before it had its batches."""
+        """One step over all processes; None, without a step, if a process was stopped before it had its batches."""
         progress, counts = self.progress, self.progress.counts
         self.listener.batches(fetched or [])
         batches = [batch for batch in fetched or () if batch.supervised]
@@ -168,20 +168,20 @@ class Run:
         )
 
     def _total(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over all processes; that one was asked to stop travels with them, so that all stop together."""
+        """Sums over all processes. A signal to one of them is gathered too, so that all stop together."""
         *columns, signals = zip(*self.world.gather([*numbers, self.stop.signal or 0]), strict=True)
         if any(signals):
             self.stopped_by = Signals(int(max(signals)))
         return [sum(column) for column in columns]
 
     def _end_if_right(self, step: int) -> None:
-        """End the run with this step where whole epochs of right answers are behind it and no more is asked for."""
+        """With `until_right`, end the run after RIGHT_EPOCHS whole epochs of right answers."""
         epoch = self.plan.steps_per_epoch
         if self.config.until_right and step % epoch == 0 and self.progress.counts.right >= RIGHT_EPOCHS * epoch:
             self.total = step
 
     def _validate(self, validator: Validator, step: int) -> None:
-        """Measure the held-out rows, and keep the weights where they have never been better."""
+        """Measure the held-out rows, and keep the weights if they are the best so far."""
         result = validator(self.train_step.model, self.train_step.features.features, step, self.best)
         if result is None:
             return
@@ -191,7 +191,7 @@ class Run:
             self.saver.save_best(step)
 
     def _end(self, save: bool) -> None:
-        """Save what was learnt and write the records, after the save that may still run."""
+        """Save and write the records, after a save that still runs."""
         if self.saver:
             self.saver.report(wait=True)
             if save:

@@ -1,4 +1,4 @@
-"""The progress of a run: what adds up over its steps, and what is reported of their rows, each kind of trouble once."""
+"""The progress of a run: its counts, and reports about the rows of its steps, each kind of trouble once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from minimind_v.core.train.distributed import World
 from minimind_v.core.train.step import StepResult, Total
 from minimind_v.core.wording import plural
 
-PATIENCE = 5  # steps in a row without a finite loss and gradient before a run is given up
+PATIENCE = 5  # steps in a row without a finite loss and gradient before a run ends
 
 
 @dataclass
 class Counts:
-    """What adds up over a run, also over one that is resumed."""
+    """Sums over a run, its interruptions included."""
 
     samples: int = 0
     text_rows: int = 0  # rows with pictures that no mark shows, in the first epoch
@@ -34,12 +34,12 @@ class Counts:
     waited: float = 0.0  # of these, for data
     skipped: int = 0  # steps in a row without a finite gradient
     bad: int = 0  # all of them
-    right: int = 0  # steps in a row in which every answer was predicted right
+    right: int = 0  # steps in a row with every answer predicted right
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """What the batches of one step hold, over all processes."""
+    """The contents of one step's batches, over all processes."""
 
     supervised: int  # tokens
     rows: int
@@ -49,7 +49,7 @@ class StepRows:
 
 
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     def __init__(self, config: RunConfig, plan: BatchPlan, listener: Listener, world: World) -> None:
         self.config, self.plan, self.listener, self.world = config, plan, listener, world
@@ -59,7 +59,7 @@ class Progress:
         self._troubles: set[str] = set()  # of data workers, each reported once
 
     def state(self) -> dict[str, Any]:
-        """What a resume state keeps of it."""
+        """The fields of a resume state."""
         split = [self.config.data.batch_size, self.config.accumulate]
         counts, broken = asdict(self.counts), dict(self.broken.by_place)
         return {"step": self.done, "counts": counts, "broken": broken, "split": split}
@@ -73,7 +73,7 @@ class Progress:
         return min(step * self.plan.rows_per_step, self.plan.rows)
 
     def count(self, step: int, fetched: list[Batch] | None, usable: list[Batch], total: Total) -> StepRows | None:
-        """Count the micro-batches of a step and report their troubles; None where a process was stopped without any.
+        """Count the micro-batches of a step and report their troubles; None where a process stopped before it had any.
 
         Raises DataError where too many rows are broken.
         """
@@ -81,10 +81,10 @@ class Progress:
             if batch.trouble and batch.trouble not in self._troubles:
                 self._troubles.add(batch.trouble)
                 self.listener.warning(batch.trouble)
-        found = [row for batch in fetched or () for row in batch.broken]
+        broken_rows = [row for batch in fetched or () for row in batch.broken]
         numbers = [
             fetched is None,
-            len(found),
+            len(broken_rows),
             sum(batch.supervised for batch in usable),
             sum(map(len, usable)),
             sum(int(batch.attention_mask.sum()) for batch in usable),
@@ -95,14 +95,14 @@ class Progress:
         if stopped:
             return None
         if broken:
-            everyone = [row for of_process in self.world.gather_objects(found) for row in of_process]
+            everyone = [row for of_process in self.world.gather_objects(broken_rows) for row in of_process]
             self.broken.add(everyone, self.rows_read(step), self.listener.warning)
         notes = {note: count for note, count in zip(NOTES, noted, strict=True) if count}
         self._report_notes(step, rows, text_rows, notes)
         return StepRows(supervised, rows, tokens, text_rows, notes)
 
     def _report_notes(self, step: int, rows: int, text_rows: int, notes: dict[str, int]) -> None:
-        """Report which rows are read in another way than they are written, where none was before."""
+        """Report rows that are read in another way than written, each kind once."""
         lines = describe_notes({note: notes[note] for note in notes.keys() - self.counts.notes.keys()}, rows)
         if text_rows and not self.counts.text_rows:
             lines.insert(0, describe_text_rows(text_rows, rows))
@@ -110,7 +110,7 @@ class Progress:
             self.listener.message(f"step {step}: {line}; further ones are only counted")
 
     def add(self, step: int, rows: StepRows, result: StepResult) -> None:
-        """A step is done."""
+        """Count a finished step."""
         counts = self.counts
         counts.samples += rows.rows
         counts.supervised += rows.supervised
@@ -129,11 +129,11 @@ class Progress:
         self.counts.bad += 1
         losses = zip(batches, result.batch_losses, strict=False)
         worst = [batch for batch, loss in losses if not math.isfinite(loss)] or batches
-        places = self.world.gather_objects([place for batch in worst for place in batch.locations])
-        suspects = [place for of_process in places for place in of_process]
+        of_processes = self.world.gather_objects([row for batch in worst for row in batch.locations])
+        suspects = [row for rows in of_processes for row in rows]
         self.listener.warning(f"step {step}: {not_finite(result.loss, result.grad_norm, suspects)}")
         if self.counts.skipped == min(PATIENCE, steps):
             raise RunError(
-                f"{plural(self.counts.skipped, 'step')} in a row without a finite loss — lower --lr, or look at "
+                f"{plural(self.counts.skipped, 'step')} in a row without a finite loss — lower --lr, or check "
                 "the rows above"
             )

@@ -1,4 +1,4 @@
-"""What a run on few rows has learnt at its end, and what its weights have forgotten of the rows before."""
+"""Recall: the accuracy of a run on few rows on its own rows, and on earlier training rows before and after it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWN_ROWS = 100  # of a run's own rows, so many at most are measured
 
 @dataclass(frozen=True)
 class Earlier:
-    """Rows like those that the weights of `init` learnt from."""
+    """The training rows of the weights of `init`."""
 
     file: Path
     images: Path | None
@@ -37,9 +37,9 @@ class Earlier:
 
 
 def earlier_run(init: Path | None) -> Earlier | None:
-    """What the run that made these weights has left beside them about its data.
+    """The training rows of these weights, from the folder of their run.
 
-    Published weights have no such folder; they learnt from the published rows. None where there are no rows either way.
+    Published weights have no such folder: theirs are the published rows. None if neither exists.
     """
     if init is None:
         return None
@@ -49,7 +49,7 @@ def earlier_run(init: Path | None) -> Earlier | None:
         config = read_settings(folder / "config.yaml")
         file, images = Path(config["data.file"]), config["data.images"] and Path(config["data.images"])
         started = Path(notes["starts"][-1]["folder"])
-        if not file.exists():  # relative to where that run was started
+        if not file.exists():  # relative to the folder where that run was started
             file, images = started / file, images and started / images
         return Earlier(file, images, notes["fingerprints"].get("data.tokenizer"))
     except (OSError, KeyError, TypeError, AttributeError, IndexError, MmvError):
@@ -58,7 +58,7 @@ def earlier_run(init: Path | None) -> Earlier | None:
 
 
 class Recall:
-    """Measures rows that a model has learnt, without learning from them. It draws no random number."""
+    """Measures rows without training on them. It draws no random number."""
 
     def __init__(self, name: str, plan: BatchPlan, dtype: str) -> None:
         self.name, self.rows = name, plan.rows
@@ -73,7 +73,7 @@ class Recall:
 
 
 class RecallReport:
-    """Measures a sample of what the weights learnt before the run, then again after it with the run's own rows."""
+    """Measures a sample of earlier training rows before the run, and again after it with the run's own rows."""
 
     def __init__(
         self,
@@ -87,10 +87,10 @@ class RecallReport:
         """`loaded` says that the run started from weights, and not from random numbers."""
         self.config, self.plan, self.train_step, self.recorder = config, plan, train_step, recorder
         self.loaded, self.processes = loaded, processes
-        self._earlier: Recall | str = ""  # rows that the weights learnt before, or why none are measured
+        self._earlier: Recall | str = ""  # earlier training rows, or why none are measured
 
     def before(self, done: int) -> None:
-        """Measure while nothing is forgotten; a run that is resumed (`done` steps) has done so."""
+        """Measure before the first step; a resumed run (`done` steps) has done so."""
         self._earlier = self._find_earlier()
         if isinstance(self._earlier, Recall) and not done:
             sample = f"{self._earlier.rows} rows of {self._earlier.name}"
@@ -105,14 +105,14 @@ class RecallReport:
         return recall_earlier(self.config, self.plan, self.train_step.features.store)
 
     def after(self) -> None:
-        """Measure again, and report what was learnt and what was forgotten."""
+        """Measure again, and report the change."""
         config, recorder, earlier = self.config, self.recorder, self._earlier
         try:
             if self.processes == 1:
                 recorder.recall("own", recall_own(config, self.plan)(self.train_step))
             if isinstance(earlier, Recall) and "before" in recorder.recalled:
                 recorder.recall("after", earlier(self.train_step))
-        except MmvError as error:  # the weights are there: a row that was broken meanwhile does not end the run badly
+        except MmvError as error:  # a row that is broken by now must not fail a finished run
             recorder.warning(f"learning and forgetting were not measured: {error}")
             return
         why = earlier if isinstance(earlier, str) else "the rows could not be measured before the run"
@@ -124,7 +124,7 @@ class RecallReport:
 
 
 def recall_own(config: RunConfig, plan: BatchPlan) -> Recall:
-    """The rows that the run learns from, or the first ones of them."""
+    """The training rows of the run, OWN_ROWS at most."""
     return Recall(
         str(config.data.file),
         BatchPlan(plan.dataset, BATCH, plan.pad_id, keep=plan.kept, limit=OWN_ROWS),
@@ -133,7 +133,7 @@ def recall_own(config: RunConfig, plan: BatchPlan) -> Recall:
 
 
 def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | None) -> Recall | str:
-    """A sample of what the weights learnt before, by the run's seed; or why there is none."""
+    """A sample of earlier training rows, drawn by the run's seed; or why there is none."""
     earlier = earlier_run(config.init)
     if earlier is None:
         return f"nothing beside {config.init} names its training rows, and the published rows are not on this machine"

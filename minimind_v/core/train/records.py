@@ -1,4 +1,4 @@
-"""What a run leaves besides weights and states: metrics, events, what it was made of, and the report."""
+"""The records of a run besides weights and states: metrics, events, its settings and inputs, and the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from minimind_v.core.train.run_folder import RunFolder
 
 @contextmanager
 def errors_as_warnings(listener: Listener, step: int) -> Iterator[None]:
-    """A full disk in the night must not end the run."""
+    """A full disk must not end the run."""
     try:
         yield
     except RunError as error:
@@ -46,14 +46,14 @@ class Records:
         self._begun = 0
 
     def open(self, done: int) -> Validation | None:
-        """The run starts, or is resumed after `done` steps; returns the best validation until then."""
+        """Start the records of a run, or resume them after `done` steps; returns the best validation until then."""
         config, folder, tracker = self.config, self.folder.folder, None
         self._begun = done
         if config.track != "none":
             tracker = open_tracker(config.track, folder, folder.name, plain(config), done)
             self.recorder.message(f"curves: {tracker.where}")
         self._describe()
-        if not done:  # the best weights are those of a run that is started over
+        if not done:  # those of an earlier run
             best = self.folder.best_weights
             for path in (best, best.with_suffix(".json")):
                 path.unlink(missing_ok=True)
@@ -67,12 +67,12 @@ class Records:
             if self._metrics.write(asdict(metrics)):
                 self.recorder.warning(
                     f"step {metrics.step}: {self.folder.metrics} was removed while the run wrote it, and is written "
-                    f"again — what else in {self.config.out} are lost"
+                    f"again — check what else is missing in {self.config.out}"
                 )
                 self._describe()
 
     def restore(self, done: int) -> None:
-        """Write again what somebody has removed, so that what is reported at the end is true."""
+        """Write removed files again, so that the report at the end is true."""
         with errors_as_warnings(self.recorder, done):
             if self._metrics.restore():
                 self.recorder.warning(f"{self.folder.metrics} was removed during the run and is written again")
@@ -83,14 +83,14 @@ class Records:
         """Write `report.html`."""
         try:
             write_report(self.folder.folder, self.recorder.warning)
-        except MmvError as error:  # no room, or no metrics for want of room
+        except MmvError as error:  # a full disk, or no metrics because of one
             self.recorder.warning(f"no report: {error}")
 
     def close(self) -> None:
         self._metrics.close()
 
     def _describe(self) -> None:
-        """Write what the run is made of."""
+        """Write the settings and inputs of the run."""
         folder, config = self.folder.folder, self.config
         write_text(folder / "config.yaml", to_yaml(config))
         write_manifest(folder / "manifest.json", config, self.origin, self._begun, self.processes)

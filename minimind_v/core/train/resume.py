@@ -1,9 +1,9 @@
-"""Resume states of a run: all that it takes to continue bit for bit, in files that prove themselves.
+"""Resume states of a run: all that it needs to resume bit for bit, in files with a checksum.
 
-A state is one safetensors file, whose name ends in a digest of its bytes: what was cut or changed is not taken for one.
-It holds the weights that train in fp32, the optimiser's moments, the state of the random numbers and, as JSON, how far
-the run was and what it was made of. Frozen weights are not in it: they come from where they came from, and the origin
-proves that they are the same.
+A state is one safetensors file, whose name ends in a digest of its bytes: a cut or changed file is not a state. It
+holds the trainable weights in fp32, the optimiser's moments, the state of the random numbers and, as JSON, the progress
+and the origin of the run. It lacks the frozen weights: the run reads them again, and the origin proves that they are
+the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.u
 
 @dataclass(frozen=True)
 class State:
-    """How far a run was. Tensors are named `weight.NAME`, `exp_avg.NAME` and so on, and `rng.cpu`."""
+    """The state of a run after a step. Tensors are named `weight.NAME`, `exp_avg.NAME` and so on, and `rng.cpu`."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -44,20 +44,20 @@ class States:
         self._old: set[Path] = set()
 
     def supersede(self, at_once: bool = False) -> None:
-        """Those that there are belong to a run that is started over; they go when there is one of the new run.
+        """Mark the existing states as an earlier run's: the first state of the new run replaces them.
 
-        Or `at_once`, where processes may start again before that, and would go on from them.
+        With `at_once` they are deleted now: processes that restart before that must not resume from them.
         """
         self._old = set(self.paths())
         for path in self._old if at_once else ():
             path.unlink(missing_ok=True)
 
     def paths(self) -> list[Path]:
-        """The states that there are, the newest first; not yet checked."""
+        """The paths of all states, the newest first; they are not checked."""
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
 
     def write(self, step: int, tensors: Mapping[str, Tensor], progress: dict[str, Any], origin: dict[str, Any]) -> None:
-        """Add a state, then drop those that are too many. Raises RunError, and leaves what was there."""
+        """Add a state, then delete the oldest. Raises RunError, and then deletes none."""
         meta = {"progress": json.dumps(progress), "origin": json.dumps(origin)}
         pieces = _pieces(tensors, meta)
         digest = hashlib.blake2b(digest_size=8)
@@ -65,13 +65,13 @@ class States:
             digest.update(piece)
         path = self.folder / f"step-{step:010d}-{digest.hexdigest()}.safetensors"
         write_atomically(path, lambda file: file.writelines(pieces))
-        # Later ones, too, are of another past: this run has gone on from before them.
+        # Later ones are deleted too: this run resumed from a state before them.
         earlier = [other for other in self.paths() if other.name[:15] < path.name[:15] and other not in self._old]
         for other in set(self.paths()) - {path, *earlier[: self.keep - 1]}:
             other.unlink(missing_ok=True)
 
     def newest(self, warn: Callable[[str], None]) -> State | None:
-        """The newest state that is whole; says which ones are not. Raises RunError where all are damaged."""
+        """The newest undamaged state; warns of damaged ones. Raises RunError if all are damaged."""
         paths = self.paths()
         for path in paths:
             try:
@@ -84,7 +84,7 @@ class States:
 
 
 def _pieces(tensors: Mapping[str, Tensor], meta: dict[str, str]) -> list[Any]:
-    """The bytes of a safetensors file, those of the tensors where they are: the library would copy them twice."""
+    """The bytes of a safetensors file, without a copy of the tensors: the library would copy them twice."""
     header: dict[str, Any] = {"__metadata__": meta}
     pieces, at = [], 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # each aligned to its size
@@ -99,28 +99,23 @@ def _pieces(tensors: Mapping[str, Tensor], meta: dict[str, str]) -> list[Any]:
 
 def _read(path: Path) -> State:
     data = path.read_bytes()
-    if not path.stem.endswith(f"-{digest_of(data)}"):
+    if not path.stem.endswith(f"-{hashlib.blake2b(data, digest_size=8).hexdigest()}"):
         raise ValueError("its checksum is wrong")
     with safe_open(path, framework="pt") as file:
         meta = file.metadata()
     return State(path, load(data), json.loads(meta["progress"]), json.loads(meta["origin"]))
 
 
-def digest_of(data: bytes) -> str:
-    """The end of a state's file name, by its bytes."""
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
 # --- the optimiser ----------------------------------------------------------------------------------------------------
 
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name: those that a state holds."""
+    """The trainable parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def pack(named: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The weights that train, their moments, and the state of the random numbers, as one flat dict."""
+    """The trainable weights, their moments and the state of the random numbers, as one flat dict."""
     tensors = {f"weight.{name}": parameter for name, parameter in named.items()}
     for name, parameter in named.items():
         for key, value in optimiser.state.get(parameter, {}).items():
@@ -132,18 +127,18 @@ def pack(named: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[
 
 
 def _cuda_of(named: Mapping[str, Tensor]) -> torch.device | None:
-    """The GPU that the weights are on. Where there is one and they are not on it, it is left alone."""
+    """The GPU of the weights; None if they are on no GPU, even where the machine has one."""
     return next((tensor.device for tensor in named.values() if tensor.device.type == "cuda"), None)
 
 
 @torch.no_grad()
 def unpack(tensors: Mapping[str, Tensor], named: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
-    """Put back what `pack` took."""
+    """Restore the tensors of `pack`."""
     slots: dict[int, dict[str, Tensor]] = {}
     for number, (name, parameter) in enumerate(named.items()):
         parameter.copy_(tensors[f"weight.{name}"])
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-        if keys:  # an expert that no token has met yet has none
+        if keys:  # an expert without a token so far has none
             slots[number] = {key: tensors[f"{key}.{name}"] for key in keys}
     optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])

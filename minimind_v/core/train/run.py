@@ -35,12 +35,12 @@ def train(
     allowed: Collection[str] = (),
     auto: bool = False,
 ) -> Summary:
-    """Train and save. In each of several processes, this does that process's share.
+    """Train and save. Each of several processes does its share.
 
     With `resume` an interrupted run continues, bit for bit as if it had not been (on a GPU only a deterministic one);
     a difference from it is refused unless its name is in `allowed`. With `auto` the rows of a step are divided into the
     largest batches that there is memory for. Raises MissingInput, UsageError, DataError, WeightsError or RunError;
-    what was learnt until then is saved first.
+    the run saves first.
     """
     check_machine(config)
     world = World.find()
@@ -60,9 +60,9 @@ def assemble(
     world: World = ALONE,
     held: ExitStack | None = None,
 ) -> Run:
-    """A run with all its parts, ready to start.
+    """A run, ready to start.
 
-    `held` gets the lock of what the run writes, to release it when the run is over; without it none is taken.
+    `held` gets the lock of what the run writes, and releases it after the run; without `held` the run takes no lock.
     """
     folder = RunFolder(config)
     recorder = Recorder(folder.folder / "events.jsonl", listener)
@@ -113,7 +113,7 @@ def _choose_batch_size(
 
 
 def _start(config: RunConfig, data: Data, loaded: Loaded, claim: Claim) -> Start:
-    """What the diagnostics must know of how the run begins."""
+    """The start of the run, for the diagnostics."""
     earlier = earlier_run(config.init)
     tokenizer = earlier.tokenizer if earlier else None
     same = None if tokenizer is None else tokenizer == claim.origin["data.tokenizer"]

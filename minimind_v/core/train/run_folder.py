@@ -29,7 +29,7 @@ RECORDS = {"config.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "hel
 
 @dataclass(frozen=True)
 class Claim:
-    """What a run is made of, and the state that it goes on from; none where it begins."""
+    """The origin of a run, and the state from which it resumes; None for a new run."""
 
     origin: dict[str, Any]
     state: State | None = None
@@ -46,15 +46,15 @@ class RunFolder:
         self.config = config
         self.weights = config.out / weights_name(config.stage, config.model)
         self.best_weights = self.weights.with_name(f"{self.weights.stem}_best.pth")
-        self.folder = self.weights.with_suffix("")  # what a run writes besides weights
+        self.folder = self.weights.with_suffix("")  # all files of a run besides weights
         self.metrics = self.folder / "metrics.jsonl"
         self.states = States(self.folder / "states", config.keep)
-        self.rows = config.data.batch_size * config.accumulate  # of a step that fall to a process
+        self.rows = config.data.batch_size * config.accumulate  # of a step, per process
 
     def lock(self, held: ExitStack, listener: Listener) -> None:
-        """Keep every other run away until `held` is closed. Raises UsageError where one is there already."""
+        """Lock the folder until `held` is closed. Raises UsageError if another run holds the lock."""
         note = {
-            "process": int(os.environ.get(LAUNCHER, os.getpid())),  # the one to stop, where it has started several
+            "process": int(os.environ.get(LAUNCHER, os.getpid())),  # of several, the process to stop
             "host": platform.node(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
@@ -63,10 +63,9 @@ class RunFolder:
         except Held as other:
             raise UsageError(
                 f"another run is writing {self.weights} ({describe_holder(other.note)}) — wait until it ends, "
-                f"stop it, or "
-                "name another --out"
+                "stop it, or name another --out"
             ) from None
-        except OSError:  # nothing can be written there, by no run: the first file that is tried says why
+        except OSError:  # no run can write there: the first file reports why
             return
         held.callback(lock.release)
         if not lock.certain:
@@ -88,9 +87,9 @@ class RunFolder:
         allowed: Collection[str],
         listener: Listener,
     ) -> Claim:
-        """Make sure that a run of so many processes may write here, and find what it goes on from if that is asked for.
+        """Check that a run of so many processes may write here, and with `resume` read the state to resume from.
 
-        Raises UsageError where it may not, or is another run than the one that is here.
+        Raises UsageError if it may not, or if the folder has another run.
         """
         self._refuse_to_replace(overwrite, resume)
         self._sweep()
@@ -112,38 +111,38 @@ class RunFolder:
         return Claim(origin, state)
 
     def _sweep(self) -> None:
-        """Remove what a killed run was writing; of states, which are all called differently, by the part's own name."""
+        """Remove the temporary files of a killed run; those of states, whose names differ, by their own names."""
         for weights in (self.weights, self.best_weights):
             sweep(weights)
             sweep(weights.with_suffix(".json"))
         for folder in (self.folder, self.states.folder):
-            for part in folder.glob(".*.tmp"):
-                sweep(part.with_name(part.name[1:].rsplit(".", 2)[0]))
+            for path in folder.glob(".*.tmp"):
+                sweep(path.with_name(path.name[1:].rsplit(".", 2)[0]))
 
     def next_step(self) -> str:
-        """What to do about files that could not be written."""
+        """The next step after files could not be written."""
         states = self.states.paths()
         return "free some disk space, and " + (
             "resume from the last state with --resume" if states else "run the command again"
         )
 
     def same_rows(self, state: State) -> bool:
-        """Whether as many rows of a step were asked of each process, in whatever batches."""
+        """Whether each process has as many rows of a step as in the state, in any batches."""
         return math.prod(state.progress.get("split", ())) == self.rows
 
     def _refuse_to_replace(self, overwrite: bool, resume: bool) -> None:
         if overwrite and resume:
             raise UsageError("--overwrite starts a new run, --resume continues one — give only one of them")
         self._keep_others()
-        there = [path for path in (self.weights, *self.states.paths()) if path.exists()]
+        existing = [path for path in (self.weights, *self.states.paths()) if path.exists()]
         if resume and self.weights.exists() and not self.states.paths():
             raise UsageError(
                 f"{self.weights} exists, but {self.states.folder} has no state to resume from — "
                 "add --overwrite to replace it, or name another --out"
             )
-        if there and not overwrite and not resume:
+        if existing and not overwrite and not resume:
             raise UsageError(
-                f"{there[0]} exists from an earlier run — add --resume to continue it, --overwrite to replace it, "
+                f"{existing[0]} exists from an earlier run — add --resume to continue it, --overwrite to replace it, "
                 "or name another --out"
             )
         if not overwrite and not resume and any(read_lines(self.metrics)):

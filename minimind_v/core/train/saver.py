@@ -1,4 +1,4 @@
-"""Saving beside the training: a snapshot is taken at once, and a thread writes it to the disk."""
+"""Save during training: a snapshot is taken at once, and a thread writes it to the disk."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Snapshot:
         self._pinned: dict[str, Tensor] = {}
 
     def take(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], object]]:
-        """The copies, and what to call before they are read: a GPU may not have got to them yet.
+        """The copies, and a function that waits until a GPU has made them.
 
-        The copies of the one before are overwritten where they came from a GPU.
+        They overwrite the copies that the call before made of a GPU's tensors.
         """
         copies, ready = {}, lambda: None
         for name, tensor in tensors.items():
@@ -49,7 +49,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended."""
+    """The end of a save."""
 
     step: int
     error: BaseException | None
@@ -58,7 +58,7 @@ class Outcome:
 class Saver:
     """Saves the states and weights of a run, one at a time, each written by a thread.
 
-    Only the leading process saves, and every process has the same weights: none has to ask the others.
+    Only the leading process saves, and every process has the same weights.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Saver:
         self._outcome: Outcome | None = None
 
     def after_step(self, step: int, logged: bool, progress: Callable[[], dict[str, Any]]) -> None:
-        """Begin a save where one is due. Waits where the one before is still written."""
+        """Start a save if one is due, after the one before has ended."""
         self.report()
         if self._is_due(step, logged):
             self.report(wait=True)
@@ -95,20 +95,20 @@ class Saver:
         self.listener.saved(progress["step"])
 
     def save_best(self, step: int) -> None:
-        """Keep the weights of this step, which no validation has found better."""
+        """Keep the weights of this step, the best so far."""
         with errors_as_warnings(self.listener, step):
             tensors, config = export_tensors(self.train_step.model), self.config
             write_checkpoint(self.folder.best_weights, tensors, config.model, config.stage, self.companions)
 
     def report(self, wait: bool = False) -> None:
-        """Report how the save in the background has ended. A full disk in the night must not end the run."""
+        """Report the end of the save in the background. A full disk must not end the run."""
         ended = self.outcome(wait)
         if ended is None:
             return
         if ended.error is None:
             self.listener.saved(ended.step)
         elif isinstance(ended.error, RunError):
-            self._owed = True  # the next time there may be room
+            self._owed = True  # it is tried again
             self.listener.warning(f"step {ended.step}: {ended.error}")
         else:
             raise ended.error
@@ -122,20 +122,20 @@ class Saver:
         return due or (self._owed and logged)
 
     def _writer(self, progress: dict[str, Any]) -> Callable[[], None]:
-        """What writes the state of this moment, and the weights."""
+        """A function that writes the present state and weights."""
         model, optimiser, config = self.train_step.model, self.train_step.optimiser, self.config
         tensors, ready = self._snapshot.take(pack(named_trainable(model), optimiser))
         weights: dict[str, Tensor] | RunError
         try:
             weights = export_tensors(model)
-        except RunError as error:  # there may be a state all the same
+        except RunError as error:  # the state may be written all the same
             weights = error
 
         def write() -> None:
             ready()
             try:
                 self.folder.states.write(progress["step"], tensors, progress, self.origin)
-            finally:  # there may be room for the weights alone
+            finally:  # the weights alone may fit on the disk
                 if isinstance(weights, RunError):
                     raise weights
                 write_checkpoint(self.folder.weights, weights, config.model, config.stage, self.companions)
@@ -149,7 +149,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, write: Callable[[], object]) -> None:
-        """Begin to write what was learnt until `step`. The outcome of the save before must have been taken."""
+        """Start to write step `step`. The outcome of the save before must have been read."""
         assert self._thread is None
 
         def work() -> None:
@@ -159,12 +159,12 @@ class Saver:
             except BaseException as error:  # raised by the thread that trains
                 self._outcome = Outcome(step, error)
 
-        # The interpreter does not wait for it: a run that is stopped for the third time is not kept by a slow disk.
+        # A daemon: a third signal ends the run at once, even while a slow disk writes.
         self._thread = threading.Thread(target=work, name="save", daemon=True)
         self._thread.start()
 
     def outcome(self, wait: bool = False) -> Outcome | None:
-        """How the save that was started has ended; None where there is none or, without `wait`, where it still runs."""
+        """The end of the save; None without a save or, without `wait`, while it still runs."""
         if self._thread is None or (self.busy and not wait):
             return None
         self._thread.join()

@@ -27,12 +27,12 @@ Total = Callable[[Sequence[float]], list[float]]  # numbers of this process → 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step computed, over all processes."""
+    """The result of one step, over all processes."""
 
     loss: float  # nats per supervised token, with the auxiliary loss
     grad_norm: float  # before clipping
     correct: int  # supervised tokens that were predicted right
-    batch_losses: list[float]  # what each micro-batch of this process adds to `loss`
+    batch_losses: list[float]  # the share of each micro-batch of this process in `loss`
 
     @property
     def finite(self) -> bool:
@@ -46,7 +46,7 @@ class TrainStep:
     def __init__(
         self, config: RunConfig, model: VLM, features: FeatureCache, pad_id: int = 0, world: World = ALONE
     ) -> None:
-        """The model is on its device; what `config.freeze` says is frozen here."""
+        """The model is on its device; this applies `config.freeze`."""
         self.config, self.model, self.features, self.pad_id, self.world = config, model, features, pad_id, world
         self.trainable = freeze(model, config.freeze)
         fused = has_fused_adamw(model.device)
@@ -67,7 +67,7 @@ class TrainStep:
         if supervised:
             if result.finite:
                 self.optimiser.step()
-                # A fused step leaves the version as it was, and what is made of the weights would not be made anew.
+                # A fused step keeps the version, and caches of the weights would stay.
                 increment_version(self.trainable)
             self.optimiser.zero_grad(set_to_none=True)
         return result
@@ -76,7 +76,7 @@ class TrainStep:
         """Gradients of this process's micro-batches, averaged with those of the others in the last backward pass.
 
         Returns what each adds to the loss, and how many tokens were predicted right. A process without a micro-batch
-        takes part with a stand-in from which nothing is learnt, since all must.
+        computes an unsupervised stand-in, since all processes must take part.
         """
         device, losses = self.model.device, list[Tensor]()
         correct = torch.zeros((), device=device)
@@ -92,12 +92,12 @@ class TrainStep:
                     loss = out.loss_sum / supervised + out.aux_loss * share
                     (loss * self.world.size).backward()  # gradients of several processes are averaged
                 losses[-1] += loss.detach()
-                correct += out.hits.sum()
+                correct += out.correct.sum()
         return [float(loss) for loss in losses], int(correct)
 
 
 def encoded_pieces(batch: Batch, features: FeatureCache, device: torch.device) -> list[Batch]:
-    """A micro-batch on its device with its images encoded, cut into what the device computes together."""
+    """A micro-batch on its device with its images encoded, cut into pieces that the device computes at once."""
     moved = batch.to(device)
     encoded = replace(moved, pixel_values=None, image_features=features.features(moved), remembered=None)
     return encoded.split(CPU_POSITIONS) if device.type == "cpu" else [encoded]

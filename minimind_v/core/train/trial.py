@@ -1,4 +1,4 @@
-"""The one measurement behind all forecasts: steps over made-up batches of given sizes, by a model of random weights."""
+"""The measurement of all forecasts: steps over synthetic batches of given sizes, by a model with random weights."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PROBE = 2**22  # numbers that AdamW is measured with
 
 
 class Trial:
-    """The steps of a run by a model of its own. It draws no number from the program's random numbers."""
+    """The steps of a run by another model. It leaves the program's random numbers as they are."""
 
     def __init__(self, config: RunConfig, device: torch.device, light: bool = False) -> None:
-        """A `light` one reads no weights, and its layers of one kind are the same: all of the work, little memory."""
+        """With `light` it reads no weights, and all layers share their weights: the same work in little memory."""
         encoder = _random_encoder(config.vision_model) if light else load_encoder(config.vision_model)
         layers = config.model.num_hidden_layers
         built = replace(config.model, num_hidden_layers=min(layers, 2)) if light else config.model
@@ -57,20 +57,20 @@ class Trial:
 
     @property
     def row(self) -> int:
-        """Bytes of a row of a batch with its image and features, without what a model makes of them."""
+        """Bytes of a row of a batch with its image and features, without the model's activations."""
         return 18 * self.length + 3 * self.spec.image_size**2 + self.feature_bytes
 
     def __call__(self, rows: int) -> None:
-        """Forward and backward over the worst that can come: rows of full length, an image in each, all supervised.
+        """Forward and backward over the largest possible rows: full length, an image each, all supervised.
 
-        Raises what torch raises where memory is out.
+        Raises torch's errors if memory is full.
         """
         images = int(self.spec.tokens_per_image + 2 <= self.length)
         supervised = self.length - images * self.spec.tokens_per_image
         self.passes(self.batch([images] * rows, self.length, supervised))
 
     def batch(self, images: list[int], length: int, supervised: int) -> Batch:
-        """Rows of random tokens: at their beginning `images` of each, at their end so many supervised tokens."""
+        """Rows of random tokens: `images` of each at the beginning, so many supervised tokens at the end."""
         draw, shape = torch.Generator().manual_seed(0), (len(images), length)
         ids = torch.randint(0, self.vocab_size, shape, generator=draw)
         image_mask = torch.arange(length) < torch.tensor(images)[:, None] * self.spec.tokens_per_image
@@ -105,7 +105,7 @@ def seconds(device: torch.device, work: Callable[[], object]) -> float:
 def _random_encoder(folder: Path) -> VisionEncoder:
     """A vision encoder of the sizes in a folder's configuration, all of its layers the same random one.
 
-    Of the standard sizes where the standard folder has none: rows can be counted before an encoder is there.
+    Without one in the standard folder it has the standard sizes: rows can be counted before the download.
     """
     standard = folder == VISION_DIR
     spec, (kind, config) = read_vision_spec(folder, standard), read_tower_config(folder, standard)

@@ -21,12 +21,12 @@ Encode = Callable[[Batch], Tensor | None]  # the features of a batch's images [M
 
 
 class Validator:
-    """Measures the same rows at each call. It draws no random number: training continues as if it were not there."""
+    """Measures the same rows at each call. It draws no random number, so training stays the same."""
 
     def __init__(
         self, plan: BatchPlan, dtype: str, gather: Gather = lambda numbers: [numbers], swapped: bool = True
     ) -> None:
-        """`plan` has the held-out rows of this process; `gather` brings the sums of all processes.
+        """`plan` has the held-out rows of this process; `gather` collects the sums of all processes.
 
         Without `swapped` the rows are not measured with images of other rows.
         """
@@ -41,7 +41,7 @@ class Validator:
         sums = [0.0] * 6
         for number, batch in enumerate(self._batches):
             moved = self._encoded(model, batch, encode)
-            if model.device.type != "cpu":  # where they take a tenth of a gigabyte; a CPU's run may keep them on disk
+            if model.device.type != "cpu":  # a tenth of a gigabyte; a run on the CPU may keep them on disk
                 self._batches[number] = moved
             sums = [total + value for total, value in zip(sums, self._measure(model, moved), strict=True)]
         model.train()
@@ -76,9 +76,9 @@ class Validator:
 
 
 def _others(model: VLM, features: Tensor) -> Tensor:
-    """Images that belong elsewhere, in place of [M, P, width]: those half a batch away; grey where there is but one.
+    """Features of other images, in place of [M, P, width]: those half a batch away; a single image becomes grey.
 
-    Not always grey: a model that has only learnt the style of images has a higher loss with grey, and reads nothing.
+    Grey does not suffice: a model that knows only the style of images has a higher loss with grey as well.
     """
     if len(features) > 1:
         return features.roll(len(features) // 2, 0)

@@ -85,8 +85,7 @@ def test_mistakes_are_one_line(convert, sighted, tmp_path):
     assert "--quantize 'q9' must be one of f32" in convert("--quantize", "q9").error
     assert "use --quantize" in convert("--dtype", "float16").error
     assert (
-        "--quantize is only for --to gguf"
-        in here("convert", "--to", "pth", "--model", sighted, "--quantize", "f16").error
+        "--quantize is for --to gguf" in here("convert", "--to", "pth", "--model", sighted, "--quantize", "f16").error
     )
     assert "text-only base has no projector" in convert(model=BASE).error
     assert not (tmp_path / "gguf").exists()
@@ -103,5 +102,5 @@ def test_half_a_pair_is_told(convert, tmp_path):
     (tmp_path / "gguf" / "mmproj.gguf").unlink()
     asked = here("chat", "Hi", "--model", tmp_path / "gguf")
     assert asked.code == 1
-    assert "mmproj.gguf is missing: without it the model sees nothing" in asked.error
+    assert "mmproj.gguf is missing, so the model cannot encode images" in asked.error
     assert json.loads(here("info", tmp_path / "gguf", "--json").out)["kind"] == "gguf"

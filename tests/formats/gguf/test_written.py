@@ -16,6 +16,7 @@ from minimind_v.core.formats.gguf.file import QUANTIZATIONS, Reader
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL, MODELFILE
 from minimind_v.core.formats.gguf.write import write
 from minimind_v.core.formats.request import ExportRequest
+from minimind_v.core.formats.vision_tower import build_encoder
 from tests.cli.harness import ASSETS
 from tests.formats.gguf.graphs import File, Words, image_embeddings, language_logits
 from tests.formats.gguf.made import SIZES, TEXTS, made, random_texts
@@ -77,7 +78,7 @@ def test_token_ids_are_the_tokenizers(folder, tmp_path):
     config = SIZES["dense"].__class__(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=6400)
     loaded = made(tokenizer=folder, config=config)
     written(loaded, tmp_path)
-    theirs, again = Words(File(tmp_path / MODEL)), words.read_words(Reader(tmp_path / MODEL))
+    theirs, again = Words(File(tmp_path / MODEL)), words.read_tokenizer(Reader(tmp_path / MODEL))
     for text in (*TEXTS, *random_texts(2000)):
         ids = ours.encode(text).ids
         assert theirs.encode(text) == ids, text
@@ -111,7 +112,7 @@ def test_every_type_is_read_back_within_its_precision(name, quantize, tmp_path):
     for key, tensor in held.items():
         assert (found[key] - tensor).abs().max() <= allowed[quantize] * tensor.abs().max() * 1.02, key
     pixels = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
-    seen, again = loaded.model.vision_encoder(pixels), vision.read_encoder(eye)(pixels)
+    seen, again = loaded.model.vision_encoder(pixels), build_encoder(vision.read_stored(eye))(pixels)
     assert torch.cosine_similarity(seen, again, dim=-1).min() > (0.99 if QUANTIZATIONS[quantize] == "q8_0" else 0.9999)
 
 

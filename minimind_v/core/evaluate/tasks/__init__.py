@@ -1,4 +1,4 @@
-"""Evaluation tasks by name: which rows each takes, what the model reads of them, and how its answers score."""
+"""Evaluation tasks by name. Each chooses rows and their messages, and scores the answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact match of short answers: the share that the model would give to the letter."""
+"""Exact match of short answers: the share that the model predicts exactly."""
 
 from __future__ import annotations
 

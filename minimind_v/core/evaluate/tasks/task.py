@@ -1,4 +1,4 @@
-"""What every evaluation task has: three questions that it answers, and a mean of its scores."""
+"""The base of all evaluation tasks: it chooses rows, scores answers, and reports the mean."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Task:
 
     def __init__(self, end_id: int) -> None:
         self.end_id = end_id
-        self.scores: dict[str, list[float | None]] = {}  # of each row, by its place: one score per answer
+        self.scores: dict[str, list[float | None]] = {}  # place of the row → one score per answer
 
     def conversation(self, row: Row) -> list[dict[str, str]] | None:
         """The messages that the model reads, true answers included; None for a row that is not of this task."""
@@ -38,8 +38,8 @@ class Task:
 
     def add(self, losses: BatchLosses) -> None:
         """Score the answers of a batch."""
-        for place in losses.batch.locations:
-            self.scores[place] = []
+        for row in losses.batch.locations:
+            self.scores[row] = []
         for answer in losses.answers(self.end_id):
             self.scores[losses.batch.locations[answer.row]].append(self.score(answer))
 

@@ -12,11 +12,11 @@ NEW_TOKENS = 32
 
 
 def ask(folder: str, cases: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
-    """What the model of a folder reads, sees, thinks and says of each case."""
+    """The inputs, logits and tokens of a folder's model for each case."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     if dtype == "float64" and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the quicker ways know no fp64
+        model.set_experts_implementation("eager")  # the faster ones have no fp64
     parameters = sum(parameter.numel() for parameter in model.parameters())
     answers = [answer(model, processor, case) for case in cases]
     return {"class": type(model).__name__, "parameters": parameters, "answers": answers}
@@ -24,28 +24,27 @@ def ask(folder: str, cases: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def answer(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
-    """One case: greedily, with the logits of every token that is said."""
+    """Generate greedily for one case, with the logits of each token."""
     inputs = processor.apply_chat_template(
-        with_pictures(case["messages"], case["pictures"]), add_generation_prompt=True, tokenize=True, return_dict=True,
+        _with_pictures(case["messages"], case["pictures"]), add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     ).to(model.dtype)  # fmt: skip
-    found = model.generate(
+    generated = model.generate(
         **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, output_logits=True
     )
     return {
         "input_ids": inputs["input_ids"][0],
         "pixel_values": inputs.get("pixel_values"),
-        "logits": torch.cat(found.logits),  # [N, V]
-        "said": found.sequences[0, inputs["input_ids"].shape[1] :],  # [N]
+        "logits": torch.cat(generated.logits),  # [N, V]
+        "tokens": generated.sequences[0, inputs["input_ids"].shape[1] :],  # [N]
     }
 
 
-def with_pictures(messages: list[dict[str, Any]], pictures: list[str]) -> list[dict[str, Any]]:
-    """The messages with a picture in each part that stands for one."""
-    left = iter(pictures)
-    return [
-        said | {"content": [
-            part | {"image": Image.open(next(left))} if part["type"] == "image" else part for part in said["content"]
-        ]}
-        for said in messages
-    ]  # fmt: skip
+def _with_pictures(messages: list[dict[str, Any]], pictures: list[str]) -> list[dict[str, Any]]:
+    """The messages with an image in each item that stands for one."""
+    paths = iter(pictures)
+
+    def with_image(item: dict[str, Any]) -> dict[str, Any]:
+        return item | {"image": Image.open(next(paths))} if item["type"] == "image" else item
+
+    return [message | {"content": [with_image(item) for item in message["content"]]} for message in messages]

@@ -10,51 +10,51 @@ from PIL import Image
 
 from minimind_v.core.data.prompt import IMAGE_MARK
 
-SIZES = ((300, 200), (180, 260), (240, 240))  # width, height of the pictures
+SIZES = ((300, 200), (180, 260), (240, 240))  # width, height of the images
 
 
 @dataclass(frozen=True)
 class Case:
-    """A conversation, with `<image>` where a picture goes, and the numbers of its pictures."""
+    """A conversation with an `<image>` for each image, and the numbers of its images."""
 
     conversations: list[dict[str, str]]
-    pictures: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
 
     @property
     def standard(self) -> list[dict[str, Any]]:
-        """The conversation as messages of parts, the format that all other programs take."""
-        return [{"role": said["role"], "content": _parts(said["content"])} for said in self.conversations]
+        """The conversation as messages of items, the format of all other programs."""
+        return [{"role": message["role"], "content": _content(message["content"])} for message in self.conversations]
 
 
-def _parts(text: str) -> list[dict[str, str]]:
-    parts: list[dict[str, str]] = []
+def _content(text: str) -> list[dict[str, str]]:
+    items: list[dict[str, str]] = []
     for number, piece in enumerate(text.split(IMAGE_MARK)):
         if number:
-            parts.append({"type": "image"})
-        if piece.strip("\n"):
-            parts.append({"type": "text", "text": piece.strip("\n")})
-    return parts
+            items.append({"type": "image"})
+        if text := piece.strip("\n"):
+            items.append({"type": "text", "text": text})
+    return items
 
 
-def _said(*texts: str) -> list[dict[str, str]]:
+def _turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
 
 
 CASES = (
-    Case(_said("请描述这张图片。🙂\n<image>"), (1,)),
+    Case(_turns("请描述这张图片。🙂\n<image>"), (1,)),
     Case(
         [
             {"role": "system", "content": "Answer in one word."},
-            *_said("<image>\n<image>\nWhich is brighter?", "The second.", "<image>\nThan this? `x = a[0] @ b`"),
+            *_turns("<image>\n<image>\nWhich is brighter?", "The second.", "<image>\nThan this? `x = a[0] @ b`"),
         ],
         (2, 0, 1),
     ),
-    Case(_said("Who are you? " + "@" * 200)),
+    Case(_turns("Who are you? " + "@" * 200)),
 )
 
 
-def pictures() -> list[Image.Image]:
-    """Soft clouds of colour, always the same."""
+def images() -> list[Image.Image]:
+    """Soft clouds of colour, the same in every call."""
     rng = np.random.default_rng(0)
     clouds = [Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)) for _ in SIZES]
     return [cloud.resize(size, Image.Resampling.BICUBIC) for cloud, size in zip(clouds, SIZES, strict=True)]

@@ -7,46 +7,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.export.prove.ask_cases import ask
-from minimind_v.core.export.prove.cases import CASES, Case, pictures
+from minimind_v.core.export.prove.cases import CASES, Case, images
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.files import size_of
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.request import ExportRequest
 
-TOLERANCE = 1e-4  # of a logit in fp32; what rounding alone does is near 1e-6
+TOLERANCE = 1e-4  # of a logit in fp32; rounding alone gives about 1e-6
 
 
-def compare(order: ExportRequest, folder: Path, found: dict[str, Any]) -> Report:
-    """Compare with the source of `order` what `folder` answered (`ask_cases.ask`).
+def compare(order: ExportRequest, folder: Path, export: dict[str, Any]) -> Report:
+    """Compare the answers of `folder` (`ask_cases.ask`) with the source of `order`.
 
-    An export in another type is compared with the source's weights in that type, which must give the same; what the
-    type itself costs is told beside.
+    An export in another type is compared with the source's weights in that type, which must give the same; the report
+    also has the cost of the type itself.
     """
     loaded = order.load()
     loaded.checkpoint.tensors.clear()  # the model has them
     reader = _Reader(loaded)
     lossy = order.dtype in ("float16", "bfloat16")
-    cost = _largest(reader.think(found), found) if lossy else None
+    cost = _largest(reader.logits(export), export) if lossy else None
     if lossy:
-        for parameter in loaded.model.parameters():  # and no buffers: these no file has
+        for parameter in loaded.model.parameters():  # not buffers: no file has them
             parameter.data = parameter.to(getattr(torch, str(order.dtype))).float()
         reader = _Reader(loaded)
     report = Report()
-    report.add("opened by", f"transformers, {found['class']}, without remote code")
-    if not _compare_inputs(report, loaded, reader, found):
+    report.add("opened by", f"transformers, {export['class']}, without remote code")
+    if not _compare_inputs(report, loaded, reader, export):
         return report
-    precision, thought = "fp32", reader.think(found)
-    if _largest(thought, found) > TOLERANCE and loaded.model.config.use_moe:
-        # Two experts as good as each other: rounding chose between them, and finer numbers choose the same.
+    precision, logits = "fp32", reader.logits(export)
+    if _largest(logits, export) > TOLERANCE and loaded.model.config.use_moe:
+        # Rounding may choose between two equally good experts; in fp64 both sides choose the same.
         loaded.model.double()
-        precision, reader, found = "fp64", _Reader(loaded), ask(folder, "float64")
-        thought = reader.think(found)
-    difference = _largest(thought, found)
+        precision, reader, export = "fp64", _Reader(loaded), ask(folder, "float64")
+        logits = reader.logits(export)
+    difference = _largest(logits, export)
     report.add(
         "largest logit difference",
         f"{difference:.1e} in {precision} (allowed: {TOLERANCE:.0e})",
@@ -54,15 +55,15 @@ def compare(order: ExportRequest, folder: Path, found: dict[str, Any]) -> Report
     )
     if cost is not None:
         report.add(f"cost of {order.dtype}", f"{cost:.1e} of a logit")
-    same, count = _count_likeliest(thought, found)
+    same, count = _count_likeliest(logits, export)
     report.add("greedy tokens", f"{same} of {count} equal", same == count)
-    report.add("parameters", f"{found['parameters']:,}, vision encoder included")
+    report.add("parameters", f"{export['parameters']:,}, vision encoder included")
     report.add("size", f"{size_of(folder):,} bytes; the source has {size_of(order.model):,}")
     return report
 
 
 class _Reader:
-    """The source reads the cases: ids, pixels, and the features of these."""
+    """The source's ids, pixels and features of the cases."""
 
     @torch.inference_mode()
     def __init__(self, loaded: LoadedModel) -> None:
@@ -71,42 +72,43 @@ class _Reader:
         assert encoder is not None
         prompts = PromptEncoder(loaded.tokenizer, encoder.spec.tokens_per_image)
         self.tokens = [prompts.prompt(case.conversations) for case in CASES]
-        images = [_as_seen(picture, encoder.spec.image_size) for picture in pictures()]
-        self.pixels = [(picture.float() / 255 - encoder.mean) / encoder.std for picture in images]
+        uint8 = [_load(image, encoder.spec.image_size) for image in images()]
+        self.pixels = [(pixels.float() / 255 - encoder.mean) / encoder.std for pixels in uint8]
         features = encoder(torch.stack(self.pixels))  # [M, P, width]
-        self.features = [features[list(case.pictures)] if case.pictures else None for case in CASES]
+        self.features = [features[list(case.images)] if case.images else None for case in CASES]
 
     def pixels_of(self, case: Case) -> Tensor | None:
-        return torch.stack([self.pixels[number] for number in case.pictures]) if case.pictures else None
+        return torch.stack([self.pixels[number] for number in case.images]) if case.images else None
 
     @torch.inference_mode()
-    def think(self, found: dict[str, Any]) -> list[Tensor]:
-        """For each case the logits [N, V] before each of the N tokens that the export said."""
+    def logits(self, export: dict[str, Any]) -> list[Tensor]:
+        """For each case the logits [N, V] of the N tokens that the export generated."""
         return [
-            self._before(tokens, features, answer["said"])
-            for tokens, features, answer in zip(self.tokens, self.features, found["answers"], strict=True)
+            self._logits_of(answer["tokens"], tokens, features)
+            for tokens, features, answer in zip(self.tokens, self.features, export["answers"], strict=True)
         ]
 
-    def _before(self, tokens: Tokens, features: Tensor | None, said: Tensor) -> Tensor:
-        said_before = said[:-1].clamp(max=self.model.config.vocab_size - 1)
-        ids = torch.cat((torch.tensor(tokens.input_ids), said_before))[None]  # [1, T + N - 1]
-        mask = torch.tensor([tokens.image_mask + [False] * len(said_before)])
-        logits = self.model(ids, image_features=features, image_mask=mask, logits_to_keep=len(said)).logits
+    def _logits_of(self, answer: Tensor, tokens: Tokens, features: Tensor | None) -> Tensor:
+        earlier = answer[:-1].clamp(max=self.model.config.vocab_size - 1)
+        ids = torch.cat((torch.tensor(tokens.input_ids), earlier))[None]  # [1, T + N - 1]
+        mask = torch.tensor([tokens.image_mask + [False] * len(earlier)])
+        logits = self.model(ids, image_features=features, image_mask=mask, logits_to_keep=len(answer)).logits
         assert logits is not None
         return logits[0]
 
 
-def _as_seen(picture: Any, size: int) -> Tensor:
+def _load(image: Image, size: int) -> Tensor:
+    """The pixels of an image, as the model gets them from a picture file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    image.save(buffer, "png")
     return torch.from_numpy(load_pixels(buffer.getvalue(), "picture", size))
 
 
-def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, found: dict[str, Any]) -> bool:
-    """Whether the export reads and sees the same; only then what it says can be compared."""
+def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, export: dict[str, Any]) -> bool:
+    """Whether the export gets the same ids and pixels; only then its answers can be compared."""
     image_id, std = loaded.checkpoint.config.vocab_size, max(loaded.model.spec.std)
     same, levels = 0, 0.0
-    for case, tokens, answer in zip(CASES, reader.tokens, found["answers"], strict=True):
+    for case, tokens, answer in zip(CASES, reader.tokens, export["answers"], strict=True):
         ids = torch.tensor(tokens.input_ids).masked_fill(torch.tensor(tokens.image_mask), image_id)
         same += torch.equal(ids, answer["input_ids"])
         pixels, others = reader.pixels_of(case), answer["pixel_values"]
@@ -119,20 +121,20 @@ def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, found:
     return not report.wrong
 
 
-def _largest(thought: list[Tensor], found: dict[str, Any]) -> float:
-    """The largest difference of a logit; the image token, which we have not, has none."""
+def _largest(logits: list[Tensor], export: dict[str, Any]) -> float:
+    """The largest difference of a logit, the image token left out: the source has no logit for it."""
     return max(
         float((ours - answer["logits"][:, : ours.shape[1]]).abs().max())
-        for ours, answer in zip(thought, found["answers"], strict=True)
+        for ours, answer in zip(logits, export["answers"], strict=True)
     )
 
 
-def _count_likeliest(thought: list[Tensor], found: dict[str, Any]) -> tuple[int, int]:
-    """How many tokens that the export said are the source's choice too, up to the tolerance, and of how many."""
+def _count_likeliest(logits: list[Tensor], export: dict[str, Any]) -> tuple[int, int]:
+    """How many tokens of the export are the source's choice too, up to the tolerance, and of how many."""
     same = count = 0
-    for ours, answer in zip(thought, found["answers"], strict=True):
-        said = answer["said"]
-        chosen = ours.gather(1, said.clamp(max=ours.shape[1] - 1)[:, None])[:, 0]
+    for ours, answer in zip(logits, export["answers"], strict=True):
+        tokens = answer["tokens"]
+        chosen = ours.gather(1, tokens.clamp(max=ours.shape[1] - 1)[:, None])[:, 0]
         same += int((ours.max(-1).values - chosen <= TOLERANCE).sum())
-        count += len(said)
+        count += len(tokens)
     return same, count

@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass
 class Report:
-    """Findings by name, in words, and the names of those that are not good."""
+    """Findings by name, as text, and the names of the wrong ones."""
 
     summary: str = ""  # in place of the usual one
-    found: dict[str, str] = field(default_factory=dict)
+    findings: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # for `--json`, in place of the findings
 
-    def add(self, name: str, found: str, good: bool = True) -> None:
-        self.found[name] = found
+    def add(self, name: str, finding: str, good: bool = True) -> None:
+        self.findings[name] = finding
         if not good:
             self.wrong.append(name)

@@ -18,25 +18,25 @@ from torch import Tensor
 from minimind_v.core.data.images import to_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.errors import RunError
-from minimind_v.core.export.prove.cases import CASES, Case, pictures
+from minimind_v.core.export.prove.cases import CASES, Case, images
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.files import size_of
 from minimind_v.core.formats.gguf import language, vision
 from minimind_v.core.formats.gguf.file import QUANTIZATIONS, Reader
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL
-from minimind_v.core.formats.gguf.tokenizer import read_words
+from minimind_v.core.formats.gguf.tokenizer import read_tokenizer
 from minimind_v.core.formats.gguf.write import DEFAULT
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.request import ExportRequest
 
-# How far a number of a matrix may be off, as a share of the largest in it: half a step of the coarsest block.
+# The largest error of a number in a matrix, as a share of its largest number: half a step of the coarsest block.
 STEP = {
     "f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 220,
     "q5_1": 1 / 30, "q5_0": 1 / 15, "q4_1": 1 / 14, "q4_0": 1 / 7,
 }  # fmt: skip
-# What llama.cpp's half precision (of activations, keys, values, its table of GELU) may cost of the largest logit or
-# feature, in the median: a near tie between two experts may fall otherwise and change single answers altogether.
-# A conversion that is wrong is off by all of it. Below eight bits the answers themselves change: told, not judged.
+# The largest median error that llama.cpp's half precision (activations, keys, values, its table of GELU) may cause, as
+# a share of the largest logit or feature. A median, because a near tie between two experts may change single answers
+# completely. A wrong conversion is wrong by 1. Below eight bits the answers change: reported, not judged.
 ALLOWED = {"f32": 0.05, "f16": 0.05, "bf16": 0.2, "q8_0": 0.2}
 TEXTS = (
     "Hello, world! Don't you'll IT'S  two  spaces\n\n\ttabs 12345 3.14",
@@ -49,7 +49,7 @@ TEXTS = (
 def verify(loaded: LoadedModel, folder: Path, order: ExportRequest) -> Report:
     """Compare the files with their source: sizes, weights, token ids, logits, greedy tokens.
 
-    `loaded` is of no more use then. Raises RunError where llama.cpp is installed and does not open them at all.
+    It overwrites `loaded`. Raises RunError where llama.cpp is installed and cannot open them.
     """
     quantize, report = order.quantize or DEFAULT, Report()
     loaded.checkpoint.tensors.clear()  # the model has them
@@ -58,8 +58,8 @@ def verify(loaded: LoadedModel, folder: Path, order: ExportRequest) -> Report:
     report.add("sizes", "the same" if same else f"{config}, not {loaded.model.config}", same)
     if same:
         _compare_weights(report, loaded, folder, quantize)
-        words = read_words(Reader(folder / MODEL))
-        _compare_ids(report, loaded, [words.encode(text).ids for text in TEXTS])
+        tokenizer = read_tokenizer(Reader(folder / MODEL))
+        _compare_ids(report, loaded, [tokenizer.encode(text).ids for text in TEXTS])
     if report.wrong:
         return report
     if not _llama_is_installed():
@@ -72,42 +72,42 @@ def verify(loaded: LoadedModel, folder: Path, order: ExportRequest) -> Report:
 
 
 def _compare_weights(report: Report, loaded: LoadedModel, folder: Path, quantize: str) -> None:
-    """File after file, so that one goes out of memory before the other comes."""
+    """One file after the other, so that both are never in memory together."""
     ours, encoder = loaded.model.state_dict(), loaded.model.vision_encoder
     assert encoder is not None
     theirs = language.read_tensors(Reader(folder / MODEL), loaded.model.config)
     worst = max(_apart(ours[name], tensor) for name, tensor in theirs.items())
     del theirs
-    eye = Reader(folder / MMPROJ)
-    worst = max(worst, *(_apart(ours[name], tensor) for name, tensor in vision.read_projector(eye).items()))
+    mmproj = Reader(folder / MMPROJ)
+    worst = max(worst, *(_apart(ours[name], tensor) for name, tensor in vision.read_projector(mmproj).items()))
     report.add("weights", f"largest difference {worst:.1g} of the largest value", worst <= STEP[quantize] * 1.02)
     tower, step = vision.tower_tensors(encoder), STEP[QUANTIZATIONS[quantize]]
-    worst = max(_apart(tower[name], tensor) for name, tensor in vision.read_tower(eye))
+    worst = max(_apart(tower[name], tensor) for name, tensor in vision.read_tower(mmproj))
     report.add("vision tower", f"largest difference {worst:.1g} of the largest value", worst <= step * 1.02 + 1e-6)
 
 
-def _compare_ids(report: Report, loaded: LoadedModel, found: list[list[int]]) -> None:
-    same = sum(loaded.tokenizer.encode(text).ids == ids for text, ids in zip(TEXTS, found, strict=True))
+def _compare_ids(report: Report, loaded: LoadedModel, theirs: list[list[int]]) -> None:
+    same = sum(loaded.tokenizer.encode(text).ids == ids for text, ids in zip(TEXTS, theirs, strict=True))
     report.add("token ids", f"equal in {same} of {len(TEXTS)} texts", same == len(TEXTS))
 
 
 def _compare_read_back(report: Report, loaded: LoadedModel, folder: Path) -> None:
     report.add("opened by", "mmv's own reader (install llama-cpp-python to compare llama.cpp too)")
-    ours = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
+    ours = [_logits(loaded, case, [], _features(loaded, case)) for case in CASES]
     _take_weights(loaded, folder)
-    theirs = [_think(loaded, case, [], _features(loaded, case)) for case in CASES]
+    theirs = [_logits(loaded, case, [], _features(loaded, case)) for case in CASES]
     report.add("logits", f"largest difference {max(map(_apart, ours, theirs)):.2%} of the largest logit (measured)")
 
 
 @torch.no_grad()
 def _take_weights(loaded: LoadedModel, folder: Path) -> None:
-    """Put the files' numbers in the place of the source's: no second model is in memory."""
-    model, eye = Reader(folder / MODEL), Reader(folder / MMPROJ)
+    """Replace the source's weights by the files': no second model is in memory."""
+    model, mmproj = Reader(folder / MODEL), Reader(folder / MMPROJ)
     assert loaded.model.vision_encoder is not None
     ours, tower = loaded.model.state_dict(), loaded.model.vision_encoder.tower.state_dict()
-    for name, tensor in (language.read_tensors(model, loaded.model.config) | vision.read_projector(eye)).items():
+    for name, tensor in (language.read_tensors(model, loaded.model.config) | vision.read_projector(mmproj)).items():
         ours[name].copy_(tensor)
-    for name, tensor in vision.read_tower(eye):
+    for name, tensor in vision.read_tower(mmproj):
         tower[name].copy_(tensor)
 
 
@@ -119,11 +119,11 @@ def _llama_is_installed() -> bool:
 
 
 def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
-    """What llama.cpp answers, from a process of its own. It is shown the pixels that ours sees: it crops otherwise."""
-    for number in range(len(pictures())):
+    """The answers of llama.cpp in a separate process, to square images with our pixels: llama.cpp crops otherwise."""
+    for number in range(len(images())):
         square = _pixels(number, size).numpy().transpose(1, 2, 0)
         Image.fromarray(square).save(work / f"{number}.png")
-    cases = [{"messages": case.standard, "pictures": [f"{n}.png" for n in case.pictures]} for case in CASES]
+    cases = [{"messages": case.standard, "pictures": [f"{n}.png" for n in case.images]} for case in CASES]
     (work / "cases.json").write_text(json.dumps({"cases": cases, "texts": TEXTS}), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "minimind_v.core.export.prove.ask_llama", str(folder), str(work)],
@@ -132,38 +132,36 @@ def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise RunError(f"llama.cpp could not open the export ({reason:.300}); the export was removed")
-    with np.load(work / "answers.npz") as found:
-        return dict(found)
+    with np.load(work / "answers.npz") as answers:
+        return dict(answers)
 
 
-def _compare_llama(report: Report, loaded: LoadedModel, found: dict[str, np.ndarray], quantize: str) -> None:
+def _compare_llama(report: Report, loaded: LoadedModel, answers: dict[str, np.ndarray], quantize: str) -> None:
     report.add("opened by", f"llama.cpp ({_version()})")
-    _compare_ids(report, loaded, [found[f"text{number}"].tolist() for number in range(len(TEXTS))])
-    prompts = sum(
-        _as_asked(_encode(loaded, case)) == found[f"ids{number}"].tolist() for number, case in enumerate(CASES)
-    )
+    _compare_ids(report, loaded, [answers[f"text{number}"].tolist() for number in range(len(TEXTS))])
+    prompts = sum(_ids(_encode(loaded, case)) == answers[f"ids{number}"].tolist() for number, case in enumerate(CASES))
     report.add("prompts", f"equal in {prompts} of {len(CASES)}", prompts == len(CASES))
     if report.wrong:
         return
-    given: list[float] = []
+    projected: list[float] = []
     logits: list[float] = []
     whole: list[float] = []
     likely: list[bool] = []
     for number, case in enumerate(CASES):
-        said, theirs = found[f"said{number}"].tolist(), torch.from_numpy(found[f"logits{number}"])
-        seen = _features(loaded, case, corner=False)
-        if seen is not None:
+        tokens, theirs = answers[f"tokens{number}"].tolist(), torch.from_numpy(answers[f"logits{number}"])
+        features = _features(loaded, case, corner=False)
+        if features is not None:
             with torch.inference_mode():
-                ours = loaded.model.vision_proj(seen).flatten(0, 1)  # [M·P, hidden]
-            given += _each_apart(ours, torch.from_numpy(found[f"given{number}"]))
-        logits += _each_apart(_think(loaded, case, said, seen), theirs)
-        ours = _think(loaded, case, said, _features(loaded, case))
+                ours = loaded.model.vision_proj(features).flatten(0, 1)  # [M·P, hidden]
+            projected += _each_apart(ours, torch.from_numpy(answers[f"features{number}"]))
+        logits += _each_apart(_logits(loaded, case, tokens, features), theirs)
+        ours = _logits(loaded, case, tokens, _features(loaded, case))
         whole += _each_apart(ours, theirs)
-        likely += (ours.argmax(-1) == torch.tensor(said)).tolist()
+        likely += (ours.argmax(-1) == torch.tensor(tokens)).tolist()
     allowed = ALLOWED.get(quantize, float("inf"))
-    for name, apart in (("picture features", given), ("logits", logits)):
-        told = f"{median(apart):.2%} of the largest value: median difference; largest {max(apart):.2%}"
-        report.add(name, told, median(apart) <= allowed)
+    for name, apart in (("picture features", projected), ("logits", logits)):
+        finding = f"{median(apart):.2%} of the largest value: median difference; largest {max(apart):.2%}"
+        report.add(name, finding, median(apart) <= allowed)
     report.add("corner patch", f"missing in llama.cpp; it changes the logits by {median(whole):.2%} (median)")
     report.add("greedy tokens", f"{sum(likely)} of {len(likely)} equal to the source, which has the corner patch")
 
@@ -180,7 +178,7 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _each_apart(ours: Tensor, theirs: Tensor) -> list[float]:
-    """The same for each row [N, …]."""
+    """The largest difference in each row [N, …], as a share of the largest number of ours."""
     return ((ours - theirs).abs().amax(-1) / ours.abs().max()).tolist()
 
 
@@ -188,30 +186,31 @@ def _encode(loaded: LoadedModel, case: Case) -> Tokens:
     return PromptEncoder(loaded.tokenizer, loaded.model.spec.tokens_per_image).prompt(case.conversations)
 
 
-def _as_asked(tokens: Tokens) -> list[int]:
+def _ids(tokens: Tokens) -> list[int]:
+    """The ids, -1 for each position of an image."""
     return [-1 if patch else id for id, patch in zip(tokens.input_ids, tokens.image_mask, strict=True)]
 
 
 def _pixels(number: int, size: int) -> Tensor:
-    return torch.from_numpy(to_pixels(pictures()[number], size))
+    return torch.from_numpy(to_pixels(images()[number], size))
 
 
 @torch.inference_mode()
 def _features(loaded: LoadedModel, case: Case, corner: bool = True) -> Tensor | None:
     encoder = loaded.model.vision_encoder
     assert encoder is not None
-    if not case.pictures:
+    if not case.images:
         return None
-    pixels = torch.stack([_pixels(number, encoder.spec.image_size) for number in case.pictures])
+    pixels = torch.stack([_pixels(number, encoder.spec.image_size) for number in case.images])
     return encoder(pixels) if corner else vision.without_corner(encoder, pixels)
 
 
 @torch.inference_mode()
-def _think(loaded: LoadedModel, case: Case, said: list[int], features: Tensor | None) -> Tensor:
-    """The logits of each token said behind the prompt [N, V]; of the prompt's own without any."""
+def _logits(loaded: LoadedModel, case: Case, answer: list[int], features: Tensor | None) -> Tensor:
+    """The logits of each token of an answer [N, V]; without one, those of the prompt's tokens."""
     tokens = _encode(loaded, case)
-    ids = torch.tensor([tokens.input_ids + said])
-    mask = torch.tensor([tokens.image_mask + [False] * len(said)])
+    ids = torch.tensor([tokens.input_ids + answer])
+    mask = torch.tensor([tokens.image_mask + [False] * len(answer)])
     logits = loaded.model(ids, image_features=features, image_mask=mask).logits
     assert logits is not None
-    return logits[0, -len(said) - 1 : -1] if said else logits[0]
+    return logits[0, -len(answer) - 1 : -1] if answer else logits[0]

@@ -11,10 +11,10 @@ from minimind_v.core.formats.request import ExportRequest
 
 
 def verify(order: ExportRequest, folder: Path) -> Report:
-    """Compare `folder` with its source on fixed prompts and pictures: ids, pixels, logits, greedy tokens.
+    """Compare `folder` with its source on fixed prompts and images: ids, pixels, logits, greedy tokens.
 
-    To be called in a process of its own, which has none of our code that computes before the folder has answered; then
-    the source is loaded in the place of the folder's model. Raises RunError where the folder cannot be opened at all.
+    Call it in a separate process: the folder answers before any model code of mmv is imported; then the source replaces
+    the folder's model. Raises RunError where the folder cannot be opened.
     """
     with in_use(folder):
         answers = ask(folder)

@@ -1,6 +1,6 @@
-"""A separate process that runs functions: its memory is freed with it, and it loads only what it needs.
+"""A separate process that runs functions: its end frees its memory, and it loads only what it needs.
 
-As a program: imports the modules that it is given, then for each call on stdin puts the result or the error on stdout.
+As a program, it imports the given modules, then for each call on stdin writes the result or the error to stdout.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from minimind_v.core.extensions import load_extensions
 from minimind_v.core.processes import KILLED, Parent
 
 SETTINGS = {
-    # transformers is to say nothing, and to look nowhere but into the folders that it is given.
+    # transformers prints nothing, and reads only the given folders.
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # glibc then gives the memory of a model back when the model goes: 50 MB less where a second one follows.
+    # glibc then returns the memory of a deleted model: 50 MB less where a second one follows.
     "MALLOC_MMAP_THRESHOLD_": "1000000",
-    # Threads that wait asleep: beside other busy processes spinning ones took 80 CPU seconds for what takes 14.
+    # Threads sleep while they wait: beside other busy processes, spinning took 80 CPU seconds instead of 14.
     "OMP_WAIT_POLICY": "PASSIVE",
 }  # fmt: skip
-PARENT = "MMV_PARENT"  # in the environment of the process: the number of the one that started it
+PARENT = "MMV_PARENT"  # environment variable with the id of the parent process
 
 
 class Worker:
-    """`with Worker("a.module") as worker`: that module is being imported there at once, while we do something else."""
+    """`with Worker("a.module") as worker`: the process imports the module while this one continues."""
 
     def __init__(self, *modules: str) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 — closed with the process
@@ -50,9 +50,9 @@ class Worker:
         self.errors.close()
 
     def call(self, function: str, *args: Any) -> Any:
-        """What `function` ("a.module:name") returns there.
+        """Call `function` ("a.module:name") in the process and return its result.
 
-        Raises the MmvError that it raises, and RunError with the last words of a process that fails otherwise.
+        Raises its MmvError, or RunError with the last line on stderr of a process that fails otherwise.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -61,23 +61,23 @@ class Worker:
             self.process.stdin.flush()
             error, result = pickle.load(self.process.stdout)
         except (BrokenPipeError, EOFError):
-            raise RunError(self._last_words()) from None
+            raise RunError(self._last_line()) from None
         if error is not None:
             raise error
         return result
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         code = self.process.wait()
         self.errors.seek(0)
-        said = self.errors.read().decode(errors="replace").strip().splitlines()
-        return f"{said[-1]:.300}" if said else f"a process ended with exit code {code}"
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return f"{lines[-1]:.300}" if lines else f"a process ended with exit code {code}"
 
 
 def serve(modules: list[str]) -> None:
-    """Answer calls until there are no more, or who makes them is gone."""
+    """Answer calls until stdin or the parent process ends."""
     Parent(int(os.environ[PARENT])).end_with_it()
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # libraries print to stderr, so stdout has only answers
     load_extensions()
     for module in modules:
         importlib.import_module(module)

@@ -1,8 +1,7 @@
-"""Reading and writing one GGUF file, and its number types."""
+"""Read and write one GGUF file, and its number types."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError, nearest
 from minimind_v.core.formats.gguf.header import read_header
 
-# What the `gguf` package can write. Half of each: the type of a language model's matrices, and that of the vision
-# tower's, which is never squeezed below eight bits: it is what the model sees with, and small enough.
+# The type of the language model's matrices, as the `gguf` package can write it, and that of the vision tower's, which
+# is never below eight bits: the tower is small, and all features depend on it.
 QUANTIZATIONS = {
     "f32": "f32",
     "f16": "f16",
@@ -24,12 +23,12 @@ QUANTIZATIONS = {
     "q4_1": "q8_0",
     "q4_0": "q8_0",
 }
-MADE_BY = "minimind_v.made_by"  # the key by which a file of ours is known
+MADE_BY = "minimind_v.made_by"  # the key of files that mmv wrote
 STAGE, SOURCE = "minimind_v.stage", "minimind_v.source"
 
 
 def need_gguf() -> Any:
-    """The `gguf` package. Raises MissingInput, with the command that installs it, where it is absent."""
+    """Import the `gguf` package. Raises MissingInput, with the command that installs it, where it is absent."""
     try:
         import gguf
     except ImportError:
@@ -38,47 +37,45 @@ def need_gguf() -> Any:
 
 
 def check_quantization(name: str) -> None:
-    """Raises UsageError where `name` is no type that can be written."""
+    """Raises UsageError where `name` is not one of QUANTIZATIONS."""
     if name not in QUANTIZATIONS:
         choices = ", ".join(QUANTIZATIONS)
         raise UsageError(f"--quantize {name!r} must be one of {choices}{nearest(name, QUANTIZATIONS)}")
 
 
 class Writer:
-    """Collects keys and tensors, and writes them as one file. Numbers change their type only as they are written."""
+    """Collects keys and tensors, and writes them as one file. Numbers change their type only when they are written."""
 
     def __init__(self, path: Path, arch: str, type: str) -> None:
         self.gguf = need_gguf()
-        self.type = self.gguf.GGMLQuantizationType[type.upper()]
+        self.types = self.gguf.GGMLQuantizationType
+        self.type = self.types[type.upper()]
         self.file = self.gguf.GGUFWriter(path, arch)
         self.tensors: list[tuple[str, Tensor, Any]] = []
         self.file.add_quantization_version(self.gguf.GGML_QUANT_VERSION)
         self.file.add_file_type(self.gguf.LlamaFileType[f"{'ALL' if type == 'f32' else 'MOSTLY'}_{type.upper()}"])
 
     def matrix(self, name: str, tensor: Tensor) -> None:
-        """A tensor that is multiplied with: in the file's type, or in f16 where its rows are no whole blocks."""
+        """Add a matrix: in the file's type, or in f16 where its rows are not whole blocks."""
         block, _ = self.gguf.GGML_QUANT_SIZES[self.type]
-        self._add(name, tensor, self.type if tensor.shape[-1] % block == 0 else self.gguf.GGMLQuantizationType.F16)
+        self._add(name, tensor, self.type if tensor.shape[-1] % block == 0 else self.types.F16)
 
     def embedding(self, name: str, tensor: Tensor) -> None:
-        """The embeddings, which are the head as well: never below eight bits."""
+        """Add the embeddings, which are also the head: never below eight bits."""
         block, size = self.gguf.GGML_QUANT_SIZES[self.type]
-        small = (
-            self.gguf.GGMLQuantizationType.Q8_0 if tensor.shape[-1] % 32 == 0 else self.gguf.GGMLQuantizationType.F16
-        )
+        small = self.types.Q8_0 if tensor.shape[-1] % 32 == 0 else self.types.F16
         self._add(name, tensor, self.type if size >= block and tensor.shape[-1] % block == 0 else small)
 
     def half(self, name: str, tensor: Tensor) -> None:
-        """A tensor that llama.cpp takes as f32 or f16 only."""
-        exact = self.type == self.gguf.GGMLQuantizationType.F32
-        self._add(name, tensor, self.type if exact else self.gguf.GGMLQuantizationType.F16)
+        """Add a tensor that llama.cpp reads as f32 or f16 only."""
+        self._add(name, tensor, self.type if self.type == self.types.F32 else self.types.F16)
 
     def exact(self, name: str, tensor: Tensor) -> None:
-        """A tensor that is small, or delicate: f32 in every file."""
-        self._add(name, tensor, self.gguf.GGMLQuantizationType.F32)
+        """Add a small or delicate tensor: f32 in every file."""
+        self._add(name, tensor, self.types.F32)
 
     def _add(self, name: str, tensor: Tensor, type: Any) -> None:
-        if type == self.gguf.GGMLQuantizationType.F16 and float(tensor.abs().max()) > float(np.finfo(np.float16).max):
+        if type == self.types.F16 and float(tensor.abs().max()) > float(np.finfo(np.float16).max):
             raise WeightsError(f"{name} does not fit in f16: its values are too large — use --quantize f32 or bf16")
         self.tensors.append((name, tensor.detach(), type))
         block, size = self.gguf.GGML_QUANT_SIZES[type]
@@ -96,7 +93,7 @@ class Writer:
 
 
 class Reader:
-    """Keys and tensors of a file, as numbers again."""
+    """Reads the keys and tensors of a file, tensors as float32."""
 
     def __init__(self, path: Path) -> None:
         gguf = need_gguf()
@@ -108,39 +105,36 @@ class Reader:
         except (ValueError, OSError) as error:
             raise WeightsError(f"{path}: truncated, damaged or not a GGUF file ({error}) — convert again") from None
         self.gguf, self.path = gguf, path
-        self.keys: Mapping[str, Any] = header.keys
-        self.places = header.tensors
+        self.keys, self.entries = header.keys, header.tensors
 
     def key(self, name: str) -> Any:
-        """A value. Raises WeightsError where it is not there."""
+        """The value of a key. Raises WeightsError where it is missing."""
         if name not in self.keys:
             raise WeightsError(f"{self.path}: not written by `mmv convert --to gguf` (it has no {name})")
         return self.keys[name]
 
     def number(self, name: str, kind: type[int | float] = int) -> Any:
-        """A key's number. Raises WeightsError where there is none, or something else."""
+        """The number of a key. Raises WeightsError where it is missing, or no number of `kind`."""
         value = self.key(name)
         if type(value) not in (int, kind):
             raise WeightsError(f"{self.path}: {name} is {value!r}, not a number — convert again")
         return value
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        """A tensor of a shape as float32. Raises WeightsError where it is not there, or of another shape."""
-        place = self.places.get(name)
-        if place is None:
+        """A tensor of a shape as float32. Raises WeightsError where it is missing, or has another shape."""
+        entry = self.entries.get(name)
+        if entry is None:
             raise WeightsError(f"{self.path}: not written by `mmv convert --to gguf` (it has no tensor {name})")
-        if place.shape != shape:
-            raise WeightsError(f"{self.path}: {name} is {list(place.shape)}, not {list(shape)} — convert again")
+        if entry.shape != shape:
+            raise WeightsError(f"{self.path}: {name} is {list(entry.shape)}, not {list(shape)} — convert again")
         import torch
 
-        type = self.gguf.GGMLQuantizationType(place.type)
-        stored = np.memmap(self.path, np.uint8, "r", place.begin, (place.bytes,))
-        dtype = {"F32": np.float32, "F16": np.float16}.get(type.name)
-        data = (
-            stored.view(dtype).reshape(place.shape)
-            if dtype
-            else stored.reshape(self.gguf.quant_shape_to_byte_shape(place.shape, type))
-        )
+        type = self.gguf.GGMLQuantizationType(entry.type)
+        stored = np.memmap(self.path, np.uint8, "r", entry.begin, (entry.bytes,))
+        if dtype := {"F32": np.float32, "F16": np.float16}.get(type.name):
+            data = stored.view(dtype).reshape(entry.shape)
+        else:
+            data = stored.reshape(self.gguf.quant_shape_to_byte_shape(entry.shape, type))
         try:
             return torch.from_numpy(np.array(self.gguf.dequantize(data, type), dtype=np.float32))
         except NotImplementedError:

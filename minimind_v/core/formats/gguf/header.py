@@ -1,6 +1,6 @@
-"""The keys and tensor positions of a GGUF file; every count and length is checked against the file size.
+"""Read the keys and tensor positions of a GGUF file, and check every count and length against the file size.
 
-The reader of the `gguf` package believes them (it reads an array of 2⁴⁰ numbers in 94 bytes for ever), and makes an
+The reader of the `gguf` package does not check (it reads an array of 2⁴⁰ numbers in 94 bytes for ever), and makes an
 object for each token.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"GGUF"
-MOST_KEYS, MOST_TENSORS, MOST_ENTRIES = 10_000, 20_000, 1 << 21  # 2 million: some times the largest vocabularies
+MOST_KEYS, MOST_TENSORS, MOST_ENTRIES = 10_000, 20_000, 1 << 21  # 2 million: several of the largest vocabularies
 MOST_NAME = 1 << 16  # bytes of the name of a key or a tensor; llama.cpp allows 64 of a tensor
 MOST_DIMENSIONS, MOST_ALIGNMENT = 4, 1 << 16
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -23,33 +23,33 @@ _FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10
 
 
 @dataclass(frozen=True)
-class TensorPlace:
-    """Where a tensor is, and of which of ggml's types."""
+class TensorEntry:
+    """The position, shape and ggml type of a tensor."""
 
     name: str
-    shape: tuple[int, ...]  # as torch has it: the outermost dimension first
+    shape: tuple[int, ...]  # as in torch: the outermost dimension first
     type: int
     begin: int  # byte of the file
     bytes: int
 
     @property
     def count(self) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything before the numbers."""
+    """The part of a file before the numbers."""
 
     keys: dict[str, Any]
-    tensors: dict[str, TensorPlace]
+    tensors: dict[str, TensorEntry]
 
 
 def read_header(path: Path, type_sizes: dict[int, tuple[int, int]]) -> Header:
-    """Read the keys and the tensors' places; `type_sizes` has, for each of ggml's types, numbers and bytes of a block.
+    """Read the keys and the tensors' positions; `type_sizes` has numbers and bytes of a block of each ggml type.
 
-    Raises ValueError for what no GGUF file is, or what the file is too short for.
+    Raises ValueError for another kind of file, and for a file that is too short.
     """
     size = path.stat().st_size
     if size < 24:
@@ -65,7 +65,7 @@ def read_header(path: Path, type_sizes: dict[int, tuple[int, int]]) -> Header:
             if count > most:
                 raise ValueError(f"it has {count:,} {what}; the maximum is {most:,}")
         values = _read_keys(cursor, keys)
-        return Header(values, _read_places(cursor, tensors, _alignment(values), type_sizes))
+        return Header(values, _read_entries(cursor, tensors, _alignment(values), type_sizes))
 
 
 def _read_keys(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -85,44 +85,44 @@ def _alignment(keys: dict[str, Any]) -> int:
     return alignment
 
 
-def _read_places(
+def _read_entries(
     cursor: _Cursor, count: int, alignment: int, type_sizes: dict[int, tuple[int, int]]
-) -> dict[str, TensorPlace]:
-    entries = []
+) -> dict[str, TensorEntry]:
+    described = []
     for _ in range(count):
         name, dimensions = cursor.text(MOST_NAME), cursor.number("I")
         if dimensions > MOST_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions:,} dimensions; the maximum is {MOST_DIMENSIONS}")
         shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
-        entries.append((name, shape, cursor.number("I"), cursor.number("Q")))
+        described.append((name, shape, cursor.number("I"), cursor.number("Q")))
     begin = -(-cursor.at // alignment) * alignment
-    places: dict[str, TensorPlace] = {}
-    for name, shape, type, offset in entries:
-        if name in places:
+    entries: dict[str, TensorEntry] = {}
+    for name, shape, type, offset in described:
+        if name in entries:
             raise ValueError(f"the tensor {name} occurs twice")
         if type not in type_sizes:
             raise ValueError(f"{name} has the unknown type {type}")
         block, bytes = type_sizes[type]
         if not prod(shape) or (shape[-1:] != () and shape[-1] % block):
             raise ValueError(f"{name} has the shape {list(shape)}, not a whole number of blocks of {block}")
-        place = TensorPlace(name, shape, type, begin + offset, prod(shape) // block * bytes)
-        if place.begin + place.bytes > cursor.size:
+        entry = TensorEntry(name, shape, type, begin + offset, prod(shape) // block * bytes)
+        if entry.begin + entry.bytes > cursor.size:
             raise ValueError(f"{name} ends after the end of the file")
-        places[name] = place
-    in_order = sorted(places.values(), key=lambda place: place.begin)
+        entries[name] = entry
+    in_order = sorted(entries.values(), key=lambda entry: entry.begin)
     if overlap := next(
         (after for before, after in pairwise(in_order) if before.begin + before.bytes > after.begin), None
     ):
         raise ValueError(f"{overlap.name} overlaps another tensor")
-    return places
+    return entries
 
 
 class _Cursor:
-    """A place in a file that moves on, never behind the file's end."""
+    """A position in a file that advances, never beyond the file's end."""
 
     def __init__(self, data: mmap.mmap, size: int) -> None:
         self.data, self.size, self.at = data, size, 0
-        self.entries = MOST_ENTRIES
+        self.entries_left = MOST_ENTRIES
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
@@ -131,8 +131,7 @@ class _Cursor:
         return self.data[self.at - count : self.at]
 
     def number(self, form: str) -> Any:
-        form = f"<{form}"
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
 
     def text(self, most: int) -> str:
         length = self.number("Q")
@@ -150,10 +149,10 @@ class _Cursor:
         return self.number(_FORMS[type])
 
     def array(self) -> list[Any]:
-        """Numbers or texts; nobody writes arrays of arrays."""
+        """Numbers or texts; no program writes arrays of arrays."""
         type, count = self.number("I"), self.number("Q")
-        self.entries -= count
-        if self.entries < 0:
+        self.entries_left -= count
+        if self.entries_left < 0:
             raise ValueError(
                 f"an array of {count:,} entries at byte {self.at:,}; the maximum is {MOST_ENTRIES:,} in all"
             )

@@ -1,7 +1,7 @@
-"""The language model as GGUF: llama.cpp's tensor names, row order and keys.
+"""Write and read the language model as GGUF: llama.cpp's tensor names, row order and keys.
 
-A dense model is llama.cpp's `llama`. A mixture of experts is its `granitemoe`, whose block has the same mathematics
-(softmax, the k best, renormalised, plus an ungated shared expert), with all its multipliers 1.
+A dense model is llama.cpp's `llama`. A mixture of experts is its `granitemoe`, whose block computes the same (softmax,
+the k best, renormalised, plus an ungated shared expert) with all its multipliers 1.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from minimind_v.core.formats.gguf.file import Reader, Writer
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _MATRICES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
              "attn_output": "self_attn.o_proj"}  # fmt: skip
-# llama.cpp turns neighbours of a head together, not component i and i + half: `interleave` makes them neighbours.
+# llama.cpp rotates neighbours of a head together, not component i and i + half: `interleave` makes them neighbours.
 _TURNED = ("attn_q", "attn_k")
-_NARROW = ("attn_k", "attn_v")  # as many heads as keys and values have
+_NARROW = ("attn_k", "attn_v")  # as wide as the key-value heads
 _FORWARD = ("gate", "up", "down")
 
 
@@ -29,7 +29,7 @@ def architecture(config: TextConfig) -> str:
 
 
 def write_keys(writer: Writer, config: TextConfig) -> None:
-    """Everything that llama.cpp must know of the sizes."""
+    """Write the sizes that llama.cpp needs."""
     file = writer.file
     file.add_vocab_size(config.vocab_size)
     file.add_context_length(config.max_position_embeddings)
@@ -49,12 +49,12 @@ def write_keys(writer: Writer, config: TextConfig) -> None:
         if config.n_shared_experts:
             file.add_expert_shared_feed_forward_length(config.n_shared_experts * config.intermediate_size)
         file.add_attention_scale(config.head_dim**-0.5)
-        for one in (file.add_embedding_scale, file.add_residual_scale, file.add_logit_scale):
-            one(1.0)
+        for add_scale in (file.add_embedding_scale, file.add_residual_scale, file.add_logit_scale):
+            add_scale(1.0)
 
 
 def write_tensors(writer: Writer, config: TextConfig, tensors: dict[str, Tensor]) -> None:
-    """The tensors, given under the published names. The head is tied, so it is not written."""
+    """Write the tensors, given under the published names. The head is tied, so it is not written."""
     writer.embedding("token_embd.weight", tensors["model.embed_tokens.weight"])
     writer.exact("output_norm.weight", tensors["model.norm.weight"])
     for layer in range(config.num_hidden_layers):
@@ -77,13 +77,13 @@ def _write_forward(writer: Writer, config: TextConfig, tensors: dict[str, Tensor
         experts = [tensors[f"{ours}experts.{n}.{kind}_proj.weight"] for n in range(config.n_routed_experts)]
         writer.matrix(f"{theirs}ffn_{kind}_exps.weight", torch.stack(experts))  # [E, out, in]
         if config.n_shared_experts:
-            # Several shared experts are one, as wide as all of them: their outputs are only ever added.
-            shared = [tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] for n in range(config.n_shared_experts)]
-            writer.matrix(f"{theirs}ffn_{kind}_shexp.weight", torch.cat(shared, dim=1 if kind == "down" else 0))
+            # Several shared experts are one, as wide as all of them: their outputs are only added.
+            experts = [tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] for n in range(config.n_shared_experts)]
+            writer.matrix(f"{theirs}ffn_{kind}_shexp.weight", torch.cat(experts, dim=1 if kind == "down" else 0))
 
 
 def read_config(reader: Reader) -> TextConfig:
-    """The sizes. Raises WeightsError where the file is that of another kind of model."""
+    """Read the sizes. Raises WeightsError where the file is that of another kind of model."""
     arch = reader.key("general.architecture")
     if arch in ("qwen3", "qwen3moe"):
         raise WeightsError(f"{reader.path}: a {arch}, like {OTHER}; this version supports models of 2025")
@@ -95,13 +95,12 @@ def read_config(reader: Reader) -> TextConfig:
 
     experts = {}
     if arch == "granitemoe":
-        shared = f"{arch}.expert_shared_feed_forward_length"
+        shared_width = "expert_shared_feed_forward_length"
+        shared_inner = size(shared_width) if f"{arch}.{shared_width}" in reader.keys else 0
         experts = {
             "n_routed_experts": size("expert_count"),
             "num_experts_per_tok": size("expert_used_count"),
-            "n_shared_experts": reader.number(shared) // max(size("feed_forward_length"), 1)
-            if shared in reader.keys
-            else 0,
+            "n_shared_experts": shared_inner // max(size("feed_forward_length"), 1),
         }
     try:
         return TextConfig(
@@ -122,13 +121,13 @@ def read_config(reader: Reader) -> TextConfig:
 
 
 def _decimal(number: float) -> float:
-    """A float32 as the decimal that was meant: 1e-5, not 9.999999747378752e-06."""
+    """A float32 as the shortest decimal: 1e-5, not 9.999999747378752e-06."""
     return float(f"{number:.7g}")
 
 
 def read_tensors(reader: Reader, config: TextConfig) -> dict[str, Tensor]:
-    """The tensors under the published names, the tied head included."""
-    if "output.weight" in reader.places:
+    """Read the tensors under the published names, the tied head included."""
+    if "output.weight" in reader.entries:
         raise WeightsError(
             f"{reader.path}: has a separate head (output.weight), but the head must be tied to the embedding"
         )
@@ -148,7 +147,7 @@ def read_tensors(reader: Reader, config: TextConfig) -> dict[str, Tensor]:
 
 
 def _read_forward(reader: Reader, config: TextConfig, tensors: dict[str, Tensor], ours: str, theirs: str) -> None:
-    wide, inner, shared = config.hidden_size, config.intermediate_size, config.n_shared_experts
+    wide, inner, count = config.hidden_size, config.intermediate_size, config.n_shared_experts
     if not config.use_moe:
         for kind in _FORWARD:
             shape = (wide, inner) if kind == "down" else (inner, wide)
@@ -159,16 +158,14 @@ def _read_forward(reader: Reader, config: TextConfig, tensors: dict[str, Tensor]
         shape = (wide, inner) if kind == "down" else (inner, wide)
         for n, expert in enumerate(reader.tensor(f"{theirs}ffn_{kind}_exps.weight", config.n_routed_experts, *shape)):
             tensors[f"{ours}experts.{n}.{kind}_proj.weight"] = expert
-        if shared:
-            shape = (wide, shared * inner) if kind == "down" else (shared * inner, wide)
-            for n, expert in enumerate(
-                reader.tensor(f"{theirs}ffn_{kind}_shexp.weight", *shape).chunk(shared, dim=1 if kind == "down" else 0)
-            ):
+        if count:
+            shape, dim = ((wide, count * inner), 1) if kind == "down" else ((count * inner, wide), 0)
+            for n, expert in enumerate(reader.tensor(f"{theirs}ffn_{kind}_shexp.weight", *shape).chunk(count, dim)):
                 tensors[f"{ours}shared_experts.{n}.{kind}_proj.weight"] = expert
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of [heads · hd, D] reordered: the halves of each head, which rotate with each other, in turn."""
+    """Reorder rows of [heads · hd, D]: alternate the two halves of each head, which rotate together."""
     return weight.view(-1, 2, head_dim // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 

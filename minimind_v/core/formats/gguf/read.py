@@ -11,9 +11,8 @@ from torch import Tensor
 
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MissingInput
-from minimind_v.core.formats.gguf import language, vision
+from minimind_v.core.formats.gguf import language, tokenizer, vision
 from minimind_v.core.formats.gguf.file import MADE_BY, SOURCE, STAGE, Reader
-from minimind_v.core.formats.gguf.tokenizer import read_words
 from minimind_v.core.formats.vision_tower import StoredTower
 
 MODEL, MMPROJ, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
@@ -30,59 +29,59 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors under the published names, in fp32, and what the files tell of them: `stage` and `model`.
+    """Tensors under the published names, in fp32, and their description: `stage` and `model`.
 
     `path` is the folder or the language model in it. Raises MissingInput where one of the two files is absent,
-    WeightsError where they are not ours.
+    WeightsError where mmv did not write them.
     """
-    reader, eye = _open(path), _open_eye(path)
+    reader, mmproj = _open(path), _open_mmproj(path)
     config = language.read_config(reader)
-    tensors = language.read_tensors(reader, config) | vision.read_projector(eye)
+    tensors = language.read_tensors(reader, config) | vision.read_projector(mmproj)
     return tensors, {"stage": reader.key(STAGE), "model": asdict(config)}
 
 
 def read_vision_tower(path: Path) -> StoredTower:
-    """The vision tower beside, or in, `path`."""
-    return vision.read_stored(_open_eye(path))
+    """The vision tower in the folder `path`, or beside the file."""
+    return vision.read_stored(_open_mmproj(path))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer inside the language model's file."""
-    return read_words(_open(path))
+    return tokenizer.read_tokenizer(_open(path))
 
 
 def describe_gguf(path: Path) -> dict[str, Any]:
-    """What a file is, whoever made it: its sizes, its types, where it came from."""
+    """The sizes, types and origin of a GGUF file of any program."""
     reader = _open(path)
     arch = reader.key("general.architecture")
-    types = Counter(reader.gguf.GGMLQuantizationType(place.type).name for place in reader.places.values())
-    told = {
+    types = Counter(reader.gguf.GGMLQuantizationType(entry.type).name for entry in reader.entries.values())
+    facts = {
         "kind": "gguf",
         "file": str(reader.path),
         "architecture": arch,
         "name": reader.keys.get("general.name"),
-        "parameters": sum(place.count for place in reader.places.values()),
+        "parameters": sum(entry.count for entry in reader.entries.values()),
         "types": ", ".join(f"{count} {type}" for type, count in types.most_common()),
         "bytes": reader.path.stat().st_size,
         "stage": reader.keys.get(STAGE),
         "source": reader.keys.get(SOURCE),
         "made_by": reader.keys.get(MADE_BY),
     }
-    shown = {
+    sizes = {
         name: value for name, value in reader.keys.items()
         if name.startswith(f"{arch}.") and isinstance(value, int | float | str)
     }  # fmt: skip
-    return {name: value for name, value in (told | shown).items() if value is not None}
+    return {name: value for name, value in (facts | sizes).items() if value is not None}
 
 
 def _open(path: Path) -> Reader:
     return Reader(path / MODEL if path.is_dir() else path)
 
 
-def _open_eye(path: Path) -> Reader:
-    eye = (path if path.is_dir() else path.parent) / MMPROJ
-    if not eye.is_file():
-        raise MissingInput(f"{eye} is missing, so the model cannot encode images — put it beside {MODEL} again")
-    reader = Reader(eye)
+def _open_mmproj(path: Path) -> Reader:
+    mmproj = (path if path.is_dir() else path.parent) / MMPROJ
+    if not mmproj.is_file():
+        raise MissingInput(f"{mmproj} is missing, so the model cannot encode images — put it beside {MODEL} again")
+    reader = Reader(mmproj)
     reader.key(MADE_BY)
     return reader

@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template for llama.cpp and Ollama."""
+"""Write and read the tokenizer and the chat template for llama.cpp and Ollama."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from minimind_v.core.errors import WeightsError
 from minimind_v.core.formats.gguf.file import Reader, Writer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
-# What llama.cpp's `gpt-2` gives the same ids as: byte-level BPE that splits with GPT-2's pattern.
+# llama.cpp's `gpt-2` gives the same ids for this kind only: byte-level BPE that splits with GPT-2's pattern.
 _SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
           "byte_fallback": False, "ignore_merges": False}  # fmt: skip
 
-# The published layout. A client's list of parts is joined by newlines; a server that has put its mark for a picture
-# (`<__media…__>`) right before the words gets the newline that the model was trained with.
+# The published layout. Newlines join the items of a client's message; where a server has put its mark for an image
+# (`<__media…__>`) right before the text, the template adds the newline of training.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ '<|im_start|>system\\n" + ChatML.system_prompt + "<|im_end|>\\n' }}"
@@ -42,16 +42,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_words(writer: Writer, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Tokens, merges, the ids with a meaning, and the chat template.
+def write_tokenizer(writer: Writer, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Write tokens, merges, special ids and the chat template.
 
-    Raises WeightsError where the tokenizer is of a kind that llama.cpp would encode with other ids.
+    Raises WeightsError where llama.cpp would give other ids.
     """
-    told = json.loads(tokenizer.backend.to_str())
-    _check_kind(told)
-    tokens = {id: token for token, id in told["model"]["vocab"].items()}
+    description = json.loads(tokenizer.backend.to_str())
+    _check_kind(description)
+    tokens = {id: token for token, id in description["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, NORMAL)
-    for added in told["added_tokens"]:
+    for added in description["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     file = writer.file
@@ -59,7 +59,8 @@ def write_words(writer: Writer, tokenizer: Tokenizer, vocab_size: int) -> None:
     file.add_tokenizer_pre("gpt-2")
     file.add_token_list([tokens.get(id, f"[PAD{id}]") for id in range(vocab_size)])
     file.add_token_types([types.get(id, UNUSED) for id in range(vocab_size)])
-    file.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in told["model"]["merges"]])
+    merges = description["model"]["merges"]
+    file.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     file.add_bos_token_id(tokenizer.bos_id)
     file.add_eos_token_id(tokenizer.eos_id)
     file.add_eot_token_id(tokenizer.eos_id)
@@ -69,15 +70,15 @@ def write_words(writer: Writer, tokenizer: Tokenizer, vocab_size: int) -> None:
     file.add_chat_template(CHAT_TEMPLATE)
 
 
-def _check_kind(told: dict[str, Any]) -> None:
-    split = told.get("pre_tokenizer") or {}
+def _check_kind(description: dict[str, Any]) -> None:
+    split = description.get("pre_tokenizer") or {}
     wrong = [f"{name} is {split.get(name)!r}" for name, value in _SPLIT.items() if split.get(name) != value]
     wrong += [
-        f"{name} is {told['model'].get(name)!r}"
+        f"{name} is {description['model'].get(name)!r}"
         for name, value in _PLAIN.items()
-        if told["model"].get(name) not in (value, value and None)
+        if description["model"].get(name) not in (value, value and None)
     ]
-    if told.get("normalizer"):
+    if description.get("normalizer"):
         wrong.append("it normalises")
     if wrong:
         raise WeightsError(
@@ -86,16 +87,13 @@ def _check_kind(told: dict[str, Any]) -> None:
         )
 
 
-def read_words(reader: Reader) -> Tokenizer:
-    """The tokenizer of a file, rebuilt from nothing but what llama.cpp is told."""
+def read_tokenizer(reader: Reader) -> Tokenizer:
+    """Rebuild the tokenizer from the keys that llama.cpp reads."""
     tokens, types, merges = (_list(reader, name) for name in ("tokens", "token_type", "merges"))
     vocab = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=False)) if type != UNUSED}
     pad, bos, eos = (reader.number(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "bos", "eos"))
-    if (
-        len(types) != len(tokens)
-        or len(vocab) != sum(type != UNUSED for type in types)
-        or ChatML.placeholder not in vocab
-    ):
+    used = sum(type != UNUSED for type in types)
+    if len(types) != len(tokens) or len(vocab) != used or ChatML.placeholder not in vocab:
         raise WeightsError(f"{reader.path}: its tokens do not belong to a MiniMind tokenizer — convert again")
     if not max(pad, bos, eos) < len(tokens):
         raise WeightsError(f"{reader.path}: has {len(tokens):,} tokens, then special ones after them — convert again")
@@ -114,7 +112,7 @@ def read_words(reader: Reader) -> Tokenizer:
 
 
 def _list(reader: Reader, name: str) -> list[Any]:
-    """An array of the tokenizer's: of texts, or of the types of tokens."""
+    """An array of the tokenizer: texts, or the types of tokens."""
     values, kind = reader.key(f"tokenizer.ggml.{name}"), int if name == "token_type" else str
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
         raise WeightsError(f"{reader.path}: tokenizer.ggml.{name} is not an array of {kind.__name__} — convert again")
@@ -122,9 +120,9 @@ def _list(reader: Reader, name: str) -> list[Any]:
 
 
 def modelfile(model: str, mmproj: str) -> str:
-    """Ollama's `Modelfile` for these two files, which stand beside it.
+    """Ollama's `Modelfile` for these two files beside it.
 
-    Ollama puts a picture's mark in front of the question by itself, and nothing between the two.
+    Ollama itself puts the mark of an image directly before the question.
     """
     return f'''# ollama create minimind-v -f Modelfile
 FROM ./{model}

@@ -10,7 +10,7 @@ from minimind_v.core.files import disk_errors, write_text
 from minimind_v.core.formats.gguf import language, vision
 from minimind_v.core.formats.gguf.file import MADE_BY, QUANTIZATIONS, SOURCE, STAGE, Writer, check_quantization
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL, MODELFILE
-from minimind_v.core.formats.gguf.tokenizer import modelfile, write_words
+from minimind_v.core.formats.gguf.tokenizer import modelfile, write_tokenizer
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.request import ExportRequest, check_target
 from minimind_v.core.model.projector import PREFIX
@@ -21,7 +21,7 @@ TOWERS, PROJECTORS = (CLIP_VISION,), (LINEAR,)  # that llama.cpp can hold
 
 
 def make(order: ExportRequest, folder: Path) -> LoadedModel:
-    """Write what `order` names into an empty folder, and return what that was made of. Raises RunError for no room."""
+    """Write the model of `order` into an empty folder, and return the loaded source. Raises RunError for no room."""
     loaded = order.load()
     check_target("gguf", order.model, loaded.config, TOWERS, PROJECTORS)
     order.refuse_layout(loaded.tokenizer.layout)
@@ -34,7 +34,7 @@ def write(loaded: LoadedModel, folder: Path, order: ExportRequest) -> None:
     """Write `model.gguf`, `mmproj.gguf` and Ollama's `Modelfile` into an empty folder.
 
     `order.quantize` is the type of the language model's matrices, one of QUANTIZATIONS. Raises UsageError for another,
-    MissingInput without the `gguf` package, WeightsError for what llama.cpp has no way to compute.
+    MissingInput without the `gguf` package, WeightsError for a model that llama.cpp cannot compute.
     """
     quantize = order.quantize or DEFAULT
     check_quantization(quantize)
@@ -43,18 +43,18 @@ def write(loaded: LoadedModel, folder: Path, order: ExportRequest) -> None:
     tensors = loaded.model.state_dict()
     name = f"MiniMind-V {name_preset(config) or config.hidden_size}"
 
-    words = Writer(folder / MODEL, language.architecture(config), quantize)
-    _describe(words, "model", name, loaded)
-    language.write_keys(words, config)
-    write_words(words, loaded.tokenizer, config.vocab_size)
-    language.write_tensors(words, config, tensors)
-    words.close()
+    model = Writer(folder / MODEL, language.architecture(config), quantize)
+    _describe(model, "model", name, loaded)
+    language.write_keys(model, config)
+    write_tokenizer(model, loaded.tokenizer, config.vocab_size)
+    language.write_tensors(model, config, tensors)
+    model.close()
 
-    eye = Writer(folder / MMPROJ, "clip", QUANTIZATIONS[quantize])
-    _describe(eye, "mmproj", f"{name}: CLIP and the projector", loaded)
-    vision.write_keys(eye, encoder, config.hidden_size)
-    vision.write_tensors(eye, encoder, {key: value for key, value in tensors.items() if key.startswith(PREFIX)})
-    eye.close()
+    mmproj = Writer(folder / MMPROJ, "clip", QUANTIZATIONS[quantize])
+    _describe(mmproj, "mmproj", f"{name}: CLIP and the projector", loaded)
+    vision.write_keys(mmproj, encoder, config.hidden_size)
+    vision.write_tensors(mmproj, encoder, {key: value for key, value in tensors.items() if key.startswith(PREFIX)})
+    mmproj.close()
 
     write_text(folder / MODELFILE, modelfile(MODEL, MMPROJ))
 

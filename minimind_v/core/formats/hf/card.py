@@ -1,4 +1,4 @@
-"""The model card of an exported folder: the model, its training as far as known, and its use."""
+"""Write the model card of an exported folder: the model, its training as far as known, and its use."""
 
 from __future__ import annotations
 
@@ -85,16 +85,15 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def _training(source: ModelParts, order: ExportRequest) -> str:
-    """What the run beside the weights tells, if there is one. Files by their names only: folders travel."""
+    """The training of the run beside the weights, if there is one. Files by name only: folders move."""
     run = order.model.with_suffix("")
-    settings, last = _settings(run / "config.yaml"), _last_update(run / "metrics.jsonl")
+    settings, last = _settings(run / "config.yaml"), _last_step(run / "metrics.jsonl")
     rows: dict[str, Any] = {"stage": source.checkpoint.stage}
     for name, key in {
         "data": "data.file", "started from": "init", "vision model": "vision_model", "trained": "freeze",
         "learning rate": "lr", "seed": "seed",
     }.items():  # fmt: skip
-        value = settings.get(key)
-        if value is not None:
+        if (value := settings.get(key)) is not None:
             rows[name] = Path(value).name if isinstance(value, str) else value
     if isinstance(lr := rows.pop("learning rate", None), float):
         rows["peak learning rate"] = f"{peak(lr):.3g}"
@@ -114,7 +113,7 @@ def _settings(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _last_update(path: Path) -> dict[str, Any]:
+def _last_step(path: Path) -> dict[str, Any]:
     try:
         return next(iter(deque(read_lines(path), maxlen=1)), {})
     except OSError:

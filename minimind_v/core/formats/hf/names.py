@@ -10,7 +10,7 @@
 |                                            | `linear_2` that is the identity                    |
 | `vision_encoder.*` (never stored)          | `model.vision_tower.*`                             |
 
-A mixture of experts is GraniteMoeShared in there, below `model.language_model.layers.N.`:
+A mixture of experts becomes GraniteMoeShared, below `model.language_model.layers.N.`:
 
 | published, below `model.layers.N.mlp.`     | GraniteMoeShared                                   |
 |--------------------------------------------|----------------------------------------------------|
@@ -40,7 +40,7 @@ OUR_PROJECTOR = "vision_proj.vision_proj.0."
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-# transformers itself saves older names than those of its modules, and reads both.
+# transformers saves older names than those of its modules, and reads both.
 _OLDER = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.(model\.)?"), TEXT),
@@ -54,7 +54,7 @@ _OLDER = (
 
 
 def module_name(name: str) -> str:
-    """The name that a tensor has in transformers' module, of whichever name it was saved under."""
+    """The name of a tensor in transformers' module, from any name that it was saved under."""
     for pattern, new in _OLDER:
         name = pattern.sub(new, name)
     return name
@@ -74,20 +74,19 @@ def published_shapes(config: TextConfig) -> dict[str, torch.Size]:
         blocks = [f"mlp.experts.{number}." for number in range(config.n_routed_experts)]
         blocks += [f"mlp.shared_experts.{number}." for number in range(config.n_shared_experts)]
     layer |= {block + name: shape for block in blocks for name, shape in forward.items()}
-    found = {
-        f"model.layers.{n}.{name}": shape for n in range(config.num_hidden_layers) for name, shape in layer.items()
-    }
-    found |= {"model.embed_tokens": (config.vocab_size, wide), "model.norm": (wide,)}
-    found |= {"lm_head": (config.vocab_size, wide)}
-    return {f"{name}.weight": torch.Size(shape) for name, shape in found.items()}
+    layers = range(config.num_hidden_layers)
+    shapes = {f"model.layers.{n}.{name}": shape for n in layers for name, shape in layer.items()}
+    embedding = (config.vocab_size, wide)
+    shapes |= {"model.embed_tokens": embedding, "model.norm": (wide,), "lm_head": embedding}
+    return {f"{name}.weight": torch.Size(shape) for name, shape in shapes.items()}
 
 
 def to_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
-    """Published tensors → the text model and the projector of a LLaVA, in the types that they have."""
+    """Published tensors → the text model and the projector of a LLaVA, in their own types."""
     named = {name: tensor for name, tensor in tensors.items() if name != HEAD}
     embedding = named.pop(f"model.{EMBEDDING}")  # [V, D]
-    weight, bias = (named.pop(OUR_PROJECTOR + part) for part in ("weight", "bias"))
-    found = {
+    weight, bias = (named.pop(OUR_PROJECTOR + kind) for kind in ("weight", "bias"))
+    llava = {
         TEXT + EMBEDDING: torch.cat((embedding, embedding.new_zeros(1, embedding.shape[1]))),  # [V + 1, D]
         f"{PROJECTOR}linear_1.weight": weight,
         f"{PROJECTOR}linear_1.bias": bias,
@@ -96,15 +95,15 @@ def to_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Ten
     }
     if config.use_moe:
         for layer in range(config.num_hidden_layers):
-            found |= _stack_experts(named, layer, config)
-    return found | {TEXT + name.removeprefix("model."): tensor for name, tensor in named.items()}
+            llava |= _stack_experts(named, layer, config)
+    return llava | {TEXT + name.removeprefix("model."): tensor for name, tensor in named.items()}
 
 
 def from_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
-    """The way back: a LLaVA's text model and projector under the published names.
+    """A LLaVA's text model and projector → published tensors.
 
-    Rows of the embedding behind the vocabulary (the image token's) fall away; a second layer of the projector that has
-    been trained is multiplied into the first. Raises KeyError for what is missing, ValueError for another shape.
+    Rows of the embedding after the vocabulary (the image token's) are dropped; a trained second layer of the projector
+    is multiplied into the first. Raises KeyError for a missing tensor, ValueError for another shape.
     """
     named = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
     if TEXT + EMBEDDING not in named:  # tied: saved under the other name
@@ -112,16 +111,16 @@ def from_llava(tensors: Mapping[str, Tensor], config: TextConfig) -> dict[str, T
     embedding = named.pop(TEXT + EMBEDDING)[: config.vocab_size]  # [V, D]
     if not torch.equal(embedding, tensors.get(HEAD, embedding)[: config.vocab_size]):
         raise ValueError(f"{HEAD} and {TEXT}{EMBEDDING} differ, but they must be equal")
-    found = {f"model.{EMBEDDING}": embedding, HEAD: embedding}
+    published = {f"model.{EMBEDDING}": embedding, HEAD: embedding}
     if config.use_moe:
         for layer in range(config.num_hidden_layers):
-            found |= _unstack_experts(named, layer, config)
-    found |= {f"model.{name.removeprefix(TEXT)}": tensor for name, tensor in named.items()}
-    return found | _fold_projector(tensors, config.hidden_size)
+            published |= _unstack_experts(named, layer, config)
+    published |= {f"model.{name.removeprefix(TEXT)}": tensor for name, tensor in named.items()}
+    return published | _fold_projector(tensors, config.hidden_size)
 
 
 def _fold_projector(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """Two linear layers without anything between them are one."""
+    """Two linear layers with nothing between them are one."""
     first, bias, second, shift = (
         tensors[f"{PROJECTOR}{name}"]
         for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
@@ -136,14 +135,14 @@ def _fold_projector(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tens
 
 
 def _stack_experts(named: dict[str, Tensor], layer: int, config: TextConfig) -> dict[str, Tensor]:
-    """Take the experts of a layer out of `named`, and give them as GraniteMoeShared has them."""
+    """Remove the experts of a layer from `named` and return them as GraniteMoeShared has them."""
     ours, theirs = f"model.layers.{layer}.mlp.", f"{TEXT}layers.{layer}."
 
-    def take(kind: str, count: int, part: str) -> list[Tensor]:
-        return [named.pop(f"{ours}{kind}.{number}.{part}_proj.weight") for number in range(count)]
+    def take(kind: str, count: int, matrix: str) -> list[Tensor]:
+        return [named.pop(f"{ours}{kind}.{number}.{matrix}_proj.weight") for number in range(count)]
 
-    gate, up, down = (take("experts", config.n_routed_experts, part) for part in ("gate", "up", "down"))
-    found = {
+    gate, up, down = (take("experts", config.n_routed_experts, matrix) for matrix in ("gate", "up", "down"))
+    stacked = {
         f"{theirs}block_sparse_moe.router.weight": named.pop(f"{ours}gate.weight"),
         f"{theirs}block_sparse_moe.experts.gate_up_proj": torch.stack(
             [torch.cat(pair) for pair in zip(gate, up, strict=True)]
@@ -151,29 +150,30 @@ def _stack_experts(named: dict[str, Tensor], layer: int, config: TextConfig) -> 
         f"{theirs}block_sparse_moe.experts.down_proj": torch.stack(down),  # [E, D, I]
     }
     if config.n_shared_experts:
-        gate, up, down = (take("shared_experts", config.n_shared_experts, part) for part in ("gate", "up", "down"))
-        found[f"{theirs}shared_mlp.input_linear.weight"] = torch.cat((*gate, *up))  # [2SI, D]
-        found[f"{theirs}shared_mlp.output_linear.weight"] = torch.cat(down, dim=1)  # [D, SI]
-    return found
+        gate, up, down = (take("shared_experts", config.n_shared_experts, matrix) for matrix in ("gate", "up", "down"))
+        stacked[f"{theirs}shared_mlp.input_linear.weight"] = torch.cat((*gate, *up))  # [2SI, D]
+        stacked[f"{theirs}shared_mlp.output_linear.weight"] = torch.cat(down, dim=1)  # [D, SI]
+    return stacked
 
 
 def _unstack_experts(named: dict[str, Tensor], layer: int, config: TextConfig) -> dict[str, Tensor]:
-    """Take the experts of a layer out of `named`, and give them under their published names."""
+    """Remove the experts of a layer from `named` and return them under their published names."""
     ours, theirs = f"model.layers.{layer}.mlp.", f"{TEXT}layers.{layer}."
-    found = {f"{ours}gate.weight": named.pop(f"{theirs}block_sparse_moe.router.weight")}
+    published = {f"{ours}gate.weight": named.pop(f"{theirs}block_sparse_moe.router.weight")}
 
-    def give(kind: str, part: str, each: Sequence[Tensor] | Tensor) -> None:
+    def give(kind: str, matrix: str, each: Sequence[Tensor] | Tensor) -> None:
         if len(each) != (config.n_routed_experts if kind == "experts" else config.n_shared_experts):
             raise ValueError(f"layer {layer} has {len(each)} {kind}")
-        found.update({f"{ours}{kind}.{n}.{part}_proj.weight": tensor.contiguous() for n, tensor in enumerate(each)})
+        for n, tensor in enumerate(each):
+            published[f"{ours}{kind}.{n}.{matrix}_proj.weight"] = tensor.contiguous()
 
     gate, up = named.pop(f"{theirs}block_sparse_moe.experts.gate_up_proj").chunk(2, dim=1)  # [E, I, D]
     give("experts", "gate", gate)
     give("experts", "up", up)
     give("experts", "down", named.pop(f"{theirs}block_sparse_moe.experts.down_proj"))
-    if shared := config.n_shared_experts:
+    if count := config.n_shared_experts:
         gate, up = named.pop(f"{theirs}shared_mlp.input_linear.weight").chunk(2)  # [SI, D]
-        give("shared_experts", "gate", gate.chunk(shared))
-        give("shared_experts", "up", up.chunk(shared))
-        give("shared_experts", "down", named.pop(f"{theirs}shared_mlp.output_linear.weight").chunk(shared, dim=1))
-    return found
+        give("shared_experts", "gate", gate.chunk(count))
+        give("shared_experts", "up", up.chunk(count))
+        give("shared_experts", "down", named.pop(f"{theirs}shared_mlp.output_linear.weight").chunk(count, dim=1))
+    return published

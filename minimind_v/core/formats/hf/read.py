@@ -1,8 +1,8 @@
-"""Read transformers folders as weights with the published names; no code from the folder is run.
+"""Read transformers folders as weights with the published names, without running code from the folder.
 
-Two kinds: a LLaVA without custom code, as `mmv convert --to hf` writes it and as transformers saves it after further
-training; and the published layout, whose `config.json` names custom code (`auto_map`) and whose tensors have the
-published names. Weights may be one file or shards with an index.
+Two kinds: a LLaVA without custom code, as `mmv convert --to hf` and transformers save it; and the published layout,
+whose `config.json` names custom code (`auto_map`) and whose tensors have the published names. Weights are one file, or
+shards with an index.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minimind_v.core.wording import plural
 META = "minimind_v"  # the key of our description in a safetensors header
 VISION = "vision_encoder."
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be split, with `….index.json` beside
-# What older versions of the published configuration call them.
+# Names in older versions of the published configuration.
 _OLD_NAMES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -39,15 +39,14 @@ _OLD_NAMES = {
 
 
 def is_llava(folder: Path) -> bool:
-    """Whether a folder is a LLaVA, and so has a vision tower and a tokenizer of its own."""
-    path = folder / "config.json"
-    return (read_json(path) or {}).get("model_type") == "llava"
+    """Whether a folder is a LLaVA, which has its own vision tower and tokenizer."""
+    return (read_json(folder / "config.json") or {}).get("model_type") == "llava"
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors under the published names, and what the folder tells of them: `stage`, where it does, and `model`.
+    """Tensors under the published names, and their description: `model`, and `stage` where the folder names it.
 
-    Raises WeightsError with the next step where the folder is something else, or lacks a part.
+    Raises WeightsError with the next step where the folder is of another kind, or lacks a file.
     """
     files = weight_files(folder)
     config = read_json(folder / "config.json")
@@ -55,9 +54,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise WeightsError(f"{folder / 'config.json'} is missing — download the folder again")
     if is_llava(folder):
         return _read_llava(folder, files, config)
-    tensors, _ = _read_all(files, ())
-    known = {_OLD_NAMES.get(name, name): value for name, value in config.items() if value is not None}
-    return tensors, {"model": known}
+    sizes = {_OLD_NAMES.get(name, name): value for name, value in config.items() if value is not None}
+    return _read_all(files, ())[0], {"model": sizes}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -70,8 +68,8 @@ def weight_files(folder: Path) -> list[Path]:
             shards = (read_json(index) or {}).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise WeightsError(f"{index}: names no files — download the folder again")
-            if elsewhere := [shard for shard in shards.values() if not _is_name(shard)]:
-                raise WeightsError(f"{index}: {elsewhere[0]!r} is not a file in the folder — download the folder again")
+            if outside := [shard for shard in shards.values() if not _is_name(shard)]:
+                raise WeightsError(f"{index}: {outside[0]!r} is not a file in the folder — download the folder again")
             files = [folder / shard for shard in sorted(set(shards.values()))]
             for file in files:
                 if not file.is_file():
@@ -85,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a text names a file in a folder, and none outside of it."""
+    """Whether a text is the name of a file in a folder, not a path that leaves it."""
     return bool(text) and text not in (".", "..") and not set(text) & set("/\\\0:")
 
 
@@ -93,9 +91,9 @@ def _read_all(files: list[Path], without: tuple[str, ...]) -> tuple[dict[str, Te
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        found, told = read_tensors(file, without)
-        tensors |= found
-        metadata |= told
+        shard, description = read_tensors(file, without)
+        tensors |= shard
+        metadata |= description
     return tensors, metadata
 
 
@@ -106,7 +104,7 @@ def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tupl
     try:
         model = _text_sizes(config)
         _refuse_lost_tokens(folder, tensors, model["vocab_size"])
-        return from_llava(tensors, TextConfig(**model)), {"stage": _told_stage(metadata), "model": model}
+        return from_llava(tensors, TextConfig(**model)), {"stage": _stage_of(metadata), "model": model}
     except KeyError as error:
         raise WeightsError(f"{folder}: {error.args[0]} is missing — convert or download it again") from None
     except (UsageError, ValueError, TypeError, IndexError, RuntimeError) as error:
@@ -114,9 +112,9 @@ def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tupl
 
 
 def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int) -> None:
-    """Raises WeightsError where tokens were added behind the image token: only rows before it can be kept.
+    """Raises WeightsError where tokens were added after the image token: only the rows before it are kept.
 
-    Rows that no token of the folder's tokenizer has are padding.
+    Rows without a token in the folder's tokenizer are padding.
     """
     rows = max((len(tensors[name]) for name in (TEXT + EMBEDDING, HEAD) if name in tensors), default=0)
     if rows <= vocab_size + 1 or not (folder / "tokenizer.json").is_file():
@@ -124,17 +122,16 @@ def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size:
     ids = Tokenizer.load(folder).backend.get_vocab()
     if added := sorted(token for token, id in ids.items() if id >= vocab_size):
         raise WeightsError(
-            f"{folder}: {plural(len(added), 'token')} ({', '.join(added[:3])}) were added after the image "
-            f"token: their rows "
-            f"of the embedding would be lost — train with a tokenizer that contains them and with "
+            f"{folder}: {plural(len(added), 'token')} ({', '.join(added[:3])}) were added after the image token: "
+            f"their rows of the embedding would be lost — train with a tokenizer that contains them and with "
             f"--set model.vocab_size={vocab_size + len(added)}, then convert"
         )
 
 
 def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
-    """Only what computes the same as a published checkpoint can become one."""
+    """Raises WeightsError for a LLaVA that computes otherwise than a published checkpoint."""
     text = object_in(config, "text_config")
-    wanted = {
+    conditions = {
         "projector_hidden_act": config.get("projector_hidden_act", "gelu") == "linear",
         "vision_feature_layer": config.get("vision_feature_layer", -2) == -1,
         "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default") == "default",
@@ -145,7 +142,7 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
         "tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         "vision_config.model_type": object_in(config, "vision_config").get("model_type") == "clip_vision_model",
     }
-    if wrong := [name for name, right in wanted.items() if not right]:
+    if wrong := [name for name, holds in conditions.items() if not holds]:
         raise WeightsError(
             f"{folder}: a LLaVA model of another kind (different {', '.join(wrong)}); "
             f"mmv reads only the folders that `mmv convert --to hf` writes"
@@ -153,26 +150,26 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _text_sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """What a LLaVA's configuration tells, in the words of TextConfig."""
+    """The sizes in a LLaVA's configuration, by the names of TextConfig."""
     text = object_in(config, "text_config")
     rope = object_in(text, "rope_parameters")
-    told = {name: text[name] for name in TextConfig.__dataclass_fields__ if text.get(name) is not None}
-    told |= {
+    sizes = {name: text[name] for name in TextConfig.__dataclass_fields__ if text.get(name) is not None}
+    sizes |= {
         "rope_theta": rope.get("rope_theta", text.get("rope_theta", 10000.0)),
-        # The vocabulary ends where the image token begins; whoever trains further may pad it behind.
+        # The image token ends the vocabulary; further training may add padding after it.
         "vocab_size": config.get("image_token_id", config.get("image_token_index")),
     }
     if text.get("model_type") == "granitemoeshared":
-        told |= {
+        sizes |= {
             "use_moe": True,
             "n_routed_experts": text.get("num_local_experts"),
             "aux_loss_alpha": text.get("router_aux_loss_coef", TextConfig.aux_loss_alpha),
             "n_shared_experts": (text.get("shared_intermediate_size") or 0) // max(text.get("intermediate_size", 1), 1),
         }
-    return told
+    return sizes
 
 
-def _told_stage(metadata: dict[str, str]) -> str | None:
+def _stage_of(metadata: dict[str, str]) -> str | None:
     try:
         return json.loads(metadata[META])["stage"]
     except (KeyError, ValueError, TypeError):

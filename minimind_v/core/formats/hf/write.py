@@ -1,14 +1,14 @@
 """Write a folder that stock transformers loads: a LLaVA model, its processor, tokenizer and chat template.
 
-A dense model is a Llama in there, a mixture of experts a GraniteMoeShared; both compute exactly what ours does. The
-image token is a new one behind the vocabulary, so that nothing a user writes can be taken for a picture.
+A dense model becomes a Llama, a mixture of experts a GraniteMoeShared; both compute exactly the same as ours. The image
+token is a new one after the vocabulary, so that no text of a user stands for an image.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ BICUBIC = 3  # Pillow's number
 
 
 def make(order: ExportRequest, folder: Path) -> ExportFacts:
-    """Write what `order` names into an empty folder. Raises as `read_model_parts` and `write`, RunError for no room."""
+    """Write a request into an empty folder. Raises as `read_model_parts` and `write`, RunError for no room."""
     with in_use(folder):
         source = read_model_parts(order.model, order.vision_model, order.tokenizer)
         check_target("hf", order.model, source.config, TOWERS, PROJECTORS)
@@ -43,7 +43,7 @@ def make(order: ExportRequest, folder: Path) -> ExportFacts:
 
 
 def write(source: ModelParts, folder: Path, order: ExportRequest) -> None:
-    """Write a model into an empty folder. No `order.dtype`: as stored, and to be run in fp32 as it is here.
+    """Write a model into an empty folder. No `order.dtype`: weights as stored, to run in fp32.
 
     Raises RunError where a weight does not fit in the type.
     """
@@ -57,34 +57,39 @@ def write(source: ModelParts, folder: Path, order: ExportRequest) -> None:
         folder / "model.safetensors",
         metadata={"format": "pt", META: describe(config, source.checkpoint.stage)},
     )
-    written = {
+    contents = {
         "config.json": _model_config(config, source.tower, source.tokenizer, dtype or "float32"),
-        "generation_config.json": _generation_config(config, source.tokenizer),
+        "generation_config.json": _special_ids(source.tokenizer)
+        | {
+            "suppress_tokens": [config.vocab_size],
+            "max_new_tokens": 512,  # the image token is never generated
+        },
         "processor_config.json": _processor_config(spec),
         "preprocessor_config.json": _image_processor_config(spec),
         "tokenizer_config.json": _tokenizer_config(config, source.tokenizer),
     }
-    for name, value in written.items():
-        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    words = with_image_token(source.tokenizer.backend.to_str(), config.vocab_size)
-    (folder / "tokenizer.json").write_text(words, encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    files = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in contents.items()}
+    files["tokenizer.json"] = with_image_token(source.tokenizer.backend.to_str(), config.vocab_size)
+    files["chat_template.jinja"] = chat_template()
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     write_card(folder, source, order)
 
 
 def chat_template() -> str:
-    """The jinja text that writes standard messages as the model was trained to read them."""
-    return files("minimind_v.core.formats.hf").joinpath("assets", "chat_template.jinja").read_text(encoding="utf-8")
+    """The jinja template that writes standard messages in the layout of training."""
+    folder = resources.files("minimind_v.core.formats.hf")
+    return folder.joinpath("assets", "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def _halved(tensor: Tensor) -> Tensor:
-    """A tensor of the vision tower, in half precision where that loses nothing: most of CLIP was published so."""
+    """A tensor of the vision tower, in half precision where that is exact: most of CLIP was published so."""
     half = tensor.half()
     return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
 def _model_config(config: TextConfig, tower: StoredTower, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    ids = _special_ids(tokenizer)
     text = {
         "model_type": "granitemoeshared" if config.use_moe else "llama",
         "vocab_size": config.vocab_size + 1,  # and the image token
@@ -98,7 +103,7 @@ def _model_config(config: TextConfig, tower: StoredTower, tokenizer: Tokenizer, 
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # where readers older than transformers 5 look for it
+        "rope_theta": config.rope_theta,  # for readers older than transformers 5
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
@@ -134,14 +139,8 @@ def _model_config(config: TextConfig, tower: StoredTower, tokenizer: Tokenizer, 
     }
 
 
-def _generation_config(config: TextConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-        "suppress_tokens": [config.vocab_size],  # a picture is read, never said
-        "max_new_tokens": 512,
-    }
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
 def _image_processor_config(spec: VisionSpec) -> dict[str, Any]:
@@ -172,9 +171,7 @@ def _processor_config(spec: VisionSpec) -> dict[str, Any]:
 
 
 def _tokenizer_config(config: TextConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    pad, bos, eos = (tokenizer.backend.id_to_token(number) for number in (
-        tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id,
-    ))  # fmt: skip
+    bos, eos, pad = map(tokenizer.backend.id_to_token, _special_ids(tokenizer).values())
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "LlavaProcessor",
@@ -185,6 +182,6 @@ def _tokenizer_config(config: TextConfig, tokenizer: Tokenizer) -> dict[str, Any
         "image_token": IMAGE_TOKEN,
         "extra_special_tokens": {"image_token": IMAGE_TOKEN},
         "model_max_length": config.max_position_embeddings,
-        "padding_side": "left",  # of prompts that are answered together
+        "padding_side": "left",  # of prompts in one batch
         "clean_up_tokenization_spaces": False,
     }

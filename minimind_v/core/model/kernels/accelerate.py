@@ -1,7 +1,7 @@
-"""The one place where the plain model gets the parts that are faster on a device.
+"""Replace the modules of the plain model by faster ones for a device.
 
-A module becomes one of a subclass that computes the same: its parameters, names, hooks and copies stay what they are,
-and a kernel that does not fit (a Linear that was wrapped, another type of numbers, no gradient) calls the plain code.
+A module becomes one of a subclass that computes the same: its parameters, names, hooks and copies stay, and a kernel
+that does not apply (a wrapped Linear, another dtype, no gradient) calls the plain code.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FAST: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
     "cuda": {MoEFeedForward: GroupedExperts},
     "mps": {Attention: AppleAttention, RMSNorm: AppleRMSNorm, ClipAttention: AppleClipAttention},
 }
-_PLAIN = {fast: slow for parts in FAST.values() for slow, fast in parts.items()}
+_PLAIN = {fast: slow for modules in FAST.values() for slow, fast in modules.items()}
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def accelerate(model: Module, device: torch.device) -> Module:
-    """Put the fast parts of a device on a model that is there; returns the model. Subclasses of others stay plain."""
+    """Make the modules of a model on this device fast; returns the model. Subclasses of other packages stay plain."""
     plain(model)
     _replace(model, FAST.get(device.type, {}))
     return model
@@ -47,7 +47,7 @@ def plain(model: Module) -> Module:
 
 
 def attention_for(device: torch.device) -> Callable[..., Tensor]:
-    """`ops.attention`, or what computes the same on this device."""
+    """`ops.attention`, or the same function for this device."""
     return apple.attention if device.type == "mps" else ops.attention
 
 

@@ -1,6 +1,6 @@
 """Attention and norms by their formulas, for Apple's GPU (MPS), where no kernel was measured.
 
-Nobody has run them there yet: they keep to products, sums and softmax, on which every model depends. Attention in one
+They have not run there yet: they keep to products, sums and softmax, on which every model depends. Attention in one
 call is reported to fail in releases of torch that `mmv` runs with: is_causal in bf16 lets tokens attend to later ones,
 queries that are not contiguous give wrong numbers, grouped heads end the process. The tests compare it on the CPU.
 """

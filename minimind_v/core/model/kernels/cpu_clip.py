@@ -18,7 +18,7 @@ QUICK = 1.702  # of quick_gelu(x) = x · sigmoid(1.702 x)
 class CpuClipVision(ClipVision):
     """ClipVision by packed weights, in fp32 and with CLIP's own activation; otherwise as ClipVision computes.
 
-    Images go alone, so that what lies between two products stays in the cache of the CPU.
+    It computes one image at a time, so that intermediate tensors stay in the cache of the CPU.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ _PACKED: WeakKeyDictionary[nn.Module, tuple[object, PackedLayers]] = WeakKeyDict
 
 
 def packed_layers(tower: ClipVision, images: Tensor) -> PackedLayers | None:
-    """The layers by packed weights, as these are now; None where something else must be computed."""
+    """The layers by packed weights, at their present values; None if the plain code must run."""
     weights = list(tower.encoder.parameters())
     exact = images.dtype == weights[0].dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not exact or images.device.type != "cpu" or tower.config.hidden_act != "quick_gelu":
@@ -82,6 +82,6 @@ def packed_layers(tower: ClipVision, images: Tensor) -> PackedLayers | None:
     packed = _PACKED.get(tower)
     if packed is None or packed[0] != state:
         packed = _PACKED[tower] = state, PackedLayers(tower)
-        for weight in weights:  # the system need not keep them in memory twice
+        for weight in weights:  # so that they are not in memory twice
             page_out(weight)
     return packed[1]

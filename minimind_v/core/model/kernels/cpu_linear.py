@@ -20,11 +20,11 @@ Product = Callable[[Tensor], Tensor]
 def product(weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> Product:
     """x [N, in] → x weightᵀ + bias [N, out], for a weight that stays. Right for any N, laid out for about `rows`.
 
-    A library for matrix products copies a weight into an order of its own before it multiplies. That is done once here,
-    in fp32 on a CPU, by the library that was measured to be the fastest:
+    A library for matrix products copies a weight into its own order before it multiplies. Here this happens once, in
+    fp32 on a CPU, by the library that was measured to be the fastest:
 
-    - few rows: what a token costs is reading the weights. Where all of them are numbers of half precision, as published
-      ones are, FBGEMM keeps and reads 2 bytes of each, and multiplies and adds in fp32: nothing is rounded.
+    - few rows: a token costs the time to read the weights. If all are half-precision numbers, as published ones are,
+      FBGEMM reads 2 bytes of each, and multiplies and adds in fp32: nothing is rounded.
     - else MKL for CPUs with AVX-512, where it was a tenth faster than oneDNN; without it oneDNN was.
     """
     weight = weight.detach()
@@ -47,10 +47,7 @@ def product(weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> Prod
 
 
 def page_out(weight: Tensor) -> None:
-    """Tell the system that a weight will hardly be read again: one that is mapped from a file need not stay in memory.
-
-    Changes nothing but that, and does nothing where the system is not Linux.
-    """
+    """Let Linux drop a weight from memory that will hardly be read again, if it is mapped from a file."""
     if sys.platform == "linux":
         begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = weight.data_ptr() + weight.nbytes
@@ -59,5 +56,5 @@ def page_out(weight: Tensor) -> None:
 
 
 def state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Differs when a tensor is another one, or has been written to."""
+    """A value that differs after a tensor was replaced or written to."""
     return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

@@ -22,7 +22,7 @@ from minimind_v.core.model.feed_forward import FeedForward
 from minimind_v.core.model.kernels.untouched import exactly_linear
 
 BLOCK = 96  # queries that attend together; 64 and 128 take as long
-WEIGHTS_KEPT = 768  # tokens of a row up to which its attention is kept: of 1,200 there is no gain any more
+WEIGHTS_KEPT = 768  # tokens of a row up to which its attention is kept: at 1,200 there is no gain
 
 
 def in_training(x: Tensor, *linears: nn.Module) -> bool:
@@ -86,7 +86,7 @@ class _RmsNorm(Function):
             dweight = (dy * x).mul_(inverse).flatten(0, -2).sum(dim=0)
         if ctx.needs_input_grad[0]:
             dx = dy * weight
-            along = (dx * x).sum(dim=-1, keepdim=True)  # what of it would only change the length of x
+            along = (dx * x).sum(dim=-1, keepdim=True)  # the component along x
             dx.addcmul_(x, along.mul_(inverse.square()).div_(x.shape[-1]), value=-1).mul_(inverse)
         return dx, dweight, None
 
@@ -127,14 +127,14 @@ class _Project(Function):
         heads = (x @ weight.t()).unflatten(-1, (-1, head_dim))  # [B, T, all heads, hd]
         _rotate_(heads[:, :, : -ctx.heads[2]], cos, sin)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, weight, cos, sin)
-        q, k, v = (part.transpose(1, 2) for part in heads.split(ctx.heads, dim=2))
+        q, k, v = (projected.transpose(1, 2) for projected in heads.split(ctx.heads, dim=2))
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin = ctx.saved_tensors
-        flow = torch.cat([part.transpose(1, 2) for part in (dq, dk, dv)], dim=2)  # [B, T, all heads, hd]
+        flow = torch.cat([grad.transpose(1, 2) for grad in (dq, dk, dv)], dim=2)  # [B, T, all heads, hd]
         _rotate_(flow[:, :, : -ctx.heads[2]], cos, -sin)
         flow = flow.flatten(-2)  # [B, T, W]
         dx = flow @ weight if ctx.needs_input_grad[0] else None
@@ -147,7 +147,7 @@ class _Project(Function):
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """`ops.rotate` in place: x [B, T, heads, hd] by cos, sin [B or 1, 1, T, hd]."""
     half = x.shape[-1] // 2
-    cos, sin = (part.transpose(1, 2)[..., :half] for part in (cos, sin))  # [B or 1, T, 1, hd/2]
+    cos, sin = (table.transpose(1, 2)[..., :half] for table in (cos, sin))  # [B or 1, T, 1, hd/2]
     x1, x2 = x.split(half, dim=-1)
     turned = x1 * sin
     x1.mul_(cos).addcmul_(x2, sin, value=-1)
@@ -165,7 +165,7 @@ class _Attend(Function):
         (batch, heads, time, width), groups = q.shape, k.shape[1]
         each = heads // groups
         q = q.unflatten(1, (groups, each)).transpose(2, 3).reshape(batch * groups, time * each, width)
-        k, v = (part.reshape(batch * groups, time, width) for part in (k, v))
+        k, v = (tensor.reshape(batch * groups, time, width) for tensor in (k, v))
         out, kept, scale = torch.empty_like(q), [], width**-0.5
         ahead = q.new_full((BLOCK, BLOCK), -math.inf).triu_(1)[:, None]  # [n, 1, n], of keys that are hidden
         for rows, begin, end in _blocks(time, each):
@@ -192,11 +192,11 @@ class _Attend(Function):
             dq[:, rows] = torch.bmm(flow, k[:, :end]).mul_(scale)
             dk[:, :end].baddbmm_(flow.mT, q[:, rows], alpha=scale)
         dq = dq.view(batch, -1, time, each, width).transpose(2, 3).flatten(1, 2)
-        return dq, *(part.unflatten(0, (batch, -1)) for part in (dk, dv))
+        return dq, *(grad.unflatten(0, (batch, -1)) for grad in (dk, dv))
 
 
 def _blocks(time: int, each: int) -> Iterator[tuple[slice, int, int]]:
-    """The rows of each block of queries, and from and to which position it is."""
+    """The rows of each block of queries, its begin and its end."""
     for begin in range(0, time, BLOCK):
         end = min(begin + BLOCK, time)
         yield slice(begin * each, end * each), begin, end

@@ -1,4 +1,4 @@
-"""Mixture of experts on a GPU: the tokens of all experts in one product, of which the host need not know the sizes."""
+"""Mixture of experts on a GPU: the tokens of all experts in one product; the host need not know its sizes."""
 
 from __future__ import annotations
 

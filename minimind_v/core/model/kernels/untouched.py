@@ -1,4 +1,4 @@
-"""Whether a kernel may compute in the place of modules: only where calling these would do nothing else."""
+"""Whether a kernel may replace calls of modules: only if those would do nothing else."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class ClipAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[M, T, width] → [M, T, width]."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [M, T, width] each
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # [M, heads, T, hd]
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [M, heads, T, hd]
         out = self.attend(q, k, v)  # [M, heads, T, hd]
         return self.out_proj(out.transpose(1, 2).flatten(2))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """What decides what a tower computes, by transformers' names, with the values that its files leave out."""
+    """The settings of a tower, by transformers' names, with the default values of its files."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072

@@ -27,7 +27,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def config(self) -> Any:
-        """What decides what the tower computes, by the names of ClipConfig."""
+        """The settings of the tower, by the names of ClipConfig."""
         return self.tower.config
 
     def train(self, mode: bool = True) -> VisionEncoder:

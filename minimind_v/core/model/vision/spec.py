@@ -1,4 +1,4 @@
-"""Vision towers by transformers' `model_type`, and what their folders say, read without loading them.
+"""Vision towers by transformers' `model_type`, and the configurations in their folders, read without loading them.
 
 A tower is one entry of TOWERS. `docs/extending.md` adds one from outside the package.
 """
@@ -19,13 +19,11 @@ from minimind_v.core.model.vision.clip_config import ClipConfig
 if TYPE_CHECKING:
     from torch import nn
 
-# The largest sizes of a tower, some times those of the largest that there are: more is refused before memory is taken.
+# The largest sizes of a tower, far above those of any known one: more is refused before memory is taken.
 MOST_SIZES = {"hidden_size": 4_096, "intermediate_size": 16_384, "num_hidden_layers": 256, "num_attention_heads": 256,
               "num_channels": 3, "image_size": 4_096, "patch_size": 128, "layer_norm_eps": 1.0}  # fmt: skip
 MOST_PATCHES = 16_384
-
-
-STANDARD = ClipConfig(patch_size=16)  # ViT-B/16, which the published models look with
+STANDARD = ClipConfig(patch_size=16)  # ViT-B/16, the tower of the published models
 
 
 def _strip_prefixes(name: str) -> str:
@@ -40,8 +38,8 @@ class TowerType:
 
     config: a dataclass of the keys of `config.json` that decide what the tower computes, with their default values.
     build: a config → a module with random weights. It encodes normalised images [M, 3, S, S] as features [M, P, width].
-    describe: a config and the values of `preprocessor_config.json` → what the rest must know of the tower.
-    trouble: why no tower can have such a config; None where one can. Sizes of a stranger's file cost no memory yet.
+    describe: a config and the values of `preprocessor_config.json` → the spec of the tower.
+    trouble: why no tower can have such a config; None if one can. It takes no memory for the sizes in the file.
     rename: the name of a tensor in the file → its name in the module.
     unused: beginnings of names of tensors on which the features do not depend, and which a file may lack.
     """
@@ -88,13 +86,8 @@ def read_tower_config(folder: Path, standard: bool = False) -> tuple[TowerType, 
     return kind, config
 
 
-def read_config(folder: Path, standard: bool = False) -> Any:
-    """The config of a folder's tower. Raises as `read_tower_config`."""
-    return read_tower_config(folder, standard)[1]
-
-
 def read_vision_spec(folder: Path, standard: bool = False) -> VisionSpec:
-    """As `read_config`, with what `preprocessor_config.json` says, if it is present."""
+    """The spec of a folder's tower, with `preprocessor_config.json` if it exists. Raises as `read_tower_config`."""
     kind, config = read_tower_config(folder, standard)
     preprocessing = read_json(folder / "preprocessor_config.json") or {}
     mean, std = (
@@ -166,7 +159,7 @@ def _trouble_of_size(normal: dict[str, Any]) -> str | None:
 
 
 def does_not_load(folder: Path, why: str) -> str:
-    """What is wrong with a folder, and the next step."""
+    """An error about a folder, with the next step."""
     return f"{folder}: the vision model could not be loaded ({why}) — {how_to_get('clip', folder)}"
 
 
