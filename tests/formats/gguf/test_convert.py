@@ -85,8 +85,7 @@ def test_mistakes_are_one_line(convert, sighted, tmp_path):
     assert "--quantize 'q9' must be one of f32" in convert("--quantize", "q9").error
     assert "use --quantize" in convert("--dtype", "float16").error
     assert (
-        "--quantize is for --to gguf"
-        in here("convert", "--to", "pth", "--model", sighted, "--quantize", "f16").error
+        "--quantize is for --to gguf" in here("convert", "--to", "pth", "--model", sighted, "--quantize", "f16").error
     )
     assert "text-only base has no projector" in convert(model=BASE).error
     assert not (tmp_path / "gguf").exists()
