@@ -117,7 +117,7 @@ def bombs():
     """Name → bytes, and words of the line that refuses them."""
     whole = tensor(storage(4), 0, (4,), (1,))
     return {
-        "deflated": (deflated_storage(), "packed"),
+        "deflated": (deflated_storage(), "compressed"),
         "one_record": (many_names_of_one_record(), "larger than the file"),
         "records": (rezipped(packed(state()), lambda r: r.update({f"archive/x/{n}": b"" for n in range(20_000)})),
                     "records; the maximum is"),

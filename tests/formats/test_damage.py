@@ -114,7 +114,7 @@ def test_a_file_that_runs_code_is_not_opened(tmp_path, pack):
 
 
 def test_what_would_be_run_is_named(tmp_path):
-    assert "wants to run code when it is opened (posix.mkdir)" in refused(tmp_path / "w", packed(Hostile("x")))
+    assert "opening the file would run code (posix.mkdir)" in refused(tmp_path / "w", packed(Hostile("x")))
     module = torch.nn.Linear(2, 2)
     assert "(torch.nn.modules.linear.Linear)" in refused(tmp_path / "w", packed(module))
 

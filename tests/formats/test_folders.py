@@ -87,7 +87,10 @@ def test_it_becomes_a_file_and_info_tells_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "pytorch_model-00002-of-00003.bin").unlink(), "00002-of-00003.bin is missing"),
+        (
+            lambda folder: (folder / "pytorch_model-00002-of-00003.bin").unlink(),
+            r"00002-of-00003.bin \(part of the weights\) is missing",
+        ),
         (lambda folder: (folder / "pytorch_model-00002-of-00003.bin").write_bytes(b"PK\3\4"), "truncated or damaged"),
         (lambda folder: (folder / "pytorch_model.bin.index.json").write_text("{}"), "names no files"),
         (lambda folder: (folder / "pytorch_model.bin.index.json").unlink(), "has a config.json but no weights"),
@@ -137,7 +140,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "w.safetensors").write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json: .* is no file in the folder"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json: .* is not a file in the folder"):
         read_checkpoint(folder)
 
 
@@ -209,7 +212,7 @@ def test_a_token_that_was_added_behind_the_image_token_is_not_lost(tmp_path):
     folder = changed_llava(tmp_path / "folder", grow)
     vocab_size = read_checkpoint(folder).config.vocab_size  # the rows behind are padding
     later_token(folder, vocab_size + 1)
-    with pytest.raises(WeightsError, match=rf"1 token \(<later>\) came .*model.vocab_size={vocab_size + 1}"):
+    with pytest.raises(WeightsError, match=rf"1 token after .* \(<later>\).* lost .*model.vocab_size={vocab_size + 1}"):
         read_checkpoint(folder)
     line = here("convert", "--to", "pth", "--model", folder, "--out", tmp_path / "w.pth").error
     assert "their rows of the embedding would be lost" in line
@@ -244,7 +247,7 @@ def test_a_manifest_of_other_kinds_of_values_is_described(tmp_path, note):
 def test_a_name_that_is_no_text_is_told(tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors"))
     path.write_bytes(bytes(8) + b"{}")
-    with pytest.raises(WeightsError, match="UTF-8 only"):
+    with pytest.raises(WeightsError, match="file name in UTF-8"):
         read_checkpoint(path)
 
 

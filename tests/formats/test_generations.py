@@ -39,7 +39,9 @@ def wide(rows):
     ],
 )  # fmt: skip
 def test_weights_of_minimind_3v_are_named(tmp_path, tensors, words):
-    with pytest.raises(WeightsError, match=rf"sft_vlm_768\.pth: .*{words}.*uses those of 2025 .*mmv download weights"):
+    with pytest.raises(
+        WeightsError, match=rf"sft_vlm_768\.pth: .*{words}.*supports those of 2025 .*mmv download weights"
+    ):
         saved(tmp_path / "sft_vlm_768.pth", tensors)
 
 
@@ -95,32 +97,32 @@ def other_words(folder):
 def test_a_tower_and_a_tokenizer_of_minimind_3v_beside_weights_of_2025(tmp_path):
     tower, words = siglip(tmp_path / "siglip"), other_words(tmp_path / "words")
     with pytest.raises(
-        WeightsError, match=r"siglip: the vision model is that of minimind-3v \(2026\).*sft_vlm_128.*CLIP"
+        WeightsError, match=r"siglip: the vision model belongs to minimind-3v \(2026\).*sft_vlm_128.*CLIP"
     ):
         load(sighted(), tower, ASSETS)
     with pytest.raises(
-        WeightsError, match=r"words: the tokenizer is that of minimind-3v .*<\|image_pad\|>.*sft_vlm_128"
+        WeightsError, match=r"words: the tokenizer belongs to minimind-3v .*<\|image_pad\|>.*sft_vlm_128"
     ):
         load(sighted(), EYE, words)
-    with pytest.raises(WeightsError, match="the vision model is that of minimind-3v"):
+    with pytest.raises(WeightsError, match="the vision model belongs to minimind-3v"):
         read_tower(tower)
 
 
 def test_a_run_does_not_mix_the_generations(tmp_path):
     tower, words = siglip(tmp_path / "siglip"), other_words(tmp_path / "words")
     line = here(*place().train(tmp_path / "out", vision_model=tower)).error
-    assert "siglip: the vision model is that of minimind-3v (2026) (SigLIP), and the weights in" in line
+    assert "siglip: the vision model belongs to minimind-3v (2026) (SigLIP), but the weights of 2025 in" in line
     assert BASE.name in line
     line = here(*place().train(tmp_path / "out", tokenizer=words)).error
-    assert "the tokenizer is that of minimind-3v (2026)" in line
+    assert "the tokenizer belongs to minimind-3v (2026)" in line
     assert BASE.name in line
     line = here(*place().train(tmp_path / "out", init="none", tokenizer=words)).error
-    assert "and the model of 2025 needs theirs" in line
+    assert "but the model of 2025 needs the tokenizer of 2025" in line
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizer-3v").is_dir(), reason="the tokenizer of minimind-3v is not here")
 def test_the_real_tokenizer_of_minimind_3v_is_named():
-    with pytest.raises(WeightsError, match="the tokenizer is that of minimind-3v"):
+    with pytest.raises(WeightsError, match="the tokenizer belongs to minimind-3v"):
         load(sighted(), EYE, SHARED / "tokenizer-3v")
 
 

@@ -45,7 +45,7 @@ def test_inputs_that_do_not_belong_together_are_told(tmp_path):
     other = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
     other["added_tokens"].append({**other["added_tokens"][0], "id": 600, "content": "<new>"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")
-    with pytest.raises(WeightsError, match=r"knows 600 tokens .* has 601: '<new>' has no row .*\(--tokenizer\)"):
+    with pytest.raises(WeightsError, match=r"has 600 tokens, .* has 601: '<new>' has no embedding .*\(--tokenizer\)"):
         load(sighted(), EYE, tmp_path)
     with pytest.raises(UsageError, match="--device gpu"):
         load(sighted(), EYE, ASSETS, "gpu")

@@ -151,7 +151,7 @@ def test_parameters_count_the_tied_head_once(tmp_path):
 def test_a_value_that_is_no_number_is_told_with_its_tensor(tmp_path, value):
     tensors = state()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
-    with pytest.raises(WeightsError, match=r"w\.pth: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
+    with pytest.raises(WeightsError, match=r"w\.pth: model\.layers\.1\.mlp\.up_proj\.weight contains NaN or infinite"):
         saved(tmp_path / "w.pth", tensors)
 
 
@@ -216,7 +216,7 @@ def test_something_else_in_the_place_of_weights(tmp_path, content, words):
     ids=repr,
 )
 def test_a_torch_file_of_something_else(tmp_path, found):
-    with pytest.raises(WeightsError, match=r"holds no state dict \(names and tensors\)"):
+    with pytest.raises(WeightsError, match=r"contains no state_dict \(names and tensors\)"):
         saved(tmp_path / "w.pth", found)
 
 

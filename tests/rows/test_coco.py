@@ -94,7 +94,7 @@ def test_karpathy_has_splits(tmp_path):
     assert rows.row(1).images == ["val2014/1.png"]
     assert rows.picture(1, 0, "val2014/1.png") == picture(1)
     assert (rows.split, rows.location(2)) == ("train", f"{path}:3")
-    assert "the split train is read (3 rows), not validation (3 rows), test (4 rows)" in told[0]
+    assert "reading the split train (3 rows), not validation (3 rows), test (4 rows)" in told[0]
     test = open_rows(path, split="test")
     assert (len(test), caption(test, 3), test.location(0)) == (4, "test 3", f"{path}:7")
     assert len(open_rows(path, split="all")) == 10

@@ -119,7 +119,7 @@ def test_bytes_in_metadata_that_are_not_read_are_named(tmp_path):
     write_metadata(tmp_path, "parquet", rows)
     told = []
     open_rows(tmp_path, say=told.append)
-    assert told == [f"{tmp_path / 'metadata.parquet'}: bytes in mask are ignored and not copied"]
+    assert told == [f"{tmp_path / 'metadata.parquet'}: the bytes in mask are ignored and not copied"]
 
 
 def test_two_files_of_metadata_are_one_too_many(tmp_path):
@@ -133,9 +133,9 @@ def test_two_files_of_metadata_are_one_too_many(tmp_path):
     ("files", "words"),
     [
         (["a/1.png"], "add a metadata.csv with the columns file_name and text"),
-        (["a.jsonl", "b.jsonl", "1.png"], "name one of them, as .*a.jsonl"),
-        (["notes.txt"], "but a folder without rows"),
-        ([], "but a folder without rows"),
+        (["a.jsonl", "b.jsonl", "1.png"], "give one file, such as .*a.jsonl"),
+        (["notes.txt"], "a folder without rows"),
+        ([], "a folder without rows"),
     ],
 )
 def test_a_folder_without_rows_is_named_with_what_would_be_read(tmp_path, files, words):

@@ -294,21 +294,21 @@ def test_the_usual_form_is_read_alike_by_the_short_way_and_by_the_table(monkeypa
 @pytest.mark.parametrize(
     ("fields", "kind", "words"),
     [
-        ({"messages": parts({"type": "image", "index": 5}), "images": ["1.png"]}, "placeholders", "show"),
+        ({"messages": parts({"type": "image", "index": 5}), "images": ["1.png"]}, "placeholders", "to image 5, but"),
         ({"messages": parts({"type": "image", "index": 0}), "images": ["1.png", "2.png"]}, "placeholders", "2"),
         ({"messages": parts({"type": "image", "image": "1.png"}), "images": ["3.png", "4.png"]}, "placeholders", "own"),
         ({"messages": [{"role": "user", "content": [5]}]}, "conversations", "message 1"),
-        ({"conversations": {"role": ["user"], "content": []}}, "conversations", "one length"),
+        ({"conversations": {"role": ["user"], "content": []}}, "conversations", "different lengths"),
         ({"conversations": "[{"}, "json", "conversations"),
         ({"texts": [{"user": "?"}, {"assistant": "!"}]}, "conversations", "texts"),
         ({"image": "1.png", "caption": [3]}, "conversations", "caption"),
         ({"messages": said(CIRCLE, "red"), "image": "1.png", "images": ["2.png"]}, "image", "different"),
-        ({"messages": said(CIRCLE, "red"), "images": [{"width": 3}]}, "image", "none of bytes"),
+        ({"messages": said(CIRCLE, "red"), "images": [{"width": 3}]}, "image", "needs bytes, path or url"),
         ({"messages": said(CIRCLE, "red"), "image": 5}, "image", "image"),
         ({"query": "?", "response": "!", "history": ["a"], "image": "1.png"}, "conversations", "history"),
         ({"image": "1.png", "question": "?", "answer": 0}, "conversations", "`answer` is the number 0"),
         ({"image": "1.png", "question": "?", "answer": 3}, "conversations", "`answer` is the number 3"),
-        ({"image": "http://example.org/1.png", "caption": "a"}, "pictures not read", "not fetched"),
+        ({"image": "http://example.org/1.png", "caption": "a"}, "pictures not read", "does not download images"),
     ],
 )  # fmt: skip
 def test_what_a_row_says_wrongly_is_named(fields, kind, words):
@@ -343,10 +343,10 @@ def test_an_empty_answer_is_named(tmp_path, fields):
 def test_a_row_of_no_form_is_named_with_what_would_be_read(tmp_path):
     row = read_row({"prompt": "a", "x": 1})
     assert row.form == ""
-    assert "no conversation in prompt, x — a row has `conversations`" in str(no_form(row))
+    assert "no conversation in prompt, x — a row needs `conversations`" in str(no_form(row))
     assert read_row({"messages": said(CIRCLE, "red"), "images": ["a.png"]}).form == "messages + images"
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=r"no column `conversations`, only prompt — a row has"):
+    with pytest.raises(DataError, match=r"no column `conversations`, only prompt — a row needs"):
         open_rows(tmp_path / "rows.parquet")
     (tmp_path / "one.json").write_text('{"info": {}, "licences": [{"id": 1}]}')
     with pytest.raises(DataError, match="neither a row nor a list of rows"):
@@ -513,7 +513,7 @@ def test_what_a_row_is_read_as_is_noted_and_counted(tmp_path, demo_tokenizer):
     report = summary(check(rows, 1), 0.01)
     assert (report["usable"], report["ok"]) == (5, True)
     assert {note: found["count"] for note, found in report["notes"].items()} == dict.fromkeys(NOTES, 1)
-    assert report["notes"][MARK_PER_TURN]["message"].startswith("1 of 5 rows have one picture and an <image> mark in")
+    assert report["notes"][MARK_PER_TURN]["message"].startswith("1 of 5 rows have one image and <image> in every")
 
 
 # --- the cases that people brought ------------------------------------------------------------------------------------

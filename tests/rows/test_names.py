@@ -140,7 +140,7 @@ def test_a_name_with_a_backslash_in_a_folder(tmp_path):
 def test_another_case_is_named_and_not_taken(place):
     put(place, {"UP.JPG": b"", "sub/dog.jpg": b""})
     assert "(UP.JPG exists) — write the name exactly like the file name" in missing(open_pictures(place), "up.jpg")
-    assert "(dog.jpg is there)" in missing(open_pictures(place), "sub/dog.JPG")
+    assert "(dog.jpg exists)" in missing(open_pictures(place), "sub/dog.JPG")
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "sub/../a.jpg", "..\\a.jpg", "C:\\data\\..\\a.jpg"])
@@ -174,9 +174,7 @@ def test_no_namesake_of_another_folder_is_taken(place, name, there):
 def test_a_namesake_is_told_with_what_to_do(place):
     put(place, {"2.jpg": b""})
     told = missing(open_pictures(place), "vg/VG_100K_2/2.jpg")
-    assert told.endswith(
-        "(a 2.jpg is there, but not below vg/VG_100K_2) — give the folder that contains vg/ with --images"
-    )
+    assert told.endswith("(a 2.jpg exists, but not in vg/VG_100K_2) — give the folder that contains vg/ with --images")
 
 
 def test_folders_that_are_the_own_ones_may_stand_in_front(tmp_path):
@@ -347,7 +345,7 @@ def test_the_cases_of_names(rows, pictures):
         names = store.row(number).images
         assert len(names) == 1
         if names == ["up.jpg"]:
-            assert "UP.JPG is there" in missing(open_pictures(CASES / "names" / pictures), names[0])
+            assert "UP.JPG exists" in missing(open_pictures(CASES / "names" / pictures), names[0])
         else:
             assert store.picture(number, 0, names[0])
 

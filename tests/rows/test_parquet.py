@@ -181,7 +181,7 @@ def test_what_broke_off_or_has_no_rows_is_refused(tmp_path):
     with pytest.raises(DataError, match="no rows"):
         open_rows(write(tmp_path / "empty.parquet", {"conversations": pa.array([], pa.string())}))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="no data file, but a folder without rows"):
+    with pytest.raises(DataError, match="not a data file: it is a folder without rows"):
         open_rows(tmp_path / "folder")
 
 

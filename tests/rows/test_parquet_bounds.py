@@ -70,7 +70,7 @@ def test_files_that_ask_for_more_than_they_have_end_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("field", "size", "words"),
     [
-        (2, 2**31 - 5, "a page of image_bytes unpacks to 2,147,483,643 bytes, and 536,870,912 are the most"),
+        (2, 2**31 - 5, "a page of image_bytes unpacks to 2,147,483,643 bytes; the maximum is 536,870,912"),
         (3, 2**31 - 5, "a page of image_bytes continues after the end of the file"),
         (3, 88 * 2**32 - 5, "a page of image_bytes continues after the end of the file"),  # of which 32 bits count
     ],

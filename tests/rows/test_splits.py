@@ -148,7 +148,7 @@ def test_splits_that_datasets_has_saved(tmp_path):
     assert len(open_rows(tmp_path / "set", split="all")) == 6
     with pytest.raises(UsageError, match="--split dog"):
         open_rows(tmp_path / "set", split="dog")
-    with pytest.raises(UsageError, match="one split by itself"):
+    with pytest.raises(UsageError, match="only one split — leave out --split"):
         open_rows(tmp_path / "set" / "test", split="test")
     datasets.DatasetDict({"dev": made["val"], "test": made["test"]}).save_to_disk(tmp_path / "other")
     with pytest.raises(UsageError, match="no train"):

@@ -362,7 +362,7 @@ def test_a_zip_is_read_in_place_however_it_is_packed(zipped, tmp_path, compressi
 @pytest.mark.parametrize(("compression", "method"), [(zipfile.ZIP_BZIP2, "bzip2"), (zipfile.ZIP_LZMA, "LZMA")])
 def test_a_member_whose_unpacking_has_no_bound_is_refused(zipped, compression, method):
     pictures = zipped({"a.jpg": bytes(1000)}, compression)
-    with pytest.raises(RowError, match=rf"^a\.jpg: packed with {method} in .*create the zip again$") as caught:
+    with pytest.raises(RowError, match=rf"^a\.jpg: compressed with {method} in .*create the zip again$") as caught:
         pictures.read("a.jpg")
     assert caught.value.kind == "picture broken"
 
@@ -421,7 +421,7 @@ def test_a_zip_from_windows(zipped):
 def test_members_that_point_outside_are_only_names(zipped, tmp_path):
     pictures = zipped({"../../evil.jpg": b"evil", "/abs.jpg": b"abs", "ok.jpg": b"ok"})
     assert pictures.read("evil.jpg") == b"evil"
-    with pytest.raises(RowError, match=r"`\.\.` in the name"):
+    with pytest.raises(RowError, match=r"`\.\.` in a picture name"):
         pictures.read("../../evil.jpg")
     assert pictures.read("abs.jpg") == b"abs"
     assert not (tmp_path.parent.parent / "evil.jpg").exists()
@@ -614,7 +614,7 @@ def _read_and_tell(shared):
         (b"\x89PNG\r\n\x1a\n", "a picture file, not a data file"),
         (b"GGUF" + bytes(20), "model weights, not a data file"),
         (b"\x40\0\0\0\0\0\0\0{}", "model weights, not a data file"),
-        (b"\x01\x02\0\x03", "no text"),
+        (b"\x01\x02\0\x03", "not text"),
     ],
 )
 def test_a_file_of_another_kind_is_named_once_and_not_row_by_row(tmp_path, data, words):
@@ -626,9 +626,9 @@ def test_a_file_of_another_kind_is_named_once_and_not_row_by_row(tmp_path, data,
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        (["a.jpg", "b.jpg"], "a zip of pictures — name the rows .*, and the zip with --images"),
-        (["rows/mine.jsonl", "rows/a.jpg"], "unpack it first, and name rows/mine.jsonl"),
-        (["archive/data.pkl", "archive/data/0"], "weights of a model"),
+        (["a.jpg", "b.jpg"], "a zip of picture files — give the rows .*, and the zip with --images"),
+        (["rows/mine.jsonl", "rows/a.jpg"], "unpack it and give rows/mine.jsonl"),
+        (["archive/data.pkl", "archive/data/0"], "model weights"),
     ],
 )
 @pytest.mark.parametrize("name", ["x.zip", "x.jsonl", "x.json", "x.parquet"])
@@ -645,7 +645,7 @@ def test_the_rows_beside_a_zip_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "cats_images.zip", "w") as archive:
         archive.writestr("a.jpg", b"")
     (tmp_path / "cats_data.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match=r"name the rows \(.*cats_data\.jsonl\)"):
+    with pytest.raises(DataError, match=r"give the rows \(.*cats_data\.jsonl\)"):
         open_rows(tmp_path / "cats_images.zip")
 
 

@@ -139,7 +139,7 @@ def test_a_column_of_bytes_beside_the_pictures_is_told_of(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     said = []
     assert open_rows(tmp_path / "rows.parquet", say=said.append).row(0).images == ["picture 1"]
-    assert said == [f"{tmp_path / 'rows.parquet'}: bytes in thumbnail are ignored and not copied"]
+    assert said == [f"{tmp_path / 'rows.parquet'}: the bytes in thumbnail are ignored and not copied"]
 
 
 def test_names_in_a_column_of_parquet_are_named(tmp_path):

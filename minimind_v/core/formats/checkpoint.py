@@ -227,7 +227,7 @@ def _advice(checkpoint: Checkpoint, receipt: Receipt, config: ModelConfig) -> st
     tokens = checkpoint.config.vocab_size
     if replace(checkpoint.config, vocab_size=text.vocab_size) == text and tokens != text.vocab_size:
         return (
-            f" — they have {tokens} tokens and the model {text.vocab_size}: say --set model.vocab_size={tokens}, "
+            f" — they have {tokens} tokens and the model {text.vocab_size}: add --set model.vocab_size={tokens}, "
             f"otherwise rows of the embedding are lost"
         )
     preset = name_preset(checkpoint.config)

@@ -64,13 +64,15 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, weights: Path | None) ->
     """Raises WeightsError where a folder has the tokenizer of minimind-3v, beside weights of 2025."""
     if tokenizer.backend.token_to_id(_PATCH) is not None:
         raise WeightsError(
-            _mixed(folder, "tokenizer", f"it has {_PATCH}", weights, "theirs", "--tokenizer", "tokenizer")
+            _mixed(
+                folder, "tokenizer", f"it has {_PATCH}", weights, "the tokenizer of 2025", "--tokenizer", "tokenizer"
+            )
         )
 
 
 def _mixed(folder: Path, name: str, evidence: str, weights: Path | None, ours: str, option: str, what: str) -> str:
-    model = f"the weights in {weights}" if weights else "the model"
+    needs = f"the weights of 2025 in {weights} need" if weights else "the model of 2025 needs"
     return (
-        f"{folder}: the {name} belongs to {OTHER} ({evidence}), but {model} of 2025 needs {ours} — "
+        f"{folder}: the {name} belongs to {OTHER} ({evidence}), but {needs} {ours} — "
         f"name another folder with {option}, or {how_to_get(what)}"
     )

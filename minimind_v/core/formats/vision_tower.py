@@ -24,6 +24,7 @@ from minimind_v.core.model.vision.spec import (
     read_tower_config,
     read_vision_spec,
 )
+from minimind_v.core.wording import plural
 
 _OTHERS = ("text_model.", "text_projection", "visual_projection", "logit_scale", "language_model.",
            "multi_modal_projector.", "lm_head.", "model.language_model.", "model.multi_modal_projector.")  # fmt: skip
@@ -48,7 +49,7 @@ def read_tower(folder: Path) -> StoredTower:
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)
-        raise WeightsError(does_not_load(folder, f"its activation {activation!r} is none of {names}"))
+        raise WeightsError(does_not_load(folder, f"its activation {activation!r} is not one of {names}"))
     try:
         tensors = _read(folder, kind)
     except WeightsError as error:
@@ -87,7 +88,7 @@ def _complete(folder: Path, tensors: dict[str, Tensor], kind: TowerType, config:
             f"— {how_to_get('clip', folder)}"
         )
     if further := [name for name in tensors if name.startswith(_LAYERS) and name not in shapes]:
-        why = f"it contains {further[0]}, but config.json has {config.num_hidden_layers} layers"
+        why = f"it contains {further[0]}, but config.json has {plural(config.num_hidden_layers, 'layer')}"
         raise WeightsError(does_not_load(folder, why))
     for name, shape in shapes.items():
         if tensors[name].shape != shape:

@@ -11,6 +11,7 @@ from minimind_v.core.rows.field_names import ALTERNATIVES, FILE_NAMES, PICTURES,
 from minimind_v.core.rows.messages import NEXT, Conversation
 from minimind_v.core.rows.row import IMAGE_MARK, MARK_PER_TURN, count_marks
 from minimind_v.core.rows.unread import named_in
+from minimind_v.core.wording import plural
 
 
 def filled_picture_field(fields: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
@@ -123,10 +124,17 @@ def _pictures_by_refs(refs: list[Any], pictures: list[Picture]) -> list[Picture]
     if own:
         return _beside_own(refs, own, pictures)
     indices = [ref for ref in refs if ref is not NEXT]
+    for index in indices:
+        if not 0 <= index < len(pictures):
+            raise RowError(
+                f"a part refers to image {index!s:.20}, but the row has {len(pictures)} (the first is 0)",
+                "placeholders",
+            )
     rest = [number for number in range(len(pictures)) if number not in indices]
     order = [rest.pop(0) if ref is NEXT and rest else ref for ref in refs]
-    if rest or not all(isinstance(number, int) and 0 <= number < len(pictures) for number in order):
-        raise RowError(f"its parts refer to {len(set(order))} images, the row has {len(pictures)}", "placeholders")
+    if rest or NEXT in order:
+        referred = plural(len(set(indices)) + refs.count(NEXT), "image")
+        raise RowError(f"its parts refer to {referred}, the row has {len(pictures)}", "placeholders")
     return [pictures[number] for number in order]
 
 
@@ -148,7 +156,8 @@ def _beside_own(refs: list[Any], own: dict[int, Picture], pictures: list[Picture
         return list(own.values())
     if len(others) != len(pictures):
         raise RowError(
-            f"its parts refer to {len(refs)} images, contain {len(own)} of them, and the row has {len(pictures)} more",
+            f"its parts have {plural(len(own), 'image')} of their own and refer to {len(others)} of the row, which has "
+            f"{len(pictures)}",
             "placeholders",
         )
     return [own[position] if position in own else pictures.pop(0) for position in range(len(refs))]

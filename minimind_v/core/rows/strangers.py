@@ -94,7 +94,7 @@ def no_set(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     rows = [path for path in files if path.name.endswith(ROWS)]
     if rows:
-        return f"a folder with several data sets — give one file, such as {rows[0]}"
+        return f"it is a folder with several data sets — give one file, such as {rows[0]}"
     if any(path.suffix.lower() in PICTURE_ENDINGS for path in files):
-        return "a folder of picture files without rows — add a metadata.csv with the columns file_name and text"
-    return "a folder without rows: it has no .parquet or .tar files, and no metadata.jsonl or .csv"
+        return "it is a folder of picture files without rows — add a metadata.csv with the columns file_name and text"
+    return "it is a folder without rows (no .parquet or .tar file, no metadata.jsonl or .csv)"

@@ -170,8 +170,8 @@ class TarRows(ShardedRows):
         unread = [member.name for kind, member in members.items() if kind not in ("json", *texts)]
         if unread and not pictures:
             raise RowError(
-                f"{unread[0]} is not supported: images ({', '.join(PICTURE_ENDINGS)}), a caption in .txt, and fields "
-                "in .json",
+                f"{unread[0]} is not supported: a sample has images ({', '.join(PICTURE_ENDINGS)}), a caption in .txt "
+                "and fields in .json",
                 "pictures not read",
             )
         return fields, _in_order(pictures, fields)

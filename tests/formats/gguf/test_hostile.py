@@ -39,14 +39,14 @@ def test_values_of_other_kinds_are_refused(tmp_path):
     for kind, value in ((STRING, text("64")), (9, b"\x04\0\0\0" + bytes(8)), (6, b"\0\0\x80\x3f")):
         (tmp_path / "w.gguf").write_bytes(file([key("llama.embedding_length", kind, value)]))
         (tmp_path / MMPROJ).write_bytes(file([key(MADE_BY, STRING, text("us"))]))
-        with pytest.raises(MmvError, match=r"llama\.embedding_length is .*, no number"):
+        with pytest.raises(MmvError, match=r"llama\.embedding_length is .*, not a number"):
             read_gguf(tmp_path / "w.gguf")
 
 
 def test_a_model_of_the_other_generation_is_named(tmp_path):
     (tmp_path / MODEL).write_bytes(file().replace(text("llama"), text("qwen3")))
     (tmp_path / MMPROJ).write_bytes(file([key(MADE_BY, STRING, text("us"))]))
-    with pytest.raises(MmvError, match=r"a qwen3, as minimind-3v \(2026\) ; this version supports models of 2025"):
+    with pytest.raises(MmvError, match=r"a qwen3, like minimind-3v \(2026\); this version supports models of 2025"):
         read_gguf(tmp_path)
 
 

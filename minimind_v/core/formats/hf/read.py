@@ -122,9 +122,9 @@ def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size:
     ids = Tokenizer.load(folder).backend.get_vocab()
     if added := sorted(token for token, id in ids.items() if id >= vocab_size):
         raise WeightsError(
-            f"{folder}: {plural(len(added), 'token')} ({', '.join(added[:3])}) were added after the image token: "
-            f"their rows of the embedding would be lost — train with a tokenizer that contains them and with "
-            f"--set model.vocab_size={vocab_size + len(added)}, then convert"
+            f"{folder}: its tokenizer has {plural(len(added), 'token')} after the image token "
+            f"({', '.join(added[:3])}): their rows of the embedding would be lost — train with a tokenizer that "
+            f"contains them and with --set model.vocab_size={vocab_size + len(added)}, then convert"
         )
 
 
