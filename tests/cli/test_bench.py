@@ -19,7 +19,7 @@ def test_bench_for_a_program():
 
 @pytest.mark.parametrize(
     ("looking", "learning", "data", "limit"),
-    [(3, 1, 0.1, "encoding images: 75%"), (1, 3, 0.1, "bottleneck language model: 75%"), (1, 1, 2.5, "decoding")],
+    [(3, 1, 0.1, "encoding images: 75%"), (1, 3, 0.1, "the language model: 75%"), (1, 1, 2.5, "decoding")],
 )
 def test_what_limits(looking, learning, data, limit):
     assert _limit(looking, learning, data).startswith(limit)

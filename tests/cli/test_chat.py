@@ -112,7 +112,8 @@ def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
     assert ask(QUESTION, "--image", tmp_path, code=1).error == f"{tmp_path} is a folder — name an image file in it"
     (tmp_path / "cat.JPG").touch()
     assert (
-        f"name a picture in it, for example {tmp_path / 'cat.JPG'}" in ask(QUESTION, "--image", tmp_path, code=1).error
+        f"name an image file in it, for example {tmp_path / 'cat.JPG'}"
+        in ask(QUESTION, "--image", tmp_path, code=1).error
     )
     assert "File name too long" in ask("dog.jpg", "--image", QUESTION * 50, code=1).error  # the two mixed up
 
@@ -140,7 +141,7 @@ def test_an_address_is_read_or_refused(ask, place, tmp_path):
     assert len(shown[0]) <= 120
     for address in ("https://example.org/dog.jpg", "s3://bucket/dog.jpg", "file://elsewhere/dog.jpg"):
         line = ask(QUESTION, "--image", address, code=2).error
-        assert line.startswith(f"{address} is an address")
+        assert line.startswith(f"{address} is a web address")
         assert "download it first" in line
     assert "without content" in ask(QUESTION, "--image", "data:image/png", code=2).error
     damaged = ask(QUESTION, "--image", inline[:100] + "!", code=2).error
@@ -165,7 +166,7 @@ def test_a_picture_in_the_place_of_the_question_is_offered_as_one(ask, place, tm
         line = ask(name, "--image", "other.jpg", code=2).error
         assert line == (
             f"{name!r} names an image and asks nothing — "
-            f"mmv chat --image other.jpg --image {quoted} 'What is in the picture?'"
+            f"mmv chat --image other.jpg --image {quoted} 'What is in the image?'"
         )
     assert ask("notes", "--greedy").out
     assert ask("Is it nowhere.png or plain", "--greedy").out

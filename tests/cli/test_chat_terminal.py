@@ -67,7 +67,7 @@ def test_a_conversation_from_the_first_word_to_the_last(talk, place, tmp_path):
     seen = talk.type("What colour is the star?")
     assert seen
     assert talk.type("") == ""
-    assert "/quit exits" in talk.type("/help")
+    assert "/quit ends" in talk.type("/help")
     assert talk.leave() == 0
     assert "Traceback" not in talk.seen
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path,
     long = talk.type("/image " + 300 * "x")
     assert re.fullmatch(r"no image file at x+…x+ \(300 characters\) \(File name too long\)", long)
     assert len(long) < 200
-    assert talk.type("", raw=b"\xff\n").splitlines()[-1] == "that is not UTF-8 text"
+    assert talk.type("", raw=b"\xff\n").splitlines()[-1] == "the question is not UTF-8 text"
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>")
     assert "cannot be decoded" in talk.type(f"/image {tmp_path / 'page.jpg'}")
     assert "cannot be decoded" not in talk.type("What is it?")
@@ -116,7 +116,7 @@ def test_what_a_terminal_drops_is_taken(talk, place, tmp_path, monkeypatch):
     assert talk.type(several) == f"for the next question: {first}, {second}, {third}"
     assert talk.type("Which is bigger?")
     assert talk.type("/image").endswith(f"\nin the conversation: {first}, {second}, {third}")
-    assert talk.type("/image https://example.org/dog.jpg").startswith("https://example.org/dog.jpg is an address")
+    assert talk.type("/image https://example.org/dog.jpg").startswith("https://example.org/dog.jpg is a web address")
     both = talk.type(f"/image {third} nowhere.jpg")
     assert both == "no image file at nowhere.jpg"
     assert "for the next question" not in talk.type("/image")  # all, or none

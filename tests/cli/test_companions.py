@@ -66,7 +66,7 @@ def other_words(folder):
 def test_chat_needs_no_other_path(project, ending):
     ended = ask(WEIGHTS + ending)
     assert (ended.code, ended.err.count("\n")) == (0, 1)
-    assert ended.err.startswith("no picture")
+    assert ended.err.startswith("no image")
     assert ended.out == ask(WEIGHTS + ending, *NAMED).out
 
 
@@ -122,8 +122,8 @@ def test_the_standard_folders_serve_where_they_hold_the_same(project):
 @pytest.mark.parametrize(
     ("make", "place", "words"),
     [
-        (other_eye, "eyes/small", "another vision model than the one in eyes/small — .* --vision-model"),
-        (other_words, "words", "another tokenizer than the one in words — .* --tokenizer"),
+        (other_eye, "eyes/small", "with a different vision model than eyes/small — .* --vision-model"),
+        (other_words, "words", "with a different tokenizer than words — .* --tokenizer"),
     ],
 )
 def test_others_of_the_same_size_are_refused_unless_they_are_named(project, make, place, words):
@@ -141,7 +141,7 @@ def test_others_in_the_standard_folders_are_refused_where_the_own_ones_are_gone(
     shutil.rmtree("eyes")
     ended = ask(f"{WEIGHTS}.pth")
     assert ended.code == 1
-    assert f"another vision model than the one in {VISION_DIR}" in ended.error
+    assert f"with a different vision model than {VISION_DIR}" in ended.error
 
 
 def test_both_that_are_gone_are_named_at_once(project):
@@ -160,7 +160,7 @@ def test_what_an_older_run_had_is_replaced_only_in_words(project):
     shutil.rmtree("eyes")
     ended = ask(f"{WEIGHTS}.pth")
     assert ended.code == 0
-    assert f"no longer in eyes/small: using the one in {VISION_DIR}" in ended.err
+    assert f"no longer in eyes/small: using {VISION_DIR} instead" in ended.err
 
 
 def test_weights_of_unknown_origin_use_the_standard_folders_of_their_project(project, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
     line = ("data", "check", broken, "--images", place().images("sft"), *SIGHT)
     ended = here(*line, "--json", "--fix", tmp_path / "clean.parquet")
     assert ended.code == 0, "the copy that was asked for is there"
-    assert "training refuses" in ended.err, "two of forty rows are more than training allows"
+    assert "training would refuse" in ended.err, "two of forty rows are more than training allows"
     assert "error" not in ended.err
     told = json.loads(ended.out)
     assert [(one["row"], one["kind"]) for one in told["problems"]] == [
@@ -120,7 +120,7 @@ def test_text_rows_are_told_as_information(tmp_path):
     line = ("data", "check", data, "--images", place().images("sft"), *SIGHT)
     ended = here(*line)
     assert ended.code == 0, ended.err
-    assert "information: 1 of 4 rows have an image but no <image> mark: text rows" in ended.out
+    assert "information: 1 of 4 rows have an image but no <image> in their text: text rows" in ended.out
     assert f"{data}:2" in ended.out
     fixed = here(*line, "--json", "--fix", tmp_path / "clean.parquet").json
     assert (fixed["text_rows"]["count"], fixed["fixed"]["rows"]) == (1, 4)
@@ -151,7 +151,7 @@ def test_the_commands_read_one_split_and_say_which(splits, tmp_path):
             given = [str(word).replace("{}", f"{command}-{chosen}") for word in words]
             ended = here("data", command, splits, *given, *sight, *more, "--json")
             assert ended.code == 0, ended.err
-            told = {None: "the split train is read (2 files), not", "val": "the split validation is read (1 file), not",
+            told = {None: "reading the split train (2 files), not", "val": "reading the split validation (1 file), not",
                     "all": "all splits together"}[chosen]  # fmt: skip
             assert told in ended.err, (command, chosen)
             if command in counts:
@@ -171,7 +171,7 @@ def test_a_model_trains_on_one_split_and_is_scored_on_another(splits, tmp_path):
     line = place().train(tmp_path / "out", data=splits, images=None, batch_size=1)
     trained = here(*line)
     assert trained.code == 0, trained.err
-    assert "the split train is read (2 files), not" in trained.err
+    assert "reading the split train (2 files), not" in trained.err
     assert "3 rows of" in trained.err
     scoring = ("eval", "--model", tmp_path / "out" / "pretrain_vlm_128.pth", "--data", splits, *SIGHT, "--json")
     for more, name, rows in (((), "test", 1), (("--split", "train"), "train", 3)):

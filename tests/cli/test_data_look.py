@@ -20,7 +20,7 @@ def test_stats(place, tmp_path, quick):
     lines = ended.out.splitlines()
     assert lines[0].startswith("40 rows of ")
     assert "read as pretrain data" in lines[0]
-    assert "updates     12: 4 epochs in batches of 16" in ended.out
+    assert "steps       12: 4 epochs in batches of 16" in ended.out
     assert "about 1.5 hours — a guess" in ended.out
     assert "█" in ended.out
     assert "\x1b" not in ended.out

@@ -80,7 +80,7 @@ def test_broken_rows_are_left_out_and_counted(score, place, tmp_path):
 def test_pictures_are_found_beside_the_data_or_asked_for(score, place, tmp_path):
     assert score("--limit", 2, "--json").json["broken_rows"] == 0
     alone = write_rows(tmp_path / "alone.jsonl", read_rows(place.data("sft"))[:2])
-    assert "no row could be evaluated; the first trouble:" in score(data=alone, code=1).error
+    assert "no row could be evaluated; the first problem:" in score(data=alone, code=1).error
 
 
 def test_rows_without_pictures_need_none(score, tmp_path):

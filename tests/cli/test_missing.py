@@ -82,7 +82,7 @@ def test_a_name_that_is_nearly_right_is_offered(tmp_path):
 
 # --- rows without a vision model --------------------------------------------------------------------------------------
 
-SIZE = "224 × 224 and 196 tokens each"
+SIZE = "224 × 224, 196 tokens per image"
 
 
 @pytest.fixture

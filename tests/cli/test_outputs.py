@@ -50,13 +50,13 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
          f"cats_images.zip {INPUT}"),
         ("data convert cats.jsonl cats.jsonl --overwrite", INPUT),
         ("data convert cats.jsonl link.jsonl --overwrite", INPUT),
-        ("data convert shards shards/part-0.parquet --overwrite", "would become part of the data set shards"),
-        ("data convert shards shards/more.parquet", "would become part of the data set shards"),
-        ("data split shards --out shards --held-out 4", "would become part of the data set shards"),
-        ("data split shards --out shards/parts --held-out 4", "would become part of the data set shards"),
+        ("data convert shards shards/part-0.parquet --overwrite", "would become a part of the rows in shards"),
+        ("data convert shards shards/more.parquet", "would become a part of the rows in shards"),
+        ("data split shards --out shards --held-out 4", "would become a part of the rows in shards"),
+        ("data split shards --out shards/parts --held-out 4", "would become a part of the rows in shards"),
         # what is there
-        ("data convert cats.jsonl held.jsonl", "is there already"),
-        ("data check cats.jsonl --fix held.jsonl " + SEE, "is there already"),
+        ("data convert cats.jsonl held.jsonl", "exists — add --overwrite"),
+        ("data check cats.jsonl --fix held.jsonl " + SEE, "exists — add --overwrite"),
         ("data stats cats.jsonl --html notes.html " + SEE, "not a page by mmv"),
         ("data stats cats.jsonl --html cats.jsonl " + SEE, "not a page by mmv"),
         ("data stats cats.jsonl --html cats_images.zip " + SEE, "not a page by mmv"),
@@ -66,9 +66,9 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
         ("convert --to safetensors --model mine.safetensors --out mine.safetensors --overwrite", "is the source"),
         ("convert --to pth --model mine.safetensors --overwrite", "mine.json does not describe weights"),
         ("convert --to pth --model mine.safetensors --out shards --overwrite", "must end with .pth"),
-        ("demo --out .", "holds something else"),
-        ("demo --out shards", "holds something else"),
-        ("demo --out cats.jsonl", "holds something else"),
+        ("demo --out .", "contains other files"),
+        ("demo --out shards", "contains other files"),
+        ("demo --out cats.jsonl", "is a file"),
     ],
 )  # fmt: skip
 def test_a_wrong_word_changes_nothing(line, words, mine):
@@ -113,7 +113,7 @@ def test_a_folder_or_a_json_of_something_else_stays(place, tmp_path, more):
     (tmp_path / "out" / "pretrain_vlm_128" / "report.html").write_text("mine")
     before = contents(tmp_path)
     told = here(*place.train(tmp_path / "out"), *more).error
-    assert "is not a run's folder (it holds report.html)" in told
+    assert "is not a run folder (it contains report.html)" in told
     assert contents(tmp_path) == before
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "pretrain_vlm_128.json").write_text("[]")
@@ -138,7 +138,7 @@ def test_to_resume_beside_a_run_of_another_size_says_which(trained, place, tmp_p
     line = place.train(tmp_path, preset="small", init="none")
     ended = here(*line, "--set", "model.num_hidden_layers=1", "--resume")
     assert ended.code == 2
-    assert f"{tmp_path / 'pretrain_vlm_128'} has a run, of --preset demo" in ended.error
+    assert f"{tmp_path / 'pretrain_vlm_128'} contains a run, of --preset demo" in ended.error
     assert contents(tmp_path) == before
 
 

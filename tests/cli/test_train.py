@@ -12,7 +12,7 @@ from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.formats.checkpoint import export_tensors, read_checkpoint, write_checkpoint
 from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train import run as loop
+from minimind_v.core.train import saver
 from tests.cli.harness import BASE, EYE, ROWS, here, read_rows, tree, write_rows
 
 KEYS = {"step", "loss", "lr", "grad_norm", "epoch", "samples", "supervised_tokens", "seconds"}
@@ -56,7 +56,7 @@ def test_a_run_ends_with_its_report_and_a_chat_that_works(trained, stage):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0
-    assert done.stderr.startswith("no picture")
+    assert done.stderr.startswith("no image")
 
 
 def test_metrics_hold_the_promised_keys_of_every_logged_update(trained):
@@ -166,10 +166,10 @@ def test_sizes_of_ones_own_train_from_a_yaml_file(place, tmp_path):
 
 
 def test_save_every_saves_on_the_way_and_at_the_end(place, tmp_path, monkeypatch):
-    real, saved = loop.write_checkpoint, []
-    monkeypatch.setattr(loop, "write_checkpoint", lambda path, *rest: (saved.append(path.name), real(path, *rest)))
+    real, saved = saver.write_checkpoint, []
+    monkeypatch.setattr(saver, "write_checkpoint", lambda path, *rest: (saved.append(path.name), real(path, *rest)))
     assert here(*place.train(tmp_path, save_every=4)).code == 0
-    assert saved == ["pretrain_vlm_128.pth"] * 3  # after updates 4 and 8 of 10, and at the end
+    assert saved == ["pretrain_vlm_128.pth"] * 3  # after steps 4 and 8 of 10, and at the end
 
 
 def test_a_run_never_replaces_weights_unasked(place, tmp_path):
@@ -177,7 +177,7 @@ def test_a_run_never_replaces_weights_unasked(place, tmp_path):
     before = (tmp_path / "pretrain_vlm_128.pth").read_bytes()
     refused = here(*place.train(tmp_path, max_steps=2))
     assert refused.code == 2
-    assert "pretrain_vlm_128.pth is there from an earlier run" in refused.error
+    assert "pretrain_vlm_128.pth exists from an earlier run" in refused.error
     assert "--overwrite" in refused.error
     assert (tmp_path / "pretrain_vlm_128.pth").read_bytes() == before
     assert here(*place.train(tmp_path, max_steps=2), "--overwrite").code == 0

@@ -81,13 +81,13 @@ def test_damaged_weights_of_the_vision_model_are_told_with_their_folder(refused,
         assert str(tmp_path / "eye") in line
         assert "mmv download clip" in line
     (tmp_path / "eye" / "model.safetensors").unlink()
-    assert "does not load" in refused(1, vision_model=tmp_path / "eye")
+    assert "the vision model could not be loaded" in refused(1, vision_model=tmp_path / "eye")
 
 
 def test_a_base_of_another_size_is_told_by_its_preset(refused):
     line = refused(1, preset="small")
     assert "wrong shape (model.embed_tokens.weight [600, 128] for [6400, 512]" in line
-    assert line.endswith("its sizes are those of --preset demo")
+    assert line.endswith("its sizes match --preset demo")
 
 
 def test_a_base_trained_with_another_vision_model_is_told_so(refused, trained, tmp_path):
@@ -97,7 +97,7 @@ def test_a_base_trained_with_another_vision_model_is_told_so(refused, trained, t
     CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path / "eye")).save_pretrained(tmp_path / "eye")
     line = refused(1, stage="sft", init=trained.out / "pretrain_vlm_128.pth", vision_model=tmp_path / "eye")
     assert "vision_proj.vision_proj.0.weight [128, 128] for [128, 64]" in line
-    assert line.endswith("trained with a vision model whose features are 128 wide (--vision-model)")
+    assert line.endswith("it needs a vision model with features of width 128 (--vision-model)")
 
 
 def test_heads_that_change_no_shape_must_be_those_of_the_weights(refused, sighted):
@@ -114,7 +114,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(refused):
 
 def test_a_folder_where_weights_are_wanted_and_the_other_way_round(refused, place, tmp_path):
     assert "a folder, not a weights file" in refused(1, init=tmp_path)
-    assert "no data file" in refused(1, data=tmp_path)
+    assert "is not a data file" in refused(1, data=tmp_path)
     assert "no vision model in" in refused(1, vision_model=place.picture())
     assert "no tokenizer in" in refused(1, tokenizer=place.picture())
 
@@ -133,8 +133,8 @@ def test_an_out_that_is_a_file_is_refused(refused, place):
         ("freeze", "projecter", "did you mean 'projector'?"),
         ("freeze", "projector-last", "did you mean 'projector+last'?"),
         ("preset", "smal", "did you mean 'small'?"),
-        ("preset", "", "none of small, base, moe, demo"),
-        ("dtype", "bf16", "none of auto, float32, bfloat16"),
+        ("preset", "", "must be one of small, base, moe, demo"),
+        ("dtype", "bf16", "must be one of auto, float32, bfloat16"),
         ("dtype", "float16", "did you mean"),
         ("device", "gpu", "--device gpu: not available on this machine"),
         ("device", "", "not available on this machine"),
@@ -179,7 +179,7 @@ def test_a_device_of_another_machine_is_refused(refused):
         (["train", "pretrain", "--batchsize", "4"], "--batch-size"),
         (["train", "pretrain", "--epochs", "two"], "Invalid value for '--epochs'"),
         (["train", "pretrain", "--epochs", "1.5"], "Invalid value for '--epochs'"),
-        (["train", "pretrain", "sft"], "measures a run before it starts"),
+        (["train", "pretrain", "sft"], "'sft': too many words"),
         (["trian"], "train"),
     ],
 )
@@ -277,9 +277,9 @@ def test_rows_with_a_picture_and_no_mark_are_text_rows_told_once(place, sighted,
     data = write_rows(tmp_path / "mine.jsonl", rows)
     ended = here(*place.train(tmp_path / "out", "sft", data=data, init=sighted, epochs=2, workers=1))
     assert ended.code == 0, ended.err
-    told = [line for line in ended.err.splitlines() if "no <image> mark" in line]
+    told = [line for line in ended.err.splitlines() if "but no <image> in their text" in line]
     assert [line.startswith("step ") for line in told] == [True, False], ended.err
-    assert told[-1].startswith("10 of 40 rows have an image but no <image> mark: text rows")
+    assert told[-1].startswith("10 of 40 rows have an image but no <image> in their text: text rows")
     assert "skipped" not in ended.err
 
 
@@ -293,7 +293,7 @@ def test_what_rows_are_read_as_is_told_once_and_counted(place, sighted, tmp_path
     assert ended.code == 0, ended.err
     told = [line for line in ended.err.splitlines() if "begin with an answer" in line]
     assert [line.startswith("step ") for line in told] == [True, False], ended.err
-    assert told[-1].startswith("10 of 40 rows begin with an answer: it is left out")
+    assert told[-1].startswith("10 of 40 rows begin with an answer without a question; it is not used")
     assert "skipped" not in ended.err
 
 
@@ -306,8 +306,8 @@ def test_a_set_that_lacks_its_marks_is_warned_of(place, sighted, tmp_path, stage
     data = write_rows(tmp_path / "mine.jsonl", rows)
     ended = here(*place.train(tmp_path / "out", stage, data=data, init=sighted if stage == "sft" else BASE))
     assert ended.code == 0, ended.err
-    assert "40 of the first 40 rows have an image but no <image> mark in their text" in ended.err
-    assert "40 of 40 rows have an image but no <image> mark: text rows" in ended.err
+    assert "40 of the first 40 rows have an image but no <image> in their text" in ended.err
+    assert "40 of 40 rows have an image but no <image> in their text: text rows" in ended.err
 
 
 def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(place, sighted, tmp_path):
@@ -319,8 +319,8 @@ def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(pla
     line = place.train(tmp_path / "out", "sft", data=data, init=sighted)
     ended = here(*line, "--set", "data.bad_rows=0.1")
     assert ended.code == 0, ended.err
-    assert f"row skipped: {data}:4: images or videos in `video` are not read" in ended.err
-    assert f"row skipped: {data}:21: '<img>a.jpg</img>' in its text is not read as a picture" in ended.err
+    assert f"row skipped: {data}:4: images or videos in `video` are not supported" in ended.err
+    assert f"row skipped: {data}:21: '<img>a.jpg</img>' in its text is not supported" in ended.err
     assert "2 broken rows skipped (2 pictures not read)" in ended.err
     refused = here(*line, "--overwrite")
     assert refused.code == 1

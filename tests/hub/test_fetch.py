@@ -128,7 +128,7 @@ def test_wrong_files_are_named_and_fetched_again(get, hub, tmp_path):
     lm = tmp_path / "out" / "lm_512.pth"
     lm.write_bytes(LM[:-1] + b"?")
     done = get("all", "--json")
-    assert "lm_512.pth is not the hub's file (another SHA-256)" in done.err
+    assert "lm_512.pth differs from the hub's file (SHA-256)" in done.err
     assert [file["path"] for file in done.json["files"] if file["action"] == "fetched"] == [str(lm)]
     assert lm.read_bytes() == LM
     hub.forget()
@@ -349,7 +349,7 @@ def test_a_file_that_is_listed_and_not_given_is_named_with_its_repository(get, h
     ended = get("tokenizer")
     assert ended.code == 1
     assert f"not found: {missing} of jingyaogong/MiniMind2-Small-V at " in ended.error
-    assert "try again later, or use another --endpoint" in ended.error
+    assert "run this again later, or name another --endpoint" in ended.error
     hub.faults.clear()
     assert get("tokenizer").code == 0
     assert finished(tmp_path) == ["model/tokenizer.json", "model/tokenizer_config.json"]

@@ -121,7 +121,9 @@ class Demo:
         mark = self.out / MARK
         if self.out.exists() and not mark.exists():
             own = f".{MARK}.lock"
-            if self.out.is_file() or any(path.name != own for path in self.out.iterdir()):
+            if self.out.is_file():
+                raise UsageError(f"{self.out} is a file — name a new folder with --out")
+            if any(path.name != own for path in self.out.iterdir()):
                 raise UsageError(f"{self.out} contains other files — name a new folder with --out")
         for name, stamp in read_notes(mark).get("weights", {}).items():
             if (path := self.out / "out" / name).exists() and _stamp(path) != stamp:

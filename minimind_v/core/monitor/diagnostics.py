@@ -197,8 +197,8 @@ def no_marks(history: History) -> str | None:
     if not enough or 2 * history.text_rows <= history.rows:
         return None
     return (
-        f"{history.text_rows} of the first {history.rows} rows have a picture but no {IMAGE_MARK} mark in their text, "
-        f"so the model is not shown it: write {IMAGE_MARK} where the picture belongs, "
+        f"{history.text_rows} of the first {history.rows} rows have an image but no {IMAGE_MARK} in their text, "
+        f"so the model does not receive it: write {IMAGE_MARK} at the image's position, "
         f'as in "{IMAGE_MARK}\\nWhat is this?"'
     )
 
