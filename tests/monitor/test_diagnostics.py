@@ -105,7 +105,7 @@ def test_a_first_loss_says_what_is_known_about_its_cause():
         assert "not trained" not in line
         assert "is not its tokenizer" in line
     assert "tokenizer" not in first_line(14.9, same_tokenizer=True)
-    assert "was trained with a different tokenizer" in first_line(14.9, same_tokenizer=False)
+    assert "was trained with another tokenizer than model" in first_line(14.9, same_tokenizer=False)
 
 
 def test_a_loss_that_hardly_falls_names_the_rate_and_for_few_rows_the_recipe():
