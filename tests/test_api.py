@@ -151,7 +151,7 @@ def test_an_opened_image_is_turned_upright_as_its_file_is(m, tmp_path):
         (torch.zeros(3, 9, 9), "not an image: Tensor"),
         (7, "not an image: int"),
         (b"no picture", "not a picture"),
-        ("pictures/moon.jpg", "no picture at pictures/moon.jpg"),
+        ("pictures/moon.jpg", "no image file at pictures/moon.jpg"),
     ],
     ids=str,
 )
@@ -239,7 +239,7 @@ def test_progress_is_shown_where_it_is_asked_for(tmp_path, capsys):
         (["sft"], {"epoch": 3}, "epoch"),
         (["sft"], {"lr": "fast"}, "lr must be of type float"),
         (["sft"], {"gpus": 2}, "mmv train sft --gpus 2"),
-        (["sft"], {"data": "no.jsonl", "vision_model": "no"}, "3 things are missing: .*no.jsonl"),
+        (["sft"], {"data": "no.jsonl", "vision_model": "no"}, "3 inputs are missing: .*no.jsonl"),
         ([mmv.config("sft")], {"lr": 1.0}, "a RunConfig takes no settings"),
     ],
     ids=lambda value: str(value)[:20],

@@ -57,7 +57,7 @@ def test_padded_rows_give_what_each_gives_alone(model, rows):
 @torch.inference_mode()
 def test_a_full_cache_is_an_error(model):
     cache = ready(model).decoder.new_cache(1, 4)
-    with pytest.raises(ValueError, match="holds 4 tokens, 5 are needed"):
+    with pytest.raises(ValueError, match="holds 4 tokens, but 5 are needed"):
         ready(model).decoder.read(model.embed(ids_of(model, 1, 5)), cache)
 
 

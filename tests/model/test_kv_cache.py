@@ -93,5 +93,5 @@ def test_pictures_are_remembered(model):
 def test_full_cache_is_an_error_not_a_wrong_answer(model):
     cache = model.new_cache(1, 8)
     model(torch.randint(0, 61, (1, 6)), cache=cache)
-    with pytest.raises(ValueError, match="holds 8 tokens, 9 are needed"):
+    with pytest.raises(ValueError, match="holds 8 tokens, but 9 are needed"):
         model(torch.randint(0, 61, (1, 3)), cache=cache)

@@ -124,9 +124,9 @@ def test_own_runs_stay_text_without_pictures(encoder, talker):
 def test_wrong_number_of_pictures_names_the_row(make_vlm):
     model = make_vlm()
     rows = torch.cat((ids_of(PICTURE, [7] * 5), ids_of(PICTURE, [7], PICTURE)))
-    with pytest.raises(ValueError, match=r"2 pictures.*row 0: 1, row 1: 2"):
+    with pytest.raises(ValueError, match=r"2 images.*row 0: 1, row 1: 2"):
         model(rows, image_features=torch.randn(2, P, 24))
-    with pytest.raises(ValueError, match=r"4 pictures.*row 0: 1, row 1: 2"):
+    with pytest.raises(ValueError, match=r"4 images.*row 0: 1, row 1: 2"):
         model(rows, image_features=torch.randn(4, P, 24))
 
 
@@ -134,10 +134,10 @@ def test_pictures_by_row_name_the_row(make_vlm):
     """[B, N, …] says how many each row has, so a total that happens to be right is not enough."""
     model = make_vlm(seen=True)
     rows = torch.cat((ids_of(PICTURE, PICTURE, PICTURE), ids_of(PICTURE, [7] * 8)))  # 3 + 1 = 2 + 2
-    with pytest.raises(ValueError, match="row 0 has placeholders for 3 images, but 2 pictures"):
+    with pytest.raises(ValueError, match="row 0 has placeholders for 3 images, but is given 2"):
         model(rows, pixel_values=torch.randn(2, 2, 3, 16, 16))
     rows = torch.cat((ids_of(PICTURE, PICTURE), ids_of(PICTURE, [7] * 4)))
-    with pytest.raises(ValueError, match="row 1 has placeholders for 1 images, but 2 pictures"):
+    with pytest.raises(ValueError, match="row 1 has placeholders for 1 images, but is given 2"):
         model(rows, pixel_values=torch.randn(2, 2, 3, 16, 16))
 
 
@@ -150,7 +150,7 @@ def test_part_of_a_picture_names_the_row(make_vlm):
     rows = torch.cat((ids_of(PICTURE, [7]), ids_of(PICTURE, [7])))
     mask = rows == AT
     mask[1, 2:] = False
-    with pytest.raises(ValueError, match=r"row 1 has placeholders for 0\.5 pictures"):
+    with pytest.raises(ValueError, match=r"row 1 has placeholders for 0\.5 images, but needs a whole number"):
         make_vlm()(rows, image_features=torch.randn(2, P, 24), image_mask=mask)
 
 

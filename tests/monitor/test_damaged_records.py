@@ -33,7 +33,7 @@ DAMAGED = {
     "nested": ("[" * 5000, "not a line of JSON"),
     "huge": ('{"step": 2, "loss": "' + "x" * LONGEST + '"}', "the line is longer than 1,048,576 bytes"),
     "a list": ("[1]", "not a record of a run"),
-    "no step": ('{"loss": 1}', "no step"),
+    "no step": ('{"loss": 1}', "not a record of a run (it has no step)"),
     "a text for a step": (step("2"), "step is '2'"),
     "a truth for a step": (step(True), "step is True"),
     "a text for a loss": (step(2, loss="low"), "loss is 'low'"),

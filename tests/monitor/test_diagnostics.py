@@ -99,13 +99,13 @@ def test_a_first_loss_says_what_is_known_about_its_cause():
     assert "it is not trained" in first_line(6.4)
     for loss in (8.0, 14.9):
         line = first_line(loss)
-        assert f"the first loss is {loss:.2f} ; uniform guessing gives 6.40" in line
+        assert f"the first loss is {loss:.2f} where uniform guessing gives 6.40" in line
         assert "these rows differ from its training data" in line
         assert "do not fit" not in line
         assert "not trained" not in line
         assert "is not its tokenizer" in line
     assert "tokenizer" not in first_line(14.9, same_tokenizer=True)
-    assert "was trained with a different tokenizer" in first_line(14.9, same_tokenizer=False)
+    assert "was trained with another tokenizer than model" in first_line(14.9, same_tokenizer=False)
 
 
 def test_a_loss_that_hardly_falls_names_the_rate_and_for_few_rows_the_recipe():
@@ -114,7 +114,7 @@ def test_a_loss_that_hardly_falls_names_the_rate_and_for_few_rows_the_recipe():
     for step, loss in enumerate(losses, 1):
         said |= watched.step(metrics(step, loss))
     assert set(said) == {"first_loss_high", "loss_stays_high"}
-    assert "raise --lr (now 1e-06), or take --recipe small-data" in said["loss_stays_high"]
+    assert "raise --lr (now 1e-06), or use --recipe small-data" in said["loss_stays_high"]
     assert told(losses, started("sft", rows=10**6)).keys() == said.keys()
 
 

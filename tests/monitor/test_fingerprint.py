@@ -13,11 +13,13 @@ from minimind_v.core.monitor.fingerprint import code_digest, deciding_modules
 
 CORE = Path(minimind_v.__file__).parent / "core"
 # What a run imports, and what nevertheless alters no number: it reports, checks, moves files or ends processes. Values
-# of the configuration and contents of inputs are compared by themselves.
+# of the configuration and contents of inputs and extensions are compared by themselves; validation alone uses the
+# forward pass of evaluation.
 NEUTRAL = (
-    "config/", "curate/", "errors.py", "files.py", "hub/", "machine.py", "monitor/", "outputs.py", "pages/", "paths.py",
-    "processes.py", "signals.py", "train/batch_size.py", "train/forecast.py", "train/launch.py", "train/recall.py",
-    "train/records.py", "train/run_folder.py", "train/saver.py", "train/trial.py", "train/validate.py", "wording.py",
+    "config/", "curate/", "errors.py", "evaluate/forward.py", "extensions.py", "files.py", "hub/", "machine.py",
+    "monitor/", "outputs.py", "pages/", "paths.py", "processes.py", "signals.py", "train/batch_size.py",
+    "train/forecast.py", "train/launch.py", "train/recall.py", "train/records.py", "train/run_folder.py",
+    "train/saver.py", "train/trial.py", "train/validate.py", "version.py", "wording.py",
 )  # fmt: skip
 
 

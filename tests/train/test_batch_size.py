@@ -133,7 +133,7 @@ def test_a_gpu_is_tried_from_the_largest_down(config, monkeypatch):
     assert asked[0] == 10 * MIB + int(0.08 * 8 * 2**30), "what a run holds besides, and some more"
     assert why == "measured with rows of 128 tokens on 8.0 GiB"
     limit, share = 0, 0.25
-    with pytest.raises(RunError, match="not one row of 128 tokens does not fit into 4"):
+    with pytest.raises(RunError, match="a single row of 128 tokens does not fit into 4"):
         fitting._by_trial(Full(gone), [2, 1], several=True)
     errors = cycle([RuntimeError("CUDA error: an illegal memory access was encountered")])
     with pytest.raises(RuntimeError, match="illegal"):

@@ -350,7 +350,7 @@ def test_two_machines(tmp_path, alone):
         ({"processes": 2, "nnodes": 0}, "--nnodes must be at least 1"),
         ({"processes": 2, "nnodes": 2}, "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
         ({"processes": 2, "rdzv_endpoint": "a:1"}, "give their number with --nnodes"),
-        ({"processes": 2, "nnodes": 2, "node_rank": 2, "rdzv_endpoint": "a:1"}, "the last is 1"),
+        ({"processes": 2, "nnodes": 2, "node_rank": 2, "rdzv_endpoint": "a:1"}, "must be at most 1 with 2 machines"),
         ({"processes": 2, "max_restarts": -1}, "--max-restarts must be at least 0"),
     ],
 )

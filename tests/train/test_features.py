@@ -257,7 +257,7 @@ def test_a_small_budget_is_told_and_kept(encoder, tmp_path, monkeypatch, picture
     said, warned = [], []
     found = open_feature_cache("exact", tmp_path / "features", encoder, 100, said.append, warned.append)
     monkeypatch.undo()
-    assert "room for 5 of the images of 100 rows (with --features int8: " in said[0]
+    assert "room for 5 of the images of 100 rows (--features int8: " in said[0]
     for begin in range(0, 11, 2):  # of eleven pictures four fit in pairs
         keys = [digest(bytes([n])) for n in range(begin, min(begin + 2, 11))]
         seen = found.features(Batch(*[torch.empty(0)] * 4, pixel_values=pictures[begin : begin + 2], keys=keys))

@@ -139,11 +139,11 @@ class VLM(nn.Module):
         counts = image_mask.sum(dim=1) / tokens  # images per row [B]
         for row, count in enumerate(counts.tolist()):
             if (per_row is not None and count != per_row) or count != int(count):
-                expected = "a whole number of" if per_row is None else per_row
-                raise ValueError(f"row {row} has placeholders for {count:g} images, but {expected} images")
+                expected = "needs a whole number" if per_row is None else f"is given {per_row}"
+                raise ValueError(f"row {row} has placeholders for {count:g} images, but {expected}")
         if int(counts.sum()) != len(features):
             row_counts = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
-            raise ValueError(f"{len(features)} images for these placeholders: {row_counts}")
+            raise ValueError(f"{len(features)} images do not match the placeholders: {row_counts}")
         return x.masked_scatter(image_mask[..., None], embeddings.flatten(0, 1))  # [B, T, D]
 
 

@@ -134,7 +134,7 @@ def first_loss_high(history: History) -> str | None:
     start, guessing = history.start, math.log(history.start.config.model.vocab_size)
     if not (start.loaded and history.begun and history.step == 1 and history.losses[0] > 0.9 * guessing):
         return None
-    figure = f"the first loss is {history.losses[0]:.2f} where blind guessing gives {guessing:.2f}"
+    figure = f"the first loss is {history.losses[0]:.2f} where uniform guessing gives {guessing:.2f}"
     init, tokenizer = start.config.init, start.config.data.tokenizer
     if start.same_tokenizer is False:
         return (
