@@ -223,7 +223,7 @@ def test_text_rows_are_information_and_their_pictures_are_not_decoded(dataset, t
     told = summary(report, 0.0)
     assert (told["ok"], told["usable"], told["text_rows"]["count"]) == (True, 7, 6)
     assert told["text_rows"]["first"][0] == f"{rows.rows.path}:2"
-    assert told["text_rows"]["message"].startswith("6 of 7 rows have an image but no <image> mark")
+    assert told["text_rows"]["message"].startswith("6 of 7 rows have an image but no <image> in their text")
     assert not report.repeated.any(), "a black picture that fills a column makes no row a copy of another"
     assert list(np.flatnonzero(~report.whole)) == [6], "what cannot be copied"
 
