@@ -88,7 +88,10 @@ def test_every_name_that_is_not_there_is_told():
     with pytest.raises(UsageError) as error:
         read_pictures(["a.jpg", "dog.jpg", "http://example.org/" + "x" * 100000, "."])
     words = str(error.value)
-    assert all(part in words for part in ("no image file at a.jpg; ", "is a web address", ". is a folder — name an image file in it"))
+    assert all(
+        part in words
+        for part in ("no image file at a.jpg; ", "is a web address", ". is a folder — name an image file in it")
+    )
     assert len(words) < 500
 
 
