@@ -173,7 +173,7 @@ class LoadedVLM:
             raise UsageError(f"{path} must end with one of {', '.join(WEIGHTS_ENDINGS)}")
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists already — add overwrite=True, or name another file")
-        write_checkpoint(path, export_tensors(self.model), self.config, self.stage, self._companions)
+        write_checkpoint(path, export_tensors(self.model), self.model.model_config, self.stage, self._companions)
         return path
 
 

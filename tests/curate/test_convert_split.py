@@ -156,7 +156,7 @@ def test_there_and_back_without_loss(source, tmp_path, monkeypatch, part):
     assert tree(tmp_path / "back") == ["rows_data.jsonl", "rows_images.zip"], "no parts are left"
     with pytest.raises(UsageError, match="--overwrite"):
         convert(source, tmp_path / "new" / "rows.parquet")
-    with pytest.raises(UsageError, match=r"neither \.jsonl nor \.parquet"):
+    with pytest.raises(UsageError, match=r"must end in \.jsonl or \.parquet"):
         convert(source, tmp_path / "rows.txt")
 
 
@@ -290,7 +290,7 @@ def test_a_row_whose_pictures_are_not_read_is_neither_converted_nor_split(tmp_pa
         lambda: convert(open_rows(path), tmp_path / "out.jsonl"),
         lambda: split(open_rows(path), tmp_path / "parts", 3, 0),
     ):
-        with pytest.raises(DataError, match=r"rows\.jsonl:4: images or videos in `video` are not read.*--fix"):
+        with pytest.raises(DataError, match=r"rows\.jsonl:4: images or videos in `video` are not supported.*--fix"):
             run()
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
 

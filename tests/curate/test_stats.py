@@ -148,4 +148,4 @@ def test_text_rows_have_no_pictures_and_are_counted(tmp_path):
     found = look(write(tmp_path, rows))
     assert (found["text_rows"], found["images"]["sum"]) == (1, 3)
     assert found["skipped"]["kinds"] == {"pictures not read": 1}
-    assert "1 of 5 rows have an image but no <image> mark" in summary(found)["text rows"]
+    assert "1 of 5 rows have an image but no <image> in their text" in summary(found)["text rows"]

@@ -256,7 +256,7 @@ def test_a_draft_of_a_jpeg_that_breaks_off_is_refused(progressive):
     end = len(data) - (3 if progressive else 2)  # the last byte of this progressive file decides no pixel
     for length in [*range(len(data) - 12, end), *(rng.randrange(len(data)) for _ in range(8))]:
         assert refused(data[:length]).kind == "picture broken", length
-        assert "breaks off" in str(refused(data[:length] + bytes(len(data) - length))) or length < 700
+        assert "cut off" in str(refused(data[:length] + bytes(len(data) - length))) or length < 700
 
 
 # --- upright ----------------------------------------------------------------------------------------------------------
@@ -567,7 +567,7 @@ def test_a_jpeg_whose_data_is_cut_is_refused_with_an_end_marker_too(mode, coding
         if "progressive" in coding and len(data) - cut < 20:
             marked = []  # some of these are taken for whole files: they lack a bit of a few last coefficients
         for end in (b"", b"\xff", bytes(len(data) - cut), *marked):
-            assert "breaks off" in str(refused(data[:cut] + end)), (len(data) - cut, end)
+            assert "cut off" in str(refused(data[:cut] + end)), (len(data) - cut, end)
 
 
 @pytest.mark.parametrize("coding", CODINGS)
@@ -584,7 +584,7 @@ def test_flat_pictures_and_flat_bottoms_are_whole(coding, colour):
 def test_a_draft_of_a_jpeg_without_its_end_marker_is_whole():
     data = encoded(drawn(960, 900), "JPEG", quality=60)
     assert (load_pixels(data[:-2], "no end", SIZE) == load_pixels(data, "plain", SIZE)).all()
-    assert "breaks off" in str(refused(data[:-9] + END))
+    assert "cut off" in str(refused(data[:-9] + END))
 
 
 def test_a_progressive_jpeg_that_lacks_its_last_scans_is_refused():
@@ -708,7 +708,7 @@ def test_a_tiff_whose_fields_are_larger_than_it_is_refused():
     strips = {257: (4, 1, 500_000), 278: (4, 1, 1), 273: (4, 500_000, 200), 279: (4, 500_000, 200)}
     begun = time.perf_counter()
     for data in (tiff_of(overlapping, 1_000_000), tiff_of(strips, 4_000_000)):
-        assert "fields" in str(refused(data))
+        assert "directory is larger than the file" in str(refused(data))
     assert load_pixels(tiff_of({}, 500), "small", SIZE).shape == (3, SIZE, SIZE)
     assert time.perf_counter() - begun < 1
 

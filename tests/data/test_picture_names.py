@@ -63,7 +63,7 @@ def test_a_name_need_not_be_text(folder):
 def test_without_a_home_a_tilde_is_a_name(monkeypatch, tmp_path):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}["uid not found"])
-    with pytest.raises(MissingInput, match=r"no picture at ~/dog\.jpg"):
+    with pytest.raises(MissingInput, match=r"no image file at ~/dog\.jpg"):
         read_picture("~/dog.jpg")
 
 
@@ -80,7 +80,7 @@ def test_inline_pictures_are_read_however_they_were_written():
 
 
 def test_a_zero_byte_in_a_name_is_told():
-    with pytest.raises(MissingInput, match="no picture at"):
+    with pytest.raises(MissingInput, match="no image file at"):
         read_picture("a\0b.jpg")
 
 
@@ -88,7 +88,10 @@ def test_every_name_that_is_not_there_is_told():
     with pytest.raises(UsageError) as error:
         read_pictures(["a.jpg", "dog.jpg", "http://example.org/" + "x" * 100000, "."])
     words = str(error.value)
-    assert all(part in words for part in ("no picture at a.jpg; ", "is an address", ". is a folder"))
+    assert all(
+        part in words
+        for part in ("no image file at a.jpg; ", "is a web address", ". is a folder — name an image file in it")
+    )
     assert len(words) < 500
 
 

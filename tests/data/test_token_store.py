@@ -472,7 +472,7 @@ def test_where_nothing_can_be_kept_it_is_said(tmp_path, monkeypatch):
     assert keep(dataset, warn=said.append) is None
     assert len(said) == 1
     assert "Read-only file system" in said[0]
-    assert "tokenised again" in said[0]
+    assert "every epoch tokenises the rows again" in said[0]
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -163,6 +163,6 @@ def test_a_demo_is_repeated_unless_its_weights_were_trained_on_since(tmp_path, m
         demo.run()
     demo._note_weights()
     demo.weights["sft_vlm_128"].write_bytes(b"by its user")
-    with pytest.raises(UsageError, match=r"sft_vlm_128\.pth is not as the demo left it"):
+    with pytest.raises(UsageError, match=r"sft_vlm_128\.pth was changed after the demo wrote it"):
         demo.run()
     assert demo.weights["sft_vlm_128"].read_bytes() == b"by its user"

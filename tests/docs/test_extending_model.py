@@ -34,7 +34,7 @@ from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.formats.load import load
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
-from minimind_v.core.monitor.metrics import Silent
+from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
 
@@ -42,7 +42,7 @@ data, base, vision, tokenizer, image = map(Path, sys.argv[1:])
 options = {{"preset": "demo", "data": data / "pretrain_data.jsonl", "images": data / "pretrain_images.zip",
            "vision_model": vision, "tokenizer": tokenizer, "init": base, "out": Path("out"), "max_steps": 3,
            "batch_size": 4, "workers": 0, "device": "cpu", "features": "exact"}}
-train(build_config("pretrain", options=options, sets={sets}), Silent())
+train(build_config("pretrain", options=options, sets={sets}), Listener())
 export(ExportRequest(Path("out/pretrain_vlm_128.pth")), "safetensors", Path("w.safetensors"))
 loaded = load(Path("w.safetensors"), vision, tokenizer, "cpu")
 spec, words = loaded.model.spec, loaded.tokenizer

@@ -41,7 +41,7 @@ def test_the_command_writes_verifies_and_tells(whole):
     out, said = whole
     told = said.json
     assert (told["out"], told["kind"]) == (str(out), "hf")
-    assert told["verified"]["token ids"] == "the same in 3 of 3 prompts"
+    assert told["verified"]["token ids"] == "equal in 3 of 3 prompts"
     assert told["verified"]["largest logit difference"].endswith("in fp32 (allowed 1e-04)")
     same, _, count = told["verified"]["greedy tokens"].split()[:3]
     assert same == count
@@ -102,7 +102,7 @@ def test_info_tells_what_it_is_and_where_it_came_from(whole):
     assert (found["came_from"], found["made_by"].split()[0]) == ("sft_vlm_64.pth", "mmv")
     assert found["bytes"] == sum((whole[0] / name).stat().st_size for name in tree(whole[0]))
     assert "token ids" in found["verified"]
-    assert here("info", exported(), "--json").json["came_from"].startswith("not known")
+    assert here("info", exported(), "--json").json["came_from"].startswith("unknown: not written by")
 
 
 # --- verification -----------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_nothing_of_anybody_else_is_ever_replaced(tmp_path, monkeypatch):
     out = tmp_path / "out"
     quick(out)
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"notes\.txt is not by `mmv convert` and would be lost"):
+    with pytest.raises(UsageError, match=r"notes\.txt was not written by `mmv convert` and would be lost"):
         quick(out, overwrite=True)
     file = tmp_path / "file"
     file.write_text("mine")

@@ -148,7 +148,7 @@ def test_private(hub, folder):
     assert here(*args, "me/secret").code == 0
     assert hub.private["me/secret"] is True
     hub.repos["me/open"], hub.private["me/open"] = {}, False
-    assert "me/open is there already, and public" in here(*args, "me/open").error
+    assert "me/open exists and is public" in here(*args, "me/open").error
     assert hub.repos["me/open"] == {}
 
 

@@ -97,8 +97,9 @@ class Saver:
     def save_best(self, step: int) -> None:
         """Keep the weights of this step, the best so far."""
         with errors_as_warnings(self.listener, step):
-            tensors, config = export_tensors(self.train_step.model), self.config
-            write_checkpoint(self.folder.best_weights, tensors, config.model, config.stage, self.companions)
+            model = self.train_step.model
+            tensors = export_tensors(model)
+            write_checkpoint(self.folder.best_weights, tensors, model.model_config, self.config.stage, self.companions)
 
     def report(self, wait: bool = False) -> None:
         """Report the end of the save in the background. A full disk must not end the run."""
@@ -123,7 +124,7 @@ class Saver:
 
     def _writer(self, progress: dict[str, Any]) -> Callable[[], None]:
         """A function that writes the present state and weights."""
-        model, optimiser, config = self.train_step.model, self.train_step.optimiser, self.config
+        model, optimiser, stage = self.train_step.model, self.train_step.optimiser, self.config.stage
         tensors, ready = self._snapshot.take(pack(named_trainable(model), optimiser))
         weights: dict[str, Tensor] | RunError
         try:
@@ -138,7 +139,7 @@ class Saver:
             finally:  # the weights alone may fit on the disk
                 if isinstance(weights, RunError):
                     raise weights
-                write_checkpoint(self.folder.weights, weights, config.model, config.stage, self.companions)
+                write_checkpoint(self.folder.weights, weights, model.model_config, stage, self.companions)
 
         return write
 

@@ -36,6 +36,7 @@ def make(order: ExportRequest, folder: Path) -> ExportFacts:
     """Write a request into an empty folder. Raises as `read_model_parts` and `write`, RunError for no room."""
     with in_use(folder):
         source = read_model_parts(order.model, order.vision_model, order.tokenizer)
+        order.refuse_layout(source.tokenizer.layout)
         check_target("hf", order.model, source.config, TOWERS, PROJECTORS)
         with disk_errors(folder.parent):
             write(source, folder, order)
