@@ -227,7 +227,7 @@ def test_tokens_stay_with_the_hub(get, hub, monkeypatch):
         ((), 401, {}, "hf auth login"),
         ((), 403, {"X-Error-Code": "GatedRepo"}, "hf auth login"),
         ((), 429, {"Retry-After": "3600"}, "too many requests"),
-        ((), 503, {}, "in trouble"),
+        ((), 503, {}, "the hub failed on"),
         (("--revision", "nowhere"), 0, {}, "--revision"),
         (("--preset", "base"), 0, {}, "lacks lm_768.pth — it has: llm_512.pth"),
     ],
