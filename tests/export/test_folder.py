@@ -42,7 +42,7 @@ def test_the_command_writes_verifies_and_tells(whole):
     told = said.json
     assert (told["out"], told["kind"]) == (str(out), "hf")
     assert told["verified"]["token ids"] == "equal in 3 of 3 prompts"
-    assert told["verified"]["largest logit difference"].endswith("in fp32 (allowed 1e-04)")
+    assert told["verified"]["largest logit difference"].endswith("in fp32 (allowed: 1e-04)")
     same, _, count = told["verified"]["greedy tokens"].split()[:3]
     assert same == count
     assert tree(out.parent) == sorted(
