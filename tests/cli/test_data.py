@@ -43,7 +43,7 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
     assert len(open_rows(tmp_path / "clean.parquet")) == 37
     spoken = here(*line)
     assert spoken.code == 1
-    assert "training refuses: 2 of 40 rows are broken" in spoken.error
+    assert "training would refuse these rows: 2 of 40 rows are broken" in spoken.error
     again = here("data", "check", tmp_path / "clean.parquet", *SIGHT, "--json")
     assert again.json["problems"] == []
 
@@ -177,7 +177,7 @@ def test_a_model_trains_on_one_split_and_is_scored_on_another(splits, tmp_path):
     for more, name, rows in (((), "test", 1), (("--split", "train"), "train", 3)):
         scored = here(*scoring, *more)
         assert (scored.json["split"], scored.json["rows"]) == (name, rows)
-        assert f"the split {name} is read" in scored.err
+        assert f"reading the split {name} (" in scored.err
     other = here(*line, "--split", "validation", "--resume")
     assert other.code == 2
     assert "data.split: nothing in the interrupted run, validation now" in other.err
