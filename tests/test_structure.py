@@ -5,11 +5,8 @@ import pytest
 from tests import structure
 from tests.structure import PACKAGE, PAGE
 
-LONG_FUNCTIONS = {"cli/train:train": 118, "cli/evaluate:evaluate": 77, "core/train/run:_update": 64}  # may only shrink
-CIRCLES = [  # may only shrink
-    {"core/rows/jsonl", "core/rows/tables", "core/rows/coco", "core/rows/folder"},
-    {"core/rows/pictures", "core/rows/shards", "core/rows/tar"},
-]
+LONG_FUNCTIONS: dict[str, int] = {}
+CIRCLES: list[set[str]] = []
 PLAIN_MODEL = ["core/data", "core/train", "core/formats"]  # what the model must not import
 FLOORS = ["cli", "train", "model", "ground"]
 

@@ -76,10 +76,8 @@ def evaluate(
     )
     rows = open_rows(data, images, split, terminal.say, SCORE)
     terminal.say(str(loaded.receipt))
-    scores = _score(
-        terminal, loaded, rows, max_length, blind,
-        {"batch_size": batch_size, "limit": limit, "dtype": dtype, "task": task},
-    )  # fmt: skip
+    how = {"batch_size": batch_size, "limit": limit, "dtype": dtype, "task": task}
+    scores = _score(terminal, loaded, rows, max_length, blind, how)
     _show_rows(terminal, scores["seeing"])
     report = _report(loaded.checkpoint.path, data, rows.split, scores)
     if json:

@@ -10,7 +10,8 @@ import numpy as np
 
 from minimind_v.core.rows.cells import decode_inline
 from minimind_v.core.rows.forms import read_row
-from minimind_v.core.rows.pictures import Pictures, open_pictures
+from minimind_v.core.rows.picture_sources import open_pictures
+from minimind_v.core.rows.pictures import Pictures
 from minimind_v.core.rows.row import NUMBERED, Reopened, Row
 from minimind_v.core.rows.splits import Choice
 

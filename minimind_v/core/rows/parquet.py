@@ -23,7 +23,7 @@ from minimind_v.core.rows.cells import Picture, StoredPictures, decode_inline, p
 from minimind_v.core.rows.field_names import PICTURES, READ, TALKS, is_readable, picture_field
 from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
-from minimind_v.core.rows.pictures import open_pictures
+from minimind_v.core.rows.picture_sources import open_pictures
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.shards import ShardedRows
 from minimind_v.core.rows.splits import LEARN, Choice, shards_of

@@ -50,18 +50,6 @@ class Pictures(Protocol):
         """The bytes of a picture. Raises RowError."""
 
 
-def open_pictures(path: Path | None) -> Pictures:
-    """Open a folder, zip or tar of pictures; None for none. Raises MissingInput or DataError."""
-    if path is None:
-        return NoPictures()
-    find_pictures(path)
-    if path.suffix == ".tar" and path.is_file():
-        from minimind_v.core.rows.tar import TarPictures
-
-        return TarPictures(path)
-    return FolderPictures(path) if path.is_dir() else ZipPictures(path)
-
-
 def find_pictures(path: Path | None) -> Path | None:
     """Return the path. Raises MissingInput where it does not exist."""
     if path is not None and not path.is_dir() and not path.is_file():

@@ -18,9 +18,7 @@ from minimind_v.core.rows.cells import decode_inline
 from minimind_v.core.rows.field_names import TALKS
 from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import Index
-from minimind_v.core.rows.members import hash_name
-from minimind_v.core.rows.names import PicturePath
-from minimind_v.core.rows.pictures import ArchivePictures, open_pictures
+from minimind_v.core.rows.picture_sources import open_pictures
 from minimind_v.core.rows.row import NO_NAME, Reopened, Row, check_size, image_names, parse_json
 from minimind_v.core.rows.shards import ShardedRows
 from minimind_v.core.rows.splits import LEARN, Choice, shards_of
@@ -31,47 +29,8 @@ from minimind_v.core.wording import plural
 MOST = 1000  # members of a sample
 TEXT_LIMIT = 2**24  # bytes of a sample's text
 OFFSET_BITS = 40  # of a sample's offset: a terabyte; the bits above are the number of its shard
-PICTURES_KIND = "tar members: hash of a reading of the folded file name, place of the header"  # of the index
 KIND = "tar samples: shard and offset, length"  # of the index
 NAMES = {"image", "images"}  # keys of a sample's JSON that may name its pictures
-
-
-# --- pictures by name -------------------------------------------------------------------------------------------------
-
-
-class TarPictures(ArchivePictures[Member]):
-    """Pictures in a tar, found by the same names as in a zip."""
-
-    damage = (DamagedTar, OSError, StopIteration)
-
-    def __init__(self, path: Path) -> None:
-        """Raises DataError where the file is damaged or not a tar; a cut off tar keeps its whole members."""
-        if trouble := stand_in(path):
-            raise DataError(f"{path}: {trouble}")
-        super().__init__(path, PICTURES_KIND, "pictures")
-
-    def _hashed_names(self) -> Iterator[tuple[int, int]]:
-        try:
-            for member in read_members(self.handle):
-                for name in member.names:
-                    yield hash_name("".join(PicturePath.of(name).names[-1:])), member.start
-        except DamagedTar as error:
-            if not error.cut:
-                raise DataError(f"{self.path}: damaged ({error}) — download it again") from None
-
-    def _namesakes(self, last: str) -> dict[str, Member]:
-        members = [next(read_members(self.handle, offset)) for offset in self._offsets(last)]
-        return {"/".join(PicturePath.of(member.name).names): member for member in members}
-
-    def read(self, name: str) -> bytes:
-        member = self._member(name)
-        if member.trouble:
-            raise RowError(f"{name}: {member.trouble}, in {self.path}", "picture broken")
-        check_size(name, member.size)
-        return read_exactly(self.handle, member)
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 class TarRows(ShardedRows):
