@@ -115,7 +115,7 @@ def _show_summary(terminal: Terminal, summary: Summary) -> None:
     end = f"stopped by {summary.stopped_by.name}" if summary.stopped_by else "done"
     terminal.say(f"{end} after {plural(summary.steps, 'step')}{_skipped(summary)}; {_results(summary)}")
     if summary.steps and not summary.weights.is_file():
-        raise RunError(f"{summary.weights} is gone: another program removed it — start the run again")
+        raise RunError(f"{summary.weights} was removed during the run — start the run again")
     report = summary.metrics.with_name("report.html")
     if report.is_file():
         terminal.say(f"report: {report}")
@@ -139,6 +139,5 @@ def _results(summary: Summary) -> str:
         return "nothing saved yet"
     results = {"weights": summary.weights, "curve": summary.metrics}
     return ", ".join(
-        f"{name} in {path}" if path.is_file() else f"{name} is lost: {path} was removed"
-        for name, path in results.items()
+        f"{name} in {path}" if path.is_file() else f"no {name}: {path} was removed" for name, path in results.items()
     )

@@ -163,7 +163,7 @@ def test_the_commands_read_one_split_and_say_which(splits, tmp_path):
         wrong = here("data", command, splits, *words, *sight, "--split", "tset")
         assert (wrong.code, "did you mean 'test'" in wrong.error) == (2, True)
     against = here("data", "check", splits, "--against", splits, *SIGHT, "--json")
-    assert "the split test is read" in against.err
+    assert "reading the split test" in against.err
     assert here("info", splits, "--json").json["split"] == "train"
 
 
@@ -182,4 +182,4 @@ def test_a_model_trains_on_one_split_and_is_scored_on_another(splits, tmp_path):
     assert other.code == 2
     assert "data.split: nothing in the interrupted run, validation now" in other.err
     planned = here(*line[:1], "plan", *line[1:], "--split", "test", "--json")
-    assert "the split test is read" in planned.err
+    assert "reading the split test" in planned.err

@@ -34,6 +34,7 @@ def demo_folder(tmp_path):
     return folder
 
 
+@pytest.mark.long
 def test_the_commands_run_in_the_demo_folder(demo_folder, monkeypatch):
     first, *lines = commands(ENGLISH)
     assert first == "cd demo"

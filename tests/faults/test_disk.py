@@ -207,7 +207,7 @@ def test_a_run_goes_on_where_a_save_on_the_way_fails_and_goes_on_trying(tmp_path
     assert told[:-1] == sorted(set(told[:-1]) & {f"step {step}" for step in range(4, 10)})
     assert "step 10/10" in ended.err
     assert ended.error.endswith(
-        "pretrain_vlm_128.pth: not saved (File too large) — free some disk space, and start again"
+        "pretrain_vlm_128.pth: not saved (File too large) — free some disk space, and run the command again"
     )
     kept = ("config.yaml", "events.jsonl", "manifest.json", "metrics.jsonl")
     assert tree(tmp_path / "out") == [f"pretrain_vlm_128/{name}" for name in kept]

@@ -181,7 +181,7 @@ def test_of_two_conversions_of_one_target_one_is_refused(rows, tmp_path):
         assert here(*words, out).code == 0
         again = here(*words, out)
         assert again.code == 2
-        assert "is there already" in again.error
+        assert "already exists" in again.error
         assert not list(tmp_path.glob(f".{name}*"))
 
 
@@ -211,7 +211,7 @@ def test_a_folder_that_came_meanwhile_is_not_replaced(tmp_path, monkeypatch):
         (out / "weights").write_text("by the other")
 
     monkeypatch.setattr(folders, "_sync", meanwhile)
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         export(order(), "hf", out, check=False)
     assert tree(tmp_path) == ["model/weights"]
 
@@ -226,7 +226,7 @@ def test_a_target_that_comes_while_a_conversion_waits_is_not_replaced(tmp_path, 
         return real(lock, end)
 
     monkeypatch.setattr(files.Lock, "_take", take)
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         export(ExportRequest(sighted()), "safetensors", out)
     assert out.read_bytes() == b"by the other, meanwhile"
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.train import build
 from minimind_v.core.train.loop import Run
 from tests.cli.harness import Running, here, place, read_rows
 
@@ -95,7 +95,7 @@ def slow_loading():
         print("loading", file=sys.stderr)
         time.sleep(60)
 
-    VisionEncoder.load = load
+    build.build_encoder = load
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_an_interrupt_that_became_another_error_on_its_way_is_an_interrupt(tmp_p
         except KeyboardInterrupt:
             raise AttributeError("module 'numpy' has no attribute 'matrix'") from None
 
-    monkeypatch.setattr(VisionEncoder, "load", load)
+    monkeypatch.setattr(build, "build_encoder", load)
     before = signal.getsignal(signal.SIGINT)
     ended = here(*place().train(tmp_path / "out"))
     assert ended.code == 130

@@ -14,8 +14,7 @@ import pytest
 
 from minimind_v.core.files import Held, Lock, write_text
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.model.vision.encoder import VisionEncoder
-from minimind_v.core.train import records
+from minimind_v.core.train import build, records
 from tests.cli.harness import Running, here, place, read_rows, sighted, tree
 from tests.train.test_distributed import workers_of
 
@@ -76,7 +75,7 @@ def lasting(word):
 
 def slow_loading():
     """Make loading the vision model last a minute."""
-    VisionEncoder.load = lasting("loading")
+    build.build_encoder = lasting("loading")
 
 
 @pytest.mark.long
@@ -281,7 +280,7 @@ def test_a_run_of_another_machine_that_has_not_ended_is_told(tmp_path):
     write_text(tmp_path / "out" / LOCK, '{"process": 7, "host": "far-away", "since": "2020-01-02 03:04:05"}')
     ended = here(*place().train(tmp_path / "out", max_steps=1))
     assert ended.code == 0, ended.err
-    assert "did not come to its end (process 7 on far-away, since 2020-01-02 03:04:05)" in ended.err
+    assert "did not finish (process 7 on far-away, since 2020-01-02 03:04:05)" in ended.err
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):

@@ -185,7 +185,7 @@ def test_a_text_row_is_trained_on_without_its_picture(text_rows):
     for n, example in enumerate(examples):
         read = text_rows.load(example)
         assert isinstance(read, Example), read
-        assert (read.tokens.unmarked, len(read.pictures)) == ((0, 1) if n % 3 else (1, 0))
+        assert (read.tokens.unmarked, len(read.images)) == ((0, 1) if n % 3 else (1, 0))
     batch = collate(examples, [], 0)
     assert (batch.text_rows, len(batch.pixel_values)) == (4, 8)
 

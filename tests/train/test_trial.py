@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.curate.stats import TypicalRow
+from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train import forecast, trial
 from minimind_v.core.train.freeze import freeze
@@ -41,7 +42,7 @@ def test_time_is_measured_without_weights(vision_model, monkeypatch):
     row = TypicalRow(length=20, pictures=1.5, supervised=5)
     found = forecast.estimate(config, row, 1000, 250)
     assert found.seconds == 1000 * 1.5 / 2 + 250 * 0.5, found.how
-    assert found.how.startswith("an estimate: 1.50 s for 2 made-up rows of 20 tokens and 1.5 pictures each")
+    assert found.how.startswith("an estimate: 1.50 s for 2 synthetic rows of 20 tokens and 1.5 pictures each")
     assert len(done) == 3 + 1
     missing = forecast.estimate(replace(config, vision_model=vision_model / "none"), row, 1000, 250)
     assert missing.seconds is None
@@ -63,7 +64,7 @@ def test_a_light_trial_does_the_work_of_all_layers(vision_model, policy, preset)
     batch = light.batch([1, 1], 30, 7)
     counted = multiplications(lambda: light.passes(batch))
 
-    tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(vision_model))
+    tower = ClipVision(read_tower_config(vision_model)[1])
     whole = VLM(config.model, light.spec, 34, VisionEncoder(tower, light.spec))
     trainable = freeze(whole, policy)
     tokens = {"image_mask": batch.image_mask, "labels": batch.labels, "pixel_values": batch.pixel_values}

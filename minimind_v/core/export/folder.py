@@ -116,7 +116,7 @@ def _beside(out: Path) -> Iterator[Path]:
     First remove what a killed process left. Raises RunError where another process is writing `out`.
     """
     if sweep(out, patience=1.0):
-        raise RunError(f"{out}: another process is writing it — wait until it ends, or name another --out")
+        raise RunError(f"{out}: another run writes it — wait until it ends, or name another --out")
     new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

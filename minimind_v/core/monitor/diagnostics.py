@@ -302,7 +302,7 @@ def does_not_look(history: History) -> str | None:
     if any(swapped < 0.05 or swapped - loss > 0.005 * swapped for loss, swapped in losses):
         return None
     return (
-        f"the model does not look: its loss on held-out rows is {losses[-1][0]:.3f} with their pictures and "
+        f"the model ignores the images: its loss on held-out rows is {losses[-1][0]:.3f} with their images and "
         f"{losses[-1][1]:.3f} with images of other rows — check that the answers need the images and that "
         "the images are the right ones (mmv data preview). If so, pretrain longer or with a higher --lr"
     )

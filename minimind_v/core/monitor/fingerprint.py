@@ -86,7 +86,7 @@ def check_origin(
     differing = [key for key in now if before.get(key) != now[key]]
     for key in differing:
         allowance = " (allowed)" if key in allowed else ""
-        warn(f"{key}: {_shown(before.get(key))} in the run that is resumed, {_shown(now[key])} now{allowance}")
+        warn(f"{key}: {_shown(before.get(key))} in the interrupted run, {_shown(now[key])} now{allowance}")
     if refused := [key for key in differing if key not in allowed]:
         raise UsageError(
             "this run differs from the interrupted one — use the same inputs, start over with --overwrite, "

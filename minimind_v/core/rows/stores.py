@@ -109,7 +109,7 @@ def _with(module: str, name: str, splits: bool = True) -> Open:
 JSON = Store("JSON", "`.jsonl` · `.json`", _ends_with(".jsonl", ".json"), _with("jsonl", "open_json", splits=False))
 # The first that recognises a path opens it. JSON also opens files of any other name.
 STORES = [
-    Store("datasets", "a folder that `datasets` saved", _is_saved, _with("arrow", "SavedRows")),
+    Store("datasets", "a folder saved by `datasets`", _is_saved, _with("arrow", "SavedRows")),
     Store(
         "imagefolder",
         "a folder with `metadata.jsonl`, `.csv` or `.parquet`",

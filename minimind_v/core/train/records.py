@@ -66,8 +66,8 @@ class Records:
         with errors_as_warnings(self.recorder, metrics.step):
             if self._metrics.write(asdict(metrics)):
                 self.recorder.warning(
-                    f"step {metrics.step}: {self.folder.metrics} was removed while the run wrote it, and is written "
-                    f"again — check what else is missing in {self.config.out}"
+                    f"step {metrics.step}: {self.folder.metrics} was removed during the run and is written again "
+                    f"— check what else is missing in {self.config.out}"
                 )
                 self._describe()
 
