@@ -181,7 +181,7 @@ def test_of_two_conversions_of_one_target_one_is_refused(rows, tmp_path):
         assert here(*words, out).code == 0
         again = here(*words, out)
         assert again.code == 2
-        assert "already exists" in again.error
+        assert " exists — add --overwrite" in again.error.replace("already ", "")
         assert not list(tmp_path.glob(f".{name}*"))
 
 

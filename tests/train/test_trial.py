@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.curate.stats import TypicalRow
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder
 from minimind_v.core.model.vision.spec import read_tower_config
@@ -66,6 +67,7 @@ def test_a_light_trial_does_the_work_of_all_layers(vision_model, policy, preset)
 
     tower = ClipVision(read_tower_config(vision_model)[1])
     whole = VLM(config.model, light.spec, 34, VisionEncoder(tower, light.spec))
+    accelerate(whole, CPU)
     trainable = freeze(whole, policy)
     tokens = {"image_mask": batch.image_mask, "labels": batch.labels, "pixel_values": batch.pixel_values}
     true = multiplications(lambda: whole(batch.input_ids, **tokens).loss.backward())

@@ -82,7 +82,7 @@ def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> No
         return
     manifest = read_manifest(out)
     if manifest is None:
-        raise UsageError(f"{out} is there already, and not by `mmv convert` ({names[0]}) — name another --out")
+        raise UsageError(f"{out} already exists, and not by `mmv convert` ({names[0]}) — name another --out")
     if not overwrite:
         raise UsageError(f"{out} exists — add --overwrite, or name another --out")
     if strange := [name for name in names if name not in manifest["files"] and name != MANIFEST]:
