@@ -47,13 +47,13 @@ def ceilings(card: Card, found: Found) -> None:
     for name, side, kind in (("bf16", 8192, torch.bfloat16), ("fp32", 4096, torch.float32)):
         side = 64 if card.tiny else side
         left, right = (torch.randn(side, side, device=card.device, dtype=kind) for _ in range(2))
-        found[f"{name}_tflops"] = round(2 * side**3 / card.seconds(lambda a=left, b=right: a @ b) / 1e12, 2)
+        found[f"{name}_tflops"] = round(2 * side**3 / card.seconds(lambda a=left, b=right: a @ b) / 1e12, 4)
     # Products as an update has them: 16 rows of 262 tokens, hidden 512 → 1408.
     rows, inner, width = (64, 64, 64) if card.tiny else (4192, 1408, 512)
     left = torch.randn(rows, width, device=card.device, dtype=torch.bfloat16)
     right = torch.randn(width, inner, device=card.device, dtype=torch.bfloat16)
     taken = card.seconds(lambda: left @ right, 200)
-    found["bf16_tflops_of_an_update"] = round(2 * rows * inner * width / taken / 1e12, 2)
+    found["bf16_tflops_of_an_update"] = round(2 * rows * inner * width / taken / 1e12, 4)
     small = torch.zeros(16, device=card.device)
     found["launch_us"] = round(card.seconds(lambda: small.add_(1), 2000, 100) * 1e6, 2)
     if card.cuda:

@@ -90,7 +90,7 @@ def _measure(card: Card, found: Found, preset: str, stage: str, features: str, o
         "tokens_s": round(tokens / window.seconds),
         "updates": len(window.times),
         "waiting_for_data": round(window.difference("data_seconds") / window.seconds, 4),
-        "tflops": round(rate / 1e12, 2),
+        "tflops": round(rate / 1e12, 4),
         "share_of_nominal": round(rate / card.peak, 4) if card.peak else None,
         "share_of_product": round(rate / 1e12 / product, 4) if product else None,
     }
