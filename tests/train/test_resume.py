@@ -226,8 +226,8 @@ def test_what_differs_is_told_line_by_line_and_refused(tmp_path, halfway):
     assert ended.code == 2
     assert any(line.startswith("lr: 0.0004 in the interrupted run, 1e-05 now") for line in ended.err.splitlines())
     assert any(line.startswith("data.file: ") and " bytes " in line for line in ended.err.splitlines())
-    assert ended.error.endswith("say --allow lr --allow data.file") or ended.error.endswith(
-        "say --allow data.file --allow lr"
+    assert ended.error.endswith("accept it with --allow lr --allow data.file") or ended.error.endswith(
+        "accept it with --allow data.file --allow lr"
     )
 
 
