@@ -37,7 +37,7 @@ from tests.faults.soak import save_often
 save_often()
 signal.signal(signal.SIGINT, before)
 """
-EXACT = ("step", "loss", "hits", "lr", "grad_norm", "epoch", "samples", "tokens", "supervised_tokens")
+EXACT = ("step", "loss", "token_accuracy", "lr", "grad_norm", "epoch", "samples", "tokens", "supervised_tokens")
 
 
 def save_often() -> None:

@@ -35,7 +35,7 @@ def curve(out: Path, name: str = NAME) -> list[dict]:
 def assert_close(out: Path, reference: Path, name: str = NAME, weights: float = 1e-5) -> None:
     ours, theirs = curve(out, name), curve(reference, name)
     assert len(ours) == len(theirs)
-    for key in ("step", "samples", "tokens", "supervised_tokens", "hits", "lr", "epoch"):
+    for key in ("step", "samples", "tokens", "supervised_tokens", "token_accuracy", "lr", "epoch"):
         assert [one[key] for one in ours] == [one[key] for one in theirs], key
     for key in ("loss", "grad_norm"):
         assert [one[key] for one in ours] == pytest.approx([one[key] for one in theirs], rel=1e-5), key
@@ -181,7 +181,7 @@ def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair)
         time.sleep(0.1)
     ended = start(tmp_path / "last", out, "--resume").wait()
     assert ended.code == 0, ended.err
-    exact = ("step", "loss", "hits", "grad_norm", "samples", "supervised_tokens")
+    exact = ("step", "loss", "token_accuracy", "grad_norm", "samples", "supervised_tokens")
     assert [[one[key] for key in exact] for one in curve(out)] == [[one[key] for key in exact] for one in curve(pair)]
     ours, theirs = (read_checkpoint(folder / f"{NAME}.pth").tensors for folder in (out, pair))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
