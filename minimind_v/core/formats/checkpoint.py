@@ -33,9 +33,9 @@ from minimind_v.core.formats.description import (
 )
 from minimind_v.core.formats.generations import check_weights
 from minimind_v.core.formats.gguf.read import is_gguf, read_gguf
-from minimind_v.core.formats.hf.read import META, VISION, read_folder
+from minimind_v.core.formats.hf.read import VISION, read_folder
 from minimind_v.core.formats.tensor_files import check_numbers, read_tensors
-from minimind_v.core.hub.sources import weights_at
+from minimind_v.core.hub.sources import META, weights_at
 from minimind_v.core.model.projector import PREFIX as PROJECTOR
 from minimind_v.core.model.projector import PROJECTORS, recognise_projector
 from minimind_v.core.model.vlm import VLM

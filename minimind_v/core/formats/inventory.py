@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.errors import MissingInput, WeightsError
 from minimind_v.core.files import object_in, read_notes, size_of
-from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
+from minimind_v.core.hub.sources import META, WEIGHTS_ENDINGS
 from minimind_v.core.monitor.records import is_number
 
 _TAIL = 1 << 16  # bytes at the end of metrics.jsonl, which hold its last records
 _NAME = re.compile(r"(?P<stage>lm|llm|pretrain|sft)(_vlm)?_(?P<hidden>\d+)(?P<moe>_moe)?")
-_HEADER_KEY = "minimind_v"  # of the description in a safetensors header, as `hf.read.META`
 _FIRST_BYTES = {".pth": (b"PK\x03\x04", b"\x80"), ".gguf": (b"GGUF",)}
 
 
@@ -94,7 +93,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="np") as file:
-                notes = json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
+                notes = json.loads((file.metadata() or {}).get(META, "{}"))
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise WeightsError(f"{path}: not a whole safetensors file ({error})") from None
         return notes if isinstance(notes, dict) else {}

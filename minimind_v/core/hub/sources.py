@@ -16,6 +16,7 @@ from minimind_v.core.errors import MissingInput, nearest
 from minimind_v.core.paths import DATASET_DIR, DEMO_DIR, OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
 
 WEIGHTS_ENDINGS = (".pth", ".safetensors")
+META = "minimind_v"  # the key of our description in a safetensors header
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 ROWS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".tar")  # endings of files of rows
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # files of rows that stand beside their pictures

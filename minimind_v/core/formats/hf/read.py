@@ -20,10 +20,9 @@ from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.files import object_in, read_json
 from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, TEXT, TOWER, from_llava, module_name
 from minimind_v.core.formats.tensor_files import read_tensors
-from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
+from minimind_v.core.hub.sources import META, WEIGHTS_ENDINGS
 from minimind_v.core.wording import plural
 
-META = "minimind_v"  # the key of our description in a safetensors header
 VISION = "vision_encoder."
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be split, with `….index.json` beside
 # Names in older versions of the published configuration.

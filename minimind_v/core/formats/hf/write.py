@@ -22,11 +22,11 @@ from minimind_v.core.files import disk_errors, in_use
 from minimind_v.core.formats.description import describe
 from minimind_v.core.formats.hf.card import write_card
 from minimind_v.core.formats.hf.names import TOWER, to_llava
-from minimind_v.core.formats.hf.read import META
 from minimind_v.core.formats.load import ModelParts, read_model_parts
 from minimind_v.core.formats.request import ExportFacts, ExportRequest, check_target
 from minimind_v.core.formats.tensor_files import cast
 from minimind_v.core.formats.vision_tower import StoredTower
+from minimind_v.core.hub.sources import META
 
 TOWERS, PROJECTORS = (CLIP_VISION,), (LINEAR,)  # that a LLaVA can hold
 BICUBIC = 3  # Pillow's number
