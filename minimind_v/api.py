@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from minimind_v.core.config.load import Resolved, images_beside, resolve
 from minimind_v.core.config.schema import STAGES, RunConfig, TextConfig
 from minimind_v.core.config.settings import read_settings
-from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.processor import Images, Processor
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import evaluate as score
+from minimind_v.core.evaluate.run import held_out_dataset
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 from minimind_v.core.formats.inputs import find_inputs, find_model
 from minimind_v.core.formats.load import LoadedModel
@@ -278,7 +278,7 @@ def evaluate(
     m = model if isinstance(model, LoadedVLM) else load(model)
     file = Path(data)
     rows = open_rows(file, _path(images) or images_beside(file), split, log.info, SCORE)
-    dataset = RowDataset(rows, m.processor.prompts, m.processor.image_size, max_length, blank)
+    dataset = held_out_dataset(m.model, m.tokenizer, rows, max_length, blank)
     ids = m.tokenizer.pad_id, m.tokenizer.eos_id
     scores = score(m.model, dataset, *ids, batch_size, workers=_workers(1), limit=limit, dtype=dtype)
     for row in scores.broken[:5]:

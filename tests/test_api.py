@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from inspect import isfunction
 from pathlib import Path
 from statistics import median
@@ -257,6 +258,20 @@ def test_an_evaluation_counts_its_rows_and_shows_what_images_are_worth(m):
     assert 0 <= scores.accuracy <= 1
     assert mmv.evaluate(m, rows, blank=True).loss != scores.loss
     assert mmv.evaluate("out/sft_vlm_128.pth", rows, limit=5).n == 5
+
+
+def test_an_evaluation_resizes_images_as_the_tower_says(m, monkeypatch):
+    modes = []
+
+    def score(model, dataset, *rest, **more):
+        modes.append(dataset.resize_mode)
+        raise mmv.MmvError("enough")
+
+    monkeypatch.setattr(api, "score", score)
+    monkeypatch.setattr(m.model, "spec", replace(m.model.spec, resize_mode="squeeze"))
+    with pytest.raises(mmv.MmvError, match="enough"):
+        mmv.evaluate(m, "dataset/heldout_scenes_data.jsonl")
+    assert modes == ["squeeze"]
 
 
 def test_a_script_needs_no_main_guard(folder, tmp_path):

@@ -55,7 +55,7 @@ def describe(config: Config, preprocessing: dict) -> VisionSpec:
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         tokens_per_image=(config.image_size // config.patch_size) ** 2 + 1,
-        fit="squeeze",
+        resize_mode="squeeze",
         model_type=MODEL_TYPE,
     )
 

@@ -60,7 +60,8 @@ def check(
     recipe, rows, encoder, spec = data_view.open_data(
         terminal, file, split, images, tokenizer, vision_model, stage, against
     )
-    dataset = RowDataset(rows, encoder, spec.image_size, max_length or recipe.data.max_length, resize_mode=spec.fit)
+    length = max_length or recipe.data.max_length
+    dataset = RowDataset(rows, encoder, spec.image_size, length, resize_mode=spec.resize_mode)
     held_out = open_rows(against, images_beside(against) or images, say=terminal.say, order=SCORE) if against else None
     with terminal.progress("check") as progress:
         report = checking.check(dataset, workers, held_out, progress)

@@ -90,15 +90,13 @@ def _score(
     terminal: Terminal, loaded: LoadedModel, rows: RowStore, max_length: int, blind: bool, how: dict[str, Any]
 ) -> dict[str, Scores]:
     """The scores with the rows' images and, if `blind`, with blank ones."""
-    from minimind_v.core.data.dataset import RowDataset
-    from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.evaluate.run import evaluate as score
+    from minimind_v.core.evaluate.run import held_out_dataset
 
-    spec, tokenizer = loaded.model.spec, loaded.tokenizer
-    prompts, scores = PromptEncoder(tokenizer, spec.tokens_per_image), {}
+    tokenizer, scores = loaded.tokenizer, {}
     cache = _feature_cache(terminal, loaded, how["dtype"], len(rows))
     for name in ("seeing", "blind") if blind else ("seeing",):
-        dataset = RowDataset(rows, prompts, spec.image_size, max_length, blank=name == "blind", resize_mode=spec.fit)
+        dataset = held_out_dataset(loaded.model, tokenizer, rows, max_length, blank=name == "blind")
         with terminal.progress(f"eval {name}") as progress:
             scores[name] = score(
                 loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id,

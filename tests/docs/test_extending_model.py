@@ -26,9 +26,7 @@ from pathlib import Path
 import {extension}  # adds to the table
 
 from minimind_v.core.config.load import build_config
-from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.prompt import PromptEncoder
-from minimind_v.core.evaluate.run import evaluate
+from minimind_v.core.evaluate.run import evaluate, held_out_dataset
 from minimind_v.core.export.folder import export
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.formats.load import load
@@ -45,10 +43,10 @@ options = {{"preset": "demo", "data": data / "pretrain_data.jsonl", "images": da
 train(build_config("pretrain", options=options, sets={sets}), Listener())
 export(ExportRequest(Path("out/pretrain_vlm_128.pth")), "safetensors", Path("w.safetensors"))
 loaded = load(Path("w.safetensors"), vision, tokenizer, "cpu")
-spec, words = loaded.model.spec, loaded.tokenizer
+words = loaded.tokenizer
 print(loaded.config.vision.model_type, loaded.config.projector, loaded.model.spec.tokens_per_image)
 rows = open_rows(options["data"], options["images"])
-dataset = RowDataset(rows, PromptEncoder(words, spec.tokens_per_image), spec.image_size, 640, resize_mode=spec.fit)
+dataset = held_out_dataset(loaded.model, words, rows, 640)
 assert evaluate(loaded.model, dataset, words.pad_id, words.eos_id, limit=4).loss > 0
 print(len("".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask("what?", [image], 4))))
 """

@@ -59,8 +59,8 @@ def test_descriptions_of_older_runs_are_read_and_the_projector_is_recognised(tmp
 
 @pytest.mark.parametrize(
     "vision",
-    [{"image_size": "wide"}, {"patch_size": 0}, {"mean": [1, 2]}, {"mean": 3}, {"fit": "stretch"}, {"width": 10**9},
-     {"tokens_per_image": -1}, {"std": None}],
+    [{"image_size": "wide"}, {"patch_size": 0}, {"mean": [1, 2]}, {"mean": 3}, {"resize_mode": "stretch"},
+     {"width": 10**9}, {"tokens_per_image": -1}, {"std": None}],
 )  # fmt: skip
 def test_a_damaged_description_of_the_tower_is_refused_in_one_line(tmp_path, vision):
     write_checkpoint(tmp_path / "w.pth", state(), CONFIG, "sft")
@@ -101,7 +101,7 @@ def test_the_digest_of_a_clip_tower_is_that_of_earlier_releases():
     tower = read_tower(EYE)
     assert vision_digest(tower.spec, tower.tensors) == "4b90be5a7d7620d1"
     assert tower.spec.identity.startswith("VisionSpec(image_size=64, patch_size=8, width=128, mean=(0.48")
-    assert VisionSpec(64, 8, 128, fit="squeeze").identity != VisionSpec(64, 8, 128).identity
+    assert VisionSpec(64, 8, 128, resize_mode="squeeze").identity != VisionSpec(64, 8, 128).identity
 
 
 def test_the_projector_is_a_setting_of_a_run():

@@ -45,7 +45,7 @@ MOST_OF_ANY = 2**63 - 1  # the largest integer in the files of a run
 CLIP_VISION = "clip_vision_model"  # transformers' model_type of the published models' vision tower
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FITS = ("crop", "squeeze")  # the short side is resized and the centre cropped; or both sides are resized
+RESIZE_MODES = ("crop", "squeeze")  # the short side is resized and the centre cropped; or both sides are resized
 MOST_IMAGE = {"image_size": 4_096, "patch_size": 4_096, "width": 65_536, "tokens_per_image": 65_536}
 LINEAR = "linear"  # the published models' projector
 
@@ -130,7 +130,7 @@ class VisionSpec:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     tokens_per_image: int = 0  # feature vectors of one image; 0: one for each patch (196 for ViT-B/16)
-    fit: str = "crop"
+    resize_mode: str = "crop"
     model_type: str = CLIP_VISION
 
     def __post_init__(self) -> None:
@@ -138,8 +138,8 @@ class VisionSpec:
             _between(f"vision.{name}", getattr(self, name), name != "tokens_per_image", most)
         if not self.tokens_per_image:
             object.__setattr__(self, "tokens_per_image", (self.image_size // self.patch_size) ** 2)
-        if self.fit not in FITS:
-            raise UsageError(f"vision.fit {self.fit!r} must be one of {', '.join(FITS)}")
+        if self.resize_mode not in RESIZE_MODES:
+            raise UsageError(f"vision.resize_mode {self.resize_mode!r} must be one of {', '.join(RESIZE_MODES)}")
 
     @property
     def identity(self) -> str:
@@ -150,7 +150,7 @@ class VisionSpec:
         )
         if self == VisionSpec(self.image_size, self.patch_size, self.width, self.mean, self.std):
             return text
-        return f"{text} {self.model_type} {self.tokens_per_image} {self.fit}"
+        return f"{text} {self.model_type} {self.tokens_per_image} {self.resize_mode}"
 
 
 @dataclass(frozen=True)

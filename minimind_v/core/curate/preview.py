@@ -142,7 +142,7 @@ class Previewer:
     def _picture(self, index: int, position: int, name: str) -> PictureView:
         try:
             data = self.rows.picture(index, position, name)
-            pixels = load_pixels(data, name, self.spec.image_size, self.spec.fit)  # [3, S, S]
+            pixels = load_pixels(data, name, self.spec.image_size, self.spec.resize_mode)  # [3, S, S]
             original = decode(data, name)
         except RowError as error:
             return PictureView(name, str(error), error.kind)

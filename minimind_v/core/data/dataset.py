@@ -65,7 +65,7 @@ class RowDataset:
         blank: bool = False,
         resize_mode: str = "crop",
     ) -> None:
-        """`blank` gives a grey image in place of every real one. `resize_mode` is `fit` of the vision spec."""
+        """`blank` gives a grey image in place of every real one. `resize_mode` is that of the vision spec."""
         self.rows = rows
         self.encoder = encoder
         self.image_size = image_size

@@ -32,7 +32,7 @@ class Processor:
 
     def __init__(self, tokenizer: Tokenizer, spec: VisionSpec) -> None:
         self.prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
-        self.image_size, self.resize_mode = spec.image_size, spec.fit
+        self.image_size, self.resize_mode = spec.image_size, spec.resize_mode
         self.pad_id = tokenizer.pad_id
 
     def __call__(self, text: str | Sequence[str], images: Images | Sequence[Images] = None) -> dict[str, Tensor]:

@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 from minimind_v.core.config.load import build_config
-from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.images import blank_pixels, load_pixels
-from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pictures, write_pretrain, write_sft, write_test
 from minimind_v.core.errors import UsageError
-from minimind_v.core.evaluate.run import Scores, evaluate
+from minimind_v.core.evaluate.run import Scores, evaluate, held_out_dataset
 from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, read_notes, write_text
 from minimind_v.core.formats.load import LoadedModel, load
@@ -200,9 +198,8 @@ class Demo:
         }
 
     def _evaluate(self, loaded: LoadedModel, rows: DemoSet, blank: bool = False) -> Scores:
-        spec, tokenizer = loaded.model.spec, loaded.tokenizer
-        prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
-        dataset = RowDataset(open_rows(rows.data, rows.images), prompts, spec.image_size, 1536, blank, spec.fit)
+        tokenizer = loaded.tokenizer
+        dataset = held_out_dataset(loaded.model, tokenizer, open_rows(rows.data, rows.images), 1536, blank)
         return evaluate(loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id, batch_size=32)
 
     def _chat(self, loaded: LoadedModel) -> str:

@@ -15,11 +15,14 @@ from minimind_v.core.config.schema import one_of
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.data.loader import BatchPlan, load_batches
+from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import DataError
 from minimind_v.core.evaluate.forward import batch_losses
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.evaluate.tasks.task import Task, TaskRows
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.rows.row import RowStore
 
 USUAL = ("loss", "exact")  # the tasks of an evaluation that names none
 
@@ -55,6 +58,15 @@ class Scores:
         """Share of the short answers that are right to the letter; None where there are none. Needs `exact`."""
         accuracy: float | None = self.metrics["accuracy"]
         return accuracy
+
+
+def held_out_dataset(
+    model: VLM, tokenizer: Tokenizer, rows: RowStore, max_length: int, blank: bool = False
+) -> RowDataset:
+    """Rows as the model reads them, in the layout of its tokenizer; `blank` gives a grey image in place of each."""
+    spec = model.spec
+    prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
+    return RowDataset(rows, prompts, spec.image_size, max_length, blank, spec.resize_mode)
 
 
 @torch.inference_mode()

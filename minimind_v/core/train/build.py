@@ -71,7 +71,7 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
         )
     prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
     rows = open_rows(data.file, data.images, data.split, listener.message)
-    dataset = RowDataset(rows, prompts, spec.image_size, data.max_length, resize_mode=spec.fit)
+    dataset = RowDataset(rows, prompts, spec.image_size, data.max_length, resize_mode=spec.resize_mode)
     tokens = keep_tokens(dataset, origin["data.file"], folder, listener.warning)
     common = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
     held_out, train_rows = None, None
