@@ -53,8 +53,8 @@ def test_a_run_on_another_gpu_or_in_another_precision_is_told_and_refused(monkey
     with pytest.raises(device.UsageError, match="--allow precision --allow computed_on"):
         check_origin(there, here, (), told.append)
     assert told == [
-        "precision: bfloat16 in the run that is resumed, float32 now",
-        "computed_on: NVIDIA Something in the run that is resumed, cpu now",
+        "precision: bfloat16 in the interrupted run, float32 now",
+        "computed_on: NVIDIA Something in the interrupted run, cpu now",
     ]
     check_origin(there, here, ("precision", "computed_on"), told.append)
     assert origin_of(replace(config, deterministic=True), CUDA)["deterministic"] is True
