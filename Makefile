@@ -29,7 +29,7 @@ test: lint
 
 # The others: real kills, several processes, the demo and the README from end to end.
 test-long: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --timeout 1200 --numprocesses auto --dist loadgroup
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -54,9 +54,9 @@ def losses(out):
     ("size", "changes", "told"),
     [
         (64, {"workers": 2}, None),
-        (64, {"workers": 4}, "/dev/shm has 64 KB, 64 KB of it free: room for 2 of 4 data workers"),
-        (16, {"workers": 2}, "/dev/shm has 16 KB, 16 KB of it free: room for no data workers (as with --workers 0)"),
-        (64, {"workers": 2, "gpus": 2, "batch_size": 2}, "room for no data worker"),
+        (64, {"workers": 4}, "/dev/shm has 64 KB, 64 KB of it free: enough for 2 of 4 data workers"),
+        (16, {"workers": 2}, "/dev/shm has 16 KB, 16 KB of it free: enough for no data workers (as with --workers 0)"),
+        (64, {"workers": 2, "gpus": 2, "batch_size": 2}, "enough for no data worker"),
     ],
 )
 def test_a_run_goes_on_with_as_many_workers_as_there_is_room_for(tmp_path, container, size, changes, told):
