@@ -85,7 +85,7 @@ def told(*line, images):
     return ended
 
 
-def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pictures):
+def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pictures, guessed_time):
     kind, file, images = data
     folder, captions = pictures
     shown = here("info", file, "--json").json

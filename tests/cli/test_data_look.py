@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
-from minimind_v.core.train import forecast
 from tests.cli.harness import SIGHT, here, installed, tree, write_rows
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(forecast, "estimate", lambda *given: forecast.Estimate(5400.0, "a guess"))
-
-
-def test_stats(place, tmp_path, quick):
+def test_stats(place, tmp_path, guessed_time):
     page = tmp_path / "stats.html"
     ended = here("data", "stats", place.data("pretrain"), *SIGHT, "--html", page)
     assert ended.code == 0, ended.err
@@ -28,7 +20,7 @@ def test_stats(place, tmp_path, quick):
     assert tree(tmp_path) == ["stats.html"]
 
 
-def test_stats_as_json(place, quick):
+def test_stats_as_json(place, guessed_time):
     found = here("data", "stats", place.data("sft"), *SIGHT, "--limit", 10, "--json").json
     assert (found["stage"], found["rows"], found["looked_at"], found["sample"]) == ("sft", 40, 10, True)
     assert list(found["tokens"]["answers"]) == ["min", "p5", "p50", "p95", "p99", "max", "mean", "sum"]
@@ -36,7 +28,7 @@ def test_stats_as_json(place, quick):
     assert found["time"]["seconds"] == 5400
 
 
-def test_stage_is_guessed_and_told(place, tmp_path, quick):
+def test_stage_is_guessed_and_told(place, tmp_path, guessed_time):
     rows = tmp_path / "mine.jsonl"
     rows.write_bytes(place.data("sft").read_bytes())
     ended = here("data", "stats", rows, *SIGHT, "--json")
@@ -71,7 +63,7 @@ def test_preview_as_json_from_a_row_on(place, tmp_path):
     assert not (tmp_path / "q.html").exists()
 
 
-def test_broken_rows_end_nothing(tmp_path, quick):
+def test_broken_rows_end_nothing(tmp_path, guessed_time):
     rows = write_rows(tmp_path / "sft.jsonl", ["{", {"conversations": 3}])
     shown = here("data", "preview", rows, *SIGHT, "--html", tmp_path / "p.html")
     assert shown.code == 0

@@ -133,7 +133,7 @@ def test_a_machine_that_is_gone_ends_the_other_and_a_stop_ends_both(start, tmp_p
     assert time.monotonic() - gone < 30
     last = first.said.splitlines()[-1]
     assert last == (
-        "error: another machine has stopped or cannot be reached — add --resume to go on from the last state"
+        "error: another machine has stopped or cannot be reached — add --resume to resume from the last state"
     )
     assert list((tmp_path / "other" / "out" / NAME / "states").glob("*"))
 

@@ -64,7 +64,7 @@ def affordable(workers: int, warn: Callable[[str], None]) -> int:
     allowed = _room_for(workers) if workers else 0
     if allowed < workers:
         instead = f"{allowed} of {workers} data workers" if allowed else "no data workers (as with --workers 0)"
-        warn(f"{_shared_memory()} is enough for {instead}; if this is slow, start the container with --shm-size=1g")
+        warn(f"{_shared_memory()}: enough for {instead}; if this is slow, start the container with --shm-size=1g")
     return allowed
 
 
