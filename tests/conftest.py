@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -119,6 +120,13 @@ def forked_workers(request: pytest.FixtureRequest) -> Iterator[None]:
     """Rows are checked in forks where a system has them: a new process spends three seconds on the import of torch."""
     start = workers.START if request.path.name == "test_workers.py" else multiprocessing.get_all_start_methods()[0]
     with mock.patch.object(workers, "START", start):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test sets in the environment ends with it; with other settings no later command could be forked."""
+    with mock.patch.dict(os.environ):
         yield
 
 
