@@ -27,9 +27,10 @@ demo: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' --numprocesses auto --dist worksteal
 
-# The others: real kills, several processes, the demo and the README from end to end.
+# The others: real kills, several processes, the demo and the README from end to end. The tests of a file stay together,
+# since they share what it trains.
 test-long: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --timeout 1200 --numprocesses auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto --dist loadfile --timeout=900
 
 lint: $(DEV)
 	$(BIN)/ruff check .

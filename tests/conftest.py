@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from torch.utils.data import Dataset
 
 from minimind_v.core.config.load import resolve
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.curate import workers
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.device import pick_device
@@ -109,6 +113,21 @@ def events() -> Events:
 def run_over(events: Events) -> Callable[[RunConfig, VLM, list[Batch]], Run]:
     """`run_over(config, model, batches)` is a run of that model over those batches, which reports to `events`."""
     return lambda config, model, batches: given_run(config, model, batches, events)
+
+
+@pytest.fixture(autouse=True)
+def forked_workers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Rows are checked in forks where a system has them: a new process spends three seconds on the import of torch."""
+    start = workers.START if request.path.name == "test_workers.py" else multiprocessing.get_all_start_methods()[0]
+    with mock.patch.object(workers, "START", start):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test sets in the environment ends with it; with other settings no later command could be forked."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ PRELOADED = ("torch", "torch._dynamo", "torch.utils.data", "torch.distributed", 
              "PIL.Image", "yaml", "filelock", "typer", "rich.progress", "multiprocessing.connection")  # fmt: skip
 READ_AT_START = ("PYTHON", "OMP_", "MKL_", "KMP_", "LC_", "LANG", "LD_", "TORCH",
                   "NPY_", "TYPER_", "_TYPER", "TERMINAL_")  # fmt: skip
+SET_BY_TORCH = "TORCHINDUCTOR_CACHE_DIR"  # in each process that imports torch._dynamo
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # of the server, however a test changes its own
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
@@ -83,7 +84,7 @@ def start(
 
 
 def _settings(env: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name.startswith(READ_AT_START)}
+    return {name: value for name, value in env.items() if name.startswith(READ_AT_START) and name != SET_BY_TORCH}
 
 
 class _Server:

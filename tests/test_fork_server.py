@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests import fork_server
-from tests.cli.harness import Running, installed, place
+from tests.cli.harness import Running, here, installed, place, sighted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every command is started afresh")
 
@@ -79,3 +79,11 @@ def test_two_run_at_once(tmp_path):
     ended = [run.wait() for run in runs]
     assert [end.code for end in ended] == [0, 0]
     assert ended[0].out == ended[1].out != ""
+
+
+def test_a_command_that_ran_in_this_process_keeps_no_other_from_being_forked(tmp_path):
+    """`mmv convert` sets a variable that is read when torch starts, and torch sets one itself when it trains."""
+    assert here("convert", "--to", "pth", "--model", sighted(), "--out", tmp_path / "copy.pth").code == 0
+    process, *_ = fork(tmp_path, None, {"TORCHINDUCTOR_CACHE_DIR": "anywhere"})
+    assert isinstance(process, fork_server.Fork)
+    assert process.wait(60) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind_v.core.bench import bench
+from minimind_v.core import bench
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import sft
 from minimind_v.core.curate.stats import TypicalRow
@@ -167,12 +167,14 @@ def test_the_command_trains_there(tmp_path, apple):
     assert (tmp_path / "pretrain_vlm_128.pth").is_file()
 
 
-def test_speed_is_foretold_and_measured_there(apple):
-    told = estimate(replace(sft(PRESETS["demo"]), vision_model=EYE), TypicalRow(80, 1, 10), 100, 10)
-    assert told.seconds, told.how
-    assert "Apple GPU (MPS)" in told.how
-    found = bench("demo", "auto", lambda _: None)
-    assert (found.device, found.dtype) == ("mps", "float32")
+def test_speed_is_foretold_and_measured_there(apple, monkeypatch):
+    forecast = estimate(replace(sft(PRESETS["demo"]), vision_model=EYE), TypicalRow(80, 1, 10), 100, 10)
+    assert forecast.seconds, forecast.how
+    assert "Apple GPU (MPS)" in forecast.how
+    monkeypatch.setattr(bench, "SIDE", 256)
+    monkeypatch.setattr(bench, "NEW_TOKENS", 8)
+    rates = bench.bench("demo", "auto", lambda _: None)
+    assert (rates.device, rates.dtype) == ("mps", "float32")
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

@@ -12,8 +12,6 @@ from benchmarks.gpu import report
 from benchmarks.gpu.__main__ import PARTS, Part, TooLong, do, limit
 from benchmarks.gpu.card import Card
 
-pytestmark = pytest.mark.xdist_group("gpu")  # its fixture is made once
-
 ROOT = Path(__file__).parents[2]
 
 

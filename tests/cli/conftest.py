@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind_v.core.train import forecast
 from tests.cli import harness
 from tests.cli.harness import Ended, HubRepo
 
@@ -19,6 +20,12 @@ def place() -> HubRepo:
 @pytest.fixture(scope="session")
 def sighted() -> Path:
     return harness.sighted()
+
+
+@pytest.fixture
+def guessed_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a run is a guess: to measure it takes seconds."""
+    monkeypatch.setattr(forecast, "estimate", lambda *_: forecast.Estimate(5400.0, "a guess"))
 
 
 @dataclass

@@ -79,6 +79,7 @@ def here(*args: object, stdin: str | bytes = b"") -> Ended:
     with (
         mock.patch.object(sys, "argv", ["mmv", *map(str, args)]),
         mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")),
+        mock.patch.dict(os.environ),  # what a command sets there is for itself
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -89,11 +90,12 @@ def here(*args: object, stdin: str | bytes = b"") -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def installed(*args: object, stdin: str = "", cwd: Path | None = None) -> Ended:
-    """Run the installed command to its end."""
+def installed(*args: object, stdin: str = "", cwd: Path | None = None, **environment: str) -> Ended:
+    """Run the installed command to its end; keywords add to its environment."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         read, write = os.pipe()
-        process = fork_server.start([*map(str, args)], [read, out.fileno(), err.fileno()], dict(os.environ), cwd)
+        files = [read, out.fileno(), err.fileno()]
+        process = fork_server.start([*map(str, args)], files, os.environ | environment, cwd)
         os.close(read)
         with contextlib.suppress(BrokenPipeError), open(write, "w", encoding="utf-8") as pipe:
             pipe.write(stdin)
@@ -108,6 +110,42 @@ def installed(*args: object, stdin: str = "", cwd: Path | None = None) -> Ended:
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode().replace("\r\n", "\n")
+
+
+_IN_FORKS = """
+import json, os, sys, tempfile
+from minimind_v.cli.app import main
+outcomes = []
+for args in json.load(sys.stdin):
+    out, err, modules = files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(3)]
+    pid = os.fork()
+    if not pid:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.argv = ["mmv", *args]
+        try:
+            sys.exit(main())
+        finally:
+            json.dump(list(sys.modules), modules)
+            modules.flush()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for file in files:
+        file.seek(0)
+    outcomes.append((code, out.read(), err.read(), json.load(modules)))
+print(json.dumps(outcomes))
+"""
+
+
+def in_forks(*lines: str, cwd: Path | None = None) -> dict[str, tuple[Ended, set[str]]]:
+    """Run each line in a fork of a fresh process that has imported the command line only.
+
+    Returns by line how it ended, and the modules that were imported then.
+    """
+    command, words = [sys.executable, "-c", _IN_FORKS], json.dumps([line.split() for line in lines])
+    done = subprocess.run(command, input=words, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outcomes = [(Ended(code, out, err), set(modules)) for code, out, err, modules in json.loads(done.stdout)]
+    return dict(zip(lines, outcomes, strict=True))
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -230,10 +268,10 @@ class HubRepo:
 @cache
 def place() -> HubRepo:
     """Tiny data, made once."""
-    made = HubRepo(_folder())
-    write_pretrain(made.folder, random.Random(0), ROWS)
-    write_sft(made.folder, random.Random(1), ROWS)
-    return made
+    repo = HubRepo(_folder())
+    write_pretrain(repo.folder, random.Random(0), ROWS)
+    write_sft(repo.folder, random.Random(1), ROWS)
+    return repo
 
 
 @cache

@@ -2,19 +2,22 @@
 
 import pytest
 
+from minimind_v.core import bench
 from minimind_v.core.bench import _limit
 from tests.cli.harness import here
 
 
-def test_bench_for_a_program():
-    found = here("bench", "--preset", "demo", "--device", "cpu", "--json").json
-    assert (found["preset"], found["device"], found["dtype"]) == ("demo", "cpu", "float32")
-    rates = ("matmul_gflops", "clip_pictures", "decoded_pictures", "samples_first_epoch", "samples_later", "tokens")
-    assert all(found[name] > 0 for name in rates)
-    assert found["samples_later"] > found["samples_first_epoch"]
-    looking, learning = 1 / found["clip_pictures"], 1 / found["samples_later"]
-    assert 1 / found["samples_first_epoch"] == pytest.approx(looking + learning)
-    assert found["limit"]
+def test_bench_for_a_program(monkeypatch):
+    monkeypatch.setattr(bench, "SIDE", 256)
+    monkeypatch.setattr(bench, "NEW_TOKENS", 8)
+    rates = here("bench", "--preset", "demo", "--device", "cpu", "--json").json
+    assert (rates["preset"], rates["device"], rates["dtype"]) == ("demo", "cpu", "float32")
+    names = ("matmul_gflops", "clip_pictures", "decoded_pictures", "samples_first_epoch", "samples_later", "tokens")
+    assert all(rates[name] > 0 for name in names)
+    assert rates["samples_later"] > rates["samples_first_epoch"]
+    encoding, training = 1 / rates["clip_pictures"], 1 / rates["samples_later"]
+    assert 1 / rates["samples_first_epoch"] == pytest.approx(encoding + training)
+    assert rates["limit"]
 
 
 @pytest.mark.parametrize(

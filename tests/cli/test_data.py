@@ -34,12 +34,12 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
     assert ended.code == 0, "the copy that was asked for is there"
     assert "training would refuse" in ended.err, "two of forty rows are more than training allows"
     assert "error" not in ended.err
-    told = json.loads(ended.out)
-    assert [(one["row"], one["kind"]) for one in told["problems"]] == [
+    report = json.loads(ended.out)
+    assert [(problem["row"], problem["kind"]) for problem in report["problems"]] == [
         (3, "json"), (5, "picture missing"), (8, "duplicate row")
     ]  # fmt: skip
-    assert all(set(one) >= {"row", "kind", "message"} for one in told["problems"])
-    assert told["fixed"] == {"files": [str(tmp_path / "clean.parquet")], "rows": 37, "left_out": 3}
+    assert all(set(problem) >= {"row", "kind", "message"} for problem in report["problems"])
+    assert report["fixed"] == {"files": [str(tmp_path / "clean.parquet")], "rows": 37, "left_out": 3}
     assert len(open_rows(tmp_path / "clean.parquet")) == 37
     spoken = here(*line)
     assert spoken.code == 1
@@ -80,8 +80,8 @@ def test_names_that_are_no_text(tmp_path):
     assert here("data", "convert", there, back, "--json").json["rows"] == ROWS
     checked = here("data", "check", there, *SIGHT, "--json")
     assert checked.json["problems"] == []
-    told = here("data", "split", there, "--out", odd / "parts", "--held-out", "0.5", "--json").json
-    assert told["train"] == str(odd / "parts" / "train.parquet")
+    report = here("data", "split", there, "--out", odd / "parts", "--held-out", "0.5", "--json").json
+    assert report["train"] == str(odd / "parts" / "train.parquet")
 
 
 def test_a_folder_with_the_name_of_a_file_is_no_shard(tmp_path):
@@ -97,8 +97,8 @@ def test_convert_and_split(tmp_path):
     }  # fmt: skip
     again = here("data", "convert", place().data("sft"), out)
     assert (again.code, "--overwrite" in again.error) == (2, True)
-    told = here("data", "split", out, "--out", tmp_path / "parts", "--held-out", "0.25", "--json").json
-    assert (told["train_rows"], told["held_out_rows"]) == (30, 10)
+    report = here("data", "split", out, "--out", tmp_path / "parts", "--held-out", "0.25", "--json").json
+    assert (report["train_rows"], report["held_out_rows"]) == (30, 10)
     assert len(open_rows(tmp_path / "parts" / "held_out.parquet")) == 10
 
 
@@ -140,7 +140,7 @@ def splits(tmp_path):
     return folder
 
 
-def test_the_commands_read_one_split_and_say_which(splits, tmp_path):
+def test_the_commands_read_one_split_and_say_which(splits, tmp_path, guessed_time):
     out = {"convert": [tmp_path / "{}.jsonl"], "split": ["--out", tmp_path / "{}", "--held-out", "1"],
            "preview": ["--html", tmp_path / "{}.html"], "check": [], "stats": []}  # fmt: skip
     counts = {"check": "rows", "stats": "rows", "convert": "rows"}
@@ -151,9 +151,12 @@ def test_the_commands_read_one_split_and_say_which(splits, tmp_path):
             given = [str(word).replace("{}", f"{command}-{chosen}") for word in words]
             ended = here("data", command, splits, *given, *sight, *more, "--json")
             assert ended.code == 0, ended.err
-            told = {None: "reading the split train (2 files), not", "val": "reading the split validation (1 file), not",
-                    "all": "all splits together"}[chosen]  # fmt: skip
-            assert told in ended.err, (command, chosen)
+            message = {
+                None: "reading the split train (2 files), not",
+                "val": "reading the split validation (1 file), not",
+                "all": "all splits together",
+            }[chosen]
+            assert message in ended.err, (command, chosen)
             if command in counts:
                 assert ended.json[counts[command]] == rows, (command, chosen)
             elif command == "preview":

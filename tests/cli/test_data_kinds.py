@@ -79,23 +79,23 @@ def data(request, tmp_path, pictures):
     return request.param, *KINDS[request.param](tmp_path, *pictures)
 
 
-def told(*line, images):
+def ended_well(*line, images):
     ended = here(*line, *(("--images", images) if images else ()))
     assert ended.code == 0, (line, ended.err)
     return ended
 
 
-def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pictures):
+def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pictures, guessed_time):
     kind, file, images = data
     folder, captions = pictures
     shown = here("info", file, "--json").json
     assert (shown["kind"], shown["rows"], shown["files"]) == ("dataset", COUNT, kind)
-    checked = told("data", "check", file, *SIGHT, "--json", images=images).json
+    checked = ended_well("data", "check", file, *SIGHT, "--json", images=images).json
     assert (checked["usable"], checked["problems"]) == (COUNT, [])
-    assert told("data", "stats", file, *SIGHT, "--json", images=images).json["rows"] == COUNT
-    told("data", "preview", file, *SIGHT, "--rows", 2, "--html", tmp_path / "page.html", images=images)
+    assert ended_well("data", "stats", file, *SIGHT, "--json", images=images).json["rows"] == COUNT
+    ended_well("data", "preview", file, *SIGHT, "--rows", 2, "--html", tmp_path / "page.html", images=images)
     for name in ("copy.parquet", "copy.jsonl"):
-        told("data", "convert", file, tmp_path / name, images=images)
+        ended_well("data", "convert", file, tmp_path / name, images=images)
         pictures_beside = tmp_path / "copy_images.zip" if name.endswith("jsonl") else None
         copy = open_rows(tmp_path / name, pictures_beside)
         rows = [copy.row(n) for n in range(len(copy))]
@@ -103,8 +103,8 @@ def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pict
         assert [copy.picture(n, 0, row.images[0]) for n, row in enumerate(rows)] == [
             (folder / name).read_bytes() for name in captions
         ]
-    parts = told("data", "split", file, "--out", tmp_path / "parts", "--held-out", 4, "--json", images=images).json
-    train = open_rows(Path(parts["train"]), open_rows(file, images).pictures)
+    split = ended_well("data", "split", file, "--out", tmp_path / "parts", "--held-out", 4, "--json", images=images)
+    train = open_rows(Path(split.json["train"]), open_rows(file, images).pictures)
     row = train.row(0)
     assert train.picture(0, 0, row.images[0]) in [(folder / name).read_bytes() for name in captions]
 
@@ -116,7 +116,7 @@ def test_a_model_trains_and_is_scored(data, tmp_path):
     assert trained.code == 0, trained.err
     assert here(*line, "--resume").code == 0
     weights = tmp_path / "out" / "pretrain_vlm_128.pth"
-    assert told("eval", "--model", weights, "--data", file, *SIGHT, "--json", images=images).json["rows"] == COUNT
+    assert ended_well("eval", "--model", weights, "--data", file, *SIGHT, "--json", images=images).json["rows"] == COUNT
 
 
 def test_pictures_beside_a_table_are_found(tmp_path, pictures):

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
-from minimind_v.core.train import forecast
 from tests.cli.harness import SIGHT, here, installed, tree, write_rows
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(forecast, "estimate", lambda *given: forecast.Estimate(5400.0, "a guess"))
-
-
-def test_stats(place, tmp_path, quick):
+def test_stats(place, tmp_path, guessed_time):
     page = tmp_path / "stats.html"
     ended = here("data", "stats", place.data("pretrain"), *SIGHT, "--html", page)
     assert ended.code == 0, ended.err
@@ -28,23 +20,23 @@ def test_stats(place, tmp_path, quick):
     assert tree(tmp_path) == ["stats.html"]
 
 
-def test_stats_as_json(place, quick):
-    found = here("data", "stats", place.data("sft"), *SIGHT, "--limit", 10, "--json").json
-    assert (found["stage"], found["rows"], found["looked_at"], found["sample"]) == ("sft", 40, 10, True)
-    assert list(found["tokens"]["answers"]) == ["min", "p5", "p50", "p95", "p99", "max", "mean", "sum"]
-    assert found["training"]["updates"] == 20
-    assert found["time"]["seconds"] == 5400
+def test_stats_as_json(place, guessed_time):
+    counts = here("data", "stats", place.data("sft"), *SIGHT, "--limit", 10, "--json").json
+    assert (counts["stage"], counts["rows"], counts["looked_at"], counts["sample"]) == ("sft", 40, 10, True)
+    assert list(counts["tokens"]["answers"]) == ["min", "p5", "p50", "p95", "p99", "max", "mean", "sum"]
+    assert counts["training"]["updates"] == 20
+    assert counts["time"]["seconds"] == 5400
 
 
-def test_stage_is_guessed_and_told(place, tmp_path, quick):
+def test_stage_is_guessed_and_told(place, tmp_path, guessed_time):
     rows = tmp_path / "mine.jsonl"
     rows.write_bytes(place.data("sft").read_bytes())
     ended = here("data", "stats", rows, *SIGHT, "--json")
     assert "reading as sft data" in ended.err
     assert ended.json["stage"] == "sft"
-    told = here("data", "stats", rows, *SIGHT, "--json", "--stage", "pretrain")
-    assert "reading as sft data" not in told.err
-    assert told.json["max_length"] == 640
+    pretraining = here("data", "stats", rows, *SIGHT, "--json", "--stage", "pretrain")
+    assert "reading as sft data" not in pretraining.err
+    assert pretraining.json["max_length"] == 640
 
 
 def test_preview(place, tmp_path):
@@ -62,16 +54,16 @@ def test_preview(place, tmp_path):
 
 def test_preview_as_json_from_a_row_on(place, tmp_path):
     ended = here("data", "preview", place.data("sft"), *SIGHT, "--start", 39, "--html", tmp_path / "p.html", "--json")
-    found = ended.json
-    assert [row["place"].rsplit(":", 1)[1] for row in found["rows"]] == ["39", "40"]
-    assert all(row["used"] and len(row["input_ids"]) == row["tokens"] for row in found["rows"])
+    page = ended.json
+    assert [row["place"].rsplit(":", 1)[1] for row in page["rows"]] == ["39", "40"]
+    assert all(row["used"] and len(row["input_ids"]) == row["tokens"] for row in page["rows"])
     beyond = here("data", "preview", place.data("sft"), *SIGHT, "--start", 41, "--html", tmp_path / "q.html")
     assert beyond.code == 2
     assert "has only 40 rows" in beyond.error
     assert not (tmp_path / "q.html").exists()
 
 
-def test_broken_rows_end_nothing(tmp_path, quick):
+def test_broken_rows_end_nothing(tmp_path, guessed_time):
     rows = write_rows(tmp_path / "sft.jsonl", ["{", {"conversations": 3}])
     shown = here("data", "preview", rows, *SIGHT, "--html", tmp_path / "p.html")
     assert shown.code == 0

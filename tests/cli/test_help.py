@@ -1,6 +1,5 @@
 """`mmv --help` answers at once, for every command."""
 
-import subprocess
 import sys
 
 import pytest
@@ -8,34 +7,32 @@ import pytest
 from minimind_v import __version__
 from minimind_v.__main__ import main
 from minimind_v.core.errors import MissingInput
-from tests.cli.harness import here
+from tests.cli.harness import here, in_forks
 
 COMMANDS = ("train", "eval", "chat", "convert", "demo", "bench", "info", "doctor")
+HELP = ("--help", "--version", *(f"{command} --help" for command in COMMANDS))
+CONFIGURATION = "train sft --print-config"
+HEAVY = {"torch", "transformers", "safetensors", "numpy", "PIL"}
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
-def test_help_needs_no_torch(args):
-    program = (
-        "import sys\nfrom minimind_v.cli.app import main\n"
-        f"sys.argv = ['mmv', *{args!r}]\n"
-        "try:\n    main()\nfinally:\n"
-        "    heavy = {'torch', 'transformers', 'safetensors', 'numpy', 'PIL'} & set(sys.modules)\n"
-        "    print(sorted(heavy), file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
-    assert done.stdout
+@pytest.fixture(scope="module")
+def outcomes():
+    return in_forks(*HELP, CONFIGURATION)
 
 
-def test_printing_a_configuration_needs_no_torch():
-    program = (
-        "import sys\nfrom minimind_v.cli.app import main\nsys.argv = ['mmv', 'train', 'sft', '--print-config']\n"
-        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("stage: sft\n")
+@pytest.mark.parametrize("line", HELP)
+def test_help_needs_no_torch(outcomes, line):
+    ended, modules = outcomes[line]
+    assert ended.code == 0, ended.err
+    assert modules & HEAVY == set()
+    assert ended.out
+
+
+def test_printing_a_configuration_needs_no_torch(outcomes):
+    ended, modules = outcomes[CONFIGURATION]
+    assert ended.code == 0, ended.err
+    assert "torch" not in modules
+    assert ended.out.startswith("stage: sft\n")
 
 
 def test_ctrl_c_before_the_command_line_is_there(monkeypatch):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.cli.harness import ASSETS, BASE, here, installed, tree
+from tests.cli.harness import ASSETS, BASE, here, in_forks, installed, tree
 
 EYE, WORDS, ROWS = "mmv download clip", "mmv download tokenizer", "mmv download dataset"
 PICTURES, TRAINED = "no picture files at", "no trained weights in out"
@@ -49,28 +47,33 @@ def test_all_that_is_missing_is_told_at_once(line, missing, tmp_path, monkeypatc
 def test_what_is_there_is_not_missed(tmp_path, monkeypatch, place, sighted):
     """Weights that are there, and nothing else: what goes with them is found when they are read."""
     monkeypatch.chdir(tmp_path)
-    told = here("eval", "--model", sighted, "--data", "none.jsonl").error
-    assert told.startswith("3 inputs are missing: no data file none.jsonl")
-    assert (EYE in told, WORDS in told) == (True, True)
-    told = here("convert", "--to", "hf", "--model", sighted).error
-    assert (EYE in told, WORDS in told) == (True, True)
-    one = here("data", "check", place.data("sft"), "--tokenizer", tmp_path).error
-    assert one.startswith("no tokenizer in")
+    error = here("eval", "--model", sighted, "--data", "none.jsonl").error
+    assert error.startswith("3 inputs are missing: no data file none.jsonl")
+    assert (EYE in error, WORDS in error) == (True, True)
+    error = here("convert", "--to", "hf", "--model", sighted).error
+    assert (EYE in error, WORDS in error) == (True, True)
+    error = here("data", "check", place.data("sft"), "--tokenizer", tmp_path).error
+    assert error.startswith("no tokenizer in")
 
 
-@pytest.mark.parametrize("line", ["train sft", "eval", "chat hello --image a.jpg", "convert --to hf",
-                                  "chat hello --temperature -1", "chat hello --top-p 2",
-                                  "chat <image>? --greedy", "bench --preset smal", "train sft --overwrite --resume",
-                                  "convert --to pth --model w.pth --out x.bin"])  # fmt: skip
-def test_what_is_wrong_is_told_before_torch_is_imported(line, tmp_path):
-    (tmp_path / "w.pth").touch()
-    program = (
-        "import sys\nfrom minimind_v.cli.app import main\n"
-        f"sys.argv = ['mmv', *{line.split()!r}]\n"
-        "try:\n    main()\nfinally:\n    print('torch' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode in (1, 2), done.stdout) == (True, "False\n"), done.stderr
+WRONG = ("train sft", "eval", "chat hello --image a.jpg", "convert --to hf", "chat hello --temperature -1",
+         "chat hello --top-p 2", "chat <image>? --greedy", "bench --preset smal", "train sft --overwrite --resume",
+         "convert --to pth --model w.pth --out x.bin")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "w.pth").touch()
+    return in_forks(*WRONG, cwd=folder)
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_is_told_before_torch_is_imported(outcomes, line):
+    ended, modules = outcomes[line]
+    assert ended.code in (1, 2), ended.err
+    assert ended.out == ""
+    assert "torch" not in modules
 
 
 def test_a_name_that_is_nearly_right_is_offered(tmp_path):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
 from minimind_v.core.formats.inventory import list_runs
-from tests.cli.harness import BASE, here
+from tests.cli.harness import BASE, here, in_forks
 
 
 def run_folder(out: Path, name: str = "sft_vlm_512") -> Path:
@@ -82,11 +80,7 @@ def test_a_folder_without_runs_says_how_to_start(tmp_path):
 def test_runs_need_no_torch(tmp_path):
     run_folder(tmp_path)
     (tmp_path / "lm_128.safetensors").write_bytes(BASE.read_bytes())
-    program = (
-        "import sys\nfrom minimind_v.cli.app import main\n"
-        f"sys.argv = ['mmv', 'runs', {str(tmp_path)!r}]\n"
-        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "lm_128.safetensors  lm     demo" in done.stdout
+    ended, modules = in_forks(line := f"runs {tmp_path}")[line]
+    assert ended.code == 0, ended.err
+    assert "torch" not in modules
+    assert "lm_128.safetensors  lm     demo" in ended.out

@@ -93,22 +93,22 @@ def test_the_folder_of_a_run_stands_for_its_weights(trained, place, tmp_path, mo
 
 
 def test_a_folder_of_weights_names_them(trained):
-    told = here("chat", "hello", "--model", trained.out, *SIGHT).error
-    assert "name one of pretrain_vlm_128.pth, sft_vlm_128.pth" in told
+    error = here("chat", "hello", "--model", trained.out, *SIGHT).error
+    assert "name one of pretrain_vlm_128.pth, sft_vlm_128.pth" in error
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_one_row_is_one_row(place, tmp_path):
+def test_one_row_is_one_row(place, tmp_path, guessed_time):
     assert [plural(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
-    one = write_rows(tmp_path / "sft.jsonl", read_rows(place.data("sft"))[:1])
+    row_file = write_rows(tmp_path / "sft.jsonl", read_rows(place.data("sft"))[:1])
     images = ("--images", place.images("sft"))
-    assert "sft.jsonl: 1 row, 1 of them" in here("data", "check", one, *images, *SIGHT).out
-    assert "1 row of " in here("data", "stats", one, *images, *SIGHT).out
-    assert here("data", "convert", one, tmp_path / "one.parquet", *images).err.endswith("one.parquet: 1 row\n")
-    assert "has only 1 row" in here("data", "preview", one, *images, *SIGHT, "--start", 2).error
-    shown = here("data", "preview", one, *images, *SIGHT, "--html", tmp_path / "p.html")
+    assert "sft.jsonl: 1 row, 1 of them" in here("data", "check", row_file, *images, *SIGHT).out
+    assert "1 row of " in here("data", "stats", row_file, *images, *SIGHT).out
+    assert here("data", "convert", row_file, tmp_path / "one.parquet", *images).err.endswith("one.parquet: 1 row\n")
+    assert "has only 1 row" in here("data", "preview", row_file, *images, *SIGHT, "--start", 2).error
+    shown = here("data", "preview", row_file, *images, *SIGHT, "--html", tmp_path / "p.html")
     assert "1 row of" in (tmp_path / "p.html").read_text(encoding="utf-8"), shown.err
 
 

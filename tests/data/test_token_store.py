@@ -7,12 +7,13 @@ import json
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -94,16 +95,17 @@ def fresh(dataset: RowDataset) -> list[Example | BrokenRow]:
     return [dataset.text(n) for n in range(len(dataset))]
 
 
-def same_text(kept, made) -> bool:
-    if isinstance(made, BrokenRow):
-        return isinstance(kept, BrokenRow) and (kept.kind, kept.message) == (made.kind, made.message)
-    tokens, wanted = kept.tokens, made.tokens
+def same_text(kept, text) -> bool:
+    if isinstance(text, BrokenRow):
+        return isinstance(kept, BrokenRow) and (kept.kind, kept.message) == (text.kind, text.message)
+    tokens, expected = kept.tokens, text.tokens
     return (
         isinstance(kept, Example)
-        and (kept.index, kept.names) == (made.index, made.names)
+        and (kept.index, kept.names) == (text.index, text.names)
         and [tokens.input_ids.tolist(), tokens.loss_mask.tolist(), tokens.image_mask.tolist()]
-        == [wanted.input_ids, wanted.loss_mask, wanted.image_mask]
-        and (tokens.images, tokens.answers, tokens.answers_cut) == (wanted.images, wanted.answers, wanted.answers_cut)
+        == [expected.input_ids, expected.loss_mask, expected.image_mask]
+        and (tokens.images, tokens.answers, tokens.answers_cut)
+        == (expected.images, expected.answers, expected.answers_cut)
     )
 
 
@@ -123,13 +125,13 @@ def same(left: Batch, right: Batch) -> bool:
 
 
 def plain_updates(dataset: RowDataset, batch_size: int, seed: int, epochs: int, rows_per_step: int):
-    """All updates as plainly as can be: every window is tokenised where it is needed, tensors are made row by row."""
-    per_epoch = -(-len(dataset) // rows_per_step)
+    """All updates as plainly as can be: every window is drawn where it is needed, tensors are made row by row."""
+    per_epoch, texts = -(-len(dataset) // rows_per_step), fresh(dataset)
     for epoch in range(epochs):
         order = dataset.rows.shuffled(np.random.default_rng([seed, epoch]))
         for number in _lanes(per_epoch, LANES).tolist():
             window, wide = number // WINDOW, WINDOW * rows_per_step
-            rows = [dataset.text(int(n)) for n in order[window * wide : (window + 1) * wide]]
+            rows = [texts[n] for n in order[window * wide : (window + 1) * wide]]
             rows.sort(key=lambda text: len(text.tokens) if isinstance(text, Example) else 0)
             updates = [rows[begin : begin + rows_per_step] for begin in range(0, len(rows), rows_per_step)]
             np.random.default_rng([seed, epoch, window]).shuffle(updates)
@@ -169,25 +171,25 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
 @pytest.mark.parametrize(("batch_size", "rows_per_step"), [(4, 4), (2, 6)])
 def test_batches_are_those_of_the_plain_way_for_any_number_of_workers(tmp_path, batch_size, rows_per_step):
     dataset = open_dataset(write(tmp_path, some_lines(300)))
-    wanted = list(plain_updates(dataset, batch_size, 3, 2, rows_per_step))
-    assert sum(len(batch.broken) for update in wanted for batch in update) > 50
+    expected = list(plain_updates(dataset, batch_size, 3, 2, rows_per_step))
+    assert sum(len(batch.broken) for update in expected for batch in update) > 50
     for tokens, workers, start in ((None, 0, 0), (keep(dataset), 3, 0), (keep(dataset), 0, 0), (keep(dataset), 2, 41)):
         plan = BatchPlan(dataset, batch_size, PAD, 3, 2, rows_per_step=rows_per_step, tokens=tokens)
-        found = list(load_steps(plan, workers, start=start))
-        assert len(found) == len(wanted) - start
-        for update, other in zip(found, wanted[start:], strict=True):
+        steps = list(load_steps(plan, workers, start=start))
+        assert len(steps) == len(expected) - start
+        for update, other in zip(steps, expected[start:], strict=True):
             assert len(update) == len(other)
             assert all(same(left, right) for left, right in zip(update, other, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 7, 15, 16])
 def test_every_row_is_tokenised_once_whatever_the_number_of_workers(tmp_path, tokenised, workers):
-    dataset = open_dataset(write(tmp_path, some_lines(600)), encoder=Counting)
+    dataset = open_dataset(write(tmp_path, some_lines(300)), encoder=Counting)
     reaching = len([text for text in fresh(dataset) if getattr(text, "kind", "") != "json"])  # others are no rows yet
     tokenised()
     for epochs, times in ((2, 1), (3, 0)):  # a second run finds everything
         plan = BatchPlan(dataset, 4, PAD, 1, epochs, tokens=keep(dataset))
-        assert sum(1 for _ in load_steps(plan, workers)) == epochs * 150
+        assert sum(1 for _ in load_steps(plan, workers)) == epochs * 75
         assert tokenised() == times * reaching
 
 
@@ -200,13 +202,13 @@ def test_without_a_seed_no_worker_tokenises_for_another(tmp_path, tokenised):
 @pytest.mark.parametrize("lines", [some_lines(60), [row("a", "b")], [b"{"] * 3])
 def test_what_is_kept_is_what_was_tokenised(tmp_path, lines):
     dataset = open_dataset(write(tmp_path, lines))
-    store, made = keep(dataset), fresh(dataset)
+    store, texts = keep(dataset), fresh(dataset)
     lengths, loose = store.lengths(np.arange(len(dataset)), dataset.text)
     assert loose == {}
-    assert lengths.tolist() == [len(text.tokens) if isinstance(text, Example) else 0 for text in made]
+    assert lengths.tolist() == [len(text.tokens) if isinstance(text, Example) else 0 for text in texts]
     for reader in (store, keep(dataset), pickle.loads(pickle.dumps(store))):
         kept = reader.read(np.arange(len(dataset)))
-        assert all(same_text(kept[n], text) for n, text in enumerate(made))
+        assert all(same_text(kept[n], text) for n, text in enumerate(texts))
     assert len(pickle.dumps(store)) < 1000
 
 
@@ -252,8 +254,8 @@ def test_tokens_of_other_data_are_not_used_even_where_size_and_time_are_the_same
     os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
     assert path.stat().st_size == then.st_size
     store = fill(open_dataset(path), "after")
-    made = fresh(open_dataset(path))
-    assert all(same_text(text, made[n]) for n, text in store.read(np.arange(30)).items())
+    texts = fresh(open_dataset(path))
+    assert all(same_text(text, texts[n]) for n, text in store.read(np.arange(30)).items())
     os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns + 10**9))  # of a large file `data` may not tell all
     assert keep(open_dataset(path), "after").read(np.arange(30)) == {}
     assert len(list(tmp_path.glob(".*tokens*"))) == 1, "what can never be used again is replaced"
@@ -280,7 +282,7 @@ def test_of_many_settings_the_files_used_last_are_kept(tmp_path):
 
 def test_a_damaged_file_gives_no_wrong_tokens(tmp_path):
     dataset = open_dataset(write(tmp_path, some_lines(40)))
-    made, rng, rows = fresh(dataset), random.Random(0), np.arange(40)
+    texts, rng, rows = fresh(dataset), random.Random(0), np.arange(40)
     whole = fill(dataset).path.read_bytes()
     lost = 0
     for _ in range(150):
@@ -296,30 +298,29 @@ def test_a_damaged_file_gives_no_wrong_tokens(tmp_path):
         store = keep(dataset)
         kept = store.read(rows)
         lost += 40 - len(kept)
-        assert all(same_text(text, made[n]) for n, text in kept.items())
+        assert all(same_text(text, texts[n]) for n, text in kept.items())
         lengths, _ = store.lengths(rows, dataset.text)
-        assert lengths.tolist() == [len(text.tokens) if isinstance(text, Example) else 0 for text in made]
+        assert lengths.tolist() == [len(text.tokens) if isinstance(text, Example) else 0 for text in texts]
     assert lost > 500
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
-FILLING = """
-import sys, numpy as np
-from pathlib import Path
-from tests.data.test_token_store import keep, open_dataset
-dataset = open_dataset(Path(sys.argv[1]))
-store, rng = keep(dataset), np.random.default_rng(int(sys.argv[2]))
-print("begun", flush=True)
-order = rng.permutation(len(dataset))
-for begin in range(0, len(order), 64):
-    store.lengths(order[begin : begin + 64], dataset.text)
-"""
+
+def fill_shuffled(path: Path, seed: int, begun: Connection) -> None:
+    dataset = open_dataset(path)
+    store, order = keep(dataset), np.random.default_rng(seed).permutation(len(dataset))
+    begun.send(True)
+    for begin in range(0, len(order), 64):
+        store.lengths(order[begin : begin + 64], dataset.text)
 
 
-def filler(path: Path, seed: int) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", FILLING, str(path), str(seed)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"begun\n"
+def filler(path: Path, seed: int) -> Process:
+    """A process that has begun to fill the store."""
+    begun, to_parent = Pipe(duplex=False)
+    process = Process(target=fill_shuffled, args=(path, seed, to_parent))
+    process.start()
+    assert begun.recv()
     return process
 
 
@@ -327,27 +328,29 @@ def filler(path: Path, seed: int) -> subprocess.Popen:
 def test_writers_that_are_killed_leave_nothing_wrong(tmp_path):
     path = write(tmp_path, some_lines(2000))
     dataset = open_dataset(path)
-    made, rows, rng, most = fresh(dataset), np.arange(2000), random.Random(0), 0
+    texts, rows, rng, most = fresh(dataset), np.arange(2000), random.Random(0), 0
     for seed in range(3):
         two = [filler(path, 2 * seed), filler(path, 2 * seed + 1)]
         time.sleep(rng.uniform(0.02, 0.4))
         for process in two:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
         kept = keep(dataset).read(rows)
-        assert all(same_text(text, made[n]) for n, text in kept.items())
+        assert all(same_text(text, texts[n]) for n, text in kept.items())
         assert len(kept) >= most, "what one has left the next one goes on from"
         most = len(kept)
     assert most > 0
     lengths, loose = keep(dataset).lengths(rows, dataset.text)
     assert loose == {}
-    assert lengths.tolist() == [len(text.tokens) if isinstance(text, Example) else 0 for text in made]
+    assert lengths.tolist() == [len(text.tokens) if isinstance(text, Example) else 0 for text in texts]
 
 
 def test_runs_beside_each_other_have_the_same_tokens(tmp_path):
     path = write(tmp_path, some_lines(600))
     runs = [filler(path, seed) for seed in range(2)]
-    assert [run.wait(120) for run in runs] == [0, 0]
+    for run in runs:
+        run.join(120)
+    assert [run.exitcode for run in runs] == [0, 0]
     dataset = open_dataset(path)
     kept = keep(dataset).read(np.arange(600))
     assert all(same_text(kept[n], text) for n, text in enumerate(fresh(dataset)))
@@ -415,16 +418,16 @@ def test_what_may_be_a_reading_error_is_not_kept(tmp_path):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_disk_that_fills_up_is_said_once_and_changes_no_bit(tmp_path, monkeypatch, workers):
     dataset = open_dataset(write(tmp_path, some_lines(600)))
-    wanted = list(load_steps(BatchPlan(dataset, 4, PAD, 1), 0))
+    expected = list(load_steps(BatchPlan(dataset, 4, PAD, 1), 0))
     tokens = keep(dataset)
     tokens.lengths(np.arange(100), dataset.text)
     monkeypatch.setattr(token_store, "RESERVE", 2**62)
-    found = list(load_steps(BatchPlan(dataset, 4, PAD, 1, tokens=tokens), workers))
-    troubles = [batch.trouble for update in found for batch in update if batch.trouble]
+    steps = list(load_steps(BatchPlan(dataset, 4, PAD, 1, tokens=tokens), workers))
+    troubles = [batch.trouble for update in steps for batch in update if batch.trouble]
     assert 1 <= len(troubles) <= max(workers, 1)
     assert "No space left on device" in troubles[0]
     assert len(set(troubles)) == 1
-    for update, other in zip(found, wanted, strict=True):
+    for update, other in zip(steps, expected, strict=True):
         assert all(same(replace(left, trouble=""), right) for left, right in zip(update, other, strict=True))
 
 
@@ -441,8 +444,8 @@ def test_a_record_for_which_there_was_room_in_part_is_not_believed(tmp_path):
     lengths, loose = store.lengths(np.arange(100), dataset.text)
     assert set(loose) == set(range(20, 100))
     assert store.trouble == "No space left on device"
-    made = fresh(dataset)
-    assert lengths.tolist() == [len(text.tokens) if isinstance(text, Example) else 0 for text in made]
+    texts = fresh(dataset)
+    assert lengths.tolist() == [len(text.tokens) if isinstance(text, Example) else 0 for text in texts]
     assert set(keep(dataset).read(np.arange(100))) == set(range(20))
 
 

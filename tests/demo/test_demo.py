@@ -16,8 +16,6 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.monitor.metrics import Listener
 from tests.cli.harness import here, installed
 
-pytestmark = pytest.mark.xdist_group("demo")  # its fixture is made once
-
 MMV = Path(sys.executable).with_name("mmv")
 
 

@@ -30,6 +30,7 @@ def files(workplace):
     return workplace
 
 
+@pytest.mark.long
 def test_the_commands_run(files):
     lines = [shlex.split(line) for line in commands(PAGE)]
     assert len(lines) == 10

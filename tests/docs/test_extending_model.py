@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from minimind_v.core.config.schema import VisionSpec
 from minimind_v.core.demo import world
 from minimind_v.core.model.projector import PROJECTORS
-from tests.cli.harness import ASSETS, BASE, EYE, ROOT, here, place
+from tests.cli.harness import ASSETS, BASE, EYE, ROOT, here, installed, place
 
 EXAMPLES = ROOT / "docs" / "examples"
 PAGE = ROOT / "docs" / "extending.md"
@@ -21,6 +22,7 @@ NAMES = ("extend_tower", "extend_projector")
 
 TRAIN_AND_OPEN = """
 import sys
+from functools import partial
 from pathlib import Path
 
 import {extension}  # adds to the table
@@ -52,10 +54,8 @@ print(len("".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask("what?", [
 """
 
 
-def run(folder, *command, extensions=None):
+def run_script(folder, *command):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
-    if extensions:
-        environment["MMV_EXTENSIONS"] = str(extensions)
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -67,7 +67,7 @@ def example(request, tmp_path):
     vision = EYE
     if request.param == "extend_tower":
         vision = tmp_path / "patches"
-        done = run(tmp_path, f"{request.param}.py", vision)
+        done = run_script(tmp_path, f"{request.param}.py", vision)
         assert done.returncode == 0, done.stderr
     sets = ("projector=shuffle",) if request.param == "extend_projector" else ()
     return request.param, vision, sets
@@ -81,12 +81,13 @@ def test_the_page_shows_the_files_that_are_tested():
         assert source.count("\n") < 80
 
 
+@pytest.mark.long
 def test_an_extension_is_trained_converted_opened_evaluated_and_asked(example, tmp_path):
     name, vision, sets = example
     (tmp_path / "script.py").write_text(TRAIN_AND_OPEN.format(extension=name, sets=sets))
     image = tmp_path / "image.jpg"
     image.write_bytes(some_image())
-    done = run(tmp_path, "script.py", place().folder, BASE, vision, ASSETS, image)
+    done = run_script(tmp_path, "script.py", place().folder, BASE, vision, ASSETS, image)
     assert done.returncode == 0, done.stderr
     expected = {"extend_tower": "patch_means linear 10", "extend_projector": "clip_vision_model shuffle 16"}[name]
     assert done.stdout.splitlines()[0] == expected
@@ -94,26 +95,21 @@ def test_an_extension_is_trained_converted_opened_evaluated_and_asked(example, t
     assert described["projector"]["tokens_per_image"] == int(expected.split()[-1])
 
 
+@pytest.mark.long
 def test_an_extension_is_used_by_the_commands_that_name_it(example, tmp_path):
     name, vision, sets = example
-    extension, data = tmp_path / f"{name}.py", place().folder
-    rows = ("--data", data / "pretrain_data.jsonl", "--images", data / "pretrain_images.zip")
-    sight = ("--vision-model", vision, "--tokenizer", ASSETS)
-    settings = [word for setting in sets for word in ("--set", setting)]
-    done = run(tmp_path, "-m", "minimind_v", "train", "pretrain", "--preset", "demo", *rows, *sight, *settings,
-               "--init", BASE, "--out", "out", "--max-steps", 2, "--batch-size", 4, "--workers", 1, "--device", "cpu",
-               extensions=extension)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    extended = partial(installed, cwd=tmp_path, MMV_EXTENSIONS=str(tmp_path / f"{name}.py"))
+    line = place().train("out", vision_model=vision, max_steps=2, workers=1)
+    trained = extended(*line, *(word for setting in sets for word in ("--set", setting)))
+    assert trained.code == 0, trained.err
     weights = "out/pretrain_vlm_128.pth"
-    done = run(tmp_path, "-m", "minimind_v", "convert", "--to", "hf", "--model", weights, "--out", "hf",
-               extensions=extension)  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "--to hf can hold clip_vision_model with linear" in done.stderr
+    refused = extended("convert", "--to", "hf", "--model", weights, "--out", "hf")
+    assert refused.code == 2, refused.err
+    assert "--to hf can hold clip_vision_model with linear" in refused.err
     assert not (tmp_path / "hf").exists()
-    done = run(tmp_path, "-m", "minimind_v", "chat", "--model", weights, "--greedy", "hello")
-    assert done.returncode in (1, 2)
-    assert "MMV_EXTENSIONS" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    unknown = installed("chat", "--model", weights, "--greedy", "hello", cwd=tmp_path)
+    assert unknown.code in (1, 2)
+    assert "MMV_EXTENSIONS" in unknown.error
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import sqlite3
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +17,10 @@ from torch import nn
 from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.formats.checkpoint import export_tensors, read_checkpoint
 from minimind_v.core.train.freeze import freeze
-from tests.cli.harness import ROOT, SIGHT, Ended, place, read_rows, sighted, sighted_model
+from tests.cli.harness import ROOT, SIGHT, installed, place, read_rows, sighted, sighted_model
 
 EXAMPLES = ROOT / "docs" / "examples"
 NAMES = ("task", "target", "store", "layout", "lora")
-# The command line as it runs with MMV_EXTENSIONS, for a checkout that cannot load extensions itself.
-WITH_EXTENSION = """
-import os, pathlib
-__import__(pathlib.Path(os.environ["MMV_EXTENSIONS"]).stem)
-from minimind_v.__main__ import main
-main()
-"""
 
 
 @pytest.fixture
@@ -39,26 +30,9 @@ def extended(tmp_path):
     def copy(name):
         file = shutil.copy(EXAMPLES / f"extend_{name}.py", tmp_path / f"my_{name}.py")
 
-        def mmv(*words: object) -> Ended:
-            own = importlib.util.find_spec("minimind_v.core.extensions") is not None
-            command = [sys.executable, *(["-m", "minimind_v"] if own else ["-c", WITH_EXTENSION]), *map(str, words)]
-            path = str(ROOT) if own else f"{ROOT}{os.pathsep}{tmp_path}"
-            environment = os.environ | {"MMV_EXTENSIONS": str(file), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-            return Ended(done.returncode, done.stdout, done.stderr)
-
-        return mmv
+        return partial(installed, cwd=tmp_path, MMV_EXTENSIONS=str(file))
 
     return copy
-
-
-def mmv(tmp_path: Path, *words: object) -> Ended:
-    """Run `mmv` without any extension."""
-    command = [sys.executable, "-m", "minimind_v", *map(str, words)]
-    environment = {key: value for key, value in os.environ.items() if key != "MMV_EXTENSIONS"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def example(name):
@@ -85,7 +59,7 @@ def test_a_task_scores_its_own_rows(extended, tmp_path):
     assert (report["rows"], report["answers"]) == (3, 3)
     assert 0 <= report["yesno_accuracy"] <= 1
     assert "loss" not in report
-    refused = mmv(tmp_path, *words, "--task", "yesno")
+    refused = installed(*words, "--task", "yesno")
     assert refused.code == 2
     assert "loss, exact" in refused.error
 
@@ -110,6 +84,7 @@ def database(path: Path, rows: int) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_rows_of_a_store_are_checked_converted_and_trained_on(extended, tmp_path):
     data, run = database(tmp_path / "rows.sqlite", 8), extended("store")
     report = run("data", "check", data, *SIGHT, "--json").json
@@ -120,6 +95,7 @@ def test_rows_of_a_store_are_checked_converted_and_trained_on(extended, tmp_path
     assert [record["step"] for record in read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl")] == [1, 2]
 
 
+@pytest.mark.long
 def test_a_layout_is_trained_with_and_remembered(extended, tmp_path):
     run, out = extended("layout"), tmp_path / "out"
     train = place().train(out, "sft", max_steps=2, init=sighted(), workers=1)
@@ -131,7 +107,7 @@ def test_a_layout_is_trained_with_and_remembered(extended, tmp_path):
     assert asked.code == 0, asked.err
     refused = run("convert", "--to", "hf", "--model", weights, "--out", tmp_path / "hf")
     assert "chat layout alpaca" in refused.error
-    assert "data.layout 'alpaca'" in mmv(tmp_path, "chat", "--model", weights, "What is it?").error
+    assert "data.layout 'alpaca'" in installed("chat", "--model", weights, "What is it?", cwd=tmp_path).error
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -177,6 +153,7 @@ def test_lora_trains_through_the_layers_that_the_model_calls(lora):
     assert layer.weight.grad is None
 
 
+@pytest.mark.long
 def test_a_run_with_lora_resumes_bit_for_bit_and_saves_published_names(extended, tmp_path):
     run, whole, stopped = extended("lora"), tmp_path / "whole", tmp_path / "stopped"
 

@@ -2,12 +2,15 @@
 
 import re
 
+import pytest
+
 from tests.cli.harness import ROOT
 from tests.demo_folder import demo_folder
 
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_every_block_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(demo_folder(tmp_path / "demo"))
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -39,11 +39,11 @@ def quick(out, **how):
 
 def test_the_command_writes_verifies_and_tells(whole):
     out, said = whole
-    told = said.json
-    assert (told["out"], told["kind"]) == (str(out), "hf")
-    assert told["verified"]["token ids"] == "equal in 3 of 3 prompts"
-    assert told["verified"]["largest logit difference"].endswith("in fp32 (allowed: 1e-04)")
-    same, _, count = told["verified"]["greedy tokens"].split()[:3]
+    report = said.json
+    assert (report["out"], report["kind"]) == (str(out), "hf")
+    assert report["verified"]["token ids"] == "equal in 3 of 3 prompts"
+    assert report["verified"]["largest logit difference"].endswith("in fp32 (allowed: 1e-04)")
+    same, _, count = report["verified"]["greedy tokens"].split()[:3]
     assert same == count
     assert tree(out.parent) == sorted(
         f"model/{name}" for name in (
@@ -88,20 +88,20 @@ def test_chat_and_eval_take_the_folder_alone(whole, tmp_path, place, monkeypatch
     monkeypatch.chdir(tmp_path)  # where no standard folders are
     (tmp_path / "picture.jpg").write_bytes(jpeg(0))
     ask = ("chat", "What is it?", "--image", "picture.jpg", "--greedy", "--max-new-tokens", 12)
-    wanted = here(*ask, "--model", weights("moe"), *SIGHT)
-    found = here(*ask, "--model", whole[0])
-    assert (found.code, found.out) == (0, wanted.out)
+    expected = here(*ask, "--model", weights("moe"), *SIGHT)
+    answer = here(*ask, "--model", whole[0])
+    assert (answer.code, answer.out) == (0, expected.out)
     rows = ("--data", place.data("sft"), "--images", place.images("sft"), "--limit", 4, "--json")
     losses = [here("eval", *rows, "--model", *model).json["loss"] for model in ((whole[0],), (weights("moe"), *SIGHT))]
     assert losses[0] == losses[1]
 
 
 def test_info_tells_what_it_is_and_where_it_came_from(whole):
-    found = here("info", whole[0], "--json").json
-    assert (found["kind"], found["stage"], found["use_moe"]) == ("hf", "sft", True)
-    assert (found["came_from"], found["made_by"].split()[0]) == ("sft_vlm_64.pth", "mmv")
-    assert found["bytes"] == sum((whole[0] / name).stat().st_size for name in tree(whole[0]))
-    assert "token ids" in found["verified"]
+    facts = here("info", whole[0], "--json").json
+    assert (facts["kind"], facts["stage"], facts["use_moe"]) == ("hf", "sft", True)
+    assert (facts["came_from"], facts["made_by"].split()[0]) == ("sft_vlm_64.pth", "mmv")
+    assert facts["bytes"] == sum((whole[0] / name).stat().st_size for name in tree(whole[0]))
+    assert "token ids" in facts["verified"]
     assert here("info", exported(), "--json").json["came_from"].startswith("unknown: not written by")
 
 
@@ -136,15 +136,21 @@ SPOILT = {
 }
 
 
+@pytest.fixture(scope="module")
+def prover():
+    """One process for all: the import of transformers takes longer than the rest."""
+    with Worker("minimind_v.core.export.prove.ask_hf") as worker:
+        yield worker
+
+
 @pytest.mark.parametrize("what", SPOILT)
-def test_an_export_that_is_not_the_same_is_refused_and_gone(what, tmp_path, monkeypatch):
+def test_an_export_that_is_not_the_same_is_refused_and_gone(what, prover, tmp_path, monkeypatch):
     spoil, words = SPOILT[what]
 
     def write_and_prove(order, folder, check):
-        made = hf.make(order, folder)
+        facts = hf.make(order, folder)
         spoil(folder)
-        with Worker("minimind_v.core.export.prove.ask_hf") as prover:
-            return made, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
+        return facts, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
 
     monkeypatch.setitem(folders.TARGETS, "hf", Target("", write_and_prove))
     ended = here("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", tmp_path / "new" / "out")

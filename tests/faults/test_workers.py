@@ -51,22 +51,22 @@ def losses(out):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("size", "changes", "told"),
+    ("size", "changes", "message"),
     [
         (64, {"workers": 2}, None),
         (64, {"workers": 4}, "/dev/shm has 64 KB, 64 KB of it free: enough for 2 of 4 data workers"),
         (16, {"workers": 2}, "/dev/shm has 16 KB, 16 KB of it free: enough for no data workers (as with --workers 0)"),
-        (64, {"workers": 2, "gpus": 2, "batch_size": 2}, "enough for no data worker"),
+        (64, {"workers": 2, "gpus": 2, "batch_size": 2}, "enough for no data workers"),
     ],
 )
-def test_a_run_goes_on_with_as_many_workers_as_there_is_room_for(tmp_path, container, size, changes, told):
+def test_a_run_goes_on_with_as_many_workers_as_there_is_room_for(tmp_path, container, size, changes, message):
     """Batches are larger than all of the shared memory: 4 pictures of 64² are 49 KB, and 4 steps are under way."""
     ended = container(size, *place().train(tmp_path / "out", **changes))
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
-    assert ended.err.count("/dev/shm") == (1 if told else 0), ended.err
-    if told:
-        assert told in ended.err
+    assert ended.err.count("/dev/shm") == (1 if message else 0), ended.err
+    if message:
+        assert message in ended.err
         assert "--shm-size" in ended.err
     if "gpus" not in changes:
         assert here(*place().train(tmp_path / "alone", workers=0)).code == 0
@@ -112,18 +112,18 @@ def exit_in_silence():
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("prepare", "told"),
+    ("prepare", "message"),
     [
         (bus_error, "a data worker died of SIGBUS at {data}:"),
         (no_memory_left, "a data worker died of SIGKILL at {data}:"),
         (exit_in_silence, "a data worker died of exit code 0 at {data}:"),
     ],
 )
-def test_a_worker_that_ends_before_its_time_ends_the_run(tmp_path, prepare, told):
+def test_a_worker_that_ends_before_its_time_ends_the_run(tmp_path, prepare, message):
     run = Running(tmp_path, *place().train(tmp_path / "out", workers=2, epochs=100), prepare=prepare)
     ended = run.wait()
     assert ended.code == 1
-    assert told.format(data=place().data("pretrain")) in ended.error
+    assert message.format(data=place().data("pretrain")) in ended.error
     assert "--workers 0" in ended.error
     assert not run.left_behind()
     resumed = here(
@@ -164,7 +164,7 @@ def raise_what_cannot_travel():
 
 
 @pytest.mark.parametrize(
-    ("fails", "kind", "told"),
+    ("fails", "kind", "message"),
     [
         (raises(ValueError("five")), RuntimeError, "ValueError: five"),
         (raise_what_cannot_travel, RuntimeError, "somewhere in a worker"),
@@ -175,9 +175,9 @@ def raise_what_cannot_travel():
         (lambda: os.kill(os.getpid(), signal.SIGSEGV), RunError, "died of SIGSEGV"),
     ],
 )
-def test_a_batch_that_is_lost_ends_the_reading(fails, kind, told):
+def test_a_batch_that_is_lost_ends_the_reading(fails, kind, message):
     got = []
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         got.extend(map(int, load_batches(Numbers(fails), 2)))
     assert got == list(range(len(got)))
 

@@ -1,6 +1,6 @@
 """Steps that are recorded and replayed are those that are launched one by one.
 
-A CUDA graph freezes all that Python decided and works on the same tensors again. So does a trace of torch's operators,
+A CUDA graph freezes all that Python decided and works on the same tensors again. So does a tape of torch's operators,
 which stands in for one here.
 """
 
@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimind_v.core.generate import cuda_graph as replay
 from minimind_v.core.generate.cuda_graph import EAGER, SPAN, Replay, record_cuda
@@ -27,23 +28,42 @@ def model(request):
     return make_model(seed=5, **request.param)
 
 
+class Tape(TorchDispatchMode):
+    """Notes torch's operators, and repeats them on the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a recording cannot give a number to Python"
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # else a view, or in place
+                    old.copy_(new)
+
+
 class Recorder:
-    """Traces work, and counts."""
+    """Tapes work, and counts."""
 
     def __init__(self):
         self.recorded = self.replayed = 0
 
     def __call__(self, work, device):
-        def traced():
+        tape = Tape()
+        with tape:
             work()
-            return torch.zeros(())
-
-        graph = make_fx(traced)()
         self.recorded += 1
 
         def replay():
             self.replayed += 1
-            graph()
+            tape.replay()
 
         return replay
 
@@ -60,9 +80,9 @@ def pair(model):
 
 
 def both(pair, caches, x, mask=None):
-    one, other = (decoder.read(x, cache, mask) for decoder, cache in zip(pair, caches, strict=False))
-    torch.testing.assert_close(one, other, **SAME)
-    return one
+    replayed, plain = (decoder.read(x, cache, mask) for decoder, cache in zip(pair, caches, strict=False))
+    torch.testing.assert_close(replayed, plain, **SAME)
+    return replayed
 
 
 @torch.no_grad()
@@ -190,6 +210,6 @@ def test_a_decoder_goes_at_once_when_nobody_has_it(model):
                 decoder.read(torch.randn(1, 1, model.config.hidden_size), cache)
         gone = weakref.ref(decoder), weakref.ref(cache), weakref.ref(decoder.replay._recordings[cache])
         del decoder, cache
-        assert [one() for one in gone] == [None] * 3
+        assert [reference() for reference in gone] == [None] * 3
     finally:
         gc.enable()

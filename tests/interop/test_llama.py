@@ -22,7 +22,7 @@ from tests.interop.conftest import serving
 pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; `make interop` compiles it")
 pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("interop")]  # one trained model serves all
+pytestmark = pytest.mark.long
 
 
 def answers(seeing):

@@ -12,7 +12,7 @@ from tests.interop.conftest import serving
 pytest.importorskip("openai", reason="the openai client is not installed; `make interop` brings it")
 pytest.importorskip("fastapi", reason="transformers cannot serve here; `make interop` brings what it takes")
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("interop")]  # one trained model serves all
+pytestmark = pytest.mark.long
 
 QUESTION = "What colour is the star?"
 

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ MIB = 2**20
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "gc", SimpleNamespace(collect=lambda: None))  # stand-ins leave nothing to collect
     options = {"preset": "demo", "vision_model": EYE, "tokenizer": ASSETS, "out": tmp_path, "max_length": 128}
     return build_config("pretrain", options=options | {"batch_size": 12, "accumulate": 2})
 
@@ -63,11 +65,11 @@ class NoModel:
 
 
 def fitted(config, gauge, world=None):
-    found, why = find_batch_size(config, CPU, world or World(), gauge, lambda *_: NoModel(gauge))
-    assert found.data.batch_size * found.accumulate == config.data.batch_size * config.accumulate
-    assert found == replace(config, data=replace(config.data, batch_size=found.data.batch_size),
-                            accumulate=found.accumulate)  # fmt: skip
-    return found.data.batch_size, why
+    divided, why = find_batch_size(config, CPU, world or World(), gauge, lambda *_: NoModel(gauge))
+    assert divided.data.batch_size * divided.accumulate == config.data.batch_size * config.accumulate
+    data = replace(config.data, batch_size=divided.data.batch_size)
+    assert divided == replace(config, data=data, accumulate=divided.accumulate)
+    return divided.data.batch_size, why
 
 
 # --- how much --------------------------------------------------------------------------------------------------------
@@ -97,13 +99,13 @@ def test_processes_on_one_machine_share_its_memory(config):
 
 
 def test_all_take_what_fits_on_the_smallest(config, monkeypatch):
-    told = []
-    monkeypatch.setattr(World, "gather", lambda world, numbers: told.append(numbers) or [numbers, [4.0]])
+    gathered = []
+    monkeypatch.setattr(World, "gather", lambda world, numbers: gathered.append(numbers) or [numbers, [4.0]])
     monkeypatch.setattr(World, "gather_objects", lambda world, thing: [thing, "elsewhere"])
     size, why = fitted(config, Small(10**12, 100 * MIB), World(rank=0, size=2, placed=True))
     assert size == 4
     assert why.endswith("for the 24 rows of a step per process: another process has no memory for more")
-    assert told[-1] == [24]
+    assert gathered[-1] == [24]
 
 
 def test_a_gpu_is_tried_from_the_largest_down(config, monkeypatch):
@@ -188,7 +190,7 @@ def test_a_run_is_the_same_to_the_last_bit_as_with_the_size_given(tmp_path):
     auto = here(*place().train(tmp_path / "auto", batch_size="auto", features="off"), "--config", small)
     given = here(*place().train(tmp_path / "given", batch_size=8, features="off"))
     assert (auto.code, given.code) == (0, 0), auto.err + given.err
-    curves = [[(one["loss"], one["grad_norm"]) for one in read_rows(tmp_path / out / NAME / "metrics.jsonl")]
+    curves = [[(record["loss"], record["grad_norm"]) for record in read_rows(tmp_path / out / NAME / "metrics.jsonl")]
               for out in ("auto", "given")]  # fmt: skip
     assert curves[0] == curves[1]
     ours, theirs = (read_checkpoint(tmp_path / out / f"{NAME}.pth").tensors for out in ("auto", "given"))

@@ -29,7 +29,7 @@ from tests.conftest import Events
 
 ASSETS = Path(minimind_v.core.demo.__file__).parent / "assets"
 CPU = torch.device("cpu")
-ROWS = 30
+ROWS = 12
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_remembering_changes_no_bit(dtype, workers, config, train, events):
         "each is looked at once"
     )
     assert encoded_and_read(again) == (0, pictures)
-    (told,) = [line for line in events.messages if line.startswith("features:")]
-    assert f"{ROWS} cached" in told
+    (summary,) = [line for line in events.messages if line.startswith("features:")]
+    assert f"{ROWS} cached" in summary
 
 
 def test_eight_bits_keep_the_curve(train):
@@ -202,8 +202,8 @@ def test_a_picture_is_the_same_in_any_company(encoder, pictures):
     together = encoder.encode(pictures)
     for order in (torch.randperm(11), torch.arange(11)):
         for size in (1, 2, 3, 5, 11):
-            found = torch.cat([encoder.encode(part) for part in pictures[order].split(size)])
-            assert torch.equal(found, together[order])
+            features = torch.cat([encoder.encode(part) for part in pictures[order].split(size)])
+            assert torch.equal(features, together[order])
 
 
 @pytest.mark.parametrize(("device", "groups"), [("cpu", [4, 4, 4]), ("cuda", [1, 4, 2])])
@@ -213,10 +213,10 @@ def test_groups_are_filled_up_where_bits_must_be_the_same(device, groups, pictur
     class Moody(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.seen: list[int] = []
+            self.group_sizes: list[int] = []
 
         def forward(self, given):
-            self.seen.append(len(given))
+            self.group_sizes.append(len(given))
             return given.float() + (1e-6 if len(given) == 1 else 0.0) + 0.5
 
     moody = Moody()
@@ -227,7 +227,7 @@ def test_groups_are_filled_up_where_bits_must_be_the_same(device, groups, pictur
     alone = encoder.encode(pictures[:1])
     assert torch.equal(alone, pictures[:1] + 0.5) == (device == "cpu")
     encoder.encode(pictures[:6])
-    assert moody.seen == groups
+    assert moody.group_sizes == groups
 
 
 def test_features_can_be_learnt_from(encoder, pictures):
@@ -245,8 +245,8 @@ def test_auto_keeps_what_pays(reading, looking, kept, encoder, tmp_path, monkeyp
     monkeypatch.setattr(cache, "measure_reading", lambda *_: reading)
     monkeypatch.setattr(encoder, "identify", lambda: ("name", looking))
     said: list[str] = []
-    found = open_feature_cache("auto", tmp_path / "features", encoder, 100, said.append, said.append)
-    assert (found.store is not None) == kept
+    feature_cache = open_feature_cache("auto", tmp_path / "features", encoder, 100, said.append, said.append)
+    assert (feature_cache.store is not None) == kept
     assert len(said) == 1
     assert ("not cached" in said[0]) != kept
 
@@ -255,21 +255,23 @@ def test_a_small_budget_is_told_and_kept(encoder, tmp_path, monkeypatch, picture
     form = Form("float32", encoder.encoder.spec.tokens_per_image, encoder.encoder.spec.width)
     monkeypatch.setattr(store, "used_and_free", lambda _: (0, 4 * 5 * (form.record + 24)))
     said, warned = [], []
-    found = open_feature_cache("exact", tmp_path / "features", encoder, 100, said.append, warned.append)
+    feature_cache = open_feature_cache("exact", tmp_path / "features", encoder, 100, said.append, warned.append)
     monkeypatch.undo()
     assert "room for 5 of the images of 100 rows (--features int8: " in said[0]
     for begin in range(0, 11, 2):  # of eleven pictures four fit in pairs
         keys = [digest(bytes([n])) for n in range(begin, min(begin + 2, 11))]
-        seen = found.features(Batch(*[torch.empty(0)] * 4, pixel_values=pictures[begin : begin + 2], keys=keys))
-        assert torch.equal(seen, encoder.encode(pictures[begin : begin + 2]))
-    assert found.store.count() == 4
+        features = feature_cache.features(
+            Batch(*[torch.empty(0)] * 4, pixel_values=pictures[begin : begin + 2], keys=keys)
+        )
+        assert torch.equal(features, encoder.encode(pictures[begin : begin + 2]))
+    assert feature_cache.store.count() == 4
     assert len(warned) == 1
     assert "budget" in warned[0]
 
 
 def test_off_says_and_makes_nothing(encoder, tmp_path):
     said: list[str] = []
-    found = open_feature_cache("off", tmp_path / "features", encoder, 100, said.append, said.append)
-    assert found.store is None
+    feature_cache = open_feature_cache("off", tmp_path / "features", encoder, 100, said.append, said.append)
+    assert feature_cache.store is None
     assert not said
     assert not (tmp_path / "features").exists()

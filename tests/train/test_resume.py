@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -17,9 +18,21 @@ from tests.cli.harness import BASE, Running, here, place, read_rows, sighted, wr
 from tests.conftest import train_until_killed
 
 NAME = "pretrain_vlm_128"
-# Two epochs of 40 rows: 14 micro-batches of 3 rows each, 5 steps, the last of an epoch smaller.
-STEPS = {"epochs": 2, "batch_size": 3, "accumulate": 3, "save_every": 2}
+# Two epochs of 17 rows: 9 micro-batches of 2 rows each, 5 steps, the last of an epoch smaller.
+ROWS = 17
+STEPS = {"epochs": 2, "batch_size": 2, "accumulate": 2, "save_every": 2}
 EXACT = ("step", "loss", "token_accuracy", "lr", "grad_norm", "epoch", "samples", "tokens", "supervised_tokens")
+
+
+@cache
+def data(stage="pretrain"):
+    """The first rows of the tiny data, beside their pictures."""
+    return write_rows(place().folder / f"few_{stage}.jsonl", read_rows(place().data(stage))[:ROWS])
+
+
+def command(out, stage="pretrain", **changes):
+    """The command line of a run."""
+    return place().train(out, stage, **STEPS | {"data": data(stage)} | changes)
 
 
 def curve(out, name=NAME):
@@ -43,7 +56,7 @@ def assert_same_run(out, reference, name=NAME):
 def whole(tmp_path_factory):
     """The same run, never interrupted, in this process."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    ended = here(*place().train(out, **STEPS))
+    ended = here(*command(out))
     assert ended.code == 0, ended.err
     return out
 
@@ -68,8 +81,8 @@ def whole_alone(tmp_path_factory):
 @pytest.mark.parametrize("step", [1, 4, 5, 9])
 def test_from_any_step_on(tmp_path, reference, step):
     out = tmp_path / "out"
-    train_until_killed(step, place().train(out, **STEPS))
-    ended = here(*place().train(out, **STEPS), "--resume")
+    train_until_killed(step, command(out))
+    ended = here(*command(out), "--resume")
     assert ended.code == 0, ended.err
     saved = step // 2 * 2
     assert (f"resuming after step {saved} of 10" if saved else "nothing to resume") in ended.err
@@ -87,27 +100,26 @@ def test_from_any_step_on(tmp_path, reference, step):
     ids=["workers", "sft", "experts", "bf16"],
 )
 def test_stopped_twice(tmp_path, stage, changes, words):
-    line = STEPS | changes
     name = f"{stage}_vlm_128" + ("_moe" if words else "")
-    assert here(*place().train(tmp_path / "reference", stage, **line | {"workers": 0}), *words).code == 0
+    assert here(*command(tmp_path / "reference", stage, **changes | {"workers": 0}), *words).code == 0
     for step in (3, 7):
-        train_until_killed(step, [*place().train(tmp_path / "out", stage, **line), *words], resume=True)
-    assert here(*place().train(tmp_path / "out", stage, **line), *words, "--resume").code == 0
+        train_until_killed(step, [*command(tmp_path / "out", stage, **changes), *words], resume=True)
+    assert here(*command(tmp_path / "out", stage, **changes), *words, "--resume").code == 0
     assert_same_run(tmp_path / "out", tmp_path / "reference", name)
 
 
 def test_a_complete_run_is_left_as_it_is(reference):
     before = {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()}
-    ended = here(*place().train(reference, **STEPS), "--resume")
+    ended = here(*command(reference), "--resume")
     assert ended.code == 0
     assert "this run is already finished" in ended.err
     assert {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()} == before
 
 
 def test_broken_rows_are_counted_once(tmp_path):
-    lines = place().data("pretrain").read_text().splitlines()
-    data = write_rows(tmp_path / "rows.jsonl", [*lines[:5], "{", *lines[5:9], "nothing", *lines[9:]])
-    line = place().train(tmp_path / "out", data=data, **STEPS)
+    lines = data().read_text().splitlines()
+    rows = write_rows(tmp_path / "rows.jsonl", [*lines[:5], "{", *lines[5:9], "nothing", *lines[9:]])
+    line = command(tmp_path / "out", data=rows)
     train_until_killed(6, [*line, "--set", "data.bad_rows=0.5"])
     ended = here(*line, "--set", "data.bad_rows=0.5", "--resume")
     assert "2 broken rows skipped" in ended.err
@@ -118,9 +130,7 @@ def test_broken_rows_are_counted_once(tmp_path):
 
 def alone(out, *words):
     """A run in a process of its own, of one thread: what is compared bit for bit has the same number of them."""
-    return Running(
-        out.parent / f"{out.name}.{time.monotonic_ns()}", *place().train(out, **STEPS | {"workers": 1}), *words
-    )
+    return Running(out.parent / f"{out.name}.{time.monotonic_ns()}", *command(out, workers=1), *words)
 
 
 @pytest.mark.long
@@ -181,7 +191,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, reference, damag
         "empty": b"",
         "page": b"<!DOCTYPE html>",
     }[damage])  # fmt: skip
-    ended = here(*place().train(out, **STEPS), "--resume")
+    ended = here(*command(out), "--resume")
     assert ended.code == 0, ended.err
     assert f"{newest} is damaged" in ended.err
     assert "resuming after step 8 of 10" in ended.err
@@ -191,23 +201,23 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, reference, damag
 def test_where_every_state_is_damaged_the_run_is_refused(tmp_path, reference):
     for path in states(reference):
         path.write_bytes(b"")
-    ended = here(*place().train(reference, **STEPS), "--resume")
+    ended = here(*command(reference), "--resume")
     assert ended.code == 1
     assert "it contains no undamaged state — start over with --overwrite" in ended.error
 
 
 def test_weights_without_a_state_cannot_be_resumed(reference):
     shutil.rmtree(reference / NAME / "states")
-    ended = here(*place().train(reference, **STEPS), "--resume")
+    ended = here(*command(reference), "--resume")
     assert ended.code == 2
     assert "no state to resume from" in ended.error
 
 
 def test_starting_over_leaves_no_state_of_before(reference):
-    assert here(*place().train(reference, **STEPS)).code == 2
-    assert here(*place().train(reference, **STEPS | {"max_steps": 1}), "--overwrite").code == 0
+    assert here(*command(reference)).code == 2
+    assert here(*command(reference, max_steps=1), "--overwrite").code == 0
     assert [path.name[:15] for path in states(reference)] == ["step-0000000001"]
-    assert here(*place().train(reference, **STEPS), "--overwrite", "--resume").code == 2
+    assert here(*command(reference), "--overwrite", "--resume").code == 2
 
 
 # --- another run ------------------------------------------------------------------------------------------------------
@@ -215,14 +225,14 @@ def test_starting_over_leaves_no_state_of_before(reference):
 
 @pytest.fixture
 def halfway(tmp_path):
-    train_until_killed(5, place().train(tmp_path / "out", **STEPS))
+    train_until_killed(5, command(tmp_path / "out"))
     return tmp_path / "out"
 
 
 def test_what_differs_is_told_line_by_line_and_refused(tmp_path, halfway):
-    lines = place().data("pretrain").read_text().splitlines()
+    lines = data().read_text().splitlines()
     other = write_rows(tmp_path / "other.jsonl", lines[:-1])
-    ended = here(*place().train(halfway, **STEPS, lr=1e-5, data=other), "--resume")
+    ended = here(*command(halfway, lr=1e-5, data=other), "--resume")
     assert ended.code == 2
     assert any(line.startswith("lr: 0.0004 in the interrupted run, 1e-05 now") for line in ended.err.splitlines())
     assert any(line.startswith("data.file: ") and " bytes " in line for line in ended.err.splitlines())
@@ -242,7 +252,7 @@ def test_changed_rows_beside_many_pictures_are_noticed(tmp_path, monkeypatch):
 
 
 def test_what_is_allowed_by_name_may_differ(halfway):
-    line = place().train(halfway, **STEPS, lr=1e-5)
+    line = command(halfway, lr=1e-5)
     ended = here(*line, "--resume", "--allow", "lr")
     assert ended.code == 0, ended.err
     assert curve(halfway)[-1]["lr"] < 1.1e-5
@@ -250,8 +260,8 @@ def test_what_is_allowed_by_name_may_differ(halfway):
 
 
 def test_the_same_files_elsewhere_are_the_same_run(tmp_path, halfway, reference):
-    data = shutil.copy(place().data("pretrain"), tmp_path / "copy.jsonl")
+    copy = shutil.copy(data(), tmp_path / "copy.jsonl")
     base = shutil.copy(BASE, tmp_path / "base.safetensors")
-    line = place().train(halfway, **STEPS, data=data, init=base, workers=2, log_every=1)
+    line = command(halfway, data=copy, init=base, workers=2, log_every=1)
     assert here(*line, "--resume").code == 0
     assert_same_run(halfway, reference)

@@ -27,16 +27,21 @@ ANSWERS = (
 @pytest.fixture
 def mine(tmp_path):
     """Twelve pictures of noise as files, all asked the same question."""
+    return noise(tmp_path, ANSWERS)
+
+
+def noise(folder, answers):
+    """Pictures of noise with an answer each, as options of a command."""
     from PIL import Image
 
     dice, rows = random.Random(4), []
-    (tmp_path / "pictures").mkdir()
-    for number, answer in enumerate(ANSWERS):
+    (folder / "pictures").mkdir()
+    for number, answer in enumerate(answers):
         picture = Image.frombytes("RGB", (6, 6), dice.randbytes(108)).resize((90, 70), Image.Resampling.BICUBIC)
-        picture.save(tmp_path / "pictures" / f"{number}.jpg")
+        picture.save(folder / "pictures" / f"{number}.jpg")
         talk = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": answer}]
         rows.append({"conversations": talk, "image": f"{number}.jpg"})
-    return {"data": write_rows(tmp_path / "mine.jsonl", rows), "images": tmp_path / "pictures"}
+    return {"data": write_rows(folder / "mine.jsonl", rows), "images": folder / "pictures"}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,7 @@ def events(out, key):
 # --- what it does -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, mine, earlier):
     ended = small(tmp_path / "out", earlier, mine)
     assert ended.code == 0, ended.err
@@ -79,10 +85,10 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     model = ("--model", tmp_path / "out" / "sft_vlm_128.pth", "--vision-model", EYE, "--tokenizer", EYE.parent)
     scores = here("eval", *model, "--data", mine["data"], "--images", mine["images"], "--json").json
     assert (scores["short_answers"], scores["accuracy"]) == (12, 1.0)
-    found = {when: one for event in events(tmp_path / "out", "recalled") for when, one in event.items()}
-    assert set(found) == {"before", "own", "after"}
-    assert (found["own"]["token_accuracy"], found["own"]["rows"], found["before"]["rows"]) == (1.0, 12, 32)
-    assert found["before"]["loss"] < found["after"]["loss"]
+    recalled = {when: score for event in events(tmp_path / "out", "recalled") for when, score in event.items()}
+    assert set(recalled) == {"before", "own", "after"}
+    assert (recalled["own"]["token_accuracy"], recalled["own"]["rows"], recalled["before"]["rows"]) == (1.0, 12, 32)
+    assert recalled["before"]["loss"] < recalled["after"]["loss"]
     page = report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
     assert "Learnt and kept" in page
     assert "was not measured" not in page
@@ -91,13 +97,13 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     assert (again.code, "this run is already finished" in again.err) == (0, True), again.err
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, mine, earlier):
-    given = {"lr": 1e-3, "save_every": 30}
-    assert small(tmp_path / "whole", earlier, mine, **given).code == 0
-    train_until_killed(30, small_line(tmp_path / "parts", earlier, mine, **given))
-    ended = small(tmp_path / "parts", earlier, mine, "--resume", **given)
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, earlier):
+    few, given = noise(tmp_path, ANSWERS[:4]), {"lr": 1e-3, "save_every": 10}
+    assert small(tmp_path / "whole", earlier, few, **given).code == 0
+    train_until_killed(10, small_line(tmp_path / "parts", earlier, few, **given))
+    ended = small(tmp_path / "parts", earlier, few, "--resume", **given)
     assert ended.code == 0, ended.err
-    assert "resuming after step 30" in ended.err
+    assert "resuming after step 10" in ended.err
     assert "kept: on 32 rows" in ended.err, "what was measured before the stop is known"
     whole, parts = ((tmp_path / name / "sft_vlm_128.pth").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
@@ -144,15 +150,15 @@ def test_the_command_line_decides_over_a_file_and_single_values_over_the_recipe(
     file = tmp_path / "c.yaml"
     file.write_text("lr: 1e-6\nepochs: 2\nfreeze: attention\naccumulate: 4\ndata: {batch_size: auto, max_length: 99}\n")
     resolved = resolve("sft", file, {"recipe": "small-data", "epochs": 5}, ["weight_decay=0.5"])
-    config, wanted = resolved.config, small_data()
-    assert (config.lr, config.freeze, config.accumulate) == (wanted.lr, wanted.freeze, 1)
-    assert (config.data.batch_size, resolved.auto) == (wanted.data.batch_size, False)
+    config, recipe = resolved.config, small_data()
+    assert (config.lr, config.freeze, config.accumulate) == (recipe.lr, recipe.freeze, 1)
+    assert (config.data.batch_size, resolved.auto) == (recipe.data.batch_size, False)
     assert (config.epochs, config.data.max_length, config.weight_decay) == (5, 99, 0.5)
     assert (resolved.sources["lr"], resolved.sources["epochs"]) == ("recipe small-data", "--epochs")
     assert resolved.sources["weight_decay"] == "--set"
     file.write_text("recipe: small-data\nlr: 1e-4\n")
     config = build_config("sft", file)
-    assert (config.lr, config.epochs, config.until_right) == (1e-4, wanted.epochs, True)
+    assert (config.lr, config.epochs, config.until_right) == (1e-4, recipe.epochs, True)
     assert build_config("sft", sets=["recipe=small-data"]) == build_config("sft", options={"recipe": "small-data"})
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from minimind_v.core.errors import RunError
 from minimind_v.core.processes import Parent, end_processes
@@ -22,6 +22,7 @@ from minimind_v.core.processes import Parent, end_processes
 T = TypeVar("T")
 RowFunction = Callable[[Any, int], T]
 Span = tuple[int, int]  # rows from the first number on, up to the second
+START: Literal["spawn"] = "spawn"  # a fork would inherit the libraries' threads
 TOGETHER = 32  # rows that a process gets at a time
 QUEUED = 2  # spans that a process has: one to work on, and the next
 AHEAD = 4 * TOGETHER  # rows per process that may be done ahead of the next row in order
@@ -80,11 +81,11 @@ class _Worker(Generic[T]):
     """A process that reads rows, the pipe to it, and its spans."""
 
     def __init__(self, function: RowFunction[T], rows: Sized) -> None:
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit the libraries' threads
+        context = multiprocessing.get_context(START)
         self.spans: deque[Span] = deque()
         self.begun = False
-        self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(Parent.current(), theirs, function, rows), daemon=True)
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(Parent.current(), theirs, function, rows), daemon=True)
         resource_tracker.ensure_running()  # its first call would let Ctrl-C through
         try:
             with _no_ctrl_c():  # inherited: only the parent handles Ctrl-C

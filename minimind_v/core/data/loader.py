@@ -219,7 +219,7 @@ def load_steps(
     stop: Callable[[], None] = lambda: None  # noqa: E731
     try:
         with held_back(SIGNALS):  # a signal here would leave workers behind
-            steps: Any = begin(loader)
+            steps: Any = begin(loader) if workers else iter(loader)
             processes = list(getattr(steps, "_workers", ()))
             # Not left to the garbage collector: a traceback may hold `steps`, or the program's end this generator,
             # and the process would wait for its workers for ever.
