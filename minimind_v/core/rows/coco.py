@@ -13,13 +13,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from minimind_v.core.errors import DataError, RowError, UsageError
 from minimind_v.core.rows.field_names import TALKS
-from minimind_v.core.rows.json_layout import CHUNK, DECODER
+from minimind_v.core.rows.forms import read_row
+from minimind_v.core.rows.json_layout import CHUNK, DECODER, JsonText
 from minimind_v.core.rows.jsonl import TextRows
 from minimind_v.core.rows.members import hash_bytes
 from minimind_v.core.rows.row import Row, parse_json
@@ -32,7 +33,6 @@ UNKNOWN, SEVERAL = 0, 1  # instead of an image's span: no image has this id, or 
 NO_ID = 1 << 62
 SPLITS = list(WORDS)
 LISTS = re.compile(rb'"(?:images|annotations)"\s*:\s*\[\s*\{[^}]{0,2000}"(?:file_?name|image_id|id)"')
-GAP = re.compile(r"[ \t\r\n,]*")
 
 
 def is_captions(path: Path) -> bool:
@@ -78,7 +78,7 @@ class CocoRows(TextRows):
 
     def row(self, index: int) -> Row:
         first, second = (int(number) for number in self._index.array[:, self._rows[index]])
-        return self.read_fields(self._sentence(first, second) if self._sentences else self._annotation(first, second))
+        return read_row(self._sentence(first, second) if self._sentences else self._annotation(first, second))
 
     def picture(self, index: int, position: int, name: str) -> bytes:
         try:
@@ -125,7 +125,7 @@ class CocoRows(TextRows):
         scan = _Scan()
         try:
             with self.path.open("rb") as file:
-                for key, value, span in JsonElements(file):
+                for key, value, span in _elements(JsonText(file)):
                     scan.add(key, value, span)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: not a COCO caption file ({error})") from None
@@ -203,74 +203,47 @@ def _split_code(split: Any) -> int:
     return SPLITS.index(name) if name else 0
 
 
-# --- a JSON object in pieces ------------------------------------------------------------------------------------------
+def _elements(source: JsonText) -> Iterator[tuple[str, Any, int]]:
+    """The elements of the arrays in a JSON object: key, value, span of each. Raises ValueError or RecursionError."""
+    source.more(CHUNK)
+    source.at = 3 * source.text.startswith("\xef\xbb\xbf")
+    _take(source, "{")
+    while (mark := source.next()) != "}":
+        if mark != '"':
+            raise ValueError(f"no key at byte {source.offset}")
+        key, _ = _value(source)
+        _take(source, ":")
+        if source.next() != "[":
+            _value(source)
+            continue
+        source.at += 1
+        while source.next() != "]":
+            yield str(key), *_value(source)
+        source.at += 1
+    source.at += 1
+    if source.next():
+        raise ValueError(f"extra data after its end, at byte {source.offset}")
 
 
-class JsonElements:
-    """The elements of the arrays in a file's JSON object, read in pieces: key, value, span of each.
+def _take(source: JsonText, mark: str) -> None:
+    if source.next() != mark:
+        raise ValueError(f"no {mark} at byte {source.offset}")
+    source.at += 1
 
-    Texts have one character per byte. Raises ValueError or RecursionError.
-    """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._text, self._at, self._begin = "", 0, 0  # the text in memory, the position in it, its offset in the file
-
-    def __iter__(self) -> Iterator[tuple[str, Any, int]]:
-        self._more(CHUNK)
-        self._at = 3 * self._text.startswith("\xef\xbb\xbf")
-        self._expect("{")
-        while (mark := self._next()) != "}":
-            if mark != '"':
-                raise ValueError(f"no key at byte {self._begin + self._at}")
-            key, _ = self._value()
-            self._expect(":")
-            if self._next() != "[":
-                self._value()
-                continue
-            self._at += 1
-            while self._next() != "]":
-                value, span = self._value()
-                yield str(key), value, span
-            self._at += 1
-        self._at += 1
-        if self._next():
-            raise ValueError(f"extra data after its end, at byte {self._begin + self._at}")
-
-    def _more(self, size: int) -> bool:
-        """Drop the text before the position and read more; whether there was more."""
-        data = self._file.read(size)
-        self._text, self._begin, self._at = self._text[self._at :] + data.decode("latin-1"), self._begin + self._at, 0
-        return bool(data)
-
-    def _next(self) -> str:
-        """The next character that is not a gap, without taking it; empty at the end."""
-        while True:
-            self._at = GAP.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text) or not self._more(CHUNK):
-                return self._text[self._at : self._at + 1]
-
-    def _expect(self, mark: str) -> None:
-        if self._next() != mark:
-            raise ValueError(f"no {mark} at byte {self._begin + self._at}")
-        self._at += 1
-
-    def _value(self) -> tuple[Any, int]:
-        """The value that begins at the position, and its span. Raises ValueError."""
-        while True:
-            rest = len(self._text) - self._at
-            try:
-                value, end = DECODER.raw_decode(self._text, self._at)
-                if end < len(self._text):  # a number at the end may continue
-                    length = end - self._at
-                    span = self._begin + self._at << LENGTH_BITS | length
-                    self._at = end
-                    if length >> LENGTH_BITS:
-                        break
-                    return value, span
-                trouble = "it does not end"
-            except json.JSONDecodeError as error:
-                trouble = error.msg
-            if rest >> LENGTH_BITS or not self._more(max(CHUNK, rest)):
-                raise ValueError(f"{trouble}, in what begins at byte {self._begin + self._at}")
-        raise ValueError(f"more than {1 << LENGTH_BITS:,} bytes in one value")
+def _value(source: JsonText) -> tuple[Any, int]:
+    """The value that begins at the position, and its span. Raises ValueError."""
+    while True:
+        rest = len(source.text) - source.at
+        try:
+            value, end = DECODER.raw_decode(source.text, source.at)
+            if end < len(source.text):  # a number at the end may continue
+                begin, length, source.at = source.offset, end - source.at, end
+                if length >> LENGTH_BITS:
+                    raise ValueError(f"more than {1 << LENGTH_BITS:,} bytes in one value")
+                return value, begin << LENGTH_BITS | length
+            trouble = "it does not end"
+        except json.JSONDecodeError as error:
+            trouble = error.msg
+        if rest >> LENGTH_BITS or not source.more(max(CHUNK, rest)):
+            raise ValueError(f"{trouble}, in what begins at byte {source.offset}")

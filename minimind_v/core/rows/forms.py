@@ -7,22 +7,12 @@ pictures; `unread.py` refuses unsupported fields.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import StoredPictures
-from minimind_v.core.rows.field_names import CAPTIONS, PICTURES, QUESTIONS, READ, TALKS
+from minimind_v.core.rows.field_names import CAPTIONS, QUESTIONS, READ, TALKS
 from minimind_v.core.rows.marks import place_pictures, row_pictures
-from minimind_v.core.rows.messages import (
-    STANDARD,
-    Conversation,
-    conversation_is,
-    conversation_key,
-    read_json,
-    read_lists,
-    read_messages,
-)
+from minimind_v.core.rows.messages import Conversation, has_messages, read_messages
 from minimind_v.core.rows.questions import (
     find_question,
     has_caption,
@@ -31,21 +21,18 @@ from minimind_v.core.rows.questions import (
     read_question,
     read_texts,
 )
-from minimind_v.core.rows.row import IMAGE_MARK, Row, image_names, parse_json
+from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.unread import refuse_unread
 
 MOST_IMAGES = 10_000  # of a row: 32768 positions hold fewer
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_DATA = ("data:", "/9j/", "iVBOR", "R0lG", "UklGR")
-
-
-@dataclass(frozen=True)
-class Form:
-    """A form of conversation: whether a row's fields have it, and how to read it; `read` removes the fields it uses."""
-
-    name: str
-    matches: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[dict[str, Any]], Conversation]
+# The forms of conversation, in order: whether a row's fields have the form, and how to read it. Reading removes the
+# fields that it uses.
+FORMS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[dict[str, Any]], Conversation]], ...] = (
+    (has_messages, read_messages),
+    (has_texts, read_texts),
+    (lambda fields: find_question(fields) is not None, read_question),
+    (has_caption, read_caption),
+)
 
 
 def read_row(fields: Mapping[str, Any]) -> Row:
@@ -53,11 +40,8 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
     A row without a conversation has None for it; its user raises `no_form`.
     """
-    text = fields.get("conversations")
-    if type(text) is str and text.startswith("["):
-        fields = {**fields, "conversations": parse_json(text, "`conversations` is ")}
     try:
-        row = _usual_row(fields) or _read_fields(fields)
+        row = _read_fields(fields)
     except RecursionError:
         raise RowError("nested too deeply", "json") from None
     if len(row.images) > MOST_IMAGES:
@@ -67,13 +51,13 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
 def _read_fields(fields: Mapping[str, Any]) -> Row:
     rest = dict(fields)
-    form = next((form for form in FORMS if form.matches(rest)), None)
-    if form is None:
+    read = next((read for matches, read in FORMS if matches(rest)), None)
+    if read is None:
         conversation = Conversation(None, "")
         for key in TALKS:
             rest.pop(key, None)
     else:
-        conversation = form.read(rest)
+        conversation = read(rest)
         _put_system(rest, conversation)
     key, pictures = row_pictures(rest, conversation)
     shown = place_pictures(conversation, pictures)
@@ -96,55 +80,6 @@ def _put_system(fields: dict[str, Any], conversation: Conversation) -> None:
             del fields["system"]
 
 
-def _usual_row(fields: Mapping[str, Any]) -> Row | None:
-    """Read a row in the forms of published data, quickly; None for any other form, which takes longer to read."""
-    key = "conversations" if "conversations" in fields else "messages"
-    messages = fields.get(key)
-    if type(messages) is not list or not messages or "system" in fields:
-        return None
-    if key == "conversations" and "messages" in fields:
-        return None
-    try:
-        if "from" in messages[0]:
-            messages = [
-                {"role": _LLAVA_ROLES[message["from"]], "content": message["value"]}
-                for message in messages
-                if len(message) == 2 or _LLAVA_ROLES[""]  # no more keys, or a KeyError
-            ]
-        marks = 0
-        for message in messages:
-            text = message["content"]
-            if len(message) != 2 or message["role"] not in STANDARD or type(text) is not str:
-                return None
-            marks += text.count(IMAGE_MARK)
-    except (KeyError, TypeError, AttributeError):
-        return None
-    first = messages[messages[0]["role"] == "system" and len(messages) > 1]
-    if first["role"] == "assistant" or (marks > 1 and len(messages) > 2):
-        return None
-    extra = dict(fields)
-    del extra[key]
-    images: list[str] = []
-    inline: dict[int, Any] = {}
-    form = key
-    for name in PICTURES:
-        if name not in extra:
-            continue
-        if form != key:  # two fields of pictures
-            return None
-        value, form = extra.pop(name), f"{key} + {name}"
-        if type(value) is str and "://" not in value and not value.startswith(_DATA):
-            images = image_names(value)
-        elif isinstance(value, StoredPictures):
-            images = [f"picture {number}" for number in range(1, (marks or value.count()) + 1)]
-            inline = dict(enumerate(range(len(images))))
-        elif value is not None:
-            return None
-    if marks and not images:
-        return None
-    return Row(messages, images, extra, inline, (), form if images else key)
-
-
 def no_form(row: Row) -> RowError:
     """The error for a row without a conversation."""
     for key in (*CAPTIONS, *(answer for answers in QUESTIONS.values() for answer in answers)):
@@ -152,14 +87,3 @@ def no_form(row: Row) -> RowError:
             return RowError(f"`{key}` is empty", "conversations")
     names = ", ".join([*row.extra, *(["image"] if row.images else [])])
     return RowError(f"no conversation in {names or 'an empty row':.300} — a row needs {READ}", "conversations")
-
-
-FORMS = (
-    Form("messages", conversation_is(list), read_messages),
-    Form("JSON text of messages", conversation_is(str, bytes), read_json),
-    Form("struct of lists", conversation_is(dict), read_lists),
-    Form("no messages", lambda fields: conversation_key(fields) is not None, read_messages),
-    Form("texts", has_texts, read_texts),
-    Form("question + answer", lambda fields: find_question(fields) is not None, read_question),
-    Form("image + caption", has_caption, read_caption),
-)

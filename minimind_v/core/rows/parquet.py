@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.cells import Picture, StoredPictures, decode_inline, pictures_of
 from minimind_v.core.rows.field_names import PICTURES, READ, TALKS, is_readable, picture_field
+from minimind_v.core.rows.file_rows import ShardedRows
 from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
-from minimind_v.core.rows.picture_sources import open_pictures
+from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import Row
-from minimind_v.core.rows.shards import ShardedRows
 from minimind_v.core.rows.splits import LEARN, Choice, shards_of
 from minimind_v.core.rows.strangers import no_rows, stand_in
 from minimind_v.core.rows.unread import refuse_unread
@@ -58,7 +58,7 @@ class ParquetRows(ShardedRows):
             raise DataError(
                 f"{files[0]}: no column `conversations`, only {', '.join(schema.names)} — a row needs {READ}"
             )
-        binary = [name for name in schema.names if _holds_bytes(schema.field(name).type) and name not in TALKS]
+        binary = [name for name in schema.names if holds_bytes(schema.field(name).type) and name not in TALKS]
         self._bytes = picture_field(binary) or ""
         text = [name for name in schema.names if name not in binary]
         self._single, self._nulls, path_leaf = True, False, ""  # of the column of pictures: one each, some are null
@@ -329,7 +329,7 @@ def _common_schema(files: list[Path], footers: list[pq.FileMetaData]) -> pa.Sche
             )
         for name in first.names:
             kinds = first.field(name).type, schema.field(name).type
-            if _holds_bytes(kinds[0]) != _holds_bytes(kinds[1]) and not any(map(pa.types.is_null, kinds)):
+            if holds_bytes(kinds[0]) != holds_bytes(kinds[1]) and not any(map(pa.types.is_null, kinds)):
                 raise DataError(
                     f"{file}: `{name}` is {kinds[1]}, and {kinds[0]} in {files[0]}, so the files are not one data set"
                 )
@@ -347,13 +347,13 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests) or (types.is_struct(kind) and any(_is_list(field.type) for field in kind))
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def holds_bytes(kind: pa.DataType) -> bool:
     """Whether a column holds pictures as bytes: plain, in lists, or as `bytes` of records."""
     types = pa.types
     if types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
     if _is_list(kind) or types.is_dictionary(kind):
-        return _holds_bytes(kind.value_type)
+        return holds_bytes(kind.value_type)
     tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
     return any(test(kind) for test in tests)
 

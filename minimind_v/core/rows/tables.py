@@ -17,6 +17,7 @@ import numpy as np
 
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, PICTURES, QUESTIONS, READ, TALKS, is_readable
+from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.jsonl import TextRows
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.unread import FILE
@@ -50,7 +51,7 @@ class CsvRows(TextRows):
         return int(self._index.array[1, index])
 
     def row(self, index: int) -> Row:
-        return self.read_fields(self._fields(self._record(index)))
+        return read_row(self._fields(self._record(index)))
 
     @cached_property
     def _first_line(self) -> bytes:
