@@ -247,7 +247,7 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
         counts[problem.kind] += 1
         if len(examples := first.setdefault(problem.kind, [])) < EXAMPLES:
             examples.append(problem)
-    refusal, text_rows = report.refusal(bad_rows), np.flatnonzero(report.text_rows)
+    refusal = report.refusal(bad_rows)
     return {
         "rows": report.rows,
         "usable": report.rows - int(report.skipped.sum()),
@@ -262,20 +262,22 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
             }
             for kind, count in counts.most_common()
         },
-        "text_rows": {
-            "count": len(text_rows),
-            "first": [report.location(int(index)) for index in text_rows[:EXAMPLES]],
-            "message": describe_text_rows(len(text_rows), report.rows) if len(text_rows) else "",
-        },
+        "text_rows": _noted(report, report.text_rows, describe_text_rows),
         "notes": {
-            note: {
-                "count": int(rows.sum()),
-                "first": [report.location(int(index)) for index in np.flatnonzero(rows)[:EXAMPLES]],
-                "message": describe_notes({note: int(rows.sum())}, report.rows)[0],
-            }
-            for note, rows in report.notes.items()
-            if rows.any()
+            note: _noted(report, mask, lambda count, rows, note=note: describe_notes({note: count}, rows)[0])
+            for note, mask in report.notes.items()
+            if mask.any()
         },
+    }
+
+
+def _noted(report: Report, mask: np.ndarray, describe: Callable[[int, int], str]) -> dict[str, Any]:
+    """Rows that are read, but not as one may expect, as JSON for programs; bool [rows]."""
+    indices = np.flatnonzero(mask).tolist()
+    return {
+        "count": len(indices),
+        "first": [report.location(index) for index in indices[:EXAMPLES]],
+        "message": describe(len(indices), report.rows) if indices else "",
     }
 
 

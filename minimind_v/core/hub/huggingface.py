@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from minimind_v.core.hub.remote import HubError, Listing, NotThere, RemoteFile, patiently
-
-
-class _Answer:
-    """An answer of huggingface_hub, in the form that `patiently` reads."""
-
-    def __init__(self, value: Any, status_code: int, headers: Any) -> None:
-        self.value, self.status_code, self.headers = value, status_code, headers
 
 
 class HuggingFace:
@@ -89,17 +84,17 @@ class HuggingFace:
     def _ask(self, ask: Any, repo: str, what: str) -> Any:
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-        def answer() -> _Answer:
+        def answer() -> SimpleNamespace:
             try:
-                return _Answer(ask(), 200, {})
+                return SimpleNamespace(value=ask(), status_code=200, headers={})
             except GatedRepoError as error:
-                return _Answer(None, 403, error.response.headers)
+                return SimpleNamespace(status_code=403, headers=error.response.headers)
             except RepositoryNotFoundError as error:
                 raise NotThere(  # the hub answers 401 for a missing and for a hidden repository
                     f"no repository {repo} at {self.endpoint}, or it is private — if you have access, {self.login()}"
                 ) from error
             except HfHubHTTPError as error:
-                return _Answer(None, error.response.status_code, error.response.headers)
+                return SimpleNamespace(status_code=error.response.status_code, headers=error.response.headers)
             except (ValueError, TypeError, KeyError) as error:
                 raise HubError(
                     f"{self.endpoint} did not answer like a hub for {what} (an HTML page?) — check --endpoint"
@@ -121,10 +116,6 @@ def _described(file: RemoteFile, head: Any) -> RemoteFile:
     return replace(
         file,
         size=file.size if file.size is not None else head.size,
-        sha256=file.sha256 or (tag if _is_hex(tag, 64) else None),
-        git_sha1=file.git_sha1 or (tag if _is_hex(tag, 40) else None),
+        sha256=file.sha256 or (tag if re.fullmatch("[0-9a-f]{64}", tag) else None),
+        git_sha1=file.git_sha1 or (tag if re.fullmatch("[0-9a-f]{40}", tag) else None),
     )
-
-
-def _is_hex(text: str, length: int) -> bool:
-    return len(text) == length and all(letter in "0123456789abcdef" for letter in text)

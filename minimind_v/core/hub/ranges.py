@@ -40,21 +40,13 @@ class RangeFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self.read(-1)
-
-    def read(self, size: int | None = -1) -> bytes:
-        stop = self.size if size is None or size < 0 else min(self._at + size, self.size)
-        if stop <= self._at:
-            return b""
-        self.hold(self._at, stop)
-        data = self._piece[self._at - self._piece_at : stop - self._piece_at]
-        self._at = stop
-        return data
+        stop = min(self._at + len(buffer), self.size)
+        count = max(stop - self._at, 0)
+        if count:
+            self.hold(self._at, stop)
+            buffer[:count] = self._piece[self._at - self._piece_at : stop - self._piece_at]
+            self._at = stop
+        return count
 
     def hold(self, start: int, stop: int) -> None:
         """Fetch the bytes from `start` to `stop`."""

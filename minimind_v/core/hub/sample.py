@@ -21,7 +21,7 @@ from minimind_v.core.hub.remote import Hub, HubError
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
-    from minimind_v.core.hub.item import Item, Listener
+    from minimind_v.core.hub.wanted import Item, Listener
 
 GROUP = 64  # rows in a row group of the sample
 TOGETHER = 1 << 22  # bytes of neighbouring zip members that are fetched by one request

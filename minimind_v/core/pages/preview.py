@@ -15,57 +15,6 @@ from minimind_v.core.wording import plural
 NEWLINE = '<span class="dim">↵</span>'
 SHIFTS = 6  # predictions of a row that the page lists
 
-STYLE = """
-.switches { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .55rem 0;
-  background: var(--back); border-bottom: 1px solid var(--line); font-size: .9rem }
-.switches label { cursor: pointer; white-space: nowrap }
-.legend { display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: baseline; font-size: .9rem }
-.text { line-height: 2; margin: .5rem 0; overflow-wrap: anywhere; unicode-bidi: isolate;
-  max-height: 36rem; overflow-y: auto }
-.message { border-left: 3px solid var(--line); padding-left: .7rem; margin: .5rem 0 }
-.message.assistant { border-color: #35a35c } .message.user { border-color: var(--accent) }
-.t { font: .92em/1.5 ui-monospace, "Noto Sans Mono CJK SC", "Noto Sans CJK SC", monospace; background: var(--chip);
-  border-radius: .25em; padding: .12em .1em; margin: 0 .5px; white-space: pre-wrap; unicode-bidi: isolate;
-  -webkit-box-decoration-break: clone; box-decoration-break: clone }
-.t:nth-child(even) { background: var(--chip2) }
-.t.s { background: var(--special); color: var(--special-ink); padding: .12em .35em; font-size: .8em }
-.t.l, .t.l:nth-child(even) { background: var(--supervised); color: var(--supervised-ink) }
-.t.l:nth-child(even) { filter: brightness(.95) }
-.t.l.s { box-shadow: inset 0 -2px var(--special-ink) }
-.t.x { opacity: .6; text-decoration: line-through; background: var(--cut) !important; color: inherit }
-.t.many { border: 1px dotted var(--dim) } .t small { color: var(--dim); font-size: .68em; margin-left: .35em }
-.t.l small { color: inherit; opacity: .75 }
-.t.p { background: var(--image) !important; color: var(--image-ink); padding: .25em .6em;
-  font-family: inherit; font-weight: 600 }
-#ids:checked ~ main .t::after { content: attr(data-id); font: .62rem ui-monospace, monospace; color: var(--dim);
-  vertical-align: -.55em; margin-left: .25em } #ids:checked ~ main .t { margin: 0 2px }
-#ids:checked ~ main .text { line-height: 2.4 }
-.pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; margin: .8rem 0 }
-figure { margin: 0; flex: 0 1 21rem; min-width: 0 } figcaption { font-size: .85rem; color: var(--dim); line-height: 1.4;
-  margin-top: .35rem } .frame { position: relative; display: inline-block; line-height: 0; max-width: 100% }
-.frame img { max-width: 100%; border-radius: .4rem; display: block } .frame svg { position: absolute; inset: 0;
-  width: 100%; height: 100%; border-radius: .4rem }
-.model img { width: 17rem; image-rendering: pixelated } .original img { max-height: 17rem }
-.grid { display: none } #grid:checked ~ main .grid { display: block }
-.facts { display: flex; flex-wrap: wrap; gap: .15rem 1.2rem; font-size: .9rem; color: var(--dim) }
-.facts b { color: var(--ink); font-variant-numeric: tabular-nums }
-.bar { display: flex; height: .8rem; border-radius: .4rem; overflow: hidden; margin: .7rem 0 .25rem;
-  background: var(--chip) }
-.bar i { display: block } .b-image { background: #6f9bff } .b-context { background: #b9b3a6 }
-.b-supervised { background: #35a35c }
-.b-pad { background: repeating-linear-gradient(45deg, transparent 0 3px, var(--dim) 3px 4px) }
-.b-cut { background: #d9685d }
-.badge { display: inline-block; border-radius: 1em; padding: 0 .7em; font-size: .8rem; font-weight: 600;
-  background: var(--chip2); vertical-align: .15em } .badge.bad { background: var(--cut); color: var(--warn) }
-.badge.good { background: var(--supervised); color: var(--supervised-ink) }
-h2 code { font-weight: 600 }
-details { margin: .6rem 0 } summary { cursor: pointer; color: var(--accent) } details p { margin: .6rem 0 }
-.lesson { columns: 2 21rem; column-gap: 2.2rem } .lesson div { break-inside: avoid; margin-bottom: 1.1rem }
-.lesson h3 { margin: 0 0 .15rem; font-size: 1rem } .lesson p { margin: 0; font-size: .95rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--chip); padding: .7rem; border-radius: .5rem;
-  font-size: .85rem } .shift td, .shift th { text-align: left; padding-right: 1.4rem; white-space: normal }
-"""
-
 
 def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name: str) -> str:
     """The whole page."""
@@ -84,7 +33,7 @@ def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name
     )
     body = head + _lesson(spec, config) + switches
     body += "<main>" + "".join(_row(view, spec, config) for view in views) + "</main>"
-    return page(f"{name} — preview", body, STYLE)
+    return page(f"{name} — preview", body, "preview")
 
 
 def _legend() -> str:
