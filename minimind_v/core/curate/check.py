@@ -7,6 +7,8 @@ each kind of problem.
 from __future__ import annotations
 
 import heapq
+import pickle
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.curate.compressed_list import Packed
 from minimind_v.core.curate.count import NO_LIMIT
 from minimind_v.core.curate.workers import each_row
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
@@ -38,6 +39,7 @@ KINDS = {  # what training does about a row with this problem; it skips rows wit
     "held out": TRAINED,
 }
 DARK_ON_TRANSPARENT = "dark on a transparent background, which becomes black in training — save it on white"
+PACK = 4096  # findings that are compressed together
 EXAMPLES = 3  # rows of each kind in a summary
 
 
@@ -59,6 +61,25 @@ class Problem:
 Finding = tuple[int, str, str]  # index of a row, kind and message of a problem
 
 
+class Packed:
+    """Findings, compressed. A hundred thousand messages that differ in a number take 1 MB."""
+
+    def __init__(self) -> None:
+        self._packs: list[bytes] = []
+        self._loose: list[Finding] = []
+
+    def append(self, item: Finding) -> None:
+        self._loose.append(item)
+        if len(self._loose) == PACK:
+            self._packs.append(zlib.compress(pickle.dumps(self._loose), 1))
+            self._loose = []
+
+    def __iter__(self) -> Iterator[Finding]:
+        for pack in self._packs:
+            yield from pickle.loads(zlib.decompress(pack))
+        yield from self._loose
+
+
 @dataclass
 class CheckedRow:
     """The result of one row's check."""
@@ -76,7 +97,7 @@ class Report:
 
     def __init__(self, rows: RowStore, held_out: RowStore | None = None) -> None:
         self._store, self._held_out = rows, held_out
-        self._findings: Packed[Finding] = Packed()
+        self._findings = Packed()
         self._wholes, self._digests = Digests(), Digests()
         count = len(rows)
         self.skipped = np.zeros(count, bool)  # [rows]: training would skip these

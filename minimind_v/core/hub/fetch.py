@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -36,21 +36,17 @@ def open_hub(name: str, endpoint: str | None) -> Hub:
     return ModelScope(endpoint)
 
 
+@dataclass
 class Download:
     """One `mmv download`."""
 
-    def __init__(
-        self,
-        download_parts: Sequence[DownloadPart],
-        hubs: Sequence[str],
-        listener: Listener,
-        endpoint: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.download_parts, self.hubs, self.listener = download_parts, hubs, listener
-        self.endpoint, self.revision = endpoint, revision
-        self._listings: dict[str, Listing] = {}
-        self.transferred = 0  # bytes that came over the network for files
+    download_parts: Sequence[DownloadPart]
+    hubs: Sequence[str]
+    listener: Listener
+    endpoint: str | None = None
+    revision: str | None = None
+    transferred: int = field(default=0, init=False)  # bytes that came over the network for files
+    _listings: dict[str, Listing] = field(default_factory=dict, init=False)
 
     def run(self, dry: bool = False) -> list[Item]:
         """Download everything, or with `dry` only list it. Raises HubError, UsageError, RunError."""

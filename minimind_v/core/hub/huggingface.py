@@ -8,6 +8,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers
+
 from minimind_v.core.hub.remote import HubError, Listing, NotThere, RemoteFile, patiently
 
 
@@ -17,8 +21,6 @@ class HuggingFace:
     name = "hf"
 
     def __init__(self, endpoint: str | None = None) -> None:
-        from huggingface_hub import HfApi, constants
-
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._api = HfApi(endpoint=self.endpoint, library_name="mmv")
         self._timeout = constants.HF_HUB_ETAG_TIMEOUT
@@ -59,8 +61,6 @@ class HuggingFace:
         return _described(file, self._head(repo, kind, commit, file.path))
 
     def _head(self, repo: str, kind: str, revision: str, path: str) -> Any:
-        from huggingface_hub import get_hf_file_metadata
-
         url = self.url(repo, kind, revision, path)
 
         def ask() -> Any:
@@ -69,21 +69,15 @@ class HuggingFace:
         return self._ask(ask, repo, f"{path} of {repo}@{revision}")
 
     def url(self, repo: str, kind: str, commit: str, path: str) -> str:
-        from huggingface_hub import hf_hub_url
-
         return hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.endpoint)
 
     def headers(self) -> dict[str, str]:
-        from huggingface_hub.utils import build_hf_headers
-
         return build_hf_headers(library_name="mmv")
 
     def login(self) -> str:
         return "run `hf auth login` (or set HF_TOKEN)"
 
     def _ask(self, ask: Any, repo: str, what: str) -> Any:
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
         def answer() -> SimpleNamespace:
             try:
                 return SimpleNamespace(value=ask(), status_code=200, headers={})

@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.pages.frame import data_uri, figures, page, write_page
+from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import curves as draw
+from minimind_v.core.rows.cells import data_uri
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -49,8 +48,3 @@ def figures(numbers: Mapping[str, str]) -> str:
     """One box per number, with its label. The numbers are already HTML."""
     boxes = (f'<div class="figure"><b>{number}</b>{escape(label)}</div>' for label, number in numbers.items())
     return f'<div class="figures">{"".join(boxes)}</div>'
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    """An image file as a data URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -9,7 +9,8 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.curate.preview import TEXT_ROW, BatchView, PictureView, RowView
 from minimind_v.core.curate.token_text import Piece, visible
 from minimind_v.core.model.vision.encoder import VisionSpec
-from minimind_v.core.pages.frame import data_uri, page
+from minimind_v.core.pages.frame import ASSETS, page
+from minimind_v.core.rows.cells import data_uri
 from minimind_v.core.wording import plural
 
 NEWLINE = '<span class="dim">↵</span>'
@@ -44,48 +45,16 @@ def _legend() -> str:
 
 
 def _lesson(spec: VisionSpec, config: RunConfig) -> str:
-    side, patches = spec.image_size // spec.patch_size, spec.tokens_per_image
-    topics = {
-        "A token is a piece of text with a number": (
-            "The model does not read letters. A tokenizer cuts the text into frequent pieces — a word, a part of a "
-            "word, one or two Chinese characters — and the model reads their numbers (ids). A rare character takes "
-            "several tokens, each with some of its bytes: such a group has a dotted border, and a single token of it "
-            "is not readable. Every message is between <span class='t s'>&lt;|im_start|&gt;</span> and <span class='t "
-            "s'>&lt;|im_end|&gt;</span>. A user's text cannot contain these marks."
-        ),
-        f"Why an image is {patches} tokens": (
-            f"The vision encoder cuts the image of {spec.image_size} × {spec.image_size} pixels into squares of "
-            f"{spec.patch_size} × {spec.patch_size}: {side} × {side} = {patches} patches. It encodes each patch as "
-            f"{spec.width} numbers that describe the patch and its surroundings. The projector, one linear layer, maps "
-            f"them to the width of the language model's word embeddings and puts them at {patches} reserved positions "
-            "in the text. After that, the language model treats a patch like any other token."
-        ),
-        "What the crop does": (
-            f"The vision encoder needs a square. The shorter side becomes {spec.image_size} pixels, and the longer "
-            "side is cropped to its middle. The model never receives the darkened edges. An answer about something in "
-            "these edges teaches the model to invent things."
-        ),
-        "Why only answers are supervised": (
-            "The model learns to continue text. It should learn to answer, not to ask. So the loss counts only the "
-            "<span class='t l'>green</span> tokens: the answers and their end marks. Without the end mark, the model "
-            "would never learn to stop. All other tokens are context: the model reads them, but they do not count in "
-            "the loss. This choice is the <em>loss mask</em>."
-        ),
-        "The shift by one": (
-            "At every position, the model predicts the <em>next</em> token. So it predicts the first token of an "
-            "answer at the line break after <code>assistant</code>, and the last supervised token is the line break "
-            "after the end mark. In training, the model always reads the true tokens, not its own predictions. So "
-            "every green token is a separate prediction, and one forward pass computes all of them."
-        ),
-        "Cutting and padding": (
-            f"A row holds at most {config.data.max_length} tokens. A longer row loses its last turns, always complete "
-            "ones. If even the first turn is too long, its answer is cut and has no end mark. The rows of a batch "
-            "must have the same length, so shorter rows get padding. The model ignores padding, but it costs time. "
-            "Training puts rows of similar length into a batch, so it needs little padding."
-        ),
-    }  # fmt: skip
-    cards = "".join(f"<div><h3>{title}</h3><p>{text}</p></div>" for title, text in topics.items())
-    return f"<section><h2>How to read this page</h2><div class='lesson'>{cards}</div></section>"
+    """How to read the page, with the sizes of this run."""
+    text = (ASSETS / "lesson.html").read_text(encoding="utf-8")
+    return text.format(
+        size=spec.image_size,
+        patch=spec.patch_size,
+        side=spec.image_size // spec.patch_size,
+        patches=spec.tokens_per_image,
+        width=spec.width,
+        max_length=config.data.max_length,
+    )
 
 
 # --- a row ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import zipfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -44,15 +44,7 @@ ZIP_KIND = "zip members: hash of a reading of the folded file name, place of the
 TAR_KIND = "tar members: hash of a reading of the folded file name, place of the header"
 
 
-class Named(Protocol):
-    """A member of an archive."""
-
-    @property
-    def names(self) -> list[str]:
-        """The readings of its name, the likeliest first."""
-
-
-M = TypeVar("M", bound=Named)
+M = TypeVar("M", ZipMember, TarMember)
 
 
 class ArchivePictures(Reopened, Generic[M]):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
-from minimind_v.core.rows.field_names import READ, TALKS, is_readable, picture_field
+from minimind_v.core.rows.field_names import picture_field
 from minimind_v.core.rows.file_rows import FileRows
 from minimind_v.core.rows.forms import read_row
-from minimind_v.core.rows.parquet import holds_bytes
+from minimind_v.core.rows.parquet import columns_of_bytes
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.splits import ALL, LEARN, choose
 from minimind_v.core.rows.unread import refuse_unread
@@ -45,14 +45,9 @@ class SavedRows(FileRows):
             self._folder = path if together else path / self.choice.name
         elif split is not None:
             raise UsageError(f"--split {split}: {path} has only one split — leave out --split")
-        if not is_readable(dataset.column_names):
-            raise DataError(
-                f"{path}: no column `conversations`, only {', '.join(dataset.column_names)} — a row needs {READ}"
-            )
+        binary = columns_of_bytes(path, dataset.features.arrow_schema)
         if not len(dataset):
             raise DataError(f"{path}: the data set has no rows")
-        kinds = dataset.features.arrow_schema
-        binary = [name for name in kinds.names if name not in TALKS and holds_bytes(kinds.field(name).type)]
         self._bytes = picture_field(binary) or ""
         self._others = [name for name in binary if name != self._bytes]
         self.left_out = (

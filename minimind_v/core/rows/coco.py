@@ -130,57 +130,55 @@ class CocoRows(TextRows):
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: not a COCO caption file ({error})") from None
         if len(scan.sentences) and not scan.captions:
-            return np.array([scan.sentence_spans, scan.sentences], np.uint64)
+            return _columns(scan.sentences, 2)
         if not scan.captions:
             raise DataError(
                 f"{self.path}: no annotation has a `caption` — use COCO's caption files, "
                 "such as captions_train2017.json"
             )
-        return np.stack([np.array(scan.spans, np.uint64), scan.annotation_image_spans()])
+        return scan.annotation_spans()
 
 
 @dataclass
 class _Scan:
     """The images, annotations and sentences of a file, as numbers only: there may be millions."""
 
-    ids: array[int] = field(default_factory=lambda: array("Q"))  # of images
-    names: array[int] = field(default_factory=lambda: array("Q"))  # their digests
-    image_spans: array[int] = field(default_factory=lambda: array("Q"))  # of images
-    of: array[int] = field(default_factory=lambda: array("Q"))  # of each annotation the id of its image
-    spans: array[int] = field(default_factory=lambda: array("Q"))  # of annotations
-    sentences: array[int] = field(default_factory=lambda: array("Q"))  # split and number of each
-    sentence_spans: array[int] = field(default_factory=lambda: array("Q"))  # of each sentence the span of its image
+    images: array[int] = field(default_factory=lambda: array("Q"))  # id, digest of the name and span of each
+    annotations: array[int] = field(default_factory=lambda: array("Q"))  # id of its image and span of each
+    sentences: array[int] = field(default_factory=lambda: array("Q"))  # span of its image, split and number of each
     captions: int = 0
 
     def add(self, key: str, value: Any, span: int) -> None:
         fields = value if isinstance(value, dict) else {}
         if key == "annotations":
-            self.of.append(_id(fields["image_id"]) if fields.get("image_id") is not None else NO_ID)
-            self.spans.append(span)
+            self.annotations.extend((_id(fields["image_id"]) if fields.get("image_id") is not None else NO_ID, span))
             self.captions += isinstance(fields.get("caption"), str)
         elif key == "images":
             if fields.get("id") is not None:
-                self.ids.append(_id(fields["id"]))
-                self.names.append(_digest(repr(fields.get("file_name"))))
-                self.image_spans.append(span)
+                self.images.extend((_id(fields["id"]), _digest(repr(fields.get("file_name"))), span))
             sentences = fields.get("sentences")
             if isinstance(sentences, list):
                 split = _split_code(fields.get("split"))
-                self.sentences.extend(1 << 63 | split << SENTENCE_BITS | number for number in range(len(sentences)))
-                self.sentence_spans.extend([span] * len(sentences))
+                for number in range(len(sentences)):
+                    self.sentences.extend((span, 1 << 63 | split << SENTENCE_BITS | number))
 
-    def annotation_image_spans(self) -> np.ndarray:
-        """For each annotation the span of its image, or UNKNOWN or SEVERAL."""
-        if not len(self.ids):
-            return np.full(len(self.spans), UNKNOWN, np.uint64)
-        order = np.argsort(np.array(self.ids, np.uint64), kind="stable")
-        ids, names = np.array(self.ids, np.uint64)[order], np.array(self.names, np.uint64)[order]
+    def annotation_spans(self) -> np.ndarray:
+        """The span of each annotation, and that of its image, or UNKNOWN or SEVERAL: uint64 [2, annotations]."""
+        of, annotation_spans = _columns(self.annotations, 2)
+        if not len(self.images):
+            return np.stack([annotation_spans, np.full_like(annotation_spans, UNKNOWN)])
+        images = _columns(self.images, 3)
+        ids, names, image_spans = images[:, np.argsort(images[0], kind="stable")]
         distinct, firsts = np.unique(ids, return_index=True)
         differ = np.minimum.reduceat(names, firsts) != np.maximum.reduceat(names, firsts)
-        spans = np.where(differ, np.uint64(SEVERAL), np.array(self.image_spans, np.uint64)[order][firsts])
-        of = np.array(self.of, np.uint64)
+        spans = np.where(differ, np.uint64(SEVERAL), image_spans[firsts])
         which = np.minimum(np.searchsorted(distinct, of), len(distinct) - 1)
-        return np.where(distinct[which] == of, spans[which], np.uint64(UNKNOWN))
+        return np.stack([annotation_spans, np.where(distinct[which] == of, spans[which], np.uint64(UNKNOWN))])
+
+
+def _columns(numbers: array[int], count: int) -> np.ndarray:
+    """Numbers that follow each other as `count` columns, uint64 [count, rows]."""
+    return np.array(numbers, np.uint64).reshape(-1, count).T
 
 
 def _id(value: Any) -> int:

@@ -69,9 +69,7 @@ def _layout(head: bytes, whole: bool) -> Layout | None:
     layout = Layout(OBJECTS, begin) if "\n" in text[:end] else Layout(LINES)
     if _is_row(value) or not whole or text[end:].strip():
         return layout
-    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
-    rows = [key for key in lists if _is_row(value[key][0])]
-    if len(rows) == 1:
+    if sum(isinstance(inner, list) and bool(inner) and _is_row(inner[0]) for inner in value.values()) == 1:
         return _array_below(text, begin)
     return Layout(OTHER, key=", ".join(value))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import Picture, StoredPictures, picture_of_element, pictures_of
+from minimind_v.core.rows.cells import Picture, StoredPictures, pictures_of
 from minimind_v.core.rows.field_names import ALTERNATIVES, FILE_NAMES, PICTURES, plain_names
 from minimind_v.core.rows.messages import NEXT, Conversation
 from minimind_v.core.rows.row import IMAGE_MARK, MARK_PER_TURN, count_marks
@@ -117,7 +117,7 @@ def _pictures_by_refs(refs: list[Any], pictures: list[Picture]) -> list[Picture]
     own = {}
     for position, ref in enumerate(refs):
         if ref is not NEXT and not isinstance(ref, int):
-            shown = pictures_of(ref, "content") if not isinstance(ref, str) else picture_of_element(ref, "content")
+            shown = pictures_of(ref, "content", one_name=True)
             if len(shown) != 1:
                 raise RowError("an image part of a message has no image, or several", "placeholders")
             own[position] = shown[0]

@@ -55,7 +55,8 @@ def read_messages(fields: dict[str, Any]) -> Conversation:
     if isinstance(value, str | bytes) and value[:64].lstrip()[:1] in ("[", "{", b"[", b"{"):
         value = parse_json(value, f"`{key}` is ")
     fields[key] = records_of(value) if isinstance(value, dict) else value
-    key = conversation_key(fields) or key  # without messages in the first, the second counts
+    if conversation_key(fields) != key:  # the list is empty, and the other field is not
+        return read_messages(fields)
     conversation = _messages(fields.pop(key), key)
     for other in TALKS:
         if fields.get(other, 0) is None:

@@ -54,11 +54,7 @@ class ParquetRows(ShardedRows):
         footers = [_read_footer(file) for file in files]
         self.files = files
         schema = _common_schema(files, footers)
-        if not is_readable(schema.names):
-            raise DataError(
-                f"{files[0]}: no column `conversations`, only {', '.join(schema.names)} — a row needs {READ}"
-            )
-        binary = [name for name in schema.names if holds_bytes(schema.field(name).type) and name not in TALKS]
+        binary = columns_of_bytes(files[0], schema)
         self._bytes = picture_field(binary) or ""
         text = [name for name in schema.names if name not in binary]
         self._single, self._nulls, path_leaf = True, False, ""  # of the column of pictures: one each, some are null
@@ -137,11 +133,7 @@ class _Pieces:
         self.files, self.columns, self.kept = files, columns, kept
         names = footers[0].schema.to_arrow_schema().names
         self.names = [column if column in names else column.partition(".")[0] for column in columns]
-        groups, starts, sizes = (
-            [],
-            [],
-            [],
-        )  # of each piece: (file, group, number, rows), first row, unpacked bytes
+        pieces = []  # of each: file, group, number in the group, rows, first row, unpacked bytes
         row = 0
         for file, footer in enumerate(footers):
             leaves = _leaves_below(footer, columns)
@@ -151,13 +143,11 @@ class _Pieces:
                 count = max(1, min(-(-size // (kept // 8)), group.num_rows))
                 rows = -(-group.num_rows // count) or 1
                 for number_in_group, first in enumerate(range(0, group.num_rows, rows)):
-                    groups.append((file, number, number_in_group, rows))
-                    starts.append(row + first)
-                    sizes.append(size // count)
+                    pieces.append((file, number, number_in_group, rows, row + first, size // count))
                 row += group.num_rows
         self.rows = row
-        self.groups = np.array(groups, np.int64).reshape(-1, 4)
-        self.starts, self.sizes = np.array(starts, np.int64), np.array(sizes, np.int64)
+        table = np.array(pieces, np.int64).reshape(-1, 6)
+        self.groups, self.starts, self.sizes = table[:, :4], table[:, 4].copy(), table[:, 5].copy()
         self._forget()
 
     def _forget(self) -> None:
@@ -329,7 +319,7 @@ def _common_schema(files: list[Path], footers: list[pq.FileMetaData]) -> pa.Sche
             )
         for name in first.names:
             kinds = first.field(name).type, schema.field(name).type
-            if holds_bytes(kinds[0]) != holds_bytes(kinds[1]) and not any(map(pa.types.is_null, kinds)):
+            if _holds_bytes(kinds[0]) != _holds_bytes(kinds[1]) and not any(map(pa.types.is_null, kinds)):
                 raise DataError(
                     f"{file}: `{name}` is {kinds[1]}, and {kinds[0]} in {files[0]}, so the files are not one data set"
                 )
@@ -341,19 +331,26 @@ def _common_schema(files: list[Path], footers: list[pq.FileMetaData]) -> pa.Sche
     return pa.schema(typed)
 
 
+def columns_of_bytes(where: Path, schema: pa.Schema) -> list[str]:
+    """The columns that hold bytes. Raises DataError where no form of rows has such columns."""
+    if not is_readable(schema.names):
+        raise DataError(f"{where}: no column `conversations`, only {', '.join(schema.names)} — a row needs {READ}")
+    return [name for name in schema.names if _holds_bytes(schema.field(name).type) and name not in TALKS]
+
+
 def _is_list(kind: pa.DataType) -> bool:
     types = pa.types
     tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
     return any(test(kind) for test in tests) or (types.is_struct(kind) and any(_is_list(field.type) for field in kind))
 
 
-def holds_bytes(kind: pa.DataType) -> bool:
+def _holds_bytes(kind: pa.DataType) -> bool:
     """Whether a column holds pictures as bytes: plain, in lists, or as `bytes` of records."""
     types = pa.types
     if types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     if _is_list(kind) or types.is_dictionary(kind):
-        return holds_bytes(kind.value_type)
+        return _holds_bytes(kind.value_type)
     tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
     return any(test(kind) for test in tests)
 
