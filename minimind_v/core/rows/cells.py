@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,20 +30,34 @@ class Picture:
     data: Any = None
 
 
-class StoredPictures:
-    """Pictures in a column that is read only for their bytes; `count` counts them."""
+class StoredPictures(Sequence[Picture]):
+    """Pictures in a column that is read only for their bytes, by their number in it; `count` counts them.
+
+    Whether there are any is not asked: a text row has a picture that fills its column, and never reads it.
+    """
 
     def __init__(self, count: Callable[[], int]) -> None:
         self.count = count
 
+    def __len__(self) -> int:
+        return self.count()
 
-def pictures_of(value: Any, key: str, one_name: bool = False) -> list[Picture]:
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, number: Any) -> Any:
+        return Picture(None, range(len(self))[number])
+
+
+def pictures_of(value: Any, key: str, one_name: bool = False) -> Sequence[Picture]:
     """The pictures of a cell: none, a name, bytes, base64 text, a data URI, a record or a list. Raises RowError.
 
     With `one_name`, as in a list, a text is one name, commas included.
     """
     if value is None or value == "":
         return []
+    if isinstance(value, StoredPictures):
+        return value
     if isinstance(value, str):
         if _data_in(value):
             return [Picture(None, value)]
@@ -68,7 +82,7 @@ def _data_in(text: str) -> bool:
     return len(text) >= BASE64_LEAST and IN_TEXT.match(text) is not None and BASE64.fullmatch(text[:1024]) is not None
 
 
-def _of_record(record: dict[str, Any], key: str) -> list[Picture]:
+def _of_record(record: dict[str, Any], key: str) -> Sequence[Picture]:
     """The picture of a record such as `{"bytes": …, "path": …}`: its bytes if any, else its name."""
     for name in (*BYTES_KEYS, *NAME_KEYS):
         value = record.get(name)
