@@ -320,6 +320,13 @@ def test_a_field_of_the_system_is_the_first_message():
     assert read_row({"system": "", "messages": said("What?", "A.")}).conversations == said("What?", "A.")
 
 
+@pytest.mark.parametrize("empty", ["[]", b"[]", "{}", [], None])
+def test_an_empty_conversation_gives_way_to_the_other_field(empty):
+    messages = said("What?", "A.")
+    for value in (messages, json.dumps(messages)):
+        assert read_row({"conversations": empty, "messages": value}).conversations == messages
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"image": "a.jpg", "caption": ""}, {"image": "a.jpg", "question": "What?", "answer": None, "id": 3}],
