@@ -216,7 +216,8 @@ def _elements(source: JsonText) -> Iterator[tuple[str, Any, int]]:
             continue
         source.at += 1
         while source.next() != "]":
-            yield str(key), *_value(source)
+            value, span = _value(source)
+            yield str(key), value, span
         source.at += 1
     source.at += 1
     if source.next():

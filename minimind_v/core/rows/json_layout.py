@@ -136,9 +136,10 @@ def find_elements(path: Path, layout: Layout) -> Iterator[tuple[int, int]]:
             mark = source.next()
             if layout.kind == ARRAY and mark == "]":
                 source.at += 1
-                return _check_end(source, layout)
+                _check_end(source, layout)
+                return
             if layout.kind == OBJECTS and not mark:
-                return None
+                return
             yield source.offset, _skip_element(source)
 
 
