@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 import zipfile
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -12,7 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from minimind_v.core.errors import DataError, RowError
-from minimind_v.core.rows.index import Index
+from minimind_v.core.rows.index import Index, columns
 from minimind_v.core.rows.members import (
     DEFLATED,
     ENCRYPTED,
@@ -42,8 +41,6 @@ from minimind_v.core.rows.tar_members import Member as TarMember
 
 ZIP_KIND = "zip members: hash of a reading of the folded file name, place of the entry"  # of the index
 TAR_KIND = "tar members: hash of a reading of the folded file name, place of the header"
-
-
 M = TypeVar("M", ZipMember, TarMember)
 
 
@@ -71,11 +68,7 @@ class ArchivePictures(Reopened, Generic[M]):
 
     def _find_entries(self) -> np.ndarray:
         """A hash and an offset for every reading of a name, sorted by hash: uint64 [2, readings]."""
-        digests, offsets = array("Q"), array("Q")
-        for digest, offset in self._hashed_names():
-            digests.append(digest)
-            offsets.append(offset)
-        both = np.array([digests, offsets], np.uint64).reshape(2, -1)
+        both = columns(self._hashed_names())
         return both[:, np.argsort(both[0], kind="stable")]
 
     def _offsets(self, last: str) -> list[int]:
