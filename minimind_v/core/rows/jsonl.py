@@ -28,6 +28,8 @@ from minimind_v.core.rows.json_layout import (
 from minimind_v.core.rows.row import OpenedRows, Row
 from minimind_v.core.rows.strangers import no_rows, stand_in
 
+WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # whether each byte is white space
+
 
 def open_json(path: Path, images: Path | None = None) -> OpenedRows:
     """Open rows in a JSON file of any layout. Raises DataError or MissingInput."""
@@ -98,7 +100,8 @@ class JsonlRows(TextRows):
 
     def _find_rows(self) -> np.ndarray:
         """Offset and line number (from 1) of every line that is not blank, from chunks of the file."""
-        offsets, firsts = [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
+        offsets, lines, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
+        count = 0
         with self.path.open("rb") as file:
             begin, fresh = 0, True  # whether a line begins where this chunk does
             while data := file.read(CHUNK):
@@ -106,15 +109,28 @@ class JsonlRows(TextRows):
                 starts = np.flatnonzero(chunk[:-1] == ord("\n")) + 1
                 if fresh:
                     starts = np.concatenate([[0], starts])
-                offsets.append(starts + begin)
-                firsts.append(chunk[starts])
+                kept = ~_blank_lines(chunk, starts)
+                offsets.append(starts[kept] + begin)
+                lines.append(np.flatnonzero(kept) + count + 1)
+                firsts.append(chunk[starts[kept]])
+                count += len(starts)
                 begin, fresh = begin + len(chunk), data.endswith(b"\n")
             line_starts = np.concatenate(offsets)
             # Only a line that begins with white space can be blank, and the first, after a byte order mark.
             spaced = np.concatenate(firsts) <= ord(" ")
             spaced[:1] = True
             blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, line_starts[n])]
-        return np.delete(np.stack([line_starts, np.arange(1, len(line_starts) + 1)]), blank, axis=1)
+        return np.delete(np.stack([line_starts, np.concatenate(lines)]), blank, axis=1)
+
+
+def _blank_lines(chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Which of the lines that begin at `starts` are blank and end in this chunk, bool [lines]."""
+    spaced = WHITE[chunk[starts]]
+    if not spaced.any():
+        return spaced
+    text = np.append(np.flatnonzero(~WHITE[chunk]), len(chunk))
+    ends = np.append(np.flatnonzero(chunk == ord("\n")), len(chunk))
+    return spaced & (text[np.searchsorted(text, starts)] > ends[np.searchsorted(ends, starts)])
 
 
 def _is_blank(file: Any, offset: int) -> bool:
