@@ -268,7 +268,7 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
         counts[problem.kind] += 1
         if len(examples := first.setdefault(problem.kind, [])) < EXAMPLES:
             examples.append(problem)
-    refusal = report.refusal(bad_rows)
+    refusal, text_rows = report.refusal(bad_rows), int(report.text_rows.sum())
     return {
         "rows": report.rows,
         "usable": report.rows - int(report.skipped.sum()),
@@ -283,22 +283,22 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
             }
             for kind, count in counts.most_common()
         },
-        "text_rows": _noted(report, report.text_rows, describe_text_rows),
+        "text_rows": _noted(report, report.text_rows, describe_text_rows(text_rows, report.rows) if text_rows else ""),
         "notes": {
-            note: _noted(report, mask, lambda count, rows, note=note: describe_notes({note: count}, rows)[0])
+            note: _noted(report, mask, describe_notes({note: int(mask.sum())}, report.rows)[0])
             for note, mask in report.notes.items()
             if mask.any()
         },
     }
 
 
-def _noted(report: Report, mask: np.ndarray, describe: Callable[[int, int], str]) -> dict[str, Any]:
+def _noted(report: Report, mask: np.ndarray, message: str) -> dict[str, Any]:
     """Rows that are read, but not as one may expect, as JSON for programs; bool [rows]."""
     indices = np.flatnonzero(mask).tolist()
     return {
         "count": len(indices),
         "first": [report.location(index) for index in indices[:EXAMPLES]],
-        "message": describe(len(indices), report.rows) if indices else "",
+        "message": message,
     }
 
 

@@ -41,7 +41,7 @@ from minimind_v.core.rows.tar_members import Member as TarMember
 
 ZIP_KIND = "zip members: hash of a reading of the folded file name, place of the entry"  # of the index
 TAR_KIND = "tar members: hash of a reading of the folded file name, place of the header"
-M = TypeVar("M", ZipMember, TarMember)
+M = TypeVar("M", bound=ZipMember | TarMember)
 
 
 class ArchivePictures(Reopened, Generic[M]):

@@ -37,10 +37,10 @@ class StoredPictures(Sequence[Picture]):
     """
 
     def __init__(self, count: Callable[[], int]) -> None:
-        self.count = count
+        self._count = count
 
     def __len__(self) -> int:
-        return self.count()
+        return self._count()
 
     def __bool__(self) -> bool:
         return True

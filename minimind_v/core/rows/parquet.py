@@ -101,7 +101,7 @@ class ParquetRows(ShardedRows):
         paths = [] if self._single or self._paths is None else self._paths.row(index)[self._bytes]
         return 1 if self._single else len(paths or [])
 
-    def _cells(self, index: int) -> list[Picture]:
+    def _cells(self, index: int) -> Sequence[Picture]:
         """The pictures of a row."""
         assert self._data is not None
         return pictures_of(self._data.row(index)[self._bytes], self._bytes)
