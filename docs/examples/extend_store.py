@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minimind_v.core.errors import DataError
 from minimind_v.core.rows.file_rows import FileRows
+from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.stores import STORES, Store
 
@@ -34,7 +35,7 @@ class SqliteRows(FileRows):
         """The row from its fields; one of the forms that are read is a question, its answer and an image."""
         query = "SELECT question, answer, image FROM rows WHERE rowid = ?"
         question, answer, image = self.handle.execute(query, (index + 1,)).fetchone()
-        return self.read_fields({"question": question, "answer": answer, "image": image})
+        return read_row({"question": question, "answer": answer, "image": image})
 
 
 STORES.insert(

@@ -17,7 +17,7 @@ from minimind_v.cli.terminal import BytesProgress, Terminal
 from minimind_v.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from minimind_v.core.hub.item import Item
+    from minimind_v.core.hub.wanted import Item
 
 
 class What(str, Enum):

@@ -69,7 +69,7 @@ def _is_data(file: Path) -> bool:
 
 
 def _zip(file: Path) -> dict[str, Any]:
-    from minimind_v.core.rows.pictures import ZipPictures
+    from minimind_v.core.rows.archives import ZipPictures
     from minimind_v.core.rows.strangers import no_rows
 
     members = len(ZipPictures(file))

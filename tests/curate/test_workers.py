@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from minimind_v.core.curate.compressed_list import Packed
+from minimind_v.core.curate.check import Packed
 from minimind_v.core.curate.workers import each_row
 from minimind_v.core.errors import RunError
 from minimind_v.core.rows.digests import Digests

@@ -91,6 +91,6 @@ def test_lines_are_made_again_once(tmp_path):
     assert [lines.write({"step": number}) for number in (1, 2)] == [False, False]
     shutil.rmtree(tmp_path / "run")
     assert [lines.write({"step": number}) for number in (3, 4)] == [True, False]
-    assert lines.restore() is False
+    assert lines.write() is False
     lines.close()
     assert [record["step"] for record in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]

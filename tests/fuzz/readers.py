@@ -40,7 +40,7 @@ from minimind_v.core.monitor import manifest
 from minimind_v.core.pages.run_report import find_run, read_run, report_page
 from minimind_v.core.rows import index
 from minimind_v.core.rows.heldout import hold_out
-from minimind_v.core.rows.picture_sources import open_pictures
+from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.recall import earlier_run
 from minimind_v.core.train.resume import States

@@ -15,7 +15,7 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.monitor import diagnostics
 from minimind_v.core.monitor.diagnostics import Diagnostics, Start
 from minimind_v.core.monitor.metrics import StepMetrics, Validation
-from minimind_v.core.rows import pictures
+from minimind_v.core.rows import archives
 from tests.cli.harness import here, place, read_rows, sighted, write_rows
 
 HEALTHY = json.loads(Path(__file__).with_name("healthy.json").read_text())  # four runs of the demo, every step
@@ -266,8 +266,8 @@ def test_a_real_run_whose_rows_lack_their_marks(tmp_path):
 
 def test_a_real_run_whose_pictures_come_slowly(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnostics, "STRETCH", 0.2)
-    real = pictures.ZipPictures.read
-    monkeypatch.setattr(pictures.ZipPictures, "read", lambda *args: (time.sleep(0.03), real(*args))[1])
+    real = archives.ZipPictures.read
+    monkeypatch.setattr(archives.ZipPictures, "read", lambda *args: (time.sleep(0.03), real(*args))[1])
     found = run(tmp_path, epochs=2, lr=4e-3)
     assert set(found) == {"data_is_slow"}
 

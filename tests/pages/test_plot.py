@@ -6,10 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from minimind_v.core.pages import demo_report, run_report
 from minimind_v.core.pages import frame as page
-from minimind_v.core.pages import preview as preview_page
-from minimind_v.core.pages import stats as stats_page
 from minimind_v.core.pages.plot import GRID, axis, curves, number
 from minimind_v.core.pages.stats import _plot
 
@@ -62,7 +59,9 @@ def test_the_rows_that_are_cut_are_marked():
 
 def test_no_table_breaks_a_word():
     """`anywhere` lets a column shrink to a letter; what is too wide is scrolled instead."""
-    for module in (page, preview_page, stats_page, run_report, demo_report):
-        rules = re.findall(r"([^{}]+)\{([^{}]*)\}", module.STYLE)
+    sheets = {sheet.stem: sheet.read_text(encoding="utf-8") for sheet in page.ASSETS.glob("*.css")}
+    assert set(sheets) == {"frame", "plot", "preview", "stats", "run_report", "demo_report"}
+    for sheet in sheets.values():
+        rules = re.findall(r"([^{}]+)\{([^{}]*)\}", sheet)
         assert [name for name, rule in rules if re.search(r"\b(td|th|table)\b", name) and "anywhere" in rule] == []
-    assert "td code { overflow-wrap: normal }" in page.STYLE
+    assert "td code { overflow-wrap: normal }" in sheets["frame"]

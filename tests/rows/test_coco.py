@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from minimind_v.core.errors import DataError, RowError, UsageError
-from minimind_v.core.rows import coco, index
+from minimind_v.core.rows import coco, index, json_layout
 from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import picture, use
 
@@ -32,6 +32,7 @@ def caption(rows, number):
 @pytest.mark.parametrize("chunk", [1, 7, 2**22])
 def test_a_row_is_a_caption(tmp_path, monkeypatch, order, options, chunk):
     monkeypatch.setattr(coco, "CHUNK", chunk)
+    monkeypatch.setattr(json_layout, "CHUNK", chunk)
     held = {"info": {"year": 2017}, "images": PICTURES, "licenses": [1, {"b": 2}], "annotations": CAPTIONS}
     (tmp_path / "3.png").write_bytes(picture(3))
     path = write(tmp_path, {key: held[key] for key in order}, **options)
@@ -139,6 +140,6 @@ def test_a_large_file_is_gone_through_once(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "WORTH_KEEPING", 5)
     path = write(tmp_path, {"images": PICTURES, "annotations": CAPTIONS})
     first = open_rows(path)
-    monkeypatch.setattr(coco, "JsonElements", None)
+    monkeypatch.setattr(coco, "_elements", None)
     again = open_rows(path)
     assert [again.row(n) for n in range(8)] == [first.row(n) for n in range(8)]

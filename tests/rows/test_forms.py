@@ -21,8 +21,7 @@ from minimind_v.core.data.batch import collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError, RowError
-from minimind_v.core.rows import forms
-from minimind_v.core.rows.forms import FORMS, no_form, read_row
+from minimind_v.core.rows.forms import no_form, read_row
 from minimind_v.core.rows.row import ANSWER_FIRST, MARK_PER_TURN, NOTES, SEVERAL_ANSWERS, SEVERAL_CAPTIONS
 from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import PATCHES, SIZE, picture
@@ -281,13 +280,6 @@ def test_a_conversion_gives_the_row_in_the_usual_form(tmp_path, form, ending):
         ]
 
 
-def test_the_usual_form_is_read_alike_by_the_short_way_and_by_the_table(monkeypatch):
-    rows = [read_row(written.fields) for written in (*NAMED.values(), *INLINE.values())]
-    monkeypatch.setattr(forms, "_usual_row", lambda fields: None)
-    assert [read_row(written.fields) for written in (*NAMED.values(), *INLINE.values())] == rows
-    assert len({form.name for form in FORMS}) == len(FORMS)
-
-
 # --- what is not read -------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +318,13 @@ def test_a_field_of_the_system_is_the_first_message():
     row = read_row({"system": "Answer in one word.", "messages": own, "images": ["a.jpg"]})
     assert (row.conversations, row.extra) == (own, {"system": "Answer in one word."})
     assert read_row({"system": "", "messages": said("What?", "A.")}).conversations == said("What?", "A.")
+
+
+@pytest.mark.parametrize("empty", ["[]", b"[]", "{}", [], None])
+def test_an_empty_conversation_gives_way_to_the_other_field(empty):
+    messages = said("What?", "A.")
+    for value in (messages, json.dumps(messages)):
+        assert read_row({"conversations": empty, "messages": value}).conversations == messages
 
 
 @pytest.mark.parametrize(

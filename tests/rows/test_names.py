@@ -19,8 +19,8 @@ import pytest
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.files import write_text
 from minimind_v.core.rows import index
-from minimind_v.core.rows.picture_sources import open_pictures
-from minimind_v.core.rows.pictures import FolderPictures, ZipPictures
+from minimind_v.core.rows.archives import ZipPictures
+from minimind_v.core.rows.pictures import FolderPictures, open_pictures
 from tests.rows.made import picture, row
 
 NFC, NFD = (unicodedata.normalize(form, "é小.jpg") for form in ("NFC", "NFD"))

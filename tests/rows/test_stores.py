@@ -20,9 +20,9 @@ import pytest
 from minimind_v.core.errors import DataError, MissingInput, RowError
 from minimind_v.core.rows import jsonl as stores
 from minimind_v.core.rows import row
+from minimind_v.core.rows.archives import ZipPictures
 from minimind_v.core.rows.jsonl import JsonlRows
-from minimind_v.core.rows.picture_sources import open_pictures
-from minimind_v.core.rows.pictures import FolderPictures, ZipPictures
+from minimind_v.core.rows.pictures import FolderPictures, open_pictures
 from minimind_v.core.rows.row import image_names, names_as_text
 from minimind_v.core.rows.stores import open_rows
 

@@ -14,7 +14,7 @@ import pytest
 
 from minimind_v.core.errors import DataError, RowError, UsageError
 from minimind_v.core.rows import index
-from minimind_v.core.rows.picture_sources import open_pictures
+from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import picture, use
 

@@ -142,6 +142,26 @@ def test_a_column_of_bytes_beside_the_pictures_is_told_of(tmp_path):
     assert said == [f"{tmp_path / 'rows.parquet'}: the bytes in thumbnail are ignored and not copied"]
 
 
+def test_a_video_beside_the_pictures_of_a_saved_set_is_told_of(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+    columns = {"question": ["?"], "answer": ["!"], "image": [picture(1)], "clip": [{"bytes": b"abc", "path": None}]}
+    kinds = {name: datasets.Value("string") for name in ("question", "answer")}
+    features = datasets.Features(kinds | {"image": datasets.Value("binary"), "clip": datasets.Video()})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "set")
+    said = []
+    row = open_rows(tmp_path / "set", say=said.append).row(0)
+    assert (row.images, row.extra) == (["picture 1"], {})
+    assert said == [f"{tmp_path / 'set'}: the bytes in clip are ignored and not copied"]
+
+
+def test_a_column_of_pictures_may_be_called_as_a_file_name(tmp_path):
+    columns = {"conversations": [json.dumps(talk("<image>?"))], "photo_file_name": [picture(1)]}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    rows = open_rows(tmp_path / "rows.parquet")
+    assert rows.row(0).images == ["picture 1"]
+    assert rows.picture(0, 0, "picture 1") == picture(1)
+
+
 def test_names_in_a_column_of_parquet_are_named(tmp_path):
     columns = {"messages": [talk(), talk("!")], "img_path": ["a.jpg", "b.jpg"]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")

@@ -7,6 +7,8 @@ each kind of problem.
 from __future__ import annotations
 
 import heapq
+import pickle
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.curate.compressed_list import Packed
 from minimind_v.core.curate.count import NO_LIMIT
 from minimind_v.core.curate.workers import each_row
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
@@ -38,6 +39,7 @@ KINDS = {  # what training does about a row with this problem; it skips rows wit
     "held out": TRAINED,
 }
 DARK_ON_TRANSPARENT = "dark on a transparent background, which becomes black in training — save it on white"
+PACK = 4096  # findings that are compressed together
 EXAMPLES = 3  # rows of each kind in a summary
 
 
@@ -59,6 +61,25 @@ class Problem:
 Finding = tuple[int, str, str]  # index of a row, kind and message of a problem
 
 
+class Packed:
+    """Findings, compressed. A hundred thousand messages that differ in a number take 1 MB."""
+
+    def __init__(self) -> None:
+        self._packs: list[bytes] = []
+        self._loose: list[Finding] = []
+
+    def append(self, item: Finding) -> None:
+        self._loose.append(item)
+        if len(self._loose) == PACK:
+            self._packs.append(zlib.compress(pickle.dumps(self._loose), 1))
+            self._loose = []
+
+    def __iter__(self) -> Iterator[Finding]:
+        for pack in self._packs:
+            yield from pickle.loads(zlib.decompress(pack))
+        yield from self._loose
+
+
 @dataclass
 class CheckedRow:
     """The result of one row's check."""
@@ -76,7 +97,7 @@ class Report:
 
     def __init__(self, rows: RowStore, held_out: RowStore | None = None) -> None:
         self._store, self._held_out = rows, held_out
-        self._findings: Packed[Finding] = Packed()
+        self._findings = Packed()
         self._wholes, self._digests = Digests(), Digests()
         count = len(rows)
         self.skipped = np.zeros(count, bool)  # [rows]: training would skip these
@@ -247,7 +268,7 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
         counts[problem.kind] += 1
         if len(examples := first.setdefault(problem.kind, [])) < EXAMPLES:
             examples.append(problem)
-    refusal, text_rows = report.refusal(bad_rows), np.flatnonzero(report.text_rows)
+    refusal, text_rows = report.refusal(bad_rows), int(report.text_rows.sum())
     return {
         "rows": report.rows,
         "usable": report.rows - int(report.skipped.sum()),
@@ -262,20 +283,22 @@ def summary(report: Report, bad_rows: float) -> dict[str, Any]:
             }
             for kind, count in counts.most_common()
         },
-        "text_rows": {
-            "count": len(text_rows),
-            "first": [report.location(int(index)) for index in text_rows[:EXAMPLES]],
-            "message": describe_text_rows(len(text_rows), report.rows) if len(text_rows) else "",
-        },
+        "text_rows": _noted(report, report.text_rows, describe_text_rows(text_rows, report.rows) if text_rows else ""),
         "notes": {
-            note: {
-                "count": int(rows.sum()),
-                "first": [report.location(int(index)) for index in np.flatnonzero(rows)[:EXAMPLES]],
-                "message": describe_notes({note: int(rows.sum())}, report.rows)[0],
-            }
-            for note, rows in report.notes.items()
-            if rows.any()
+            note: _noted(report, mask, describe_notes({note: int(mask.sum())}, report.rows)[0])
+            for note, mask in report.notes.items()
+            if mask.any()
         },
+    }
+
+
+def _noted(report: Report, mask: np.ndarray, message: str) -> dict[str, Any]:
+    """Rows that are read, but not as one may expect, as JSON for programs; bool [rows]."""
+    indices = np.flatnonzero(mask).tolist()
+    return {
+        "count": len(indices),
+        "first": [report.location(index) for index in indices[:EXAMPLES]],
+        "message": message,
     }
 
 

@@ -94,14 +94,15 @@ class _CountedRows(RowDataset):
 
     def text(self, index: int) -> Example | BrokenRow:
         read, counted = super().text(index), self.counted
+        kept = read.tokens if isinstance(read, Example) else Tokens()
+        assert isinstance(kept, Tokens)
         if isinstance(read, Example):
-            assert isinstance(read.tokens, Tokens)
             counted.used += 1
-            counted.kept += len(read.tokens)
-            counted.supervised += sum(read.tokens.loss_mask)
-            counted.pictures_kept += read.tokens.images
-            counted.text_rows += read.tokens.unmarked > 0
-            counted.notes.update(read.tokens.notes)
+            counted.kept += len(kept)
+            counted.supervised += sum(kept.loss_mask)
+            counted.pictures_kept += kept.images
+            counted.text_rows += kept.unmarked > 0
+            counted.notes.update(kept.notes)
         else:
             counted.skipped[read.kind] += 1
             first = (self.rows.number(index), str(read))  # rows come in the order of training
@@ -115,11 +116,10 @@ class _CountedRows(RowDataset):
         whole = self._whole(row, read)
         if whole is not None:
             self._count(whole)
-            if isinstance(read, Example) and len(whole) > len(read.tokens):
-                assert isinstance(read.tokens, Tokens)
+            if isinstance(read, Example) and len(whole) > len(kept):
                 counted.cut += 1
-                counted.turns_lost += self._turns(whole) - self._turns(read.tokens)
-                counted.answers_lost += sum(whole.loss_mask) - sum(read.tokens.loss_mask)
+                counted.turns_lost += self._turns(whole) - self._turns(kept)
+                counted.answers_lost += sum(whole.loss_mask) - sum(kept.loss_mask)
         return read
 
     def _count(self, whole: Tokens) -> None:

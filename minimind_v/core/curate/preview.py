@@ -123,6 +123,7 @@ class Previewer:
         bad = next((n for n, picture in enumerate(pictures[: kept.images]) if picture.trouble), None)
         if bad is not None:
             trouble, kind = pictures[bad].trouble, pictures[bad].kind
+        last = row.conversations[-1]
         pieces = self._reader.pieces(whole, len(kept), self.spec.tokens_per_image, MOST_PIECES)
         return RowView(
             location,
@@ -133,7 +134,7 @@ class Previewer:
             kept,
             len(whole),
             sum(whole.loss_mask) - sum(kept.loss_mask),
-            _unanswered(row.conversations),
+            last["content"][:MOST_TEXT] if last["role"] == "user" else "",
             whole.unmarked,
             pictures,
             None if trouble else self._batch(index),
@@ -163,10 +164,6 @@ class Previewer:
             if any(example.index == index for example in examples):
                 return BatchView(len(examples), max(len(example.tokens) for example in examples))
         return None
-
-
-def _unanswered(conversations: list[dict[str, str]]) -> str:
-    return conversations[-1]["content"][:MOST_TEXT] if conversations[-1]["role"] == "user" else ""
 
 
 def _source(row: Row) -> str:

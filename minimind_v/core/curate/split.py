@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,15 +12,16 @@ import numpy as np
 
 from minimind_v.core.curate.convert import check_files, convert, unreadable
 from minimind_v.core.errors import RowError, RunError, UsageError
-from minimind_v.core.files import as_json, only_writer, write_atomically
+from minimind_v.core.files import only_writer, write_atomically
 from minimind_v.core.rows.arrow import SavedRows
+from minimind_v.core.rows.cells import data_uri
 from minimind_v.core.rows.folder import FolderRows
 from minimind_v.core.rows.heldout import choose, group_by_picture
 from minimind_v.core.rows.parquet import ParquetRows
-from minimind_v.core.rows.row import RowStore, names_as_text
+from minimind_v.core.rows.row import RowStore
 from minimind_v.core.rows.subset import SampledRows
 from minimind_v.core.rows.tar import TarRows
-from minimind_v.core.rows.writers import ENDINGS
+from minimind_v.core.rows.writers import ENDINGS, json_line
 from minimind_v.core.wording import plural
 
 SPLIT = "split"  # the name of the lock and of temporary files
@@ -124,16 +124,13 @@ def _write_rows(rows: RowStore, path: Path) -> None:
         for index in range(len(rows)):
             row = rows.row(index)
             names = [
-                _as_text(rows.picture(index, position, name)) if position in row.inline else name
+                _inline(rows.picture(index, position, name)) if position in row.inline else name
                 for position, name in enumerate(row.images)
             ]
-            image = {"image": names_as_text(names)} if names else {}
-            file.write((as_json({"conversations": row.conversations} | image | row.extra) + "\n").encode())
+            file.write(json_line(row, names).encode())
 
     write_atomically(path, write)
 
 
-def _as_text(data: bytes) -> str:
-    """A picture as a data URI."""
-    kind = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "unknown")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _inline(data: bytes) -> str:
+    return data_uri(data, next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), "unknown"))

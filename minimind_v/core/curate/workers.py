@@ -52,10 +52,12 @@ def each_row(function: RowFunction[T], rows: Sized, workers: int, crashed: Calla
             by_pipe: dict[Any, _Worker[T]] = {worker.pipe: worker for worker in pool if worker.spans}
             for pipe in wait(list(by_pipe)):
                 worker = by_pipe[pipe]
-                if not worker.begun:
-                    worker.begin()
-                    continue
                 result = worker.take()
+                if result is True:
+                    worker.begun = True
+                    continue
+                if result is None and not worker.begun:
+                    raise _too_early()
                 (begin, end), *others = worker.spans
                 if isinstance(result, Exception):
                     raise result
@@ -99,15 +101,8 @@ class _Worker(Generic[T]):
         with suppress(ConnectionError):  # it has ended: `take` returns None
             self.pipe.send(span)
 
-    def begin(self) -> None:
-        """Wait until the process can read rows. Raises RunError if it has ended."""
-        try:
-            self.begun = self.pipe.recv()
-        except (EOFError, OSError):
-            raise _too_early() from None
-
-    def take(self) -> list[T] | Exception | None:
-        """The results of the first span, or its error; None if the process has ended."""
+    def take(self) -> list[T] | Exception | Literal[True] | None:
+        """The results of the first span, or its error; True if the process can read rows; None if it has ended."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):

@@ -11,17 +11,16 @@ import contextlib
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from minimind_v.core.errors import RunError, UsageError
-from minimind_v.core.hub.item import Item, Listener
 from minimind_v.core.hub.receipt import STAGING, Kept, Receipt
 from minimind_v.core.hub.remote import Hub, HubError, Listing, NotThere, RemoteFile, Unreachable
 from minimind_v.core.hub.transfer import Digests, bring, digests, matches, settle
-from minimind_v.core.hub.wanted import DownloadPart
+from minimind_v.core.hub.wanted import DownloadPart, Item, Listener
 
 HUBS = ("hf", "modelscope")  # `auto` tries them in this order
 MARGIN = 16 << 20  # bytes of free space that a download leaves alone
@@ -37,21 +36,17 @@ def open_hub(name: str, endpoint: str | None) -> Hub:
     return ModelScope(endpoint)
 
 
+@dataclass
 class Download:
     """One `mmv download`."""
 
-    def __init__(
-        self,
-        download_parts: Sequence[DownloadPart],
-        hubs: Sequence[str],
-        listener: Listener,
-        endpoint: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.download_parts, self.hubs, self.listener = download_parts, hubs, listener
-        self.endpoint, self.revision = endpoint, revision
-        self._listings: dict[str, Listing] = {}
-        self.transferred = 0  # bytes that came over the network for files
+    download_parts: Sequence[DownloadPart]
+    hubs: Sequence[str]
+    listener: Listener
+    endpoint: str | None = None
+    revision: str | None = None
+    transferred: int = field(default=0, init=False)  # bytes that came over the network for files
+    _listings: dict[str, Listing] = field(default_factory=dict, init=False)
 
     def run(self, dry: bool = False) -> list[Item]:
         """Download everything, or with `dry` only list it. Raises HubError, UsageError, RunError."""
@@ -86,7 +81,7 @@ class Download:
                     complete[want.label] = [
                         Item(
                             want.folder / file, kept.hub, kept.repo, kept.commit, "",
-                            RemoteFile(kept.remote, kept.size, kept.sha256), "kept", kept.size, kept.sha256,
+                            RemoteFile(kept.remote, kept.size, kept.sha256), want, "kept", kept.size, kept.sha256,
                         )
                         for file, kept in answer.items()
                     ]  # fmt: skip
@@ -162,8 +157,8 @@ class Download:
                 remote = hub.complete(source.repo, want.source.kind, listing.commit, file)
                 url = hub.url(source.repo, want.source.kind, listing.commit, remote.path)
                 item = Item(
-                    want.folder / name, hub.name, source.repo, listing.commit, url, remote, "would fetch",
-                    remote.size if want.rows is None else None, remote.sha256 if want.rows is None else None, want,
+                    want.folder / name, hub.name, source.repo, listing.commit, url, remote, want, "would fetch",
+                    remote.size if want.rows is None else None, remote.sha256 if want.rows is None else None,
                 )  # fmt: skip
                 items.append(item if want.rows else self._judge(item))
         return items
@@ -235,8 +230,8 @@ class Download:
     def _fetch(self, hub: Hub, items: Sequence[Item]) -> list[Item]:
         for item in items:
             with _receipt(item.folder) as receipt:
-                receipt.commits[self._origin(item)] = item.commit
-        whole = [item for item in items if item.want and item.want.rows is None]
+                receipt.commits[self._asked(item.hub, item.want)] = item.commit
+        whole = [item for item in items if item.want.rows is None]
         total = sum(item.size or 0 for item in whole if item.action != "kept")
         before, done = 0, []
         for item in whole:
@@ -246,9 +241,9 @@ class Download:
             else:
                 done.append(self._bring(hub, item, before, total))
                 before += done[-1].size or 0
-        for want in dict.fromkeys(item.want for item in items if item.want and item.want.rows is not None):
+        for want in dict.fromkeys(item.want for item in items if item.want.rows is not None):
             done += self._sample(hub, [item for item in items if item.want == want])
-        for want in dict.fromkeys(item.want for item in items if item.want):
+        for want in dict.fromkeys(item.want for item in items):
             names = [item.path.name for item in items if item.want == want]
             with _receipt(want.folder) as receipt:
                 receipt.download_parts[self._key(hub.name, want)] = names
@@ -291,10 +286,6 @@ class Download:
             self._record(done[-1])
         return done
 
-    def _origin(self, item: Item) -> str:
-        assert item.want
-        return self._asked(item.hub, item.want)
-
     def _record(self, item: Item) -> None:
         status = item.path.stat()
         kept = Kept(
@@ -313,7 +304,7 @@ def _is_mine(item: Item) -> bool:
     """Whether a file is the user's: it never came from a hub, or it is of a kind that users change, and has changed."""
     if item.path.name not in Receipt.read(item.folder).files:
         return True
-    often = item.want is not None and (item.want.source.what == "weights" or item.want.rows is not None)
+    often = item.want.source.what == "weights" or item.want.rows is not None
     return often and not _looks_downloaded(item)
 
 

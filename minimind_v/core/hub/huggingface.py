@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers
+
 from minimind_v.core.hub.remote import HubError, Listing, NotThere, RemoteFile, patiently
-
-
-class _Answer:
-    """An answer of huggingface_hub, in the form that `patiently` reads."""
-
-    def __init__(self, value: Any, status_code: int, headers: Any) -> None:
-        self.value, self.status_code, self.headers = value, status_code, headers
 
 
 class HuggingFace:
@@ -22,8 +21,6 @@ class HuggingFace:
     name = "hf"
 
     def __init__(self, endpoint: str | None = None) -> None:
-        from huggingface_hub import HfApi, constants
-
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._api = HfApi(endpoint=self.endpoint, library_name="mmv")
         self._timeout = constants.HF_HUB_ETAG_TIMEOUT
@@ -64,8 +61,6 @@ class HuggingFace:
         return _described(file, self._head(repo, kind, commit, file.path))
 
     def _head(self, repo: str, kind: str, revision: str, path: str) -> Any:
-        from huggingface_hub import get_hf_file_metadata
-
         url = self.url(repo, kind, revision, path)
 
         def ask() -> Any:
@@ -74,32 +69,26 @@ class HuggingFace:
         return self._ask(ask, repo, f"{path} of {repo}@{revision}")
 
     def url(self, repo: str, kind: str, commit: str, path: str) -> str:
-        from huggingface_hub import hf_hub_url
-
         return hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.endpoint)
 
     def headers(self) -> dict[str, str]:
-        from huggingface_hub.utils import build_hf_headers
-
         return build_hf_headers(library_name="mmv")
 
     def login(self) -> str:
         return "run `hf auth login` (or set HF_TOKEN)"
 
     def _ask(self, ask: Any, repo: str, what: str) -> Any:
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-        def answer() -> _Answer:
+        def answer() -> SimpleNamespace:
             try:
-                return _Answer(ask(), 200, {})
+                return SimpleNamespace(value=ask(), status_code=200, headers={})
             except GatedRepoError as error:
-                return _Answer(None, 403, error.response.headers)
+                return SimpleNamespace(status_code=403, headers=error.response.headers)
             except RepositoryNotFoundError as error:
                 raise NotThere(  # the hub answers 401 for a missing and for a hidden repository
                     f"no repository {repo} at {self.endpoint}, or it is private — if you have access, {self.login()}"
                 ) from error
             except HfHubHTTPError as error:
-                return _Answer(None, error.response.status_code, error.response.headers)
+                return SimpleNamespace(status_code=error.response.status_code, headers=error.response.headers)
             except (ValueError, TypeError, KeyError) as error:
                 raise HubError(
                     f"{self.endpoint} did not answer like a hub for {what} (an HTML page?) — check --endpoint"
@@ -121,10 +110,6 @@ def _described(file: RemoteFile, head: Any) -> RemoteFile:
     return replace(
         file,
         size=file.size if file.size is not None else head.size,
-        sha256=file.sha256 or (tag if _is_hex(tag, 64) else None),
-        git_sha1=file.git_sha1 or (tag if _is_hex(tag, 40) else None),
+        sha256=file.sha256 or (tag if re.fullmatch("[0-9a-f]{64}", tag) else None),
+        git_sha1=file.git_sha1 or (tag if re.fullmatch("[0-9a-f]{40}", tag) else None),
     )
-
-
-def _is_hex(text: str, length: int) -> bool:
-    return len(text) == length and all(letter in "0123456789abcdef" for letter in text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,50 +69,35 @@ class Source:
         return Path(*names[:-depth]) if names[-depth:] == self.folder.parts else None
 
 
-_WEIGHTS = {
-    "hf": HubRepo("jingyaogong/MiniMind2-V-PyTorch", "main"),
-    "modelscope": HubRepo("gongjy/MiniMind2-V-PyTorch", "master"),
+def _of_the_author(name: str) -> dict[str, HubRepo]:
+    """A repository of MiniMind's author, and its mirror."""
+    return {"hf": HubRepo(f"jingyaogong/{name}", "main"), "modelscope": HubRepo(f"gongjy/{name}", "master")}
+
+
+_CLIP = {
+    "hf": HubRepo("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
+    "modelscope": HubRepo("openai-mirror/clip-vit-base-patch16", "master"),
 }
+_WEIGHTS = _of_the_author("MiniMind2-V-PyTorch")
 SOURCES = {
     source.what: source
     for source in (
-        Source(
-            "clip",
-            VISION_DIR,
-            {
-                "hf": HubRepo("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
-                "modelscope": HubRepo("openai-mirror/clip-vit-base-patch16", "master"),
-            },
-        ),
-        Source(
-            "tokenizer",
-            TOKENIZER_DIR,
-            {
-                "hf": HubRepo("jingyaogong/MiniMind2-Small-V", "main"),
-                "modelscope": HubRepo("gongjy/MiniMind2-Small-V", "master"),
-            },
-        ),
+        Source("clip", VISION_DIR, _CLIP),
+        Source("tokenizer", TOKENIZER_DIR, _of_the_author("MiniMind2-Small-V")),
         Source("lm", OUT_DIR, _WEIGHTS, per_preset=True),
-        Source(
-            "dataset",
-            DATASET_DIR,
-            {
-                "hf": HubRepo("jingyaogong/minimind-v_dataset", "main"),
-                "modelscope": HubRepo("gongjy/minimind-v_dataset", "master"),
-            },
-            kind="dataset",
-        ),
+        Source("dataset", DATASET_DIR, _of_the_author("minimind-v_dataset"), kind="dataset"),
         Source("weights", OUT_DIR, _WEIGHTS, per_preset=True),
     )
 }
 
+
+def _layout(*names: str) -> Layout:
+    return tuple(File(name, (name,)) for name in names)
+
+
 # Layouts that a repository may have, today's first.
-CLIP_FILES: tuple[Layout, ...] = (
-    tuple(File(name, (name,)) for name in ("config.json", "preprocessor_config.json", "pytorch_model.bin")),
-)
-TOKENIZER_FILES: tuple[Layout, ...] = (
-    tuple(File(name, (name,)) for name in ("tokenizer.json", "tokenizer_config.json")),
-)
+CLIP_FILES = (_layout("config.json", "preprocessor_config.json", "pytorch_model.bin"),)
+TOKENIZER_FILES = (_layout("tokenizer.json", "tokenizer_config.json"),)
 SPLITS = ("pretrain", "sft")
 
 
@@ -119,7 +105,7 @@ def dataset_files(split: str) -> tuple[Layout, ...]:
     """The parquet file published today, or the JSONL and zip of older revisions."""
     parquet = f"{split}_i2t.parquet"
     names = {f"{split}_{kind}": (f"{split}_{kind}", f"{split}_vlm_{kind}") for kind in ("data.jsonl", "images.zip")}
-    return (File(parquet, (parquet,)),), tuple(File(name, remote) for name, remote in names.items())
+    return _layout(parquet), tuple(File(name, remote) for name, remote in names.items())
 
 
 def weights_files(*names: str) -> tuple[Layout, ...]:
@@ -141,11 +127,8 @@ def latest_model(say: Callable[[str], None], out: Path = OUT_DIR) -> Path:
     try:
         return find_weights(out)
     except MissingInput:
-        try:
+        with suppress(MissingInput):
             weights = find_weights(DEMO_DIR / OUT_DIR)
-        except MissingInput:
-            pass
-        else:
             say(f"no trained weights in {out}: using the demo's model, {weights}")
             return weights
         raise

@@ -1,11 +1,13 @@
-"""The files of a download, by model size, split or sample."""
+"""The files of a download, by model size, split or sample, and the interface of its progress view."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+from minimind_v.core.hub.receipt import STAGING
 from minimind_v.core.hub.remote import Listing, NotThere, RemoteFile
 from minimind_v.core.hub.sources import (
     CLIP_FILES,
@@ -54,6 +56,40 @@ class DownloadPart:
             f"{repo} at {listing.commit} lacks {lacking} — it has: {shown or 'nothing'}; check --revision, or use "
             "another --endpoint"
         )
+
+
+class Listener(Protocol):
+    """The view of a download."""
+
+    def say(self, message: str) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def bytes_here(self, file: str, received: int, size: int, all_received: int, all_size: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file of a download, and the action for it."""
+
+    path: Path
+    hub: str
+    repo: str
+    commit: str
+    url: str
+    remote: RemoteFile
+    want: DownloadPart
+    action: str  # kept, fetched, would fetch
+    size: int | None
+    sha256: str | None
+    staged: int = 0  # bytes that were received before
+
+    @property
+    def folder(self) -> Path:
+        return self.want.folder
+
+    @property
+    def staged_file(self) -> Path:
+        version = self.remote.sha256 or self.remote.git_sha1 or self.commit
+        return self.folder / STAGING / f"{self.path.name}.{version.replace('/', '_')[:16]}.part"
 
 
 def download_parts(

@@ -17,6 +17,7 @@ from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.extensions import extensions_digest
 from minimind_v.core.hub.sources import METADATA
+from minimind_v.core.monitor.records import flatten
 
 PIECE = 1 << 20  # bytes read at a time
 MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
@@ -33,18 +34,12 @@ DECIDING = (
     "device.py",
 )  # fmt: skip
 WRITERS = {"card.py", "write.py", "writers.py"}  # in these packages: modules that a run does not import
-INPUTS = (
-    "data.file",
-    "data.images",
-    "data.tokenizer",
-    "vision_model",
-    "init",
-)  # compared by their bytes
+INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # compared by their bytes
 
 
 def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """All settings that decide the numbers of a run, by configuration key; of its inputs, fingerprints."""
-    flat = _flatten(plain(config))
+    flat = flatten(plain(config))
     origin = {key: value for key, value in flat.items() if key not in FREE and key not in INPUTS}
     for key in INPUTS:
         path = Path(flat[key] or "none")
@@ -100,13 +95,14 @@ def fingerprint(path: Path) -> str:
     Of a folder of more than MANY files, such as pictures, only names, sizes and the bytes of the metadata count.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file())
+        names = {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()}
+        files = [file for file, name in names.items() if not any(folder.startswith(".") for folder in name.parts)]
+        many = len(files) > MANY
         contents = [
-            file.stat().st_size if len(files) > MANY and file.name not in METADATA else fingerprint(file)
+            (str(names[file]), file.stat().st_size if many and file.name not in METADATA else fingerprint(file))
             for file in files
         ]
-        names = [str(file.relative_to(path)) for file in files]
-        listed = json.dumps(list(zip(names, contents, strict=True))).encode()
+        listed = json.dumps(contents).encode()
         return f"{len(files)} files {hashlib.blake2b(listed, digest_size=8).hexdigest()}"
     size = path.stat().st_size
     digest = hashlib.blake2b(digest_size=8)
@@ -115,18 +111,6 @@ def fingerprint(path: Path) -> str:
             file.seek(at)
             digest.update(file.read(PIECE))
     return f"{size} bytes {digest.hexdigest()}"
-
-
-def _hidden(path: Path) -> bool:
-    return any(name.startswith(".") for name in path.parts)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _shown(value: Any) -> str:

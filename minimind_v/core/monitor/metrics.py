@@ -98,25 +98,18 @@ class JsonLines:
         self.path = path
         self._file = path.open("a+", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> bool:
+    def write(self, record: dict[str, Any] | None = None) -> bool:
         """Write a line. Returns whether the file was removed, and was written again with all its lines.
 
-        Raises RunError if the disk is full; a later call writes the line too.
+        Without a record, only a removed file is written. Raises RunError if the disk is full; a later call writes the
+        line too.
         """
         try:
             again = self._is_gone()
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            if record is not None:
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
             if again:
-                self._make_again()
-        except OSError as error:
-            raise RunError(f"{self.path}: not written ({error.strerror})") from None
-        return again
-
-    def restore(self) -> bool:
-        """Write the file again if it was removed; returns whether it was. Raises RunError."""
-        try:
-            if again := self._is_gone():
                 self._make_again()
         except OSError as error:
             raise RunError(f"{self.path}: not written ({error.strerror})") from None

@@ -7,9 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.pages.frame import data_uri, figures, page, write_page
-from minimind_v.core.pages.plot import STYLE as PLOT_STYLE
+from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import curves as draw
+from minimind_v.core.rows.cells import data_uri
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,6 @@ class Sample:
     before: str
     after: str
     blank: str
-
-
-STYLE = """
-dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem } dd { margin: 0 }
-.key { font-size: .9rem; gap: .1rem .9rem; margin: .6rem 0 1.2rem } .key dt { color: var(--dim) }
-.sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: .8rem; font-size: .9rem }
-.card img { width: 100%; image-rendering: pixelated; border-radius: .25rem }
-.right { color: var(--supervised-ink); font-weight: 600 } .wrong { color: var(--warn); font-weight: 600 }
-"""
 
 
 LEGEND = {
@@ -80,7 +70,7 @@ def write_report(
         f"<h2>Held-out images, with questions and answers</h2>"
         f'<dl class="key">{key}</dl>{sheets}'
     )
-    write_page(path, page("mmv demo", body, PLOT_STYLE + STYLE))
+    write_page(path, page("mmv demo", body, "plot", "demo_report"))
 
 
 def _percent(value: float | None) -> str:

@@ -14,21 +14,6 @@ GRID = 4  # steps of the vertical axis, at most
 
 Points = list[tuple[float, float]]
 
-STYLE = """
-.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .35rem .5rem; margin: .9rem 0 .3rem;
-  font-size: .8rem; line-height: 1; color: var(--dim) }
-.chart svg { width: 100%; height: 13rem; display: block; overflow: visible } .cols .chart svg { height: 7rem }
-.chart .y { display: flex; flex-direction: column; justify-content: space-between; text-align: right; margin: -.5em 0 }
-.chart .x { grid-column: 2; position: relative; height: 1em; white-space: nowrap }
-.chart .x span { position: absolute; transform: translateX(-50%) }
-.chart .x .first { transform: none } .chart .x .last { transform: translateX(-100%) }
-.chart line, .chart polyline { vector-effect: non-scaling-stroke } .chart line { stroke: var(--line) }
-.chart polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
-.chart .point { stroke-width: 7 } .chart .limit { stroke: #d9685d; stroke-dasharray: 5 4 }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .2rem 0; font-size: .9rem }
-.legend i { display: inline-block; width: 1.2rem; height: .25rem; vertical-align: middle; margin-right: .4rem }
-"""
-
 
 def curves(series: dict[str, Points]) -> str:
     """Curves of (step, y) by name, without infinite values, on one axis from 0; a legend if there are several."""

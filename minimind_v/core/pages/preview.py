@@ -9,62 +9,12 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.curate.preview import TEXT_ROW, BatchView, PictureView, RowView
 from minimind_v.core.curate.token_text import Piece, visible
 from minimind_v.core.model.vision.encoder import VisionSpec
-from minimind_v.core.pages.frame import data_uri, page
+from minimind_v.core.pages.frame import ASSETS, page
+from minimind_v.core.rows.cells import data_uri
 from minimind_v.core.wording import plural
 
 NEWLINE = '<span class="dim">↵</span>'
 SHIFTS = 6  # predictions of a row that the page lists
-
-STYLE = """
-.switches { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .55rem 0;
-  background: var(--back); border-bottom: 1px solid var(--line); font-size: .9rem }
-.switches label { cursor: pointer; white-space: nowrap }
-.legend { display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: baseline; font-size: .9rem }
-.text { line-height: 2; margin: .5rem 0; overflow-wrap: anywhere; unicode-bidi: isolate;
-  max-height: 36rem; overflow-y: auto }
-.message { border-left: 3px solid var(--line); padding-left: .7rem; margin: .5rem 0 }
-.message.assistant { border-color: #35a35c } .message.user { border-color: var(--accent) }
-.t { font: .92em/1.5 ui-monospace, "Noto Sans Mono CJK SC", "Noto Sans CJK SC", monospace; background: var(--chip);
-  border-radius: .25em; padding: .12em .1em; margin: 0 .5px; white-space: pre-wrap; unicode-bidi: isolate;
-  -webkit-box-decoration-break: clone; box-decoration-break: clone }
-.t:nth-child(even) { background: var(--chip2) }
-.t.s { background: var(--special); color: var(--special-ink); padding: .12em .35em; font-size: .8em }
-.t.l, .t.l:nth-child(even) { background: var(--supervised); color: var(--supervised-ink) }
-.t.l:nth-child(even) { filter: brightness(.95) }
-.t.l.s { box-shadow: inset 0 -2px var(--special-ink) }
-.t.x { opacity: .6; text-decoration: line-through; background: var(--cut) !important; color: inherit }
-.t.many { border: 1px dotted var(--dim) } .t small { color: var(--dim); font-size: .68em; margin-left: .35em }
-.t.l small { color: inherit; opacity: .75 }
-.t.p { background: var(--image) !important; color: var(--image-ink); padding: .25em .6em;
-  font-family: inherit; font-weight: 600 }
-#ids:checked ~ main .t::after { content: attr(data-id); font: .62rem ui-monospace, monospace; color: var(--dim);
-  vertical-align: -.55em; margin-left: .25em } #ids:checked ~ main .t { margin: 0 2px }
-#ids:checked ~ main .text { line-height: 2.4 }
-.pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; margin: .8rem 0 }
-figure { margin: 0; flex: 0 1 21rem; min-width: 0 } figcaption { font-size: .85rem; color: var(--dim); line-height: 1.4;
-  margin-top: .35rem } .frame { position: relative; display: inline-block; line-height: 0; max-width: 100% }
-.frame img { max-width: 100%; border-radius: .4rem; display: block } .frame svg { position: absolute; inset: 0;
-  width: 100%; height: 100%; border-radius: .4rem }
-.model img { width: 17rem; image-rendering: pixelated } .original img { max-height: 17rem }
-.grid { display: none } #grid:checked ~ main .grid { display: block }
-.facts { display: flex; flex-wrap: wrap; gap: .15rem 1.2rem; font-size: .9rem; color: var(--dim) }
-.facts b { color: var(--ink); font-variant-numeric: tabular-nums }
-.bar { display: flex; height: .8rem; border-radius: .4rem; overflow: hidden; margin: .7rem 0 .25rem;
-  background: var(--chip) }
-.bar i { display: block } .b-image { background: #6f9bff } .b-context { background: #b9b3a6 }
-.b-supervised { background: #35a35c }
-.b-pad { background: repeating-linear-gradient(45deg, transparent 0 3px, var(--dim) 3px 4px) }
-.b-cut { background: #d9685d }
-.badge { display: inline-block; border-radius: 1em; padding: 0 .7em; font-size: .8rem; font-weight: 600;
-  background: var(--chip2); vertical-align: .15em } .badge.bad { background: var(--cut); color: var(--warn) }
-.badge.good { background: var(--supervised); color: var(--supervised-ink) }
-h2 code { font-weight: 600 }
-details { margin: .6rem 0 } summary { cursor: pointer; color: var(--accent) } details p { margin: .6rem 0 }
-.lesson { columns: 2 21rem; column-gap: 2.2rem } .lesson div { break-inside: avoid; margin-bottom: 1.1rem }
-.lesson h3 { margin: 0 0 .15rem; font-size: 1rem } .lesson p { margin: 0; font-size: .95rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--chip); padding: .7rem; border-radius: .5rem;
-  font-size: .85rem } .shift td, .shift th { text-align: left; padding-right: 1.4rem; white-space: normal }
-"""
 
 
 def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name: str) -> str:
@@ -84,7 +34,7 @@ def preview_page(views: list[RowView], spec: VisionSpec, config: RunConfig, name
     )
     body = head + _lesson(spec, config) + switches
     body += "<main>" + "".join(_row(view, spec, config) for view in views) + "</main>"
-    return page(f"{name} — preview", body, STYLE)
+    return page(f"{name} — preview", body, "preview")
 
 
 def _legend() -> str:
@@ -95,48 +45,16 @@ def _legend() -> str:
 
 
 def _lesson(spec: VisionSpec, config: RunConfig) -> str:
-    side, patches = spec.image_size // spec.patch_size, spec.tokens_per_image
-    topics = {
-        "A token is a piece of text with a number": (
-            "The model does not read letters. A tokenizer cuts the text into frequent pieces — a word, a part of a "
-            "word, one or two Chinese characters — and the model reads their numbers (ids). A rare character takes "
-            "several tokens, each with some of its bytes: such a group has a dotted border, and a single token of it "
-            "is not readable. Every message is between <span class='t s'>&lt;|im_start|&gt;</span> and <span class='t "
-            "s'>&lt;|im_end|&gt;</span>. A user's text cannot contain these marks."
-        ),
-        f"Why an image is {patches} tokens": (
-            f"The vision encoder cuts the image of {spec.image_size} × {spec.image_size} pixels into squares of "
-            f"{spec.patch_size} × {spec.patch_size}: {side} × {side} = {patches} patches. It encodes each patch as "
-            f"{spec.width} numbers that describe the patch and its surroundings. The projector, one linear layer, maps "
-            f"them to the width of the language model's word embeddings and puts them at {patches} reserved positions "
-            "in the text. After that, the language model treats a patch like any other token."
-        ),
-        "What the crop does": (
-            f"The vision encoder needs a square. The shorter side becomes {spec.image_size} pixels, and the longer "
-            "side is cropped to its middle. The model never receives the darkened edges. An answer about something in "
-            "these edges teaches the model to invent things."
-        ),
-        "Why only answers are supervised": (
-            "The model learns to continue text. It should learn to answer, not to ask. So the loss counts only the "
-            "<span class='t l'>green</span> tokens: the answers and their end marks. Without the end mark, the model "
-            "would never learn to stop. All other tokens are context: the model reads them, but they do not count in "
-            "the loss. This choice is the <em>loss mask</em>."
-        ),
-        "The shift by one": (
-            "At every position, the model predicts the <em>next</em> token. So it predicts the first token of an "
-            "answer at the line break after <code>assistant</code>, and the last supervised token is the line break "
-            "after the end mark. In training, the model always reads the true tokens, not its own predictions. So "
-            "every green token is a separate prediction, and one forward pass computes all of them."
-        ),
-        "Cutting and padding": (
-            f"A row holds at most {config.data.max_length} tokens. A longer row loses its last turns, always complete "
-            "ones. If even the first turn is too long, its answer is cut and has no end mark. The rows of a batch "
-            "must have the same length, so shorter rows get padding. The model ignores padding, but it costs time. "
-            "Training puts rows of similar length into a batch, so it needs little padding."
-        ),
-    }  # fmt: skip
-    cards = "".join(f"<div><h3>{title}</h3><p>{text}</p></div>" for title, text in topics.items())
-    return f"<section><h2>How to read this page</h2><div class='lesson'>{cards}</div></section>"
+    """How to read the page, with the sizes of this run."""
+    text = (ASSETS / "lesson.html").read_text(encoding="utf-8")
+    return text.format(
+        size=spec.image_size,
+        patch=spec.patch_size,
+        side=spec.image_size // spec.patch_size,
+        patches=spec.tokens_per_image,
+        width=spec.width,
+        max_length=config.data.max_length,
+    )
 
 
 # --- a row ------------------------------------------------------------------------------------------------------------

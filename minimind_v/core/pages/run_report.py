@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -13,17 +13,11 @@ from typing import Any
 from minimind_v.core.errors import DataError, MissingInput
 from minimind_v.core.files import object_in
 from minimind_v.core.monitor.metrics import read_lines, read_metrics
-from minimind_v.core.monitor.records import REPORTED, read_part
+from minimind_v.core.monitor.records import REPORTED, flatten, read_part
 from minimind_v.core.pages.frame import figures, page, write_page
-from minimind_v.core.pages.plot import STYLE as PLOT_STYLE
 from minimind_v.core.pages.plot import Points, curves
 from minimind_v.core.wording import plural
 
-STYLE = """
-.cols { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0 1.5rem }
-h3 { font-size: .95rem; margin: 1rem 0 .2rem } li { margin: .3rem 0 }
-td { vertical-align: top } table.words td { text-align: left; white-space: normal }
-"""
 SHOWN = 5  # damaged records that are listed one by one
 LABELS = {
     "updates": "steps",
@@ -121,7 +115,7 @@ def report_page(run: RunRecords) -> str:
         f"{last.get('epoch', 0):.2f}; <code>{escape(str(run.folder))}</code></p>"
         f"{_figures(run)}{_damaged(run)}{_warnings(run)}{_recalled(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
     )
-    return page(f"{title} — report", body, PLOT_STYLE + STYLE)
+    return page(f"{title} — report", body, "plot", "run_report")
 
 
 def _figures(run: RunRecords) -> str:
@@ -242,7 +236,7 @@ def _manifest(run: RunRecords) -> str:
     manifest = run.manifest
     if not manifest:
         return ""
-    flat = dict(_flat(manifest.get("config", {})))
+    flat = flatten(manifest.get("config", {}))
     starts = [
         {"time": start.get("time"), "after step": start.get("after_updates"), "command": start.get("command")}
         | {"commit": object_in(start, "git").get("commit"), "machine": object_in(start, "machine").get("platform")}
@@ -263,14 +257,6 @@ def _table(rows: dict[str, Any]) -> str:
         for key, value in rows.items()
     )
     return f'<div class="wide"><table class="words">{cells}</table></div><p></p>'
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _points(records: list[dict[str, Any]], key: str) -> Points:

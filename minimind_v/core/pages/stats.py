@@ -9,18 +9,6 @@ from minimind_v.core.curate.summary import quantile_table, summary
 from minimind_v.core.curate.token_text import visible
 from minimind_v.core.pages.frame import figures, page
 from minimind_v.core.pages.plot import COLOURS, HEIGHT, WIDTH, axis, chart, legend
-from minimind_v.core.pages.plot import STYLE as PLOT_STYLE
-
-STYLE = """
-.chart rect { fill: var(--whole) } .chart rect.over { fill: var(--over) }
-:root { --whole: #35a35c; --over: #d9685d }
-.share { display: flex; height: 1.1rem; border-radius: .4rem; overflow: hidden; max-width: 44rem;
-  background: var(--chip) }
-.share i { display: block }
-dl { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.2rem; margin: 0 } dt { color: var(--dim) }
-dd { margin: 0; overflow-wrap: anywhere }
-"""
-
 
 LABELS = 6  # below the histogram at most, without the first
 
@@ -56,7 +44,7 @@ def stats_page(report: dict[str, Any]) -> str:
         f'<section><h2>In training</h2><div class="share">{shares}</div>{key}'
         f"<p></p><dl>{facts}</dl></section>"
     )
-    return page(f"{report['file']} — stats", body, PLOT_STYLE + STYLE)
+    return page(f"{report['file']} — stats", body, "plot", "stats")
 
 
 def _plot(histogram: dict[str, list[int]], max_length: int) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
-from minimind_v.core.rows.cells import decode_inline
-from minimind_v.core.rows.field_names import READ, TALKS, is_readable, picture_field
+from minimind_v.core.rows.field_names import picture_field
 from minimind_v.core.rows.file_rows import FileRows
 from minimind_v.core.rows.forms import read_row
+from minimind_v.core.rows.parquet import columns_of_bytes
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.splits import ALL, LEARN, choose
 from minimind_v.core.rows.unread import refuse_unread
@@ -45,23 +45,15 @@ class SavedRows(FileRows):
             self._folder = path if together else path / self.choice.name
         elif split is not None:
             raise UsageError(f"--split {split}: {path} has only one split — leave out --split")
-        if not is_readable(dataset.column_names):
-            raise DataError(
-                f"{path}: no column `conversations`, only {', '.join(dataset.column_names)} — a row needs {READ}"
-            )
+        binary = columns_of_bytes(path, dataset.features.arrow_schema)
         if not len(dataset):
             raise DataError(f"{path}: the data set has no rows")
-        # Keep the bytes of pictures: `data` decodes them, within its limits. Videos are not read.
-        for name, kind in dataset.features.items():
-            if (plain := _undecoded(kind)) != kind:
-                dataset = dataset.cast_column(name, plain)
-        binary = [name for name, kind in dataset.features.items() if name not in TALKS and _holds_bytes(kind)]
         self._bytes = picture_field(binary) or ""
         self._others = [name for name in binary if name != self._bytes]
         self.left_out = (
             f"{path}: the bytes in {', '.join(self._others)} are ignored and not copied" if self._others else ""
         )
-        self._rows = dataset.with_format("arrow")
+        self._rows = dataset.with_format("arrow")  # it decodes no picture: `data` does, within its limits
         super().__init__(path, images)
 
     def __len__(self) -> int:
@@ -83,10 +75,6 @@ class SavedRows(FileRows):
         row.extra.pop(self._bytes, None)  # of a row with its pictures elsewhere, or none
         return row if row.images else refuse_unread(row, others)
 
-    def picture(self, index: int, position: int, name: str) -> bytes:
-        data = self.row(index).inline.get(position)
-        return self._images.read(name) if data is None else decode_inline(data, name)
-
 
 def _together(path: Path, splits: list[Any]) -> Any:
     import datasets
@@ -95,32 +83,3 @@ def _together(path: Path, splits: list[Any]) -> Any:
         return datasets.concatenate_datasets(splits)
     except Exception as error:  # the library raises many kinds
         raise DataError(f"{path}: its splits do not match ({' '.join(str(error).split())})") from None
-
-
-def _undecoded(feature: Any) -> Any:
-    """The same feature with `decode=False` for all pictures, videos and audio in it."""
-    import datasets
-
-    if isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):
-        return type(feature)(decode=False)
-    if isinstance(feature, dict):
-        return {name: _undecoded(inner) for name, inner in feature.items()}
-    if isinstance(feature, datasets.LargeList):
-        return datasets.LargeList(_undecoded(feature.feature))
-    if isinstance(feature, datasets.List):
-        return datasets.List(_undecoded(feature.feature), length=feature.length)
-    return feature
-
-
-def _holds_bytes(feature: Any) -> bool:
-    import datasets
-
-    if isinstance(feature, dict):
-        return "bytes" in feature and _holds_bytes(feature["bytes"])
-    if isinstance(feature, datasets.Image):
-        return True
-    inner = getattr(feature, "feature", None)
-    return _holds_bytes(inner) if inner is not None else getattr(feature, "dtype", "") in _BINARY
-
-
-_BINARY = ("binary", "large_binary", "binary_view")

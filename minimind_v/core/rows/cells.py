@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,43 +30,49 @@ class Picture:
     data: Any = None
 
 
-class StoredPictures:
-    """Pictures in a column that is read only for their bytes; `count` counts them."""
+class StoredPictures(Sequence[Picture]):
+    """Pictures in a column that is read only for their bytes, by their number in it; `count` counts them.
+
+    Whether there are any is not asked: a text row has a picture that fills its column, and never reads it.
+    """
 
     def __init__(self, count: Callable[[], int]) -> None:
-        self.count = count
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, number: Any) -> Any:
+        return Picture(None, range(len(self))[number])
 
 
-def pictures_of(value: Any, key: str) -> list[Picture]:
-    """The pictures of a cell: none, a name, bytes, base64 text, a data URI, a record or a list. Raises RowError."""
-    if value is None:
+def pictures_of(value: Any, key: str, one_name: bool = False) -> Sequence[Picture]:
+    """The pictures of a cell: none, a name, bytes, base64 text, a data URI, a record or a list. Raises RowError.
+
+    With `one_name`, as in a list, a text is one name, commas included.
+    """
+    if value is None or value == "":
         return []
+    if isinstance(value, StoredPictures):
+        return value
     if isinstance(value, str):
-        return _of_text(value, key)
+        if _data_in(value):
+            return [Picture(None, value)]
+        if REMOTE.match(value.strip()):
+            raise RowError(
+                f"{value:.200}: mmv does not download images — download it and write the file name instead", KIND
+            )
+        return [Picture(name) for name in (check_names([value]) if one_name else image_names(value))]
     if isinstance(value, bytes | bytearray | memoryview):
         return [Picture(None, bytes(value))] if len(value) else []
     if isinstance(value, dict):
         return _of_record(value, key)
     if isinstance(value, list | tuple):
-        return [picture for cell in value for picture in picture_of_element(cell, key)]
+        return [picture for cell in value for picture in pictures_of(cell, key, one_name=True)]
     raise RowError(f"`{key}` must be a text with picture names", "image")
-
-
-def picture_of_element(cell: Any, key: str) -> list[Picture]:
-    """The pictures of an element of a list; a text there is one name, commas included."""
-    if isinstance(cell, str) and not _data_in(cell):
-        if not cell:
-            return []
-        _refuse_remote(cell)
-        return [Picture(name) for name in check_names([cell])]
-    return pictures_of(cell, key)
-
-
-def _of_text(text: str, key: str) -> list[Picture]:
-    if _data_in(text):
-        return [Picture(None, text)]
-    _refuse_remote(text)
-    return [Picture(name) for name in image_names(text)]
 
 
 def _data_in(text: str) -> bool:
@@ -76,12 +82,7 @@ def _data_in(text: str) -> bool:
     return len(text) >= BASE64_LEAST and IN_TEXT.match(text) is not None and BASE64.fullmatch(text[:1024]) is not None
 
 
-def _refuse_remote(name: str) -> None:
-    if REMOTE.match(name.strip()):
-        raise RowError(f"{name:.200}: mmv does not download images — download it and write the file name instead", KIND)
-
-
-def _of_record(record: dict[str, Any], key: str) -> list[Picture]:
+def _of_record(record: dict[str, Any], key: str) -> Sequence[Picture]:
     """The picture of a record such as `{"bytes": …, "path": …}`: its bytes if any, else its name."""
     for name in (*BYTES_KEYS, *NAME_KEYS):
         value = record.get(name)
@@ -91,7 +92,7 @@ def _of_record(record: dict[str, Any], key: str) -> list[Picture]:
             return pictures_of(records_of(record), key)
         if isinstance(value, str) and name in BYTES_KEYS:
             return [Picture(None, value)]
-        return picture_of_element(value, f"{key}.{name}")
+        return pictures_of(value, f"{key}.{name}", one_name=True)
     if any(record.values()):
         raise RowError(f"`{key}` has {', '.join(map(str, record))}, but needs bytes, path or url", "image")
     return []
@@ -108,6 +109,11 @@ def decode_inline(data: Any, name: str) -> bytes:
             raise RowError(f"{name}: not base64 ({error})", "picture broken") from None
     check_size(name, len(data))
     return bytes(data)
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """A picture file as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def records_of(lists: dict[str, Any]) -> Any:

@@ -13,13 +13,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from minimind_v.core.errors import DataError, RowError, UsageError
 from minimind_v.core.rows.field_names import TALKS
-from minimind_v.core.rows.json_layout import CHUNK, DECODER
+from minimind_v.core.rows.forms import read_row
+from minimind_v.core.rows.json_layout import CHUNK, DECODER, JsonText
 from minimind_v.core.rows.jsonl import TextRows
 from minimind_v.core.rows.members import hash_bytes
 from minimind_v.core.rows.row import Row, parse_json
@@ -32,7 +33,6 @@ UNKNOWN, SEVERAL = 0, 1  # instead of an image's span: no image has this id, or 
 NO_ID = 1 << 62
 SPLITS = list(WORDS)
 LISTS = re.compile(rb'"(?:images|annotations)"\s*:\s*\[\s*\{[^}]{0,2000}"(?:file_?name|image_id|id)"')
-GAP = re.compile(r"[ \t\r\n,]*")
 
 
 def is_captions(path: Path) -> bool:
@@ -78,7 +78,7 @@ class CocoRows(TextRows):
 
     def row(self, index: int) -> Row:
         first, second = (int(number) for number in self._index.array[:, self._rows[index]])
-        return self.read_fields(self._sentence(first, second) if self._sentences else self._annotation(first, second))
+        return read_row(self._sentence(first, second) if self._sentences else self._annotation(first, second))
 
     def picture(self, index: int, position: int, name: str) -> bytes:
         try:
@@ -125,62 +125,60 @@ class CocoRows(TextRows):
         scan = _Scan()
         try:
             with self.path.open("rb") as file:
-                for key, value, span in JsonElements(file):
+                for key, value, span in _elements(JsonText(file)):
                     scan.add(key, value, span)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: not a COCO caption file ({error})") from None
         if len(scan.sentences) and not scan.captions:
-            return np.array([scan.sentence_spans, scan.sentences], np.uint64)
+            return _columns(scan.sentences, 2)
         if not scan.captions:
             raise DataError(
                 f"{self.path}: no annotation has a `caption` — use COCO's caption files, "
                 "such as captions_train2017.json"
             )
-        return np.stack([np.array(scan.spans, np.uint64), scan.annotation_image_spans()])
+        return scan.annotation_spans()
 
 
 @dataclass
 class _Scan:
     """The images, annotations and sentences of a file, as numbers only: there may be millions."""
 
-    ids: array[int] = field(default_factory=lambda: array("Q"))  # of images
-    names: array[int] = field(default_factory=lambda: array("Q"))  # their digests
-    image_spans: array[int] = field(default_factory=lambda: array("Q"))  # of images
-    of: array[int] = field(default_factory=lambda: array("Q"))  # of each annotation the id of its image
-    spans: array[int] = field(default_factory=lambda: array("Q"))  # of annotations
-    sentences: array[int] = field(default_factory=lambda: array("Q"))  # split and number of each
-    sentence_spans: array[int] = field(default_factory=lambda: array("Q"))  # of each sentence the span of its image
+    images: array[int] = field(default_factory=lambda: array("Q"))  # id, digest of the name and span of each
+    annotations: array[int] = field(default_factory=lambda: array("Q"))  # id of its image and span of each
+    sentences: array[int] = field(default_factory=lambda: array("Q"))  # span of its image, split and number of each
     captions: int = 0
 
     def add(self, key: str, value: Any, span: int) -> None:
         fields = value if isinstance(value, dict) else {}
         if key == "annotations":
-            self.of.append(_id(fields["image_id"]) if fields.get("image_id") is not None else NO_ID)
-            self.spans.append(span)
+            self.annotations.extend((_id(fields["image_id"]) if fields.get("image_id") is not None else NO_ID, span))
             self.captions += isinstance(fields.get("caption"), str)
         elif key == "images":
             if fields.get("id") is not None:
-                self.ids.append(_id(fields["id"]))
-                self.names.append(_digest(repr(fields.get("file_name"))))
-                self.image_spans.append(span)
+                self.images.extend((_id(fields["id"]), _digest(repr(fields.get("file_name"))), span))
             sentences = fields.get("sentences")
             if isinstance(sentences, list):
                 split = _split_code(fields.get("split"))
-                self.sentences.extend(1 << 63 | split << SENTENCE_BITS | number for number in range(len(sentences)))
-                self.sentence_spans.extend([span] * len(sentences))
+                for number in range(len(sentences)):
+                    self.sentences.extend((span, 1 << 63 | split << SENTENCE_BITS | number))
 
-    def annotation_image_spans(self) -> np.ndarray:
-        """For each annotation the span of its image, or UNKNOWN or SEVERAL."""
-        if not len(self.ids):
-            return np.full(len(self.spans), UNKNOWN, np.uint64)
-        order = np.argsort(np.array(self.ids, np.uint64), kind="stable")
-        ids, names = np.array(self.ids, np.uint64)[order], np.array(self.names, np.uint64)[order]
+    def annotation_spans(self) -> np.ndarray:
+        """The span of each annotation, and that of its image, or UNKNOWN or SEVERAL: uint64 [2, annotations]."""
+        of, annotation_spans = _columns(self.annotations, 2)
+        if not len(self.images):
+            return np.stack([annotation_spans, np.full_like(annotation_spans, UNKNOWN)])
+        images = _columns(self.images, 3)
+        ids, names, image_spans = images[:, np.argsort(images[0], kind="stable")]
         distinct, firsts = np.unique(ids, return_index=True)
         differ = np.minimum.reduceat(names, firsts) != np.maximum.reduceat(names, firsts)
-        spans = np.where(differ, np.uint64(SEVERAL), np.array(self.image_spans, np.uint64)[order][firsts])
-        of = np.array(self.of, np.uint64)
+        spans = np.where(differ, np.uint64(SEVERAL), image_spans[firsts])
         which = np.minimum(np.searchsorted(distinct, of), len(distinct) - 1)
-        return np.where(distinct[which] == of, spans[which], np.uint64(UNKNOWN))
+        return np.stack([annotation_spans, np.where(distinct[which] == of, spans[which], np.uint64(UNKNOWN))])
+
+
+def _columns(numbers: array[int], count: int) -> np.ndarray:
+    """Numbers that follow each other as `count` columns, uint64 [count, rows]."""
+    return np.array(numbers, np.uint64).reshape(-1, count).T
 
 
 def _id(value: Any) -> int:
@@ -203,74 +201,48 @@ def _split_code(split: Any) -> int:
     return SPLITS.index(name) if name else 0
 
 
-# --- a JSON object in pieces ------------------------------------------------------------------------------------------
+def _elements(source: JsonText) -> Iterator[tuple[str, Any, int]]:
+    """The elements of the arrays in a JSON object: key, value, span of each. Raises ValueError or RecursionError."""
+    source.more(CHUNK)
+    source.at = 3 * source.text.startswith("\xef\xbb\xbf")
+    _take(source, "{")
+    while (mark := source.next()) != "}":
+        if mark != '"':
+            raise ValueError(f"no key at byte {source.offset}")
+        key, _ = _value(source)
+        _take(source, ":")
+        if source.next() != "[":
+            _value(source)
+            continue
+        source.at += 1
+        while source.next() != "]":
+            value, span = _value(source)
+            yield str(key), value, span
+        source.at += 1
+    source.at += 1
+    if source.next():
+        raise ValueError(f"extra data after its end, at byte {source.offset}")
 
 
-class JsonElements:
-    """The elements of the arrays in a file's JSON object, read in pieces: key, value, span of each.
+def _take(source: JsonText, mark: str) -> None:
+    if source.next() != mark:
+        raise ValueError(f"no {mark} at byte {source.offset}")
+    source.at += 1
 
-    Texts have one character per byte. Raises ValueError or RecursionError.
-    """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._text, self._at, self._begin = "", 0, 0  # the text in memory, the position in it, its offset in the file
-
-    def __iter__(self) -> Iterator[tuple[str, Any, int]]:
-        self._more(CHUNK)
-        self._at = 3 * self._text.startswith("\xef\xbb\xbf")
-        self._expect("{")
-        while (mark := self._next()) != "}":
-            if mark != '"':
-                raise ValueError(f"no key at byte {self._begin + self._at}")
-            key, _ = self._value()
-            self._expect(":")
-            if self._next() != "[":
-                self._value()
-                continue
-            self._at += 1
-            while self._next() != "]":
-                value, span = self._value()
-                yield str(key), value, span
-            self._at += 1
-        self._at += 1
-        if self._next():
-            raise ValueError(f"extra data after its end, at byte {self._begin + self._at}")
-
-    def _more(self, size: int) -> bool:
-        """Drop the text before the position and read more; whether there was more."""
-        data = self._file.read(size)
-        self._text, self._begin, self._at = self._text[self._at :] + data.decode("latin-1"), self._begin + self._at, 0
-        return bool(data)
-
-    def _next(self) -> str:
-        """The next character that is not a gap, without taking it; empty at the end."""
-        while True:
-            self._at = GAP.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text) or not self._more(CHUNK):
-                return self._text[self._at : self._at + 1]
-
-    def _expect(self, mark: str) -> None:
-        if self._next() != mark:
-            raise ValueError(f"no {mark} at byte {self._begin + self._at}")
-        self._at += 1
-
-    def _value(self) -> tuple[Any, int]:
-        """The value that begins at the position, and its span. Raises ValueError."""
-        while True:
-            rest = len(self._text) - self._at
-            try:
-                value, end = DECODER.raw_decode(self._text, self._at)
-                if end < len(self._text):  # a number at the end may continue
-                    length = end - self._at
-                    span = self._begin + self._at << LENGTH_BITS | length
-                    self._at = end
-                    if length >> LENGTH_BITS:
-                        break
-                    return value, span
-                trouble = "it does not end"
-            except json.JSONDecodeError as error:
-                trouble = error.msg
-            if rest >> LENGTH_BITS or not self._more(max(CHUNK, rest)):
-                raise ValueError(f"{trouble}, in what begins at byte {self._begin + self._at}")
-        raise ValueError(f"more than {1 << LENGTH_BITS:,} bytes in one value")
+def _value(source: JsonText) -> tuple[Any, int]:
+    """The value that begins at the position, and its span. Raises ValueError."""
+    while True:
+        rest = len(source.text) - source.at
+        try:
+            value, end = DECODER.raw_decode(source.text, source.at)
+            if end < len(source.text):  # a number at the end may continue
+                begin, length, source.at = source.offset, end - source.at, end
+                if length >> LENGTH_BITS:
+                    raise ValueError(f"more than {1 << LENGTH_BITS:,} bytes in one value")
+                return value, begin << LENGTH_BITS | length
+            trouble = "it does not end"
+        except json.JSONDecodeError as error:
+            trouble = error.msg
+        if rest >> LENGTH_BITS or not source.more(max(CHUNK, rest)):
+            raise ValueError(f"{trouble}, in what begins at byte {source.offset}")

@@ -1,17 +1,13 @@
-"""Rows of a single file or folder: the base of their stores."""
+"""Bases of row stores: the rows of one file, and the rows of several files (shards), read one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from minimind_v.core.rows.cells import decode_inline
-from minimind_v.core.rows.forms import read_row
-from minimind_v.core.rows.picture_sources import open_pictures
-from minimind_v.core.rows.pictures import Pictures
+from minimind_v.core.rows.pictures import Pictures, open_pictures
 from minimind_v.core.rows.row import NUMBERED, Reopened, Row
 from minimind_v.core.rows.splits import Choice
 
@@ -33,6 +29,14 @@ class SplitRows:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def row(self, index: int) -> Row:
+        raise NotImplementedError
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        """Read a picture from its row if the row holds it (such a picture is numbered), else by its name."""
+        inline = self.row(index).inline if NUMBERED.fullmatch(name) else {}
+        return decode_inline(inline[position], name) if position in inline else self._images.read(name)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(len(self))
@@ -57,20 +61,24 @@ class FileRows(SplitRows, Reopened):
         """`file:row`, counted as an editor does."""
         return f"{self.path}:{self.number(index)}"
 
-    def row(self, index: int) -> Row:
-        raise NotImplementedError
 
-    def picture(self, index: int, position: int, name: str) -> bytes:
-        """Read a picture from its row if the row holds it (such a picture is numbered), else by its name."""
-        if NUMBERED.fullmatch(name):
-            inline = self.row(index).inline
-            if position in inline:
-                return decode_inline(inline[position], name)
-        return self._images.read(name)
+class ShardedRows(SplitRows):
+    """Rows of a set of files of one split."""
 
-    def read_fields(self, fields: Mapping[str, Any]) -> Row:
-        """The row of these fields, in any supported form. Raises RowError."""
-        row = read_row(fields)
-        for position in row.inline:  # `picture` recognises these names
-            row.images[position] = f"picture {position + 1}"
-        return row
+    files: list[Path]
+    _ends: np.ndarray  # of each file, in rows
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _at(self, index: int) -> tuple[int, int]:
+        """The number of a row's file, and the row's index in the file."""
+        file = int(np.searchsorted(self._ends, index, "right"))
+        return file, index - (int(self._ends[file - 1]) if file else 0)
+
+    def number(self, index: int) -> int:
+        return self._at(index)[1] + 1
+
+    def location(self, index: int) -> str:
+        file, row = self._at(index)
+        return f"{self.files[file]}:{row + 1}"

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 
 from minimind_v.core.errors import DataError
 from minimind_v.core.hub.sources import METADATA
+from minimind_v.core.rows.file_rows import ShardedRows
 from minimind_v.core.rows.jsonl import open_json
 from minimind_v.core.rows.parquet import ParquetRows, source_of
-from minimind_v.core.rows.row import OpenedRows, Row
-from minimind_v.core.rows.shards import ShardedRows
+from minimind_v.core.rows.row import OpenedRows, RowStore
 from minimind_v.core.rows.splits import LEARN, of_one_split
+from minimind_v.core.rows.subset import RowsOfStores
 from minimind_v.core.rows.tables import CsvRows
 
 DEPTH = 3  # levels of sub-folders that are searched for metadata
@@ -54,7 +55,7 @@ def _names_files(file: Path) -> bool:
     return any(name.endswith(("file_name", "file_names")) for name in names)
 
 
-class FolderRows(ShardedRows):
+class FolderRows(RowsOfStores, ShardedRows):
     """The rows of one split, from the metadata files of a folder."""
 
     file_kind = "imagefolder"
@@ -80,21 +81,9 @@ class FolderRows(ShardedRows):
     def pictures(self) -> Path | None:
         return self._pictures
 
-    def number(self, index: int) -> int:
+    def _store(self, index: int) -> tuple[RowStore, int]:
         file, row = self._at(index)
-        return self._stores[file].number(row)
-
-    def location(self, index: int) -> str:
-        file, row = self._at(index)
-        return self._stores[file].location(row)
-
-    def row(self, index: int) -> Row:
-        file, row = self._at(index)
-        return self._stores[file].row(row)
-
-    def picture(self, index: int, position: int, name: str) -> bytes:
-        file, row = self._at(index)
-        return self._stores[file].picture(row, position, name)
+        return self._stores[file], row
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         return self._stores[0].shuffled(rng) if len(self._stores) == 1 else super().shuffled(rng)

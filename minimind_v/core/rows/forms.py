@@ -1,51 +1,26 @@
 """The row formats: each is converted to the one internal format.
 
-The input is a row's fields, from any file. `FORMS` lists the forms of conversation, in order; `cells.py` reads cells of
-pictures; `unread.py` refuses unsupported fields.
+The input is a row's fields, from any file. `FORMS`, at the end, lists the forms of conversation, in order;
+`messages.py` reads messages, `cells.py` cells of pictures; `unread.py` refuses unsupported fields.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import StoredPictures
-from minimind_v.core.rows.field_names import CAPTIONS, PICTURES, QUESTIONS, READ, TALKS
-from minimind_v.core.rows.marks import place_pictures, row_pictures
-from minimind_v.core.rows.messages import (
-    STANDARD,
-    Conversation,
-    conversation_is,
-    conversation_key,
-    read_json,
-    read_lists,
-    read_messages,
-)
-from minimind_v.core.rows.questions import (
-    find_question,
-    has_caption,
-    has_texts,
-    read_caption,
-    read_question,
-    read_texts,
-)
-from minimind_v.core.rows.row import IMAGE_MARK, Row, image_names, parse_json
+from minimind_v.core.rows.cells import records_of
+from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, FILE_NAMES, PICTURES, QUESTIONS, READ, TALKS
+from minimind_v.core.rows.marks import filled_picture_field, place_pictures, row_pictures
+from minimind_v.core.rows.messages import STANDARD, Conversation, has_messages, read_messages
+from minimind_v.core.rows.row import SEVERAL_ANSWERS, SEVERAL_CAPTIONS, Row, parse_json
 from minimind_v.core.rows.unread import refuse_unread
 
 MOST_IMAGES = 10_000  # of a row: 32768 positions hold fewer
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_DATA = ("data:", "/9j/", "iVBOR", "R0lG", "UklGR")
-
-
-@dataclass(frozen=True)
-class Form:
-    """A form of conversation: whether a row's fields have it, and how to read it; `read` removes the fields it uses."""
-
-    name: str
-    matches: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[dict[str, Any]], Conversation]
+DESCRIBE, DESCRIBE_CHINESE = "Describe this image.", "描述这张图片。"
+_HAN, _LATIN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"), re.compile("[A-Za-z\u00c0-\u024f]+")
 
 
 def read_row(fields: Mapping[str, Any]) -> Row:
@@ -53,11 +28,8 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
     A row without a conversation has None for it; its user raises `no_form`.
     """
-    text = fields.get("conversations")
-    if type(text) is str and text.startswith("["):
-        fields = {**fields, "conversations": parse_json(text, "`conversations` is ")}
     try:
-        row = _usual_row(fields) or _read_fields(fields)
+        row = _read_fields(fields)
     except RecursionError:
         raise RowError("nested too deeply", "json") from None
     if len(row.images) > MOST_IMAGES:
@@ -67,13 +39,13 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
 def _read_fields(fields: Mapping[str, Any]) -> Row:
     rest = dict(fields)
-    form = next((form for form in FORMS if form.matches(rest)), None)
-    if form is None:
+    read = next((read for matches, read in FORMS if matches(rest)), None)
+    if read is None:
         conversation = Conversation(None, "")
         for key in TALKS:
             rest.pop(key, None)
     else:
-        conversation = form.read(rest)
+        conversation = read(rest)
         _put_system(rest, conversation)
     key, pictures = row_pictures(rest, conversation)
     shown = place_pictures(conversation, pictures)
@@ -96,55 +68,6 @@ def _put_system(fields: dict[str, Any], conversation: Conversation) -> None:
             del fields["system"]
 
 
-def _usual_row(fields: Mapping[str, Any]) -> Row | None:
-    """Read a row in the forms of published data, quickly; None for any other form, which takes longer to read."""
-    key = "conversations" if "conversations" in fields else "messages"
-    messages = fields.get(key)
-    if type(messages) is not list or not messages or "system" in fields:
-        return None
-    if key == "conversations" and "messages" in fields:
-        return None
-    try:
-        if "from" in messages[0]:
-            messages = [
-                {"role": _LLAVA_ROLES[message["from"]], "content": message["value"]}
-                for message in messages
-                if len(message) == 2 or _LLAVA_ROLES[""]  # no more keys, or a KeyError
-            ]
-        marks = 0
-        for message in messages:
-            text = message["content"]
-            if len(message) != 2 or message["role"] not in STANDARD or type(text) is not str:
-                return None
-            marks += text.count(IMAGE_MARK)
-    except (KeyError, TypeError, AttributeError):
-        return None
-    first = messages[messages[0]["role"] == "system" and len(messages) > 1]
-    if first["role"] == "assistant" or (marks > 1 and len(messages) > 2):
-        return None
-    extra = dict(fields)
-    del extra[key]
-    images: list[str] = []
-    inline: dict[int, Any] = {}
-    form = key
-    for name in PICTURES:
-        if name not in extra:
-            continue
-        if form != key:  # two fields of pictures
-            return None
-        value, form = extra.pop(name), f"{key} + {name}"
-        if type(value) is str and "://" not in value and not value.startswith(_DATA):
-            images = image_names(value)
-        elif isinstance(value, StoredPictures):
-            images = [f"picture {number}" for number in range(1, (marks or value.count()) + 1)]
-            inline = dict(enumerate(range(len(images))))
-        elif value is not None:
-            return None
-    if marks and not images:
-        return None
-    return Row(messages, images, extra, inline, (), form if images else key)
-
-
 def no_form(row: Row) -> RowError:
     """The error for a row without a conversation."""
     for key in (*CAPTIONS, *(answer for answers in QUESTIONS.values() for answer in answers)):
@@ -154,12 +77,114 @@ def no_form(row: Row) -> RowError:
     return RowError(f"no conversation in {names or 'an empty row':.300} — a row needs {READ}", "conversations")
 
 
-FORMS = (
-    Form("messages", conversation_is(list), read_messages),
-    Form("JSON text of messages", conversation_is(str, bytes), read_json),
-    Form("struct of lists", conversation_is(dict), read_lists),
-    Form("no messages", lambda fields: conversation_key(fields) is not None, read_messages),
-    Form("texts", has_texts, read_texts),
-    Form("question + answer", lambda fields: find_question(fields) is not None, read_question),
-    Form("image + caption", has_caption, read_caption),
+# --- questions, answers and captions ----------------------------------------------------------------------------------
+
+
+def read_texts(fields: dict[str, Any]) -> Conversation:
+    """`texts` of user and assistant (the_cauldron, nanoVLM); the pictures go before all of it."""
+    value = fields.pop("texts")
+    messages: list[dict[str, Any]] = []
+    for turn in records_of(value) if isinstance(value, dict) else value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("user"), str):
+            raise RowError("`texts` is not a list of user and assistant", "conversations")
+        if turn.get("system") and not messages:
+            messages.append({"role": "system", "content": turn["system"]})
+        messages.append({"role": "user", "content": turn["user"]})
+        messages.append({"role": "assistant", "content": turn.get("assistant")})
+    return Conversation(messages, "texts", leads=True)
+
+
+def has_texts(fields: Mapping[str, Any]) -> bool:
+    texts = fields.get("texts")
+    if isinstance(texts, dict):
+        return isinstance(texts.get("user"), list)
+    return isinstance(texts, list) and bool(texts) and isinstance(texts[0], dict) and "user" in texts[0]
+
+
+def _find_question(fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The fields of a question and of its answer."""
+    for question, answers in QUESTIONS.items():
+        if isinstance(fields.get(question), str):
+            for answer in answers:
+                if fields.get(answer) not in (None, "", []):
+                    return question, answer
+    return None
+
+
+def has_question(fields: Mapping[str, Any]) -> bool:
+    return _find_question(fields) is not None
+
+
+def read_question(fields: dict[str, Any]) -> Conversation:
+    """A question and its first answer, each in a field; the pictures go before them.
+
+    `history` (ms-swift) may hold earlier turns.
+    """
+    keys = _find_question(fields)
+    assert keys is not None
+    question, answer = (fields.pop(key) for key in keys)
+    text, several = _first_text(answer, keys[1])
+    turns = [*_turns_before(fields), (question, text)]
+    messages = [
+        {"role": role, "content": content} for turn in turns for role, content in zip(STANDARD[1:], turn, strict=True)
+    ]
+    return Conversation(messages, " + ".join(keys), leads=True, notes=[SEVERAL_ANSWERS] if several else [])
+
+
+def _turns_before(fields: dict[str, Any]) -> list[Any]:
+    """The questions and answers of `history`; a plain text there is a note, not a turn. Raises RowError."""
+    turns = fields.get("history")
+    if isinstance(turns, str) and turns.startswith("["):
+        turns = parse_json(turns, "`history` is ")
+    if not isinstance(turns, list):
+        return []
+    del fields["history"]
+    for turn in turns:
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise RowError("`history` must be a list of pairs of a question and its answer", "conversations")
+    return turns
+
+
+def _caption_key(fields: Mapping[str, Any]) -> str | None:
+    return next((key for key in CAPTIONS if fields.get(key) and isinstance(fields[key], str | list)), None)
+
+
+def has_caption(fields: Mapping[str, Any]) -> bool:
+    return _caption_key(fields) is not None and (
+        filled_picture_field(fields, (*PICTURES, *ALTERNATIVES)) is not None
+        or any(name.endswith(FILE_NAMES) for name in fields)
+    )
+
+
+def read_caption(fields: dict[str, Any]) -> Conversation:
+    """A picture and its first caption: the answer to a request to describe the picture."""
+    key = _caption_key(fields)
+    assert key is not None
+    text, several = _first_text(fields.pop(key), key)
+    chinese = len(_HAN.findall(text)) > len(_LATIN.findall(text))
+    question = DESCRIBE_CHINESE if chinese else DESCRIBE
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    return Conversation(messages, key, leads=True, needs=True, notes=[SEVERAL_CAPTIONS] if several else [])
+
+
+def _first_text(value: Any, key: str) -> tuple[str, bool]:
+    """The first text of a value, and whether there are more. Raises RowError."""
+    texts = value if isinstance(value, list) else [value]
+    first = texts[0] if texts else None
+    if isinstance(first, dict):  # as VQA has its answers
+        first = next((first[name] for name in (key.removesuffix("s"), "answer", "raw", "text") if name in first), None)
+    if isinstance(first, int | float):
+        raise RowError(f"`{key}` is the number {first:.12g} — write it as text", "conversations")
+    if not isinstance(first, str):
+        raise RowError(f"`{key}` must be a text or a list of texts", "conversations")
+    return first, len(texts) > 1
+
+
+# The forms of conversation, in order: whether a row's fields have the form, and how to read it. Reading removes the
+# fields that it uses.
+FORMS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[dict[str, Any]], Conversation]], ...] = (
+    (has_messages, read_messages),
+    (has_texts, read_texts),
+    (has_question, read_question),
+    (has_caption, read_caption),
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ class Index:
             self.array = self._read()
         if self.array is None:
             raise DataError(f"{self.kept}: changed while it was in use — run the command again")
+
+
+def columns(pairs: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Pairs of whole numbers as the two rows of an index, uint64 [2, pairs]."""
+    return np.fromiter(chain.from_iterable(pairs), np.uint64).reshape(-1, 2).T
 
 
 def _checksums(numbers: np.ndarray) -> np.ndarray:

@@ -25,6 +25,8 @@ LINES, ARRAY, OBJECTS = "lines", "array", "objects"
 OTHER = "other"  # one object that is neither a row nor has a list of rows
 DECODER = json.JSONDecoder()
 GAP, SPACE = re.compile(r"[\s,]*"), re.compile(r"\s*")
+_WIDE = "\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"  # spaces in UTF-8
+GAP_BYTES = re.compile(f"(?a:[\\s,]|{_WIDE})*")  # a gap, a character per byte
 QUOTE_OR_BRACKET, QUOTE_OR_ESCAPE = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')
 
 
@@ -67,15 +69,13 @@ def _layout(head: bytes, whole: bool) -> Layout | None:
     layout = Layout(OBJECTS, begin) if "\n" in text[:end] else Layout(LINES)
     if _is_row(value) or not whole or text[end:].strip():
         return layout
-    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
-    rows = [key for key in lists if _is_row(value[key][0])]
-    if len(rows) == 1:
+    if sum(isinstance(inner, list) and bool(inner) and _is_row(inner[0]) for inner in value.values()) == 1:
         return _array_below(text, begin)
     return Layout(OTHER, key=", ".join(value))
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, dict) and any(form.matches(value) for form in FORMS)
+    return isinstance(value, dict) and any(matches(value) for matches, _ in FORMS)
 
 
 def _array_below(text: str, begin: int) -> Layout | None:
@@ -97,41 +97,67 @@ def _array_below(text: str, begin: int) -> Layout | None:
             return None
 
 
+class JsonText:
+    """The text of a JSON file, read in pieces, a character per byte."""
+
+    def __init__(self, file: BinaryIO, begin: int = 0) -> None:
+        file.seek(begin)
+        self.file = file
+        self.text, self.at = "", 0  # the text in memory, and the position in it
+        self._begin = begin  # offset of that text in the file
+
+    @property
+    def offset(self) -> int:
+        """The position in the file."""
+        return self._begin + self.at
+
+    def more(self, size: int) -> bool:
+        """Drop the text before the position and read more; return whether there was more."""
+        data = self.file.read(size)
+        self.text, self._begin, self.at = self.text[self.at :] + data.decode("latin-1"), self.offset, 0
+        return bool(data)
+
+    def next(self) -> str:
+        """The next character that is not a gap, without taking it; empty at the end."""
+        while True:
+            self.at = GAP_BYTES.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at + 3 <= len(self.text) or not self.more(CHUNK):  # a space may have 3 bytes
+                return self.text[self.at : self.at + 1]
+
+
 def find_elements(path: Path, layout: Layout) -> Iterator[tuple[int, int]]:
-    """Offset and length of each row of an array, or of objects one after the other, from chunks of the file.
+    """Offset and length of each row of an array, or of objects one after the other.
 
     The decoder finds the end of an element; a broken element ends at its closing bracket. Raises ValueError.
     """
     with path.open("rb") as file:
-        file.seek(layout.begin)
-        rest, begin, more = b"", layout.begin, True
+        source = JsonText(file, layout.begin)
         while True:
-            fresh = file.read(min(max(CHUNK, len(rest)), ROW_LIMIT + CHUNK - len(rest)))
-            more, rest = bool(fresh), rest + fresh
-            if len(rest) > 2 * CHUNK:
-                refuse_many_values(rest)
-            text = rest.decode("utf-8", "surrogateescape")
-            at = done = 0  # characters read, bytes done
-            while True:
-                skipped = GAP.match(text, at).end()  # type: ignore[union-attr]
-                done += _size(text[at:skipped])
-                at = skipped
-                if layout.kind == ARRAY and text.startswith("]", at):
-                    _check_end(rest[done + 1 :], file, layout, begin + done + 1)
-                    return
-                if layout.kind == OBJECTS and at == len(text) and not more:
-                    return
-                end, trouble = _element_end(text, at)
-                if end is None:
-                    break
-                length = _size(text[at:end])
-                yield begin + done, length
-                at, done = end, done + length
-            rest, begin = rest[done:], begin + done
-            if not more or len(rest) > ROW_LIMIT:
-                if more:
-                    trouble = f"more than {ROW_LIMIT:,} bytes"
-                raise ValueError(f"{trouble}, in the element that begins at byte {begin}")
+            mark = source.next()
+            if layout.kind == ARRAY and mark == "]":
+                source.at += 1
+                _check_end(source, layout)
+                return
+            if layout.kind == OBJECTS and not mark:
+                return
+            yield source.offset, _skip_element(source)
+
+
+def _skip_element(source: JsonText) -> int:
+    """Move behind an element, and return its length. Raises ValueError."""
+    while True:
+        end, trouble = _element_end(source.text, source.at)
+        if end is not None:
+            length, source.at = end - source.at, end
+            return length
+        rest = len(source.text) - source.at
+        if rest > ROW_LIMIT:
+            trouble = f"more than {ROW_LIMIT:,} bytes"
+        elif source.more(min(max(CHUNK, rest), ROW_LIMIT + CHUNK - rest)):
+            if len(source.text) > 2 * CHUNK:
+                refuse_many_values(source.text.encode("latin-1"))
+            continue
+        raise ValueError(f"{trouble}, in the element that begins at byte {source.offset}")
 
 
 def _element_end(text: str, at: int) -> tuple[int | None, str]:
@@ -169,9 +195,10 @@ def _balanced_end(text: str, at: int) -> int | None:
     return None
 
 
-def _check_end(behind: bytes, file: BinaryIO, layout: Layout, offset: int) -> None:
+def _check_end(source: JsonText, layout: Layout) -> None:
     """Raises ValueError for data behind an array that is not the rest of its object."""
-    behind += file.read(ROW_LIMIT if layout.key else CHUNK)
+    offset = source.offset
+    behind = source.text[source.at :].encode("latin-1") + source.file.read(ROW_LIMIT if layout.key else CHUNK)
     if not layout.key:
         if behind.strip():
             raise ValueError(f"extra data after its end, at byte {offset}")
@@ -187,7 +214,3 @@ def refuse_many_values(data: bytes) -> None:
     """Raises RowError where a row would be millions of Python objects."""
     if data.count(b"{") + data.count(b"[") > VALUES_LIMIT:
         raise RowError(f"more than {VALUES_LIMIT:,} lists and records in one row", "json")
-
-
-def _size(text: str) -> int:
-    return len(text.encode("utf-8", "surrogateescape"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from array import array
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.field_names import READ
 from minimind_v.core.rows.file_rows import FileRows
-from minimind_v.core.rows.index import Index
+from minimind_v.core.rows.forms import read_row
+from minimind_v.core.rows.index import Index, columns
 from minimind_v.core.rows.json_layout import (
     CHUNK,
     HEAD,
@@ -78,7 +78,7 @@ class TextRows(FileRows):
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(fields, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
-        return self.read_fields(fields)
+        return read_row(fields)
 
 
 def _array(data: bytes) -> str:
@@ -159,10 +159,7 @@ class LlavaRows(TextRows):
 
     def _find_rows(self) -> np.ndarray:
         """Offset and length in bytes of every row."""
-        spans = array("Q")
         try:
-            for span in find_elements(self.path, self._layout):
-                spans.extend(span)
+            return columns(find_elements(self.path, self._layout))
         except (ValueError, RecursionError, RowError) as error:
             raise DataError(f"{self.path}: not a JSON array of rows ({error})") from None
-        return np.array(spans, np.uint64).reshape(-1, 2).T

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import Picture, StoredPictures, picture_of_element, pictures_of
+from minimind_v.core.rows.cells import Picture, StoredPictures, pictures_of
 from minimind_v.core.rows.field_names import ALTERNATIVES, FILE_NAMES, PICTURES, plain_names
 from minimind_v.core.rows.messages import NEXT, Conversation
 from minimind_v.core.rows.row import IMAGE_MARK, MARK_PER_TURN, count_marks
@@ -24,14 +24,11 @@ def filled_picture_field(fields: Mapping[str, Any], keys: tuple[str, ...]) -> st
     return None
 
 
-def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[str, list[Picture] | StoredPictures]:
+def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[str, Sequence[Picture]]:
     """The field of the row's pictures, and the pictures. Raises RowError where two fields differ."""
-    key, pictures = "", []  # type: str, list[Picture] | StoredPictures
+    key, pictures = "", []  # type: str, Sequence[Picture]
     for name in PICTURES:
-        if name not in fields:
-            continue
-        value = fields.pop(name)
-        others = value if isinstance(value, StoredPictures) else pictures_of(value, name)
+        others = pictures_of(fields.pop(name, None), name)
         if others and not pictures:
             key, pictures = name, others
         elif others:
@@ -39,21 +36,19 @@ def row_pictures(fields: dict[str, Any], conversation: Conversation) -> tuple[st
     if not pictures and (conversation.leads or (not conversation.image_refs and count_marks(conversation.messages))):
         alternative = filled_picture_field(fields, ALTERNATIVES)
         if alternative is not None:
-            value = fields.pop(alternative)
-            return alternative, value if isinstance(value, StoredPictures) else pictures_of(value, alternative)
+            return alternative, pictures_of(fields.pop(alternative), alternative)
         named = [name for name in fields if name.endswith(FILE_NAMES)]
         pictures = [picture for name in named for picture in pictures_of(fields.pop(name), name)]
         key = " + ".join(named)
     return key, pictures
 
 
-def _same_pictures(
-    first: list[Picture] | StoredPictures, second: list[Picture] | StoredPictures, *keys: str
-) -> list[Picture] | StoredPictures:
+def _same_pictures(first: Sequence[Picture], second: Sequence[Picture], *keys: str) -> Sequence[Picture]:
     """The pictures of two fields, of which one has the data and the other the names. Raises RowError."""
-    if isinstance(first, StoredPictures) and not isinstance(second, StoredPictures):
+    stored = isinstance(first, StoredPictures), isinstance(second, StoredPictures)
+    if stored == (True, False):
         return [Picture(picture.name, number) for number, picture in enumerate(second)]
-    if not isinstance(first, StoredPictures) and not isinstance(second, StoredPictures):
+    if not any(stored):
         if first == second:
             return first
         if len(first) == len(second):
@@ -63,16 +58,16 @@ def _same_pictures(
     raise RowError(f"`{keys[0]}` and `{keys[1]}` have different pictures — leave one of them", "image")
 
 
-def place_pictures(conversation: Conversation, pictures: list[Picture] | StoredPictures) -> list[Picture]:
+def place_pictures(conversation: Conversation, pictures: Sequence[Picture]) -> Sequence[Picture]:
     """The pictures of a row in the order of its marks; adds the marks that the form of the row implies."""
     messages = conversation.messages
     if conversation.image_refs and any(ref is not NEXT for ref in conversation.image_refs):
-        return _pictures_by_refs(conversation.image_refs, _counted(pictures))
+        return _pictures_by_refs(conversation.image_refs, list(pictures))
     if isinstance(pictures, StoredPictures):
         # Trust the number of marks in the text: reading a picture checks it, and a text row never reads one.
         marks = count_marks(messages)
         trusted = marks == 1 or (marks > 1 and not _mark_in_each_question(messages))
-        pictures = _counted(pictures, marks if trusted else None)
+        pictures = [Picture(None, number) for number in range(marks if trusted else len(pictures))]
     if conversation.needs and not pictures:
         raise RowError(f"the row has a `{conversation.form}` and no picture", "picture missing")
     if not pictures or not isinstance(messages, list):
@@ -87,12 +82,6 @@ def place_pictures(conversation: Conversation, pictures: list[Picture] | StoredP
             messages[number] = {**messages[number], "content": _without_mark(messages[number]["content"])}
         conversation.notes.append(MARK_PER_TURN)
     return pictures
-
-
-def _counted(pictures: list[Picture] | StoredPictures, count: int | None = None) -> list[Picture]:
-    if not isinstance(pictures, StoredPictures):
-        return pictures
-    return [Picture(None, number) for number in range(pictures.count() if count is None else count)]
 
 
 def _mark_in_each_question(messages: Any) -> bool:
@@ -117,7 +106,7 @@ def _pictures_by_refs(refs: list[Any], pictures: list[Picture]) -> list[Picture]
     own = {}
     for position, ref in enumerate(refs):
         if ref is not NEXT and not isinstance(ref, int):
-            shown = pictures_of(ref, "content") if not isinstance(ref, str) else picture_of_element(ref, "content")
+            shown = pictures_of(ref, "content", one_name=True)
             if len(shown) != 1:
                 raise RowError("an image part of a message has no image, or several", "placeholders")
             own[position] = shown[0]

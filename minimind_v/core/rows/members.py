@@ -152,16 +152,11 @@ def unpack(file: BinaryIO, member: Member, prefix: int) -> bytes:
     return data
 
 
-def fold(name: str) -> str:
-    """A file name without differences of spelling: composition, percent-encoding and case."""
-    if name.isascii() and "%" not in name:
-        return name.lower()
-    return unicodedata.normalize("NFC", unquote(name)).casefold()
-
-
 def hash_name(name: str) -> int:
-    """A hash of a file name in any spelling, of 64 bits."""
-    return hash_bytes(fold(name).encode("utf-8", "surrogatepass"))
+    """A hash of a file name, of 64 bits; the same for differences of composition, percent-encoding and case."""
+    if name.isascii() and "%" not in name:
+        return hash_bytes(name.lower().encode())
+    return hash_bytes(unicodedata.normalize("NFC", unquote(name)).casefold().encode("utf-8", "surrogatepass"))
 
 
 def hashes(member: Member) -> set[int]:

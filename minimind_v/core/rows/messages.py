@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,7 @@ class Conversation:
 
     messages: Any
     form: str
-    image_refs: list[Any] | None = (
-        None  # for each mark: NEXT, an index, a name or data; None where all contents are text
-    )
+    image_refs: list[Any] | None = None  # of each mark: NEXT, an index, a name or data; None if all contents are text
     leads: bool = False  # without marks the pictures go before the first question
     needs: bool = False  # useless without a picture
     notes: list[str] = field(default_factory=list)
@@ -45,40 +43,25 @@ def conversation_key(fields: Mapping[str, Any]) -> str | None:
     return next((key for key in filled_keys if fields[key]), filled_keys[0] if filled_keys else None)
 
 
-def conversation_is(*kinds: type) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda fields: (key := conversation_key(fields)) is not None and isinstance(fields[key], kinds)
+def has_messages(fields: Mapping[str, Any]) -> bool:
+    return conversation_key(fields) is not None
 
 
 def read_messages(fields: dict[str, Any]) -> Conversation:
-    """`conversations` or `messages`: a list of messages; any other value as it is."""
+    """`conversations` or `messages`: a list, its JSON text, or a record of lists; any other value as it is."""
     key = conversation_key(fields)
     assert key is not None
+    value = fields[key]
+    if isinstance(value, str | bytes) and value[:64].lstrip()[:1] in ("[", "{", b"[", b"{"):
+        value = parse_json(value, f"`{key}` is ")
+    fields[key] = records_of(value) if isinstance(value, dict) else value
+    if conversation_key(fields) != key:  # the list is empty, and the other field is not
+        return read_messages(fields)
     conversation = _messages(fields.pop(key), key)
     for other in TALKS:
         if fields.get(other, 0) is None:
             del fields[other]
     return conversation
-
-
-def read_json(fields: dict[str, Any]) -> Conversation:
-    """Messages as JSON text."""
-    key = conversation_key(fields)
-    assert key is not None
-    text = fields[key]
-    if text[:64].lstrip()[:1] not in ("[", "{", b"[", b"{"):  # not a conversation
-        return Conversation(fields.pop(key), key)
-    fields[key] = parse_json(text, f"`{key}` is ")
-    if isinstance(fields[key], dict):
-        fields[key] = records_of(fields[key])
-    return read_messages(fields) if fields[key] is not None else Conversation(fields.pop(key), key)
-
-
-def read_lists(fields: dict[str, Any]) -> Conversation:
-    """Messages as a record of lists: `{"role": [...], "content": [...]}`."""
-    key = conversation_key(fields)
-    assert key is not None
-    fields[key] = records_of(fields[key])
-    return read_messages(fields)
 
 
 def _messages(value: Any, form: str) -> Conversation:

@@ -6,11 +6,15 @@ belong to the path of the pictures themselves.
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, unquote
+
+from minimind_v.core.errors import RowError
 
 FILE_ADDRESS = re.compile(r"file:/*(?:localhost(?=/))?", re.IGNORECASE)
 DRIVE = re.compile(r"[A-Za-z]:")
@@ -80,3 +84,24 @@ def below(path: PicturePath, roots: Sequence[tuple[str, ...]]) -> list[tuple[str
         if own or likely:
             paths[left] = None
     return list(paths)
+
+
+def folders_of(path: Path) -> list[tuple[str, ...]]:
+    """The names of a folder and the folders above it, as given and with links resolved."""
+    texts = [os.fsencode(form).decode("utf-8", "surrogateescape") for form in (path.absolute(), path.resolve())]
+    return [PicturePath.of(text).composed().names for text in texts]
+
+
+def refuse_climbing(name: str) -> None:
+    """Raises RowError where a name leads out of its folder."""
+    if ".." in name and ".." in PicturePath.of(name).names:
+        raise RowError(f"{name}: `..` in a picture name — write the path below --images", "picture missing")
+
+
+def describe_namesake(names: tuple[str, ...]) -> str:
+    folders, last = "/".join(names[:-1]), names[-1]
+    return f" (a {last} exists, but not in {folders}) — give the folder that contains {names[0]}/ with --images"
+
+
+def describe_case(last: str) -> str:
+    return f" ({last} exists) — write the name exactly like the file name"

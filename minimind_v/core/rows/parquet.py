@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.cells import Picture, StoredPictures, decode_inline, pictures_of
 from minimind_v.core.rows.field_names import PICTURES, READ, TALKS, is_readable, picture_field
+from minimind_v.core.rows.file_rows import ShardedRows
 from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
-from minimind_v.core.rows.picture_sources import open_pictures
+from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import Row
-from minimind_v.core.rows.shards import ShardedRows
 from minimind_v.core.rows.splits import LEARN, Choice, shards_of
 from minimind_v.core.rows.strangers import no_rows, stand_in
 from minimind_v.core.rows.unread import refuse_unread
@@ -54,11 +54,7 @@ class ParquetRows(ShardedRows):
         footers = [_read_footer(file) for file in files]
         self.files = files
         schema = _common_schema(files, footers)
-        if not is_readable(schema.names):
-            raise DataError(
-                f"{files[0]}: no column `conversations`, only {', '.join(schema.names)} — a row needs {READ}"
-            )
-        binary = [name for name in schema.names if _holds_bytes(schema.field(name).type) and name not in TALKS]
+        binary = columns_of_bytes(files[0], schema)
         self._bytes = picture_field(binary) or ""
         text = [name for name in schema.names if name not in binary]
         self._single, self._nulls, path_leaf = True, False, ""  # of the column of pictures: one each, some are null
@@ -105,7 +101,7 @@ class ParquetRows(ShardedRows):
         paths = [] if self._single or self._paths is None else self._paths.row(index)[self._bytes]
         return 1 if self._single else len(paths or [])
 
-    def _cells(self, index: int) -> list[Picture]:
+    def _cells(self, index: int) -> Sequence[Picture]:
         """The pictures of a row."""
         assert self._data is not None
         return pictures_of(self._data.row(index)[self._bytes], self._bytes)
@@ -137,11 +133,7 @@ class _Pieces:
         self.files, self.columns, self.kept = files, columns, kept
         names = footers[0].schema.to_arrow_schema().names
         self.names = [column if column in names else column.partition(".")[0] for column in columns]
-        groups, starts, sizes = (
-            [],
-            [],
-            [],
-        )  # of each piece: (file, group, number, rows), first row, unpacked bytes
+        pieces = []  # of each: file, group, number in the group, rows, first row, unpacked bytes
         row = 0
         for file, footer in enumerate(footers):
             leaves = _leaves_below(footer, columns)
@@ -151,13 +143,11 @@ class _Pieces:
                 count = max(1, min(-(-size // (kept // 8)), group.num_rows))
                 rows = -(-group.num_rows // count) or 1
                 for number_in_group, first in enumerate(range(0, group.num_rows, rows)):
-                    groups.append((file, number, number_in_group, rows))
-                    starts.append(row + first)
-                    sizes.append(size // count)
+                    pieces.append((file, number, number_in_group, rows, row + first, size // count))
                 row += group.num_rows
         self.rows = row
-        self.groups = np.array(groups, np.int64).reshape(-1, 4)
-        self.starts, self.sizes = np.array(starts, np.int64), np.array(sizes, np.int64)
+        table = np.array(pieces, np.int64).reshape(-1, 6)
+        self.groups, self.starts, self.sizes = table[:, :4], table[:, 4].copy(), table[:, 5].copy()
         self._forget()
 
     def _forget(self) -> None:
@@ -339,6 +329,13 @@ def _common_schema(files: list[Path], footers: list[pq.FileMetaData]) -> pa.Sche
         for n in first.names
     ]
     return pa.schema(typed)
+
+
+def columns_of_bytes(where: Path, schema: pa.Schema) -> list[str]:
+    """The columns that hold bytes. Raises DataError where no form of rows has such columns."""
+    if not is_readable(schema.names):
+        raise DataError(f"{where}: no column `conversations`, only {', '.join(schema.names)} — a row needs {READ}")
+    return [name for name in schema.names if _holds_bytes(schema.field(name).type) and name not in TALKS]
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -19,6 +19,7 @@ from minimind_v.core.rows.splits import Choice
 PICTURE_LIMIT = 256 * 2**20  # bytes of one picture file, unpacked
 NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
 PICTURE_NAME = re.compile(r"\.(a?png|avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|mpo|p[bgpn]m|tga|tiff?|webp)\s*$", re.I)
+PICTURE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 IMAGE_MARK = "<image>"  # in a message: the position of a picture
 NUMBERED = re.compile(r"picture \d+")  # the name of a picture without one
 

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, how_to_get
+from minimind_v.core.rows.row import PICTURE_BEGINNINGS
 
 WORKBOOK = "this is an Excel workbook — save it as CSV UTF-8"
 STRANGERS = {  # first bytes of files that are neither rows nor a zip
@@ -21,17 +22,8 @@ STRANGERS = {  # first bytes of files that are neither rows nor a zip
 }
 TAR = slice(257, 262)  # the bytes of a tar archive's signature
 WEIGHTS = "these are model weights, not a data file"
-PICTURE = "this is a picture file, not a data file"
-NO_ROWS = {  # first bytes of files that other options take
-    b"GGUF": WEIGHTS,
-    b"\x89PNG": PICTURE,
-    b"\xff\xd8\xff": PICTURE,
-    b"GIF8": PICTURE,
-    b"RIFF": PICTURE,
-    b"BM": PICTURE,
-    b"II*\0": PICTURE,
-    b"MM\0*": PICTURE,
-}
+# First bytes of files that other options take.
+NO_ROWS = {b"GGUF": WEIGHTS} | dict.fromkeys(PICTURE_BEGINNINGS, "this is a picture file, not a data file")
 
 
 def stand_in(path: Path) -> str | None:

@@ -1,48 +1,48 @@
-"""A row store that contains some rows of another store."""
+"""Rows that other stores read: some rows of a store."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 
 from minimind_v.core.rows.row import Row, RowStore
 
 
-class SampledRows:
+class RowsOfStores:
+    """Rows of other stores; a subclass says which store has a row."""
+
+    def _store(self, index: int) -> tuple[RowStore, int]:
+        """The store of a row, and the row's index there."""
+        raise NotImplementedError
+
+    def number(self, index: int) -> int:
+        store, row = self._store(index)
+        return store.number(row)
+
+    def location(self, index: int) -> str:
+        store, row = self._store(index)
+        return store.location(row)
+
+    def row(self, index: int) -> Row:
+        store, row = self._store(index)
+        return store.row(row)
+
+    def picture(self, index: int, position: int, name: str) -> bytes:
+        store, row = self._store(index)
+        return store.picture(row, position, name)
+
+
+class SampledRows(RowsOfStores):
     """Rows of a store by their indices [rows]; `shuffled` keeps their order, which is already random."""
 
     def __init__(self, rows: RowStore, indices: np.ndarray) -> None:
-        self.path = rows.path
-        self._rows = rows
-        self._indices = indices
-
-    @property
-    def file_kind(self) -> str:
-        return self._rows.file_kind
-
-    @property
-    def split(self) -> str:
-        return self._rows.split
-
-    @property
-    def pictures(self) -> Path | None:
-        return self._rows.pictures
+        self.path, self.file_kind, self.split, self.pictures = rows.path, rows.file_kind, rows.split, rows.pictures
+        self._rows, self._indices = rows, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def number(self, index: int) -> int:
-        return self._rows.number(int(self._indices[index]))
-
-    def location(self, index: int) -> str:
-        return self._rows.location(int(self._indices[index]))
-
-    def row(self, index: int) -> Row:
-        return self._rows.row(int(self._indices[index]))
-
-    def picture(self, index: int, position: int, name: str) -> bytes:
-        return self._rows.picture(int(self._indices[index]), position, name)
+    def _store(self, index: int) -> tuple[RowStore, int]:
+        return self._rows, int(self._indices[index])
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         return np.arange(len(self))

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,6 +16,8 @@ import numpy as np
 
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, PICTURES, QUESTIONS, READ, TALKS, is_readable
+from minimind_v.core.rows.forms import read_row
+from minimind_v.core.rows.index import columns
 from minimind_v.core.rows.jsonl import TextRows
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.unread import FILE
@@ -50,7 +51,7 @@ class CsvRows(TextRows):
         return int(self._index.array[1, index])
 
     def row(self, index: int) -> Row:
-        return self.read_fields(self._fields(self._record(index)))
+        return read_row(self._fields(self._record(index)))
 
     @cached_property
     def _first_line(self) -> bytes:
@@ -92,12 +93,8 @@ class CsvRows(TextRows):
     def _find_rows(self) -> np.ndarray:
         """Offset and line number (from 1) of every record but the first, which names the columns."""
         assert self._columns
-        offsets, lines = array("Q"), array("Q")
         with self.path.open("rb") as file:
-            for offset, line in _records(file, self._separator):
-                offsets.append(offset)
-                lines.append(line)
-        return np.array([offsets, lines], np.uint64)[:, 1:]
+            return columns(_records(file, self._separator))[:, 1:]
 
     def _record(self, index: int) -> bytes:
         offsets = self._index.array[0]

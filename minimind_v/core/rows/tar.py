@@ -14,13 +14,12 @@ import numpy as np
 
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
-from minimind_v.core.rows.cells import decode_inline
 from minimind_v.core.rows.field_names import TALKS
+from minimind_v.core.rows.file_rows import ShardedRows
 from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import Index
-from minimind_v.core.rows.picture_sources import open_pictures
+from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import NO_NAME, Reopened, Row, check_size, image_names, parse_json
-from minimind_v.core.rows.shards import ShardedRows
 from minimind_v.core.rows.splits import LEARN, Choice, shards_of
 from minimind_v.core.rows.strangers import stand_in
 from minimind_v.core.rows.tar_members import BLOCK, DamagedTar, Member, read_exactly, read_members
@@ -85,8 +84,7 @@ class TarRows(ShardedRows):
     def picture(self, index: int, position: int, name: str) -> bytes:
         member = dict(self._sample(index)[1]).get(name)
         if member is None:
-            inline = self.row(index).inline
-            return decode_inline(inline[position], name) if position in inline else self._images.read(name)
+            return super().picture(index, position, name)
         check_size(name, member.size)
         return self._read(index, member)
 

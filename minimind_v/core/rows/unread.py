@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.row import IMAGE_MARK, Row
+from minimind_v.core.rows.row import IMAGE_MARK, PICTURE_BEGINNINGS, Row
 
 KIND = "pictures not read"
 DEPTH, WIDTH = 4, 64  # how deep and how far a value is searched
@@ -28,7 +28,6 @@ ENDING = r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|jfif|ppm|svg|mp4|avi
 FILE = re.compile(rf"[^\n]*\S{ENDING}(?:[?#]\S*)?", re.IGNORECASE)
 # A picture as text: a data URI, or the beginning of a JPEG, PNG, GIF or WebP in base64.
 IN_TEXT = re.compile(r"data:(?:image|video)/|/9j/4|iVBORw0KGgo|R0lGODlh|UklGR")
-BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 NOTHING = {"", "none", "null", "nan", "n/a", "na", "-", "[]", "{}", "false", "no"}
 
 _NAME = r"(?:image|img|picture|photo|video)"
@@ -129,7 +128,7 @@ def _names_picture(key: str, value: Any) -> bool:
     terms = [word for level in levels for word in level]
     shown, only = bool(terms), all(_is_shown(word) or BESIDE.fullmatch(word) for word in terms)
     if isinstance(value, bytes | bytearray | memoryview):
-        return len(value) > 0 and (shown or bytes(value[:4]).startswith(BEGINNINGS))
+        return len(value) > 0 and (shown or bytes(value[:4]).startswith(PICTURE_BEGINNINGS))
     if isinstance(value, str):
         text = value[:NAME_LIMIT].strip()
         if text.lower() in NOTHING:

@@ -97,6 +97,12 @@ class Parquet:
         write_atomically(self.files[0], write)
 
 
+def json_line(row: Row, names: list[str]) -> str:
+    """A row as a line of JSONL, with these names of its pictures."""
+    image = {"image": names_as_text(names)} if names else {}
+    return as_json({"conversations": row.conversations} | image | row.extra) + "\n"
+
+
 class JsonlZip:
     """A JSONL, and a zip of its pictures beside it under the name by which it is found."""
 
@@ -125,11 +131,10 @@ class JsonlZip:
                         self._store(archive, name, data, f"{number:08d}" + f"_{position}" * (position > 1))
                         for position, (name, data) in enumerate(zip(whole.row.images, whole.pictures, strict=True), 1)
                     ]
-                    image = {"image": names_as_text(names)} if names else {}
-                    lines.append(as_json({"conversations": whole.row.conversations} | image | whole.row.extra))
+                    lines.append(json_line(whole.row, names))
 
         write_atomically(archive_path, write)  # before its rows, which mark the chunk as whole
-        write_text(archive_path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
+        write_text(archive_path.with_suffix(".jsonl"), "".join(lines))
 
     def _store(self, archive: zipfile.ZipFile, name: str, data: bytes, number: str) -> str:
         """Store a picture unless the archive has it, and return its name for the row: if possible its own.

@@ -74,7 +74,7 @@ class Records:
     def restore(self, done: int) -> None:
         """Write removed files again, so that the report at the end is true."""
         with errors_as_warnings(self.recorder, done):
-            if self._metrics.restore():
+            if self._metrics.write():
                 self.recorder.warning(f"{self.folder.metrics} was removed during the run and is written again")
             if not (self.folder.folder / "config.yaml").exists():
                 self._describe()
