@@ -1,4 +1,4 @@
-"""The standard folders, relative to the working folder, and the standard model size."""
+"""The standard folders, relative to the working folder, and the names of model sizes that decide them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 # The inputs of the stages. Every command has an option for another folder.
 TOKENIZER_DIR = Path("model")
 VISION_DIR = Path("model/vision_model/clip-vit-base-patch16")
+TOKENIZER_3V_DIR = Path("model/minimind-3v")  # of minimind-3v, beside those of 2025
+VISION_3V_DIR = Path("model/vision_model/siglip2-base-p32-256-ve")
 DATASET_DIR = Path("dataset")
 SAMPLE_DIR = DATASET_DIR / "sample"  # of `mmv download --sample`: the names of the whole files, the first rows only
 OUT_DIR = Path("out")
 DEMO_DIR = Path("demo")  # of `mmv demo`: it has all the others inside
 
 STANDARD_PRESET = "small"
+PRESETS_3V = ("3v", "3v-moe")  # the presets of minimind-3v

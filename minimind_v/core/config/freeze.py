@@ -23,6 +23,9 @@ class FreezePolicy:
 FREEZE_POLICIES = {
     "projector": FreezePolicy(lambda name, layers: False),
     "projector+last": FreezePolicy(lambda name, layers: name.startswith(f"model.layers.{layers - 1}.")),
+    "projector+ends": FreezePolicy(
+        lambda name, layers: name.startswith(("model.layers.0.", f"model.layers.{layers - 1}."))
+    ),
     "attention": FreezePolicy(lambda name, layers: ".self_attn." in name),
     "all": FreezePolicy(lambda name, layers: True),
 }  # the projector trains in all of them

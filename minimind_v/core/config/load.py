@@ -20,7 +20,7 @@ from minimind_v.core.config.schema import DataConfig, RunConfig, usual_workers
 from minimind_v.core.config.settings import parse_value, read_settings
 from minimind_v.core.errors import UsageError, nearest, unusable
 from minimind_v.core.hub.sources import METADATA, ROWS, dataset_files
-from minimind_v.core.paths import DATASET_DIR, SAMPLE_DIR
+from minimind_v.core.paths import DATASET_DIR, SAMPLE_DIR, STANDARD_PRESET
 
 # Options of the command line that are not named as their configuration key.
 FLAG_KEYS = {
@@ -76,7 +76,7 @@ def resolve(
         if "data.images" not in changes:
             changes["data.images"] = images_beside(changes["data.file"])
             sources["data.images"] = "found beside data.file"
-    preset = changes.pop("preset", "small")
+    preset = changes.pop("preset", STANDARD_PRESET)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"preset {preset!r} must be one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
     if (yaml_stage := changes.pop("stage", stage)) != stage:

@@ -8,50 +8,48 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
-from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.hub.sources import dataset_files
+from minimind_v.core.paths import DATASET_DIR, OUT_DIR
 
 NO_INIT = Path("none")  # `--init none`: start from random weights
 
 
 def pretrain(model: TextConfig = PRESETS["small"]) -> RunConfig:
-    """Image-caption pairs; the projector and the last layer of the language model are trainable."""
-    return RunConfig(
-        stage="pretrain",
-        model=model,
-        data=DataConfig(
-            file=DATASET_DIR / "pretrain_data.jsonl",
-            images=DATASET_DIR / "pretrain_images.zip",
-            tokenizer=TOKENIZER_DIR,
-            max_length=640,
-            batch_size=16,
-        ),
-        vision_model=VISION_DIR,
-        init=OUT_DIR / weights_name("lm", model),
-        out=OUT_DIR,
-        freeze="projector+last",
-        epochs=4,
-        lr=4e-4,
-    )
+    """Image-caption pairs; the projector is trainable, and of 2025 the last layer of the language model too."""
+    return _published("pretrain", model)
 
 
 def sft(model: TextConfig = PRESETS["small"]) -> RunConfig:
-    """Conversations about images; the projector and the whole language model are trainable."""
-    return replace(
-        pretrain(model),
-        stage="sft",
+    """Conversations about images; the projector and the language model are trainable, of 2026 its outer layers only."""
+    return _published("sft", model)
+
+
+def _published(stage: str, model: TextConfig) -> RunConfig:
+    """The published settings of a stage, by the generation of the language model."""
+    generation = generation_of(model)
+    settings = generation.stages[stage]
+    rows, *images = dataset_files(stage)[generation.data]
+    return RunConfig(
+        stage=stage,
+        model=model,
         data=DataConfig(
-            file=DATASET_DIR / "sft_data.jsonl",
-            images=DATASET_DIR / "sft_images.zip",
-            tokenizer=TOKENIZER_DIR,
-            max_length=1536,
-            batch_size=4,
+            file=DATASET_DIR / rows.name,
+            images=DATASET_DIR / images[0].name if images else None,
+            tokenizer=generation.tokenizer,
+            layout=generation.layout,
+            max_length=settings.max_length,
+            batch_size=settings.batch_size,
         ),
-        init=OUT_DIR / weights_name("pretrain", model),
-        freeze="all",
-        epochs=2,
-        lr=1e-6,
+        vision_model=generation.vision_model,
+        init=OUT_DIR / weights_name(settings.start, model),
+        out=OUT_DIR,
+        projector=generation.projector,
+        freeze=settings.freeze,
+        epochs=settings.epochs,
+        lr=settings.lr,
     )
 
 
@@ -74,6 +72,7 @@ def small_data(model: TextConfig = PRESETS["small"]) -> RunConfig:
         data=replace(published.data, batch_size=1),
         init=OUT_DIR / weights_name("sft", model),
         out=OUT_DIR / "small-data",  # the weights that it starts from stay
+        freeze="all",
         epochs=60,
         lr=5e-4 if model.hidden_size < 512 else 3e-4,
         until_right=True,

@@ -32,6 +32,7 @@ MOST_SIZES = {
     "n_shared_experts": 1_024,
 }
 MOST_FACTORS = {"rms_norm_eps": 1.0, "rope_theta": 1e12, "aux_loss_alpha": 1e6}
+AUX_LOSS_SCOPES = ("row", "batch")
 MOST_PARAMETERS = 2_000_000_000  # of a language model, and of a tower
 # Of a run, with what to do instead where there is something.
 MOST = {
@@ -46,8 +47,12 @@ CLIP_VISION = "clip_vision_model"  # transformers' model_type of the published m
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZE_MODES = ("crop", "squeeze")  # the short side is resized and the centre cropped; or both sides are resized
+RESAMPLING = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")  # filters of resizing, Pillow's names
 MOST_IMAGE = {"image_size": 4_096, "patch_size": 4_096, "width": 65_536, "tokens_per_image": 65_536}
-LINEAR = "linear"  # the published models' projector
+SIGLIP_VISION = "siglip_vision_model"  # that of minimind-3v
+SIGLIP_COLOURS = (0.5, 0.5, 0.5)  # its mean, and its deviation
+LINEAR = "linear"  # the projector of 2025
+MLP = "mlp"  # that of minimind-3v
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class TextConfig:
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
-    intermediate_size: int = 0  # 0: 64·ceil(int(hidden·8/3)/64), as the published system has it
+    intermediate_size: int = 0  # 0: as the published models have it, 64·ceil(int(hidden·8/3)/64); with qk_norm hidden·π
     vocab_size: int = 6400
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
@@ -68,10 +73,16 @@ class TextConfig:
     n_routed_experts: int = 4
     n_shared_experts: int = 1
     aux_loss_alpha: float = 0.1
+    aux_loss_scope: str = "row"  # the balance of experts is that of each row, or of a whole micro-batch
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys before rotation, as Qwen3 has it
 
     def __post_init__(self) -> None:
-        if not isinstance(self.use_moe, bool):
-            raise UsageError(f"model.use_moe must be true or false, not {self.use_moe!r}")
+        for name in ("use_moe", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"model.{name} must be true or false, not {getattr(self, name)!r}")
+        if self.aux_loss_scope not in AUX_LOSS_SCOPES:
+            scopes = ", ".join(AUX_LOSS_SCOPES)
+            raise UsageError(f"model.aux_loss_scope {self.aux_loss_scope!r} must be one of {scopes}")
         for name, most in MOST_SIZES.items():
             least = 0 if name == "intermediate_size" or "expert" in name else 1
             _between(f"model.{name}", getattr(self, name), least, most)
@@ -96,8 +107,8 @@ class TextConfig:
                 f"model.num_experts_per_tok must be between 1 and model.n_routed_experts ({self.n_routed_experts})"
             )
         if not self.intermediate_size:
-            rounded = 64 * -(-int(self.hidden_size * 8 / 3) // 64)
-            object.__setattr__(self, "intermediate_size", rounded)
+            inner = math.ceil(self.hidden_size * math.pi) if self.qk_norm else int(self.hidden_size * 8 / 3)
+            object.__setattr__(self, "intermediate_size", 64 * -(-inner // 64))
         if self.parameters > MOST_PARAMETERS:
             raise UsageError(
                 f"model.hidden_size {self.hidden_size} with model.num_hidden_layers {self.num_hidden_layers} makes "
@@ -113,7 +124,7 @@ class TextConfig:
     def parameters(self) -> int:
         """Number of parameters of the language model, the tied head counted once."""
         width = self.hidden_size
-        attention = 2 * width * (width + self.num_key_value_heads * self.head_dim)
+        attention = 2 * width * (width + self.num_key_value_heads * self.head_dim) + 2 * self.head_dim * self.qk_norm
         blocks = self.n_routed_experts + self.n_shared_experts if self.use_moe else 1
         router = width * self.n_routed_experts if self.use_moe else 0
         layer = attention + 3 * width * self.intermediate_size * blocks + router + 2 * width
@@ -131,6 +142,7 @@ class VisionSpec:
     std: tuple[float, ...] = CLIP_STD
     tokens_per_image: int = 0  # feature vectors of one image; 0: one for each patch (196 for ViT-B/16)
     resize_mode: str = "crop"
+    resample: str = "bicubic"
     model_type: str = CLIP_VISION
 
     def __post_init__(self) -> None:
@@ -140,6 +152,8 @@ class VisionSpec:
             object.__setattr__(self, "tokens_per_image", (self.image_size // self.patch_size) ** 2)
         if self.resize_mode not in RESIZE_MODES:
             raise UsageError(f"vision.resize_mode {self.resize_mode!r} must be one of {', '.join(RESIZE_MODES)}")
+        if self.resample not in RESAMPLING:
+            raise UsageError(f"vision.resample {self.resample!r} must be one of {', '.join(RESAMPLING)}")
 
     @property
     def identity(self) -> str:
@@ -150,7 +164,7 @@ class VisionSpec:
         )
         if self == VisionSpec(self.image_size, self.patch_size, self.width, self.mean, self.std):
             return text
-        return f"{text} {self.model_type} {self.tokens_per_image} {self.resize_mode}"
+        return f"{text} {self.model_type} {self.tokens_per_image} {self.resize_mode} {self.resample}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The language model: a pre-norm decoder with rotary positions and grouped-query attention.
 
-State-dict keys and arithmetic are those of the published MiniMind weights; a dense model equals
-transformers' LlamaForCausalLM with the same tensors.
+State-dict keys and arithmetic are those of the published MiniMind weights. With the same tensors a dense model equals
+transformers' LlamaForCausalLM; with `qk_norm` it equals Qwen3ForCausalLM, with experts then Qwen3MoeForCausalLM.
 """
 
 from __future__ import annotations
@@ -75,11 +75,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm: nn.Module = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm: nn.Module = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [B, T, D] → [B, T, D]."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, heads · hd], [B, T, KV · hd] twice
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, hd]
+        q, k = self.q_norm(q), self.k_norm(k)  # of each head, with `qk_norm`
         q, k = ops.rotate(q, context.cos, context.sin), ops.rotate(k, context.cos, context.sin)
         if context.cache is not None:
             keys, values = context.cache.write(self.layer, k, v)

@@ -1,6 +1,6 @@
-"""Mixture of experts: its top-k routed experts and the shared ones work on every token.
+"""Mixture of experts: its top-k routed experts and the shared ones, if any, work on every token.
 
-Follows the published MiniMind block, which follows DeepSeekMoE (Dai et al., 2024).
+The block of 2025 follows DeepSeekMoE (Dai et al., 2024); that of minimind-3v, without shared experts, is Qwen3-MoE's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MoEFeedForward(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.alpha = config.aux_loss_alpha
+        self.alpha, self.scope = config.aux_loss_alpha, config.aux_loss_scope
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
         self.gate = Router(config)
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
@@ -67,14 +67,16 @@ class MoEFeedForward(nn.Module):
         return torch.cat([expert(tokens) for expert, tokens in zip(self.experts, slices, strict=True)])
 
     def balance_loss(self, probs: Tensor, chosen: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Alpha · mean over sequences of Σ_e f_e·P_e, padding left out so that the loss does not depend on it.
+        """Alpha · mean over rows of Σ_e f_e·P_e, padding left out so that the loss does not depend on it.
 
-        f_e: share of the sequence's picks that went to expert e, times E; P_e: mean probability of e. probs [B, T, E],
-        chosen [B, T, k].
+        f_e: share of the row's picks that went to expert e, times E; P_e: mean probability of e. With the scope
+        "batch", all tokens are one row (Fedus et al., 2021). probs [B, T, E], chosen [B, T, k].
         """
         n_routed, top_k = probs.shape[-1], chosen.shape[-1]
         picks = F.one_hot(chosen, n_routed).sum(dim=2).float()  # [B, T, E]
         keep = torch.ones_like(probs[..., 0]) if attention_mask is None else attention_mask.float()  # [B, T]
+        if self.scope == "batch":
+            picks, probs, keep = (tensor.flatten(0, 1)[None] for tensor in (picks, probs, keep))  # B = 1
         length = keep.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
         f = (picks * keep[..., None]).sum(dim=1) / (length * top_k) * n_routed  # [B, E]
         p = (probs * keep[..., None]).sum(dim=1) / length  # [B, E]

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from minimind_v.core.config.schema import LINEAR, VisionSpec
+from minimind_v.core.config.schema import LINEAR, MLP, VisionSpec
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.model.no_init import NoInit
 
@@ -54,7 +54,25 @@ class LinearProjector(Projector):
         return None if weight is None or weight.ndim != 2 else weight.shape[1]
 
 
-PROJECTORS: dict[str, type[Projector]] = {LINEAR: LinearProjector}
+class MlpProjector(Projector):
+    """LayerNorm → Linear → GELU → Linear, that of minimind-3v; its keys are `vision_proj.mlp.{0,1,3}.{weight,bias}`."""
+
+    def __init__(self, spec: VisionSpec, hidden_size: int) -> None:
+        super().__init__(spec, hidden_size)
+        inner, outer = nn.Linear(spec.width, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(nn.LayerNorm(spec.width), inner, nn.GELU(), outer)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """[M, P, vision width] → [M, P, hidden size]."""
+        return self.mlp(image_features)
+
+    @staticmethod
+    def vision_width(tensors: Mapping[str, Tensor]) -> int | None:
+        norm = tensors.get(f"{PREFIX}mlp.0.weight")
+        return None if norm is None or norm.ndim != 1 else len(norm)  # in April 2026 it was a Linear
+
+
+PROJECTORS: dict[str, type[Projector]] = {LINEAR: LinearProjector, MLP: MlpProjector}
 
 
 def find_projector(name: str) -> type[Projector]:

@@ -22,7 +22,7 @@ class Output:
     logits: Tensor | None  # [B, K, V] for the last K positions
     loss_sum: Tensor | None  # sum over supervised tokens: a step divides by those of all its micro-batches
     correct: Tensor | None  # [S], for each supervised token in reading order: whether it was the likeliest
-    aux_loss: Tensor  # expert balance, a mean over rows; 0 for a dense model
+    aux_loss: Tensor  # the balance of experts in training; 0 without experts
 
     @property
     def loss(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 import minimind_v
 from minimind_v.core.config.load import plain
-from minimind_v.core.config.schema import LINEAR, RunConfig
+from minimind_v.core.config.schema import LINEAR, RunConfig, TextConfig
 from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.extensions import extensions_digest
@@ -30,9 +30,15 @@ FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "trac
 # imports of a run (a test computes them) report or move files.
 DECIDING = (
     "model", "rows", "data", "formats", "train/build.py", "train/distributed.py", "train/freeze.py", "train/loop.py",
-    "train/progress.py", "train/resume.py", "train/run.py", "train/step.py", "config/schedule.py", "cpu_sharing.py",
-    "device.py",
+    "train/progress.py", "train/resume.py", "train/run.py", "train/step.py", "config/generation.py",
+    "config/schedule.py", "cpu_sharing.py", "device.py",
 )  # fmt: skip
+# Keys that earlier releases did not record, with the values that these had.
+ADDED = {
+    "projector": LINEAR,
+    "model.qk_norm": TextConfig.qk_norm,
+    "model.aux_loss_scope": TextConfig.aux_loss_scope,
+}
 WRITERS = {"card.py", "write.py", "writers.py"}  # in these packages: modules that a run does not import
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # compared by their bytes
 
@@ -77,7 +83,7 @@ def check_origin(
     for name in allowed:
         if name not in now:
             raise UsageError(f"--allow {name} is not a key of a run{nearest(name, now)}")
-    before = {"projector": LINEAR, **before}  # earlier releases had only this one and did not record it
+    before = ADDED | dict(before)
     differing = [key for key in now if before.get(key) != now[key]]
     for key in differing:
         allowance = " (allowed)" if key in allowed else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minimind_v.core.config.schedule import peak, reach
+from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.loader import LANES, WINDOW, BatchPlan
@@ -32,7 +32,7 @@ NO_MEMORY = (
     "CUDA error: out of memory",
 )
 FEW_HELD_OUT = 8  # rows; the loss on fewer is mostly chance
-# How far a weight may move over a run (schedule.reach). Weights are some 0.05 in size. Twelve rows at 0.0001 lowered
+# How far a weight may move over a run (Cosine.reach). Weights are some 0.05 in size. Twelve rows at 0.0001 lowered
 # the loss from 14.9 to 13.7; every answer was right at 0.03 with the small preset and at 0.15 with the demo's.
 LEAST_REACH, GOOD_REACH = 0.001, 0.05
 HIGHEST_RATE = 5e-4  # of the advice
@@ -46,10 +46,11 @@ def announcement(config: RunConfig, plan: BatchPlan, steps: int, rows: int, mode
     held_out = len(plan.dataset) - plan.rows
     kept = f" ({held_out:,} of them held out)" if held_out else ""
     end = ", or fewer: the run stops when every answer is correct" if config.until_right else ""
+    highest = generation_of(config.model).cosine.peak(config.lr)
     return (
         f"{config.stage}: {plural(len(plan.dataset), 'row')} of {config.data.file}{kept}, "
         f"{plural(config.epochs, 'epoch')}, {plural(steps, 'step')} of {plural(min(rows, plan.rows), 'row')} "
-        f"on {where}{end}; learning rate from {peak(config.lr):.2g} down to {config.lr / 10:.2g}; "
+        f"on {where}{end}; learning rate from {highest:.2g} down to {config.lr / 10:.2g}; "
         f"{trained:,} of {everything:,} parameters are trainable ({config.freeze})"
     )
 
@@ -73,6 +74,7 @@ def before_the_start(config: RunConfig, plan: BatchPlan, steps: int) -> Iterator
 
 def too_little(config: RunConfig, rows: int, steps: int) -> str | None:
     """A warning that a run cannot change its weights enough, with advice; None if it can."""
+    reach = generation_of(config.model).cosine.reach
     moved = reach(config.lr, steps)
     if moved >= LEAST_REACH:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder, open_feature_cache
@@ -20,7 +21,6 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
 from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.formats.companions import UNKNOWN, Companion, Companions, tokenizer_digest, vision_digest
-from minimind_v.core.formats.generations import check_tokenizer
 from minimind_v.core.formats.inputs import find_init
 from minimind_v.core.formats.load import read_companions
 from minimind_v.core.formats.vision_tower import build_encoder
@@ -59,10 +59,11 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     `origin` is that of the run, with its rows per step. Raises MissingInput, UsageError or DataError.
     """
     data = config.data
-    tower, tokenizer = read_companions(config.vision_model, data.tokenizer, data.layout)
+    tower, tokenizer = read_companions(
+        config.vision_model, data.tokenizer, data.layout, generation_of(config.model), find_init(config)
+    )
     encoder = build_encoder(tower)
     spec = projected(tower.spec, config.projector)
-    check_tokenizer(tokenizer, data.tokenizer, find_init(config))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UsageError(
             f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} tokens, but the model has only "
@@ -71,13 +72,15 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
         )
     prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
     rows = open_rows(data.file, data.images, data.split, listener.message)
-    dataset = RowDataset(rows, prompts, spec.image_size, data.max_length, resize_mode=spec.resize_mode)
+    plain = RowDataset.for_spec(rows, prompts, spec, data.max_length)
+    dataset = plain.for_training(config.seed)
     tokens = keep_tokens(dataset, origin["data.file"], folder, listener.warning)
     common = {"pad_id": tokenizer.pad_id, "processes": world.size, "rank": world.rank}
     held_out, train_rows = None, None
     if config.val_every:
         mask = world.broadcast(_hold_out(config, dataset, origin, folder, listener) if world.leads else None)
-        held_out, train_rows = BatchPlan(dataset, data.batch_size, keep=mask, tokens=tokens, **common), ~mask
+        kept = tokens if plain is dataset else None  # else the tokens of a few hundred rows are not kept
+        held_out, train_rows = BatchPlan(plain, data.batch_size, keep=mask, tokens=kept, **common), ~mask
     plan = BatchPlan(
         dataset,
         data.batch_size,
@@ -106,19 +109,25 @@ def build_model(config: RunConfig, data: Data, listener: Listener) -> Loaded:
         listener.warning("starting from random weights: the language model is untrained")
         return Loaded(model, weights=False, new_projector=True, companions=_companions(config, data))
     checkpoint = read_checkpoint(init)
-    receipt = load_into(model, checkpoint, new_projector=config.stage == "pretrain")
+    receipt = load_into(model, checkpoint, new_projector=_may_lack_projector(config))
     listener.message(str(receipt))
     return Loaded(model, weights=True, new_projector=bool(receipt.new), companions=_companions(config, data))
 
 
-def open_features(config: RunConfig, model: VLM, plan: BatchPlan, listener: Listener) -> FeatureCache:
+def _may_lack_projector(config: RunConfig) -> bool:
+    """Whether the run may start from a text-only base: where the published one does."""
+    return config.stage == "pretrain" or generation_of(config.model).stages[config.stage].start == "lm"
+
+
+def open_features(config: RunConfig, model: VLM, data: Data, listener: Listener) -> FeatureCache:
     """The features of the run's images: computed by the model's encoder on its device, cached if that is faster."""
     if model.vision_encoder is None:  # features are given
         return FeatureCache()
     folder = config.features_dir or config.out / "features"
     encoder = FeatureEncoder(model.vision_encoder, model.device, config.dtype)
-    cache = open_feature_cache(config.features, folder, encoder, plan.rows, listener.message, listener.warning)
-    plan.dataset.remembered = cache.store
+    cache = open_feature_cache(config.features, folder, encoder, data.plan.rows, listener.message, listener.warning)
+    for plan in filter(None, (data.plan, data.held_out)):
+        plan.dataset.remembered = cache.store
     return cache
 
 

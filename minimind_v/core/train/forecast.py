@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.load import plain
 from minimind_v.core.config.recipes import NO_INIT
-from minimind_v.core.config.schedule import peak
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.curate.stats import Outlook, TypicalRow, foresee
 from minimind_v.core.data.prompt import PromptEncoder
@@ -101,7 +101,7 @@ def plan(
         f"{watch.measured} steps of the real run, measured on this machine, reading included{remembered}: "
         f"{time / steps:.2f} s per step of average length{several}; saving and validation are not included, "
         f"and longer rows may need more memory{most}",
-        [peak(config.lr), config.lr / 10],
+        [generation_of(config.model).cosine.peak(config.lr), config.lr / 10],
         too_little(config, len(rows), steps),
         plain(config),
     )

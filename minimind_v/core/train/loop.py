@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
-from minimind_v.core.config.schedule import learning_rate
+from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.loader import BatchPlan, load_steps
@@ -145,7 +145,7 @@ class Run:
         rows = progress.count(step, fetched, batches, self._total)
         if rows is None:
             return None
-        lr = learning_rate(step - 1, self.total, self.config.lr)
+        lr = generation_of(self.config.model).cosine.rate(step, self.total, self.config.lr)
         result = self.train_step(batches, rows.supervised, rows.rows, lr, self._total)
         if rows.supervised:
             progress.check_finite(step, result, batches, self.total)

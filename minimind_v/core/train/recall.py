@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 from minimind_v.core.config.load import build_config
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.config.settings import read_settings
-from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.feature_store import FeatureStore
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.errors import MmvError
@@ -146,8 +146,8 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
         rows = open_rows(earlier.file, earlier.images)
         keep = np.zeros(len(rows), bool)
         keep[rows.shuffled(np.random.default_rng(config.seed))[: config.recall_rows]] = True
-        dataset = RowDataset(rows, own.encoder, own.image_size, config.data.max_length, resize_mode=own.resize_mode)
-        dataset.remembered = store
+        dataset = copy.copy(own)
+        dataset.rows, dataset.seed, dataset.remembered = rows, None, store
     except MmvError as error:
         return str(error)
     return Recall(str(earlier.file), BatchPlan(dataset, BATCH, plan.pad_id, keep=keep), config.dtype)

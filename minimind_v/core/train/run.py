@@ -84,7 +84,7 @@ def assemble(
     data = open_data(config, claim.origin, folder.folder, world, listener)
     loaded = build_model(config, data, listener)
     model = accelerate(loaded.model.to(device), device)
-    features = open_features(config, model, data.plan, listener)
+    features = open_features(config, model, data, listener)
     train_step = TrainStep(config, model, features, data.plan.pad_id, world)
     validator = Validator(data.held_out, config.dtype, world.gather) if data.held_out else None
     run = Run(config, data.plan, train_step, listener, world, validator)

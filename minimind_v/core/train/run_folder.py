@@ -172,10 +172,8 @@ class RunFolder:
         other = next((path.parents[1].name for path in others), None)
         if other is None:
             return
-        preset = next(
-            (name for name, model in PRESETS.items() if weights_name(self.config.stage, model) == f"{other}.pth"), None
-        )
-        which = f", of --preset {preset}" if preset else ""
+        presets = [name for name, model in PRESETS.items() if weights_name(self.config.stage, model) == f"{other}.pth"]
+        which = f", of --preset {' or '.join(presets)}" if presets else ""
         raise UsageError(
             f"nothing to resume in {self.folder}, but {self.config.out / other} contains a run{which} — give "
             f"its size to resume "

@@ -49,6 +49,7 @@ class TrainStep:
         """The model is on its device; this applies `config.freeze`."""
         self.config, self.model, self.features, self.pad_id, self.world = config, model, features, pad_id, world
         self.trainable = freeze(model, config.freeze)
+        self.divisible = not model.config.use_moe or model.config.aux_loss_scope == "row"
         fused = has_fused_adamw(model.device)
         self.optimiser = torch.optim.AdamW(self.trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
         self.ddp_model = world.share(model)
@@ -83,7 +84,7 @@ class TrainStep:
         batches = batches or [stand_in(self.pad_id)]
         for number, batch in enumerate(batches, 1):
             losses.append(torch.zeros((), device=device))
-            pieces = encoded_pieces(batch, self.features, device)
+            pieces = encoded_pieces(batch, self.features, device, self.divisible)
             for piece in pieces:
                 with alone_or_last(self.ddp_model, number == len(batches) and piece is pieces[-1]):
                     with autocast(device, self.config.dtype):
@@ -96,8 +97,11 @@ class TrainStep:
         return [float(loss) for loss in losses], int(correct)
 
 
-def encoded_pieces(batch: Batch, features: FeatureCache, device: torch.device) -> list[Batch]:
-    """A micro-batch on its device with its images encoded, cut into pieces that the device computes at once."""
+def encoded_pieces(batch: Batch, features: FeatureCache, device: torch.device, divisible: bool) -> list[Batch]:
+    """A micro-batch on its device with its images encoded, cut into pieces that the device computes at once.
+
+    It stays whole if it is not divisible: a balance of experts over all its tokens is no sum over its rows.
+    """
     moved = batch.to(device)
     encoded = replace(moved, pixel_values=None, image_features=features.features(moved), remembered=None)
-    return encoded.split(CPU_POSITIONS) if device.type == "cpu" else [encoded]
+    return encoded.split(CPU_POSITIONS) if divisible and device.type == "cpu" else [encoded]

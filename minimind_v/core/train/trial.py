@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from minimind_v.core.config.schema import CLIP_VISION, RunConfig
+from minimind_v.core.config.freeze import FREEZE_POLICIES
+from minimind_v.core.config.schema import CLIP_VISION, SIGLIP_VISION, RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.device import has_fused_adamw, wait_for
 from minimind_v.core.formats.vision_tower import load_encoder
-from minimind_v.core.hub.sources import VISION_DIR
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, read_vision_spec
 from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.paths import VISION_3V_DIR, VISION_DIR
 from minimind_v.core.train.step import TrainStep
 
 PROBE = 2**22  # numbers that AdamW is measured with
@@ -33,8 +33,8 @@ class Trial:
     def __init__(self, config: RunConfig, device: torch.device, light: bool = False) -> None:
         """With `light` it reads no weights, and all layers share their weights: the same work in little memory."""
         encoder = _random_encoder(config.vision_model) if light else load_encoder(config.vision_model)
-        layers = config.model.num_hidden_layers
-        built = replace(config.model, num_hidden_layers=min(layers, 2)) if light else config.model
+        layers, few = config.model.num_hidden_layers, 3 if _first_is_apart(config) else 2
+        built = replace(config.model, num_hidden_layers=min(layers, few)) if light else config.model
         with torch.random.fork_rng(devices=[]):
             model = VLM(built, encoder.spec, 0, encoder, config.projector).to(device)
         accelerate(model, device)
@@ -45,10 +45,11 @@ class Trial:
         self.length = min(config.data.max_length, config.model.max_position_embeddings)
         self.train_step = TrainStep(config, model, FeatureCache(FeatureEncoder(encoder, device, config.dtype)))
         stack, missing = model.model.layers, layers - built.num_hidden_layers
-        repeated = sum(parameter.numel() for parameter in stack[0].parameters() if parameter.requires_grad)
+        middle = 1 if len(stack) == 3 else 0
+        repeated = sum(parameter.numel() for parameter in stack[middle].parameters() if parameter.requires_grad)
         self.trainable = sum(parameter.numel() for parameter in self.train_step.trainable) + missing * repeated
         for _ in range(missing):
-            stack.insert(0, stack[0])
+            stack.insert(middle, stack[middle])
 
     @property
     def moments(self) -> int:
@@ -102,16 +103,24 @@ def seconds(device: torch.device, work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def _first_is_apart(config: RunConfig) -> bool:
+    """Whether a run trains other weights of the first layer than of the second."""
+    trains, layers = FREEZE_POLICIES[config.freeze].trains, config.model.num_hidden_layers
+    names = "self_attn.q_proj.weight", "mlp.gate_proj.weight"
+    first, second = ([trains(f"model.layers.{number}.{name}", layers) for name in names] for number in (0, 1))
+    return layers > 2 and first != second
+
+
 def _random_encoder(folder: Path) -> VisionEncoder:
     """A vision encoder of the sizes in a folder's configuration, all of its layers the same random one.
 
     Without one in the standard folder it has the standard sizes: rows can be counted before the download.
     """
-    standard = folder == VISION_DIR
+    standard = {VISION_DIR: CLIP_VISION, VISION_3V_DIR: SIGLIP_VISION}.get(folder)
     spec, (kind, config) = read_vision_spec(folder, standard), read_tower_config(folder, standard)
-    if spec.model_type != CLIP_VISION:
+    if spec.model_type not in (CLIP_VISION, SIGLIP_VISION):
         return VisionEncoder(kind.build(config), spec)
-    tower = ClipVision(replace(config, num_hidden_layers=1))
-    stack: Any = tower.encoder.layers
+    tower: Any = kind.build(replace(config, num_hidden_layers=1))
+    stack = tower.encoder.layers
     stack.extend([stack[0]] * (config.num_hidden_layers - 1))
     return VisionEncoder(tower, spec)

@@ -17,14 +17,21 @@ from minimind_v.core.model.decoder import Attention, RMSNorm
 from minimind_v.core.model.feed_forward import FeedForward
 from minimind_v.core.model.kernels import apple
 from minimind_v.core.model.kernels.apple import AppleAttention, AppleClipAttention, AppleRMSNorm
-from minimind_v.core.model.kernels.cpu_clip import CpuClipVision
+from minimind_v.core.model.kernels.cpu_clip import CpuClipVision, CpuSiglipVision
 from minimind_v.core.model.kernels.cpu_training import CpuAttention, CpuFeedForward, CpuRMSNorm
 from minimind_v.core.model.kernels.cuda_moe import GroupedExperts
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.model.vision.clip import ClipAttention, ClipVision
+from minimind_v.core.model.vision.siglip import SiglipVision
 
 FAST: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
-    "cpu": {Attention: CpuAttention, FeedForward: CpuFeedForward, RMSNorm: CpuRMSNorm, ClipVision: CpuClipVision},
+    "cpu": {
+        Attention: CpuAttention,
+        FeedForward: CpuFeedForward,
+        RMSNorm: CpuRMSNorm,
+        ClipVision: CpuClipVision,
+        SiglipVision: CpuSiglipVision,
+    },
     "cuda": {MoEFeedForward: GroupedExperts},
     "mps": {Attention: AppleAttention, RMSNorm: AppleRMSNorm, ClipAttention: AppleClipAttention},
 }

@@ -8,7 +8,7 @@ that add up do so inside a product. The functions are those of the plain modules
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from minimind_v.core.model.decoder import Attention, AttentionContext, RMSNorm
 from minimind_v.core.model.feed_forward import FeedForward
-from minimind_v.core.model.kernels.untouched import exactly_linear
+from minimind_v.core.model.kernels.untouched import exactly_linear, unhooked
 
 BLOCK = 96  # queries that attend together; 64 and 128 take as long
 WEIGHTS_KEPT = 768  # tokens of a row up to which its attention is kept: at 1,200 there is no gain
@@ -58,15 +58,25 @@ class CpuAttention(Attention):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [B, T, D] → [B, T, D]."""
-        linears = self.q_proj, self.k_proj, self.v_proj
-        if context.cache is not None or not in_training(x, *linears):
+        linears, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm)
+        if context.cache is not None or not in_training(x, *linears) or not _exactly_norms(*norms):
             return super().forward(x, context)
-        q, k, v = _Project.apply(x, *(linear.weight for linear in linears), context.cos, context.sin)
+        scales: tuple[Any, Any] = (None, None)  # of the norms of heads
+        eps = 0.0
+        if isinstance(self.q_norm, RMSNorm):
+            scales, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        weights = (linear.weight for linear in linears)
+        q, k, v = _Project.apply(x, *weights, *scales, context.cos, context.sin, eps)
         if x.shape[1] > WEIGHTS_KEPT or not q.requires_grad:
             out = self.attend(q, k, v, None, True).transpose(1, 2).flatten(2)
         else:
             out = _Attend.apply(q, k, v)  # [B, T, D]
         return self.o_proj(out)
+
+
+def _exactly_norms(*norms: nn.Module) -> bool:
+    """Whether `_Project` may compute these norms of heads, or their absence."""
+    return all(type(norm) in (RMSNorm, CpuRMSNorm, nn.Identity) for norm in norms) and unhooked(norms)
 
 
 class _RmsNorm(Function):
@@ -116,32 +126,53 @@ class _FeedForward(Function):
 
 
 class _Project(Function):
-    """Queries, keys and values [B, heads, T, hd] of x [B, T, D] by weights [heads · hd, D]; queries, keys rotated."""
+    """Queries, keys and values [B, heads, T, hd] of x [B, T, D] by weights [heads · hd, D].
+
+    Queries and keys are rotated; before, they are normed with weights [hd] where these are given.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+        cos: Tensor, sin: Tensor, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weight, head_dim = torch.cat((q_w, k_w, v_w)), cos.shape[-1]  # [W, D]
         ctx.heads = [len(rows) // head_dim for rows in (q_w, k_w, v_w)]
         heads = (x @ weight.t()).unflatten(-1, (-1, head_dim))  # [B, T, all heads, hd]
-        _rotate_(heads[:, :, : -ctx.heads[2]], cos, sin)
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, weight, cos, sin)
-        q, k, v = (projected.transpose(1, 2) for projected in heads.split(ctx.heads, dim=2))
-        return q, k, v
+        qk, v = heads.tensor_split((-ctx.heads[2],), dim=2)
+        normed = inverse = scale = None
+        if q_norm is not None and k_norm is not None:
+            scale = torch.cat((q_norm.expand(ctx.heads[0], -1), k_norm.expand(ctx.heads[1], -1)))  # [heads + KV, hd]
+            norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
+            inverse = norm.square_().div_(head_dim).add_(eps).rsqrt_()  # [B, T, heads + KV, 1]
+            normed = qk.mul_(inverse)
+            qk = normed * scale
+        _rotate_(qk, cos, sin)
+        kept_x = x if any(ctx.needs_input_grad[1:4]) else None
+        ctx.save_for_backward(kept_x, weight, normed, inverse, scale, cos, sin)
+        q, k = qk.split(ctx.heads[:2], dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cos, sin = ctx.saved_tensors
+        x, weight, normed, inverse, scale, cos, sin = ctx.saved_tensors
         flow = torch.cat([grad.transpose(1, 2) for grad in (dq, dk, dv)], dim=2)  # [B, T, all heads, hd]
-        _rotate_(flow[:, :, : -ctx.heads[2]], cos, -sin)
+        dqk = flow[:, :, : -ctx.heads[2]]
+        _rotate_(dqk, cos, -sin)
+        dnorms: Sequence[Tensor | None] = (None, None)
+        if normed is not None:
+            along = dqk * normed
+            if any(ctx.needs_input_grad[4:6]):
+                dnorms = [heads.sum(dim=(0, 1, 2)) for heads in along.split(ctx.heads[:2], dim=2)]  # [hd] each
+            along = along.mul_(scale).mean(dim=-1, keepdim=True)  # the component along the head
+            dqk.mul_(scale).addcmul_(normed, along, value=-1).mul_(inverse)
         flow = flow.flatten(-2)  # [B, T, W]
         dx = flow @ weight if ctx.needs_input_grad[0] else None
         if x is None:
-            return dx, None, None, None, None, None
+            return dx, None, None, None, *dnorms, None, None, None
         dweight = flow.flatten(0, 1).t() @ x.flatten(0, 1)  # [W, D]
-        return dx, *dweight.split([n * dq.shape[-1] for n in ctx.heads]), None, None
+        return dx, *dweight.split([n * dq.shape[-1] for n in ctx.heads]), *dnorms, None, None, None
 
 
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -10,11 +10,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimind_v.core.config.schema import CLIP_MEAN, CLIP_STD, CLIP_VISION, MOST_PARAMETERS, VisionSpec
+from minimind_v.core.config.schema import (
+    CLIP_MEAN,
+    CLIP_STD,
+    CLIP_VISION,
+    MOST_PARAMETERS,
+    SIGLIP_COLOURS,
+    SIGLIP_VISION,
+    VisionSpec,
+)
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError, nearest
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
 from minimind_v.core.model.vision.clip_config import ClipConfig
+from minimind_v.core.model.vision.siglip_config import SiglipConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +32,10 @@ if TYPE_CHECKING:
 MOST_SIZES = {"hidden_size": 4_096, "intermediate_size": 16_384, "num_hidden_layers": 256, "num_attention_heads": 256,
               "num_channels": 3, "image_size": 4_096, "patch_size": 128, "layer_norm_eps": 1.0}  # fmt: skip
 MOST_PATCHES = 16_384
-STANDARD = ClipConfig(patch_size=16)  # ViT-B/16, the tower of the published models
+STANDARD = {  # the towers of the published models: ViT-B/16, and ViT-B/32 at 256 pixels
+    CLIP_VISION: ClipConfig(patch_size=16),
+    SIGLIP_VISION: SiglipConfig(image_size=256, patch_size=32),
+}
 
 
 def _strip_prefixes(name: str) -> str:
@@ -62,22 +74,24 @@ def tower_type(model_type: str) -> TowerType:
     return TOWERS[model_type]
 
 
-def read_tower_config(folder: Path, standard: bool = False) -> tuple[TowerType, Any]:
-    """The kind of a folder's tower, and its config from `config.json`: that of a tower, a whole CLIP, or a LLaVA.
+def read_tower_config(folder: Path, standard: str | None = None) -> tuple[TowerType, Any]:
+    """The kind of a folder's tower, and its config from `config.json`: that of a tower, or of a whole CLIP, SigLIP or
+    LLaVA.
 
-    Raises MissingInput where the folder or the file is absent, unless the `standard` sizes do then; WeightsError where
-    no tower can be so.
+    Raises MissingInput where the folder or the file is absent, unless `standard` names a type of STANDARD; WeightsError
+    where no tower can be so.
     """
     values = read_json(folder / "config.json")
     if values is None:
         if standard:
-            return TOWERS[CLIP_VISION], STANDARD
+            return TOWERS[standard], STANDARD[standard]
         raise MissingInput(f"no vision model in {folder} (config.json is missing) — {how_to_get('clip', folder)}")
+    whole = str(values.get("model_type", CLIP_VISION))
     values = values.get("vision_config", values)  # a whole CLIP nests its tower
     if not isinstance(values, dict):
         raise WeightsError(does_not_load(folder, "vision_config is not an object"))
     try:
-        kind = tower_type(str(values.get("model_type", CLIP_VISION)))
+        kind = tower_type(str(values.get("model_type", whole if whole in TOWERS else CLIP_VISION)))
     except UsageError as error:
         raise WeightsError(f"{folder}: {error}") from None
     config = kind.config(**{item.name: values.get(item.name, item.default) for item in fields(kind.config)})
@@ -86,7 +100,7 @@ def read_tower_config(folder: Path, standard: bool = False) -> tuple[TowerType, 
     return kind, config
 
 
-def read_vision_spec(folder: Path, standard: bool = False) -> VisionSpec:
+def read_vision_spec(folder: Path, standard: str | None = None) -> VisionSpec:
     """The spec of a folder's tower, with `preprocessor_config.json` if it exists. Raises as `read_tower_config`."""
     kind, config = read_tower_config(folder, standard)
     preprocessing = read_json(folder / "preprocessor_config.json") or {}
@@ -163,5 +177,35 @@ def does_not_load(folder: Path, why: str) -> str:
     return f"{folder}: the vision model could not be loaded ({why}) — {how_to_get('clip', folder)}"
 
 
+# --- SigLIP -----------------------------------------------------------------------------------------------------------
+
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # of Pillow, by their numbers
+
+
+def _build_siglip(config: SiglipConfig) -> nn.Module:
+    from minimind_v.core.model.vision.siglip import SiglipVision
+
+    return SiglipVision(config)
+
+
+def _describe_siglip(config: SiglipConfig, preprocessing: dict[str, Any]) -> VisionSpec:
+    mean, std = (preprocessing.get(key, SIGLIP_COLOURS) for key in ("image_mean", "image_std"))
+    number = preprocessing.get("resample", FILTERS.index("bicubic"))
+    if type(number) is not int or not 0 <= number < len(FILTERS):
+        raise UsageError(f"resample is {number!r}, not the number of a filter of Pillow, 0 to {len(FILTERS) - 1}")
+    return VisionSpec(
+        config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std),
+        resize_mode="squeeze", resample=FILTERS[number], model_type=SIGLIP_VISION,
+    )  # fmt: skip
+
+
 _CLIP = TowerType(ClipConfig, _build_clip, _describe_clip, trouble_of, unused=("post_layernorm.",))
-TOWERS: dict[str, TowerType] = {CLIP_VISION: _CLIP, "clip": _CLIP}
+_SIGLIP = TowerType(SiglipConfig, _build_siglip, _describe_siglip, trouble_of)
+# SigLIP2 of a fixed size computes the same; its config.json has the size where mmv wrote it.
+TOWERS: dict[str, TowerType] = {
+    CLIP_VISION: _CLIP,
+    "clip": _CLIP,
+    SIGLIP_VISION: _SIGLIP,
+    "siglip": _SIGLIP,
+    "siglip2_vision_model": _SIGLIP,
+}
