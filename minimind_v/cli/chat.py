@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,10 +62,13 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     seed: Annotated[int | None, advanced(help="Seed of the random choices.")] = None,
+    think: Annotated[
+        bool, typer.Option("--think", help="Let the model reason before it answers; models of 2026 only.")
+    ] = False,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Ask about images. The answer goes to stdout, everything else to stderr."""
+    """Ask about images. The answer goes to stdout; reasoning and everything else go to stderr."""
     terminal = Terminal()
     prompt = prompt and _as_text(prompt)
     interactive = sys.stdin is not None and sys.stdin.isatty()
@@ -84,7 +87,7 @@ def chat(
     )
     from minimind_v.core.generate.session import Session
 
-    session = Session(loaded.model, loaded.tokenizer, sampling)
+    session = Session(loaded.model, loaded.tokenizer, sampling, think=think)
     if prompt is not None:
         _once(terminal, session, prompt, pictures, max_new_tokens, json)
         return
@@ -138,22 +141,42 @@ def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
 
 
 def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Picture], limit: int, json: bool) -> None:
+    from minimind_v.core.data.thinking import split_answer
+
     if not pictures and not json:
         terminal.say(f"{NO_IMAGE} (add one with --image FILE)")
-    started, first, pieces = time.perf_counter(), None, []
-    for piece in session.ask(prompt, pictures, limit):
+    started = time.perf_counter()
+    answer = session.ask(prompt, pictures, limit)
+    if not json:
+        _show(terminal, answer, session.think)
+        return
+    first, pieces = None, []
+    for piece in answer:
         first = first or time.perf_counter() - started
         pieces.append(piece)
-        if not json:
-            terminal.result(piece, end="")
     seconds = time.perf_counter() - started
-    if json:
-        terminal.json({
-            "prompt": prompt, "images": [picture.name for picture in pictures], "answer": "".join(pieces),
-            "tokens": session.new_tokens, "seconds": seconds, "seconds_to_first_token": first or seconds,
-        })  # fmt: skip
-    else:
-        terminal.result("")
+    reasoning, text = split_answer("".join(pieces)) if session.think else ("", "".join(pieces))
+    terminal.json({
+        "prompt": prompt, "images": [picture.name for picture in pictures],
+        **({"reasoning": reasoning} if session.think else {}), "answer": text,
+        "tokens": session.new_tokens, "seconds": seconds, "seconds_to_first_token": first or seconds,
+    })  # fmt: skip
+
+
+def _show(terminal: Terminal, answer: Iterable[str], think: bool) -> None:
+    """Write an answer as it comes: its reasoning dimmed to stderr, its text to stdout."""
+    from minimind_v.core.generate.detokenize import split_stream
+
+    before = False
+    for reasoning, piece in split_stream(answer, think):
+        if before and not reasoning:
+            terminal.reasoning("\n\n")
+        before = reasoning
+        if reasoning:
+            terminal.reasoning(piece)
+        else:
+            terminal.result(piece, end="")
+    terminal.result("")
 
 
 class Conversation:
@@ -243,13 +266,11 @@ class Conversation:
         read = self.session.questions
         try:
             with closing(self.session.ask(question, [pixels for _, pixels in self.waiting], self.limit)) as answer:
-                for piece in answer:
-                    self.terminal.result(piece, end="")
+                _show(self.terminal, answer, self.session.think)
         finally:
             if self.session.questions > read:
                 self.shown += [name for name, _ in self.waiting]
                 self.waiting = []
-        self.terminal.result("")
 
     def contents(self) -> str:
         """The images of the conversation, as text."""

@@ -61,7 +61,7 @@ def check(
         terminal, file, split, images, tokenizer, vision_model, stage, against
     )
     length = max_length or recipe.data.max_length
-    dataset = RowDataset(rows, encoder, spec.image_size, length, resize_mode=spec.resize_mode)
+    dataset = RowDataset.for_spec(rows, encoder, spec, length)
     held_out = open_rows(against, images_beside(against) or images, say=terminal.say, order=SCORE) if against else None
     with terminal.progress("check") as progress:
         report = checking.check(dataset, workers, held_out, progress)

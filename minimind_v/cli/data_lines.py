@@ -25,7 +25,7 @@ def row_lines(view: RowView) -> Iterator[Line]:
     lost = view.whole - len(view.tokens)
     yield [(f"── {visible(view.location)}", BOLD), (f" skipped: {visible(view.trouble)}" if view.trouble else "", CUT)]
     for number, image in enumerate(view.pictures, 1):
-        size = f"{visible(image.name)}, {image.width}×{image.height}, {1 - image.kept:.0%} outside the crop"
+        size = f"{visible(image.name)}, {image.width}×{image.height}, {image.resizing}"
         yield [(f"image {number}: {visible(image.trouble) or size}", DIM)]
     if view.whole:
         counts = (

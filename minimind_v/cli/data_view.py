@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +12,12 @@ from minimind_v.cli import options
 from minimind_v.cli.command import advanced
 from minimind_v.cli.run_options import Stage
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import UsageError, open_all
+from minimind_v.core.errors import MmvError, UsageError, open_all
 from minimind_v.core.paths import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
+    from minimind_v.core.config.generation import Generation
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.data.prompt import PromptEncoder
     from minimind_v.core.model.vision.spec import VisionSpec
@@ -83,7 +85,7 @@ def preview(
     html: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("preview.html"),
     json: options.Json = False,
 ) -> None:
-    """Show rows as the model reads them: cropped images, tokens, supervised and truncated text."""
+    """Show rows as the model reads them: its images, tokens, supervised and truncated text."""
     from minimind_v.cli.data_lines import row_lines
     from minimind_v.core.curate.preview import Previewer, as_json
     from minimind_v.core.pages.frame import check_page, write_page
@@ -135,13 +137,15 @@ def open_data(
         if stage is None:
             stage = Stage.sft
             terminal.say("reading as sft data (--stage pretrain for the other stage)")
+    generation = _generation_of(tokenizer)
     given = {"data": file, "split": split, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
-    recipe = build_config(stage.value, options=given)
+    recipe = build_config(stage.value, options=given | {"preset": generation.preset})
+    tower = None if vision_model else generation.towers[0]
     _, _, tokens, spec, _ = open_all(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
-        lambda: Tokenizer.load(tokenizer, recipe.data.layout),
-        lambda: projected(read_vision_spec(recipe.vision_model, standard=vision_model is None), recipe.projector),
+        lambda: Tokenizer.load(tokenizer),
+        lambda: projected(read_vision_spec(recipe.vision_model, tower), recipe.projector),
         lambda: against and find_rows(against),
     )
     store = open_rows(file, recipe.data.images, split, terminal.say)
@@ -151,3 +155,14 @@ def open_data(
             f"{spec.image_size} × {spec.image_size}, {spec.tokens_per_image} tokens per image"
         )
     return recipe, store, PromptEncoder(tokens, spec.tokens_per_image), spec
+
+
+def _generation_of(tokenizer: Path) -> Generation:
+    """The generation of models whose prompts a tokenizer is made for; that of 2025 for one that cannot be opened."""
+    from minimind_v.core.config.generation import V2025, V2026
+    from minimind_v.core.data.tokenizer import Tokenizer
+
+    with contextlib.suppress(MmvError):
+        if Tokenizer.load(tokenizer).layout == V2026.layout:
+            return V2026
+    return V2025

@@ -79,6 +79,10 @@ class Terminal:
         sys.stdout.write(text + end)
         sys.stdout.flush()
 
+    def reasoning(self, text: str) -> None:
+        """Write a piece of a model's reasoning, dimmed."""
+        self.err.print(Text(text, "dim"), end="")
+
     def json(self, value: Any, **lists: Iterable[Any]) -> None:
         """Write a result for a program, on one line. `lists` are further keys, written item by item."""
         encoding = sys.stdout.encoding or "utf-8"

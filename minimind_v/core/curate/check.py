@@ -20,7 +20,7 @@ import numpy as np
 from minimind_v.core.curate.count import NO_LIMIT
 from minimind_v.core.curate.workers import each_row
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
-from minimind_v.core.data.images import is_dark_on_transparent, load_pixels
+from minimind_v.core.data.images import is_dark_on_transparent
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.digests import Digests, picture_digest, text_digest, whole_digest
 from minimind_v.core.rows.forms import no_form
@@ -214,7 +214,7 @@ def check_row(dataset: RowDataset, index: int) -> CheckedRow:
             data = dataset.rows.picture(index, position, name)
             pictures.append(picture_digest(data))
             if not checked.text_row:
-                load_pixels(data, name, dataset.image_size, dataset.resize_mode)
+                dataset.pixels(data, name)
                 if position < used and is_dark_on_transparent(data):
                     checked.problems.append(("dark on transparent", f"{name}: {DARK_ON_TRANSPARENT}"))
         except RowError as error:

@@ -59,8 +59,8 @@ def plan_batches(
 ) -> BatchPlan:
     """The plan of a run; `counted` counts rows when they are read. No picture file is read: the image size is 0."""
     data = config.data
-    dataset = RowDataset(rows, encoder, 0, data.max_length)
-    if counted is not None:
+    dataset = RowDataset(rows, encoder, 0, data.max_length).for_training(config.seed)
+    if counted is not None:  # in the plain form
         dataset = _CountedRows(rows, encoder, 0, data.max_length)
         dataset.counted = counted
     rows_per_step = data.batch_size * config.accumulate * config.gpus
@@ -148,8 +148,7 @@ class _CountedRows(RowDataset):
 
     def _turns(self, tokens: Tokens) -> int:
         """Questions with answers. No user's text has the id that begins a message."""
-        messages = tokens.input_ids.count(self.encoder.tokenizer.bos_id)
-        return (messages - 1) // 2  # without the system message
+        return tokens.input_ids.count(self.encoder.tokenizer.bos_id) // 2  # there is at most one system message
 
 
 def language(conversations: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rows as the model receives them: cropped images, tokens, supervised tokens, cut tokens."""
+"""Rows as the model receives them: images of its size, tokens, supervised tokens, cut tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.curate.count import NO_LIMIT, plan_batches
 from minimind_v.core.curate.token_text import Piece, TokenReader
-from minimind_v.core.data.dataset import BrokenRow, Example
-from minimind_v.core.data.images import decode, load_pixels
+from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
+from minimind_v.core.data.images import decode
 from minimind_v.core.data.loader import WINDOW, BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.errors import RowError
@@ -41,11 +41,20 @@ class PictureView:
     size: int = 0  # of its file, in bytes
     thumbnail: bytes = b""  # JPEG of the whole original
     model: bytes = b""  # PNG with the vision encoder's input pixels
+    squeezed: bool = False  # to a square; else cropped
 
     @property
     def kept(self) -> float:
-        """Share of the original's area inside the crop."""
-        return min(self.width, self.height) / max(self.width, self.height, 1)
+        """Share of the original's area that the model receives."""
+        return 1.0 if self.squeezed else min(self.width, self.height) / max(self.width, self.height, 1)
+
+    @property
+    def resizing(self) -> str:
+        """How the original becomes a square."""
+        if self.squeezed and self.width != self.height:
+            ratio = max(self.width, self.height) / min(self.width, self.height)
+            return f"squeezed to a square: its longer side shrinks {ratio:.2f} times as much as the other"
+        return "nothing cropped" if self.kept == 1 else f"{1 - self.kept:.0%} outside the crop"
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class Previewer:
         self.config = config
         self._reader = TokenReader(encoder.tokenizer)
         self._plan: BatchPlan = plan_batches(rows, encoder, config)
+        self._dataset = RowDataset.for_spec(rows, encoder, spec, config.data.max_length).for_training(config.seed)
 
     def choose(self, count: int, seed: int, start: int | None = None) -> list[int]:
         """Indices of `count` rows in the order of the file: drawn, or from row number `start` on."""
@@ -112,12 +122,12 @@ class Previewer:
             return RowView(location, str(error), error.kind)
         pictures = [self._picture(index, n, name) for n, name in enumerate(row.shown[:MOST_PICTURES])]
         try:
-            whole = self.encoder.row(row.conversations, len(row.images), NO_LIMIT)
+            whole = self._encode(index, row, NO_LIMIT)
         except RowError as error:
             return RowView(location, str(error), error.kind, pictures=pictures, source=_source(row))
         trouble, kind, kept = "", "", Tokens()
         try:
-            kept = self.encoder.row(row.conversations, len(row.images), self.config.data.max_length)
+            kept = self._encode(index, row, self.config.data.max_length)
         except RowError as error:
             trouble, kind = str(error), error.kind
         bad = next((n for n, picture in enumerate(pictures[: kept.images]) if picture.trouble), None)
@@ -140,10 +150,14 @@ class Previewer:
             None if trouble else self._batch(index),
         )
 
+    def _encode(self, index: int, row: Row, max_length: int) -> Tokens:
+        """The tokens of a row in the form that training reads."""
+        return self.encoder.row(row.conversations, len(row.images), max_length, self._dataset.draw(index))
+
     def _picture(self, index: int, position: int, name: str) -> PictureView:
         try:
             data = self.rows.picture(index, position, name)
-            pixels = load_pixels(data, name, self.spec.image_size, self.spec.resize_mode)  # [3, S, S]
+            pixels = self._dataset.pixels(data, name)  # [3, S, S]
             original = decode(data, name)
         except RowError as error:
             return PictureView(name, str(error), error.kind)
@@ -152,7 +166,8 @@ class Previewer:
         thumbnail, model = io.BytesIO(), io.BytesIO()
         original.save(thumbnail, "JPEG", quality=80)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(model, "PNG")
-        return PictureView(name, "", "", width, height, len(data), thumbnail.getvalue(), model.getvalue())
+        squeezed = self.spec.resize_mode == "squeeze"
+        return PictureView(name, "", "", width, height, len(data), thumbnail.getvalue(), model.getvalue(), squeezed)
 
     def _batch(self, index: int) -> BatchView | None:
         """The row's batch in the plan: the batch decides how much padding a row gets."""

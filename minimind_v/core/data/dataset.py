@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 from torch import Tensor
 
+from minimind_v.core.config.schema import VisionSpec
 from minimind_v.core.data.feature_store import FeatureStore, digest
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PackedTokens, PromptEncoder, Tokens
@@ -64,15 +67,36 @@ class RowDataset:
         max_length: int,
         blank: bool = False,
         resize_mode: str = "crop",
+        resample: str = "bicubic",
     ) -> None:
-        """`blank` gives a grey image in place of every real one. `resize_mode` is that of the vision spec."""
+        """`blank` gives a grey image in place of every real one. Resizing is that of the vision spec."""
         self.rows = rows
         self.encoder = encoder
         self.image_size = image_size
         self.max_length = max_length
         self.blank = blank
-        self.resize_mode = resize_mode
+        self.resize_mode, self.resample = resize_mode, resample
+        self.seed: int | None = None  # of the forms of training rows; None: all rows have the plain form
         self.remembered: FeatureStore | None = None  # images with stored features are not decoded
+
+    @classmethod
+    def for_spec(
+        cls, rows: RowStore, encoder: PromptEncoder, spec: VisionSpec, max_length: int, blank: bool = False
+    ) -> RowDataset:
+        """Rows with images as the vision encoder of this spec takes them."""
+        return cls(rows, encoder, spec.image_size, max_length, blank, spec.resize_mode, spec.resample)
+
+    def for_training(self, seed: int) -> RowDataset:
+        """The same rows, each in the form that a run with this seed trains on, where the layout has several."""
+        if not self.encoder.layout.varies:
+            return self
+        dataset = copy.copy(self)
+        dataset.seed = seed
+        return dataset
+
+    def draw(self, index: int) -> Random | None:
+        """What decides the form of a training row: the seed and the row, so it is the same whoever reads the row."""
+        return None if self.seed is None else Random(f"{self.seed} {index}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +108,7 @@ class RowDataset:
             row = self.rows.row(index)
             if row.conversations is None:
                 raise no_form(row)
-            tokens = self.encoder.row(row.conversations, len(row.images), self.max_length)
+            tokens = self.encoder.row(row.conversations, len(row.images), self.max_length, self.draw(index))
         except RowError as error:
             return BrokenRow(location, error.kind, str(error))
         tokens.notes = row.notes
@@ -105,4 +129,8 @@ class RowDataset:
         key = digest(data) if self.remembered is not None else b""
         if self.remembered is not None and (features := self.remembered.read(key)) is not None:
             return LoadedImage(key, features=features)
-        return LoadedImage(key, load_pixels(data, name, self.image_size, self.resize_mode))
+        return LoadedImage(key, self.pixels(data, name))
+
+    def pixels(self, data: bytes, name: str) -> np.ndarray:
+        """A picture file as the vision encoder takes it: uint8 [3, S, S]. Raises RowError."""
+        return load_pixels(data, name, self.image_size, self.resize_mode, self.resample)

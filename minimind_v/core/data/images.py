@@ -1,4 +1,4 @@
-"""Decode a picture file and preprocess it for CLIP, as published; the pixels stay uint8 until the model.
+"""Decode a picture file and preprocess it for the vision encoder, as published; the pixels stay uint8 until the model.
 
 Two things differ from the published code on purpose: images are turned upright by their EXIF orientation, and 16 bits
 and floats are scaled to 8 bits, where Pillow's `convert` would clip them. All else is equal to one grey level, except
@@ -85,13 +85,14 @@ def decode(data: bytes, name: str) -> Image.Image:
         return _turn(_to_eight_bits(image), _orientation(image)).convert("RGB")
 
 
-def load_pixels(data: bytes, name: str, size: int, resize_mode: str = "crop") -> np.ndarray:
+def load_pixels(data: bytes, name: str, size: int, resize_mode: str = "crop", resample: str = "bicubic") -> np.ndarray:
     """Decode and prepare a picture file: uint8 [3, size, size]. Raises RowError with `name`.
 
     resize_mode: `crop` keeps the middle of the longer side; `squeeze` keeps the whole image and changes its aspect.
+    resample: a filter of Pillow by its name, as vision specs have it.
     """
     with _row_errors(name):
-        return _prepare(*_load(data, size), size, resize_mode)
+        return _prepare(*_load(data, size), size, resize_mode, resample)
 
 
 def is_dark_on_transparent(data: bytes) -> bool:
@@ -113,22 +114,24 @@ def is_dark_on_transparent(data: bytes) -> bool:
     return False
 
 
-def to_pixels(image: Image.Image, size: int, resize_mode: str = "crop", name: str = "the image") -> np.ndarray:
+def to_pixels(
+    image: Image.Image, size: int, resize_mode: str = "crop", resample: str = "bicubic", name: str = "the image"
+) -> np.ndarray:
     """Prepare a decoded image as `load_pixels` does. Raises RowError with `name`."""
     with _row_errors(name):
-        return _prepare(image, image.size, size, resize_mode)
+        return _prepare(image, image.size, size, resize_mode, resample)
 
 
-def _prepare(image: Image.Image, extent: tuple[float, float], size: int, resize_mode: str) -> np.ndarray:
-    """Resize (bicubic) to uint8 [3, size, size]: CLIPImageProcessor's resize and centre crop, or a squeeze.
+def _prepare(image: Image.Image, extent: tuple[float, float], size: int, resize_mode: str, resample: str) -> np.ndarray:
+    """Resize to uint8 [3, size, size]: CLIPImageProcessor's resize and centre crop, or SiglipImageProcessor's squeeze.
 
     The vision encoder normalises, so that workers send a quarter of the bytes.
     """
-    eight_bits = _to_eight_bits(image)
+    eight_bits, method = _to_eight_bits(image), Image.Resampling[resample.upper()]
     if resize_mode == "squeeze":
-        small = eight_bits.resize((size, size), Image.Resampling.BICUBIC, (0, 0, *extent))
+        small = eight_bits.resize((size, size), method, (0, 0, *extent))
     else:
-        small = _shrink(eight_bits, size, extent)
+        small = _shrink(eight_bits, size, extent, method)
     return _crop(_turn(small, _orientation(image)), size)
 
 
@@ -315,7 +318,7 @@ def _turn(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
-def _shrink(image: Image.Image, size: int, extent: tuple[float, float]) -> Image.Image:
+def _shrink(image: Image.Image, size: int, extent: tuple[float, float], method: Image.Resampling) -> Image.Image:
     """Resize the short side to `size`. `extent` is the image's size without padding, in its pixels."""
     width, height = extent
     short = min(width, height)
@@ -323,11 +326,11 @@ def _shrink(image: Image.Image, size: int, extent: tuple[float, float]) -> Image
         return image
     wide, high = int(size * width / short), int(size * height / short)
     if wide * high <= PIXEL_LIMIT:
-        return image.resize((wide, high), Image.Resampling.BICUBIC, (0, 0, width, height))
+        return image.resize((wide, high), method, (0, 0, width, height))
     # A very long image: resize only the part that the crop keeps.
     left, top = ((wide - size) // 2) * width / wide, ((high - size) // 2) * height / high
     box = (left, top, left + size * width / wide, top + size * height / high)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return image.resize((size, size), method, box)
 
 
 def _crop(image: Image.Image, size: int) -> np.ndarray:

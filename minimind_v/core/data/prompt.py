@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.layouts import Piece
+from minimind_v.core.data.layouts import ChatLayout, Piece
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.row import IMAGE_MARK
 
-ROLES = ("system", "user", "assistant")
+TURNS = ("user", "tool"), ("assistant",)  # roles of messages that alternate
 MOST_MESSAGES = 10_000  # of a row: 32768 positions hold fewer
 TEXT_LIMIT = 10**6  # characters of a message that a row encodes: more than 32768 positions can hold, but no gigabytes
 
@@ -76,15 +77,21 @@ class PromptEncoder:
         self.tokens_per_image = tokens_per_image
         self._system: tuple[str | None, Tokens] = None, Tokens()  # the last one; most rows have the same
 
-    def row(self, conversations: Any, images: int, max_length: int) -> Tokens:
-        """A training row of at most `max_length` tokens, cut after the last whole turn that fits.
+    @property
+    def layout(self) -> ChatLayout:
+        return self.tokenizer.chat_layout
 
-        `images` is the number of the row's images; `Tokens.images` counts those before the cut. A row with images and
+    def row(self, conversations: Any, images: int, max_length: int, draw: Random | None = None) -> Tokens:
+        """A row of at most `max_length` tokens, cut after the last whole turn that fits.
+
+        A training row draws its form where the layout has several; without `draw` it has the plain form. `images` is
+        the number of the row's images; `Tokens.images` counts those before the cut. A row with images and
         no mark is a text row: `Tokens.unmarked` counts its images.
         Raises RowError if the conversation is malformed, marks and images differ in number, or the prompt is too long.
         """
-        messages = check_conversations(conversations)
-        encoded = self._opening(messages)
+        layout = self.layout.of_row(draw)
+        messages = check_conversations(conversations, layout)
+        encoded = self._opening(messages, layout)
         turns = [message for message in messages if message["role"] != "system"]
         marks = sum(turn["content"].count(IMAGE_MARK) for turn in turns)
         if encoded.images:
@@ -96,8 +103,8 @@ class PromptEncoder:
         answers, whole = len(turns) // 2, 0
         # Not strict: a last question without an answer is dropped with its images.
         for question, answer in zip(turns[::2], turns[1::2], strict=False):
-            prompt = self._message("user", question["content"][:TEXT_LIMIT])
-            reply = self._message("assistant", answer["content"][:TEXT_LIMIT])
+            prompt = self._message(question["role"], question["content"][:TEXT_LIMIT], layout)
+            reply = self._message("assistant", answer["content"][:TEXT_LIMIT], layout)
             if len(encoded) + len(prompt) + len(reply) <= max_length:
                 encoded += prompt
                 encoded += reply
@@ -114,39 +121,51 @@ class PromptEncoder:
         encoded.unmarked = 0 if marks else images
         return encoded
 
-    def prompt(self, conversations: Any) -> Tokens:
-        """The tokens before an answer: all messages, and the start of the answer."""
-        messages = check_conversations(conversations)
-        encoded = self._opening(messages)
+    def prompt(self, conversations: Any, think: bool = False) -> Tokens:
+        """The tokens before an answer: all messages, and the start of the answer, which may be reasoning.
+
+        Raises RowError for a malformed conversation, UsageError for reasoning in a layout without it.
+        """
+        messages = check_conversations(conversations, self.layout)
+        encoded = self._opening(messages, self.layout)
         for message in messages:
             if message["role"] != "system":
-                encoded += self._message(message["role"], message["content"])
-        encoded += self._encode(self.tokenizer.chat_layout.answer_start())
+                encoded += self._message(message["role"], message["content"], self.layout)
+        encoded += self.answer_start(think)
         return encoded
 
-    def follow_up(self, question: str) -> Tokens:
+    def follow_up(self, question: str, think: bool = False) -> Tokens:
         """A further question, after a complete answer and its end, and the start of its answer."""
-        encoded = self._message("user", question)
-        encoded += self._encode(self.tokenizer.chat_layout.answer_start())
+        encoded = self._message("user", question, self.layout)
+        encoded += self.answer_start(think)
         return encoded
+
+    def answer(self, content: str) -> Tokens:
+        """A whole message of the assistant, as a later prompt has it."""
+        [message] = self.layout.messages([{"role": "assistant", "content": content}])
+        return self._message("assistant", message["content"], self.layout)
+
+    def answer_start(self, think: bool = False) -> Tokens:
+        """The tokens before an answer, or before its reasoning. Raises UsageError for a layout without reasoning."""
+        return self._encode(self.layout.reasoning_start() if think else self.layout.answer_start())
 
     def answer_end(self) -> Tokens:
         """The tokens after an answer."""
-        return self._encode(self.tokenizer.chat_layout.answer_end())
+        return self._encode(self.layout.answer_end())
 
-    def _opening(self, messages: list[dict[str, str]]) -> Tokens:
+    def _opening(self, messages: list[dict[str, str]], layout: ChatLayout) -> Tokens:
         """The system message, if there is one: the conversation's own or the layout's."""
         own = messages[0]["role"] == "system"
-        system = messages[0]["content"] if own else self.tokenizer.chat_layout.system_prompt
+        system = messages[0]["content"] if own else layout.system_prompt
         opening = Tokens()
         if system is not None:
             if self._system[0] != system:
-                self._system = system, self._message("system", system)
+                self._system = system, self._message("system", system, layout)
             opening += self._system[1]
         return opening
 
-    def _message(self, role: str, content: str) -> Tokens:
-        return self._encode(self.tokenizer.chat_layout.message(role, content))
+    def _message(self, role: str, content: str, layout: ChatLayout) -> Tokens:
+        return self._encode(layout.message(role, content))
 
     def _encode(self, pieces: list[Piece]) -> Tokens:
         tokens = Tokens()
@@ -172,7 +191,7 @@ class PromptEncoder:
         patches, never a user's own. If the tokenizer would merge a placeholder with its neighbours, or the placeholder
         is a special token, the texts between marks are encoded one by one instead.
         """
-        pieces, placeholder = text.split(IMAGE_MARK), self.tokenizer.chat_layout.placeholder
+        pieces, placeholder = text.split(IMAGE_MARK), self.layout.placeholder
         if len(pieces) > 1 and len(placeholder) > 1:
             return self._encode_apart(pieces)
         run = placeholder * self.tokens_per_image
@@ -210,8 +229,12 @@ class PromptEncoder:
         return ids, starts, image_mask
 
 
-def check_conversations(conversations: Any) -> list[dict[str, str]]:
-    """The messages of a row: an optional system message, then user and assistant in turn. Raises RowError otherwise."""
+def check_conversations(conversations: Any, layout: ChatLayout) -> list[dict[str, str]]:
+    """The messages of a row in a layout: an optional system message, then user (or tool) and assistant in turn.
+
+    Raises RowError otherwise.
+    """
+    conversations = layout.messages(conversations)
     if not isinstance(conversations, list) or not conversations:
         raise RowError("`conversations` is not a list of messages", "conversations")
     if len(conversations) > MOST_MESSAGES:
@@ -219,11 +242,12 @@ def check_conversations(conversations: Any) -> list[dict[str, str]]:
     for number, message in enumerate(conversations, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise RowError(f"message {number} has no text in `content`", "conversations")
-        if message.get("role") not in ROLES:
+        if message.get("role") not in layout.roles:
             raise RowError(
-                f"message {number} has the role {message.get('role')!r:.40}, not one of {', '.join(ROLES)}", "roles"
+                f"message {number} has the role {message.get('role')!r:.40}, not one of {', '.join(layout.roles)}",
+                "roles",
             )
     turns = conversations[1:] if conversations[0]["role"] == "system" else conversations
-    if not turns or any(turn["role"] != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):
+    if not turns or any(turn["role"] not in TURNS[n % 2] for n, turn in enumerate(turns)):
         raise RowError("user and assistant do not alternate", "roles")
     return conversations

@@ -25,7 +25,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import tokenizers
@@ -343,7 +343,9 @@ def identify(dataset: RowDataset, data: str) -> tuple[str, bytes]:
         digest.update(layout.encode() + Path(inspect.getfile(type(encoder.tokenizer.chat_layout))).read_bytes())
     except (TypeError, OSError):
         raise UsageError(f"data.layout {layout}: its class must be in a file, so that a change is noticed") from None
-    digest.update(json.dumps([tokenizers.__version__, encoder.tokens_per_image, dataset.max_length]).encode())
+    settings: list[Any] = [tokenizers.__version__, encoder.tokens_per_image, dataset.max_length]
+    settings += [] if dataset.seed is None else [dataset.seed]
+    digest.update(json.dumps(settings).encode())
     name = digest.hexdigest()[:8]
     files = getattr(dataset.rows, "files", None) or (sorted(path.rglob("*")) if path.is_dir() else [path])
     digest.update(

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from minimind_v.core.data.layouts import ChatLayout, find_layout
+from minimind_v.core.data.layouts import CHAT_LAYOUTS, ChatLayout, find_layout
 from minimind_v.core.errors import MissingInput, RowError, WeightsError
 from minimind_v.core.hub.sources import how_to_get
 
@@ -26,7 +26,7 @@ IMAGE_TOKEN = "<|image|>"  # the placeholder of an export for transformers, afte
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizer.json`; special tokens in a user's text stay ordinary text.
+    """A `tokenizer.json`; the names of its added tokens in a user's text stay ordinary text.
 
     Its chat layout decides which tokens end an answer and reserve positions for an image.
     """
@@ -39,9 +39,12 @@ class Tokenizer:
     layout: str = "chatml"  # one of CHAT_LAYOUTS
 
     @classmethod
-    def load(cls, folder: Path, layout: str = "chatml") -> Tokenizer:
-        """Load `tokenizer.json` from a folder. Raises MissingInput or WeightsError, each with the next step."""
-        path, chat_layout = find_tokenizer(folder), find_layout(layout)
+    def load(cls, folder: Path, layout: str | None = None) -> Tokenizer:
+        """Load `tokenizer.json` from a folder; without `layout` it has the one that its tokens are made for.
+
+        Raises MissingInput or WeightsError, each with the next step.
+        """
+        path = find_tokenizer(folder)
         try:
             text = _read(path)
             backend = FastTokenizer.from_str(_without_image_token(text))
@@ -53,7 +56,9 @@ class Tokenizer:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise WeightsError(f"{path}: not a tokenizer ({error}) — {how_to_get('tokenizer', folder)}") from None
-        ids = []
+        layout = layout or usual_layout(backend)
+        chat_layout = find_layout(layout)
+        ids: list[int] = []
         for token in ("<|endoftext|>", "<|im_start|>", chat_layout.end_token, chat_layout.placeholder):
             id = backend.token_to_id(token)
             if id is None:
@@ -67,6 +72,7 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.__dict__.pop("_text_backend", None)
         self.backend.encode_special_tokens = True  # pickling loses it
 
     @property
@@ -79,6 +85,19 @@ class Tokenizer:
         if id is None:
             raise WeightsError(f"the tokenizer has no {token!r} token, which the layout {self.layout} needs")
         return int(id)
+
+    @cached_property
+    def _text_backend(self) -> FastTokenizer:
+        """The backend without added tokens that are not special, which it would find in every text."""
+        added = self.backend.get_added_tokens_decoder().values()
+        if all(token.special for token in added):
+            return self.backend
+        description = json.loads(self.backend.to_str())
+        for token in description["added_tokens"]:
+            token["special"] = True
+        backend = FastTokenizer.from_str(json.dumps(description, ensure_ascii=False))
+        backend.encode_special_tokens = True
+        return backend
 
     @cached_property
     def last_token(self) -> str:
@@ -94,7 +113,7 @@ class Tokenizer:
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of ordinary text. Raises RowError for text that cannot be encoded."""
         try:
-            return self.backend.encode(text, add_special_tokens=False)
+            return self._text_backend.encode(text, add_special_tokens=False)
         except TypeError:  # JSON can write half of a surrogate pair, UTF-8 cannot
             raise RowError("the text contains half a character (a lone surrogate)", "conversations") from None
         except Exception as error:  # the Rust library's own
@@ -103,6 +122,12 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, without the special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def usual_layout(backend: FastTokenizer) -> str:
+    """The chat layout that a tokenizer is made for: minimind-3v has a token for images, 2025 an ordinary `@`."""
+    thinking = CHAT_LAYOUTS["chatml-think"].placeholder
+    return "chatml" if backend.token_to_id(thinking) is None else "chatml-think"
 
 
 def _read(path: Path) -> str:

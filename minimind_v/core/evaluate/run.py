@@ -66,7 +66,7 @@ def held_out_dataset(
     """Rows as the model reads them, in the layout of its tokenizer; `blank` gives a grey image in place of each."""
     spec = model.spec
     prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
-    return RowDataset(rows, prompts, spec.image_size, max_length, blank, spec.resize_mode)
+    return RowDataset.for_spec(rows, prompts, spec, max_length, blank)
 
 
 @torch.inference_mode()
@@ -92,7 +92,7 @@ def evaluate(
     tasks = open_tasks(task, eos_id)
     if task is not None and type(tasks[0]).conversation is not Task.conversation:
         dataset = copy.copy(dataset)
-        dataset.rows = TaskRows(dataset.rows, tasks[0])
+        dataset.rows = TaskRows(dataset.rows, tasks[0], dataset.encoder)
     model.eval()
     started = time.perf_counter()
     plan = BatchPlan(dataset, batch_size, pad_id, limit=limit)

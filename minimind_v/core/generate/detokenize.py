@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
+from minimind_v.core.data.thinking import END_THINK
 from minimind_v.core.data.tokenizer import Tokenizer
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # stands for a character whose bytes are incomplete
@@ -32,3 +35,31 @@ class TextStream:
         text = self.tokenizer.decode(self._waiting) if self._waiting else ""
         self._waiting.clear()
         return text
+
+
+def split_stream(pieces: Iterable[str], think: bool) -> Iterator[tuple[bool, str]]:
+    """The pieces of an answer, each with whether it is reasoning; `think`: the prompt has opened the think block.
+
+    The texts of both are those of `split_answer`.
+    """
+    waiting, reasoning, begun = "", think, not think
+    for piece in pieces:
+        waiting += piece
+        if reasoning and END_THINK in waiting:
+            last, _, waiting = waiting.partition(END_THINK)
+            if last := last.rstrip("\n"):
+                yield True, last if begun else last.lstrip("\n")
+            reasoning = begun = False
+        if not begun:
+            waiting = waiting.lstrip("\n")
+        if size := _certain(waiting) if reasoning else len(waiting):
+            yield reasoning, waiting[:size]
+            waiting, begun = waiting[size:], True
+    if rest := waiting.rstrip("\n"):
+        yield True, rest
+
+
+def _certain(text: str) -> int:
+    """Characters that are reasoning for certain: newlines at the end, and a beginning of the tag, may be of the tag."""
+    tag = next((size for size in range(len(END_THINK) - 1, 0, -1) if text.endswith(END_THINK[:size])), 0)
+    return len(text[: len(text) - tag].rstrip("\n"))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.generate.cuda_graph import Columns, Replay
-from minimind_v.core.model.decoder import Block, RMSNorm
+from minimind_v.core.model.decoder import Attention, Block, RMSNorm
 from minimind_v.core.model.feed_forward import FeedForward
 from minimind_v.core.model.kernels.accelerate import attention_for
 from minimind_v.core.model.kernels.cpu_linear import FEW, Product, product
@@ -110,6 +110,7 @@ class FastLayer:
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.qkv = _product(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
         self.o_proj = _product(dtype, attention.o_proj)
+        self.head_norms = FastHeadNorms(attention) if isinstance(attention.q_norm, RMSNorm) else None
         self.input_norm, self.post_norm = FastNorm(block.input_layernorm), FastNorm(block.post_attention_layernorm)
         self.mlp = _fast_mlp(block.mlp, dtype)
 
@@ -119,6 +120,7 @@ class FastLayer:
         """x [B·T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
         heads = self.qkv(self.input_norm(x)).view(rows, -1, self.heads + 2 * self.kv_heads, self.head_dim)
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        qk = qk if self.head_norms is None else self.head_norms(qk)
         q, k = rotated(qk, *angles).split((self.heads, self.kv_heads), dim=2)
         return q, *columns.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
 
@@ -139,11 +141,29 @@ class FastNorm:
         self.least = norm.weight.new_tensor((width * norm.eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x / sqrt(mean(x²) + eps) · weight; x [N, D]."""
+        """x / sqrt(mean(x²) + eps) · weight; x [..., D]."""
         if x.dtype != torch.float32 or x.device.type != "cpu":
             return self.norm(x)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x.div(torch.hypot(length, self.least)).mul_(self.weight)
+
+
+class FastHeadNorms:
+    """The norms of all query and key heads at once, where FastNorm computes."""
+
+    def __init__(self, attention: Attention) -> None:
+        self.q_norm, self.k_norm = FastNorm(attention.q_norm), FastNorm(attention.k_norm)
+        self.heads = attention.heads, attention.kv_heads
+        norms = zip((self.q_norm, self.k_norm), self.heads, strict=True)
+        self.weight = torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms])  # [heads + KV, hd]
+
+    def __call__(self, qk: Tensor) -> Tensor:
+        """[B, T, heads + KV, hd] → the same shape."""
+        if qk.dtype != torch.float32 or qk.device.type != "cpu":
+            q, k = qk.split(self.heads, dim=2)
+            return torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
+        return qk.div(torch.hypot(length, self.q_norm.least)).mul_(self.weight)
 
 
 def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from minimind_v.core.data.processor import Image, Images, Processor
 from minimind_v.core.data.prompt import Tokens
+from minimind_v.core.data.thinking import split_answer
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.detokenize import TextStream
@@ -27,10 +28,18 @@ class Session:
     (`ready`).
     """
 
-    def __init__(self, model: VLM, tokenizer: Tokenizer, sampling: Sampling, context: int = CONTEXT) -> None:
+    def __init__(
+        self, model: VLM, tokenizer: Tokenizer, sampling: Sampling, context: int = CONTEXT, think: bool = False
+    ) -> None:
+        """With `think` each answer begins with reasoning, up to `</think>`, which later turns do not contain.
+
+        Raises UsageError where the chat layout has no reasoning.
+        """
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.processor = Processor(tokenizer, model.spec)
+        self.think = think
+        self._start = len(self.processor.prompts.answer_start(think))  # tokens of a prompt that begin its answer
         self.sampler = Sampler(sampling)
         self.context = min(context, model.config.max_position_embeddings)
         self.new_tokens = 0  # of the latest answer
@@ -67,9 +76,9 @@ class Session:
     def _encode(self, question: str) -> Tokens:
         prompts = self.processor.prompts
         if not self.questions:
-            return prompts.prompt([{"role": "user", "content": question}])
+            return prompts.prompt([{"role": "user", "content": question}], self.think)
         tokens = Tokens([*self._pending], [False] * len(self._pending), [False] * len(self._pending))
-        tokens += prompts.follow_up(question)
+        tokens += prompts.follow_up(question, self.think)
         return tokens
 
     def _answer(self, tokens: Tokens, images: list[np.ndarray], max_new_tokens: int) -> Generator[str]:
@@ -86,13 +95,23 @@ class Session:
             ended = True
         finally:  # however the answer ended, even inside a layer: the next question follows a closed turn
             if ids or ended:
-                read = max(0, len(ids) - 1)  # the latest token may be half read, and is read again
-                self.cache.rewind(start + len(tokens) + read)
-                self._pending = [*ids[read:], *self.processor.prompts.answer_end().input_ids]
+                self._close(start + len(tokens), ids)
                 self.questions += 1
             else:  # the question itself was not read: as if it had never been asked
                 self.cache.rewind(start)
             self.new_tokens = len(ids)
+
+    def _close(self, end: int, ids: list[int]) -> None:
+        """Close the turn of an answer whose prompt ends at this position of the cache."""
+        prompts = self.processor.prompts
+        if self.think:  # the next prompt has the answer without its reasoning
+            _, answer = split_answer(self.tokenizer.decode(ids))
+            self.cache.rewind(end - self._start)
+            self._pending = prompts.answer(answer).input_ids
+            return
+        read = max(0, len(ids) - 1)  # the latest token may be half read, and is read again
+        self.cache.rewind(end + read)
+        self._pending = [*ids[read:], *prompts.answer_end().input_ids]
 
     def _read(self, tokens: Tokens, images: list[np.ndarray], max_new_tokens: int) -> Iterator[int]:
         """The ids of an answer. The beginning of a first question comes from the prompt cache, as far as it is kept."""

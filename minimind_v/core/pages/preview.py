@@ -54,6 +54,24 @@ def _lesson(spec: VisionSpec, config: RunConfig) -> str:
         patches=spec.tokens_per_image,
         width=spec.width,
         max_length=config.data.max_length,
+        resizing=_resizing(spec),
+    )
+
+
+def _resizing(spec: VisionSpec) -> str:
+    """The topic about how an image becomes a square."""
+    if spec.resize_mode == "squeeze":
+        return (
+            "<h3>What squeezing does</h3>"
+            f"<p>The vision encoder needs a square. Both sides become {spec.image_size} pixels: nothing is lost, but a "
+            "wide image becomes narrower. The model learns from squeezed shapes, and receives them at every "
+            "question.</p>"
+        )
+    return (
+        "<h3>What the crop does</h3>"
+        f"<p>The vision encoder needs a square. The shorter side becomes {spec.image_size} pixels, and the longer side "
+        "is cropped to its middle. The model never receives the darkened edges. An answer about something in these "
+        "edges teaches the model to invent things.</p>"
     )
 
 
@@ -92,28 +110,34 @@ def _picture(picture: PictureView, number: int, removed: bool, spec: VisionSpec)
     if picture.trouble:
         return f'<p class="warn">Image {number + 1} cannot be shown: {_safe(picture.trouble)}</p>'
     side, size = spec.image_size // spec.patch_size, spec.image_size
-    width, height = picture.width, picture.height
-    short = min(width, height)
-    left, top = (width - short) / 2, (height - short) / 2
-    crop = (
-        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none"><path fill="#000a" fill-rule="evenodd" '
-        f'd="M0 0H{width}V{height}H0ZM{left} {top}h{short}v{short}h-{short}Z"/><rect x="{left}" y="{top}" '
-        f'width="{short}" height="{short}" fill="none" stroke="#fff" stroke-width="2" '
-        f'vector-effect="non-scaling-stroke" stroke-dasharray="6 4"/></svg>'
-    )
     lines = "".join(f"M{n} 0V{side}M0 {n}H{side}" for n in range(1, side))
     grid = (
         f'<svg class="grid" viewBox="0 0 {side} {side}"><path d="{lines}" stroke="#fff" stroke-opacity=".75" '
         f'stroke-width="1" vector-effect="non-scaling-stroke"/></svg>'
     )
-    loss = "nothing cropped" if picture.kept == 1 else f"{1 - picture.kept:.0%} outside the crop"
     gone = ' <span class="badge bad">cut off with its turn</span>' if removed else ""
     return (
-        f'<figure class="original"><span class="frame"><img alt="" src="{data_uri(picture.thumbnail, "jpeg")}">{crop}'
-        f"</span><figcaption><b>Original</b> {name}: {width} × {height}, {picture.size / 1000:,.0f} kB — {loss}{gone}"
+        f'<figure class="original"><span class="frame"><img alt="" src="{data_uri(picture.thumbnail, "jpeg")}">'
+        f"{_crop(picture)}</span><figcaption><b>Original</b> {name}: {picture.width} × {picture.height}, "
+        f"{picture.size / 1000:,.0f} kB — {picture.resizing}{gone}"
         f'</figcaption></figure><figure class="model"><span class="frame"><img alt="" '
         f'src="{data_uri(picture.model, "png")}">{grid}</span><figcaption><b>What the model receives</b>: '
         f"{size} × {size} pixels, {side} × {side} patches, {spec.tokens_per_image} tokens</figcaption></figure>"
+    )
+
+
+def _crop(picture: PictureView) -> str:
+    """The drawing over an original that darkens its cropped edges; empty for one that is not cropped."""
+    if picture.squeezed:
+        return ""
+    width, height = picture.width, picture.height
+    short = min(width, height)
+    left, top = (width - short) / 2, (height - short) / 2
+    return (
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none"><path fill="#000a" fill-rule="evenodd" '
+        f'd="M0 0H{width}V{height}H0ZM{left} {top}h{short}v{short}h-{short}Z"/><rect x="{left}" y="{top}" '
+        f'width="{short}" height="{short}" fill="none" stroke="#fff" stroke-width="2" '
+        f'vector-effect="non-scaling-stroke" stroke-dasharray="6 4"/></svg>'
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.prompt import check_conversations
+from minimind_v.core.data.prompt import PromptEncoder, check_conversations
 from minimind_v.core.errors import RowError
 from minimind_v.core.evaluate.forward import Answer, BatchLosses
 from minimind_v.core.rows.row import Row, RowStore
@@ -52,20 +52,20 @@ class Task:
 class TaskRows(SampledRows):
     """The rows of a store that a task takes, with the conversations that it makes of them."""
 
-    def __init__(self, rows: RowStore, task: Task) -> None:
-        self._task = task
+    def __init__(self, rows: RowStore, task: Task, encoder: PromptEncoder) -> None:
+        self._task, self._encoder = task, encoder
         super().__init__(rows, np.array([index for index in range(len(rows)) if self._takes(rows, index)], np.int64))
 
     def _takes(self, rows: RowStore, index: int) -> bool:
         """Whether the task takes a row; one that is broken stays, so that it is counted."""
         try:
             row = rows.row(index)
-            check_conversations(row.conversations)
+            check_conversations(row.conversations, self._encoder.layout)
         except RowError:
             return True
         return self._task.conversation(row) is not None
 
     def row(self, index: int) -> Row:
         row = super().row(index)
-        check_conversations(row.conversations)
+        check_conversations(row.conversations, self._encoder.layout)
         return replace(row, conversations=self._task.conversation(row))
