@@ -7,20 +7,33 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.config.load import build_config
+from minimind_v.core.config.presets import PRESETS, check_preset, weights_name
 from minimind_v.core.errors import MissingInput
 from minimind_v.core.files import size_of
-from minimind_v.core.hub.sources import SOURCES, find_weights
-from minimind_v.core.paths import DEMO_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.hub.sources import find_weights, sources_of
+from minimind_v.core.paths import DEMO_DIR, OUT_DIR, STANDARD_PRESET
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow", "pillow", "numpy")
 
 
-def doctor(json: options.Json = False) -> None:
-    """Report installed packages, the files in the standard folders, and how to get missing files."""
+def doctor(
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help=f"Model size: {', '.join(PRESETS)}.", autocompletion=options.complete(*PRESETS)
+        ),
+    ] = STANDARD_PRESET,
+    json: options.Json = False,
+) -> None:
+    """Report installed packages, the files that a model size needs, and how to get missing files."""
+    check_preset(preset)
     import torch
 
     from minimind_v.core.device import gpu_names
@@ -38,19 +51,27 @@ def doctor(json: options.Json = False) -> None:
         report["gpu"] = ", ".join(gpu_names()) or "none: training runs on the CPU"
     report["cpu threads"] = str(torch.get_num_threads())
     report["free disk here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
-    out, vision_model, tokenizer = (
-        options.folder(name, standard)
-        for name, standard in {"out": OUT_DIR, "vision_model": VISION_DIR, "tokenizer": TOKENIZER_DIR}.items()
-    )
-    given = {"out": out, "data": os.environ.get(options.ENVIRONMENT["data"]) or None}
+    out = options.folder("out", OUT_DIR)
+    given = {
+        "preset": preset,
+        "out": out,
+        "data": os.environ.get(options.ENVIRONMENT["data"]) or None,
+    }
     stages = {stage: build_config(stage, options=given) for stage in ("pretrain", "sft")}
+    pretrain, sft = stages["pretrain"], stages["sft"]
+    vision_model, tokenizer = (
+        options.folder(name, standard)
+        for name, standard in {"vision_model": pretrain.vision_model, "tokenizer": pretrain.data.tokenizer}.items()
+    )
+    get = {what: source.command(preset=preset) for what, source in sources_of(preset).items()}
+    train = "mmv train pretrain" + ("" if preset == STANDARD_PRESET else f" --preset {preset}")
     inputs: dict[str, tuple[Path, str]] = {
-        "vision model": (vision_model / "config.json", SOURCES["clip"].command()),
-        "tokenizer": (tokenizer / "tokenizer.json", SOURCES["tokenizer"].command()),
-        "language model": (stages["pretrain"].init or out, SOURCES["lm"].command()),
-        "pretrain data": (stages["pretrain"].data.file, SOURCES["dataset"].command()),
-        "pretrained weights": (stages["sft"].init or out, "mmv train pretrain"),
-        "sft data": (stages["sft"].data.file, SOURCES["dataset"].command()),
+        "vision model": (vision_model / "config.json", get["clip"]),
+        "tokenizer": (tokenizer / "tokenizer.json", get["tokenizer"]),
+        "language model": (pretrain.init or OUT_DIR, get["lm"]),
+        "pretrain data": (pretrain.data.file, get["dataset"]),
+        "pretrained weights": (out / weights_name("pretrain", sft.model), train),
+        "sft data": (sft.data.file, get["dataset"]),
     }
     for name, (path, command) in inputs.items():
         report[name] = f"found, {path}" if path.exists() else f"missing, {path} — `{command}`"

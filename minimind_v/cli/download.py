@@ -45,6 +45,8 @@ class Preset(str, Enum):
     small = "small"
     base = "base"
     moe = "moe"
+    v3 = "3v"
+    v3_moe = "3v-moe"
 
 
 def download(

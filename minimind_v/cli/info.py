@@ -95,6 +95,7 @@ def _weights(file: Path) -> dict[str, Any]:
         "file": str(file),
         "stage": checkpoint.stage,
         "preset": name_preset(checkpoint.config),
+        "generation": checkpoint.generation.name,
         "parameters": checkpoint.parameters,
         "vision_width": checkpoint.vision_width,
         "projector": checkpoint.projector,
@@ -114,17 +115,17 @@ def _trained_with(checkpoint: Checkpoint) -> dict[str, str]:
         name: str(next((path for path in companion.paths if path.exists()), f"{companion.paths[-1]}, missing"))
         for name, companion in pairs
         if companion
-    } | {"layout": companions.layout}
+    } | {"layout": companions.layout or checkpoint.generation.layout}
 
 
 def _export(folder: Path) -> dict[str, Any]:
     """The further fields of an exported folder."""
     from minimind_v.core.export.folder import read_manifest
     from minimind_v.core.files import object_in, size_of
-    from minimind_v.core.formats.hf.read import is_llava
+    from minimind_v.core.formats.hf.read import is_export
 
     fields: dict[str, Any] = {"kind": "published layout, with custom code", "bytes": size_of(folder)}
-    if is_llava(folder):
+    if is_export(folder):
         from minimind_v.core.model.vision.encoder import read_vision_spec
 
         spec = read_vision_spec(folder)

@@ -68,7 +68,7 @@ RUN_OPTIONS: Table = {
         metavar="N|auto", parser=_rows,
     ),
     "accumulate": _common(int, "Micro-batches per step."),
-    "lr": _common(float, "Learning rate. It falls from 1.1 × this value to 0.1 × this value."),
+    "lr": _common(float, "Learning rate. It falls from 1.1 × this value (presets 3v: 1 ×) to 0.1 × this value."),
     "freeze": _common(
         str, f"Trainable weights: {', '.join(FREEZE_POLICIES)}.", metavar="POLICY",
         autocompletion=complete(*FREEZE_POLICIES),

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.presets import PRESETS, check_preset
 from minimind_v.core.config.recipes import pretrain
 from minimind_v.core.data.batch import Batch
@@ -29,9 +30,8 @@ from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
-from minimind_v.core.model.vision.clip import ClipVision
-from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
-from minimind_v.core.model.vision.spec import ClipConfig
+from minimind_v.core.model.vision.encoder import VisionEncoder
+from minimind_v.core.model.vision.spec import STANDARD, TOWERS, ClipConfig
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
 
@@ -41,10 +41,8 @@ SIDE = 2048  # of the matrices whose product is timed
 SIDE_CUDA = 8192  # a large GPU must work longer than the host needs to start it
 SPREAD = range(-14, 15, 4)  # tokens by which rows of the measured steps differ: a run has rows of many lengths
 JPEG = (448, 336)
-# Sizes of the vision towers: CLIP's ViT-B/16, and that of the embedded world.
-BASE_TOWER = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12,
-              "num_attention_heads": 12, "intermediate_size": 3072}  # fmt: skip
-DEMO_TOWER = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "num_hidden_layers": 4,
+# The vision tower of the embedded world.
+DEMO_TOWER: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "num_hidden_layers": 4,
               "num_attention_heads": 4, "intermediate_size": 512}  # fmt: skip
 
 
@@ -126,10 +124,12 @@ def _limit(encoding: float, training: float, loading: float) -> str:
 
 
 def _make_model(preset: str) -> VLM:
-    sizes: dict[str, Any] = DEMO_TOWER if preset == "demo" else BASE_TOWER
-    spec = VisionSpec(sizes["image_size"], sizes["patch_size"], sizes["hidden_size"])
-    encoder = VisionEncoder(ClipVision(ClipConfig(**sizes)), spec)
-    return VLM(PRESETS[preset], spec, placeholder_id=34, vision=encoder)
+    generation = generation_of(PRESETS[preset])
+    tower = generation.towers[0]
+    kind, config = TOWERS[tower], ClipConfig(**DEMO_TOWER) if preset == "demo" else STANDARD[tower]
+    spec = kind.describe(config, {})
+    encoder = VisionEncoder(kind.build(config), spec)
+    return VLM(PRESETS[preset], spec, placeholder_id=34, vision=encoder, projector=generation.projector)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from minimind_v.core.config.generation import Generation, generation_of
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import LINEAR, ModelConfig, TextConfig, VisionSpec
 from minimind_v.core.errors import RunError, WeightsError
@@ -31,7 +32,7 @@ from minimind_v.core.formats.description import (
     described_vision,
     infer_config,
 )
-from minimind_v.core.formats.generations import check_weights
+from minimind_v.core.formats.generations import check_base, check_weights
 from minimind_v.core.formats.gguf.read import is_gguf, read_gguf
 from minimind_v.core.formats.hf.read import VISION, read_folder
 from minimind_v.core.formats.tensor_files import check_numbers, read_tensors
@@ -69,6 +70,11 @@ class Checkpoint:
         if self.vision is None or self.projector is None:
             return self.config
         return ModelConfig(self.config, self.vision, self.projector)
+
+    @property
+    def generation(self) -> Generation:
+        """The generation of the language model."""
+        return generation_of(self.config)
 
     @property
     def vision_width(self) -> int | None:
@@ -193,6 +199,7 @@ def match_tensors(
 
     Raises WeightsError as `load_into` does.
     """
+    check_base(checkpoint.path, checkpoint.config, config.text)
     tensors = dict(checkpoint.tensors)
     receipt = Receipt(str(checkpoint.path), ignored=checkpoint.ignored)
     absent = [name for name in shapes if name not in tensors]

@@ -39,7 +39,7 @@ class Companions:
 
     vision_model: Companion | None = None
     tokenizer: Companion | None = None
-    layout: str = "chatml"  # of the prompts: one of CHAT_LAYOUTS
+    layout: str | None = None  # of the prompts, one of CHAT_LAYOUTS; None: that of the tokenizer
 
 
 UNKNOWN = Companions()
@@ -70,7 +70,7 @@ def as_record(companions: Companions, folder: Path) -> dict[str, Any]:
             path = next(filter(Path.exists, companion.paths), companion.paths[0])
             paths = [_relative_to(folder, path), str(companion.paths[-1])]
             record[name] = {"paths": paths, "digest": companion.digest}
-    if record or companions.layout != UNKNOWN.layout:
+    if companions.layout:
         record["layout"] = companions.layout
     return record
 
@@ -82,7 +82,7 @@ def read_record(record: Any, folder: Path) -> Companions:
     return Companions(
         _read(record.get("vision_model"), folder),
         _read(record.get("tokenizer"), folder),
-        layout if isinstance(layout, str) else UNKNOWN.layout,
+        layout if isinstance(layout, str) else None,
     )
 
 
@@ -103,7 +103,7 @@ def of_the_run(weights: Path) -> Companions:
         if path.is_absolute() == out.is_absolute():  # so the relative path is known
             moved = (tidy(_resolved(folder.parent) / os.path.relpath(path, out)),)
         companions[name] = Companion((*moved, path))
-    return Companions(**companions, layout=config.get("data.layout", UNKNOWN.layout))
+    return Companions(**companions, layout=config.get("data.layout"))
 
 
 def _read(record: Any, folder: Path) -> Companion | None:

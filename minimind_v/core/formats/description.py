@@ -11,45 +11,62 @@ from typing import Any
 
 from torch import Tensor
 
+from minimind_v.core.config.generation import V2026
+from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import ModelConfig, TextConfig, VisionSpec
 from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.files import object_in
 from minimind_v.core.formats.companions import RECORD
+from minimind_v.core.formats.generations import has_head_norms
 from minimind_v.core.model.projector import PREFIX, PROJECTORS, projected, recognise_projector
 from minimind_v.core.model.vision.spec import trouble_of_colours
 
 EMBEDDING = "model.embed_tokens.weight"
 # Shapes of tensors decide these, so a description must agree.
-_SHAPED = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "use_moe")
+_SHAPED = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "use_moe", "qk_norm")
 _SHAPED_EXPERTS = ("n_routed_experts", "n_shared_experts")
+# Of minimind-3v no shape gives these: all published models have the same.
+_UNSHAPED_3V = ("qk_norm", "rms_norm_eps", "num_experts_per_tok", "n_shared_experts", "aux_loss_alpha",
+                "aux_loss_scope")  # fmt: skip
 _OTHER_FILE = "is the description that of another file? Without it, sizes are read from the tensors"
 
 
 def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
     """Sizes of the language model, from the shapes of its tensors.
 
-    Shapes do not give the number of heads; all published models have two key-value heads, so two are taken.
     Raises WeightsError where the tensors are not those of a MiniMind model.
     """
     try:
         if not all(tensor.numel() for tensor in tensors.values()):
             raise ValueError("a tensor is empty")
         vocab, hidden = tensors[EMBEDDING].shape
-        kv_width = tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
         moe = "model.layers.0.mlp.gate.weight" in tensors
         ff = "model.layers.0.mlp." + ("experts.0." if moe else "") + "gate_proj.weight"
         return TextConfig(
             hidden_size=hidden,
             num_hidden_layers=_count_layers(tensors),
-            num_attention_heads=max(1, hidden * 2 // kv_width),
-            num_key_value_heads=2,
             intermediate_size=tensors[ff].shape[0],
             vocab_size=vocab,
-            **(_count_experts(tensors) if moe else {}),
+            **(_infer_heads(tensors) | (_count_experts(tensors) if moe else {})),
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError, UsageError):
         names = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise WeightsError(f"{path}: not the weights of a MiniMind model (it contains {names} …)") from None
+
+
+def _infer_heads(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The heads, and what all models with such heads have in common.
+
+    The norms of minimind-3v are as wide as a head. Of 2025 no shape gives the number of heads; all published models
+    have two key-value heads, so two are taken.
+    """
+    attention = "model.layers.0.self_attn."
+    hidden, kv_width = tensors[f"{attention}q_proj.weight"].shape[1], tensors[f"{attention}k_proj.weight"].shape[0]
+    if not has_head_norms(tensors):
+        return {"num_attention_heads": max(1, hidden * 2 // kv_width), "num_key_value_heads": 2}
+    width = len(tensors[f"{attention}q_norm.weight"])
+    published = {name: getattr(PRESETS[V2026.preset], name) for name in _UNSHAPED_3V}
+    return published | {"num_attention_heads": hidden // width, "num_key_value_heads": kv_width // width}
 
 
 def _count_layers(tensors: Mapping[str, Tensor]) -> int:
@@ -66,7 +83,7 @@ def _count_experts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "use_moe": True,
         "n_routed_experts": routed,
         "n_shared_experts": len(shared_numbers),
-        "num_experts_per_tok": min(TextConfig.num_experts_per_tok, routed),
+        "num_experts_per_tok": min(1 if has_head_norms(tensors) else TextConfig.num_experts_per_tok, routed),
     }
 
 
@@ -81,7 +98,9 @@ def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> 
             for name in (*_SHAPED, *(_SHAPED_EXPERTS if inferred.use_moe else ()))
             if getattr(config, name) != getattr(inferred, name)
         ]
-        if config.num_key_value_heads * config.head_dim != inferred.num_key_value_heads * inferred.head_dim:
+        if config.num_key_value_heads * config.head_dim != inferred.num_key_value_heads * inferred.head_dim or (
+            config.qk_norm and config.head_dim != inferred.head_dim
+        ):
             wrong.append("heads have another width")
     except (TypeError, UsageError) as error:
         wrong = [str(error)]

@@ -1,4 +1,4 @@
-"""How to distinguish the two generations of models; mixing them raises no shape error.
+"""Distinguish the two generations of models, and refuse a mix of them, which raises no shape error.
 
 | | of 2025 | minimind-3v, of 2026 |
 |---|---|---|
@@ -7,8 +7,6 @@
 | projector | `vision_proj.vision_proj.0` | `vision_proj.mlp.0` of one dimension; of two in April 2026 |
 | vision model | CLIP | SigLIP |
 | tokenizer | `@` stands for a patch of an image | `<|image_pad|>` does |
-
-This version trains and runs the models of 2025.
 """
 
 from __future__ import annotations
@@ -17,62 +15,82 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minimind_v.core.config.generation import V2025, V2026, Generation, generation_of
+from minimind_v.core.config.presets import name_preset
+from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
-from minimind_v.core.model.vision.spec import TOWERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OTHER = "minimind-3v (2026)"
 _PATCH = "<|image_pad|>"
 _K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 
 
-def check_weights(path: Path, tensors: Mapping[str, Tensor], described: bool, projector_fits: bool) -> None:
-    """Raises WeightsError for weights of minimind-3v. Without a description, the width of keys counts as well.
+def has_head_norms(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether weights are those of minimind-3v."""
+    return any(name.endswith((".self_attn.q_norm.weight", ".self_attn.k_norm.weight")) for name in tensors)
 
-    projector_fits: a projector of PROJECTORS has these tensors, so they do not count.
+
+def check_weights(path: Path, tensors: Mapping[str, Tensor], described: bool, projector_fits: bool) -> None:
+    """Raises WeightsError for weights of minimind-3v in a form that mmv does not compute.
+
+    projector_fits: a projector of PROJECTORS has these tensors. Without a description, the width of keys counts too.
     """
     projector = None if projector_fits else tensors.get("vision_proj.mlp.0.weight")
-    norms = [name for name in tensors if name.endswith(".self_attn.q_norm.weight")]
     if projector is not None and projector.ndim == 2:
-        form = f"{OTHER} in its form of April, whose vision_proj.mlp.0.weight is {list(projector.shape)}"
-    elif norms:
-        form = f"{OTHER}, which have {norms[0]}"
-    elif projector is not None:
-        form = f"{OTHER}, which have vision_proj.mlp.0.weight"
-    elif not described and _K_PROJ in tensors and tuple(tensors[_K_PROJ].shape) == (384, 768):
-        form = f"{OTHER}, whose k_proj has 384 rows"
+        form = f"in its form of April (vision_proj.mlp.0.weight is {list(projector.shape)}, for SigLIP2 NaFlex)"
+    elif not described and not has_head_norms(tensors) and _is_wide(tensors):
+        form = "without the norms of its heads (k_proj has 384 rows, and there is no self_attn.q_norm)"
     else:
         return
-    raise WeightsError(f"{path}: weights of {form}; this version supports those of 2025 — {how_to_get('weights')}")
+    get = how_to_get("weights", preset=V2026.preset)
+    raise WeightsError(f"{path}: weights of {V2026.name} {form}; mmv supports today's form — {get}")
 
 
-def check_tower(folder: Path, weights: Path | None) -> None:
-    """Raises WeightsError where a folder has the vision model of minimind-3v, beside weights of 2025."""
-    config = read_json(folder / "config.json") or {}
-    tower = config.get("vision_config", config)
-    kind = tower.get("model_type") if isinstance(tower, dict) else None
-    if isinstance(kind, str) and kind.startswith("siglip") and kind not in TOWERS:
-        raise WeightsError(_mixed(folder, "vision model", "SigLIP", weights, "CLIP", "--vision-model", "clip"))
+def _is_wide(tensors: Mapping[str, Tensor]) -> bool:
+    return _K_PROJ in tensors and tuple(tensors[_K_PROJ].shape) == (384, 768)
 
 
-def check_tokenizer(tokenizer: Tokenizer, folder: Path, weights: Path | None) -> None:
-    """Raises WeightsError where a folder has the tokenizer of minimind-3v, beside weights of 2025."""
-    if tokenizer.backend.token_to_id(_PATCH) is not None:
+def check_base(path: Path, weights: TextConfig, model: TextConfig) -> None:
+    """Raises WeightsError where a model of one generation is to start from weights of the other."""
+    theirs, ours = generation_of(weights), generation_of(model)
+    if theirs is not ours:
         raise WeightsError(
-            _mixed(
-                folder, "tokenizer", f"it has {_PATCH}", weights, "the tokenizer of 2025", "--tokenizer", "tokenizer"
-            )
+            f"{path}: these weights belong to {theirs.name}, but the run trains {ours.name} — "
+            f"add --preset {name_preset(weights) or theirs.preset}, or name other weights with --init"
         )
 
 
-def _mixed(folder: Path, name: str, evidence: str, weights: Path | None, ours: str, option: str, what: str) -> str:
-    needs = f"the weights of 2025 in {weights} need" if weights else "the model of 2025 needs"
-    return (
-        f"{folder}: the {name} belongs to {OTHER} ({evidence}), but {needs} {ours} — "
-        f"name another folder with {option}, or {how_to_get(what)}"
-    )
+def check_tower(folder: Path, generation: Generation, weights: Path | None) -> None:
+    """Raises WeightsError where a folder has the vision model of another generation than the weights or the run."""
+    config = read_json(folder / "config.json") or {}
+    tower = config.get("vision_config", config)
+    kind = tower.get("model_type", config.get("model_type")) if isinstance(tower, dict) else None
+    other = V2025 if generation is V2026 else V2026
+    if kind in other.towers:
+        raise WeightsError(
+            _mixed(folder, "vision model", other, other.vision_encoder, generation, weights)
+            + f"{generation.vision_encoder} — name another folder with --vision-model, or "
+            + how_to_get("clip", preset=generation.preset)
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer, folder: Path, generation: Generation, weights: Path | None) -> None:
+    """Raises WeightsError where a folder has the tokenizer of another generation than the weights or the run."""
+    has_patch = tokenizer.backend.token_to_id(_PATCH) is not None
+    other = V2026 if has_patch else V2025
+    if other is not generation:
+        raise WeightsError(
+            _mixed(folder, "tokenizer", other, f"it has {'' if has_patch else 'no '}{_PATCH}", generation, weights)
+            + f"the tokenizer of {generation.year} — name another folder with --tokenizer, or "
+            + how_to_get("tokenizer", preset=generation.preset)
+        )
+
+
+def _mixed(folder: Path, name: str, other: Generation, evidence: str, ours: Generation, weights: Path | None) -> str:
+    needs = f"the weights of {ours.year} in {weights} need" if weights else f"the model of {ours.year} needs"
+    return f"{folder}: the {name} belongs to {other.name} ({evidence}), but {needs} "

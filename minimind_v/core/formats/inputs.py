@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from minimind_v.core.config.presets import name_preset
+from minimind_v.core.config.presets import name_preset, weights_name
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.tokenizer import find_tokenizer
-from minimind_v.core.errors import MissingInput, WeightsError, open_all
-from minimind_v.core.formats.generations import check_tower
+from minimind_v.core.errors import MissingInput, open_all
 from minimind_v.core.hub.sources import how_to_get, latest_model, weights_at
 from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.paths import OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
@@ -21,20 +20,12 @@ from minimind_v.core.rows.stores import find_rows
 def find_inputs(config: RunConfig) -> None:
     """Raises one MissingInput that names every missing input of a run."""
     open_all(
-        lambda: _check_vision_model(config),
+        lambda: read_tower_config(config.vision_model),
         lambda: find_tokenizer(config.data.tokenizer),
         lambda: find_rows(config.data.file),
         lambda: find_pictures(config.data.images),
         lambda: find_init(config),
     )
-
-
-def _check_vision_model(config: RunConfig) -> None:
-    try:
-        read_tower_config(config.vision_model)
-    except WeightsError:
-        check_tower(config.vision_model, find_init(config))
-        raise
 
 
 def find_init(config: RunConfig) -> Path | None:
@@ -45,7 +36,8 @@ def find_init(config: RunConfig) -> Path | None:
         return weights_at(config.init)
     except MissingInput as error:
         size = name_preset(config.model) or STANDARD_PRESET
-        before = "`mmv train pretrain`" if config.stage == "sft" else how_to_get("lm", config.init.parent, size)
+        from_base = config.init.name == weights_name("lm", config.model)
+        before = how_to_get("lm", config.init.parent, size) if from_base else "`mmv train pretrain`"
         raise MissingInput(f"{error} to start from — run {before}, or name a file with --init") from None
 
 

@@ -111,16 +111,16 @@ def _stage_and_model(name: str, notes: dict[str, Any]) -> tuple[str, str]:
     sizes, match = object_in(notes, "model"), _NAME.match(name)
     stage = notes.get("stage") or (match["stage"].replace("llm", "lm") if match else "unknown")
     hidden, layers = sizes.get("hidden_size"), sizes.get("num_hidden_layers")
-    moe = bool(sizes.get("use_moe", sizes.get("num_local_experts")))
+    moe = bool(sizes.get("use_moe", sizes.get("num_local_experts", sizes.get("num_experts"))))
     if hidden and layers:
         for preset, model in PRESETS.items():
             if (model.hidden_size, model.num_hidden_layers, model.use_moe) == (hidden, layers, moe):
                 return str(stage), preset
         return str(stage), f"{hidden} × {layers}{' MoE' if moe else ''}"
     if match:
-        named = f"{match['stage'].replace('llm', 'lm')}{match[2] or ''}_{match['hidden']}{match['moe'] or ''}.pth"
-        named_preset = next((key for key, model in PRESETS.items() if weights_name(stage, model) == named), None)
-        return str(stage), named_preset or match["hidden"] + (" MoE" if match["moe"] else "")
+        names = {f"{match[0]}.pth", f"{match[0].replace('llm_', 'lm_')}.pth"}  # `llm_` is also an old name of `lm_`
+        presets = [key for key, model in PRESETS.items() if weights_name(stage, model) in names]
+        return str(stage), " or ".join(presets) or match["hidden"] + (" MoE" if match["moe"] else "")
     return str(stage), "unknown"
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
-from minimind_v.core.config.schema import LINEAR, ModelConfig
+from minimind_v.core.config.generation import Generation
+from minimind_v.core.config.schema import ModelConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, WeightsError
@@ -17,14 +19,14 @@ from minimind_v.core.formats.generations import check_tokenizer, check_tower
 from minimind_v.core.formats.gguf import read as gguf
 from minimind_v.core.formats.gguf.read import is_gguf
 from minimind_v.core.formats.hf.names import published_shapes
-from minimind_v.core.formats.hf.read import is_llava
+from minimind_v.core.formats.hf.read import is_export
 from minimind_v.core.formats.vision_tower import StoredTower, build_encoder, read_tower
 from minimind_v.core.hub.sources import how_to_get, latest_model
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.projector import projector_shapes
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.paths import OUT_DIR, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import OUT_DIR
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class ModelParts:
 
     @property
     def config(self) -> ModelConfig:
-        """The model configuration. A text-only base gets the linear projector."""
-        return ModelConfig(self.checkpoint.config, self.tower.spec, self.checkpoint.projector or LINEAR)
+        """The model configuration. A text-only base gets the projector of its generation."""
+        projector = self.checkpoint.projector or self.checkpoint.generation.projector
+        return ModelConfig(self.checkpoint.config, self.tower.spec, projector)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,10 @@ def read_model_parts(
     """
     checkpoint = read_checkpoint(weights or latest_model(say))
     paths = find_companions(checkpoint, vision_model, tokenizer, say)
-    layout = checkpoint.companions.layout
-    stored = ModelParts(checkpoint, *read_companions(paths.vision_model, paths.tokenizer, layout))
+    companions = read_companions(
+        paths.vision_model, paths.tokenizer, checkpoint.companions.layout, checkpoint.generation, checkpoint.path
+    )
+    stored = ModelParts(checkpoint, *companions)
     _check_companions(stored, paths, say)
     shapes = published_shapes(checkpoint.config)
     shapes |= projector_shapes(stored.tower.spec, checkpoint.config.hidden_size, stored.config.projector)
@@ -107,10 +112,20 @@ def read_model_parts(
     return stored
 
 
-def read_companions(vision_model: Path, tokenizer: Path, layout: str) -> tuple[StoredTower, Tokenizer]:
-    """The vision tower and the tokenizer in these folders, or GGUF files. Raises MissingInput or WeightsError."""
+def read_companions(
+    vision_model: Path, tokenizer: Path, layout: str | None, generation: Generation, weights: Path | None
+) -> tuple[StoredTower, Tokenizer]:
+    """The vision tower and the tokenizer in these folders, or GGUF files; no `layout`: that of the tokenizer.
+
+    Raises MissingInput or WeightsError, also for those of another generation than the weights or the run.
+    """
+    check_tower(vision_model, generation, weights)
     tower = gguf.read_vision_tower(vision_model) if is_gguf(vision_model) else read_tower(vision_model)
-    return tower, gguf.read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer, layout)
+    if is_gguf(tokenizer):
+        return tower, gguf.read_tokenizer(tokenizer)
+    loaded = Tokenizer.load(tokenizer)
+    check_tokenizer(loaded, tokenizer, generation, weights)
+    return tower, loaded if layout in (None, loaded.layout) else Tokenizer.load(tokenizer, layout)
 
 
 # --- the vision model and the tokenizer of some weights ---------------------------------------------------------------
@@ -118,20 +133,20 @@ def read_companions(vision_model: Path, tokenizer: Path, layout: str) -> tuple[S
 
 @dataclass(frozen=True)
 class CompanionKind:
-    """A vision model or a tokenizer: its name, its file, its download, its option and its standard folder."""
+    """A vision model or a tokenizer: its name, its file, its download and its option."""
 
     name: str
     file: str  # a folder with this file is one
     what: str  # to download
     option: str
-    standard: Path
+    standard: Callable[[Generation], Path]  # the standard folder
 
     def is_at(self, path: Path) -> bool:
         return (path / self.file).is_file() or is_gguf(path)
 
 
-VISION = CompanionKind("vision model", "config.json", "clip", "--vision-model", VISION_DIR)
-TOKENIZER = CompanionKind("tokenizer", "tokenizer.json", "tokenizer", "--tokenizer", TOKENIZER_DIR)
+VISION = CompanionKind("vision model", "config.json", "clip", "--vision-model", attrgetter("vision_model"))
+TOKENIZER = CompanionKind("tokenizer", "tokenizer.json", "tokenizer", "--tokenizer", attrgetter("tokenizer"))
 
 
 @dataclass(frozen=True)
@@ -151,12 +166,12 @@ def find_companions(
     The standard folders of the project that contains the weights come before those of the working folder.
     Raises one MissingInput for all that is missing.
     """
-    weights, companions = checkpoint.path, checkpoint.companions
-    has_vision = is_gguf(weights) or (weights.is_dir() and is_llava(weights))
+    weights, companions, generation = checkpoint.path, checkpoint.companions, checkpoint.generation
+    has_vision = is_gguf(weights) or (weights.is_dir() and is_export(weights))
     has_tokenizer = is_gguf(weights) or TOKENIZER.is_at(weights)
     paths = CompanionPaths(
-        vision_model or (weights if has_vision else _find(VISION, weights, companions.vision_model, say)),
-        tokenizer or (weights if has_tokenizer else _find(TOKENIZER, weights, companions.tokenizer, say)),
+        vision_model or (weights if has_vision else _find(VISION, generation, weights, companions.vision_model, say)),
+        tokenizer or (weights if has_tokenizer else _find(TOKENIZER, generation, weights, companions.tokenizer, say)),
         frozenset(kind for kind, path in ((VISION, vision_model), (TOKENIZER, tokenizer)) if path),
     )
     pairs = ((VISION, paths.vision_model, companions.vision_model), (TOKENIZER, paths.tokenizer, companions.tokenizer))
@@ -166,15 +181,20 @@ def find_companions(
         if not kind.is_at(path)
     ]:
         raise MissingInput(*missing)
-    check_tower(paths.vision_model, weights)
     return paths
 
 
-def _find(kind: CompanionKind, weights: Path, companion: Companion | None, say: Callable[[str], None]) -> Path:
+def _find(
+    kind: CompanionKind,
+    generation: Generation,
+    weights: Path,
+    companion: Companion | None,
+    say: Callable[[str], None],
+) -> Path:
     """The first path where the companion is, else the standard folder."""
     if companion and (path := next(filter(kind.is_at, companion.paths), None)):
         return path
-    standard = kind.standard
+    standard = kind.standard(generation)
     out = weights.parent.resolve()
     if out.name == OUT_DIR.name and kind.is_at(out.parent / standard):  # the standard folder of the weights' project
         standard = tidy(out.parent / standard)
@@ -195,7 +215,6 @@ def _check_companions(stored: ModelParts, paths: CompanionPaths, say: Callable[[
     Where the user named one of the right size that is not the run's, this is only reported.
     """
     checkpoint, tower, tokenizer = stored.checkpoint, stored.tower, stored.tokenizer
-    check_tokenizer(tokenizer, paths.tokenizer, checkpoint.path)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise WeightsError(
             f"{checkpoint.path} has {checkpoint.config.vocab_size} tokens, the tokenizer in {paths.tokenizer} "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from minimind_v.core.errors import UsageError, WeightsError
 
 if TYPE_CHECKING:  # a command that only asks for an export imports no torch
+    from minimind_v.core.config.generation import Generation
     from minimind_v.core.config.schema import ModelConfig
     from minimind_v.core.formats.checkpoint import Checkpoint
     from minimind_v.core.formats.load import LoadedModel
@@ -33,12 +34,12 @@ class ExportRequest:
 
         return load(self.model, self.vision_model, self.tokenizer, "cpu")
 
-    def refuse_layout(self, layout: str) -> None:
+    def refuse_layout(self, layout: str, generation: Generation) -> None:
         """Raises WeightsError for a chat layout that folders for other programs have no template of."""
-        if layout != "chatml":
+        if layout != generation.layout:
             raise WeightsError(
                 f"{self.model} was trained with the chat layout {layout}, and a folder for other programs holds only "
-                "chatml — convert to safetensors or pth"
+                f"{generation.layout} — convert to safetensors or pth"
             )
 
 
@@ -59,7 +60,7 @@ class ExportFacts:
 def check_target(
     target: str, model: Path, config: ModelConfig, towers: tuple[str, ...], projectors: tuple[str, ...]
 ) -> None:
-    """Raises UsageError where an export target cannot hold a model's vision tower or projector."""
+    """Raises UsageError where an export target cannot hold a model, its vision tower or its projector."""
     if config.vision.model_type not in towers or config.projector not in projectors:
         raise UsageError(
             f"{model} has the vision tower {config.vision.model_type!r} and the projector {config.projector!r}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from minimind_v.core.errors import WeightsError
-from minimind_v.core.formats.generations import check_tower
 from minimind_v.core.formats.hf.read import weight_files
 from minimind_v.core.formats.tensor_files import check_numbers, read_tensors
 from minimind_v.core.hub.sources import how_to_get
@@ -29,6 +29,7 @@ from minimind_v.core.wording import plural
 _OTHERS = ("text_model.", "text_projection", "visual_projection", "logit_scale", "language_model.",
            "multi_modal_projector.", "lm_head.", "model.language_model.", "model.multi_modal_projector.")  # fmt: skip
 _LAYERS = "encoder.layers."
+_PATCHES = "embeddings.patch_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class StoredTower:
 
 def read_tower(folder: Path) -> StoredTower:
     """The tower in its own folder, a whole CLIP's, or a LLaVA's. Raises MissingInput or WeightsError."""
-    check_tower(folder, None)
     spec = read_vision_spec(folder)
     kind, config = read_tower_config(folder)
     activation = getattr(config, "hidden_act", None)
@@ -75,6 +75,11 @@ def _read(folder: Path, kind: TowerType) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         tensors |= {kind.rename(name): tensor for name, tensor in read_tensors(file, _OTHERS)[0].items()}
+    patches = tensors.get(_PATCHES)
+    if patches is not None and patches.ndim == 2 and patches.shape[1] % 3 == 0:
+        side = isqrt(patches.shape[1] // 3)
+        if 3 * side * side == patches.shape[1]:  # SigLIP2's convolution: a linear layer over row, column and channel
+            tensors[_PATCHES] = patches.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)  # [D, 3, p, p]
     return tensors
 
 

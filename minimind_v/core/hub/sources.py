@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_v.core.errors import MissingInput, nearest
-from minimind_v.core.paths import DATASET_DIR, DEMO_DIR, OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import (
+    DATASET_DIR,
+    DEMO_DIR,
+    OUT_DIR,
+    PRESETS_3V,
+    STANDARD_PRESET,
+    TOKENIZER_3V_DIR,
+    TOKENIZER_DIR,
+    VISION_3V_DIR,
+    VISION_DIR,
+)
 
 WEIGHTS_ENDINGS = (".pth", ".safetensors")
 META = "minimind_v"  # the key of our description in a safetensors header
@@ -49,13 +59,17 @@ class Source:
     what: str
     folder: Path
     hubs: dict[str, HubRepo]
+    layouts: tuple[Layout, ...] = ()  # those that the repository may have, today's first; empty: by split or size
     kind: str = "model"
+    presets: tuple[str, ...] = ()  # the sizes that it belongs to; empty: all
     per_preset: bool = False  # its files depend on the size of the model
 
     def command(self, folder: Path | None = None, preset: str = STANDARD_PRESET) -> str:
         """The command line that downloads it into `folder`, if that is a standard folder under some root."""
         arguments = ["mmv", "download", self.what]
-        if self.per_preset and preset != STANDARD_PRESET:
+        if self.presets and preset not in self.presets:
+            preset = self.presets[0]
+        if preset != STANDARD_PRESET and (self.per_preset or self.presets == PRESETS_3V):
             arguments += ["--preset", preset]
         root = self.root_of(folder) if folder else Path()
         if root not in (None, Path()):
@@ -69,35 +83,52 @@ class Source:
         return Path(*names[:-depth]) if names[-depth:] == self.folder.parts else None
 
 
-def _of_the_author(name: str) -> dict[str, HubRepo]:
-    """A repository of MiniMind's author, and its mirror."""
-    return {"hf": HubRepo(f"jingyaogong/{name}", "main"), "modelscope": HubRepo(f"gongjy/{name}", "master")}
-
-
-_CLIP = {
-    "hf": HubRepo("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
-    "modelscope": HubRepo("openai-mirror/clip-vit-base-patch16", "master"),
-}
-_WEIGHTS = _of_the_author("MiniMind2-V-PyTorch")
-SOURCES = {
-    source.what: source
-    for source in (
-        Source("clip", VISION_DIR, _CLIP),
-        Source("tokenizer", TOKENIZER_DIR, _of_the_author("MiniMind2-Small-V")),
-        Source("lm", OUT_DIR, _WEIGHTS, per_preset=True),
-        Source("dataset", DATASET_DIR, _of_the_author("minimind-v_dataset"), kind="dataset"),
-        Source("weights", OUT_DIR, _WEIGHTS, per_preset=True),
-    )
-}
-
-
 def _layout(*names: str) -> Layout:
     return tuple(File(name, (name,)) for name in names)
 
 
-# Layouts that a repository may have, today's first.
-CLIP_FILES = (_layout("config.json", "preprocessor_config.json", "pytorch_model.bin"),)
-TOKENIZER_FILES = (_layout("tokenizer.json", "tokenizer_config.json"),)
+def _repos(name: str) -> dict[str, HubRepo]:
+    """A repository of the author's, and its mirror."""
+    return {"hf": HubRepo(f"jingyaogong/{name}", "main"), "modelscope": HubRepo(f"gongjy/{name}", "master")}
+
+
+PRESETS_2025 = ("small", "base", "moe")
+_DATASET = Source("dataset", DATASET_DIR, _repos("minimind-v_dataset"), kind="dataset")
+_WEIGHTS, _WEIGHTS_3V = _repos("MiniMind2-V-PyTorch"), _repos("minimind-3v-pytorch")
+_CLIP = {
+    "hf": HubRepo("openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"),
+    "modelscope": HubRepo("openai-mirror/clip-vit-base-patch16", "master"),
+}
+_TOKENIZER_FILES = (_layout("tokenizer.json", "tokenizer_config.json"),)
+_CLIP_FILES = (_layout("config.json", "preprocessor_config.json", "pytorch_model.bin"),)
+_SIGLIP_FILES = (_layout("config.json", "preprocessor_config.json", "model.safetensors"),)
+
+
+def _by_name(*sources: Source) -> dict[str, Source]:
+    return {source.what: source for source in sources}
+
+
+SOURCES = _by_name(
+    Source("clip", VISION_DIR, _CLIP, _CLIP_FILES, presets=PRESETS_2025),
+    Source("tokenizer", TOKENIZER_DIR, _repos("MiniMind2-Small-V"), _TOKENIZER_FILES, presets=PRESETS_2025),
+    Source("lm", OUT_DIR, _WEIGHTS, presets=PRESETS_2025, per_preset=True),
+    _DATASET,
+    Source("weights", OUT_DIR, _WEIGHTS, presets=PRESETS_2025, per_preset=True),
+)
+SOURCES_3V = _by_name(
+    Source("clip", VISION_3V_DIR, _repos("siglip2-base-p32-256-ve"), _SIGLIP_FILES, presets=PRESETS_3V),
+    Source("tokenizer", TOKENIZER_3V_DIR, _repos("minimind-3v"), _TOKENIZER_FILES, presets=PRESETS_3V),
+    Source("lm", OUT_DIR, _WEIGHTS_3V, presets=PRESETS_3V, per_preset=True),
+    _DATASET,
+    Source("weights", OUT_DIR, _WEIGHTS_3V, presets=PRESETS_3V, per_preset=True),
+)
+
+
+def sources_of(preset: str) -> dict[str, Source]:
+    """The sources of a preset's generation, by what they hold."""
+    return SOURCES_3V if preset in PRESETS_3V else SOURCES
+
+
 SPLITS = ("pretrain", "sft")
 
 
@@ -109,13 +140,19 @@ def dataset_files(split: str) -> tuple[Layout, ...]:
 
 
 def weights_files(*names: str) -> tuple[Layout, ...]:
-    """Weights of one size. The text-only base `lm_*` has been published as `llm_*` too."""
+    """Weights of one size. The text-only base of 2025, `lm_*`, has been published as `llm_*` too."""
     return (tuple(File(name, (name, f"l{name}") if name.startswith("lm_") else (name,)) for name in names),)
 
 
 def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRESET) -> str:
-    """The next step for a user without `what` in `folder`, for the model size `preset`."""
-    source = SOURCES[what]
+    """The next step for a user without `what` in `folder`, for the model size `preset`.
+
+    A standard folder of one generation overrides the size: it is filled by that generation's download.
+    """
+    source = sources_of(preset)[what]
+    if folder and source.root_of(folder) is None:
+        others = (generation[what] for generation in (SOURCES, SOURCES_3V))
+        source = next((other for other in others if other.root_of(folder) is not None), source)
     hint = f"get it with `{source.command(folder, preset)}`"
     if folder and source.root_of(folder) is None:
         hint += f", which writes to {source.folder}"

@@ -9,16 +9,7 @@ from typing import Protocol
 
 from minimind_v.core.hub.receipt import STAGING
 from minimind_v.core.hub.remote import Listing, NotThere, RemoteFile
-from minimind_v.core.hub.sources import (
-    CLIP_FILES,
-    SOURCES,
-    SPLITS,
-    TOKENIZER_FILES,
-    Layout,
-    Source,
-    dataset_files,
-    weights_files,
-)
+from minimind_v.core.hub.sources import SPLITS, Layout, Source, dataset_files, sources_of, weights_files
 from minimind_v.core.paths import SAMPLE_DIR
 
 
@@ -106,14 +97,13 @@ def download_parts(
     which the run would refuse to replace.
     """
     groups: list[DownloadPart] = []
-    names = [name for name in SOURCES if name != "weights"] if what == "all" else [what]
-    for source in (SOURCES[name] for name in names):
+    sources = sources_of(preset)
+    names = [name for name in sources if name != "weights"] if what == "all" else [what]
+    for source in (sources[name] for name in names):
         folder = root / source.folder
         match source.what:
-            case "clip":
-                groups.append(DownloadPart("clip", source, CLIP_FILES, folder))
-            case "tokenizer":
-                groups.append(DownloadPart("tokenizer", source, TOKENIZER_FILES, folder))
+            case "clip" | "tokenizer":
+                groups.append(DownloadPart(source.what, source, source.layouts, folder))
             case "lm":
                 groups.append(DownloadPart(f"lm {preset}", source, weights_files(file_of("lm")), folder))
             case "weights":

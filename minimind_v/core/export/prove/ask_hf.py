@@ -8,18 +8,21 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from minimind_v.core.export.prove.pillow_processor import PillowProcessor
+
 NEW_TOKENS = 32
 
 
 def ask(folder: str, cases: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
     """The inputs, logits and tokens of a folder's model for each case."""
-    processor = AutoProcessor.from_pretrained(folder)
+    stands_in = PillowProcessor.replaces_the_own(folder)
+    processor = PillowProcessor(folder) if stands_in else AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     if dtype == "float64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the faster ones have no fp64
     parameters = sum(parameter.numel() for parameter in model.parameters())
     answers = [answer(model, processor, case) for case in cases]
-    return {"class": type(model).__name__, "parameters": parameters, "answers": answers}
+    return {"class": type(model).__name__, "parameters": parameters, "answers": answers, "stands_in": stands_in}
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from minimind_v.core.config.schema import VisionSpec
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.export.prove.ask_cases import ask
@@ -30,22 +32,25 @@ def compare(order: ExportRequest, folder: Path, export: dict[str, Any]) -> Repor
     """
     loaded = order.load()
     loaded.checkpoint.tensors.clear()  # the model has them
-    reader = _Reader(loaded)
+    reader = _Reader(loaded, export)
     lossy = order.dtype in ("float16", "bfloat16")
     cost = _largest(reader.logits(export), export) if lossy else None
     if lossy:
         for parameter in loaded.model.parameters():  # not buffers: no file has them
             parameter.data = parameter.to(getattr(torch, str(order.dtype))).float()
-        reader = _Reader(loaded)
+        reader = _Reader(loaded, export)
     report = Report()
     report.add("opened by", f"transformers, {export['class']}, without remote code")
+    if export["stands_in"]:
+        report.add("images prepared by", "Pillow, not by the folder's own processor: it needs torchvision")
     if not _compare_inputs(report, loaded, reader, export):
         return report
     precision, logits = "fp32", reader.logits(export)
     if _largest(logits, export) > TOLERANCE and loaded.model.config.use_moe:
         # Rounding may choose between two equally good experts; in fp64 both sides choose the same.
         loaded.model.double()
-        precision, reader, export = "fp64", _Reader(loaded), ask(folder, "float64")
+        precision, export = "fp64", ask(folder, "float64")
+        reader = _Reader(loaded, export)
         logits = reader.logits(export)
     difference = _largest(logits, export)
     report.add(
@@ -63,19 +68,26 @@ def compare(order: ExportRequest, folder: Path, export: dict[str, Any]) -> Repor
 
 
 class _Reader:
-    """The source's ids, pixels and features of the cases."""
+    """The source's ids, pixels and features of the cases.
+
+    Where the export prepares images by another library, features are those of its pixels, which may differ by a level.
+    """
 
     @torch.inference_mode()
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, export: dict[str, Any]) -> None:
         self.model = loaded.model
         encoder = loaded.model.vision_encoder
         assert encoder is not None
         prompts = PromptEncoder(loaded.tokenizer, encoder.spec.tokens_per_image)
         self.tokens = [prompts.prompt(case.conversations) for case in CASES]
-        uint8 = [_load(image, encoder.spec.image_size) for image in images()]
+        uint8 = [_load(image, encoder.spec) for image in images()]
         self.pixels = [(pixels.float() / 255 - encoder.mean) / encoder.std for pixels in uint8]
         features = encoder(torch.stack(self.pixels))  # [M, P, width]
         self.features = [features[list(case.images)] if case.images else None for case in CASES]
+        for number, answer in enumerate(export["answers"]):
+            pixels, side = answer["pixel_values"], encoder.spec.patch_size
+            if pixels is not None and pixels.shape[1:] == (encoder.spec.tokens_per_image, 3 * side * side):
+                self.features[number] = encoder(_images(pixels, side))
 
     def pixels_of(self, case: Case) -> Tensor | None:
         return torch.stack([self.pixels[number] for number in case.images]) if case.images else None
@@ -97,21 +109,24 @@ class _Reader:
         return logits[0]
 
 
-def _load(image: Image, size: int) -> Tensor:
+def _load(image: Image, spec: VisionSpec) -> Tensor:
     """The pixels of an image, as the model gets them from a picture file."""
-    buffer = io.BytesIO()
+    buffer, settings = io.BytesIO(), (spec.image_size, spec.resize_mode, spec.resample)
     image.save(buffer, "png")
-    return torch.from_numpy(load_pixels(buffer.getvalue(), "picture", size))
+    return torch.from_numpy(load_pixels(buffer.getvalue(), "picture", *settings).copy())
 
 
 def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, export: dict[str, Any]) -> bool:
     """Whether the export gets the same ids and pixels; only then its answers can be compared."""
-    image_id, std = loaded.checkpoint.config.vocab_size, max(loaded.model.spec.std)
+    config, std = loaded.checkpoint.config, max(loaded.model.spec.std)
+    image_id = loaded.tokenizer.placeholder_id if config.qk_norm else config.vocab_size
     same, levels = 0, 0.0
     for case, tokens, answer in zip(CASES, reader.tokens, export["answers"], strict=True):
         ids = torch.tensor(tokens.input_ids).masked_fill(torch.tensor(tokens.image_mask), image_id)
         same += torch.equal(ids, answer["input_ids"])
         pixels, others = reader.pixels_of(case), answer["pixel_values"]
+        if pixels is not None and others is not None and others.ndim == 3:
+            pixels = _patches(pixels, loaded.model.spec.patch_size)
         if pixels is not None and (others is None or others.shape != pixels.shape):
             levels = 255.0
         elif pixels is not None:
@@ -119,6 +134,18 @@ def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, export
     report.add("token ids", f"equal in {same} of {len(CASES)} prompts", same == len(CASES))
     report.add("pixels", f"largest difference {levels:.2g} of 255 grey levels", levels <= 1.01)
     return not report.wrong
+
+
+def _patches(pixels: Tensor, side: int) -> Tensor:
+    """Images [M, 3, S, S] as the flat patches that SigLIP2 reads, [M, P, side · side · 3]."""
+    return pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+def _images(patches: Tensor, side: int) -> Tensor:
+    """The inverse of `_patches`."""
+    row = isqrt(patches.shape[1])
+    tiles = patches.unflatten(2, (side, side, 3)).unflatten(1, (row, row))  # [M, S / p, S / p, p, p, 3]
+    return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def _largest(logits: list[Tensor], export: dict[str, Any]) -> float:

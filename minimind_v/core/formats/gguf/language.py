@@ -6,12 +6,14 @@ the k best, renormalised, plus an ungated shared expert) with all its multiplier
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from minimind_v.core.config.generation import V2026
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError, WeightsError
-from minimind_v.core.formats.generations import OTHER
 from minimind_v.core.formats.gguf.file import Reader, Writer
 
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
@@ -86,14 +88,17 @@ def read_config(reader: Reader) -> TextConfig:
     """Read the sizes. Raises WeightsError where the file is that of another kind of model."""
     arch = reader.key("general.architecture")
     if arch in ("qwen3", "qwen3moe"):
-        raise WeightsError(f"{reader.path}: a {arch}, like {OTHER}; this version supports models of 2025")
+        raise WeightsError(
+            f"{reader.path}: a {arch}, like {V2026.name}, which mmv does not read from GGUF — "
+            "give its .pth, its .safetensors or its folder for transformers"
+        )
     if arch not in ("llama", "granitemoe"):
         raise WeightsError(f"{reader.path}: a llama.cpp model of architecture {arch!r}, not a MiniMind model")
 
     def size(name: str) -> int:
         return int(reader.number(f"{arch}.{name}"))
 
-    experts = {}
+    experts: dict[str, Any] = {}
     if arch == "granitemoe":
         shared_width = "expert_shared_feed_forward_length"
         shared_inner = size(shared_width) if f"{arch}.{shared_width}" in reader.keys else 0

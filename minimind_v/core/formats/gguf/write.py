@@ -24,7 +24,7 @@ def make(order: ExportRequest, folder: Path) -> LoadedModel:
     """Write the model of `order` into an empty folder, and return the loaded source. Raises RunError for no room."""
     loaded = order.load()
     check_target("gguf", order.model, loaded.config, TOWERS, PROJECTORS)
-    order.refuse_layout(loaded.tokenizer.layout)
+    order.refuse_layout(loaded.tokenizer.layout, loaded.checkpoint.generation)
     with disk_errors(folder.parent):
         write(loaded, folder, order)
     return loaded

@@ -6,7 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.config.schedule import peak
+from minimind_v.core.config.generation import V2026
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.errors import MmvError
 from minimind_v.core.formats.load import ModelParts
@@ -17,16 +17,23 @@ HEAD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
 tags:
-- llava
+- {tag}
 - minimind-v
 ---
 
 # {name}
 
-A small vision-language model: frozen CLIP, one linear projector, and {reader} of {millions:.1f} million
+A small vision-language model: frozen {encoder}, {projector}, and {reader} of {millions:.1f} million
 parameters. `mmv convert` wrote this folder; it needs no custom code.
 
 {sizes}
+"""
+
+REQUIREMENTS = """
+## Requirements
+
+The image processor of transformers' LFM2-VL needs `torchvision`. With `open_thinking=True`, `apply_chat_template` asks
+the model to reason before it answers.
 """
 
 USE = """
@@ -62,11 +69,12 @@ objects and text in images, and it repeats the errors of its training data.
 def write_card(folder: Path, source: ModelParts, order: ExportRequest) -> None:
     """Write `README.md` into an exported folder."""
     config, spec = source.checkpoint.config, source.tower.spec
-    reader = "a language model with a mixture of experts" if config.use_moe else "a Llama"
+    of_2026 = source.checkpoint.generation is V2026
+    reader = "a language model with a mixture of experts" if config.use_moe else "a Qwen3" if of_2026 else "a Llama"
     sizes = {
         "layers × width": f"{config.num_hidden_layers} × {config.hidden_size}",
         "attention heads, key-value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
-        "vocabulary": f"{config.vocab_size:,}, and the image token",
+        "vocabulary": f"{config.vocab_size:,}{'' if of_2026 else ', and the image token'}",
         "image": f"{spec.image_size}² pixels, {spec.tokens_per_image} tokens",
         "stored as": order.dtype or "in the training's own precision",
     }
@@ -75,9 +83,16 @@ def write_card(folder: Path, source: ModelParts, order: ExportRequest) -> None:
             f"{config.n_routed_experts}, {config.num_experts_per_tok} per token, and {config.n_shared_experts} shared"
         )
     head = HEAD.format(
-        name=order.model.stem, reader=reader, millions=source.checkpoint.parameters / 1e6, sizes=_table(sizes)
+        name=order.model.stem,
+        tag="lfm2_vl" if of_2026 else "llava",
+        encoder=source.checkpoint.generation.vision_encoder,
+        projector="a projector of two layers" if of_2026 else "one linear projector",
+        reader=reader,
+        millions=source.checkpoint.parameters / 1e6,
+        sizes=_table(sizes),
     )
-    (folder / "README.md").write_text(head + _training(source, order) + USE, encoding="utf-8")
+    use = REQUIREMENTS + USE if of_2026 else USE
+    (folder / "README.md").write_text(head + _training(source, order) + use, encoding="utf-8")
 
 
 def _table(rows: dict[str, Any]) -> str:
@@ -96,7 +111,7 @@ def _training(source: ModelParts, order: ExportRequest) -> str:
         if (value := settings.get(key)) is not None:
             rows[name] = Path(value).name if isinstance(value, str) else value
     if isinstance(lr := rows.pop("learning rate", None), float):
-        rows["peak learning rate"] = f"{peak(lr):.3g}"
+        rows["peak learning rate"] = f"{source.checkpoint.generation.cosine.peak(lr):.3g}"
     for name, key in {
         "steps": "step", "rows trained on": "samples", "supervised tokens": "supervised_tokens", "last loss": "loss",
     }.items():  # fmt: skip

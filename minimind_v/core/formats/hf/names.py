@@ -67,6 +67,8 @@ def published_shapes(config: TextConfig) -> dict[str, torch.Size]:
     layer = {"input_layernorm": (wide,), "post_attention_layernorm": (wide,), "self_attn.q_proj": (all_heads, wide),
              "self_attn.k_proj": (narrow, wide), "self_attn.v_proj": (narrow, wide),
              "self_attn.o_proj": (wide, all_heads)}  # fmt: skip
+    if config.qk_norm:
+        layer |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
     forward = {"gate_proj": (inner, wide), "up_proj": (inner, wide), "down_proj": (wide, inner)}
     blocks = ["mlp."]
     if config.use_moe:

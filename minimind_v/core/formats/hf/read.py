@@ -1,13 +1,14 @@
 """Read transformers folders as weights with the published names, without running code from the folder.
 
-Two kinds: a LLaVA without custom code, as `mmv convert --to hf` and transformers save it; and the published layout,
-whose `config.json` names custom code (`auto_map`) and whose tensors have the published names. Weights are one file, or
-shards with an index.
+Two kinds: a LLaVA or an LFM2-VL without custom code, as `mmv convert --to hf` and transformers save it; and the
+published layout, whose `config.json` names custom code (`auto_map`) and whose tensors have the published names. Weights
+are one file, or shards with an index.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.files import object_in, read_json
+from minimind_v.core.formats.hf import lfm2_names as lfm2
 from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, TEXT, TOWER, from_llava, module_name
 from minimind_v.core.formats.tensor_files import read_tensors
 from minimind_v.core.hub.sources import META, WEIGHTS_ENDINGS
@@ -25,7 +27,7 @@ from minimind_v.core.wording import plural
 
 VISION = "vision_encoder."
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be split, with `….index.json` beside
-# Names in older versions of the published configuration.
+# Other names in the published configurations.
 _OLD_NAMES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -34,12 +36,17 @@ _OLD_NAMES = {
     "hidden_dim": "intermediate_size",
     "norm_eps": "rms_norm_eps",
     "max_seq_len": "max_position_embeddings",
+    "num_experts": "n_routed_experts",
+    "router_aux_loss_coef": "aux_loss_alpha",
 }
+# Names below which transformers may put the modules of a whole model.
+_WHOLE = re.compile(r"^(.*?\.)??(?=(vision_proj|vision_encoder|lm_head)\.)")
+_DECODER = re.compile(r"^(.*?\.)??((model|language_model)\.)+(?=(embed_tokens|layers|norm)\.)")
 
 
-def is_llava(folder: Path) -> bool:
-    """Whether a folder is a LLaVA, which has its own vision tower and tokenizer."""
-    return (read_json(folder / "config.json") or {}).get("model_type") == "llava"
+def is_export(folder: Path) -> bool:
+    """Whether a folder is of a class of transformers without custom code: it has its own vision tower and tokenizer."""
+    return (read_json(folder / "config.json") or {}).get("model_type") in ("llava", lfm2.MODEL_TYPE)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,10 +58,21 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = read_json(folder / "config.json")
     if config is None:
         raise WeightsError(f"{folder / 'config.json'} is missing — download the folder again")
-    if is_llava(folder):
+    if config.get("model_type") == "llava":
         return _read_llava(folder, files, config)
+    if config.get("model_type") == lfm2.MODEL_TYPE:
+        return _read_lfm2(folder, files, config)
     sizes = {_OLD_NAMES.get(name, name): value for name, value in config.items() if value is not None}
-    return _read_all(files, ())[0], {"model": sizes}
+    if sizes.get("use_moe") is True and "moe_intermediate_size" in sizes:
+        sizes["intermediate_size"] = sizes["moe_intermediate_size"]
+    return {_published_name(name): tensor for name, tensor in _read_all(files, ())[0].items()}, {"model": sizes}
+
+
+def _published_name(name: str) -> str:
+    """The name of a tensor in the `.pth`, from its name in a folder."""
+    if match := _WHOLE.match(name):
+        return name[match.end() :]
+    return _DECODER.sub("model.", name, count=1)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -110,6 +128,24 @@ def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tupl
         raise WeightsError(f"{folder}: config.json does not match the weights ({error}) — convert it again") from None
 
 
+def _read_lfm2(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, metadata = _read_all(files, (TOWER,))
+    _refuse(folder, "an LFM2-VL", lfm2.differences(config))
+    try:
+        published = lfm2.from_lfm2(tensors)
+    except KeyError as error:
+        raise WeightsError(f"{folder}: {error.args[0]} is missing — convert or download it again") from None
+    return published, {"stage": _stage_of(metadata), "model": lfm2.described_sizes(config)}
+
+
+def _refuse(folder: Path, name: str, different: list[str]) -> None:
+    if different:
+        raise WeightsError(
+            f"{folder}: {name} model of another kind (different {', '.join(different)}); "
+            f"mmv reads only the folders that `mmv convert --to hf` writes"
+        )
+
+
 def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int) -> None:
     """Raises WeightsError where tokens were added after the image token: only the rows before it are kept.
 
@@ -141,11 +177,7 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
         "tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         "vision_config.model_type": object_in(config, "vision_config").get("model_type") == "clip_vision_model",
     }
-    if wrong := [name for name, holds in conditions.items() if not holds]:
-        raise WeightsError(
-            f"{folder}: a LLaVA model of another kind (different {', '.join(wrong)}); "
-            f"mmv reads only the folders that `mmv convert --to hf` writes"
-        )
+    _refuse(folder, "a LLaVA", [name for name, holds in conditions.items() if not holds])
 
 
 def _text_sizes(config: dict[str, Any]) -> dict[str, Any]:
