@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks import material
 from benchmarks.gpu.card import TINY_TEXT
 from minimind_v.core.config.presets import PRESETS
-from minimind_v.core.config.schedule import learning_rate
+from minimind_v.core.config.schedule import COSINE_2025
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, pick_device
 from minimind_v.core.model.kernels.accelerate import accelerate
@@ -69,7 +69,7 @@ def losses(device: torch.device, dtype: str, tiny: bool) -> tuple[list[float], T
     for step in range(steps):
         batch = make_batch(step, 2 if tiny else ROWS).to(device)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, 4e-4)
+            group["lr"] = COSINE_2025.rate(step + 1, steps, 4e-4)
         with autocast(device, dtype):
             out = model(**batch.tokens, image_features=batch.image_features)
         out.loss.backward()

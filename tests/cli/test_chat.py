@@ -2,12 +2,15 @@
 
 import base64
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, here, installed, sighted_model, tokenizer
+from tests.tokenizers_made import thinking_tokenizer
 
 QUESTION = "What colour is the star?"
 
@@ -247,3 +250,52 @@ def test_with_nothing_else_the_model_of_the_demo_is_used_and_named(tmp_path, mon
 
 def test_a_text_only_base_is_refused(ask):
     assert "text-only base has no projector" in ask(QUESTION, "--model", BASE, code=1).error
+
+
+# --- reasoning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thinker(monkeypatch, tmp_path):
+    """A model that reasons: `thinker(text)` makes `mmv chat` draw the tokens of a text."""
+    words = Tokenizer.load(thinking_tokenizer(tmp_path / "thinking"))
+
+    def draw(text):
+        ids = [*words.backend.encode(text, add_special_tokens=False).ids, words.eos_id]
+        loaded = SimpleNamespace(model=sighted_model(), tokenizer=words, checkpoint=SimpleNamespace(path="weights"))
+        monkeypatch.setattr("minimind_v.cli.options.load", lambda *args: loaded)
+        monkeypatch.setattr("minimind_v.core.generate.session.Sampler", lambda sampling: lambda logits: ids.pop(0))
+
+    return draw
+
+
+def test_reasoning_is_apart_in_json(thinker, ask):
+    thinker("of red\n</think>\n\nA star")
+    answer = ask(QUESTION, "--think", "--json").json
+    assert (answer["reasoning"], answer["answer"]) == ("of red", "A star")
+    assert answer["tokens"] > 5
+
+
+def test_reasoning_goes_to_stderr_and_the_answer_to_stdout(thinker, ask):
+    thinker("of red\n</think>\n\nA star")
+    ended = ask(QUESTION, "--think")
+    assert ended.out == "A star\n"
+    assert ended.err.endswith("of red\n\n")
+
+
+def test_an_answer_that_is_all_reasoning_is_empty(thinker, ask):
+    thinker("of red")
+    answer = ask(QUESTION, "--think", "--json").json
+    assert (answer["reasoning"], answer["answer"]) == ("of red", "")
+
+
+def test_without_think_json_has_no_reasoning(thinker, ask):
+    thinker("A star")
+    answer = ask(QUESTION, "--json").json
+    assert answer["answer"] == "A star"
+    assert "reasoning" not in answer
+
+
+def test_a_model_without_think_blocks_is_refused(ask):
+    line = ask(QUESTION, "--think", code=2).error
+    assert line == "the chat layout chatml has no think block: its model cannot think — leave out --think"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.cli.harness import SIGHT, here, installed, tree, write_rows
+from tests.tokenizers_made import thinking_tokenizer
 
 
 def test_stats(place, tmp_path, guessed_time):
@@ -84,3 +85,17 @@ def test_preview_goes_beside_where_one_stands(place, tmp_path):
     ended = installed("data", "preview", place.data("sft"), *SIGHT, "--rows", 1, cwd=tmp_path)
     assert ended.code == 0, ended.err
     assert tree(tmp_path) == ["preview.html"]
+
+
+def test_the_tokenizer_decides_the_layout_the_lengths_and_the_images(place, tmp_path, quick, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = (place.data("sft"), "--tokenizer", thinking_tokenizer(tmp_path / "tokenizer"), "--json")
+    stats = here("data", "stats", *options)
+    assert "256 × 256, 64 tokens per image" in stats.err
+    assert (stats.json["tokens_per_image"], stats.json["max_length"]) == (64, 768)
+    check = here("data", "check", *options)
+    assert check.code == 0, check.err
+    rows = here("data", "preview", *options, "--rows", 5, "--html", tmp_path / "p.html").json["rows"]
+    assert all(picture["kept"] == 1 for row in rows for picture in row["pictures"])
+    assert all(row["image_tokens"] == 64 * len(row["pictures"]) for row in rows)
+    assert "What squeezing does" in (tmp_path / "p.html").read_text(encoding="utf-8")

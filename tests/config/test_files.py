@@ -11,10 +11,12 @@ from minimind_v.core.config.presets import PRESETS
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 PUBLISHED = {"pretrain": (4, 4e-4, 640, "projector+last", 16), "sft": (2, 1e-6, 1536, "all", 4)}
+PUBLISHED_3V = {"pretrain": (2, 4e-4, 450, "projector", 16), "sft": (2, 5e-6, 768, "projector+ends", 4)}
 
 
-def test_the_runs_of_the_article_are_there():
-    wanted = {f"{stage}_{what}" for stage in PUBLISHED for what in ("small", "base", "moe", "small_2gpu", "cpu_taste")}
+def test_the_runs_of_the_article_and_of_minimind_3v_are_there():
+    kinds = ("small", "base", "moe", "small_2gpu", "cpu_taste", "3v", "3v-moe")
+    wanted = {f"{stage}_{kind}" for stage in PUBLISHED for kind in kinds}
     assert {file.stem for file in FILES} == wanted
 
 
@@ -34,7 +36,9 @@ def test_a_recipe_loads_and_explains_itself(file):
     if "taste" not in file.stem:
         config = resolved.config
         rows = config.data.batch_size * config.accumulate * gpus
-        assert (config.epochs, config.lr, config.data.max_length, config.freeze, rows) == PUBLISHED[stage]
+        assert (config.epochs, config.lr, config.data.max_length, config.freeze, rows) == (
+            PUBLISHED_3V if preset.startswith("3v") else PUBLISHED
+        )[stage]
 
 
 def test_a_taste_leaves_the_real_runs_alone():

@@ -38,8 +38,43 @@ def test_a_stage_starts_from_the_file_that_the_one_before_leaves(stage, before):
     assert config.out == Path("out")
 
 
+@pytest.mark.parametrize("preset", ["3v", "3v-moe"])
+def test_the_recipes_of_minimind_3v_are_the_published_ones(preset):
+    moe = "_moe" if preset == "3v-moe" else ""
+    for stage, freeze, epochs, batch, length, lr in (
+        ("pretrain", "projector", 2, 16, 450, 4e-4),
+        ("sft", "projector+ends", 2, 4, 768, 5e-6),
+    ):
+        config = build_config(stage, options={"preset": preset})
+        assert (config.freeze, config.epochs, config.lr) == (freeze, epochs, lr)
+        assert (config.data.batch_size, config.data.max_length) == (batch, length)
+        assert (config.projector, config.data.layout) == ("mlp", "chatml-think")
+        assert config.init == Path(f"out/llm_768{moe}.pth"), "sft starts from the language model as well"
+        assert (config.data.file, config.data.images) == (Path(f"dataset/{stage}_i2t.parquet"), None)
+        assert config.vision_model == Path("model/vision_model/siglip2-base-p32-256-ve")
+        assert config.data.tokenizer == Path("model/minimind-3v")
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("3v", 65_094_912), ("3v-moe", 199_599_360)])
+def test_a_preset_of_minimind_3v_has_the_published_sizes(preset, parameters):
+    config = PRESETS[preset]
+    assert (config.hidden_size, config.num_hidden_layers, config.use_moe) == (768, 8, preset == "3v-moe")
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (8, 4, 2432)
+    assert (config.vocab_size, config.rms_norm_eps, config.rope_theta) == (6400, 1e-6, 1e6)
+    spec = VisionSpec(image_size=256, patch_size=32, width=768)
+    with torch.device("meta"):
+        model = VLM(config, spec, placeholder_id=12, projector="mlp")
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_fine_tuning_on_little_data_trains_everything_in_both_generations():
+    for preset in ("small", "3v"):
+        config = build_config("sft", options={"preset": preset, "recipe": "small-data"})
+        assert (config.freeze, config.init) == ("all", Path("out") / weights_name("sft", PRESETS[preset]))
+
+
 def test_the_policies_are_the_published_ones():
-    assert list(FREEZE_POLICIES) == ["projector", "projector+last", "attention", "all"]
+    assert list(FREEZE_POLICIES) == ["projector", "projector+last", "projector+ends", "attention", "all"]
 
 
 @pytest.mark.parametrize(
@@ -117,3 +152,5 @@ def test_files_are_named_after_stage_and_size():
     assert weights_name("pretrain", PRESETS["small"]) == "pretrain_vlm_512.pth"
     assert weights_name("sft", PRESETS["moe"]) == "sft_vlm_640_moe.pth"
     assert weights_name("lm", PRESETS["base"]) == "lm_768.pth"
+    assert weights_name("lm", PRESETS["3v-moe"]) == "llm_768_moe.pth"
+    assert weights_name("sft", PRESETS["3v"]) == weights_name("sft", PRESETS["base"]) == "sft_vlm_768.pth"

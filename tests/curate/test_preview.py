@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,10 +15,12 @@ from PIL import Image
 from minimind_v.cli.data_lines import row_lines
 from minimind_v.core.curate.preview import Previewer, as_json
 from minimind_v.core.curate.token_text import BYTES, TokenReader, visible
+from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.pages.preview import preview_page
 from minimind_v.core.rows.stores import open_rows
 from tests.curate.made import ASSETS, PUBLISHED, SPEC, TROUBLE, encoder, recipe, talk, write
+from tests.tokenizers_made import thinking_tokenizer
 
 
 def previewer(data, config=None):
@@ -211,3 +214,33 @@ def test_a_text_row_shows_no_picture_and_says_so(tmp_path):
     assert told in "\n".join("".join(text for text, _ in line) for line in row_lines(view))
     assert told in Page(preview_page([view], SPEC, recipe(), "rows")).text
     assert (as_json(view)["used"], as_json(view)["unmarked_pictures"]) == (True, 1)
+
+
+def test_a_squeezed_picture_is_shown_whole(tmp_path):
+    data = write(tmp_path, [{"conversations": talk("<image>", "x"), "image": "wide.png"}])
+    spec = replace(SPEC, resize_mode="squeeze", resample="bilinear")
+    view = Previewer(open_rows(data, data.parent / "t_images"), encoder(), spec, recipe()).view(0)
+    picture = view.pictures[0]
+    assert picture.kept == as_json(view)["pictures"][0]["kept"] == 1
+    shown = np.asarray(Image.open(io.BytesIO(picture.model))).transpose(2, 0, 1)
+    data = (tmp_path / "t_images" / "wide.png").read_bytes()
+    assert (shown == load_pixels(data, "wide.png", SPEC.image_size, "squeeze", "bilinear")).all()
+    page = preview_page([view], spec, recipe(), "x")
+    assert "squeezed to a square: its longer side shrinks 3.00 times as much as the other" in page
+    assert "What squeezing does" in page
+    assert "rect" not in [tag for tag, _ in Page(page).tags], "no crop is drawn"
+    assert "squeezed to a square" in "".join(text for line in row_lines(view) for text, _ in line)
+
+
+def test_rows_are_shown_in_the_form_that_training_reads(tmp_path):
+    data = write(tmp_path, [{"conversations": talk("why?", "so")} for _ in range(40)])
+    prompts = encoder(thinking_tokenizer(tmp_path / "tokenizer"))
+    looker = Previewer(open_rows(data), prompts, SPEC, recipe())
+    training = RowDataset.for_spec(looker.rows, prompts, SPEC, 1536).for_training(recipe().seed)
+    shown = [looker.view(n) for n in range(40)]
+    assert [view.tokens.input_ids for view in shown] == [training.text(n).tokens.input_ids for n in range(40)]
+    lines = ["".join(text for line in row_lines(view) for text, _ in line) for view in shown]
+    assert any("<think>" in line for line in lines)
+    assert any("<think>" not in line for line in lines)
+    assert any("system" in line for line in lines)
+    assert all(view.batch is not None for view in shown)

@@ -183,6 +183,28 @@ def test_rare_modes_show_what_they_hold(mode):
     )  # of few levels
 
 
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (256, 256), (90, 700), (1, 1), (31, 8)])
+def test_squeezed_pixels_are_those_of_siglips_own_preprocessing(width, height, resample):
+    transformers = pytest.importorskip("transformers")
+    picture = noise(width, height)
+    number = Image.Resampling[resample.upper()]
+    theirs = transformers.SiglipImageProcessorPil(
+        size={"height": 256, "width": 256}, resample=number, do_rescale=False, do_normalize=False
+    )(picture, return_tensors="np")["pixel_values"][0]  # [3, S, S]
+    ours = to_pixels(picture, 256, "squeeze", resample)
+    assert ours.dtype == np.uint8
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_a_draft_is_squeezed_to_nearly_the_same_pixels(resample):
+    picture = smooth(1900, 1100)
+    drafted = load_pixels(encoded(picture, "JPEG", quality=95), "large", 256, "squeeze", resample)
+    whole = to_pixels(picture, 256, "squeeze", resample)
+    assert np.abs(drafted.astype(int) - whole.astype(int)).mean() <= 1.2
+
+
 # --- drafts -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,20 +1,27 @@
-"""Weights, towers and tokenizers of minimind-3v are named as such, wherever they are given."""
+"""A file says which generation it is of; both are opened, and a mix of them is refused in one line."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from minimind_v.core.config.presets import PRESETS, name_preset
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.formats.description import infer_config
+from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.load import load
-from minimind_v.core.formats.vision_tower import read_tower
 from tests.cli.harness import ASSETS, BASE, EYE, here, place, sighted
 from tests.formats.made import saved, state
+from tests.formats.made3v import DENSE, MOE, tiny_3v, tiny_siglip, tiny_state
+from tests.tokenizers_made import thinking_tokenizer
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
+NUMBERS = Path(os.environ.get("MMV_CONFORMANCE_3V", SHARED / "conformance-3v"))
 NORMS = {
     "model.layers.0.self_attn.q_norm.weight": torch.ones(8),
     "model.layers.0.self_attn.k_norm.weight": torch.ones(8),
@@ -24,6 +31,7 @@ NORMS = {
 def wide(rows):
     """The first layer of a model that is 768 wide, with so many rows of keys."""
     return {"model.embed_tokens.weight": torch.zeros(600, 768),
+            "model.layers.0.self_attn.q_proj.weight": torch.zeros(768, 768),
             "model.layers.0.self_attn.k_proj.weight": torch.zeros(rows, 768),
             "model.layers.0.mlp.gate_proj.weight": torch.zeros(2048, 768)}  # fmt: skip
 
@@ -31,23 +39,29 @@ def wide(rows):
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({**state(), **NORMS}, r"weights of minimind-3v \(2026\), which have model.layers.0.self_attn.q_norm.weight;"),
-        ({**state(), "vision_proj.mlp.0.weight": torch.ones(24)}, "which have vision_proj.mlp.0"),
         ({**state(), **NORMS, "vision_proj.mlp.0.weight": torch.ones(768, 3072)},
-         r"in its form of April, whose vision_proj.mlp.0.weight is \[768, 3072\]"),
-        (wide(384), r"minimind-3v \(2026\), whose k_proj has 384 rows"),
+         r"in its form of April \(vision_proj.mlp.0.weight is \[768, 3072\], for SigLIP2 NaFlex\)"),
+        (wide(384), r"without the norms of its heads \(k_proj has 384 rows, and there is no self_attn.q_norm\)"),
     ],
 )  # fmt: skip
-def test_weights_of_minimind_3v_are_named(tmp_path, tensors, words):
-    with pytest.raises(
-        WeightsError, match=rf"sft_vlm_768\.pth: .*{words}.*supports those of 2025 .*mmv download weights"
-    ):
+def test_forms_that_are_not_computed_are_named(tmp_path, tensors, words):
+    words = rf"sft_vlm_768\.pth: weights of minimind-3v \(2026\) {words}; .*`mmv download weights --preset 3v`"
+    with pytest.raises(WeightsError, match=words):
         saved(tmp_path / "sft_vlm_768.pth", tensors)
 
 
-@pytest.mark.parametrize(("rows", "layers"), [(192, 1)])
-def test_weights_of_2025_are_not(tmp_path, rows, layers):
-    assert saved(tmp_path / "sft_vlm_768.pth", wide(rows)).config.num_hidden_layers == layers
+@pytest.mark.parametrize("preset", ["base", "3v"])
+def test_one_name_is_of_both_generations_and_the_tensors_decide(tmp_path, preset):
+    """`sft_vlm_768.pth` was published in 2025 and in 2026."""
+    shapes = published_shapes(PRESETS[preset])
+    tensors = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    config = infer_config(tmp_path / "sft_vlm_768.pth", tensors)
+    assert name_preset(config) == preset
+    assert config == PRESETS[preset]
+
+
+def test_weights_of_2025_keep_their_two_key_value_heads(tmp_path):
+    assert saved(tmp_path / "sft_vlm_768.pth", wide(192)).config.num_attention_heads == 8
 
 
 def test_a_description_tells_more_than_the_width_of_keys(tmp_path):
@@ -56,60 +70,77 @@ def test_a_description_tells_more_than_the_width_of_keys(tmp_path):
     assert saved(tmp_path / "w.pth", wide(384)).config.head_dim == 192
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
-def test_the_published_weights_of_minimind_3v_are_named_by_every_command(tmp_path, name):
-    path = SHARED / "conformance-3v" / f"{name}.pth"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    for command in (
-        ("info", path),
-        ("chat", "Hello", "--model", path),
-        ("eval", "--model", path, "--data", tmp_path),
-        ("convert", "--to", "safetensors", "--model", path, "--out", tmp_path / "w.safetensors"),
-        ("convert", "--to", "hf", "--model", path, "--out", tmp_path / "folder"),
-    ):
-        assert (
-            "weights of minimind-3v (2026), which have model.layers.0.self_attn.q_norm.weight" in here(*command).error
-        )
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_weights_of_2026_are_read_by_their_shapes_alone(tmp_path, config):
+    checkpoint = saved(tmp_path / "w.pth", tiny_state(config))
+    assert checkpoint.config == config
+    assert (checkpoint.projector, checkpoint.vision_width, checkpoint.guessed) == ("mlp", 24, True)
 
 
-def siglip(folder):
-    """A vision model of minimind-3v, as far as its configuration tells."""
-    shutil.copytree(EYE, folder)
-    config = json.loads((EYE / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "siglip_vision_model"}))
-    return folder
-
-
-def other_words(folder):
-    """The demo's tokenizer with the token that stands for a patch in minimind-3v."""
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("prefix", ["", "model.", "module.whole."])
+def test_a_published_folder_of_2026_is_opened_without_its_code(tmp_path, config, prefix):
+    """Its modules may stand below a prefix, and its config.json has other names."""
+    weights, tower, tokenizer = tiny_3v(tmp_path, config)
+    folder = tmp_path / "minimind-3v"
     folder.mkdir()
-    text = (ASSETS / "tokenizer.json").read_text(encoding="utf-8")
-    words = json.loads(text)
-    token = next(token for token, id in words["model"]["vocab"].items() if id == 599)
-    words["model"]["merges"] = [pair for pair in words["model"]["merges"] if "".join(pair).replace(" ", "") != token]
-    words["model"]["vocab"] = {token: id for token, id in words["model"]["vocab"].items() if id != 599}
-    words["added_tokens"].append({**words["added_tokens"][0], "id": 599, "content": "<|image_pad|>"})
-    (folder / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
-    return folder
+    tensors = tiny_state(config)
+    save_file({prefix + name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    described = {
+        "model_type": "minimind-v", "auto_map": {"AutoModelForCausalLM": "model_vlm.MiniMindVLM"}, "hidden_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 600,
+        "intermediate_size": 64, "moe_intermediate_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "use_moe": config.use_moe, "num_experts": 4, "num_experts_per_tok": 1, "router_aux_loss_coef": 5e-4,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "model_vlm.py").write_text("raise SystemExit('custom code ran')")
+    theirs, ours = load(folder, tower, tokenizer, "cpu"), load(weights, tower, tokenizer, "cpu")
+    assert theirs.config == ours.config
+    ids = torch.arange(20, 40)[None]
+    assert torch.equal(theirs.model(ids).logits, ours.model(ids).logits)
 
 
-def test_a_tower_and_a_tokenizer_of_minimind_3v_beside_weights_of_2025(tmp_path):
-    tower, words = siglip(tmp_path / "siglip"), other_words(tmp_path / "words")
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_the_published_weights_of_2026_are_opened(name):
+    if not (NUMBERS / f"{name}.pth").is_file() or not (SHARED / "tokenizer-3v").is_dir():
+        pytest.skip(f"{NUMBERS} and the tokenizer of minimind-3v are not here")
+    loaded = load(NUMBERS / f"{name}.pth", NUMBERS / "tower", SHARED / "tokenizer-3v", "cpu")
+    assert (loaded.config.projector, loaded.tokenizer.layout) == ("mlp", "chatml-think")
+    assert loaded.config.text.qk_norm
+    assert not loaded.receipt.missing
+    assert not loaded.receipt.unexpected
+
+
+def test_a_tower_and_a_tokenizer_of_2026_beside_weights_of_2025(tmp_path):
+    tower, words = tiny_siglip(tmp_path / "siglip"), thinking_tokenizer(tmp_path / "words")
     with pytest.raises(
-        WeightsError, match=r"siglip: the vision model belongs to minimind-3v \(2026\).*sft_vlm_128.*CLIP"
+        WeightsError, match=r"siglip: the vision model belongs to minimind-3v \(2026\) .*sft_vlm_128.*need CLIP"
     ):
         load(sighted(), tower, ASSETS)
     with pytest.raises(
-        WeightsError, match=r"words: the tokenizer belongs to minimind-3v .*<\|image_pad\|>.*sft_vlm_128"
+        WeightsError, match=r"words: the tokenizer belongs to minimind-3v .*it has <\|image_pad\|>.*sft_vlm_128"
     ):
         load(sighted(), EYE, words)
-    with pytest.raises(WeightsError, match="the vision model belongs to minimind-3v"):
-        read_tower(tower)
+
+
+def test_a_tower_and_a_tokenizer_of_2025_beside_weights_of_2026(tmp_path):
+    weights, tower, words = tiny_3v(tmp_path)
+    with pytest.raises(
+        WeightsError,
+        match=r"the vision model belongs to MiniMind-V \(2025\) \(CLIP\), but the weights of 2026 in .*sft_vlm_48.pth "
+        r"need SigLIP — .*`mmv download clip --preset 3v`",
+    ):
+        load(weights, EYE, words)
+    with pytest.raises(
+        WeightsError,
+        match=r"the tokenizer belongs to MiniMind-V \(2025\) \(it has no <\|image_pad\|>\).*sft_vlm_48.*"
+        "`mmv download tokenizer --preset 3v`",
+    ):
+        load(weights, tower, ASSETS)
 
 
 def test_a_run_does_not_mix_the_generations(tmp_path):
-    tower, words = siglip(tmp_path / "siglip"), other_words(tmp_path / "words")
+    tower, words = tiny_siglip(tmp_path / "siglip"), thinking_tokenizer(tmp_path / "words")
     line = here(*place().train(tmp_path / "out", vision_model=tower)).error
     assert "siglip: the vision model belongs to minimind-3v (2026) (SigLIP), but the weights of 2025 in" in line
     assert BASE.name in line
@@ -118,12 +149,29 @@ def test_a_run_does_not_mix_the_generations(tmp_path):
     assert BASE.name in line
     line = here(*place().train(tmp_path / "out", init="none", tokenizer=words)).error
     assert "but the model of 2025 needs the tokenizer of 2025" in line
+    torch.save({name: value for name, value in tiny_state().items() if "vision" not in name}, tmp_path / "llm_48.pth")
+    line = here(*place().train(tmp_path / "out", init=tmp_path / "llm_48.pth")).error
+    assert "llm_48.pth: these weights belong to minimind-3v (2026), but the run trains MiniMind-V (2025)" in line
+    assert "--preset 3v" in line
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizer-3v").is_dir(), reason="the tokenizer of minimind-3v is not here")
 def test_the_real_tokenizer_of_minimind_3v_is_named():
     with pytest.raises(WeightsError, match="the tokenizer belongs to minimind-3v"):
         load(sighted(), EYE, SHARED / "tokenizer-3v")
+
+
+def test_the_standard_folders_are_those_of_the_weights_generation(tmp_path, monkeypatch):
+    from minimind_v.core.paths import TOKENIZER_3V_DIR, VISION_3V_DIR
+
+    monkeypatch.chdir(tmp_path)
+    weights, tower, words = tiny_3v(tmp_path / "parts")
+    shutil.copytree(EYE, "model/vision_model/clip-vit-base-patch16")
+    shutil.copy(ASSETS / "tokenizer.json", "model")
+    shutil.copytree(tower, VISION_3V_DIR)
+    shutil.copytree(words, TOKENIZER_3V_DIR)
+    assert load(weights, device="cpu").tokenizer.layout == "chatml-think"
+    assert load(sighted(), device="cpu").tokenizer.layout == "chatml"
 
 
 def test_a_base_whose_head_alone_is_stored_is_the_same_model(tmp_path):

@@ -73,7 +73,9 @@ def test_a_damaged_description_of_the_tower_is_refused_in_one_line(tmp_path, vis
 
 
 def test_a_projector_that_no_table_has_is_refused_and_extensions_are_named():
-    with pytest.raises(UsageError, match=r"projector 'liner' must be one of linear \(did you mean 'linear'\?\) .*MMV"):
+    with pytest.raises(
+        UsageError, match=r"projector 'liner' must be one of linear, mlp \(did you mean 'linear'\?\) .*MMV"
+    ):
         VLM(DENSE, SPEC, 5, projector="liner")
 
 

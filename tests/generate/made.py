@@ -18,6 +18,13 @@ KINDS = {
         "num_experts_per_tok": 3,
         "n_shared_experts": 0,
     },
+    "normed heads": {"qk_norm": True, "num_key_value_heads": 2},
+    "normed heads, one expert for a token": {
+        "qk_norm": True,
+        "use_moe": True,
+        "num_experts_per_tok": 1,
+        "n_shared_experts": 0,
+    },
 }
 
 

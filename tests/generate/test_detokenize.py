@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from minimind_v.core.generate.detokenize import TextStream
+from minimind_v.core.data.thinking import split_answer
+from minimind_v.core.generate.detokenize import TextStream, split_stream
 from tests.cli.harness import tokenizer
 
 
@@ -35,3 +36,27 @@ def test_a_long_answer_costs_no_more_per_token():
     for token in tokenizer().encode("A red star 和一个大圆。" * 50).ids:
         stream.add(token)
     assert max(decoded) <= 4
+
+
+REASONED = "Two cups,\n\none book.\n</think>\n\nA <b>book</b>.\n</thing>"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_reasoning_is_separated_wherever_the_pieces_begin(size):
+    pieces = [REASONED[begin : begin + size] for begin in range(0, len(REASONED), size)]
+    parts = list(split_stream(pieces, think=True))
+    reasoning, answer = ("".join(text for kind, text in parts if kind is which) for which in (True, False))
+    assert (reasoning, answer) == split_answer(REASONED)
+    assert answer == "A <b>book</b>.\n</thing>"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "why", "\nwhy\n", "why</thi", "why\n</think>", "</think>\n\nyes", "a</think>b</think>"]
+)
+def test_every_end_of_reasoning_is_split_as_the_whole_text_is(text):
+    parts = list(split_stream(text, think=True))
+    assert ("".join(t for kind, t in parts if kind), "".join(t for kind, t in parts if not kind)) == split_answer(text)
+
+
+def test_an_answer_without_reasoning_passes_unchanged():
+    assert list(split_stream(["\n a", "</think>"], think=False)) == [(False, "\n a"), (False, "</think>")]

@@ -42,6 +42,8 @@ def repos() -> dict[str, dict[str, bytes]]:
     weights = {"llm_512.pth": LM, "pretrain_vlm_512.pth": b"pretrain" * 999, "sft_vlm_512.pth": b"sft" * 999}
     tokenizer = {"tokenizer.json": b'{"model": {}}', "tokenizer_config.json": b"{}"}
     clip = {"config.json": b'{"a": 1}', "preprocessor_config.json": b"{}", "pytorch_model.bin": b"clip" * 5000}
+    weights_3v = {"llm_768.pth": b"base" * 999, "llm_768_moe.pth": b"experts" * 999, "sft_vlm_768.pth": b"sft" * 555}
+    siglip = {"config.json": b'{"b": 1}', "preprocessor_config.json": b"{}", "model.safetensors": b"siglip" * 5000}
     data = {"pretrain_i2t.parquet": parquet_bytes(600, 6), "sft_i2t.parquet": parquet_bytes(600, 1, 12_000)}
     found = {}
     for owner, eye in (("jingyaogong", "openai"), ("gongjy", "openai-mirror")):
@@ -49,6 +51,9 @@ def repos() -> dict[str, dict[str, bytes]]:
             f"models/{eye}/clip-vit-base-patch16": clip,
             f"models/{owner}/MiniMind2-Small-V": tokenizer,
             f"models/{owner}/MiniMind2-V-PyTorch": weights,
+            f"models/{owner}/siglip2-base-p32-256-ve": siglip,
+            f"models/{owner}/minimind-3v": {**tokenizer, "modeling_vlm.py": b"raise SystemExit"},
+            f"models/{owner}/minimind-3v-pytorch": weights_3v,
             f"datasets/{owner}/minimind-v_dataset": data,
         }
     return found

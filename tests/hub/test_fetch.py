@@ -51,6 +51,28 @@ def test_all_lands_where_the_stages_look(get, hub, tmp_path, name):
     assert (hub.requests, again["transferred"]) == ([], 0)
 
 
+@pytest.mark.parametrize("name", ["hf", "modelscope"])
+@pytest.mark.parametrize(("preset", "base"), [("3v", "llm_768.pth"), ("3v-moe", "llm_768_moe.pth")])
+def test_minimind_3v_lands_beside_the_files_of_2025(get, tmp_path, name, preset, base):
+    assert get("clip", hub_name=name).code == get("tokenizer", hub_name=name).code == 0
+    before = set(finished(tmp_path))
+    files = get("all", "--preset", preset, "--json", hub_name=name).json["files"]
+    new = set(finished(tmp_path)) - before
+    assert {Path(file["path"]).relative_to(tmp_path).as_posix() for file in files} == new
+    assert new == {
+        "dataset/pretrain_i2t.parquet", "dataset/sft_i2t.parquet", "model/minimind-3v/tokenizer.json",
+        "model/minimind-3v/tokenizer_config.json", f"out/{base}",
+        *(f"model/vision_model/siglip2-base-p32-256-ve/{file}"
+          for file in ("config.json", "preprocessor_config.json", "model.safetensors")),
+    }  # fmt: skip
+
+
+def test_weights_of_minimind_3v_that_a_listing_lacks_are_named(get, hub):
+    ended = get("weights", "--preset", "3v")
+    assert "jingyaogong/minimind-3v-pytorch at " in ended.error
+    assert "lacks pretrain_vlm_768.pth — it has: llm_768.pth" in ended.error
+
+
 def test_pinned_and_moving_revisions(get, hub, tmp_path):
     told = get("all", "--json").json
     assert told["commit"]["openai/clip-vit-base-patch16"] == "57c216476eefef5ab752ec549e440a49ae4ae5f3"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.config.schema import LINEAR, TextConfig
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
@@ -25,6 +25,16 @@ SIZES = {
     "vocab_size": 61,
 }
 
+# Language models of minimind-3v: normed heads, and experts of which each token has one.
+NORMED = {"qk_norm": True}
+NORMED_EXPERTS = {
+    "qk_norm": True,
+    "use_moe": True,
+    "num_experts_per_tok": 1,
+    "n_shared_experts": 0,
+    "aux_loss_scope": "batch",
+}
+
 
 def spread(module: nn.Module, seed: int) -> None:
     """Draw all weights anew and wide: of a fresh model all answers, and so all differences, are nearly zero."""
@@ -36,9 +46,9 @@ def spread(module: nn.Module, seed: int) -> None:
             nn.init.normal_(parameter, 0.0, parameter.shape[-1] ** -0.5)
 
 
-def tiny_vlm(seed: int = 0, seen: bool = False, **sizes: object) -> VLM:
+def tiny_vlm(seed: int = 0, seen: bool = False, projector: str = LINEAR, **sizes: object) -> VLM:
     """A VLM in evaluation mode with wide random weights; keywords change SIZES. `seen`: with a vision tower."""
-    model = VLM(TextConfig(**(SIZES | sizes)), SPEC, PLACEHOLDER_ID)
+    model = VLM(TextConfig(**(SIZES | sizes)), SPEC, PLACEHOLDER_ID, projector=projector)
     spread(model, seed)
     if seen:
         model.vision_encoder = tiny_encoder(seed)

@@ -15,10 +15,11 @@ from minimind_v.core.model.decoder import Attention, RMSNorm
 from minimind_v.core.model.feed_forward import FeedForward
 from minimind_v.core.model.kernels import cpu_training
 from minimind_v.core.model.kernels.accelerate import FAST, accelerate, plain
+from minimind_v.core.model.kernels.cpu_clip import CpuSiglipVision
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
-from tests.model.conftest import spread, tiny_vlm
+from tests.model.conftest import NORMED, NORMED_EXPERTS, spread, tiny_vlm
 
 CPU = torch.device("cpu")
 FAST_CLASSES = set(FAST["cpu"].values())
@@ -59,21 +60,49 @@ def assert_same_step(one: VLM, other: VLM, inputs: dict[str, torch.Tensor]) -> N
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "experts"])
+KINDS = {
+    "dense": {},
+    "experts": {"use_moe": True},
+    "normed heads": NORMED | {"projector": "mlp"},
+    "normed heads, experts": NORMED_EXPERTS | {"projector": "mlp"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", FREEZE_POLICIES)
-def test_loss_and_every_gradient(policy, use_moe):
-    assert_same_step(*pair(policy, use_moe=use_moe), batch())
+def test_loss_and_every_gradient(policy, kind):
+    assert_same_step(*pair(policy, **KINDS[kind]), batch())
 
 
 @pytest.mark.parametrize("length", [9, cpu_training.BLOCK, cpu_training.BLOCK + 1, 2 * cpu_training.BLOCK + 17])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-def test_rows_of_any_length_and_any_number_of_heads(length, heads):
-    assert_same_step(*pair(num_attention_heads=heads[0], num_key_value_heads=heads[1]), batch(length=length))
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_rows_of_any_length_and_any_number_of_heads(length, heads, qk_norm):
+    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "qk_norm": qk_norm}
+    assert_same_step(*pair(**sizes), batch(length=length))
 
 
-def test_rows_whose_attention_is_too_long_to_be_kept(monkeypatch):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_rows_whose_attention_is_too_long_to_be_kept(qk_norm, monkeypatch):
     monkeypatch.setattr(cpu_training, "WEIGHTS_KEPT", 20)
-    assert_same_step(*pair(), batch())
+    assert_same_step(*pair(qk_norm=qk_norm), batch())
+
+
+@pytest.mark.parametrize("trains", ["q_norm", "k_norm", "q_proj"])
+def test_each_gradient_of_normed_heads_alone(trains):
+    models = pair(**NORMED)
+    for model in models:
+        model.requires_grad_(False)
+        model.model.layers[1].self_attn.get_submodule(trains).requires_grad_(True)
+    assert_same_step(*models, batch())
+
+
+def test_a_hook_on_the_norm_of_heads_is_called():
+    one, other = pair(**NORMED)
+    calls: list[str] = []
+    other.model.layers[1].self_attn.k_norm.register_forward_hook(lambda *_: calls.append("k_norm"))
+    assert_same_step(one, other, batch())
+    assert calls == ["k_norm"]
 
 
 @pytest.mark.parametrize("learns", [p for p in itertools.product((True, False), repeat=4) if any(p)])
@@ -99,9 +128,10 @@ def test_written_out_passes_are_used_in_training_alone():
         assert torch.equal(model(**inputs).loss, plain(copy.deepcopy(model))(**inputs).loss)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @torch.no_grad()
-def test_with_a_cache():
-    one, other = pair()
+def test_with_a_cache(qk_norm):
+    one, other = pair(qk_norm=qk_norm)
     ids = torch.randint(6, 61, (2, 30))
     for model in (one.eval(), other.eval()):
         cache = model.new_cache(2, 30)
@@ -131,9 +161,10 @@ def test_in_double_precision_the_backward_passes_are_those_of_finite_differences
     angles = torch.rand(1, 1, 5, 3, dtype=torch.double).repeat(1, 1, 1, 2)
     weights = drawn(12, 6), drawn(6, 6), drawn(6, 6)
     project = cpu_training._Project.apply
-    assert torch.autograd.gradcheck(
-        lambda *given: project(*given, angles.cos(), angles.sin()), [drawn(2, 5, 6), *weights]
-    )
+    for norms in ((None, None), (drawn(6), drawn(6))):
+        assert torch.autograd.gradcheck(
+            lambda *given: project(*given, angles.cos(), angles.sin(), 1e-2), [drawn(2, 5, 6), *weights, *norms]
+        )
     assert torch.autograd.gradcheck(
         cpu_training._Attend.apply, [drawn(2, 4, 5, 3), drawn(2, 2, 5, 3), drawn(2, 2, 5, 3)]
     )
@@ -196,7 +227,7 @@ def classes(model: nn.Module) -> set[type]:
 
 def test_it_may_be_done_twice_and_undone():
     one, other = pair(seen=True)
-    assert classes(other) >= FAST_CLASSES
+    assert classes(other) >= FAST_CLASSES - {CpuSiglipVision}
     before = classes(other)
     assert classes(accelerate(other, CPU)) == before
     assert list(other.state_dict()) == list(one.state_dict())
@@ -254,8 +285,9 @@ def test_new_weights_are_used():
         assert_same_step(one, other, batch())
 
 
-def test_apples_formulas_are_the_same():
-    one, other = pair(seen=True)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_apples_formulas_are_the_same(qk_norm):
+    one, other = pair(seen=True, qk_norm=qk_norm)
     accelerate(other, torch.device("mps"))
     assert not classes(other) & {Attention, RMSNorm}
     assert_same_step(one, other, batch())

@@ -177,6 +177,16 @@ def test_auxiliary_loss(moe):
     assert aux.item() == pytest.approx(slow_aux(moe, x, (17, 17, 17)), rel=1e-5)
 
 
+def test_auxiliary_loss_over_a_batch_is_that_of_all_its_tokens_as_one_row():
+    block = MoEFeedForward(replace(CONFIG, num_experts_per_tok=1, n_shared_experts=0, aux_loss_scope="batch")).train()
+    x, lengths = torch.randn(3, 17, 16), (17, 5, 1)
+    mask = torch.arange(17) < torch.tensor(lengths)[:, None]
+    tokens = torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
+    assert block(x, mask)[1].item() == pytest.approx(slow_aux(block, tokens[None], (23,)), rel=1e-5)
+    by_rows = slow_aux(block, x, lengths)
+    assert block(x, mask)[1].item() != pytest.approx(by_rows, rel=1e-2), "the scope makes no difference"
+
+
 def test_auxiliary_loss_does_not_depend_on_padding(moe):
     x, mask = torch.randn(2, 12, 16), torch.arange(12) < torch.tensor([[12], [4]])
     _, aux = moe.train()(x, mask)

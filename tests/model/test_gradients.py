@@ -12,6 +12,7 @@ from minimind_v.core.train.freeze import freeze
 TRAINS = {
     "projector": lambda name: False,
     "projector+last": lambda name: name.startswith("model.layers.2."),
+    "projector+ends": lambda name: name.startswith(("model.layers.0.", "model.layers.2.")),
     "attention": lambda name: name.startswith("model.") and any(f".self_attn.{one}_proj." in name for one in "qkvo"),
     "all": lambda name: name.startswith(("model.", "lm_head.")),
 }

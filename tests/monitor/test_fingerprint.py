@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import minimind_v
-from minimind_v.core.monitor.fingerprint import code_digest, deciding_modules
+from minimind_v.core.config.recipes import sft
+from minimind_v.core.errors import UsageError
+from minimind_v.core.monitor.fingerprint import ADDED, check_origin, code_digest, deciding_modules, origin_of
 
 CORE = Path(minimind_v.__file__).parent / "core"
 # What a run imports, and what nevertheless alters no number: it reports, checks, moves files or ends processes. Values
@@ -70,6 +73,7 @@ def test_what_reports_decides_nothing():
         ("train/step.py", True),
         ("data/loader.py", True),
         ("config/schedule.py", True),
+        ("config/generation.py", True),
         ("pages/frame.py", False),
         ("monitor/messages.py", False),
         ("errors.py", False),
@@ -81,3 +85,15 @@ def test_a_change_of_deciding_code_alone_changes_the_digest(tmp_path, name, refu
     with (copy / name).open("a") as file:
         file.write("# changed\n")
     assert (code_digest(copy) != before) == refused
+
+
+def test_a_state_of_an_earlier_release_resumes_with_the_values_that_it_did_not_record():
+    now = origin_of(sft(), torch.device("cpu"))
+    earlier = {key: value for key, value in now.items() if key not in ADDED}
+    assert len(earlier) == len(now) - len(ADDED)
+    check_origin(earlier, now, (), pytest.fail)
+    normed = now | {"model.qk_norm": True}
+    warnings: list[str] = []
+    with pytest.raises(UsageError, match=r"--allow model\.qk_norm"):
+        check_origin(earlier, normed, (), warnings.append)
+    assert warnings == ["model.qk_norm: False in the interrupted run, True now"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 import minimind_v.core.demo
-from minimind_v.core.config.schedule import learning_rate
+from minimind_v.core.config.schedule import COSINE_2025, COSINE_2026
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.demo.dataset import write_sft
@@ -25,7 +25,9 @@ from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionSpec
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train import step as train_step
 from minimind_v.core.train.run import assemble
+from tests.model.conftest import NORMED_EXPERTS, tiny_vlm
 
 ASSETS = Path(minimind_v.core.demo.__file__).parent / "assets"
 TINY = TextConfig(
@@ -37,6 +39,27 @@ TINY = TextConfig(
     vocab_size=600,
 )
 EXPERTS = replace(TINY, use_moe=True, n_routed_experts=3, intermediate_size=32)
+
+# --- micro-batches on a CPU -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scope", "passes"), [("row", 2), ("batch", 1)])
+def test_a_balance_over_a_whole_micro_batch_is_computed_at_once(scope, passes, run_over, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "CPU_POSITIONS", 30)
+    model = tiny_vlm(**NORMED_EXPERTS | {"aux_loss_scope": scope}).train()
+    ids = torch.randint(6, 61, (2, 20))
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids.clone(), torch.zeros_like(ids, dtype=torch.bool))
+    expected = model(**batch.tokens).aux_loss
+    aux_losses: list[torch.Tensor] = []
+    model.register_forward_hook(lambda *call: aux_losses.append(call[-1].aux_loss.detach()))
+    config = RunConfig(
+        stage="sft", model=model.config, data=DataConfig(batch_size=2, workers=0), out=tmp_path, max_steps=1,
+        dtype="float32", device="cpu", save_every=0,
+    )  # fmt: skip
+    run_over(config, model, [batch]).run()
+    assert len(aux_losses) == passes
+    assert torch.stack(aux_losses).mean().item() == pytest.approx(expected.item(), rel=1e-5)
+
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
@@ -55,7 +78,20 @@ EXPERTS = replace(TINY, use_moe=True, n_routed_experts=3, intermediate_size=32)
     ],
 )
 def test_schedule_by_hand(step, total, peak, expected):
-    assert learning_rate(step, total, peak) == pytest.approx(expected, rel=1e-12)
+    assert COSINE_2025.rate(step + 1, total, peak) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "lr", "expected"),
+    [
+        (1, 6, 5e-4, 5e-4 * (0.55 + 0.225 * math.sqrt(3))),  # cos 30°
+        (3, 6, 5e-4, 2.75e-4),
+        (6, 6, 5e-4, 5e-5),
+        (100, 300, 4e-6, 3.1e-6),  # cos 60°
+    ],
+)
+def test_schedule_of_minimind_3v_by_hand(step, total, lr, expected):
+    assert COSINE_2026.rate(step, total, lr) == pytest.approx(expected, rel=1e-12)
 
 
 # --- accumulation -----------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minimind_v.core.config.generation import V2025
 from minimind_v.core.config.load import build_config, resolve
 from minimind_v.core.config.recipes import OWN_KEYS, small_data
-from minimind_v.core.config.schedule import learning_rate, peak
+from minimind_v.core.config.schedule import COSINE_2025, COSINE_2026
 from minimind_v.core.errors import UsageError
 from minimind_v.core.monitor.messages import LEAST_REACH, too_little
 from minimind_v.core.pages.run_report import read_run, report_page
@@ -254,10 +255,12 @@ def test_few_rows_held_out_are_told_to_say_little(tmp_path, mine):
     assert "only 1 row of 12 held out" in ended.err
 
 
-def test_the_peak_is_the_highest_rate():
-    rates = [learning_rate(step, 50, 3e-4) for step in range(50)]
-    assert max(rates) == peak(3e-4) == pytest.approx(3.3e-4)
-    assert sum(rates) == pytest.approx(0.6 * 3e-4 * 50, rel=0.02), "what LEAST_REACH is compared with"
+@pytest.mark.parametrize(("cosine", "highest"), [(COSINE_2025, 3.3e-4), (COSINE_2026, 3e-4)])
+def test_the_peak_is_the_highest_rate(cosine, highest):
+    rates = [cosine.rate(step, 50, 3e-4) for step in range(1, 51)]
+    assert cosine.peak(3e-4) == pytest.approx(highest)
+    assert max(rates) == pytest.approx(highest, rel=1e-3)
+    assert sum(rates) == pytest.approx(cosine.reach(3e-4, 50), rel=0.02), "what LEAST_REACH is compared with"
     assert 0 < LEAST_REACH < 0.01
 
 
@@ -269,5 +272,5 @@ def test_the_card_of_an_export_gives_the_true_peak(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "config.yaml").write_text(yaml.safe_dump({"lr": 1e-6, "freeze": "all"}))
     order = SimpleNamespace(model=tmp_path / "w.pth")
-    text = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft")), order)
+    text = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft", generation=V2025)), order)
     assert "| peak learning rate | 1.1e-06 |" in text

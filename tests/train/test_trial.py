@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.curate.stats import TypicalRow
 from minimind_v.core.model.kernels.accelerate import accelerate
+from minimind_v.core.model.kernels.cpu_clip import CpuSiglipVision
 from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder
 from minimind_v.core.model.vision.spec import read_tower_config
@@ -34,6 +36,19 @@ def vision_model(tmp_path):
     return tmp_path
 
 
+def test_a_light_siglip_tower_has_one_layer_for_all(tmp_path):
+    (tmp_path / "config.json").write_text(
+        TINY_ENCODER.replace('{"image_size"', '{"model_type": "siglip", "image_size"')
+    )
+    config = replace(recipe(), vision_model=tmp_path, model=PRESETS["demo"], projector="mlp")
+    light = Trial(config, CPU, light=True)
+    layers = light.train_step.model.vision_encoder.tower.encoder.layers
+    assert type(light.train_step.model.vision_encoder.tower) is CpuSiglipVision
+    assert len(layers) == 3
+    assert len(set(layers)) == 1
+    light.passes(light.batch([1, 1], 30, 7))
+
+
 def test_time_is_measured_without_weights(vision_model, monkeypatch):
     """With a clock by which a batch takes one and a half seconds: two rows fit into the four seconds of a batch."""
     done = []
@@ -50,8 +65,10 @@ def test_time_is_measured_without_weights(vision_model, monkeypatch):
     assert missing.how.startswith("not measured: no vision model")
 
 
-@pytest.mark.parametrize("policy", ["projector+last", "attention", "all"])
-@pytest.mark.parametrize("preset", ["demo", "small"])
+@pytest.mark.parametrize(
+    ("preset", "policy"),
+    [*itertools.product(("demo", "small"), ("projector+last", "attention", "all")), ("small", "projector+ends")],
+)
 def test_a_light_trial_does_the_work_of_all_layers(vision_model, policy, preset):
     """By a clock that counts multiplications, against the model that a run would train."""
 

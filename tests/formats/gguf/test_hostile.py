@@ -46,7 +46,7 @@ def test_values_of_other_kinds_are_refused(tmp_path):
 def test_a_model_of_the_other_generation_is_named(tmp_path):
     (tmp_path / MODEL).write_bytes(file().replace(text("llama"), text("qwen3")))
     (tmp_path / MMPROJ).write_bytes(file([key(MADE_BY, STRING, text("us"))]))
-    with pytest.raises(MmvError, match=r"a qwen3, like minimind-3v \(2026\); this version supports models of 2025"):
+    with pytest.raises(MmvError, match=r"a qwen3, like minimind-3v \(2026\), which mmv does not read from GGUF"):
         read_gguf(tmp_path)
 
 

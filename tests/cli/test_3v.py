@@ -1,0 +1,125 @@
+"""The commands with a model of minimind-3v: train, info, eval, chat, convert, doctor, runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.paths import TOKENIZER_3V_DIR, VISION_3V_DIR
+from tests.cli.harness import here, place
+from tests.formats.made3v import SIZES, tiny_3v
+
+SETS = [word for name, value in SIZES.items() for word in ("--set", f"model.{name}={value}")]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A working folder with the standard folders of minimind-3v and a text-only base."""
+    monkeypatch.chdir(tmp_path)
+    weights, tower, words = tiny_3v(tmp_path / "parts", name="whole.pth")
+    base = {name: tensor for name, tensor in torch.load(weights).items() if not name.startswith("vision_proj")}
+    (tmp_path / "out").mkdir()
+    torch.save(base, tmp_path / "out" / "llm_48.pth")
+    shutil.copytree(tower, VISION_3V_DIR)
+    shutil.copytree(words, TOKENIZER_3V_DIR)
+    return tmp_path
+
+
+def train(stage="sft", *more, preset="3v"):
+    """A short run; tower, tokenizer and base are those of the standard folders."""
+    data = ("--data", place().data(stage), "--images", place().images(stage))
+    few = ("--device", "cpu", "--workers", 0, "--max-steps", 3, "--log-every", 1, "--seed", 1, "--max-length", 300)
+    return here("train", stage, "--preset", preset, *SETS, *data, *few, *more)
+
+
+def test_a_model_is_fine_tuned_from_the_language_model_and_used(project):
+    ended = train()
+    assert ended.code == 0, ended.err
+    weights = project / "out" / "sft_vlm_48.pth"
+    described = here("info", weights, "--json").json
+    assert (described["stage"], described["projector"], described["layout"]) == ("sft", "mlp", "chatml-think")
+    assert (described["qk_norm"], described["generation"]) == (True, "minimind-3v (2026)")
+    trained, base = read_checkpoint(weights).tensors, read_checkpoint(project / "out" / "llm_48.pth").tensors
+    changed = {name for name in base if not torch.equal(trained[name], base[name])}
+    assert all(name.startswith(("model.layers.0.", "model.layers.2.")) for name in changed), "projector+ends"
+    assert any(name.startswith("model.layers.0.") for name in changed)
+    data = ("--data", place().data("sft"), "--images", place().images("sft"), "--limit", 4, "--device", "cpu")
+    assert here("eval", "--model", weights, *data, "--json").json["rows"] == 4
+    assert "answer" in here("chat", "What is it?", "--image", place().picture(), "--model", weights, "--greedy",
+                            "--max-new-tokens", 4, "--device", "cpu", "--json").json  # fmt: skip
+    newest = here("runs", "out", "--json").json["runs"][0]
+    assert (newest["name"], newest["stage"]) == ("sft_vlm_48", "sft")
+
+
+def test_pretraining_trains_the_projector_alone(project):
+    assert train("pretrain", "--max-steps", 1).code == 0
+    weights = read_checkpoint(project / "out" / "pretrain_vlm_48.pth")
+    base = read_checkpoint(project / "out" / "llm_48.pth").tensors
+    assert all(torch.equal(weights.tensors[name], base[name]) for name in base)
+    assert train("sft", "--init", "out/pretrain_vlm_48.pth", "--max-steps", 1).code == 0
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_weights_are_converted_and_back(project, ending):
+    weights, target, again = project / "parts" / "whole.pth", project / f"w.{ending}", project / "again.pth"
+    assert here("convert", "--to", ending, "--model", weights, "--out", target).code == 0
+    assert here("convert", "--to", "pth", "--model", target, "--out", again).code == 0
+    before, after = torch.load(weights), torch.load(again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_checkpoint(again).config == read_checkpoint(weights).config
+
+
+def test_a_folder_for_transformers_is_described_and_evaluated(project):
+    model = ("--model", "parts/whole.pth", "--vision-model", "parts/siglip", "--tokenizer", "parts/words")
+    ended = here("convert", "--to", "hf", *model, "--out", "export")
+    assert ended.code == 0, ended.err
+    described = here("info", "export", "--json").json
+    assert (described["kind"], described["tokens_per_image"], described["projector"]) == ("hf", 16, "mlp")
+    assert "torchvision" in (project / "export" / "README.md").read_text()
+    data = ("--data", place().data("sft"), "--images", place().images("sft"), "--limit", 4, "--device", "cpu")
+    ours, theirs = (here("eval", *words, *data, "--json").json for words in (model, ("--model", "export")))
+    for key in ("model", "seconds"):
+        del ours[key], theirs[key]
+    assert ours == theirs
+
+
+def test_gguf_cannot_hold_it_and_says_so_in_one_line(project):
+    ended = here("convert", "--to", "gguf", "--model", "parts/whole.pth", "--out", project / "export")
+    assert "parts/whole.pth has the vision tower 'siglip_vision_model' and the projector 'mlp'" in ended.error
+    assert (
+        "--to gguf can hold clip_vision_model with linear — `mmv convert --to safetensors` can hold any" in ended.error
+    )
+    assert not (project / "export").exists()
+
+
+def test_what_is_missing_is_named_with_the_command_of_its_generation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = here("train", "sft", "--preset", "3v")
+    assert ended.code == 1
+    for command in ("mmv download clip --preset 3v", "mmv download tokenizer --preset 3v", "mmv download dataset",
+                    "mmv download lm --preset 3v"):  # fmt: skip
+        assert f"`{command}`" in ended.err
+    assert "mmv train pretrain" not in ended.err, "fine-tuning starts from the language model"
+
+
+def test_doctor_reports_the_files_of_a_preset(project):
+    report = here("doctor", "--preset", "3v", "--json").json
+    assert report["vision model"] == f"found, {VISION_3V_DIR / 'config.json'}"
+    assert report["tokenizer"] == f"found, {TOKENIZER_3V_DIR / 'tokenizer.json'}"
+    assert "out/llm_768.pth — `mmv download lm --preset 3v`" in report["language model"]
+    assert "train pretrain --preset 3v" in report["pretrained weights"]
+    assert here("doctor", "--preset", "small", "--json").json == here("doctor", "--json").json
+    assert here("doctor", "--preset", "4v").code == 2
+
+
+def test_lists_name_both_presets_where_only_a_name_is_known(project):
+    for name in ("sft_vlm_768.pth", "llm_768.pth", "lm_512.pth"):
+        shutil.copy(project / "parts" / "whole.pth", project / "out" / name)
+    entries = here("runs", "out", "--json").json
+    models = {entry["name"]: entry["model"] for entry in entries["runs"]}
+    assert models["sft_vlm_768.pth"] == models["llm_768.pth"] == "base or 3v"
+    assert models["lm_512.pth"] == "small"
+    assert json.dumps(entries)

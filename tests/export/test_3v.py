@@ -1,0 +1,101 @@
+"""A model of minimind-3v as transformers' LFM2-VL: the same logits, ids and pixels, and back again."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.errors import WeightsError
+from minimind_v.core.export.folder import export
+from minimind_v.core.export.prove.cases import Case
+from minimind_v.core.export.prove.compare_hf import _patches as patches
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.formats.hf import write as hf
+from minimind_v.core.formats.load import load
+from minimind_v.core.formats.request import ExportRequest
+from tests.formats.made3v import DENSE, MOE, tiny_3v
+
+TURNS = [
+    {"role": "system", "content": "Answer in one word."},
+    {"role": "user", "content": "<image>\n<image>\nWhich is brighter?"},
+    {"role": "assistant", "content": "<think>\nThe second is white.\n</think>\n\nThe second."},
+    {"role": "user", "content": "<image>\nThan this?"},
+]
+
+
+@pytest.fixture(scope="module", params=[DENSE, MOE], ids=["dense", "moe"])
+def exported(request, tmp_path_factory):
+    """The request of a tiny model, and its exported folder."""
+    folder = tmp_path_factory.mktemp("lfm2")
+    order = ExportRequest(*tiny_3v(folder / "parts", request.param))
+    (folder / "export").mkdir()
+    hf.make(order, folder / "export")
+    return order, folder / "export"
+
+
+@torch.no_grad()
+def test_the_logits_are_those_of_lfm2_vl(exported):
+    order, folder = exported
+    source, theirs = order.load(), AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "Lfm2VlForConditionalGeneration"
+    tokens = PromptEncoder(source.tokenizer, 16).prompt(TURNS)
+    ids, pixels = torch.tensor([tokens.input_ids]), torch.randn(3, 3, 64, 64)
+    expected = theirs(
+        input_ids=ids, pixel_values=patches(pixels, 16), spatial_shapes=torch.tensor([[4, 4]] * 3),
+        pixel_attention_mask=torch.ones(3, 16, dtype=torch.int32),
+    ).logits  # fmt: skip
+    logits = source.model(ids, pixel_values=pixels, image_mask=torch.tensor([tokens.image_mask])).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_folder_is_read_back_to_the_same_model(exported):
+    order, folder = exported
+    source, back = order.load(), load(folder, device="cpu")
+    assert back.config == source.config
+    assert (back.checkpoint.stage, back.tokenizer.layout) == ("sft", "chatml-think")
+    before, after = source.model.state_dict(), back.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_the_chat_template_writes_the_prompts_of_training(exported, think):
+    order, folder = exported
+    source, tokenizer = order.load(), AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(
+        Case(TURNS).standard, tokenize=False, add_generation_prompt=True, open_thinking=think
+    )
+    ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 16), add_special_tokens=False)["input_ids"]
+    assert ids == PromptEncoder(source.tokenizer, 16).prompt(TURNS, think).input_ids
+
+
+def test_a_user_cannot_write_an_image_token(exported):
+    _, folder = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "<|image_pad|> <|image_pad|>"}], tokenize=False)
+    assert "<|image_pad|>" not in text
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_export_is_verified(exported, tmp_path, dtype):
+    """With torchvision by the folder's own processor; without it by Pillow, and the report says so."""
+    order, _ = exported
+    report = export(ExportRequest(order.model, order.vision_model, order.tokenizer, dtype), "hf", tmp_path / "verified")
+    assert not report.wrong
+    assert report.findings["token ids"] == "equal in 3 of 3 prompts"
+    assert "Lfm2VlForConditionalGeneration" in report.findings["opened by"]
+    assert ("images prepared by" in report.findings) == (find_spec("torchvision") is None)
+    assert load(tmp_path / "verified", device="cpu").config == order.load().config
+
+
+def test_another_lfm2_vl_is_refused_by_the_keys_that_differ(exported, tmp_path):
+    _, folder = exported
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"downsample_factor": 2, "text_config": config["text_config"] | {"model_type": "lfm2"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"an LFM2-VL model of another kind .*downsample_factor, text_config.model_"):
+        read_checkpoint(tmp_path)
