@@ -76,7 +76,7 @@ def start(size: str, work: str, side: str) -> dict:
 
 def compare(sizes: list[str], rounds: int, busy: int) -> list[dict]:
     """Medians of every size, kind of work and side, alone and beside so many busy processes."""
-    found = []
+    results = []
     for size in sizes:
         for work in WORKS:
             rates: dict[tuple[str, int], list[float]] = {}
@@ -86,9 +86,9 @@ def compare(sizes: list[str], rounds: int, busy: int) -> list[dict]:
                     company = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
                     try:
                         for side in SIDES:
-                            one = start(size, work, side)
-                            rates.setdefault((side, others), []).append(one["rate"])
-                            digests.add(one["digest"])
+                            result = start(size, work, side)
+                            rates.setdefault((side, others), []).append(result["rate"])
+                            digests.add(result["digest"])
                     finally:
                         for other in company:
                             other.kill()
@@ -96,23 +96,23 @@ def compare(sizes: list[str], rounds: int, busy: int) -> list[dict]:
             middle = {key: statistics.median(values) for key, values in rates.items()}
             if len(digests) > 1:
                 raise SystemExit(f"{size}, {work}: not the same bits: {digests}")
-            found.append({
+            results.append({
                 "size": size, "work": work,
                 **{f"{side}_{'beside' if others else 'alone'}": rate for (side, others), rate in middle.items()},
                 "alone_against_spinning": middle["sharing", 0] / middle["spinning", 0],
                 "slower_beside": middle["sharing", 0] / middle["sharing", busy],
                 "slower_beside_spinning": middle["spinning", 0] / middle["spinning", busy],
             })  # fmt: skip
-            print(describe(found[-1]), flush=True)
-    return found
+            print(describe(results[-1]), flush=True)
+    return results
 
 
-def describe(one: dict) -> str:
+def describe(row: dict) -> str:
     """A line for people."""
     return (
-        f"{one['size']:6}{one['work']:6} alone {one['sharing_alone']:8.1f}/s ({one['alone_against_spinning']:.2f} of "
-        f"spinning), beside {one['sharing_beside']:8.1f}/s: {one['slower_beside']:.1f}× slower "
-        f"(spinning {one['spinning_beside']:.1f}/s: {one['slower_beside_spinning']:.1f}×); the same bits"
+        f"{row['size']:6}{row['work']:6} alone {row['sharing_alone']:8.1f}/s ({row['alone_against_spinning']:.2f} of "
+        f"spinning), beside {row['sharing_beside']:8.1f}/s: {row['slower_beside']:.1f}× slower "
+        f"(spinning {row['spinning_beside']:.1f}/s: {row['slower_beside_spinning']:.1f}×); the same bits"
     )
 
 
@@ -127,9 +127,9 @@ def main() -> None:
     if options.job:
         print(json.dumps(measure(*options.job)))
         return
-    found = compare(["demo"] if options.quick else list(SIZES), options.rounds, options.busy)
+    results = compare(["demo"] if options.quick else list(SIZES), options.rounds, options.busy)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(results))
 
 
 if __name__ == "__main__":

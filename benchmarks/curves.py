@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.pages import PAGE, write_block
-from benchmarks.panels import Panel, draw, fit
+from benchmarks.panels import Panel, draw, line_through
 from benchmarks.stores import make_jsonl, make_parquet
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import sft
@@ -100,13 +100,13 @@ def make_batch(lengths: list[int], vocabulary: int, supervised: int = 32, padded
     shape = len(lengths), max(lengths)
     ends, position = torch.tensor(lengths)[:, None], torch.arange(shape[1])[None]
     input_ids = torch.randint(0, vocabulary, shape)
-    learnt = (position < ends) & (position >= ends - supervised)
-    seen = (position >= PICTURE_AT) & (position < PICTURE_AT + VIT_B_16.tokens_per_image)
+    supervised_mask = (position < ends) & (position >= ends - supervised)
+    image_mask = (position >= PICTURE_AT) & (position < PICTURE_AT + VIT_B_16.tokens_per_image)
     return Batch(
         input_ids,
         (position < ends) | torch.tensor(padded),
-        torch.where(learnt, input_ids, IGNORE),
-        seen.repeat(len(lengths), 1),
+        torch.where(supervised_mask, input_ids, IGNORE),
+        image_mask.repeat(len(lengths), 1),
         image_features=torch.randn(len(lengths), VIT_B_16.tokens_per_image, VIT_B_16.width),
     )
 
@@ -145,23 +145,23 @@ def opening_jobs(points: Points, folder: Path) -> dict[tuple[str, int], Callable
         jobs[curve, rows] = lambda: open_again(data)
 
     for rows in points.files:
-        place = folder / str(rows)
-        place.mkdir()
-        make_jsonl(place, rows, members=1)
-        make_parquet(place, rows)
-        add("jsonl", rows, place / "rows.jsonl")
-        add("parquet", rows, place / "rows.parquet")
+        subfolder = folder / str(rows)
+        subfolder.mkdir()
+        make_jsonl(subfolder, rows, members=1)
+        make_parquet(subfolder, rows)
+        add("jsonl", rows, subfolder / "rows.jsonl")
+        add("parquet", rows, subfolder / "rows.parquet")
     return jobs
 
 
 def open_again(data: Path) -> float:
     """Milliseconds of CPU time, the best of several openings."""
-    found = []
+    seconds = []
     for _ in range(OPENINGS):
         begun = time.process_time()
         open_rows(data)
-        found.append(time.process_time() - begun)
-    return min(found) * 1e3
+        seconds.append(time.process_time() - begun)
+    return min(seconds) * 1e3
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
@@ -173,13 +173,13 @@ Curves = dict[str, list[tuple[int, float]]]
 def measure(points: Points, passes: int, folder: Path) -> Curves:
     """All curves: points (x, y) by name."""
     jobs = opening_jobs(points, folder) | update_jobs(points)
-    found: dict[tuple[str, int], list[float]] = {key: [] for key in jobs}
+    samples: dict[tuple[str, int], list[float]] = {key: [] for key in jobs}
     for number in range(passes):
         for (curve, x), job in jobs.items():
-            found[curve, x].append(job())
-            print(f"pass {number + 1}/{passes}  {curve:11}{x:9,}  {found[curve, x][-1]:.4g}", flush=True)
+            samples[curve, x].append(job())
+            print(f"pass {number + 1}/{passes}  {curve:11}{x:9,}  {samples[curve, x][-1]:.4g}", flush=True)
     curves: Curves = {}
-    for (curve, x), measured in found.items():
+    for (curve, x), measured in samples.items():
         curves.setdefault(curve, []).append((x, min(measured)))
     curves["padded"].insert(0, curves["longest"][0])  # where all are as long as the longest
     return curves
@@ -206,7 +206,7 @@ def table(points: Points, curves: Curves) -> str:
     }  # fmt: skip
     lines = ["| | from | to | one more costs | off the line, at most |", "|---|---|---|---|---|"]
     for name, (what, unit, step, size) in kinds.items():
-        slope, _, off = fit(curves[name])
+        slope, _, off = line_through(curves[name])
         ends = " | ".join(f"{x:,}: {y:.3g} {unit}" for x, y in (curves[name][0], curves[name][-1]))
         more = f"{slope * size:.3g} {unit} a {step}" if step == "row" else f"{slope * size:.3g} {unit} per {step}"
         far = f"{off * 100:.1f} %" if len(curves[name]) > 2 else "–"  # two points are always on a line
@@ -255,15 +255,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         curves = measure(points, passes, Path(folder))
-    told = summary(points, curves, options.threads, passes, options.quick)
-    print(f"\n{told}")
+    table = summary(points, curves, options.threads, passes, options.quick)
+    print(f"\n{table}")
     if options.json:
-        found = {"threads": options.threads, "passes": passes, "curves": curves}
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        record = {"threads": options.threads, "passes": passes, "curves": curves}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         write_text(options.plot / PICTURE, draw(panels(points, curves)))
     if options.docs:
-        write_block(PAGE, "curves", told)
+        write_block(PAGE, "curves", table)
 
 
 if __name__ == "__main__":

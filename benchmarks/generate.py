@@ -201,7 +201,7 @@ def compare(rounds: int, folder: Path) -> dict[str, dict]:
     check_agreement(sides, pictures[0])
     for side in sides.values():
         side.first_token(pictures[1])  # a warm-up
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for name in MEASURES:
         runs: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for number in range(rounds):
@@ -209,41 +209,41 @@ def compare(rounds: int, folder: Path) -> dict[str, dict]:
             for label, side in sides.items():
                 runs[label].append(getattr(side, name)(picture))
         walls, cpus = ({label: statistics.median(run[n] for run in runs[label]) for label in sides} for n in (0, 1))
-        found[name] = {
+        results[name] = {
             "seconds": walls,
             "cpu_seconds": cpus,
             "ratio": walls["plain"] / walls["ours"],
             "cpu_ratio": cpus["plain"] / cpus["ours"],
             "runs": runs,
         }
-        print(line_of(name, found[name]), flush=True)
-    return found
+        print(line_of(name, results[name]), flush=True)
+    return results
 
 
-def line_of(name: str, found: dict) -> str:
+def line_of(name: str, result: dict) -> str:
     """One line of the table: milliseconds to a token, or tokens per second."""
-    ours, plain = found["seconds"].values()
+    ours, plain = result["seconds"].values()
     rate = name in RATES
     values = f"{1 / plain:9.0f} tokens/s{1 / ours:9.0f} tokens/s" if rate else f"{plain:13.3f} s   {ours:13.3f} s   "
-    return f"{name.replace('_', ' '):18}{values}{found['ratio']:8.1f} ×{found['cpu_ratio']:10.1f} ×"
+    return f"{name.replace('_', ' '):18}{values}{result['ratio']:8.1f} ×{result['cpu_ratio']:10.1f} ×"
 
 
-def page(found: dict[str, dict], threads: int) -> str:
+def page(results: dict[str, dict], threads: int) -> str:
     """The table of docs/performance.md."""
     lines = [
-        f"Medians of {len(next(iter(found.values()))['runs']['ours'])} rounds, {threads} threads; in brackets the "
+        f"Medians of {len(next(iter(results.values()))['runs']['ours'])} rounds, {threads} threads; in brackets the "
         "slowest and the fastest round.",
         "",
         "| | published shape | mmv | ratio | of CPU time |",
         "|---|---|---|---|---|",
     ]
-    for name, one in found.items():
-        ours, plain = one["seconds"].values()
+    for name, result in results.items():
+        ours, plain = result["seconds"].values()
         shown = [f"{1 / taken:.0f} tokens/s" if name in RATES else f"{taken:.3f} s" for taken in (plain, ours)]
-        rounds = [b[0] / a[0] for a, b in zip(one["runs"]["ours"], one["runs"]["plain"], strict=True)]
+        rounds = [b[0] / a[0] for a, b in zip(result["runs"]["ours"], result["runs"]["plain"], strict=True)]
         spread = f"({min(rounds):.2f} – {max(rounds):.2f})"
         lines.append(
-            f"| {MEASURES[name]} | {' | '.join(shown)} | {one['ratio']:.2f}× {spread} | {one['cpu_ratio']:.2f}× |"
+            f"| {MEASURES[name]} | {' | '.join(shown)} | {result['ratio']:.2f}× {spread} | {result['cpu_ratio']:.2f}× |"
         )
     return "\n".join(lines)
 
@@ -260,11 +260,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"{'':18}{'published shape':>17}{'ours':>17}{'ratio':>11}{'of CPU':>12}   ({options.threads} threads)")
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(1 if options.quick else options.rounds, Path(folder))
+        results = compare(1 if options.quick else options.rounds, Path(folder))
     if options.json:
-        options.json.write_text(json.dumps({"threads": options.threads, "results": found}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"threads": options.threads, "results": results}, indent=1) + "\n")
     if options.docs:
-        write_block(PAGE, "generation", page(found, options.threads))
+        write_block(PAGE, "generation", page(results, options.threads))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.material import ANSWER_TOKENS, CAPTION_TOKENS, QUESTION_TOKENS, make_model
+from benchmarks.material import ANSWER_TOKENS, BASE_TOWER, CAPTION_TOKENS, QUESTION_TOKENS, make_model
 from benchmarks.pages import PAGE, write_block
-from minimind_v.core.bench import BASE_TOWER
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.model import ops
@@ -177,13 +176,13 @@ def ratios(stage: str, rounds: int) -> tuple[dict[str, float], float]:
                 taken[name].append(off.row / base.row)
         if number:
             alone.append(base.row)
-    found = {name: statistics.median(values) for name, values in taken.items()}
+    medians = {name: statistics.median(values) for name, values in taken.items()}
     batch = make_rows(stage, 16 if stage == "pretraining" else 6)
     whole = [
         measure(model, [batch], nullcontext()).row / measure(model, batch.split(CPU_POSITIONS), nullcontext()).row
         for _ in range(max(rounds // 2, 1))
     ]
-    return found | {"micro-batches": statistics.median(whole)}, statistics.median(alone)
+    return medians | {"micro-batches": statistics.median(whole)}, statistics.median(alone)
 
 
 def table(rounds: int) -> str:

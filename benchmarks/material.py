@@ -24,11 +24,12 @@ QUESTION_TOKENS = (8, 24)
 ANSWER_TOKENS = (20, 160)
 TURNS = (1, 4)
 PICTURE_SIZE = (448, 336)
+BASE_TOWER = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12,
+              "num_attention_heads": 12, "intermediate_size": 3072}  # fmt: skip  # CLIP ViT-B/16
 
 
 def make_material(folder: Path, tokenizer_source: Path, rows: dict[str, int], seed: int) -> None:
     """Write `tokenizer/`, `clip/`, `weights.safetensors` and, per stage, `<stage>.jsonl` with `<stage>.zip`."""
-    from minimind_v.core.bench import BASE_TOWER
     from minimind_v.core.config.presets import PRESETS
 
     shutil.copytree(tokenizer_source, folder / "tokenizer", copy_function=shutil.copyfile)
@@ -68,8 +69,8 @@ def write_rows(folder: Path, stage: str, pictures: Iterable[bytes], rng: random.
 
 def _sentence(rng: random.Random, tokenizer, least: int, most: int) -> str:
     """Words of a drawn number of tokens."""
-    wanted = rng.randint(least, most)
-    ids = tokenizer.encode(" ".join(rng.choices(WORDS.split(), k=most)), add_special_tokens=False).ids[:wanted]
+    length = rng.randint(least, most)
+    ids = tokenizer.encode(" ".join(rng.choices(WORDS.split(), k=most)), add_special_tokens=False).ids[:length]
     return tokenizer.decode(ids).strip()
 
 
@@ -97,8 +98,8 @@ def write_clip(folder: Path, sizes: dict, seed: int) -> None:
     tensors = {f"vision_model.{name}": tensor for name, tensor in ClipVision(config).state_dict().items()}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    told = {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]} | asdict(config)
-    (folder / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    settings = {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]} | asdict(config)
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def write_weights(path: Path, config, seed: int, width: int = 768) -> None:

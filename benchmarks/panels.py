@@ -31,7 +31,7 @@ class Panel:
     series: dict[str, Points]
 
 
-def fit(points: Points) -> tuple[float, float, float]:
+def line_through(points: Points) -> tuple[float, float, float]:
     """The line of least squares: slope, value at 0, and how far points are off at the most, as a share."""
     xs, ys = np.array(points, dtype=float).T
     slope, start = np.polyfit(xs, ys, 1)
@@ -60,7 +60,7 @@ class _Frame:
         self.xs = sorted({x for x, _ in points})
         self.ticks = _ticks(max(y for _, y in points))
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
+    def position(self, x: float, y: float) -> tuple[float, float]:
         across, up = x / self.xs[-1], y / self.ticks[-1]
         return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - FOOT - up * (HEIGHT - FOOT - TOP), 1)
 
@@ -81,12 +81,12 @@ def _panel(panel: Panel) -> list[str]:
 def _axes(frame: _Frame, unit: str) -> list[str]:
     drawn, taken = [], -math.inf
     for value in frame.ticks:
-        y = frame.place(0, value)[1]
+        y = frame.position(0, value)[1]
         drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        told = f"{value:g} {unit}" if value == frame.ticks[-1] else f"{value:g}"
-        drawn.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{told}</text>')
+        label = f"{value:g} {unit}" if value == frame.ticks[-1] else f"{value:g}"
+        drawn.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{label}</text>')
     for value in frame.xs:  # those that have room
-        x = frame.place(value, 0)[0]
+        x = frame.position(value, 0)[0]
         if x - taken > 34:
             drawn.append(f'<text x="{x}" y="{HEIGHT - FOOT + 16}" text-anchor="middle">{_short(value)}</text>')
             taken = x
@@ -94,9 +94,9 @@ def _axes(frame: _Frame, unit: str) -> list[str]:
 
 
 def _series(frame: _Frame, series: Points, colour: str) -> list[str]:
-    slope, start, _ = fit(series)
-    (x1, y1), (x2, y2) = (frame.place(x, slope * x + start) for x in (min(series)[0], max(series)[0]))
-    dots = [frame.place(*point) for point in series]
+    slope, start, _ = line_through(series)
+    (x1, y1), (x2, y2) = (frame.position(x, slope * x + start) for x in (min(series)[0], max(series)[0]))
+    dots = [frame.position(*point) for point in series]
     return [
         f'<line class="fit" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{colour}"/>',
         *(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in dots),

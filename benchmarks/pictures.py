@@ -99,15 +99,17 @@ def drafted_at(width: int, height: int) -> int:
 def compare(width: int, height: int, rounds: int) -> dict:
     """Measure both sides on pictures of one shape."""
     files = [as_jpeg(photograph(width, height, seed)) for seed in range(PICTURES)]
-    found: dict = {"width": width, "height": height, "scale": drafted_at(width, height), **differences(files)}
-    if found["scale"] == 1 and found["largest"] > 1:
-        raise SystemExit(f"{width}×{height}: {found['largest']} grey levels apart without a draft: nothing is compared")
+    result: dict = {"width": width, "height": height, "scale": drafted_at(width, height), **differences(files)}
+    if result["scale"] == 1 and result["largest"] > 1:
+        raise SystemExit(
+            f"{width}×{height}: {result['largest']} grey levels apart without a draft: nothing is compared"
+        )
     rates: dict[str, list[float]] = {"ours": [], "published": []}
     for _ in range(rounds):
         rates["ours"].append(rate(ours, files))
         rates["published"].append(rate(as_published, files))
-    found |= {side: statistics.median(measured) for side, measured in rates.items()}
-    return found | {"rates": rates}
+    result |= {side: statistics.median(measured) for side, measured in rates.items()}
+    return result | {"rates": rates}
 
 
 def main() -> None:
@@ -122,12 +124,12 @@ def main() -> None:
     )
     results = []
     for width, height in SHAPES:
-        found = compare(width, height, 1 if options.quick else options.rounds)
-        results.append(found)
-        scale = "full size" if found["scale"] == 1 else f"1/{found['scale']}"
+        entry = compare(width, height, 1 if options.quick else options.rounds)
+        results.append(entry)
+        scale = "full size" if entry["scale"] == 1 else f"1/{entry['scale']}"
         print(
-            f"{f'{width}×{height}':12}{scale:>11}{found['ours']:8.1f}/s{found['published']:9.1f}/s"
-            f"{found['ours'] / found['published']:8.2f}   {found['mean']:.2f}, {found['p99']:.0f}, {found['largest']}",
+            f"{f'{width}×{height}':12}{scale:>11}{entry['ours']:8.1f}/s{entry['published']:9.1f}/s"
+            f"{entry['ours'] / entry['published']:8.2f}   {entry['mean']:.2f}, {entry['p99']:.0f}, {entry['largest']}",
             flush=True,
         )
     if options.json:

@@ -44,7 +44,7 @@ class PlainRun:
     bfloat16: bool = False  # products in bf16, by autocast
 
 
-def run_plain(run: PlainRun, on_update: Callable[[int, float, float], None]) -> None:
+def run_plain(run: PlainRun, on_step: Callable[[int, float, float], None]) -> None:
     """Train; tells each update's number of samples, loss and gradient norm before clipping."""
     dataset = PlainDataset(run)
     device = torch.device(run.device)
@@ -52,14 +52,14 @@ def run_plain(run: PlainRun, on_update: Callable[[int, float, float], None]) -> 
     model = PlainVLM(run.folder, dataset.image_id, run.attention).to(device)
     last = f"layers.{len(model.model.layers) - 1}."
     for name, parameter in model.named_parameters():
-        learns = run.stage == "sft" or name.startswith("vision_proj.") or last in name
-        parameter.requires_grad_(learns and not name.startswith("vision_encoder."))
+        trainable = run.stage == "sft" or name.startswith("vision_proj.") or last in name
+        parameter.requires_grad_(trainable and not name.startswith("vision_encoder."))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=run.lr)
     model.train()
     model.vision_encoder.eval()
     for step, batch in enumerate(loader):
-        x, y, loss_mask, pixel_values = (part.to(device, non_blocking=True) for part in batch)
+        x, y, loss_mask, pixel_values = (tensor.to(device, non_blocking=True) for tensor in batch)
         lr = run.lr / 10 + 0.5 * run.lr * (1 + math.cos(math.pi * step / run.total))
         for group in optimiser.param_groups:
             group["lr"] = lr
@@ -71,7 +71,7 @@ def run_plain(run: PlainRun, on_update: Callable[[int, float, float], None]) -> 
         grad_norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        on_update(len(x), loss.item(), float(grad_norm))
+        on_step(len(x), loss.item(), float(grad_norm))
 
 
 class PlainDataset(Dataset):
@@ -112,17 +112,17 @@ class PlainDataset(Dataset):
 
     def _answers(self, ids: list[int]) -> list[int]:
         """1 for every token from behind an answer's header to the newline that closes it."""
-        mask, place = [0] * len(ids), 0
+        mask, position = [0] * len(ids), 0
         start, end = self.answer_start, self.answer_end
-        while place < len(ids):
-            if ids[place : place + len(start)] != start:
-                place += 1
+        while position < len(ids):
+            if ids[position : position + len(start)] != start:
+                position += 1
                 continue
-            place += len(start)
-            while ids[place : place + len(end)] != end:
-                mask[place] = 1
-                place += 1
-            mask[place : place + len(end)] = [1] * len(end)
+            position += len(start)
+            while ids[position : position + len(end)] != end:
+                mask[position] = 1
+                position += 1
+            mask[position : position + len(end)] = [1] * len(end)
         return mask
 
 
@@ -150,34 +150,34 @@ class PlainVLM(nn.Module):
         self.vision_encoder = CLIPVisionModel.from_pretrained(folder / "clip")
         head_dim = self.model.layers[0].self_attn.head_dim
         angles = torch.outer(torch.arange(POSITIONS).float(), 1e6 ** -(torch.arange(0, head_dim, 2) / head_dim))
-        for name, part in (("cos", angles.cos()), ("sin", angles.sin())):
-            self.register_buffer(name, torch.cat([part, part], dim=-1), persistent=False)
+        for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
+            self.register_buffer(name, torch.cat([table, table], dim=-1), persistent=False)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """input_ids [B, T], pixel_values [B, N, 3, H, W] → logits [B, T, V]."""
         h = self.model.embed_tokens(input_ids)  # [B, T, D]
-        features = torch.stack([self.look(pixel_values[:, n]) for n in range(pixel_values.shape[1])], dim=1)
-        h = self.place(h, input_ids, self.vision_proj.vision_proj(features))
+        features = torch.stack([self.encode(pixel_values[:, n]) for n in range(pixel_values.shape[1])], dim=1)
+        h = self.insert_features(h, input_ids, self.vision_proj.vision_proj(features))
         cos, sin = self.cos[: h.shape[1]], self.sin[: h.shape[1]]
         for layer in self.model.layers:
             h = layer(h, cos, sin)
         return self.lm_head(self.model.norm(h))
 
     @torch.no_grad()
-    def look(self, pixel_values: Tensor) -> Tensor:
+    def encode(self, pixel_values: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] → features [B, 196, 768]."""
         return self.vision_encoder(pixel_values=pixel_values).last_hidden_state[:, 1:]
 
-    def place(self, h: Tensor, input_ids: Tensor, projected: Tensor) -> Tensor:
+    def insert_features(self, h: Tensor, input_ids: Tensor, projected: Tensor) -> Tensor:
         """Put the projected pictures [B, N, P, D] over the runs of the image token."""
         rows = []
         for row, pictures, ids in zip(h, projected, input_ids.tolist(), strict=True):
-            parts, begin = [], 0
+            pieces, begin = [], 0
             for picture in pictures:
                 start = ids.index(self.image_id, begin)
-                parts += [row[begin:start], picture]
+                pieces += [row[begin:start], picture]
                 begin = start + len(picture)
-            rows.append(torch.cat([*parts, row[begin:]]))
+            rows.append(torch.cat([*pieces, row[begin:]]))
         return torch.stack(rows)
 
 
@@ -228,8 +228,8 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (self.split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, heads, T, hd]
-        q, k = (part * cos + self.half_turn(part) * sin for part in (q, k))
-        k, v = (part.repeat_interleave(self.heads // part.shape[1], dim=1) for part in (k, v))
+        q, k = (tensor * cos + self.half_turn(tensor) * sin for tensor in (q, k))
+        k, v = (tensor.repeat_interleave(self.heads // tensor.shape[1], dim=1) for tensor in (k, v))
         return self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor) -> Tensor:

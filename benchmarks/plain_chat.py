@@ -66,8 +66,8 @@ class PlainChat:
         model = self.model
         h = model.model.embed_tokens(input_ids)  # [1, T, D]
         if pixel_values is not None:
-            features = torch.stack([model.look(pixel_values[:, n]) for n in range(pixel_values.shape[1])], dim=1)
-            h = model.place(h, input_ids, model.vision_proj.vision_proj(features))
+            features = torch.stack([model.encode(pixel_values[:, n]) for n in range(pixel_values.shape[1])], dim=1)
+            h = model.insert_features(h, input_ids, model.vision_proj.vision_proj(features))
         begin = past[0][0].shape[2] if past else 0
         cos, sin = model.cos[begin : begin + h.shape[1]], model.sin[begin : begin + h.shape[1]]
         presents = []
@@ -84,10 +84,10 @@ class PlainChat:
     def attend(self, attention: PlainAttention, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None):
         """Attention over all keys and values so far, and these."""
         q, k, v = (attention.split(proj(x)) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = (part * cos + attention.half_turn(part) * sin for part in (q, k))
+        q, k = (tensor * cos + attention.half_turn(tensor) * sin for tensor in (q, k))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        keys, values = (part.repeat_interleave(self.heads // part.shape[1], dim=1) for part in (k, v))
+        keys, values = (tensor.repeat_interleave(self.heads // tensor.shape[1], dim=1) for tensor in (k, v))
         if q.shape[2] > 1:
             out = attention.fused(q, keys, values)
         else:

@@ -92,7 +92,7 @@ def measure(data: Path, images: Path | None) -> dict[str, float]:
     imported = time.perf_counter()
     rows = open_rows(data, images)
     opened = time.perf_counter()
-    found = {"open s": opened - imported, "import s": imported - started}
+    result = {"open s": opened - imported, "import s": imported - started}
     if data.suffix == ".parquet":
         import numpy as np
 
@@ -100,20 +100,20 @@ def measure(data: Path, images: Path | None) -> dict[str, float]:
         started, reads = time.perf_counter(), _count_reads(rows)
         for index in order:
             rows.row(int(index))
-        found["epoch, rows/s"] = len(order) / (time.perf_counter() - started)
-        found["reads of each row group"] = reads() / len(rows._text.groups)  # type: ignore[attr-defined]
+        result["epoch, rows/s"] = len(order) / (time.perf_counter() - started)
+        result["reads of each row group"] = reads() / len(rows._text.groups)  # type: ignore[attr-defined]
     else:
         rng = random.Random(0)
-        wanted = [rng.randrange(len(rows)) for _ in range(50_000)]
+        indices = [rng.randrange(len(rows)) for _ in range(50_000)]
         started = time.perf_counter()
-        read = [rows.row(index) for index in wanted]
-        found["random, rows/s"] = len(wanted) / (time.perf_counter() - started)
+        read = [rows.row(index) for index in indices]
+        result["random, rows/s"] = len(indices) / (time.perf_counter() - started)
         started = time.perf_counter()
-        for index, row in zip(wanted[:10_000], read, strict=False):
+        for index, row in zip(indices[:10_000], read, strict=False):
             rows.picture(index, 0, row.images[0])
-        found["random, pictures/s"] = 10_000 / (time.perf_counter() - started)
-    found["memory MB"] = _peak_memory()
-    return found
+        result["random, pictures/s"] = 10_000 / (time.perf_counter() - started)
+    result["memory MB"] = _peak_memory()
+    return result
 
 
 def measure_loader(folder: Path) -> dict[str, float]:
@@ -141,15 +141,15 @@ def measure_loader(folder: Path) -> dict[str, float]:
         assert rows == len(dataset)
         return rows / (time.process_time() - started)
 
-    found = {"text, first": rate("text", None), "text": rate("text", None), "pictures, first": 0.0}
+    rates = {"text, first": rate("text", None), "text": rate("text", None), "pictures, first": 0.0}
     first, *others = [folder / f"{width}x{height}.zip" for width, height in SHAPES]
-    found["pictures, first"] = rate("pictures", first)
-    found |= {path.stem: rate("pictures", path) for path in (first, *others)}
+    rates["pictures, first"] = rate("pictures", first)
+    rates |= {path.stem: rate("pictures", path) for path in (first, *others)}
     store = FeatureStore(folder / "features" / "made", Form("bfloat16", PATCHES, 768), 2**40)
     rows = open_rows(folder / "pictures.jsonl", first)
     for number in range(len(rows)):
         store.write([digest(rows.picture(number, 0, f"{number}.jpg"))], torch.randn(1, PATCHES, 768))
-    return found | {"features": rate("pictures", first, store)}
+    return rates | {"features": rate("pictures", first, store)}
 
 
 def _count_reads(rows) -> callable:
@@ -180,8 +180,8 @@ def _run(command: list[str]) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def show(title: str, found: list[dict[str, float]]) -> None:
-    figures = [f"{name} {statistics.median(one[name] for one in found):,.3g}" for name in found[0]]
+def show(title: str, results: list[dict[str, float]]) -> None:
+    figures = [f"{name} {statistics.median(result[name] for result in results):,.3g}" for name in results[0]]
     print(f"{title:<28}" + "   ".join(figures), flush=True)
 
 

@@ -72,27 +72,27 @@ class Stopwatch:
     """Listens to a run of either side."""
 
     def __init__(self) -> None:
-        self.found = Measured()
+        self.measured = Measured()
         self._warm_until: tuple[float, float, float] | None = None
 
     def update(self, samples: int, loss: float, grad_norm: float, waited: float = 0.0) -> None:
         """An update is done. The first one starts the watch."""
         now = time.perf_counter(), time.process_time(), waited
-        self.found.losses.append(loss)
-        self.found.grad_norms.append(grad_norm)
+        self.measured.losses.append(loss)
+        self.measured.grad_norms.append(grad_norm)
         if self._warm_until is None:
             self._warm_until = now
             return
-        self.found.samples += samples
-        self.found.seconds = now[0] - self._warm_until[0]
-        self.found.cpu_seconds = now[1] - self._warm_until[1]
-        self.found.waited = now[2] - self._warm_until[2]
+        self.measured.samples += samples
+        self.measured.seconds = now[0] - self._warm_until[0]
+        self.measured.cpu_seconds = now[1] - self._warm_until[1]
+        self.measured.waited = now[2] - self._warm_until[2]
 
     def stop(self) -> Measured:
         """The result, with the memory that the whole process ever had."""
         unit = 1 if sys.platform == "darwin" else 1024
-        self.found.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return self.found
+        self.measured.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return self.measured
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def stopwatch_listener(watch: Stopwatch):
     return OursListener()
 
 
-def build_ours(folder: Path, stage: str, updates: int, listener, features: Path):
+def build_ours(folder: Path, stage: str, steps: int, listener, features: Path):
     """The real training run, ready to start; `features` is where pictures are remembered."""
     from minimind_v.core.config.load import build_config
     from minimind_v.core.train.run import assemble
@@ -126,7 +126,7 @@ def build_ours(folder: Path, stage: str, updates: int, listener, features: Path)
         "out": folder / "out",
         "features": "exact",
         "features_dir": features,
-        "max_steps": updates,
+        "max_steps": steps,
         "save_every": 0,
         "save_minutes": 0,
         "seed": SEED,
@@ -141,15 +141,15 @@ def prepare(folder: Path, tokenizer: Path) -> dict:
     from benchmarks.material import make_material
     from minimind_v.core.config.recipes import RECIPES
 
-    updates = 1 + UPDATES["ours"]
-    make_material(folder, tokenizer, {stage: updates * RECIPES[stage]().data.batch_size for stage in STAGES}, SEED)
+    steps = 1 + UPDATES["ours"]
+    make_material(folder, tokenizer, {stage: steps * RECIPES[stage]().data.batch_size for stage in STAGES}, SEED)
     order = {}
     for stage in STAGES:
-        run = build_ours(folder, stage, updates, stopwatch_listener(Stopwatch()), folder / "features")
+        run = build_ours(folder, stage, steps, stopwatch_listener(Stopwatch()), folder / "features")
         run.run()
         plan = run.plan
-        places = [place for number in range(updates) for batch in plan[number] for place in batch.locations]
-        order[stage] = [int(place.rpartition(":")[2]) - 1 for place in places]
+        locations = [location for number in range(steps) for batch in plan[number] for location in batch.locations]
+        order[stage] = [int(location.rpartition(":")[2]) - 1 for location in locations]
     return order
 
 
@@ -158,9 +158,9 @@ def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool)
     from benchmarks.plain import PlainRun, run_plain
     from minimind_v.core.config.recipes import RECIPES
 
-    watch, updates = Stopwatch(), 1 + UPDATES[side]
+    watch, steps = Stopwatch(), 1 + UPDATES[side]
     if side in OURS:
-        measure_ours(folder, stage, side, 3 if profile else updates, watch, profile)
+        measure_ours(folder, stage, side, 3 if profile else steps, watch, profile)
     else:
         recipe = RECIPES[stage]()
         batch = recipe.data.batch_size
@@ -168,7 +168,7 @@ def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool)
             PlainRun(
                 folder=folder,
                 stage=stage,
-                row_numbers=rows[: updates * batch],
+                row_numbers=rows[: steps * batch],
                 batch_size=batch,
                 length=recipe.data.max_length,
                 lr=recipe.lr,
@@ -181,23 +181,23 @@ def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool)
     return asdict(watch.stop())
 
 
-def measure_ours(folder: Path, stage: str, side: str, updates: int, watch: Stopwatch, profile: bool) -> None:
+def measure_ours(folder: Path, stage: str, side: str, steps: int, watch: Stopwatch, profile: bool) -> None:
     """The real run, with nothing remembered yet or all of it."""
     from minimind_v.core.bench import operations
 
     listener = stopwatch_listener(watch)
     features = folder / "features" if side == "later" else Path(tempfile.mkdtemp(dir=folder))
-    run = build_ours(folder, stage, updates, listener, features)
+    run = build_ours(folder, stage, steps, listener, features)
     if profile:
         print_profile(stage, run.run)
     else:
         run.run()
-    last, found = listener.last, watch.found
+    last, measured = listener.last, watch.measured
     each = operations(run.train_step.model, last.tokens / last.samples, last.supervised_tokens / last.samples)
     if side == "ours":
         each += looking_operations(run.train_step.model)
         shutil.rmtree(features)
-    found.operations = each * found.samples
+    measured.operations = each * measured.samples
 
 
 def looking_operations(model) -> float:
@@ -268,7 +268,7 @@ def check_agreement(stage: str, sides: dict[str, list[Measured]]) -> float:
     """The largest relative difference of losses and gradient norms to ours. Stops where it is too large."""
     differences = [0.0]
     ours = sides["ours"][0]
-    for measured in (one for runs in sides.values() for one in runs):
+    for measured in (run for runs in sides.values() for run in runs):
         for name in ("losses", "grad_norms"):
             pairs = zip(
                 getattr(ours, name), getattr(measured, name), strict=False
@@ -301,11 +301,11 @@ def report(results: dict[str, dict[str, dict]], agreement: dict[str, float]) -> 
     lines = [f"{'stage':10}{'side':28}{'samples/s':>10}{'spread':>14}{'CPU s/sample':>14}{'peak memory':>13}"]
     ratios = []
     for stage, sides in results.items():
-        for side, found in sides.items():
-            spread = f"{found['slowest']:.3f}–{found['fastest']:.3f}"
+        for side, summary in sides.items():
+            spread = f"{summary['slowest']:.3f}–{summary['fastest']:.3f}"
             lines.append(
-                f"{stage:10}{SIDES[side]:28}{found['samples_per_second']:10.3f}{spread:>14}"
-                f"{found['cpu_seconds_per_sample']:14.2f}{found['peak_bytes'] / 1e9:10.2f} GB"
+                f"{stage:10}{SIDES[side]:28}{summary['samples_per_second']:10.3f}{spread:>14}"
+                f"{summary['cpu_seconds_per_sample']:14.2f}{summary['peak_bytes'] / 1e9:10.2f} GB"
             )
         for mine in OURS:
             ours = sides[mine]
@@ -336,18 +336,20 @@ def page(results: dict[str, dict[str, dict]], threads: int, matmul: float) -> st
         "|---|---|---|---|---|" + "---|" * len(plain),
     ]
     for stage, sides in results.items():
-        for side, found in sides.items():
-            share, waiting = (f"{found['matmul_share']:.0%}", f"{found['waiting']:.1%}") if side in OURS else ("", "")
+        for side, summary in sides.items():
+            share, waiting = (
+                (f"{summary['matmul_share']:.0%}", f"{summary['waiting']:.1%}") if side in OURS else ("", "")
+            )
             ratios = [
-                f"{found['samples_per_second'] / sides[other]['samples_per_second']:.2f}×, "
-                f"{found['peak_bytes'] / sides[other]['peak_bytes']:.2f} of the memory"
+                f"{summary['samples_per_second'] / sides[other]['samples_per_second']:.2f}×, "
+                f"{summary['peak_bytes'] / sides[other]['peak_bytes']:.2f} of the memory"
                 if side in OURS and other in sides
                 else ""
                 for other in plain
             ]
             lines.append(
-                f"| {stage}, {SIDES[side]} | {found['samples_per_second']:.2f} "
-                f"({found['slowest']:.2f} – {found['fastest']:.2f}) | {found['peak_bytes'] / 1e9:.2f} GB "
+                f"| {stage}, {SIDES[side]} | {summary['samples_per_second']:.2f} "
+                f"({summary['slowest']:.2f} – {summary['fastest']:.2f}) | {summary['peak_bytes'] / 1e9:.2f} GB "
                 f"| {share} | {waiting} | {' | '.join(ratios)} |"
             )
     return "\n".join(lines)
@@ -371,22 +373,24 @@ def compare(options: argparse.Namespace) -> dict:
             for stage in options.stages:
                 for side in options.sides:
                     job = {"do": side, "folder": name, "stage": stage, "rows": prepared[stage], "profile": False}
-                    one = Measured(**start_job(job, options.threads))
-                    runs[stage][side].append(one)
+                    result = Measured(**start_job(job, options.threads))
+                    runs[stage][side].append(result)
                     where = f"round {number + 1}/{options.rounds}  {stage:9}{SIDES[side]:27}"
-                    print(f"{where}{one.rate:7.3f} samples/s  {one.peak_bytes / 1e9:6.2f} GB", file=sys.stderr)
+                    print(f"{where}{result.rate:7.3f} samples/s  {result.peak_bytes / 1e9:6.2f} GB", file=sys.stderr)
                 check_agreement(stage, runs[stage])
     agreement = {stage: check_agreement(stage, sides) for stage, sides in runs.items()}
     matmul = statistics.median(rates)
     results = {
-        stage: {side: summarise(found, matmul) for side, found in sides.items()} for stage, sides in runs.items()
+        stage: {side: summarise(measurements, matmul) for side, measurements in sides.items()}
+        for stage, sides in runs.items()
     }
     print(f"matrix products: {matmul / 1e9:.0f} GFLOP/s with {options.threads} threads")
     print(report(results, agreement))
     if options.docs:
         write_block(PAGE, "training", page(results, options.threads, matmul))
     measured = {
-        stage: {side: [asdict(one) for one in found] for side, found in sides.items()} for stage, sides in runs.items()
+        stage: {side: [asdict(result) for result in measurements] for side, measurements in sides.items()}
+        for stage, sides in runs.items()
     }
     return {"threads": options.threads, "matmul": matmul, "results": results, "agreement": agreement, "runs": measured}
 
@@ -410,9 +414,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes and the folder go with this one
     options.rounds = 1 if options.quick else options.rounds
     options.sides = [*OURS, *(options.against or [side for side in SIDES if side not in OURS])]
-    found = compare(options)
-    if options.json and found:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    comparison = compare(options)
+    if options.json and comparison:
+        options.json.write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ class Killed(Events):
             raise KeyboardInterrupt
 
 
-def train_until_killed(after: int, words: Sequence[object], resume: bool = False) -> Killed:
+def train_until_killed(after: int, command: Sequence[object], resume: bool = False) -> Killed:
     """Train in this process as a command line says, and end the run after a step, as a kill does."""
-    _, stage, *rest = map(str, words)
+    _, stage, *rest = map(str, command)
     pairs = list(zip(rest[::2], rest[1::2], strict=True))
     options = {name[2:].replace("-", "_"): value for name, value in pairs if name != "--set"}
     resolved = resolve(stage, None, options, [value for name, value in pairs if name == "--set"])

@@ -28,8 +28,8 @@ class Module:
 
     @cached_property
     def name(self) -> str:
-        parts = self.path.relative_to(self.root).with_suffix("").parts
-        return "/".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        path_parts = self.path.relative_to(self.root).with_suffix("").parts
+        return "/".join(path_parts[:-1] if path_parts[-1] == "__init__" and len(path_parts) > 1 else path_parts)
 
     @cached_property
     def tree(self) -> ast.Module:

@@ -282,8 +282,8 @@ def test_a_script_needs_no_main_guard(folder, tmp_path):
         "print(summary.steps)\n",
         encoding="utf-8",
     )
-    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=here, capture_output=True, text=True, check=False
+        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout == "2\n", done.stderr

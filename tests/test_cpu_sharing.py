@@ -80,7 +80,7 @@ def test_others_are_what_neither_we_nor_our_workers_used(proc, monkeypatch):
     assert use.sample() == pytest.approx(cores / 2), "a virtual machine's neighbours count"
 
 
-def test_a_system_that_does_not_tell_is_left_alone(tmp_path):
+def test_a_system_that_does_not_report_is_left_alone(tmp_path):
     assert CpuUse(tmp_path).sample() is None
 
 

@@ -41,22 +41,22 @@ def test_determinism_is_strict_and_reaches_cublas():
     assert done.stdout.split() == ["True", "False", ":4096:8", "False"]
 
 
-def test_a_run_on_another_gpu_or_in_another_precision_is_told_and_refused(monkeypatch):
+def test_a_run_on_another_gpu_or_in_another_precision_is_reported_and_refused(monkeypatch):
     """`dtype: auto` is the same word on both sides."""
     config = pretrain()
-    here = origin_of(config, torch.device("cpu"))
-    assert (here["precision"], here["computed_on"]) == ("float32", "cpu")
+    on_cpu = origin_of(config, torch.device("cpu"))
+    assert (on_cpu["precision"], on_cpu["computed_on"]) == ("float32", "cpu")
     monkeypatch.setattr(device, "has_bf16", lambda where: where.type == "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA Something")
-    there = origin_of(config, CUDA)
-    told: list[str] = []
+    on_cuda = origin_of(config, CUDA)
+    messages: list[str] = []
     with pytest.raises(device.UsageError, match="--allow precision --allow computed_on"):
-        check_origin(there, here, (), told.append)
-    assert told == [
+        check_origin(on_cuda, on_cpu, (), messages.append)
+    assert messages == [
         "precision: bfloat16 in the interrupted run, float32 now",
         "computed_on: NVIDIA Something in the interrupted run, cpu now",
     ]
-    check_origin(there, here, ("precision", "computed_on"), told.append)
+    check_origin(on_cuda, on_cpu, ("precision", "computed_on"), messages.append)
     assert origin_of(replace(config, deterministic=True), CUDA)["deterministic"] is True
 
 

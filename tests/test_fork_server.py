@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests import fork_server
-from tests.cli.harness import Running, here, installed, place, sighted
+from tests.cli.harness import Running, installed, run_mmv, sighted, tiny_data
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every command is started afresh")
 
@@ -74,7 +74,7 @@ def test_settings_that_are_read_at_the_start_make_a_fresh_start(tmp_path):
 
 
 def test_two_run_at_once(tmp_path):
-    runs = [Running(tmp_path / name, "info", place().data("sft")) for name in ("a", "b")]
+    runs = [Running(tmp_path / name, "info", tiny_data().data("sft")) for name in ("a", "b")]
     assert len({run.pid for run in runs}) == 2
     ended = [run.wait() for run in runs]
     assert [end.code for end in ended] == [0, 0]
@@ -83,7 +83,7 @@ def test_two_run_at_once(tmp_path):
 
 def test_a_command_that_ran_in_this_process_keeps_no_other_from_being_forked(tmp_path):
     """`mmv convert` sets a variable that is read when torch starts, and torch sets one itself when it trains."""
-    assert here("convert", "--to", "pth", "--model", sighted(), "--out", tmp_path / "copy.pth").code == 0
+    assert run_mmv("convert", "--to", "pth", "--model", sighted(), "--out", tmp_path / "copy.pth").code == 0
     process, *_ = fork(tmp_path, None, {"TORCHINDUCTOR_CACHE_DIR": "anywhere"})
     assert isinstance(process, fork_server.Fork)
     assert process.wait(60) == 0

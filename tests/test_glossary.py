@@ -68,8 +68,8 @@ def test_every_name_that_is_given_is_checked_and_no_name_that_is_only_used(tmp_p
     (tmp_path / "toy" / "core" / "rows" / "row.py").write_text(CODE)
     complaints = misnamed(tmp_path / "toy", forbidden_words(GLOSSARY))
     assert {module for module, _ in complaints} == {"core/rows/row"}
-    places = Counter(tuple(complaint.split(": ")[:2]) for _, complaint in complaints)
-    assert places == Counter(
+    names = Counter(tuple(complaint.split(": ")[:2]) for _, complaint in complaints)
+    assert names == Counter(
         [
             ("toy/core/rows/row.py:3", "update"),
             ("toy/core/rows/row.py:5", "_found"),

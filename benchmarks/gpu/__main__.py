@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 
 from benchmarks.gpu import answers, ceilings, feeding, proofs, report, resident, training  # noqa: E402
-from benchmarks.gpu.card import Card, Found  # noqa: E402
+from benchmarks.gpu.card import Card, Result  # noqa: E402
 from benchmarks.gpu.material import material  # noqa: E402
 from minimind_v.core.device import device_name, pick_device  # noqa: E402
 from minimind_v.core.files import write_text  # noqa: E402
@@ -49,7 +49,7 @@ class Part:
 
     name: str
     limit: float
-    work: Callable[[Card, Found], None]
+    work: Callable[[Card, Result], None]
 
 
 PARTS = (
@@ -104,9 +104,9 @@ def main() -> int:
     device = pick_device(options.device)
     disk = "/dev/shm" if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 16e9 else None
     folder = Path(tempfile.mkdtemp(prefix="mmv-gpu-", dir=disk))
-    carried = next((place for place in _places(options.carried) if place.is_dir()), None)
+    carried = next((path for path in _folders(options.carried) if path.is_dir()), None)
     card = Card(device, options.tiny, carried, folder)
-    found = {
+    record = {
         "card": device_name(device),
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
@@ -119,13 +119,13 @@ def main() -> int:
             if options.only and part.name not in {*options.only, *MAKES}:
                 continue
             do(part, card, options.budget)
-            found["seconds"] = time.perf_counter() - STARTED
-            write_text(options.out / "gpu.json", json.dumps(found, indent=1, ensure_ascii=False, default=str))
+            record["seconds"] = time.perf_counter() - STARTED
+            write_text(options.out / "gpu.json", json.dumps(record, indent=1, ensure_ascii=False, default=str))
     finally:
         if card.reference:
             card.reference.kill()
         shutil.rmtree(folder, ignore_errors=True)
-    page = report.markdown(found)
+    page = report.markdown(record)
     write_text(options.out / "gpu.md", page)
     print(page)
     failures = report.failures(card.results)
@@ -136,26 +136,26 @@ def main() -> int:
 
 def do(part: Part, card: Card, budget: float) -> None:
     """One part, within its limit and what is left of all; whatever it found by then stays."""
-    card.results[part.name] = found = {"status": "done"}
+    card.results[part.name] = result = {"status": "done"}
     begun = time.perf_counter()
     left = budget - (begun - STARTED)
     if left < LEAST:
-        found["status"] = "not begun: no time left"
+        result["status"] = "not begun: no time left"
         return
     try:
         with limit(left if card.tiny else min(part.limit, left)):  # with stand-ins a busy machine is no fault
-            part.work(card, found)
+            part.work(card, result)
     except TooLong:
-        found["status"] = f"stopped after {time.perf_counter() - begun:.0f} s"
+        result["status"] = f"stopped after {time.perf_counter() - begun:.0f} s"
     except Exception as error:
-        found["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        found["traceback"] = traceback.format_exc()[-3000:]
-        print(found["traceback"], file=sys.stderr)
+        result["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        result["traceback"] = traceback.format_exc()[-3000:]
+        print(result["traceback"], file=sys.stderr)
     finally:
-        found["seconds"] = round(time.perf_counter() - begun, 1)
+        result["seconds"] = round(time.perf_counter() - begun, 1)
         if card.cuda:
             torch.cuda.empty_cache()
-    print(f"{time.perf_counter() - STARTED:6.1f} s  {part.name}: {found['status']}", file=sys.stderr, flush=True)
+    print(f"{time.perf_counter() - STARTED:6.1f} s  {part.name}: {result['status']}", file=sys.stderr, flush=True)
 
 
 def pack(target: Path) -> int:
@@ -171,7 +171,7 @@ def pack(target: Path) -> int:
     return 0
 
 
-def _places(given: Path | None) -> list[Path]:
+def _folders(given: Path | None) -> list[Path]:
     return [given] if given else [CARRIED, ROOT.parent / "shared"]
 
 

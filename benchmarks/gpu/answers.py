@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.gpu import curve
-from benchmarks.gpu.card import Card, Found
+from benchmarks.gpu.card import Card, Result
 from minimind_v.core.generate import cuda_graph as replay
 from minimind_v.core.generate import prompt_cache as memory
 from minimind_v.core.generate.cuda_graph import EAGER, SPAN, Replay, record_cuda
@@ -72,19 +72,19 @@ def answer(
     decoder = ready(model).decoder
     decoder.replay = Replay(recorder) if recorder else None
     cache = decoder.new_cache(len(ids), ids.shape[1] + max(limits))
-    device, found = model.device, [[] for _ in ids]
+    device, answers = model.device, [[] for _ in ids]
     attention = None if bool(mask.all()) else mask.to(device)
     for step in generate_rows(model, cache, ids.to(device), draws, -1, limits, attention):
         for row, token in step:
-            found[row].append(token)
-    return found
+            answers[row].append(token)
+    return answers
 
 
-def decoding(card: Card, found: Found) -> None:
+def decoding(card: Card, result: Result) -> None:
     """Graph = eager: ids and logits, over the end of a recording's span, with rows that leave, after a rewind."""
     model = curve.make_model(card.tiny).to(card.device).eval()
     begin, count = (SPAN - 12, 24) if card.tiny else (SPAN - 60, 160)
-    checks = found.setdefault("checks", {})
+    checks = result.setdefault("checks", {})
     for half in (False, True):
         with precision(card, half):
             for rows in (1, 2) if card.tiny else (1, 8, 16):
@@ -96,27 +96,27 @@ def decoding(card: Card, found: Found) -> None:
                     draws = [Likeliest() for _ in range(rows)]
                     sides.append((answer(model, record, ids, mask, limits, draws), draws))
                 name = f"{'bf16' if half else 'fp32'}, {rows} rows"
-                found[name] = one = compare(*sides) | {"recorded": recorder.made, "failed": recorder.failed}
+                result[name] = comparison = compare(*sides) | {"recorded": recorder.made, "failed": recorder.failed}
                 checks[f"{name}: recorded"] = recorder.made > 0 and not recorder.failed and not replay._FAILED
-                checks[f"{name}: as eager"] = one["largest_gap"] <= (0.05 if half else 1e-3)
-                checks[f"{name}: the same ids"] = one["same_ids"] or (half and one["ties"])
+                checks[f"{name}: as eager"] = comparison["largest_gap"] <= (0.05 if half else 1e-3)
+                checks[f"{name}: the same ids"] = comparison["same_ids"] or (half and comparison["ties"])
             if not half:
                 checks["the same after a rewind"] = _after_a_rewind(card, model)
     if card.cuda:
-        found["pool"] = pool = _conversations(card, model)
+        result["pool"] = pool = _conversations(card, model)
         checks["20 conversations take no more memory than 3"] = pool["after_20"] <= 1.05 * pool["after_3"]
 
 
-def compare(eager, recorded) -> Found:
+def compare(eager, recorded) -> Result:
     """Ids, and logits up to where the ids part. A tie is a choice between two that differ less than the sides do."""
     gap, same, ties = 0.0, eager[0] == recorded[0], True
-    for row, (one, other) in enumerate(zip(eager[0], recorded[0], strict=True)):
-        parted = next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+    for row, (expected, other) in enumerate(zip(eager[0], recorded[0], strict=True)):
+        parted = next((n for n, (a, b) in enumerate(zip(expected, other, strict=True)) if a != b), len(expected))
         for a, b in zip(eager[1][row].logits[: parted + 1], recorded[1][row].logits, strict=False):
             gap = max(gap, float((a - b).abs().max() / a.abs().max()))
-        if parted < len(one):
+        if parted < len(expected):
             a, b = eager[1][row].logits[parted], recorded[1][row].logits[parted]
-            ties &= float(a[one[parted]] - a[other[parted]]) <= 2 * float((a - b).abs().max())
+            ties &= float(a[expected[parted]] - a[other[parted]]) <= 2 * float((a - b).abs().max())
     return {"same_ids": same, "ties": ties, "largest_gap": gap}
 
 
@@ -127,27 +127,27 @@ def _after_a_rewind(card: Card, model: VLM) -> bool:
     for record in (None, Recorder(card)):
         decoder = ready(model).decoder
         decoder.replay = Replay(record) if record else None
-        cache, found = decoder.new_cache(1, SPAN), []
+        cache, turns = decoder.new_cache(1, SPAN), []
         for turn in range(3):
-            part = ids[:, 10 * turn : 10 * turn + 10].to(card.device)
-            steps = generate_rows(model, cache, part, [Likeliest()], -1, [14])
-            found.append([token for step in steps for _, token in step])
+            chunk = ids[:, 10 * turn : 10 * turn + 10].to(card.device)
+            steps = generate_rows(model, cache, chunk, [Likeliest()], -1, [14])
+            turns.append([token for step in steps for _, token in step])
             cache.rewind(cache.used - 9)
-        sides.append(found)
+        sides.append(turns)
     return sides[0] == sides[1]
 
 
-def _conversations(card: Card, model: VLM) -> Found:
-    found = {}
+def _conversations(card: Card, model: VLM) -> Result:
+    reserved = {}
     for number in range(1, 21):
         ids, mask = prompts(1, 100 + 3 * number)
         answer(model, record_cuda, ids, mask, [24], [Likeliest()])
         if number in (3, 20):
-            found[f"after_{number}"] = torch.cuda.memory_reserved(card.device)
-    return found
+            reserved[f"after_{number}"] = torch.cuda.memory_reserved(card.device)
+    return reserved
 
 
-def talking(card: Card, found: Found) -> None:
+def talking(card: Card, result: Result) -> None:
     """Tokens per second by streams, drawing and launching; the first token; the plain side at one stream."""
     model = curve.make_model(card.tiny).to(card.device).eval()
     count = 16 if card.tiny else 128
@@ -164,14 +164,14 @@ def talking(card: Card, found: Found) -> None:
                         draws = [_timed(Sampler(sampling), times) for _ in range(streams)]
                         answer(model, record, ids, mask, [tokens] * streams, draws)
                     later = times[(EAGER + 3) * streams :]  # behind the steps in which a recording is made
-                    found[f"{streams} streams, {drawing}, {launching}"] = {
+                    result[f"{streams} streams, {drawing}, {launching}"] = {
                         "tokens_s": round((len(later) - streams) / (later[-1] - later[streams - 1]), 1)
                     }
-        seen, new = _first_tokens(card, model)
-        found["first token, length seen"] = {"ms": round(seen * 1e3, 2)}
-        found["first token, new length"] = {"ms": round(new * 1e3, 2)}
+        repeated, new = _first_tokens(card, model)
+        result["first token, length seen"] = {"ms": round(repeated * 1e3, 2)}
+        result["first token, new length"] = {"ms": round(new * 1e3, 2)}
     if (card.folder / "clip").is_dir():
-        found["plain, 1 stream, sampled"] = _plain(card, count)
+        result["plain, 1 stream, sampled"] = _plain(card, count)
 
 
 def _timed(sampler: Sampler, times: list[float]):
@@ -185,7 +185,7 @@ def _timed(sampler: Sampler, times: list[float]):
 
 def _first_tokens(card: Card, model: VLM) -> tuple[float, float]:
     """Medians of reading a prompt and drawing, at lengths that were met before and at others. Without a picture."""
-    found = []
+    medians = []
     for lengths in ([240] * 8, range(241, 249)):
         times = []
         for length in lengths:
@@ -194,11 +194,11 @@ def _first_tokens(card: Card, model: VLM) -> tuple[float, float]:
             begun = time.perf_counter()
             answer(model, None, ids, mask, [1], [Likeliest()])
             times.append(time.perf_counter() - begun)
-        found.append(sorted(times)[len(times) // 2])
-    return found[0], found[1]
+        medians.append(sorted(times)[len(times) // 2])
+    return medians[0], medians[1]
 
 
-def _plain(card: Card, count: int) -> Found:
+def _plain(card: Card, count: int) -> Result:
     from benchmarks.plain_chat import PlainChat
 
     chat = PlainChat(card.folder, str(card.device))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minimind_v.core.bench import BASE_TOWER
+from benchmarks.material import BASE_TOWER
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.device import wait_for
@@ -29,7 +29,7 @@ TINY_TEXT = {
     "moe": TextConfig(hidden_size=64, num_hidden_layers=2, use_moe=True),
 }
 
-Found = dict[str, Any]  # what a part has found, filled in as it goes
+Result = dict[str, Any]  # what a part has found, filled in as it goes
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Card:
     tiny: bool
     carried: Path | None  # a folder with `conformance` and `tokenizer`
     folder: Path  # material, runs and features
-    results: dict[str, Found] = field(default_factory=dict)  # of the parts that are done
+    results: dict[str, Result] = field(default_factory=dict)  # of the parts that are done
     reference: subprocess.Popen[str] | None = None  # computes the CPU's losses meanwhile
 
     @property
@@ -78,25 +78,25 @@ class Card:
 
     def each(self, work: Callable[[], object], calls: int) -> list[float]:
         """Seconds of each of several calls, waited for one by one."""
-        found = []
+        seconds = []
         for _ in range(calls):
             self.wait()
             begun = time.perf_counter()
             work()
             self.wait()
-            found.append(time.perf_counter() - begun)
-        return found
+            seconds.append(time.perf_counter() - begun)
+        return seconds
 
     @contextmanager
-    def memory(self, found: Found):
+    def memory(self, result: Result):
         """Notes the most memory that was allocated and reserved meanwhile, in bytes."""
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         yield
         if self.cuda:
-            found["max_allocated"] = torch.cuda.max_memory_allocated(self.device)
-            found["max_reserved"] = torch.cuda.max_memory_reserved(self.device)
+            result["max_allocated"] = torch.cuda.max_memory_allocated(self.device)
+            result["max_reserved"] = torch.cuda.max_memory_reserved(self.device)
 
 
 class Kernels:
@@ -152,7 +152,7 @@ def bf16(card: Card):
     return torch.autocast("cuda", torch.bfloat16) if card.cuda else nullcontext()
 
 
-def quantiles(seconds: list[float]) -> Found:
+def quantiles(seconds: list[float]) -> Result:
     """Median and 95th percentile, in milliseconds."""
     ordered = sorted(seconds)
     return {
@@ -161,6 +161,6 @@ def quantiles(seconds: list[float]) -> Found:
     }
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> float:
+def close(tensor: torch.Tensor, other: torch.Tensor) -> float:
     """The largest difference, as a share of the largest value of `other`."""
-    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-30))
+    return float((tensor.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-30))

@@ -9,12 +9,12 @@ import shutil
 import torch
 from torch.nn import functional as F
 
-from benchmarks.gpu.card import Card, Found
+from benchmarks.gpu.card import Card, Result
 
 
-def start(card: Card, found: Found) -> None:
+def start(card: Card, result: Result) -> None:
     """Versions, the card, and what decides which kernels run."""
-    found |= {
+    result |= {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -27,42 +27,42 @@ def start(card: Card, found: Found) -> None:
     }
     if card.cuda:
         properties = torch.cuda.get_device_properties(card.device)
-        found |= {
+        result |= {
             "memory_gb": round(properties.total_memory / 1e9, 1),
             "capability": f"{properties.major}.{properties.minor}",
             "cudnn": torch.backends.cudnn.version(),
         }
-    found["checks"] = {
-        "cuDNN attention is off": not found["cudnn_attention"],
-        "TF32 is off": not any(found["tf32"]),
+    result["checks"] = {
+        "cuDNN attention is off": not result["cudnn_attention"],
+        "TF32 is off": not any(result["tf32"]),
     }
 
 
-def ceilings(card: Card, found: Found) -> None:
+def ceilings(card: Card, result: Result) -> None:
     """Rates of the card, against which everything else is read."""
     mega = 1 if card.tiny else 1024
     source = torch.randn(mega * 2**18, device=card.device)
     target = torch.empty_like(source)
-    found["copy_gb_s"] = round(2 * source.nbytes / card.seconds(lambda: target.copy_(source)) / 1e9, 1)
+    result["copy_gb_s"] = round(2 * source.nbytes / card.seconds(lambda: target.copy_(source)) / 1e9, 1)
     for name, side, kind in (("bf16", 8192, torch.bfloat16), ("fp32", 4096, torch.float32)):
         side = 64 if card.tiny else side
         left, right = (torch.randn(side, side, device=card.device, dtype=kind) for _ in range(2))
-        found[f"{name}_tflops"] = round(2 * side**3 / card.seconds(lambda a=left, b=right: a @ b) / 1e12, 4)
+        result[f"{name}_tflops"] = round(2 * side**3 / card.seconds(lambda a=left, b=right: a @ b) / 1e12, 4)
     # Products as an update has them: 16 rows of 262 tokens, hidden 512 → 1408.
     rows, inner, width = (64, 64, 64) if card.tiny else (4192, 1408, 512)
     left = torch.randn(rows, width, device=card.device, dtype=torch.bfloat16)
     right = torch.randn(width, inner, device=card.device, dtype=torch.bfloat16)
     taken = card.seconds(lambda: left @ right, 200)
-    found["bf16_tflops_of_an_update"] = round(2 * rows * inner * width / taken / 1e12, 4)
+    result["bf16_tflops_of_an_update"] = round(2 * rows * inner * width / taken / 1e12, 4)
     small = torch.zeros(16, device=card.device)
-    found["launch_us"] = round(card.seconds(lambda: small.add_(1), 2000, 100) * 1e6, 2)
+    result["launch_us"] = round(card.seconds(lambda: small.add_(1), 2000, 100) * 1e6, 2)
     if card.cuda:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(200):
                 small.add_(1)
-        found["graph_node_us"] = round(card.seconds(graph.replay, 20) / 200 * 1e6, 2)
+        result["graph_node_us"] = round(card.seconds(graph.replay, 20) / 200 * 1e6, 2)
         pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty_like(pinned, device=card.device)
-        taken = card.seconds(lambda: there.copy_(pinned, non_blocking=True), 5)
-        found["pinned_to_card_gb_s"] = round(pinned.nbytes / taken / 1e9, 1)
+        on_device = torch.empty_like(pinned, device=card.device)
+        taken = card.seconds(lambda: on_device.copy_(pinned, non_blocking=True), 5)
+        result["pinned_to_card_gb_s"] = round(pinned.nbytes / taken / 1e9, 1)

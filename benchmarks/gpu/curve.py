@@ -64,7 +64,7 @@ def losses(device: torch.device, dtype: str, tiny: bool) -> tuple[list[float], T
     model = accelerate(make_model(tiny).to(device).train(), device)
     trained = list(model.parameters())
     optimiser = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
-    found, first = [], torch.empty(0)
+    step_losses, first = [], torch.empty(0)
     steps = 3 if tiny else STEPS
     for step in range(steps):
         batch = make_batch(step, 2 if tiny else ROWS).to(device)
@@ -74,12 +74,14 @@ def losses(device: torch.device, dtype: str, tiny: bool) -> tuple[list[float], T
             out = model(**batch.tokens, image_features=batch.image_features)
         out.loss.backward()
         if not step:
-            first = torch.cat([one.grad.flatten().float().cpu() for one in trained if one.grad is not None])
+            first = torch.cat(
+                [parameter.grad.flatten().float().cpu() for parameter in trained if parameter.grad is not None]
+            )
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        found.append(out.loss.detach())
-    return [float(loss) for loss in found], first
+        step_losses.append(out.loss.detach())
+    return [float(loss) for loss in step_losses], first
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.gpu import curve
-from benchmarks.gpu.card import Card, Found
+from benchmarks.gpu.card import Card, Result
 from benchmarks.material import make_pictures, write_clip, write_rows, write_weights
 
 SEED = 42
@@ -20,11 +20,11 @@ SIZES = {"pretrain": (128, 128), "sft": (128, 128), "large": (448, 336)}  # the 
 DEMO_TOKENIZER = Path(__file__).resolve().parents[2] / "minimind_v" / "core" / "demo" / "assets"
 
 
-def material(card: Card, found: Found) -> None:
+def material(card: Card, result: Result) -> None:
     """Write what all later parts read."""
     tokenizer = card.carried / "tokenizer" if card.carried else None
     source = tokenizer if tokenizer and tokenizer.is_dir() else DEMO_TOKENIZER
-    found["tokenizer"] = "published" if source is tokenizer else "the demo's"
+    result["tokenizer"] = "published" if source is tokenizer else "the demo's"
     (card.folder / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (source / name).is_file():
@@ -34,11 +34,11 @@ def material(card: Card, found: Found) -> None:
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         for stage, count in (TINY_ROWS if card.tiny else ROWS).items():
             each = -(-count // workers)
-            parts = [min(each, count - begin) for begin in range(0, count, each)]
-            jobs = [pool.submit(make_pictures, rng.getrandbits(32), part, SIZES[stage]) for part in parts]
+            shares = [min(each, count - begin) for begin in range(0, count, each)]
+            jobs = [pool.submit(make_pictures, rng.getrandbits(32), share, SIZES[stage]) for share in shares]
             pictures = [picture for job in jobs for picture in job.result()]
             write_rows(card.folder, stage, pictures, rng)
-            found[stage] = {"rows": len(pictures), "bytes_a_picture": sum(map(len, pictures)) // len(pictures)}
+            result[stage] = {"rows": len(pictures), "bytes_a_picture": sum(map(len, pictures)) // len(pictures)}
     write_clip(card.folder / "clip", card.tower, SEED)
     write_weights(card.folder / "weights.safetensors", card.text("small"), SEED)
     card.reference = curve.start(card.tiny)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu import curve
-from benchmarks.gpu.card import Card, Found, Kernels, close
+from benchmarks.gpu.card import Card, Kernels, Result, close
 from benchmarks.gpu.runs import StepListener, configure, make_run
 from minimind_v.core.model import ops
 from minimind_v.core.model.kernels import cuda_moe
@@ -50,31 +50,31 @@ class Outcomes:
             self.failed[report.nodeid.rpartition("::")[2]] = " / ".join(lines[:3])[:300]
 
 
-def conformance(card: Card, found: Found) -> None:
+def conformance(card: Card, result: Result) -> None:
     """The published numbers in fp32 with TF32 off, then the losses in bf16."""
     import pytest
 
     if card.carried is None or not (card.carried / "conformance").is_dir():
-        found["skipped"] = "the published numbers were not carried here (--pack)"
+        result["skipped"] = "the published numbers were not carried here (--pack)"
         return
     for precision, chosen in (("float32", "test_loss" if card.tiny else ""), ("bfloat16", "test_loss")):
-        told = {
+        environment = {
             "MMV_CONFORMANCE": str(card.carried / "conformance"),
             "MMV_TOKENIZER": str(card.carried / "tokenizer"),
             "MMV_DEVICE": str(card.device),
             "MMV_DTYPE": precision,
         }
         outcomes = Outcomes()
-        with mock.patch.dict(os.environ, told):
+        with mock.patch.dict(os.environ, environment):
             for name in [name for name in sys.modules if name.startswith("tests.conformance")]:
                 del sys.modules[name]  # it reads the environment when it is imported
             pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", chosen, str(CONFORMANCE)], [outcomes])
-        found[precision] = dict(outcomes.counts) | {"failures": outcomes.failed}
+        result[precision] = dict(outcomes.counts) | {"failures": outcomes.failed}
         passed = not outcomes.failed and outcomes.counts["passed"] > 0
-        found.setdefault("checks", {})[f"the published numbers, {precision}"] = passed
+        result.setdefault("checks", {})[f"the published numbers, {precision}"] = passed
 
 
-def loss_curve(card: Card, found: Found) -> None:
+def loss_curve(card: Card, result: Result) -> None:
     """50 steps on given features: the card in fp32 against the CPU, and in bf16 against itself."""
     if card.reference is None:
         card.reference = curve.start(card.tiny)
@@ -83,23 +83,23 @@ def loss_curve(card: Card, found: Found) -> None:
     lower, bent = curve.losses(card.device, "bfloat16" if card.cuda else "float32", card.tiny)
     answer, _ = card.reference.communicate()
     expected = json.loads(answer.splitlines()[-1])
-    found["steps"] = len(ours)
-    found["losses"] = {"first": ours[0], "last": ours[-1]}
+    result["steps"] = len(ours)
+    result["losses"] = {"first": ours[0], "last": ours[-1]}
     gaps = [abs(a - b) / abs(b) for a, b in zip(ours, expected, strict=True)]
     halves = [abs(a - b) / abs(b) for a, b in zip(lower, ours, strict=True)]
-    found["fp32_against_cpu"] = {"first": gaps[0], "to_10": max(gaps[:10]), "to_50": max(gaps)}
-    found["bf16_against_fp32"] = max(halves)
-    found["gradient_cosine"] = float(torch.nn.functional.cosine_similarity(bent, gradient, dim=0))
-    found["checks"] = {
+    result["fp32_against_cpu"] = {"first": gaps[0], "to_10": max(gaps[:10]), "to_50": max(gaps)}
+    result["bf16_against_fp32"] = max(halves)
+    result["gradient_cosine"] = float(torch.nn.functional.cosine_similarity(bent, gradient, dim=0))
+    result["checks"] = {
         "fp32 loss, step 1, within 1e-4 of the CPU's": gaps[0] <= 1e-4,
         "to step 10 within 1e-3": max(gaps[:10]) <= 1e-3,
         "to step 50 within 1e-2": max(gaps) <= 1e-2,
         "bf16 within 2 % of fp32": max(halves) <= 0.02,
-        "bf16 gradient, cosine above 0.99": found["gradient_cosine"] > 0.99,
+        "bf16 gradient, cosine above 0.99": result["gradient_cosine"] > 0.99,
     }
 
 
-def plans(card: Card, found: Found) -> None:
+def plans(card: Card, result: Result) -> None:
     """What attention costs at a length that was never seen, by kernel; and which kernel a run's attention takes."""
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
     if not card.cuda:
@@ -126,10 +126,10 @@ def plans(card: Card, found: Found) -> None:
                 first.append(times[0])
                 later.append(min(times[5:]))
         except RuntimeError as error:
-            found[name] = {"not to be had": " ".join(str(error).split())[:200]}
+            result[name] = {"not to be had": " ".join(str(error).split())[:200]}
             continue
         middle = len(first) // 2
-        found[name] = {
+        result[name] = {
             "first_ms": round(sorted(first[1:])[middle - 1] * 1e3, 3),
             "tenth_ms": round(sorted(later)[middle] * 1e3, 3),
         }
@@ -139,31 +139,31 @@ def plans(card: Card, found: Found) -> None:
     kernels.start()
     ops.attention(q, k, v, is_causal=True).sum().backward()
     kernels.stop()
-    found["kernels_of_a_run"] = kernels.longest(4)
+    result["kernels_of_a_run"] = kernels.longest(4)
     if card.cuda:
         names = " ".join(name for name, _, _ in kernels.events)
-        found["checks"] = {
+        result["checks"] = {
             "a run's attention is flash": "flash" in names,
             "and not cuDNN's": "cudnn" not in names.lower(),
         }
 
 
-def waits(card: Card, found: Found) -> None:
+def waits(card: Card, result: Result) -> None:
     """How often an update waits for the card, where, and how many kernels it launches."""
     for preset, stage in (("small", "pretrain"), ("small", "sft"), ("moe", "sft")):
         if card.tiny and (preset, stage) == ("small", "sft"):
             continue
         caught: list[warnings.WarningMessage] = []
         kernels = Kernels(card)
-        warm, looked = (2, 1) if card.tiny else (6, 3)
+        warm, steps = (2, 1) if card.tiny else (6, 3)
 
-        def on_step(metrics, kernels=kernels, warm=warm, looked=looked) -> bool:
+        def on_step(metrics, kernels=kernels, warm=warm, steps=steps) -> bool:
             if metrics.step == warm:
                 _watch_waits(card, "warn")
-            elif metrics.step == warm + looked:
+            elif metrics.step == warm + steps:
                 _watch_waits(card, "default")
                 kernels.start()
-            elif metrics.step == warm + 2 * looked:
+            elif metrics.step == warm + 2 * steps:
                 kernels.stop()
                 return True
             return False
@@ -173,23 +173,25 @@ def waits(card: Card, found: Found) -> None:
                 make_run(configure(card, preset, stage), StepListener(on_step)).run()
         finally:
             _watch_waits(card, "default")
-        places = Counter(
-            f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)
+        locations = Counter(
+            f"{Path(warning.filename).name}:{warning.lineno}"
+            for warning in caught
+            if "synchroniz" in str(warning.message)
         )
-        found[f"{preset} {stage}"] = {
-            "waits": round(sum(places.values()) / looked, 2),
-            "where": {place: round(count / looked, 2) for place, count in places.most_common(12)},
-            "kernels": round(len(kernels.events) / looked),
+        result[f"{preset} {stage}"] = {
+            "waits": round(sum(locations.values()) / steps, 2),
+            "where": {location: round(count / steps, 2) for location, count in locations.most_common(12)},
+            "kernels": round(len(kernels.events) / steps),
             "busy": round(kernels.busy, 3),
         }
 
 
 @contextmanager
 def _warnings_into(caught: list[warnings.WarningMessage]) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         yield
-    caught += seen
+    caught += recorded
 
 
 def _watch_waits(card: Card, mode: str) -> None:
@@ -197,10 +199,10 @@ def _watch_waits(card: Card, mode: str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def resume(card: Card, found: Found) -> None:
+def resume(card: Card, result: Result) -> None:
     """The same run again, stopped in its middle, and with features stored and read: are the bits equal?"""
     steps = 4 if card.tiny else 12
-    found["checks"] = checks = {}
+    result["checks"] = checks = {}
     for strict in (False, True):
         mode = "deterministic" if strict else "default"
 
@@ -219,12 +221,12 @@ def resume(card: Card, found: Found) -> None:
             once = weights("once")
             others = {"stopped": weights("stopped")} if strict else {"again": weights("again")}
             if strict:
-                told = {"features": "exact", "features_dir": card.folder / "strict"}
-                others |= {"features stored": weights("stored", **told), "features read": weights("read", **told)}
+                changes = {"features": "exact", "features_dir": card.folder / "strict"}
+                others |= {"features stored": weights("stored", **changes), "features read": weights("read", **changes)}
             for name, other in others.items():
                 same = all(torch.equal(once[key], other[key]) for key in once)
                 gap = max(float((once[key] - other[key]).abs().max()) for key in once)
-                found[f"{mode}: {name}"] = {"equal": same, "largest_difference": gap}
+                result[f"{mode}: {name}"] = {"equal": same, "largest_difference": gap}
                 if strict or not card.cuda:
                     checks[f"{mode}: {name}: the same bits"] = same
         finally:
@@ -238,7 +240,7 @@ def _stop_at(step: int, metrics: StepMetrics) -> bool:
     return False
 
 
-def automatic_batch(card: Card, found: Found) -> None:
+def automatic_batch(card: Card, result: Result) -> None:
     """`--batch-size auto` where not all rows of an update fit, and then an update of the longest rows."""
     config = configure(card, "small", "pretrain")
     if not card.cuda:
@@ -247,9 +249,9 @@ def automatic_batch(card: Card, found: Found) -> None:
         chosen, why = find_batch_size(config, card.device, gauge=gauge)  # type: ignore[arg-type]
     else:
         trial, index = Trial(config, card.device), torch.cuda.current_device()
-        with card.memory(found):
+        with card.memory(result):
             trial(config.data.batch_size)
-        most, total = found["max_reserved"], torch.cuda.get_device_properties(index).total_memory
+        most, total = result["max_reserved"], torch.cuda.get_device_properties(index).total_memory
         del trial
         torch.cuda.empty_cache()
         try:
@@ -257,17 +259,17 @@ def automatic_batch(card: Card, found: Found) -> None:
             chosen, why = find_batch_size(config, card.device)
             trial = Trial(chosen, card.device)
             trial(chosen.data.batch_size)
-            found["checks"] = {"a smaller batch than the recipe's": chosen.data.batch_size < config.data.batch_size}
+            result["checks"] = {"a smaller batch than the recipe's": chosen.data.batch_size < config.data.batch_size}
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, index)
             torch.cuda.empty_cache()
-    found["chosen"], found["why"] = chosen.data.batch_size, why
-    found.setdefault("checks", {})["the rows of an update stay"] = (
+    result["chosen"], result["why"] = chosen.data.batch_size, why
+    result.setdefault("checks", {})["the rows of an update stay"] = (
         chosen.data.batch_size * chosen.accumulate == config.data.batch_size * config.accumulate
     )
 
 
-def experts(card: Card, found: Found) -> None:
+def experts(card: Card, result: Result) -> None:
     """Experts by one grouped product, by a loop, and in fp32; one of them has no token."""
     config = card.text("moe")
     torch.manual_seed(0)
@@ -300,12 +302,12 @@ def experts(card: Card, found: Found) -> None:
             loss = out.float().square().mean() + aux
             loss.backward()
             _watch_waits(card, "default")
-        gradients = {name: one.grad for name, one in layer.named_parameters() if one.grad is not None}
-        count = sum("synchroniz" in str(one.message) for one in caught)
+        gradients = {name: item.grad for name, item in layer.named_parameters() if item.grad is not None}
+        count = sum("synchroniz" in str(item.message) for item in caught)
         return out.detach(), gradients | {"x": given.grad}, count
 
     truth, truth_gradients, _ = once("fp32")
-    found["checks"] = {}
+    result["checks"] = {}
     for kind in ("loop", "grouped"):
         once(kind)
         out, gradients, count = once(kind)
@@ -314,12 +316,12 @@ def experts(card: Card, found: Found) -> None:
         idle = [name for name in gradients if name.startswith(f"experts.{config.n_routed_experts - 1}.")]
         nothing = all(float(gradients[name].abs().max()) == 0 for name in idle)
         taken = card.seconds(lambda kind=kind: once(kind), 20)
-        found[kind] = {
+        result[kind] = {
             "output": close(out, truth), "gradients": worst, "waits": count, "ms": round(taken * 1e3, 3),
             "idle expert": "no gradient" if not idle else "zero" if nothing else "not zero",
         }  # fmt: skip
-        found["checks"][f"{kind}: output within 2 %"] = close(out, truth) < 0.02
-        found["checks"][f"{kind}: gradients within 5 %"] = worst < 0.05
-        found["checks"][f"{kind}: an expert without tokens learns nothing"] = nothing
+        result["checks"][f"{kind}: output within 2 %"] = close(out, truth) < 0.02
+        result["checks"][f"{kind}: gradients within 5 %"] = worst < 0.05
+        result["checks"][f"{kind}: an expert without tokens learns nothing"] = nothing
     if card.cuda and cuda_moe.is_grouped(torch.zeros(8, 8, device=card.device, dtype=torch.bfloat16), 8):
-        found["checks"]["the grouped product waits for nothing"] = found["grouped"]["waits"] == 0
+        result["checks"]["the grouped product waits for nothing"] = result["grouped"]["waits"] == 0

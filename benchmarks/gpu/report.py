@@ -47,35 +47,37 @@ def markdown(report: dict[str, Any]) -> str:
         "A ratio is printed only where the losses of both sides agree; every figure is of this card alone.",
         "",
     ]
-    failed = [f"{part}: {name}" for part, found in parts.items() for name, right in _checks(found) if not right]
-    troubled = [f"{part}: {found['status']}" for part, found in parts.items() if found["status"] != "done"]
-    right = sum(1 for found in parts.values() for _, passed in _checks(found) if passed)
+    failed = [f"{part}: {name}" for part, result in parts.items() for name, right in _checks(result) if not right]
+    troubled = [f"{part}: {result['status']}" for part, result in parts.items() if result["status"] != "done"]
+    right = sum(1 for result in parts.values() for _, passed in _checks(result) if passed)
     lines += [f"{right} checks passed, {len(failed)} failed.", ""]
     lines += [f"- **failed** {name}" for name in failed] + [f"- **not whole** {name}" for name in troubled]
-    for part, found in parts.items():
-        lines += ["", f"## {part} · {card}", "", *_table(part, found), ""]
-        lines += [f"- {'✓' if passed else '✗'} {name}" for name, passed in _checks(found)]
+    for part, result in parts.items():
+        lines += ["", f"## {part} · {card}", "", *_table(part, result), ""]
+        lines += [f"- {'✓' if passed else '✗'} {name}" for name, passed in _checks(result)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _checks(found: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+def _checks(result: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     """All checks of a part, those of its lines included."""
-    yield from found.get("checks", {}).items()
-    for value in found.values():
+    yield from result.get("checks", {}).items()
+    for value in result.values():
         if isinstance(value, dict):
             yield from value.get("checks", {}).items()
 
 
 def failures(parts: dict[str, Any]) -> list[str]:
     """Checks that failed and parts that did not end well; what was skipped for want of time is none."""
-    found = [f"{part}: {name}" for part, one in parts.items() for name, passed in _checks(one) if not passed]
-    return found + [f"{part}: {one['status']}" for part, one in parts.items() if one["status"].startswith("failed")]
+    failed = [f"{part}: {name}" for part, result in parts.items() for name, passed in _checks(result) if not passed]
+    return failed + [
+        f"{part}: {result['status']}" for part, result in parts.items() if result["status"].startswith("failed")
+    ]
 
 
-def _table(part: str, found: dict[str, Any]) -> list[str]:
+def _table(part: str, result: dict[str, Any]) -> list[str]:
     predicted = PREDICTED.get(part, {})
     lines = [f"| | measured{' | predicted' if predicted else ''} |", f"|---|---|{'---|' if predicted else ''}"]
-    for name, value in found.items():
+    for name, value in result.items():
         if name in ("status", "seconds", *HIDDEN):
             continue
         more = f" | {predicted.get(name, '')}" if predicted else ""
@@ -85,10 +87,10 @@ def _table(part: str, found: dict[str, Any]) -> list[str]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        told = [f"{name.replace('_', ' ')} {_shown(one)}" for name, one in value.items() if name not in HIDDEN]
-        return ", ".join(told)
+        texts = [f"{name.replace('_', ' ')} {_shown(item)}" for name, item in value.items() if name not in HIDDEN]
+        return ", ".join(texts)
     if isinstance(value, list):
-        return "; ".join(_shown(one) if not isinstance(one, list) else " ".join(map(str, one)) for one in value)
+        return "; ".join(_shown(item) if not isinstance(item, list) else " ".join(map(str, item)) for item in value)
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value).replace("|", "\\|").replace("\n", " ")
@@ -96,6 +98,6 @@ def _shown(value: Any) -> str:
 
 def write_page(report: dict[str, Any], path: Path = PAGE) -> None:
     """Write the page, but for what people have added below the line `NOTES`. Raises RunError."""
-    there = path.read_text(encoding="utf-8") if path.exists() else ""
-    notes = there[there.index(NOTES) :] if NOTES in there else ""
+    old_page = path.read_text(encoding="utf-8") if path.exists() else ""
+    notes = old_page[old_page.index(NOTES) :] if NOTES in old_page else ""
     write_text(path, markdown(report) + (f"\n{notes}" if notes else ""))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import curve
-from benchmarks.gpu.card import Card, Found, bf16
+from benchmarks.gpu.card import Card, Result, bf16
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import supervised, supervised_loss
 from minimind_v.core.model.vlm import VLM
@@ -28,7 +28,7 @@ STAGES = {  # rows, lengths, answer, what trains
 WAYS = (("eager", False, False), ("graph", False, True), ("compiled", True, False), ("both", True, True))
 
 
-def resident(card: Card, found: Found) -> None:
+def resident(card: Card, result: Result) -> None:
     """Milliseconds of an update by each way of launching it."""
     for name, compiled, graph in WAYS:
         for stage, (rows, lengths, answer, policy) in STAGES.items():
@@ -40,25 +40,25 @@ def resident(card: Card, found: Found) -> None:
                 step, loss = _steps(card, batches, policy, compiled, graph)
                 taken = card.seconds(step, 4 * len(batches), 2 * len(batches))
             except (RuntimeError, AssertionError) as error:  # of which those of a compiler are some
-                found[f"{stage}, {name}"] = {"failed": " ".join(str(error).split())[:300]}
+                result[f"{stage}, {name}"] = {"failed": " ".join(str(error).split())[:300]}
                 continue
             finally:
                 torch._dynamo.reset()
-            found[f"{stage}, {name}"] = {
+            result[f"{stage}, {name}"] = {
                 "ms": round(taken * 1e3, 3),
                 "samples_s": round(rows / taken, 1),
                 "loss": loss(),
             }
             if name != "eager":
-                gap = abs(loss() / found[f"{stage}, eager"]["loss"] - 1)
-                found.setdefault("checks", {})[f"{stage}: {name} learns as eager does"] = gap < 0.02
+                gap = abs(loss() / result[f"{stage}, eager"]["loss"] - 1)
+                result.setdefault("checks", {})[f"{stage}: {name} learns as eager does"] = gap < 0.02
 
 
 def _prepare(card: Card, rows: int, length: int, answer: int) -> Batch:
     batch = curve.make_batch(length, rows, length, answer).to(card.device)
     read = supervised(batch.labels)
-    places = batch.image_mask.flatten().nonzero()[:, 0]
-    return batch.input_ids, batch.image_features, places, read, batch.labels.flatten()[read + 1]
+    positions = batch.image_mask.flatten().nonzero()[:, 0]
+    return batch.input_ids, batch.image_features, positions, read, batch.labels.flatten()[read + 1]
 
 
 def _steps(card: Card, batches: list[Batch], policy: str, compiled: bool, graph: bool):
@@ -73,7 +73,7 @@ def _steps(card: Card, batches: list[Batch], policy: str, compiled: bool, graph:
     optimiser = torch.optim.AdamW(trained, lr=torch.tensor(0.0, device=card.device), fused=True, **device_numbers)
     loss = torch.zeros((), device=card.device)
 
-    def update(batch: Batch) -> None:
+    def step(batch: Batch) -> None:
         optimiser.zero_grad(set_to_none=True)
         with bf16(card):
             total = _loss(model, batch)
@@ -82,7 +82,7 @@ def _steps(card: Card, batches: list[Batch], policy: str, compiled: bool, graph:
         optimiser.step()
         loss.copy_(total.detach())
 
-    works: list[Callable[[], object]] = [lambda batch=batch: update(batch) for batch in batches]
+    works: list[Callable[[], object]] = [lambda batch=batch: step(batch) for batch in batches]
     if graph:
         works = _record(card, works)
     order = cycle(works)
@@ -90,10 +90,10 @@ def _steps(card: Card, batches: list[Batch], policy: str, compiled: bool, graph:
 
 
 def _loss(model: VLM, batch: Batch) -> Tensor:
-    ids, features, places, read, following = batch
+    ids, features, positions, read, following = batch
     x = model.model.embed_tokens(ids)  # [B, T, D]
     projected = model.vision_proj(features.to(x.dtype)).flatten(0, 1).to(x.dtype)  # [M·P, D]
-    x = x.flatten(0, 1).index_copy(0, places, projected).view_as(x)
+    x = x.flatten(0, 1).index_copy(0, positions, projected).view_as(x)
     hidden, aux = model.model(x, None, None, read)  # [S, D]
     loss, _ = supervised_loss(model.lm_head(hidden), following)
     return loss / len(read) + aux

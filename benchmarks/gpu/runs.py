@@ -107,7 +107,7 @@ class Window:
         return getattr(self.last, name) - getattr(self.first, name)
 
 
-def row_numbers(run: Run, updates: int) -> list[int]:
+def row_numbers(run: Run, steps: int) -> list[int]:
     """Which rows the first updates of a run read, in their order, from 0."""
-    places = [place for number in range(updates) for batch in run.plan[number] for place in batch.locations]
-    return [int(place.rpartition(":")[2]) - 1 for place in places]
+    locations = [location for number in range(steps) for batch in run.plan[number] for location in batch.locations]
+    return [int(location.rpartition(":")[2]) - 1 for location in locations]

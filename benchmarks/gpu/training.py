@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from benchmarks.gpu.card import Card, Found, Kernels, quantiles
+from benchmarks.gpu.card import Card, Kernels, Result, quantiles
 from benchmarks.gpu.runs import StepListener, Window, configure, make_run, row_numbers
 from benchmarks.plain import PlainRun, run_plain
 from benchmarks.train import looking_operations
@@ -32,19 +32,19 @@ OURS = {
 TINY = ("small pretrain, encoded and stored", "small pretrain, features read", "moe sft, features read")
 
 
-def ours(card: Card, found: Found) -> None:
+def ours(card: Card, results: Result) -> None:
     """Each size, stage and kind of epoch for some seconds, by the real run."""
     for name, (preset, stage, features, options) in OURS.items():
         if card.tiny and name not in TINY:
             continue
-        found[name] = one = {}
+        results[name] = result = {}
         try:
-            _measure(card, one, preset, stage, features, options)
+            _measure(card, result, preset, stage, features, options)
         finally:
             torch.use_deterministic_algorithms(False)
 
 
-def _measure(card: Card, found: Found, preset: str, stage: str, features: str, options: dict) -> None:
+def _measure(card: Card, result: Result, preset: str, stage: str, features: str, options: dict) -> None:
     storing = features == "store"  # a single epoch, since a second one would read
     window = Window(0.3, 0, 1) if card.tiny else Window(12.0, 0.5, 8) if storing else Window(6.0, 2.0, 20)
     kernels, profiled = Kernels(card), 2 if card.tiny else 20
@@ -64,17 +64,17 @@ def _measure(card: Card, found: Found, preset: str, stage: str, features: str, o
         ends[0] = metrics.step + profiled
         return False
 
-    told = {"epochs": 1} if storing else {}
-    config = configure(card, preset, stage, features="exact" if storing else features, **told, **options)
+    changes = {"epochs": 1} if storing else {}
+    config = configure(card, preset, stage, features="exact" if storing else features, **changes, **options)
     listener = StepListener(on_step)
     run = make_run(config, listener)
-    found["features"] = next((line for line in listener.messages if line.startswith("features")), "")
-    found["schedule"], found["rows"] = run.total, row_numbers(run, COMPARED)
-    with card.memory(found):
+    result["features"] = next((line for line in listener.messages if line.startswith("features")), "")
+    result["schedule"], result["rows"] = run.total, row_numbers(run, COMPARED)
+    with card.memory(result):
         run.run()
-    found["losses"] = listener.losses[:COMPARED]
+    result["losses"] = listener.losses[:COMPARED]
     if not window.times:  # the rows ended before the warm-up did
-        found["skipped"] = "too few rows"
+        result["skipped"] = "too few rows"
         return
     samples, tokens, answers = (window.difference(name) for name in ("samples", "tokens", "supervised_tokens"))
     length = tokens / samples
@@ -85,7 +85,7 @@ def _measure(card: Card, found: Found, preset: str, stage: str, features: str, o
         each += looking_operations(run.train_step.model)
     rate = each * samples / window.seconds
     product = card.results.get("ceilings", {}).get("bf16_tflops")
-    found |= quantiles(window.times) | {
+    result |= quantiles(window.times) | {
         "samples_s": round(samples / window.seconds, 1),
         "tokens_s": round(tokens / window.seconds),
         "updates": len(window.times),
@@ -95,8 +95,8 @@ def _measure(card: Card, found: Found, preset: str, stage: str, features: str, o
         "share_of_product": round(rate / 1e12 / product, 4) if product else None,
     }
     if kernels.events:
-        found |= {"busy": round(kernels.busy, 3), "kernels": round(len(kernels.events) / profiled)}
-        found["longest"] = kernels.longest()
+        result |= {"busy": round(kernels.busy, 3), "kernels": round(len(kernels.events) / profiled)}
+        result["longest"] = kernels.longest()
 
 
 def attention_operations(model: VLM, length: float) -> float:
@@ -109,20 +109,20 @@ class Enough(Exception):
     """The plain loop has run for long enough."""
 
 
-def plain(card: Card, found: Found) -> None:
+def plain(card: Card, results: Result) -> None:
     """The loop of the published shape on the same rows, for the small preset: fused and explicit attention."""
     measured = card.results.get("training", {})
     for stage in ("pretrain",) if card.tiny else ("pretrain", "sft"):
         for attention in ("fused",) if card.tiny else ("fused", "explicit"):
-            found[f"{stage}, {attention}"] = one = {}
+            results[f"{stage}, {attention}"] = result = {}
             reference = next((r for name, r in measured.items() if f"small {stage}" in name and "losses" in r), None)
-            _measure_plain(card, one, stage, attention, reference)
+            _measure_plain(card, result, stage, attention, reference)
             for name, other in measured.items():
-                if f"small {stage}" in name and one.get("agrees") and "samples_s" in other:
-                    one[f"ratio, {name}"] = round(other["samples_s"] / one["samples_s"], 2)
+                if f"small {stage}" in name and result.get("agrees") and "samples_s" in other:
+                    result[f"ratio, {name}"] = round(other["samples_s"] / result["samples_s"], 2)
 
 
-def _measure_plain(card: Card, found: Found, stage: str, attention: str, reference: Found | None) -> None:
+def _measure_plain(card: Card, result: Result, stage: str, attention: str, reference: Result | None) -> None:
     config = configure(card, "small", stage)
     batch = config.data.batch_size
     total = sum(1 for _ in (card.folder / f"{stage}.jsonl").open(encoding="utf-8"))
@@ -130,14 +130,14 @@ def _measure_plain(card: Card, found: Found, stage: str, attention: str, referen
     rows += [row for row in range(total) if row not in set(rows)]
     seconds = 0.2 if card.tiny else 7.0 if attention == "fused" else 5.0
     times: list[float] = []
-    seen: list[float] = []
+    losses: list[float] = []
     samples = [0]
     begun = [0.0]
 
-    def on_update(count: int, loss: float, grad_norm: float) -> None:
+    def on_step(count: int, loss: float, grad_norm: float) -> None:
         now = time.perf_counter()
-        seen.append(loss)
-        if len(seen) <= (1 if card.tiny else 10):
+        losses.append(loss)
+        if len(losses) <= (1 if card.tiny else 10):
             begun[0] = now
             return
         times.append(now - begun[0] - sum(times))
@@ -145,7 +145,7 @@ def _measure_plain(card: Card, found: Found, stage: str, attention: str, referen
         if now - begun[0] > seconds:
             raise Enough
 
-    with card.memory(found), contextlib.suppress(Enough):
+    with card.memory(result), contextlib.suppress(Enough):
         run_plain(
             PlainRun(
                 folder=card.folder,
@@ -160,11 +160,11 @@ def _measure_plain(card: Card, found: Found, stage: str, attention: str, referen
                 device=str(card.device),
                 bfloat16=card.cuda,
             ),
-            on_update,
+            on_step,
         )
-    found |= quantiles(times) | {"samples_s": round(samples[0] / sum(times), 1), "updates": len(times)}
-    found["losses"] = seen[:COMPARED]
+    result |= quantiles(times) | {"samples_s": round(samples[0] / sum(times), 1), "updates": len(times)}
+    result["losses"] = losses[:COMPARED]
     if reference:
-        gaps = [abs(a - b) / abs(b) for a, b in zip(found["losses"], reference["losses"], strict=False)]
-        found["loss_gap"], found["agrees"] = max(gaps), max(gaps) <= AGREEMENT
-        found["checks"] = {f"{stage}, {attention}: both sides compute the same": found["agrees"]}
+        gaps = [abs(a - b) / abs(b) for a, b in zip(result["losses"], reference["losses"], strict=False)]
+        result["loss_gap"], result["agrees"] = max(gaps), max(gaps) <= AGREEMENT
+        result["checks"] = {f"{stage}, {attention}: both sides compute the same": result["agrees"]}

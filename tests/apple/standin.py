@@ -36,12 +36,12 @@ class OnApple(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> OnApple:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             device="cpu",  # for autograd, which has no thread for a GPU that is not there
         )  # fmt: skip
-        made.inner = inner
-        return made
+        tensor.inner = inner
+        return tensor
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -73,8 +73,8 @@ class _Moves(TorchFunctionMode):
         if func is torch.tensor and kwargs.get("device") == MPS:
             return func(*args, **(kwargs | {"device": "cpu"})).to(MPS)
         if func in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy) and isinstance(args[0], OnApple):
-            here = torch.ops.aten._to_copy.default(args[0], device=torch.device("cpu"))
-            return here if func is torch.Tensor.cpu else func(here, *args[1:], **kwargs)
+            on_cpu = torch.ops.aten._to_copy.default(args[0], device=torch.device("cpu"))
+            return on_cpu if func is torch.Tensor.cpu else func(on_cpu, *args[1:], **kwargs)
         if func is torch.Tensor.to and isinstance(args[0], OnApple):
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **_without_copy(kwargs))
             if device is not None and device.type == "cpu":
@@ -103,13 +103,15 @@ def _without_copy(kwargs: dict[str, Any]) -> dict[str, Any]:
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operator."""
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    there = any(isinstance(leaf, OnApple) for leaf in leaves)
+    any_apple = any(isinstance(leaf, OnApple) for leaf in leaves)
     asked = kwargs.get("device")
     moved = func._schema.name == "aten::_to_copy"
-    target = torch.device(asked).type if asked is not None and (moved or not there) else "mps" if there else "cpu"
-    if not there and target != "mps":
-        found = func(*args, **kwargs)
-        return pytree.tree_map_only(torch.Tensor, OnApple, found) if _within[0] and not leaves else found
+    target = (
+        torch.device(asked).type if asked is not None and (moved or not any_apple) else "mps" if any_apple else "cpu"
+    )
+    if not any_apple and target != "mps":
+        result = func(*args, **kwargs)
+        return pytree.tree_map_only(torch.Tensor, OnApple, result) if _within[0] and not leaves else result
     name = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
     assert "scaled_dot_product" not in name, f"{name}: attention in one call"
     _check(name, leaves, kwargs)
@@ -117,13 +119,13 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = pytree.tree_map_only(OnApple, lambda leaf: leaf.inner, (args, kwargs))
     if asked is not None:
         plain_kwargs["device"] = torch.device("cpu")
-    found = func(*plain_args, **plain_kwargs)
+    result = func(*plain_args, **plain_kwargs)
     if target == "cpu" or copied_out:
-        return args[0] if copied_out else found
-    for leaf in pytree.tree_leaves(found):
+        return args[0] if copied_out else result
+    for leaf in pytree.tree_leaves(result):
         assert not isinstance(leaf, torch.Tensor) or leaf.dtype not in WIDE, f"{name} makes {leaf.dtype} on MPS"
-    wrapped = pytree.tree_map_only(torch.Tensor, OnApple, found)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+    wrapped = pytree.tree_map_only(torch.Tensor, OnApple, result)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if any_apple else wrapped
 
 
 def _check(name: str, leaves: list[torch.Tensor], kwargs: dict[str, Any]) -> None:

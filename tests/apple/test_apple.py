@@ -25,8 +25,7 @@ from minimind_v.core.monitor.messages import out_of_memory
 from minimind_v.core.train.batch_size import find_batch_size
 from minimind_v.core.train.forecast import estimate
 from tests.apple.standin import MPS, OnApple, apple_gpu
-from tests.cli.harness import EYE, here, sighted_model, tokenizer
-from tests.cli.harness import place as tiny_data
+from tests.cli.harness import EYE, run_mmv, sighted_model, tiny_data, tokenizer
 from tests.conftest import Events, given_run
 
 QUESTION = "What colour is the star?"
@@ -67,7 +66,7 @@ def test_several_processes_do_not_share_apples_gpu(mac):
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one here")
 def test_where_there_is_none_asking_for_it_is_one_line():
-    ended = here("bench", "--preset", "demo", "--device", "mps")
+    ended = run_mmv("bench", "--preset", "demo", "--device", "mps")
     assert ended.code == 2
     assert ended.error.startswith("--device mps: not available on this machine")
 
@@ -91,7 +90,7 @@ def test_what_was_only_tried_on_others_is_off(mac):
 
 
 def test_doctor_names_apples_gpu(mac):
-    assert here("doctor", "--json").json["gpu"] == "Apple GPU (MPS)"
+    assert run_mmv("doctor", "--json").json["gpu"] == "Apple GPU (MPS)"
 
 
 def test_a_batch_size_is_not_measured_there():
@@ -109,11 +108,11 @@ def test_answers_are_those_of_the_cpu():
 
     def talk(model):
         session = Session(model, tokenizer(), GREEDY)
-        said = ["".join(session.ask(QUESTION, [first], 12)), "".join(session.ask("And?", [], 12))]
+        answers = ["".join(session.ask(QUESTION, [first], 12)), "".join(session.ask("And?", [], 12))]
         session.restart()
-        said.append("".join(session.ask(QUESTION, [first], 12)))  # the picture is remembered
-        said.append("".join(Session(model, tokenizer(), Sampling(seed=3)).ask("有几个物体？", [], 8)))
-        return said, generate_many(model, tokenizer(), asked, max_new_tokens=8)
+        answers.append("".join(session.ask(QUESTION, [first], 12)))  # the picture is remembered
+        answers.append("".join(Session(model, tokenizer(), Sampling(seed=3)).ask("有几个物体？", [], 8)))
+        return answers, generate_many(model, tokenizer(), asked, max_new_tokens=8)
 
     expected = talk(sighted_model())
     with apple_gpu():
@@ -161,13 +160,13 @@ def test_training_steps_are_those_of_the_cpu(tmp_path, moe, freeze):
 
 def test_the_command_trains_there(tmp_path, apple):
     """Pictures are looked at, features stored, rows held out: the run as the command line makes it."""
-    ended = here(*tiny_data().train(tmp_path, device="auto", val_every=2, set="features=exact"), "--max-steps", 3)
+    ended = run_mmv(*tiny_data().train(tmp_path, device="auto", val_every=2, set="features=exact"), "--max-steps", 3)
     assert ended.code == 0, ended.err
     assert "on mps" in ended.err
     assert (tmp_path / "pretrain_vlm_128.pth").is_file()
 
 
-def test_speed_is_foretold_and_measured_there(apple, monkeypatch):
+def test_speed_is_forecast_and_measured_there(apple, monkeypatch):
     forecast = estimate(replace(sft(PRESETS["demo"]), vision_model=EYE), TypicalRow(80, 1, 10), 100, 10)
     assert forecast.seconds, forecast.how
     assert "Apple GPU (MPS)" in forecast.how

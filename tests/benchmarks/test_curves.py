@@ -8,13 +8,13 @@ import torch
 
 from benchmarks import curves
 from benchmarks.curves import QUICK, Learner, make_batch
-from benchmarks.panels import fit
+from benchmarks.panels import line_through
 from minimind_v.core.model.loss import IGNORE
 
 
 def test_the_line_is_that_of_least_squares():
-    assert fit([(1, 5), (2, 7), (10, 23)]) == pytest.approx((2, 3, 0), abs=1e-9)
-    slope, start, off = fit([(0, 1), (1, 4), (2, 4)])  # by hand: 1.5 x + 1.5, off by 0.5 of 1
+    assert line_through([(1, 5), (2, 7), (10, 23)]) == pytest.approx((2, 3, 0), abs=1e-9)
+    slope, start, off = line_through([(0, 1), (1, 4), (2, 4)])  # by hand: 1.5 x + 1.5, off by 0.5 of 1
     assert (slope, start, off) == pytest.approx((1.5, 1.5, 0.5))
 
 
@@ -36,7 +36,7 @@ def test_an_update_is_done():
     assert all(moved)
 
 
-def test_the_quick_form_tells_draws_and_writes(tmp_path, monkeypatch, capsys):
+def test_the_quick_form_prints_draws_and_writes(tmp_path, monkeypatch, capsys):
     tiny = replace(QUICK, preset="demo", rows=(1, 2), supervised=(16, 64), supervised_rows=1, longest=(240, 480))
     monkeypatch.setattr(curves, "QUICK", replace(tiny, padded=(480,), longest_rows=2, files=(10, 2_500)))
     monkeypatch.setattr(curves, "PAGE", tmp_path / "page.md")
@@ -54,10 +54,10 @@ def test_the_quick_form_tells_draws_and_writes(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr("sys.argv", ["curves", *options])
     curves.main()
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     page = (tmp_path / "page.md").read_text()
     assert "| rows of 280 tokens | 1: " in page
     assert page.count("\n| ") == 7  # the head, and a line for each
-    assert page.split("\n\n")[1] in told
+    assert page.split("\n\n")[1] in output
     drawn = ElementTree.parse(tmp_path / "growth.svg").getroot()
     assert len(drawn.findall(".//{*}circle")) == 2 * 6

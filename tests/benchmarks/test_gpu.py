@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def outputs(tmp_path_factory):
     """What the script writes."""
     out = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--out", str(out)]
@@ -26,8 +26,8 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_every_part_is_done_and_no_check_fails(found):
-    parts = found[0]["parts"]
+def test_every_part_is_done_and_no_check_fails(outputs):
+    parts = outputs[0]["parts"]
     assert {name: part["status"] for name, part in parts.items()} == {part.name: "done" for part in PARTS}
     assert not report.failures(parts)
     # Without the published numbers one part has nothing to check, and parts that only measure never have.
@@ -36,8 +36,8 @@ def test_every_part_is_done_and_no_check_fails(found):
 
 
 @pytest.mark.long
-def test_what_is_measured_is_there(found):
-    parts = found[0]["parts"]
+def test_what_is_measured_is_there(outputs):
+    parts = outputs[0]["parts"]
     assert parts["ceilings"]["bf16_tflops"] > 0
     assert parts["waits"]["small pretrain"]["kernels"] > 100
     read = parts["training"]["small pretrain, features read"]
@@ -54,8 +54,8 @@ def test_what_is_measured_is_there(found):
 
 
 @pytest.mark.long
-def test_the_page_names_the_card_on_every_table_and_sets_predictions_beside(found):
-    page = found[1]
+def test_the_page_names_the_card_on_every_table_and_sets_predictions_beside(outputs):
+    page = outputs[1]
     headings = [line for line in page.splitlines() if line.startswith("## ")]
     assert headings == [f"## {part.name} · cpu" for part in PARTS]
     assert "| | measured | predicted |" in page
@@ -66,11 +66,11 @@ def test_a_part_that_breaks_or_takes_too_long_ends_nothing_else(tmp_path):
     card = Card(None, False, None, tmp_path)  # type: ignore[arg-type]
     card.__class__ = type("NoCard", (Card,), {"cuda": False})
 
-    def breaks(card, found):
-        found["before"] = 1
+    def breaks(card, result):
+        result["before"] = 1
         raise RuntimeError("as it happens")
 
-    def lasts(card, found):
+    def lasts(card, result):
         try:
             time.sleep(30)
         except Exception:  # what a part calls may catch all that is ordinary
@@ -86,11 +86,11 @@ def test_a_part_that_breaks_or_takes_too_long_ends_nothing_else(tmp_path):
     assert report.failures(card.results) == ["breaks: failed: RuntimeError: as it happens"]
 
 
-def test_a_check_that_failed_is_told_and_no_ratio_is_printed_without_agreement():
+def test_a_failed_check_is_reported_and_no_ratio_is_printed_without_agreement():
     parts = {"plain": {"status": "done", "pretrain": {"agrees": False, "checks": {"both sides": False}}}}
     assert report.failures(parts) == ["plain: both sides"]
-    told = {"card": "C", "date": "D", "torch": "T", "seconds": 1.0, "parts": parts}
-    assert "- **failed** plain: both sides" in report.markdown(told)
+    summary = {"card": "C", "date": "D", "torch": "T", "seconds": 1.0, "parts": parts}
+    assert "- **failed** plain: both sides" in report.markdown(summary)
 
 
 def test_the_limit_ends_with_the_part():

@@ -9,12 +9,12 @@ import pytest
 
 from minimind_v.core.train import forecast
 from tests.cli import harness
-from tests.cli.harness import Ended, HubRepo
+from tests.cli.harness import Ended, TinyData
 
 
 @pytest.fixture(scope="session")
-def place() -> HubRepo:
-    return harness.place()
+def tiny_data() -> TinyData:
+    return harness.tiny_data()
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +38,11 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(place: HubRepo, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """`mmv train pretrain`, then `mmv train sft`, which finds by itself what pretraining has left."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    pretrain = harness.installed(*place.train(out, lr=1e-3, workers=1))
+    pretrain = harness.installed(*tiny_data.train(out, lr=1e-3, workers=1))
     sft = harness.installed(
-        *place.train(out, "sft", lr=1e-4, workers=1, init=None, accumulate=2, epochs=2, log_every=3)
+        *tiny_data.train(out, "sft", lr=1e-4, workers=1, init=None, accumulate=2, epochs=2, log_every=3)
     )
     return Trained(out, pretrain, sft)

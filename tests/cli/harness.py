@@ -1,6 +1,6 @@
 """Runs `mmv` in the three ways that its tests need, over tiny data of the demo's world.
 
-`here` runs it inside the test's own process: quick, for everything that needs no process of its own. `installed` is the
+`run_mmv` runs it inside the test's own process: quick, for all that needs no process of its own. `installed` is the
 command as a user has it, from start to end. `Running` is that command while it runs: to be watched and sent signals.
 """
 
@@ -72,7 +72,7 @@ class Ended:
         return json.loads(self.out)
 
 
-def here(*args: object, stdin: str | bytes = b"") -> Ended:
+def run_mmv(*args: object, stdin: str | bytes = b"") -> Ended:
     """Run `mmv` in this process, with `stdin` piped in."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -225,7 +225,7 @@ def _sessions() -> Iterator[tuple[int, int]]:
 
 
 @dataclass
-class HubRepo:
+class TinyData:
     """A folder with data for both stages."""
 
     folder: Path
@@ -266,9 +266,9 @@ class HubRepo:
 
 
 @cache
-def place() -> HubRepo:
+def tiny_data() -> TinyData:
     """Tiny data, made once."""
-    repo = HubRepo(_folder())
+    repo = TinyData(_folder())
     write_pretrain(repo.folder, random.Random(0), ROWS)
     write_sft(repo.folder, random.Random(1), ROWS)
     return repo

@@ -8,7 +8,7 @@ import torch
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.paths import TOKENIZER_3V_DIR, VISION_3V_DIR
-from tests.cli.harness import here, place
+from tests.cli.harness import run_mmv, tiny_data
 from tests.formats.made3v import SIZES, tiny_3v
 
 SETS = [word for name, value in SIZES.items() for word in ("--set", f"model.{name}={value}")]
@@ -29,27 +29,27 @@ def project(tmp_path, monkeypatch):
 
 def train(stage="sft", *more, preset="3v"):
     """A short run; tower, tokenizer and base are those of the standard folders."""
-    data = ("--data", place().data(stage), "--images", place().images(stage))
+    data = ("--data", tiny_data().data(stage), "--images", tiny_data().images(stage))
     few = ("--device", "cpu", "--workers", 0, "--max-steps", 3, "--log-every", 1, "--seed", 1, "--max-length", 300)
-    return here("train", stage, "--preset", preset, *SETS, *data, *few, *more)
+    return run_mmv("train", stage, "--preset", preset, *SETS, *data, *few, *more)
 
 
 def test_a_model_is_fine_tuned_from_the_language_model_and_used(project):
     ended = train()
     assert ended.code == 0, ended.err
     weights = project / "out" / "sft_vlm_48.pth"
-    described = here("info", weights, "--json").json
+    described = run_mmv("info", weights, "--json").json
     assert (described["stage"], described["projector"], described["layout"]) == ("sft", "mlp", "chatml-think")
     assert (described["qk_norm"], described["generation"]) == (True, "minimind-3v (2026)")
     trained, base = read_checkpoint(weights).tensors, read_checkpoint(project / "out" / "llm_48.pth").tensors
     changed = {name for name in base if not torch.equal(trained[name], base[name])}
     assert all(name.startswith(("model.layers.0.", "model.layers.2.")) for name in changed), "projector+ends"
     assert any(name.startswith("model.layers.0.") for name in changed)
-    data = ("--data", place().data("sft"), "--images", place().images("sft"), "--limit", 4, "--device", "cpu")
-    assert here("eval", "--model", weights, *data, "--json").json["rows"] == 4
-    assert "answer" in here("chat", "What is it?", "--image", place().picture(), "--model", weights, "--greedy",
+    data = ("--data", tiny_data().data("sft"), "--images", tiny_data().images("sft"), "--limit", 4, "--device", "cpu")
+    assert run_mmv("eval", "--model", weights, *data, "--json").json["rows"] == 4
+    assert "answer" in run_mmv("chat", "What is it?", "--image", tiny_data().picture(), "--model", weights, "--greedy",
                             "--max-new-tokens", 4, "--device", "cpu", "--json").json  # fmt: skip
-    newest = here("runs", "out", "--json").json["runs"][0]
+    newest = run_mmv("runs", "out", "--json").json["runs"][0]
     assert (newest["name"], newest["stage"]) == ("sft_vlm_48", "sft")
 
 
@@ -64,8 +64,8 @@ def test_pretraining_trains_the_projector_alone(project):
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_weights_are_converted_and_back(project, ending):
     weights, target, again = project / "parts" / "whole.pth", project / f"w.{ending}", project / "again.pth"
-    assert here("convert", "--to", ending, "--model", weights, "--out", target).code == 0
-    assert here("convert", "--to", "pth", "--model", target, "--out", again).code == 0
+    assert run_mmv("convert", "--to", ending, "--model", weights, "--out", target).code == 0
+    assert run_mmv("convert", "--to", "pth", "--model", target, "--out", again).code == 0
     before, after = torch.load(weights), torch.load(again)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -74,20 +74,20 @@ def test_weights_are_converted_and_back(project, ending):
 
 def test_a_folder_for_transformers_is_described_and_evaluated(project):
     model = ("--model", "parts/whole.pth", "--vision-model", "parts/siglip", "--tokenizer", "parts/words")
-    ended = here("convert", "--to", "hf", *model, "--out", "export")
+    ended = run_mmv("convert", "--to", "hf", *model, "--out", "export")
     assert ended.code == 0, ended.err
-    described = here("info", "export", "--json").json
+    described = run_mmv("info", "export", "--json").json
     assert (described["kind"], described["tokens_per_image"], described["projector"]) == ("hf", 16, "mlp")
     assert "torchvision" in (project / "export" / "README.md").read_text()
-    data = ("--data", place().data("sft"), "--images", place().images("sft"), "--limit", 4, "--device", "cpu")
-    ours, theirs = (here("eval", *words, *data, "--json").json for words in (model, ("--model", "export")))
+    data = ("--data", tiny_data().data("sft"), "--images", tiny_data().images("sft"), "--limit", 4, "--device", "cpu")
+    ours, theirs = (run_mmv("eval", *words, *data, "--json").json for words in (model, ("--model", "export")))
     for key in ("model", "seconds"):
         del ours[key], theirs[key]
     assert ours == theirs
 
 
 def test_gguf_cannot_hold_it_and_says_so_in_one_line(project):
-    ended = here("convert", "--to", "gguf", "--model", "parts/whole.pth", "--out", project / "export")
+    ended = run_mmv("convert", "--to", "gguf", "--model", "parts/whole.pth", "--out", project / "export")
     assert "parts/whole.pth has the vision tower 'siglip_vision_model' and the projector 'mlp'" in ended.error
     assert (
         "--to gguf can hold clip_vision_model with linear — `mmv convert --to safetensors` can hold any" in ended.error
@@ -97,7 +97,7 @@ def test_gguf_cannot_hold_it_and_says_so_in_one_line(project):
 
 def test_what_is_missing_is_named_with_the_command_of_its_generation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ended = here("train", "sft", "--preset", "3v")
+    ended = run_mmv("train", "sft", "--preset", "3v")
     assert ended.code == 1
     for command in ("mmv download clip --preset 3v", "mmv download tokenizer --preset 3v", "mmv download dataset",
                     "mmv download lm --preset 3v"):  # fmt: skip
@@ -106,19 +106,19 @@ def test_what_is_missing_is_named_with_the_command_of_its_generation(tmp_path, m
 
 
 def test_doctor_reports_the_files_of_a_preset(project):
-    report = here("doctor", "--preset", "3v", "--json").json
+    report = run_mmv("doctor", "--preset", "3v", "--json").json
     assert report["vision model"] == f"found, {VISION_3V_DIR / 'config.json'}"
     assert report["tokenizer"] == f"found, {TOKENIZER_3V_DIR / 'tokenizer.json'}"
     assert "out/llm_768.pth — `mmv download lm --preset 3v`" in report["language model"]
     assert "train pretrain --preset 3v" in report["pretrained weights"]
-    assert here("doctor", "--preset", "small", "--json").json == here("doctor", "--json").json
-    assert here("doctor", "--preset", "4v").code == 2
+    assert run_mmv("doctor", "--preset", "small", "--json").json == run_mmv("doctor", "--json").json
+    assert run_mmv("doctor", "--preset", "4v").code == 2
 
 
 def test_lists_name_both_presets_where_only_a_name_is_known(project):
     for name in ("sft_vlm_768.pth", "llm_768.pth", "lm_512.pth"):
         shutil.copy(project / "parts" / "whole.pth", project / "out" / name)
-    entries = here("runs", "out", "--json").json
+    entries = run_mmv("runs", "out", "--json").json
     models = {entry["name"]: entry["model"] for entry in entries["runs"]}
     assert models["sft_vlm_768.pth"] == models["llm_768.pth"] == "base or 3v"
     assert models["lm_512.pth"] == "small"

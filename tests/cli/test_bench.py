@@ -4,13 +4,13 @@ import pytest
 
 from minimind_v.core import bench
 from minimind_v.core.bench import _limit
-from tests.cli.harness import here
+from tests.cli.harness import run_mmv
 
 
 def test_bench_for_a_program(monkeypatch):
     monkeypatch.setattr(bench, "SIDE", 256)
     monkeypatch.setattr(bench, "NEW_TOKENS", 8)
-    rates = here("bench", "--preset", "demo", "--device", "cpu", "--json").json
+    rates = run_mmv("bench", "--preset", "demo", "--device", "cpu", "--json").json
     assert (rates["preset"], rates["device"], rates["dtype"]) == ("demo", "cpu", "float32")
     names = ("matmul_gflops", "clip_pictures", "decoded_pictures", "samples_first_epoch", "samples_later", "tokens")
     assert all(rates[name] > 0 for name in names)
@@ -21,15 +21,15 @@ def test_bench_for_a_program(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("looking", "learning", "data", "limit"),
+    ("encoding", "training", "data", "limit"),
     [(3, 1, 0.1, "encoding images: 75%"), (1, 3, 0.1, "the language model: 75%"), (1, 1, 2.5, "decoding")],
 )
-def test_what_limits(looking, learning, data, limit):
-    assert _limit(looking, learning, data).startswith(limit)
+def test_what_limits(encoding, training, data, limit):
+    assert _limit(encoding, training, data).startswith(limit)
 
 
 def test_mistakes():
-    ended = here("bench", "--preset", "smal")
+    ended = run_mmv("bench", "--preset", "smal")
     assert ended.code == 2
     assert "did you mean 'small'" in ended.err
-    assert here("bench", "--device", "toaster").code == 2
+    assert run_mmv("bench", "--device", "toaster").code == 2

@@ -9,7 +9,7 @@ import pytest
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
-from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, here, installed, sighted_model, tokenizer
+from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, installed, run_mmv, sighted_model, tokenizer
 from tests.tokenizers_made import thinking_tokenizer
 
 QUESTION = "What colour is the star?"
@@ -18,15 +18,15 @@ QUESTION = "What colour is the star?"
 @pytest.fixture
 def ask(sighted):
     def run(*args, code=0, stdin=b""):
-        ended = here("chat", "--model", sighted, *SIGHT, "--max-new-tokens", 20, *args, stdin=stdin)
+        ended = run_mmv("chat", "--model", sighted, *SIGHT, "--max-new-tokens", 20, *args, stdin=stdin)
         assert ended.code == code, ended.err
         return ended
 
     return run
 
 
-def test_the_installed_command_answers_on_stdout(ask, sighted, place):
-    args = (QUESTION, "--image", place.picture(), "--greedy")
+def test_the_installed_command_answers_on_stdout(ask, sighted, tiny_data):
+    args = (QUESTION, "--image", tiny_data.picture(), "--greedy")
     ended = installed("chat", "--model", sighted, *SIGHT, *args)
     assert ended.code == 0, ended.err
     assert ended.err == ""
@@ -34,11 +34,11 @@ def test_the_installed_command_answers_on_stdout(ask, sighted, place):
     assert ended.out.endswith("\n")
 
 
-def test_json_is_one_object_with_the_answer(ask, place):
-    answer = ask(QUESTION, "--image", place.picture(), "--greedy", "--json").json
+def test_json_is_one_object_with_the_answer(ask, tiny_data):
+    answer = ask(QUESTION, "--image", tiny_data.picture(), "--greedy", "--json").json
     assert answer["prompt"] == QUESTION
-    assert answer["images"] == [str(place.picture())]
-    assert answer["answer"] + "\n" == ask(QUESTION, "--image", place.picture(), "--greedy").out
+    assert answer["images"] == [str(tiny_data.picture())]
+    assert answer["answer"] + "\n" == ask(QUESTION, "--image", tiny_data.picture(), "--greedy").out
     assert 0 < answer["tokens"] <= 20
     assert 0 < answer["seconds_to_first_token"] <= answer["seconds"]
 
@@ -64,19 +64,19 @@ def test_an_answer_is_no_longer_than_wished(ask):
     assert ask(QUESTION, "--max-new-tokens", 1, "--greedy", "--json").json["tokens"] == 1
 
 
-def test_what_the_picture_shows_reaches_the_model(place):
+def test_what_the_picture_shows_reaches_the_model(tiny_data):
     """Not on what is right: the projector of these weights has learnt nothing."""
     session = Session(sighted_model(), tokenizer(), GREEDY)
     caches = []
     for number in (0, 1):
         session.restart()
-        "".join(session.ask(QUESTION, [place.picture(number)], 1))
+        "".join(session.ask(QUESTION, [tiny_data.picture(number)], 1))
         caches.append(session.cache.values.clone())
     assert (caches[0] - caches[1]).abs().max() > 1e-3
 
 
-def test_several_pictures_and_marks_that_place_them(ask, place):
-    two = ("--image", place.picture(0), "--image", place.picture(1), "--greedy", "--json")
+def test_several_pictures_and_marks_that_place_them(ask, tiny_data):
+    two = ("--image", tiny_data.picture(0), "--image", tiny_data.picture(1), "--greedy", "--json")
     front = ask("Which is bigger?", *two).json
     assert len(front["images"]) == 2
     assert ask("<image>\n<image>\nWhich is bigger?", *two).json["answer"] == front["answer"]
@@ -84,33 +84,33 @@ def test_several_pictures_and_marks_that_place_them(ask, place):
 
 
 @pytest.mark.parametrize(("marks", "pictures"), [(1, 0), (2, 1), (1, 2)])
-def test_marks_and_pictures_must_be_as_many(ask, place, marks, pictures):
-    images = [word for number in range(pictures) for word in ("--image", place.picture(number))]
+def test_marks_and_pictures_must_be_as_many(ask, tiny_data, marks, pictures):
+    images = [word for number in range(pictures) for word in ("--image", tiny_data.picture(number))]
     line = ask("<image>" * marks + "?", *images, code=2).error
     assert line == f"the question has {marks} <image> marks for {pictures} pictures"
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (b"<!DOCTYPE html><html>", "an HTML page"),
         (b"", "cannot be decoded"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
     ],
 )
-def test_a_file_that_is_no_picture_is_told(ask, tmp_path, content, words):
+def test_a_file_that_is_no_picture_is_reported(ask, tmp_path, content, message):
     (tmp_path / "dog.jpg").write_bytes(content)
     line = ask(QUESTION, "--image", tmp_path / "dog.jpg", code=1).error
     assert f"{tmp_path / 'dog.jpg'}: " in line
-    assert words in line
+    assert message in line
 
 
-def test_a_cut_picture_is_told(ask, place, tmp_path):
-    (tmp_path / "dog.jpg").write_bytes(place.picture().read_bytes()[:500])
+def test_a_cut_picture_is_reported(ask, tiny_data, tmp_path):
+    (tmp_path / "dog.jpg").write_bytes(tiny_data.picture().read_bytes()[:500])
     assert "cannot be decoded" in ask(QUESTION, "--image", tmp_path / "dog.jpg", code=1).error
 
 
-def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
+def test_a_picture_that_does_not_exist_is_reported(ask, tmp_path):
     assert ask(QUESTION, "--image", "dog.jpg", code=1).error == "no image file at dog.jpg"
     assert ask(QUESTION, "--image", tmp_path, code=1).error == f"{tmp_path} is a folder — name an image file in it"
     (tmp_path / "cat.JPG").touch()
@@ -121,21 +121,21 @@ def test_a_picture_that_is_not_there_is_told(ask, tmp_path):
     assert "File name too long" in ask("dog.jpg", "--image", QUESTION * 50, code=1).error  # the two mixed up
 
 
-def test_all_pictures_that_are_not_there_are_told_at_once(ask, place, tmp_path):
-    line = ask(QUESTION, "--image", "a.jpg", "--image", place.picture(), "--image", tmp_path, code=1).error
+def test_all_missing_pictures_are_reported_at_once(ask, tiny_data, tmp_path):
+    line = ask(QUESTION, "--image", "a.jpg", "--image", tiny_data.picture(), "--image", tmp_path, code=1).error
     assert line == f"2 inputs are missing: no image file at a.jpg; {tmp_path} is a folder — name an image file in it"
     assert "--image is empty" in ask(QUESTION, "--image", "", code=2).error
 
 
-def test_a_missing_picture_is_told_with_all_else_that_is_missing(monkeypatch, tmp_path):
+def test_a_missing_picture_is_reported_with_all_other_missing_inputs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    error = here("chat", QUESTION, "--image", "a.jpg").error
+    error = run_mmv("chat", QUESTION, "--image", "a.jpg").error
     assert error.startswith("4 inputs are missing: no image file at a.jpg; no trained weights in out")
 
 
-def test_an_address_is_read_or_refused(ask, place, tmp_path):
+def test_an_address_is_read_or_refused(ask, tiny_data, tmp_path):
     picture = tmp_path / "a dog's 100% ä.jpg"
-    picture.write_bytes(place.picture().read_bytes())
+    picture.write_bytes(tiny_data.picture().read_bytes())
     expected = ask(QUESTION, "--image", picture, "--greedy").out
     inline = "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()
     for address in (picture.as_uri(), picture.as_uri().replace("file://", "file://localhost"), inline):
@@ -152,18 +152,18 @@ def test_an_address_is_read_or_refused(ask, place, tmp_path):
     assert len(damaged) < 300
 
 
-def test_without_a_picture_it_says_so_once(ask, place):
+def test_without_a_picture_it_says_so_once(ask, tiny_data):
     assert (
         ask(QUESTION, "--greedy").err == "no image: the model answers from the text alone (add one with --image FILE)\n"
     )
-    assert ask(QUESTION, "--greedy", "--image", place.picture()).err == ""
+    assert ask(QUESTION, "--greedy", "--image", tiny_data.picture()).err == ""
     assert ask(QUESTION, "--greedy", "--json").err == ""
 
 
-def test_a_picture_in_the_place_of_the_question_is_offered_as_one(ask, place, tmp_path, monkeypatch):
+def test_a_picture_given_as_the_question_is_offered_as_one(ask, tiny_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my dog.jpg", "plain", "other.jpg"):
-        (tmp_path / name).write_bytes(place.picture().read_bytes())
+        (tmp_path / name).write_bytes(tiny_data.picture().read_bytes())
     (tmp_path / "notes").write_text("no picture")
     for name, quoted in (("my dog.jpg", "'my dog.jpg'"), ("plain", "plain"), ("nowhere.PNG", "nowhere.PNG")):
         line = ask(name, "--image", "other.jpg", code=2).error
@@ -182,7 +182,7 @@ def test_a_question_is_needed(ask):
         assert "Traceback" not in ended.err
 
 
-def test_a_question_that_is_no_text_is_told(ask):
+def test_a_question_that_is_no_text_is_reported(ask):
     assert ask(code=2, stdin=b"\xff\xfe\x00\x01").error == "the question on stdin is not UTF-8 text"
     assert ask("What is \udcff?", code=1).error
 
@@ -192,7 +192,7 @@ def test_an_empty_question_is_still_a_question(ask):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
+    ("option", "value", "message"),
     [
         ("--temperature", -1, "--temperature must be at least 0"),
         ("--temperature", "nan", "--temperature must be at least 0"),
@@ -204,17 +204,17 @@ def test_an_empty_question_is_still_a_question(ask):
         ("--device", "gpu", "--device gpu"),
     ],
 )
-def test_a_wrong_value_is_refused(ask, option, value, words):
-    assert words in ask(QUESTION, option, value, code=2).error
+def test_a_wrong_value_is_refused(ask, option, value, message):
+    assert message in ask(QUESTION, option, value, code=2).error
 
 
-def test_a_question_longer_than_the_context_is_told(ask):
+def test_a_question_longer_than_the_context_is_reported(ask):
     assert "longer than 4096 tokens" in ask("star " * 5000, code=2).error
 
 
 def test_without_weights_the_commands_that_make_them_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ended = here("chat", QUESTION)
+    ended = run_mmv("chat", QUESTION)
     assert ended.code == 1
     assert "`mmv train pretrain`, `mmv train sft`" in ended.error
 
@@ -226,7 +226,7 @@ def test_without_options_the_standard_folders_are_used(tmp_path, monkeypatch, si
     (tmp_path / "out").mkdir()
     shutil.copy(sighted, "out/sft_vlm_128.pth")
     shutil.copy(BASE, "out/lm_128.pth")  # newer, and nothing to talk to
-    ended = here("chat", QUESTION, "--greedy", "--max-new-tokens", 20)
+    ended = run_mmv("chat", QUESTION, "--greedy", "--max-new-tokens", 20)
     assert ended.code == 0, ended.err
     assert ended.out == ask(QUESTION, "--greedy").out
 
@@ -238,14 +238,14 @@ def test_with_nothing_else_the_model_of_the_demo_is_used_and_named(tmp_path, mon
     shutil.copy(ASSETS / "tokenizer.json", demo / "model")
     (demo / "out").mkdir()
     shutil.copy(sighted, demo / "out")
-    ended = here("chat", QUESTION, "--greedy", "--max-new-tokens", 20)
+    ended = run_mmv("chat", QUESTION, "--greedy", "--max-new-tokens", 20)
     assert (ended.code, ended.out) == (0, ask(QUESTION, "--greedy").out)
-    said = "no trained weights in out: using the demo's model, demo/out/sft_vlm_128.pth\n"
-    assert ended.err.startswith(said)
-    assert here("convert", "--to", "safetensors", "--out", "w.safetensors").code == 0
+    message = "no trained weights in out: using the demo's model, demo/out/sft_vlm_128.pth\n"
+    assert ended.err.startswith(message)
+    assert run_mmv("convert", "--to", "safetensors", "--out", "w.safetensors").code == 0
     shutil.copytree(demo / "out", "out")
     shutil.copytree(demo / "model", "model")
-    assert said not in here("chat", QUESTION, "--greedy", "--max-new-tokens", 20).err
+    assert message not in run_mmv("chat", QUESTION, "--greedy", "--max-new-tokens", 20).err
 
 
 def test_a_text_only_base_is_refused(ask):
@@ -258,11 +258,13 @@ def test_a_text_only_base_is_refused(ask):
 @pytest.fixture
 def thinker(monkeypatch, tmp_path):
     """A model that reasons: `thinker(text)` makes `mmv chat` draw the tokens of a text."""
-    words = Tokenizer.load(thinking_tokenizer(tmp_path / "thinking"))
+    vocabulary = Tokenizer.load(thinking_tokenizer(tmp_path / "thinking"))
 
     def draw(text):
-        ids = [*words.backend.encode(text, add_special_tokens=False).ids, words.eos_id]
-        loaded = SimpleNamespace(model=sighted_model(), tokenizer=words, checkpoint=SimpleNamespace(path="weights"))
+        ids = [*vocabulary.backend.encode(text, add_special_tokens=False).ids, vocabulary.eos_id]
+        loaded = SimpleNamespace(
+            model=sighted_model(), tokenizer=vocabulary, checkpoint=SimpleNamespace(path="weights")
+        )
         monkeypatch.setattr("minimind_v.cli.options.load", lambda *args: loaded)
         monkeypatch.setattr("minimind_v.core.generate.session.Sampler", lambda sampling: lambda logits: ids.pop(0))
 

@@ -54,7 +54,7 @@ def talk(sighted, tmp_path):
     return Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12)
 
 
-def test_a_conversation_from_the_first_word_to_the_last(talk, place, tmp_path):
+def test_a_conversation_from_the_first_word_to_the_last(talk, tiny_data, tmp_path):
     assert "/image FILE adds an image" in talk.seen
     first = talk.type("有几个物体？")
     assert first
@@ -63,16 +63,16 @@ def test_a_conversation_from_the_first_word_to_the_last(talk, place, tmp_path):
     assert talk.type("/new") == "a new conversation without images"
     assert f"{BLIND}\n{talk.type('有几个物体？')}" == first  # the conversation was forgotten, and that is said once
     talk.type("/new")
-    assert talk.type(f"/image {place.picture()}") == f"for the next question: {place.picture()}"
-    seen = talk.type("What colour is the star?")
-    assert seen
+    assert talk.type(f"/image {tiny_data.picture()}") == f"for the next question: {tiny_data.picture()}"
+    answer = talk.type("What colour is the star?")
+    assert answer
     assert talk.type("") == ""
     assert "/quit ends" in talk.type("/help")
     assert talk.leave() == 0
     assert "Traceback" not in talk.seen
 
 
-def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path, monkeypatch):
+def test_what_cannot_be_taken_spoils_one_question_only(sighted, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as where a language is set
     talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12)
     assert talk.type("/image nowhere.jpg") == "no image file at nowhere.jpg"
@@ -88,12 +88,12 @@ def test_what_cannot_be_taken_spoils_one_question_only(sighted, place, tmp_path,
     assert talk.leave("\x04") == 0  # Ctrl-D
 
 
-def test_a_picture_that_is_named_first_is_read_before_the_first_question(sighted, place, tmp_path):
-    talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--image", place.picture())
+def test_a_picture_that_is_named_first_is_read_before_the_first_question(sighted, tiny_data, tmp_path):
+    talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--image", tiny_data.picture())
     asked = talk.type("What colour is the star?")
-    dropped = f"removed: {place.picture()} — add one again with /image FILE"
+    dropped = f"removed: {tiny_data.picture()} — add one again with /image FILE"
     assert talk.type("/new") == f"a new conversation without images; {dropped}"
-    talk.type(f"/image {place.picture()}")
+    talk.type(f"/image {tiny_data.picture()}")
     assert talk.type("What colour is the star?") == asked
     assert talk.leave() == 0
     refused = Conversation(tmp_path, "--model", sighted, "--image", "dog.jpg")
@@ -102,12 +102,12 @@ def test_a_picture_that_is_named_first_is_read_before_the_first_question(sighted
     assert "you> " not in refused.seen
 
 
-def test_what_a_terminal_drops_is_taken(talk, place, tmp_path, monkeypatch):
+def test_what_a_terminal_drops_is_taken(talk, tiny_data, tmp_path, monkeypatch):
     """Quotes, backslashes, addresses, spaces behind, and several at once."""
     names = ["a dog's.jpg", "ä 100%.jpg", "plain.jpg"]
     first, second, third = paths = [tmp_path / name for name in names]
     for number, path in enumerate(paths):
-        path.write_bytes(place.picture(number % 2).read_bytes())
+        path.write_bytes(tiny_data.picture(number % 2).read_bytes())
     escaped = str(first).replace(" ", "\\ ").replace("'", "\\'")
     for dropped in (f"{first}", shlex.quote(str(first)) + " ", escaped + "  ", f'"{first}"', first.as_uri()):
         assert talk.type(f"/image {dropped}").startswith("for the next question: ")
@@ -123,12 +123,12 @@ def test_what_a_terminal_drops_is_taken(talk, place, tmp_path, monkeypatch):
     assert talk.leave() == 0
 
 
-def test_pictures_typed_as_a_question_are_offered(talk, place):
-    offer = talk.type(f"'{place.picture(0)}' ")
+def test_pictures_typed_as_a_question_are_offered(talk, tiny_data):
+    offer = talk.type(f"'{tiny_data.picture(0)}' ")
     assert "an image, not a question" in offer
-    talk.type(place.picture(1).as_uri())  # a drop of several comes line by line
+    talk.type(tiny_data.picture(1).as_uri())  # a drop of several comes line by line
     added = talk.type("")
-    assert added == f"for the next question: {place.picture(0)}, {place.picture(1)}"
+    assert added == f"for the next question: {tiny_data.picture(0)}, {tiny_data.picture(1)}"
     assert talk.type("") == ""
     assert "an image, not a question" in talk.type("nowhere.jpg")
     assert talk.type("nowhere.jpg") != talk.type("/image")  # asked as it stands
@@ -138,20 +138,22 @@ def test_pictures_typed_as_a_question_are_offered(talk, place):
     assert talk.leave() == 0
 
 
-def test_a_question_that_was_not_read_leaves_its_pictures_waiting(talk, place):
-    talk.type(f"/image {place.picture()}")
+def test_a_question_that_was_not_read_leaves_its_pictures_waiting(talk, tiny_data):
+    talk.type(f"/image {tiny_data.picture()}")
     assert talk.type("<image> or <image>?") == "the question has 2 <image> marks for 1 pictures"
-    assert talk.type("/image").endswith(f"for the next question: {place.picture()}")
+    assert talk.type("/image").endswith(f"for the next question: {tiny_data.picture()}")
     assert "marks" not in talk.type("What is it?")
-    assert talk.type("/image").endswith(f"in the conversation: {place.picture()}")
+    assert talk.type("/image").endswith(f"in the conversation: {tiny_data.picture()}")
     assert talk.leave() == 0
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_a_posix_locale_takes_any_words(sighted, place, tmp_path, monkeypatch, encoding):
+def test_a_posix_locale_takes_any_words(sighted, tiny_data, tmp_path, monkeypatch, encoding):
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
-    talk = Conversation(tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12, "--image", place.picture())
+    talk = Conversation(
+        tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 12, "--image", tiny_data.picture()
+    )
     assert "UTF-8" not in talk.type("有几个物体？")
     assert "in the conversation" in talk.type("/image")
     assert talk.leave() == 0

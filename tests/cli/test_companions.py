@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minimind_v.core.demo.dataset import write_sft
 from minimind_v.core.paths import TOKENIZER_DIR, VISION_DIR
-from tests.cli.harness import ASSETS, BASE, EYE, here
+from tests.cli.harness import ASSETS, BASE, EYE, run_mmv
 
 WEIGHTS = "runs/sft_vlm_128"
 NAMED = ("--vision-model", "eyes/small", "--tokenizer", "words")
@@ -26,7 +26,7 @@ def template(tmp_path_factory):
     write_sft(folder / "rows", random.Random(5), 40)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        trained = here(
+        trained = run_mmv(
             *("train", "sft", "--preset", "demo", "--data", "rows/sft_data.jsonl", *NAMED, "--init", "none"),
             *("--out", "runs", "--max-steps", 2, "--val-every", 1, "--device", "cpu", "--workers", 0),
         )
@@ -43,10 +43,10 @@ def project(template, tmp_path, monkeypatch):
 
 
 def ask(model, *args):
-    return here("chat", "--model", model, "--greedy", "--max-new-tokens", 12, *args, "How many objects are there?")
+    return run_mmv("chat", "--model", model, "--greedy", "--max-new-tokens", 12, *args, "How many objects are there?")
 
 
-def other_eye(folder):
+def other_tower(folder):
     """A vision model of the same sizes, which computes something else."""
     shutil.copytree(EYE, folder, dirs_exist_ok=True)
     tensors = load_file(folder / "model.safetensors")
@@ -56,10 +56,10 @@ def other_eye(folder):
 def other_words(folder):
     """A tokenizer of the same size, of which two tokens have changed places."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
-    vocab = told["model"]["vocab"]
+    content = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (folder / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.parametrize("ending", [".pth", "_best.pth"])
@@ -82,14 +82,14 @@ def test_it_is_the_same_from_anywhere_and_after_a_move(project, tmp_path, monkey
 
 def test_every_command_finds_them(project):
     model = ("--model", f"{WEIGHTS}.pth")
-    assert here("eval", *model, "--data", "rows/sft_data.jsonl", "--json").json["rows"] == 40
-    assert here("convert", *model, "--to", "hf", "--out", "hf", "--no-verify").code == 0
-    assert here("convert", *model, "--to", "safetensors", "--out", "deep/er/w.safetensors").code == 0
+    assert run_mmv("eval", *model, "--data", "rows/sft_data.jsonl", "--json").json["rows"] == 40
+    assert run_mmv("convert", *model, "--to", "hf", "--out", "hf", "--no-verify").code == 0
+    assert run_mmv("convert", *model, "--to", "safetensors", "--out", "deep/er/w.safetensors").code == 0
     assert ask("deep/er/w.safetensors").out == ask(f"{WEIGHTS}.pth").out
-    assert here("convert", "--model", "deep/er/w.safetensors", "--to", "pth").code == 0
+    assert run_mmv("convert", "--model", "deep/er/w.safetensors", "--to", "pth").code == 0
     assert ask("deep/er/w.pth").out == ask(f"{WEIGHTS}.pth").out
-    found = here("info", f"{WEIGHTS}.pth", "--json").json
-    assert (found["vision_model"], found["tokenizer"]) == ("eyes/small", "words")
+    report = run_mmv("info", f"{WEIGHTS}.pth", "--json").json
+    assert (report["vision_model"], report["tokenizer"]) == ("eyes/small", "words")
 
 
 def test_the_config_of_the_run_is_enough(project, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_the_config_of_the_run_is_enough(project, tmp_path, monkeypatch):
 
 def test_others_in_the_standard_folders_are_left_alone(project):
     expected = ask(f"{WEIGHTS}.pth").out
-    other_eye(project / VISION_DIR)
+    other_tower(project / VISION_DIR)
     other_words(project / TOKENIZER_DIR)
     assert ask(f"{WEIGHTS}.pth").out == expected
 
@@ -120,24 +120,24 @@ def test_the_standard_folders_serve_where_they_hold_the_same(project):
 
 
 @pytest.mark.parametrize(
-    ("make", "place", "words"),
+    ("make", "folder", "message"),
     [
-        (other_eye, "eyes/small", "with a different vision model than eyes/small — .* --vision-model"),
+        (other_tower, "eyes/small", "with a different vision model than eyes/small — .* --vision-model"),
         (other_words, "words", "with a different tokenizer than words — .* --tokenizer"),
     ],
 )
-def test_others_of_the_same_size_are_refused_unless_they_are_named(project, make, place, words):
-    make(project / place)
+def test_others_of_the_same_size_are_refused_unless_they_are_named(project, make, folder, message):
+    make(project / folder)
     ended = ask(f"{WEIGHTS}.pth")
     assert ended.code == 1
-    assert re.search(words, ended.error)
+    assert re.search(message, ended.error)
     named = ask(f"{WEIGHTS}.pth", *NAMED)
     assert named.code == 0
-    assert f"was trained with a different {'vision model' if make is other_eye else 'tokenizer'}" in named.err
+    assert f"was trained with a different {'vision model' if make is other_tower else 'tokenizer'}" in named.err
 
 
 def test_others_in_the_standard_folders_are_refused_where_the_own_ones_are_gone(project):
-    other_eye(project / VISION_DIR)
+    other_tower(project / VISION_DIR)
     shutil.rmtree("eyes")
     ended = ask(f"{WEIGHTS}.pth")
     assert ended.code == 1
@@ -149,8 +149,8 @@ def test_both_that_are_gone_are_named_at_once(project):
         shutil.rmtree(folder)
     ended = ask(f"{WEIGHTS}.pth")
     assert ended.code == 1
-    for words in ("eyes/small — give its folder with --vision-model", "words — give its folder with --tokenizer"):
-        assert words in ended.error
+    for message in ("eyes/small — give its folder with --vision-model", "words — give its folder with --tokenizer"):
+        assert message in ended.error
 
 
 def test_what_an_older_run_had_is_replaced_only_in_words(project):
@@ -177,6 +177,6 @@ def test_weights_of_unknown_origin_use_the_standard_folders_of_their_project(pro
 
 
 def test_an_exported_folder_that_one_stands_in_is_read(project, monkeypatch):
-    assert here("convert", "--model", f"{WEIGHTS}.pth", "--to", "hf", "--out", "hf", "--no-verify").code == 0
+    assert run_mmv("convert", "--model", f"{WEIGHTS}.pth", "--to", "hf", "--out", "hf", "--no-verify").code == 0
     monkeypatch.chdir(project / "hf")
     assert ask(".").code == 0

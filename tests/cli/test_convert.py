@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from tests.cli.harness import SIGHT, here, tree
+from tests.cli.harness import SIGHT, run_mmv, tree
 
 
 @pytest.fixture
@@ -18,11 +18,11 @@ def source(sighted, tmp_path):
 
 
 def test_there_and_back_again_gives_the_same_bits(source, tmp_path):
-    first = here("convert", "--to", "safetensors", "--model", source)
+    first = run_mmv("convert", "--to", "safetensors", "--model", source)
     assert first.code == 0, first.err
     assert "largest difference 0" in first.err
     back = tmp_path / "back.pth"
-    assert here("convert", "--to", "pth", "--model", source.with_suffix(".safetensors"), "--out", back).code == 0
+    assert run_mmv("convert", "--to", "pth", "--model", source.with_suffix(".safetensors"), "--out", back).code == 0
     before, after = (torch.load(path, weights_only=True) for path in (source, back))
     assert before.keys() == after.keys()
     assert all(
@@ -33,9 +33,9 @@ def test_there_and_back_again_gives_the_same_bits(source, tmp_path):
 
 
 def test_the_converted_file_answers_as_its_source(source):
-    assert here("convert", "--to", "safetensors", "--model", source).code == 0
+    assert run_mmv("convert", "--to", "safetensors", "--model", source).code == 0
     answers = [
-        here("chat", "What colour is the star?", "--model", path, *SIGHT, "--greedy", "--max-new-tokens", 8).out
+        run_mmv("chat", "What colour is the star?", "--model", path, *SIGHT, "--greedy", "--max-new-tokens", 8).out
         for path in (source, source.with_suffix(".safetensors"))
     ]
     assert answers[0] == answers[1] != "\n"
@@ -44,7 +44,7 @@ def test_the_converted_file_answers_as_its_source(source):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_type_can_be_chosen(source, tmp_path, dtype):
     out = tmp_path / "other.safetensors"
-    ended = here("convert", "--to", "safetensors", "--model", source, "--dtype", dtype, "--out", out)
+    ended = run_mmv("convert", "--to", "safetensors", "--model", source, "--dtype", dtype, "--out", out)
     assert ended.code == 0, ended.err
     assert {tensor.dtype for tensor in read_checkpoint(out).tensors.values()} == {getattr(torch, dtype)}
     assert ("largest difference 0\n" in ended.err) == (dtype != "bfloat16")
@@ -55,7 +55,7 @@ def test_a_value_too_large_for_the_type_is_refused(source, tmp_path):
     state["model.norm.weight"] = state["model.norm.weight"].float() + 1e5
     torch.save(state, tmp_path / "large.pth")
     out = tmp_path / "half.safetensors"
-    ended = here(
+    ended = run_mmv(
         "convert", "--to", "safetensors", "--model", tmp_path / "large.pth", "--dtype", "float16", "--out", out
     )
     assert ended.code == 1
@@ -68,7 +68,7 @@ def test_tensors_that_are_views_can_be_written(source, tmp_path):
     name = "model.layers.0.self_attn.o_proj.weight"
     state[name] = state[name].t()
     torch.save(state, tmp_path / "turned.pth")
-    assert here("convert", "--to", "safetensors", "--model", tmp_path / "turned.pth").code == 0
+    assert run_mmv("convert", "--to", "safetensors", "--model", tmp_path / "turned.pth").code == 0
     assert torch.equal(read_checkpoint(tmp_path / "turned.safetensors").tensors[name], state[name])
 
 
@@ -76,17 +76,17 @@ def test_nothing_is_replaced_unasked(source, tmp_path):
     target = tmp_path / "other.safetensors"
     target.write_text("mine")
     args = ("convert", "--to", "safetensors", "--model", source, "--out", target)
-    refused = here(*args)
+    refused = run_mmv(*args)
     assert refused.code == 2
     assert f"{target} already exists — add --overwrite" in refused.error
     assert target.read_text() == "mine"
-    assert here(*args, "--overwrite").code == 0
+    assert run_mmv(*args, "--overwrite").code == 0
     assert read_checkpoint(target).stage == "sft"
 
 
 def test_a_json_of_somebody_else_is_not_replaced_either(source, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    refused = here("convert", "--to", "pth", "--model", source, "--out", tmp_path / "config.pth")
+    refused = run_mmv("convert", "--to", "pth", "--model", source, "--out", tmp_path / "config.pth")
     assert refused.code == 2
     assert f"{tmp_path / 'config.json'} already exists" in refused.error
     assert (tmp_path / "config.json").read_text() == "{}"
@@ -94,7 +94,7 @@ def test_a_json_of_somebody_else_is_not_replaced_either(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (["--to", "pth"], "is the source"),
         (["--to", "pth", "--overwrite"], "is the source"),
@@ -102,11 +102,11 @@ def test_a_json_of_somebody_else_is_not_replaced_either(source, tmp_path):
         (["--to", "safetensors", "--out", "x"], "--out x must end with .safetensors"),
     ],
 )
-def test_a_target_that_makes_no_sense_is_refused(source, tmp_path, args, words):
+def test_a_target_that_makes_no_sense_is_refused(source, tmp_path, args, message):
     before = source.read_bytes()
-    refused = here("convert", "--model", source, *args)
+    refused = run_mmv("convert", "--model", source, *args)
     assert refused.code == 2
-    assert words in refused.error
+    assert message in refused.error
     assert source.read_bytes() == before
     assert tree(tmp_path) == ["sft_vlm_128.json", "sft_vlm_128.pth"]
 
@@ -119,30 +119,30 @@ def test_a_damaged_source_leaves_nothing_behind(source, tmp_path, to, damage):
     if content is not None:
         broken.write_bytes(content)
     before = tree(tmp_path)
-    refused = here("convert", "--to", to, "--model", broken, "--out", tmp_path / f"out.{to}")
+    refused = run_mmv("convert", "--to", to, "--model", broken, "--out", tmp_path / f"out.{to}")
     assert refused.code == 1
     assert str(broken) in refused.error
     assert tree(tmp_path) == before
 
 
 def test_a_folder_that_does_not_exist_is_made_and_a_file_is_none(source, tmp_path):
-    assert here("convert", "--to", "pth", "--model", source, "--out", tmp_path / "new" / "w.pth").code == 0
-    refused = here("convert", "--to", "pth", "--model", source, "--out", source / "w.pth")
+    assert run_mmv("convert", "--to", "pth", "--model", source, "--out", tmp_path / "new" / "w.pth").code == 0
+    refused = run_mmv("convert", "--to", "pth", "--model", source, "--out", source / "w.pth")
     assert refused.code == 1
     assert "w.pth: cannot be written (" in refused.error
 
 
 def test_unknown_formats_and_types_are_usage(source):
     for args in (["--to", "onnx"], ["--to", "pth", "--dtype", "int4"], []):
-        assert here("convert", "--model", source, *args).code == 2
+        assert run_mmv("convert", "--model", source, *args).code == 2
 
 
 def test_without_a_model_the_latest_of_the_standard_folder_is_taken(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused = here("convert", "--to", "safetensors")
+    refused = run_mmv("convert", "--to", "safetensors")
     assert refused.code == 1
     assert "no trained weights in out" in refused.error
     (tmp_path / "out").mkdir()
     shutil.copy(source, tmp_path / "out")
-    assert here("convert", "--to", "safetensors").code == 0
+    assert run_mmv("convert", "--to", "safetensors").code == 0
     assert (tmp_path / "out" / "sft_vlm_128.safetensors").exists()

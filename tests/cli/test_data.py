@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from minimind_v.core.rows.stores import open_rows
-from tests.cli.harness import ROWS, SIGHT, here, installed, place, read_rows, tree, write_rows
+from tests.cli.harness import ROWS, SIGHT, installed, read_rows, run_mmv, tiny_data, tree, write_rows
 
 
 @pytest.fixture
 def broken(tmp_path):
     """The rows of the tiny data, the third of them no JSON, the fifth with a picture that is not there."""
-    rows = read_rows(place().data("sft"))
+    rows = read_rows(tiny_data().data("sft"))
     rows[2] = "{"
     rows[4] = rows[4] | {"image": "none.jpg"}
     rows[7] = rows[6]
@@ -23,14 +23,14 @@ def broken(tmp_path):
 
 
 def test_check_of_whole_rows_by_the_installed_command():
-    ended = installed("data", "check", place().data("sft"), *SIGHT)
+    ended = installed("data", "check", tiny_data().data("sft"), *SIGHT)
     assert ended.code == 0, ended.err
     assert "40 rows, 40 of them usable for training" in ended.out
 
 
 def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
-    line = ("data", "check", broken, "--images", place().images("sft"), *SIGHT)
-    ended = here(*line, "--json", "--fix", tmp_path / "clean.parquet")
+    line = ("data", "check", broken, "--images", tiny_data().images("sft"), *SIGHT)
+    ended = run_mmv(*line, "--json", "--fix", tmp_path / "clean.parquet")
     assert ended.code == 0, "the copy that was asked for is there"
     assert "training would refuse" in ended.err, "two of forty rows are more than training allows"
     assert "error" not in ended.err
@@ -41,15 +41,15 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
     assert all(set(problem) >= {"row", "kind", "message"} for problem in report["problems"])
     assert report["fixed"] == {"files": [str(tmp_path / "clean.parquet")], "rows": 37, "left_out": 3}
     assert len(open_rows(tmp_path / "clean.parquet")) == 37
-    spoken = here(*line)
+    spoken = run_mmv(*line)
     assert spoken.code == 1
     assert "training would refuse these rows: 2 of 40 rows are broken" in spoken.error
-    again = here("data", "check", tmp_path / "clean.parquet", *SIGHT, "--json")
+    again = run_mmv("data", "check", tmp_path / "clean.parquet", *SIGHT, "--json")
     assert again.json["problems"] == []
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (("check", "none.jsonl"), "no data file"),
         (("check", "{rows}", "--tokenizer", "nowhere"), "mmv download tokenizer"),
@@ -62,80 +62,80 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
         (("split", "{rows}", "--out", "parts", "--held-out", "1.5"), "a whole number of rows"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(args, words, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_and_leave_nothing(args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = [str(place().data("sft")) if arg == "{rows}" else arg for arg in args]
-    sight = SIGHT if args[0] == "check" and "--tokenizer" not in args else SIGHT[:2] if args[0] == "check" else ()
-    ended = here("data", *line, *sight)
+    line = [str(tiny_data().data("sft")) if arg == "{rows}" else arg for arg in args]
+    paths = SIGHT if args[0] == "check" and "--tokenizer" not in args else SIGHT[:2] if args[0] == "check" else ()
+    ended = run_mmv("data", *line, *paths)
     assert ended.code in (1, 2)
-    assert words in ended.err
+    assert message in ended.err
     assert "Traceback" not in ended.err
     assert tree(tmp_path) == []
 
 
 def test_names_that_are_no_text(tmp_path):
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
-    there, back = odd / "rows.parquet", odd / "back.jsonl"
-    assert here("data", "convert", place().data("sft"), there).code == 0
-    assert here("data", "convert", there, back, "--json").json["rows"] == ROWS
-    checked = here("data", "check", there, *SIGHT, "--json")
+    converted, back = odd / "rows.parquet", odd / "back.jsonl"
+    assert run_mmv("data", "convert", tiny_data().data("sft"), converted).code == 0
+    assert run_mmv("data", "convert", converted, back, "--json").json["rows"] == ROWS
+    checked = run_mmv("data", "check", converted, *SIGHT, "--json")
     assert checked.json["problems"] == []
-    report = here("data", "split", there, "--out", odd / "parts", "--held-out", "0.5", "--json").json
+    report = run_mmv("data", "split", converted, "--out", odd / "parts", "--held-out", "0.5", "--json").json
     assert report["train"] == str(odd / "parts" / "train.parquet")
 
 
 def test_a_folder_with_the_name_of_a_file_is_no_shard(tmp_path):
     (tmp_path / "rows" / "old.parquet").mkdir(parents=True)
-    here("data", "convert", place().data("sft"), tmp_path / "rows" / "new.parquet")
-    assert here("info", tmp_path / "rows", "--json").json["rows"] == ROWS
+    run_mmv("data", "convert", tiny_data().data("sft"), tmp_path / "rows" / "new.parquet")
+    assert run_mmv("info", tmp_path / "rows", "--json").json["rows"] == ROWS
 
 
 def test_convert_and_split(tmp_path):
     out = tmp_path / "rows.parquet"
-    assert here("data", "convert", place().data("sft"), out, "--json").json == {
+    assert run_mmv("data", "convert", tiny_data().data("sft"), out, "--json").json == {
         "files": [str(out)], "rows": 40, "resumed_at": 0
     }  # fmt: skip
-    again = here("data", "convert", place().data("sft"), out)
+    again = run_mmv("data", "convert", tiny_data().data("sft"), out)
     assert (again.code, "--overwrite" in again.error) == (2, True)
-    report = here("data", "split", out, "--out", tmp_path / "parts", "--held-out", "0.25", "--json").json
+    report = run_mmv("data", "split", out, "--out", tmp_path / "parts", "--held-out", "0.25", "--json").json
     assert (report["train_rows"], report["held_out_rows"]) == (30, 10)
     assert len(open_rows(tmp_path / "parts" / "held_out.parquet")) == 10
 
 
 def test_a_model_trains_and_is_scored_on_parquet(tmp_path):
     data = tmp_path / "rows.parquet"
-    here("data", "convert", place().data("sft"), data)
-    trained = here(*place().train(tmp_path / "out", data=data, images=None, max_steps=2, workers=1))
+    run_mmv("data", "convert", tiny_data().data("sft"), data)
+    trained = run_mmv(*tiny_data().train(tmp_path / "out", data=data, images=None, max_steps=2, workers=1))
     assert trained.code == 0, trained.err
-    scored = here("eval", "--model", tmp_path / "out" / "pretrain_vlm_128.pth", "--data", data, *SIGHT, "--json")
+    scored = run_mmv("eval", "--model", tmp_path / "out" / "pretrain_vlm_128.pth", "--data", data, *SIGHT, "--json")
     assert scored.json["rows"] == 40
-    assert here("info", data, "--json").json["rows"] == 40
+    assert run_mmv("info", data, "--json").json["rows"] == 40
 
 
-def test_text_rows_are_told_as_information(tmp_path):
-    rows = read_rows(place().data("sft"))[:4]
+def test_text_rows_are_reported_as_information(tmp_path):
+    rows = read_rows(tiny_data().data("sft"))[:4]
     for message in rows[1]["conversations"]:
         message["content"] = message["content"].replace("<image>", "")
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    line = ("data", "check", data, "--images", place().images("sft"), *SIGHT)
-    ended = here(*line)
+    line = ("data", "check", data, "--images", tiny_data().images("sft"), *SIGHT)
+    ended = run_mmv(*line)
     assert ended.code == 0, ended.err
     assert "information: 1 of 4 rows have an image but no <image> in their text: text rows" in ended.out
     assert f"{data}:2" in ended.out
-    fixed = here(*line, "--json", "--fix", tmp_path / "clean.parquet").json
+    fixed = run_mmv(*line, "--json", "--fix", tmp_path / "clean.parquet").json
     assert (fixed["text_rows"]["count"], fixed["fixed"]["rows"]) == (1, 4)
 
 
 @pytest.fixture
 def splits(tmp_path):
     """A folder of shards: 3 rows to train on, 2 for validation, 1 to test."""
-    folder, rows, begin = tmp_path / "set", read_rows(place().data("sft")), 0
+    folder, rows, begin = tmp_path / "set", read_rows(tiny_data().data("sft")), 0
     (folder / "data").mkdir(parents=True)
     for name, count in (("train-00000-of-00002", 2), ("train-00001-of-00002", 1), ("validation-00000-of-00001", 2),
                         ("test-00000-of-00001", 1)):  # fmt: skip
         data = write_rows(tmp_path / f"{name}.jsonl", rows[begin : begin + count])
         out = folder / "data" / f"{name}.parquet"
-        assert here("data", "convert", data, out, "--images", place().images("sft")).code == 0
+        assert run_mmv("data", "convert", data, out, "--images", tiny_data().images("sft")).code == 0
         begin += count
     return folder
 
@@ -144,12 +144,12 @@ def test_the_commands_read_one_split_and_say_which(splits, tmp_path, guessed_tim
     out = {"convert": [tmp_path / "{}.jsonl"], "split": ["--out", tmp_path / "{}", "--held-out", "1"],
            "preview": ["--html", tmp_path / "{}.html"], "check": [], "stats": []}  # fmt: skip
     counts = {"check": "rows", "stats": "rows", "convert": "rows"}
-    for command, words in out.items():
-        sight = SIGHT if command in ("check", "stats", "preview") else ()
+    for command, options in out.items():
+        paths = SIGHT if command in ("check", "stats", "preview") else ()
         for chosen, rows in ((None, 3), ("val", 2), ("all", 6)):
             more = ("--split", chosen) if chosen else ()
-            given = [str(word).replace("{}", f"{command}-{chosen}") for word in words]
-            ended = here("data", command, splits, *given, *sight, *more, "--json")
+            given = [str(word).replace("{}", f"{command}-{chosen}") for word in options]
+            ended = run_mmv("data", command, splits, *given, *paths, *more, "--json")
             assert ended.code == 0, ended.err
             message = {
                 None: "reading the split train (2 files), not",
@@ -163,26 +163,26 @@ def test_the_commands_read_one_split_and_say_which(splits, tmp_path, guessed_tim
                 assert len(ended.json["rows"]) == rows
             else:
                 assert ended.json["train_rows"] + ended.json["held_out_rows"] == rows
-        wrong = here("data", command, splits, *words, *sight, "--split", "tset")
+        wrong = run_mmv("data", command, splits, *options, *paths, "--split", "tset")
         assert (wrong.code, "did you mean 'test'" in wrong.error) == (2, True)
-    against = here("data", "check", splits, "--against", splits, *SIGHT, "--json")
+    against = run_mmv("data", "check", splits, "--against", splits, *SIGHT, "--json")
     assert "reading the split test" in against.err
-    assert here("info", splits, "--json").json["split"] == "train"
+    assert run_mmv("info", splits, "--json").json["split"] == "train"
 
 
 def test_a_model_trains_on_one_split_and_is_scored_on_another(splits, tmp_path):
-    line = place().train(tmp_path / "out", data=splits, images=None, batch_size=1)
-    trained = here(*line)
+    line = tiny_data().train(tmp_path / "out", data=splits, images=None, batch_size=1)
+    trained = run_mmv(*line)
     assert trained.code == 0, trained.err
     assert "reading the split train (2 files), not" in trained.err
     assert "3 rows of" in trained.err
     scoring = ("eval", "--model", tmp_path / "out" / "pretrain_vlm_128.pth", "--data", splits, *SIGHT, "--json")
     for more, name, rows in (((), "test", 1), (("--split", "train"), "train", 3)):
-        scored = here(*scoring, *more)
+        scored = run_mmv(*scoring, *more)
         assert (scored.json["split"], scored.json["rows"]) == (name, rows)
         assert f"reading the split {name} (" in scored.err
-    other = here(*line, "--split", "validation", "--resume")
+    other = run_mmv(*line, "--split", "validation", "--resume")
     assert other.code == 2
     assert "data.split: nothing in the interrupted run, validation now" in other.err
-    planned = here(*line[:1], "plan", *line[1:], "--split", "test", "--json")
+    planned = run_mmv(*line[:1], "plan", *line[1:], "--split", "test", "--json")
     assert "reading the split test" in planned.err

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minimind_v.core.rows.stores import open_rows
-from tests.cli.harness import SIGHT, here, place
+from tests.cli.harness import SIGHT, run_mmv, tiny_data
 
 COUNT = 12
 
@@ -20,7 +20,7 @@ def pictures(tmp_path_factory):
     """A folder of pictures, and name → caption."""
     folder = tmp_path_factory.mktemp("pictures")
     captions = {}
-    rows = open_rows(place().data("pretrain"), place().images("pretrain"))
+    rows = open_rows(tiny_data().data("pretrain"), tiny_data().images("pretrain"))
     for number in range(COUNT):
         row = rows.row(number)
         (folder / row.images[0]).write_bytes(rows.picture(number, 0, row.images[0]))
@@ -80,7 +80,7 @@ def data(request, tmp_path, pictures):
 
 
 def ended_well(*line, images):
-    ended = here(*line, *(("--images", images) if images else ()))
+    ended = run_mmv(*line, *(("--images", images) if images else ()))
     assert ended.code == 0, (line, ended.err)
     return ended
 
@@ -88,7 +88,7 @@ def ended_well(*line, images):
 def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pictures, guessed_time):
     kind, file, images = data
     folder, captions = pictures
-    shown = here("info", file, "--json").json
+    shown = run_mmv("info", file, "--json").json
     assert (shown["kind"], shown["rows"], shown["files"]) == ("dataset", COUNT, kind)
     checked = ended_well("data", "check", file, *SIGHT, "--json", images=images).json
     assert (checked["usable"], checked["problems"]) == (COUNT, [])
@@ -111,10 +111,10 @@ def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pict
 
 def test_a_model_trains_and_is_scored(data, tmp_path):
     _, file, images = data
-    line = place().train(tmp_path / "out", data=file, images=images, max_steps=2, workers=1)
-    trained = here(*line)
+    line = tiny_data().train(tmp_path / "out", data=file, images=images, max_steps=2, workers=1)
+    trained = run_mmv(*line)
     assert trained.code == 0, trained.err
-    assert here(*line, "--resume").code == 0
+    assert run_mmv(*line, "--resume").code == 0
     weights = tmp_path / "out" / "pretrain_vlm_128.pth"
     assert ended_well("eval", "--model", weights, "--data", file, *SIGHT, "--json", images=images).json["rows"] == COUNT
 
@@ -123,14 +123,14 @@ def test_pictures_beside_a_table_are_found(tmp_path, pictures):
     folder, captions = pictures
     data = write_csv(tmp_path / "mine_data.csv", captions)
     (tmp_path / "mine_images").symlink_to(folder)
-    assert here("data", "check", data, *SIGHT, "--json").json["problems"] == []
+    assert run_mmv("data", "check", data, *SIGHT, "--json").json["problems"] == []
 
 
 def test_what_is_not_read_is_named_with_what_would_be(tmp_path, pictures):
     folder, captions = pictures
-    assert "add a metadata.csv" in here("data", "check", folder, *SIGHT).error
-    assert "add a metadata.csv" in here("info", folder).error
+    assert "add a metadata.csv" in run_mmv("data", "check", folder, *SIGHT).error
+    assert "add a metadata.csv" in run_mmv("info", folder).error
     (tmp_path / "bare.csv").write_text("\n".join(f"{name},{text}" for name, text in captions.items()))
-    assert "add a line of column names above it" in here("info", tmp_path / "bare.csv").error
+    assert "add a line of column names above it" in run_mmv("info", tmp_path / "bare.csv").error
     (tmp_path / "set.tar.gz").write_bytes(b"\x1f\x8b" + bytes(600))
-    assert "decompress it first" in here("data", "check", tmp_path / "set.tar.gz", *SIGHT).error
+    assert "decompress it first" in run_mmv("data", "check", tmp_path / "set.tar.gz", *SIGHT).error

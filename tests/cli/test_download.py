@@ -26,11 +26,11 @@ def command(hub, root):
 
 
 def part_size(root):
-    return sum(part.stat().st_size for part in root.rglob("*.part"))
+    return sum(path.stat().st_size for path in root.rglob("*.part"))
 
 
 @pytest.mark.long
-def test_killed_at_any_moment_it_goes_on(hub, tmp_path):
+def test_a_download_killed_at_any_moment_continues(hub, tmp_path):
     root = tmp_path / "root"
     for number, size in enumerate((1, 2 << 20, 5 << 20, 7 << 20)):
         running = Running(tmp_path / str(number), *command(hub, root)).until(lambda size=size: part_size(root) >= size)
@@ -49,14 +49,14 @@ def test_killed_between_the_name_and_the_receipt(hub, tmp_path):
     hub.delay = 0
     assert installed(*command(hub, tmp_path)).code == 0
     receipt = tmp_path / "out" / ".mmv-download" / "receipt.json"
-    told = json.loads(receipt.read_text())
-    receipt.write_text(json.dumps(told | {"files": {}, "wants": {}}))
+    content = json.loads(receipt.read_text())
+    receipt.write_text(json.dumps(content | {"files": {}, "wants": {}}))
     hub.forget()
     assert installed(*command(hub, tmp_path), "--json").json["files"][0]["action"] == "kept"
     assert hub.sent == 0
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(hub, tmp_path):
+def test_ctrl_c_says_that_the_same_command_resumes(hub, tmp_path):
     running = Running(tmp_path / "log", *command(hub, tmp_path / "root"))
     ended = running.until(lambda: part_size(tmp_path / "root") > 1 << 20).send(signal.SIGINT).wait()
     assert ended.code == 130
@@ -69,8 +69,8 @@ def test_two_at_once_transfer_it_once(hub, tmp_path):
     root = tmp_path / "root"
     both = [Running(tmp_path / name, *command(hub, root), "--json") for name in ("one", "two")]
     ended = [running.wait() for running in both]
-    assert [one.code for one in ended] == [0, 0]
-    assert sorted(one.json["files"][0]["action"] for one in ended) == ["fetched", "kept"]
+    assert [finished.code for finished in ended] == [0, 0]
+    assert sorted(finished.json["files"][0]["action"] for finished in ended) == ["fetched", "kept"]
     assert "waiting for it" in ended[0].err + ended[1].err
     assert (root / "out" / "lm_512.pth").read_bytes() == LM
     assert hub.sent == len(LM)
@@ -89,7 +89,7 @@ def test_a_second_run_asks_nobody_and_is_quick(hub, tmp_path):
     assert min(seconds) < 1
 
 
-def test_progress_is_told_in_lines_where_nobody_watches(hub, tmp_path):
+def test_progress_is_reported_in_lines_without_a_terminal(hub, tmp_path):
     hub.delay = 0
     done = installed(*command(hub, tmp_path))
     assert "MB/s" in done.err

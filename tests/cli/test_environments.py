@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from minimind_v.core.errors import MESSAGE, MmvError, RowError, readable, shorten
-from tests.cli.harness import MMV, PATIENCE, SIGHT, here, read_rows, write_rows
+from tests.cli.harness import MMV, PATIENCE, SIGHT, read_rows, run_mmv, write_rows
 
 LONG = "data:image/png;base64," + "iVBORw0KGgo" * 110_000  # 1.2 MB
 
@@ -20,19 +20,19 @@ def nobody(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}["uid not found"])
 
 
-def test_commands_work_without_a_home(nobody, place, sighted, tmp_path, monkeypatch):
-    data = ("--images", place.images("sft"))
+def test_commands_work_without_a_home(nobody, tiny_data, sighted, tmp_path, monkeypatch):
+    data = ("--images", tiny_data.images("sft"))
     export = ("convert", "--model", sighted, *SIGHT, "--to", "hf", "--out", tmp_path / "hf")
     for command in (
         ("doctor",),
-        ("chat", "?", "--model", sighted, *SIGHT, "--image", place.picture()),
-        ("data", "check", place.data("sft"), *data, *SIGHT),
+        ("chat", "?", "--model", sighted, *SIGHT, "--image", tiny_data.picture()),
+        ("data", "check", tiny_data.data("sft"), *data, *SIGHT),
         ("info", sighted),
-        (*place.train(tmp_path / "out"), "--max-steps", 1),
+        (*tiny_data.train(tmp_path / "out"), "--max-steps", 1),
         export,
         (*export, "--overwrite", "--no-verify"),
     ):
-        ended = here(*command)
+        ended = run_mmv(*command)
         assert ended.code == 0, ended.err
 
 
@@ -86,24 +86,24 @@ def test_a_name_is_cut_in_its_middle(longest):
     assert shorten("x" * longest, longest) == "x" * longest
 
 
-def test_a_picture_in_the_place_of_a_name_is_not_printed(place, sighted, tmp_path, guessed_time):
-    rows = read_rows(place.data("sft"))[:4]
+def test_a_picture_given_as_a_name_is_not_printed(tiny_data, sighted, tmp_path, guessed_time):
+    rows = read_rows(tiny_data.data("sft"))[:4]
     for row, name in zip(rows, (LONG, "x" * 400_000, "a b " * 100_000, "ok.jpg"), strict=True):
         row["image"] = name
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    some = ("--images", place.images("sft"))
+    some = ("--images", tiny_data.images("sft"))
     for command in (
         ("data", "check", data, *some, *SIGHT),
         ("data", "stats", data, *some, *SIGHT),
         ("eval", "--model", sighted, *SIGHT, "--data", data, *some),
         ("info", data),
-        place.train(tmp_path / "out", "sft", data=data),
+        tiny_data.train(tmp_path / "out", "sft", data=data),
         ("data", "convert", data, tmp_path / "rows.parquet", *some),
         ("chat", "--model", sighted, *SIGHT, "?", "--image", LONG),
         ("chat", "--model", LONG, *SIGHT, "?"),
         ("chat", "--device", LONG, "--model", sighted, *SIGHT, "?"),
         ("report", LONG),
     ):
-        ended = here(*command)
+        ended = run_mmv(*command)
         assert len(ended.out) + len(ended.err) < 12_000, command[:2]
         assert "Traceback" not in ended.err

@@ -4,21 +4,21 @@ import math
 
 import pytest
 
-from tests.cli.harness import ASSETS, EYE, SIGHT, here, installed, read_rows, write_rows
+from tests.cli.harness import ASSETS, EYE, SIGHT, installed, read_rows, run_mmv, write_rows
 
 
 @pytest.fixture
-def score(sighted, place):
+def score(sighted, tiny_data):
     def run(*more, data=None, code=0):
-        ended = here("eval", "--model", sighted, "--data", data or place.data("sft"), *SIGHT, *more)
+        ended = run_mmv("eval", "--model", sighted, "--data", data or tiny_data.data("sft"), *SIGHT, *more)
         assert ended.code == code, ended.err
         return ended
 
     return run
 
 
-def test_the_installed_command_prints_one_json_object_and_nothing_else(sighted, place):
-    data = place.data("sft")
+def test_the_installed_command_prints_one_json_object_and_nothing_else(sighted, tiny_data):
+    data = tiny_data.data("sft")
     ended = installed("eval", "--model", sighted, "--data", data, *SIGHT, "--limit", 6, "--blind", "--json")
     report = ended.json
     assert report["rows"] == 6
@@ -47,39 +47,39 @@ def test_blind_scores_the_same_rows_without_their_pictures(score):
     assert score("--limit", 10, "--json").json["loss"] == report["loss"]
 
 
-def test_a_blind_score_does_not_depend_on_the_pictures(score, place):
+def test_a_blind_score_does_not_depend_on_the_pictures(score, tiny_data):
     """A set whose pictures have been swapped around scores differently seeing, and just the same blind."""
-    there = score("--images", place.images("sft"), "--limit", 4, "--blind", "--json").json
-    swapped = score("--images", place.images("pretrain"), "--limit", 4, "--blind", "--json").json
-    assert there["loss"] != swapped["loss"]
-    assert there["loss_blind"] == swapped["loss_blind"]
+    unswapped = score("--images", tiny_data.images("sft"), "--limit", 4, "--blind", "--json").json
+    swapped = score("--images", tiny_data.images("pretrain"), "--limit", 4, "--blind", "--json").json
+    assert unswapped["loss"] != swapped["loss"]
+    assert unswapped["loss_blind"] == swapped["loss_blind"]
 
 
 def test_the_batch_size_does_not_change_the_score(score):
-    one, many = (score("--limit", 9, "--batch-size", size, "--json").json for size in (1, 9))
-    assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
-    assert one["supervised_tokens"] == many["supervised_tokens"]
-    assert one["accuracy"] == many["accuracy"]
+    single, many = (score("--limit", 9, "--batch-size", size, "--json").json for size in (1, 9))
+    assert single["loss"] == pytest.approx(many["loss"], rel=1e-5)
+    assert single["supervised_tokens"] == many["supervised_tokens"]
+    assert single["accuracy"] == many["accuracy"]
 
 
-def test_rows_with_long_answers_give_a_loss_only(score, place):
-    report = score("--limit", 3, "--json", data=place.data("pretrain")).json
+def test_rows_with_long_answers_give_a_loss_only(score, tiny_data):
+    report = score("--limit", 3, "--json", data=tiny_data.data("pretrain")).json
     assert report["loss"] > 0
     assert report["short_answers"] == 0
     assert report["accuracy"] is None
 
 
-def test_broken_rows_are_left_out_and_counted(score, place, tmp_path):
-    data = write_rows(tmp_path / "mine.jsonl", ["{", *read_rows(place.data("sft"))[:3], {"conversations": []}])
-    ended = score("--images", place.images("sft"), "--json", data=data)
+def test_broken_rows_are_left_out_and_counted(score, tiny_data, tmp_path):
+    data = write_rows(tmp_path / "mine.jsonl", ["{", *read_rows(tiny_data.data("sft"))[:3], {"conversations": []}])
+    ended = score("--images", tiny_data.images("sft"), "--json", data=data)
     assert (ended.json["rows"], ended.json["broken_rows"]) == (3, 2)
     assert f"row skipped: {data}:1: not JSON" in ended.err
     assert f"row skipped: {data}:5:" in ended.err
 
 
-def test_pictures_are_found_beside_the_data_or_asked_for(score, place, tmp_path):
+def test_pictures_are_found_beside_the_data_or_asked_for(score, tiny_data, tmp_path):
     assert score("--limit", 2, "--json").json["broken_rows"] == 0
-    alone = write_rows(tmp_path / "alone.jsonl", read_rows(place.data("sft"))[:2])
+    alone = write_rows(tmp_path / "alone.jsonl", read_rows(tiny_data.data("sft"))[:2])
     assert "no row could be evaluated; the first problem:" in score(data=alone, code=1).error
 
 
@@ -90,7 +90,7 @@ def test_rows_without_pictures_need_none(score, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "wrong", "code", "words"),
+    ("option", "wrong", "code", "message"),
     [
         ("--data", "nowhere.jsonl", 1, "no data file nowhere.jsonl"),
         ("--images", "nowhere.zip", 1, "no picture files at nowhere.zip"),
@@ -100,15 +100,15 @@ def test_rows_without_pictures_need_none(score, tmp_path):
         ("--device", "gpu", 2, "--device gpu"),
     ],
 )
-def test_a_missing_input_is_one_line(sighted, place, option, wrong, code, words):
-    given = {"--model": sighted, "--data": place.data("sft"), "--vision-model": EYE, "--tokenizer": ASSETS}
-    ended = here("eval", *(word for pair in (given | {option: wrong}).items() for word in pair))
-    assert (ended.code, words in ended.error) == (code, True)
+def test_a_missing_input_is_one_line(sighted, tiny_data, option, wrong, code, message):
+    given = {"--model": sighted, "--data": tiny_data.data("sft"), "--vision-model": EYE, "--tokenizer": ASSETS}
+    ended = run_mmv("eval", *(word for pair in (given | {option: wrong}).items() for word in pair))
+    assert (ended.code, message in ended.error) == (code, True)
 
 
 def test_with_nothing_there_the_command_that_makes_the_data_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ended = here("eval")
+    ended = run_mmv("eval")
     assert ended.code == 1
     assert "mmv download dataset" in ended.error
 
@@ -118,7 +118,7 @@ def test_numbers_are_at_least_one(score, option):
     assert option in score(option, 0, code=2).err
 
 
-def test_an_unknown_precision_is_refused_before_anything_is_read(place):
-    ended = here("eval", "--model", "nothing.pth", "--data", "nothing.jsonl", "--dtype", "bfloat")
+def test_an_unknown_precision_is_refused_before_anything_is_read(tiny_data):
+    ended = run_mmv("eval", "--model", "nothing.pth", "--data", "nothing.jsonl", "--dtype", "bfloat")
     assert ended.code == 2
     assert "--dtype 'bfloat' must be one of auto, float32, bfloat16" in ended.err

@@ -7,7 +7,7 @@ import pytest
 from minimind_v import __version__
 from minimind_v.__main__ import main
 from minimind_v.core.errors import MissingInput
-from tests.cli.harness import here, in_forks
+from tests.cli.harness import in_forks, run_mmv
 
 COMMANDS = ("train", "eval", "chat", "convert", "demo", "bench", "info", "doctor")
 HELP = ("--help", "--version", *(f"{command} --help" for command in COMMANDS))
@@ -49,17 +49,17 @@ def test_ctrl_c_before_the_command_line_is_there(monkeypatch):
 
 
 def test_the_version_is_one():
-    assert here("--version").out == f"mmv {__version__}\n"
+    assert run_mmv("--version").out == f"mmv {__version__}\n"
 
 
 def test_without_a_command_the_commands_are_shown():
-    ended = here()
+    ended = run_mmv()
     assert ended.code == 2
     assert all(command in ended.out + ended.err for command in COMMANDS)
 
 
 def test_help_of_training_names_every_option_of_the_interface():
-    shown = here("train", "--help").out
+    shown = run_mmv("train", "--help").out
     for option in (
         *("--config", "--preset", "--data", "--images", "--vision-model", "--tokenizer", "--init", "--out", "--epochs"),
         *("--batch-size", "--accumulate", "--lr", "--max-length", "--freeze", "--max-steps", "--save-every"),
@@ -69,6 +69,6 @@ def test_help_of_training_names_every_option_of_the_interface():
 
 
 def test_an_error_with_debug_shows_where():
-    assert here("info", "nowhere.pth").error == "no file nowhere.pth"
+    assert run_mmv("info", "nowhere.pth").error == "no file nowhere.pth"
     with pytest.raises(MissingInput):
-        here("--debug", "info", "nowhere.pth")
+        run_mmv("--debug", "info", "nowhere.pth")

@@ -8,59 +8,59 @@ import zipfile
 import pytest
 import torch
 
-from tests.cli.harness import ASSETS, BASE, EYE, ROWS, here, installed, read_rows
+from tests.cli.harness import ASSETS, BASE, EYE, ROWS, installed, read_rows, run_mmv
 
 
 def test_info_of_weights(sighted):
-    found = here("info", sighted, "--json").json
-    assert found["kind"] == "weights"
-    assert (found["stage"], found["preset"], found["dtype"]) == ("sft", "demo", "float16")
-    assert (found["hidden_size"], found["num_hidden_layers"], found["num_attention_heads"]) == (128, 4, 4)
-    assert found["vision_width"] == 128
-    assert found["parameters"] == sum(
+    report = run_mmv("info", sighted, "--json").json
+    assert report["kind"] == "weights"
+    assert (report["stage"], report["preset"], report["dtype"]) == ("sft", "demo", "float16")
+    assert (report["hidden_size"], report["num_hidden_layers"], report["num_attention_heads"]) == (128, 4, 4)
+    assert report["vision_width"] == 128
+    assert report["parameters"] == sum(
         tensor.numel() for name, tensor in torch.load(sighted, weights_only=True).items() if name != "lm_head.weight"
     )
 
 
 def test_info_of_a_base(tmp_path):
-    found = here("info", BASE, "--json").json
-    assert (found["stage"], found["preset"], found["vision_width"]) == ("lm", "demo", None)
+    report = run_mmv("info", BASE, "--json").json
+    assert (report["stage"], report["preset"], report["vision_width"]) == ("lm", "demo", None)
 
 
 def test_info_of_weights_without_a_description(sighted, tmp_path):
     copy = tmp_path / "renamed.pth"
     copy.write_bytes(sighted.read_bytes())
-    found = here("info", copy, "--json").json
-    assert (found["preset"], found["stage"], found["sizes_from"]) == ("demo", "unknown", "the shapes of its tensors")
+    report = run_mmv("info", copy, "--json").json
+    assert (report["preset"], report["stage"], report["sizes_from"]) == ("demo", "unknown", "the shapes of its tensors")
 
 
-def test_info_of_data(place):
-    found = here("info", place.data("sft"), "--json").json
-    assert (found["kind"], found["rows"], found["first_row_images"]) == ("dataset", ROWS, ["000000.jpg"])
-    assert found["first_row_messages"] == len(read_rows(place.data("sft"))[0]["conversations"])
+def test_info_of_data(tiny_data):
+    report = run_mmv("info", tiny_data.data("sft"), "--json").json
+    assert (report["kind"], report["rows"], report["first_row_images"]) == ("dataset", ROWS, ["000000.jpg"])
+    assert report["first_row_messages"] == len(read_rows(tiny_data.data("sft"))[0]["conversations"])
 
 
 def test_info_of_a_run(trained):
     for path in (trained.out / "pretrain_vlm_128", trained.out / "pretrain_vlm_128" / "metrics.jsonl"):
-        found = here("info", path, "--json").json
-        assert found["weights"] == str(trained.out / "pretrain_vlm_128.pth")
-        assert (found["kind"], found["step"], found["steps"], found["records"]) == ("run", 10, 10, 10)
+        report = run_mmv("info", path, "--json").json
+        assert report["weights"] == str(trained.out / "pretrain_vlm_128.pth")
+        assert (report["kind"], report["step"], report["steps"], report["records"]) == ("run", 10, 10, 10)
 
 
 def test_info_of_a_run_that_is_writing_a_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n{"step": 2, "lo')
-    assert here("info", tmp_path, "--json").json["step"] == 1
+    assert run_mmv("info", tmp_path, "--json").json["step"] == 1
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "logged nothing yet" in here("info", tmp_path).error
+    assert "logged nothing yet" in run_mmv("info", tmp_path).error
 
 
 def test_info_as_a_table(sighted):
-    lines = dict(line.split(maxsplit=1) for line in here("info", sighted).out.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in run_mmv("info", sighted).out.splitlines())
     assert lines["preset"] == "demo"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("empty.pth", b"", "empty"),
         ("page.pth", b"  <html>", "HTML page"),
@@ -81,12 +81,12 @@ def test_info_as_a_table(sighted):
         ("metrics.jsonl", b"\xff\xfe\n", "not the metrics of a run"),
     ],
 )
-def test_info_of_nonsense_is_one_line_that_names_the_file(tmp_path, name, content, words):
+def test_info_of_nonsense_is_one_line_that_names_the_file(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    ended = here("info", tmp_path / name)
+    ended = run_mmv("info", tmp_path / name)
     assert (ended.code, ended.out) == (1, "")
     assert str(tmp_path / name) in ended.error
-    assert words in ended.error
+    assert message in ended.error
 
 
 def test_an_excel_workbook_is_named(tmp_path):
@@ -97,7 +97,7 @@ def test_an_excel_workbook_is_named(tmp_path):
         ("info", tmp_path / "rows.xlsx"),
         ("data", "convert", tmp_path / "rows.xlsx", tmp_path / "a.jsonl"),
     ):
-        ended = here(*arguments)
+        ended = run_mmv(*arguments)
         assert ended.code == 1
         assert "an Excel workbook — save it as CSV" in ended.error
 
@@ -107,20 +107,20 @@ def test_info_of_another_split(tmp_path):
         (tmp_path / split).mkdir()
         text = "file_name,text\n" + "".join(f"{row}.jpg,a dog\n" for row in range(rows))
         (tmp_path / split / "metadata.csv").write_text(text)
-    assert here("info", tmp_path, "--json").json["rows"] == 3
-    found = here("info", tmp_path, "--split", "test", "--json").json
-    assert (found["split"], found["rows"]) == ("test", 2)
-    ended = here("info", BASE, "--split", "test")
+    assert run_mmv("info", tmp_path, "--json").json["rows"] == 3
+    report = run_mmv("info", tmp_path, "--split", "test", "--json").json
+    assert (report["split"], report["rows"]) == ("test", 2)
+    ended = run_mmv("info", BASE, "--split", "test")
     assert (ended.code, "--split test" in ended.error) == (2, True)
 
 
-def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):
+def test_info_of_odd_rows_still_reports_what_it_can(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"conversations": 7}\n')
-    assert here("info", tmp_path / "rows.jsonl", "--json").json["first_row_messages"] == 0
+    assert run_mmv("info", tmp_path / "rows.jsonl", "--json").json["first_row_messages"] == 0
 
 
 @pytest.mark.parametrize(
-    ("file", "words"),
+    ("file", "message"),
     [
         (EYE / "model.safetensors", "not the weights of a MiniMind model"),
         (ASSETS / "tokenizer.json", "which is neither a row nor a list of rows"),
@@ -133,32 +133,32 @@ def test_info_of_odd_rows_still_tells_what_it_can(tmp_path):
         ("[bold]", "no file [bold]"),
     ],
 )
-def test_info_of_other_files(file, words, tmp_path, monkeypatch):
+def test_info_of_other_files(file, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ended = here("info", file)
+    ended = run_mmv("info", file)
     assert ended.code == 1
-    assert words in ended.error
+    assert message in ended.error
 
 
-def test_info_of_pictures_and_of_a_zip_of_them(place, tmp_path):
-    found = here("info", place.images("sft"), "--json").json
-    assert (found["kind"], found["members"]) == ("zip", ROWS)
-    assert f"give the rows ({place.data('sft')}) here, and the zip with --images" in found["use"]
-    found = here("info", place.picture(), "--json").json
-    assert (found["kind"], found["width"], found["height"]) == ("picture", 128, 128)
-    (tmp_path / "cut.zip").write_bytes(place.images("sft").read_bytes()[:1000])
-    assert "not a zip that can be read" in here("info", tmp_path / "cut.zip").error
+def test_info_of_pictures_and_of_a_zip_of_them(tiny_data, tmp_path):
+    report = run_mmv("info", tiny_data.images("sft"), "--json").json
+    assert (report["kind"], report["members"]) == ("zip", ROWS)
+    assert f"give the rows ({tiny_data.data('sft')}) here, and the zip with --images" in report["use"]
+    report = run_mmv("info", tiny_data.picture(), "--json").json
+    assert (report["kind"], report["width"], report["height"]) == ("picture", 128, 128)
+    (tmp_path / "cut.zip").write_bytes(tiny_data.images("sft").read_bytes()[:1000])
+    assert "not a zip that can be read" in run_mmv("info", tmp_path / "cut.zip").error
 
 
 @pytest.mark.parametrize("here_or_up", [".", ".."])
-def test_info_of_the_folder_that_one_stands_in(here_or_up, place, tmp_path, monkeypatch):
-    assert here("data", "convert", place.data("sft"), tmp_path / "rows.parquet").code == 0
+def test_info_of_the_folder_that_one_stands_in(here_or_up, tiny_data, tmp_path, monkeypatch):
+    assert run_mmv("data", "convert", tiny_data.data("sft"), tmp_path / "rows.parquet").code == 0
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path / ("inner" if here_or_up == ".." else ""))
-    assert here("info", here_or_up, "--json").json["rows"] == ROWS
+    assert run_mmv("info", here_or_up, "--json").json["rows"] == ROWS
 
 
-def test_a_name_that_is_no_text_is_told_all_the_same(sighted, tmp_path, monkeypatch):
+def test_a_name_that_is_no_text_is_reported_all_the_same(sighted, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as where a language is set
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/w\xff.pth")
     shutil.copy(sighted, odd)
@@ -169,7 +169,7 @@ def test_a_name_that_is_no_text_is_told_all_the_same(sighted, tmp_path, monkeypa
 
 def test_doctor_says_how_to_get_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    report = here("doctor", "--json").json
+    report = run_mmv("doctor", "--json").json
     assert report["torch"] == torch.__version__
     missing = {name: value for name, value in report.items() if value.startswith("missing")}
     assert len(missing) == 6
@@ -177,26 +177,26 @@ def test_doctor_says_how_to_get_what_is_missing(tmp_path, monkeypatch):
     assert "  " not in "".join(missing.values())
 
 
-def test_doctor_finds_what_is_there(tmp_path, monkeypatch, place):
+def test_doctor_finds_what_is_there(tmp_path, monkeypatch, tiny_data):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model" / "vision_model").mkdir(parents=True)
     (tmp_path / "model" / "vision_model" / "clip-vit-base-patch16").symlink_to(EYE)
     (tmp_path / "model" / "tokenizer.json").symlink_to(ASSETS / "tokenizer.json")
-    (tmp_path / "dataset").symlink_to(place.folder)
-    report = here("doctor", "--json").json
-    found = {name for name, value in report.items() if value.startswith("found, ")}
-    assert found == {"vision model", "tokenizer", "pretrain data", "sft data"}
-    assert json.loads(here("doctor", "--json").out) == report
-    assert "vision model " in here("doctor").out
+    (tmp_path / "dataset").symlink_to(tiny_data.folder)
+    report = run_mmv("doctor", "--json").json
+    present = {name for name, value in report.items() if value.startswith("found, ")}
+    assert present == {"vision model", "tokenizer", "pretrain data", "sft data"}
+    assert json.loads(run_mmv("doctor", "--json").out) == report
+    assert "vision model " in run_mmv("doctor").out
 
 
 def test_doctor_knows_the_demo(tmp_path, monkeypatch, sighted):
     monkeypatch.chdir(tmp_path)
-    assert "demo" not in here("doctor", "--json").json
+    assert "demo" not in run_mmv("doctor", "--json").json
     out = tmp_path / "demo" / "out"
     out.mkdir(parents=True)
     (out / "sft_vlm_128.pth").write_bytes(sighted.read_bytes())
-    told = here("doctor", "--json").json["demo"]
-    assert told.startswith("found, demo/out/sft_vlm_128.pth")
-    assert "mmv chat --model demo/out/sft_vlm_128.pth" in told
-    assert f"{sighted.stat().st_size / 1e6:,.0f} MB, `rm -r demo`" in told
+    demo_line = run_mmv("doctor", "--json").json["demo"]
+    assert demo_line.startswith("found, demo/out/sft_vlm_128.pth")
+    assert "mmv chat --model demo/out/sft_vlm_128.pth" in demo_line
+    assert f"{sighted.stat().st_size / 1e6:,.0f} MB, `rm -r demo`" in demo_line

@@ -16,10 +16,10 @@ from rich.console import Console
 from minimind_v.cli.live import POINTS, Curve, TrainView, clock, sparkline
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.monitor.metrics import StepMetrics, Validation
-from tests.cli.harness import Running, place
+from tests.cli.harness import Running, tiny_data
 
 
-def update(step, loss=2.0, steps=200):
+def show_step(step, loss=2.0, steps=200):
     return StepMetrics(
         step, steps, step / steps, loss, 0.5, 4e-4, 1.5, 4 * step, 900 * step, 90 * step, step, 0.3 * step
     )
@@ -42,15 +42,15 @@ def test_everything_is_there_and_no_line_is_wider_than_the_terminal(width):
     shown = view(width)
     assert "starting" in lines(shown)[0]
     for step in range(1, 120):
-        shown.step(update(step, 2 - step / 100), step % 20 == 0)
+        shown.step(show_step(step, 2 - step / 100), step % 20 == 0)
     shown.validated(Validation(100, 1.25, 0.6, 1.75, 10, True))
     shown.validated(Validation(110, 1.35, 0.6, 1.75, 10, False))
     shown.saved(100)
     text = "\n".join(lines(shown))
-    for words in ("step 119/200", "loss 0.8100", "token accuracy 50%", "lr 4.00e-04", "grad 1.50", "4.0 samples/s",
+    for phrase in ("step 119/200", "loss 0.8100", "token accuracy 50%", "lr 4.00e-04", "grad 1.50", "4.0 samples/s",
                   "900 tokens/s", "data 30%", "memory ", "left 1:21", "validation 1.3500", "(best 1.2500 at 100)",
                   "1.7500", "saved at 100", "█", "▁"):  # fmt: skip
-        assert words in text
+        assert phrase in text
     console = Console(file=io.StringIO(), width=width)
     console.print(shown._draw())
     assert max(map(len, console.file.getvalue().splitlines())) <= width
@@ -60,7 +60,7 @@ def test_a_terminal_that_was_made_narrower_is_wiped_whole():
     """Its lines have become more than were drawn."""
     shown = view(80)
     for step in range(1, 50):
-        shown.step(update(step), False)
+        shown.step(show_step(step), False)
     drawn = lines(shown)
     shown._live.auto_refresh = False
     with shown:
@@ -79,22 +79,22 @@ def test_a_terminal_that_was_made_narrower_is_wiped_whole():
 
 def test_another_run_begins_afresh():
     shown = view(80)
-    shown.step(update(100), True)
+    shown.step(show_step(100), True)
     shown.validated(Validation(100, 1.25, 0.6, None, 10, True))
-    shown.step(update(1), True)
+    shown.step(show_step(1), True)
     assert "validation" not in "\n".join(lines(shown))
 
 
 def test_elsewhere_there_are_plain_lines():
     shown = view(80, terminal=False)
     with shown:
-        shown.step(update(1), True)
-        shown.step(update(2), False)
+        shown.step(show_step(1), True)
+        shown.step(show_step(2), False)
         shown.validated(Validation(2, 1.25, 0.6, 1.5, 10, True))
-    said = shown.terminal.err.file.getvalue().splitlines()
-    assert len(said) == 2
-    assert said[0].startswith("step 1/200  loss 2.0000  token accuracy 50%")
-    assert said[1] == (
+    lines = shown.terminal.err.file.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step 1/200  loss 2.0000  token accuracy 50%")
+    assert lines[1] == (
         "step 2  validation loss 1.2500, 1.5000 with images of other rows  token accuracy 60%  (the best so far)"
     )
 
@@ -118,7 +118,7 @@ def test_clock():
 def test_ctrl_c_on_a_terminal_leaves_it_in_order(tmp_path):
     main, side = pty.openpty()
     shown = b""
-    run = Running(tmp_path, *place().train(tmp_path / "out", epochs=1000), terminal=os.ttyname(side))
+    run = Running(tmp_path, *tiny_data().train(tmp_path / "out", epochs=1000), terminal=os.ttyname(side))
     os.set_blocking(main, False)
     end = time.monotonic() + 100
     asked = False

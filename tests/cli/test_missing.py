@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.cli.harness import ASSETS, BASE, here, in_forks, installed, tree
+from tests.cli.harness import ASSETS, BASE, in_forks, installed, run_mmv, tree
 
 EYE, WORDS, ROWS = "mmv download clip", "mmv download tokenizer", "mmv download dataset"
 PICTURES, TRAINED = "no picture files at", "no trained weights in out"
@@ -35,24 +35,24 @@ PICTURES, TRAINED = "no picture files at", "no trained weights in out"
         ("data split d.jsonl --out o --images i", ["d.jsonl", "at i "]),
     ],
 )  # fmt: skip
-def test_all_that_is_missing_is_told_at_once(line, missing, tmp_path, monkeypatch):
+def test_all_missing_inputs_are_reported_at_once(line, missing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ended = here(*line.split())
+    ended = run_mmv(*line.split())
     assert ended.code == 1
     assert f"{len(missing)} inputs are missing: " in ended.error
     assert all(name in ended.error for name in missing), ended.error
     assert tree(tmp_path) == []
 
 
-def test_what_is_there_is_not_missed(tmp_path, monkeypatch, place, sighted):
+def test_what_is_there_is_not_missed(tmp_path, monkeypatch, tiny_data, sighted):
     """Weights that are there, and nothing else: what goes with them is found when they are read."""
     monkeypatch.chdir(tmp_path)
-    error = here("eval", "--model", sighted, "--data", "none.jsonl").error
+    error = run_mmv("eval", "--model", sighted, "--data", "none.jsonl").error
     assert error.startswith("3 inputs are missing: no data file none.jsonl")
     assert (EYE in error, WORDS in error) == (True, True)
-    error = here("convert", "--to", "hf", "--model", sighted).error
+    error = run_mmv("convert", "--to", "hf", "--model", sighted).error
     assert (EYE in error, WORDS in error) == (True, True)
-    error = here("data", "check", place.data("sft"), "--tokenizer", tmp_path).error
+    error = run_mmv("data", "check", tiny_data.data("sft"), "--tokenizer", tmp_path).error
     assert error.startswith("no tokenizer in")
 
 
@@ -69,7 +69,7 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_what_is_wrong_is_told_before_torch_is_imported(outcomes, line):
+def test_errors_are_reported_before_torch_is_imported(outcomes, line):
     ended, modules = outcomes[line]
     assert ended.code in (1, 2), ended.err
     assert ended.out == ""
@@ -79,8 +79,10 @@ def test_what_is_wrong_is_told_before_torch_is_imported(outcomes, line):
 def test_a_name_that_is_nearly_right_is_offered(tmp_path):
     (tmp_path / "captions.jsonl").touch()
     shutil.copy(BASE, tmp_path / "cats.safetensors")
-    assert "(did you mean 'captions.jsonl'?)" in here("data", "convert", tmp_path / "caption.jsonl", "o.jsonl").error
-    assert "(did you mean 'cats.safetensors'?)" in here("chat", "hello", "--model", tmp_path / "cat.safetensors").error
+    assert "(did you mean 'captions.jsonl'?)" in run_mmv("data", "convert", tmp_path / "caption.jsonl", "o.jsonl").error
+    assert (
+        "(did you mean 'cats.safetensors'?)" in run_mmv("chat", "hello", "--model", tmp_path / "cat.safetensors").error
+    )
 
 
 # --- rows without a vision model --------------------------------------------------------------------------------------
@@ -89,17 +91,17 @@ SIZE = "224 × 224, 196 tokens per image"
 
 
 @pytest.fixture
-def no_vision(place, tmp_path, monkeypatch):
+def no_vision(tiny_data, tmp_path, monkeypatch):
     """Runs a command over rows where there is a tokenizer and no vision model."""
     monkeypatch.chdir(tmp_path)
-    return lambda command, *more: here("data", command, place.data("sft"), "--tokenizer", ASSETS, *more)
+    return lambda command, *more: run_mmv("data", command, tiny_data.data("sft"), "--tokenizer", ASSETS, *more)
 
 
-def test_check_needs_no_vision_model(no_vision, place, tmp_path):
+def test_check_needs_no_vision_model(no_vision, tiny_data, tmp_path):
     ended = no_vision("check", "--json")
     assert SIZE in ended.err
     assert ended.json["usable"] == 40
-    by_hand = installed("data", "check", place.data("sft"), "--tokenizer", ASSETS, "--workers", 1, cwd=tmp_path)
+    by_hand = installed("data", "check", tiny_data.data("sft"), "--tokenizer", ASSETS, "--workers", 1, cwd=tmp_path)
     assert (by_hand.code, SIZE in by_hand.err) == (0, True), by_hand.err
 
 

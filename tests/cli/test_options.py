@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from minimind_v.cli.options import ENVIRONMENT
-from tests.cli.harness import ASSETS, EYE, MMV, here
+from tests.cli.harness import ASSETS, EYE, MMV, run_mmv
 
 COMMANDS = (
     "download", "train", "eval", "chat", "convert", "plan", "runs", "report", "info", "upload", "demo", "doctor",
@@ -24,7 +24,7 @@ def settings(monkeypatch, tmp_path):
     def printed(variables, *args):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        ended = here("train", "sft", *args, "--print-config")
+        ended = run_mmv("train", "sft", *args, "--print-config")
         assert ended.code == 0, ended.err
         return dict(line.strip().split(": ", 1) for line in ended.out.splitlines() if ": " in line)
 
@@ -36,27 +36,35 @@ def settings(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_the_same_switches_in_the_last_group_of_its_help(command):
-    *_, last = here(*command.split(), "--help").out.split("Output and help:")
+    *_, last = run_mmv(*command.split(), "--help").out.split("Output and help:")
     assert all(f"{switch} " in last for switch in ("-v, --verbose", "-q, --quiet", "--debug", "-h, --help"))
 
 
-def test_quiet_shows_results_and_errors_only(place, tmp_path):
-    line = ("data", "convert", place.data("sft"), tmp_path / "a.jsonl", "--images", place.images("sft"))
-    ended = here(*line, "--quiet", "--json")
+def test_quiet_shows_results_and_errors_only(tiny_data, tmp_path):
+    line = ("data", "convert", tiny_data.data("sft"), tmp_path / "a.jsonl", "--images", tiny_data.images("sft"))
+    ended = run_mmv(*line, "--quiet", "--json")
     assert (ended.json["rows"], ended.err) == (40, "")
-    assert here(*line[:3], tmp_path / "b.jsonl", *line[4:], "-q").err == ""
-    refused = here(*line, "-q")
+    assert run_mmv(*line[:3], tmp_path / "b.jsonl", *line[4:], "-q").err == ""
+    refused = run_mmv(*line, "-q")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert refused.error
-    assert here("-q", *line, "--overwrite").err == ""
+    assert run_mmv("-q", *line, "--overwrite").err == ""
 
 
-def test_verbose_shows_more(place, tmp_path):
-    line = ("data", "convert", place.data("sft"), tmp_path / "a.jsonl", "--images", place.images("sft"), "--overwrite")
-    plain, detailed = here(*line), here(*line, "--verbose")
+def test_verbose_shows_more(tiny_data, tmp_path):
+    line = (
+        "data",
+        "convert",
+        tiny_data.data("sft"),
+        tmp_path / "a.jsonl",
+        "--images",
+        tiny_data.images("sft"),
+        "--overwrite",
+    )
+    plain, detailed = run_mmv(*line), run_mmv(*line, "--verbose")
     assert len(detailed.err.splitlines()) > len(plain.err.splitlines())
     assert detailed.err.splitlines()[-1].startswith("done in ")
-    assert "give one of them" in here(*line, "-v", "-q").error
+    assert "give one of them" in run_mmv(*line, "-v", "-q").error
 
 
 # --- environment ------------------------------------------------------------------------------------------------------
@@ -88,15 +96,15 @@ def test_a_variable_may_name_the_folder_that_a_download_filled(settings, tmp_pat
     assert settings({"MMV_DATA": "big"})["file"].split() == ["big/sft_i2t.parquet", "#", "MMV_DATA"]
 
 
-def test_weights_are_looked_for_in_the_folder_of_runs_that_is_named(monkeypatch, tmp_path):
+def test_weights_are_searched_in_the_given_folder_of_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MMV_OUT", "elsewhere")
-    assert "no trained weights in elsewhere" in here("chat", "hello").error
-    assert "no folder elsewhere" in here("runs").error
+    assert "no trained weights in elsewhere" in run_mmv("chat", "hello").error
+    assert "no folder elsewhere" in run_mmv("runs").error
 
 
 def test_help_names_every_variable():
-    shown = " ".join("".join(here(command, "--help").out for command in ("train", "eval")).split())
+    shown = " ".join("".join(run_mmv(command, "--help").out for command in ("train", "eval")).split())
     assert all(f"env var: {variable}" in shown for variable in ENVIRONMENT.values())
 
 
@@ -104,21 +112,21 @@ def test_help_names_every_variable():
 
 
 def test_the_five_commands_of_the_pipeline_come_first():
-    ended = here()
+    ended = run_mmv()
     first = (ended.out + ended.err).split("The pipeline:\n")[1].split("\n\n")[0]
     names = [line.split()[0] for line in first.splitlines() if line.startswith("  ") and line[2] != " "]
     assert names == ["download", "train", "eval", "chat", "convert"]
 
 
 def test_help_of_a_command_is_grouped():
-    shown = here("train", "--help").out
+    shown = run_mmv("train", "--help").out
     groups = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert groups == ["Required:", "Common options:", "Advanced options:", "Output and help:"]
 
 
 def test_the_old_name_of_plan_still_works_and_names_the_new_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    old, new = here("train", "plan", "sft"), here("plan", "sft")
+    old, new = run_mmv("train", "plan", "sft"), run_mmv("plan", "sft")
     assert old.err == f"`mmv train plan` is now `mmv plan`\n{new.err}"
     assert (old.code, new.code) == (1, 1)
 
@@ -127,7 +135,7 @@ def test_the_old_name_of_plan_still_works_and_names_the_new_one(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("words", "completed"),
+    ("typed", "completed"),
     [
         ("mmv tr", ["train"]),
         ("mmv train ", ["pretrain", "sft"]),
@@ -137,7 +145,7 @@ def test_the_old_name_of_plan_still_works_and_names_the_new_one(tmp_path, monkey
         ("mmv data check a.jsonl --stage p", ["pretrain"]),
     ],
 )
-def test_the_shell_completes_words(words, completed):
-    env = os.environ | {"_MMV_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+def test_the_shell_completes_words(typed, completed):
+    env = os.environ | {"_MMV_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     done = subprocess.run([MMV], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.split() == completed, done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minimind_v.cli.terminal import command_line
-from tests.cli.harness import MMV, place
+from tests.cli.harness import MMV, tiny_data
 
 
 @pytest.mark.parametrize(
@@ -23,14 +23,14 @@ from tests.cli.harness import MMV, place
 def test_a_result_that_nobody_takes(where, code, out, err):
     if "/dev/full" in where and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    command = f"set -o pipefail; {shlex.join([str(MMV), 'info', str(place().data('sft'))])} {where}"
+    command = f"set -o pipefail; {shlex.join([str(MMV), 'info', str(tiny_data().data('sft'))])} {where}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=os.environ)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
 def test_a_result_of_which_the_first_line_is_taken():
     """Whether the rest is written before nobody listens any more is a matter of chance, and nothing else is."""
-    command = f"set -o pipefail; {shlex.join([str(MMV), 'info', str(place().data('sft'))])} | head -1"
+    command = f"set -o pipefail; {shlex.join([str(MMV), 'info', str(tiny_data().data('sft'))])} | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=os.environ)
     assert (done.stdout, done.stderr) == ("kind                dataset\n", "")
     assert done.returncode in (0, 1)

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.harness import ASSETS, BASE, EYE, ROOT, SIGHT, here, read_rows, write_rows
+from tests.cli.harness import ASSETS, BASE, EYE, ROOT, SIGHT, read_rows, run_mmv, write_rows
 
 
 @pytest.fixture
-def mine(place, tmp_path, monkeypatch):
+def mine(tiny_data, tmp_path, monkeypatch):
     """A folder of a user's own, in which to work: rows, pictures, weights, notes."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(place.data("sft"), "cats.jsonl")
-    shutil.copy(place.images("sft"), "cats_images.zip")
+    shutil.copy(tiny_data.data("sft"), "cats.jsonl")
+    shutil.copy(tiny_data.images("sft"), "cats_images.zip")
     os.symlink("cats.jsonl", "link.jsonl")
-    assert here("data", "convert", "cats.jsonl", "shards/part-0.parquet").code == 0
-    write_rows(tmp_path / "held.jsonl", read_rows(place.data("sft"))[:3])
+    assert run_mmv("data", "convert", "cats.jsonl", "shards/part-0.parquet").code == 0
+    write_rows(tmp_path / "held.jsonl", read_rows(tiny_data.data("sft"))[:3])
     Path("notes.html").write_text("<html>my notes</html>")
     Path("mine.json").write_text('[{"conversations": []}]')
     Path("mine.safetensors").write_bytes(BASE.read_bytes())
@@ -39,7 +39,7 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         # what is read, under its own name or another one
         ("data check cats.jsonl --fix cats.jsonl --overwrite " + SEE, INPUT),
@@ -71,24 +71,24 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
         ("demo --out cats.jsonl", "is a file"),
     ],
 )  # fmt: skip
-def test_a_wrong_word_changes_nothing(line, words, mine):
+def test_a_wrong_word_changes_nothing(line, message, mine):
     before = contents(mine)
-    ended = here(*line.split())
-    assert (ended.code, words in ended.error) == (2, True), ended.err
+    ended = run_mmv(*line.split())
+    assert (ended.code, message in ended.error) == (2, True), ended.err
     assert contents(mine) == before
 
 
 def test_a_page_of_ours_is_made_again(mine):
     for _ in range(2):
-        assert here("data", "preview", "cats.jsonl", *SIGHT, "--rows", 1, "--html", "notes2.html").code == 0
+        assert run_mmv("data", "preview", "cats.jsonl", *SIGHT, "--rows", 1, "--html", "notes2.html").code == 0
     Path("empty.html").touch()
-    assert here("data", "preview", "cats.jsonl", *SIGHT, "--rows", 1, "--html", "empty.html").code == 0
+    assert run_mmv("data", "preview", "cats.jsonl", *SIGHT, "--rows", 1, "--html", "empty.html").code == 0
 
 
 def test_a_report_of_ones_own_stays(trained, tmp_path):
     run = shutil.copytree(trained.out / "pretrain_vlm_128", tmp_path / "pretrain_vlm_128")
     (run / "report.html").write_text("my report")
-    assert "not a page by mmv" in here("report", run).error
+    assert "not a page by mmv" in run_mmv("report", run).error
     assert (run / "report.html").read_text() == "my report"
 
 
@@ -96,47 +96,47 @@ def test_a_report_of_ones_own_stays(trained, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
-def test_a_run_does_not_write_over_what_it_starts_from(place, sighted, tmp_path, more):
+def test_a_run_does_not_write_over_what_it_starts_from(tiny_data, sighted, tmp_path, more):
     out = tmp_path / "out"
     out.mkdir()
     for name in ("sft_vlm_128", "sft_vlm_128_best"):
         shutil.copy(sighted, out / f"{name}.pth")
         before = contents(tmp_path)
-        ended = here(*place.train(out, "sft", init=out / f"{name}.pth"), *more)
+        ended = run_mmv(*tiny_data.train(out, "sft", init=out / f"{name}.pth"), *more)
         assert (ended.code, "this run would overwrite" in ended.error) == (2, True), ended.err
         assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
-def test_a_folder_or_a_json_of_something_else_stays(place, tmp_path, more):
+def test_a_folder_or_a_json_of_something_else_stays(tiny_data, tmp_path, more):
     (tmp_path / "out" / "pretrain_vlm_128").mkdir(parents=True)
     (tmp_path / "out" / "pretrain_vlm_128" / "report.html").write_text("mine")
     before = contents(tmp_path)
-    told = here(*place.train(tmp_path / "out"), *more).error
-    assert "is not a run folder (it contains report.html)" in told
+    error = run_mmv(*tiny_data.train(tmp_path / "out"), *more).error
+    assert "is not a run folder (it contains report.html)" in error
     assert contents(tmp_path) == before
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "pretrain_vlm_128.json").write_text("[]")
-    assert "does not describe weights" in here(*place.train(tmp_path / "rows"), *more).error
+    assert "does not describe weights" in run_mmv(*tiny_data.train(tmp_path / "rows"), *more).error
     assert (tmp_path / "rows" / "pretrain_vlm_128.json").read_text() == "[]"
 
 
-def test_the_curves_of_a_run_stay_where_its_weights_were_moved_away(trained, place, tmp_path):
+def test_the_curves_of_a_run_stay_where_its_weights_were_moved_away(trained, tiny_data, tmp_path):
     out = shutil.copytree(trained.out, tmp_path / "out")
     for path in (out / "pretrain_vlm_128.pth", out / "pretrain_vlm_128.json"):
         path.unlink()
     shutil.rmtree(out / "pretrain_vlm_128" / "states")
     before = contents(out)
-    ended = here(*place.train(out))
+    ended = run_mmv(*tiny_data.train(out))
     assert (ended.code, "without weights" in ended.error) == (2, True)
     assert contents(out) == before
 
 
-def test_to_resume_beside_a_run_of_another_size_says_which(trained, place, tmp_path):
+def test_to_resume_beside_a_run_of_another_size_says_which(trained, tiny_data, tmp_path):
     shutil.copytree(trained.out / "pretrain_vlm_128" / "states", tmp_path / "pretrain_vlm_128" / "states")
     before = contents(tmp_path)
-    line = place.train(tmp_path, preset="small", init="none")
-    ended = here(*line, "--set", "model.num_hidden_layers=1", "--resume")
+    line = tiny_data.train(tmp_path, preset="small", init="none")
+    ended = run_mmv(*line, "--set", "model.num_hidden_layers=1", "--resume")
     assert ended.code == 2
     assert f"{tmp_path / 'pretrain_vlm_128'} contains a run, of --preset demo" in ended.error
     assert contents(tmp_path) == before
@@ -160,5 +160,5 @@ def test_weights_with_their_own_description_may_be_replaced(mine, sighted):
     shutil.copy(sighted, "w.safetensors")
     Path("w.json").write_text(json.dumps({"stage": "sft", "model": {}}))
     line = ("convert", "--to", "pth", "--model", "mine.safetensors", "--out", "w.pth")
-    assert here(*line).code == 2
-    assert here(*line, "--overwrite").code == 0
+    assert run_mmv(*line).code == 2
+    assert run_mmv(*line, "--overwrite").code == 0

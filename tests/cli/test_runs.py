@@ -9,7 +9,7 @@ import pytest
 
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
 from minimind_v.core.formats.inventory import list_runs
-from tests.cli.harness import BASE, here, in_forks
+from tests.cli.harness import BASE, in_forks, run_mmv
 
 
 def run_folder(out: Path, name: str = "sft_vlm_512") -> Path:
@@ -23,7 +23,7 @@ def run_folder(out: Path, name: str = "sft_vlm_512") -> Path:
 
 def test_a_run_is_one_line_with_its_last_whole_step(tmp_path):
     run_folder(tmp_path / "out")
-    ended = here("runs", tmp_path / "out")
+    ended = run_mmv("runs", tmp_path / "out")
     heading, line = ended.out.splitlines()
     assert heading.split() == ["name", "stage", "model", "steps", "loss", "date", "size"]
     assert line.split()[:7] == ["sft_vlm_512", "sft", "small", "3", "of", "900", "1.0000"]
@@ -33,7 +33,7 @@ def test_weights_and_their_run_are_one_entry(tmp_path):
     run_folder(tmp_path)
     checkpoint = read_checkpoint(BASE)
     write_checkpoint(tmp_path / "sft_vlm_512.pth", checkpoint.tensors, checkpoint.config, "sft")
-    (entry,) = here("runs", tmp_path, "--json").json["runs"]
+    (entry,) = run_mmv("runs", tmp_path, "--json").json["runs"]
     assert (entry["kind"], entry["model"], entry["steps"], entry["total_steps"]) == ("run", "demo", 3, 900)
     files = (tmp_path / "sft_vlm_512.pth", tmp_path / "sft_vlm_512.json", tmp_path / "sft_vlm_512" / "metrics.jsonl")
     assert entry["bytes"] == sum(path.stat().st_size for path in files)
@@ -65,15 +65,15 @@ def test_a_damaged_entry_is_named_beside_the_others(tmp_path, name, content, dam
     run_folder(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
-    ended = here("runs", tmp_path)
+    ended = run_mmv("runs", tmp_path)
     assert (ended.code, len(ended.out.splitlines())) == (0, 3)
     assert f"damaged: {damage}" in ended.out or f"damaged: the file is {damage}" in ended.out
 
 
 def test_a_folder_without_runs_says_how_to_start(tmp_path):
-    assert "mmv train pretrain" in here("runs", tmp_path).err
-    assert here("runs", tmp_path, "--json").json["runs"] == []
-    missing = here("runs", tmp_path / "none")
+    assert "mmv train pretrain" in run_mmv("runs", tmp_path).err
+    assert run_mmv("runs", tmp_path, "--json").json["runs"] == []
+    missing = run_mmv("runs", tmp_path / "none")
     assert (missing.code, "no folder" in missing.error) == (1, True)
 
 

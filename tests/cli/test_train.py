@@ -13,7 +13,7 @@ from minimind_v.core.formats.checkpoint import export_tensors, read_checkpoint, 
 from minimind_v.core.model.vision.encoder import read_vision_spec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train import saver
-from tests.cli.harness import BASE, EYE, ROWS, here, read_rows, tree, write_rows
+from tests.cli.harness import BASE, EYE, ROWS, read_rows, run_mmv, tree, write_rows
 
 KEYS = {"step", "loss", "lr", "grad_norm", "epoch", "samples", "supervised_tokens", "seconds"}
 
@@ -59,7 +59,7 @@ def test_a_run_ends_with_its_report_and_a_chat_that_works(trained, stage):
     assert done.stderr.startswith("no image")
 
 
-def test_metrics_hold_the_promised_keys_of_every_logged_update(trained):
+def test_metrics_hold_the_promised_keys_of_every_logged_step(trained):
     every, third = (read_rows(trained.out / f"{stage}_vlm_128" / "metrics.jsonl") for stage in ("pretrain", "sft"))
     assert [record["step"] for record in every] == list(range(1, 11))
     assert [record["step"] for record in third] == [1, 3, 6, 9, 10]
@@ -94,44 +94,44 @@ def test_fine_tuning_changes_everything(trained):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_configuration_of_a_run_is_kept_and_runs_again(trained, place, tmp_path):
+def test_the_configuration_of_a_run_is_kept_and_runs_again(trained, tiny_data, tmp_path):
     kept = trained.out / "pretrain_vlm_128" / "config.yaml"
     assert yaml.safe_load(kept.read_text())["lr"] == 1e-3
-    assert here("train", "pretrain", "--config", kept, "--out", tmp_path, "--set", "data.workers=0").code == 0
+    assert run_mmv("train", "pretrain", "--config", kept, "--out", tmp_path, "--set", "data.workers=0").code == 0
     assert losses(tmp_path) == losses(trained.out)
 
 
-def test_the_same_seed_gives_the_same_losses_and_another_seed_others(place, tmp_path):
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tiny_data, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        assert here(*place.train(tmp_path / name, seed=seed, max_steps=4)).code == 0
-    one, again, other = (losses(tmp_path / name) for name in ("one", "again", "other"))
-    assert len(one) == 4
-    assert one == again
-    assert all(a != b for a, b in zip(one, other, strict=True))
+        assert run_mmv(*tiny_data.train(tmp_path / name, seed=seed, max_steps=4)).code == 0
+    first, again, other = (losses(tmp_path / name) for name in ("one", "again", "other"))
+    assert len(first) == 4
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
 
 
-def test_the_number_of_workers_changes_nothing(place, tmp_path):
+def test_the_number_of_workers_changes_nothing(tiny_data, tmp_path):
     for workers in (0, 2):
-        assert here(*place.train(tmp_path / str(workers), workers=workers, max_steps=3)).code == 0
+        assert run_mmv(*tiny_data.train(tmp_path / str(workers), workers=workers, max_steps=3)).code == 0
     assert losses(tmp_path / "0") == losses(tmp_path / "2")
 
 
-def test_accumulated_micro_batches_make_one_update(place, tmp_path):
-    assert here(*place.train(tmp_path, accumulate=3)).code == 0
+def test_accumulated_micro_batches_make_one_step(tiny_data, tmp_path):
+    assert run_mmv(*tiny_data.train(tmp_path, accumulate=3)).code == 0
     records = read_rows(tmp_path / "pretrain_vlm_128" / "metrics.jsonl")
     assert [record["samples"] for record in records] == [12, 24, 36, 40]
     assert [record["epoch"] for record in records] == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_max_steps_ends_a_run_and_its_schedule(place, tmp_path):
-    assert here(*place.train(tmp_path, max_steps=3, epochs=5)).code == 0
+def test_max_steps_ends_a_run_and_its_schedule(tiny_data, tmp_path):
+    assert run_mmv(*tiny_data.train(tmp_path, max_steps=3, epochs=5)).code == 0
     records = read_rows(tmp_path / "pretrain_vlm_128" / "metrics.jsonl")
     assert [record["lr"] for record in records] == pytest.approx([published_rate(step, 3, 4e-4) for step in range(3)])
 
 
-def test_bf16_autocast_trains_on_the_cpu(place, tmp_path):
+def test_bf16_autocast_trains_on_the_cpu(tiny_data, tmp_path):
     for dtype in ("bfloat16", "float32"):
-        assert here(*place.train(tmp_path / dtype, dtype=dtype, max_steps=3)).code == 0
+        assert run_mmv(*tiny_data.train(tmp_path / dtype, dtype=dtype, max_steps=3)).code == 0
     half, full = losses(tmp_path / "bfloat16"), losses(tmp_path / "float32")
     assert half != full
     assert half == pytest.approx(full, rel=0.05)
@@ -140,8 +140,8 @@ def test_bf16_autocast_trains_on_the_cpu(place, tmp_path):
     }
 
 
-def test_a_mixture_of_experts_trains_under_a_name_of_its_own(place, tmp_path):
-    ended = here(*place.train(tmp_path, init="none", max_steps=2), "--set", "model.use_moe=true")
+def test_a_mixture_of_experts_trains_under_a_name_of_its_own(tiny_data, tmp_path):
+    ended = run_mmv(*tiny_data.train(tmp_path, init="none", max_steps=2), "--set", "model.use_moe=true")
     assert ended.code == 0, ended.err
     assert "starting from random weights" in ended.err
     checkpoint = read_checkpoint(tmp_path / "pretrain_vlm_128_moe.pth")
@@ -150,56 +150,56 @@ def test_a_mixture_of_experts_trains_under_a_name_of_its_own(place, tmp_path):
     assert not (tmp_path / "pretrain_vlm_128.pth").exists()
 
 
-def test_sizes_of_ones_own_train_from_a_yaml_file(place, tmp_path):
+def test_sizes_of_ones_own_train_from_a_yaml_file(tiny_data, tmp_path):
     sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 3}
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({"model": sizes | {"vocab_size": 600}, "lr": "1e-3", "init": "none"}))
-    line = place.train(tmp_path / "out", preset=None, init=None, max_steps=2)
-    assert here(*line, "--config", mine).code == 0
+    line = tiny_data.train(tmp_path / "out", preset=None, init=None, max_steps=2)
+    assert run_mmv(*line, "--config", mine).code == 0
     config = read_checkpoint(tmp_path / "out" / "pretrain_vlm_48.pth").config
     assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (48, 6, 3)
     assert config.intermediate_size == 128
-    ended = here(
-        *place.train(tmp_path / "out", "sft", preset=None, init=None, max_steps=1, config=mine), "--set", "init="
+    ended = run_mmv(
+        *tiny_data.train(tmp_path / "out", "sft", preset=None, init=None, max_steps=1, config=mine), "--set", "init="
     )
     assert ended.code == 0, ended.err
 
 
-def test_save_every_saves_on_the_way_and_at_the_end(place, tmp_path, monkeypatch):
+def test_save_every_saves_on_the_way_and_at_the_end(tiny_data, tmp_path, monkeypatch):
     real, saved = saver.write_checkpoint, []
     monkeypatch.setattr(saver, "write_checkpoint", lambda path, *rest: (saved.append(path.name), real(path, *rest)))
-    assert here(*place.train(tmp_path, save_every=4)).code == 0
+    assert run_mmv(*tiny_data.train(tmp_path, save_every=4)).code == 0
     assert saved == ["pretrain_vlm_128.pth"] * 3  # after steps 4 and 8 of 10, and at the end
 
 
-def test_a_run_never_replaces_weights_unasked(place, tmp_path):
-    assert here(*place.train(tmp_path, max_steps=1)).code == 0
+def test_a_run_never_replaces_weights_unasked(tiny_data, tmp_path):
+    assert run_mmv(*tiny_data.train(tmp_path, max_steps=1)).code == 0
     before = (tmp_path / "pretrain_vlm_128.pth").read_bytes()
-    refused = here(*place.train(tmp_path, max_steps=2))
+    refused = run_mmv(*tiny_data.train(tmp_path, max_steps=2))
     assert refused.code == 2
     assert "pretrain_vlm_128.pth exists from an earlier run" in refused.error
     assert "--overwrite" in refused.error
     assert (tmp_path / "pretrain_vlm_128.pth").read_bytes() == before
-    assert here(*place.train(tmp_path, max_steps=2), "--overwrite").code == 0
+    assert run_mmv(*tiny_data.train(tmp_path, max_steps=2), "--overwrite").code == 0
     assert (tmp_path / "pretrain_vlm_128.pth").read_bytes() != before
     assert len(losses(tmp_path)) == 2  # the metrics of the new run alone
 
 
-def test_an_untrained_base_is_told_from_a_trained_one_by_the_first_loss(place, tmp_path):
+def test_the_first_loss_separates_an_untrained_base_from_a_trained_one(tiny_data, tmp_path):
     torch.manual_seed(0)
     blank = VLM(PRESETS["demo"], read_vision_spec(EYE), placeholder_id=34)
     text = {name: tensor for name, tensor in export_tensors(blank).items() if not name.startswith("vision_proj.")}
     write_checkpoint(tmp_path / "lm_128.pth", text, PRESETS["demo"], "lm")
-    warned = here(*place.train(tmp_path, init=tmp_path / "lm_128.pth", max_steps=1))
+    warned = run_mmv(*tiny_data.train(tmp_path, init=tmp_path / "lm_128.pth", max_steps=1))
     assert warned.code == 0
     assert "it is not trained" in warned.err
     assert f"{math.log(600):.2f}" in warned.err
-    assert "not trained" not in here(*place.train(tmp_path, max_steps=1), "--overwrite").err
+    assert "not trained" not in run_mmv(*tiny_data.train(tmp_path, max_steps=1), "--overwrite").err
 
 
-def test_rows_without_pictures_need_none(place, tmp_path):
+def test_rows_without_pictures_need_none(tiny_data, tmp_path):
     talk = [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "no"}]
     data = write_rows(tmp_path / "talk.jsonl", [{"conversations": talk}] * 8)
-    ended = here(*place.train(tmp_path, data=data, images=None))
+    ended = run_mmv(*tiny_data.train(tmp_path, data=data, images=None))
     assert ended.code == 0, ended.err
     assert read_rows(tmp_path / "pretrain_vlm_128" / "metrics.jsonl")[-1]["samples"] == 8

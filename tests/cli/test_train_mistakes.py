@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tests.cli.harness import ASSETS, BASE, EYE, ROWS, here, read_rows, tree, write_rows
+from tests.cli.harness import ASSETS, BASE, EYE, ROWS, read_rows, run_mmv, tree, write_rows
 
 HTML = "<!DOCTYPE html>\n<html><head><title>lm_512.pth · Hugging Face</title></head></html>"
 
 
 @pytest.fixture
-def refused(place, tmp_path):
+def refused(tiny_data, tmp_path):
     """Runs a training that must be refused with this exit code; returns the line that says why."""
 
     def run(code, *more, stage="pretrain", out=tmp_path / "out", **changes):
-        ended = here(*place.train(out, stage, **changes), *more)
+        ended = run_mmv(*tiny_data.train(out, stage, **changes), *more)
         assert ended.code == code, ended.err
         assert ended.out == ""
         assert not out.is_dir() or tree(out) == []
@@ -52,7 +52,7 @@ def test_the_base_that_is_missing_is_that_of_the_size_that_was_asked_for(refused
     assert "`mmv download lm --preset base`" in refused(1, init="out/lm_768.pth", preset="base")
 
 
-def test_fine_tuning_before_pretraining_is_told_to_pretrain_first(refused):
+def test_fine_tuning_before_pretraining_gets_advice_to_pretrain_first(refused):
     assert "`mmv train pretrain`" in refused(1, stage="sft", init=None)
     assert "this text-only base has no projector; `mmv train pretrain` trains one" in refused(1, stage="sft", init=BASE)
 
@@ -60,7 +60,7 @@ def test_fine_tuning_before_pretraining_is_told_to_pretrain_first(refused):
 # --- inputs that are something else -----------------------------------------------------------------------------------
 
 
-def test_a_web_page_in_the_place_of_a_file_is_recognised(refused, tmp_path):
+def test_a_web_page_given_as_a_file_is_recognised(refused, tmp_path):
     page = tmp_path / "page"
     page.write_text(HTML)
     assert "HTML page, not weights" in refused(1, init=page)
@@ -72,7 +72,7 @@ def test_a_web_page_in_the_place_of_a_file_is_recognised(refused, tmp_path):
     assert "not JSON" in refused(1, vision_model=tmp_path)
 
 
-def test_damaged_weights_of_the_vision_model_are_told_with_their_folder(refused, tmp_path):
+def test_damaged_weights_of_the_vision_model_are_reported_with_their_folder(refused, tmp_path):
     shutil.copytree(EYE, tmp_path / "eye")
     whole = (EYE / "model.safetensors").read_bytes()
     for damage in (whole[:1000], HTML.encode(), b""):
@@ -84,13 +84,13 @@ def test_damaged_weights_of_the_vision_model_are_told_with_their_folder(refused,
     assert "the vision model could not be loaded" in refused(1, vision_model=tmp_path / "eye")
 
 
-def test_a_base_of_another_size_is_told_by_its_preset(refused):
+def test_a_base_of_another_size_is_reported_by_its_preset(refused):
     line = refused(1, preset="small")
     assert "wrong shape (model.embed_tokens.weight [600, 128] for [6400, 512]" in line
     assert line.endswith("its sizes match --preset demo")
 
 
-def test_a_base_trained_with_another_vision_model_is_told_so(refused, trained, tmp_path):
+def test_a_base_trained_with_another_vision_model_is_reported(refused, trained, tmp_path):
     shutil.copytree(EYE, tmp_path / "eye")
     (tmp_path / "eye" / "config.json").write_text((EYE / "config.json").read_text().replace("128", "64"))
     (tmp_path / "eye" / "model.safetensors").unlink()
@@ -112,23 +112,23 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(refused):
     assert "600 tokens, but the model has only 599" in line
 
 
-def test_a_folder_where_weights_are_wanted_and_the_other_way_round(refused, place, tmp_path):
+def test_a_folder_where_weights_are_required_and_the_other_way_round(refused, tiny_data, tmp_path):
     assert "a folder, not a weights file" in refused(1, init=tmp_path)
     assert "is not a data file" in refused(1, data=tmp_path)
-    assert "no vision model in" in refused(1, vision_model=place.picture())
-    assert "no tokenizer in" in refused(1, tokenizer=place.picture())
+    assert "no vision model in" in refused(1, vision_model=tiny_data.picture())
+    assert "no tokenizer in" in refused(1, tokenizer=tiny_data.picture())
 
 
-def test_an_out_that_is_a_file_is_refused(refused, place):
-    line = refused(1, out=place.picture())
-    assert f"{place.picture()}/pretrain_vlm_128/config.yaml: cannot be written (Not a directory)" in line
+def test_an_out_that_is_a_file_is_refused(refused, tiny_data):
+    line = refused(1, out=tiny_data.picture())
+    assert f"{tiny_data.picture()}/pretrain_vlm_128/config.yaml: cannot be written (Not a directory)" in line
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
+    ("option", "value", "message"),
     [
         ("freeze", "projecter", "did you mean 'projector'?"),
         ("freeze", "projector-last", "did you mean 'projector+last'?"),
@@ -159,9 +159,9 @@ def test_an_out_that_is_a_file_is_refused(refused, place):
         ("seed", 2**64, "--seed must be below 2^63"),
     ],
 )
-def test_a_wrong_value_is_refused_before_anything_is_done(refused, option, value, words):
+def test_a_wrong_value_is_refused_before_anything_is_done(refused, option, value, message):
     line = refused(2, **{option: value})
-    assert words in line
+    assert message in line
     assert len(line) < 250
 
 
@@ -172,7 +172,7 @@ def test_a_device_of_another_machine_is_refused(refused):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (["train"], "pretrain"),
         (["train", "pretrian"], "'pretrain', 'sft'"),
@@ -183,10 +183,10 @@ def test_a_device_of_another_machine_is_refused(refused):
         (["trian"], "train"),
     ],
 )
-def test_a_command_line_that_is_none_says_what_would_be_one(args, words):
-    ended = here(*args)
+def test_a_command_line_that_is_none_says_what_would_be_one(args, message):
+    ended = run_mmv(*args)
     assert ended.code == 2
-    assert words in ended.err
+    assert message in ended.err
     assert "Traceback" not in ended.err
 
 
@@ -194,11 +194,11 @@ def test_a_command_line_that_is_none_says_what_would_be_one(args, words):
 
 
 @pytest.fixture
-def broken(place, tmp_path):
+def broken(tiny_data, tmp_path):
     """Data in which every so many rows is broken, each in another way."""
 
     def make(rows, *numbers):
-        good = read_rows(place.data("pretrain"))
+        good = read_rows(tiny_data.data("pretrain"))
         lines = [good[n % ROWS] for n in range(rows)]
         damages = ['{"conversations": [', {"image": "a.jpg"}, {**good[0], "image": "nowhere.jpg"}]
         for damage, number in enumerate(numbers):
@@ -208,9 +208,9 @@ def broken(place, tmp_path):
     return make
 
 
-def test_a_few_broken_rows_are_named_and_counted(place, broken, tmp_path):
+def test_a_few_broken_rows_are_named_and_counted(tiny_data, broken, tmp_path):
     data = broken(300, 7, 90, 201)
-    ended = here(*place.train(tmp_path / "out", data=data, batch_size=60, workers=1, epochs=2, max_steps=7))
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", data=data, batch_size=60, workers=1, epochs=2, max_steps=7))
     assert ended.code == 0, ended.err
     for row, why in ((7, "not JSON"), (90, "conversations"), (201, "nowhere.jpg")):
         assert ended.err.count(f"row skipped: {data}:{row}: ") == 1
@@ -220,47 +220,49 @@ def test_a_few_broken_rows_are_named_and_counted(place, broken, tmp_path):
     assert (epoch["epoch"], epoch["samples"]) == (1.0, 297)
 
 
-def test_more_than_one_row_in_a_hundred_is_an_error_with_the_first_named(place, broken, tmp_path):
+def test_more_than_one_row_in_a_hundred_is_an_error_with_the_first_named(tiny_data, broken, tmp_path):
     data = broken(80, 40)
-    ended = here(*place.train(tmp_path / "out", data=data, batch_size=80))
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", data=data, batch_size=80))
     assert ended.code == 1
     assert "1 of 80 rows are broken, more than 1%" in ended.error
     assert f"the first: {data}:40: not JSON" in ended.error
     assert "--set data.bad_rows=" in ended.error
-    assert here(*place.train(tmp_path / "out", data=data, batch_size=80), "--set", "data.bad_rows=0.02").code == 0
+    assert (
+        run_mmv(*tiny_data.train(tmp_path / "out", data=data, batch_size=80), "--set", "data.bad_rows=0.02").code == 0
+    )
 
 
 @pytest.mark.parametrize("allowed", ["0.01", "1"])
-def test_data_of_broken_rows_alone_leaves_no_weights(place, tmp_path, allowed):
+def test_data_of_broken_rows_alone_leaves_no_weights(tiny_data, tmp_path, allowed):
     data = write_rows(tmp_path / "mine.jsonl", ["{"] * 20)
-    ended = here(*place.train(tmp_path / "out", data=data, workers=1), "--set", f"data.bad_rows={allowed}")
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", data=data, workers=1), "--set", f"data.bad_rows={allowed}")
     assert ended.code == 1
     assert f"{data}:" in ended.error
     assert not list(tmp_path.rglob("*.pth"))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
-def test_empty_data_is_told(refused, tmp_path, content):
+def test_empty_data_is_reported(refused, tmp_path, content):
     (tmp_path / "mine.jsonl").write_text(content)
     assert "mine.jsonl: the file has no rows" in refused(1, data=tmp_path / "mine.jsonl")
 
 
-def test_pictures_of_other_data_are_told(place, tmp_path):
-    ended = here(*place.train(tmp_path / "out", data=place.data("sft"), images=tmp_path))
+def test_pictures_of_other_data_are_reported(tiny_data, tmp_path):
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", data=tiny_data.data("sft"), images=tmp_path))
     assert ended.code == 1
     assert f"no such picture in {tmp_path}" in ended.error
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_a_length_that_no_prompt_fits_in_is_told(place, tmp_path):
-    ended = here(*place.train(tmp_path / "out", max_length=50))
+def test_a_length_that_holds_no_prompt_is_reported(tiny_data, tmp_path):
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", max_length=50))
     assert ended.code == 1
     assert "the prompt alone is longer than 50 tokens" in ended.error
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_no_processes_are_left_when_a_run_fails(place, tmp_path):
-    ended = here(*place.train(tmp_path / "out", data=write_rows(tmp_path / "mine.jsonl", ["{"] * 20), workers=2))
+def test_no_processes_are_left_when_a_run_fails(tiny_data, tmp_path):
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", data=write_rows(tmp_path / "mine.jsonl", ["{"] * 20), workers=2))
     assert ended.code == 1
     assert multiprocessing.active_children() == []
 
@@ -268,60 +270,60 @@ def test_no_processes_are_left_when_a_run_fails(place, tmp_path):
 # --- pictures that are not shown --------------------------------------------------------------------------------------
 
 
-def test_rows_with_a_picture_and_no_mark_are_text_rows_told_once(place, sighted, tmp_path):
-    rows = read_rows(place.data("sft"))
+def test_rows_with_a_picture_and_no_mark_are_text_rows_and_reported_once(tiny_data, sighted, tmp_path):
+    rows = read_rows(tiny_data.data("sft"))
     for row in rows[::4]:
         for message in row["conversations"]:
             message["content"] = message["content"].replace("<image>", "").strip()
         row["image"] = "none.jpg"  # nobody looks
     data = write_rows(tmp_path / "mine.jsonl", rows)
-    ended = here(*place.train(tmp_path / "out", "sft", data=data, init=sighted, epochs=2, workers=1))
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", "sft", data=data, init=sighted, epochs=2, workers=1))
     assert ended.code == 0, ended.err
-    told = [line for line in ended.err.splitlines() if "but no <image> in their text" in line]
-    assert [line.startswith("step ") for line in told] == [True, False], ended.err
-    assert told[-1].startswith("10 of 40 rows have an image but no <image> in their text: text rows")
+    notes = [line for line in ended.err.splitlines() if "but no <image> in their text" in line]
+    assert [line.startswith("step ") for line in notes] == [True, False], ended.err
+    assert notes[-1].startswith("10 of 40 rows have an image but no <image> in their text: text rows")
     assert "skipped" not in ended.err
 
 
-def test_what_rows_are_read_as_is_told_once_and_counted(place, sighted, tmp_path):
-    rows = read_rows(place.data("sft"))
+def test_what_rows_are_read_as_is_reported_once_and_counted(tiny_data, sighted, tmp_path):
+    rows = read_rows(tiny_data.data("sft"))
     for row in rows[::4]:
         row["messages"] = [{"from": "gpt", "value": "Hello."}, *row.pop("conversations")]
         row["images"] = [{"path": row.pop("image")}]
     data = write_rows(tmp_path / "mine.jsonl", rows)
-    ended = here(*place.train(tmp_path / "out", "sft", data=data, init=sighted, epochs=2, workers=1))
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", "sft", data=data, init=sighted, epochs=2, workers=1))
     assert ended.code == 0, ended.err
-    told = [line for line in ended.err.splitlines() if "begin with an answer" in line]
-    assert [line.startswith("step ") for line in told] == [True, False], ended.err
-    assert told[-1].startswith("10 of 40 rows begin with an answer without a question; it is not used")
+    notes = [line for line in ended.err.splitlines() if "begin with an answer" in line]
+    assert [line.startswith("step ") for line in notes] == [True, False], ended.err
+    assert notes[-1].startswith("10 of 40 rows begin with an answer without a question; it is not used")
     assert "skipped" not in ended.err
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_a_set_that_lacks_its_marks_is_warned_of(place, sighted, tmp_path, stage):
-    rows = read_rows(place.data(stage))
+def test_a_set_that_lacks_its_marks_is_warned_of(tiny_data, sighted, tmp_path, stage):
+    rows = read_rows(tiny_data.data(stage))
     for row in rows:
         for message in row["conversations"]:
             message["content"] = message["content"].replace("<image>", "").strip()
     data = write_rows(tmp_path / "mine.jsonl", rows)
-    ended = here(*place.train(tmp_path / "out", stage, data=data, init=sighted if stage == "sft" else BASE))
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", stage, data=data, init=sighted if stage == "sft" else BASE))
     assert ended.code == 0, ended.err
     assert "40 of the first 40 rows have an image but no <image> in their text" in ended.err
     assert "40 of 40 rows have an image but no <image> in their text: text rows" in ended.err
 
 
-def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(place, sighted, tmp_path):
-    rows = read_rows(place.data("sft"))
+def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(tiny_data, sighted, tmp_path):
+    rows = read_rows(tiny_data.data("sft"))
     rows[3] = {"conversations": rows[3]["conversations"], "video": "a.mp4"}
     talk = [{"from": "user", "value": "<img>a.jpg</img>\nWhat?"}, {"from": "assistant", "value": "A star."}]
     rows[20] = {"conversations": talk}
     data = write_rows(tmp_path / "mine.jsonl", rows)
-    line = place.train(tmp_path / "out", "sft", data=data, init=sighted)
-    ended = here(*line, "--set", "data.bad_rows=0.1")
+    line = tiny_data.train(tmp_path / "out", "sft", data=data, init=sighted)
+    ended = run_mmv(*line, "--set", "data.bad_rows=0.1")
     assert ended.code == 0, ended.err
     assert f"row skipped: {data}:4: images or videos in `video` are not supported" in ended.err
     assert f"row skipped: {data}:21: '<img>a.jpg</img>' in its text is not supported" in ended.err
     assert "2 broken rows skipped (2 pictures not read)" in ended.err
-    refused = here(*line, "--overwrite")
+    refused = run_mmv(*line, "--overwrite")
     assert refused.code == 1
     assert "of 40 rows are broken, more than 1%" in refused.error

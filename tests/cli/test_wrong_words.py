@@ -9,11 +9,11 @@ import shutil
 import pytest
 
 from minimind_v.core.wording import plural
-from tests.cli.harness import ASSETS, SIGHT, here, installed, read_rows, write_rows
+from tests.cli.harness import ASSETS, SIGHT, installed, read_rows, run_mmv, write_rows
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("train stf", "(did you mean 'sft'?)"),
         ("train pretrian", "(did you mean 'pretrain'?)"),
@@ -40,25 +40,25 @@ from tests.cli.harness import ASSETS, SIGHT, here, installed, read_rows, write_r
         ("convert --to hf --model a.pth --model b.pth", "--model was given 2 times"),
     ],
 )
-def test_the_line_that_was_meant_is_told(line, words, tmp_path, monkeypatch):
+def test_the_line_that_was_meant_is_suggested(line, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ended = here(*shlex.split(line))
+    ended = run_mmv(*shlex.split(line))
     assert (ended.code, ended.out) == (2, "")
-    assert words in ended.err
+    assert message in ended.err
     assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize("line", ["", "train", "eval", "chat", "data", "data check", "data split", "demo"])
 def test_h_is_help(line):
-    short, long = here(*line.split(), "-h"), here(*line.split(), "--help")
+    short, long = run_mmv(*line.split(), "-h"), run_mmv(*line.split(), "--help")
     assert (short.code, short.out) == (0, long.out)
     assert "-h, --help" in short.out
 
 
-def test_options_that_may_be_repeated_still_may(place):
-    line = place.train("nowhere", epochs=None)
+def test_options_that_may_be_repeated_still_may(tiny_data):
+    line = tiny_data.train("nowhere", epochs=None)
     sets = [word for n in (3, 4) for word in ("--set", f"epochs={n}")]
-    assert "epochs: 4" in here(*line, *sets, "--print-config").out
+    assert "epochs: 4" in run_mmv(*line, *sets, "--print-config").out
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -68,70 +68,70 @@ def test_report_takes_the_folder_that_one_stands_in_and_what_is_in_it(trained, t
     run = shutil.copytree(trained.out / "sft_vlm_128", tmp_path / "sft_vlm_128")
     monkeypatch.chdir(run)
     for name in (".", "metrics.jsonl", "config.yaml", "../sft_vlm_128.pth", "../sft_vlm_128_best.pth", ".."):
-        ended = here("report", name)
+        ended = run_mmv("report", name)
         assert ended.code == 0, ended.err
         assert os.path.samefile(ended.out.strip(), run / "report.html")
     monkeypatch.chdir(tmp_path / "sft_vlm_128" / "states")
-    assert os.path.samefile(here("report", "..").out.strip(), run / "report.html")
+    assert os.path.samefile(run_mmv("report", "..").out.strip(), run / "report.html")
     for name in (".", "/", "none", "none.pth"):
-        ended = here("report", name)
+        ended = run_mmv("report", name)
         assert (ended.code, "no run in" in ended.error) == (1, True)
 
 
-def test_the_folder_of_a_run_stands_for_its_weights(trained, place, tmp_path, monkeypatch):
+def test_the_folder_of_a_run_stands_for_its_weights(trained, tiny_data, tmp_path, monkeypatch):
     run = trained.out / "sft_vlm_128"
     asked = ("chat", "What colour is the star?", *SIGHT, "--greedy", "--max-new-tokens", 4, "--model")
-    ended = here(*asked, run)
+    ended = run_mmv(*asked, run)
     assert ended.code == 0, ended.err
-    assert ended.out == here(*asked, run.with_suffix(".pth")).out
-    scored = here("eval", "--model", run, "--data", place.data("sft"), *SIGHT, "--limit", 1, "--json").json
+    assert ended.out == run_mmv(*asked, run.with_suffix(".pth")).out
+    scored = run_mmv("eval", "--model", run, "--data", tiny_data.data("sft"), *SIGHT, "--limit", 1, "--json").json
     assert scored["model"] == str(run.with_suffix(".pth"))
     out = tmp_path / "w.safetensors"
-    assert here("convert", "--to", "safetensors", "--model", run, "--out", out).code == 0
+    assert run_mmv("convert", "--to", "safetensors", "--model", run, "--out", out).code == 0
     monkeypatch.chdir(run)
-    assert here("info", ".", "--json").json["kind"] == "run"
+    assert run_mmv("info", ".", "--json").json["kind"] == "run"
 
 
 def test_a_folder_of_weights_names_them(trained):
-    error = here("chat", "hello", "--model", trained.out, *SIGHT).error
+    error = run_mmv("chat", "hello", "--model", trained.out, *SIGHT).error
     assert "name one of pretrain_vlm_128.pth, sft_vlm_128.pth" in error
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_one_row_is_one_row(place, tmp_path, guessed_time):
+def test_one_row_is_one_row(tiny_data, tmp_path, guessed_time):
     assert [plural(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
-    row_file = write_rows(tmp_path / "sft.jsonl", read_rows(place.data("sft"))[:1])
-    images = ("--images", place.images("sft"))
-    assert "sft.jsonl: 1 row, 1 of them" in here("data", "check", row_file, *images, *SIGHT).out
-    assert "1 row of " in here("data", "stats", row_file, *images, *SIGHT).out
-    assert here("data", "convert", row_file, tmp_path / "one.parquet", *images).err.endswith("one.parquet: 1 row\n")
-    assert "has only 1 row" in here("data", "preview", row_file, *images, *SIGHT, "--start", 2).error
-    shown = here("data", "preview", row_file, *images, *SIGHT, "--html", tmp_path / "p.html")
+    row_file = write_rows(tmp_path / "sft.jsonl", read_rows(tiny_data.data("sft"))[:1])
+    images = ("--images", tiny_data.images("sft"))
+    assert "sft.jsonl: 1 row, 1 of them" in run_mmv("data", "check", row_file, *images, *SIGHT).out
+    assert "1 row of " in run_mmv("data", "stats", row_file, *images, *SIGHT).out
+    assert run_mmv("data", "convert", row_file, tmp_path / "one.parquet", *images).err.endswith("one.parquet: 1 row\n")
+    assert "has only 1 row" in run_mmv("data", "preview", row_file, *images, *SIGHT, "--start", 2).error
+    shown = run_mmv("data", "preview", row_file, *images, *SIGHT, "--html", tmp_path / "p.html")
     assert "1 row of" in (tmp_path / "p.html").read_text(encoding="utf-8"), shown.err
 
 
 def test_no_option_is_named_that_a_command_lacks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in ("check", "stats", "preview"):
-        assert "--data" not in here("data", command, "none.jsonl", "--tokenizer", ASSETS).error
+        assert "--data" not in run_mmv("data", command, "none.jsonl", "--tokenizer", ASSETS).error
 
 
-def test_a_copy_without_faults_ends_well_and_one_that_cannot_be_written_does_not(place, tmp_path):
-    rows = write_rows(tmp_path / "sft.jsonl", ["{", *read_rows(place.data("sft"))[:4]])
-    line = ("data", "check", rows, "--images", place.images("sft"), *SIGHT)
+def test_a_copy_without_faults_ends_well_and_one_that_cannot_be_written_does_not(tiny_data, tmp_path):
+    rows = write_rows(tmp_path / "sft.jsonl", ["{", *read_rows(tiny_data.data("sft"))[:4]])
+    line = ("data", "check", rows, "--images", tiny_data.images("sft"), *SIGHT)
     assert installed(*line, "--workers", 1).code == 1
     ended = installed(*line, "--workers", 1, "--fix", tmp_path / "clean.jsonl")
     assert ended.code == 0, ended.err
     assert f"it accepts {tmp_path / 'clean.jsonl'}" in ended.err
     all_bad = write_rows(tmp_path / "bad.jsonl", ["{"])
-    ended = here("data", "check", all_bad, *SIGHT, "--fix", tmp_path / "none.jsonl")
+    ended = run_mmv("data", "check", all_bad, *SIGHT, "--fix", tmp_path / "none.jsonl")
     assert (ended.code, "nothing to write" in ended.error) == (1, True)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "command",
     [
         "train sft --out {}", "train sft --data {}", "train sft --config={}", "plan sft --init {}",
         "data check {}", "data stats rows.jsonl --images {}", "data convert rows.jsonl {}", "data preview {}",
@@ -140,10 +140,10 @@ def test_a_copy_without_faults_ends_well_and_one_that_cannot_be_written_does_not
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("word", ["a\0b", "a\ud800b"])
-def test_what_no_file_can_be_called_ends_in_one_line(words, word):
-    before, _, _ = words.partition("{}")
-    args = words.format(word).split(" ")
-    ended = here(*args)
+def test_what_no_file_can_be_called_ends_in_one_line(command, word):
+    before, _, _ = command.partition("{}")
+    args = command.format(word).split(" ")
+    ended = run_mmv(*args)
     assert ended.code == 2, ended.err
     assert "\0" not in ended.err
     option = before.split()[-1].rstrip("=")
@@ -152,6 +152,6 @@ def test_what_no_file_can_be_called_ends_in_one_line(words, word):
 
 
 def test_control_characters_of_a_name_are_shown_as_what_they_are():
-    ended = here("info", "a\x1b[2Jb\x07\nc")
+    ended = run_mmv("info", "a\x1b[2Jb\x07\nc")
     assert ended.code == 1
     assert "a\\x1b[2Jb\\x07 c" in ended.error

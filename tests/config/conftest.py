@@ -1,1 +1,1 @@
-from tests.cli.conftest import place  # noqa: F401
+from tests.cli.conftest import tiny_data  # noqa: F401

@@ -11,7 +11,7 @@ from minimind_v.core.config.load import FLAG_KEYS, build_config, images_beside, 
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
 from minimind_v.core.errors import MissingInput, UsageError
-from tests.cli.harness import here
+from tests.cli.harness import run_mmv
 
 CHANGED = {
     "model.hidden_size": 48,
@@ -84,10 +84,10 @@ def tree(changes):
     nested = {}
     for key, given in changes.items():
         *path, name = key.split(".")
-        place = nested
+        node = nested
         for step in path:
-            place = place.setdefault(step, {})
-        place[name] = given
+            node = node.setdefault(step, {})
+        node[name] = given
     return nested
 
 
@@ -153,7 +153,7 @@ def test_a_preset_may_stand_in_yaml_and_be_changed_by_an_option(tmp_path):
         (["init=mine.pth", "preset=base"], "mine.pth"),
     ],
 )
-def test_the_base_is_looked_for_under_the_name_of_the_size(sets, init):
+def test_the_base_is_searched_under_the_name_of_the_size(sets, init):
     assert build_config("pretrain", sets=sets).init.name == init
 
 
@@ -195,18 +195,18 @@ def test_yaml_of_a_configuration_in_which_all_is_changed_gives_it_back(tmp_path)
 def test_every_value_says_who_gave_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("preset: base\ntrain: {epochs: 3}\nlr: 1e-5\ndata: {max_length: 99}\n")
-    words = ("--config", "mine.yaml", "--lr", "2e-5", "--set", "train.weight_decay=0.5", "--set", "seed=7")
-    printed = here("train", "sft", "--print-config", *words).out
-    said = {line.split(":")[0].strip(): line.partition("#")[2].strip() for line in printed.splitlines()}
-    assert said["hidden_size"] == "preset base, mine.yaml"
-    assert (said["epochs"], said["max_length"]) == ("mine.yaml", "mine.yaml")
-    assert (said["lr"], said["weight_decay"], said["seed"]) == ("--lr", "--set", "--set")
-    assert (said["accumulate"], said["workers"]) == ("recipe sft", "this machine's cores")
-    assert all(said[key] for key in said if key not in ("stage", "model", "data"))
+    options = ("--config", "mine.yaml", "--lr", "2e-5", "--set", "train.weight_decay=0.5", "--set", "seed=7")
+    printed = run_mmv("train", "sft", "--print-config", *options).out
+    origins = {line.split(":")[0].strip(): line.partition("#")[2].strip() for line in printed.splitlines()}
+    assert origins["hidden_size"] == "preset base, mine.yaml"
+    assert (origins["epochs"], origins["max_length"]) == ("mine.yaml", "mine.yaml")
+    assert (origins["lr"], origins["weight_decay"], origins["seed"]) == ("--lr", "--set", "--set")
+    assert (origins["accumulate"], origins["workers"]) == ("recipe sft", "this machine's cores")
+    assert all(origins[key] for key in origins if key not in ("stage", "model", "data"))
     assert yaml.safe_load(printed)["weight_decay"] == 0.5
     nested = resolve("sft", sets=["train.lr=1e-4", "train.data.batch_size=3"]).config
     assert (nested.lr, nested.data.batch_size) == (1e-4, 3)
-    assert "did you mean 'lr'" in here("train", "sft", "--set", "train.lrr=1").error
+    assert "did you mean 'lr'" in run_mmv("train", "sft", "--set", "train.lrr=1").error
 
 
 def test_the_source_of_data_that_was_found_is_the_disk(tmp_path, monkeypatch):
@@ -221,8 +221,10 @@ def test_the_source_of_data_that_was_found_is_the_disk(tmp_path, monkeypatch):
 
 def test_the_command_prints_what_it_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    printed = here("train", "sft", "--print-config", "--preset", "base", "--lr", "3e-5", "--set", "data.workers=3").out
-    again = here("train", "sft", "--print-config", "--config", write(tmp_path / "c.yaml", printed)).out
+    printed = run_mmv(
+        "train", "sft", "--print-config", "--preset", "base", "--lr", "3e-5", "--set", "data.workers=3"
+    ).out
+    again = run_mmv("train", "sft", "--print-config", "--config", write(tmp_path / "c.yaml", printed)).out
     assert yaml.safe_load(again) == yaml.safe_load(printed)
     plain = yaml.safe_load(printed)
     assert plain["lr"] == 3e-5
@@ -262,7 +264,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path, key, meant):
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "message"),
     [
         ("epochs=two", "epochs must be of type int, not 'two'"),
         ("epochs=1.5", "epochs must be of type int, not 1.5"),
@@ -298,13 +300,13 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path, key, meant):
         ("stage=dpo", "is for stage dpo"),
     ],
 )
-def test_a_wrong_value_is_refused_by_its_key(setting, words):
-    with pytest.raises(UsageError, match=words):
+def test_a_wrong_value_is_refused_by_its_key(setting, message):
+    with pytest.raises(UsageError, match=message):
         build_config("sft", sets=[setting])
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("lr: [", "not YAML"),
         ("\tlr: 1", "not YAML"),
@@ -320,9 +322,9 @@ def test_a_wrong_value_is_refused_by_its_key(setting, words):
         ("<html>", "not a mapping of keys to values"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, monkeypatch, content, words):
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=words) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         build_config("sft", write(tmp_path / "mine.yaml", content))
     assert "\n" not in str(caught.value)
     assert not Path("owned").exists()
@@ -341,7 +343,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
 
 
 def test_a_mistake_on_the_command_line_is_usage():
-    ended = here("train", "sft", "--set", "data.batchsize=7")
+    ended = run_mmv("train", "sft", "--set", "data.batchsize=7")
     assert ended.code == 2
     assert ended.error == "unknown configuration key data.batchsize (did you mean 'data.batch_size'?)"
 
@@ -357,9 +359,9 @@ def test_pictures_are_found_beside_their_rows(tmp_path, data, images):
     assert images_beside(tmp_path / data) is None
     (tmp_path / images).parent.mkdir(exist_ok=True)
     (tmp_path / images).touch()
-    found = tmp_path / images.split("/")[0]
-    assert images_beside(tmp_path / data) == found
-    assert build_config("sft", options={"data": tmp_path / data}).data.images == found
+    folder = tmp_path / images.split("/")[0]
+    assert images_beside(tmp_path / data) == folder
+    assert build_config("sft", options={"data": tmp_path / data}).data.images == folder
     assert build_config("sft", options={"data": tmp_path / data, "images": Path("x")}).data.images == Path("x")
 
 
@@ -376,11 +378,11 @@ def test_data_is_found_in_the_layout_that_was_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = Path("dataset")
 
-    def found(stage="sft"):
+    def data_paths(stage="sft"):
         config = build_config(stage).data
         return str(config.file), str(config.images)
 
-    nothing = found()
+    nothing = data_paths()
     assert nothing == ("dataset/sft_data.jsonl", "dataset/sft_images.zip")
     for name, expected in (
         ("sample/sft_i2t.parquet", ("dataset/sample/sft_i2t.parquet", "None")),
@@ -389,8 +391,8 @@ def test_data_is_found_in_the_layout_that_was_downloaded(tmp_path, monkeypatch):
     ):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).touch()
-        assert found() == expected
-    assert found("pretrain")[0] == "dataset/pretrain_data.jsonl"
+        assert data_paths() == expected
+    assert data_paths("pretrain")[0] == "dataset/pretrain_data.jsonl"
     assert build_config("sft", options={"data": Path("mine.parquet")}).data.file == Path("mine.parquet")
 
 
@@ -409,6 +411,6 @@ def test_processes_of_one_machine_share_its_cores_among_their_data_workers(monke
 
 
 def test_a_name_that_is_too_long_for_a_file_ends_in_one_line():
-    ended = here("train", "sft", "--data", f"{'r' * 300}.jsonl")
+    ended = run_mmv("train", "sft", "--data", f"{'r' * 300}.jsonl")
     assert ended.code in (1, 2)
     assert "too long" in ended.error or "no " in ended.error

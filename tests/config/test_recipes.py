@@ -101,7 +101,7 @@ def test_the_inner_size_is_rounded_up_to_64(hidden, inner):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"),
+    ("sizes", "message"),
     [
         ({"hidden_size": 0}, "model.hidden_size must be at least 1, not 0"),
         ({"num_hidden_layers": -1}, "model.num_hidden_layers must be at least 1"),
@@ -134,10 +134,10 @@ def test_the_inner_size_is_rounded_up_to_64(hidden, inner):
         ({"use_moe": 1}, "model.use_moe must be true or false, not 1"),
     ],
 )
-def test_sizes_that_make_no_model_are_refused_by_their_key(sizes, words):
+def test_sizes_that_make_no_model_are_refused_by_their_key(sizes, message):
     with pytest.raises(UsageError) as caught:
         TextConfig(**sizes)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,7 +12,7 @@ from minimind_v.core.config.schema import MOST, MOST_SIZES, TextConfig
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.errors import UsageError
 from minimind_v.core.machine import check_workers
-from tests.cli.harness import here
+from tests.cli.harness import run_mmv
 
 
 def bomb(first, use):
@@ -77,14 +77,14 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_file_from_a_stranger_ends_in_one_line_with_file_and_key(tmp_path, name):
-    content, words = CASES[name]
+    content, message = CASES[name]
     path = tmp_path / "mine.yaml"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     started = time.process_time()
-    ended = here("train", "sft", "--config", path)
+    ended = run_mmv("train", "sft", "--config", path)
     assert ended.code == 2, ended.err
     assert ended.error.startswith(f"{path}")
-    with pytest.raises(UsageError, match=words) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         build_config("sft", path)
     assert str(caught.value) == ended.error
     assert not Path("owned").exists()
@@ -131,7 +131,7 @@ SETS = {
 
 @pytest.mark.parametrize("setting", SETS)
 def test_a_set_that_is_no_value_ends_in_one_line(setting):
-    ended = here("train", "sft", "--set", setting)
+    ended = run_mmv("train", "sft", "--set", setting)
     assert ended.code == 2
     with pytest.raises(UsageError, match=SETS[setting]):
         build_config("sft", sets=[setting])
@@ -189,7 +189,7 @@ def test_a_model_that_this_machine_cannot_hold_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("command", "message"),
     [
         (["train", "sft", "--workers", "1000000"], "--workers must be at most 64 on this machine, which has 16 cores"),
         (["train", "sft", "--set", "data.workers=1000000"], "--workers must be at most 64 on this machine"),
@@ -198,16 +198,16 @@ def test_a_model_that_this_machine_cannot_hold_is_refused(monkeypatch):
         (["data", "check", "rows.jsonl", "--workers", "65"], "--workers must be at most 64 on this machine"),
     ],
 )
-def test_absurd_numbers_of_processes_are_refused_before_one_is_started(monkeypatch, words, told):
+def test_absurd_numbers_of_processes_are_refused_before_one_is_started(monkeypatch, command, message):
     monkeypatch.setattr("os.cpu_count", lambda: 16)
-    ended = here(*words)
+    ended = run_mmv(*command)
     assert ended.code == 2
-    assert told in ended.error
+    assert message in ended.error
 
 
-def test_more_processes_than_cores_can_make_use_of_are_refused(tmp_path, place, monkeypatch):
+def test_more_processes_than_cores_can_make_use_of_are_refused(tmp_path, tiny_data, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    ended = here(*place.train(tmp_path / "out", gpus=17))
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", gpus=17))
     assert ended.code == 2
     assert ended.error == "--gpus must be at most 16 on this machine, which has 4 cores, not 17"
     assert not (tmp_path / "out").exists()
@@ -217,5 +217,5 @@ def test_a_configuration_for_a_larger_machine_can_be_printed(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     with pytest.raises(UsageError):
         check_workers(100)
-    assert here("train", "sft", "--workers", "100", "--print-config").code == 0
+    assert run_mmv("train", "sft", "--workers", "100", "--print-config").code == 0
     assert resolve("sft", options={"workers": 100}).config.data.workers == 100

@@ -126,8 +126,8 @@ TAGGED = ("<think>", "</think>", "<tool_call>\n{}\n</tool_call>", "<think>\n\n</
 TOOL = {"type": "function", "function": {"name": "查", "parameters": {"q": "string"}}}
 
 
-def text_of(rng: random.Random, words: tuple[str, ...] = WORDS) -> str:
-    return "".join(rng.choice(words) for _ in range(rng.randint(0, 8)))
+def text_of(rng: random.Random, vocabulary: tuple[str, ...] = WORDS) -> str:
+    return "".join(rng.choice(vocabulary) for _ in range(rng.randint(0, 8)))
 
 
 def answer(rng: random.Random) -> dict:
@@ -184,10 +184,10 @@ def test_rows_and_prompts_are_those_of_the_published_template(seed, encoder, tem
 
 
 def test_the_published_form_chats_with_and_without_reasoning():
-    from tests.cli.harness import here
+    from tests.cli.harness import run_mmv
 
     options = ("--model", FOLDER / "dense.pth", "--vision-model", FOLDER / "tower", "--tokenizer", TOKENIZER)
     rest = ("--greedy", "--max-new-tokens", 5, "--json")
-    thinking = here("chat", *options, "--think", *rest, "Hello")
+    thinking = run_mmv("chat", *options, "--think", *rest, "Hello")
     assert thinking.code == 0, thinking.err
-    assert set(thinking.json) - set(here("chat", *options, *rest, "Hello").json) == {"reasoning"}
+    assert set(thinking.json) - set(run_mmv("chat", *options, *rest, "Hello").json) == {"reasoning"}

@@ -120,7 +120,7 @@ def test_greedy_tokens_are_identical(arch, case, models, monkeypatch):
     model, prompt = models[arch], TENSORS[f"{case}.generation_ids"][None].to(DEVICE)
     expected = CASES[case][f"{arch}.greedy_24"]
     monkeypatch.setattr(prompt_cache, "has_bf16", lambda _: False)  # the published run was one in fp32
-    made = generate(
+    generated = generate(
         model,
         model.new_cache(1, prompt.shape[1] + len(expected)),
         prompt,
@@ -130,7 +130,7 @@ def test_greedy_tokens_are_identical(arch, case, models, monkeypatch):
         image_features=features_of(case),
         image_mask=prompt == SET["image_placeholder_id"],
     )
-    assert list(made) == expected
+    assert list(generated) == expected
 
 
 def published_batch(record: dict, moe: bool) -> Batch:

@@ -67,18 +67,21 @@ def named(pattern: str, names: object = TENSORS) -> list[tuple[str, ...]]:
 
 def of_cases(pattern: str) -> list[tuple[str, ...]]:
     """(case, parts of the key …) for each key of each case that is of this form."""
-    return [(case, *parts) for case, record in CASES.items() for parts in named(pattern, record)]
+    return [(case, *groups) for case, record in CASES.items() for groups in named(pattern, record)]
 
 
 def test_no_number_is_left_out():
-    known = [r"image_features", r"CASE\.(input_ids|reference_loss_mask)", r"ARCH\.(?:batch\.)?CASE\.logits_last\d+"]
-    left = [name for name in TENSORS if not any(named(pattern, [name]) for pattern in known)]
-    known = [r"conversations|images|prompt|length", r"ARCH\.reference_loss", r"ARCH\.greedy_\d+"]
+    patterns = [r"image_features", r"CASE\.(input_ids|reference_loss_mask)", r"ARCH\.(?:batch\.)?CASE\.logits_last\d+"]
+    left = [name for name in TENSORS if not any(named(pattern, [name]) for pattern in patterns)]
+    patterns = [r"conversations|images|prompt|length", r"ARCH\.reference_loss", r"ARCH\.greedy_\d+"]
     left += [
-        f"{case}: {key}" for case in CASES for key in CASES[case] if not any(named(pattern, [key]) for pattern in known)
+        f"{case}: {key}"
+        for case in CASES
+        for key in CASES[case]
+        if not any(named(pattern, [key]) for pattern in patterns)
     ]
-    known = [r"seed|image_placeholder_id|tokens_per_image|cases", r"ARCH\.config", r"ARCH\.train\..+"]
-    left += [key for key in SET if not any(named(pattern, [key]) for pattern in known)]
+    patterns = [r"seed|image_placeholder_id|tokens_per_image|cases", r"ARCH\.config", r"ARCH\.train\..+"]
+    left += [key for key in SET if not any(named(pattern, [key]) for pattern in patterns)]
     if left:
         pytest.skip(f"no test here knows {', '.join(left)}")
 
@@ -88,9 +91,9 @@ def test_no_number_is_left_out():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    found = Tokenizer.load(TOKENIZER)
-    own = found.backend.token_to_id(ChatML.placeholder) == SET["image_placeholder_id"]
-    return found if own else replace(found, placeholder_id=SET["image_placeholder_id"])
+    loaded = Tokenizer.load(TOKENIZER)
+    own = loaded.backend.token_to_id(ChatML.placeholder) == SET["image_placeholder_id"]
+    return loaded if own else replace(loaded, placeholder_id=SET["image_placeholder_id"])
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +113,8 @@ def examples(encoder) -> dict[str, Example]:
 @pytest.mark.parametrize(("case", "what"), named(r"CASE\.(input_ids|reference_loss_mask)"))
 def test_ids_and_masks_are_identical(case, what, examples):
     tokens = examples[case].tokens
-    made = tokens.input_ids if what == "input_ids" else tokens.loss_mask
-    assert [int(value) for value in made] == TENSORS[f"{case}.{what}"].tolist()
+    values = tokens.input_ids if what == "input_ids" else tokens.loss_mask
+    assert [int(value) for value in values] == TENSORS[f"{case}.{what}"].tolist()
 
 
 @pytest.mark.parametrize("case", [case for (case,) in of_cases("length")])
@@ -139,10 +142,10 @@ def test_rendered_prompt(case, examples, tokenizer):
 @pytest.fixture(scope="module")
 def load_arch():
     """Builds the published tiny model of an architecture, in fp32."""
-    known = {item.name for item in fields(TextConfig)}
+    names = {item.name for item in fields(TextConfig)}
 
     def load(arch: str) -> VLM:
-        config = TextConfig(**{key: value for key, value in SET[f"{arch}.config"].items() if key in known})
+        config = TextConfig(**{key: value for key, value in SET[f"{arch}.config"].items() if key in names})
         checkpoint = read_checkpoint(FOLDER / f"{arch}.pth")
         # Features are given, so of the vision tower only their width matters.
         spec = VisionSpec(image_size=1, patch_size=1, width=checkpoint.vision_width or 1)
@@ -195,13 +198,13 @@ def test_logits(arch, case, name, models, examples, tokenizer):
 @pytest.mark.parametrize("arch", sorted({arch for arch, _, _ in named(r"ARCH\.batch\.CASE\.(logits_last\d+)")}))
 @torch.no_grad()
 def test_logits_of_the_padded_batch(arch, models, examples, tokenizer):
-    wanted = {case: name for found, case, name in named(r"ARCH\.batch\.CASE\.(logits_last\d+)") if found == arch}
-    cases = tuple(case for case in CASES if case in wanted)
+    keys = {case: name for of_arch, case, name in named(r"ARCH\.batch\.CASE\.(logits_last\d+)") if of_arch == arch}
+    cases = tuple(case for case in CASES if case in keys)
     longest = max(len(examples[case].tokens) for case in cases)
     batch = make_batch(examples, cases, tokenizer.pad_id, longest + 3)  # so that even the longest row has padding
     logits = models[arch](**inputs_of(batch)).logits.cpu()
     for row, case in enumerate(cases):
-        expected, end = TENSORS[f"{arch}.batch.{case}.{wanted[case]}"], len(examples[case].tokens)
+        expected, end = TENSORS[f"{arch}.batch.{case}.{keys[case]}"], len(examples[case].tokens)
         torch.testing.assert_close(logits[row, end - len(expected) : end], expected, atol=LOGITS, rtol=0)
 
 
@@ -227,7 +230,7 @@ def test_greedy_tokens_are_identical(case, arch, name, models, encoder, monkeypa
     model = models[arch]
     monkeypatch.setattr(ready, "has_bf16", lambda _: False)  # the published run was one in fp32
     features = features_of(case)
-    made = generate(
+    generated = generate(
         model,
         model.new_cache(1, len(tokens) + len(expected)),
         torch.tensor([tokens.input_ids], device=DEVICE),
@@ -237,7 +240,7 @@ def test_greedy_tokens_are_identical(case, arch, name, models, encoder, monkeypa
         image_features=None if features is None else features.to(DEVICE),
         image_mask=torch.tensor([tokens.image_mask], device=DEVICE),
     )
-    assert list(made) == expected
+    assert list(generated) == expected
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

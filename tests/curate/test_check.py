@@ -69,29 +69,29 @@ def test_every_problem_is_named_on_its_row(dataset, workers):
     rows = dataset([line for line, _ in LINES.values()])
     steps = []
     report = check(rows, workers, progress=lambda done, total: steps.append((done, total)))
-    found = {number: [] for number in LINES}
+    kinds_of_row = {number: [] for number in LINES}
     for problem in report.problems():
-        found[problem.row].append(problem.kind)
+        kinds_of_row[problem.row].append(problem.kind)
         assert problem.location == f"{rows.rows.path}:{problem.row}"
         assert "\n" not in problem.message
-    assert {number: sorted(kinds) for number, kinds in found.items()} == {
+    assert {number: sorted(kinds) for number, kinds in kinds_of_row.items()} == {
         number: sorted(kinds) for number, (_, kinds) in LINES.items()
     }
     assert steps[-1] == (19, 19)
-    told = summary(report, 0.01)
-    assert told["rows"] == 19
-    assert told["ok"] is False
-    assert "more than 1%" in told["refusal"]
-    assert told["kinds"]["cut"]["training"] == "cuts the row"
-    assert sum(kind["count"] for kind in told["kinds"].values()) == sum(map(len, found.values()))
+    result = summary(report, 0.01)
+    assert result["rows"] == 19
+    assert result["ok"] is False
+    assert "more than 1%" in result["refusal"]
+    assert result["kinds"]["cut"]["training"] == "cuts the row"
+    assert sum(kind["count"] for kind in result["kinds"].values()) == sum(map(len, kinds_of_row.values()))
     assert summary(report, 1.0)["ok"]
 
 
 def test_training_skips_the_very_rows_that_check_calls_broken(dataset):
     rows = dataset([line for line, _ in LINES.values()])
     report = check(rows, 1)
-    read = [one if isinstance(one := rows.text(n), BrokenRow) else rows.load(one) for n in range(len(rows))]
-    assert {n for n, one in enumerate(read) if isinstance(one, BrokenRow)} == set(np.flatnonzero(report.skipped))
+    read = [item if isinstance(item := rows.text(n), BrokenRow) else rows.load(item) for n in range(len(rows))]
+    assert {n for n, item in enumerate(read) if isinstance(item, BrokenRow)} == set(np.flatnonzero(report.skipped))
 
 
 def test_a_broken_picture_behind_the_cut_is_no_reason_to_skip(dataset):
@@ -102,8 +102,8 @@ def test_a_broken_picture_behind_the_cut_is_no_reason_to_skip(dataset):
         {"role": "assistant", "content": "c"},
     ]
     rows = dataset([json.dumps({"conversations": talk, "image": "1.png, none.png"}).encode()])
-    found = check_row(rows, 0)
-    assert [kind for kind, _ in found.problems] == ["cut", "cut"]
+    result = check_row(rows, 0)
+    assert [kind for kind, _ in result.problems] == ["cut", "cut"]
     assert not isinstance(rows.load(rows.text(0)), BrokenRow)
 
 
@@ -188,9 +188,9 @@ def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, d
                 archive.writestr(f"{number}.jpg", data)
         rows = open_rows(tmp_path / "rows.jsonl", tmp_path / "images.zip")
     else:
-        told = [b"[" + line[line.find(b"[") + 1 : line.rfind(b"]") + 1] for line in lines]
+        texts = [b"[" + line[line.find(b"[") + 1 : line.rfind(b"]") + 1] for line in lines]
         columns = {
-            "conversations": pa.array([text.decode("utf-8", "replace") for text in told]),
+            "conversations": pa.array([text.decode("utf-8", "replace") for text in texts]),
             "image_bytes": pa.array(pictures, pa.binary()),
         }
         pq.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=70)
@@ -199,7 +199,7 @@ def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, d
     report = check(dataset, 1)
     plan = BatchPlan(dataset, 7, pad_id=0, seed=seed)
     batches = [batch for number in range(len(plan)) for batch in plan[number]]
-    read = [place for batch in batches for place in batch.locations]
+    read = [location for batch in batches for location in batch.locations]
     broken = {row.location: row.kind for batch in batches for row in batch.broken}
     assert sorted([*read, *broken]) == sorted(rows.location(index) for index in range(count))
     assert {rows.location(index) for index in np.flatnonzero(report.skipped)} == set(broken)
@@ -207,7 +207,7 @@ def test_of_hundreds_of_damaged_rows_check_and_training_say_the_same(tmp_path, d
     kinds = {}
     for problem in report.problems():
         kinds.setdefault(problem.location, set()).add(problem.kind)
-    assert all(kind in kinds[place] for place, kind in broken.items())
+    assert all(kind in kinds[location] for location, kind in broken.items())
     assert len(set(broken.values())) > (4 if kind == "jsonl" else 2)
 
 
@@ -220,10 +220,10 @@ def test_text_rows_are_information_and_their_pictures_are_not_decoded(dataset, t
     rows = dataset([*lines, row("Missing?", "b", "none.png")])
     report = check(rows, 1, held.rows)
     assert [(problem.row, problem.kind) for problem in report.problems()] == [(7, "unused picture")]
-    told = summary(report, 0.0)
-    assert (told["ok"], told["usable"], told["text_rows"]["count"]) == (True, 7, 6)
-    assert told["text_rows"]["first"][0] == f"{rows.rows.path}:2"
-    assert told["text_rows"]["message"].startswith("6 of 7 rows have an image but no <image> in their text")
+    result = summary(report, 0.0)
+    assert (result["ok"], result["usable"], result["text_rows"]["count"]) == (True, 7, 6)
+    assert result["text_rows"]["first"][0] == f"{rows.rows.path}:2"
+    assert result["text_rows"]["message"].startswith("6 of 7 rows have an image but no <image> in their text")
     assert not report.repeated.any(), "a black picture that fills a column makes no row a copy of another"
     assert list(np.flatnonzero(~report.whole)) == [6], "what cannot be copied"
 
@@ -236,11 +236,11 @@ def test_pictures_that_are_not_read_are_a_kind_of_their_own(dataset):
         json.loads(row("<img>1.png</img>?", "b")),
         plain,
     ]
-    told = summary(check(dataset([json.dumps(line).encode() for line in lines]), 1), 0.01)
-    assert told["kinds"]["pictures not read"]["count"] == 3
-    assert told["kinds"]["pictures not read"]["training"] == "skips the row"
-    assert (told["usable"], told["ok"]) == (1, False)
-    assert told["text_rows"] == {"count": 0, "first": [], "message": ""}
+    result = summary(check(dataset([json.dumps(line).encode() for line in lines]), 1), 0.01)
+    assert result["kinds"]["pictures not read"]["count"] == 3
+    assert result["kinds"]["pictures not read"]["training"] == "skips the row"
+    assert (result["usable"], result["ok"]) == (1, False)
+    assert result["text_rows"] == {"count": 0, "first": [], "message": ""}
 
 
 def test_dark_ink_on_transparency_is_named_and_trained_on(dataset, tmp_path):
@@ -249,12 +249,12 @@ def test_dark_ink_on_transparency_is_named_and_trained_on(dataset, tmp_path):
     light.paste((250, 250, 250, 255), (5, 5, 30, 12))
     on_white = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
     on_white.paste((10, 10, 10, 255), (5, 5, 30, 12))
-    made = {"ink": ink, "light": light, "opaque": opaque, "white": on_white, "grey": ink.convert("LA")}
+    drawings = {"ink": ink, "light": light, "opaque": opaque, "white": on_white, "grey": ink.convert("LA")}
     (tmp_path / "drawn").mkdir()
-    for name, drawing in made.items():
+    for name, drawing in drawings.items():
         drawing.save(tmp_path / "drawn" / f"{name}.png")
     ink.save(tmp_path / "drawn" / "ink.webp", lossless=True)
-    lines = [row("<image>?", name, f"{name}.png") for name in made] + [row("<image>?", "webp", "ink.webp")]
+    lines = [row("<image>?", name, f"{name}.png") for name in drawings] + [row("<image>?", "webp", "ink.webp")]
     (tmp_path / "drawn.jsonl").write_bytes(b"\n".join(lines))
     rows = RowDataset(
         open_rows(tmp_path / "drawn.jsonl", tmp_path / "drawn"), dataset([LINES[1][0]]).encoder, SIZE, 100

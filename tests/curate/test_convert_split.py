@@ -25,12 +25,12 @@ from tests.rows.made import picture, row
 
 
 def read_all(rows):
-    found = []
+    contents = []
     for index in range(len(rows)):
-        one = rows.row(index)
-        pictures = [rows.picture(index, position, name) for position, name in enumerate(one.images)]
-        found.append((one.conversations, one.images, one.extra, pictures))
-    return found
+        row = rows.row(index)
+        pictures = [rows.picture(index, position, name) for position, name in enumerate(row.images)]
+        contents.append((row.conversations, row.images, row.extra, pictures))
+    return contents
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def commas(tmp_path):
 
 
 def test_names_with_commas_lose_no_picture(commas, tmp_path):
-    pictures = [one[3] for one in read_all(commas)]
+    pictures = [content[3] for content in read_all(commas)]
     for out in (tmp_path / "new" / "rows.parquet", tmp_path / "new" / "rows.jsonl"):
-        assert [one[3] for one in read_all(open_rows(*convert(commas, out).files))] == pictures
+        assert [content[3] for content in read_all(open_rows(*convert(commas, out).files))] == pictures
     done = split(commas, tmp_path / "parts", 3, seed=0)
     sides = [read_all(open_rows(path, tmp_path)) for path in (done.train, done.held_out)]
-    assert sorted(one for side in sides for one in side) == sorted(read_all(commas))
+    assert sorted(content for side in sides for content in side) == sorted(read_all(commas))
 
 
 ODD_NAMES = [
@@ -88,7 +88,7 @@ def test_no_picture_is_renamed(tmp_path, together):
         assert read_all(store) == whole
     done = split(store, tmp_path / "parts", 1, seed=0)
     sides = [read_all(open_rows(path, store.pictures)) for path in (done.train, done.held_out)]
-    assert sorted((one for side in sides for one in side), key=str) == sorted(whole, key=str)
+    assert sorted((content for side in sides for content in side), key=str) == sorted(whole, key=str)
 
 
 def test_two_pictures_of_one_name_stay_two(tmp_path):
@@ -135,21 +135,21 @@ def source(tmp_path):
             archive.writestr(f"images/{name}", picture(n) + bytes(n))
     for n in range(30):
         shown = rng.sample(names, rng.choice((0, 1, 1, 2)))
-        found = json.loads(row("<image>" * len(shown) + f"q{n} 🐶\ud800", f"a{n}", ", ".join(shown) or None))
-        lines.append(json.dumps(found | ({"id": n, "more": {"x": [1, None]}} if n % 3 else {})))
+        fields = json.loads(row("<image>" * len(shown) + f"q{n} 🐶\ud800", f"a{n}", ", ".join(shown) or None))
+        lines.append(json.dumps(fields | ({"id": n, "more": {"x": [1, None]}} if n % 3 else {})))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     return open_rows(tmp_path / "rows.jsonl", tmp_path / "rows_images.zip")
 
 
-@pytest.mark.parametrize("part", [1, 7, 1000])
-def test_there_and_back_without_loss(source, tmp_path, monkeypatch, part):
-    monkeypatch.setattr(converting, "PART_ROWS", part)
+@pytest.mark.parametrize("part_rows", [1, 7, 1000])
+def test_there_and_back_without_loss(source, tmp_path, monkeypatch, part_rows):
+    monkeypatch.setattr(converting, "PART_ROWS", part_rows)
     before = read_all(source)
     done = convert(source, tmp_path / "new" / "rows.parquet")
-    assert (done.rows, done.resumed_at, done.pictures) == (30, 0, sum(len(one[3]) for one in before))
-    there = open_rows(tmp_path / "new" / "rows.parquet")
-    assert read_all(there) == before
-    back = convert(there, tmp_path / "back" / "rows_data.jsonl")
+    assert (done.rows, done.resumed_at, done.pictures) == (30, 0, sum(len(content[3]) for content in before))
+    converted = open_rows(tmp_path / "new" / "rows.parquet")
+    assert read_all(converted) == before
+    back = convert(converted, tmp_path / "back" / "rows_data.jsonl")
     assert back.files == [tmp_path / "back" / "rows_data.jsonl", tmp_path / "back" / "rows_images.zip"]
     assert read_all(open_rows(*back.files)) == before
     assert len(zipfile.ZipFile(back.files[1]).namelist()) <= 10, "a picture of several rows is stored once"
@@ -174,20 +174,20 @@ def test_pictures_without_names_and_of_the_same_name(tmp_path):
     pq.write_table(table, tmp_path / "rows.parquet")
     files = convert(open_rows(tmp_path / "rows.parquet"), tmp_path / "out.jsonl").files
     assert sorted(zipfile.ZipFile(files[1]).namelist()) == ["00000001.png", "x.jpg", "x.png", "x~2.png"]
-    found = [pictures for *_, pictures in read_all(open_rows(*files))]
-    assert found == [[picture(1)], [picture(2)], [picture(1)], [b"\xff\xd8jpeg"]]
+    stored = [pictures for *_, pictures in read_all(open_rows(*files))]
+    assert stored == [[picture(1)], [picture(2)], [picture(1)], [b"\xff\xd8jpeg"]]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("rows.jsonl", row("<image>q", "a", image="1.png"), "--images is missing — give"),
         ("rows.csv", "image,caption\n1.png,红色的圆\n".encode("gbk"), "save the file as UTF-8"),
     ],
 )
-def test_a_row_that_can_be_mended_is_not_told_to_be_left_out(tmp_path, name, text, told):
+def test_the_error_of_a_row_that_can_be_repaired_does_not_advise_to_skip_it(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text)
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         convert(open_rows(tmp_path / name), tmp_path / "out.parquet")
     assert "--fix" not in str(caught.value)
 
@@ -215,16 +215,16 @@ print(done.resumed_at)
 
 @pytest.mark.long
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
-def test_killed_and_started_again_it_goes_on(tmp_path, ending):
+def test_a_killed_conversion_continues_when_started_again(tmp_path, ending):
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         for n in range(50):
             archive.writestr(f"{n}.png", picture(n))
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(row("<image>", f"a{n}", f"{n % 50}.png") for n in range(300)))
     out = tmp_path / f"out.{ending}"
     command = [sys.executable, "-c", SLOW, str(tmp_path / "rows.jsonl"), str(tmp_path / "p.zip"), str(out)]
-    for parts in (2, 6):
+    for count in (2, 6):
         with subprocess.Popen(command, cwd=ROOT) as process:
-            while len(list(tmp_path.glob(f".out.{ending}.parts/part-*.{ending}"))) < parts:
+            while len(list(tmp_path.glob(f".out.{ending}.parts/part-*.{ending}"))) < count:
                 assert process.poll() is None
                 time.sleep(0.005)
             process.kill()
@@ -252,8 +252,8 @@ def test_no_picture_is_on_both_sides(tmp_path):
         done = split(source, tmp_path / "parts", 0.1, seed, overwrite=True)
         train, held = (read_all(open_rows(path, tmp_path / "p.zip")) for path in (done.train, done.held_out))
         assert 0 < len(held) <= 20
-        assert sorted(one[0][1]["content"] for one in train + held) == sorted(f"a{n}" for n in range(200))
-        assert not {p for one in train for p in one[3]} & {p for one in held for p in one[3]}
+        assert sorted(content[0][1]["content"] for content in train + held) == sorted(f"a{n}" for n in range(200))
+        assert not {p for content in train for p in content[3]} & {p for content in held for p in content[3]}
         assert sides.setdefault(seed, held) == held
     assert sides[1] != sides[2]
     packed = convert(source, tmp_path / "rows.parquet").files[0]
@@ -267,15 +267,15 @@ def test_no_picture_is_on_both_sides(tmp_path):
 
 def test_a_second_run_into_the_same_file_is_refused_and_harms_nothing(source, tmp_path):
     out = tmp_path / "rows.parquet"
-    told = []
+    results = []
 
     def meanwhile(done, total):
         with pytest.raises(RunError, match="another run writes it"):
             convert(source, out)
-        told.append(done)
+        results.append(done)
 
     convert(source, out, progress=meanwhile)
-    assert told == [30]
+    assert results == [30]
     assert read_all(open_rows(out)) == read_all(source)
     assert not (tmp_path / ".rows.parquet.parts").exists()
 
@@ -292,7 +292,7 @@ def test_a_row_whose_pictures_are_not_read_is_neither_converted_nor_split(tmp_pa
     ):
         with pytest.raises(DataError, match=r"rows\.jsonl:4: images or videos in `video` are not supported.*--fix"):
             run()
-    assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_a_split_of_rows_with_pictures_in_base64_has_them_still(tmp_path):

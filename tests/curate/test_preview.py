@@ -57,13 +57,13 @@ class Page(HTMLParser):
 
 
 def test_every_kind_of_trouble_is_shown(tmp_path):
-    found = views(write(tmp_path, TROUBLE))
-    kinds = [view.kind for view in found]
+    shown = views(write(tmp_path, TROUBLE))
+    kinds = [view.kind for view in shown]
     assert kinds == ["", "json", "conversations", "picture missing", "picture broken", "placeholders", "no answer", "",
                      "too long"]  # fmt: skip
-    assert all(bool(view.trouble) == bool(view.kind) for view in found)
-    assert found[7].unanswered == "nobody answers this"
-    page = Page(preview_page(found, SPEC, recipe(), "x<y"))
+    assert all(bool(view.trouble) == bool(view.kind) for view in shown)
+    assert shown[7].unanswered == "nobody answers this"
+    page = Page(preview_page(shown, SPEC, recipe(), "x<y"))
     assert page.text.count("Training skips this row") == 7
     assert page.text.count("skipped") == 7
     assert page.text.count("The last question has no answer, so training does not use it") == 1
@@ -92,15 +92,15 @@ def test_nothing_in_a_row_becomes_markup(tmp_path):
 def test_lines_steer_no_terminal(tmp_path):
     for view in views(write(tmp_path, TROUBLE)):
         for line in row_lines(view):
-            text = "".join(part for part, _ in line)
+            text = "".join(piece for piece, _ in line)
             assert text.isprintable(), text
 
 
-def test_lines_mark_what_is_learnt_and_what_is_cut(tmp_path):
+def test_lines_mark_supervised_and_cut_tokens(tmp_path):
     row = {"conversations": talk("<image>\nwhy", "so it is", "and", "then")}
     data = write(tmp_path, [row | {"image": "wide.png"}])
     whole = encoder().row(row["conversations"], 1, 10**6)
-    text = "\n".join("".join(part for part, _ in line) for line in row_lines(views(data, recipe(len(whole) - 1))[0]))
+    text = "\n".join("".join(piece for piece, _ in line) for line in row_lines(views(data, recipe(len(whole) - 1))[0]))
     assert "[image 1: 64 patches]↵\nwhy<|im_end|>" in text
     assert "«so it is<|im_end|>↵»" in text
     assert "[-<|im_start|>user↵" in text
@@ -120,11 +120,11 @@ def test_pieces_cover_every_token_once_and_say_what_is_supervised(tmp_path):
         (0, False), (1, True)
     ]  # fmt: skip
     assert view.answers_lost == sum(whole.loss_mask) - sum(first.loss_mask)
-    found = as_json(view)
-    assert found["input_ids"] == first.input_ids
-    begin, end = found["supervised"][0]
+    report = as_json(view)
+    assert report["input_ids"] == first.input_ids
+    begin, end = report["supervised"][0]
     assert all(first.loss_mask[begin:end])
-    assert end - begin == found["supervised_tokens"] == sum(first.loss_mask)
+    assert end - begin == report["supervised_tokens"] == sum(first.loss_mask)
 
 
 @pytest.mark.parametrize("folder", [ASSETS, PUBLISHED], ids=["demo", "published"])
@@ -132,9 +132,9 @@ def test_pieces_cover_every_token_once_and_say_what_is_supervised(tmp_path):
 def test_pieces_read_as_the_text(folder, text):
     if not folder.is_dir():
         pytest.skip("the published tokenizer is not there")
-    words = encoder(folder)
-    tokens = words.row(talk(text, text), 0, 10**6)
-    pieces = TokenReader(words.tokenizer).pieces(tokens, len(tokens), SPEC.tokens_per_image, 10**6)
+    prompts = encoder(folder)
+    tokens = prompts.row(talk(text, text), 0, 10**6)
+    pieces = TokenReader(prompts.tokenizer).pieces(tokens, len(tokens), SPEC.tokens_per_image, 10**6)
     assert "".join(piece.text for piece in pieces if not piece.special).count(text) == 2
     for piece in pieces:
         assert len(piece.token_bytes) == (len(piece.ids) if len(piece.ids) > 1 else 0)
@@ -172,8 +172,8 @@ def test_the_picture_is_the_one_that_the_model_gets(tmp_path):
     page = Page(preview_page([view], SPEC, recipe(), "x"))
     source = next(given["src"] for tag, given in page.tags if given.get("src", "").startswith("data:image/png"))
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
-    wanted = load_pixels((tmp_path / "t_images" / "wide.png").read_bytes(), "wide.png", SPEC.image_size)
-    assert (shown.transpose(2, 0, 1) == wanted).all()
+    expected = load_pixels((tmp_path / "t_images" / "wide.png").read_bytes(), "wide.png", SPEC.image_size)
+    assert (shown.transpose(2, 0, 1) == expected).all()
     crop = next(given for tag, given in page.tags if tag == "rect")
     assert (float(crop["x"]), float(crop["width"])) == (10, 10)
 
@@ -181,10 +181,10 @@ def test_the_picture_is_the_one_that_the_model_gets(tmp_path):
 def test_padding_is_that_of_the_batch_in_the_plan(tmp_path):
     rows = [{"conversations": talk("why " * (n % 5), "so " * (n + 1))} for n in range(10)]
     looker = previewer(write(tmp_path, rows))
-    found = [looker.view(n) for n in range(10)]
-    lengths = sorted(len(view.tokens) for view in found)
+    row_views = [looker.view(n) for n in range(10)]
+    lengths = sorted(len(view.tokens) for view in row_views)
     longest = [max(lengths[n : n + 4]) for n in range(0, 10, 4)]  # sorted by length, four in a batch
-    for view in found:
+    for view in row_views:
         assert view.batch.length == next(length for length in longest if length >= len(view.tokens))
 
 
@@ -199,20 +199,20 @@ def test_choosing_rows(tmp_path):
 
 
 def test_a_giant_row_makes_no_giant_page(tmp_path):
-    found = views(write(tmp_path, [{"conversations": talk("a", "word and " * 20_000)}]))
-    assert found[0].hidden > 10_000
-    page = preview_page(found, SPEC, recipe(), "x")
+    row_views = views(write(tmp_path, [{"conversations": talk("a", "word and " * 20_000)}]))
+    assert row_views[0].hidden > 10_000
+    page = preview_page(row_views, SPEC, recipe(), "x")
     assert len(page) < 3_000_000
-    assert f"{found[0].hidden:,} more tokens" in page
+    assert f"{row_views[0].hidden:,} more tokens" in page
 
 
 def test_a_text_row_shows_no_picture_and_says_so(tmp_path):
     rows = [{"conversations": talk("What is red?", "A rose."), "image": "broken.jpg"}]
     (view,) = views(write(tmp_path, rows))
     assert (view.trouble, view.pictures, view.unmarked) == ("", [], 1)
-    told = "a text row: it has an image but no <image> in its text, so the model does not receive the image"
-    assert told in "\n".join("".join(text for text, _ in line) for line in row_lines(view))
-    assert told in Page(preview_page([view], SPEC, recipe(), "rows")).text
+    notice = "a text row: it has an image but no <image> in its text, so the model does not receive the image"
+    assert notice in "\n".join("".join(text for text, _ in line) for line in row_lines(view))
+    assert notice in Page(preview_page([view], SPEC, recipe(), "rows")).text
     assert (as_json(view)["used"], as_json(view)["unmarked_pictures"]) == (True, 1)
 
 

@@ -20,90 +20,90 @@ def time_of(*given):
     return {"seconds": 12.0, "how": "a guess"}
 
 
-def look(data, config=None, limit=None):
+def stats_of(data, config=None, limit=None):
     return stats.describe_rows(open_rows(data, data.parent / "t_images"), encoder(), config or recipe(), time_of, limit)
 
 
 def test_counts_of_whole_rows(tmp_path):
     rows = [{"conversations": talk(*["why", "so"] * n)} for n in (1, 2, 3)]
     rows.append({"conversations": talk("<image>\nwhat <image>", "red"), "image": "wide.png, square.png"})
-    found = look(write(tmp_path, rows))
-    words = encoder()
-    lengths = [len(words.row(row["conversations"], 2 if "image" in row else 0, 10**6)) for row in rows]
-    assert found["rows"] == found["looked_at"] == 4
-    assert not found["sample"]
-    assert found["turns"]["sum"] == 1 + 2 + 3 + 1
-    assert (found["turns"]["min"], found["turns"]["max"]) == (1, 3)
-    assert found["images"]["sum"] == 2
-    assert found["tokens"]["images"]["sum"] == 2 * SPEC.tokens_per_image
-    assert found["tokens"]["total"]["sum"] == sum(lengths)
-    assert sum(found["tokens"][part]["sum"] for part in ("prompt", "answers", "images")) == sum(lengths)
-    assert sum(found["histogram"]["counts"]) == 4
-    assert found["skipped"]["rows"] == found["cut"]["rows"] == 0
+    report = stats_of(write(tmp_path, rows))
+    prompts = encoder()
+    lengths = [len(prompts.row(row["conversations"], 2 if "image" in row else 0, 10**6)) for row in rows]
+    assert report["rows"] == report["looked_at"] == 4
+    assert not report["sample"]
+    assert report["turns"]["sum"] == 1 + 2 + 3 + 1
+    assert (report["turns"]["min"], report["turns"]["max"]) == (1, 3)
+    assert report["images"]["sum"] == 2
+    assert report["tokens"]["images"]["sum"] == 2 * SPEC.tokens_per_image
+    assert report["tokens"]["total"]["sum"] == sum(lengths)
+    assert sum(report["tokens"][group]["sum"] for group in ("prompt", "answers", "images")) == sum(lengths)
+    assert sum(report["histogram"]["counts"]) == 4
+    assert report["skipped"]["rows"] == report["cut"]["rows"] == 0
 
 
 def test_padding_is_that_of_the_batches_which_training_reads(tmp_path):
     rows = [{"conversations": talk("why " * (n * 7 % 31), "so " * (n % 13 + 1))} for n in range(150)]
     data, config = write(tmp_path, rows), recipe(max_length=60)
-    found = look(data, config)
+    report = stats_of(data, config)
     dataset = RowDataset(open_rows(data), encoder(), SPEC.image_size, 60)
     batches = list(load_batches(BatchPlan(dataset, 4, 0, config.seed), 0))
     kept = sum(int(batch.attention_mask.sum()) for batch in batches)
     padded = sum(batch.attention_mask.numel() for batch in batches)
     used = sum(map(len, batches))
-    assert found["padding"]["batches"] == pytest.approx(1 - kept / padded)
-    assert found["padding"]["fixed"] == pytest.approx(1 - kept / (used * 60))
-    assert found["skipped"]["rows"] == sum(len(batch.broken) for batch in batches)
-    assert found["cut"]["rows"] > 0
+    assert report["padding"]["batches"] == pytest.approx(1 - kept / padded)
+    assert report["padding"]["fixed"] == pytest.approx(1 - kept / (used * 60))
+    assert report["skipped"]["rows"] == sum(len(batch.broken) for batch in batches)
+    assert report["cut"]["rows"] > 0
     supervised = sum(batch.supervised for batch in batches)
-    assert found["training"]["supervised_tokens"] == supervised * 2
+    assert report["training"]["supervised_tokens"] == supervised * 2
 
 
-@pytest.mark.parametrize(("rows", "batch", "accumulate", "updates"), [(10, 4, 1, 6), (10, 4, 2, 4), (8, 4, 2, 2)])
-def test_updates_are_those_of_a_run(tmp_path, rows, batch, accumulate, updates):
+@pytest.mark.parametrize(("rows", "batch", "accumulate", "steps"), [(10, 4, 1, 6), (10, 4, 2, 4), (8, 4, 2, 2)])
+def test_steps_are_those_of_a_run(tmp_path, rows, batch, accumulate, steps):
     data = write(tmp_path, [{"conversations": talk("a", "b")}] * rows)
-    assert look(data, recipe(batch_size=batch, accumulate=accumulate))["training"]["updates"] == updates
+    assert stats_of(data, recipe(batch_size=batch, accumulate=accumulate))["training"]["updates"] == steps
 
 
 def test_what_truncation_takes(tmp_path):
-    words = encoder()
+    prompts = encoder()
     short, long = talk("a", "b"), talk("a", "b", "c", "d e f")
-    length = len(words.row(short, 0, 10**6))
-    answers = [sum(words.row(row, 0, 10**6).loss_mask) for row in (short, long)]
-    found = look(write(tmp_path, [{"conversations": short}, {"conversations": long}]), recipe(max_length=length))
-    assert found["cut"]["rows"] == 1
-    assert found["cut"]["turns"] == 1
-    assert found["cut"]["answer_tokens"] == answers[1] - answers[0]
-    one_less = look(tmp_path / "t_data.jsonl", recipe(max_length=length - 1))
+    length = len(prompts.row(short, 0, 10**6))
+    answers = [sum(prompts.row(row, 0, 10**6).loss_mask) for row in (short, long)]
+    report = stats_of(write(tmp_path, [{"conversations": short}, {"conversations": long}]), recipe(max_length=length))
+    assert report["cut"]["rows"] == 1
+    assert report["cut"]["turns"] == 1
+    assert report["cut"]["answer_tokens"] == answers[1] - answers[0]
+    one_less = stats_of(tmp_path / "t_data.jsonl", recipe(max_length=length - 1))
     assert one_less["cut"]["rows"] == 2
     assert one_less["cut"]["answer_tokens"] == answers[1] - answers[0] + 2
 
 
 def test_broken_rows_are_counted_by_kind(tmp_path):
-    found = look(write(tmp_path, TROUBLE))
+    report = stats_of(write(tmp_path, TROUBLE))
     kinds = {"json": 1, "conversations": 1, "placeholders": 1, "no answer": 1, "too long": 1}
-    assert found["skipped"]["kinds"] == kinds
-    assert found["skipped"]["first"]["json"].startswith(f"{tmp_path / 't_data.jsonl'}:2: ")
-    assert found["skipped"]["refused"]
-    assert found["tokens"]["total"]["max"] > 1536  # the row that is too long counts with its whole length
+    assert report["skipped"]["kinds"] == kinds
+    assert report["skipped"]["first"]["json"].startswith(f"{tmp_path / 't_data.jsonl'}:2: ")
+    assert report["skipped"]["refused"]
+    assert report["tokens"]["total"]["max"] > 1536  # the row that is too long counts with its whole length
 
 
 def test_no_row_that_can_be_used(tmp_path):
     with pytest.raises(DataError, match=r"none of 2 rows .*t_data.jsonl:1"):
-        look(write(tmp_path, ["{", "["]))
+        stats_of(write(tmp_path, ["{", "["]))
 
 
 def test_a_sample_is_the_beginning_of_the_first_epoch(tmp_path):
     rows = [{"conversations": talk("why " * (n % 9), "so")} for n in range(200)]
     data = write(tmp_path, rows)
-    found, again = look(data, limit=50), look(data, limit=50)
-    assert found == again
-    assert (found["rows"], found["looked_at"], found["sample"]) == (200, 50, True)
-    assert found["training"]["updates"] == 2 * 50  # of all rows
+    report, again = stats_of(data, limit=50), stats_of(data, limit=50)
+    assert report == again
+    assert (report["rows"], report["looked_at"], report["sample"]) == (200, 50, True)
+    assert report["training"]["updates"] == 2 * 50  # of all rows
     store = open_rows(data)
     order = BatchPlan(RowDataset(store, encoder(), 0, 99), 4, 0, recipe().seed).order(0)[:50]
     lengths = [len(encoder().row(store.row(int(n)).conversations, 0, 10**6)) for n in order]
-    assert found["tokens"]["total"]["sum"] == sum(lengths)
+    assert report["tokens"]["total"]["sum"] == sum(lengths)
     sampled = SampledRows(store, order)
     assert len(sampled) == 50
     assert sampled.location(3) == store.location(int(order[3]))
@@ -132,12 +132,12 @@ def test_language_of_nonsense():
 
 def test_histogram_has_round_edges_and_every_value():
     values = [*range(100, 700), 50_000]
-    found = stats.histogram(values)
-    assert sum(found["counts"]) == len(values)
-    assert len(found["counts"]) <= stats.BINS
-    assert found["edges"][0] <= 100
-    assert all(edge % 50 == 0 for edge in found["edges"])
-    assert found["edges"][-1] < 1000  # one giant does not flatten all others
+    histogram = stats.histogram(values)
+    assert sum(histogram["counts"]) == len(values)
+    assert len(histogram["counts"]) <= stats.BINS
+    assert histogram["edges"][0] <= 100
+    assert all(edge % 50 == 0 for edge in histogram["edges"])
+    assert histogram["edges"][-1] < 1000  # one giant does not flatten all others
     assert stats.histogram([7, 7])["counts"] == [2]
 
 
@@ -145,7 +145,7 @@ def test_text_rows_have_no_pictures_and_are_counted(tmp_path):
     rows = [{"conversations": talk("<image>?", "A rose."), "image": "wide.png"}] * 3
     rows.append({"conversations": talk("?", "A rose."), "image": "wide.png"})
     rows.append({"conversations": talk("?", "No."), "img": "a"})
-    found = look(write(tmp_path, rows))
-    assert (found["text_rows"], found["images"]["sum"]) == (1, 3)
-    assert found["skipped"]["kinds"] == {"pictures not read": 1}
-    assert "1 of 5 rows have an image but no <image> in their text" in summary(found)["text rows"]
+    report = stats_of(write(tmp_path, rows))
+    assert (report["text_rows"], report["images"]["sum"]) == (1, 3)
+    assert report["skipped"]["kinds"] == {"pictures not read": 1}
+    assert "1 of 5 rows have an image but no <image> in their text" in summary(report)["text rows"]

@@ -14,7 +14,7 @@ from minimind_v.core.curate.check import Packed
 from minimind_v.core.curate.workers import each_row
 from minimind_v.core.errors import RunError
 from minimind_v.core.rows.digests import Digests
-from tests.cli.harness import SIGHT, Running, place, read_rows, write_rows
+from tests.cli.harness import SIGHT, Running, read_rows, tiny_data, write_rows
 from tests.curate.killer import EndsItsReader, divided_by, killed_by_some
 
 
@@ -23,16 +23,16 @@ def test_repetitions_are_those_of_a_dictionary():
     rows = [[int(digest) for digest in rng.integers(0, 90, rng.integers(0, 4))] for _ in range(60)]
     held = [[int(digest) for digest in rng.integers(0, 900, 2)] for _ in range(60)]
     ours, theirs, first, kept = Digests(), Digests(), {}, {}
-    for digests, into, known in ((rows, ours, first), (held, theirs, kept)):
+    for digests, into, index_of in ((rows, ours, first), (held, theirs, kept)):
         for index, some in enumerate(digests):
             for digest in some:
                 into.add(index, digest)
-                known.setdefault(digest, index)
+                index_of.setdefault(digest, index)
     before = [next((first[digest] for digest in some if first[digest] < n), -1) for n, some in enumerate(rows)]
-    shared = [next((kept[digest] for digest in some if digest in kept), -1) for some in rows]
+    repeated = [next((kept[digest] for digest in some if digest in kept), -1) for some in rows]
     assert ours.seen_before(60).tolist() == before
-    assert ours.seen_in(theirs, 60).tolist() == shared
-    assert len({*before, *shared}) > 10
+    assert ours.seen_in(theirs, 60).tolist() == repeated
+    assert len({*before, *repeated}) > 10
     assert Digests().seen_before(2).tolist() == ours.seen_in(Digests(), 60)[:2].tolist() == [-1, -1]
 
 
@@ -52,8 +52,8 @@ def test_every_row_that_kills_is_named():
 def test_nothing_is_left_when_it_ends_however_it_ends():
     """What is left would still be at work while the interpreter ends, which shows as a traceback on a busy machine."""
     threads = set(threading.enumerate())
-    found = each_row(killed_by_some, range(39), 2, str)
-    assert [*found] == [*range(39)]
+    results = each_row(killed_by_some, range(39), 2, str)
+    assert [*results] == [*range(39)]
     assert (multiprocessing.active_children(), set(threading.enumerate())) == ([], threads)
     begun = each_row(killed_by_some, range(39), 2, str)
     assert next(begun) == 0
@@ -75,12 +75,12 @@ def test_a_process_that_cannot_begin_is_not_the_fault_of_a_row():
 
 @pytest.mark.long
 def test_ctrl_c_and_a_kill_leave_no_process_and_no_traceback(tmp_path):
-    rows = read_rows(place().data("sft"))
+    rows = read_rows(tiny_data().data("sft"))
     many = write_rows(tmp_path / "rows.jsonl", rows * 200)
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         folder = tmp_path / number.name
         running = Running(
-            folder, "data", "check", many, "--images", place().images("sft"), *SIGHT, "--workers", 1
+            folder, "data", "check", many, "--images", tiny_data().images("sft"), *SIGHT, "--workers", 1
         )  # fmt: skip
         running.until(lambda running=running: "check 8" in running.err).send(number, group=number == signal.SIGINT)
         ended = running.wait()

@@ -79,17 +79,17 @@ def read(dataset, index) -> Example | BrokenRow:
 def test_a_broken_row_is_named_and_its_neighbours_are_whole(dataset, kind):
     for line in BROKEN[kind]:
         rows = dataset([WHOLE, b"", line, WHOLE])
-        found = [read(rows, index) for index in range(3)]
-        assert isinstance(found[1], BrokenRow), line[:80]
-        assert found[1].kind == kind, found[1]
-        assert found[1].location == f"{rows.rows.path}:3"
-        assert str(found[1]).startswith(f"{rows.rows.path}:3: ")
-        assert "\n" not in str(found[1])
-        str(found[1]).encode("utf-8")
-        assert pickle.loads(pickle.dumps(found[1])) == found[1]
+        results = [read(rows, index) for index in range(3)]
+        assert isinstance(results[1], BrokenRow), line[:80]
+        assert results[1].kind == kind, results[1]
+        assert results[1].location == f"{rows.rows.path}:3"
+        assert str(results[1]).startswith(f"{rows.rows.path}:3: ")
+        assert "\n" not in str(results[1])
+        str(results[1]).encode("utf-8")
+        assert pickle.loads(pickle.dumps(results[1])) == results[1]
         for index in (0, 2):
-            assert isinstance(found[index], Example)
-            assert found[index].pixels[0, :, 0, 0].tolist() == shade(7)
+            assert isinstance(results[index], Example)
+            assert results[index].pixels[0, :, 0, 0].tolist() == shade(7)
 
 
 def test_a_whole_row(dataset, demo_tokenizer):
@@ -134,9 +134,9 @@ def test_a_last_question_goes_with_its_picture(dataset):
 
 
 def test_without_pictures_a_row_with_one_says_which_option_is_missing(dataset):
-    found = read(dataset([WHOLE], pictures=None), 0)
-    assert found.kind == "picture missing"
-    assert "--images" in found.message
+    broken_row = read(dataset([WHOLE], pictures=None), 0)
+    assert broken_row.kind == "picture missing"
+    assert "--images" in broken_row.message
 
 
 def test_blank_pictures_need_no_files(dataset):
@@ -179,14 +179,14 @@ def test_a_batch_is_as_long_as_its_longest_row():
     assert batch.broken == broken
     assert batch.pixel_values[:, 0, 0, 0].tolist() == [1, 3, 3], "pictures in reading order"
     assert batch.pixel_values.dtype == torch.uint8
-    for n, one in enumerate(examples):
-        length = len(one.tokens)
-        assert batch.input_ids[n].tolist() == one.tokens.input_ids + [9] * (7 - length)
+    for n, item in enumerate(examples):
+        length = len(item.tokens)
+        assert batch.input_ids[n].tolist() == item.tokens.input_ids + [9] * (7 - length)
         assert batch.attention_mask[n].tolist() == [True] * length + [False] * (7 - length)
-        assert batch.image_mask[n].tolist() == one.tokens.image_mask + [False] * (7 - length)
-        taught = [i if m else IGNORE for i, m in zip(one.tokens.input_ids, one.tokens.loss_mask, strict=True)]
+        assert batch.image_mask[n].tolist() == item.tokens.image_mask + [False] * (7 - length)
+        taught = [i if m else IGNORE for i, m in zip(item.tokens.input_ids, item.tokens.loss_mask, strict=True)]
         assert batch.labels[n].tolist() == taught + [IGNORE] * (7 - length)
-    assert batch.supervised == sum(sum(one.tokens.loss_mask[1:]) for one in examples)
+    assert batch.supervised == sum(sum(item.tokens.loss_mask[1:]) for item in examples)
 
 
 def test_a_batch_without_pictures_and_a_batch_without_rows():

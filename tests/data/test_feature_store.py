@@ -70,10 +70,10 @@ def test_eight_bits_are_within_half_a_level_per_token(tmp_path):
     store = FeatureStore(tmp_path / "eye", form, PLENTY)
     given = features(0, form) * torch.tensor([1e-6, 1.0, 1e4, 0.0])[:, None]  # tokens of very different size
     store.write([key(0)], given[None])
-    found = store.read(key(0))
+    stored = store.read(key(0))
     assert form.record == 4 * 8 + 4 * 4
-    assert ((found - given).abs() <= given.abs().amax(dim=1, keepdim=True) / 127 * 0.501).all()
-    assert torch.equal(found, form.rounded(given[None])[0]), "stored or not, the trainer gets the same"
+    assert ((stored - given).abs() <= given.abs().amax(dim=1, keepdim=True) / 127 * 0.501).all()
+    assert torch.equal(stored, form.rounded(given[None])[0]), "stored or not, the trainer gets the same"
 
 
 def test_another_process_finds_what_comes_later(store):
@@ -130,12 +130,12 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong(store):
         time.sleep(pause)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-    found = FeatureStore(store.folder, FORM, PLENTY)
-    read = {n: found.read(key(n)) for n in range(found.count() + 8)}
-    assert sum(one is not None for one in read.values()) == found.count() > 0
-    assert all(one is None or torch.equal(one, features(n)) for n, one in read.items())
-    fill(found, [10**6])
-    assert torch.equal(found.read(key(10**6)), features(10**6))
+    reopened = FeatureStore(store.folder, FORM, PLENTY)
+    read = {n: reopened.read(key(n)) for n in range(reopened.count() + 8)}
+    assert sum(entry is not None for entry in read.values()) == reopened.count() > 0
+    assert all(entry is None or torch.equal(entry, features(n)) for n, entry in read.items())
+    fill(reopened, [10**6])
+    assert torch.equal(reopened.read(key(10**6)), features(10**6))
 
 
 @pytest.mark.parametrize("cut", [1, 20, 23, 24])
@@ -143,10 +143,10 @@ def test_half_an_entry(cut, store):
     fill(store, range(3))
     (index,) = segment_files(store.folder, "index")
     os.truncate(index, index.stat().st_size - cut)
-    found = FeatureStore(store.folder, FORM, PLENTY)
-    assert found.read(key(2)) is None
-    assert torch.equal(found.read(key(1)), features(1))
-    fill(found, [2])
+    reopened = FeatureStore(store.folder, FORM, PLENTY)
+    assert reopened.read(key(2)) is None
+    assert torch.equal(reopened.read(key(1)), features(1))
+    fill(reopened, [2])
     assert torch.equal(FeatureStore(store.folder, FORM, PLENTY).read(key(2)), features(2))
 
 
@@ -173,9 +173,9 @@ def test_a_damaged_entry(store):
     raw = bytearray(index.read_bytes())
     raw[24 + 3] ^= 1  # in the key of the second
     index.write_bytes(raw)
-    found = FeatureStore(store.folder, FORM, PLENTY)
-    assert found.count() == 2
-    assert found.read(key(1)) is None
+    reopened = FeatureStore(store.folder, FORM, PLENTY)
+    assert reopened.count() == 2
+    assert reopened.read(key(1)) is None
 
 
 def test_a_file_cut_while_it_is_in_use(store):
@@ -223,7 +223,7 @@ def test_a_full_disk_ends_writing_and_nothing_else(store, monkeypatch):
     assert store.read(key(3)) is None, "it is not tried again"
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path):
     (tmp_path / "features").write_text("a file")
     store = FeatureStore(tmp_path / "features" / "eye", FORM, PLENTY)
     fill(store, [1])

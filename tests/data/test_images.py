@@ -86,18 +86,18 @@ def clip():
 )
 def test_pixels_are_those_of_clips_own_preprocessing(clip, width, height):
     picture = noise(width, height)
-    found = to_pixels(picture, SIZE)
-    assert found.shape == (3, SIZE, SIZE)
-    assert found.dtype == np.uint8
-    assert np.abs(found.astype(int) - clip(picture).astype(int)).max() <= 1
+    pixels = to_pixels(picture, SIZE)
+    assert pixels.shape == (3, SIZE, SIZE)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - clip(picture).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1000), (1000, 1)])
 def test_lines_of_pixels(width, height):
     ramp = np.linspace(0, 250, 1000).reshape(height, width).round().astype(np.uint8)
-    found = to_pixels(Image.fromarray(ramp).convert("RGB"), SIZE)
-    assert found.shape == (3, SIZE, SIZE)
-    assert np.abs(found.astype(int) - 125).max() <= 1, "the middle pixel fills the picture"
+    pixels = to_pixels(Image.fromarray(ramp).convert("RGB"), SIZE)
+    assert pixels.shape == (3, SIZE, SIZE)
+    assert np.abs(pixels.astype(int) - 125).max() <= 1, "the middle pixel fills the picture"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"])
@@ -108,10 +108,10 @@ def test_modes_come_out_as_clips_own_preprocessing_has_them(clip, mode, kind):
         data = encoded(picture, kind)
     except OSError:
         pytest.skip(f"no {kind} holds {mode}")
-    found = load_pixels(data, "picture", SIZE)
+    pixels = load_pixels(data, "picture", SIZE)
     expected = clip(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
-    assert found.std() > 5, "the picture is still there"
+    assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
+    assert pixels.std() > 5, "the picture is still there"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF"])
@@ -119,34 +119,34 @@ def test_formats(kind):
     if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
         pytest.skip(f"this Pillow has no {kind}")
     picture = smooth(300, 200)
-    found = load_pixels(encoded(picture, kind), "picture", SIZE)
-    difference = np.abs(found.astype(int) - to_pixels(picture, SIZE).astype(int))
+    pixels = load_pixels(encoded(picture, kind), "picture", SIZE)
+    difference = np.abs(pixels.astype(int) - to_pixels(picture, SIZE).astype(int))
     assert difference.mean() < (0.01 if kind in ("PNG", "BMP", "TIFF", "PPM") else 12)
 
 
 def test_the_first_frame_of_a_moving_picture_is_shown():
     red, blue = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
     for kind in ("GIF", "TIFF"):
-        found = load_pixels(encoded(red, kind, save_all=True, append_images=[blue]), "moving", SIZE)
-        assert found[:, 100, 100].tolist() == [255, 0, 0]
+        pixels = load_pixels(encoded(red, kind, save_all=True, append_images=[blue]), "moving", SIZE)
+        assert pixels[:, 100, 100].tolist() == [255, 0, 0]
 
 
 def test_palette_with_transparency():
     picture = Image.new("P", (4, 4), 1)
     picture.putpalette([0, 0, 0, 200, 100, 50])
     for transparency in (0, bytes([255, 128])):
-        found = load_pixels(encoded(picture, "PNG", transparency=transparency), "clear", SIZE)
-        assert (found.reshape(3, -1).T == [200, 100, 50]).all()
+        pixels = load_pixels(encoded(picture, "PNG", transparency=transparency), "clear", SIZE)
+        assert (pixels.reshape(3, -1).T == [200, 100, 50]).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_not_clipped(kind):
     ramp = np.linspace(0, 65535, SIZE * SIZE).round().astype(np.uint16).reshape(SIZE, SIZE)
-    found = load_pixels(encoded(Image.fromarray(ramp), kind), "deep", SIZE)
+    pixels = load_pixels(encoded(Image.fromarray(ramp), kind), "deep", SIZE)
     expected = ramp / 257
-    assert (np.abs(found - expected) <= 0.5 + 1e-9).all()
-    assert found.min() == 0
-    assert found.max() == 255
+    assert (np.abs(pixels - expected) <= 0.5 + 1e-9).all()
+    assert pixels.min() == 0
+    assert pixels.max() == 255
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
@@ -155,9 +155,9 @@ def test_wide_modes(mode):
     narrow = Image.fromarray(levels.astype(np.int32 if mode == "I" else np.float32))
     assert (load_pixels(encoded(narrow, "TIFF"), "wide", SIZE) == levels).all(), "eight bits stay eight bits"
     wide = Image.fromarray((levels * 257 - 40).astype(np.int32 if mode == "I" else np.float32))
-    found = load_pixels(encoded(wide, "TIFF"), "wide", SIZE)
-    assert np.abs(found.astype(int) - levels).max() <= 1
-    assert found.min() == 0
+    pixels = load_pixels(encoded(wide, "TIFF"), "wide", SIZE)
+    assert np.abs(pixels.astype(int) - levels).max() <= 1
+    assert pixels.min() == 0
 
 
 def test_numbers_that_are_none_are_black():
@@ -170,15 +170,15 @@ def test_numbers_that_are_none_are_black():
 def test_rare_modes_show_what_they_hold(mode):
     picture = smooth(300, 200)
     if mode == "LAB":
-        found, expected = load_pixels(encoded(picture.convert("LAB"), "TIFF"), "lab", SIZE), to_pixels(picture, SIZE)
+        pixels, expected = load_pixels(encoded(picture.convert("LAB"), "TIFF"), "lab", SIZE), to_pixels(picture, SIZE)
     elif mode == "I;16B":
         levels = np.asarray(picture.convert("L"))
         deep = Image.frombytes("I;16B", picture.size, (levels.astype(">u2") * 257).tobytes())
-        found, expected = to_pixels(deep, SIZE), to_pixels(picture.convert("L"), SIZE)
+        pixels, expected = to_pixels(deep, SIZE), to_pixels(picture.convert("L"), SIZE)
     else:
         base = picture.convert({"PA": "P", "RGBa": "RGBA"}.get(mode, "RGB"))
-        found, expected = to_pixels(base.convert(mode), SIZE), to_pixels(base.convert("RGB"), SIZE)
-    assert np.abs(found.astype(int) - expected.astype(int)).mean() < (
+        pixels, expected = to_pixels(base.convert(mode), SIZE), to_pixels(base.convert("RGB"), SIZE)
+    assert np.abs(pixels.astype(int) - expected.astype(int)).mean() < (
         1.5 if mode in ("HSV", "LAB") else 0.01
     )  # of few levels
 
@@ -243,9 +243,9 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(monkeypatch, width, hei
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (loaded.append(self.size), load(self))[1])
     data = encoded(drawn(width, height), "JPEG", quality=90, progressive=progressive)
     loaded.clear()
-    found = load_pixels(data, "large", SIZE)
+    pixels = load_pixels(data, "large", SIZE)
     assert loaded[0] == (-(-width // scale), -(-height // scale))
-    difference = np.abs(found - exactly(data))
+    difference = np.abs(pixels - exactly(data))
     assert difference.max() <= (1 if scale == 1 else 24)
     assert difference.mean() <= (0.4 if scale == 1 else 1.2)
 
@@ -262,9 +262,9 @@ def test_pictures_are_turned_after_they_were_made_small(orientation, width, heig
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(drawn(width, height), "JPEG", quality=90, exif=exif)
-    found = load_pixels(data, "turned", SIZE)
+    pixels = load_pixels(data, "turned", SIZE)
     back = {6: 8, 8: 6}.get(orientation, orientation)  # the others undo themselves
-    difference = np.abs(found - exactly(data, FROM_UPRIGHT[back]))
+    difference = np.abs(pixels - exactly(data, FROM_UPRIGHT[back]))
     drafted = min(width, height) >= 896
     shifted = (int(SIZE * max(width, height) / min(width, height)) - SIZE) % 2 and orientation not in (1, 5)
     assert difference.mean() <= (1.2 if drafted else 0.4) + (3 if shifted else 0)
@@ -402,7 +402,7 @@ def test_damage_gives_a_picture_or_a_row_error_and_nothing_else(kind):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "empty file"),
         (bytes(5000), "only zero bytes"),
@@ -420,8 +420,8 @@ def test_damage_gives_a_picture_or_a_row_error_and_nothing_else(kind):
     ],
     ids=lambda value: repr(value)[:16],
 )
-def test_what_it_is_instead_of_a_picture_is_said(data, said):
-    assert said in str(refused(data))
+def test_what_it_is_instead_of_a_picture_is_said(data, message):
+    assert message in str(refused(data))
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF", "SGI", "XBM", "IM", "MSP", "PALM"])
@@ -430,7 +430,7 @@ def test_only_common_formats_are_read(kind):
     assert refused(data).kind == "picture broken"
 
 
-def test_broken_off_files_are_refused_whatever_pillow_was_told(monkeypatch):
+def test_truncated_files_are_refused_whatever_the_settings_of_pillow(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for kind in ("JPEG", "PNG", "TIFF", "BMP"):
         data = encoded(noise(120, 80), kind)
@@ -440,7 +440,7 @@ def test_broken_off_files_are_refused_whatever_pillow_was_told(monkeypatch):
 
 def test_threads_decode_side_by_side_and_leave_no_trace():
     data = [encoded(noise(130, 90, seed), kind) for seed, kind in enumerate(("JPEG", "PNG", "GIF", "TIFF"))]
-    expected, filters, wrong = [load_pixels(one, "one", SIZE) for one in data], list(warnings.filters), []
+    expected, filters, wrong = [load_pixels(content, "one", SIZE) for content in data], list(warnings.filters), []
 
     def work(number):
         for _ in range(8):
@@ -526,10 +526,10 @@ def test_a_thread_of_a_picture_takes_no_gigabytes(monkeypatch, width, height):
         .reshape((height, -1) if height > 2 else (1, -1))
     )
     picture = Image.fromarray(np.broadcast_to(ramp, (height, width)).copy()).convert("RGB")
-    found = to_pixels(picture, SIZE)
+    pixels = to_pixels(picture, SIZE)
     assert asked
-    assert found.shape == (3, SIZE, SIZE)
-    assert np.abs(found.astype(int) - 125).max() <= 2, "its middle"
+    assert pixels.shape == (3, SIZE, SIZE)
+    assert np.abs(pixels.astype(int) - 125).max() <= 2, "its middle"
 
 
 def test_the_way_of_threads_shows_what_the_usual_way_shows(monkeypatch):
@@ -681,9 +681,9 @@ def test_chunks_that_decide_no_pixel_change_none(kind):
         chunk(b"prIv", b"?" * 1000),
     ]
     for extra in extras:
-        for place in (33, whole.find(b"IDAT") - 4, whole.find(b"IEND") - 4):
-            odd = whole[:place] + extra + whole[place:]
-            assert (load_pixels(odd, "odd", SIZE) == pixels).all(), (extra[4:8], place)
+        for position in (33, whole.find(b"IDAT") - 4, whole.find(b"IEND") - 4):
+            odd = whole[:position] + extra + whole[position:]
+            assert (load_pixels(odd, "odd", SIZE) == pixels).all(), (extra[4:8], position)
     for odd in (whole[:-12], whole[:-5], whole + b"behind it" * 99, whole[:-12] + extras[0][:500]):
         assert (load_pixels(odd, "odd", SIZE) == pixels).all()
 
@@ -697,8 +697,8 @@ def test_the_orientation_of_a_png_is_kept_wherever_it_stands():
         chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'),
         chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n20\n" + turned.tobytes().hex().encode())),
     ):
-        for place in (33, len(whole) - 12):
-            assert decode(whole[:place] + text + extra + whole[place:], "turned").size == (40, 60)
+        for position in (33, len(whole) - 12):
+            assert decode(whole[:position] + text + extra + whole[position:], "turned").size == (40, 60)
 
 
 def test_text_between_the_pixels_of_a_png_is_passed_over():

@@ -153,7 +153,7 @@ def test_earlier_answers_of_a_prompt_have_their_blocks(encoder):
 
 
 @pytest.mark.parametrize(
-    ("talk", "words"),
+    ("talk", "message"),
     [
         ([{"role": "tool", "content": "7"}], "the question has no answer"),
         ([{"role": "user", "content": "q"}, {"role": "tool", "content": "7"}], "do not alternate"),
@@ -169,11 +169,11 @@ def test_earlier_answers_of_a_prompt_have_their_blocks(encoder):
         ([*row_of("q", "a", tool_calls=[{"function": 7}], reasoning_content=7)], None),
     ],
 )
-def test_odd_messages_are_read_or_refused_by_their_number(encoder, talk, words):
-    if words is None:
+def test_odd_messages_are_read_or_refused_by_their_number(encoder, talk, message):
+    if message is None:
         assert encoder.row(talk, 0, PLENTY).answers == 1
         return
-    with pytest.raises(RowError, match=words):
+    with pytest.raises(RowError, match=message):
         encoder.row(talk, 0, PLENTY)
 
 

@@ -75,7 +75,9 @@ def same(left, right) -> bool:
 
 def numbers(batch) -> list[int]:
     """The row numbers of a batch, the broken ones behind."""
-    return [int(place.rpartition(":")[2]) for place in [*batch.locations, *(one.location for one in batch.broken)]]
+    return [
+        int(location.rpartition(":")[2]) for location in [*batch.locations, *(row.location for row in batch.broken)]
+    ]
 
 
 # --- every row once ---------------------------------------------------------------------------------------------------
@@ -147,28 +149,28 @@ def test_a_limit_leaves_out_all_but_the_first_rows(rows):
 def test_every_row_has_its_own_text_and_its_own_pictures(rows, demo_tokenizer):
     data = rows(some_lines(150))
     plan = BatchPlan(data, 4, PAD, seed=1)
-    seen = 0
+    count = 0
     for batch in load_batches(plan, 0):
         pixels = iter(batch.pixel_values if batch.pixel_values is not None else [])
-        for n, place in enumerate(batch.locations):
-            number = int(place.rpartition(":")[2]) - 1
+        for n, location in enumerate(batch.locations):
+            number = int(location.rpartition(":")[2]) - 1
             line = data.rows.row(number)
             text = demo_tokenizer.decode(batch.input_ids[n][batch.labels[n] >= 0].tolist())
             assert text == line.conversations[1]["content"] + "\n"
             assert text.startswith(f"row {number} shows")
             for name in line.images:
                 assert next(pixels)[:, 0, 0].tolist() == shade(int(name.removesuffix(".png")))
-            seen += 1
+            count += 1
         assert next(pixels, None) is None
         assert batch.image_mask.sum() == PATCHES * (0 if batch.pixel_values is None else len(batch.pixel_values))
-    assert seen == 150 - len(range(3, 150, 7))
+    assert count == 150 - len(range(3, 150, 7))
 
 
 def test_broken_rows_are_reported_with_their_batch_in_every_epoch(rows):
     plan = BatchPlan(rows(some_lines(60)), 4, PAD, 1, epochs=2)
     for epoch in range(2):
         batches = [plan[epoch * plan.steps_per_epoch + k][0] for k in range(plan.steps_per_epoch)]
-        broken = sorted(int(one.location.rpartition(":")[2]) for batch in batches for one in batch.broken)
+        broken = sorted(int(row.location.rpartition(":")[2]) for batch in batches for row in batch.broken)
         assert broken == list(range(4, 61, 7))
 
 
@@ -268,10 +270,10 @@ def _batch(plan, number):
 
 def test_a_spawned_process_makes_the_same_batches(rows):
     plan = BatchPlan(rows([*some_lines(20), row("<|im_end|> and <|im_start|>", "<|im_end|>")]), 4, PAD, 1)
-    here = [plan[k][0] for k in range(len(plan))]
+    batches = [plan[k][0] for k in range(len(plan))]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        there = list(pool.map(_batch, [plan] * len(plan), range(len(plan)), timeout=240))
-    assert all(same(left, right) for left, right in zip(here, there, strict=True))
+        spawned = list(pool.map(_batch, [plan] * len(plan), range(len(plan)), timeout=240))
+    assert all(same(left, right) for left, right in zip(batches, spawned, strict=True))
 
 
 @pytest.mark.parametrize("batches", [0, 1, WINDOW, 3 * WINDOW + 1, 4 * WINDOW, 13 * WINDOW - 5])
@@ -332,9 +334,9 @@ def test_a_stop_while_workers_start_leaves_none(rows, monkeypatch):
         os.kill(os.getpid(), signal.SIGUSR1)
 
     plan = BatchPlan(rows(some_lines(20)), 4, PAD, 0)
-    with StopRequest() as stop, closing(load_steps(plan, 2)) as updates:
+    with StopRequest() as stop, closing(load_steps(plan, 2)) as steps:
         monkeypatch.setattr(BaseProcess, "start", start_and_stop)
-        assert stop.wait(partial(next, updates)) is None
+        assert stop.wait(partial(next, steps)) is None
     assert stop.signal == signal.SIGUSR1
     assert len(started) == 2
     assert not any(process.is_alive() for process in started)

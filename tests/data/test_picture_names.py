@@ -44,7 +44,7 @@ def folder(tmp_path, monkeypatch):
         ("  ", []),
     ],
 )
-def test_names_are_told_apart(typed, names):
+def test_names_are_kept_apart(typed, names):
     assert split_names(typed) == names
 
 
@@ -79,24 +79,24 @@ def test_inline_pictures_are_read_however_they_were_written():
         read_picture("data:image/png;base64,!!!!")
 
 
-def test_a_zero_byte_in_a_name_is_told():
+def test_a_zero_byte_in_a_name_is_reported():
     with pytest.raises(MissingInput, match="no image file at"):
         read_picture("a\0b.jpg")
 
 
-def test_every_name_that_is_not_there_is_told():
+def test_every_missing_name_is_reported():
     with pytest.raises(UsageError) as error:
         read_pictures(["a.jpg", "dog.jpg", "http://example.org/" + "x" * 100000, "."])
-    words = str(error.value)
+    message = str(error.value)
     assert all(
-        part in words
-        for part in ("no image file at a.jpg; ", "is a web address", ". is a folder — name an image file in it")
+        phrase in message
+        for phrase in ("no image file at a.jpg; ", "is a web address", ". is a folder — name an image file in it")
     )
-    assert len(words) < 500
+    assert len(message) < 500
 
 
-@pytest.mark.parametrize(("text", "found"), [("dog.jpg", 1), ("'dog.jpg' 'my dog.jpg' ", 2), ("nowhere.webp", 1),
+@pytest.mark.parametrize(("text", "count"), [("dog.jpg", 1), ("'dog.jpg' 'my dog.jpg' ", 2), ("nowhere.webp", 1),
                                              ("What is dog.jpg", 0), ("dog", 0), ("", 0), ("it's", 0),
                                              ("dog.jpg nowhere.jpg", 0)])  # fmt: skip
-def test_a_question_of_nothing_but_names(text, found):
-    assert len(pictures_in(text)) == found
+def test_a_question_of_nothing_but_names(text, count):
+    assert len(pictures_in(text)) == count

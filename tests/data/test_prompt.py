@@ -92,8 +92,8 @@ def slow_row(whole, conversation, images, max_length, patches) -> Tokens | None:
     row = Tokens(encoding.ids, [answers[at] for at in starts], [pictures[at] >= 0 for at in starts])
     turn = [turns[at] for at in starts]
     lengths = [sum(t <= last for t in turn) for last in range(max(turn) + 1)]
-    fitting = [length for length in lengths[1:] if length <= max_length]
-    cut = max(fitting, default=min(max_length, lengths[1]))
+    allowed = [length for length in lengths[1:] if length <= max_length]
+    cut = max(allowed, default=min(max_length, lengths[1]))
     shown = [pictures[at] for at in starts]
     while any(shown[:cut].count(n) not in (0, patches) for n in range(images)):
         cut -= 1
@@ -178,9 +178,9 @@ def test_random_rows_agree_with_the_slow_implementation(encoder, whole, seed):
                 encoder.row(conversation, images, max_length)
             outcomes["refused"] += 1
             continue
-        found = encoder.row(conversation, images, max_length)
-        assert found == expected, (conversation, max_length)
-        assert len(found) <= max_length
+        tokens = encoder.row(conversation, images, max_length)
+        assert tokens == expected, (conversation, max_length)
+        assert len(tokens) <= max_length
         outcomes["whole" if max_length == PLENTY else "cut"] += 1
     assert min(outcomes.values()) > 10, f"the generator misses a case: {outcomes}"
 
@@ -340,8 +340,8 @@ def test_a_tokenizer_that_merges_placeholders_cannot_swallow_a_picture(merging, 
     row = encoder.row([user(content), assistant(content + " end")], 2 * images, PLENTY)
     patches = [token for token, patch in zip(row.input_ids, row.image_mask, strict=True) if patch]
     assert patches == [merging.placeholder_id] * PATCHES * images * 2
-    words = [token for token, patch in zip(row.input_ids, row.image_mask, strict=True) if not patch]
-    assert merging.decode(words).endswith(content.replace(IMAGE_MARK, "") + " end\n")
+    text_ids = [token for token, patch in zip(row.input_ids, row.image_mask, strict=True) if not patch]
+    assert merging.decode(text_ids).endswith(content.replace(IMAGE_MARK, "") + " end\n")
     answer = [token for token, mask in zip(row.input_ids, row.loss_mask, strict=True) if mask]
     assert merging.decode(answer) == content.replace(IMAGE_MARK, "") + " end\n"
 
@@ -360,7 +360,7 @@ def test_exactly_the_answers_are_supervised(encoder, tokenizer, answer):
     assert taught == [*first, tokenizer.eos_id, *newline, *second, tokenizer.eos_id, *newline]
 
 
-def test_a_picture_in_an_answer_is_read_and_not_taught(encoder, tokenizer):
+def test_a_picture_in_an_answer_is_read_and_not_supervised(encoder, tokenizer):
     row = encoder.row([user("Q"), assistant("see <image> there")], 1, PLENTY)
     assert sum(row.image_mask) == PATCHES
     assert not any(mask and patch for mask, patch in zip(row.loss_mask, row.image_mask, strict=True))
@@ -424,12 +424,12 @@ def test_a_text_without_end_is_cut_before_it_is_encoded(encoder, monkeypatch, ta
         except RowError as error:
             return error.kind
 
-    expected, seen = outcome(), []
+    expected, lengths = outcome(), []
     encode = Tokenizer.encode
     monkeypatch.setattr(prompt, "TEXT_LIMIT", 600)
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: seen.append(len(text)) or encode(self, text))
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: lengths.append(len(text)) or encode(self, text))
     assert outcome() == expected
-    assert max(seen) < 650
+    assert max(lengths) < 650
     assert len(max(talk, key=len)) > 1000
 
 

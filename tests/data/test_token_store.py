@@ -29,7 +29,7 @@ from minimind_v.core.data.token_store import TokenStore, keep_tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.rows.stores import open_rows
-from tests.cli.harness import here, place
+from tests.cli.harness import run_mmv, tiny_data
 from tests.data.conftest import TOKENIZERS
 from tests.rows.made import PATCHES, SIZE, picture, row
 
@@ -124,7 +124,7 @@ def same(left: Batch, right: Batch) -> bool:
 # --- what batches are made of -----------------------------------------------------------------------------------------
 
 
-def plain_updates(dataset: RowDataset, batch_size: int, seed: int, epochs: int, rows_per_step: int):
+def plain_steps(dataset: RowDataset, batch_size: int, seed: int, epochs: int, rows_per_step: int):
     """All updates as plainly as can be: every window is drawn where it is needed, tensors are made row by row."""
     per_epoch, texts = -(-len(dataset) // rows_per_step), fresh(dataset)
     for epoch in range(epochs):
@@ -133,12 +133,12 @@ def plain_updates(dataset: RowDataset, batch_size: int, seed: int, epochs: int, 
             window, wide = number // WINDOW, WINDOW * rows_per_step
             rows = [texts[n] for n in order[window * wide : (window + 1) * wide]]
             rows.sort(key=lambda text: len(text.tokens) if isinstance(text, Example) else 0)
-            updates = [rows[begin : begin + rows_per_step] for begin in range(0, len(rows), rows_per_step)]
-            np.random.default_rng([seed, epoch, window]).shuffle(updates)
-            update = updates[number % WINDOW]
-            rounds = -(-len(update) // batch_size)
-            edges = [len(update) * part // rounds for part in range(rounds + 1)]
-            yield [plain_batch(dataset, update[begin:end]) for begin, end in pairwise(edges)]
+            steps = [rows[begin : begin + rows_per_step] for begin in range(0, len(rows), rows_per_step)]
+            np.random.default_rng([seed, epoch, window]).shuffle(steps)
+            step = steps[number % WINDOW]
+            rounds = -(-len(step) // batch_size)
+            edges = [len(step) * cut // rounds for cut in range(rounds + 1)]
+            yield [plain_batch(dataset, step[begin:end]) for begin, end in pairwise(edges)]
 
 
 def plain_batch(dataset: RowDataset, texts) -> Batch:
@@ -171,15 +171,15 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
 @pytest.mark.parametrize(("batch_size", "rows_per_step"), [(4, 4), (2, 6)])
 def test_batches_are_those_of_the_plain_way_for_any_number_of_workers(tmp_path, batch_size, rows_per_step):
     dataset = open_dataset(write(tmp_path, some_lines(300)))
-    expected = list(plain_updates(dataset, batch_size, 3, 2, rows_per_step))
-    assert sum(len(batch.broken) for update in expected for batch in update) > 50
+    expected = list(plain_steps(dataset, batch_size, 3, 2, rows_per_step))
+    assert sum(len(batch.broken) for step in expected for batch in step) > 50
     for tokens, workers, start in ((None, 0, 0), (keep(dataset), 3, 0), (keep(dataset), 0, 0), (keep(dataset), 2, 41)):
         plan = BatchPlan(dataset, batch_size, PAD, 3, 2, rows_per_step=rows_per_step, tokens=tokens)
         steps = list(load_steps(plan, workers, start=start))
         assert len(steps) == len(expected) - start
-        for update, other in zip(steps, expected[start:], strict=True):
-            assert len(update) == len(other)
-            assert all(same(left, right) for left, right in zip(update, other, strict=True))
+        for step, other in zip(steps, expected[start:], strict=True):
+            assert len(step) == len(other)
+            assert all(same(left, right) for left, right in zip(step, other, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 7, 15, 16])
@@ -423,15 +423,15 @@ def test_a_disk_that_fills_up_is_said_once_and_changes_no_bit(tmp_path, monkeypa
     tokens.lengths(np.arange(100), dataset.text)
     monkeypatch.setattr(token_store, "RESERVE", 2**62)
     steps = list(load_steps(BatchPlan(dataset, 4, PAD, 1, tokens=tokens), workers))
-    troubles = [batch.trouble for update in steps for batch in update if batch.trouble]
+    troubles = [batch.trouble for step in steps for batch in step if batch.trouble]
     assert 1 <= len(troubles) <= max(workers, 1)
     assert "No space left on device" in troubles[0]
     assert len(set(troubles)) == 1
-    for update, other in zip(steps, expected, strict=True):
-        assert all(same(replace(left, trouble=""), right) for left, right in zip(update, other, strict=True))
+    for step, other in zip(steps, expected, strict=True):
+        assert all(same(replace(left, trouble=""), right) for left, right in zip(step, other, strict=True))
 
 
-def test_a_record_for_which_there_was_room_in_part_is_not_believed(tmp_path):
+def test_a_record_that_was_written_in_part_is_ignored(tmp_path):
     dataset = open_dataset(write(tmp_path, some_lines(100)))
     store = keep(dataset)
     store.lengths(np.arange(20), dataset.text)
@@ -470,24 +470,24 @@ def test_where_the_data_cannot_be_written_to_tokens_are_kept_elsewhere(tmp_path,
 
 
 def test_where_nothing_can_be_kept_it_is_said(tmp_path, monkeypatch):
-    dataset, said = open_dataset(write(tmp_path, some_lines(20))), []
+    dataset, messages = open_dataset(write(tmp_path, some_lines(20))), []
     refuse_folder(monkeypatch, tmp_path, tmp_path / "elsewhere")
-    assert keep(dataset, warn=said.append) is None
-    assert len(said) == 1
-    assert "Read-only file system" in said[0]
-    assert "every epoch tokenises the rows again" in said[0]
+    assert keep(dataset, warn=messages.append) is None
+    assert len(messages) == 1
+    assert "Read-only file system" in messages[0]
+    assert "every epoch tokenises the rows again" in messages[0]
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_tokenises_nothing_and_learns_the_same(tmp_path, monkeypatch):
+def test_a_second_run_tokenises_nothing_and_trains_the_same(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
-    data.write_bytes(place().data("pretrain").read_bytes())
-    lines = [place().train(tmp_path / name, data=data, epochs=2, workers=0) for name in ("first", "second")]
-    assert here(*lines[0]).code == 0
+    data.write_bytes(tiny_data().data("pretrain").read_bytes())
+    lines = [tiny_data().train(tmp_path / name, data=data, epochs=2, workers=0) for name in ("first", "second")]
+    assert run_mmv(*lines[0]).code == 0
     monkeypatch.setattr(PromptEncoder, "row", lambda *args: pytest.fail("tokenised"))
-    assert here(*lines[1]).code == 0
+    assert run_mmv(*lines[1]).code == 0
     losses = [
         [json.loads(line)["loss"] for line in path.read_text().splitlines()]
         for path in sorted(tmp_path.glob("*/pretrain*/metrics.jsonl"))
@@ -498,7 +498,7 @@ def test_a_second_run_tokenises_nothing_and_learns_the_same(tmp_path, monkeypatc
 
 def test_a_run_says_once_that_it_keeps_no_tokens(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
-    data.write_bytes(place().data("pretrain").read_bytes())
+    data.write_bytes(tiny_data().data("pretrain").read_bytes())
     real = TokenStore.__init__
 
     def then_no_room(self, *args):
@@ -506,6 +506,6 @@ def test_a_run_says_once_that_it_keeps_no_tokens(tmp_path, monkeypatch):
         monkeypatch.setattr(token_store, "RESERVE", 2**62)
 
     monkeypatch.setattr(TokenStore, "__init__", then_no_room)
-    ended = here(*place().train(tmp_path / "out", data=data, epochs=2, workers=2))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", data=data, epochs=2, workers=2))
     assert ended.code == 0
     assert ended.err.count("token ids are not cached") == 1

@@ -72,9 +72,9 @@ def test_a_layout_of_one_form_has_no_training_rows_of_its_own(folder):
 
 def test_workers_change_no_bit(folder):
     plan = plan_of(plain(folder).for_training(1))
-    for alone, shared in zip(load_batches(plan, 0), load_batches(plan, 2), strict=True):
-        assert alone.locations == shared.locations
-        assert all(torch.equal(alone.tokens[name], shared.tokens[name]) for name in alone.tokens)
+    for alone, spread in zip(load_batches(plan, 0), load_batches(plan, 2), strict=True):
+        assert alone.locations == spread.locations
+        assert all(torch.equal(alone.tokens[name], spread.tokens[name]) for name in alone.tokens)
 
 
 def test_processes_change_no_row(folder):

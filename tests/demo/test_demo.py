@@ -14,7 +14,7 @@ import pytest
 from minimind_v.core.demo import run
 from minimind_v.core.errors import UsageError
 from minimind_v.core.monitor.metrics import Listener
-from tests.cli.harness import here, installed
+from tests.cli.harness import installed, run_mmv
 
 MMV = Path(sys.executable).with_name("mmv")
 
@@ -30,7 +30,7 @@ def demo(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_the_model_sees(demo):
+def test_the_model_uses_the_image(demo):
     _, summary, _ = demo
     assert summary["accuracy_heldout_scenes"] >= 0.75
     assert summary["accuracy_heldout_pairs"] >= 0.6
@@ -80,7 +80,7 @@ def shown(demo):
     """What the demo says at its end where nobody asks for JSON, over a summary that is there already."""
     out, summary, _ = demo
     with mock.patch("minimind_v.core.demo.run.Demo.run", return_value=summary):
-        ended = here("demo", "--out", out)
+        ended = run_mmv("demo", "--out", out)
     assert ended.code == 0
     return dict(re.split(r"  +", line, maxsplit=1) for line in ended.out.splitlines()), ended.err
 
@@ -98,7 +98,7 @@ def test_the_last_lines_can_be_pasted(demo, shown):
 
 
 @pytest.mark.long
-def test_the_last_lines_say_what_it_sees_and_how_to_free_the_disk(demo, shown):
+def test_the_last_lines_say_what_the_model_recognises_and_how_to_free_the_disk(demo, shown):
     lines, talk = shown
     size = sum(path.stat().st_size for path in demo[0].rglob("*") if path.is_file())
     assert lines["free the disk"] == f"rm -r {demo[0]} ({size / 1e6:,.0f} MB)"
@@ -126,8 +126,8 @@ def test_a_dozen_pictures_lie_as_files(demo):
 def test_the_folder_is_a_project_of_its_own(demo, monkeypatch):
     """Everything is where the standard folders are: in it no command needs an option."""
     monkeypatch.chdir(demo[0])
-    assert here("chat", "--greedy", "--image", "pictures/star.jpg", demo[1]["example"]["question"]).err == ""
-    doctor = here("doctor", "--json").json
+    assert run_mmv("chat", "--greedy", "--image", "pictures/star.jpg", demo[1]["example"]["question"]).err == ""
+    doctor = run_mmv("doctor", "--json").json
     assert all(
         doctor[name].startswith("found, ") for name in ("vision model", "tokenizer", "pretrain data", "sft data")
     )
@@ -152,7 +152,7 @@ def test_a_demo_is_repeated_unless_its_weights_were_trained_on_since(tmp_path, m
         raise InterruptedError
 
     monkeypatch.setattr(run, "as_file", stop)  # the first that it does after it has looked at its folder
-    demo = run.Demo(tmp_path / "demo", 0, Listener(), lambda *told: None)
+    demo = run.Demo(tmp_path / "demo", 0, Listener(), lambda *message: None)
     (tmp_path / "demo" / "out").mkdir(parents=True)
     for path in demo.weights.values():
         path.write_bytes(b"by the demo")

@@ -36,7 +36,7 @@ def test_every_shape_and_colour_is_known_from_other_pairs():
 @pytest.mark.parametrize("write", [write_pretrain, write_sft])
 def test_training_sets_never_show_or_name_a_held_out_pair(tmp_path, write):
     written, scenes = write(tmp_path, random.Random(3), 300)
-    assert not any(thing.held_out for scene in scenes for thing in scene)
+    assert not any(item.held_out for scene in scenes for item in scene)
     text = written.data.read_text(encoding="utf-8")
     for shape, colour in world.HELD_OUT:
         assert f"{colour} {shape}" not in text
@@ -45,21 +45,21 @@ def test_training_sets_never_show_or_name_a_held_out_pair(tmp_path, write):
 
 def test_scenes_have_no_held_out_pair_unless_asked_for():
     rng = random.Random(1)
-    assert not any(thing.held_out for _ in range(500) for thing in world.make_scene(rng))
+    assert not any(item.held_out for _ in range(500) for item in world.make_scene(rng))
     for _ in range(200):
-        assert sum(thing.held_out for thing in world.make_scene(rng, held_out=True)) == 1
+        assert sum(item.held_out for item in world.make_scene(rng, held_out=True)) == 1
 
 
 def test_questions_have_the_answers_that_the_scene_gives():
     scene = (world.Item("star", "blue", "big", "top left"), world.Item("circle", "red", "small", "centre"))
-    wanted = {
+    expected = {
         "What colour is the star?": "blue", "星形是什么颜色？": "蓝色", "Which shape is red?": "circle",
         "什么形状是红色？": "圆形", "Where is the circle?": "centre", "圆形在哪里？": "中间",
         "Is the star big or small?": "big", "星形是大还是小？": "大", "How many objects are there?": "two",
         "有几个物体？": "两", "Is there a blue star?": "yes", "有红色圆形吗？": "有", "Is there a blue circle?": "no",
     }  # fmt: skip
-    found = {q.text: q.answer for seed in range(200) for q in world.questions(scene, random.Random(seed))}
-    assert {text: found.get(text) for text in wanted} == wanted
+    answers = {q.text: q.answer for seed in range(200) for q in world.questions(scene, random.Random(seed))}
+    assert {text: answers.get(text) for text in expected} == expected
 
 
 def test_questions_are_only_asked_where_one_answer_is_right():
@@ -75,13 +75,13 @@ def test_yes_and_no_are_equally_frequent():
     assert 0.45 < yes < 0.55
 
 
-def test_a_test_set_holds_no_scene_that_was_seen(tmp_path):
+def test_a_test_set_holds_no_scene_of_training(tmp_path):
     """With every scene of a single object seen, only larger ones are left."""
-    seen = {
+    scenes = {
         (world.Item(*attributes),)
         for attributes in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.POSITIONS)
     }
-    _, tests = write_test(tmp_path, "held", random.Random("b"), 400, seen, held_out_pairs=False)
+    _, tests = write_test(tmp_path, "held", random.Random("b"), 400, scenes, held_out_pairs=False)
     counts = [test.question.answer for test in tests if test.question.kind == "count"]
     assert len(counts) > 20
     assert not {"one", "一"} & set(counts)
@@ -90,25 +90,30 @@ def test_a_test_set_holds_no_scene_that_was_seen(tmp_path):
 def test_the_pictures_that_are_left_fit_their_questions(tmp_path):
     """The scene is not seen from a file: what was drawn is watched."""
     drawn, draw = [], world.draw
-    seen = {(world.Item(*one),) for one in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.POSITIONS)}
+    scenes = {
+        (world.Item(*attributes),)
+        for attributes in itertools.product(world.SHAPES, world.COLOURS, world.SIZES, world.POSITIONS)
+    }
     with mock.patch.object(world, "draw", lambda scene, rng: drawn.append(scene) or draw(scene, rng)):
-        written = write_pictures(tmp_path, random.Random(9), seen)
+        written = write_pictures(tmp_path, random.Random(9), scenes)
     assert len(written) == len(drawn) == 12
     assert {path.stem for path, _ in written} >= {"star", "red_star", "white_circle", "two_objects"}
     for (path, question), scene in zip(written, drawn, strict=True):
         assert load_pixels(path.read_bytes(), path.name, 64).shape == (3, 64, 64)
-        assert scene not in seen
+        assert scene not in scenes
         if question.kind == "count":
             assert question.answer == world.NUMBERS[len(scene)][0]
             continue
-        (thing,) = (thing for thing in scene if f"the {thing.shape}?" in question.text)
-        assert question.answer == thing.colour
-        assert path.stem == (f"{thing.colour}_{thing.shape}" if thing.held_out else thing.shape)
+        (item,) = (item for item in scene if f"the {item.shape}?" in question.text)
+        assert question.answer == item.colour
+        assert path.stem == (f"{item.colour}_{item.shape}" if item.held_out else item.shape)
 
 
 def test_what_it_knows_names_all_that_there_is():
-    told = world.knows()
-    assert all(word in told for word in (*world.SHAPES, *world.COLOURS, "three", "dark", "nothing else", "photographs"))
+    description = world.knows()
+    assert all(
+        word in description for word in (*world.SHAPES, *world.COLOURS, "three", "dark", "nothing else", "photographs")
+    )
 
 
 def test_a_seed_decides_every_byte(tmp_path):
@@ -116,16 +121,18 @@ def test_a_seed_decides_every_byte(tmp_path):
     second, _ = write_sft(tmp_path / "2", random.Random("x"), 20)
     other, _ = write_sft(tmp_path / "3", random.Random("y"), 20)
     assert first.data.read_bytes() == second.data.read_bytes() != other.data.read_bytes()
-    with zipfile.ZipFile(first.images) as one, zipfile.ZipFile(second.images) as two:
-        assert [one.read(name) for name in one.namelist()] == [two.read(name) for name in two.namelist()]
+    with zipfile.ZipFile(first.images) as first_zip, zipfile.ZipFile(second.images) as second_zip:
+        assert [first_zip.read(name) for name in first_zip.namelist()] == [
+            second_zip.read(name) for name in second_zip.namelist()
+        ]
 
 
 def test_pictures_differ_where_scenes_are_equal():
     """Noise in place, size, colour and ground: no picture is drawn twice."""
     scene = (world.Item("star", "blue", "big", "top left"),)
     rng = random.Random(2)
-    one, two = (load_pixels(world.jpeg(world.draw(scene, rng)), "drawn", 64) for _ in range(2))
-    assert np.abs(one.astype(int) - two.astype(int)).mean() > 1
+    first, second = (load_pixels(world.jpeg(world.draw(scene, rng)), "drawn", 64) for _ in range(2))
+    assert np.abs(first.astype(int) - second.astype(int)).mean() > 1
 
 
 def test_rows_name_their_pictures_and_mark_one_image(tmp_path):

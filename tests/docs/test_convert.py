@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tests.cli.harness import ROOT, here
+from tests.cli.harness import ROOT, run_mmv
 from tests.docs.conftest import commands
 from tests.export.made import jpeg
 from tests.export.test_publish import Hub
@@ -30,10 +30,10 @@ def names(table):
 def test_the_commands_and_the_program_run(hub, capsys):
     lines = commands(PAGE)
     assert [line.split()[1] for line in lines] == ["convert", "info", "chat", "convert", "upload"]
-    told = [here(*shlex.split(line)[1:]) for line in lines]
-    assert [ended.err for ended in told if ended.code] == []
+    results = [run_mmv(*shlex.split(line)[1:]) for line in lines]
+    assert [ended.err for ended in results if ended.code] == []
     shown = re.search(r"```\n(opened by.*?)```", PAGE, re.DOTALL)[1].splitlines()
-    assert names(shown) == names(told[0].out.splitlines()[: len(shown)])
+    assert names(shown) == names(results[0].out.splitlines()[: len(shown)])
     assert "README.md" in hub.repos["me/minimind-v"]
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     exec(program, {})

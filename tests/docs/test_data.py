@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from minimind_v.core.rows.stores import STORES, open_rows
-from tests.cli.harness import ROOT, here
+from tests.cli.harness import ROOT, run_mmv
 from tests.docs.conftest import commands
 from tests.export.made import jpeg
 
@@ -34,14 +34,14 @@ def files(workplace):
 def test_the_commands_run(files):
     lines = [shlex.split(line) for line in commands(PAGE)]
     assert len(lines) == 10
-    for program, *words in lines:
+    for program, *options in lines:
         if program == "mmv":
-            ended = here(*words)
-            assert ended.code == 0, (words, ended.err)
+            ended = run_mmv(*options)
+            assert ended.code == 0, (options, ended.err)
         else:
-            subprocess.run([program, *words], check=True)
-    assert "WebDataset" in here("info", "shard-000.tar").out
-    assert here("data", "check", "captions.json", "--images", "pictures", "--json").json["problems"] == []
+            subprocess.run([program, *options], check=True)
+    assert "WebDataset" in run_mmv("info", "shard-000.tar").out
+    assert run_mmv("data", "check", "captions.json", "--images", "pictures", "--json").json["problems"] == []
     assert len(open_rows(files / "circles.parquet")) == 2
 
 
@@ -50,11 +50,11 @@ def test_every_form_of_the_table_is_read_with_its_pictures(form, files):
     row = json.loads(FORMS[form])
     (files / "rows.jsonl").write_text(json.dumps(row))
     rows = open_rows(files / "rows.jsonl", files / "pictures")
-    said = rows.row(0)
+    first = rows.row(0)
     names = [name for name in ("a.jpg", "b.jpg") if name in FORMS[form]]
-    assert said.shown == names
+    assert first.shown == names
     assert rows.picture(0, 0, "a.jpg") == jpeg(0)
-    assert said.conversations[-1]["role"] == "assistant"
+    assert first.conversations[-1]["role"] == "assistant"
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)

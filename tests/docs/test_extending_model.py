@@ -14,7 +14,7 @@ import torch
 from minimind_v.core.config.schema import VisionSpec
 from minimind_v.core.demo import world
 from minimind_v.core.model.projector import PROJECTORS
-from tests.cli.harness import ASSETS, BASE, EYE, ROOT, here, installed, place
+from tests.cli.harness import ASSETS, BASE, EYE, ROOT, installed, run_mmv, tiny_data
 
 EXAMPLES = ROOT / "docs" / "examples"
 PAGE = ROOT / "docs" / "extending.md"
@@ -87,7 +87,7 @@ def test_an_extension_is_trained_converted_opened_evaluated_and_asked(example, t
     (tmp_path / "script.py").write_text(TRAIN_AND_OPEN.format(extension=name, sets=sets))
     image = tmp_path / "image.jpg"
     image.write_bytes(some_image())
-    done = run_script(tmp_path, "script.py", place().folder, BASE, vision, ASSETS, image)
+    done = run_script(tmp_path, "script.py", tiny_data().folder, BASE, vision, ASSETS, image)
     assert done.returncode == 0, done.stderr
     expected = {"extend_tower": "patch_means linear 10", "extend_projector": "clip_vision_model shuffle 16"}[name]
     assert done.stdout.splitlines()[0] == expected
@@ -99,7 +99,7 @@ def test_an_extension_is_trained_converted_opened_evaluated_and_asked(example, t
 def test_an_extension_is_used_by_the_commands_that_name_it(example, tmp_path):
     name, vision, sets = example
     extended = partial(installed, cwd=tmp_path, MMV_EXTENSIONS=str(tmp_path / f"{name}.py"))
-    line = place().train("out", vision_model=vision, max_steps=2, workers=1)
+    line = tiny_data().train("out", vision_model=vision, max_steps=2, workers=1)
     trained = extended(*line, *(word for setting in sets for word in ("--set", setting)))
     assert trained.code == 0, trained.err
     weights = "out/pretrain_vlm_128.pth"
@@ -121,7 +121,7 @@ def test_an_extension_that_cannot_be_imported_ends_in_one_line(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("1 / 0")
     monkeypatch.setenv("MMV_EXTENSIONS", extension)
-    done = here("doctor")
+    done = run_mmv("doctor")
     assert done.code == 2
     assert f"MMV_EXTENSIONS: {extension} cannot be imported ({why}" in done.error
 

@@ -17,7 +17,7 @@ from torch import nn
 from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.formats.checkpoint import export_tensors, read_checkpoint
 from minimind_v.core.train.freeze import freeze
-from tests.cli.harness import ROOT, SIGHT, installed, place, read_rows, sighted, sighted_model
+from tests.cli.harness import ROOT, SIGHT, installed, read_rows, sighted, sighted_model, tiny_data
 
 EXAMPLES = ROOT / "docs" / "examples"
 NAMES = ("task", "target", "store", "layout", "lora")
@@ -49,17 +49,17 @@ def test_an_example_is_one_short_file(name):
 
 
 def test_a_task_scores_its_own_rows(extended, tmp_path):
-    rows = read_rows(place().data("sft"))[:6]
+    rows = read_rows(tiny_data().data("sft"))[:6]
     for row, answer in zip(rows, ["yes", "red", "No", "two", "yes", "circle"], strict=True):
         row["conversations"][1]["content"] = answer
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    words = ["eval", "--model", sighted(), *SIGHT, "--data", data, "--images", place().images("sft"), "--json"]
-    report = extended("task")(*words, "--task", "yesno").json
+    command = ["eval", "--model", sighted(), *SIGHT, "--data", data, "--images", tiny_data().images("sft"), "--json"]
+    report = extended("task")(*command, "--task", "yesno").json
     assert (report["rows"], report["answers"]) == (3, 3)
     assert 0 <= report["yesno_accuracy"] <= 1
     assert "loss" not in report
-    refused = installed(*words, "--task", "yesno")
+    refused = installed(*command, "--task", "yesno")
     assert refused.code == 2
     assert "loss, exact" in refused.error
 
@@ -78,7 +78,7 @@ def database(path: Path, rows: int) -> Path:
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE rows (question TEXT, answer TEXT, image BLOB)")
         for number in range(rows):
-            image = place().picture(number).read_bytes() if number else None
+            image = tiny_data().picture(number).read_bytes() if number else None
             connection.execute("INSERT INTO rows VALUES (?, ?, ?)", ("What is it?", f"number {number}", image))
     connection.close()
     return path
@@ -90,15 +90,15 @@ def test_rows_of_a_store_are_checked_converted_and_trained_on(extended, tmp_path
     report = run("data", "check", data, *SIGHT, "--json").json
     assert (report["rows"], report["problems"]) == (8, [])
     assert run("info", data, "--json").json["files"] == "SQLite"
-    ended = run(*place().train(tmp_path / "out", data=data, images=None, workers=1, max_steps=2))
+    ended = run(*tiny_data().train(tmp_path / "out", data=data, images=None, workers=1, max_steps=2))
     assert ended.code == 0, ended.err
     assert [record["step"] for record in read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.long
-def test_a_layout_is_trained_with_and_remembered(extended, tmp_path):
+def test_a_layout_is_trained_with_and_stored(extended, tmp_path):
     run, out = extended("layout"), tmp_path / "out"
-    train = place().train(out, "sft", max_steps=2, init=sighted(), workers=1)
+    train = tiny_data().train(out, "sft", max_steps=2, init=sighted(), workers=1)
     ended = run(*train, "--set", "data.layout=alpaca")
     assert ended.code == 0, ended.err
     weights = out / "sft_vlm_128.pth"
@@ -158,8 +158,8 @@ def test_a_run_with_lora_resumes_bit_for_bit_and_saves_published_names(extended,
     run, whole, stopped = extended("lora"), tmp_path / "whole", tmp_path / "stopped"
 
     def train(out, *more):
-        words = place().train(out, "sft", freeze="lora", init=sighted(), lr=1e-2, max_steps=4, save_every=2)
-        ended = run(*words, *more)
+        command = tiny_data().train(out, "sft", freeze="lora", init=sighted(), lr=1e-2, max_steps=4, save_every=2)
+        ended = run(*command, *more)
         assert ended.code == 0, ended.err
         return read_checkpoint(out / "sft_vlm_128.pth").tensors
 

@@ -106,5 +106,5 @@ def test_without_make_the_same_is_installed(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["English", "Chinese"])
-def test_a_laptop_is_told_of_the_build_for_a_cpu(page):
+def test_the_pages_name_the_build_for_a_cpu(page):
     assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo" in commands(page)

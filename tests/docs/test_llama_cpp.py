@@ -7,7 +7,7 @@ import pytest
 
 from minimind_v.core.export.prove import verify_gguf
 from minimind_v.core.formats.gguf.file import QUANTIZATIONS
-from tests.cli.harness import ROOT, here
+from tests.cli.harness import ROOT, run_mmv
 from tests.docs.conftest import commands
 
 PAGE = (ROOT / "docs" / "llama_cpp.md").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ def test_the_commands_run(workplace):
     lines = commands(PAGE)
     assert len(lines) == 4
     for line in lines:
-        done = here(*shlex.split(line)[1:])
+        done = run_mmv(*shlex.split(line)[1:])
         assert done.code == 0, (line, done.err)
     for name in re.findall(r"minimind-v-gguf/(\S+\.gguf)", PAGE):
         assert (workplace / "minimind-v-gguf" / name).is_file()

@@ -38,22 +38,22 @@ def blank_weights(path: Path, preset: str, projector: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def working_folder(tmp_path_factory):
     """A working folder as the demo leaves it, with rows and pictures of one's own."""
-    here = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ASSETS / "vision", here / "demo" / VISION_DIR)
-    shutil.copy(ASSETS / "tokenizer.json", here / "demo" / TOKENIZER_DIR)
-    write_pictures(here / "demo" / "pictures", random.Random(4), set())
-    blank_weights(here / "demo" / "out" / "sft_vlm_128.pth", "demo", projector=True)
-    sft, _ = write_sft(here / "mine", random.Random(2), 5)
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ASSETS / "vision", folder / "demo" / VISION_DIR)
+    shutil.copy(ASSETS / "tokenizer.json", folder / "demo" / TOKENIZER_DIR)
+    write_pictures(folder / "demo" / "pictures", random.Random(4), set())
+    blank_weights(folder / "demo" / "out" / "sft_vlm_128.pth", "demo", projector=True)
+    sft, _ = write_sft(folder / "mine", random.Random(2), 5)
     rows = [row | {"conversations": row["conversations"][:2]} for row in read_rows(sft.data)]  # soon learnt by heart
     for name in ("mine.jsonl", "held_out.jsonl"):
-        write_rows(here / name, rows)
-    shutil.unpack_archive(sft.images, here / "unpacked")
-    shutil.move(here / "unpacked" / "sft_images", here / "pictures")
+        write_rows(folder / name, rows)
+    shutil.unpack_archive(sft.images, folder / "unpacked")
+    shutil.move(folder / "unpacked" / "sft_images", folder / "pictures")
     picture = world.jpeg(world.draw(world.make_scene(random.Random(3)), random.Random(3)))
-    (here / "dog.jpg").write_bytes(picture)
-    return here
+    (folder / "dog.jpg").write_bytes(picture)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +78,18 @@ def hub(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_every_mmv_command_runs_as_it_stands(place, hub, monkeypatch):
-    monkeypatch.chdir(place)
+def test_every_mmv_command_runs_as_it_stands(working_folder, hub, monkeypatch):
+    monkeypatch.chdir(working_folder)
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     lines = [line for line in commands(ENGLISH) if line.startswith("mmv ")]
     assert len(lines) >= 14
     for line in lines:
         done = installed(*shlex.split(line)[1:])
         assert done.code == 0, f"{line}\n{done.err}"
-    assert "parquet" in (place / "out" / "pretrain_vlm_512" / "config.yaml").read_text()
-    assert (place / "out" / "sft_vlm_512.safetensors").is_file()
-    assert (place / "mine" / "sft_vlm_512.pth").is_file()
-    assert (place / "few" / "sft_vlm_512.pth").is_file()
+    assert "parquet" in (working_folder / "out" / "pretrain_vlm_512" / "config.yaml").read_text()
+    assert (working_folder / "out" / "sft_vlm_512.safetensors").is_file()
+    assert (working_folder / "mine" / "sft_vlm_512.pth").is_file()
+    assert (working_folder / "few" / "sft_vlm_512.pth").is_file()
 
 
 def test_make_targets_exist():
@@ -101,9 +101,9 @@ def test_make_targets_exist():
 
 def test_nothing_else_is_asked_to_be_typed():
     """But what brings the project and its environment here, which `test_install.py` tries."""
-    known = ("mmv ", "make ", "source .venv/bin/activate")
+    prefixes = ("mmv ", "make ", "source .venv/bin/activate")
     setup = ("git clone ", "cd ", "python3 -m venv ", ".venv/bin/", "PIP_EXTRA_INDEX_URL=")
-    assert [line for line in commands(ENGLISH) if not line.startswith(known + setup)] == []
+    assert [line for line in commands(ENGLISH) if not line.startswith(prefixes + setup)] == []
 
 
 def test_both_languages_give_the_same_commands_and_figures():

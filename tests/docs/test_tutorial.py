@@ -11,7 +11,7 @@ from minimind_v.core.demo.dataset import write_pictures, write_pretrain, write_s
 from minimind_v.core.export.folder import export
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
-from tests.cli.harness import ASSETS, BASE, EYE, ROOT, here
+from tests.cli.harness import ASSETS, BASE, EYE, ROOT, run_mmv
 from tests.docs.conftest import commands
 
 ENGLISH, CHINESE = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("tutorial.md", "tutorial_zh.md"))
@@ -41,7 +41,7 @@ def test_the_commands_run_in_the_demo_folder(demo_folder, monkeypatch):
     assert len(lines) == 8
     monkeypatch.chdir(demo_folder)
     for line in lines:
-        ended = here(*shlex.split(line)[1:])
+        ended = run_mmv(*shlex.split(line)[1:])
         assert ended.code == 0, f"{line}\n{ended.err}"
     for name in ("pretrain_vlm_128/report.html", "sft_vlm_128.pth", "sft_vlm_128.safetensors"):
         assert (demo_folder / "again" / name).is_file()

@@ -18,7 +18,7 @@ from minimind_v.core.generate.engine import generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.generate.session import Session
 from minimind_v.core.rows.stores import open_rows
-from tests.cli.harness import place, read_rows, sighted_model, tokenizer, write_rows
+from tests.cli.harness import read_rows, sighted_model, tiny_data, tokenizer, write_rows
 
 QUESTIONS = [
     "有几个物体？",
@@ -43,7 +43,7 @@ def prompts(model):
 @pytest.fixture
 def score(model, prompts, tmp_path):
     def run(rows, blank=False, max_length=1536, **how):
-        data = open_rows(write_rows(tmp_path / "rows.jsonl", rows), place().folder)
+        data = open_rows(write_rows(tmp_path / "rows.jsonl", rows), tiny_data().folder)
         dataset = RowDataset(data, prompts, 64, max_length, blank)
         return evaluate(model, dataset, tokenizer().pad_id, tokenizer().eos_id, **{"workers": 0} | how)
 
@@ -51,17 +51,17 @@ def score(model, prompts, tmp_path):
 
 
 def pixels(number):
-    return load_pixels(place().picture(number).read_bytes(), "picture", 64)
+    return load_pixels(tiny_data().picture(number).read_bytes(), "picture", 64)
 
 
 def row(turns, picture=None):
     """A row of (question, answer) pairs."""
-    said = [part for turn in turns for part in turn]
-    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+    texts = [message for turn in turns for message in turn]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
     if picture is None:
         return {"conversations": messages}
     messages[0]["content"] = f"<image>\n{messages[0]['content']}"
-    return {"conversations": messages, "image": place().picture(picture).name}
+    return {"conversations": messages, "image": tiny_data().picture(picture).name}
 
 
 @torch.inference_mode()
@@ -69,7 +69,7 @@ def greedy(model, prompts, row, turn, shown=None):
     """What the model really answers in a turn of a row, after the true turns before it; None where it does not end."""
     tokens = prompts.prompt(row["conversations"][: 2 * turn + 1])
     features = None if shown is None else model.vision_encoder(torch.from_numpy(shown)[None])
-    ids, mask = (torch.tensor([part]) for part in (tokens.input_ids, tokens.image_mask))
+    ids, mask = (torch.tensor([values]) for values in (tokens.input_ids, tokens.image_mask))
     cache = model.new_cache(1, len(tokens) + LIMIT)
     drawn = list(generate(model, cache, ids, Sampler(GREEDY), tokenizer().eos_id, LIMIT, features, mask))
     return drawn if len(drawn) < LIMIT else None
@@ -100,28 +100,28 @@ def test_the_score_agrees_with_a_conversation(model, score):
     for number, question in enumerate(QUESTIONS):
         session.restart()
         rows.append(row([(question, "".join(session.ask(question, [pixels(number)], LIMIT)))], number))
-    said = []
-    for number, found in enumerate(rows):
+    expected = []
+    for number, sample in enumerate(rows):
         session.restart()
-        question, truth = (message["content"] for message in found["conversations"])
-        said.append("".join(session.ask(question, [pixels(number % len(QUESTIONS))], LIMIT)) == truth)
+        question, truth = (message["content"] for message in sample["conversations"])
+        expected.append("".join(session.ask(question, [pixels(number % len(QUESTIONS))], LIMIT)) == truth)
     marks = [marks[0] for marks in score(rows).answers.values()]
     assert sum(mark is not None for mark in marks) >= len(QUESTIONS)
-    assert all(mark in (None, right) for mark, right in zip(marks, said, strict=True))
+    assert all(mark in (None, right) for mark, right in zip(marks, expected, strict=True))
     assert True in marks
 
 
 def test_every_turn_is_scored_after_the_true_turns_before_it(model, prompts, score):
-    rows = read_rows(place().data("sft"))[:8]
-    for number, found in enumerate(rows):
-        found["image"] = place().picture(number).name
+    rows = read_rows(tiny_data().data("sft"))[:8]
+    for number, sample in enumerate(rows):
+        sample["image"] = tiny_data().picture(number).name
     marks = list(score(rows).answers.values())
     right = 0
-    for number, (found, answers) in enumerate(zip(rows, marks, strict=True)):
-        assert len(answers) == len(found["conversations"]) // 2
+    for number, (sample, answers) in enumerate(zip(rows, marks, strict=True)):
+        assert len(answers) == len(sample["conversations"]) // 2
         for turn, answer in enumerate(answers):
-            truth = tokenizer().encode(found["conversations"][2 * turn + 1]["content"]).ids
-            expected = greedy(model, prompts, found, turn, pixels(number)) == truth
+            truth = tokenizer().encode(sample["conversations"][2 * turn + 1]["content"]).ids
+            expected = greedy(model, prompts, sample, turn, pixels(number)) == truth
             assert answer == (expected if len(truth) < SHORT else None)
             right += answer is True
     assert right > 0
@@ -151,10 +151,10 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(model, prompts, score):
     rows = [row([("What?", "a long answer that takes many tokens"), ("And?", "no")], 3), row([("有几个物体？", "两")])]
     total, count = 0.0, 0
     with torch.inference_mode():
-        for found, shown in zip(rows, (pixels(3), None), strict=True):
-            tokens = prompts.row(found["conversations"], found.get("image") is not None, 1000)
+        for sample, shown in zip(rows, (pixels(3), None), strict=True):
+            tokens = prompts.row(sample["conversations"], sample.get("image") is not None, 1000)
             features = None if shown is None else model.vision_encoder(torch.from_numpy(shown)[None])
-            ids, mask = (torch.tensor([part]) for part in (tokens.input_ids, tokens.image_mask))
+            ids, mask = (torch.tensor([values]) for values in (tokens.input_ids, tokens.image_mask))
             logits = model(ids, image_features=features, image_mask=mask).logits[0]
             chosen = torch.tensor(tokens.loss_mask[1:])
             total += float(F.cross_entropy(logits[:-1][chosen], ids[0, 1:][chosen], reduction="sum"))
@@ -171,16 +171,16 @@ def test_blind_is_a_grey_picture_and_no_other_one(model, prompts, score):
     seeing, blind = score(rows), score(rows, blank=True)
     assert seeing.loss != blind.loss
     assert seeing.supervised_tokens == blind.supervised_tokens
-    one = score([row([("What colour is the star?", "red")], 0)], blank=True)
-    assert one.loss == pytest.approx(blind.loss)
+    result = score([row([("What colour is the star?", "red")], 0)], blank=True)
+    assert result.loss == pytest.approx(blind.loss)
     with torch.inference_mode():
         tokens = prompts.row(rows[0]["conversations"], 1, 1000)
         features = model.vision_encoder(torch.from_numpy(blank_pixels(64))[None])
-        ids, mask = (torch.tensor([part]) for part in (tokens.input_ids, tokens.image_mask))
+        ids, mask = (torch.tensor([values]) for values in (tokens.input_ids, tokens.image_mask))
         logits = model(ids, image_features=features, image_mask=mask).logits[0]
         chosen = torch.tensor(tokens.loss_mask[1:])
         loss = F.cross_entropy(logits[:-1][chosen], ids[0, 1:][chosen])
-    assert one.loss == pytest.approx(float(loss), rel=1e-5)
+    assert result.loss == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_how_rows_are_batched_changes_nothing(score):
@@ -207,7 +207,7 @@ def test_broken_rows_are_kept_apart(score, tmp_path):
     assert scores.loss == pytest.approx(score([good]).loss)
 
 
-def test_a_picture_that_no_mark_shows_is_not_asked_for(score):
+def test_a_picture_without_a_mark_is_not_required(score):
     good = row([("What?", "red")])
     scores = score([good, good | {"image": "none.jpg"}])
     assert (scores.rows, scores.text_rows, scores.broken) == (2, 1, [])
@@ -231,9 +231,9 @@ def test_scoring_changes_nothing_in_the_model(model, score):
 
 
 def test_progress_counts_batches(score):
-    seen = []
-    score([row([("What?", "red")])] * 5, batch_size=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    counts = []
+    score([row([("What?", "red")])] * 5, batch_size=2, progress=lambda done, total: counts.append((done, total)))
+    assert counts == [(1, 3), (2, 3), (3, 3)]
 
 
 # --- as training computes ---------------------------------------------------------------------------------------------
@@ -250,9 +250,9 @@ def test_the_precision_is_that_of_validation(score):
 
 def test_features_that_are_stored_are_not_encoded_again(score, model, tmp_path):
     rows = [row([("What is this?", "A red star.")], picture=n) for n in range(3)]
-    eye, said = FeatureEncoder(model.vision_encoder, torch.device("cpu"), "auto"), []
+    encoder, lines = FeatureEncoder(model.vision_encoder, torch.device("cpu"), "auto"), []
     first, again = (
-        open_feature_cache("exact", tmp_path / "features", eye, 3, said.append, said.append) for _ in range(2)
+        open_feature_cache("exact", tmp_path / "features", encoder, 3, lines.append, lines.append) for _ in range(2)
     )
     fresh = score(rows).loss
     assert [score(rows, memory=memory).loss for memory in (first, again)] == [fresh, fresh]

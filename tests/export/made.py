@@ -72,8 +72,8 @@ def exported(kind: str = "dense", dtype: str | None = None) -> Path:
 def _exported(kind: str, dtype: str | None) -> Path:
     folder = _folder() / f"{weights(kind).parent.name}-{dtype}"
     folder.mkdir()
-    made = order(kind, dtype=dtype)
-    hf.write(read_model_parts(made.model, made.vision_model, made.tokenizer), folder, made)
+    request = order(kind, dtype=dtype)
+    hf.write(read_model_parts(request.model, request.vision_model, request.tokenizer), folder, request)
     return folder
 
 

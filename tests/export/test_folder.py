@@ -21,7 +21,7 @@ from minimind_v.core.export.targets import Target
 from minimind_v.core.files import sweep
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.formats.hf import write as hf
-from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, Running, here, installed, tree
+from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, Running, installed, run_mmv, tree
 from tests.export.made import exported, jpeg, order, weights
 
 
@@ -29,17 +29,17 @@ from tests.export.made import exported, jpeg, order, weights
 def whole(tmp_path_factory):
     """A folder as the installed command writes and verifies it, with what it said."""
     out = tmp_path_factory.mktemp("whole") / "model"
-    said = installed("convert", "--to", "hf", "--model", weights("moe"), *SIGHT, "--out", out, "--json")
-    return out, said
+    ended = installed("convert", "--to", "hf", "--model", weights("moe"), *SIGHT, "--out", out, "--json")
+    return out, ended
 
 
 def quick(out, **how):
     return export(order(), "hf", out, check=False, **how)
 
 
-def test_the_command_writes_verifies_and_tells(whole):
-    out, said = whole
-    report = said.json
+def test_the_command_writes_verifies_and_reports(whole):
+    out, ended = whole
+    report = ended.json
     assert (report["out"], report["kind"]) == (str(out), "hf")
     assert report["verified"]["token ids"] == "equal in 3 of 3 prompts"
     assert report["verified"]["largest logit difference"].endswith("in fp32 (allowed: 1e-04)")
@@ -57,7 +57,7 @@ def test_the_command_writes_verifies_and_tells(whole):
 def test_there_and_back_again_gives_the_same_bits(whole, tmp_path):
     for to in ("pth", "safetensors"):
         back = tmp_path / f"back.{to}"
-        assert here("convert", "--to", to, "--model", whole[0], "--out", back).code == 0
+        assert run_mmv("convert", "--to", to, "--model", whole[0], "--out", back).code == 0
         before, after = read_checkpoint(weights("moe")), read_checkpoint(back)
         assert before.config == after.config
         assert (before.stage, before.tensors.keys()) == (after.stage, after.tensors.keys())
@@ -76,7 +76,7 @@ def test_odd_sizes_come_back_too(kind):
 
 def test_a_folder_of_a_folder(whole, tmp_path):
     """What was exported is a source like any other, with its own eye and words."""
-    assert here("convert", "--to", "hf", "--model", whole[0], "--out", tmp_path / "again", "--no-verify").code == 0
+    assert run_mmv("convert", "--to", "hf", "--model", whole[0], "--out", tmp_path / "again", "--no-verify").code == 0
     for name in ("tokenizer.json", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (whole[0] / name).read_bytes()
     again, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", whole[0]))
@@ -84,25 +84,27 @@ def test_a_folder_of_a_folder(whole, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
 
 
-def test_chat_and_eval_take_the_folder_alone(whole, tmp_path, place, monkeypatch):
+def test_chat_and_eval_take_the_folder_alone(whole, tmp_path, tiny_data, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no standard folders are
     (tmp_path / "picture.jpg").write_bytes(jpeg(0))
     ask = ("chat", "What is it?", "--image", "picture.jpg", "--greedy", "--max-new-tokens", 12)
-    expected = here(*ask, "--model", weights("moe"), *SIGHT)
-    answer = here(*ask, "--model", whole[0])
+    expected = run_mmv(*ask, "--model", weights("moe"), *SIGHT)
+    answer = run_mmv(*ask, "--model", whole[0])
     assert (answer.code, answer.out) == (0, expected.out)
-    rows = ("--data", place.data("sft"), "--images", place.images("sft"), "--limit", 4, "--json")
-    losses = [here("eval", *rows, "--model", *model).json["loss"] for model in ((whole[0],), (weights("moe"), *SIGHT))]
+    rows = ("--data", tiny_data.data("sft"), "--images", tiny_data.images("sft"), "--limit", 4, "--json")
+    losses = [
+        run_mmv("eval", *rows, "--model", *model).json["loss"] for model in ((whole[0],), (weights("moe"), *SIGHT))
+    ]
     assert losses[0] == losses[1]
 
 
-def test_info_tells_what_it_is_and_where_it_came_from(whole):
-    facts = here("info", whole[0], "--json").json
+def test_info_reports_what_it_is_and_where_it_came_from(whole):
+    facts = run_mmv("info", whole[0], "--json").json
     assert (facts["kind"], facts["stage"], facts["use_moe"]) == ("hf", "sft", True)
     assert (facts["came_from"], facts["made_by"].split()[0]) == ("sft_vlm_64.pth", "mmv")
     assert facts["bytes"] == sum((whole[0] / name).stat().st_size for name in tree(whole[0]))
     assert "token ids" in facts["verified"]
-    assert here("info", exported(), "--json").json["came_from"].startswith("unknown: not written by")
+    assert run_mmv("info", exported(), "--json").json["came_from"].startswith("unknown: not written by")
 
 
 # --- verification -----------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def prover():
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_an_export_that_is_not_the_same_is_refused_and_gone(what, prover, tmp_path, monkeypatch):
-    spoil, words = SPOILT[what]
+    spoil, message = SPOILT[what]
 
     def write_and_prove(order, folder, check):
         facts = hf.make(order, folder)
@@ -153,9 +155,9 @@ def test_an_export_that_is_not_the_same_is_refused_and_gone(what, prover, tmp_pa
         return facts, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
 
     monkeypatch.setitem(folders.TARGETS, "hf", Target("", write_and_prove))
-    ended = here("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", tmp_path / "new" / "out")
+    ended = run_mmv("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", tmp_path / "new" / "out")
     assert ended.code == 1
-    assert words in ended.error
+    assert message in ended.error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,10 +206,10 @@ def test_nothing_of_anybody_else_is_ever_replaced(tmp_path, monkeypatch):
 
 def test_the_source_is_not_written_over(tmp_path):
     quick(tmp_path / "out")
-    ended = here("convert", "--to", "hf", "--model", tmp_path / "out", "--out", tmp_path / "out", "--overwrite")
+    ended = run_mmv("convert", "--to", "hf", "--model", tmp_path / "out", "--out", tmp_path / "out", "--overwrite")
     assert ended.code == 2
     assert "contains the source" in ended.error
-    assert here("info", tmp_path / "out").code == 0
+    assert run_mmv("info", tmp_path / "out").code == 0
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):
@@ -221,7 +223,7 @@ def test_an_empty_folder_may_be_filled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "sight", "words"),
+    ("model", "paths", "message"),
     [
         (lambda tmp: BASE, SIGHT, "this text-only base has no projector; `mmv train pretrain` trains one"),
         (lambda tmp: half(tmp), SIGHT, "truncated or damaged"),
@@ -234,13 +236,13 @@ def test_an_empty_folder_may_be_filled(tmp_path):
     ],
     ids=["base", "half", "folder", "eye", "blind", "wordless", "other eye", "none"],
 )
-def test_a_source_that_is_not_good_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, model, sight, words):
+def test_a_source_that_is_not_good_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, model, paths, message):
     monkeypatch.chdir(tmp_path)
     given = model(tmp_path)
     before = tree(tmp_path)
-    ended = here("convert", "--to", "hf", "--model", given, *sight, "--out", tmp_path / "a" / "b", "--no-verify")
+    ended = run_mmv("convert", "--to", "hf", "--model", given, *paths, "--out", tmp_path / "a" / "b", "--no-verify")
     assert ended.code == 1
-    assert words in ended.error
+    assert message in ended.error
     assert tree(tmp_path) == before
     assert not (tmp_path / "a").exists()
 
@@ -261,7 +263,7 @@ def wide(tmp):
 def test_a_full_disk_leaves_nothing(small_disk):
     disk = small_disk(1)
     for check in ((), ("--no-verify",)):
-        ended = here("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", disk / "out", *check)
+        ended = run_mmv("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", disk / "out", *check)
         assert ended.code == 1
         assert "No space left on device" in ended.error or "os error 28" in ended.error
         assert list(disk.iterdir()) == []
@@ -284,21 +286,21 @@ def test_a_signal_leaves_nothing(tmp_path, number):
 
 @pytest.mark.long
 def test_what_a_killed_conversion_left_goes_with_the_next(tmp_path):
-    place = tmp_path / "place"
-    place.mkdir()
-    args = ("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", place / "out")
+    parent = tmp_path / "place"
+    parent.mkdir()
+    args = ("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", parent / "out")
     running = Running(tmp_path / "said", *args)
-    running.until(lambda: any(path.name == "tokenizer.json" for path in place.rglob("*")))
-    (living,) = place.iterdir()
-    sweep(place / "out")
+    running.until(lambda: any(path.name == "tokenizer.json" for path in parent.rglob("*")))
+    (living,) = parent.iterdir()
+    sweep(parent / "out")
     assert living.is_dir()  # of a process that lives
     running.send(signal.SIGKILL).wait()
-    assert [path.name for path in place.iterdir()] == [living.name]
+    assert [path.name for path in parent.iterdir()] == [living.name]
     for name in (".out.mine.tmp", ".other.abcdefgh.tmp"):  # nobody's, and another's
-        (place / name).mkdir()
+        (parent / name).mkdir()
     assert waited_for(lambda: not running.left_behind())
-    assert here(*args, "--no-verify").code == 0
-    assert sorted(path.name for path in place.iterdir()) == [".other.abcdefgh.tmp", ".out.mine.tmp", "out"]
+    assert run_mmv(*args, "--no-verify").code == 0
+    assert sorted(path.name for path in parent.iterdir()) == [".other.abcdefgh.tmp", ".out.mine.tmp", "out"]
 
 
 def waited_for(happened):
@@ -324,7 +326,7 @@ def test_what_a_killed_writer_of_a_file_left_goes_with_the_next(tmp_path):
     assert left.exists()
     writer.kill()
     writer.communicate()
-    assert here("convert", "--to", "pth", "--model", weights("dense"), "--out", out).code == 0
+    assert run_mmv("convert", "--to", "pth", "--model", weights("dense"), "--out", out).code == 0
     assert tree(tmp_path) == ["w.json", "w.pth"]
 
 

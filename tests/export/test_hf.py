@@ -28,12 +28,12 @@ def asked(processor, messages, **how):
 
 
 def shown(numbers, text="What is it?"):
-    parts = [{"type": "image", "image": picture(number)} for number in numbers]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    content = [{"type": "image", "image": picture(number)} for number in numbers]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_stock_transformers_thinks_the_same(kind):
+def test_stock_transformers_computes_the_same_logits(kind):
     processor, model = opened(kind)
     ours = source(kind).model
     for numbers in ((0,), (1, 2), (3, 4, 5), ()):
@@ -44,12 +44,12 @@ def test_stock_transformers_thinks_the_same(kind):
         inputs = asked(processor, shown(numbers))
         pixels = torch.stack([pixels_of(number) for number in numbers]) if numbers else None
         with torch.no_grad():
-            wanted = ours(
+            expected = ours(
                 torch.tensor([tokens.input_ids]), pixel_values=pixels, image_mask=torch.tensor([tokens.image_mask])
             ).logits
-            found = model(**inputs).logits
-        assert found.shape[-1] == CONFIGS[kind].vocab_size + 1
-        assert float((wanted - found[..., :-1]).abs().max()) < TOLERANCE
+            logits = model(**inputs).logits
+        assert logits.shape[-1] == CONFIGS[kind].vocab_size + 1
+        assert float((expected - logits[..., :-1]).abs().max()) < TOLERANCE
 
 
 def pixels_of(number):
@@ -57,15 +57,15 @@ def pixels_of(number):
 
 
 @pytest.mark.parametrize(("kind", "pictures"), [("dense", 20), ("moe", 20)])
-def test_it_says_the_same_of_many_pictures(kind, pictures):
+def test_it_answers_the_same_about_many_pictures(kind, pictures):
     processor, model = opened(kind)
     for first in range(pictures):
         numbers = range(first, first + first % 3 + 1)
         inputs = asked(processor, shown(numbers))
-        found = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
         session = Session(source(kind).model, source(kind).tokenizer, Sampling(temperature=0.0))
-        said = "".join(session.ask("What is it?", [pixels_of(number).numpy() for number in numbers], 64))
-        assert processor.decode(found, skip_special_tokens=True) == said
+        answer = "".join(session.ask("What is it?", [pixels_of(number).numpy() for number in numbers], 64))
+        assert processor.decode(tokens, skip_special_tokens=True) == answer
 
 
 def test_every_tensor_is_used_and_none_is_wanting():
@@ -118,9 +118,9 @@ PROMPTS = [
 def test_prompts_are_the_same_ids(text):
     processor, _ = opened()
     tokens = PromptEncoder(source().tokenizer, 64).prompt([{"role": "user", "content": text}])
-    parts = _parts_with_spaces(text)
-    found = asked(processor, [{"role": "user", "content": parts}])["input_ids"][0].tolist()
-    assert found == as_theirs(tokens)
+    content = _parts_with_spaces(text)
+    ids = asked(processor, [{"role": "user", "content": content}])["input_ids"][0].tolist()
+    assert ids == as_theirs(tokens)
 
 
 def as_theirs(tokens):
@@ -129,41 +129,41 @@ def as_theirs(tokens):
 
 def _parts_with_spaces(text):
     """Newlines between a picture and a text are the template's; other spaces are the author's."""
-    parts = []
+    content = []
     for number, piece in enumerate(text.split("<image>")):
         if number:
-            parts.append({"type": "image", "image": picture(number)})
+            content.append({"type": "image", "image": picture(number)})
         if number and piece.startswith("\n"):
             piece = piece[1:]
         if piece.endswith("\n") and piece.strip() and "<image>" in text:
             piece = piece[:-1]
         if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+            content.append({"type": "text", "text": piece})
+    return content
 
 
 def test_conversations_are_the_same_ids():
     processor, _ = opened()
-    said = [
+    conversation = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "<image>\nWhat is it?"},
         {"role": "assistant", "content": "A star."},
         {"role": "user", "content": "<image>\nAnd now?"},
     ]
-    standard = [{"role": one["role"], "content": _content(one["content"])} for one in said]
+    standard = [{"role": turn["role"], "content": _content(turn["content"])} for turn in conversation]
     pictures = iter((picture(0), picture(1)))
     for message in standard:
-        for part in message["content"]:
-            if part["type"] == "image":
-                part["image"] = next(pictures)
-    wanted = as_theirs(PromptEncoder(source().tokenizer, 64).prompt(said))
-    assert asked(processor, standard)["input_ids"][0].tolist() == wanted
+        for item in message["content"]:
+            if item["type"] == "image":
+                item["image"] = next(pictures)
+    expected = as_theirs(PromptEncoder(source().tokenizer, 64).prompt(conversation))
+    assert asked(processor, standard)["input_ids"][0].tolist() == expected
     # The same with plain strings where there is only text.
     plain = [
         message if message["role"] == "user" else message | {"content": message["content"][0]["text"]}
         for message in standard
     ]
-    assert asked(processor, plain)["input_ids"][0].tolist() == wanted
+    assert asked(processor, plain)["input_ids"][0].tolist() == expected
 
 
 @pytest.mark.parametrize("text", ["@" * 64, "@" * 1000, "<image>", "<|image|>", "<|image|>\n<image>" + "@" * 128])
@@ -180,11 +180,11 @@ def test_no_text_of_a_user_becomes_a_picture(text):
 
 def test_an_answer_that_is_given_is_marked():
     processor, _ = opened()
-    said = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
-    found = asked(processor, said, add_generation_prompt=False, return_assistant_tokens_mask=True)
-    tokens = PromptEncoder(source().tokenizer, 64).row(said, 0, 1000)
-    assert found["input_ids"][0].tolist() == tokens.input_ids
-    assert list(map(bool, found["assistant_masks"][0])) == tokens.loss_mask
+    conversation = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    encoded = asked(processor, conversation, add_generation_prompt=False, return_assistant_tokens_mask=True)
+    tokens = PromptEncoder(source().tokenizer, 64).row(conversation, 0, 1000)
+    assert encoded["input_ids"][0].tolist() == tokens.input_ids
+    assert list(map(bool, encoded["assistant_masks"][0])) == tokens.loss_mask
 
 
 def test_roles_and_parts_that_it_does_not_know_are_refused():
@@ -207,11 +207,11 @@ def test_several_prompts_at_once_are_answered_as_one_by_one():
         [{"role": "user", "content": "Hi"}],
     ]
     batch = asked(processor, conversations, padding=True)
-    found = model.generate(**batch, do_sample=False, max_new_tokens=12)[:, batch["input_ids"].shape[1] :]
-    for conversation, row in zip(conversations, found, strict=True):
+    answers = model.generate(**batch, do_sample=False, max_new_tokens=12)[:, batch["input_ids"].shape[1] :]
+    for conversation, row in zip(conversations, answers, strict=True):
         alone = asked(processor, conversation)
-        wanted = model.generate(**alone, do_sample=False, max_new_tokens=12)[0, alone["input_ids"].shape[1] :]
-        assert row[: len(wanted)].tolist() == wanted.tolist()
+        expected = model.generate(**alone, do_sample=False, max_new_tokens=12)[0, alone["input_ids"].shape[1] :]
+        assert row[: len(expected)].tolist() == expected.tolist()
 
 
 def test_the_pipeline_answers():
@@ -222,8 +222,8 @@ def test_the_pipeline_answers():
     for talk in (shown((0,)), shown((1, 2), "Compare.")):
         inputs = asked(processor, talk)
         answer = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
-        found = asks(text=talk, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]
-        assert found == {"role": "assistant", "content": processor.decode(answer, skip_special_tokens=True)}
+        reply = asks(text=talk, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]
+        assert reply == {"role": "assistant", "content": processor.decode(answer, skip_special_tokens=True)}
 
 
 @pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "AutoModelForMultimodalLM"])
@@ -235,18 +235,18 @@ def test_other_classes_open_it_too(name):
     processor, model = opened()
     inputs = asked(processor, shown((0,)))
     with torch.no_grad():
-        found = getattr(transformers, name).from_pretrained(exported()).eval()(**inputs).logits
-        assert torch.equal(found, model(**inputs).logits)
+        logits = getattr(transformers, name).from_pretrained(exported()).eval()(**inputs).logits
+        assert torch.equal(logits, model(**inputs).logits)
 
 
 def test_the_tokenizer_alone_writes_the_same_prompt():
     from transformers import AutoTokenizer
 
-    words, processor = AutoTokenizer.from_pretrained(exported()), opened()[0]
+    tokenizer, processor = AutoTokenizer.from_pretrained(exported()), opened()[0]
     for content in ("Hi", [{"type": "text", "text": "Hi"}]):
-        said = [{"role": "user", "content": content}]
-        told = words.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert told == asked(processor, said)["input_ids"][0].tolist()
+        conversation = [{"role": "user", "content": content}]
+        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert ids == asked(processor, conversation)["input_ids"][0].tolist()
 
 
 def test_what_it_says_is_never_the_image_token():
@@ -268,11 +268,11 @@ def test_types():
 
 
 def test_a_weight_too_large_for_the_type_is_refused(tmp_path):
-    made = order(dtype="float16")
-    loaded = read_model_parts(made.model, made.vision_model, made.tokenizer)
+    request = order(dtype="float16")
+    loaded = read_model_parts(request.model, request.vision_model, request.tokenizer)
     loaded.checkpoint.tensors["model.norm.weight"] = loaded.checkpoint.tensors["model.norm.weight"].float() + 1e5
     with pytest.raises(RunError, match=r"model\.language_model\.norm\.weight does not fit in float16"):
-        hf.write(loaded, tmp_path, made)
+        hf.write(loaded, tmp_path, request)
 
 
 def test_it_can_be_trained_further_and_comes_back(tmp_path):
@@ -284,8 +284,8 @@ def test_it_can_be_trained_further_and_comes_back(tmp_path):
     processor = opened()[0]
     model = AutoModelForImageTextToText.from_pretrained(exported())
     model.model.vision_tower.requires_grad_(False)
-    said = [*shown((0,)), {"role": "assistant", "content": "A star."}]
-    inputs = asked(processor, said, add_generation_prompt=False)
+    conversation = [*shown((0,)), {"role": "assistant", "content": "A star."}]
+    inputs = asked(processor, conversation, add_generation_prompt=False)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 600, -100)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     losses = []
@@ -301,12 +301,12 @@ def test_it_can_be_trained_further_and_comes_back(tmp_path):
     back = load(tmp_path, device="cpu")
     tokens = PromptEncoder(back.tokenizer, 64).prompt([{"role": "user", "content": "<image>\nWhat is it?"}])
     with torch.no_grad():
-        wanted = model(**asked(processor, shown((0,)))).logits[..., :-1]
-        found = back.model(
+        expected = model(**asked(processor, shown((0,)))).logits[..., :-1]
+        logits = back.model(
             torch.tensor([tokens.input_ids]), pixel_values=pixels_of(0)[None],
             image_mask=torch.tensor([tokens.image_mask]),
         ).logits  # fmt: skip
-    assert float((wanted - found).abs().max()) < TOLERANCE
+    assert float((expected - logits).abs().max()) < TOLERANCE
 
 
 def test_stock_trainer_takes_it(tmp_path):
@@ -337,12 +337,12 @@ def test_stock_trainer_takes_it(tmp_path):
 
 @pytest.mark.parametrize("damaged", ["[" * 100_000, "a: 2026-99-99", "\0", "\xff", "[1]", "*a", "{"])
 def test_records_of_a_run_that_are_damaged_are_left_out_of_the_card(tmp_path, damaged):
-    made = ExportRequest(tmp_path / "sft_vlm_64.pth")
+    request = ExportRequest(tmp_path / "sft_vlm_64.pth")
     run = tmp_path / "sft_vlm_64"
     run.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):
         (run / name).write_bytes(damaged.encode("latin-1"))
-    assert "Nothing more is known about its training." in _training(source(), made)
+    assert "Nothing more is known about its training." in _training(source(), request)
 
 
 def test_the_snippet_of_the_card_runs(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from minimind_v.core.export.folder import export
-from tests.cli.harness import here, tree
+from tests.cli.harness import run_mmv, tree
 from tests.export.made import order
 
 COMMIT = "c0ffee" + "0" * 34
@@ -42,8 +42,8 @@ def handler(hub):
         def log_message(self, *_):
             pass
 
-        def answer(self, status, told=None):
-            data = json.dumps(told if told is not None else {}).encode()
+        def answer(self, status, content=None):
+            data = json.dumps(content if content is not None else {}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -62,8 +62,8 @@ def handler(hub):
         def do_GET(self):
             repo = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.*)?", self.path.split("?")[0])
             if repo and repo[1] in hub.repos:
-                told = {"id": repo[1], "sha": COMMIT, "private": hub.private[repo[1]], "siblings": []}
-                return self.answer(200, told)
+                info = {"id": repo[1], "sha": COMMIT, "private": hub.private[repo[1]], "siblings": []}
+                return self.answer(200, info)
             return self.answer(404)
 
         def do_PUT(self):
@@ -78,10 +78,10 @@ def handler(hub):
             if self.path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-                known = name in hub.repos
+                exists = name in hub.repos
                 hub.repos.setdefault(name, {})
                 hub.private.setdefault(name, asked.get("private") or asked.get("visibility") == "private")
-                return self.answer(409 if known else 200, {"url": f"{hub.endpoint}/{name}"})
+                return self.answer(409 if exists else 200, {"url": f"{hub.endpoint}/{name}"})
             if self.path == "/api/validate-yaml":
                 return self.answer(200, {"errors": [], "warnings": []})
             if re.search(r"/preupload/main", self.path):
@@ -93,19 +93,21 @@ def handler(hub):
                 return self.answer(200, {"files": files})
             if self.path.endswith(".git/info/lfs/objects/batch"):
                 objects = [
-                    wanted | {"actions": {"upload": {"href": f"{hub.endpoint}/store/{wanted['oid']}"}}}
-                    for wanted in json.loads(body)["objects"]
+                    file | {"actions": {"upload": {"href": f"{hub.endpoint}/store/{file['oid']}"}}}
+                    for file in json.loads(body)["objects"]
                 ]
                 return self.answer(200, {"transfer": "basic", "objects": objects})
-            if found := re.match(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
+            if match := re.match(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
                 for line in body.decode().splitlines():
-                    told = json.loads(line)
-                    if told["key"] == "file":
-                        hub.repos[found[1]][told["value"]["path"]] = base64.b64decode(told["value"]["content"])
-                    if told["key"] == "lfsFile":
-                        hub.repos[found[1]][told["value"]["path"]] = hub.large[told["value"]["oid"]]
+                    operation = json.loads(line)
+                    if operation["key"] == "file":
+                        hub.repos[match[1]][operation["value"]["path"]] = base64.b64decode(
+                            operation["value"]["content"]
+                        )
+                    if operation["key"] == "lfsFile":
+                        hub.repos[match[1]][operation["value"]["path"]] = hub.large[operation["value"]["oid"]]
                 return self.answer(
-                    200, {"commitUrl": f"{hub.endpoint}/{found[1]}/commit/{COMMIT}", "commitOid": COMMIT}
+                    200, {"commitUrl": f"{hub.endpoint}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT}
                 )
             return self.answer(404)
 
@@ -128,34 +130,34 @@ def folder(tmp_path):
 def test_every_file_arrives_and_nothing_else(hub, folder):
     (folder / "notes.txt").write_text("mine")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")  # a card may be edited
-    told = here("upload", folder, "--repo", "me/model", "--endpoint", hub.endpoint, "--json").json
+    report = run_mmv("upload", folder, "--repo", "me/model", "--endpoint", hub.endpoint, "--json").json
     names = set(tree(folder)) - {"notes.txt"}
     assert set(hub.repos["me/model"]) == names
     assert all(hub.repos["me/model"][name] == (folder / name).read_bytes() for name in names)
     weights = (folder / "model.safetensors").read_bytes()
     assert list(hub.large) == [hashlib.sha256(weights).hexdigest()]
-    assert told == {
+    assert report == {
         "repo": "me/model", "url": f"{hub.endpoint}/me/model", "commit": COMMIT, "files": len(names),
         "bytes": sum((folder / name).stat().st_size for name in names),
     }  # fmt: skip
     assert hub.tokens == {"Bearer hf_secret"}
     assert hub.private["me/model"] is False
-    assert here("upload", folder, "--repo", "me/model", "--endpoint", hub.endpoint).code == 0  # a second time too
+    assert run_mmv("upload", folder, "--repo", "me/model", "--endpoint", hub.endpoint).code == 0  # a second time too
 
 
 def test_private(hub, folder):
     args = ("upload", folder, "--endpoint", hub.endpoint, "--private", "--repo")
-    assert here(*args, "me/secret").code == 0
+    assert run_mmv(*args, "me/secret").code == 0
     assert hub.private["me/secret"] is True
     hub.repos["me/open"], hub.private["me/open"] = {}, False
-    assert "me/open exists and is public" in here(*args, "me/open").error
+    assert "me/open exists and is public" in run_mmv(*args, "me/open").error
     assert hub.repos["me/open"] == {}
 
 
 def test_without_a_token_it_says_how_to_get_one(hub, folder, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    ended = here("upload", folder, "--repo", "me/model", "--endpoint", hub.endpoint)
+    ended = run_mmv("upload", folder, "--repo", "me/model", "--endpoint", hub.endpoint)
     assert ended.code == 1
     assert f"no token for {hub.endpoint} — run `hf auth login` (or set HF_TOKEN)" in ended.error
     assert hub.tokens == set()
@@ -164,7 +166,7 @@ def test_without_a_token_it_says_how_to_get_one(hub, folder, monkeypatch, tmp_pa
 @pytest.mark.parametrize("status", [401, 403, 400])
 def test_a_hub_that_refuses_is_one_line(hub, folder, status):
     hub.refuse = status
-    ended = here("upload", folder, "--repo", "me/model", "--endpoint", hub.endpoint)
+    ended = run_mmv("upload", folder, "--repo", "me/model", "--endpoint", hub.endpoint)
     assert ended.code == 1
     assert f"refuses me/model ({status}: " in ended.error
     assert hub.repos == {}
@@ -172,25 +174,25 @@ def test_a_hub_that_refuses_is_one_line(hub, folder, status):
 
 def test_a_hub_that_is_not_there(folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    ended = here("upload", folder, "--repo", "me/model", "--endpoint", "http://127.0.0.1:9")
+    ended = run_mmv("upload", folder, "--repo", "me/model", "--endpoint", "http://127.0.0.1:9")
     assert ended.code == 1
     assert "http://127.0.0.1:9 cannot be reached" in ended.error
 
 
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "me/mo del", "", "https://hub/me/model"])
 def test_names_that_are_none(hub, folder, repo):
-    ended = here("upload", folder, "--repo", repo, "--endpoint", hub.endpoint)
+    ended = run_mmv("upload", folder, "--repo", repo, "--endpoint", hub.endpoint)
     assert ended.code == 2
     assert "--repo" in ended.error
 
 
 def test_only_what_was_exported_and_is_whole(hub, folder, tmp_path):
     args = ("--repo", "me/model", "--endpoint", hub.endpoint)
-    ended = here("upload", tmp_path, *args)
+    ended = run_mmv("upload", tmp_path, *args)
     assert (ended.code, "not written by `mmv convert`" in ended.error) == (2, True)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1])
-    assert "was changed after the export" in here("upload", folder, *args).error
+    assert "was changed after the export" in run_mmv("upload", folder, *args).error
     (folder / "model.safetensors").unlink()
-    assert "model.safetensors is missing" in here("upload", folder, *args).error
+    assert "model.safetensors is missing" in run_mmv("upload", folder, *args).error
     assert hub.repos == {}

@@ -12,7 +12,7 @@ from minimind_v.core.formats.load import read_model_parts
 from minimind_v.core.model.projector import projector_shapes
 from minimind_v.core.model.vision.spec import VisionSpec
 from minimind_v.core.model.vlm import VLM
-from tests.cli.harness import ASSETS, EYE, here
+from tests.cli.harness import ASSETS, EYE, run_mmv
 from tests.export.made import CONFIGS, order, weights
 from tests.formats.towers import LAYOUTS
 
@@ -29,8 +29,8 @@ def test_a_checkpoint_has_the_tensors_of_the_model(config):
 def test_every_layout_of_a_tower_is_exported(layout, tmp_path):
     layout(tmp_path)
     out = tmp_path / "out"
-    sight = ("--vision-model", tmp_path, "--tokenizer", order().tokenizer)
-    assert here("convert", "--to", "hf", "--model", weights("dense"), *sight, "--out", out, "--no-verify").code == 0
+    paths = ("--vision-model", tmp_path, "--tokenizer", order().tokenizer)
+    assert run_mmv("convert", "--to", "hf", "--model", weights("dense"), *paths, "--out", out, "--no-verify").code == 0
 
 
 def test_reading_needs_no_transformers():

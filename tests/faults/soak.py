@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import saver
-from tests.cli.harness import ROOT, Running, place, read_rows
+from tests.cli.harness import ROOT, Running, read_rows, tiny_data
 
 NAME = "pretrain_vlm_128"
 STEPS = {"epochs": 3, "accumulate": 2, "save_every": 2, "save_minutes": 1, "workers": 1}
@@ -52,14 +52,16 @@ def save_often() -> None:
     saver.MINUTE = 0.1
 
 
-def start(folder: Path, out: Path, processes: int, *words: str) -> Running:
+def start(folder: Path, out: Path, processes: int, *options: str) -> Running:
     """The installed command, on one thread per process: bits depend on how many there are."""
-    return Running(folder, *place().train(out, **STEPS | SIDES[processes]), *words)
+    return Running(folder, *tiny_data().train(out, **STEPS | SIDES[processes]), *options)
 
 
 def same(out: Path, reference: Path) -> bool:
     """Whether two runs left the same curve, weights and last state."""
-    curves = [[[one[key] for key in EXACT] for one in read_rows(f / NAME / "metrics.jsonl")] for f in (out, reference)]
+    curves = [
+        [[metrics[key] for key in EXACT] for metrics in read_rows(f / NAME / "metrics.jsonl")] for f in (out, reference)
+    ]
     states = [load_file(max((folder / NAME / "states").glob("*.safetensors"))) for folder in (out, reference)]
     weights = [read_checkpoint(folder / f"{NAME}.pth").tensors for folder in (out, reference)]
     tensors = all(

@@ -19,7 +19,7 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.files import write_atomically, write_text
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
 from minimind_v.core.monitor.metrics import JsonLines, StepMetrics
-from tests.cli.harness import BASE, here, place, read_rows, tree
+from tests.cli.harness import BASE, read_rows, run_mmv, tiny_data, tree
 
 LIMIT = 200_000  # bytes that a file may have: enough for words, too few for weights
 
@@ -27,7 +27,7 @@ LIMIT = 200_000  # bytes that a file may have: enough for words, too few for wei
 @pytest.fixture
 def no_room():
     """No file of this process may grow beyond LIMIT, as on a disk that is full."""
-    place()  # is made before
+    tiny_data()  # is made before
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
     yield
@@ -112,11 +112,11 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "file"
     texts = {"a" * 200_000, "b" * 300_000}
     write_text(path, min(texts))
-    done, seen = threading.Event(), set()
+    done, contents = threading.Event(), set()
 
     def read():
         while not done.is_set():
-            seen.add(path.read_text())
+            contents.add(path.read_text())
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -125,7 +125,7 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path):
             write_text(path, text)
     done.set()
     reader.join()
-    assert seen <= texts
+    assert contents <= texts
 
 
 def test_a_file_has_the_rights_that_any_new_file_would_have(tmp_path):
@@ -134,7 +134,7 @@ def test_a_file_has_the_rights_that_any_new_file_would_have(tmp_path):
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_folder_in_the_place_of_the_file_is_left_alone(tmp_path):
+def test_a_folder_at_the_path_of_the_file_is_left_alone(tmp_path):
     (tmp_path / "weights.pth" / "inner").mkdir(parents=True)
     with pytest.raises(RunError, match="not saved"):
         write_text(tmp_path / "weights.pth", "new")
@@ -154,7 +154,7 @@ def closed():
         os.seteuid(user)
 
 
-def test_a_folder_that_cannot_be_written_is_told(closed):
+def test_a_folder_that_cannot_be_written_is_reported(closed):
     with pytest.raises(RunError, match=r"weights\.bin: cannot be written \(Permission denied\)"):
         write_text(closed / "weights.bin", "text")
     with pytest.raises(RunError, match=r"weights\.bin: cannot be written \(Permission denied\)"):
@@ -197,14 +197,14 @@ def test_a_description_that_cannot_be_written_leaves_the_old_weights(tmp_path):
 # --- whole commands ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_where_a_save_on_the_way_fails_and_goes_on_trying(tmp_path, no_room):
-    ended = here(*place().train(tmp_path / "out", save_every=4, features="off"))
+def test_a_run_continues_after_a_failed_save_and_tries_again(tmp_path, no_room):
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", save_every=4, features="off"))
     assert ended.code == 1
-    told = [said.split(":")[0] for said in ended.err.splitlines() if "File too large" in said]
-    assert (told[0], told[-1]) == ("step 4", "error")
+    starts = [line.split(":")[0] for line in ended.err.splitlines() if "File too large" in line]
+    assert (starts[0], starts[-1]) == ("step 4", "error")
     # The next one is tried when the one before has failed, which a thread finds out.
-    assert len(told) > 3
-    assert told[:-1] == sorted(set(told[:-1]) & {f"step {step}" for step in range(4, 10)})
+    assert len(starts) > 3
+    assert starts[:-1] == sorted(set(starts[:-1]) & {f"step {step}" for step in range(4, 10)})
     assert "step 10/10" in ended.err
     assert ended.error.endswith(
         "pretrain_vlm_128.pth: not saved (File too large) — free some disk space, and run the command again"
@@ -215,8 +215,8 @@ def test_a_run_goes_on_where_a_save_on_the_way_fails_and_goes_on_trying(tmp_path
 
 def test_what_killed_writers_have_left_is_removed_and_nothing_else(tmp_path):
     out = tmp_path / "out"
-    line = place().train(out, max_steps=2)
-    assert here(*line).code == 0
+    line = tiny_data().train(out, max_steps=2)
+    assert run_mmv(*line).code == 0
     before = tree(out)
     half = ("pretrain_vlm_128.pth", "pretrain_vlm_128.json", "pretrain_vlm_128/states/step-0000000002-ab.safetensors")
     for name in half:
@@ -224,17 +224,17 @@ def test_what_killed_writers_have_left_is_removed_and_nothing_else(tmp_path):
     others = (out / ".pretrain_vlm_128_moe.pth.x1y2z3_a.tmp", out / ".mine")
     for path in others:
         path.write_bytes(b"another's")
-    assert here(*line, "--resume").code == 0
+    assert run_mmv(*line, "--resume").code == 0
     assert tree(out) == sorted([*before, *(path.name for path in others)])
 
 
-def test_a_run_goes_on_where_its_metrics_cannot_be_written(tmp_path):
+def test_a_run_continues_where_its_metrics_cannot_be_written(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     folder = tmp_path / "out" / "pretrain_vlm_128"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").symlink_to("/dev/full")
-    ended = here(*place().train(tmp_path / "out", max_steps=2))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", max_steps=2))
     assert ended.code == 0, ended.err
     assert "metrics.jsonl: not written (No space left on device)" in ended.err
     assert read_checkpoint(tmp_path / "out" / "pretrain_vlm_128.pth").stage == "pretrain"
@@ -262,7 +262,7 @@ def metrics(step):
 def test_a_conversion_on_a_full_disk_leaves_nothing(tmp_path, no_room):
     for to in ("pth", "safetensors"):
         out = tmp_path / "new" / f"w.{to}"
-        ended = here("convert", "--to", to, "--model", BASE, "--out", out)
+        ended = run_mmv("convert", "--to", to, "--model", BASE, "--out", out)
         assert ended.code == 1
         assert f"{out}: not saved (File too large)" in ended.error
         assert tree(tmp_path / "new") == []

@@ -13,16 +13,16 @@ import torch
 
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
-from tests.cli.harness import ROOT, Running, place
+from tests.cli.harness import ROOT, Running, tiny_data
 
 CONFIG = TextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("moment", range(4))
-def test_a_run_that_saves_after_every_update(tmp_path, moment):
+def test_a_run_that_saves_after_every_step(tmp_path, moment):
     weights = tmp_path / "out" / "pretrain_vlm_128.pth"
-    run = Running(tmp_path, *place().train(weights.parent, epochs=10_000, workers=1, save_every=1))
+    run = Running(tmp_path, *tiny_data().train(weights.parent, epochs=10_000, workers=1, save_every=1))
     saved_once = moment % 2
     run.until(weights.exists if saved_once else lambda: "step 1/" in run.err)
     time.sleep(random.Random(moment).uniform(0, 0.25))
@@ -36,7 +36,7 @@ def test_a_run_that_saves_after_every_update(tmp_path, moment):
 def test_saving_without_pause(tmp_path, ending):
     """Each save is of one number, so a file of two saves would show."""
     path = tmp_path / f"weights{ending}"
-    seen = set()
+    steps = set()
     for moment in range(3):
         before = saved_at(path)
         code = f"from {__name__} import save_for_ever; save_for_ever({str(path)!r}, {moment * 100_000})"
@@ -48,8 +48,8 @@ def test_saving_without_pause(tmp_path, ending):
             child.kill()
         values = torch.cat([tensor.flatten() for tensor in read_checkpoint(path).tensors.values()]).unique()
         assert len(values) == 1
-        seen.add(int(values))
-    assert len(seen) == 3
+        steps.add(int(values))
+    assert len(steps) == 3
 
 
 def save_for_ever(path, start):

@@ -18,7 +18,7 @@ from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, sweep, write_atomically, write_text
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.rows.stores import open_rows
-from tests.cli.harness import ROOT, here, sighted, tree
+from tests.cli.harness import ROOT, run_mmv, sighted, tree
 from tests.export.made import order
 from tests.rows.made import picture, row
 
@@ -62,9 +62,9 @@ folder.export(order(), "hf", Path(sys.argv[1]), check=False)
 """
 
 
-def killed_in(code, *words):
+def killed_in(code, *options):
     """A process that is killed at the moment at which it is about to give a file its name."""
-    command = [sys.executable, "-c", STUCK_IN + code, *map(str, words)]
+    command = [sys.executable, "-c", STUCK_IN + code, *map(str, options)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"now\n"
         process.kill()
@@ -171,34 +171,34 @@ def test_of_two_conversions_of_one_target_one_is_refused(rows, tmp_path):
         "model.safetensors": ("convert", "--to", "safetensors", "--model", sighted(), "--out"),
         "rows.parquet": ("data", "convert", rows.path, "--images", rows.path.parent),
     }
-    for name, words in commands.items():
+    for name, command in commands.items():
         out = tmp_path / name
         with only_writer(out):
-            ended = here(*words, out)
+            ended = run_mmv(*command, out)
         assert ended.code == 1, ended.err
         assert f"{out}: another run writes it (process {os.getpid()} on " in ended.error
         assert not out.exists()
-        assert here(*words, out).code == 0
-        again = here(*words, out)
+        assert run_mmv(*command, out).code == 0
+        again = run_mmv(*command, out)
         assert again.code == 2
         assert " exists — add --overwrite" in again.error.replace("already ", "")
         assert not list(tmp_path.glob(f".{name}*"))
 
 
 def test_of_two_conversions_to_one_folder_one_is_refused(tmp_path, monkeypatch):
-    out, told = tmp_path / "model", []
+    out, listings = tmp_path / "model", []
     real = folders._describe
 
-    def meanwhile(*words):
+    def meanwhile(*args):
         with pytest.raises(RunError, match="another run writes it"):
             export(order(), "hf", out, check=False)
-        told.append(os.listdir(tmp_path))
-        return real(*words)
+        listings.append(os.listdir(tmp_path))
+        return real(*args)
 
     monkeypatch.setattr(folders, "_describe", meanwhile)
     export(order(), "hf", out, check=False)
-    assert len(told) == 1
-    assert len(told[0]) == 1, "the first is not harmed"
+    assert len(listings) == 1
+    assert len(listings[0]) == 1, "the first is not harmed"
     assert os.listdir(tmp_path) == ["model"]
 
 
@@ -235,7 +235,7 @@ def test_a_target_that_comes_while_a_conversion_waits_is_not_replaced(tmp_path, 
 def test_of_two_demos_in_one_folder_one_is_refused(tmp_path):
     out = tmp_path / "demo"
     with only_writer(out / ".mmv-demo"):
-        ended = here("demo", "--out", out, "--short")
+        ended = run_mmv("demo", "--out", out, "--short")
     assert ended.code == 1
     assert "another run writes it" in ended.error
     assert not out.exists()
@@ -256,10 +256,10 @@ def test_a_split_that_fails_keeps_both_old_sides(rows, tmp_path, monkeypatch, pa
         write = "convert" if packed else "_write_rows"
         real = getattr(splitting, write)
 
-        def fail(part, path, *words, **how):
+        def fail(rows, path, *args, **how):
             if path.stem == "train":
                 raise RunError(f"{path}: not saved (No space left on device)")
-            return real(part, path, *words, **how)
+            return real(rows, path, *args, **how)
 
         monkeypatch.setattr(splitting, write, fail)
     else:

@@ -19,7 +19,7 @@ from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import load_batches, load_steps
 from minimind_v.core.export.prove.worker import Worker
 from minimind_v.core.processes import Parent, end_processes
-from tests.cli.harness import ROOT, Running, place
+from tests.cli.harness import ROOT, Running, tiny_data
 from tests.cli.harness import _sessions as sessions
 
 WORKERS = 6
@@ -103,7 +103,7 @@ def wait_until(happened, seconds):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("start", "there"),
+    ("start", "count"),
     [
         (start_data_workers, 1),
         (start_data_workers, WORKERS // 2),
@@ -113,17 +113,17 @@ def wait_until(happened, seconds):
         (start_export_worker, 1),
     ],
 )
-def test_a_process_that_is_killed_while_it_starts_others_leaves_none(starting, start, there):
+def test_a_process_that_is_killed_while_it_starts_others_leaves_none(starting, start, count):
     process = starting(start)
-    assert wait_until(lambda: len(members(process)) >= there, 60)
-    time.sleep(random.Random(f"{start.__name__} {there}").uniform(0, 0.05))
+    assert wait_until(lambda: len(members(process)) >= count, 60)
+    time.sleep(random.Random(f"{start.__name__} {count}").uniform(0, 0.05))
     process.kill()
     process.wait()
     assert wait_until(lambda: not members(process), 30), members(process)  # those that still import notice it then
 
 
 @pytest.mark.long
-def test_a_child_that_is_older_than_its_first_look_at_its_parent_ends():
+def test_a_child_whose_parent_ended_before_the_first_check_ends():
     """The moment at which nobody would ever tell it: its parent ended before it could ask for a signal."""
     context = multiprocessing.get_context("fork")
     child = context.Process(target=Parent(2**22 + 1).end_with_it)
@@ -145,8 +145,8 @@ def test_a_child_ends_with_its_parent(system, tmp_path):
         time.sleep(600)
 
     def parent():
-        here = Parent.current() if system != "starts from a thread" else Parent(os.getpid(), lasting=False)
-        context.Process(target=child, args=(here,)).start()
+        living = Parent.current() if system != "starts from a thread" else Parent(os.getpid(), lasting=False)
+        context.Process(target=child, args=(living,)).start()
         time.sleep(600)
 
     first = context.Process(target=parent)
@@ -163,11 +163,11 @@ def test_a_child_ends_with_its_parent(system, tmp_path):
 
 def hang_after_some():
     """Let data workers hang for ever, deaf to SIGTERM, over rows that the run's two updates do not need."""
-    real, seen, main = RowDataset.load, [], os.getpid()
+    real, loaded, main = RowDataset.load, [], os.getpid()
 
     def load(dataset, example):
-        seen.append(example)
-        if len(seen) > 8 and os.getpid() != main:
+        loaded.append(example)
+        if len(loaded) > 8 and os.getpid() != main:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             while True:
                 time.sleep(600)
@@ -178,7 +178,7 @@ def hang_after_some():
 
 @pytest.mark.long
 def test_a_run_ends_although_its_workers_hang(tmp_path):
-    line = place().train(tmp_path / "out", epochs=100, workers=3, max_steps=4)
+    line = tiny_data().train(tmp_path / "out", epochs=100, workers=3, max_steps=4)
     run = Running(tmp_path, *line, prepare=hang_after_some)
     run.until(lambda: "done after 4 steps" in run.err)
     started = time.monotonic()
@@ -208,10 +208,10 @@ def hasty(monkeypatch):
 @pytest.mark.usefixtures("hasty")
 def test_many_workers_that_hang_are_ended_together():
     before = set(multiprocessing.active_children())
-    updates = load_steps(Stuck(), 4)
-    next(updates)
+    steps = load_steps(Stuck(), 4)
+    next(steps)
     started = time.monotonic()
-    updates.close()
+    steps.close()
     assert time.monotonic() - started < 3  # torch gives each of them ten seconds
     assert set(multiprocessing.active_children()) == before
 
@@ -222,11 +222,11 @@ def test_what_cannot_be_killed_is_left_and_waited_for_by_nobody(monkeypatch):
     kill = BaseProcess.kill
     monkeypatch.setattr(BaseProcess, "kill", lambda process: None)
     monkeypatch.setattr(BaseProcess, "terminate", lambda process: None)
-    updates = load_steps(Stuck(), 2)
-    next(updates)
+    steps = load_steps(Stuck(), 2)
+    next(steps)
     stuck = multiprocessing.active_children()
     started = time.monotonic()
-    updates.close()
+    steps.close()
     assert time.monotonic() - started < 5
     assert not set(stuck) & multiprocessing.process._children  # for which the interpreter would wait at its end
     for process in stuck:

@@ -9,7 +9,7 @@ from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.monitor.metrics import JsonLines
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.records import Records
-from tests.cli.harness import here, place, read_rows
+from tests.cli.harness import read_rows, run_mmv, tiny_data
 
 NAME = "pretrain_vlm_128"
 
@@ -18,13 +18,13 @@ def remove_after(step, then=lambda out: None):
     """Let somebody remove the folder of the run after one of its steps."""
     real = Run._step
 
-    def update(run, number, batches):
+    def patched_step(run, number, batches):
         if number == step + 1:
             shutil.rmtree(run.config.out)
             then(run.config.out)
         return real(run, number, batches)
 
-    return update
+    return patched_step
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def remove_after(step, then=lambda out: None):
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_run_whose_folder_is_removed_leaves_all_that_it_says(tmp_path, monkeypatch, step, then, every):
     monkeypatch.setattr(Run, "_step", remove_after(step, then))
-    ended = here(*place().train(tmp_path / "out", log_every=every))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", log_every=every))
     folder = tmp_path / "out" / NAME
     assert ended.code == 0, ended.err
     assert f"{folder / 'metrics.jsonl'} was removed during the run" in ended.err
@@ -50,12 +50,12 @@ def test_a_run_whose_folder_is_removed_leaves_all_that_it_says(tmp_path, monkeyp
     assert steps == [number for number in range(1, 11) if number in (1, 10) or number % every == 0]
     assert (folder / "report.html").is_file()
     assert (folder / "config.yaml").is_file()
-    assert here("report", tmp_path / "out").code == 0
+    assert run_mmv("report", tmp_path / "out").code == 0
 
 
-def test_a_folder_that_cannot_be_made_again_is_told_and_the_run_fails(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_made_again_is_reported_and_the_run_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "_step", remove_after(3, lambda out: out.write_text("")))
-    ended = here(*place().train(tmp_path / "out"))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out"))
     assert ended.code == 1
     assert "cannot be written" in ended.error
     assert "weights in" not in ended.err
@@ -69,7 +69,7 @@ def test_weights_that_are_removed_after_the_save_are_not_claimed(tmp_path, monke
         shutil.rmtree(records.config.out)
 
     monkeypatch.setattr(Records, "report", report)
-    ended = here(*place().train(tmp_path / "out", max_steps=1))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", max_steps=1))
     assert ended.code == 1
     assert f"no weights: {tmp_path / 'out' / NAME}.pth was removed" in ended.err
     assert "was removed during the run" in ended.error

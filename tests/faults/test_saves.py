@@ -16,7 +16,7 @@ from minimind_v.core.train import saver as saving
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.resume import States, pack, unpack
 from minimind_v.core.train.saver import Saver
-from tests.cli.harness import Running, here, place, read_rows, tree
+from tests.cli.harness import Running, read_rows, run_mmv, tiny_data, tree
 
 NAME = "pretrain_vlm_128"
 LINE = {"save_every": 0, "save_minutes": 0}
@@ -47,7 +47,7 @@ def whole(tmp_path, monkeypatch):
 
     real = Saver.start
     monkeypatch.setattr(Saver, "start", start)
-    ended = here(*place().train(tmp_path / "whole", **LINE | {"save_every": 1}), "--set", "keep=20")
+    ended = run_mmv(*tiny_data().train(tmp_path / "whole", **LINE | {"save_every": 1}), "--set", "keep=20")
     assert ended.code == 0, ended.err
     monkeypatch.undo()
     return states(tmp_path / "whole")
@@ -72,26 +72,26 @@ def slow_disk(monkeypatch):
 
 def test_a_state_is_that_of_its_update_however_late_it_is_written(tmp_path, whole, slow_disk):
     slow_disk(0.2)
-    ended = here(*place().train(tmp_path / "out", **LINE | {"save_every": 3}), "--set", "keep=20")
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", **LINE | {"save_every": 3}), "--set", "keep=20")
     assert ended.code == 0, ended.err
     assert_same_states(states(tmp_path / "out"), [path for path in whole if step_of(path) in (3, 6, 9, 10)])
 
 
-def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
-    real_write, real_update, later = States.write, Run._step, threading.Event()
+def test_training_continues_while_a_state_is_written(tmp_path, monkeypatch):
+    real_write, real_step, later = States.write, Run._step, threading.Event()
 
     def write(states, step, *rest):
         assert step != 4 or later.wait(100), "the training waits for the disk"
         real_write(states, step, *rest)
 
-    def update(run, step, batches):
+    def patched_step(run, step, batches):
         if step == 7:
             later.set()
-        return real_update(run, step, batches)
+        return real_step(run, step, batches)
 
     monkeypatch.setattr(States, "write", write)
-    monkeypatch.setattr(Run, "_step", update)
-    ended = here(*place().train(tmp_path / "out", **LINE | {"save_every": 4}))
+    monkeypatch.setattr(Run, "_step", patched_step)
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", **LINE | {"save_every": 4}))
     assert ended.code == 0, ended.err
     assert [step_of(path) for path in states(tmp_path / "out")] == [8, 10]
 
@@ -99,22 +99,22 @@ def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
 # --- by time ----------------------------------------------------------------------------------------------------------
 
 
-def test_states_are_saved_by_time_and_gone_on_from(tmp_path, whole, slow_disk, monkeypatch):
+def test_states_are_saved_by_time_and_resumed_from(tmp_path, whole, slow_disk, monkeypatch):
     real = Run._step
 
-    def update(run, step, batches):
+    def patched_step(run, step, batches):
         if step > 8:
             raise KeyboardInterrupt  # as a second Ctrl-C: nothing is saved any more
         return real(run, step, batches)
 
     monkeypatch.setattr(saving, "MINUTE", 0.0)
-    monkeypatch.setattr(Run, "_step", update)
+    monkeypatch.setattr(Run, "_step", patched_step)
     begun = slow_disk(0)
-    line = place().train(tmp_path / "out", **LINE | {"save_minutes": 1})
-    assert here(*line).code == 130
+    line = tiny_data().train(tmp_path / "out", **LINE | {"save_minutes": 1})
+    assert run_mmv(*line).code == 130
     assert 2 <= len(begun) <= 8, "a save that still runs is not waited for"
     monkeypatch.setattr(Run, "_step", real)
-    ended = here(*line, "--resume")
+    ended = run_mmv(*line, "--resume")
     assert ended.code == 0, ended.err
     assert f"resuming after step {max(step for step in begun if step < 9)} of 10" in ended.err
     assert_same_states(states(tmp_path / "out")[-1:], whole[-1:])
@@ -124,12 +124,12 @@ def test_states_are_saved_by_time_and_gone_on_from(tmp_path, whole, slow_disk, m
 def test_before_its_time_nothing_is_saved(tmp_path, slow_disk, monkeypatch, minutes, minute):
     monkeypatch.setattr(saving, "MINUTE", minute)
     begun = slow_disk(0)
-    assert here(*place().train(tmp_path / "out", **LINE | {"save_minutes": minutes})).code == 0
+    assert run_mmv(*tiny_data().train(tmp_path / "out", **LINE | {"save_minutes": minutes})).code == 0
     assert begun == [10]
 
 
 def test_states_are_not_saved_by_time_more_often_than_once_a_minute(tmp_path):
-    ended = here(*place().train(tmp_path / "out", **LINE | {"save_minutes": 0.5}))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", **LINE | {"save_minutes": 0.5}))
     assert ended.code == 2
     assert "--save-minutes must be at least 1, or 0 for never, not 0.5" in ended.error
 
@@ -157,17 +157,19 @@ def in_the_making(out):
 @pytest.mark.parametrize("saved", [0, 1, 3])
 def test_a_kill_inside_a_save_loses_nothing_that_was_there(tmp_path, whole, saved):
     out = tmp_path / "out"
-    line = place().train(out, **LINE | {"save_every": 1, "workers": 1})
+    line = tiny_data().train(out, **LINE | {"save_every": 1, "workers": 1})
     run = Running(tmp_path, *line, prepare=slow_sync)
     run.until(lambda: len(states(out)) >= min(saved, 1) and in_the_making(out) and run.err.count("syncing") > 3 * saved)
     run.send(signal.SIGKILL).wait()
-    there = states(out)
-    assert len(there) >= min(saved, 1)
+    saved_states = states(out)
+    assert len(saved_states) >= min(saved, 1)
     assert in_the_making(out), "it was killed inside a save"
-    ended = here(*line, "--resume")
+    ended = run_mmv(*line, "--resume")
     assert ended.code == 0, ended.err
     assert "damaged" not in ended.err
-    assert (f"resuming after step {step_of(there[-1])} of 10" if there else "nothing to resume") in ended.err
+    assert (
+        f"resuming after step {step_of(saved_states[-1])} of 10" if saved_states else "nothing to resume"
+    ) in ended.err
     assert not in_the_making(out)
     expected, got = load_file(whole[-1]), load_file(states(out)[-1])
     assert all(
@@ -178,7 +180,7 @@ def test_a_kill_inside_a_save_loses_nothing_that_was_there(tmp_path, whole, save
 @pytest.mark.long
 def test_a_stop_waits_for_the_save_that_runs_and_saves_what_came_after(tmp_path):
     out = tmp_path / "out"
-    run = Running(tmp_path, *place().train(out, **LINE | {"save_every": 3, "epochs": 1000}), prepare=slow_sync)
+    run = Running(tmp_path, *tiny_data().train(out, **LINE | {"save_every": 3, "epochs": 1000}), prepare=slow_sync)
     run.until(lambda: in_the_making(out))
     ended = run.send(signal.SIGINT).wait()
     assert ended.code == 130, ended.err
@@ -193,7 +195,7 @@ def test_a_defect_in_the_background_is_not_kept_to_itself(tmp_path, monkeypatch)
         raise ValueError("not a matter of the disk")
 
     monkeypatch.setattr(States, "write", write)
-    ended = here(*place().train(tmp_path / "out", **LINE | {"save_every": 2}))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", **LINE | {"save_every": 2}))
     assert ended.code == 1
     assert "not a matter of the disk" in ended.err
 

@@ -10,7 +10,7 @@ import pytest
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import build
 from minimind_v.core.train.loop import Run
-from tests.cli.harness import Running, here, place, read_rows
+from tests.cli.harness import Running, read_rows, run_mmv, tiny_data
 
 LONG = {"epochs": 10_000, "workers": 2}
 WEIGHTS = "pretrain_vlm_128.pth"
@@ -19,7 +19,7 @@ WEIGHTS = "pretrain_vlm_128.pth"
 @pytest.fixture
 def run(tmp_path):
     """A training run without end, a few updates after its start."""
-    started = Running(tmp_path, *place().train(tmp_path / "out", **LONG))
+    started = Running(tmp_path, *tiny_data().train(tmp_path / "out", **LONG))
     yield started.until(lambda: "step 3/" in started.err)
     if started.alive:
         started.send(signal.SIGKILL)
@@ -37,7 +37,7 @@ def gone(run):
 @pytest.mark.long
 @pytest.mark.parametrize("group", [False, True], ids=["to the command", "to its whole group"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_one_signal_ends_the_update_saves_and_exits(run, tmp_path, number, code, group):
+def test_one_signal_ends_the_step_saves_and_exits(run, tmp_path, number, code, group):
     ended = run.send(number, group).wait()
     assert ended.code == code, ended.err
     assert "Traceback" not in ended.err
@@ -50,7 +50,7 @@ def test_one_signal_ends_the_update_saves_and_exits(run, tmp_path, number, code,
 @pytest.mark.long
 def test_a_second_signal_stops_at_once(tmp_path):
     """In the middle of an update: what it would leave is neither before nor after, so it is not saved."""
-    run = Running(tmp_path, *place().train(tmp_path / "out", **LONG), prepare=slow_updates)
+    run = Running(tmp_path, *tiny_data().train(tmp_path / "out", **LONG), prepare=slow_steps)
     run.until(lambda: "in an update" in run.err)
     run.send(signal.SIGINT)
     time.sleep(0.3)
@@ -64,23 +64,23 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert gone(run)
 
 
-def slow_updates():
+def slow_steps():
     """Make every update but the first last a minute."""
     real = Run._step
 
-    def update(run, step, batches):
+    def patched_step(run, step, batches):
         if step > 1:
             print("in an update", file=sys.stderr)
             for _ in range(600):
                 time.sleep(0.1)
         return real(run, step, batches)
 
-    Run._step = update
+    Run._step = patched_step
 
 
 @pytest.mark.long
 def test_a_signal_before_the_first_update_ends_the_command_too(tmp_path):
-    run = Running(tmp_path, *place().train(tmp_path / "out", **LONG), prepare=slow_loading)
+    run = Running(tmp_path, *tiny_data().train(tmp_path / "out", **LONG), prepare=slow_loading)
     run.until(lambda: "loading" in run.err)
     ended = run.send(signal.SIGINT).wait()
     assert ended.code == 130
@@ -118,7 +118,7 @@ def test_an_interrupt_that_became_another_error_on_its_way_is_an_interrupt(tmp_p
 
     monkeypatch.setattr(build, "build_encoder", load)
     before = signal.getsignal(signal.SIGINT)
-    ended = here(*place().train(tmp_path / "out"))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out"))
     assert ended.code == 130
     assert "defect" not in ended.err
     assert signal.getsignal(signal.SIGINT) is before
@@ -146,6 +146,6 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_next_step(run, tmp_path):
 @pytest.mark.long
 def test_after_a_stop_the_next_run_asks_before_it_replaces(run, tmp_path):
     run.send(signal.SIGTERM).wait()
-    again = here(*place().train(tmp_path / "out"))
+    again = run_mmv(*tiny_data().train(tmp_path / "out"))
     assert again.code == 2
     assert "--overwrite" in again.error

@@ -15,7 +15,7 @@ import pytest
 from minimind_v.core.files import Held, Lock, write_text
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import build, records
-from tests.cli.harness import Running, here, place, read_rows, sighted, tree
+from tests.cli.harness import Running, read_rows, run_mmv, sighted, tiny_data, tree
 from tests.train.test_distributed import workers_of
 
 LONG = {"epochs": 10_000, "workers": 2, "save_every": 3}
@@ -28,9 +28,9 @@ def start(tmp_path):
     """`start(...)` is a run into `tmp_path / "out"`; it is killed at the end of the test."""
     started = []
 
-    def begin(*words, prepare=None, **changes):
-        line = place().train(tmp_path / "out", **LONG | changes)
-        started.append(Running(tmp_path / f"run{len(started)}", *line, *words, prepare=prepare))
+    def begin(*options, prepare=None, **changes):
+        line = tiny_data().train(tmp_path / "out", **LONG | changes)
+        started.append(Running(tmp_path / f"run{len(started)}", *line, *options, prepare=prepare))
         return started[-1]
 
     yield begin
@@ -52,8 +52,8 @@ def assert_refused(ended, run):
 @pytest.mark.long
 def test_the_second_is_refused_in_the_middle_of_the_first(tmp_path, start):
     run = start().until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
-    for words in ((), ("--resume",), ("--overwrite",)):
-        ended = here(*place().train(tmp_path / "out"), *words)
+    for options in ((), ("--resume",), ("--overwrite",)):
+        ended = run_mmv(*tiny_data().train(tmp_path / "out"), *options)
         assert_refused(ended, tmp_path / "out" / f"{NAME}.pth")
         assert f"(process {run.pid} on" in ended.error
     ended = run.send(signal.SIGTERM).wait()
@@ -81,7 +81,7 @@ def slow_loading():
 @pytest.mark.long
 def test_the_second_is_refused_while_the_first_is_loading(tmp_path, start):
     start(prepare=slow_loading).until(lambda: (tmp_path / "out" / LOCK).exists())
-    assert_refused(here(*place().train(tmp_path / "out")), tmp_path / "out")
+    assert_refused(run_mmv(*tiny_data().train(tmp_path / "out")), tmp_path / "out")
     assert tree(tmp_path / "out") == [LOCK]
 
 
@@ -95,7 +95,7 @@ def test_the_second_is_refused_until_the_report_of_the_first_is_written(tmp_path
     run = start(prepare=slow_report, epochs=1, max_steps=1)
     run.until(lambda: "reporting" in run.err)
     before = (tmp_path / "out" / f"{NAME}.pth").read_bytes()
-    assert_refused(here(*place().train(tmp_path / "out"), "--overwrite"), tmp_path / "out")
+    assert_refused(run_mmv(*tiny_data().train(tmp_path / "out"), "--overwrite"), tmp_path / "out")
     assert (tmp_path / "out" / f"{NAME}.pth").read_bytes() == before
 
 
@@ -113,13 +113,13 @@ def test_of_two_that_start_together_one_trains(tmp_path, start):
 def test_another_spelling_of_the_folder_is_the_same_folder(tmp_path, start):
     start(prepare=slow_loading).until(lambda: (tmp_path / "out" / LOCK).exists())
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    assert_refused(here(*place().train(tmp_path / "link")), tmp_path / "link")
+    assert_refused(run_mmv(*tiny_data().train(tmp_path / "link")), tmp_path / "link")
 
 
 @pytest.mark.long
 def test_a_run_under_another_name_is_not_in_the_way(tmp_path, start):
     start(prepare=slow_loading).until(lambda: (tmp_path / "out" / LOCK).exists())
-    ended = here(*place().train(tmp_path / "out", "sft", max_steps=1, init=sighted()))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", "sft", max_steps=1, init=sighted()))
     assert ended.code == 0, ended.err
 
 
@@ -127,7 +127,7 @@ def test_a_run_under_another_name_is_not_in_the_way(tmp_path, start):
 def test_of_several_processes_the_first_holds_the_lock(tmp_path, start):
     run = start(gpus=2, batch_size=2, workers=0)
     run.until(lambda: "step 1/" in run.err)
-    ended = here(*place().train(tmp_path / "out"), "--overwrite")
+    ended = run_mmv(*tiny_data().train(tmp_path / "out"), "--overwrite")
     assert_refused(ended, tmp_path / "out")
     assert f"(process {run.pid} on" in ended.error, "the launcher: it is the one to stop"
 
@@ -140,7 +140,7 @@ def test_a_run_that_is_killed_is_in_nobodys_way(tmp_path, start):
     run = start().until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
     run.send(signal.SIGKILL).wait()
     Lock(tmp_path / "out" / LOCK, {}, patience=0).release()
-    ended = here(*place().train(tmp_path / "out", max_steps=4), "--overwrite")
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", max_steps=4), "--overwrite")
     assert ended.code == 0, ended.err
     assert read_checkpoint(tmp_path / "out" / f"{NAME}.pth").stage == "pretrain"
     assert LOCK not in tree(tmp_path / "out")
@@ -169,8 +169,8 @@ def child():
     """`child(target, *words)` is a forked process; it is killed at the end of the test."""
     started = []
 
-    def begin(target, *words):
-        process = multiprocessing.get_context("fork").Process(target=target, args=words)
+    def begin(target, *args):
+        process = multiprocessing.get_context("fork").Process(target=target, args=args)
         process.start()
         started.append(process)
         return process
@@ -260,12 +260,12 @@ def test_a_lock_that_is_removed_with_each_release_is_never_held_twice(tmp_path, 
     assert (tmp_path / "number").read_text() == "300"
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    ended = here(*place().train(tmp_path / "out", max_steps=1))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", max_steps=1))
     assert ended.code == 0, ended.err
     assert (
         ended.err.count(
@@ -275,16 +275,19 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
     )
 
 
-def test_a_run_of_another_machine_that_has_not_ended_is_told(tmp_path):
+def test_a_run_of_another_machine_that_has_not_ended_is_reported(tmp_path):
     """Where locks do not reach from machine to machine, nothing else shows that it is there."""
     write_text(tmp_path / "out" / LOCK, '{"process": 7, "host": "far-away", "since": "2020-01-02 03:04:05"}')
-    ended = here(*place().train(tmp_path / "out", max_steps=1))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", max_steps=1))
     assert ended.code == 0, ended.err
     assert "did not finish (process 7 on far-away, since 2020-01-02 03:04:05)" in ended.err
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         Lock(tmp_path / "file" / "new" / "lock", {})
-    assert "config.yaml: cannot be written (Not a directory)" in here(*place().train(tmp_path / "file" / "out")).error
+    assert (
+        "config.yaml: cannot be written (Not a directory)"
+        in run_mmv(*tiny_data().train(tmp_path / "file" / "out")).error
+    )

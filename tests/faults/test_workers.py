@@ -12,7 +12,7 @@ import torch
 from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import load_batches, load_steps
 from minimind_v.core.errors import DataError, RunError
-from tests.cli.harness import MMV, ROOT, SIGHT, Ended, Running, here, place, read_rows
+from tests.cli.harness import MMV, ROOT, SIGHT, Ended, Running, read_rows, run_mmv, tiny_data
 
 NAME = "pretrain_vlm_128"
 
@@ -30,8 +30,8 @@ def container():
     if not mounted:
         pytest.skip("no small /dev/shm can be mounted here")
 
-    def run(size, *words):
-        command = ["unshare", "-m", *_small(size), str(MMV), *map(str, words)]
+    def run(size, *options):
+        command = ["unshare", "-m", *_small(size), str(MMV), *map(str, options)]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=240, check=False,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -59,9 +59,9 @@ def losses(out):
         (64, {"workers": 2, "gpus": 2, "batch_size": 2}, "enough for no data workers"),
     ],
 )
-def test_a_run_goes_on_with_as_many_workers_as_there_is_room_for(tmp_path, container, size, changes, message):
+def test_a_run_continues_with_as_many_workers_as_shared_memory_allows(tmp_path, container, size, changes, message):
     """Batches are larger than all of the shared memory: 4 pictures of 64² are 49 KB, and 4 steps are under way."""
-    ended = container(size, *place().train(tmp_path / "out", **changes))
+    ended = container(size, *tiny_data().train(tmp_path / "out", **changes))
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
     assert ended.err.count("/dev/shm") == (1 if message else 0), ended.err
@@ -69,15 +69,15 @@ def test_a_run_goes_on_with_as_many_workers_as_there_is_room_for(tmp_path, conta
         assert message in ended.err
         assert "--shm-size" in ended.err
     if "gpus" not in changes:
-        assert here(*place().train(tmp_path / "alone", workers=0)).code == 0
+        assert run_mmv(*tiny_data().train(tmp_path / "alone", workers=0)).code == 0
         assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["check", "stats"])
 def test_rows_are_counted_without_shared_memory(container, command):
-    words = ("data", command, place().data("pretrain"), "--images", place().images("pretrain"))
-    ended = container(4, *words, *SIGHT)
+    args = ("data", command, tiny_data().data("pretrain"), "--images", tiny_data().images("pretrain"))
+    ended = container(4, *args, *SIGHT)
     assert ended.code == 0, ended.err
     assert "40" in ended.out + ended.err
 
@@ -87,11 +87,11 @@ def test_rows_are_counted_without_shared_memory(container, command):
 
 def only_in_a_worker(ends):
     """Let the third picture that a data worker loads be its last deed."""
-    real, seen, main = RowDataset.load, [], os.getpid()
+    real, loaded, main = RowDataset.load, [], os.getpid()
 
     def load(dataset, example):
-        seen.append(example)
-        if len(seen) > 10 and os.getpid() != main:
+        loaded.append(example)
+        if len(loaded) > 10 and os.getpid() != main:
             ends()
         return real(dataset, example)
 
@@ -120,14 +120,14 @@ def exit_in_silence():
     ],
 )
 def test_a_worker_that_ends_before_its_time_ends_the_run(tmp_path, prepare, message):
-    run = Running(tmp_path, *place().train(tmp_path / "out", workers=2, epochs=100), prepare=prepare)
+    run = Running(tmp_path, *tiny_data().train(tmp_path / "out", workers=2, epochs=100), prepare=prepare)
     ended = run.wait()
     assert ended.code == 1
-    assert message.format(data=place().data("pretrain")) in ended.error
+    assert message.format(data=tiny_data().data("pretrain")) in ended.error
     assert "--workers 0" in ended.error
     assert not run.left_behind()
-    resumed = here(
-        *place().train(tmp_path / "out", workers=0, epochs=100, max_steps=3), "--resume", "--allow", "max_steps"
+    resumed = run_mmv(
+        *tiny_data().train(tmp_path / "out", workers=0, epochs=100, max_steps=3), "--resume", "--allow", "max_steps"
     )
     assert resumed.code == 0, resumed.err
 
@@ -182,7 +182,7 @@ def test_a_batch_that_is_lost_ends_the_reading(fails, kind, message):
     assert got == list(range(len(got)))
 
 
-def test_the_end_of_a_worker_does_not_interrupt_an_update():
+def test_the_end_of_a_worker_does_not_interrupt_a_step():
     """It may be in the middle of one; torch would raise there."""
     before = signal.getsignal(signal.SIGCHLD)
 
@@ -190,13 +190,13 @@ def test_the_end_of_a_worker_does_not_interrupt_an_update():
         time.sleep(0.5)  # by then its earlier answers have left it
         os.kill(os.getpid(), signal.SIGKILL)
 
-    updates = load_steps(Numbers(die), 2)
+    steps = load_steps(Numbers(die), 2)
     for number in range(7):
-        assert next(updates) == [torch.tensor(number)]
+        assert next(steps) == [torch.tensor(number)]
     time.sleep(0.5)  # here it ends
     assert signal.getsignal(signal.SIGCHLD) == before
     with pytest.raises(RunError, match="SIGKILL"):
-        next(updates)
+        next(steps)
 
 
 # --- signals to a run that waits --------------------------------------------------------------------------------------
@@ -204,11 +204,11 @@ def test_the_end_of_a_worker_does_not_interrupt_an_update():
 
 def wait_for_ever():
     """Let rows stop coming after a few updates, from workers and in the process itself."""
-    real, seen = RowDataset.load, []
+    real, loaded = RowDataset.load, []
 
     def load(dataset, example):
-        seen.append(example)
-        if len(seen) > 12:
+        loaded.append(example)
+        if len(loaded) > 12:
             print("waiting", file=sys.stderr, flush=True)
             while True:
                 time.sleep(600)
@@ -231,7 +231,7 @@ def test_a_signal_ends_a_run_that_waits_for_data(tmp_path, monkeypatch, number, 
     first = f"from {__name__} import wait_for_ever; wait_for_ever()"  # in every process that is started
     (tmp_path / "sitecustomize.py").write_text(first)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    run = Running(tmp_path, *place().train(tmp_path / "out", **line))
+    run = Running(tmp_path, *tiny_data().train(tmp_path / "out", **line))
     run.until(lambda: "waiting" in run.err and "step 3/" in run.err)
     time.sleep(1)
     sent = time.monotonic()
@@ -241,7 +241,9 @@ def test_a_signal_ends_a_run_that_waits_for_data(tmp_path, monkeypatch, number, 
     assert f"stopped by {number.name} after " in ended.err
     assert not run.left_behind()
     done = len(losses(tmp_path / "out"))
-    again = here(*place().train(tmp_path / "out", **line | {"workers": 0, "gpus": 1, "batch_size": 4}), "--resume")
+    again = run_mmv(
+        *tiny_data().train(tmp_path / "out", **line | {"workers": 0, "gpus": 1, "batch_size": 4}), "--resume"
+    )
     assert again.code == 0, again.err
     assert f"resuming after step {done} of 30" in again.err
     assert len(losses(tmp_path / "out")) == 30
@@ -255,7 +257,7 @@ def wait_at_once():
 
 @pytest.mark.long
 def test_a_signal_before_the_first_batch_is_no_error_of_the_data(tmp_path):
-    run = Running(tmp_path, *place().train(tmp_path / "out", workers=1), prepare=wait_at_once)
+    run = Running(tmp_path, *tiny_data().train(tmp_path / "out", workers=1), prepare=wait_at_once)
     run.until(lambda: "1 epoch" in run.err)
     time.sleep(1)
     ended = run.send(signal.SIGTERM).wait()
@@ -302,14 +304,14 @@ class Things(Numbers):
 @pytest.mark.usefixtures("memory")
 def test_what_is_opened_is_what_was_packed():
     plan = Things(None)
-    for number, thing in enumerate(load_batches(plan, 2)):
+    for number, parcel in enumerate(load_batches(plan, 2)):
         expected = plan[number][0]
-        assert thing.keys() == expected.keys()
+        assert parcel.keys() == expected.keys()
         for key, value in expected.items():
             if isinstance(value, torch.Tensor):
-                assert thing[key].dtype == value.dtype
-                assert torch.equal(thing[key], value)
-                thing[key].zero_()  # may be written to
+                assert parcel[key].dtype == value.dtype
+                assert torch.equal(parcel[key], value)
+                parcel[key].zero_()  # may be written to
             else:
-                assert thing[key] == value
+                assert parcel[key] == value
     assert number == 11

@@ -28,15 +28,15 @@ def text_only(tensors):
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_proj.")}
 
 
-def packed(found, **how):
+def packed(content, **how):
     """What torch.save would write."""
     buffer = io.BytesIO()
-    torch.save(found, buffer, **how)
+    torch.save(content, buffer, **how)
     return buffer.getvalue()
 
 
-def saved(path, found, **how):
-    path.write_bytes(packed(found, **how))
+def saved(path, content, **how):
+    path.write_bytes(packed(content, **how))
     return read_checkpoint(path)
 
 

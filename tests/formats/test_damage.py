@@ -34,11 +34,11 @@ def refused(path, data):
 
 def assert_opened_or_refused_in_one_line(path):
     try:
-        said = ", ".join(read_checkpoint(path).tensors)
+        outcome = ", ".join(read_checkpoint(path).tensors)
     except WeightsError as error:
-        said = str(error)
-    assert said
-    assert "\n" not in said
+        outcome = str(error)
+    assert outcome
+    assert "\n" not in outcome
 
 
 FORMATS = {
@@ -94,12 +94,12 @@ class Hostile:
 @pytest.mark.parametrize(
     "pack",
     [
-        lambda found: packed(found),
-        lambda found: packed({"model": {"a": torch.ones(1), "b": found}}),
-        lambda found: packed(found, _use_new_zipfile_serialization=False),
-        lambda found: pickle.dumps(found, protocol=2),
-        lambda found: pickle.dumps(found, protocol=4),
-        lambda found: pickle.dumps(found, protocol=5),
+        lambda content: packed(content),
+        lambda content: packed({"model": {"a": torch.ones(1), "b": content}}),
+        lambda content: packed(content, _use_new_zipfile_serialization=False),
+        lambda content: pickle.dumps(content, protocol=2),
+        lambda content: pickle.dumps(content, protocol=4),
+        lambda content: pickle.dumps(content, protocol=5),
     ],
     ids=["zip", "inside a zip", "old torch", "pickle 2", "pickle 4", "pickle 5"],
 )

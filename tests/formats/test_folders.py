@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.export.folder import MANIFEST
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from tests.cli.harness import here
+from tests.cli.harness import run_mmv
 from tests.export.made import exported
 from tests.formats.made import DENSE, MOE, state
 
 CODE = "raise SystemExit('somebody else\\'s code was run')\n"
 
 
-def published(folder, config=DENSE, form="model.safetensors", shards=1, **told):
+def published(folder, config=DENSE, form="model.safetensors", shards=1, **changes):
     """A folder in the published layout, custom code and all."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({
@@ -29,20 +29,20 @@ def published(folder, config=DENSE, form="model.safetensors", shards=1, **told):
         "num_hidden_layers": config.num_hidden_layers, "num_key_value_heads": config.num_key_value_heads,
         "vocab_size": config.vocab_size, "use_moe": config.use_moe, "rope_theta": 1e6, "dropout": 0.0,
         "image_ids": [34],
-    } | told))  # fmt: skip
+    } | changes))  # fmt: skip
     (folder / "model_vlm.py").write_text(CODE)
     tensors = {name: tensor.clone() for name, tensor in state(config).items()}
     tensors |= {"vision_encoder.vision_model.embeddings.class_embedding": torch.ones(4)}
     names = sorted(tensors)
     stem, ending = form.rsplit(".", 1)
-    parts = {
+    files = {
         form if shards == 1 else f"{stem}-{n + 1:05}-of-{shards:05}.{ending}": names[n::shards] for n in range(shards)
     }
-    for file, chosen in parts.items():
-        part = {name: tensors[name] for name in chosen}
-        save_file(part, folder / file) if ending == "safetensors" else torch.save(part, folder / file)
+    for file, chosen in files.items():
+        stored = {name: tensors[name] for name in chosen}
+        save_file(stored, folder / file) if ending == "safetensors" else torch.save(stored, folder / file)
     if shards > 1:
-        index = {"weight_map": {name: file for file, chosen in parts.items() for name in chosen}}
+        index = {"weight_map": {name: file for file, chosen in files.items() for name in chosen}}
         (folder / f"{form}.index.json").write_text(json.dumps(index))
     return folder
 
@@ -51,12 +51,12 @@ def published(folder, config=DENSE, form="model.safetensors", shards=1, **told):
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_the_published_layout_is_read(tmp_path, config, form, shards):
-    found = read_checkpoint(published(tmp_path / "folder", config, form, shards))
-    assert found.config == config
-    assert found.ignored == ["vision_encoder.vision_model.embeddings.class_embedding"]
-    wanted = state(config)
-    assert found.tensors.keys() == wanted.keys()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.tensors.items())
+    checkpoint = read_checkpoint(published(tmp_path / "folder", config, form, shards))
+    assert checkpoint.config == config
+    assert checkpoint.ignored == ["vision_encoder.vision_model.embeddings.class_embedding"]
+    expected = state(config)
+    assert checkpoint.tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoint.tensors.items())
 
 
 def test_a_tied_head_may_be_left_out(tmp_path):
@@ -72,20 +72,20 @@ def test_older_names_of_sizes_are_known(tmp_path):
     for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
         del config[name]
     (folder / "config.json").write_text(json.dumps(config))
-    found = read_checkpoint(folder).config
-    assert (found.num_attention_heads, found.rms_norm_eps, found.max_position_embeddings) == (4, 1e-6, 999)
+    config = read_checkpoint(folder).config
+    assert (config.num_attention_heads, config.rms_norm_eps, config.max_position_embeddings) == (4, 1e-6, 999)
 
 
-def test_it_becomes_a_file_and_info_tells_of_it(tmp_path):
+def test_it_becomes_a_file_and_info_reports_it(tmp_path):
     folder = published(tmp_path / "Some.Model")
-    ended = here("convert", "--to", "pth", "--model", folder)
+    ended = run_mmv("convert", "--to", "pth", "--model", folder)
     assert ended.code == 0, ended.err
     assert torch.load(tmp_path / "Some.Model.pth", weights_only=True).keys() == state().keys()
-    assert here("info", folder, "--json").json["kind"].startswith("published layout")
+    assert run_mmv("info", folder, "--json").json["kind"].startswith("published layout")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [
         (
             lambda folder: (folder / "pytorch_model-00002-of-00003.bin").unlink(),
@@ -102,10 +102,10 @@ def test_it_becomes_a_file_and_info_tells_of_it(tmp_path):
         ),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_told(tmp_path, spoil, words):
+def test_a_folder_that_lacks_a_file_is_reported(tmp_path, spoil, message):
     folder = published(tmp_path / "folder", form="pytorch_model.bin", shards=3)
     spoil(folder)
-    with pytest.raises(WeightsError, match=words):
+    with pytest.raises(WeightsError, match=message):
         read_checkpoint(folder)
 
 
@@ -123,10 +123,12 @@ def test_another_llava_is_not_taken_for_ours(tmp_path):
         read_checkpoint(folder)
 
 
-@pytest.mark.parametrize("told", [{"text_config": []}, {"vision_config": 5}, {"text_config": {"rope_parameters": []}}])
-def test_a_configuration_of_other_kinds_of_values_is_refused(tmp_path, told):
+@pytest.mark.parametrize(
+    "changes", [{"text_config": []}, {"vision_config": 5}, {"text_config": {"rope_parameters": []}}]
+)
+def test_a_configuration_of_other_kinds_of_values_is_refused(tmp_path, changes):
     folder = published(tmp_path)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llava"} | told))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"} | changes))
     with pytest.raises(WeightsError, match="a LLaVA model of another kind"):
         read_checkpoint(folder)
     (folder / "config.json").write_text("[" * 100_000)
@@ -145,7 +147,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("changes", "message"),
     [
         ({"hidden_size": 10**12}, "model.hidden_size must be at most 65,536"),
         ({"num_hidden_layers": 10**9}, "model.num_hidden_layers must be at most 1,000"),
@@ -158,16 +160,16 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
         ({"use_moe": "yes"}, "model.use_moe must be true or false"),
     ],
 )
-def test_sizes_that_no_model_has_are_named(tmp_path, told, words):
+def test_sizes_that_no_model_has_are_named(tmp_path, changes, message):
     folder = published(tmp_path / "folder")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | told))
-    with pytest.raises(WeightsError, match=words):
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(WeightsError, match=message):
         read_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ('{"hidden_size": ' + "9" * 5000 + "}", "not JSON"),
         ('{"a": ' * 5000 + "1" + "}" * 5000, "not JSON"),
@@ -177,10 +179,10 @@ def test_sizes_that_no_model_has_are_named(tmp_path, told, words):
     ],
     ids=["long number", "deep", "list", "NUL", "large"],
 )
-def test_a_json_of_another_kind_is_refused(tmp_path, text, words):
+def test_a_json_of_another_kind_is_refused(tmp_path, text, message):
     folder = published(tmp_path / "folder")
     (folder / "config.json").write_text(text)
-    with pytest.raises(WeightsError, match=words) as caught:
+    with pytest.raises(WeightsError, match=message) as caught:
         read_checkpoint(folder)
     assert "\n" not in str(caught.value)
 
@@ -200,9 +202,9 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 def later_token(folder, id):
     """Add a token to the tokenizer of a folder."""
     path = folder / "tokenizer.json"
-    words = json.loads(path.read_text(encoding="utf-8"))
-    words["added_tokens"].append({**words["added_tokens"][0], "id": id, "content": "<later>"})
-    path.write_text(json.dumps(words), encoding="utf-8")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["added_tokens"].append({**data["added_tokens"][0], "id": id, "content": "<later>"})
+    path.write_text(json.dumps(data), encoding="utf-8")
 
 
 def test_a_token_that_was_added_behind_the_image_token_is_not_lost(tmp_path):
@@ -214,7 +216,7 @@ def test_a_token_that_was_added_behind_the_image_token_is_not_lost(tmp_path):
     later_token(folder, vocab_size + 1)
     with pytest.raises(WeightsError, match=rf"1 token after .* \(<later>\).* lost .*model.vocab_size={vocab_size + 1}"):
         read_checkpoint(folder)
-    line = here("convert", "--to", "pth", "--model", folder, "--out", tmp_path / "w.pth").error
+    line = run_mmv("convert", "--to", "pth", "--model", folder, "--out", tmp_path / "w.pth").error
     assert "their rows of the embedding would be lost" in line
     assert not (tmp_path / "w.pth").exists()
 
@@ -223,8 +225,8 @@ def test_a_llava_whose_head_alone_is_stored_is_read(tmp_path):
     folder = changed_llava(
         tmp_path / "folder", lambda tensors: tensors.update({"lm_head.weight": tensors.pop(EMBEDDING)})
     )
-    found, plain = read_checkpoint(folder).tensors, read_checkpoint(exported()).tensors
-    assert torch.equal(found["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+    tensors, plain = read_checkpoint(folder).tensors, read_checkpoint(exported()).tensors
+    assert torch.equal(tensors["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
 
 
 def test_a_llava_that_is_not_tied_is_refused(tmp_path):
@@ -241,10 +243,10 @@ def test_a_manifest_of_other_kinds_of_values_is_described(tmp_path, note):
     path.write_text(
         json.dumps(json.loads(path.read_text()) | note) if path.exists() else json.dumps({"files": {}} | note)
     )
-    assert here("info", folder, "--json").json["kind"] == "hf"
+    assert run_mmv("info", folder, "--json").json["kind"] == "hf"
 
 
-def test_a_name_that_is_no_text_is_told(tmp_path):
+def test_a_name_that_is_no_text_is_reported(tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors"))
     path.write_bytes(bytes(8) + b"{}")
     with pytest.raises(WeightsError, match="file name in UTF-8"):

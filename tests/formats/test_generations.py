@@ -15,7 +15,7 @@ from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.formats.description import infer_config
 from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.load import load
-from tests.cli.harness import ASSETS, BASE, EYE, here, place, sighted
+from tests.cli.harness import ASSETS, BASE, EYE, run_mmv, sighted, tiny_data
 from tests.formats.made import saved, state
 from tests.formats.made3v import DENSE, MOE, tiny_3v, tiny_siglip, tiny_state
 from tests.tokenizers_made import thinking_tokenizer
@@ -37,16 +37,16 @@ def wide(rows):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "words"),
+    ("tensors", "message"),
     [
         ({**state(), **NORMS, "vision_proj.mlp.0.weight": torch.ones(768, 3072)},
          r"in its form of April \(vision_proj.mlp.0.weight is \[768, 3072\], for SigLIP2 NaFlex\)"),
         (wide(384), r"without the norms of its heads \(k_proj has 384 rows, and there is no self_attn.q_norm\)"),
     ],
 )  # fmt: skip
-def test_forms_that_are_not_computed_are_named(tmp_path, tensors, words):
-    words = rf"sft_vlm_768\.pth: weights of minimind-3v \(2026\) {words}; .*`mmv download weights --preset 3v`"
-    with pytest.raises(WeightsError, match=words):
+def test_forms_that_are_not_computed_are_named(tmp_path, tensors, message):
+    message = rf"sft_vlm_768\.pth: weights of minimind-3v \(2026\) {message}; .*`mmv download weights --preset 3v`"
+    with pytest.raises(WeightsError, match=message):
         saved(tmp_path / "sft_vlm_768.pth", tensors)
 
 
@@ -64,7 +64,7 @@ def test_weights_of_2025_keep_their_two_key_value_heads(tmp_path):
     assert saved(tmp_path / "sft_vlm_768.pth", wide(192)).config.num_attention_heads == 8
 
 
-def test_a_description_tells_more_than_the_width_of_keys(tmp_path):
+def test_a_description_holds_more_than_the_width_of_keys(tmp_path):
     described = {"model": {"num_attention_heads": 4, "num_key_value_heads": 2}}
     (tmp_path / "w.json").write_text(json.dumps(described))
     assert saved(tmp_path / "w.pth", wide(384)).config.head_dim == 192
@@ -112,7 +112,7 @@ def test_the_published_weights_of_2026_are_opened(name):
 
 
 def test_a_tower_and_a_tokenizer_of_2026_beside_weights_of_2025(tmp_path):
-    tower, words = tiny_siglip(tmp_path / "siglip"), thinking_tokenizer(tmp_path / "words")
+    tower, tokenizer_folder = tiny_siglip(tmp_path / "siglip"), thinking_tokenizer(tmp_path / "words")
     with pytest.raises(
         WeightsError, match=r"siglip: the vision model belongs to minimind-3v \(2026\) .*sft_vlm_128.*need CLIP"
     ):
@@ -120,17 +120,17 @@ def test_a_tower_and_a_tokenizer_of_2026_beside_weights_of_2025(tmp_path):
     with pytest.raises(
         WeightsError, match=r"words: the tokenizer belongs to minimind-3v .*it has <\|image_pad\|>.*sft_vlm_128"
     ):
-        load(sighted(), EYE, words)
+        load(sighted(), EYE, tokenizer_folder)
 
 
 def test_a_tower_and_a_tokenizer_of_2025_beside_weights_of_2026(tmp_path):
-    weights, tower, words = tiny_3v(tmp_path)
+    weights, tower, tokenizer_folder = tiny_3v(tmp_path)
     with pytest.raises(
         WeightsError,
         match=r"the vision model belongs to MiniMind-V \(2025\) \(CLIP\), but the weights of 2026 in .*sft_vlm_48.pth "
         r"need SigLIP — .*`mmv download clip --preset 3v`",
     ):
-        load(weights, EYE, words)
+        load(weights, EYE, tokenizer_folder)
     with pytest.raises(
         WeightsError,
         match=r"the tokenizer belongs to MiniMind-V \(2025\) \(it has no <\|image_pad\|>\).*sft_vlm_48.*"
@@ -140,17 +140,17 @@ def test_a_tower_and_a_tokenizer_of_2025_beside_weights_of_2026(tmp_path):
 
 
 def test_a_run_does_not_mix_the_generations(tmp_path):
-    tower, words = tiny_siglip(tmp_path / "siglip"), thinking_tokenizer(tmp_path / "words")
-    line = here(*place().train(tmp_path / "out", vision_model=tower)).error
+    tower, tokenizer_folder = tiny_siglip(tmp_path / "siglip"), thinking_tokenizer(tmp_path / "words")
+    line = run_mmv(*tiny_data().train(tmp_path / "out", vision_model=tower)).error
     assert "siglip: the vision model belongs to minimind-3v (2026) (SigLIP), but the weights of 2025 in" in line
     assert BASE.name in line
-    line = here(*place().train(tmp_path / "out", tokenizer=words)).error
+    line = run_mmv(*tiny_data().train(tmp_path / "out", tokenizer=tokenizer_folder)).error
     assert "the tokenizer belongs to minimind-3v (2026)" in line
     assert BASE.name in line
-    line = here(*place().train(tmp_path / "out", init="none", tokenizer=words)).error
+    line = run_mmv(*tiny_data().train(tmp_path / "out", init="none", tokenizer=tokenizer_folder)).error
     assert "but the model of 2025 needs the tokenizer of 2025" in line
     torch.save({name: value for name, value in tiny_state().items() if "vision" not in name}, tmp_path / "llm_48.pth")
-    line = here(*place().train(tmp_path / "out", init=tmp_path / "llm_48.pth")).error
+    line = run_mmv(*tiny_data().train(tmp_path / "out", init=tmp_path / "llm_48.pth")).error
     assert "llm_48.pth: these weights belong to minimind-3v (2026), but the run trains MiniMind-V (2025)" in line
     assert "--preset 3v" in line
 
@@ -165,11 +165,11 @@ def test_the_standard_folders_are_those_of_the_weights_generation(tmp_path, monk
     from minimind_v.core.paths import TOKENIZER_3V_DIR, VISION_3V_DIR
 
     monkeypatch.chdir(tmp_path)
-    weights, tower, words = tiny_3v(tmp_path / "parts")
+    weights, tower, tokenizer_folder = tiny_3v(tmp_path / "parts")
     shutil.copytree(EYE, "model/vision_model/clip-vit-base-patch16")
     shutil.copy(ASSETS / "tokenizer.json", "model")
     shutil.copytree(tower, VISION_3V_DIR)
-    shutil.copytree(words, TOKENIZER_3V_DIR)
+    shutil.copytree(tokenizer_folder, TOKENIZER_3V_DIR)
     assert load(weights, device="cpu").tokenizer.layout == "chatml-think"
     assert load(sighted(), device="cpu").tokenizer.layout == "chatml"
 

@@ -6,7 +6,7 @@ from tests.hostile import check_refused
 
 def test_weights_that_ask_for_more_than_they_say(tmp_path):
     files = {}
-    for name, (data, words) in bombs().items():
+    for name, (data, message) in bombs().items():
         (tmp_path / f"{name}.pth").write_bytes(data)
-        files[tmp_path / f"{name}.pth"] = words
+        files[tmp_path / f"{name}.pth"] = message
     check_refused("minimind_v.core.formats.checkpoint:read_checkpoint", files)

@@ -39,7 +39,7 @@ def test_nothing_is_drawn_or_imported_that_is_not_used():
     subprocess.run([sys.executable, "-c", code, sighted(), EYE, ASSETS], check=True)
 
 
-def test_inputs_that_do_not_belong_together_are_told(tmp_path):
+def test_inputs_that_do_not_belong_together_are_reported(tmp_path):
     with pytest.raises(WeightsError, match=r"text-only base has no projector"):
         load(BASE, EYE, ASSETS)
     other = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def test_inputs_that_do_not_belong_together_are_told(tmp_path):
         load(sighted(), EYE, ASSETS, "gpu")
 
 
-def test_a_vision_model_of_another_width_is_told(tmp_path):
+def test_a_vision_model_of_another_width_is_reported(tmp_path):
     shutil.copytree(EYE, tmp_path / "eye")
     (tmp_path / "eye" / "model.safetensors").unlink()
     config = CLIPVisionConfig.from_pretrained(EYE)

@@ -116,7 +116,7 @@ def test_a_squeezed_image_keeps_its_edges():
     wide[:, :30], wide[:, 90:] = 255, 255
     buffer = io.BytesIO()
     Image.fromarray(wide).save(buffer, "png")
-    squeezed, cropped = (load_pixels(buffer.getvalue(), "image", 16, fit) for fit in ("squeeze", "crop"))
+    squeezed, cropped = (load_pixels(buffer.getvalue(), "image", 16, mode) for mode in ("squeeze", "crop"))
     assert squeezed.shape == cropped.shape == (3, 16, 16)
     assert (squeezed[:, :, [0, -1]] > 250).all()
     assert cropped.max() == 0

@@ -12,8 +12,8 @@ from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from tests.formats.made import DENSE, MOE, model, saved, state, text_only
 
 
-def same(found, tensors):
-    return found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+def same(loaded, tensors):
+    return loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 def test_a_published_file_is_read_as_it_is(tmp_path):
@@ -148,7 +148,7 @@ def test_parameters_count_the_tied_head_once(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_no_number_is_told_with_its_tensor(tmp_path, value):
+def test_a_value_that_is_no_number_is_reported_with_its_tensor(tmp_path, value):
     tensors = state()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     with pytest.raises(WeightsError, match=r"w\.pth: model\.layers\.1\.mlp\.up_proj\.weight contains NaN or infinite"):
@@ -185,7 +185,7 @@ def test_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (b"", "empty"),
         (b"<!DOCTYPE html><html></html>", r"HTML page.*/resolve/"),
@@ -202,28 +202,28 @@ def test_a_folder(tmp_path):
         (b"\x80", "damaged"),
     ],
 )
-def test_something_else_in_the_place_of_weights(tmp_path, content, words):
+def test_other_files_given_as_weights(tmp_path, content, message):
     path = tmp_path / "lm_512.pth"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match=rf"lm_512\.pth: .*{words}") as caught:
+    with pytest.raises(WeightsError, match=rf"lm_512\.pth: .*{message}") as caught:
         read_checkpoint(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "found",
+    "content",
     [[1, 2], {"a": 1}, 5, "text", None, torch.ones(3), {1: torch.ones(3)}, {"model": {"a": 1}}, {"a": [torch.ones(3)]}],
     ids=repr,
 )
-def test_a_torch_file_of_something_else(tmp_path, found):
+def test_a_torch_file_of_something_else(tmp_path, content):
     with pytest.raises(WeightsError, match=r"contains no state_dict \(names and tensors\)"):
-        saved(tmp_path / "w.pth", found)
+        saved(tmp_path / "w.pth", content)
 
 
-@pytest.mark.parametrize("found", [{}, {"model": {}}, {"weight": torch.ones(3)}, {"model": torch.ones(3)}], ids=repr)
-def test_a_state_dict_of_another_model(tmp_path, found):
+@pytest.mark.parametrize("content", [{}, {"model": {}}, {"weight": torch.ones(3)}, {"model": torch.ones(3)}], ids=repr)
+def test_a_state_dict_of_another_model(tmp_path, content):
     with pytest.raises(WeightsError, match="not the weights of a MiniMind model"):
-        saved(tmp_path / "w.pth", found)
+        saved(tmp_path / "w.pth", content)
 
 
 @pytest.mark.parametrize(

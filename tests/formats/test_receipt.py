@@ -117,7 +117,7 @@ def test_nothing_is_loaded_where_something_is_wrong(tmp_path):
 # --- text-only bases --------------------------------------------------------------------------------------------------
 
 
-def test_a_text_only_base_gets_a_new_projector_where_one_is_wanted(load):
+def test_a_text_only_base_gets_a_new_projector_where_it_is_required(load):
     fresh, receipt = load(text_only(state()), new_projector=True)
     assert receipt.new == PROJECTOR
     assert str(receipt).endswith(f"2 new ({', '.join(PROJECTOR)})")
@@ -165,7 +165,7 @@ def test_weights_of_another_size_name_their_preset(tmp_path, name):
         load_into(model(), checkpoint)
 
 
-def test_sizes_without_a_preset_are_told_in_numbers(load):
+def test_sizes_without_a_preset_are_reported_in_numbers(load):
     other = TextConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=6, vocab_size=61)
     assert refused(load, state(other)).endswith("its sizes are 48 × 3 layers")
 
@@ -175,14 +175,14 @@ def test_experts_for_a_dense_model_and_the_other_way_round(load):
     assert "missing (model.layers.0.mlp.experts.0.gate_proj.weight" in refused(load, state(DENSE), MOE)
 
 
-def test_a_projector_of_another_vision_model_is_told(tmp_path):
+def test_a_projector_of_another_vision_model_is_reported(tmp_path):
     wide = model(spec=VisionSpec(image_size=16, patch_size=8, width=40))
     with pytest.raises(WeightsError, match=r"it needs a vision model with features of width 24 \(--vision-model\)$"):
         load_into(wide, saved(tmp_path / "w.pth", state()))
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_attention_heads", 8), ("rope_theta", 1e4), ("rms_norm_eps", 1e-6)])
-def test_what_changes_no_shape_must_agree_where_a_file_tells_it(tmp_path, name, value):
+def test_a_size_that_changes_no_shape_must_agree_with_the_file(tmp_path, name, value):
     """Such weights would load, and compute something else."""
     heads = {"num_key_value_heads": 4} if name == "num_attention_heads" else {}
     config = TextConfig(

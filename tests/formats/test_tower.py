@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 from minimind_v.core.errors import MissingInput, WeightsError
 from minimind_v.core.formats.vision_tower import load_encoder, read_tower
 from tests.cli.harness import EYE
-from tests.formats.towers import LAYOUTS, eye, llava
+from tests.formats.towers import LAYOUTS, llava, tower_tensors
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -23,18 +23,18 @@ def test_a_tower_is_what_transformers_loads(layout, tmp_path):
         theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path).model.vision_tower
     else:
         theirs = CLIPVisionModel.from_pretrained(tmp_path)
-    wanted = theirs.float().state_dict()
-    found, loaded = read_tower(tmp_path), load_encoder(tmp_path)
-    assert found.tensors.keys() == loaded.tower.state_dict().keys() == wanted.keys()
-    assert all(torch.equal(found.tensors[name].float(), tensor) for name, tensor in wanted.items())
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.tower.state_dict().items())
-    assert all(getattr(theirs.config, name) == value for name, value in vars(found.config).items())
-    assert found.spec == loaded.spec
+    expected = theirs.float().state_dict()
+    stored, loaded = read_tower(tmp_path), load_encoder(tmp_path)
+    assert stored.tensors.keys() == loaded.tower.state_dict().keys() == expected.keys()
+    assert all(torch.equal(stored.tensors[name].float(), tensor) for name, tensor in expected.items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.tower.state_dict().items())
+    assert all(getattr(theirs.config, name) == value for name, value in vars(stored.config).items())
+    assert stored.spec == loaded.spec
 
 
 def test_a_tower_that_is_not_whole_is_refused(tmp_path):
     shutil.copy(EYE / "config.json", tmp_path)
-    tensors = eye()
+    tensors = tower_tensors()
     name = next(name for name in tensors if name.endswith("layers.1.mlp.fc1.weight"))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "model.safetensors")
     with pytest.raises(
@@ -51,13 +51,13 @@ def test_a_tower_that_is_not_whole_is_refused(tmp_path):
 
 def test_without_its_last_norm_a_tower_is_whole(tmp_path):
     shutil.copy(EYE / "config.json", tmp_path)
-    save_file({name: tensor for name, tensor in eye().items() if "post_layernorm" not in name},
+    save_file({name: tensor for name, tensor in tower_tensors().items() if "post_layernorm" not in name},
               tmp_path / "model.safetensors")  # fmt: skip
     assert torch.equal(read_tower(tmp_path).tensors["post_layernorm.weight"], torch.ones(128))
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("changes", "message"),
     [
         ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
@@ -81,16 +81,16 @@ def test_without_its_last_norm_a_tower_is_whole(tmp_path):
         ({"hidden_act": "tanhshrink"}, "activation 'tanhshrink' is not one of quick_gelu, gelu"),
     ],
 )
-def test_a_configuration_that_no_tower_has(tmp_path, told, said):
+def test_a_configuration_that_no_tower_has(tmp_path, changes, message):
     shutil.copy(EYE / "model.safetensors", tmp_path)
     config = json.loads((EYE / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | told))
-    with pytest.raises(WeightsError, match=said):
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(WeightsError, match=message):
         load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("settings", "message"),
     [
         ({"image_std": [0, 0.5, 0.5]}, r"in preprocessor_config.json image_std is \[0, 0.5, 0.5\], not three numbers"),
         ({"image_std": [float("nan")] * 3}, "image_std is .*nan"),
@@ -105,32 +105,32 @@ def test_a_configuration_that_no_tower_has(tmp_path, told, said):
         ({"crop_size": -224}, "crop_size is -224"),
     ],
 )
-def test_a_preprocessing_that_makes_no_picture(tmp_path, told, said):
+def test_a_preprocessing_that_makes_no_picture(tmp_path, settings, message):
     for path in EYE.iterdir():
         shutil.copy(path, tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
-    with pytest.raises(WeightsError, match=said) as caught:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match=message) as caught:
         read_tower(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "told",
+    "settings",
     [
         {},
         {"size": 224, "crop_size": {"height": 224, "width": 224}},
         {"size": {"shortest_edge": 224, "longest_edge": None}},
     ],
 )
-def test_preprocessings_of_every_age_are_read(tmp_path, told):
+def test_preprocessings_of_every_age_are_read(tmp_path, settings):
     for path in EYE.iterdir():
         shutil.copy(path, tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     assert read_tower(tmp_path).spec.mean
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda tensor: tensor.index_fill(0, torch.tensor([0]), float("nan")), "contains NaN or infinite values"),
         (lambda tensor: tensor.index_fill(0, torch.tensor([0]), float("inf")), "contains NaN or infinite values"),
@@ -140,12 +140,12 @@ def test_preprocessings_of_every_age_are_read(tmp_path, told):
     ids=["NaN", "infinite", "int8", "int64"],
 )
 @pytest.mark.parametrize("ending", ["layers.0.mlp.fc1.weight", "class_embedding", "post_layernorm.bias"])
-def test_a_tower_of_something_else_than_numbers_is_refused(tmp_path, spoil, said, ending):
+def test_a_tower_of_something_else_than_numbers_is_refused(tmp_path, spoil, message, ending):
     shutil.copy(EYE / "config.json", tmp_path)
-    tensors = eye()
+    tensors = tower_tensors()
     name = next(name for name in tensors if name.endswith(ending))
     save_file(tensors | {name: spoil(tensors[name].float())}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=f"{ending} {said}"):
+    with pytest.raises(WeightsError, match=f"{ending} {message}"):
         read_tower(tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_any_changed_byte_ends_in_words_or_in_a_tower(tmp_path):
 
 def test_numbers_that_float32_does_not_hold_are_refused(tmp_path):
     shutil.copy(EYE / "config.json", tmp_path)
-    tensors = eye()
+    tensors = tower_tensors()
     name = next(name for name in tensors if name.endswith("layers.1.mlp.fc1.weight"))
     save_file(tensors | {name: tensors[name].double() * 1e300}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.fc1\.weight contains NaN or infinite"):

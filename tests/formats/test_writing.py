@@ -24,9 +24,9 @@ from tests.formats.made import DENSE, MOE, model, state, text_only, written
 
 PER_LAYER = [
     *("input_layernorm.weight", "post_attention_layernorm.weight"),
-    *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+    *(f"self_attn.{letter}_proj.weight" for letter in "qkvo"),
 ]
-FEED_FORWARD = [f"{part}_proj.weight" for part in ("gate", "up", "down")]
+FEED_FORWARD = [f"{letter}_proj.weight" for letter in ("gate", "up", "down")]
 AROUND = [
     *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
     *("vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"),
@@ -137,7 +137,7 @@ ODD = [
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 @pytest.mark.parametrize("sizes", ODD, ids=str)
-def test_odd_sizes_are_told_by_the_description(tmp_path, sizes, ending):
+def test_odd_sizes_are_read_from_the_description(tmp_path, sizes, ending):
     config = TextConfig(**{"hidden_size": 48, "num_hidden_layers": 1, "vocab_size": 30} | sizes)
     assert written(tmp_path / f"w{ending}", config).config == config
 
@@ -158,7 +158,7 @@ def test_the_shipped_base_is_of_the_demo_preset():
 
 
 @pytest.mark.parametrize(
-    ("description", "words"),
+    ("description", "message"),
     [
         ("{", "not JSON — delete it"),
         ("\udcff", "not JSON — delete it"),
@@ -174,11 +174,11 @@ def test_the_shipped_base_is_of_the_demo_preset():
         ({"num_attention_heads": [4]}, "belongs to other weights"),
     ],
 )
-def test_a_description_of_other_weights_is_told(tmp_path, description, words):
+def test_a_description_of_other_weights_is_reported(tmp_path, description, message):
     written(tmp_path / "w.pth")
     text = description if isinstance(description, str) else json.dumps({"stage": "sft", "model": description})
     (tmp_path / "w.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(WeightsError, match=words) as caught:
+    with pytest.raises(WeightsError, match=message) as caught:
         read_checkpoint(tmp_path / "w.pth")
     assert "w.json" in str(caught.value)
 

@@ -12,21 +12,21 @@ from tests.export.made import exported
 
 def whole_clip(folder):
     """As CLIP itself is published: both halves in one file that torch saved."""
-    tensors = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in eye().items()}
+    tensors = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tower_tensors().items()}
     tensors |= {"text_model.embeddings.token_embedding.weight": torch.ones(9, 4), "logit_scale": torch.tensor(1.0),
                 "vision_model.embeddings.position_ids": torch.arange(65)[None]}  # fmt: skip
     torch.save(tensors, folder / "pytorch_model.bin")
     vision = json.loads((EYE / "config.json").read_text())
-    told = {"model_type": "clip", "vision_config": vision, "text_config": {"hidden_size": 4}}
-    (folder / "config.json").write_text(json.dumps(told))
+    settings = {"model_type": "clip", "vision_config": vision, "text_config": {"hidden_size": 4}}
+    (folder / "config.json").write_text(json.dumps(settings))
 
 
 def shards(folder):
-    names = sorted(eye())
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, held in parts.items():
-        save_file({name: eye()[name] for name in held}, folder / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, held in parts.items() for name in held}}
+    names = sorted(tower_tensors())
+    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: tower_tensors()[name] for name in held}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(EYE / "config.json", folder)
 
@@ -36,7 +36,7 @@ def llava(folder):
         shutil.copy(path, folder)
 
 
-def eye():
+def tower_tensors():
     return load_file(EYE / "model.safetensors")
 
 

@@ -35,7 +35,7 @@ def mutate(data: bytes, rng: random.Random, kind: str, donor: bytes = b"") -> by
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def _place(data: bytes, rng: random.Random) -> int:
+def _position(data: bytes, rng: random.Random) -> int:
     """A place in the file: often where headers and directories stand."""
     draw = rng.random()
     if draw < 0.35:
@@ -50,26 +50,26 @@ def _put(data: bytes, at: int, new: bytes) -> bytes:
 
 
 def flip_bit(data: bytes, rng: random.Random) -> bytes:
-    at = _place(data, rng)
+    at = _position(data, rng)
     return _put(data, at, bytes([data[at] ^ 1 << rng.randrange(8)])) if data else data
 
 
 def set_bytes(data: bytes, rng: random.Random) -> bytes:
-    return _put(data, _place(data, rng), rng.choice((bytes, rng.randbytes))(rng.choice((1, 1, 2, 4, 16))))
+    return _put(data, _position(data, rng), rng.choice((bytes, rng.randbytes))(rng.choice((1, 1, 2, 4, 16))))
 
 
 def cut(data: bytes, rng: random.Random) -> bytes:
-    return data[: _place(data, rng)]
+    return data[: _position(data, rng)]
 
 
 def put_integer(data: bytes, rng: random.Random) -> bytes:
     size = rng.choice((1, 2, 4, 8))
     number = rng.choice(INTEGERS) % 2 ** (8 * size)
-    return _put(data, _place(data, rng), number.to_bytes(size, rng.choice(("little", "big"))))
+    return _put(data, _position(data, rng), number.to_bytes(size, rng.choice(("little", "big"))))
 
 
 def _block(data: bytes, rng: random.Random) -> tuple[int, int]:
-    begin = _place(data, rng)
+    begin = _position(data, rng)
     return begin, begin + rng.choice((1, 4, 8, 30, 200, 2000))
 
 
@@ -86,16 +86,16 @@ def remove_block(data: bytes, rng: random.Random) -> bytes:
 
 def move_block(data: bytes, rng: random.Random) -> bytes:
     begin, end = _block(data, rng)
-    at = _place(data, rng)
+    at = _position(data, rng)
     return data[:at] + data[begin:end] + data[at:]
 
 
 def splice(data: bytes, donor: bytes, rng: random.Random) -> bytes:
     """The beginning of one file and the end of another, or a block of the other in between."""
     if rng.random() < 0.5:
-        return data[: _place(data, rng)] + donor[_place(donor, rng) :]
+        return data[: _position(data, rng)] + donor[_position(donor, rng) :]
     begin, end = _block(donor, rng)
-    return _put(data, _place(data, rng), donor[begin:end])
+    return _put(data, _position(data, rng), donor[begin:end])
 
 
 BYTES: tuple[Change, ...] = (
@@ -150,7 +150,7 @@ def put_yaml(data: bytes, rng: random.Random) -> bytes:
 
 def change_value(data: bytes, rng: random.Random) -> bytes:
     """Another value after a colon: of text that need not be JSON."""
-    ends = [found.end() for found in re.finditer(rb"[:,\[] ?", data[: 2**16])]
+    ends = [match.end() for match in re.finditer(rb"[:,\[] ?", data[: 2**16])]
     at = rng.choice(ends) if ends else 0
     rest = re.match(rb"[^,}\]\n]*", data[at:])
     return data[:at] + _dumps(rng.choice(VALUES)) + data[at + (rest.end() if rest else 0) :]
@@ -269,20 +269,20 @@ def _bomb(data: bytes, rng: random.Random) -> bytes:
         members = [(info.filename, archive.read(info), info.CRC, info.file_size) for info in infos]
     at = rng.randrange(len(members))
     body, size = _zeros()
-    told = rng.choice((size, members[at][3], 0, 1000))
-    parts, entries, offset = [], [], 0
+    declared = rng.choice((size, members[at][3], 0, 1000))
+    bodies, entries, offset = [], [], 0
     for number, (name, content, crc, length) in enumerate(members):
         packed = number == at
         encoded = name.encode()
-        content, length = (body, told) if packed else (content, length)
+        content, length = (body, declared) if packed else (content, length)
         fields = struct.pack("<5H3L", 20, 0, 8 * packed, 0, 33, crc, len(content), length)
-        parts.append(b"PK\3\4" + fields + struct.pack("<2H", len(encoded), 0) + encoded + content)
+        bodies.append(b"PK\3\4" + fields + struct.pack("<2H", len(encoded), 0) + encoded + content)
         more = struct.pack("<5H2L", len(encoded), 0, 0, 0, 0, 0, offset)
         entries.append(b"PK\1\2" + struct.pack("<H", 20) + fields + more + encoded)
-        offset += len(parts[-1])
+        offset += len(bodies[-1])
     directory = b"".join(entries)
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(entries), len(entries), len(directory), offset, 0)
-    return b"".join(parts) + directory + end
+    return b"".join(bodies) + directory + end
 
 
 @cache
@@ -321,15 +321,15 @@ def change_png(data: bytes, rng: random.Random) -> bytes:
             chunks[at] = kind, put_integer(body, rng)
         case _:
             chunks[at] = kind, rng.choice(BYTES)(body, rng)
-    made = [
+    pieces = [
         len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big") for kind, body in chunks
     ]
-    return data[:8] + b"".join(made)
+    return data[:8] + b"".join(pieces)
 
 
 def change_jpeg(data: bytes, rng: random.Random) -> bytes:
     """A segment changed, doubled many times, moved, or gone."""
-    starts = [found.start() for found in re.finditer(rb"\xff[\x01-\xfe]", data)]
+    starts = [match.start() for match in re.finditer(rb"\xff[\x01-\xfe]", data)]
     if len(starts) < 2:
         return set_bytes(data, rng)
     number = rng.randrange(len(starts) - 1)
@@ -365,7 +365,7 @@ def change_tiff(data: bytes, rng: random.Random) -> bytes:
 
 def change_gguf(data: bytes, rng: random.Random) -> bytes:
     """A length, a count or a type: what follows a name in the file's head."""
-    names = [found.end() for found in re.finditer(rb"[a-z_]+\.[a-z_.0-9]+", data[: 2**15])]
+    names = [match.end() for match in re.finditer(rb"[a-z_]+\.[a-z_.0-9]+", data[: 2**15])]
     at = rng.choice(names) + rng.choice((0, 4, 8, 12, 20)) if names and rng.random() < 0.7 else rng.choice((4, 8, 16))
     size = rng.choice((4, 8))
     number = rng.choice((*INTEGERS, 3, 8, 9, 30, 100)) % 2 ** (8 * size)
@@ -394,7 +394,7 @@ def change_csv(data: bytes, rng: random.Random) -> bytes:
 
 def change_tar(data: bytes, rng: random.Random) -> bytes:
     """A field of a member's header; its checksum is made right."""
-    starts = [found.start() - 257 for found in re.finditer(rb"ustar", data)]
+    starts = [match.start() - 257 for match in re.finditer(rb"ustar", data)]
     at = rng.choice(starts) if starts else -1
     if not 0 <= at <= len(data) - 512:
         return put_integer(data, rng)

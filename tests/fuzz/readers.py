@@ -79,30 +79,30 @@ class Format:
 
 def digest(value: Any) -> str:
     """A digest that equal data have in common."""
-    told = hashlib.blake2b(digest_size=8)
-    _feed(told, value)
-    return told.hexdigest()
+    hasher = hashlib.blake2b(digest_size=8)
+    _feed(hasher, value)
+    return hasher.hexdigest()
 
 
-def _feed(told: Any, value: Any) -> None:
+def _feed(hasher: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         value = value.detach().float().numpy() if value.is_floating_point() else value.numpy()
     if isinstance(value, np.ndarray):
-        told.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+        hasher.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
     elif is_dataclass(value) and not isinstance(value, type):
-        _feed(told, [getattr(value, field.name) for field in fields(value)])
+        _feed(hasher, [getattr(value, field.name) for field in fields(value)])
     elif isinstance(value, Mapping):
         for key, inner in sorted(
             value.items(), key=lambda item: repr(item[0])
         ):  # safetensors gives its tensors in any order
-            _feed(told, key)
-            _feed(told, inner)
+            _feed(hasher, key)
+            _feed(hasher, inner)
     elif isinstance(value, list | tuple):
-        told.update(f"{len(value)}".encode())
+        hasher.update(f"{len(value)}".encode())
         for inner in value:
-            _feed(told, inner)
+            _feed(hasher, inner)
     else:
-        told.update(repr(value).encode("utf-8", "surrogatepass"))
+        hasher.update(repr(value).encode("utf-8", "surrogatepass"))
 
 
 def or_refused(read: Callable[[], Any]) -> Any:
@@ -129,8 +129,8 @@ def read_folder(folder: Path) -> Data:
     return _read_pictures(folder / "images")
 
 
-def _read_pictures(place: Path) -> Data:
-    pictures = open_pictures(place)
+def _read_pictures(folder: Path) -> Data:
+    pictures = open_pictures(folder)
     names = [f"{n}.jpg" for n in range(seeds.ROWS)]
     return {name: or_refused(lambda name=name: load_pixels(pictures.read(name), name, seeds.SIZE)) for name in names}
 
@@ -271,10 +271,10 @@ def read_run_notes(folder: Path) -> Data:
     """What later commands look up beside weights: what the run read, and what it was."""
     weights = folder / "pretrain_vlm_512.pth"
     companions, earlier = of_the_run(weights), earlier_run(weights)
-    told = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft")), ExportRequest(weights))  # type: ignore[arg-type]
+    text = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft")), ExportRequest(weights))  # type: ignore[arg-type]
     with mock.patch.object(manifest, "start", return_value={}):  # which asks git, and packages for their versions
         manifest.write_manifest(folder / "pretrain_vlm_512" / "manifest.json", seeds.config(), seeds.origin(), done=2)
-    return {"companions": companions, "earlier": earlier, "card": told}
+    return {"companions": companions, "earlier": earlier, "card": text}
 
 
 def read_held_out(folder: Path) -> Data:
@@ -331,7 +331,7 @@ FORMATS = {
     "gguf, head": Format(seeds.gguf, read_gguf_head, "model/*.gguf", "gguf"),
     "tower": Format(seeds.tower, read_tower, "vision/*.safetensors", "safetensors"),
     "tower, json": Format(seeds.tower, read_tower, "vision/*.json", "json"),
-    "tokenizer": Format(seeds.words, read_words, kind="json"),
+    "tokenizer": Format(seeds.tokenizer_file, read_words, kind="json"),
     "yaml": Format(seeds.configuration, read_configuration, kind="yaml"),
     "set": Format(seeds.settings, read_settings, kind="yaml"),
     "states": Format(seeds.states, read_states, proof="pieces"),

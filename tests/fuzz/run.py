@@ -130,14 +130,14 @@ def write_tree(folder: Path, tree: Tree) -> None:
 def changed_tree(name: str, format: Format, example: Tree, seed: int, number: int) -> Tree:
     """The files of a case."""
     rng = random.Random(f"{seed} {name} {number}")
-    names = [file for file in example if _fits(file, format.changed)]
+    names = [file for file in example if _matches(file, format.changed)]
     file = rng.choice(names)
     donor = b"" if format.proof else example[rng.choice(list(example))]
     kind = "yaml" if file.endswith(".yaml") else format.kind
     return example | {file: mutate(example[file], rng, kind, donor)}
 
 
-def _fits(file: str, pattern: str) -> bool:
+def _matches(file: str, pattern: str) -> bool:
     return pattern == "**/*" or (file.count("/") == pattern.count("/") and Path(file).match(pattern))
 
 
@@ -227,13 +227,13 @@ def _begin(folder: Path, limits: Limits) -> None:
     """What libraries say goes to a file; what ends the process says where."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     folder.mkdir(exist_ok=True)
-    said = os.open(folder / "said", os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_APPEND)
+    output = os.open(folder / "said", os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(said, stream)
-    faulthandler.enable(said)
+        os.dup2(output, stream)
+    faulthandler.enable(output)
     for ended in (signal.SIGXCPU, signal.SIGALRM):
         signal.signal(ended, signal.SIG_DFL)
-        faulthandler.register(ended, file=said, all_threads=False, chain=True)
+        faulthandler.register(ended, file=output, all_threads=False, chain=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pages = Path("/proc/self/statm")
     if pages.exists():
@@ -258,8 +258,8 @@ class Worker:
         self.name, self.next, self.limits = name, first, limits
         self.folder = root / name.replace(" ", "-")
         self.connection, theirs = CONTEXT.Pipe(duplex=False)
-        words = (theirs, self.folder, format, example, limits, cases)
-        self.process = CONTEXT.Process(target=_work, args=words, daemon=True)
+        args = (theirs, self.folder, format, example, limits, cases)
+        self.process = CONTEXT.Process(target=_work, args=args, daemon=True)
         self.process.start()
         theirs.close()
         self.usual = 0  # resident bytes before the first case
@@ -280,17 +280,17 @@ class Worker:
     def verdict_of_death(self) -> Verdict:
         """Why the process has ended in the middle of a case."""
         self.process.join()
-        said = (self.folder / "said").read_text(errors="replace")
-        where = re.findall(r'File "[^"]*minimind_v/([^"]+)", line (\d+) in (\w+)', said)
-        place = "{}:{} {}".format(*where[0]) if where else ""
+        output = (self.folder / "said").read_text(errors="replace")
+        where = re.findall(r'File "[^"]*minimind_v/([^"]+)", line (\d+) in (\w+)', output)
+        location = "{}:{} {}".format(*where[0]) if where else ""
         code = -(self.process.exitcode or 0)
         if self.killed == MEMORY:
-            return Verdict(MEMORY, _more_than(self.limits), place)
+            return Verdict(MEMORY, _more_than(self.limits), location)
         if self.killed or code in (signal.SIGXCPU, signal.SIGALRM):
             limit = f"{self.limits.wall} s" if code == signal.SIGALRM else f"{self.limits.cpu} s of the processor"
-            return Verdict(HANG, f"more than {limit}", place)
+            return Verdict(HANG, f"more than {limit}", location)
         name = signal.Signals(code).name if code > 0 else f"exit code {-code}"
-        return Verdict(DEAD, f"{name}: {said.strip()[:200]}", f"{name} {place}")
+        return Verdict(DEAD, f"{name}: {output.strip()[:200]}", f"{name} {location}")
 
 
 def _resident(process: int) -> int:
@@ -313,8 +313,8 @@ class Loop:
         self.examples = make_examples(formats)
         self.report = Report()
         self._first = dict.fromkeys(formats, 0)  # the next case of each
-        shared = Path("/dev/shm")
-        self.root = Path(tempfile.mkdtemp(prefix="mmv-fuzz-", dir=shared if os.access(shared, os.W_OK) else None))
+        memory = Path("/dev/shm")
+        self.root = Path(tempfile.mkdtemp(prefix="mmv-fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
 
     def close(self) -> None:
         """Remove what the workers wrote."""
@@ -342,7 +342,7 @@ class Loop:
                     if more and left > 0 and end > time.monotonic():
                         waiting.insert(0, (worker.name, left, end - time.monotonic()))
                     else:
-                        say(f"{worker.name}: {_told(self.report.counts.get(worker.name, Counter()))}")
+                        say(f"{worker.name}: {_summary(self.report.counts.get(worker.name, Counter()))}")
                 for worker, _, _ in running.values():
                     worker.watch()
         finally:
@@ -366,24 +366,24 @@ class Loop:
         """Take in a report. None: the worker goes on; else whether another is to go on in its place."""
         worker.heard = time.monotonic()
         try:
-            told = worker.connection.recv()
+            report = worker.connection.recv()
         except EOFError:
             verdict = worker.verdict_of_death()
             if not worker.usual:
                 verdict = Verdict(EXAMPLE, f"the example itself: {verdict.kind}, {verdict.text}")
             self._take(worker, verdict)
             return verdict.kind != EXAMPLE
-        if told in (DONE, AGAIN):
+        if report in (DONE, AGAIN):
             worker.process.join()
-            return told == AGAIN
+            return report == AGAIN
         if not worker.usual:
-            worker.usual, trouble = told
+            worker.usual, trouble = report
             if trouble:
                 self._take(worker, Verdict(EXAMPLE, f"the example itself: {trouble}"))
                 worker.process.join()
                 return False
             return None
-        self._take(worker, told)
+        self._take(worker, report)
         return None
 
     def _take(self, worker: Worker, verdict: Verdict) -> None:
@@ -401,9 +401,9 @@ def keep_case(keep: Path, name: str, seed: int, number: int, verdict: Verdict, t
     """Write the files of a case, and how to read them again."""
     folder = keep / name.replace(", ", "-").replace(" ", "-") / f"{seed}-{number}-{verdict.kind.replace(' ', '-')}"
     write_tree(folder / "files", tree)
-    told = {"format": name, "seed": seed, "case": number, "verdict": verdict.kind, "where": verdict.where}
-    told |= {"text": verdict.text, "repeat": f"python -m tests.fuzz --again {folder}"}
-    (folder / "case.json").write_text(json.dumps(told, indent=1) + "\n")
+    record = {"format": name, "seed": seed, "case": number, "verdict": verdict.kind, "where": verdict.where}
+    record |= {"text": verdict.text, "repeat": f"python -m tests.fuzz --again {folder}"}
+    (folder / "case.json").write_text(json.dumps(record, indent=1) + "\n")
     return folder
 
 
@@ -424,7 +424,7 @@ def read_again(formats: Mapping[str, Format], folder: Path, limits: Limits = Lim
         loop.close()
 
 
-def _told(counts: Counter[str]) -> str:
+def _summary(counts: Counter[str]) -> str:
     return f"{counts.total():,} cases, " + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
 
 

@@ -238,8 +238,8 @@ def coco(folder: Path) -> None:
     folder_of_pictures(folder)
     images = [{"id": n, "file_name": f"{n}.jpg", "width": 48, "height": 40} for n in range(ROWS)]
     captions = [{"id": 100 + n, "image_id": n % ROWS, "caption": f"{n} dots"} for n in range(ROWS + 2)]
-    told = {"info": {"year": 2026}, "licenses": [], "images": images, "annotations": captions}
-    (folder / "rows.json").write_text(json.dumps(told))
+    content = {"info": {"year": 2026}, "licenses": [], "images": images, "annotations": captions}
+    (folder / "rows.json").write_text(json.dumps(content))
 
 
 def tar(folder: Path) -> None:
@@ -305,8 +305,8 @@ def checkpoint(folder: Path, name: str, config: TextConfig = TINY) -> None:
     write_checkpoint(folder / name, tensors(config), config, "sft")
     if name.endswith(".pth"):  # a record of what they were trained with, by places that are everywhere the same
         described = json.loads((folder / name).with_suffix(".json").read_text())
-        places = {"paths": ["vision", "vision"], "digest": None}
-        described[RECORD] = {"vision_model": places, "tokenizer": places}
+        record = {"paths": ["vision", "vision"], "digest": None}
+        described[RECORD] = {"vision_model": record, "tokenizer": record}
         (folder / name).with_suffix(".json").write_text(json.dumps(described, indent=1))
 
 
@@ -322,8 +322,8 @@ def pth_legacy(folder: Path) -> None:
     """All tensors in one storage, which such a file names after its place in memory: that name is made another."""
     held = tensors()
     whole = torch.cat([tensor.flatten() for tensor in held.values()])
-    parts = whole.split([tensor.numel() for tensor in held.values()])
-    views = {name: part.view(held[name].shape) for name, part in zip(held, parts, strict=True)}
+    pieces = whole.split([tensor.numel() for tensor in held.values()])
+    views = {name: piece.view(held[name].shape) for name, piece in zip(held, pieces, strict=True)}
     buffer = io.BytesIO()
     torch.save(views, buffer, _use_new_zipfile_serialization=False)
     data = re.sub(rb"X.\0\0\0\d{9,20}", b"X\x0a\0\0\x001234567890", buffer.getvalue(), flags=re.DOTALL)
@@ -342,11 +342,11 @@ def tower(folder: Path) -> None:
     (folder / "vision").mkdir()
     save_file(held, folder / "vision" / "model.safetensors", {"format": "pt"})
     (folder / "vision" / "config.json").write_text(json.dumps(asdict(config) | {"model_type": "clip_vision_model"}))
-    told = {"image_mean": list(SPEC.mean), "image_std": list(SPEC.std), "size": {"shortest_edge": SIZE}}
-    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(told))
+    settings = {"image_mean": list(SPEC.mean), "image_std": list(SPEC.std), "size": {"shortest_edge": SIZE}}
+    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-def words(folder: Path) -> None:
+def tokenizer_file(folder: Path) -> None:
     """A tokenizer's file."""
     shutil.copy(ASSETS / "tokenizer.json", folder)
 

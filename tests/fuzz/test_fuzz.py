@@ -96,7 +96,7 @@ def test_an_endless_reader_is_a_hang():
     assert (fault.kind, fault.text) == ("hang", "more than 1 s of the processor")
 
 
-def test_a_reader_that_waits_is_a_hang_and_the_loop_goes_on_behind_it():
+def test_a_reader_that_waits_is_a_hang_and_the_loop_continues_after_it():
     fault = only_fault(harm_of(lambda data: time.sleep(99), limits=run.Limits(cpu=9, wall=1), cases=2))
     assert (fault.kind, fault.text, fault.cases) == ("hang", "more than 1 s", [0, 1])
 
@@ -155,8 +155,8 @@ def test_an_example_that_cannot_be_read_is_a_fault():
 def test_what_did_harm_is_kept_and_can_be_read_again(tmp_path):
     fault = only_fault(harm_of(lambda data: fail(KeyError("x")), keep=tmp_path, cases=9))
     assert len(fault.kept) == 3
-    told = json.loads((fault.kept[0] / "case.json").read_text())
-    assert told["repeat"].endswith(f"--again {fault.kept[0]}")
+    record = json.loads((fault.kept[0] / "case.json").read_text())
+    assert record["repeat"].endswith(f"--again {fault.kept[0]}")
     assert (fault.kept[0] / "files" / "text").read_bytes() != TEXT
     whole = Format(example, lambda folder: {})
     broken = Format(example, lambda folder: fail(KeyError()) if (folder / "text").read_bytes() != TEXT else {})

@@ -29,8 +29,8 @@ KINDS = {
 
 
 def make_model(seed=0, **sizes):
-    words = tokenizer()
-    model = VLM(TextConfig(**(SIZES | {"vocab_size": words.vocab_size} | sizes)), SPEC, words.placeholder_id)
+    loaded = tokenizer()
+    model = VLM(TextConfig(**(SIZES | {"vocab_size": loaded.vocab_size} | sizes)), SPEC, loaded.placeholder_id)
     spread(model, seed)
     model.vision_encoder = tiny_encoder(seed)
     return accelerate(model.eval(), torch.device("cpu"))  # as a model is loaded

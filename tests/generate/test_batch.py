@@ -18,7 +18,7 @@ def questions(count=20):
     return [
         Question(
             (TEXT[3 * number % 70 :] + " ") * (1 + number % 4),
-            [picture(number + one) for one in range((number + 1) % 4)],
+            [picture(number + index) for index in range((number + 1) % 4)],
         )
         for number in range(count)
     ]
@@ -53,7 +53,7 @@ def test_a_seed_draws_for_each_question_as_for_a_session():
     model, asked = make_model(seed=4), questions(9)
     warm = Sampling(0.9, 0.9, seed=11)
     answers = generate_many(model, tokenizer(), asked, warm, 10, at_once=4)
-    assert answers == [alone(model, one, Sampling(0.9, 0.9, seed=11 + k)) for k, one in enumerate(asked)]
+    assert answers == [alone(model, question, Sampling(0.9, 0.9, seed=11 + k)) for k, question in enumerate(asked)]
     assert answers == generate_many(model, tokenizer(), asked, warm, 10, at_once=9)
     assert answers != generate_many(model, tokenizer(), asked, Sampling(0.9, 0.9), 10)
 
@@ -62,7 +62,7 @@ def test_nothing_asked_is_nothing_answered():
     assert generate_many(make_model(), tokenizer(), []) == []
 
 
-def test_a_question_that_cannot_be_asked_is_told(tmp_path):
+def test_a_question_that_cannot_be_asked_is_reported(tmp_path):
     model, good = make_model(), questions(2)
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
     cases = {
@@ -70,8 +70,8 @@ def test_a_question_that_cannot_be_asked_is_told(tmp_path):
         MissingInput: (Question("?", [tmp_path / "none.jpg"]), "no image file at"),
         RowError: (Question("?", [tmp_path / "page.jpg"]), "an HTML page"),
     }
-    for kind, (bad, words) in cases.items():
-        with pytest.raises(kind, match=words):
+    for kind, (bad, message) in cases.items():
+        with pytest.raises(kind, match=message):
             generate_many(model, tokenizer(), [*good, bad])
     with pytest.raises(UsageError, match=r"longer than 4096 tokens"):
         generate_many(model, tokenizer(), [*good, Question("star " * 5000)])

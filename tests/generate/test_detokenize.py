@@ -12,13 +12,13 @@ from tests.cli.harness import tokenizer
 @pytest.mark.parametrize("seed", range(40))
 def test_pieces_make_up_the_text_of_any_ids(seed):
     """Random ids are broken characters mostly; none is lost, and none shown before it is whole."""
-    rng, words = random.Random(seed), tokenizer()
-    ids = [rng.randrange(words.vocab_size) for _ in range(60)]
+    rng, loaded_tokenizer = random.Random(seed), tokenizer()
+    ids = [rng.randrange(loaded_tokenizer.vocab_size) for _ in range(60)]
     if seed % 2:
-        ids = words.encode("".join(rng.choices("aé星😀👍🏽 \n  ñ", k=30))).ids
-    stream = TextStream(words)
+        ids = loaded_tokenizer.encode("".join(rng.choices("aé星😀👍🏽 \n  ñ", k=30))).ids
+    stream = TextStream(loaded_tokenizer)
     pieces = [stream.add(token) for token in ids]
-    assert "".join(pieces) + stream.rest() == words.decode(ids)
+    assert "".join(pieces) + stream.rest() == loaded_tokenizer.decode(ids)
     if seed % 2:
         assert stream.rest() == ""
         assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
@@ -44,8 +44,8 @@ REASONED = "Two cups,\n\none book.\n</think>\n\nA <b>book</b>.\n</thing>"
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 def test_reasoning_is_separated_wherever_the_pieces_begin(size):
     pieces = [REASONED[begin : begin + size] for begin in range(0, len(REASONED), size)]
-    parts = list(split_stream(pieces, think=True))
-    reasoning, answer = ("".join(text for kind, text in parts if kind is which) for which in (True, False))
+    split = list(split_stream(pieces, think=True))
+    reasoning, answer = ("".join(text for kind, text in split if kind is which) for which in (True, False))
     assert (reasoning, answer) == split_answer(REASONED)
     assert answer == "A <b>book</b>.\n</thing>"
 
@@ -54,8 +54,8 @@ def test_reasoning_is_separated_wherever_the_pieces_begin(size):
     "text", ["", "why", "\nwhy\n", "why</thi", "why\n</think>", "</think>\n\nyes", "a</think>b</think>"]
 )
 def test_every_end_of_reasoning_is_split_as_the_whole_text_is(text):
-    parts = list(split_stream(text, think=True))
-    assert ("".join(t for kind, t in parts if kind), "".join(t for kind, t in parts if not kind)) == split_answer(text)
+    split = list(split_stream(text, think=True))
+    assert ("".join(t for kind, t in split if kind), "".join(t for kind, t in split if not kind)) == split_answer(text)
 
 
 def test_an_answer_without_reasoning_passes_unchanged():

@@ -63,28 +63,30 @@ def test_a_full_cache_is_an_error(model):
 
 def prompts_of(model, count=20):
     """Prompts of one to three pictures and all lengths: ids, image mask, features."""
-    found, patches, placeholder = [], model.spec.tokens_per_image, model.placeholder_id
+    prompts, patches, placeholder = [], model.spec.tokens_per_image, model.placeholder_id
     for number in range(count):
         ids, mask = [], []
         for _ in range(1 + number % 3):
-            words = ids_of(model, int(torch.randint(1, 30, ()))).tolist()
-            ids += [*words, *[placeholder] * patches]
-            mask += [*[False] * len(words), *[True] * patches]
-        found.append(([*ids, 7, 9], [*mask, False, False], torch.randn(1 + number % 3, patches, model.spec.width)))
-    return found
+            text_ids = ids_of(model, int(torch.randint(1, 30, ()))).tolist()
+            ids += [*text_ids, *[placeholder] * patches]
+            mask += [*[False] * len(text_ids), *[True] * patches]
+        prompts.append(([*ids, 7, 9], [*mask, False, False], torch.randn(1 + number % 3, patches, model.spec.width)))
+    return prompts
 
 
 @torch.inference_mode()
 def plain_greedy(model, ids, mask, features, eos_id, limit):
     """All read again for every token, by the model itself."""
-    made = []
-    while len(made) < limit:
-        shown = torch.tensor([mask + [False] * len(made)])
-        token = int(model(torch.tensor([ids + made]), image_features=features, image_mask=shown).logits[0, -1].argmax())
+    tokens = []
+    while len(tokens) < limit:
+        shown = torch.tensor([mask + [False] * len(tokens)])
+        token = int(
+            model(torch.tensor([ids + tokens]), image_features=features, image_mask=shown).logits[0, -1].argmax()
+        )
         if token == eos_id:
             break
-        made.append(token)
-    return made
+        tokens.append(token)
+    return tokens
 
 
 def test_rows_side_by_side_get_the_greedy_tokens_of_each_alone(model):
@@ -111,14 +113,14 @@ def test_rows_side_by_side_get_the_greedy_tokens_of_each_alone(model):
             torch.tensor([mask]),
         )
         assert list(alone) == expected[row]
-    made = [[] for _ in prompts]
+    generated = [[] for _ in prompts]
     cache = ready(model).decoder.new_cache(20, longest + limit)
-    features = torch.cat([one for *_, one in prompts])
+    features = torch.cat([image_features for *_, image_features in prompts])
     samplers = [Sampler(GREEDY)] * 20
     for step in generate_rows(model, cache, input_ids, samplers, eos_id, limits, real, features, shown):
         for row, token in step:
-            made[row].append(token)
-    assert made == [tokens[:limit] for tokens, limit in zip(expected, limits, strict=True)]
+            generated[row].append(token)
+    assert generated == [tokens[:limit] for tokens, limit in zip(expected, limits, strict=True)]
 
 
 def test_a_cache_that_is_full_ends_all_rows(model):
@@ -144,12 +146,12 @@ def test_greedy_tokens_are_those_of_llama():
     ids, real = torch.zeros(8, 50, dtype=torch.long), torch.arange(50) < torch.tensor(lengths)[:, None]
     for row, text in enumerate(texts):
         ids[row, : lengths[row]] = text[0]
-    made = [[] for _ in texts]
+    generated = [[] for _ in texts]
     cache = ready(ours).decoder.new_cache(8, 80)
     for step in generate_rows(ours, cache, ids, [Sampler(GREEDY)] * 8, -1, [30] * 8, real):
         for row, token in step:
-            made[row].append(token)
-    assert made == expected
+            generated[row].append(token)
+    assert generated == expected
     for text, tokens in zip(texts, expected, strict=True):
         cache = ready(ours).decoder.new_cache(1, 80)
         assert list(generate(ours, cache, text, Sampler(GREEDY), -1, 30)) == tokens
@@ -166,6 +168,6 @@ def test_a_kernel_may_lay_out_its_result_as_it_likes(model, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", otherwise)
     cache = decoder.new_cache(1, 9)
-    for part in (input_ids[:, :7], input_ids[:, 7:8], input_ids[:, 8:]):
-        logits = decoder.read(model.embed(part), cache)
+    for chunk in (input_ids[:, :7], input_ids[:, 7:8], input_ids[:, 8:]):
+        logits = decoder.read(model.embed(chunk), cache)
     torch.testing.assert_close(logits, expected[:, -1], **CLOSE)

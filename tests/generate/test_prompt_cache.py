@@ -34,17 +34,17 @@ def model(request):
 def counted(model, monkeypatch):
     """How many pictures are looked at, and how many tokens are read, from now on."""
     counts = {"pictures": 0, "tokens": 0}
-    look, read = model.vision_encoder.forward, FastDecoder.read
+    encode, read = model.vision_encoder.forward, FastDecoder.read
 
-    def looking(pixel_values):
+    def encode_and_count(pixel_values):
         counts["pictures"] += len(pixel_values)
-        return look(pixel_values)
+        return encode(pixel_values)
 
     def reading(self, x, *args):
         counts["tokens"] += x.shape[1]
         return read(self, x, *args)
 
-    monkeypatch.setattr(model.vision_encoder, "forward", looking)
+    monkeypatch.setattr(model.vision_encoder, "forward", encode_and_count)
     monkeypatch.setattr(FastDecoder, "read", reading)
     return counts
 
@@ -73,7 +73,7 @@ def test_a_new_conversation_about_the_same_picture_reads_only_the_question(model
         assert ask(again, SECOND, shown) == expected
 
 
-def test_a_picture_that_was_looked_at_before_the_question_is_not_looked_at_again(model, counted, tmp_path):
+def test_a_picture_that_was_encoded_before_the_question_is_not_encoded_again(model, counted, tmp_path):
     path = tmp_path / "dog.png"
     Image.fromarray(picture(1).transpose(1, 2, 0)).save(path)
     expected = fresh(model, FIRST, [path])
@@ -97,7 +97,7 @@ def test_other_pictures_and_another_order_are_not_mistaken(model):
             assert ask(Session(model, tokenizer(), GREEDY), FIRST, [picture(number) for number in case]) == answer
 
 
-def test_of_several_pictures_only_new_ones_are_looked_at(model, counted):
+def test_of_several_pictures_only_new_ones_are_encoded(model, counted):
     session = Session(model, tokenizer(), GREEDY)
     ask(session, FIRST, [picture(1)])
     ask(session, FIRST, [picture(2), picture(1)])  # a later question of the conversation
@@ -106,7 +106,7 @@ def test_of_several_pictures_only_new_ones_are_looked_at(model, counted):
     assert counted["pictures"] == 3
 
 
-def test_weights_that_change_are_seen(model):
+def test_weights_that_change_are_noticed(model):
     session = Session(model, tokenizer(), GREEDY)
     before = ask(session, FIRST, [picture(1)])
     assert ready(model) is ready(model)
@@ -142,7 +142,7 @@ def test_a_model_that_is_gone_is_not_kept(model):
     del other
     gc.collect()
     assert gone() is None
-    assert all(one is not None for one in kept._READY)
+    assert all(entry is not None for entry in kept._READY)
 
 
 def test_without_its_vision_model_a_model_says_so(model):
@@ -157,8 +157,10 @@ def test_bf16_is_near(model):
     ids = torch.randint(6, 600, (1, 20))
     with torch.inference_mode():
         caches = near.new_cache(1, 30), exact.new_cache(1, 30)
-        for part in (ids, ids[:, :1]):
-            a, b = (one.read(model.embed(part), cache) for one, cache in zip((near, exact), caches, strict=True))
+        for chunk in (ids, ids[:, :1]):
+            a, b = (
+                decoder.read(model.embed(chunk), cache) for decoder, cache in zip((near, exact), caches, strict=True)
+            )
     assert caches[0].keys.dtype == torch.bfloat16
     assert a.dtype == torch.float32
     assert (a - b).abs().max() < 0.1 * b.std() + 0.1

@@ -41,10 +41,10 @@ def test_temperature_sharpens_and_flattens(temperature):
     ],
 )
 def test_the_nucleus_is_the_fewest_tokens_that_hold_the_mass(top_p, kept):
-    found = shares(Sampling(1.0, top_p, seed=1))
-    assert found.nonzero().flatten().tolist() == kept
+    frequencies = shares(Sampling(1.0, top_p, seed=1))
+    assert frequencies.nonzero().flatten().tolist() == kept
     expected = PROBS[kept] / PROBS[kept].sum()
-    assert found[kept].tolist() == pytest.approx(expected.tolist(), abs=0.03)
+    assert frequencies[kept].tolist() == pytest.approx(expected.tolist(), abs=0.03)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-320, 1e-6])
@@ -119,5 +119,5 @@ def test_without_a_full_sort_the_draw_is_the_same(spread):
 
 
 def test_equal_tokens_are_cut_to_the_fewest():
-    found = shares(Sampling(1.0, 0.5, seed=0), torch.zeros(10), 300)
-    assert (found > 0).sum() == 5
+    frequencies = shares(Sampling(1.0, 0.5, seed=0), torch.zeros(10), 300)
+    assert (frequencies > 0).sum() == 5

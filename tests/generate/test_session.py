@@ -9,7 +9,7 @@ from minimind_v.core.errors import MissingInput, RowError, UsageError
 from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampling
 from minimind_v.core.generate.session import Session
-from tests.cli.harness import place, sighted_model, tokenizer
+from tests.cli.harness import sighted_model, tiny_data, tokenizer
 
 FIRST, SECOND, THIRD = "有几个物体？", "What colour is the star?", "Is it big?"
 END = [tokenizer().eos_id, *tokenizer().encode("\n").ids]
@@ -45,7 +45,7 @@ def talk(model):
 
 
 def pixels(number=0):
-    return load_pixels(place().picture(number).read_bytes(), "picture", 64)
+    return load_pixels(tiny_data().picture(number).read_bytes(), "picture", 64)
 
 
 def answer(session, question, pictures=(), limit=8):
@@ -150,7 +150,7 @@ class Interrupted:
 
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize("step", [1, 2, 4])
-def test_an_interruption_inside_the_model_leaves_a_conversation_that_goes_on(model, talk, step, turn):
+def test_an_interruption_inside_the_model_leaves_a_conversation_that_continues(model, talk, step, turn):
     session, turns = talk(Sampling(temperature=float("inf"), top_p=1.0, seed=4)), []
     if turn:
         turns.append((FIRST, answer(session, FIRST, [pixels()])))
@@ -176,7 +176,7 @@ def test_restarting_forgets_everything(talk):
 # --- too long ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_that_is_too_long_is_told_and_can_be_begun_anew(talk):
+def test_a_conversation_that_is_too_long_is_reported_and_can_be_restarted(talk):
     session = talk(Sampling(temperature=float("inf"), top_p=1.0, seed=5), context=150)
     with pytest.raises(UsageError, match="longer than 150 tokens — start a new one"):
         [answer(session, FIRST) for _ in range(50)]
@@ -200,21 +200,21 @@ def test_a_question_that_is_refused_leaves_no_trace(model, talk):
     check(model, session, turns, SECOND, [])
 
 
-@pytest.mark.parametrize("words", [0, 1])
-def test_a_first_question_that_is_too_long_is_refused(talk, words):
+@pytest.mark.parametrize("without_image", [0, 1])
+def test_a_first_question_that_is_too_long_is_refused(talk, without_image):
     session = talk(context=60)
     with pytest.raises(UsageError, match="longer than 60 tokens"):
-        session.ask("star " * 60 if words else FIRST, [] if words else [pixels()])
+        session.ask("star " * 60 if without_image else FIRST, [] if without_image else [pixels()])
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_may_be_a_file_or_its_pixels(talk):
-    one, other = talk(), talk()
-    answer(one, SECOND, [place().picture()])
+    first, other = talk(), talk()
+    answer(first, SECOND, [tiny_data().picture()])
     answer(other, SECOND, [pixels()])
-    assert torch.equal(one.cache.values, other.cache.values)
+    assert torch.equal(first.cache.values, other.cache.values)
 
 
 def test_the_k_th_picture_goes_to_the_k_th_mark(talk):
@@ -240,7 +240,7 @@ def test_a_users_own_placeholders_are_no_picture(talk):
         session.ask("<image>")
 
 
-def test_pictures_that_cannot_be_shown_are_told(talk, tmp_path):
+def test_pictures_that_cannot_be_shown_are_reported(talk, tmp_path):
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
     session = talk()
     with pytest.raises(RowError, match=r"page\.jpg: the picture cannot be decoded \(an HTML page"):

@@ -15,25 +15,25 @@ from tests.tokenizers_made import thinking_tokenizer
 class Scripted:
     """A sampler that draws the tokens of a text."""
 
-    def __init__(self, words: Tokenizer, text: str) -> None:
-        self.ids = [*words.backend.encode(text, add_special_tokens=False).ids, words.eos_id]
+    def __init__(self, loaded_tokenizer: Tokenizer, text: str) -> None:
+        self.ids = [*loaded_tokenizer.backend.encode(text, add_special_tokens=False).ids, loaded_tokenizer.eos_id]
 
     def __call__(self, logits):
         return self.ids.pop(0)
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory) -> Tokenizer:
+def loaded_tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer.load(thinking_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture
-def session(words) -> Session:
-    return Session(sighted_model(), words, GREEDY, think=True)
+def session(loaded_tokenizer) -> Session:
+    return Session(sighted_model(), loaded_tokenizer, GREEDY, think=True)
 
 
-def test_later_turns_have_the_answer_without_its_reasoning(session, words):
-    session.sampler = Scripted(words, "of red\n</think>\n\nA star")
+def test_later_turns_have_the_answer_without_its_reasoning(session, loaded_tokenizer):
+    session.sampler = Scripted(loaded_tokenizer, "of red\n</think>\n\nA star")
     assert "".join(session.ask("What is it?")) == "of red\n</think>\n\nA star"
     talk = [
         {"role": "user", "content": "What is it?"},
@@ -45,10 +45,10 @@ def test_later_turns_have_the_answer_without_its_reasoning(session, words):
     assert prompt[session.cache.used :] == session._encode("Is it big?").input_ids
 
 
-def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, words):
-    session.sampler = Scripted(words, "of red\n</think>\n\nA star")
+def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, loaded_tokenizer):
+    session.sampler = Scripted(loaded_tokenizer, "of red\n</think>\n\nA star")
     "".join(session.ask("What is it?"))
-    fresh = Session(session.model, words, GREEDY, think=True)
+    fresh = Session(session.model, loaded_tokenizer, GREEDY, think=True)
     talk = [
         {"role": "user", "content": "What is it?"},
         {"role": "assistant", "content": "A star"},
@@ -59,12 +59,12 @@ def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, words
     assert "".join(session.ask("Is it big?", max_new_tokens=8)) == "".join(fresh.ask("Is it big?", max_new_tokens=8))
 
 
-def test_an_answer_that_ends_within_its_reasoning_leaves_an_empty_turn(session, words):
-    session.sampler = Scripted(words, "of red and blue")
+def test_an_answer_that_ends_within_its_reasoning_leaves_an_empty_turn(session, loaded_tokenizer):
+    session.sampler = Scripted(loaded_tokenizer, "of red and blue")
     answer = session.ask("What is it?")
     next(answer)
     answer.close()
-    text = words.backend.decode(session._pending, skip_special_tokens=False)
+    text = loaded_tokenizer.backend.decode(session._pending, skip_special_tokens=False)
     assert text == "<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n"
 
 

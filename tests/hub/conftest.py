@@ -45,10 +45,10 @@ def repos() -> dict[str, dict[str, bytes]]:
     weights_3v = {"llm_768.pth": b"base" * 999, "llm_768_moe.pth": b"experts" * 999, "sft_vlm_768.pth": b"sft" * 555}
     siglip = {"config.json": b'{"b": 1}', "preprocessor_config.json": b"{}", "model.safetensors": b"siglip" * 5000}
     data = {"pretrain_i2t.parquet": parquet_bytes(600, 6), "sft_i2t.parquet": parquet_bytes(600, 1, 12_000)}
-    found = {}
-    for owner, eye in (("jingyaogong", "openai"), ("gongjy", "openai-mirror")):
-        found |= {
-            f"models/{eye}/clip-vit-base-patch16": clip,
+    files = {}
+    for owner, tower_owner in (("jingyaogong", "openai"), ("gongjy", "openai-mirror")):
+        files |= {
+            f"models/{tower_owner}/clip-vit-base-patch16": clip,
             f"models/{owner}/MiniMind2-Small-V": tokenizer,
             f"models/{owner}/MiniMind2-V-PyTorch": weights,
             f"models/{owner}/siglip2-base-p32-256-ve": siglip,
@@ -56,7 +56,7 @@ def repos() -> dict[str, dict[str, bytes]]:
             f"models/{owner}/minimind-3v-pytorch": weights_3v,
             f"datasets/{owner}/minimind-v_dataset": data,
         }
-    return found
+    return files
 
 
 @pytest.fixture

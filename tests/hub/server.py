@@ -87,12 +87,12 @@ def _handler(hub: Hub, second: bool) -> type[BaseHTTPRequestHandler]:
                     hub.authorized.append(self.path)
                 _, kind, owner, name, *rest = path.split("/")
                 return self.file(hub.repos[f"{kind}/{owner}/{name}"], "/".join(rest))
-            if found := re.fullmatch(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?", path):
-                return self.modelscope(*found.groups(), query)
-            if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/revision/(.+)", path):
-                return self.info(*found.groups())
-            if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                return self.resolve(*found.groups())
+            if match := re.fullmatch(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?", path):
+                return self.modelscope(*match.groups(), query)
+            if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/revision/(.+)", path):
+                return self.info(*match.groups())
+            if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+                return self.resolve(*match.groups())
             return self.answer(404)
 
         def info(self, kind: str, repo: str, revision: str) -> None:
@@ -107,21 +107,21 @@ def _handler(hub: Hub, second: bool) -> type[BaseHTTPRequestHandler]:
             if revision not in hub.revisions | {hub.commit} and not re.fullmatch("[0-9a-f]{40}", revision):
                 return self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
             commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else hub.commit
-            told = {"id": repo, "sha": commit, "siblings": [self.sibling(*file) for file in files.items()]}
-            return self.answer(200, json.dumps(told).encode())
+            record = {"id": repo, "sha": commit, "siblings": [self.sibling(*file) for file in files.items()]}
+            return self.answer(200, json.dumps(record).encode())
 
         def sibling(self, path: str, data: bytes) -> dict:
             if hub.bare:
                 return {"rfilename": path}
-            told = {"rfilename": path, "size": len(data), "blobId": git_sha1(data)}
+            record = {"rfilename": path, "size": len(data), "blobId": git_sha1(data)}
             if is_large(path):
-                told["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-            return told
+                record["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+            return record
 
         def resolve(self, dataset: str | None, repo: str, revision: str, path: str) -> None:
             key = f"{'datasets' if dataset else 'models'}/{repo}"
-            known = revision in hub.revisions | {hub.commit} or re.fullmatch("[0-9a-f]{40}", revision)
-            data = hub.repos[key].get(path) if known and hub.status != 404 else None
+            exists = revision in hub.revisions | {hub.commit} or re.fullmatch("[0-9a-f]{40}", revision)
+            data = hub.repos[key].get(path) if exists and hub.status != 404 else None
             if data is None:
                 return self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
             if not is_large(path):
@@ -141,12 +141,12 @@ def _handler(hub: Hub, second: bool) -> type[BaseHTTPRequestHandler]:
             if not listing:
                 return self.file(files, query["FilePath"])
             assert listing == ("/files" if kind == "models" else "/tree")
-            told = [{"Type": "tree", "Path": "folder", "Name": "folder"}] + [
+            entries = [{"Type": "tree", "Path": "folder", "Name": "folder"}] + [
                 {"Type": "blob", "Path": path, "Name": path, "Size": len(data),
                  "Sha256": hashlib.sha256(data).hexdigest()}
                 for path, data in files.items()
             ]  # fmt: skip
-            return self.answer(200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": told}}).encode())
+            return self.answer(200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": entries}}).encode())
 
         def file(self, files: dict[str, bytes], path: str, headers: dict[str, str] | None = None) -> None:
             data, headers = files[path], dict(headers or {})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cli.harness import here, tree
+from tests.cli.harness import run_mmv, tree
 from tests.hub.conftest import LM, older_layout
 from tests.hub.server import COMMIT
 
@@ -20,8 +20,8 @@ DATA = "datasets/jingyaogong/minimind-v_dataset"
 
 @pytest.fixture
 def get(hub, tmp_path):
-    def get(*words, hub_name="hf"):
-        return here("download", *words, "--hub", hub_name, "--endpoint", hub.endpoint, "--dir", tmp_path)
+    def get(*options, hub_name="hf"):
+        return run_mmv("download", *options, "--hub", hub_name, "--endpoint", hub.endpoint, "--dir", tmp_path)
 
     return get
 
@@ -31,16 +31,16 @@ def finished(root):
 
 
 @pytest.mark.parametrize("name", ["hf", "modelscope"])
-def test_all_lands_where_the_stages_look(get, hub, tmp_path, name):
-    told = get("all", "--json", hub_name=name).json
+def test_all_files_land_where_the_stages_read_them(get, hub, tmp_path, name):
+    report = get("all", "--json", hub_name=name).json
     assert finished(tmp_path) == sorted(
         ["dataset/pretrain_i2t.parquet", "dataset/sft_i2t.parquet", "model/tokenizer.json",
          "model/tokenizer_config.json", "out/lm_512.pth",
          *(f"model/vision_model/clip-vit-base-patch16/{file}"
            for file in ("config.json", "preprocessor_config.json", "pytorch_model.bin"))]
     )  # fmt: skip
-    assert (told["hub"], len(told["files"])) == (name, 8)
-    for file in told["files"]:
+    assert (report["hub"], len(report["files"])) == (name, 8)
+    for file in report["files"]:
         data = Path(file["path"]).read_bytes()
         assert (file["action"], file["bytes"]) == ("fetched", len(data))
         assert file["sha256"] == hashlib.sha256(data).hexdigest()
@@ -74,9 +74,9 @@ def test_weights_of_minimind_3v_that_a_listing_lacks_are_named(get, hub):
 
 
 def test_pinned_and_moving_revisions(get, hub, tmp_path):
-    told = get("all", "--json").json
-    assert told["commit"]["openai/clip-vit-base-patch16"] == "57c216476eefef5ab752ec549e440a49ae4ae5f3"
-    assert told["commit"]["jingyaogong/MiniMind2-V-PyTorch"] == COMMIT
+    report = get("all", "--json").json
+    assert report["commit"]["openai/clip-vit-base-patch16"] == "57c216476eefef5ab752ec549e440a49ae4ae5f3"
+    assert report["commit"]["jingyaogong/MiniMind2-V-PyTorch"] == COMMIT
     first, hub.commit = hub.commit, "d" * 40
     (tmp_path / "out" / "lm_512.pth").unlink()
     assert get("lm", "--json").json["files"][0]["commit"] == first
@@ -85,15 +85,19 @@ def test_pinned_and_moving_revisions(get, hub, tmp_path):
 
 
 def test_dry_run_writes_nothing(get, hub, tmp_path):
-    told = get("lm", "--dry-run", "--json").json["files"][0]
-    assert (told["action"], told["bytes"], told["path"]) == ("would fetch", len(LM), str(tmp_path / "out/lm_512.pth"))
-    assert told["url"].startswith(hub.endpoint)
+    report = get("lm", "--dry-run", "--json").json["files"][0]
+    assert (report["action"], report["bytes"], report["path"]) == (
+        "would fetch",
+        len(LM),
+        str(tmp_path / "out/lm_512.pth"),
+    )
+    assert report["url"].startswith(hub.endpoint)
     assert (tree(tmp_path), hub.sent) == ([], 0)
     assert "3.0 MB to download" in get("lm", "--dry-run").out
 
 
 @pytest.mark.parametrize(
-    ("faults", "words"),
+    ("faults", "message"),
     [
         ([("cut", 1_000_000), ("cut", 500_000)], ""),
         ([("cut", 0)] * 3, ""),
@@ -107,18 +111,18 @@ def test_dry_run_writes_nothing(get, hub, tmp_path):
         ([("cut", 2_000_000), ("corrupt", 0), ("cut", 9), ("cut", 70_000)], "SHA-256"),
     ],
 )
-def test_misbehaviour_ends_with_the_right_bytes(get, hub, tmp_path, faults, words):
+def test_misbehaviour_ends_with_the_right_bytes(get, hub, tmp_path, faults, message):
     hub.faults["llm_512.pth"] = list(faults)
     done = get("lm")
     assert done.code == 0, done.err
     assert (tmp_path / "out" / "lm_512.pth").read_bytes() == LM
-    assert words in done.err
-    if not words:
+    assert message in done.err
+    if not message:
         assert hub.sent <= len(LM) * (1.5 if ("whole", 0) in faults else 1.1)
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "message"),
     [
         (("html", 0), "HTML page"),
         (("corrupt", 0), "SHA-256"),
@@ -129,11 +133,11 @@ def test_misbehaviour_ends_with_the_right_bytes(get, hub, tmp_path, faults, word
         (("status", 404), "not found"),
     ],
 )
-def test_a_file_that_never_comes_right_gets_no_name(get, hub, tmp_path, fault, words):
+def test_a_file_that_never_comes_right_gets_no_name(get, hub, tmp_path, fault, message):
     hub.faults["llm_512.pth"] = [fault] * 99
     done = get("lm")
     assert done.code == 1
-    assert words in done.error
+    assert message in done.error
     assert "lm_512.pth" in done.error
     assert finished(tmp_path) == []
     assert len(hub.requests) < 25
@@ -161,14 +165,14 @@ def test_wrong_files_are_named_and_fetched_again(get, hub, tmp_path):
 
 def test_what_was_damaged_or_edited_is_kept_beside(get, tmp_path):
     get("tokenizer")
-    words = tmp_path / "model" / "tokenizer_config.json"
+    path = tmp_path / "model" / "tokenizer_config.json"
     for number in ("", "2"):
-        words.write_text(f"mine{number}")
+        path.write_text(f"mine{number}")
         done = get("tokenizer")
         assert done.code == 0, done.err
-        assert f"the file at {words} is now {words}.old{number}" in done.err
-        assert Path(f"{words}.old{number}").read_text() == f"mine{number}"
-        assert words.read_text() != f"mine{number}"
+        assert f"the file at {path} is now {path}.old{number}" in done.err
+        assert Path(f"{path}.old{number}").read_text() == f"mine{number}"
+        assert path.read_text() != f"mine{number}"
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
@@ -193,11 +197,11 @@ def test_what_a_user_made_is_in_the_way_and_stays(get, hub, tmp_path, more):
 
 def test_weights_that_were_trained_on_and_samples_that_were_edited_stay(get, hub, tmp_path):
     hub.repos["models/jingyaogong/MiniMind2-V-PyTorch"] |= {"pretrain_vlm_512.pth": b"hub", "sft_vlm_512.pth": b"hub"}
-    for words, name in ((("weights",), "out/sft_vlm_512.pth"),
+    for options, name in ((("weights",), "out/sft_vlm_512.pth"),
                         (("dataset", "--split", "sft", "--sample", 5), "dataset/sample/sft_i2t.parquet")):  # fmt: skip
-        assert get(*words).code == 0
+        assert get(*options).code == 0
         (tmp_path / name).write_bytes(b"mine")
-        ended = get(*words)
+        ended = get(*options)
         assert (ended.code, str(tmp_path / name) in ended.error) == (2, True)
         assert (tmp_path / name).read_bytes() == b"mine"
 
@@ -244,7 +248,7 @@ def test_tokens_stay_with_the_hub(get, hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "headers", "told"),
+    ("options", "status", "headers", "message"),
     [
         ((), 401, {}, "hf auth login"),
         ((), 403, {"X-Error-Code": "GatedRepo"}, "hf auth login"),
@@ -254,9 +258,9 @@ def test_tokens_stay_with_the_hub(get, hub, monkeypatch):
         (("--preset", "base"), 0, {}, "lacks lm_768.pth — it has: llm_512.pth"),
     ],
 )
-def test_refusals_are_told_in_one_line(get, hub, tmp_path, words, status, headers, told):
+def test_refusals_are_reported_in_one_line(get, hub, tmp_path, options, status, headers, message):
     hub.status, hub.headers = status, headers
-    assert told in get("lm", *words).error
+    assert message in get("lm", *options).error
     assert finished(tmp_path) == []
 
 
@@ -274,9 +278,9 @@ def test_auto_says_which_hub_it_took_and_why(get, hub):
 
 
 def test_nothing_reachable_is_one_line(tmp_path):
-    done = here("download", "lm", "--endpoint", "http://127.0.0.1:9", "--dir", tmp_path)
-    for words in ("127.0.0.1:9", "--endpoint", "HF_ENDPOINT", "yourself", str(tmp_path / "out")):
-        assert words in done.error
+    done = run_mmv("download", "lm", "--endpoint", "http://127.0.0.1:9", "--dir", tmp_path)
+    for phrase in ("127.0.0.1:9", "--endpoint", "HF_ENDPOINT", "yourself", str(tmp_path / "out")):
+        assert phrase in done.error
     assert tree(tmp_path) == []
 
 
@@ -290,20 +294,20 @@ def test_space_is_checked_before_the_first_byte(get, hub, tmp_path, monkeypatch)
 @pytest.mark.parametrize("split", ["pretrain", "sft"])
 def test_a_sample_of_parquet(get, hub, tmp_path, split):
     whole = hub.repos[DATA][f"{split}_i2t.parquet"]
-    told = get("dataset", "--split", split, "--sample", 20, "--json").json
+    report = get("dataset", "--split", split, "--sample", 20, "--json").json
     path = tmp_path / "dataset" / "sample" / f"{split}_i2t.parquet"
-    wanted = pq.read_table(io.BytesIO(whole))
-    assert pq.read_table(path).equals(wanted.slice(0, 20))
-    assert pq.read_schema(path).equals(wanted.schema, check_metadata=True)
+    table = pq.read_table(io.BytesIO(whole))
+    assert pq.read_table(path).equals(table.slice(0, 20))
+    assert pq.read_schema(path).equals(table.schema, check_metadata=True)
     assert hub.sent < len(whole) / 2
-    assert told["files"][0]["path"] == str(path)
+    assert report["files"][0]["path"] == str(path)
     hub.forget()
     assert get("dataset", "--split", split, "--sample", 20, "--json").json["files"][0]["action"] == "kept"
     assert hub.requests == []
     get("dataset", "--split", split, "--sample", 7)
     assert pq.read_metadata(path).num_rows == 7
     get("dataset", "--split", split, "--sample", 99999)
-    assert pq.read_table(path).equals(wanted)
+    assert pq.read_table(path).equals(table)
     assert pq.read_metadata(path).row_group(0).num_rows <= 64
 
 
@@ -332,11 +336,11 @@ def test_a_sample_where_ranges_fail(get, hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "options",
     [("lm", "--sample", 3), ("clip", "--split", "sft"), ("lm", "--endpoint", "ftp://x"), ("dataset", "--sample", 0)],
 )
-def test_usage(words):
-    assert here("download", *words).code == 2
+def test_usage(options):
+    assert run_mmv("download", *options).code == 2
 
 
 @pytest.mark.parametrize("name", ["hf", "modelscope"])

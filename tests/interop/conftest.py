@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minimind_v.core.rows.stores import open_rows
-from tests.cli.harness import here
+from tests.cli.harness import run_mmv
 
 
 @dataclass
@@ -27,24 +27,24 @@ class Seeing:
 @pytest.fixture(scope="session")
 def seeing(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
-    assert here("demo", "--short", "--out", out).code == 0
+    assert run_mmv("demo", "--short", "--out", out).code == 0
     store = open_rows(out / "dataset/heldout_scenes_data.jsonl", out / "dataset/heldout_scenes_images.zip")
     rows = []
     for number in range(20):
         row = store.row(number)
         picture = out / f"{number}.jpg"
         picture.write_bytes(store.picture(number, 0, row.images[0]))
-        asked, answered = (said["content"] for said in row.conversations[:2])
+        asked, answered = (turn["content"] for turn in row.conversations[:2])
         rows.append((asked.removeprefix("<image>\n"), answered, picture))
-    sight = ("--vision-model", out / "model/vision_model/clip-vit-base-patch16", "--tokenizer", out / "model")
-    return Seeing(out / "out/sft_vlm_128.pth", sight, rows)
+    paths = ("--vision-model", out / "model/vision_model/clip-vit-base-patch16", "--tokenizer", out / "model")
+    return Seeing(out / "out/sft_vlm_128.pth", paths, rows)
 
 
 @pytest.fixture(scope="session")
 def exported(seeing, tmp_path_factory):
     """The folder, and what its verification found."""
     folder = tmp_path_factory.mktemp("gguf") / "seeing"
-    done = here("convert", "--to", "gguf", "--model", seeing.weights, *seeing.sight, "--out", folder, "--json")
+    done = run_mmv("convert", "--to", "gguf", "--model", seeing.weights, *seeing.sight, "--out", folder, "--json")
     assert done.code == 0, done.err
     return folder, json.loads(done.out)["verified"]
 

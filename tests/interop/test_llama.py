@@ -14,8 +14,8 @@ from minimind_v.core.formats.load import load
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
-from tests.cli.harness import here
-from tests.formats.gguf.made import SIZES, TEXTS, made, random_texts
+from tests.cli.harness import run_mmv
+from tests.formats.gguf.made import SIZES, TEXTS, loaded_model, random_texts
 from tests.formats.gguf.test_written import PUBLISHED
 from tests.interop.conftest import serving
 
@@ -32,16 +32,16 @@ def answers(seeing):
 
 
 def test_conversion_asks_llama_cpp_itself(exported):
-    found = exported[1]
-    assert found["opened by"].startswith("llama.cpp")
-    assert float(re.search(r"at most ([\d.]+)%", found["logits"])[1]) < 1
-    assert float(re.search(r"at most ([\d.]+)%", found["picture features"])[1]) < 1
+    verified = exported[1]
+    assert verified["opened by"].startswith("llama.cpp")
+    assert float(re.search(r"at most ([\d.]+)%", verified["logits"])[1]) < 1
+    assert float(re.search(r"at most ([\d.]+)%", verified["picture features"])[1]) < 1
 
 
 @pytest.mark.parametrize("quantize", ["f32", "bf16", "q8_0", "q4_0"])
 def test_every_type_is_opened(quantize, seeing, tmp_path):
     out = tmp_path / "out"
-    done = here(
+    done = run_mmv(
         "convert", "--to", "gguf", "--quantize", quantize, "--model", seeing.weights, *seeing.sight, "--out", out
     )
     assert done.code == 0, done.err
@@ -51,7 +51,7 @@ def test_every_type_is_opened(quantize, seeing, tmp_path):
 def test_logits_with_a_cache_in_full_precision(name, tmp_path):
     import llama_cpp
 
-    loaded = made(name, loud=3.0)
+    loaded = loaded_model(name, loud=3.0)
     write(loaded, tmp_path, ExportRequest(tmp_path, quantize="f32"))
     ids = [1, 57, 300, 2, 599, 34, 34, 8, 100, 100, 41, 0]
     llama = llama_cpp.Llama(
@@ -68,7 +68,7 @@ def test_token_ids(tmp_path):
     if not PUBLISHED.is_dir():
         pytest.skip(f"the published tokenizer is not at {PUBLISHED}")
     config = type(SIZES["dense"])(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=6400)
-    loaded = made(tokenizer=PUBLISHED, config=config)
+    loaded = loaded_model(tokenizer=PUBLISHED, config=config)
     write(loaded, tmp_path, ExportRequest(tmp_path))
     llama = LlamaCpp(tmp_path)
     for text in (*TEXTS, *random_texts(3000)):
@@ -81,8 +81,8 @@ def test_answers_are_those_of_the_source(seeing, exported):
     tokenizer = load(exported[0]).tokenizer
     same = 0
     for ours, (question, _, picture) in zip(answers(seeing), seeing.rows, strict=True):
-        parts = [{"type": "image"}, {"type": "text", "text": question}]
-        llama.read(llama.prompt([{"role": "user", "content": parts}]), [picture])
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        llama.read(llama.prompt([{"role": "user", "content": content}]), [picture])
         same += tokenizer.decode(llama.say(16)[0]) == ours
     assert same >= len(seeing.rows) - 1
 

@@ -38,31 +38,33 @@ def shown(*numbers):
     return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": QUESTION}]
 
 
-def wanted(kind, *numbers):
+def expected_answer(kind, *numbers):
     """What the folder says when it is opened in Python."""
     processor, model = opened(kind)
-    parts = [*({"type": "image", "image": picture(number)} for number in numbers), {"type": "text", "text": QUESTION}]
+    content = [*({"type": "image", "image": picture(number)} for number in numbers), {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )  # fmt: skip
-    found = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(found, skip_special_tokens=True)
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(answer, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("numbers", [(0,), (1, 2, 3), ()])
 def test_a_picture_question_is_answered_as_in_python(served, numbers):
-    assert asked(served, shown(*numbers)).choices[0].message.content == wanted(served[0], *numbers)
+    assert asked(served, shown(*numbers)).choices[0].message.content == expected_answer(served[0], *numbers)
 
 
 @pytest.mark.parametrize("numbers", [(0,), (1, 2, 3)])
 def test_streamed(served, numbers):
     chunks = asked(served, shown(*numbers), stream=True)
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    said = wanted(served[0], *numbers).rstrip("\ufffd")  # what is not whole when the answer ends is never streamed
-    assert "".join(pieces).rstrip("\ufffd") == said
-    assert len([piece for piece in pieces if piece]) > 1 or len(said) < 2
+    expected = expected_answer(served[0], *numbers).rstrip(
+        "\ufffd"
+    )  # what is not whole when the answer ends is never streamed
+    assert "".join(pieces).rstrip("\ufffd") == expected
+    assert len([piece for piece in pieces if piece]) > 1 or len(expected) < 2
 
 
 def test_plain_text(served):
-    assert asked(served, QUESTION).choices[0].message.content == wanted(served[0])
+    assert asked(served, QUESTION).choices[0].message.content == expected_answer(served[0])

@@ -46,11 +46,11 @@ def spread(module: nn.Module, seed: int) -> None:
             nn.init.normal_(parameter, 0.0, parameter.shape[-1] ** -0.5)
 
 
-def tiny_vlm(seed: int = 0, seen: bool = False, projector: str = LINEAR, **sizes: object) -> VLM:
-    """A VLM in evaluation mode with wide random weights; keywords change SIZES. `seen`: with a vision tower."""
+def tiny_vlm(seed: int = 0, with_tower: bool = False, projector: str = LINEAR, **sizes: object) -> VLM:
+    """A VLM in evaluation mode with wide random weights; keywords change SIZES. `with_tower`: with a vision tower."""
     model = VLM(TextConfig(**(SIZES | sizes)), SPEC, PLACEHOLDER_ID, projector=projector)
     spread(model, seed)
-    if seen:
+    if with_tower:
         model.vision_encoder = tiny_encoder(seed)
     return model.eval()
 

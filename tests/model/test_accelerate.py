@@ -51,8 +51,8 @@ def step(model: VLM, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dic
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_step(one: VLM, other: VLM, inputs: dict[str, torch.Tensor]) -> None:
-    (loss, gradients), (expected_loss, expected) = step(other, inputs), step(one, inputs)
+def assert_same_step(reference: VLM, other: VLM, inputs: dict[str, torch.Tensor]) -> None:
+    (loss, gradients), (expected_loss, expected) = step(other, inputs), step(reference, inputs)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
@@ -98,23 +98,23 @@ def test_each_gradient_of_normed_heads_alone(trains):
 
 
 def test_a_hook_on_the_norm_of_heads_is_called():
-    one, other = pair(**NORMED)
+    reference, other = pair(**NORMED)
     calls: list[str] = []
     other.model.layers[1].self_attn.k_norm.register_forward_hook(lambda *_: calls.append("k_norm"))
-    assert_same_step(one, other, batch())
+    assert_same_step(reference, other, batch())
     assert calls == ["k_norm"]
 
 
-@pytest.mark.parametrize("learns", [p for p in itertools.product((True, False), repeat=4) if any(p)])
-def test_each_gradient_alone(learns):
+@pytest.mark.parametrize("trainable", [p for p in itertools.product((True, False), repeat=4) if any(p)])
+def test_each_gradient_alone(trainable):
     """Whatever of a block trains, and whether what stands before it does."""
     models = pair()
     for model in models:
         model.requires_grad_(False)
         block = model.model.layers[1]
-        parts = (model.vision_proj, block.self_attn.k_proj, block.mlp.up_proj, block.post_attention_layernorm)
-        for part, trains in zip(parts, learns, strict=True):
-            part.requires_grad_(trains)
+        modules = (model.vision_proj, block.self_attn.k_proj, block.mlp.up_proj, block.post_attention_layernorm)
+        for module, trains in zip(modules, trainable, strict=True):
+            module.requires_grad_(trains)
     assert_same_step(*models, batch())
 
 
@@ -122,8 +122,8 @@ def test_written_out_passes_are_used_in_training_alone():
     model, inputs = pair()[1], batch()
     x = torch.randn(2, 9, 32, requires_grad=True)
     block = model.model.layers[0]
-    parts = block.input_layernorm, block.mlp
-    assert {type(part(x).grad_fn).__name__ for part in parts} == {"_RmsNormBackward", "ViewBackward0"}
+    modules = block.input_layernorm, block.mlp
+    assert {type(module(x).grad_fn).__name__ for module in modules} == {"_RmsNormBackward", "ViewBackward0"}
     with torch.no_grad():
         assert torch.equal(model(**inputs).loss, plain(copy.deepcopy(model))(**inputs).loss)
 
@@ -131,19 +131,19 @@ def test_written_out_passes_are_used_in_training_alone():
 @pytest.mark.parametrize("qk_norm", [False, True])
 @torch.no_grad()
 def test_with_a_cache(qk_norm):
-    one, other = pair(qk_norm=qk_norm)
+    reference, other = pair(qk_norm=qk_norm)
     ids = torch.randint(6, 61, (2, 30))
-    for model in (one.eval(), other.eval()):
+    for model in (reference.eval(), other.eval()):
         cache = model.new_cache(2, 30)
         with torch.enable_grad():
             chunks = [model(chunk, cache=cache).logits for chunk in ids.split((7, 1, 22), dim=1)]
-        torch.testing.assert_close(torch.cat(chunks, dim=1), one(ids).logits, atol=2e-5, rtol=0)
+        torch.testing.assert_close(torch.cat(chunks, dim=1), reference(ids).logits, atol=2e-5, rtol=0)
 
 
 def test_in_bf16_the_plain_code_runs():
-    one, other = pair()
+    reference, other = pair()
     with torch.autocast("cpu", torch.bfloat16):
-        (loss, gradients), (expected_loss, expected) = step(other, batch()), step(one, batch())
+        (loss, gradients), (expected_loss, expected) = step(other, batch()), step(reference, batch())
     assert torch.equal(loss, expected_loss)
     assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
 
@@ -191,30 +191,30 @@ class LowRank(nn.Module):
 )
 @pytest.mark.parametrize("before", [True, False], ids=["wrapped, then accelerated", "accelerated, then wrapped"])
 def test_a_wrapped_linear_is_called(name, before):
-    one, other = pair()
+    reference, other = pair()
     torch.manual_seed(1)
-    wrapped = LowRank(one.get_submodule(f"model.layers.1.{name}"))
+    wrapped = LowRank(reference.get_submodule(f"model.layers.1.{name}"))
     plain(other)
     merged = copy.deepcopy(other)  # with the product added to the weight: what the wrapped one must compute
     merged.get_submodule(f"model.layers.1.{name}").weight.data += wrapped.b.detach() @ wrapped.a.detach()
-    for model in (one, other):
+    for model in (reference, other):
         if model is other and not before:
             accelerate(other, CPU)
         own = copy.deepcopy(wrapped)
         own.base = model.get_submodule(f"model.layers.1.{name}")
         model.set_submodule(f"model.layers.1.{name}", own)
     accelerate(other, CPU)
-    assert_same_step(one, other, batch())
+    assert_same_step(reference, other, batch())
     assert other.get_parameter(f"model.layers.1.{name}.a").grad.abs().max() > 0
     torch.testing.assert_close(step(other, batch())[0], step(accelerate(merged, CPU), batch())[0], rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_are_called():
-    one, other = pair()
+    reference, other = pair()
     calls: list[str] = []
     for name, module in other.model.layers[1].named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    assert_same_step(one, other, batch())
+    assert_same_step(reference, other, batch())
     assert {name for name, _ in other.model.layers[1].named_modules()} <= set(calls)
 
 
@@ -226,29 +226,29 @@ def classes(model: nn.Module) -> set[type]:
 
 
 def test_it_may_be_done_twice_and_undone():
-    one, other = pair(seen=True)
+    reference, other = pair(with_tower=True)
     assert classes(other) >= FAST_CLASSES - {CpuSiglipVision}
     before = classes(other)
     assert classes(accelerate(other, CPU)) == before
-    assert list(other.state_dict()) == list(one.state_dict())
-    assert classes(accelerate(other, torch.device("cuda"))) == classes(one), "dense: nothing is faster there"
-    assert classes(plain(accelerate(other, CPU))) == classes(one)
+    assert list(other.state_dict()) == list(reference.state_dict())
+    assert classes(accelerate(other, torch.device("cuda"))) == classes(reference), "dense: nothing is faster there"
+    assert classes(plain(accelerate(other, CPU))) == classes(reference)
 
 
 def test_a_subclass_of_somebody_elses_stays_what_it_is():
     class Own(FeedForward):
         pass
 
-    one = pair()[0]
-    one.model.layers[0].mlp.__class__ = Own
-    accelerate(one, CPU)
-    assert type(one.model.layers[0].mlp) is Own
-    assert type(plain(one).model.layers[0].mlp) is Own
+    reference = pair()[0]
+    reference.model.layers[0].mlp.__class__ = Own
+    accelerate(reference, CPU)
+    assert type(reference.model.layers[0].mlp) is Own
+    assert type(plain(reference).model.layers[0].mlp) is Own
 
 
 @torch.no_grad()
 def test_copies_and_moved_models_compute_by_their_own_weights():
-    one, other = pair(seen=True)
+    reference, other = pair(with_tower=True)
     pixels = torch.randn(1, 3, 16, 16)
     features = other.vision_encoder(pixels)
     twin = copy.deepcopy(other)
@@ -258,40 +258,40 @@ def test_copies_and_moved_models_compute_by_their_own_weights():
     assert torch.equal(other.vision_encoder(pixels), features)
     assert classes(twin) == classes(other)
     with torch.enable_grad():
-        assert_same_step(one, other, batch())
-        one.double()
+        assert_same_step(reference, other, batch())
+        reference.double()
         other.double()
         inputs = batch()
         inputs["image_features"] = inputs["image_features"].double()
-        assert_same_step(one, other, inputs)
+        assert_same_step(reference, other, inputs)
 
 
 @torch.no_grad()
 def test_new_weights_are_used():
     """Written in place, or other tensors in their stead."""
-    one, other = pair(seen=True)
-    fresh = {name: torch.randn_like(tensor) / 4 for name, tensor in one.state_dict().items()}
+    reference, other = pair(with_tower=True)
+    fresh = {name: torch.randn_like(tensor) / 4 for name, tensor in reference.state_dict().items()}
     pixels = torch.randn(1, 3, 16, 16)
     for assign in (False, True):
-        for model in (one, other):
+        for model in (reference, other):
             model.vision_encoder(pixels)  # packs what is there now
             model.load_state_dict(
                 {name: tensor * (2 if assign else 1) for name, tensor in fresh.items()}, assign=assign
             )
-        torch.testing.assert_close(other.vision_encoder(pixels), one.vision_encoder(pixels))
-    for model in (one, other):
+        torch.testing.assert_close(other.vision_encoder(pixels), reference.vision_encoder(pixels))
+    for model in (reference, other):
         model.requires_grad_(True)
     with torch.enable_grad():
-        assert_same_step(one, other, batch())
+        assert_same_step(reference, other, batch())
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_apples_formulas_are_the_same(qk_norm):
-    one, other = pair(seen=True, qk_norm=qk_norm)
+    reference, other = pair(with_tower=True, qk_norm=qk_norm)
     accelerate(other, torch.device("mps"))
     assert not classes(other) & {Attention, RMSNorm}
-    assert_same_step(one, other, batch())
-    for model in (one, other):  # the wide weights of `tiny_encoder` multiply rounding by a hundred
+    assert_same_step(reference, other, batch())
+    for model in (reference, other):  # the wide weights of `tiny_encoder` multiply rounding by a hundred
         spread(model.vision_encoder, 0)
     pixels = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(other.vision_encoder(pixels), one.vision_encoder(pixels))
+    torch.testing.assert_close(other.vision_encoder(pixels), reference.vision_encoder(pixels))

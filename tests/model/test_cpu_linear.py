@@ -36,10 +36,10 @@ def test_whichever_library_is_used(monkeypatch, case, biased):
     for count in (1, 2, 7, FEW, 197, 250):
         x = torch.randn(count, 200)
         with profile() as profiler:
-            found = multiply(x)
+            result = multiply(x)
         assert USED[case] in {event.key for event in profiler.key_averages()} or count != rows
         exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        ours, torchs = ((one - exact).square().mean().sqrt() for one in (found, F.linear(x, weight, bias)))
+        ours, torchs = ((values - exact).square().mean().sqrt() for values in (result, F.linear(x, weight, bias)))
         assert ours < 4 * torchs + 1e-7, "something is rounded"
 
 
@@ -47,14 +47,14 @@ def test_whichever_library_is_used(monkeypatch, case, biased):
 def test_without_mkl(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     weight, bias = torch.randn(30, 20), torch.randn(30)
-    here = product(weight, bias, 197)
+    with_mkl = product(weight, bias, 197)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    elsewhere = product(weight, bias, 197)
+    without_mkl = product(weight, bias, 197)
     for x in (torch.randn(197, 20), torch.randn(6, 20)):
-        for multiply in (here, elsewhere):
+        for multiply in (with_mkl, without_mkl):
             torch.testing.assert_close(multiply(x), x @ weight.T + bias)
         with profile() as profiler:
-            elsewhere(x)
+            without_mkl(x)
         assert "mkl::_mkl_linear" not in {event.key for event in profiler.key_averages()}
 
 

@@ -61,8 +61,8 @@ def slow_output(moe, x):
             total = sum(probs[expert] for expert in chosen) + 1e-20
             for expert in chosen:
                 out[row, at] += probs[expert] / total * swiglu(moe.experts[expert], token)
-            for shared in moe.shared_experts:
-                out[row, at] += swiglu(shared, token)
+            for expert in moe.shared_experts:
+                out[row, at] += swiglu(expert, token)
     return out
 
 
@@ -108,16 +108,16 @@ def test_grouped_products_are_those_of_every_expert(moe, monkeypatch):
     x = torch.randn(3, 17, 16)
     flow = torch.randn(3, 17, 16)
     accelerate(moe, torch.device("cuda"))
-    found = []
+    results = []
     for at_once in (False, True):
         monkeypatch.setattr(cuda_moe, "is_grouped", lambda *_, at_once=at_once: at_once)
         read = x.clone().requires_grad_()
         out, _ = moe(read, None)
         moe.zero_grad()
         (out * flow).sum().backward()
-        found.append([out, read.grad, *(parameter.grad for parameter in moe.parameters())])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        results.append([out, read.grad, *(parameter.grad for parameter in moe.parameters())])
+    for grouped, other in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
@@ -164,7 +164,7 @@ def test_where_experts_are_grouped(monkeypatch):
         (8, 6),
         (12, 0),
     ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=older: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=older: capability)
         assert not is_grouped(OnAGpu(), 1408, 512)
 
 
@@ -208,11 +208,13 @@ def test_model_sums_its_layers(make_vlm):
     """The model's auxiliary loss is the sum over layers in training, and zero otherwise and without experts."""
     model, input_ids = make_vlm(use_moe=True, num_hidden_layers=3).train(), torch.randint(0, 61, (2, 15))
     mask = torch.arange(15) < torch.tensor([[15], [8]])
-    seen = []
+    calls = []
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda _, args, output: seen.append((args[0], output[1])))
+        layer.mlp.register_forward_hook(lambda _, args, output: calls.append((args[0], output[1])))
     out = model(input_ids, attention_mask=mask, labels=input_ids)
-    by_hand = [slow_aux(layer.mlp, x.detach(), (15, 8)) for layer, (x, _) in zip(model.model.layers, seen, strict=True)]
+    by_hand = [
+        slow_aux(layer.mlp, x.detach(), (15, 8)) for layer, (x, _) in zip(model.model.layers, calls, strict=True)
+    ]
     assert out.aux_loss.item() == pytest.approx(sum(by_hand), rel=1e-5)
     assert out.loss.item() == pytest.approx((out.loss_sum / len(out.correct) + out.aux_loss).item(), rel=1e-6)
     assert model.eval()(input_ids, attention_mask=mask).aux_loss.item() == 0

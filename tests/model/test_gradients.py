@@ -13,7 +13,9 @@ TRAINS = {
     "projector": lambda name: False,
     "projector+last": lambda name: name.startswith("model.layers.2."),
     "projector+ends": lambda name: name.startswith(("model.layers.0.", "model.layers.2.")),
-    "attention": lambda name: name.startswith("model.") and any(f".self_attn.{one}_proj." in name for one in "qkvo"),
+    "attention": lambda name: (
+        name.startswith("model.") and any(f".self_attn.{letter}_proj." in name for letter in "qkvo")
+    ),
     "all": lambda name: name.startswith(("model.", "lm_head.")),
 }
 
@@ -39,7 +41,7 @@ def test_policies_are_all_tested():
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("policy", TRAINS)
 def test_gradients_exist_for_exactly_what_trains(policy, use_moe, make_vlm):
-    model = make_vlm(seen=True, use_moe=use_moe, num_hidden_layers=3)
+    model = make_vlm(with_tower=True, use_moe=use_moe, num_hidden_layers=3)
     freeze(model, "attention" if policy == "all" else "all")  # what an earlier policy left behind does not matter
     trained = freeze(model, policy)
     learn_once(model)
@@ -54,7 +56,7 @@ def test_gradients_exist_for_exactly_what_trains(policy, use_moe, make_vlm):
 @pytest.mark.parametrize("policy", TRAINS)
 def test_an_update_changes_nothing_else(policy, make_vlm):
     """Not even weight decay touches what is frozen."""
-    model = make_vlm(seen=True, num_hidden_layers=3)
+    model = make_vlm(with_tower=True, num_hidden_layers=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimiser = torch.optim.AdamW(freeze(model, policy), lr=0.01, weight_decay=0.1)
     learn_once(model)

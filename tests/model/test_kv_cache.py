@@ -19,9 +19,9 @@ def test_one_token_at_a_time(model):
     input_ids = torch.randint(0, 61, (2, 40))
     everything = model(input_ids).logits  # [B, T, V]
     cache = model.new_cache(2, 40)
-    parts = [model(input_ids[:, :7], cache=cache).logits]
-    parts += [model(input_ids[:, at : at + 1], cache=cache).logits for at in range(7, 40)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), everything, **CLOSE)
+    chunks = [model(input_ids[:, :7], cache=cache).logits]
+    chunks += [model(input_ids[:, at : at + 1], cache=cache).logits for at in range(7, 40)]
+    torch.testing.assert_close(torch.cat(chunks, dim=1), everything, **CLOSE)
 
 
 @torch.inference_mode()
@@ -29,8 +29,8 @@ def test_many_tokens_behind_others(model):
     """A further question: several tokens at once on a cache that is not empty."""
     input_ids = torch.randint(0, 61, (2, 30))
     cache = model.new_cache(2, 64)
-    parts = [model(part, cache=cache).logits for part in input_ids.split((4, 1, 13, 12), dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(input_ids).logits, **CLOSE)
+    chunks = [model(chunk, cache=cache).logits for chunk in input_ids.split((4, 1, 13, 12), dim=1)]
+    torch.testing.assert_close(torch.cat(chunks, dim=1), model(input_ids).logits, **CLOSE)
 
 
 @torch.inference_mode()
@@ -77,7 +77,7 @@ def test_rewound_cache_forgets(model):
 
 
 @torch.inference_mode()
-def test_pictures_are_remembered(model):
+def test_images_of_an_earlier_chunk_stay_in_the_cache(model):
     """Features are given with the first chunk only."""
     features = torch.randn(1, 4, 24)
     input_ids = torch.cat((torch.tensor([[7, 8, 5, 5, 5, 5]]), torch.randint(6, 61, (1, 9))), dim=1)

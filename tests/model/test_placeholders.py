@@ -29,8 +29,8 @@ def read_embeddings(model: VLM, *inputs: object, **named: object) -> torch.Tenso
     return given[0]
 
 
-def ids_of(*parts: list[int]) -> torch.Tensor:
-    return torch.tensor([list(chain(*parts))])
+def ids_of(*pieces: list[int]) -> torch.Tensor:
+    return torch.tensor([list(chain(*pieces))])
 
 
 PICTURE = [AT] * P
@@ -132,7 +132,7 @@ def test_wrong_number_of_pictures_names_the_row(make_vlm):
 
 def test_pictures_by_row_name_the_row(make_vlm):
     """[B, N, …] says how many each row has, so a total that happens to be right is not enough."""
-    model = make_vlm(seen=True)
+    model = make_vlm(with_tower=True)
     rows = torch.cat((ids_of(PICTURE, PICTURE, PICTURE), ids_of(PICTURE, [7] * 8)))  # 3 + 1 = 2 + 2
     with pytest.raises(ValueError, match="row 0 has placeholders for 3 images, but is given 2"):
         model(rows, pixel_values=torch.randn(2, 2, 3, 16, 16))
@@ -168,7 +168,7 @@ def test_placeholders_without_pictures_name_the_row(make_vlm):
 @pytest.mark.parametrize(("rows", "per_row"), [(2, 1), (2, 3), (1, 2), (3, 2)])
 @torch.no_grad()
 def test_all_shapes_of_pixels_are_one(rows, per_row, dtype, make_vlm):
-    model = make_vlm(seen=True)
+    model = make_vlm(with_tower=True)
     flat = torch.randint(0, 256, (rows * per_row, 3, 16, 16), dtype=torch.uint8).to(dtype)
     if dtype == torch.float32:
         flat = flat / 64 - 2
@@ -193,7 +193,7 @@ def test_pixels_need_a_vision_encoder(make_vlm):
 @torch.no_grad()
 def test_text_rows_among_picture_rows(use_moe, make_vlm):
     """Each row of a mixed, padded batch is read as if alone."""
-    model = make_vlm(seen=True, use_moe=use_moe)
+    model = make_vlm(with_tower=True, use_moe=use_moe)
     rows = [[3, *PICTURE, 8, 9], [10, AT, 12, 13, 14, 15, 16, 17, 18], [*PICTURE, 7, *PICTURE, 20, 21]]
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     longest = max(map(len, rows))

@@ -21,14 +21,14 @@ FORBIDDEN = {
 }
 
 
-def found(text: str, what: str) -> list[str]:
+def matches(text: str, what: str) -> list[str]:
     return [line for line in text.splitlines() if re.search(FORBIDDEN[what], line)]
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_plain_files_have_none_of(what):
     assert len(PLAIN) > 8
-    assert {path.name: lines for path in PLAIN if (lines := found(path.read_text(encoding="utf-8"), what))} == {}
+    assert {path.name: lines for path in PLAIN if (lines := matches(path.read_text(encoding="utf-8"), what))} == {}
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_plain_files_have_none_of(what):
     ],
 )
 def test_each_would_be_noticed(line, what):
-    assert found(line, what) == [line]
+    assert matches(line, what) == [line]

@@ -67,7 +67,7 @@ def test_towers_of_every_activation(activation, dtype, fast, tmp_path):
     encoder = accelerate(encoder, CPU) if fast else encoder
     exact = model.double()(pixel_values=pixels.double()).last_hidden_state
     theirs = model.to(dtype)(pixel_values=pixels.to(dtype)).last_hidden_state
-    ours_off, theirs_off = ((part.double() - exact).square().mean().sqrt() for part in (encoder(pixels), theirs))
+    ours_off, theirs_off = ((values.double() - exact).square().mean().sqrt() for values in (encoder(pixels), theirs))
     assert ours_off < 1.5 * theirs_off, "another function, not other rounding"
 
 

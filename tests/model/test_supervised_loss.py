@@ -47,25 +47,25 @@ def test_equals_full_logits(sample):
         torch.testing.assert_close(mine, other)
 
 
-def test_hits_in_reading_order(sample):
+def test_correct_tokens_in_reading_order(sample):
     hidden, labels, head = sample
     with torch.no_grad():  # make every second supervised token a sure hit
-        places = (labels[:, 1:] != IGNORE).nonzero().tolist()
-        for row, at in places[::2]:
+        positions = (labels[:, 1:] != IGNORE).nonzero().tolist()
+        for row, at in positions[::2]:
             hidden[row, at] = head[labels[row, at + 1]] * 10
-        _, hits = loss_of(hidden, labels, head)
+        _, correct = loss_of(hidden, labels, head)
         best = (hidden @ head.T).argmax(dim=-1)
-    assert hits.tolist() == [int(best[row, at]) == int(labels[row, at + 1]) for row, at in places]
-    assert len(hits) == len(places)
-    assert any(hits.tolist())
-    assert not all(hits.tolist())
+    assert correct.tolist() == [int(best[row, at]) == int(labels[row, at + 1]) for row, at in positions]
+    assert len(correct) == len(positions)
+    assert any(correct.tolist())
+    assert not all(correct.tolist())
 
 
 def test_no_supervised_token(sample):
     hidden, labels, head = sample
-    loss, hits = loss_of(hidden, torch.full_like(labels, IGNORE), head)
+    loss, correct = loss_of(hidden, torch.full_like(labels, IGNORE), head)
     assert loss.item() == 0
-    assert len(hits) == 0
+    assert len(correct) == 0
     loss.backward()
     assert not hidden.grad.any()
 

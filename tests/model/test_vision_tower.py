@@ -75,11 +75,11 @@ def test_features_are_those_of_clip(folder, fast):
     pixels = torch.randn(3, 3, 48, 48)
     features = encoder(pixels)
     model = CLIPVisionModel.from_pretrained(folder)
-    found = model(pixel_values=pixels, output_hidden_states=True)
+    expected = model(pixel_values=pixels, output_hidden_states=True)
     assert features.shape == (3, encoder.spec.tokens_per_image, encoder.spec.width) == (3, 9, 32)
-    assert torch.equal(found.last_hidden_state, found.hidden_states[-1])  # before the post-layernorm
+    assert torch.equal(expected.last_hidden_state, expected.hidden_states[-1])  # before the post-layernorm
     exact = model.double()(pixel_values=pixels.double()).last_hidden_state[:, 1:]
-    ours, theirs = ((part - exact).square().mean().sqrt() for part in (features, found.last_hidden_state[:, 1:]))
+    ours, theirs = ((values - exact).square().mean().sqrt() for values in (features, expected.last_hidden_state[:, 1:]))
     assert ours < 1.5 * theirs, "another function, not other rounding"
     assert (features[0] - features[1]).abs().max() > 0.1, "pictures make no difference"
 
@@ -95,7 +95,7 @@ def test_towers_of_every_kind(activation, dtype, fast, tmp_path):
     pixels = torch.randn(3, 3, 48, 48)
     exact = model.double()(pixel_values=pixels.double()).last_hidden_state[:, 1:]
     theirs = model.to(dtype)(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]
-    ours_off, theirs_off = ((part.double() - exact).square().mean().sqrt() for part in (encoder(pixels), theirs))
+    ours_off, theirs_off = ((values.double() - exact).square().mean().sqrt() for values in (encoder(pixels), theirs))
     assert ours_off < 1.5 * theirs_off + 1e-14, "another function, not other rounding"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from minimind_v.core.monitor.metrics import JsonLines, read_metrics
 from minimind_v.core.monitor.records import LONGEST, REPORTED
-from tests.cli.harness import here
+from tests.cli.harness import run_mmv
 
 STEP = {
     "step": 1, "steps": 9, "epoch": 0.1, "loss": 2.5, "hits": 0.5, "lr": 1e-4, "grad_norm": 1.0, "samples": 4,
@@ -50,10 +50,10 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_line_is_named_and_the_others_make_the_report(tmp_path, name):
-    line, words = DAMAGED[name]
-    ended = here("report", run_of(tmp_path, [step(1), line, step(3), step(4)]))
+    line, message = DAMAGED[name]
+    ended = run_mmv("report", run_of(tmp_path, [step(1), line, step(3), step(4)]))
     assert ended.code == 0, ended.err
-    assert f"{tmp_path / 'metrics.jsonl'}:2: {words}" in ended.err
+    assert f"{tmp_path / 'metrics.jsonl'}:2: {message}" in ended.err
     assert "left out of the report" in ended.err
     assert "4 of 9 steps" in (tmp_path / "report.html").read_text()
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl", needed=REPORTED)] == [1, 3, 4]
@@ -61,20 +61,20 @@ def test_a_damaged_line_is_named_and_the_others_make_the_report(tmp_path, name):
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_run_of_nothing_but_damage_says_what_and_where(tmp_path, name):
-    line, words = DAMAGED[name]
-    ended = here("report", run_of(tmp_path, [line]))
+    line, message = DAMAGED[name]
+    ended = run_mmv("report", run_of(tmp_path, [line]))
     assert ended.code == 1
     assert ended.error.startswith(f"{tmp_path / 'metrics.jsonl'}:1: ")
-    assert words in ended.error
+    assert message in ended.error
 
 
 def test_a_loss_that_is_no_number_is_no_damage(tmp_path):
-    ended = here("report", run_of(tmp_path, [step(1, loss=float("nan"), grad_norm=float("inf")), step(2)]))
+    ended = run_mmv("report", run_of(tmp_path, [step(1, loss=float("nan"), grad_norm=float("inf")), step(2)]))
     assert (ended.code, ended.err) == (0, "")
 
 
 def test_many_damaged_lines_are_counted(tmp_path):
-    ended = here("report", run_of(tmp_path, [step(1), *["{"] * 100]))
+    ended = run_mmv("report", run_of(tmp_path, [step(1), *["{"] * 100]))
     assert ended.code == 0
     assert len(ended.err.splitlines()) == 6
     assert "95 more damaged records" in ended.err
@@ -101,7 +101,7 @@ def test_a_damaged_event_is_named(tmp_path, event):
     good = {"step": 1, "validation": {"step": 1, "loss": 1.5, "hits": 0.5, "swapped_loss": None, "rows": 3}}
     lines = [good, event, {"step": 1, "warning": "all is slow"}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ended = here("report", tmp_path)
+    ended = run_mmv("report", tmp_path)
     assert ended.code == 0, ended.err
     assert f"{tmp_path / 'events.jsonl'}:2: " in ended.err
     page = (tmp_path / "report.html").read_text()
@@ -110,7 +110,7 @@ def test_a_damaged_event_is_named(tmp_path, event):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("manifest.json", "{", "not a JSON object"),
         ("manifest.json", "[" * 5000, "not a JSON object"),
@@ -120,19 +120,19 @@ def test_a_damaged_event_is_named(tmp_path, event):
         ("forecast.json", '{"cost": 1e400, "updates": 3}', "cost is inf"),
     ],
 )
-def test_damaged_notes_of_a_run_are_named(tmp_path, name, text, told):
+def test_damaged_notes_of_a_run_are_named(tmp_path, name, text, message):
     run_of(tmp_path, [step(1)])
     (tmp_path / name).write_text(text)
-    ended = here("report", tmp_path)
+    ended = run_mmv("report", tmp_path)
     assert ended.code == 0, ended.err
-    assert f"{tmp_path / name}: {told}" in ended.err
+    assert f"{tmp_path / name}: {message}" in ended.err
 
 
 def test_starts_of_a_manifest_that_are_none_are_no_error(tmp_path):
     run_of(tmp_path, [step(1)])
     deep = '{"a":' * 400 + "1" + "}" * 400
     (tmp_path / "manifest.json").write_text(f'{{"starts": [3, {{"git": 4, "machine": [5]}}], "config": {deep}}}')
-    assert here("report", tmp_path).code in (0, 1)
+    assert run_mmv("report", tmp_path).code in (0, 1)
 
 
 def test_a_resumed_run_keeps_the_whole_lines(tmp_path):

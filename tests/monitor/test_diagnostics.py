@@ -16,7 +16,7 @@ from minimind_v.core.monitor import diagnostics
 from minimind_v.core.monitor.diagnostics import Diagnostics, Start
 from minimind_v.core.monitor.metrics import StepMetrics, Validation
 from minimind_v.core.rows import archives
-from tests.cli.harness import here, place, read_rows, sighted, write_rows
+from tests.cli.harness import read_rows, run_mmv, sighted, tiny_data, write_rows
 
 HEALTHY = json.loads(Path(__file__).with_name("healthy.json").read_text())  # four runs of the demo, every step
 RULES = {rule.__name__ for rule in (*diagnostics.STEP_RULES, *diagnostics.VALIDATION_RULES)}
@@ -33,15 +33,15 @@ def metrics(step, loss, norm=1.0, steps=200, seconds=None, waited=0.0):
     return StepMetrics(step, steps, step / steps, loss, 0.5, 1e-3, norm, step, step, 60 * step, seconds, waited)
 
 
-def told(losses, start=None, norms=None, pictures=1, **more):
+def fired_rules(losses, start=None, norms=None, pictures=1, **more):
     """The rules that fire over losses, with the step at which each does."""
     watched = Diagnostics(start or started())
     watched.history.images = pictures
-    found = {}
+    fired = {}
     for step, loss in enumerate(losses, watched.history.start.done + 1):
         norm = norms[step - 1] if norms else 1.0
-        found |= dict.fromkeys(watched.step(metrics(step, loss, norm, len(losses), **more)), step)
-    return found
+        fired |= dict.fromkeys(watched.step(metrics(step, loss, norm, len(losses), **more)), step)
+    return fired
 
 
 def held(*losses, every=20, swapped=None):
@@ -59,40 +59,40 @@ def test_nothing_is_said_over_a_healthy_run(run):
     for step, (loss, norm, seconds, waited) in enumerate(columns, 1):
         assert watched.step(metrics(step, loss, norm, len(run["loss"]), seconds, waited)) == {}
         if step % 20 == 0:  # a held-out loss that follows that of training, others as the demo's are
-            here = max(watched.history.recent, 0.02) + 0.01
-            assert watched.validated(Validation(step, here, 0.9, here + 0.5, 50)) == {}
+            held_out_loss = max(watched.history.recent, 0.02) + 0.01
+            assert watched.validated(Validation(step, held_out_loss, 0.9, held_out_loss + 0.5, 50)) == {}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_is_not_taken_for_trouble(seed):
     rng = random.Random(seed)
     slope = [2.0 + 2.5 * math.exp(-step / 300) + rng.gauss(0, 0.4) for step in range(2000)]
-    assert told(slope) == {}
+    assert fired_rules(slope) == {}
 
 
-def test_a_run_that_is_taken_up_is_not_judged_by_its_beginning():
-    assert told([6.4] * 100, started(done=500)) == {}
+def test_a_resumed_run_is_not_judged_by_its_beginning():
+    assert fired_rules([6.4] * 100, started(done=500)) == {}
 
 
 def test_random_weights_may_guess_and_a_trained_projector_may_stay_as_it_is():
-    assert told([6.4] * 100, started(loaded=False, new_projector=False)) == {}
-    assert told([2.0] * 200, started("sft")) == {}
+    assert fired_rules([6.4] * 100, started(loaded=False, new_projector=False)) == {}
+    assert fired_rules([2.0] * 200, started("sft")) == {}
 
 
 # --- each rule --------------------------------------------------------------------------------------------------------
 
 
-def first_line(loss, **known):
+def first_line(loss, **settings):
     """What is said of a first loss."""
-    watched = Diagnostics(started("sft", **known))
+    watched = Diagnostics(started("sft", **settings))
     return watched.step(metrics(1, loss))["first_loss_high"]
 
 
-def test_weights_that_guess_are_told_at_once_and_a_little_later():
-    assert told([6.4, 6.3, 6.2]) == {"first_loss_high": 1}
+def test_weights_that_guess_are_reported_at_once_and_a_little_later():
+    assert fired_rules([6.4, 6.3, 6.2]) == {"first_loss_high": 1}
     falling = [5.7] * 20 + [5.5] * 20 + [5.3] * 40
-    assert told(falling)["loss_stays_high"] == 60
-    assert told([14.9 * 0.95**step for step in range(100)]) == {"first_loss_high": 1}, "it learns"
+    assert fired_rules(falling)["loss_stays_high"] == 60
+    assert fired_rules([14.9 * 0.95**step for step in range(100)]) == {"first_loss_high": 1}, "it learns"
 
 
 def test_a_first_loss_says_what_is_known_about_its_cause():
@@ -110,12 +110,12 @@ def test_a_first_loss_says_what_is_known_about_its_cause():
 
 def test_a_loss_that_hardly_falls_names_the_rate_and_for_few_rows_the_recipe():
     losses = [14.9 - step / 100 for step in range(100)]
-    watched, said = Diagnostics(started("sft", lr=1e-6, rows=12)), {}
+    watched, warned = Diagnostics(started("sft", lr=1e-6, rows=12)), {}
     for step, loss in enumerate(losses, 1):
-        said |= watched.step(metrics(step, loss))
-    assert set(said) == {"first_loss_high", "loss_stays_high"}
-    assert "raise --lr (now 1e-06), or use --recipe small-data" in said["loss_stays_high"]
-    assert told(losses, started("sft", rows=10**6)).keys() == said.keys()
+        warned |= watched.step(metrics(step, loss))
+    assert set(warned) == {"first_loss_high", "loss_stays_high"}
+    assert "raise --lr (now 1e-06), or use --recipe small-data" in warned["loss_stays_high"]
+    assert fired_rules(losses, started("sft", rows=10**6)).keys() == warned.keys()
 
 
 def test_few_rows_are_learnt_by_heart_and_that_is_how_it_is_called():
@@ -127,25 +127,25 @@ def test_few_rows_are_learnt_by_heart_and_that_is_how_it_is_called():
     assert "stop now, or use more rows" in line
 
 
-def test_a_learning_rate_that_throws_the_loss_out_is_told():
-    assert told([2 - step / 100 for step in range(100)] + [3.5] * 30) == {"learning_rate_too_high": 109}
-    assert told([1.6, *[7.0] * 40]) == {"learning_rate_too_high": 21}
-    assert told([1.6, *[7.0] * 10, *[1.5] * 40]) == {}, "a jump at first, soon over"
+def test_a_learning_rate_that_makes_the_loss_diverge_is_reported():
+    assert fired_rules([2 - step / 100 for step in range(100)] + [3.5] * 30) == {"learning_rate_too_high": 109}
+    assert fired_rules([1.6, *[7.0] * 40]) == {"learning_rate_too_high": 21}
+    assert fired_rules([1.6, *[7.0] * 10, *[1.5] * 40]) == {}, "a jump at first, soon over"
 
 
-def test_a_gradient_of_zero_is_told():
-    assert told([2.0] * 30, started("sft"), norms=[1.0] * 5 + [0.0] * 25) == {"no_gradient": 25}
-    assert told([2.0] * 30, started("sft"), norms=[0.0] * 10 + [1.0] + [0.0] * 19) == {}
+def test_a_gradient_of_zero_is_reported():
+    assert fired_rules([2.0] * 30, started("sft"), norms=[1.0] * 5 + [0.0] * 25) == {"no_gradient": 25}
+    assert fired_rules([2.0] * 30, started("sft"), norms=[0.0] * 10 + [1.0] + [0.0] * 19) == {}
 
 
 def waits(share, seconds=100, workers=0):
-    watched, found = Diagnostics(started("sft", workers=workers)), {}
+    watched, warned = Diagnostics(started("sft", workers=workers)), {}
     for step in range(1, seconds + 1):
-        found |= watched.step(metrics(step, 2 - step / 1000, steps=10**6, waited=share * step))
-    return found
+        warned |= watched.step(metrics(step, 2 - step / 1000, steps=10**6, waited=share * step))
+    return warned
 
 
-def test_waiting_for_data_is_told_with_the_number_of_workers():
+def test_waiting_for_data_is_reported_with_the_number_of_workers():
     assert waits(0.15) == {}
     assert waits(0.9, seconds=60) == {}, "one stretch is no habit"
     assert "raise --workers (now 0) to 1" in waits(0.3)["data_is_slow"]
@@ -169,17 +169,17 @@ def test_more_workers_are_advised_as_long_as_there_are_cores(monkeypatch, cores,
     assert advice in waits(0.3, workers=workers)["data_is_slow"]
 
 
-def validated(found, losses, start=None, steps=200):
-    watched, said = Diagnostics(start or started("sft")), {}
+def validated(validations, losses, start=None, steps=200):
+    watched, warned = Diagnostics(start or started("sft")), {}
     for step, loss in enumerate(losses, 1):
         watched.step(metrics(step, loss, steps=steps))
-        for one in found:
-            if one.step == step:
-                said |= {rule: (step, line) for rule, line in watched.validated(one).items()}
-    return said
+        for validation in validations:
+            if validation.step == step:
+                warned |= {rule: (step, line) for rule, line in watched.validated(validation).items()}
+    return warned
 
 
-def test_overfitting_is_told_since_when():
+def test_overfitting_is_reported_with_the_step_of_its_start():
     falling = [2 - step / 200 for step in range(200)]
     step, line = validated(held(1.9, 1.8, 1.85, 1.9, 2.0, 2.1), falling)["overfitting"]
     assert step == 100
@@ -190,7 +190,7 @@ def test_overfitting_is_told_since_when():
     assert validated(held(1.9, 1.800, 1.801, 1.802, 1.803), falling) == {}, "hardly"
 
 
-def test_overfitting_is_told_once_also_over_a_resumed_run():
+def test_overfitting_is_reported_once_also_over_a_resumed_run():
     earlier = held(1.9, 1.8, 1.85, 1.9)
     again = Diagnostics(started("sft", done=80), warned=(), validations=earlier)
     for step in range(81, 101):
@@ -204,7 +204,7 @@ def test_overfitting_is_told_once_also_over_a_resumed_run():
     )
 
 
-def test_a_model_that_does_not_look_is_told():
+def test_a_model_that_ignores_the_images_is_reported():
     assert "does_not_look" in validated(held(1.9, 1.8, 1.7, 1.6, swapped=1.001), [1.5] * 200)
     assert validated(held(1.9, 1.8, 1.7, 1.6, swapped=1.05), [1.5] * 200) == {}
     assert validated(held(1.9, 1.8, 1.7, swapped=1.0), [1.5] * 200, steps=2000) == {}, "it is too early"
@@ -217,48 +217,48 @@ def warnings(out, name="pretrain_vlm_128"):
     return {event["sign"]: event["warning"] for event in read_rows(out / name / "events.jsonl") if "sign" in event}
 
 
-def run(tmp_path, stage="pretrain", *words, **changes):
-    ended = here(*place().train(tmp_path / "out", stage, **changes), *words)
+def run(tmp_path, stage="pretrain", *options, **changes):
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", stage, **changes), *options)
     assert ended.code == 0, ended.err
-    found = warnings(tmp_path / "out", f"{stage}_vlm_128")
-    for line in found.values():
+    warned = warnings(tmp_path / "out", f"{stage}_vlm_128")
+    for line in warned.values():
         assert ended.err.count(line) == 1
-    return found
+    return warned
 
 
 def test_a_real_run_with_a_huge_learning_rate(tmp_path):
-    found = run(tmp_path, lr=0.9, epochs=4)
-    assert set(found) == {"learning_rate_too_high"}
-    assert "--lr 0.09" in found["learning_rate_too_high"]
+    warned = run(tmp_path, lr=0.9, epochs=4)
+    assert set(warned) == {"learning_rate_too_high"}
+    assert "--lr 0.09" in warned["learning_rate_too_high"]
 
 
 def test_a_real_run_with_a_tiny_learning_rate(tmp_path):
-    found = run(tmp_path, lr=1e-9, epochs=6)
-    assert set(found) == {"projector_does_not_learn"}
-    assert "is 2.69 after 50" in found["projector_does_not_learn"]
+    warned = run(tmp_path, lr=1e-9, epochs=6)
+    assert set(warned) == {"projector_does_not_learn"}
+    assert "is 2.69 after 50" in warned["projector_does_not_learn"]
 
 
 def test_a_real_run_whose_answers_are_cut(tmp_path):
-    found = run(tmp_path, "sft", max_length=120, init=sighted(), epochs=2)
-    assert set(found) == {"answers_are_cut"}
-    assert "120 tokens — raise --max-length" in found["answers_are_cut"]
+    warned = run(tmp_path, "sft", max_length=120, init=sighted(), epochs=2)
+    assert set(warned) == {"answers_are_cut"}
+    assert "120 tokens — raise --max-length" in warned["answers_are_cut"]
 
 
 def test_a_real_run_without_pictures(tmp_path):
-    rows = [{"conversations": row["conversations"]} for row in read_rows(place().data("pretrain"))]
+    rows = [{"conversations": row["conversations"]} for row in read_rows(tiny_data().data("pretrain"))]
     for row in rows:
         row["conversations"][0]["content"] = "What is there?"
-    found = run(tmp_path, data=write_rows(tmp_path / "talk.jsonl", rows), images=None)
-    assert set(found) == {"no_pictures"}
+    warned = run(tmp_path, data=write_rows(tmp_path / "talk.jsonl", rows), images=None)
+    assert set(warned) == {"no_pictures"}
 
 
 def test_a_real_run_whose_rows_lack_their_marks(tmp_path):
-    rows = read_rows(place().data("pretrain"))
+    rows = read_rows(tiny_data().data("pretrain"))
     for number, row in enumerate(rows):
         if number % 4:
             row["conversations"][0]["content"] = "What is there?"
-    found = run(tmp_path, data=write_rows(tmp_path / "unmarked.jsonl", rows))
-    assert set(found) == {"no_marks"}
+    warned = run(tmp_path, data=write_rows(tmp_path / "unmarked.jsonl", rows))
+    assert set(warned) == {"no_marks"}
     for row in rows[: len(rows) // 2]:
         row["conversations"][0]["content"] = "<image>What is there?"
     assert run(tmp_path, "pretrain", "--overwrite", data=write_rows(tmp_path / "half.jsonl", rows)) == {}
@@ -268,8 +268,8 @@ def test_a_real_run_whose_pictures_come_slowly(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnostics, "STRETCH", 0.2)
     real = archives.ZipPictures.read
     monkeypatch.setattr(archives.ZipPictures, "read", lambda *args: (time.sleep(0.03), real(*args))[1])
-    found = run(tmp_path, epochs=2, lr=4e-3)
-    assert set(found) == {"data_is_slow"}
+    warned = run(tmp_path, epochs=2, lr=4e-3)
+    assert set(warned) == {"data_is_slow"}
 
 
 def test_a_real_run_that_is_well(tmp_path):

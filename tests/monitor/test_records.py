@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import minimind_v
 from minimind_v.core.monitor.manifest import git_state
 from minimind_v.core.pages.run_report import beside, read_run
-from tests.cli.harness import here, place, read_rows
+from tests.cli.harness import read_rows, run_mmv, tiny_data
 
 NAME = "pretrain_vlm_128"
 
@@ -24,8 +24,8 @@ NAME = "pretrain_vlm_128"
 def out(tmp_path_factory):
     """A short run, stopped on the way and resumed, with a warning and validations."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    line = place().train(folder, epochs=3, lr=0.9, val_every=6, save_every=5, track="tensorboard")
-    assert here(*line).code == 0
+    line = tiny_data().train(folder, epochs=3, lr=0.9, val_every=6, save_every=5, track="tensorboard")
+    assert run_mmv(*line).code == 0
     return folder
 
 
@@ -36,15 +36,15 @@ def manifest(out):
 # --- manifest ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_manifest_tells_what_the_run_was_made_of(out):
-    found = manifest(out)
-    assert found["seed"] == 1
-    assert found["config"]["data"]["batch_size"] == 4
-    assert set(found["fingerprints"]) == {"data.file", "data.images", "data.tokenizer", "vision_model", "init"}
-    assert all(re.search(r"\d+ (bytes|files) [0-9a-f]{16}", text) for text in found["fingerprints"].values())
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["versions"]["mmv"] == minimind_v.__version__
-    start = found["starts"][0]
+def test_the_manifest_holds_the_inputs_of_the_run(out):
+    record = manifest(out)
+    assert record["seed"] == 1
+    assert record["config"]["data"]["batch_size"] == 4
+    assert set(record["fingerprints"]) == {"data.file", "data.images", "data.tokenizer", "vision_model", "init"}
+    assert all(re.search(r"\d+ (bytes|files) [0-9a-f]{16}", text) for text in record["fingerprints"].values())
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["mmv"] == minimind_v.__version__
+    start = record["starts"][0]
     assert "train pretrain --preset demo" in start["command"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", start["time"])
     assert start["after_updates"] == 0
@@ -56,18 +56,18 @@ def test_a_resumed_run_adds_a_start(tmp_path, monkeypatch):
 
     real = Run._step
 
-    def update(run, step, batches):
+    def patched_step(run, step, batches):
         if step == 5:
             raise KeyboardInterrupt
         return real(run, step, batches)
 
-    line = place().train(tmp_path, save_every=2)
-    monkeypatch.setattr(Run, "_step", update)
-    assert here(*line).code == 130
+    line = tiny_data().train(tmp_path, save_every=2)
+    monkeypatch.setattr(Run, "_step", patched_step)
+    assert run_mmv(*line).code == 130
     monkeypatch.undo()
-    assert here(*line, "--resume").code == 0
+    assert run_mmv(*line, "--resume").code == 0
     assert [start["after_updates"] for start in manifest(tmp_path)["starts"]] == [0, 4]
-    assert here(*line, "--overwrite").code == 0
+    assert run_mmv(*line, "--overwrite").code == 0
     assert len(manifest(tmp_path)["starts"]) == 1
 
 
@@ -82,8 +82,8 @@ def test_code_outside_a_repository_has_no_git_state(tmp_path):
 def test_the_report_is_one_file_with_everything(out):
     page = (out / NAME / "report.html").read_text()
     assert page.count("<polyline") >= 9
-    for words in ("is too high", "Learning rate", "Gradient norm", "Tokens per second", "validation", "Starts"):
-        assert words in page
+    for phrase in ("is too high", "Learning rate", "Gradient norm", "Tokens per second", "validation", "Starts"):
+        assert phrase in page
     assert "data.batch_size" in page
     assert not re.search(r'(src|href)="(?!data:)|@import|<script|url\(', page), "it needs nothing besides itself"
     assert "NaN" not in page
@@ -94,25 +94,25 @@ def test_the_report_is_made_again_on_demand(out, tmp_path):
     page = out / NAME / "report.html"
     before = page.read_text()
     page.unlink()
-    for told in (out, out / NAME, out / f"{NAME}.pth"):
-        assert here("report", told).out == f"{page}\n"
+    for target in (out, out / NAME, out / f"{NAME}.pth"):
+        assert run_mmv("report", target).out == f"{page}\n"
     assert page.read_text() == before
-    assert here("report", out, "--json").json == {"report": str(page)}
-    assert "no run in" in here("report", tmp_path).error
+    assert run_mmv("report", out, "--json").json == {"report": str(page)}
+    assert "no run in" in run_mmv("report", tmp_path).error
 
 
 def test_the_report_of_a_run_under_way(out, tmp_path):
     lines = (out / NAME / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:1]) + lines[1][:20])
-    assert here("report", tmp_path).code == 0
+    assert run_mmv("report", tmp_path).code == 0
     assert "1 of 27 steps" in (tmp_path / "report.html").read_text()
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "logged nothing yet" in here("report", tmp_path).error
+    assert "logged nothing yet" in run_mmv("report", tmp_path).error
 
 
 def test_what_a_row_or_a_path_says_does_nothing_in_the_report(tmp_path):
     folder = tmp_path / "<script>x"
-    ended = here(*place().train(folder, max_steps=2))
+    ended = run_mmv(*tiny_data().train(folder, max_steps=2))
     assert ended.code == 0
     assert "<script" not in (folder / NAME / "report.html").read_text()
 
@@ -129,10 +129,10 @@ def test_tensorboard_shows_the_same_curves(out):
     events = EventAccumulator(str(out / NAME / "tensorboard")).Reload()
     logged = read_rows(out / NAME / "metrics.jsonl")
     for key, tag in (("loss", "train/loss"), ("lr", "train/lr"), ("grad_norm", "train/grad_norm")):
-        assert [(one.step, one.value) for one in events.Scalars(tag)] == [
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [
             (record["step"], pytest.approx(record[key], rel=1e-6)) for record in logged
         ]
-    assert [one.step for one in events.Scalars("validation/loss")] == [6, 12, 18, 24, 27]
+    assert [event.step for event in events.Scalars("validation/loss")] == [6, 12, 18, 24, 27]
 
 
 class FakeRun:
@@ -151,38 +151,38 @@ class FakeRun:
 @pytest.fixture
 def calls(monkeypatch):
     """Stand-ins for both services; what they are told."""
-    told = []
+    recorded = []
     wandb = types.ModuleType("wandb")
     wandb.api = types.SimpleNamespace(api_key=None)
-    wandb.init = lambda **words: told.append(("init", words)) or FakeRun(told)
+    wandb.init = lambda **settings: recorded.append(("init", settings)) or FakeRun(recorded)
     trackio = types.ModuleType("trackio")
-    trackio.init = lambda **words: told.append(("init", words))
-    trackio.log, trackio.finish = FakeRun(told).log, FakeRun(told).finish
+    trackio.init = lambda **settings: recorded.append(("init", settings))
+    trackio.log, trackio.finish = FakeRun(recorded).log, FakeRun(recorded).finish
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    return told
+    return recorded
 
 
-def test_wandb_works_offline_without_an_account_and_goes_on_with_the_same_run(tmp_path, calls):
-    ended = here(*place().train(tmp_path, max_steps=3, track="wandb"))
+def test_wandb_works_offline_without_an_account_and_resumes_the_same_run(tmp_path, calls):
+    ended = run_mmv(*tiny_data().train(tmp_path, max_steps=3, track="wandb"))
     assert ended.code == 0, ended.err
     assert "wandb sync" in ended.err
-    _, words = calls[0]
-    assert (words["mode"], words["id"], words["resume"]) == ("offline", None, None)
-    assert words["config"]["data"]["batch_size"] == 4
+    _, settings = calls[0]
+    assert (settings["mode"], settings["id"], settings["resume"]) == ("offline", None, None)
+    assert settings["config"]["data"]["batch_size"] == 4
     assert [call[1] for call in calls[1:-1]] == [1, 2, 3]
     assert calls[1][2]["train/loss"] > 0
     assert calls[-1] == ("finish",)
     calls.clear()
-    line = place().train(tmp_path, max_steps=4, track="wandb")
-    assert here(*line, "--resume", "--allow", "max_steps").code == 0
+    line = tiny_data().train(tmp_path, max_steps=4, track="wandb")
+    assert run_mmv(*line, "--resume", "--allow", "max_steps").code == 0
     assert (calls[0][1]["id"], calls[0][1]["resume"]) == ("abc123", "allow")
     assert [call[1] for call in calls[1:-1]] == [4]
 
 
 def test_trackio(tmp_path, calls):
-    assert here(*place().train(tmp_path, max_steps=2, track="trackio")).code == 0
+    assert run_mmv(*tiny_data().train(tmp_path, max_steps=2, track="trackio")).code == 0
     assert [call[0] for call in calls] == ["init", "log", "log", "finish"]
     assert calls[0][1]["name"] == NAME
 
@@ -192,7 +192,7 @@ def test_a_tracker_that_breaks_does_not_end_the_run(tmp_path, calls, monkeypatch
         raise OSError("no route to host")
 
     monkeypatch.setattr(sys.modules["trackio"], "log", broken)
-    ended = here(*place().train(tmp_path, max_steps=3, track="trackio"))
+    ended = run_mmv(*tiny_data().train(tmp_path, max_steps=3, track="trackio"))
     assert ended.code == 0
     assert ended.err.count("no route to host") == 1
 
@@ -208,8 +208,8 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, kind
 
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.setitem(sys.modules, kind, None)
-    ended = here(*place().train(tmp_path / "out", max_steps=2, track=kind))
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", max_steps=2, track=kind))
     assert ended.code == 1
     assert f"pip install 'minimind-v[{kind}]'" in ended.error
     assert not (tmp_path / "out" / NAME).exists()
-    assert "did you mean 'wandb'" in here(*place().train(tmp_path / "out", track="wandbb")).error
+    assert "did you mean 'wandb'" in run_mmv(*tiny_data().train(tmp_path / "out", track="wandbb")).error

@@ -47,7 +47,7 @@ def test_a_row_is_a_caption(tmp_path, monkeypatch, order, options, chunk):
 
 
 @pytest.mark.parametrize(
-    ("annotation", "words"),
+    ("annotation", "message"),
     [
         ({"caption": "c", "id": 1}, "without `image_id`"),
         ({"caption": "c", "image_id": 99}, "no image has the id 99"),
@@ -57,11 +57,11 @@ def test_a_row_is_a_caption(tmp_path, monkeypatch, order, options, chunk):
         ({"image_id": 1}, "conversation"),
     ],
 )
-def test_a_bad_annotation_is_one_broken_row(tmp_path, annotation, words):
+def test_a_bad_annotation_is_one_broken_row(tmp_path, annotation, message):
     images = [*PICTURES, {"file_name": "a.png", "id": 7}, {"file_name": "b.png", "id": 7}, {"id": 8}, {"no": 1}, None]
     path = write(tmp_path, {"images": images, "annotations": [CAPTIONS[0], annotation, CAPTIONS[5]]})
     rows = open_rows(path)
-    with pytest.raises(RowError, match=words):
+    with pytest.raises(RowError, match=message):
         use(rows, 1)
     assert [caption(rows, n) for n in (0, 2)] == [CAPTIONS[0]["caption"], CAPTIONS[5]["caption"]]
 
@@ -88,14 +88,14 @@ def karpathy():
 
 
 def test_karpathy_has_splits(tmp_path):
-    path, told = write(tmp_path, karpathy()), []
+    path, messages = write(tmp_path, karpathy()), []
     (tmp_path / "1.png").write_bytes(picture(1))
-    rows = pickle.loads(pickle.dumps(open_rows(path, tmp_path, say=told.append)))
+    rows = pickle.loads(pickle.dumps(open_rows(path, tmp_path, say=messages.append)))
     assert [caption(rows, n) for n in range(len(rows))] == ["train 0", "restval 0", "restval 1"]
     assert rows.row(1).images == ["val2014/1.png"]
     assert rows.picture(1, 0, "val2014/1.png") == picture(1)
     assert (rows.split, rows.location(2)) == ("train", f"{path}:3")
-    assert "reading the split train (3 rows), not validation (3 rows), test (4 rows)" in told[0]
+    assert "reading the split train (3 rows), not validation (3 rows), test (4 rows)" in messages[0]
     test = open_rows(path, split="test")
     assert (len(test), caption(test, 3), test.location(0)) == (4, "test 3", f"{path}:7")
     assert len(open_rows(path, split="all")) == 10
@@ -104,7 +104,7 @@ def test_karpathy_has_splits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "message"),
     [
         ({"images": PICTURES, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}, "no annotation has a `caption`"),
         ({"images": PICTURES, "annotations": []}, "no annotation has a `caption`"),
@@ -115,8 +115,8 @@ def test_karpathy_has_splits(tmp_path):
         ('{"images": [{"id": 1}], nonsense', "no key at byte 24"),
     ],
 )
-def test_what_has_no_captions_is_named(tmp_path, value, words):
-    with pytest.raises(DataError, match=words):
+def test_what_has_no_captions_is_named(tmp_path, value, message):
+    with pytest.raises(DataError, match=message):
         open_rows(write(tmp_path, value))
 
 

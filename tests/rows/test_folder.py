@@ -58,15 +58,15 @@ def test_sub_folders_are_splits(tmp_path, kind):
     for n, split in enumerate(("train/a", "train/b", "validation", ".hidden")):
         pictures(tmp_path / split, n)
         write_metadata(tmp_path / split, kind, [{"file_name": f"{n}.png", "text": f"number {n}"}])
-    told = []
-    rows = open_rows(tmp_path, say=told.append)
+    messages = []
+    rows = open_rows(tmp_path, say=messages.append)
     assert [rows.picture(n, 0, rows.row(n).images[0]) for n in range(len(rows))] == [picture(0), picture(1)]
     assert [rows.location(n).rpartition(":")[0] for n in range(2)] == [
         str(tmp_path / "train" / name / f"metadata.{kind}") for name in "ab"
     ]
     assert sorted(rows.shuffled(__import__("numpy").random.default_rng(0)).tolist()) == [0, 1]
     assert (rows.split, rows.pictures) == ("train", None)
-    assert "not validation (1 file)" in told[0]
+    assert "not validation (1 file)" in messages[0]
     held = open_rows(tmp_path, split="val")
     assert held.picture(0, 0, "2.png") == picture(2)
     assert held.pictures == tmp_path / "validation"
@@ -97,7 +97,7 @@ def test_a_table_called_metadata_that_names_no_files_is_one_of_rows(tmp_path):
     assert open_rows(tmp_path).files == [tmp_path / "metadata.parquet"]
 
 
-def test_a_picture_that_is_not_there_is_a_broken_row(tmp_path):
+def test_a_row_whose_picture_does_not_exist_is_broken(tmp_path):
     write_metadata(tmp_path, "csv", [{"file_name": "1.png", "text": "x"}, {"file_name": "../1.png", "text": "x"}])
     rows = open_rows(tmp_path)
     for n in range(2):
@@ -117,9 +117,9 @@ def test_bytes_in_metadata_that_are_not_read_are_named(tmp_path):
     pictures(tmp_path, 1)
     rows = [{"file_name": "1.png", "text": "x", "mask": b"mask"}]
     write_metadata(tmp_path, "parquet", rows)
-    told = []
-    open_rows(tmp_path, say=told.append)
-    assert told == [f"{tmp_path / 'metadata.parquet'}: the bytes in mask are ignored and not copied"]
+    messages = []
+    open_rows(tmp_path, say=messages.append)
+    assert messages == [f"{tmp_path / 'metadata.parquet'}: the bytes in mask are ignored and not copied"]
 
 
 def test_two_files_of_metadata_are_one_too_many(tmp_path):
@@ -130,7 +130,7 @@ def test_two_files_of_metadata_are_one_too_many(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "message"),
     [
         (["a/1.png"], "add a metadata.csv with the columns file_name and text"),
         (["a.jsonl", "b.jsonl", "1.png"], "give one file, such as .*a.jsonl"),
@@ -138,9 +138,9 @@ def test_two_files_of_metadata_are_one_too_many(tmp_path):
         ([], "a folder without rows"),
     ],
 )
-def test_a_folder_without_rows_is_named_with_what_would_be_read(tmp_path, files, words):
+def test_a_folder_without_rows_is_named_with_what_would_be_read(tmp_path, files, message):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(picture(1))
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         open_rows(tmp_path)

@@ -30,7 +30,7 @@ CASES = Path("../shared/cases")
 CIRCLE = "<image>\nWhat colour is the circle?"
 
 
-def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
+def talk(*texts, roles=("user", "assistant"), keys=("role", "content")):
     return [{keys[0]: roles[n % 2], keys[1]: text} for n, text in enumerate(texts)]
 
 
@@ -43,14 +43,14 @@ class Written:
     """How a row is written, and what it is read as; a picture is `picture(n)`, and is a file `n.png` too."""
 
     fields: dict[str, Any]
-    messages: list[dict[str, str]] = field(default_factory=lambda: said(CIRCLE, "red"))
+    messages: list[dict[str, str]] = field(default_factory=lambda: talk(CIRCLE, "red"))
     pictures: list[int] = field(default_factory=lambda: [1])
     notes: tuple[str, ...] = ()
     form: str = ""
     name: str = "1.png"  # of the first picture, where it has one
 
 
-def parts(*pictures, text="What colour is the circle?"):
+def turns(*pictures, text="What colour is the circle?"):
     shown = [picture if isinstance(picture, dict) else {"type": "image"} for picture in pictures]
     return [
         {"role": "user", "content": [*shown, {"type": "text", "text": text}]},
@@ -59,31 +59,31 @@ def parts(*pictures, text="What colour is the circle?"):
 
 
 URI = f"data:image/png;base64,{text_of(1)}"
-DESCRIBED = said("<image>\nDescribe this image.", "a red circle")
+DESCRIBED = talk("<image>\nDescribe this image.", "a red circle")
 NAMED = {
-    "as published": Written({"conversations": said(CIRCLE, "red"), "image": "1.png"}, form="conversations + image"),
+    "as published": Written({"conversations": talk(CIRCLE, "red"), "image": "1.png"}, form="conversations + image"),
     "LLaVA": Written(
-        {"conversations": said(CIRCLE, "red", roles=("human", "gpt"), keys=("from", "value")), "image": "1.png"}
+        {"conversations": talk(CIRCLE, "red", roles=("human", "gpt"), keys=("from", "value")), "image": "1.png"}
     ),
     "messages and images": Written(
-        {"messages": said(CIRCLE, "red"), "images": ["1.png"]}, form="messages + images"
+        {"messages": talk(CIRCLE, "red"), "images": ["1.png"]}, form="messages + images"
     ),
     "conversations and images": Written(
         {
-            "conversations": said("<image>\n<image>\nWhich?", "two", roles=("human", "gpt"), keys=("from", "value")),
+            "conversations": talk("<image>\n<image>\nWhich?", "two", roles=("human", "gpt"), keys=("from", "value")),
             "images": ["2.png", "1.png"],
         },
-        said("<image>\n<image>\nWhich?", "two"),
+        talk("<image>\n<image>\nWhich?", "two"),
         [2, 1],
         name="2.png",
     ),
-    "messages as JSON text": Written({"messages": json.dumps(said(CIRCLE, "red")), "images": ["1.png"]}),
-    "roles in capitals": Written({"conversations": said(CIRCLE, "red", roles=("User", "GPT")), "image": "1.png"}),
+    "messages as JSON text": Written({"messages": json.dumps(talk(CIRCLE, "red")), "images": ["1.png"]}),
+    "roles in capitals": Written({"conversations": talk(CIRCLE, "red", roles=("User", "GPT")), "image": "1.png"}),
     "a bot": Written(
-        {"messages": said(CIRCLE, "red", roles=("HUMAN", "Bot"), keys=("from", "content")), "image": "1.png"}
+        {"messages": talk(CIRCLE, "red", roles=("HUMAN", "Bot"), keys=("from", "content")), "image": "1.png"}
     ),
     "nulls in messages": Written(
-        {"messages": [message | {"weight": None} for message in said(CIRCLE, "red")], "images": ["1.png"]}
+        {"messages": [message | {"weight": None} for message in talk(CIRCLE, "red")], "images": ["1.png"]}
     ),
     "a record of lists": Written(
         {"conversations": {"role": ["user", "assistant"], "content": [CIRCLE, "red"]}, "image": "1.png"}
@@ -91,28 +91,28 @@ NAMED = {
     "a record of lists of LLaVA": Written(
         {"conversations": {"from": ["human", "gpt"], "value": [CIRCLE, "red"]}, "images": ["1.png"]}
     ),
-    "path without bytes": Written({"messages": said(CIRCLE, "red"), "images": [{"bytes": None, "path": "1.png"}]}),
-    "a record of a path": Written({"messages": said(CIRCLE, "red"), "image": {"path": "1.png"}}),
-    "a record of an address": Written({"messages": said(CIRCLE, "red"), "images": [{"url": "1.png"}]}),
-    "image_path": Written({"conversations": said(CIRCLE, "red"), "image_path": "1.png"}),
+    "path without bytes": Written({"messages": talk(CIRCLE, "red"), "images": [{"bytes": None, "path": "1.png"}]}),
+    "a record of a path": Written({"messages": talk(CIRCLE, "red"), "image": {"path": "1.png"}}),
+    "a record of an address": Written({"messages": talk(CIRCLE, "red"), "images": [{"url": "1.png"}]}),
+    "image_path": Written({"conversations": talk(CIRCLE, "red"), "image_path": "1.png"}),
     "bare parts": Written(
-        {"messages": parts(0), "images": ["1.png"]}, form="messages of parts + images"
+        {"messages": turns(0), "images": ["1.png"]}, form="messages of parts + images"
     ),
-    "parts with names": Written({"messages": parts({"type": "image", "image": "1.png"})}),
+    "parts with names": Written({"messages": turns({"type": "image", "image": "1.png"})}),
     "parts with names that the row repeats": Written(
-        {"messages": parts({"type": "image", "image": "1.png"}), "images": ["1.png"]}
+        {"messages": turns({"type": "image", "image": "1.png"}), "images": ["1.png"]}
     ),
-    "parts with paths": Written({"messages": parts({"type": "image_url", "image_url": {"url": "1.png"}})}),
-    "parts with a text": Written({"messages": parts({"type": "image_url", "image_url": "1.png"})}),
+    "parts with paths": Written({"messages": turns({"type": "image_url", "image_url": {"url": "1.png"}})}),
+    "parts with a text": Written({"messages": turns({"type": "image_url", "image_url": "1.png"})}),
     "parts by number": Written(
-        {"messages": parts({"type": "image", "index": 1}, {"type": "image", "index": 0}), "images": ["1.png", "2.png"]},
-        said("<image>\n<image>\nWhat colour is the circle?", "red"),
+        {"messages": turns({"type": "image", "index": 1}, {"type": "image", "index": 0}), "images": ["1.png", "2.png"]},
+        talk("<image>\n<image>\nWhat colour is the circle?", "red"),
         [2, 1],
         name="2.png",
     ),
     "caption": Written({"image": "1.png", "caption": "a red circle"}, DESCRIBED, form="image + caption"),
     "Chinese caption": Written(
-        {"image_path": "1.png", "caption": "一个红色的圆"}, said("<image>\n描述这张图片。", "一个红色的圆")
+        {"image_path": "1.png", "caption": "一个红色的圆"}, talk("<image>\n描述这张图片。", "一个红色的圆")
     ),
     "file name and text": Written({"file_name": "1.png", "text": "a red circle"}, DESCRIBED),
     "captions": Written(
@@ -128,7 +128,7 @@ NAMED = {
             "history": [[CIRCLE, "red"], ["And now?", "red"]],
             "images": ["1.png"],
         },
-        said(CIRCLE, "red", "And now?", "red", "Sure?", "yes"),
+        talk(CIRCLE, "red", "And now?", "red", "Sure?", "yes"),
         form="query + response + images",
     ),
     "a query after none": Written(
@@ -136,7 +136,7 @@ NAMED = {
     ),
     "file_names of imagefolder": Written(
         {"file_names": ["1.png", "2.png"], "question": "Which?", "answer": "two"},
-        said("<image>\n<image>\nWhich?", "two"),
+        talk("<image>\n<image>\nWhich?", "two"),
         [1, 2],
     ),
     "question and answers": Written(
@@ -144,66 +144,66 @@ NAMED = {
         notes=(SEVERAL_ANSWERS,),
     ),
     "begins with an answer": Written(
-        {"conversations": [{"role": "gpt", "content": "Hello."}, *said(CIRCLE, "red")], "image": "1.png"},
+        {"conversations": [{"role": "gpt", "content": "Hello."}, *talk(CIRCLE, "red")], "image": "1.png"},
         notes=(ANSWER_FIRST,),
     ),
     "a mark in every question": Written(
-        {"conversations": said(CIRCLE, "red", "<image>\nWhere?", "there", "Why <image>?", "so"), "image": "1.png"},
-        said(CIRCLE, "red", "Where?", "there", "Why ?", "so"),
+        {"conversations": talk(CIRCLE, "red", "<image>\nWhere?", "there", "Why <image>?", "so"), "image": "1.png"},
+        talk(CIRCLE, "red", "Where?", "there", "Why ?", "so"),
         notes=(MARK_PER_TURN,),
     ),
-    "no mark": Written({"conversations": said("Two and two?", "four"), "image": "1.png"}, said("Two and two?", "four")),
-    "no picture": Written({"messages": said("Two and two?", "four"), "images": None}, said("Two and two?", "four"), []),
+    "no mark": Written({"conversations": talk("Two and two?", "four"), "image": "1.png"}, talk("Two and two?", "four")),
+    "no picture": Written({"messages": talk("Two and two?", "four"), "images": None}, talk("Two and two?", "four"), []),
 }  # fmt: skip
 INLINE = {
-    "base64": Written({"conversations": said(CIRCLE, "red"), "image": text_of(1)}),
-    "a list of base64": Written({"messages": said(CIRCLE, "red"), "images": [text_of(1)]}),
-    "a data URI": Written({"messages": said(CIRCLE, "red"), "images": [URI]}),
-    "base64 in bytes": Written({"messages": said(CIRCLE, "red"), "images": [{"bytes": text_of(1), "path": None}]}),
-    "parts with a data URI": Written({"messages": parts({"type": "image_url", "image_url": {"url": URI}})}),
-    "parts with base64": Written({"messages": parts({"type": "image", "base64": text_of(1)})}),
+    "base64": Written({"conversations": talk(CIRCLE, "red"), "image": text_of(1)}),
+    "a list of base64": Written({"messages": talk(CIRCLE, "red"), "images": [text_of(1)]}),
+    "a data URI": Written({"messages": talk(CIRCLE, "red"), "images": [URI]}),
+    "base64 in bytes": Written({"messages": talk(CIRCLE, "red"), "images": [{"bytes": text_of(1), "path": None}]}),
+    "parts with a data URI": Written({"messages": turns({"type": "image_url", "image_url": {"url": URI}})}),
+    "parts with base64": Written({"messages": turns({"type": "image", "base64": text_of(1)})}),
     "caption of base64": Written({"image": text_of(1), "caption": "a red circle"}, DESCRIBED),
 }
 CELLS = [{"bytes": picture(1), "path": None}]
 TWO = [*CELLS, {"bytes": picture(2), "path": None}]
 TEXTS = [{"user": "What colour is the circle?", "assistant": "red", "source": "made"}]
 PACKED = {
-    "bytes": Written({"conversations": said(CIRCLE, "red"), "image_bytes": picture(1)}),
-    "a list of bytes": Written({"messages": said(CIRCLE, "red"), "images": [picture(1)]}, form="messages + images"),
-    "a record": Written({"messages": said(CIRCLE, "red"), "image": CELLS[0]}),
-    "records": Written({"messages": said(CIRCLE, "red"), "images": CELLS}),
+    "bytes": Written({"conversations": talk(CIRCLE, "red"), "image_bytes": picture(1)}),
+    "a list of bytes": Written({"messages": talk(CIRCLE, "red"), "images": [picture(1)]}, form="messages + images"),
+    "a record": Written({"messages": talk(CIRCLE, "red"), "image": CELLS[0]}),
+    "records": Written({"messages": talk(CIRCLE, "red"), "images": CELLS}),
     "texts": Written({"texts": TEXTS, "images": CELLS}, form="texts + images"),
     "texts of two": Written(
         {"texts": [*TEXTS, {"user": "Where?", "assistant": "there", "source": None}], "images": TWO},
-        said("<image>\n<image>\nWhat colour is the circle?", "red", "Where?", "there"),
+        talk("<image>\n<image>\nWhat colour is the circle?", "red", "Where?", "there"),
         [1, 2],
     ),
-    "parts": Written({"messages": parts(0), "images": CELLS}),
+    "parts": Written({"messages": turns(0), "images": CELLS}),
     "parts by number": Written(
-        {"messages": parts({"type": "image", "index": 1}, {"type": "image", "index": 0}), "images": TWO},
-        said("<image>\n<image>\nWhat colour is the circle?", "red"),
+        {"messages": turns({"type": "image", "index": 1}, {"type": "image", "index": 0}), "images": TWO},
+        talk("<image>\n<image>\nWhat colour is the circle?", "red"),
         [2, 1],
     ),
-    "parts with bytes": Written({"messages": parts({"type": "image", "image": CELLS[0]})}),
+    "parts with bytes": Written({"messages": turns({"type": "image", "image": CELLS[0]})}),
     "caption": Written({"image": CELLS[0], "caption": "a red circle"}, DESCRIBED, form="image + caption"),
     "caption of a tar": Written({"jpg": picture(1), "txt": "a red circle"}, DESCRIBED),
     "a mark in every question": Written(
-        {"messages": said(CIRCLE, "red", "<image>Where?", "there"), "images": CELLS},
-        said(CIRCLE, "red", "Where?", "there"),
+        {"messages": talk(CIRCLE, "red", "<image>Where?", "there"), "images": CELLS},
+        talk(CIRCLE, "red", "Where?", "there"),
         notes=(MARK_PER_TURN,),
     ),
     "a mark in every question of a list": Written(
-        {"messages": said(CIRCLE, "red", "<image>Where?", "there"), "images": [picture(1)]},
-        said(CIRCLE, "red", "Where?", "there"),
+        {"messages": talk(CIRCLE, "red", "<image>Where?", "there"), "images": [picture(1)]},
+        talk(CIRCLE, "red", "Where?", "there"),
         notes=(MARK_PER_TURN,),
     ),
     "a picture for every question": Written(
-        {"messages": said(CIRCLE, "red", "<image>Where?", "there"), "images": [picture(1), picture(2)]},
-        said(CIRCLE, "red", "<image>Where?", "there"),
+        {"messages": talk(CIRCLE, "red", "<image>Where?", "there"), "images": [picture(1), picture(2)]},
+        talk(CIRCLE, "red", "<image>Where?", "there"),
         [1, 2],
     ),
-    "no mark": Written({"messages": said("Two and two?", "four"), "images": CELLS}, said("Two and two?", "four")),
-    "no picture": Written({"messages": said("Two and two?", "four"), "images": []}, said("Two and two?", "four"), []),
+    "no mark": Written({"messages": talk("Two and two?", "four"), "images": CELLS}, talk("Two and two?", "four")),
+    "no picture": Written({"messages": talk("Two and two?", "four"), "images": []}, talk("Two and two?", "four"), []),
 }  # fmt: skip
 
 
@@ -235,8 +235,8 @@ def assert_read(rows, written, named):
         assert row.images == (names if named else [f"picture {n}" for n in range(1, len(names) + 1)])
         assert (row.notes, row.extra) == (written.notes, {"id": 7})
         assert written.form in ("", row.form)
-        found = [rows.picture(index, position, name) for position, name in enumerate(row.images)]
-        assert found == [picture(number) for number in written.pictures]
+        contents = [rows.picture(index, position, name) for position, name in enumerate(row.images)]
+        assert contents == [picture(number) for number in written.pictures]
 
 
 TEXT_KINDS = ["jsonl", "json", "pretty", "below a key"]
@@ -271,11 +271,11 @@ def test_a_row_with_pictures_as_bytes_is_the_same_in_every_file(tmp_path, form, 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_conversion_gives_the_row_in_the_usual_form(tmp_path, form, ending):
     rows = open_rows(write_rows(tmp_path, "parquet", [PACKED[form].fields | {"id": 7}] * 3))
-    there = open_rows(*convert(rows, tmp_path / f"out.{ending}").files)
+    converted = open_rows(*convert(rows, tmp_path / f"out.{ending}").files)
     for index in range(3):
-        row = there.row(index)
+        row = converted.row(index)
         assert (row.conversations, row.extra, row.notes) == (PACKED[form].messages, {"id": 7}, ())
-        assert [there.picture(index, n, name) for n, name in enumerate(row.images)] == [
+        assert [converted.picture(index, n, name) for n, name in enumerate(row.images)] == [
             picture(number) for number in PACKED[form].pictures
         ]
 
@@ -284,45 +284,45 @@ def test_a_conversion_gives_the_row_in_the_usual_form(tmp_path, form, ending):
 
 
 @pytest.mark.parametrize(
-    ("fields", "kind", "words"),
+    ("fields", "kind", "message"),
     [
-        ({"messages": parts({"type": "image", "index": 5}), "images": ["1.png"]}, "placeholders", "to image 5, but"),
-        ({"messages": parts({"type": "image", "index": 0}), "images": ["1.png", "2.png"]}, "placeholders", "2"),
-        ({"messages": parts({"type": "image", "image": "1.png"}), "images": ["3.png", "4.png"]}, "placeholders", "own"),
+        ({"messages": turns({"type": "image", "index": 5}), "images": ["1.png"]}, "placeholders", "to image 5, but"),
+        ({"messages": turns({"type": "image", "index": 0}), "images": ["1.png", "2.png"]}, "placeholders", "2"),
+        ({"messages": turns({"type": "image", "image": "1.png"}), "images": ["3.png", "4.png"]}, "placeholders", "own"),
         ({"messages": [{"role": "user", "content": [5]}]}, "conversations", "message 1"),
         ({"conversations": {"role": ["user"], "content": []}}, "conversations", "different lengths"),
         ({"conversations": "[{"}, "json", "conversations"),
         ({"texts": [{"user": "?"}, {"assistant": "!"}]}, "conversations", "texts"),
         ({"image": "1.png", "caption": [3]}, "conversations", "caption"),
-        ({"messages": said(CIRCLE, "red"), "image": "1.png", "images": ["2.png"]}, "image", "different"),
-        ({"messages": said(CIRCLE, "red"), "images": [{"width": 3}]}, "image", "needs bytes, path or url"),
-        ({"messages": said(CIRCLE, "red"), "image": 5}, "image", "image"),
+        ({"messages": talk(CIRCLE, "red"), "image": "1.png", "images": ["2.png"]}, "image", "different"),
+        ({"messages": talk(CIRCLE, "red"), "images": [{"width": 3}]}, "image", "needs bytes, path or url"),
+        ({"messages": talk(CIRCLE, "red"), "image": 5}, "image", "image"),
         ({"query": "?", "response": "!", "history": ["a"], "image": "1.png"}, "conversations", "history"),
         ({"image": "1.png", "question": "?", "answer": 0}, "conversations", "`answer` is the number 0"),
         ({"image": "1.png", "question": "?", "answer": 3}, "conversations", "`answer` is the number 3"),
         ({"image": "http://example.org/1.png", "caption": "a"}, "pictures not read", "does not download images"),
     ],
 )  # fmt: skip
-def test_what_a_row_says_wrongly_is_named(fields, kind, words):
-    with pytest.raises(RowError, match=words) as caught:
+def test_what_a_row_says_wrongly_is_named(fields, kind, message):
+    with pytest.raises(RowError, match=message) as caught:
         read_row(fields)
     assert caught.value.kind == kind
     assert len(str(caught.value)) < 300
 
 
 def test_a_field_of_the_system_is_the_first_message():
-    row = read_row({"system": "Answer in one word.", "conversations": said(CIRCLE, "red"), "image": "a.jpg"})
-    assert row.conversations == [{"role": "system", "content": "Answer in one word."}, *said(CIRCLE, "red")]
+    row = read_row({"system": "Answer in one word.", "conversations": talk(CIRCLE, "red"), "image": "a.jpg"})
+    assert row.conversations == [{"role": "system", "content": "Answer in one word."}, *talk(CIRCLE, "red")]
     assert (row.images, row.extra) == (["a.jpg"], {})
-    own = [{"role": "system", "content": "Be brief."}, *said(CIRCLE, "red")]
+    own = [{"role": "system", "content": "Be brief."}, *talk(CIRCLE, "red")]
     row = read_row({"system": "Answer in one word.", "messages": own, "images": ["a.jpg"]})
     assert (row.conversations, row.extra) == (own, {"system": "Answer in one word."})
-    assert read_row({"system": "", "messages": said("What?", "A.")}).conversations == said("What?", "A.")
+    assert read_row({"system": "", "messages": talk("What?", "A.")}).conversations == talk("What?", "A.")
 
 
 @pytest.mark.parametrize("empty", ["[]", b"[]", "{}", [], None])
 def test_an_empty_conversation_gives_way_to_the_other_field(empty):
-    messages = said("What?", "A.")
+    messages = talk("What?", "A.")
     for value in (messages, json.dumps(messages)):
         assert read_row({"conversations": empty, "messages": value}).conversations == messages
 
@@ -343,7 +343,7 @@ def test_a_row_of_no_form_is_named_with_what_would_be_read(tmp_path):
     row = read_row({"prompt": "a", "x": 1})
     assert row.form == ""
     assert "no conversation in prompt, x — a row needs `conversations`" in str(no_form(row))
-    assert read_row({"messages": said(CIRCLE, "red"), "images": ["a.png"]}).form == "messages + images"
+    assert read_row({"messages": talk(CIRCLE, "red"), "images": ["a.png"]}).form == "messages + images"
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"no column `conversations`, only prompt — a row needs"):
         open_rows(tmp_path / "rows.parquet")
@@ -405,7 +405,7 @@ def test_deep_nesting_is_one_broken_row():
     for _ in range(100_000):
         cell = [cell]
     with pytest.raises(RowError, match="too deep"):
-        read_row({"messages": said(CIRCLE, "red"), "images": cell})
+        read_row({"messages": talk(CIRCLE, "red"), "images": cell})
 
 
 # --- parquet ----------------------------------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ def test_pictures_are_read_from_columns_of_every_type(tmp_path, kind):
     if "list" in kind and kind != "record of lists":
         cell = [cell]
     columns = {
-        "conversations": pa.array([json.dumps(said(CIRCLE, "red"))] * 3, pa.string_view()),
+        "conversations": pa.array([json.dumps(talk(CIRCLE, "red"))] * 3, pa.string_view()),
         "image_bytes": pa.array([cell] * 3, TYPES[kind]),
         "id": pa.array([7] * 3),
     }
@@ -446,7 +446,7 @@ def test_pictures_are_read_from_columns_of_every_type(tmp_path, kind):
 def test_names_in_a_dictionary_column_are_read(tmp_path):
     (tmp_path / "1.png").write_bytes(picture(1))
     columns = {name: pa.array([cell] * 3) for name, cell in NAMED["as published"].fields.items() if name == "image"}
-    columns |= {"conversations": pa.array([json.dumps(said(CIRCLE, "red"))] * 3), "id": pa.array([7] * 3)}
+    columns |= {"conversations": pa.array([json.dumps(talk(CIRCLE, "red"))] * 3), "id": pa.array([7] * 3)}
     encoded = {name: column.dictionary_encode() if name != "id" else column for name, column in columns.items()}
     pq.write_table(pa.table(encoded), tmp_path / "rows.parquet")
     assert_read(open_rows(tmp_path / "rows.parquet", tmp_path), NAMED["as published"], named=True)
@@ -455,13 +455,13 @@ def test_names_in_a_dictionary_column_are_read(tmp_path):
 def test_bytes_and_names_may_change_from_row_to_row(tmp_path):
     (tmp_path / "1.png").write_bytes(picture(1))
     cells = [{"bytes": picture(1), "path": "x.png"}, {"bytes": None, "path": "1.png"}]
-    pq.write_table(pa.table({"messages": [said(CIRCLE, "red")] * 2, "image": cells}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"messages": [talk(CIRCLE, "red")] * 2, "image": cells}), tmp_path / "rows.parquet")
     rows = open_rows(tmp_path / "rows.parquet", tmp_path)
     assert [rows.picture(n, 0, rows.row(n).images[0]) for n in range(2)] == [picture(1)] * 2
 
 
 def test_shards_whose_columns_stand_in_another_order_are_one_set(tmp_path):
-    columns = {"conversations": [json.dumps(said(CIRCLE, "red"))] * 2, "image_bytes": [picture(1)] * 2, "id": [7, 7]}
+    columns = {"conversations": [json.dumps(talk(CIRCLE, "red"))] * 2, "image_bytes": [picture(1)] * 2, "id": [7, 7]}
     pq.write_table(pa.table(columns), tmp_path / "train-00000.parquet")
     pq.write_table(pa.table({name: columns[name] for name in reversed(columns)}), tmp_path / "train-00001.parquet")
     assert_read(open_rows(tmp_path), PACKED["bytes"], named=False)
@@ -474,14 +474,14 @@ def test_shards_whose_columns_stand_in_another_order_are_one_set(tmp_path):
 
 @pytest.mark.parametrize("kind", ["text", "records"])
 def test_one_bad_byte_of_text_is_one_broken_row(tmp_path, demo_tokenizer, kind):
-    talks = [said(f"<image>\nQuestion {n}?", "red") for n in range(60)]
+    talks = [talk(f"<image>\nQuestion {n}?", "red") for n in range(60)]
     cells = talks if kind == "records" else list(map(json.dumps, talks))
     columns = {"conversations": cells, "image_bytes": [picture(1)] * 60}
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False, row_group_size=20)
     data = path.read_bytes()
-    place = data.index(b"Question 25")
-    path.write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+    position = data.index(b"Question 25")
+    path.write_bytes(data[:position] + b"\xff" + data[position + 1 :])
     rows = RowDataset(open_rows(path), PromptEncoder(demo_tokenizer, PATCHES), SIZE, 200)
     broken = {n: text.message for n in range(60) if isinstance(text := rows.text(n), BrokenRow)}
     assert list(broken) == [25]
@@ -511,7 +511,7 @@ def test_what_a_row_is_read_as_is_noted_and_counted(tmp_path, demo_tokenizer):
     assert collate(examples, [], 0).notes == dict.fromkeys(NOTES, 1)
     report = summary(check(rows, 1), 0.01)
     assert (report["usable"], report["ok"]) == (5, True)
-    assert {note: found["count"] for note, found in report["notes"].items()} == dict.fromkeys(NOTES, 1)
+    assert {note: entry["count"] for note, entry in report["notes"].items()} == dict.fromkeys(NOTES, 1)
     assert report["notes"][MARK_PER_TURN]["message"].startswith("1 of 5 rows have one image and <image> in every")
 
 
@@ -538,22 +538,22 @@ def test_the_cases_are_read(name):
         rows = open_rows(file, pictures)
         for index in range(len(rows)):
             row = rows.row(index)
-            turns = [message["content"] for message in row.conversations if message["role"] != "system"]
-            assert len(turns) % 2 == 0, file
-            assert sum(turn.count("<image>") for turn in turns) == len(row.shown), file
+            texts = [message["content"] for message in row.conversations if message["role"] != "system"]
+            assert len(texts) % 2 == 0, file
+            assert sum(text.count("<image>") for text in texts) == len(row.shown), file
             for position, image_digest in enumerate(row.shown):
                 data = rows.picture(index, position, image_digest)
                 assert data[:2] == b"\xff\xd8", file
                 if pictures is not None and len(data) == 2739:
                     assert data in [other.read_bytes() for other in pictures.iterdir()], file
-            if turns[0].endswith("What colour is the circle?"):
-                assert turns[1] == "red", file
+            if texts[0].endswith("What colour is the circle?"):
+                assert texts[1] == "red", file
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_bytes_beside_named_pictures_are_not_copied(tmp_path, kind):
     (tmp_path / "1.png").write_bytes(picture(1))
-    written = {"messages": said("<image>", "red"), "image": "1.png", "png": picture(2), "id": 7}
+    written = {"messages": talk("<image>", "red"), "image": "1.png", "png": picture(2), "id": 7}
     rows = open_rows(write_rows(tmp_path, kind, [written] * 3), tmp_path)
     assert rows.row(1).extra == {"id": 7}
     assert rows.picture(1, 0, "1.png") == picture(1)
@@ -561,7 +561,7 @@ def test_bytes_beside_named_pictures_are_not_copied(tmp_path, kind):
 
 def test_a_row_has_a_bounded_number_of_pictures_and_messages(demo_tokenizer):
     with pytest.raises(RowError, match="20,000 images; a row has at most 10,000"):
-        read_row({"messages": said("<image>" * 20_000, "Many."), "images": ["a.jpg"] * 20_000})
-    talk = read_row({"messages": said("What?", "A.") * 10_000}).conversations
+        read_row({"messages": talk("<image>" * 20_000, "Many."), "images": ["a.jpg"] * 20_000})
+    conversation = read_row({"messages": talk("What?", "A.") * 10_000}).conversations
     with pytest.raises(RowError, match="20,000 messages; a row has at most 10,000"):
-        PromptEncoder(demo_tokenizer, PATCHES).row(talk, 0, 512)
+        PromptEncoder(demo_tokenizer, PATCHES).row(conversation, 0, 512)

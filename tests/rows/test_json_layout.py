@@ -97,7 +97,7 @@ def test_an_object_around_the_rows_that_does_not_end_is_refused(tmp_path, tail):
             open_rows(path)
 
 
-def test_objects_that_are_no_rows_are_told_as_such(tmp_path):
+def test_objects_that_are_no_rows_are_reported_as_such(tmp_path):
     (tmp_path / "a.json").write_text('{"info": 1, "licences": [{"id": 1}]}')
     assert find_layout(tmp_path / "a.json").kind == OTHER
     with pytest.raises(DataError, match="info, licences, which is neither a row nor a list of rows"):

@@ -67,7 +67,7 @@ def missing(pictures, name: str) -> str:
 
 
 @pytest.fixture(params=["pictures", "pictures.zip"])
-def place(request, tmp_path):
+def pictures_path(request, tmp_path):
     """Where pictures go: a folder or a zip."""
     return tmp_path / "set" / request.param if request.param == "pictures" else tmp_path / request.param
 
@@ -76,7 +76,7 @@ def place(request, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "name"),
+    ("stored_name", "name"),
     [
         ("a, b.jpg", "a, b.jpg"),
         (" a.png", " a.png"),
@@ -107,9 +107,9 @@ def place(request, tmp_path):
         ("vg/a.jpg", "/home/me/data/vg/a.jpg"),
     ],
 )
-def test_a_picture_is_found_as_its_row_spells_it(place, there, name):
-    put(place, {there: b"right", "other/other.jpg": b"wrong"})
-    assert open_pictures(place).read(name) == b"right"
+def test_a_picture_is_found_as_its_row_spells_it(pictures_path, stored_name, name):
+    put(pictures_path, {stored_name: b"right", "other/other.jpg": b"wrong"})
+    assert open_pictures(pictures_path).read(name) == b"right"
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_a_picture_is_found_as_its_row_spells_it(place, there, name):
         ("100%25.jpg", "100%.jpg"),
     ],
 )
-def test_the_exact_name_comes_first(place, name, other):
-    put(place, {other: b"other", name: b"exact"})
-    assert open_pictures(place).read(name) == b"exact"
-    assert open_pictures(place).read(other) == b"other"
+def test_the_exact_name_comes_first(pictures_path, name, other):
+    put(pictures_path, {other: b"other", name: b"exact"})
+    assert open_pictures(pictures_path).read(name) == b"exact"
+    assert open_pictures(pictures_path).read(other) == b"other"
 
 
 def test_a_name_with_a_backslash_in_a_folder(tmp_path):
@@ -138,23 +138,25 @@ def test_a_name_with_a_backslash_in_a_folder(tmp_path):
     assert FolderPictures(tmp_path).read("c\\d.jpg") == b"d"
 
 
-def test_another_case_is_named_and_not_taken(place):
-    put(place, {"UP.JPG": b"", "sub/dog.jpg": b""})
-    assert "(UP.JPG exists) — write the name exactly like the file name" in missing(open_pictures(place), "up.jpg")
-    assert "(dog.jpg exists)" in missing(open_pictures(place), "sub/dog.JPG")
+def test_another_case_is_named_and_not_taken(pictures_path):
+    put(pictures_path, {"UP.JPG": b"", "sub/dog.jpg": b""})
+    assert "(UP.JPG exists) — write the name exactly like the file name" in missing(
+        open_pictures(pictures_path), "up.jpg"
+    )
+    assert "(dog.jpg exists)" in missing(open_pictures(pictures_path), "sub/dog.JPG")
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "sub/../a.jpg", "..\\a.jpg", "C:\\data\\..\\a.jpg"])
-def test_a_name_that_leads_upwards_is_refused(place, name):
-    put(place, {"a.jpg": b"a", "sub/a.jpg": b"b"})
-    assert "`..` in a picture name" in missing(open_pictures(place), name)
+def test_a_name_that_leads_upwards_is_refused(pictures_path, name):
+    put(pictures_path, {"a.jpg": b"a", "sub/a.jpg": b"b"})
+    assert "`..` in a picture name" in missing(open_pictures(pictures_path), name)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "there"),
+    ("name", "stored_name"),
     [
         ("vg/VG_100K/1.jpg", "gqa/images/1.jpg"),
         ("vg/VG_100K/1.jpg", "1.jpg"),
@@ -167,15 +169,17 @@ def test_a_name_that_leads_upwards_is_refused(place, name):
         ("file:///data/vg/1.jpg", "1.jpg"),
     ],
 )
-def test_no_namesake_of_another_folder_is_taken(place, name, there):
-    put(place, {there: b"another picture"})
-    assert "no such picture" in missing(open_pictures(place), name)
+def test_no_file_of_the_same_name_in_another_folder_is_read(pictures_path, name, stored_name):
+    put(pictures_path, {stored_name: b"another picture"})
+    assert "no such picture" in missing(open_pictures(pictures_path), name)
 
 
-def test_a_namesake_is_told_with_what_to_do(place):
-    put(place, {"2.jpg": b""})
-    told = missing(open_pictures(place), "vg/VG_100K_2/2.jpg")
-    assert told.endswith("(a 2.jpg exists, but not in vg/VG_100K_2) — give the folder that contains vg/ with --images")
+def test_a_file_of_the_same_name_is_reported_with_what_to_do(pictures_path):
+    put(pictures_path, {"2.jpg": b""})
+    message = missing(open_pictures(pictures_path), "vg/VG_100K_2/2.jpg")
+    assert message.endswith(
+        "(a 2.jpg exists, but not in vg/VG_100K_2) — give the folder that contains vg/ with --images"
+    )
 
 
 def test_folders_that_are_the_own_ones_may_stand_in_front(tmp_path):
@@ -255,7 +259,7 @@ def test_the_standard_reading_of_an_unflagged_name(tmp_path):
     assert pictures.read("émigré.jpg") == b"1"
 
 
-def test_a_unicode_path_about_another_name_is_not_believed(tmp_path):
+def test_a_unicode_path_about_another_name_is_ignored(tmp_path):
     stale = unicode_path("dog.jpg", b"before it was renamed.jpg")
     pictures = ZipPictures(
         put_raw(tmp_path / "a.zip", [(b"cat\xff.jpg", stale, b"cat"), (b"x", b"\x75\x70\xff", b"x")])
@@ -367,10 +371,10 @@ def foreign(request, tmp_path):
     if language:
         command = ["localedef", "-i", language, "-f", encoding, str(tmp_path / f"{language}.{encoding}")]
         try:
-            made = subprocess.run(command, capture_output=True, check=False).returncode
+            status = subprocess.run(command, capture_output=True, check=False).returncode
         except OSError:
-            made = 1
-        if made or not sys.platform.startswith("linux"):
+            status = 1
+        if status or not sys.platform.startswith("linux"):
             pytest.skip("no such locale can be made here")
     return variables | {"LOCPATH": str(tmp_path), "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 

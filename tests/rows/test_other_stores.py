@@ -47,21 +47,21 @@ def test_an_array_of_rows(tmp_path, monkeypatch, indent, ascii_, chunk):
     path.write_text(json.dumps(LLAVA, indent=indent, ensure_ascii=ascii_), encoding="utf-8")
     (tmp_path / "a.png").write_bytes(picture(1))
     rows = open_rows(path, tmp_path)
-    found = [rows.row(n) for n in range(len(rows))]
-    assert [row.images for row in found] == [["a.png"], [], ["a.png", "b.png"]]
-    assert found[0].conversations == [
+    read = [rows.row(n) for n in range(len(rows))]
+    assert [row.images for row in read] == [["a.png"], [], ["a.png", "b.png"]]
+    assert read[0].conversations == [
         {"role": "user", "content": "<image>\n图?"},
         {"role": "assistant", "content": "狗🐶"},
     ]
-    assert [message["role"] for message in found[1].conversations] == ["system", "user"]
-    assert found[2].conversations[0] == {"role": "alien", "content": ']},{"['}
-    assert found[2].extra == {"id": "2", "n": {"a": [1, 2]}}
+    assert [message["role"] for message in read[1].conversations] == ["system", "user"]
+    assert read[2].conversations[0] == {"role": "alien", "content": ']},{"['}
+    assert read[2].extra == {"id": "2", "n": {"a": [1, 2]}}
     assert rows.location(2) == f"{path}:3"
     assert rows.picture(0, 0, "a.png") == picture(1)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ('{"a":1}', "does not start with"),
         ('[{"a":1}', "begins at byte"),
@@ -75,9 +75,9 @@ def test_an_array_of_rows(tmp_path, monkeypatch, indent, ascii_, chunk):
         ("", "no rows"),
     ],
 )
-def test_what_is_no_array_of_rows_is_refused(tmp_path, text, words):
+def test_what_is_no_array_of_rows_is_refused(tmp_path, text, message):
     (tmp_path / "llava.json").write_text(text)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         open_rows(tmp_path / "llava.json")
 
 
@@ -115,9 +115,9 @@ def test_a_saved_folder_of_datasets(tmp_path, several):
     kind = datasets.Image()
     columns = {"messages": talks, "id": list(range(9))}
     columns |= {"images": [[cell] for cell in cells]} if several else {"image": cells}
-    made = datasets.Dataset.from_dict(columns)
-    made = made.cast_column("images", datasets.List(kind)) if several else made.cast_column("image", kind)
-    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "set")
+    dataset = datasets.Dataset.from_dict(columns)
+    dataset = dataset.cast_column("images", datasets.List(kind)) if several else dataset.cast_column("image", kind)
+    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "set")
     for path in (tmp_path / "set", tmp_path / "set" / "train"):
         rows = pickle.loads(pickle.dumps(open_rows(path)))
         assert len(rows) == 9
@@ -142,7 +142,7 @@ def large(tmp_path, monkeypatch):
     for kind in (stores.JsonlRows, pictures.ZipPictures):
         name = "_find_rows" if kind is stores.JsonlRows else "_find_entries"
         original = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda self, found=original: searched.append(self.path.suffix) or found(self))
+        monkeypatch.setattr(kind, name, lambda self, method=original: searched.append(self.path.suffix) or method(self))
     data, images = tmp_path / "rows.jsonl", tmp_path / "pictures.zip"
 
     def make(count):
@@ -193,7 +193,7 @@ def test_a_damaged_index_is_made_again(large, damage):
     assert check(50) == []
 
 
-def test_no_mutation_of_an_index_is_believed(tmp_path, monkeypatch):
+def test_no_mutation_of_an_index_is_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "WORTH_KEEPING", 10)
     (tmp_path / "rows").write_bytes(b"rows")
     numbers = np.random.default_rng(0).integers(0, 2**40, (2, 30)).astype(np.uint64)
@@ -242,8 +242,8 @@ def test_an_index_of_another_kind_or_another_reader_is_made_again(large):
     assert check(50) == [".jsonl", ".zip"]
     assert check(50) == []
     for kept in folder.glob(".*.npy"):  # as before an index told its kind
-        found = np.load(kept)
-        np.save(kept, np.delete(found, 1, axis=1))
+        index = np.load(kept)
+        np.save(kept, np.delete(index, 1, axis=1))
     assert check(50) == [".jsonl", ".zip"]
 
 

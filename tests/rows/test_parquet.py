@@ -34,7 +34,7 @@ def write(path, columns, group=7):
 
 
 def as_text(conversations):
-    return [json.dumps(one) for one in conversations]
+    return [json.dumps(conversation) for conversation in conversations]
 
 
 COUNT = 30
@@ -42,15 +42,15 @@ TALKS = [talk(n) for n in range(COUNT)]
 PICTURES = [picture(n) for n in range(COUNT)]
 FORMS = {
     "text and bytes": {"conversations": as_text(TALKS), "image_bytes": PICTURES},
-    "text and lists": {"conversations": as_text(TALKS), "image_bytes": [[one] for one in PICTURES]},
+    "text and lists": {"conversations": as_text(TALKS), "image_bytes": [[cell] for cell in PICTURES]},
     "records and bytes": {"conversations": TALKS, "image_bytes": PICTURES},
     "large binary": {"conversations": as_text(TALKS), "image_bytes": pa.array(PICTURES, pa.large_binary())},
-    "of datasets": {"messages": TALKS, "image": [{"bytes": one, "path": None} for one in PICTURES]},
-    "of datasets, lists": {"messages": TALKS, "images": [[{"bytes": one, "path": "x"}] for one in PICTURES]},
+    "of datasets": {"messages": TALKS, "image": [{"bytes": cell, "path": None} for cell in PICTURES]},
+    "of datasets, lists": {"messages": TALKS, "images": [[{"bytes": cell, "path": "x"}] for cell in PICTURES]},
     "from and value": {
         "conversations": [
-            [{"from": "human", "value": one[0]["content"]}, {"from": "gpt", "value": one[1]["content"]}]
-            for one in TALKS
+            [{"from": "human", "value": cell[0]["content"]}, {"from": "gpt", "value": cell[1]["content"]}]
+            for cell in TALKS
         ],
         "image_bytes": PICTURES,
     },
@@ -97,8 +97,8 @@ def test_names_alone_are_found_in_a_folder(tmp_path):
 def test_shards_of_a_folder_are_one_set_in_the_order_of_their_names(tmp_path):
     (tmp_path / "set" / "data").mkdir(parents=True)
     for shard, (begin, end) in enumerate(((0, 12), (12, 13), (13, 30))):
-        part = {name: column[begin:end] for name, column in FORMS["text and bytes"].items()}
-        write(tmp_path / "set" / "data" / f"train-{shard:05d}.parquet", part)
+        chosen = {name: column[begin:end] for name, column in FORMS["text and bytes"].items()}
+        write(tmp_path / "set" / "data" / f"train-{shard:05d}.parquet", chosen)
     rows = open_rows(tmp_path / "set")
     assert [rows.row(n).conversations for n in range(len(rows))] == TALKS
     assert rows.location(12) == f"{tmp_path / 'set' / 'data' / 'train-00001.parquet'}:1"
@@ -139,11 +139,11 @@ def test_a_broken_row_is_named_and_its_neighbours_are_whole(tmp_path, dataset, c
     cells = pa.array([[picture(5)], cell, [picture(5)]], pa.list_(pa.binary()))
     path = write(tmp_path / "rows.parquet", {"conversations": [whole, conversations, whole], "image_bytes": cells})
     rows = dataset(path)
-    found = [one if isinstance(one := rows.text(n), BrokenRow) else rows.load(one) for n in range(3)]
-    assert isinstance(found[1], BrokenRow)
-    assert (found[1].kind, found[1].location) == (kind, f"{path}:2")
+    results = [item if isinstance(item := rows.text(n), BrokenRow) else rows.load(item) for n in range(3)]
+    assert isinstance(results[1], BrokenRow)
+    assert (results[1].kind, results[1].location) == (kind, f"{path}:2")
     for index in (0, 2):
-        assert found[index].pixels[0, :, 0, 0].tolist() == shade(5)
+        assert results[index].pixels[0, :, 0, 0].tolist() == shade(5)
 
 
 def test_a_row_without_pictures_among_others(tmp_path, dataset):
@@ -156,7 +156,7 @@ def test_a_row_without_pictures_among_others(tmp_path, dataset):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
         (b"<!doctype html><html>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
@@ -164,10 +164,10 @@ def test_a_row_without_pictures_among_others(tmp_path, dataset):
         (b"PAR1" + bytes(100) + b"PAR1", "not a parquet file"),
     ],
 )
-def test_what_is_no_parquet_is_refused(tmp_path, data, words):
+def test_what_is_no_parquet_is_refused(tmp_path, data, message):
     path = tmp_path / "rows.parquet"
     path.write_bytes(data)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         open_rows(path)
 
 
@@ -258,14 +258,14 @@ def test_batches_of_parquet_are_those_of_the_seed(tmp_path, dataset, workers):
     plan = BatchPlan(dataset(many(tmp_path / "rows.parquet", 700, 64)), 4, 0, seed=3)
     shown = []
     for batch in load_batches(plan, workers):
-        for place, pixels in zip(batch.locations, batch.pixel_values, strict=True):
-            number = int(place.rpartition(":")[2]) - 1
+        for location, pixels in zip(batch.locations, batch.pixel_values, strict=True):
+            number = int(location.rpartition(":")[2]) - 1
             assert pixels[:, 0, 0].tolist() == shade(number % 50)
             shown.append(number)
     assert sorted(shown) == list(range(700))
     again = BatchPlan(plan.dataset, 4, 0, seed=3)
-    places = [place for k in range(len(again)) for batch in again[k] for place in batch.locations]
-    assert shown == [int(place.rpartition(":")[2]) - 1 for place in places]
+    locations = [location for k in range(len(again)) for batch in again[k] for location in batch.locations]
+    assert shown == [int(location.rpartition(":")[2]) - 1 for location in locations]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -274,8 +274,8 @@ def test_processes_read_for_themselves(tmp_path, method):
     rows.picture(5, 0, "picture 1")
     assert len(pickle.dumps(rows)) < 20_000
     with multiprocessing.get_context(method).Pool(2) as pool:
-        found = pool.starmap_async(_picture, [(rows, n) for n in range(0, 300, 10)]).get(timeout=120)
-    assert found == [picture(n % 50) for n in range(0, 300, 10)]
+        pictures = pool.starmap_async(_picture, [(rows, n) for n in range(0, 300, 10)]).get(timeout=120)
+    assert pictures == [picture(n % 50) for n in range(0, 300, 10)]
 
 
 def _picture(rows, index):

@@ -68,16 +68,16 @@ def test_files_that_ask_for_more_than_they_have_end_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "size", "words"),
+    ("field", "size", "message"),
     [
         (2, 2**31 - 5, "a page of image_bytes unpacks to 2,147,483,643 bytes; the maximum is 536,870,912"),
         (3, 2**31 - 5, "a page of image_bytes continues after the end of the file"),
         (3, 88 * 2**32 - 5, "a page of image_bytes continues after the end of the file"),  # of which 32 bits count
     ],
 )
-def test_a_page_that_asks_for_too_much_is_refused_by_its_header(tmp_path, field, size, words):
+def test_a_page_that_asks_for_too_much_is_refused_by_its_header(tmp_path, field, size, message):
     path = write_false_page(tmp_path / "page.parquet", size, field)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         read_all(path)
 
 

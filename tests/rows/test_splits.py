@@ -73,39 +73,39 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_split_of_a_folder_is_read_and_said(tmp_path, layout):
     names = [f"{name}.parquet" for name in LAYOUTS[layout]]
-    said = []
-    rows = open_rows(folder_of(tmp_path, names), say=said.append)
+    messages = []
+    rows = open_rows(folder_of(tmp_path, names), say=messages.append)
     assert sorted(questions(rows)) == sorted(names[:2])
     assert rows.split == "train"
-    (line,) = said
-    for words in ("the split train", "2 files", "test (1 file)", "validation (1 file)", "--split"):
-        assert words in line
+    (line,) = messages
+    for phrase in ("the split train", "2 files", "test (1 file)", "validation (1 file)", "--split"):
+        assert phrase in line
     assert questions(open_rows(tmp_path, split="test")) == names[2:3]
     assert questions(open_rows(tmp_path, split="validation")) == names[3:]
     assert questions(open_rows(tmp_path, split="val")) == names[3:]
     assert sorted(questions(open_rows(tmp_path, split="all"))) == sorted(names)
-    scored = open_rows(tmp_path, say=said.append, order=SCORE)
+    scored = open_rows(tmp_path, say=messages.append, order=SCORE)
     assert (questions(scored), scored.split) == (names[2:3], "test")
     with pytest.raises(UsageError, match=r"--split tset: .*did you mean 'test'"):
         open_rows(tmp_path, split="tset")
 
 
 def test_a_folder_whose_names_say_nothing_is_one_set(tmp_path):
-    said = []
+    messages = []
     folder_of(tmp_path, ("b.parquet", "a.parquet", "x/part-0.parquet", ".out.parquet.parts/part-0.parquet"))
-    rows = open_rows(tmp_path, say=said.append, order=SCORE)
+    rows = open_rows(tmp_path, say=messages.append, order=SCORE)
     assert questions(rows) == ["a.parquet", "b.parquet", "x/part-0.parquet"], "what is hidden is no shard"
-    assert (rows.split, said) == ("", [])
+    assert (rows.split, messages) == ("", [])
     with pytest.raises(UsageError, match="no file name in"):
         open_rows(tmp_path, split="test")
 
 
 def test_the_only_split_is_read_and_said_unless_it_is_train(tmp_path):
-    said = []
-    assert len(open_rows(folder_of(tmp_path / "a", ("train-0.parquet", "train-1.parquet")), say=said.append)) == 2
-    assert said == []
-    assert len(open_rows(folder_of(tmp_path / "b", ("dev-0.parquet", "dev-1.parquet")), say=said.append)) == 2
-    assert "only split is validation" in said[0]
+    messages = []
+    assert len(open_rows(folder_of(tmp_path / "a", ("train-0.parquet", "train-1.parquet")), say=messages.append)) == 2
+    assert messages == []
+    assert len(open_rows(folder_of(tmp_path / "b", ("dev-0.parquet", "dev-1.parquet")), say=messages.append)) == 2
+    assert "only split is validation" in messages[0]
 
 
 def test_of_several_splits_without_train_one_must_be_named(tmp_path):
@@ -125,24 +125,24 @@ def test_only_the_files_of_the_split_must_have_the_same_columns(tmp_path):
 
 def test_a_file_has_no_splits(tmp_path):
     folder_of(tmp_path, ("test-0.parquet",))
-    said = []
-    assert len(open_rows(tmp_path / "test-0.parquet", say=said.append)) == 1
-    assert said == []
+    messages = []
+    assert len(open_rows(tmp_path / "test-0.parquet", say=messages.append)) == 1
+    assert messages == []
     with pytest.raises(UsageError, match="is one file"):
         open_rows(tmp_path / "test-0.parquet", split="train")
 
 
 def test_splits_that_datasets_has_saved(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
-    made = {
+    split_sets = {
         name: datasets.Dataset.from_dict({"messages": [talk(name)] * rows})
         for name, rows in (("test", 2), ("train", 3), ("val", 1))
     }
-    datasets.DatasetDict(made).save_to_disk(tmp_path / "set")
-    said = []
-    rows = open_rows(tmp_path / "set", say=said.append)
+    datasets.DatasetDict(split_sets).save_to_disk(tmp_path / "set")
+    messages = []
+    rows = open_rows(tmp_path / "set", say=messages.append)
     assert (questions(rows), rows.split) == (["train"] * 3, "train")
-    assert "not test (2 rows), val (1 row)" in said[0]
+    assert "not test (2 rows), val (1 row)" in messages[0]
     assert rows.location(1) == f"{tmp_path / 'set' / 'train'}:2"
     assert questions(open_rows(tmp_path / "set", split="validation")) == ["val"]
     assert len(open_rows(tmp_path / "set", split="all")) == 6
@@ -150,6 +150,6 @@ def test_splits_that_datasets_has_saved(tmp_path):
         open_rows(tmp_path / "set", split="dog")
     with pytest.raises(UsageError, match="only one split — leave out --split"):
         open_rows(tmp_path / "set" / "test", split="test")
-    datasets.DatasetDict({"dev": made["val"], "test": made["test"]}).save_to_disk(tmp_path / "other")
+    datasets.DatasetDict({"dev": split_sets["val"], "test": split_sets["test"]}).save_to_disk(tmp_path / "other")
     with pytest.raises(UsageError, match="no train"):
         open_rows(tmp_path / "other")

@@ -57,15 +57,15 @@ def zipped(tmp_path):
 
 def read_all(rows):
     """Line number → the row, or the error, of every row."""
-    found = {}
+    results = {}
     for index in range(len(rows)):
         name, _, line = rows.location(index).rpartition(":")
         assert name == str(rows.path)
         try:
-            found[int(line)] = rows.row(index).extra
+            results[int(line)] = rows.row(index).extra
         except RowError as error:
-            found[int(line)] = error.kind if "\n" not in str(error) else "several lines"
-    return found
+            results[int(line)] = error.kind if "\n" not in str(error) else "several lines"
+    return results
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_a_file_without_rows_is_refused(jsonl, data):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
         (b"<!DOCTYPE html>\n<html>\n", "HTML page"),
         (b"\n\n  <!doctype HTML><html>", "HTML page"),
@@ -164,12 +164,12 @@ def test_a_file_without_rows_is_refused(jsonl, data):
         (LFS, "git-lfs pointer"),
     ],
 )
-def test_what_was_saved_in_place_of_the_data_is_named(jsonl, tmp_path, data, words):
-    with pytest.raises(DataError, match=words):
+def test_what_was_saved_in_place_of_the_data_is_named(jsonl, tmp_path, data, message):
+    with pytest.raises(DataError, match=message):
         jsonl(data)
     path = tmp_path / "images.zip"
     path.write_bytes(data)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         open_pictures(path)
 
 
@@ -548,7 +548,7 @@ def content(number) -> bytes:
 
 
 @pytest.fixture
-def shared(tmp_path):
+def open_stores(tmp_path):
     """Rows, and stores of their pictures, whose handles are open and stand somewhere in their files."""
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -563,48 +563,48 @@ def shared(tmp_path):
     return stores_
 
 
-def read_many(shared, seed) -> list[int]:
+def read_many(open_stores, seed) -> list[int]:
     """Read rows and their pictures in a random order; the numbers of those that came out wrong."""
-    rows, *pictures = shared
+    rows, *pictures = open_stores
     rng, wrong = random.Random(seed), []
     for _ in range(60):
         index = rng.randrange(len(rows))
-        found = rows.row(index)
-        if found.extra["n"] != index or any(store.read(found.images[0]) != content(index) for store in pictures):
+        row = rows.row(index)
+        if row.extra["n"] != index or any(store.read(row.images[0]) != content(index) for store in pictures):
             wrong.append(index)
     return wrong
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_do_not_disturb_each_other(shared, method):
+def test_processes_do_not_disturb_each_other(open_stores, method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this system")
     with multiprocessing.get_context(method).Pool(2) as pool:
-        waiting = [pool.apply_async(read_many, (shared, seed)) for seed in range(4)]
-        assert read_many(shared, 5) == []
+        waiting = [pool.apply_async(read_many, (open_stores, seed)) for seed in range(4)]
+        assert read_many(open_stores, 5) == []
         assert [task.get(timeout=120) for task in waiting] == [[]] * 4
 
 
-def test_a_fork_opens_its_files_anew(shared):
+def test_a_fork_opens_its_files_anew(open_stores):
     """A handle that was inherited shares its position with the parent's: a read here would move a read there."""
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("no fork on this system")
-    rows, _, pictures = shared
+    rows, _, pictures = open_stores
     inherited = [rows.handle.fileno(), pictures.handle.fileno()]
     before = [os.lseek(handle, 7, os.SEEK_SET) for handle in inherited]
-    child = multiprocessing.get_context("fork").Process(target=_read_and_tell, args=(shared,))
+    child = multiprocessing.get_context("fork").Process(target=_read_and_tell, args=(open_stores,))
     child.start()
     child.join(timeout=120)
     assert child.exitcode == 0, "the child read all it wanted"
     assert [os.lseek(handle, 0, os.SEEK_CUR) for handle in inherited] == before
 
 
-def _read_and_tell(shared):
-    raise SystemExit(len(read_many(shared, 1)))
+def _read_and_tell(open_stores):
+    raise SystemExit(len(read_many(open_stores, 1)))
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
         (gzip.compress(b"{}", mtime=0), "a gzip archive"),
         ("{}\n".encode("utf-16"), "UTF-16"),
@@ -618,14 +618,14 @@ def _read_and_tell(shared):
         (b"\x01\x02\0\x03", "not text"),
     ],
 )
-def test_a_file_of_another_kind_is_named_once_and_not_row_by_row(tmp_path, data, words):
+def test_a_file_of_another_kind_is_named_once_and_not_row_by_row(tmp_path, data, message):
     (tmp_path / "rows.jsonl").write_bytes(data)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         open_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("members", "words"),
+    ("members", "message"),
     [
         (["a.jpg", "b.jpg"], "a zip of picture files — give the rows .*, and the zip with --images"),
         (["rows/mine.jsonl", "rows/a.jpg"], "unpack it and give rows/mine.jsonl"),
@@ -633,11 +633,11 @@ def test_a_file_of_another_kind_is_named_once_and_not_row_by_row(tmp_path, data,
     ],
 )
 @pytest.mark.parametrize("name", ["x.zip", "x.jsonl", "x.json", "x.parquet"])
-def test_a_zip_in_the_place_of_rows_is_told_where_it_belongs(tmp_path, members, words, name):
+def test_a_zip_given_as_rows_is_reported_with_the_option_for_it(tmp_path, members, message, name):
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         for member in members:
             archive.writestr(member, b"{}\n")
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         open_rows(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -650,7 +650,7 @@ def test_the_rows_beside_a_zip_are_named(tmp_path):
         open_rows(tmp_path / "cats_images.zip")
 
 
-def test_names_of_pictures_may_be_a_list_and_an_array_of_rows_is_told_where_it_belongs(tmp_path):
+def test_names_of_pictures_may_be_a_list_and_an_array_of_rows_is_reported_with_where_it_belongs(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"conversations": [], "image": ["a, b.jpg", "c.jpg"]}\n[{}]\n[\n')
     rows = open_rows(tmp_path / "rows.jsonl")
     assert rows.row(0).images == ["a, b.jpg", "c.jpg"]

@@ -80,7 +80,7 @@ def test_a_picture_in_base64_stands_in_its_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("record", "message"),
     [
         ("a.png", "1 cell for 2 columns"),
         ("a.png,a dog, a cat", "3 cells for 2 columns"),
@@ -90,12 +90,12 @@ def test_a_picture_in_base64_stands_in_its_row(tmp_path):
         ("a.png,", "conversation"),
     ],
 )
-def test_a_bad_record_is_one_broken_row(tmp_path, record, words):
+def test_a_bad_record_is_one_broken_row(tmp_path, record, message):
     record = record if isinstance(record, bytes) else record.encode()
     rows = rows_of(tmp_path, b"image,caption\nb.png,before\n" + record + b'\nc.png,after\nd.png,"the\nlast"\n')
     assert len(rows) == 4
     assert rows.location(1).endswith("rows.csv:3")
-    with pytest.raises(RowError, match=words):
+    with pytest.raises(RowError, match=message):
         use(rows, 1)
     assert [rows.row(n).conversations[-1]["content"] for n in (0, 2, 3)] == ["before", "after", "the\nlast"]
 
@@ -106,7 +106,7 @@ def test_a_tsv_without_quoting_keeps_its_quotes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("a.png,a red circle\nb.png,a cat\n", "is a row — add a line of column names"),
         ("a red circle\n", "names a red circle, so there is no conversation"),
@@ -120,8 +120,8 @@ def test_a_tsv_without_quoting_keeps_its_quotes(tmp_path):
         ("x" * 3_000_000, "its first line never ends"),
     ],
 )
-def test_what_has_no_column_names_is_named(tmp_path, text, words):
-    with pytest.raises(DataError, match=words):
+def test_what_has_no_column_names_is_named(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
         rows_of(tmp_path, text)
 
 

@@ -77,21 +77,23 @@ def test_members_of_one_key_are_a_sample(tmp_path, form):
 )
 def test_pictures_stand_in_the_order_in_which_they_are_named(tmp_path, fields, images):
     talk = [{"role": "user", "content": "<image><image>?"}, {"role": "assistant", "content": "Yes."}]
-    told = json.dumps({"messages": talk} | fields).encode()
-    rows = open_rows(tar_of(tmp_path / "a.tar", [("a.json", told), ("a.0.jpg", picture(0)), ("a.1.jpg", picture(1))]))
+    content = json.dumps({"messages": talk} | fields).encode()
+    rows = open_rows(
+        tar_of(tmp_path / "a.tar", [("a.json", content), ("a.0.jpg", picture(0)), ("a.1.jpg", picture(1))])
+    )
     assert rows.row(0).images == images
     assert [rows.picture(0, n, name) for n, name in enumerate(images)] == [picture(int(name[2])) for name in images]
 
 
 def test_pictures_that_are_only_named_are_read_from_elsewhere(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(5))
-    told = json.dumps({"conversations": TALK, "image": "a.png"}).encode()
-    rows = open_rows(tar_of(tmp_path / "a.tar", [("0.json", told)]), tmp_path)
+    content = json.dumps({"conversations": TALK, "image": "a.png"}).encode()
+    rows = open_rows(tar_of(tmp_path / "a.tar", [("0.json", content)]), tmp_path)
     assert rows.picture(0, 0, rows.row(0).images[0]) == picture(5)
 
 
 @pytest.mark.parametrize(
-    ("members", "words"),
+    ("members", "message"),
     [
         ([("1.jpg", picture(1))], "conversation"),
         ([("1.mp4", b"film"), ("1.txt", b"a film")], "1.mp4 is not supported"),
@@ -107,10 +109,10 @@ def test_pictures_that_are_only_named_are_read_from_elsewhere(tmp_path):
         ([(f"1.{n}.jpg", b"") for n in range(1001)], "more than 1000 members"),
     ],
 )
-def test_a_bad_sample_is_one_broken_row(tmp_path, members, words):
+def test_a_bad_sample_is_one_broken_row(tmp_path, members, message):
     rows = open_rows(tar_of(tmp_path / "a.tar", [*sample(0), *members, *sample(2, text="the last")]))
     assert len(rows) == 3
-    with pytest.raises(RowError, match=words):
+    with pytest.raises(RowError, match=message):
         use(rows, 1)
     assert (caption(rows, 0), caption(rows, 2)) == ("a dog", "the last")
 
@@ -174,7 +176,7 @@ def test_of_an_archive_that_is_cut_off_the_whole_samples_are_read(tmp_path, cut)
 
 
 @pytest.mark.parametrize(
-    ("tail", "words"),
+    ("tail", "message"),
     [
         (header("2.txt", huge(-512)), "-512 bytes"),
         (header("2.txt", b"-0000000512\0"), "a member of -|no header"),
@@ -188,11 +190,11 @@ def test_of_an_archive_that_is_cut_off_the_whole_samples_are_read(tmp_path, cut)
         (b"noise" * 1000, "no header"),
     ],
 )
-def test_a_damaged_header_is_named_with_its_place(tmp_path, tail, words):
+def test_a_damaged_header_is_named_with_its_position(tmp_path, tail, message):
     path = tar_of(tmp_path / "a.tar", sample(0))
     data = path.read_bytes().rstrip(b"\0")
     path.write_bytes(data + bytes(-len(data) % 512) + tail + bytes(1024))
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         open_rows(path)
 
 
@@ -256,12 +258,12 @@ def test_a_packed_tar_is_named(tmp_path):
 def test_shards_of_a_folder_by_split(tmp_path):
     for name, number in (("train-0.tar", 0), ("train-1.tar", 1), ("val-0.tar", 2), (".left.tar", 3)):
         tar_of(tmp_path / name, [*sample(number), *sample(number + 10)])
-    told = []
-    rows = open_rows(tmp_path, say=told.append)
+    messages = []
+    rows = open_rows(tmp_path, say=messages.append)
     assert [rows.row(n).images for n in range(len(rows))] == [["000.jpg"], ["010.jpg"], ["001.jpg"], ["011.jpg"]]
     assert [rows.location(n) for n in (1, 2)] == [f"{tmp_path}/train-0.tar:2", f"{tmp_path}/train-1.tar:1"]
     assert rows.split == "train"
-    assert "reading the split train (2 files), not validation (1 file)" in told[0]
+    assert "reading the split train (2 files), not validation (1 file)" in messages[0]
     rows = open_rows(tmp_path, split="val")
     assert rows.picture(1, 0, "012.jpg") == picture(12)
     assert len(open_rows(tmp_path, split="all")) == 6
@@ -346,7 +348,7 @@ def test_pictures_in_a_tar_are_found_by_the_names_that_find_them_in_a_zip(named,
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("1.jpg", "2 members"),
         ("c/1.jpg", "not in c"),
@@ -355,8 +357,8 @@ def test_pictures_in_a_tar_are_found_by_the_names_that_find_them_in_a_zip(named,
         ("x, y.jpg", "write the name exactly like the file name"),
     ],
 )
-def test_a_picture_that_a_tar_has_not_is_named(named, name, words):
-    with pytest.raises(RowError, match=words):
+def test_a_picture_that_a_tar_has_not_is_named(named, name, message):
+    with pytest.raises(RowError, match=message):
         named[0].read(name)
 
 

@@ -108,17 +108,17 @@ def opened(tmp_path, demo_tokenizer):
 @pytest.mark.parametrize("form", NOT_READ)
 def test_a_row_whose_picture_is_not_read_is_named_and_left_out(opened, form, name):
     rows = opened([line(), NOT_READ[form]], name)
-    found = rows.text(1)
-    assert isinstance(found, BrokenRow), form
-    assert found.kind == KIND
-    assert len(found.message) < 250
+    result = rows.text(1)
+    assert isinstance(result, BrokenRow), form
+    assert result.kind == KIND
+    assert len(result.message) < 250
     assert isinstance(rows.text(0), Example)
 
 
 @pytest.mark.parametrize("form", READ)
 def test_a_row_that_only_speaks_of_pictures_is_trained_on(opened, form):
-    found = opened([READ[form]]).text(0)
-    assert isinstance(found, Example), found
+    result = opened([READ[form]]).text(0)
+    assert isinstance(result, Example), result
 
 
 @pytest.mark.parametrize("column", ["picture", "jpg", "blob", "video_bytes"])
@@ -134,24 +134,24 @@ def test_a_column_of_pictures_that_is_not_read_is_named(tmp_path, column):
     assert rows.row(1).images == rows.row(2).images == []
 
 
-def test_a_column_of_bytes_beside_the_pictures_is_told_of(tmp_path):
+def test_a_column_of_bytes_beside_the_pictures_is_reported(tmp_path):
     columns = {"conversations": [json.dumps(talk("<image>?"))], "image_bytes": [picture(1)], "thumbnail": [picture(2)]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
-    said = []
-    assert open_rows(tmp_path / "rows.parquet", say=said.append).row(0).images == ["picture 1"]
-    assert said == [f"{tmp_path / 'rows.parquet'}: the bytes in thumbnail are ignored and not copied"]
+    messages = []
+    assert open_rows(tmp_path / "rows.parquet", say=messages.append).row(0).images == ["picture 1"]
+    assert messages == [f"{tmp_path / 'rows.parquet'}: the bytes in thumbnail are ignored and not copied"]
 
 
-def test_a_video_beside_the_pictures_of_a_saved_set_is_told_of(tmp_path):
+def test_a_video_beside_the_pictures_of_a_saved_set_is_reported(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
     columns = {"question": ["?"], "answer": ["!"], "image": [picture(1)], "clip": [{"bytes": b"abc", "path": None}]}
     kinds = {name: datasets.Value("string") for name in ("question", "answer")}
     features = datasets.Features(kinds | {"image": datasets.Value("binary"), "clip": datasets.Video()})
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "set")
-    said = []
-    row = open_rows(tmp_path / "set", say=said.append).row(0)
+    messages = []
+    row = open_rows(tmp_path / "set", say=messages.append).row(0)
     assert (row.images, row.extra) == (["picture 1"], {})
-    assert said == [f"{tmp_path / 'set'}: the bytes in clip are ignored and not copied"]
+    assert messages == [f"{tmp_path / 'set'}: the bytes in clip are ignored and not copied"]
 
 
 def test_a_column_of_pictures_may_be_called_as_a_file_name(tmp_path):
@@ -174,8 +174,8 @@ def test_a_saved_column_that_is_not_read_is_named(tmp_path, kind):
     datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
     cells = [{"bytes": picture(1), "path": None}]
     feature = datasets.Image() if kind == "pictures" else datasets.Video(decode=False)
-    made = datasets.Dataset.from_dict({"messages": [talk()], kind: cells}).cast_column(kind, feature)
-    made.save_to_disk(tmp_path / "set")
+    dataset = datasets.Dataset.from_dict({"messages": [talk()], kind: cells}).cast_column(kind, feature)
+    dataset.save_to_disk(tmp_path / "set")
     with pytest.raises(RowError, match=kind) as error:
         open_rows(tmp_path / "set").row(0)
     assert error.value.kind == KIND
@@ -195,7 +195,10 @@ def text_rows(request, tmp_path, demo_tokenizer):
         return RowDataset(open_rows(tmp_path / "rows.parquet"), PromptEncoder(demo_tokenizer, PATCHES), SIZE, 200)
     for n, content in enumerate(data):
         (tmp_path / f"{n if n % 3 else 0}.png").write_bytes(content)
-    lines = [json.dumps({"conversations": one, "image": f"{n if n % 3 else 0}.png"}) for n, one in enumerate(talks)]
+    lines = [
+        json.dumps({"conversations": conversation, "image": f"{n if n % 3 else 0}.png"})
+        for n, conversation in enumerate(talks)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     return RowDataset(open_rows(tmp_path / "rows.jsonl", tmp_path), PromptEncoder(demo_tokenizer, PATCHES), SIZE, 200)
 
@@ -220,9 +223,9 @@ def test_text_rows_are_held_out_by_their_text(text_rows):
 def test_a_conversion_keeps_the_pictures_of_text_rows(text_rows, tmp_path, ending):
     rows = text_rows.rows
     files = convert(rows, tmp_path / f"out.{ending}").files
-    there = open_rows(*files)
+    converted = open_rows(*files)
     for n in range(12):
-        before, after = rows.row(n), there.row(n)
+        before, after = rows.row(n), converted.row(n)
         assert after.conversations == before.conversations
-        assert there.picture(n, 0, after.images[0]) == rows.picture(n, 0, before.images[0])
+        assert converted.picture(n, 0, after.images[0]) == rows.picture(n, 0, before.images[0])
         assert after.shown == [] if n % 3 == 0 else len(after.shown) == 1

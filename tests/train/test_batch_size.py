@@ -20,7 +20,7 @@ from minimind_v.core.train import batch_size as fitting
 from minimind_v.core.train.batch_size import HEADROOM, Gauge, find_batch_size
 from minimind_v.core.train.distributed import World
 from minimind_v.core.train.trial import Trial
-from tests.cli.harness import ASSETS, EYE, here, installed, place, read_rows
+from tests.cli.harness import ASSETS, EYE, installed, read_rows, run_mmv, tiny_data
 from tests.conftest import train_until_killed
 
 NAME = "pretrain_vlm_128"
@@ -101,7 +101,7 @@ def test_processes_on_one_machine_share_its_memory(config):
 def test_all_take_what_fits_on_the_smallest(config, monkeypatch):
     gathered = []
     monkeypatch.setattr(World, "gather", lambda world, numbers: gathered.append(numbers) or [numbers, [4.0]])
-    monkeypatch.setattr(World, "gather_objects", lambda world, thing: [thing, "elsewhere"])
+    monkeypatch.setattr(World, "gather_objects", lambda world, item: [item, "elsewhere"])
     size, why = fitted(config, Small(10**12, 100 * MIB), World(rank=0, size=2, placed=True))
     assert size == 4
     assert why.endswith("for the 24 rows of a step per process: another process has no memory for more")
@@ -187,8 +187,8 @@ def _taken(config):
 
 def test_a_run_is_the_same_to_the_last_bit_as_with_the_size_given(tmp_path):
     small = _yaml(tmp_path, batch_size=4, accumulate=2)
-    auto = here(*place().train(tmp_path / "auto", batch_size="auto", features="off"), "--config", small)
-    given = here(*place().train(tmp_path / "given", batch_size=8, features="off"))
+    auto = run_mmv(*tiny_data().train(tmp_path / "auto", batch_size="auto", features="off"), "--config", small)
+    given = run_mmv(*tiny_data().train(tmp_path / "given", batch_size=8, features="off"))
     assert (auto.code, given.code) == (0, 0), auto.err + given.err
     curves = [[(record["loss"], record["grad_norm"]) for record in read_rows(tmp_path / out / NAME / "metrics.jsonl")]
               for out in ("auto", "given")]  # fmt: skip
@@ -207,9 +207,9 @@ def _yaml(folder, **keys):
 
 def test_a_resumed_run_is_divided_as_before(tmp_path):
     """On a machine that has more room meanwhile: bits depend on how the rows of a step are divided."""
-    line = place().train(tmp_path / "out", batch_size="auto", accumulate=2, epochs=2, save_every=1)
-    train_until_killed(1, place().train(tmp_path / "out", batch_size=4, accumulate=8, epochs=2, save_every=1))
-    ended = here(*line, "--resume")
+    line = tiny_data().train(tmp_path / "out", batch_size="auto", accumulate=2, epochs=2, save_every=1)
+    train_until_killed(1, tiny_data().train(tmp_path / "out", batch_size=4, accumulate=8, epochs=2, save_every=1))
+    ended = run_mmv(*line, "--resume")
     assert ended.code == 0, ended.err
     assert "resuming after step 1 of 4" in ended.err
     config = yaml.safe_load((tmp_path / "out" / NAME / "config.yaml").read_text())
@@ -218,7 +218,7 @@ def test_a_resumed_run_is_divided_as_before(tmp_path):
 
 @pytest.mark.long
 def test_two_processes_agree(tmp_path):
-    ended = installed(*place().train(tmp_path / "out", batch_size="auto", accumulate=2, gpus=2, max_steps=2))
+    ended = installed(*tiny_data().train(tmp_path / "out", batch_size="auto", accumulate=2, gpus=2, max_steps=2))
     assert ended.code == 0, ended.err
     assert "batch size 32, accumulate 1, for the 32 rows of a step per process: " in ended.err
     assert "on 2 processes (cpu)" in ended.err
@@ -239,11 +239,11 @@ def test_auto_stands_in_yaml_in_options_and_in_sets(tmp_path):
 
 
 def test_the_configuration_shows_what_was_chosen(tmp_path):
-    ended = here(*place().train(tmp_path / "out", batch_size="auto"), "--print-config")
+    ended = run_mmv(*tiny_data().train(tmp_path / "out", batch_size="auto"), "--print-config")
     assert ended.code == 0, ended.err
     assert "batch_size: 16 " in ended.out
     assert "--batch-size auto: batch size 16, accumulate 1, for the 16 rows" in ended.out
     assert yaml.safe_load(ended.out)["data"]["batch_size"] == 16
-    wrong = here(*place().train(tmp_path / "out", batch_size="many"))
+    wrong = run_mmv(*tiny_data().train(tmp_path / "out", batch_size="many"))
     assert wrong.code == 2
     assert "neither a number of rows nor `auto`" in wrong.err

@@ -14,25 +14,25 @@ from minimind_v.core.monitor.messages import BrokenRows
 MILLION = 10**6
 
 
-def end_of(broken_at, rows=MILLION, per_update=4, allowed=0.01, known=None, start=0):
+def end_of(broken_at, rows=MILLION, per_step=4, allowed=0.01, broken_before=None, start=0):
     """Rows read when the run ends, or None; `broken_at(n)` says whether the n-th row to be read is broken."""
-    counted = BrokenRows(rows, per_update, allowed)
-    counted.by_place = known if known is not None else {}
-    for first in range(start, rows, per_update):
-        numbers = range(first, min(first + per_update, rows))
-        found = [BrokenRow(f"f:{n}", "json", "no") for n in numbers if broken_at(n)]
-        if found:
+    counted = BrokenRows(rows, per_step, allowed)
+    counted.by_place = broken_before if broken_before is not None else {}
+    for first in range(start, rows, per_step):
+        numbers = range(first, min(first + per_step, rows))
+        broken = [BrokenRow(f"f:{n}", "json", "no") for n in numbers if broken_at(n)]
+        if broken:
             try:
-                counted.add(found, numbers.stop, lambda message: None)
+                counted.add(broken, numbers.stop, lambda message: None)
             except DataError:
                 return numbers.stop
     return None
 
 
-@pytest.mark.parametrize("per_update", [4, 16, 64])
-def test_a_run_over_a_million_rows_whose_first_are_all_broken_ends_early(per_update):
-    assert end_of(lambda n: True, per_update=per_update) <= 500
-    assert end_of(lambda n: n < 500, per_update=per_update) <= 500
+@pytest.mark.parametrize("per_step", [4, 16, 64])
+def test_a_run_over_a_million_rows_whose_first_are_all_broken_ends_early(per_step):
+    assert end_of(lambda n: True, per_step=per_step) <= 500
+    assert end_of(lambda n: n < 500, per_step=per_step) <= 500
 
 
 def test_a_fifth_of_broken_rows_ends_a_run_early():
@@ -46,16 +46,16 @@ def test_a_few_broken_rows_early_end_nothing():
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("per_update", [4, 64])
-def test_a_share_that_is_just_allowed_is_borne_to_the_end(seed, per_update):
+@pytest.mark.parametrize("per_step", [4, 64])
+def test_a_share_that_is_just_allowed_is_borne_to_the_end(seed, per_step):
     """Rows of a window come sorted: the worst is that all its broken rows come first, in all lanes."""
-    rng, wide = random.Random(seed), LANES * WINDOW * per_update
+    rng, wide = random.Random(seed), LANES * WINDOW * per_step
     order = []
     while len(order) < 100_000:
         order += sorted((rng.random() < 0.0095 for _ in range(wide)), reverse=True)
     order = order[:100_000]
     if sum(order) <= 1000:
-        assert end_of(order.__getitem__, rows=100_000, per_update=per_update) is None
+        assert end_of(order.__getitem__, rows=100_000, per_step=per_step) is None
 
 
 def test_of_all_rows_no_more_than_allowed_may_be_broken():
@@ -65,13 +65,13 @@ def test_of_all_rows_no_more_than_allowed_may_be_broken():
     assert end_of(lambda n: True, rows=1000, allowed=1) is None
 
 
-def test_a_run_that_is_taken_up_ends_at_the_same_row():
+def test_a_resumed_run_ends_at_the_same_row():
     whole = end_of(lambda n: n % 3 == 0)
-    known = {f"f:{n}": ["json", "no"] for n in range(0, 80) if n % 3 == 0}
-    assert end_of(lambda n: n % 3 == 0, known=known, start=80) == whole
+    earlier = {f"f:{n}": ["json", "no"] for n in range(0, 80) if n % 3 == 0}
+    assert end_of(lambda n: n % 3 == 0, broken_before=earlier, start=80) == whole
 
 
-def test_what_ended_a_run_is_told_with_the_share_that_would_be_enough():
+def test_the_end_of_a_run_is_reported_with_the_share_that_would_be_enough():
     counted = BrokenRows(10, 10, 0.01)
     with pytest.raises(DataError, match=r"3 of 10 rows are broken, more than 1%.*data\.bad_rows=0\.5"):
         counted.add([BrokenRow(f"f:{n}", kind, "no") for n, kind in enumerate("aba")], 10, lambda message: None)

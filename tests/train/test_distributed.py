@@ -21,7 +21,7 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train.distributed import World, slurm_address
 from minimind_v.core.train.launch import Launch
-from tests.cli.harness import ROOT, Running, here, installed, place, read_rows, tokenizer, write_rows
+from tests.cli.harness import ROOT, Running, installed, read_rows, run_mmv, tiny_data, tokenizer, write_rows
 
 NAME = "pretrain_vlm_128"
 ROWS = {"epochs": 2, "batch_size": 8, "save_every": 3}  # 40 rows: 10 steps, none of them short
@@ -36,13 +36,13 @@ def assert_close(out: Path, reference: Path, name: str = NAME, weights: float = 
     ours, theirs = curve(out, name), curve(reference, name)
     assert len(ours) == len(theirs)
     for key in ("step", "samples", "tokens", "supervised_tokens", "token_accuracy", "lr", "epoch"):
-        assert [one[key] for one in ours] == [one[key] for one in theirs], key
+        assert [entry[key] for entry in ours] == [entry[key] for entry in theirs], key
     for key in ("loss", "grad_norm"):
-        assert [one[key] for one in ours] == pytest.approx([one[key] for one in theirs], rel=1e-5), key
-    one, other = (newest_state(folder, name) for folder in (out, reference))
+        assert [entry[key] for entry in ours] == pytest.approx([entry[key] for entry in theirs], rel=1e-5), key
+    entry, other = (newest_state(folder, name) for folder in (out, reference))
     for key in other:
         if key.startswith("weight."):
-            torch.testing.assert_close(one[key], other[key], atol=weights, rtol=1e-5)
+            torch.testing.assert_close(entry[key], other[key], atol=weights, rtol=1e-5)
 
 
 def newest_state(out: Path, name: str = NAME) -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def newest_state(out: Path, name: str = NAME) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "out"
-    ended = here(*place().train(out, **ROWS))
+    ended = run_mmv(*tiny_data().train(out, **ROWS))
     assert ended.code == 0, ended.err
     return out
 
@@ -63,7 +63,7 @@ def alone(tmp_path_factory) -> Path:
 def pair(tmp_path_factory) -> Path:
     """Two processes with half the batch each."""
     out = tmp_path_factory.mktemp("pair") / "out"
-    ended = installed(*place().train(out, **HALF))
+    ended = installed(*tiny_data().train(out, **HALF))
     assert ended.code == 0, ended.err
     assert "10 steps of 8 rows on 2 processes (cpu)" in ended.err
     assert ended.err.count("done after 10 steps") == 1
@@ -78,17 +78,24 @@ def test_two_processes_learn_what_one_does(pair, alone):
 
 
 @pytest.mark.long
-def test_fifty_updates_of_fine_tuning_with_experts_uneven_ends_and_accumulation(tmp_path):
+def test_fifty_steps_of_fine_tuning_with_experts_uneven_ends_and_accumulation(tmp_path):
     """Rows that no number here divides: processes without a row, text-only batches, experts that nobody chose."""
-    words = ("--set", "model.use_moe=true", "--set", "model.num_hidden_layers=2")
-    lines = [json.loads(line) for line in place().data("sft").read_text().splitlines()][:31]
+    options = ("--set", "model.use_moe=true", "--set", "model.num_hidden_layers=2")
+    lines = [json.loads(line) for line in tiny_data().data("sft").read_text().splitlines()][:31]
     text = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "red"}]}
     lines[3:3] = [text] * 3
     data = write_rows(tmp_path / "rows.jsonl", lines)
-    common = {"data": data, "images": place().images("sft"), "init": "none", "epochs": 9, "max_steps": 50, "lr": 1e-3}
-    one = here(*place().train(tmp_path / "one", "sft", batch_size=6, **common), *words)
-    assert one.code == 0, one.err
-    two = installed(*place().train(tmp_path / "two", "sft", batch_size=1, accumulate=3, gpus=2, **common), *words)
+    common = {
+        "data": data,
+        "images": tiny_data().images("sft"),
+        "init": "none",
+        "epochs": 9,
+        "max_steps": 50,
+        "lr": 1e-3,
+    }
+    single = run_mmv(*tiny_data().train(tmp_path / "one", "sft", batch_size=6, **common), *options)
+    assert single.code == 0, single.err
+    two = installed(*tiny_data().train(tmp_path / "two", "sft", batch_size=1, accumulate=3, gpus=2, **common), *options)
     assert two.code == 0, two.err
     assert len(curve(tmp_path / "two", "sft_vlm_128_moe")) == 50
     assert_close(tmp_path / "two", tmp_path / "one", "sft_vlm_128_moe", weights=2e-4)
@@ -104,19 +111,19 @@ def test_no_row_is_lost_or_repeated(tmp_path, count, batch_size, accumulate, pro
     text = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = open_rows(write_rows(tmp_path / "rows.jsonl", [{"conversations": text}] * count), None)
     dataset = RowDataset(rows, PromptEncoder(tokenizer(), 4), 8, 100)
-    update = batch_size * accumulate * processes
+    rows_per_step = batch_size * accumulate * processes
 
     def plan(batch_size, processes, rank):
-        return BatchPlan(dataset, batch_size, 0, 5, 2, rows_per_step=update, processes=processes, rank=rank)
+        return BatchPlan(dataset, batch_size, 0, 5, 2, rows_per_step=rows_per_step, processes=processes, rank=rank)
 
-    whole = plan(update, 1, 0)
-    parts = [plan(batch_size, processes, rank) for rank in range(processes)]
+    whole = plan(rows_per_step, 1, 0)
+    plans = [plan(batch_size, processes, rank) for rank in range(processes)]
     for number in range(len(whole)):
-        batches = [part[number] for part in parts]
+        batches = [steps[number] for steps in plans]
         assert len({len(mine) for mine in batches}) == 1, "all take part equally often"
         assert all(len(batch) <= batch_size for mine in batches for batch in mine)
-        places = [place for mine in batches for batch in mine for place in batch.locations]
-        assert sorted(places) == sorted(place for batch in whole[number] for place in batch.locations)
+        locations = [location for mine in batches for batch in mine for location in batch.locations]
+        assert sorted(locations) == sorted(location for batch in whole[number] for location in batch.locations)
 
 
 # --- another number of processes --------------------------------------------------------------------------------------
@@ -128,11 +135,11 @@ def test_no_row_is_lost_or_repeated(tmp_path, count, batch_size, accumulate, pro
     [({"batch_size": 4, "gpus": 1}, 10), ({"batch_size": 8, "gpus": 1}, 10), ({"batch_size": 4, "gpus": 3}, 10)],
     ids=["one, as it was called", "one, with the whole batch", "three"],
 )
-def test_a_run_of_two_goes_on_with_another_number(tmp_path, pair, alone, changes, steps):
+def test_a_run_of_two_processes_resumes_with_another_number(tmp_path, pair, alone, changes, steps):
     out = shutil.copytree(pair, tmp_path / "out")
     (out / NAME / "states" / max(path.name for path in (out / NAME / "states").iterdir())).unlink()
-    run = installed if changes["gpus"] > 1 else here
-    ended = run(*place().train(out, **ROWS | changes), "--resume")
+    run = installed if changes["gpus"] > 1 else run_mmv
+    ended = run(*tiny_data().train(out, **ROWS | changes), "--resume")
     assert ended.code == 0, ended.err
     assert "resuming after step 9 of 10" in ended.err
     assert_close(out, alone)
@@ -141,7 +148,7 @@ def test_a_run_of_two_goes_on_with_another_number(tmp_path, pair, alone, changes
 @pytest.mark.long
 def test_other_rows_per_update_are_another_run(tmp_path, pair):
     out = shutil.copytree(pair, tmp_path / "out")
-    ended = here(*place().train(out, **ROWS | {"batch_size": 5}), "--resume")
+    ended = run_mmv(*tiny_data().train(out, **ROWS | {"batch_size": 5}), "--resume")
     assert ended.code == 2
     assert "rows_per_update: 8 in the interrupted run, 5 now" in ended.err
     assert ended.error.endswith("accept it with --allow rows_per_update")
@@ -156,8 +163,8 @@ def workers_of(run: Running) -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
-def start(folder: Path, out: Path, *words: object, **changes: object) -> Running:
-    return Running(folder, *place().train(out, **HALF | changes), *words)
+def start(folder: Path, out: Path, *options: object, **changes: object) -> Running:
+    return Running(folder, *tiny_data().train(out, **HALF | changes), *options)
 
 
 @pytest.mark.long
@@ -182,7 +189,9 @@ def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair)
     ended = start(tmp_path / "last", out, "--resume").wait()
     assert ended.code == 0, ended.err
     exact = ("step", "loss", "token_accuracy", "grad_norm", "samples", "supervised_tokens")
-    assert [[one[key] for key in exact] for one in curve(out)] == [[one[key] for key in exact] for one in curve(pair)]
+    assert [[record[key] for key in exact] for record in curve(out)] == [
+        [record[key] for key in exact] for record in curve(pair)
+    ]
     ours, theirs = (read_checkpoint(folder / f"{NAME}.pth").tensors for folder in (out, pair))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -198,7 +207,7 @@ def test_who_starts_when_the_launcher_is_gone_already_ends(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     left = {"MMV_ERRORS": str(tmp_path), "MMV_LAUNCHER": gone.stdout.decode().strip()}
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    command = [sys.executable, "-m", "minimind_v", *place().train(tmp_path / "out", **HALF)]
+    command = [sys.executable, "-m", "minimind_v", *tiny_data().train(tmp_path / "out", **HALF)]
     assert subprocess.run(command, cwd=ROOT, env=os.environ | left | alone, timeout=100, check=False).returncode == 1
     assert not (tmp_path / "out").exists()
 
@@ -217,7 +226,7 @@ def test_one_that_is_killed_ends_all_within_seconds(tmp_path, victim):
 
 
 @pytest.mark.long
-def test_one_that_is_killed_makes_all_go_on(tmp_path, pair):
+def test_after_one_process_is_killed_all_resume(tmp_path, pair):
     out = tmp_path / "out"
     run = start(tmp_path / "run", out, "--max-restarts", "1", save_every=1)
     run.until(lambda: "step 4/" in run.err)
@@ -225,16 +234,18 @@ def test_one_that_is_killed_makes_all_go_on(tmp_path, pair):
     ended = run.wait()
     assert ended.code == 0, ended.err
     assert "a process was lost: all processes have restarted" in ended.err
-    assert [one["loss"] for one in curve(out)] == [one["loss"] for one in curve(pair)]
+    assert [record["loss"] for record in curve(out)] == [record["loss"] for record in curve(pair)]
 
 
 # --- one error --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
-def test_an_error_is_told_once_and_not_tried_again(tmp_path):
+def test_an_error_is_reported_once_and_not_tried_again(tmp_path):
     began = time.monotonic()
-    ended = installed(*place().train(tmp_path / "out", **HALF | {"init": tmp_path / "none.pth"}), "--max-restarts", 3)
+    ended = installed(
+        *tiny_data().train(tmp_path / "out", **HALF | {"init": tmp_path / "none.pth"}), "--max-restarts", 3
+    )
     assert ended.code == 1
     assert "no weights at" in ended.error
     assert "--init" in ended.error
@@ -244,24 +255,24 @@ def test_an_error_is_told_once_and_not_tried_again(tmp_path):
 
 @pytest.mark.long
 def test_an_existing_run_is_refused_with_the_code_of_a_usage_error(tmp_path, pair):
-    ended = installed(*place().train(pair, **HALF))
+    ended = installed(*tiny_data().train(pair, **HALF))
     assert ended.code == 2
     assert "exists from an earlier run" in ended.error
 
 
 @pytest.mark.long
 def test_a_row_that_breaks_on_one_process_is_counted_by_all(tmp_path):
-    lines = place().data("pretrain").read_text().splitlines()
+    lines = tiny_data().data("pretrain").read_text().splitlines()
     data = write_rows(tmp_path / "rows.jsonl", ["{", *lines, "{"])
-    images = place().images("pretrain")
+    images = tiny_data().images("pretrain")
     few = installed(
-        *place().train(tmp_path / "few", **HALF | {"epochs": 1}, data=data, images=images),
+        *tiny_data().train(tmp_path / "few", **HALF | {"epochs": 1}, data=data, images=images),
         "--set", "data.bad_rows=0.5",
     )  # fmt: skip
     assert few.code == 0, few.err
     assert "2 broken rows skipped" in few.err
     assert curve(tmp_path / "few")[-1]["samples"] == 40
-    many = installed(*place().train(tmp_path / "many", **HALF, data=data, images=images))
+    many = installed(*tiny_data().train(tmp_path / "many", **HALF, data=data, images=images))
     assert many.code == 1
     assert "of 42 rows are broken, more than 1%" in many.error
 
@@ -269,16 +280,16 @@ def test_a_row_that_breaks_on_one_process_is_counted_by_all(tmp_path):
 # --- finding one's place ----------------------------------------------------------------------------------------------
 
 
-def test_a_process_of_torchrun_knows_its_place():
-    found = World.find({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"})
-    assert (found.rank, found.size, found.local_rank, found.restarts, found.leads) == (3, 8, 1, 2, False)
+def test_a_process_of_torchrun_reads_its_rank():
+    world = World.find({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"})
+    assert (world.rank, world.size, world.local_rank, world.restarts, world.leads) == (3, 8, 1, 2, False)
     assert World.find({"RANK": "0", "WORLD_SIZE": "1"}).placed, "one alone, but launched: it launches nothing"
 
 
-def test_a_process_of_slurm_knows_its_place():
+def test_a_process_of_slurm_reads_its_rank():
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70123"}
-    found = World.find(slurm)
-    assert (found.rank, found.size, found.local_rank, found.leads) == (5, 8, 1, False)
+    world = World.find(slurm)
+    assert (world.rank, world.size, world.local_rank, world.leads) == (5, 8, 1, False)
     assert World.find({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == World()
     for hosts, first in (("gpu[07-09,12],login", "gpu07"), ("node3", "node3"), ("a-1,a-2", "a-1"), ("n[1,3]", "n1")):
         assert slurm_address(slurm | {"SLURM_STEP_NODELIST": hosts}) == {
@@ -308,13 +319,13 @@ def test_started_by_torchrun_or_slurm(tmp_path, alone):
     A thread of gloo that frees a tensor while the interpreter shuts down ends its process by SIGABRT.
     """
     port = str(random.Random(os.getpid()).randrange(20000, 40000))
-    places = {
+    environments_of = {
         "torchrun": [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)],
         "slurm": [{"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank)} for rank in range(2)],
     }
-    for name, environments in places.items():
+    for name, environments in environments_of.items():
         out = tmp_path / name
-        command = [sys.executable, "-c", RUN_AND_LIST_THREADS, *place().train(out, **HALF | {"gpus": None})]
+        command = [sys.executable, "-c", RUN_AND_LIST_THREADS, *tiny_data().train(out, **HALF | {"gpus": None})]
         meeting = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
@@ -322,10 +333,10 @@ def test_started_by_torchrun_or_slurm(tmp_path, alone):
             )
             for environment in environments
         ]
-        threads, told = zip(*(process.communicate(timeout=240) for process in started), strict=True)
-        assert [process.returncode for process in started] == [0, 0], told
+        threads, outputs = zip(*(process.communicate(timeout=240) for process in started), strict=True)
+        assert [process.returncode for process in started] == [0, 0], outputs
         assert not any("gloo" in names for names in threads), threads
-        assert "done after" not in told[1]
+        assert "done after" not in outputs[1]
         assert_close(out, alone)
 
 
@@ -333,19 +344,19 @@ def test_started_by_torchrun_or_slurm(tmp_path, alone):
 def test_two_machines(tmp_path, alone):
     """Two launchers that meet at an address, each with a process of its own."""
     port = random.Random(os.getpid() + 1).randrange(20000, 40000)
-    words = ("--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}")
+    options = ("--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}")
     runs = [
-        Running(tmp_path / f"machine{rank}", *place().train(tmp_path / "out", **HALF | {"gpus": 1}), *words,
+        Running(tmp_path / f"machine{rank}", *tiny_data().train(tmp_path / "out", **HALF | {"gpus": 1}), *options,
                 "--node-rank", rank)
         for rank in range(2)
     ]  # fmt: skip
     ended = [run.wait() for run in runs]
-    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    assert [process.code for process in ended] == [0, 0], [process.err for process in ended]
     assert_close(tmp_path / "out", alone)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"processes": 2, "nnodes": 0}, "--nnodes must be at least 1"),
         ({"processes": 2, "nnodes": 2}, "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
@@ -354,8 +365,8 @@ def test_two_machines(tmp_path, alone):
         ({"processes": 2, "max_restarts": -1}, "--max-restarts must be at least 0"),
     ],
 )
-def test_what_cannot_be_launched(given, told):
-    with pytest.raises(UsageError, match=told):
+def test_what_cannot_be_launched(given, message):
+    with pytest.raises(UsageError, match=message):
         Launch(**given)
 
 
@@ -400,8 +411,8 @@ def test_the_tower_that_each_process_has_read_is_not_sent_again(tmp_path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
         model = Model()
-        shared = World(size=2).share(model)
-        assert shared.parameters_to_ignore == {"vision_encoder.weight", "vision_encoder.bias"}
+        ddp_model = World(size=2).share(model)
+        assert ddp_model.parameters_to_ignore == {"vision_encoder.weight", "vision_encoder.bias"}
         assert model.vision_encoder.weight._version < model.vision_proj.weight._version
     finally:
         distributed.destroy_process_group()

@@ -80,7 +80,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_remembering_changes_no_bit(dtype, workers, config, train, events):
+def test_the_feature_cache_changes_no_bit(dtype, workers, config, train, events):
     data = replace(config.data, workers=workers)
     plain, expected = train(features="off", dtype=dtype, data=data)
     first, curve = train(features="exact", dtype=dtype, data=data)
@@ -117,7 +117,7 @@ class Stopping(Events):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_resumed_run_is_the_same_whatever_is_remembered(config, events, train):
+def test_a_resumed_run_is_the_same_whatever_is_cached(config, events, train):
     plain, expected = train(features="off")
     half, first = replace(config, features="exact"), Stopping()
     assert assemble(half, first).run().steps == 1
@@ -202,7 +202,7 @@ def test_a_picture_is_the_same_in_any_company(encoder, pictures):
     together = encoder.encode(pictures)
     for order in (torch.randperm(11), torch.arange(11)):
         for size in (1, 2, 3, 5, 11):
-            features = torch.cat([encoder.encode(part) for part in pictures[order].split(size)])
+            features = torch.cat([encoder.encode(chunk) for chunk in pictures[order].split(size)])
             assert torch.equal(features, together[order])
 
 
@@ -230,7 +230,7 @@ def test_groups_are_filled_up_where_bits_must_be_the_same(device, groups, pictur
     assert moody.group_sizes == groups
 
 
-def test_features_can_be_learnt_from(encoder, pictures):
+def test_a_layer_can_be_trained_on_features(encoder, pictures):
     """They are made without a gradient, and a layer behind them has one."""
     layer = torch.nn.Linear(encoder.encoder.spec.width, 2)
     layer(encoder.encode(pictures[:2])).sum().backward()
@@ -240,24 +240,24 @@ def test_features_can_be_learnt_from(encoder, pictures):
 # --- deciding ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("reading", "looking", "kept"), [(0.1, 1.0, True), (0.6, 1.0, False), (None, 1.0, False)])
-def test_auto_keeps_what_pays(reading, looking, kept, encoder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("reading", "encoding", "kept"), [(0.1, 1.0, True), (0.6, 1.0, False), (None, 1.0, False)])
+def test_auto_keeps_what_pays(reading, encoding, kept, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "measure_reading", lambda *_: reading)
-    monkeypatch.setattr(encoder, "identify", lambda: ("name", looking))
-    said: list[str] = []
-    feature_cache = open_feature_cache("auto", tmp_path / "features", encoder, 100, said.append, said.append)
+    monkeypatch.setattr(encoder, "identify", lambda: ("name", encoding))
+    messages: list[str] = []
+    feature_cache = open_feature_cache("auto", tmp_path / "features", encoder, 100, messages.append, messages.append)
     assert (feature_cache.store is not None) == kept
-    assert len(said) == 1
-    assert ("not cached" in said[0]) != kept
+    assert len(messages) == 1
+    assert ("not cached" in messages[0]) != kept
 
 
-def test_a_small_budget_is_told_and_kept(encoder, tmp_path, monkeypatch, pictures):
+def test_a_small_budget_is_reported_and_kept(encoder, tmp_path, monkeypatch, pictures):
     form = Form("float32", encoder.encoder.spec.tokens_per_image, encoder.encoder.spec.width)
     monkeypatch.setattr(store, "used_and_free", lambda _: (0, 4 * 5 * (form.record + 24)))
-    said, warned = [], []
-    feature_cache = open_feature_cache("exact", tmp_path / "features", encoder, 100, said.append, warned.append)
+    messages, warned = [], []
+    feature_cache = open_feature_cache("exact", tmp_path / "features", encoder, 100, messages.append, warned.append)
     monkeypatch.undo()
-    assert "room for 5 of the images of 100 rows (--features int8: " in said[0]
+    assert "room for 5 of the images of 100 rows (--features int8: " in messages[0]
     for begin in range(0, 11, 2):  # of eleven pictures four fit in pairs
         keys = [digest(bytes([n])) for n in range(begin, min(begin + 2, 11))]
         features = feature_cache.features(
@@ -270,8 +270,8 @@ def test_a_small_budget_is_told_and_kept(encoder, tmp_path, monkeypatch, picture
 
 
 def test_off_says_and_makes_nothing(encoder, tmp_path):
-    said: list[str] = []
-    feature_cache = open_feature_cache("off", tmp_path / "features", encoder, 100, said.append, said.append)
+    messages: list[str] = []
+    feature_cache = open_feature_cache("off", tmp_path / "features", encoder, 100, messages.append, messages.append)
     assert feature_cache.store is None
-    assert not said
+    assert not messages
     assert not (tmp_path / "features").exists()

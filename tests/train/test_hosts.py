@@ -16,7 +16,7 @@ import pytest
 
 from minimind_v.core.train import launch
 from minimind_v.core.train.launch import way_to
-from tests.cli.harness import MMV, PATIENCE, Running, here, place, read_rows
+from tests.cli.harness import MMV, PATIENCE, Running, read_rows, run_mmv, tiny_data
 
 NAME = "pretrain_vlm_128"
 LINE = {"epochs": 2, "save_every": 3}
@@ -24,9 +24,9 @@ PORT = 29400  # of a machine that has nothing else to do
 FIRST = f"10.77.0.1:{PORT}"
 
 
-def ip(*words: str) -> bool:
+def ip(*args: str) -> bool:
     try:
-        return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+        return subprocess.run(["ip", *args], capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
         return False
 
@@ -37,10 +37,10 @@ def hosts() -> Iterator[list[str]]:
     names = [f"mmv{os.getpid()}{side}" for side in "ab"]
     wires = [f"v{os.getpid()}{side}" for side in "ab"]
     try:
-        made = all(ip("netns", "add", name) for name in names) and ip(
+        created = all(ip("netns", "add", name) for name in names) and ip(
             "link", "add", wires[0], "netns", names[0], "type", "veth", "peer", "name", wires[1], "netns", names[1]
         )
-        if not made:
+        if not created:
             pytest.skip("no network namespaces can be made here")
         for number, (name, wire) in enumerate(zip(names, wires, strict=True), 1):
             assert ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", wire)
@@ -58,11 +58,11 @@ class Host:
     def __init__(self, folder: Path, host: str, rank: int, **changes: object) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / f"{rank}.log"
-        line = place().train(folder / "out", **LINE | changes)
-        words = ["--nnodes", "2", "--node-rank", str(rank), "--rdzv-endpoint", FIRST]
+        line = tiny_data().train(folder / "out", **LINE | changes)
+        options = ["--nnodes", "2", "--node-rank", str(rank), "--rdzv-endpoint", FIRST]
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                ["ip", "netns", "exec", host, MMV, *line, *words],
+                ["ip", "netns", "exec", host, MMV, *line, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -71,14 +71,14 @@ class Host:
             )
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
-    def until(self, words: str) -> None:
+    def until(self, text: str) -> None:
         end = time.monotonic() + PATIENCE
-        while words not in self.said:
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < end, self.said
+        while text not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, self.output
             time.sleep(0.05)
 
     def end(self) -> int:
@@ -104,17 +104,17 @@ def start(hosts, tmp_path):
 @pytest.mark.long
 def test_two_machines_learn_what_one_does(start, tmp_path):
     both = start(batch_size=4)
-    assert [host.end() for host in both] == [0, 0], both[0].said + both[1].said
-    assert both[0].said.startswith(f"2 machines connect at {FIRST}: waiting up to")
-    assert "steps of 8 rows on 2 processes (cpu)" in both[0].said
-    assert both[1].said.count("\n") == 1, both[1].said
-    alone = here(*place().train(tmp_path / "alone", **LINE, batch_size=8))
+    assert [host.end() for host in both] == [0, 0], both[0].output + both[1].output
+    assert both[0].output.startswith(f"2 machines connect at {FIRST}: waiting up to")
+    assert "steps of 8 rows on 2 processes (cpu)" in both[0].output
+    assert both[1].output.count("\n") == 1, both[1].output
+    alone = run_mmv(*tiny_data().train(tmp_path / "alone", **LINE, batch_size=8))
     assert alone.code == 0, alone.err
     curves = [read_rows(tmp_path / out / NAME / "metrics.jsonl") for out in ("run/out", "alone")]
     for key in ("step", "samples", "supervised_tokens"):
-        assert [one[key] for one in curves[0]] == [one[key] for one in curves[1]]
+        assert [record[key] for record in curves[0]] == [record[key] for record in curves[1]]
     for key in ("loss", "grad_norm"):
-        assert [one[key] for one in curves[0]] == pytest.approx([one[key] for one in curves[1]], rel=1e-5)
+        assert [record[key] for record in curves[0]] == pytest.approx([record[key] for record in curves[1]], rel=1e-5)
 
 
 @pytest.mark.long
@@ -122,16 +122,16 @@ def test_a_machine_that_is_gone_ends_the_other_and_a_stop_ends_both(start, tmp_p
     first, second = start(epochs=10_000)
     first.until("step 3/")
     first.process.send_signal(signal.SIGTERM)
-    assert [host.end() for host in (first, second)] == [143, 143], first.said + second.said
-    assert "stopped by SIGTERM" in first.said
-    assert "error" not in second.said
+    assert [host.end() for host in (first, second)] == [143, 143], first.output + second.output
+    assert "stopped by SIGTERM" in first.output
+    assert "error" not in second.output
     first, second = start("other", epochs=10_000)
     first.until("step 3/")
     os.killpg(second.process.pid, signal.SIGKILL)
     gone = time.monotonic()
     assert first.end() == 1
     assert time.monotonic() - gone < 30
-    last = first.said.splitlines()[-1]
+    last = first.output.splitlines()[-1]
     assert last == (
         "error: another machine has stopped or cannot be reached — add --resume to resume from the last state"
     )
@@ -139,8 +139,8 @@ def test_a_machine_that_is_gone_ends_the_other_and_a_stop_ends_both(start, tmp_p
 
 
 @pytest.mark.long
-def test_who_waits_in_vain_is_told(tmp_path):
-    run = Running(tmp_path, *place().train(tmp_path / "out"), "--nnodes", 2, "--node-rank", 1,
+def test_waiting_in_vain_is_reported(tmp_path):
+    run = Running(tmp_path, *tiny_data().train(tmp_path / "out"), "--nnodes", 2, "--node-rank", 1,
                   "--rdzv-endpoint", "127.0.0.1:9", prepare=meet_soon)  # fmt: skip
     ended = run.wait()
     assert ended.code == 1
@@ -160,9 +160,9 @@ def test_the_way_to_oneself_is_the_loopback():
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "told"), [("10.77.0.1", "must have the form HOST:PORT"), ("no.such.host.:1", "no host")]
+    ("endpoint", "message"), [("10.77.0.1", "must have the form HOST:PORT"), ("no.such.host.:1", "no host")]
 )
-def test_an_endpoint_that_cannot_be_one(endpoint, told, tmp_path):
-    ended = here(*place().train(tmp_path / "out"), "--nnodes", 2, "--node-rank", 1, "--rdzv-endpoint", endpoint)
+def test_an_endpoint_that_cannot_be_one(endpoint, message, tmp_path):
+    ended = run_mmv(*tiny_data().train(tmp_path / "out"), "--nnodes", 2, "--node-rank", 1, "--rdzv-endpoint", endpoint)
     assert ended.code == 2
-    assert told in ended.error
+    assert message in ended.error

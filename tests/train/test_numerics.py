@@ -153,10 +153,10 @@ def test_two_micro_batches_equal_one(config, first, one_step):
     """Micro-batches of unequal rows and supervised tokens: every token weighs the same, and so does every row."""
     torch.manual_seed(0)
     whole = random_batch(lengths=[30, 12, 25, 9], answers=[20, 1, 5, 2])
-    parts = [part_of(whole, slice(0, first)), part_of(whole, slice(first, 4))]
-    assert parts[0].supervised != parts[1].supervised
+    micro_batches = [part_of(whole, slice(0, first)), part_of(whole, slice(first, 4))]
+    assert micro_batches[0].supervised != micro_batches[1].supervised
     together, expected = one_step(config, [whole])
-    apart, gradients = one_step(config, parts)
+    apart, gradients = one_step(config, micro_batches)
     assert apart.loss == pytest.approx(together.loss, rel=1e-5)
     assert apart.grad_norm == pytest.approx(together.grad_norm, rel=1e-5)
     assert (apart.samples, apart.tokens, apart.supervised_tokens) == (4, 76, 28)
@@ -258,16 +258,16 @@ def padded(batch: Batch, name: str, filler: int) -> Tensor:
 
 
 def plain_loop(
-    config: RunConfig, weights: dict[str, Tensor], learns: set[str], steps: list[list[Batch]]
+    config: RunConfig, weights: dict[str, Tensor], trainable: set[str], steps: list[list[Batch]]
 ) -> list[float]:
     """Train as slowly and plainly as can be; returns the loss of each update."""
     tower = CLIPVisionModel.from_pretrained(ASSETS / "vision", dtype=torch.float32).eval()
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     model = PlainModel(config.model, weights)
-    moments = {name: (torch.zeros_like(weights[name]), torch.zeros_like(weights[name])) for name in learns}
+    moments = {name: (torch.zeros_like(weights[name]), torch.zeros_like(weights[name])) for name in trainable}
     losses = []
     for step, batches in enumerate(steps):
-        for name in learns:
+        for name in trainable:
             weights[name] = weights[name].detach().requires_grad_()
         nll, counted, aux, total_rows = torch.zeros(()), 0, torch.zeros(()), sum(map(len, batches))
         for batch in batches:
@@ -283,7 +283,7 @@ def plain_loop(
             aux = aux + batch_aux * len(batch) / total_rows
         loss = nll / counted + aux
         losses.append(loss.item())
-        names = sorted(learns)
+        names = sorted(trainable)
         grads = dict(zip(names, torch.autograd.grad(loss, [weights[name] for name in names]), strict=True))
         norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
         lr = config.lr / 10 + 0.5 * config.lr * (1 + math.cos(math.pi * step / len(steps)))
@@ -338,8 +338,8 @@ def test_loss_curve_is_that_of_a_plain_loop(model, freeze, accumulate, rows, eve
     run.run()
 
     steps = [run.plan[number] for number in range(STEPS)]
-    learns = {name for name in weights if LEARNS[freeze](name)}
-    expected = plain_loop(config, weights, learns, steps)
+    trainable = {name for name in weights if LEARNS[freeze](name)}
+    expected = plain_loop(config, weights, trainable, steps)
     losses = [metrics.loss for metrics in events.steps]
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected, rel=1e-4)
@@ -376,10 +376,10 @@ def test_rows_without_a_picture_teach_a_projector_nothing(only_words, words_and_
     before = {name: tensor.clone() for name, tensor in run.train_step.model.state_dict().items()}
     run.run()
     assert 0.0 in [metrics.grad_norm for metrics in events.steps]
-    learnt = {
+    changed = {
         name for name, tensor in run.train_step.model.state_dict().items() if not torch.equal(tensor, before[name])
     }
-    assert learnt == (set() if only_words else {name for name in before if name.startswith("vision_proj.")})
+    assert changed == (set() if only_words else {name for name in before if name.startswith("vision_proj.")})
 
 
 def test_who_asks_a_model_in_training_hears_what_it_has_learnt(rows, events, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.monitor import fingerprint as origin
-from tests.cli.harness import BASE, Running, here, place, read_rows, sighted, write_rows
+from tests.cli.harness import BASE, Running, read_rows, run_mmv, sighted, tiny_data, write_rows
 from tests.conftest import train_until_killed
 
 NAME = "pretrain_vlm_128"
@@ -27,12 +27,12 @@ EXACT = ("step", "loss", "token_accuracy", "lr", "grad_norm", "epoch", "samples"
 @cache
 def data(stage="pretrain"):
     """The first rows of the tiny data, beside their pictures."""
-    return write_rows(place().folder / f"few_{stage}.jsonl", read_rows(place().data(stage))[:ROWS])
+    return write_rows(tiny_data().folder / f"few_{stage}.jsonl", read_rows(tiny_data().data(stage))[:ROWS])
 
 
 def command(out, stage="pretrain", **changes):
     """The command line of a run."""
-    return place().train(out, stage, **STEPS | {"data": data(stage)} | changes)
+    return tiny_data().train(out, stage, **STEPS | {"data": data(stage)} | changes)
 
 
 def curve(out, name=NAME):
@@ -56,7 +56,7 @@ def assert_same_run(out, reference, name=NAME):
 def whole(tmp_path_factory):
     """The same run, never interrupted, in this process."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    ended = here(*command(out))
+    ended = run_mmv(*command(out))
     assert ended.code == 0, ended.err
     return out
 
@@ -82,7 +82,7 @@ def whole_alone(tmp_path_factory):
 def test_from_any_step_on(tmp_path, reference, step):
     out = tmp_path / "out"
     train_until_killed(step, command(out))
-    ended = here(*command(out), "--resume")
+    ended = run_mmv(*command(out), "--resume")
     assert ended.code == 0, ended.err
     saved = step // 2 * 2
     assert (f"resuming after step {saved} of 10" if saved else "nothing to resume") in ended.err
@@ -90,7 +90,7 @@ def test_from_any_step_on(tmp_path, reference, step):
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes", "words"),
+    ("stage", "changes", "options"),
     [
         ("pretrain", {"workers": 2}, ()),
         ("sft", {"lr": 1e-4, "init": sighted()}, ()),
@@ -99,18 +99,18 @@ def test_from_any_step_on(tmp_path, reference, step):
     ],
     ids=["workers", "sft", "experts", "bf16"],
 )
-def test_stopped_twice(tmp_path, stage, changes, words):
-    name = f"{stage}_vlm_128" + ("_moe" if words else "")
-    assert here(*command(tmp_path / "reference", stage, **changes | {"workers": 0}), *words).code == 0
+def test_stopped_twice(tmp_path, stage, changes, options):
+    name = f"{stage}_vlm_128" + ("_moe" if options else "")
+    assert run_mmv(*command(tmp_path / "reference", stage, **changes | {"workers": 0}), *options).code == 0
     for step in (3, 7):
-        train_until_killed(step, [*command(tmp_path / "out", stage, **changes), *words], resume=True)
-    assert here(*command(tmp_path / "out", stage, **changes), *words, "--resume").code == 0
+        train_until_killed(step, [*command(tmp_path / "out", stage, **changes), *options], resume=True)
+    assert run_mmv(*command(tmp_path / "out", stage, **changes), *options, "--resume").code == 0
     assert_same_run(tmp_path / "out", tmp_path / "reference", name)
 
 
 def test_a_complete_run_is_left_as_it_is(reference):
     before = {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()}
-    ended = here(*command(reference), "--resume")
+    ended = run_mmv(*command(reference), "--resume")
     assert ended.code == 0
     assert "this run is already finished" in ended.err
     assert {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()} == before
@@ -121,16 +121,16 @@ def test_broken_rows_are_counted_once(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [*lines[:5], "{", *lines[5:9], "nothing", *lines[9:]])
     line = command(tmp_path / "out", data=rows)
     train_until_killed(6, [*line, "--set", "data.bad_rows=0.5"])
-    ended = here(*line, "--set", "data.bad_rows=0.5", "--resume")
+    ended = run_mmv(*line, "--set", "data.bad_rows=0.5", "--resume")
     assert "2 broken rows skipped" in ended.err
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
-def alone(out, *words):
+def alone(out, *options):
     """A run in a process of its own, of one thread: what is compared bit for bit has the same number of them."""
-    return Running(out.parent / f"{out.name}.{time.monotonic_ns()}", *command(out, workers=1), *words)
+    return Running(out.parent / f"{out.name}.{time.monotonic_ns()}", *command(out, workers=1), *options)
 
 
 @pytest.mark.long
@@ -150,8 +150,8 @@ def test_killed_for_real_again_and_again(tmp_path, whole_alone, number):
 
 
 @pytest.mark.long
-def test_a_stop_says_how_to_go_on(tmp_path):
-    run = Running(tmp_path / "run", *place().train(tmp_path / "out", epochs=10_000, workers=1), "--overwrite")
+def test_a_stop_says_how_to_resume(tmp_path):
+    run = Running(tmp_path / "run", *tiny_data().train(tmp_path / "out", epochs=10_000, workers=1), "--overwrite")
     run.until(lambda: "step 3/" in run.err)
     ended = run.send(signal.SIGTERM).wait()
     assert ended.code == 143
@@ -191,7 +191,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, reference, damag
         "empty": b"",
         "page": b"<!DOCTYPE html>",
     }[damage])  # fmt: skip
-    ended = here(*command(out), "--resume")
+    ended = run_mmv(*command(out), "--resume")
     assert ended.code == 0, ended.err
     assert f"{newest} is damaged" in ended.err
     assert "resuming after step 8 of 10" in ended.err
@@ -201,23 +201,23 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, reference, damag
 def test_where_every_state_is_damaged_the_run_is_refused(tmp_path, reference):
     for path in states(reference):
         path.write_bytes(b"")
-    ended = here(*command(reference), "--resume")
+    ended = run_mmv(*command(reference), "--resume")
     assert ended.code == 1
     assert "it contains no undamaged state — start over with --overwrite" in ended.error
 
 
 def test_weights_without_a_state_cannot_be_resumed(reference):
     shutil.rmtree(reference / NAME / "states")
-    ended = here(*command(reference), "--resume")
+    ended = run_mmv(*command(reference), "--resume")
     assert ended.code == 2
     assert "no state to resume from" in ended.error
 
 
 def test_starting_over_leaves_no_state_of_before(reference):
-    assert here(*command(reference)).code == 2
-    assert here(*command(reference, max_steps=1), "--overwrite").code == 0
+    assert run_mmv(*command(reference)).code == 2
+    assert run_mmv(*command(reference, max_steps=1), "--overwrite").code == 0
     assert [path.name[:15] for path in states(reference)] == ["step-0000000001"]
-    assert here(*command(reference), "--overwrite", "--resume").code == 2
+    assert run_mmv(*command(reference), "--overwrite", "--resume").code == 2
 
 
 # --- another run ------------------------------------------------------------------------------------------------------
@@ -229,10 +229,10 @@ def halfway(tmp_path):
     return tmp_path / "out"
 
 
-def test_what_differs_is_told_line_by_line_and_refused(tmp_path, halfway):
+def test_differences_are_reported_line_by_line_and_refused(tmp_path, halfway):
     lines = data().read_text().splitlines()
     other = write_rows(tmp_path / "other.jsonl", lines[:-1])
-    ended = here(*command(halfway, lr=1e-5, data=other), "--resume")
+    ended = run_mmv(*command(halfway, lr=1e-5, data=other), "--resume")
     assert ended.code == 2
     assert any(line.startswith("lr: 0.0004 in the interrupted run, 1e-05 now") for line in ended.err.splitlines())
     assert any(line.startswith("data.file: ") and " bytes " in line for line in ended.err.splitlines())
@@ -253,15 +253,15 @@ def test_changed_rows_beside_many_pictures_are_noticed(tmp_path, monkeypatch):
 
 def test_what_is_allowed_by_name_may_differ(halfway):
     line = command(halfway, lr=1e-5)
-    ended = here(*line, "--resume", "--allow", "lr")
+    ended = run_mmv(*line, "--resume", "--allow", "lr")
     assert ended.code == 0, ended.err
     assert curve(halfway)[-1]["lr"] < 1.1e-5
-    assert "did you mean 'lr'" in here(*line, "--resume", "--allow", "lrr").error
+    assert "did you mean 'lr'" in run_mmv(*line, "--resume", "--allow", "lrr").error
 
 
 def test_the_same_files_elsewhere_are_the_same_run(tmp_path, halfway, reference):
     copy = shutil.copy(data(), tmp_path / "copy.jsonl")
     base = shutil.copy(BASE, tmp_path / "base.safetensors")
     line = command(halfway, data=copy, init=base, workers=2, log_every=1)
-    assert here(*line, "--resume").code == 0
+    assert run_mmv(*line, "--resume").code == 0
     assert_same_run(halfway, reference)

@@ -16,7 +16,7 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.monitor.messages import LEAST_REACH, too_little
 from minimind_v.core.pages.run_report import read_run, report_page
 from minimind_v.core.train.recall import earlier_run
-from tests.cli.harness import EYE, here, place, read_rows, sighted, write_rows
+from tests.cli.harness import EYE, read_rows, run_mmv, sighted, tiny_data, write_rows
 from tests.conftest import train_until_killed
 
 ANSWERS = (
@@ -49,7 +49,7 @@ def noise(folder, answers):
 def earlier(tmp_path_factory):
     """Weights with the folder of the run that made them."""
     out = tmp_path_factory.mktemp("earlier")
-    ended = here(*place().train(out, "sft", init=sighted(), lr=1e-3))
+    ended = run_mmv(*tiny_data().train(out, "sft", init=sighted(), lr=1e-3))
     assert ended.code == 0, ended.err
     return out / "sft_vlm_128.pth"
 
@@ -57,12 +57,12 @@ def earlier(tmp_path_factory):
 def small_line(out, init, mine, **changes):
     """The command line of the recipe."""
     given = {"init": init, "epochs": None, "batch_size": None, "log_every": None, "recipe": "small-data"}
-    return place().train(out, "sft", **mine, **given | changes)
+    return tiny_data().train(out, "sft", **mine, **given | changes)
 
 
-def small(out, init, mine, *words, **changes):
+def small(out, init, mine, *options, **changes):
     """Run the recipe."""
-    return here(*small_line(out, init, mine, **changes), *words)
+    return run_mmv(*small_line(out, init, mine, **changes), *options)
 
 
 def events(out, key):
@@ -77,14 +77,14 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     ended = small(tmp_path / "out", earlier, mine)
     assert ended.code == 0, ended.err
     assert f"learnt: every answer of the 12 rows of {mine['data']} is correct, token for token" in ended.err
-    assert f"kept: on 32 rows of {place().data('sft')}, not trained on now, " in ended.err
+    assert f"kept: on 32 rows of {tiny_data().data('sft')}, not trained on now, " in ended.err
     last = read_rows(tmp_path / "out" / "sft_vlm_128" / "metrics.jsonl")[-1]
     assert last["step"] == last["steps"] < 60 * 12, "it ends as soon as all is right"
     assert last["step"] % 12 == 0
     for line in ("raise --lr", "move a weight", "not measured"):
         assert line not in ended.err
     model = ("--model", tmp_path / "out" / "sft_vlm_128.pth", "--vision-model", EYE, "--tokenizer", EYE.parent)
-    scores = here("eval", *model, "--data", mine["data"], "--images", mine["images"], "--json").json
+    scores = run_mmv("eval", *model, "--data", mine["data"], "--images", mine["images"], "--json").json
     assert (scores["short_answers"], scores["accuracy"]) == (12, 1.0)
     recalled = {when: score for event in events(tmp_path / "out", "recalled") for when, score in event.items()}
     assert set(recalled) == {"before", "own", "after"}
@@ -98,7 +98,7 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     assert (again.code, "this run is already finished" in again.err) == (0, True), again.err
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, earlier):
+def test_a_stopped_run_resumes_to_the_same_end(tmp_path, earlier):
     few, given = noise(tmp_path, ANSWERS[:4]), {"lr": 1e-3, "save_every": 10}
     assert small(tmp_path / "whole", earlier, few, **given).code == 0
     train_until_killed(10, small_line(tmp_path / "parts", earlier, few, **given))
@@ -106,8 +106,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, earlier):
     assert ended.code == 0, ended.err
     assert "resuming after step 10" in ended.err
     assert "kept: on 32 rows" in ended.err, "what was measured before the stop is known"
-    whole, parts = ((tmp_path / name / "sft_vlm_128.pth").read_bytes() for name in ("whole", "parts"))
-    assert whole == parts
+    whole, resumed = ((tmp_path / name / "sft_vlm_128.pth").read_bytes() for name in ("whole", "parts"))
+    assert whole == resumed
 
 
 @pytest.mark.parametrize("trouble", ["no folder", "no rows", "same rows"])
@@ -120,7 +120,7 @@ def test_what_cannot_be_measured_is_said(tmp_path, mine, earlier, trouble):
         for name in ("manifest.json", "config.yaml"):
             text = (earlier.with_suffix("") / name).read_text()
             here_now = mine["data"] if trouble == "same rows" else tmp_path / "gone.jsonl"
-            text = text.replace(str(place().data("sft")), str(here_now))
+            text = text.replace(str(tiny_data().data("sft")), str(here_now))
             (tmp_path / "sft_vlm_128" / name).write_text(text)
     why = {
         "no folder": f"nothing beside {init} names its training rows",
@@ -135,7 +135,7 @@ def test_what_cannot_be_measured_is_said(tmp_path, mine, earlier, trouble):
     assert "was not measured" in report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
 
 
-def test_what_published_weights_learnt_from_is_looked_for_where_it_is_downloaded_to(tmp_path, monkeypatch):
+def test_companions_of_published_weights_are_searched_in_the_download_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert earlier_run(Path("sft_vlm_512.pth")) is None
     Path("dataset").mkdir()
@@ -172,15 +172,15 @@ def test_the_recipe_works_over_every_file_of_the_stage(file):
 
 
 def test_the_recipe_is_printed_and_read_again(tmp_path):
-    printed = here("train", "sft", "--recipe", "small-data", "--print-config").out
+    printed = run_mmv("train", "sft", "--recipe", "small-data", "--print-config").out
     (tmp_path / "c.yaml").write_text(printed)
     assert build_config("sft", tmp_path / "c.yaml") == build_config("sft", options={"recipe": "small-data"})
     assert yaml.safe_load(printed)["out"] == "out/small-data"
 
 
 def test_a_recipe_for_another_stage_or_of_no_such_name_is_refused():
-    assert "`mmv train sft --recipe small-data`" in here("train", "pretrain", "--recipe", "small-data").error
-    assert "did you mean 'small-data'" in here("train", "sft", "--recipe", "smal-data").error
+    assert "`mmv train sft --recipe small-data`" in run_mmv("train", "pretrain", "--recipe", "small-data").error
+    assert "did you mean 'small-data'" in run_mmv("train", "sft", "--recipe", "smal-data").error
     with pytest.raises(UsageError, match="recipe 3 must be one of"):
         build_config("sft", sets=["recipe=3"])
 
@@ -205,24 +205,24 @@ def test_it_starts_from_the_best_weights_there_are_and_never_from_its_own(tmp_pa
 # --- what is said before the start ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("lr", "updates"), [(1e-6, 180), (1e-6, 3), (4e-4, 4), (1e-9, 10**5), (1e-5, 40)])
-def test_a_run_that_can_move_nothing_is_told_with_a_value_that_can(lr, updates):
+@pytest.mark.parametrize(("lr", "steps"), [(1e-6, 180), (1e-6, 3), (4e-4, 4), (1e-9, 10**5), (1e-5, 40)])
+def test_a_learning_rate_too_small_to_change_weights_is_reported_with_one_that_can(lr, steps):
     config = build_config("sft", options={"lr": lr, "epochs": 2})
-    line = too_little(config, 12, updates)
+    line = too_little(config, 12, steps)
     assert f"--lr {lr:g} cannot move a weight" in line
     assert "or --recipe small-data" in line
-    words = line.partition("try ")[2].replace(",", "").split()
-    advised = {word: float(words[at + 1]) for at, word in enumerate(words) if word in ("--lr", "--epochs")}
+    advice = line.partition("try ")[2].replace(",", "").split()
+    advised = {word: float(advice[at + 1]) for at, word in enumerate(advice) if word in ("--lr", "--epochs")}
     assert advised
     better = build_config("sft", options={"lr": advised.get("--lr", lr)})
-    more = round(updates * advised.get("--epochs", 2) / 2)
+    more = round(steps * advised.get("--epochs", 2) / 2)
     assert too_little(better, 12, more) is None
-    assert too_little(config, 10**6, updates) == line.replace(", or --recipe small-data (for few rows)", "")
+    assert too_little(config, 10**6, steps) == line.replace(", or --recipe small-data (for few rows)", "")
 
 
 def test_nothing_is_said_of_the_published_runs_nor_of_the_recipe():
-    for stage, updates in (("pretrain", 4 * 595_000 // 16), ("sft", 2 * 300_000 // 4)):
-        assert too_little(build_config(stage), 10**6, updates) is None
+    for stage, steps in (("pretrain", 4 * 595_000 // 16), ("sft", 2 * 300_000 // 4)):
+        assert too_little(build_config(stage), 10**6, steps) is None
     assert too_little(small_data(), 3, 180) is None
 
 
@@ -232,22 +232,22 @@ def test_max_steps_that_are_too_few_are_named():
 
 
 def test_it_is_said_before_the_first_step_and_by_the_plan(tmp_path, mine):
-    ended = here(*place().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-6, epochs=5, batch_size=16))
+    ended = run_mmv(*tiny_data().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-6, epochs=5, batch_size=16))
     lines = ended.err.splitlines()
     at = next(n for n, line in enumerate(lines) if "5 steps of 12 rows" in line)
     assert "learning rate from 1.1e-06 down to 1e-07" in lines[at]
     assert "5 steps at --lr 1e-06 cannot move a weight" in lines[at + 1]
     assert lines[at + 2].startswith("step 1/5")
     assert events(tmp_path, "warning")[0] in lines[at + 1]
-    words = place().train(tmp_path / "plan", "sft", **mine, init=sighted(), lr=1e-6, epochs=5)
-    planned = here("plan", *words[1:], "--json").json
+    command = tiny_data().train(tmp_path / "plan", "sft", **mine, init=sighted(), lr=1e-6, epochs=5)
+    planned = run_mmv("plan", *command[1:], "--json").json
     assert planned["learning_rate"] == pytest.approx([1.1e-6, 1e-7])
     assert "cannot move a weight" in planned["warning"]
-    assert here("plan", *words[1:]).err.count("cannot move a weight") == 1
+    assert run_mmv("plan", *command[1:]).err.count("cannot move a weight") == 1
 
 
-def test_few_rows_held_out_are_told_to_say_little(tmp_path, mine):
-    ended = here(*place().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-3, epochs=2, val_every=3))
+def test_few_held_out_rows_are_reported_as_weak_evidence(tmp_path, mine):
+    ended = run_mmv(*tiny_data().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-3, epochs=2, val_every=3))
     assert ended.code == 0, ended.err
     assert "12 rows of" in ended.err
     assert "(1 of them held out)" in ended.err

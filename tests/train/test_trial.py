@@ -56,9 +56,9 @@ def test_time_is_measured_without_weights(vision_model, monkeypatch):
     monkeypatch.setattr(trial, "seconds", lambda device, work: done.append(work()) or 0.5)
     config = replace(recipe(), vision_model=vision_model, model=PRESETS["demo"])
     row = TypicalRow(length=20, pictures=1.5, supervised=5)
-    found = forecast.estimate(config, row, 1000, 250)
-    assert found.seconds == 1000 * 1.5 / 2 + 250 * 0.5, found.how
-    assert found.how.startswith("an estimate: 1.50 s for 2 synthetic rows of 20 tokens and 1.5 pictures each")
+    estimate = forecast.estimate(config, row, 1000, 250)
+    assert estimate.seconds == 1000 * 1.5 / 2 + 250 * 0.5, estimate.how
+    assert estimate.how.startswith("an estimate: 1.50 s for 2 synthetic rows of 20 tokens and 1.5 pictures each")
     assert len(done) == 3 + 1
     missing = forecast.estimate(replace(config, vision_model=vision_model / "none"), row, 1000, 250)
     assert missing.seconds is None
@@ -97,6 +97,6 @@ def test_a_light_trial_does_the_work_of_all_layers(vision_model, policy, preset)
 
 def test_time_by_a_real_clock_is_some():
     config = replace(recipe(), model=PRESETS["demo"])
-    found = forecast.estimate(config, TypicalRow(length=80, pictures=1, supervised=5), 8, 2)
-    assert found.seconds is not None, found.how
-    assert 0 < found.seconds < 600
+    estimate = forecast.estimate(config, TypicalRow(length=80, pictures=1, supervised=5), 8, 2)
+    assert estimate.seconds is not None, estimate.how
+    assert 0 < estimate.seconds < 600

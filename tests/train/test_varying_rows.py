@@ -64,12 +64,12 @@ def trained(config: RunConfig, folder: Path, **changes) -> tuple[Run, Events]:
 
 def test_workers_and_caches_change_no_bit(config, tmp_path):
     plain, alone = trained(config, tmp_path / "a")
-    shared, other = trained(
+    spread, other = trained(
         config, tmp_path / "b", data=replace(config.data, workers=2), features="exact", features_dir=tmp_path / "f"
     )
     assert numbers(alone) == numbers(other)
     assert alone.validations
-    left, right = plain.train_step.model.state_dict(), shared.train_step.model.state_dict()
+    left, right = plain.train_step.model.state_dict(), spread.train_step.model.state_dict()
     assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 

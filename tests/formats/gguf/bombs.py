@@ -33,7 +33,7 @@ def file(keys=(), tensors=(), data=b"", counts=None, version=3):
 
 def bombs():
     """Name → bytes, and words of the line that refuses them."""
-    one = key("a", U8, b"\1")
+    entry = key("a", U8, b"\1")
     return {
         "tensors": (file(counts=(2**60, 1)), "tensors; the maximum is"),
         "keys": (file(counts=(0, 2**60)), "keys; the maximum is"),
@@ -50,7 +50,7 @@ def bombs():
         "string": (file([key("a", STRING, struct.pack("<Q", 2**62))]), "a text of"),
         "name": (file([text(b"a" * 70_000) + struct.pack("<I", U8) + b"\1"]), "a text of 70,000 bytes"),
         "no_text": (file([key("a", STRING, text(b"\xff\xfe"))]), "not a GGUF file"),
-        "twice": (file([one, one]), "the key a occurs twice"),
+        "twice": (file([entry, entry]), "the key a occurs twice"),
         "type": (file([key("a", 77, b"\1")]), "a value of type 77"),
         "version": (file(version=9), "format version is 9"),
         "alignment": (

@@ -54,10 +54,10 @@ def language_logits(file, ids):
         q, k, v = (
             (y @ file[f"{blk}attn_{name}.weight"].T).reshape(time, -1, width).transpose(1, 0, 2) for name in "qkv"
         )
-        q, k = (_rope_neighbours(part, key["rope.freq_base"]) for part in (q, k))
-        k, v = (np.repeat(part, heads // kv, axis=0) for part in (k, v))
-        seen = _softmax(q @ k.transpose(0, 2, 1) * scale + causal) @ v
-        x = x + seen.transpose(1, 0, 2).reshape(time, -1) @ file[f"{blk}attn_output.weight"].T * key.get(
+        q, k = (_rope_neighbours(states, key["rope.freq_base"]) for states in (q, k))
+        k, v = (np.repeat(states, heads // kv, axis=0) for states in (k, v))
+        attended = _softmax(q @ k.transpose(0, 2, 1) * scale + causal) @ v
+        x = x + attended.transpose(1, 0, 2).reshape(time, -1) @ file[f"{blk}attn_output.weight"].T * key.get(
             "residual_scale", 1
         )
         y = _rms(x, file[f"{blk}ffn_norm.weight"], key)
@@ -120,8 +120,8 @@ def image_embeddings(file, pixels):
         q, k, v = (
             _linear(file, f"{blk}attn_{name}", y).reshape(len(y), heads, -1).transpose(1, 0, 2) for name in "qkv"
         )
-        seen = _softmax(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])) @ v
-        x = x + _linear(file, f"{blk}attn_out", seen.transpose(1, 0, 2).reshape(x.shape))
+        attended = _softmax(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])) @ v
+        x = x + _linear(file, f"{blk}attn_out", attended.transpose(1, 0, 2).reshape(x.shape))
         y = _linear(file, f"{blk}ffn_up", _layer_norm(file, f"{blk}ln2", x, eps))
         x = x + _linear(file, f"{blk}ffn_down", y / (1 + np.exp(-1.702 * y)))
     return _linear(file, "mm.2", _gelu_by_table(_linear(file, "mm.0", x)))
@@ -165,8 +165,8 @@ class Words:
         return [id for word in _GPT2.findall(text) for id in self._merge(word)]
 
     def _merge(self, word):
-        parts = [self.letter[byte] for byte in word.encode()]
-        while pairs := [(self.rank[pair], n) for n, pair in enumerate(pairwise(parts)) if pair in self.rank]:
+        pieces = [self.letter[byte] for byte in word.encode()]
+        while pairs := [(self.rank[pair], n) for n, pair in enumerate(pairwise(pieces)) if pair in self.rank]:
             _, n = min(pairs)
-            parts[n : n + 2] = [parts[n] + parts[n + 1]]
-        return [self.ids[part] for part in parts]
+            pieces[n : n + 2] = [pieces[n] + pieces[n + 1]]
+        return [self.ids[piece] for piece in pieces]

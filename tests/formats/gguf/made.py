@@ -34,25 +34,25 @@ SIZES = {
 }  # fmt: skip
 
 
-def made(name="dense", seed=0, tokenizer=ASSETS, config=None, loud=8.0):
+def loaded_model(name="dense", seed=0, tokenizer=ASSETS, config=None, loud=8.0):
     """A model with a tower of its own, as `load` would give it; weights loud enough to tell logits apart."""
     torch.manual_seed(seed)
     config = config or SIZES[name]
-    sight = ClipConfig(
+    clip_config = ClipConfig(
         image_size=48, patch_size=16, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4
     )
-    tower = ClipVision(sight)
+    tower = ClipVision(clip_config)
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 0.15)
-    words = Tokenizer.load(tokenizer)
+    loaded_tokenizer = Tokenizer.load(tokenizer)
     spec = VisionSpec(48, 16, 96)
-    model = VLM(config, spec, words.placeholder_id, VisionEncoder(tower, spec))
+    model = VLM(config, spec, loaded_tokenizer.placeholder_id, VisionEncoder(tower, spec))
     with torch.no_grad():
         for parameter in model.model.parameters():
             parameter.mul_(loud) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) / 5)
     held = {key: value for key, value in model.state_dict().items() if not key.startswith("vision_encoder.")}
     checkpoint = Checkpoint(Path("sft_vlm.pth"), held, config, "sft", [], False)
-    return LoadedModel(model.eval(), words, checkpoint, Receipt("made"))
+    return LoadedModel(model.eval(), loaded_tokenizer, checkpoint, Receipt("made"))
 
 
 TEXTS = (
@@ -88,10 +88,10 @@ def random_texts(count, seed=0):
     ranges = ((32, 127), (32, 127), (0x4E00, 0x9FFF), (0x4E00, 0x4F00), (0, 0x2FF), (0x300, 0xD7FF), (0xE000, 0x10FFFF))
     common = [" ", "  ", "\n", "'s", "'re", "1", "，", "。", "的", "\t", "@", "🙂"]
 
-    def one():
+    def piece():
         low, high = draw.choice(ranges)
         while unicodedata.category(letter := chr(draw.randint(low, high))) == "Cn":
             pass
         return draw.choice(common) if draw.random() < 0.3 else letter
 
-    return ["".join(one() for _ in range(draw.randint(1, 30))) for _ in range(count)]
+    return ["".join(piece() for _ in range(draw.randint(1, 30))) for _ in range(count)]

@@ -8,7 +8,7 @@ from minimind_v.core.export.prove import verify_gguf
 from minimind_v.core.formats.gguf import file as store
 from minimind_v.core.formats.gguf import language
 from tests.cli import harness
-from tests.cli.harness import BASE, SIGHT, here, tree
+from tests.cli.harness import BASE, SIGHT, run_mmv, tree
 from tests.formats.gguf.graphs import File
 
 
@@ -23,20 +23,20 @@ def convert(sighted, tmp_path, monkeypatch):
     monkeypatch.setattr(verify_gguf, "_llama_is_installed", lambda: False)
 
     def run(*more, model=sighted, out=tmp_path / "gguf"):
-        return here("convert", "--to", "gguf", "--model", model, *SIGHT, "--out", out, *more)
+        return run_mmv("convert", "--to", "gguf", "--model", model, *SIGHT, "--out", out, *more)
 
     return run
 
 
 def test_a_folder_is_written_proven_and_read_again(convert, sighted, tmp_path):
     done = convert("--json")
-    found = done.json["verified"]
-    assert found["weights"] == "largest difference 0 of the largest value"
-    assert found["logits"].startswith("largest difference 0.00%")
+    verified = done.json["verified"]
+    assert verified["weights"] == "largest difference 0 of the largest value"
+    assert verified["logits"].startswith("largest difference 0.00%")
     assert {path.name for path in (tmp_path / "gguf").iterdir()} >= {"model.gguf", "mmproj.gguf", "Modelfile"}
     question = ("chat", "What colour is the star?", "--greedy", "--max-new-tokens", 8, "--model")
     answers = {
-        here(*question, *model).out
+        run_mmv(*question, *model).out
         for model in ((sighted, *SIGHT), (tmp_path / "gguf",), (tmp_path / "gguf/model.gguf",))
     }
     assert len(answers) == 1
@@ -47,7 +47,9 @@ def test_back_to_a_checkpoint(convert, sighted, tmp_path):
 
     assert convert().code == 0
     back = tmp_path / "back.pth"
-    assert here("convert", "--to", "pth", "--model", tmp_path / "gguf", "--out", back, "--dtype", "float16").code == 0
+    assert (
+        run_mmv("convert", "--to", "pth", "--model", tmp_path / "gguf", "--out", back, "--dtype", "float16").code == 0
+    )
     before, after = (torch.load(path, weights_only=True) for path in (sighted, back))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -55,11 +57,11 @@ def test_back_to_a_checkpoint(convert, sighted, tmp_path):
 
 def test_info_says_what_it_is(convert, tmp_path):
     assert convert("--quantize", "q8_0").code == 0
-    told = here("info", tmp_path / "gguf", "--json").json
-    assert (told["kind"], told["architecture"], told["llama.block_count"]) == ("gguf", "llama", 4)
-    assert "Q8_0" in told["types"]
-    eye = here("info", tmp_path / "gguf" / "mmproj.gguf", "--json").json
-    assert (eye["architecture"], eye["clip.vision.image_size"], eye["source"]) == ("clip", 64, told["source"])
+    report = run_mmv("info", tmp_path / "gguf", "--json").json
+    assert (report["kind"], report["architecture"], report["llama.block_count"]) == ("gguf", "llama", 4)
+    assert "Q8_0" in report["types"]
+    clip = run_mmv("info", tmp_path / "gguf" / "mmproj.gguf", "--json").json
+    assert (clip["architecture"], clip["clip.vision.image_size"], clip["source"]) == ("clip", 64, report["source"])
 
 
 def test_what_is_wrong_is_not_left_standing(convert, tmp_path, monkeypatch):
@@ -85,7 +87,8 @@ def test_mistakes_are_one_line(convert, sighted, tmp_path):
     assert "--quantize 'q9' must be one of f32" in convert("--quantize", "q9").error
     assert "use --quantize" in convert("--dtype", "float16").error
     assert (
-        "--quantize is for --to gguf" in here("convert", "--to", "pth", "--model", sighted, "--quantize", "f16").error
+        "--quantize is for --to gguf"
+        in run_mmv("convert", "--to", "pth", "--model", sighted, "--quantize", "f16").error
     )
     assert "text-only base has no projector" in convert(model=BASE).error
     assert not (tmp_path / "gguf").exists()
@@ -97,10 +100,10 @@ def test_mistakes_are_one_line(convert, sighted, tmp_path):
     assert "Q8_0" in File(tmp_path / "gguf" / "model.gguf").types.values()
 
 
-def test_half_a_pair_is_told(convert, tmp_path):
+def test_a_missing_half_of_the_pair_is_reported(convert, tmp_path):
     assert convert().code == 0
     (tmp_path / "gguf" / "mmproj.gguf").unlink()
-    asked = here("chat", "Hi", "--model", tmp_path / "gguf")
+    asked = run_mmv("chat", "Hi", "--model", tmp_path / "gguf")
     assert asked.code == 1
     assert "mmproj.gguf is missing, so the model cannot encode images" in asked.error
-    assert json.loads(here("info", tmp_path / "gguf", "--json").out)["kind"] == "gguf"
+    assert json.loads(run_mmv("info", tmp_path / "gguf", "--json").out)["kind"] == "gguf"

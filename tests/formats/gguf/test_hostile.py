@@ -10,7 +10,7 @@ from minimind_v.core.errors import MmvError
 from minimind_v.core.formats.gguf.file import MADE_BY, Reader
 from minimind_v.core.formats.gguf.read import describe_gguf, read_gguf, read_tokenizer, read_vision_tower
 from tests.formats.gguf.bombs import STRING, bombs, file, key, text
-from tests.formats.gguf.made import made
+from tests.formats.gguf.made import loaded_model
 from tests.formats.gguf.test_written import MMPROJ, MODEL, written
 from tests.hostile import check_refused
 
@@ -19,9 +19,9 @@ CASE = Path(__file__).parents[3] / ".." / "shared" / "cases" / "hostile" / "arra
 
 def test_files_that_ask_for_more_than_they_say(tmp_path):
     files = {}
-    for name, (data, words) in bombs().items():
+    for name, (data, message) in bombs().items():
         (tmp_path / f"{name}.gguf").write_bytes(data)
-        files[tmp_path / f"{name}.gguf"] = words
+        files[tmp_path / f"{name}.gguf"] = message
     if CASE.is_file():
         files[CASE] = "an array of 1,099,511,627,776 entries"
     check_refused("minimind_v.core.formats.gguf.read:describe_gguf", files)
@@ -52,7 +52,7 @@ def test_a_model_of_the_other_generation_is_named(tmp_path):
 
 def test_any_changed_byte_ends_in_words_or_in_a_model(tmp_path):
     """Of the heads of both files: numbers behind them cannot be told from others."""
-    written(made(), tmp_path)
+    written(loaded_model(), tmp_path)
     draw, whole = random.Random(3), {name: (tmp_path / name).read_bytes() for name in (MODEL, MMPROJ)}
     for _ in range(150):
         for name, data in whole.items():

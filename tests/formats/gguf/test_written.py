@@ -20,7 +20,7 @@ from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.formats.vision_tower import build_encoder
 from tests.cli.harness import ASSETS
 from tests.formats.gguf.graphs import File, Words, image_embeddings, language_logits
-from tests.formats.gguf.made import SIZES, TEXTS, made, random_texts
+from tests.formats.gguf.made import SIZES, TEXTS, loaded_model, random_texts
 
 PUBLISHED = Path(__file__).parents[4] / "shared" / "tokenizer"
 
@@ -34,7 +34,7 @@ IDS = [1, 57, 300, 2, 599, 34, 34, 8, 100, 100, 41, 0]
 
 @pytest.mark.parametrize("name", SIZES)
 def test_logits_are_those_of_the_checkpoint(name, tmp_path):
-    loaded = made(name)
+    loaded = loaded_model(name)
     written(loaded, tmp_path, "f32")
     theirs = language_logits(File(tmp_path / MODEL), IDS)
     with torch.inference_mode():
@@ -44,7 +44,7 @@ def test_logits_are_those_of_the_checkpoint(name, tmp_path):
 
 
 def test_picture_features_are_clips_without_the_corner(tmp_path):
-    loaded = made()
+    loaded = loaded_model()
     written(loaded, tmp_path, "f32")
     pixels = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     encoder = loaded.model.vision_encoder
@@ -52,8 +52,10 @@ def test_picture_features_are_clips_without_the_corner(tmp_path):
     theirs = image_embeddings(File(tmp_path / MMPROJ), normal.double().numpy())
     with torch.inference_mode():
         tower = encoder.tower
-        seen = tower.embeddings(normal[None])
-        without = torch.cat((seen[:, :1], seen[:, 2:]), dim=1)  # the class token stands where the corner was
+        embeddings = tower.embeddings(normal[None])
+        without = torch.cat(
+            (embeddings[:, :1], embeddings[:, 2:]), dim=1
+        )  # the class token stands where the corner was
         features = tower.encode(without)
         expected = loaded.model.vision_proj(features)[0].numpy()
         whole = loaded.model.vision_proj(encoder(pixels[None]))[0].numpy()
@@ -62,8 +64,8 @@ def test_picture_features_are_clips_without_the_corner(tmp_path):
     assert alike[1:].min() > 0.8  # of nine patches here; one of 196 is less
 
 
-def test_the_corner_is_not_seen(tmp_path):
-    written(made(), tmp_path, "f32")
+def test_the_corner_changes_no_feature(tmp_path):
+    written(loaded_model(), tmp_path, "f32")
     pixels = np.random.default_rng(0).normal(size=(3, 48, 48))
     other = pixels.copy()
     other[:, :16, :16] = 9
@@ -77,7 +79,7 @@ def test_token_ids_are_the_tokenizers(folder, tmp_path):
         pytest.skip(f"the published tokenizer is not at {folder}")
     ours = Tokenizer.load(folder)
     config = SIZES["dense"].__class__(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=6400)
-    loaded = made(tokenizer=folder, config=config)
+    loaded = loaded_model(tokenizer=folder, config=config)
     written(loaded, tmp_path)
     theirs, again = Words(File(tmp_path / MODEL)), words.read_tokenizer(Reader(tmp_path / MODEL))
     for text in (*TEXTS, *random_texts(2000)):
@@ -91,14 +93,14 @@ def test_token_ids_are_the_tokenizers(folder, tmp_path):
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
 @pytest.mark.parametrize("name", ["odd", "moe"])
 def test_every_type_is_read_back_within_its_precision(name, quantize, tmp_path):
-    loaded = made(name, loud=1.0)
+    loaded = loaded_model(name, loud=1.0)
     written(loaded, tmp_path, quantize)
-    reader, eye = Reader(tmp_path / MODEL), Reader(tmp_path / MMPROJ)
+    reader, clip = Reader(tmp_path / MODEL), Reader(tmp_path / MMPROJ)
     config = language.read_config(reader)
     assert config == loaded.model.config
-    found = language.read_tensors(reader, config) | vision.read_projector(eye)
+    tensors = language.read_tensors(reader, config) | vision.read_projector(clip)
     held = loaded.checkpoint.tensors
-    assert found.keys() == held.keys()
+    assert tensors.keys() == held.keys()
     # Half a step of the coarsest block: of the largest number of a matrix.
     allowed = {
         "f32": 0,
@@ -111,23 +113,25 @@ def test_every_type_is_read_back_within_its_precision(name, quantize, tmp_path):
         "q4_0": 1 / 8,
     }
     for key, tensor in held.items():
-        assert (found[key] - tensor).abs().max() <= allowed[quantize] * tensor.abs().max() * 1.02, key
+        assert (tensors[key] - tensor).abs().max() <= allowed[quantize] * tensor.abs().max() * 1.02, key
     pixels = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
-    seen, again = loaded.model.vision_encoder(pixels), build_encoder(vision.read_stored(eye))(pixels)
-    assert torch.cosine_similarity(seen, again, dim=-1).min() > (0.99 if QUANTIZATIONS[quantize] == "q8_0" else 0.9999)
+    features, again = loaded.model.vision_encoder(pixels), build_encoder(vision.read_stored(clip))(pixels)
+    assert torch.cosine_similarity(features, again, dim=-1).min() > (
+        0.99 if QUANTIZATIONS[quantize] == "q8_0" else 0.9999
+    )
 
 
 def test_types_of_tensors(tmp_path):
-    written(made("odd"), tmp_path, "q8_0")  # 72 and 100 are no whole blocks of 32
+    written(loaded_model("odd"), tmp_path, "q8_0")  # 72 and 100 are no whole blocks of 32
     odd = File(tmp_path / MODEL).types
     assert {odd[f"blk.0.{name}.weight"] for name in ("attn_q", "ffn_up", "ffn_down")} == {"F16"}
     assert odd["blk.0.attn_norm.weight"] == "F32"
-    written(made("dense"), tmp_path, "q4_0")
-    even, eye = File(tmp_path / MODEL).types, File(tmp_path / MMPROJ).types
+    written(loaded_model("dense"), tmp_path, "q4_0")
+    even, clip = File(tmp_path / MODEL).types, File(tmp_path / MMPROJ).types
     assert even["blk.0.attn_q.weight"] == "Q4_0"
     assert even["token_embd.weight"] == "Q8_0"
-    assert eye["v.blk.0.attn_q.weight"] == "Q8_0"
-    assert (eye["v.patch_embd.weight"], eye["v.position_embd.weight"], eye["mm.0.weight"]) == ("F16", "F32", "F32")
+    assert clip["v.blk.0.attn_q.weight"] == "Q8_0"
+    assert (clip["v.patch_embd.weight"], clip["v.position_embd.weight"], clip["mm.0.weight"]) == ("F16", "F32", "F32")
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -149,21 +153,21 @@ def test_the_chat_template_writes_our_prompt(talk):
     ids = PromptEncoder(tokenizer, 4).prompt(talk).input_ids
     ours = tokenizer.backend.decode(ids, skip_special_tokens=False)
     assert rendered(talk) == ours
-    parts = [said | {"content": [{"type": "text", "text": said["content"]}]} for said in talk]
-    assert rendered(parts) == ours
+    messages = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in talk]
+    assert rendered(messages) == ours
 
 
 def test_pictures_stand_on_lines_of_their_own_whatever_the_client_sends():
     mark = "<__media__>"
     texts = [{"type": "text", "text": text} for text in (mark, mark, "Which?")]
-    wanted = f"<|im_start|>user\n{mark}\n{mark}\nWhich?<|im_end|>"
+    expected = f"<|im_start|>user\n{mark}\n{mark}\nWhich?<|im_end|>"
     for content in (texts, f"{mark}{mark}Which?", f"{mark}\n{mark}\nWhich?"):
-        assert wanted in rendered([{"role": "user", "content": content}])
+        assert expected in rendered([{"role": "user", "content": content}])
     assert "a <b__>c" in rendered([{"role": "user", "content": "a <b__>c"}])
 
 
 def test_the_modelfile_names_both_files_and_writes_our_prompt(tmp_path):
-    written(made(), tmp_path)
+    written(loaded_model(), tmp_path)
     text = (tmp_path / MODELFILE).read_text(encoding="utf-8")
     assert [line for line in text.splitlines() if line.startswith("FROM")] == [
         "FROM ./model.gguf",
@@ -174,30 +178,30 @@ def test_the_modelfile_names_both_files_and_writes_our_prompt(tmp_path):
     head, body = loop.split("{{- range .Messages }}")
     body, tail = body.split("{{ end }}")
     talk = [{"role": "system", "content": "You are a helpful assistant"}, *TALKS[0]]
-    said = (
+    texts = (
         body.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"]) for message in talk
     )
-    assert head + "".join(said) + tail == rendered(TALKS[0])
+    assert head + "".join(texts) + tail == rendered(TALKS[0])
     assert "You are a helpful assistant" in text.split("SYSTEM")[1]
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_told(tmp_path, monkeypatch):
+def test_mistakes_are_reported(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"--quantize 'q8' must be one of f32, .*did you mean 'q8_0'"):
-        written(made(), tmp_path, "q8")
-    loud = made()
+        written(loaded_model(), tmp_path, "q8")
+    loud = loaded_model()
     loud.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
     with pytest.raises(WeightsError, match=r"blk\.0\.ffn_up\.weight does not fit in f16"):
         written(loud, tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(MissingInput, match=r"pip install 'minimind-v\[gguf\]'"):
-        written(made(), tmp_path)
+        written(loaded_model(), tmp_path)
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
-    loaded = made()
+    loaded = loaded_model()
     from tokenizers import pre_tokenizers
 
     loaded.tokenizer.backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -206,7 +210,7 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
 
 
 def test_a_tower_that_llama_cpp_cannot_compute_is_refused(tmp_path):
-    loaded = made()
+    loaded = loaded_model()
     tower = loaded.model.vision_encoder.tower
     tower.config = replace(tower.config, hidden_act="relu")
     with pytest.raises(WeightsError, match="activation 'relu'"):
@@ -214,7 +218,7 @@ def test_a_tower_that_llama_cpp_cannot_compute_is_refused(tmp_path):
 
 
 def test_files_of_others_and_halves_are_refused(tmp_path):
-    written(made(), tmp_path)
+    written(loaded_model(), tmp_path)
     with pytest.raises(WeightsError, match="architecture 'clip', not a MiniMind model"):
         language.read_config(Reader(tmp_path / MMPROJ))
     whole = (tmp_path / MODEL).read_bytes()
