@@ -133,7 +133,7 @@ def test_an_out_that_is_a_file_is_refused(refused, tiny_data):
         ("freeze", "projecter", "did you mean 'projector'?"),
         ("freeze", "projector-last", "did you mean 'projector+last'?"),
         ("preset", "smal", "did you mean 'small'?"),
-        ("preset", "", "must be one of small, base, moe, demo"),
+        ("preset", "", "must be one of small, base, moe, 3v, 3v-moe, demo"),
         ("dtype", "bf16", "must be one of auto, float32, bfloat16"),
         ("dtype", "float16", "did you mean"),
         ("device", "gpu", "--device gpu: not available on this machine"),

@@ -36,9 +36,9 @@ def find_init(config: RunConfig) -> Path | None:
         return weights_at(config.init)
     except MissingInput as error:
         size = name_preset(config.model) or STANDARD_PRESET
-        from_base = config.init.name == weights_name("lm", config.model)
-        before = how_to_get("lm", config.init.parent, size) if from_base else "`mmv train pretrain`"
-        raise MissingInput(f"{error} to start from — run {before}, or name a file with --init") from None
+        from_base = config.stage == "pretrain" or config.init.name == weights_name("lm", config.model)
+        step = how_to_get("lm", config.init.parent, size) if from_base else "run `mmv train pretrain`"
+        raise MissingInput(f"{error} to start from — {step}, or name a file with --init") from None
 
 
 def find_model(
