@@ -247,7 +247,7 @@ class Evaluation:
     """The scores of a model on held-out rows."""
 
     loss: float  # nats per supervised token
-    accuracy: float | None  # share of the short answers that are right to the letter; None where there are none
+    accuracy: float | None  # share of the short answers that are exactly correct; None where there are none
     n: int  # rows
     supervised_tokens: int
     short_answers: int
@@ -265,7 +265,7 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "auto",
 ) -> Evaluation:
-    """Evaluate a model, or that of `mmv.load`, on held-out rows.
+    """Evaluate a model (from `mmv.load`, or a path) on held-out rows.
 
     `data` and `images` are as in `mmv eval`; without `images`, the zip, folder or tar beside the rows. `limit` takes
     only the first rows; `blank` replaces every image by a grey one, which shows how much the images help.

@@ -134,7 +134,7 @@ def _read(images: Sequence[str], prompt: str | None) -> list[Picture]:
     if prompt is not None and (asked := pictures_in(prompt)):
         options = [word for name in (*names, *asked) for word in ("--image", name)]
         command = shlex.join(["mmv", "chat", *options, "What is in the image?"])
-        raise UsageError(f"{prompt!r} names an image and asks nothing — {command}")
+        raise UsageError(f"{prompt!r} is an image file, not a question — {command}")
     if prompt is not None:
         check_marks(prompt, len(pictures))
     return pictures

@@ -85,7 +85,7 @@ def preview(
     html: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("preview.html"),
     json: options.Json = False,
 ) -> None:
-    """Show rows as the model reads them: its images, tokens, supervised and truncated text."""
+    """Show rows as the model receives them: images, tokens, supervised and truncated text."""
     from minimind_v.cli.data_lines import row_lines
     from minimind_v.core.curate.preview import Previewer, as_json
     from minimind_v.core.pages.frame import check_page, write_page

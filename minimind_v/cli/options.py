@@ -46,7 +46,7 @@ VisionOfRows = Annotated[
     _folder(
         "--vision-model",
         "vision_model",
-        f"Folder of the vision encoder. [default: {VISION_DIR}; without it, rows are counted for the presets' encoder]",
+        f"Folder of the vision encoder. [default: {VISION_DIR}; without it, the sizes of the preset's encoder]",
     ),
 ]
 TokenizerDir = Annotated[Path, _folder("--tokenizer", "tokenizer", "Folder of tokenizer.json.")]

@@ -40,7 +40,7 @@ def train(
         list[str] | None,
         advanced("--allow", metavar="KEY", help="With --resume: accept a change of this key."),
     ] = None,
-    nnodes: Annotated[int, advanced(help="Machines, each with --gpus GPUs.")] = 1,
+    nnodes: Annotated[int, advanced(help="Number of machines; each uses --gpus GPUs.")] = 1,
     node_rank: Annotated[int | None, advanced(help="Number of this machine, from 0.")] = None,
     rdzv_endpoint: Annotated[
         str | None,

@@ -175,7 +175,8 @@ def only_writer(path: Path) -> Iterator[None]:
         lock = Lock(path.with_name(f".{path.name}.lock"), note)
     except Held as other:
         raise RunError(
-            f"{path}: another run writes it ({describe_holder(other.note)}) — wait for its end, or name another path"
+            f"{path}: another process is writing it ({describe_holder(other.note)}) — wait for its end, "
+            "or name another path"
         ) from None
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None

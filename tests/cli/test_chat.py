@@ -168,7 +168,7 @@ def test_a_picture_given_as_the_question_is_offered_as_one(ask, tiny_data, tmp_p
     for name, quoted in (("my dog.jpg", "'my dog.jpg'"), ("plain", "plain"), ("nowhere.PNG", "nowhere.PNG")):
         line = ask(name, "--image", "other.jpg", code=2).error
         assert line == (
-            f"{name!r} names an image and asks nothing — "
+            f"{name!r} is an image file, not a question — "
             f"mmv chat --image other.jpg --image {quoted} 'What is in the image?'"
         )
     assert ask("notes", "--greedy").out

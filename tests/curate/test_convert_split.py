@@ -270,7 +270,7 @@ def test_a_second_run_into_the_same_file_is_refused_and_harms_nothing(source, tm
     results = []
 
     def meanwhile(done, total):
-        with pytest.raises(RunError, match="another run writes it"):
+        with pytest.raises(RunError, match="another process is writing it"):
             convert(source, out)
         results.append(done)
 

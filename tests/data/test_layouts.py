@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from random import Random
 
 import pytest
@@ -167,6 +168,14 @@ def test_earlier_answers_of_a_prompt_have_their_blocks(encoder):
         ([*row_of("q", "a", tool_calls="{")], "message 2: `tool_calls` is "),
         ([{"role": "system", "content": "s", "tools": '{"a": 1}'}, *row_of("q", "a")], "message 1: `tools` is not"),
         ([*row_of("q", "a", tool_calls=[{"function": 7}], reasoning_content=7)], None),
+        ([*row_of("q", "a", tool_calls="null", tools=None)], None),
+        (
+            [*row_of("q", "a"), {"role": "tool"}, {"role": "tool", "content": "7"}, *row_of("q", "b")[1:]],
+            "message 3 has no",
+        ),
+        ([*row_of("q", "a", tool_calls=[{"arguments": b"7"}])], "a tool is not JSON"),
+        ([{"role": "system", "content": "s", "tools": [{"since": date(2026, 4, 20)}]}, *row_of("q", "a")], "not JSON"),
+        ([*row_of("q", "a"), *[{"role": "tool", "content": "7" * 40}] * 20_000], "20,002 messages"),
     ],
 )
 def test_odd_messages_are_read_or_refused_by_their_number(encoder, talk, message):
@@ -175,6 +184,13 @@ def test_odd_messages_are_read_or_refused_by_their_number(encoder, talk, message
         return
     with pytest.raises(RowError, match=message):
         encoder.row(talk, 0, PLENTY)
+
+
+def test_responses_of_several_tools_are_one_message(encoder):
+    responses = [{"role": "tool", "content": str(number)} for number in range(9_000)]
+    text = written(encoder, encoder.prompt([*row_of("q", "a"), *responses]))
+    assert text.count("<tool_response>") == 9_000
+    assert text.count("<|im_start|>user") == 2
 
 
 def test_the_layout_of_2025_has_no_tools(demo_tokenizer):

@@ -147,8 +147,6 @@ def test_lora_trains_through_the_layers_that_the_model_calls(lora):
     freeze(model, "lora")
     model(torch.arange(3, 40)[None], labels=torch.arange(3, 40)[None]).loss.backward()
     layer = model.model.layers[0].self_attn.q_proj
-    if layer.lora_b.grad is None:
-        pytest.xfail("the decoder reads the weights of its linear layers and does not call them")
     assert layer.lora_b.grad.abs().sum() > 0
     assert layer.weight.grad is None
 

@@ -180,7 +180,7 @@ def test_nothing_of_anybody_else_is_ever_replaced(tmp_path, monkeypatch):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("all my work")
-    with pytest.raises(UsageError, match=r"already exists, and not by `mmv convert` \(thesis.txt\)"):
+    with pytest.raises(UsageError, match=r"already exists and was not written by `mmv convert` \(thesis.txt\)"):
         quick(mine, overwrite=True)
     out = tmp_path / "out"
     quick(out)

@@ -176,7 +176,7 @@ def test_of_two_conversions_of_one_target_one_is_refused(rows, tmp_path):
         with only_writer(out):
             ended = run_mmv(*command, out)
         assert ended.code == 1, ended.err
-        assert f"{out}: another run writes it (process {os.getpid()} on " in ended.error
+        assert f"{out}: another process is writing it (process {os.getpid()} on " in ended.error
         assert not out.exists()
         assert run_mmv(*command, out).code == 0
         again = run_mmv(*command, out)
@@ -190,7 +190,7 @@ def test_of_two_conversions_to_one_folder_one_is_refused(tmp_path, monkeypatch):
     real = folders._describe
 
     def meanwhile(*args):
-        with pytest.raises(RunError, match="another run writes it"):
+        with pytest.raises(RunError, match="another process is writing it"):
             export(order(), "hf", out, check=False)
         listings.append(os.listdir(tmp_path))
         return real(*args)
@@ -237,7 +237,7 @@ def test_of_two_demos_in_one_folder_one_is_refused(tmp_path):
     with only_writer(out / ".mmv-demo"):
         ended = run_mmv("demo", "--out", out, "--short")
     assert ended.code == 1
-    assert "another run writes it" in ended.error
+    assert "another process is writing it" in ended.error
     assert not out.exists()
 
 

@@ -15,7 +15,7 @@ from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.formats.description import infer_config
 from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.load import load
-from tests.cli.harness import ASSETS, BASE, EYE, run_mmv, sighted, tiny_data
+from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, run_mmv, sighted, tiny_data
 from tests.formats.made import saved, state
 from tests.formats.made3v import DENSE, MOE, tiny_3v, tiny_siglip, tiny_state
 from tests.tokenizers_made import thinking_tokenizer
@@ -137,6 +137,26 @@ def test_a_tower_and_a_tokenizer_of_2025_beside_weights_of_2026(tmp_path):
         "`mmv download tokenizer --preset 3v`",
     ):
         load(weights, tower, ASSETS)
+
+
+def test_a_tower_that_does_not_name_its_kind_is_clip(tmp_path):
+    weights, _, tokenizer_folder = tiny_3v(tmp_path)
+    shutil.copytree(EYE, tmp_path / "unnamed")
+    config = json.loads((EYE / "config.json").read_text(encoding="utf-8"))
+    del config["model_type"]
+    (tmp_path / "unnamed" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(WeightsError, match=r"unnamed: the vision model belongs to MiniMind-V \(2025\)"):
+        load(weights, tmp_path / "unnamed", tokenizer_folder)
+
+
+def test_a_gguf_of_2025_beside_weights_of_2026(tmp_path):
+    weights, tower, tokenizer_folder = tiny_3v(tmp_path)
+    exported = tmp_path / "exported"
+    run_mmv("convert", "--to", "gguf", "--model", sighted(), "--out", exported, "--no-verify", *SIGHT)
+    with pytest.raises(WeightsError, match=r"exported: the vision model belongs to MiniMind-V \(2025\)"):
+        load(weights, exported, tokenizer_folder)
+    with pytest.raises(WeightsError, match=r"exported: the tokenizer belongs to MiniMind-V \(2025\)"):
+        load(weights, tower, exported)
 
 
 def test_a_run_does_not_mix_the_generations(tmp_path):

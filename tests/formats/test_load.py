@@ -57,7 +57,9 @@ def test_a_vision_model_of_another_width_is_reported(tmp_path):
     config = CLIPVisionConfig.from_pretrained(EYE)
     config.hidden_size = 64
     CLIPVisionModel(config).save_pretrained(tmp_path / "eye")
-    with pytest.raises(WeightsError, match=r"trained with features of width 128, .* gives 64 — .*--vision-model"):
+    with pytest.raises(
+        WeightsError, match=r"trained with features of width 128, .* yields width 64 — .*--vision-model"
+    ):
         load(sighted(), tmp_path / "eye", ASSETS)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from minimind_v.cli.info import _described, _trained_with
+from minimind_v.core.config.generation import V2025
 from minimind_v.core.config.load import resolve, to_yaml
 from minimind_v.core.curate.check import check_row
 from minimind_v.core.data.dataset import Example, RowDataset
@@ -271,7 +272,8 @@ def read_run_notes(folder: Path) -> Data:
     """What later commands look up beside weights: what the run read, and what it was."""
     weights = folder / "pretrain_vlm_512.pth"
     companions, earlier = of_the_run(weights), earlier_run(weights)
-    text = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft")), ExportRequest(weights))  # type: ignore[arg-type]
+    checkpoint = SimpleNamespace(stage="sft", generation=V2025)
+    text = card._training(SimpleNamespace(checkpoint=checkpoint), ExportRequest(weights))  # type: ignore[arg-type]
     with mock.patch.object(manifest, "start", return_value={}):  # which asks git, and packages for their versions
         manifest.write_manifest(folder / "pretrain_vlm_512" / "manifest.json", seeds.config(), seeds.origin(), done=2)
     return {"companions": companions, "earlier": earlier, "card": text}

@@ -123,7 +123,7 @@ def test_what_cannot_be_measured_is_said(tmp_path, mine, earlier, trouble):
             text = text.replace(str(tiny_data().data("sft")), str(here_now))
             (tmp_path / "sft_vlm_128" / name).write_text(text)
     why = {
-        "no folder": f"nothing beside {init} names its training rows",
+        "no folder": f"the training rows of {init} are not recorded",
         "no rows": f"{tmp_path / 'gone.jsonl'}, the training data of {init}, does not exist",
         "same rows": "was trained on these same rows",
     }[trouble]
@@ -131,7 +131,7 @@ def test_what_cannot_be_measured_is_said(tmp_path, mine, earlier, trouble):
     assert ended.code == 0, ended.err
     assert f"has forgotten of what {init} knew (" in ended.err
     assert why in ended.err
-    assert "not all is learnt: " in ended.err
+    assert "some answers were not learnt: " in ended.err
     assert "was not measured" in report_page(read_run(tmp_path / "out" / "sft_vlm_128"))
 
 

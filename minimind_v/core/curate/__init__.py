@@ -1,0 +1,1 @@
+"""Check, count, preview, convert and split rows."""

@@ -54,7 +54,7 @@ class ChatLayout:
         """The layout of one row of data. A training row draws its form; without `draw` a row has the plain form."""
         return self
 
-    def messages(self, conversation: Any) -> Any:
+    def messages(self, conversation: list[Any]) -> list[Any]:
         """The messages with a role and a content each; further fields of a message are used here or not at all."""
         return conversation
 
@@ -116,7 +116,7 @@ class ChatMLThink(ChatLayout):
         prompt = draw.choice(SYSTEM_PROMPTS) if draw.random() < SYSTEM_SHARE else None
         return replace(self, system_prompt=prompt, empty_blocks=draw.random() >= PLAIN_SHARE)
 
-    def messages(self, conversation: Any) -> Any:
+    def messages(self, conversation: list[Any]) -> list[Any]:
         return plain_messages(conversation)
 
     def message(self, role: str, content: str) -> list[Piece]:

@@ -234,11 +234,11 @@ def check_conversations(conversations: Any, layout: ChatLayout) -> list[dict[str
 
     Raises RowError otherwise.
     """
-    conversations = layout.messages(conversations)
     if not isinstance(conversations, list) or not conversations:
         raise RowError("`conversations` is not a list of messages", "conversations")
     if len(conversations) > MOST_MESSAGES:
         raise RowError(f"{len(conversations):,} messages; a row has at most {MOST_MESSAGES:,}", "too long")
+    conversations = layout.messages(conversations)
     for number, message in enumerate(conversations, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise RowError(f"message {number} has no text in `content`", "conversations")

@@ -22,30 +22,34 @@ CALLS = (
 )
 
 
-def plain_messages(conversation: Any) -> Any:
+def plain_messages(conversation: list[Any]) -> list[Any]:
     """A conversation whose messages have a role and a content only; what is no message stays as it is.
 
     An answer's content begins with its think block; the answers of several tools in turn are one message of the role
     `tool`; the tools that the system message lists are in its content. Raises RowError for lists that are none.
     """
-    if not isinstance(conversation, list):
-        return conversation
     messages: list[Any] = []
+    responses: list[str] = []  # of tools in turn, the last of `messages` among them
     for number, message in enumerate(conversation, 1):
         if not isinstance(message, dict):
             messages.append(message)
+            responses = []
             continue
         role, content = message.get("role"), message.get("content")
+        if role == "tool" and isinstance(content, str):
+            responses.append(f"\n<tool_response>\n{content}\n</tool_response>")
+            if len(responses) == 1:
+                messages.append({"role": role, "content": responses})
+            continue
+        responses = []
         if role == "assistant":
             content = _answer(message, number)
         elif role == "system" and not messages:
             content = _system(message)
-        elif role == "tool" and isinstance(content, str):
-            content = f"\n<tool_response>\n{content}\n</tool_response>"
-            if messages and isinstance(messages[-1], dict) and messages[-1]["role"] == "tool":
-                messages[-1]["content"] += content
-                continue
         messages.append({"role": role, "content": content})
+    for message in messages:
+        if isinstance(message, dict) and message["role"] == "tool" and isinstance(message["content"], list):
+            message["content"] = "".join(message["content"])
     return messages
 
 
@@ -85,7 +89,7 @@ def _answer(message: dict[str, Any], number: int) -> Any:
 
 def _call(call: dict[str, Any]) -> str:
     arguments = call.get("arguments")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    text = arguments if isinstance(arguments, str) else _json(arguments)
     return f'<tool_call>\n{{"name": "{call.get("name", "")}", "arguments": {text}}}\n</tool_call>'
 
 
@@ -93,15 +97,24 @@ def _system(message: dict[str, Any]) -> Any:
     content, tools = message.get("content"), _objects(message, "tools", 1)
     if not tools or not isinstance(content, str | None):
         return content
-    lines = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
+    lines = "".join(f"\n{_json(tool)}" for tool in tools)
     return ("" if content is None else f"{content}\n\n") + TOOLS + lines + CALLS
 
 
 def _objects(message: dict[str, Any], key: str, number: int) -> list[dict[str, Any]]:
     """The list of objects in a field of a message, which may be JSON text; empty without one. Raises RowError."""
-    value = message.get(key) or []
-    if isinstance(value, str):
+    value = message.get(key)
+    if isinstance(value, str) and value:
         value = parse_json(value, f"message {number}: `{key}` is ")
+    value = value or []
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowError(f"message {number}: `{key}` is not a list of objects", "conversations")
     return value
+
+
+def _json(value: Any) -> str:
+    """JSON text. Raises RowError for a value that JSON cannot hold, such as the bytes or the date of a table."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"a tool is not JSON ({error})", "json") from None

@@ -55,7 +55,7 @@ class Scores:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the short answers that are right to the letter; None where there are none. Needs `exact`."""
+        """Share of the short answers that are exactly correct; None where there are none. Needs `exact`."""
         accuracy: float | None = self.metrics["accuracy"]
         return accuracy
 

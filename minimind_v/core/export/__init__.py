@@ -1,0 +1,1 @@
+"""Write a model for other programs, and compare the result."""

@@ -82,7 +82,7 @@ def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> No
         return
     manifest = read_manifest(out)
     if manifest is None:
-        raise UsageError(f"{out} already exists, and not by `mmv convert` ({names[0]}) — name another --out")
+        raise UsageError(f"{out} already exists and was not written by `mmv convert` ({names[0]}) — name another --out")
     if not overwrite:
         raise UsageError(f"{out} exists — add --overwrite, or name another --out")
     if strange := [name for name in names if name not in manifest["files"] and name != MANIFEST]:
@@ -116,7 +116,7 @@ def _beside(out: Path) -> Iterator[Path]:
     First remove what a killed process left. Raises RunError where another process is writing `out`.
     """
     if sweep(out, patience=1.0):
-        raise RunError(f"{out}: another run writes it — wait until it ends, or name another --out")
+        raise RunError(f"{out}: another process is writing it — wait until it ends, or name another --out")
     new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -47,21 +47,21 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
             num_hidden_layers=_count_layers(tensors),
             intermediate_size=tensors[ff].shape[0],
             vocab_size=vocab,
-            **(_infer_heads(tensors) | (_count_experts(tensors) if moe else {})),
+            **(_infer_heads(tensors, hidden) | (_count_experts(tensors) if moe else {})),
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError, UsageError):
         names = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise WeightsError(f"{path}: not the weights of a MiniMind model (it contains {names} …)") from None
 
 
-def _infer_heads(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _infer_heads(tensors: Mapping[str, Tensor], hidden: int) -> dict[str, Any]:
     """The heads, and what all models with such heads have in common.
 
     The norms of minimind-3v are as wide as a head. Of 2025 no shape gives the number of heads; all published models
     have two key-value heads, so two are taken.
     """
     attention = "model.layers.0.self_attn."
-    hidden, kv_width = tensors[f"{attention}q_proj.weight"].shape[1], tensors[f"{attention}k_proj.weight"].shape[0]
+    kv_width = tensors[f"{attention}k_proj.weight"].shape[0]
     if not has_head_norms(tensors):
         return {"num_attention_heads": max(1, hidden * 2 // kv_width), "num_key_value_heads": 2}
     width = len(tensors[f"{attention}q_norm.weight"])

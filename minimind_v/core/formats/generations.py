@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 
 from minimind_v.core.config.generation import V2025, V2026, Generation, generation_of
 from minimind_v.core.config.presets import name_preset
-from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.config.schema import TextConfig, VisionSpec
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import WeightsError
-from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
 
 if TYPE_CHECKING:
@@ -65,13 +64,10 @@ def check_base(path: Path, weights: TextConfig, model: TextConfig) -> None:
         )
 
 
-def check_tower(folder: Path, generation: Generation, weights: Path | None) -> None:
+def check_tower(folder: Path, spec: VisionSpec, generation: Generation, weights: Path | None) -> None:
     """Raises WeightsError where a folder has the vision model of another generation than the weights or the run."""
-    config = read_json(folder / "config.json") or {}
-    tower = config.get("vision_config", config)
-    kind = tower.get("model_type", config.get("model_type")) if isinstance(tower, dict) else None
     other = V2025 if generation is V2026 else V2026
-    if kind in other.towers:
+    if spec.model_type in other.towers:
         raise WeightsError(
             _mixed(folder, "vision model", other, other.vision_encoder, generation, weights)
             + f"{generation.vision_encoder} — name another folder with --vision-model, or "

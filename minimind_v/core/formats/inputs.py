@@ -37,8 +37,12 @@ def find_init(config: RunConfig) -> Path | None:
     except MissingInput as error:
         size = name_preset(config.model) or STANDARD_PRESET
         from_base = config.stage == "pretrain" or config.init.name == weights_name("lm", config.model)
-        step = how_to_get("lm", config.init.parent, size) if from_base else "run `mmv train pretrain`"
+        step = how_to_get("lm", config.init.parent, size) if from_base else f"run `{_pretrain(size)}`"
         raise MissingInput(f"{error} to start from — {step}, or name a file with --init") from None
+
+
+def _pretrain(size: str) -> str:
+    return "mmv train pretrain" if size == STANDARD_PRESET else f"mmv train pretrain --preset {size}"
 
 
 def find_model(

@@ -25,6 +25,7 @@ from minimind_v.core.hub.sources import how_to_get, latest_model
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.projector import projector_shapes
+from minimind_v.core.model.vision.spec import read_vision_spec
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.paths import OUT_DIR
 
@@ -119,13 +120,17 @@ def read_companions(
 
     Raises MissingInput or WeightsError, also for those of another generation than the weights or the run.
     """
-    check_tower(vision_model, generation, weights)
-    tower = gguf.read_vision_tower(vision_model) if is_gguf(vision_model) else read_tower(vision_model)
-    if is_gguf(tokenizer):
-        return tower, gguf.read_tokenizer(tokenizer)
-    loaded = Tokenizer.load(tokenizer)
+    if is_gguf(vision_model):
+        tower = gguf.read_vision_tower(vision_model)
+        check_tower(vision_model, tower.spec, generation, weights)
+    else:
+        check_tower(vision_model, read_vision_spec(vision_model), generation, weights)  # before weights that do not fit
+        tower = read_tower(vision_model)
+    loaded = gguf.read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
     check_tokenizer(loaded, tokenizer, generation, weights)
-    return tower, loaded if layout in (None, loaded.layout) else Tokenizer.load(tokenizer, layout)
+    if layout in (None, loaded.layout) or is_gguf(tokenizer):
+        return tower, loaded
+    return tower, Tokenizer.load(tokenizer, layout)
 
 
 # --- the vision model and the tokenizer of some weights ---------------------------------------------------------------
@@ -225,7 +230,7 @@ def _check_companions(stored: ModelParts, paths: CompanionPaths, say: Callable[[
     if width is not None and width != tower.spec.width:
         raise WeightsError(
             f"{checkpoint.path} was trained with features of width {width}, the vision model in {paths.vision_model} "
-            f"gives {tower.spec.width} — name its own with --vision-model"
+            f"yields width {tower.spec.width} — give the matching folder with --vision-model"
         )
     for kind, companion, path, digest in (
         (VISION, checkpoint.companions.vision_model, paths.vision_model, vision_digest(tower.spec, tower.tensors)),

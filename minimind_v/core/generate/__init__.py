@@ -1,0 +1,1 @@
+"""Answers: sampling, caches and conversations."""

@@ -103,7 +103,7 @@ def bring(
             reason = str(error)
             staged.unlink(missing_ok=True)
             if attempt < WRONG_TRIES - 1:
-                warn(f"{remote.path} arrived wrong ({reason}): removed, downloading it again")
+                warn(f"{remote.path} was corrupt after the download ({reason}): removed, downloading it again")
     raise HubError(
         f"{remote.path} from {hub.endpoint} arrived damaged {WRONG_TRIES} times ({reason}) — "
         "try another hub or mirror with --hub or --endpoint"

@@ -1,0 +1,1 @@
+"""The model as papers write it: vision encoder, projector, language model."""

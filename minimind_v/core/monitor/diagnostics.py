@@ -184,7 +184,7 @@ def no_pictures(history: History) -> str | None:
     ):
         return None
     return (
-        "none of the rows of the first 10 steps has a picture, so the projector learns nothing: look at the key "
+        "none of the rows of the first 10 steps has an image, so the projector is not trained: check the key "
         f"`image` of the rows (mmv data preview {history.start.config.data.file})"
     )
 
@@ -223,7 +223,8 @@ def no_gradient(history: History) -> str | None:
     """Zero gradients train nothing."""
     if len(history.norms) < FEW or any(history.norms):
         return None
-    return f"the gradient has been zero for {FEW} steps, so nothing learns: --freeze {history.start.config.freeze}?"
+    policy = history.start.config.freeze
+    return f"the gradient has been zero for {FEW} steps, so no weight changes: check --freeze {policy}"
 
 
 def answers_are_cut(history: History) -> str | None:

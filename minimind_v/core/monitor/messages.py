@@ -108,9 +108,9 @@ def recalled(
             messages.append(f"learnt: every answer of the {rows} is correct, token for token")
         else:
             warnings.append(
-                f"not all is learnt: {own.token_accuracy:.1%} of the tokens of the answers to {rows} are right — raise "
-                "--epochs or --lr; where two rows ask the same about the same picture, only one of their answers can "
-                "be right"
+                f"some answers were not learnt: {own.token_accuracy:.1%} of the answer tokens of {rows} are correct — "
+                "raise --epochs or --lr; where two rows ask the same about the same image, only one of their answers "
+                "can be correct"
             )
     if "before" not in results or "after" not in results:
         messages.append(

@@ -45,7 +45,7 @@ class Validation:
     """Loss and token accuracy on held-out rows."""
 
     step: int
-    loss: float  # nats per supervised token, by the mathematics of training without the auxiliary loss
+    loss: float  # nats per supervised token, computed as in training, without the auxiliary loss
     token_accuracy: float  # share of the supervised tokens that were the likeliest
     swapped_loss: float | None  # with the images of other rows; None where the rows have no images
     rows: int

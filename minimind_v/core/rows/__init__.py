@@ -1,0 +1,1 @@
+"""Rows and their picture files, read where they are."""

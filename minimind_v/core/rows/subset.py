@@ -1,4 +1,4 @@
-"""Rows that other stores read: some rows of a store."""
+"""A store of selected rows of another store."""
 
 from __future__ import annotations
 

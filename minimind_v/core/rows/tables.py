@@ -60,7 +60,7 @@ class CsvRows(TextRows):
             data = file.read(PIECE)
         line, end, _ = data.removeprefix(BOM).lstrip(BLANK).partition(b"\n")
         if not end and len(data) == PIECE:
-            raise DataError(f"{self.path}: its first line never ends, so it has no column names")
+            raise DataError(f"{self.path}: its first line is too long, so it has no column names")
         return line
 
     @cached_property

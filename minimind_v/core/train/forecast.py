@@ -220,7 +220,7 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
         passes / count * rows + adamw * steps,
         f"an estimate: {passes:.2f} s for {plural(count, 'synthetic row')} of {length} tokens and "
         f"{row.pictures:.2g} pictures each, forward and backward with random weights, and {adamw:.3f} s "
-        f"for AdamW, measured just now on {where}; reading, saving and what else runs are not in it",
+        f"for AdamW, measured just now on {where}; without reading, saving and other programs",
     )
 
 

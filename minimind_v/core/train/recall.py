@@ -94,7 +94,7 @@ class RecallReport:
         self._earlier = self._find_earlier()
         if isinstance(self._earlier, Recall) and not done:
             sample = f"{self._earlier.rows} rows of {self._earlier.name}"
-            self.recorder.message(f"measuring what {self.config.init} knows of {sample}")
+            self.recorder.message(f"measuring the accuracy of {self.config.init} on {sample}")
             self.recorder.recall("before", self._earlier(self.train_step))
 
     def _find_earlier(self) -> Recall | str:
@@ -136,7 +136,7 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
     """A sample of earlier training rows, drawn by the run's seed; or why there is none."""
     earlier = earlier_run(config.init)
     if earlier is None:
-        return f"nothing beside {config.init} names its training rows, and the published rows are not on this machine"
+        return f"the training rows of {config.init} are not recorded, and the published rows are not on this machine"
     if not earlier.file.exists():
         return f"{earlier.file}, the training data of {config.init}, does not exist"
     if earlier.file.resolve() == config.data.file.resolve():

@@ -1,4 +1,4 @@
-"""The measurement of all forecasts: steps over synthetic batches of given sizes, by a model with random weights."""
+"""Measure training steps over synthetic batches, for every forecast of time and memory."""
 
 from __future__ import annotations
 

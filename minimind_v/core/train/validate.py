@@ -1,4 +1,4 @@
-"""The loss on held-out rows, by the mathematics of training; and the same with images of other rows."""
+"""The loss on held-out rows, computed as in training; and the same with images of other rows."""
 
 from __future__ import annotations
 

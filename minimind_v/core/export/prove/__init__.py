@@ -1,0 +1,1 @@
+"""The answers of other programs, for the comparison of an export."""

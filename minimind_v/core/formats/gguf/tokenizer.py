@@ -96,7 +96,10 @@ def read_tokenizer(reader: Reader) -> Tokenizer:
     if len(types) != len(tokens) or len(vocab) != used or ChatML.placeholder not in vocab:
         raise WeightsError(f"{reader.path}: its tokens do not belong to a MiniMind tokenizer — convert again")
     if not max(pad, bos, eos) < len(tokens):
-        raise WeightsError(f"{reader.path}: has {len(tokens):,} tokens, then special ones after them — convert again")
+        raise WeightsError(
+            f"{reader.path}: has {len(tokens):,} tokens, and special tokens after them, which mmv does not support — "
+            "convert again"
+        )
     try:
         backend = FastTokenizer(models.BPE(vocab, [tuple(merge.split(" ", 1)) for merge in merges]))
     except Exception as error:  # the Rust library raises plain Exception

@@ -1,1 +1,1 @@
-"""Speed, put on the plain model from outside."""
+"""Faster replacements for modules of the plain model."""
