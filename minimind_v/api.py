@@ -23,7 +23,7 @@ from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.processor import Images, Processor
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import evaluate as score
-from minimind_v.core.evaluate.run import held_out_dataset
+from minimind_v.core.evaluate.run import features_beside, held_out_dataset
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 from minimind_v.core.formats.inputs import find_inputs, find_model
 from minimind_v.core.formats.load import LoadedModel
@@ -280,7 +280,8 @@ def evaluate(
     rows = open_rows(file, _path(images) or images_beside(file), split, log.info, SCORE)
     dataset = held_out_dataset(m.model, m.tokenizer, rows, max_length, blank)
     ids = m.tokenizer.pad_id, m.tokenizer.eos_id
-    scores = score(m.model, dataset, *ids, batch_size, workers=_workers(1), limit=limit, dtype=dtype)
+    cache = None if blank else features_beside(m.model, m.path, dtype, len(rows), log.info, log.warning)
+    scores = score(m.model, dataset, *ids, batch_size, workers=_workers(1), limit=limit, dtype=dtype, memory=cache)
     for row in scores.broken[:5]:
         log.warning("row skipped: %s", row)
     return Evaluation(scores.loss, scores.accuracy, scores.rows, scores.supervised_tokens, scores.short_answers)

@@ -260,6 +260,21 @@ def test_an_evaluation_counts_its_rows_and_shows_what_images_are_worth(m):
     assert mmv.evaluate("out/sft_vlm_128.pth", rows, limit=5).n == 5
 
 
+def test_an_evaluation_reads_the_features_beside_the_weights(m, monkeypatch, tmp_path):
+    (tmp_path / "features").mkdir()
+    monkeypatch.setattr(m, "path", tmp_path / m.path.name)
+    rows, counts = "dataset/heldout_scenes_data.jsonl", []
+
+    def count(encoder, inputs, features):
+        counts[-1] += len(features)
+
+    handle = m.model.vision_encoder.register_forward_hook(count)
+    scores = [counts.append(0) or mmv.evaluate(m, rows) for _ in range(2)]
+    handle.remove()
+    assert scores[0] == scores[1]
+    assert counts[0] - counts[1] == 12  # those of the rows; some more measure the encoder
+
+
 def test_an_evaluation_resizes_images_as_the_tower_says(m, monkeypatch):
     modes = []
 

@@ -16,7 +16,6 @@ from minimind_v.core.config.schema import DTYPES, one_of
 from minimind_v.core.errors import open_all
 
 if TYPE_CHECKING:
-    from minimind_v.core.data.feature_cache import FeatureCache
     from minimind_v.core.evaluate.run import Scores
     from minimind_v.core.formats.load import LoadedModel
     from minimind_v.core.rows.row import RowStore
@@ -91,10 +90,10 @@ def _score(
 ) -> dict[str, Scores]:
     """The scores with the rows' images and, if `blind`, with blank ones."""
     from minimind_v.core.evaluate.run import evaluate as score
-    from minimind_v.core.evaluate.run import held_out_dataset
+    from minimind_v.core.evaluate.run import features_beside, held_out_dataset
 
     tokenizer, scores = loaded.tokenizer, {}
-    cache = _feature_cache(terminal, loaded, how["dtype"], len(rows))
+    cache = features_beside(loaded.model, loaded.checkpoint.path, how["dtype"], len(rows), terminal.say, terminal.warn)
     for name in ("seeing", "blind") if blind else ("seeing",):
         dataset = held_out_dataset(loaded.model, tokenizer, rows, max_length, blank=name == "blind")
         with terminal.progress(f"eval {name}") as progress:
@@ -103,17 +102,6 @@ def _score(
                 progress=progress, memory=cache if name == "seeing" else None, **how,
             )  # fmt: skip
     return scores
-
-
-def _feature_cache(terminal: Terminal, loaded: LoadedModel, dtype: str, rows: int) -> FeatureCache | None:
-    """The features that the run of these weights has left beside them, if any."""
-    from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
-
-    encoder, folder = loaded.model.vision_encoder, loaded.checkpoint.path.parent / "features"
-    if encoder is None or not folder.is_dir():
-        return None
-    features = FeatureEncoder(encoder, loaded.model.device, dtype)
-    return open_feature_cache("exact", folder, features, rows, terminal.say, terminal.warn)
 
 
 def _show_rows(terminal: Terminal, scores: Scores) -> None:

@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from minimind_v.core.config.schema import one_of
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
-from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder, open_feature_cache
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
@@ -67,6 +68,17 @@ def held_out_dataset(
     spec = model.spec
     prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
     return RowDataset.for_spec(rows, prompts, spec, max_length, blank)
+
+
+def features_beside(
+    model: VLM, weights: Path, dtype: str, rows: int, say: Callable[[str], None], warn: Callable[[str], None]
+) -> FeatureCache | None:
+    """The features that the run of these weights has left beside them, for an evaluation of `rows` rows; None: none."""
+    folder = weights.parent / "features"
+    if model.vision_encoder is None or not folder.is_dir():
+        return None
+    encoder = FeatureEncoder(model.vision_encoder, model.device, dtype)
+    return open_feature_cache("exact", folder, encoder, rows, say, warn)
 
 
 @torch.inference_mode()
