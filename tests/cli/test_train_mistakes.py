@@ -53,7 +53,7 @@ def test_the_base_that_is_missing_is_that_of_the_size_that_was_asked_for(refused
 
 
 def test_fine_tuning_before_pretraining_gets_advice_to_pretrain_first(refused):
-    assert "`mmv train pretrain`" in refused(1, stage="sft", init=None)
+    assert "`mmv train pretrain --preset demo`" in refused(1, stage="sft", init=None)
     assert "this text-only base has no projector; `mmv train pretrain` trains one" in refused(1, stage="sft", init=BASE)
 
 
