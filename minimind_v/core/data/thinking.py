@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import Any
 
 from minimind_v.core.errors import RowError
@@ -29,28 +30,28 @@ def plain_messages(conversation: list[Any]) -> list[Any]:
     `tool`; the tools that the system message lists are in its content. Raises RowError for lists that are none.
     """
     messages: list[Any] = []
-    responses: list[str] = []  # of tools in turn, the last of `messages` among them
-    for number, message in enumerate(conversation, 1):
-        if not isinstance(message, dict):
-            messages.append(message)
-            responses = []
-            continue
-        role, content = message.get("role"), message.get("content")
-        if role == "tool" and isinstance(content, str):
-            responses.append(f"\n<tool_response>\n{content}\n</tool_response>")
-            if len(responses) == 1:
-                messages.append({"role": role, "content": responses})
-            continue
-        responses = []
-        if role == "assistant":
-            content = _answer(message, number)
-        elif role == "system" and not messages:
-            content = _system(message)
-        messages.append({"role": role, "content": content})
-    for message in messages:
-        if isinstance(message, dict) and message["role"] == "tool" and isinstance(message["content"], list):
-            message["content"] = "".join(message["content"])
+    for are_responses, group in groupby(enumerate(conversation, 1), lambda pair: _is_response(pair[1])):
+        if are_responses:
+            responses = (f"\n<tool_response>\n{message['content']}\n</tool_response>" for _, message in group)
+            messages.append({"role": "tool", "content": "".join(responses)})
+        else:
+            messages += [_plain(message, number) for number, message in group]
     return messages
+
+
+def _is_response(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "tool" and isinstance(message.get("content"), str)
+
+
+def _plain(message: Any, number: int) -> Any:
+    if not isinstance(message, dict):
+        return message
+    role, content = message.get("role"), message.get("content")
+    if role == "assistant":
+        content = _answer(message, number)
+    elif role == "system" and number == 1:
+        content = _system(message)
+    return {"role": role, "content": content}
 
 
 def split_reasoning(content: str) -> tuple[str, str]:
