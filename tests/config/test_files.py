@@ -16,8 +16,8 @@ PUBLISHED_3V = {"pretrain": (2, 4e-4, 450, "projector", 16), "sft": (2, 5e-6, 76
 
 def test_the_runs_of_the_article_and_of_minimind_3v_are_there():
     kinds = ("small", "base", "moe", "small_2gpu", "cpu_taste", "3v", "3v-moe")
-    wanted = {f"{stage}_{kind}" for stage in PUBLISHED for kind in kinds}
-    assert {file.stem for file in FILES} == wanted
+    names = {f"{stage}_{kind}" for stage in PUBLISHED for kind in kinds}
+    assert {file.stem for file in FILES} == names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
