@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from minimind_v.core.config.generation import Generation
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.tokenizer import Tokenizer
     from minimind_v.core.model.vision.spec import VisionSpec
     from minimind_v.core.rows.row import RowStore
 
@@ -137,14 +140,15 @@ def open_data(
         if stage is None:
             stage = Stage.sft
             terminal.say("reading as sft data (--stage pretrain for the other stage)")
-    generation = _generation_of(tokenizer)
+    load_tokenizer = cache(lambda: Tokenizer.load(tokenizer))
+    generation = _generation_of(load_tokenizer)
     given = {"data": file, "split": split, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
     recipe = build_config(stage.value, options=given | {"preset": generation.preset})
     tower = None if vision_model else generation.towers[0]
     _, _, tokens, spec, _ = open_all(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
-        lambda: Tokenizer.load(tokenizer),
+        load_tokenizer,
         lambda: projected(read_vision_spec(recipe.vision_model, tower), recipe.projector),
         lambda: against and find_rows(against),
     )
@@ -157,12 +161,11 @@ def open_data(
     return recipe, store, PromptEncoder(tokens, spec.tokens_per_image), spec
 
 
-def _generation_of(tokenizer: Path) -> Generation:
+def _generation_of(load_tokenizer: Callable[[], Tokenizer]) -> Generation:
     """The generation of models whose prompts a tokenizer is made for; that of 2025 for one that cannot be opened."""
     from minimind_v.core.config.generation import V2025, V2026
-    from minimind_v.core.data.tokenizer import Tokenizer
 
     with contextlib.suppress(MmvError):
-        if Tokenizer.load(tokenizer).layout == V2026.layout:
+        if load_tokenizer().layout == V2026.layout:
             return V2026
     return V2025

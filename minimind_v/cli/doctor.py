@@ -17,7 +17,7 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.config.presets import PRESETS, check_preset, weights_name
 from minimind_v.core.errors import MissingInput
 from minimind_v.core.files import size_of
-from minimind_v.core.hub.sources import find_weights, sources_of
+from minimind_v.core.hub.sources import find_weights, how_to_pretrain, sources_of
 from minimind_v.core.paths import DEMO_DIR, OUT_DIR, STANDARD_PRESET
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow", "pillow", "numpy")
@@ -64,13 +64,12 @@ def doctor(
         for name, standard in {"vision_model": pretrain.vision_model, "tokenizer": pretrain.data.tokenizer}.items()
     )
     get = {what: source.command(preset=preset) for what, source in sources_of(preset).items()}
-    train = "mmv train pretrain" + ("" if preset == STANDARD_PRESET else f" --preset {preset}")
     inputs: dict[str, tuple[Path, str]] = {
         "vision model": (vision_model / "config.json", get["clip"]),
         "tokenizer": (tokenizer / "tokenizer.json", get["tokenizer"]),
         "language model": (pretrain.init or OUT_DIR, get["lm"]),
         "pretrain data": (pretrain.data.file, get["dataset"]),
-        "pretrained weights": (out / weights_name("pretrain", sft.model), train),
+        "pretrained weights": (out / weights_name("pretrain", sft.model), how_to_pretrain(preset)),
         "sft data": (sft.data.file, get["dataset"]),
     }
     for name, (path, command) in inputs.items():

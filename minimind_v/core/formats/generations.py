@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 from minimind_v.core.config.generation import V2025, V2026, Generation, generation_of
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import TextConfig, VisionSpec
-from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.data.layouts import find_layout
+from minimind_v.core.data.tokenizer import Tokenizer, usual_layout
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.hub.sources import how_to_get
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PATCH = "<|image_pad|>"
 _K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 
 
@@ -77,11 +77,11 @@ def check_tower(folder: Path, spec: VisionSpec, generation: Generation, weights:
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path, generation: Generation, weights: Path | None) -> None:
     """Raises WeightsError where a folder has the tokenizer of another generation than the weights or the run."""
-    has_patch = tokenizer.backend.token_to_id(_PATCH) is not None
-    other = V2026 if has_patch else V2025
+    other = V2026 if usual_layout(tokenizer.backend) == V2026.layout else V2025
     if other is not generation:
+        evidence = f"it has {'' if other is V2026 else 'no '}{find_layout(V2026.layout).placeholder}"
         raise WeightsError(
-            _mixed(folder, "tokenizer", other, f"it has {'' if has_patch else 'no '}{_PATCH}", generation, weights)
+            _mixed(folder, "tokenizer", other, evidence, generation, weights)
             + f"the tokenizer of {generation.year} — name another folder with --tokenizer, or "
             + how_to_get("tokenizer", preset=generation.preset)
         )

@@ -10,7 +10,7 @@ from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.tokenizer import find_tokenizer
 from minimind_v.core.errors import MissingInput, open_all
-from minimind_v.core.hub.sources import how_to_get, latest_model, weights_at
+from minimind_v.core.hub.sources import how_to_get, how_to_pretrain, latest_model, weights_at
 from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.paths import OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
 from minimind_v.core.rows.pictures import find_pictures
@@ -37,12 +37,8 @@ def find_init(config: RunConfig) -> Path | None:
     except MissingInput as error:
         size = name_preset(config.model) or STANDARD_PRESET
         from_base = config.stage == "pretrain" or config.init.name == weights_name("lm", config.model)
-        step = how_to_get("lm", config.init.parent, size) if from_base else f"run `{_pretrain(size)}`"
+        step = how_to_get("lm", config.init.parent, size) if from_base else f"run `{how_to_pretrain(size)}`"
         raise MissingInput(f"{error} to start from — {step}, or name a file with --init") from None
-
-
-def _pretrain(size: str) -> str:
-    return "mmv train pretrain" if size == STANDARD_PRESET else f"mmv train pretrain --preset {size}"
 
 
 def find_model(

@@ -29,7 +29,7 @@ from minimind_v.core.wording import plural
 _OTHERS = ("text_model.", "text_projection", "visual_projection", "logit_scale", "language_model.",
            "multi_modal_projector.", "lm_head.", "model.language_model.", "model.multi_modal_projector.")  # fmt: skip
 _LAYERS = "encoder.layers."
-_PATCHES = "embeddings.patch_embedding.weight"
+PATCHES = "embeddings.patch_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ def _read(folder: Path, kind: TowerType) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         tensors |= {kind.rename(name): tensor for name, tensor in read_tensors(file, _OTHERS)[0].items()}
-    patches = tensors.get(_PATCHES)
+    patches = tensors.get(PATCHES)
     if patches is not None and patches.ndim == 2 and patches.shape[1] % 3 == 0:
         side = isqrt(patches.shape[1] // 3)
         if 3 * side * side == patches.shape[1]:  # SigLIP2's convolution: a linear layer over row, column and channel
-            tensors[_PATCHES] = patches.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)  # [D, 3, p, p]
+            tensors[PATCHES] = patches.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)  # [D, 3, p, p]
     return tensors
 
 

@@ -159,6 +159,11 @@ def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRE
     return hint
 
 
+def how_to_pretrain(preset: str = STANDARD_PRESET) -> str:
+    """The command line that pretrains a model of this size."""
+    return "mmv train pretrain" + ("" if preset == STANDARD_PRESET else f" --preset {preset}")
+
+
 def latest_model(say: Callable[[str], None], out: Path = OUT_DIR) -> Path:
     """The latest weights in `out`, else the demo's. Raises MissingInput where there are none."""
     try:

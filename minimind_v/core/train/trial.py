@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from minimind_v.core.config.freeze import FREEZE_POLICIES
+from minimind_v.core.config.generation import V2025, V2026
 from minimind_v.core.config.schema import CLIP_VISION, SIGLIP_VISION, RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
@@ -21,7 +22,6 @@ from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionEncoder, read_vision_spec
 from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.paths import VISION_3V_DIR, VISION_DIR
 from minimind_v.core.train.step import TrainStep
 
 PROBE = 2**22  # numbers that AdamW is measured with
@@ -116,7 +116,7 @@ def _random_encoder(folder: Path) -> VisionEncoder:
 
     Without one in the standard folder it has the standard sizes: rows can be counted before the download.
     """
-    standard = {VISION_DIR: CLIP_VISION, VISION_3V_DIR: SIGLIP_VISION}.get(folder)
+    standard = next((each.towers[0] for each in (V2025, V2026) if each.vision_model == folder), None)
     spec, (kind, config) = read_vision_spec(folder, standard), read_tower_config(folder, standard)
     if spec.model_type not in (CLIP_VISION, SIGLIP_VISION):
         return VisionEncoder(kind.build(config), spec)

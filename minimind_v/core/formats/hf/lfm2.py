@@ -17,19 +17,19 @@ from minimind_v.core.config.schema import MLP, SIGLIP_VISION, TextConfig, Vision
 from minimind_v.core.formats.hf.form import Form, special_ids, text_sizes, tokenizer_config
 from minimind_v.core.formats.hf.lfm2_names import MODEL_TYPE, SIGLIP2, to_lfm2
 from minimind_v.core.formats.hf.names import TOWER
+from minimind_v.core.formats.vision_tower import PATCHES
 from minimind_v.core.model.vision.spec import FILTERS
 
 if TYPE_CHECKING:
     from minimind_v.core.formats.load import ModelParts
 
-_PATCHES = "embeddings.patch_embedding.weight"
 _PROCESSOR = "DeepseekVLProcessor"
 
 
 def _tensors(source: ModelParts) -> dict[str, Tensor]:
     tensors = to_lfm2(source.checkpoint.tensors)
     for name, tensor in source.tower.tensors.items():
-        tensors[TOWER + name] = tensor.permute(0, 2, 3, 1).flatten(1) if name == _PATCHES else tensor
+        tensors[TOWER + name] = tensor.permute(0, 2, 3, 1).flatten(1) if name == PATCHES else tensor
     return tensors
 
 
