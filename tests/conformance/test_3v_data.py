@@ -6,34 +6,22 @@ beside it. Nothing here knows a case: another set of the same form runs unchange
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import sys
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from minimind_v.core.data.processor import Processor
 from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.model.vision.spec import read_vision_spec
+from tests.conformance.published import open_set
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / os.environ.get("MMV_CONFORMANCE_3V", "../shared/conformance-3v")
-STANDARD = ROOT / "../shared/tokenizer-3v"
-BESIDE = FOLDER.parent / "tokenizer-3v"
-TOKENIZER = BESIDE if BESIDE.is_dir() else STANDARD
-for needed in (FOLDER / "cases.json", FOLDER / "tensors.safetensors", TOKENIZER / "tokenizer.json"):
-    if not needed.is_file():
-        pytest.skip(f"the published numbers are not here: no {needed}", allow_module_level=True)
-
-SET = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))
-TENSORS = load_file(FOLDER / "tensors.safetensors")
+PUBLISHED = open_set("MMV_CONFORMANCE_3V", "conformance-3v", "tokenizer-3v")
+FOLDER, TOKENIZER, SET, TENSORS = PUBLISHED.folder, PUBLISHED.tokenizer, PUBLISHED.record, PUBLISHED.tensors
 CASES = SET["cases"]
 GREY_LEVEL = 1 / 255 / 0.5  # in normalised pixels
 CONTENTS = ("plain", "think")  # without empty think blocks, and with them
@@ -99,8 +87,8 @@ def test_pixels_are_equal_within_a_grey_level(encoder):
     spec = read_vision_spec(FOLDER / "tower")
     processor = Processor(encoder.tokenizer, spec)
     mean, std = (np.array(values)[:, None, None] for values in (spec.mean, spec.std))
-    for number, published in enumerate(TENSORS["pixel_values"]):
-        pixels = processor.pixels(TENSORS[f"picture.{number}"])
+    for number, published in enumerate(TENSORS["pixel_values"].numpy()):
+        pixels = processor.pixels(TENSORS[f"picture.{number}"].numpy())
         assert np.abs((pixels / 255 - mean) / std - published).max() <= GREY_LEVEL
 
 

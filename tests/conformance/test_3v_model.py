@@ -7,15 +7,12 @@ unchanged. MMV_DEVICE names a device to compute on, MMV_DTYPE a precision other 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from minimind_v.core.config.schema import DataConfig, RunConfig
 from minimind_v.core.data.batch import Batch
@@ -27,19 +24,13 @@ from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM
+from tests.conformance.published import open_set
+from tests.model.conftest import KINDS
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / os.environ.get("MMV_CONFORMANCE_3V", "../shared/conformance-3v")
-BESIDE = FOLDER.parent / "tokenizer-3v"
-TOKENIZER = BESIDE if BESIDE.is_dir() else ROOT / "../shared/tokenizer-3v"
-for needed in (FOLDER / "cases.json", FOLDER / "tensors.safetensors", TOKENIZER / "tokenizer.json"):
-    if not needed.is_file():
-        pytest.skip(f"the published numbers are not here: no {needed}", allow_module_level=True)
-
-SET = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))
-TENSORS = load_file(FOLDER / "tensors.safetensors")
+PUBLISHED = open_set("MMV_CONFORMANCE_3V", "conformance-3v", "tokenizer-3v")
+FOLDER, TOKENIZER, SET, TENSORS = PUBLISHED.folder, PUBLISHED.tokenizer, PUBLISHED.record, PUBLISHED.tensors
 CASES = SET["cases"]
-ARCHS = [name.removesuffix(".config") for name in SET if name.endswith(".config")]
+ARCHS = PUBLISHED.archs
 CONTENTS = ("plain", "think")  # without empty think blocks, and with them
 CLOSE = {"atol": 2e-4, "rtol": 0}  # of features and logits
 DEVICE = pick_device(os.environ.get("MMV_DEVICE", "cpu"))
@@ -47,7 +38,6 @@ PRECISION = os.environ.get("MMV_DTYPE", "float32")
 RELATIVE = 1e-3 if PRECISION == "float32" else 2e-2  # of losses and gradient norms
 PAD = 0
 
-KINDS = pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
 EACH = pytest.mark.parametrize(("arch", "case", "content"), [(a, c, k) for a in ARCHS for c in CASES for k in CONTENTS])
 
 

@@ -7,19 +7,16 @@ same format runs unchanged. MMV_DEVICE names a device to compute on, MMV_DTYPE a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from dataclasses import fields, replace
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.config.schema import DataConfig, RunConfig, TextConfig
@@ -37,20 +34,13 @@ from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.model.vlm import VLM
+from tests.conformance.published import open_set
+from tests.model.conftest import KINDS
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / os.environ.get("MMV_CONFORMANCE", "../shared/conformance")
-STANDARD = ROOT / "../shared/tokenizer"
-BESIDE = FOLDER.parent / "tokenizer"
-TOKENIZER = ROOT / os.environ.get("MMV_TOKENIZER", BESIDE if BESIDE.is_dir() else STANDARD)
-for needed in (FOLDER / "cases.json", FOLDER / "tensors.safetensors", TOKENIZER / "tokenizer.json"):
-    if not needed.is_file():
-        pytest.skip(f"the published numbers are not here: no {needed}", allow_module_level=True)
-
-SET = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))
-TENSORS = load_file(FOLDER / "tensors.safetensors")
+PUBLISHED = open_set("MMV_CONFORMANCE", "conformance", "tokenizer", "MMV_TOKENIZER")
+FOLDER, TOKENIZER, SET, TENSORS = PUBLISHED.folder, PUBLISHED.tokenizer, PUBLISHED.record, PUBLISHED.tensors
 CASES = SET["cases"]
-ARCHS = [name.removesuffix(".config") for name in SET if name.endswith(".config")]
+ARCHS = PUBLISHED.archs
 LOGITS = 2e-4  # largest difference of a logit in fp32
 DEVICE = pick_device(os.environ.get("MMV_DEVICE", "cpu"))
 PRECISION = os.environ.get("MMV_DTYPE", "float32")
@@ -206,9 +196,6 @@ def test_logits_of_the_padded_batch(arch, models, examples, tokenizer):
     for row, case in enumerate(cases):
         expected, end = TENSORS[f"{arch}.batch.{case}.{keys[case]}"], len(examples[case].tokens)
         torch.testing.assert_close(logits[row, end - len(expected) : end], expected, atol=LOGITS, rtol=0)
-
-
-KINDS = pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
 
 
 @KINDS

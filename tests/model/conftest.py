@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.schema import LINEAR, TextConfig
+from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vision.clip import ClipVision
 from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
 from minimind_v.core.model.vision.spec import ClipConfig
 from minimind_v.core.model.vlm import VLM
 
+KINDS = pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
+TOWER_SIZES = {
+    "image_size": 48,
+    "patch_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
 PLACEHOLDER_ID = 5
 SPEC = VisionSpec(image_size=16, patch_size=8, width=24)  # 4 tokens per image
 SIZES = {
@@ -34,6 +46,12 @@ NORMED_EXPERTS = {
     "n_shared_experts": 0,
     "aux_loss_scope": "batch",
 }
+
+
+def encoder_of(folder: Path, fast: bool) -> VisionEncoder:
+    """The vision encoder in a folder, plain or accelerated."""
+    encoder = load_encoder(folder)
+    return accelerate(encoder, torch.device("cpu")) if fast else encoder
 
 
 def spread(module: nn.Module, seed: int) -> None:

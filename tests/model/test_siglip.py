@@ -15,18 +15,9 @@ from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.kernels.cpu_clip import CpuSiglipVision
 from minimind_v.core.model.vision.clip import ACTIVATIONS
 from minimind_v.core.model.vision.spec import FILTERS, read_vision_spec
-from tests.model.conftest import spread
+from tests.model.conftest import KINDS, TOWER_SIZES, encoder_of, spread
 
 CPU = torch.device("cpu")
-KINDS = pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
-VISION = {
-    "image_size": 48,
-    "patch_size": 16,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-}
 
 
 @pytest.fixture(scope="module", params=["tower alone", "whole SigLIP"])
@@ -34,10 +25,10 @@ def folder(request, tmp_path_factory):
     """A SigLIP tower saved alone, with its pooling head, or inside a whole SigLIP as the hub has it."""
     path = tmp_path_factory.mktemp("siglip")
     if request.param == "tower alone":
-        model = SiglipVisionModel(SiglipVisionConfig(**VISION))
+        model = SiglipVisionModel(SiglipVisionConfig(**TOWER_SIZES))
     else:
         text = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-        model = SiglipModel(SiglipConfig(text_config=text | {"vocab_size": 20}, vision_config=VISION))
+        model = SiglipModel(SiglipConfig(text_config=text | {"vocab_size": 20}, vision_config=TOWER_SIZES))
     spread(model, 0)
     model.save_pretrained(path)
     return path
@@ -46,8 +37,7 @@ def folder(request, tmp_path_factory):
 @KINDS
 @torch.no_grad()
 def test_features_are_those_of_siglip(folder, fast):
-    encoder, model = load_encoder(folder), SiglipVisionModel.from_pretrained(folder).eval()
-    encoder = accelerate(encoder, CPU) if fast else encoder
+    encoder, model = encoder_of(folder, fast), SiglipVisionModel.from_pretrained(folder).eval()
     pixels = torch.randn(3, 3, 48, 48)
     features, expected = encoder(pixels), model(pixel_values=pixels).last_hidden_state
     assert features.shape == (3, encoder.spec.tokens_per_image, encoder.spec.width) == (3, 9, 32)
@@ -60,11 +50,10 @@ def test_features_are_those_of_siglip(folder, fast):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_towers_of_every_activation(activation, dtype, fast, tmp_path):
-    model = SiglipVisionModel(SiglipVisionConfig(**VISION, hidden_act=activation)).eval()
+    model = SiglipVisionModel(SiglipVisionConfig(**TOWER_SIZES, hidden_act=activation)).eval()
     spread(model, 1)
     model.save_pretrained(tmp_path)
-    encoder, pixels = load_encoder(tmp_path).to(dtype), torch.randn(2, 3, 48, 48)
-    encoder = accelerate(encoder, CPU) if fast else encoder
+    encoder, pixels = encoder_of(tmp_path, fast).to(dtype), torch.randn(2, 3, 48, 48)
     exact = model.double()(pixel_values=pixels.double()).last_hidden_state
     theirs = model.to(dtype)(pixel_values=pixels.to(dtype)).last_hidden_state
     ours_off, theirs_off = ((values.double() - exact).square().mean().sqrt() for values in (encoder(pixels), theirs))
@@ -84,7 +73,7 @@ def test_packed_weights_are_made_again_after_a_change(folder):
 
 
 def test_images_are_prepared_as_the_folder_says(tmp_path):
-    SiglipVisionConfig(**VISION).save_pretrained(tmp_path)
+    SiglipVisionConfig(**TOWER_SIZES).save_pretrained(tmp_path)
     usual = VisionSpec(48, 16, 32, SIGLIP_COLOURS, SIGLIP_COLOURS, 9, "squeeze", "bicubic", "siglip_vision_model")
     assert read_vision_spec(tmp_path) == usual
     for number, name in enumerate(FILTERS):

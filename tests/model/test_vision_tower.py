@@ -16,19 +16,10 @@ from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vision.clip import ACTIVATIONS
 from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec, read_vision_spec
-from tests.model.conftest import spread
+from tests.model.conftest import KINDS, TOWER_SIZES, encoder_of, spread
 
 CPU = torch.device("cpu")
-KINDS = pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
-VISION = {
-    "image_size": 48,
-    "patch_size": 16,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "initializer_factor": 5.0,
-}
+VISION = TOWER_SIZES | {"initializer_factor": 5.0}
 
 
 @pytest.fixture(scope="module", params=["tower alone", "whole CLIP"])
@@ -62,10 +53,6 @@ def picture_of(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
-
-
-def encoder_of(folder, fast: bool) -> VisionEncoder:
-    return accelerate(load_encoder(folder), CPU) if fast else load_encoder(folder)
 
 
 @KINDS
