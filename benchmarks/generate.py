@@ -89,7 +89,7 @@ class Ours:
     """The real thing."""
 
     def __init__(self, folder: Path) -> None:
-        loaded = load(folder / "weights.safetensors", folder / "clip", folder / "tokenizer", "cpu")
+        loaded = load(folder / "weights.safetensors", folder / "vision", folder / "tokenizer", "cpu")
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         many.Sampler = Clock
 

@@ -170,7 +170,7 @@ def talking(card: Card, result: Result) -> None:
         repeated, new = _first_tokens(card, model)
         result["first token, length seen"] = {"ms": round(repeated * 1e3, 2)}
         result["first token, new length"] = {"ms": round(new * 1e3, 2)}
-    if (card.folder / "clip").is_dir():
+    if (card.folder / "vision").is_dir():
         result["plain, 1 stream, sampled"] = _plain(card, count)
 
 

@@ -99,6 +99,7 @@ def _write_in_a_process(folder, first):
         fill(store, range(begin, begin + 4))
 
 
+@pytest.mark.long
 def test_two_processes_write_at_once(store):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write_in_a_process, args=(store.folder, first)) for first in (0, 100)]

@@ -79,6 +79,7 @@ def test_a_user_cannot_write_an_image_token(exported):
     assert "<|image_pad|>" not in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_an_export_is_verified(exported, tmp_path, dtype):
     """With torchvision by the folder's own processor; without it by Pillow, and the report says so."""

@@ -303,6 +303,7 @@ def test_one_tar_may_be_rows_and_pictures(tmp_path, monkeypatch):
     assert rows.picture(1, 0, "001.jpg") == picture(1)
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_members_are_indexed_in_seconds(tmp_path):
     path = tmp_path / "many.tar"
     with path.open("wb") as file:

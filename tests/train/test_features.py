@@ -78,6 +78,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in run.train_step.model.state_dict().items() if "vision_encoder" not in name}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_feature_cache_changes_no_bit(dtype, workers, config, train, events):

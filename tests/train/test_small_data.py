@@ -98,6 +98,7 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     assert (again.code, "this run is already finished" in again.err) == (0, True), again.err
 
 
+@pytest.mark.long
 def test_a_stopped_run_resumes_to_the_same_end(tmp_path, earlier):
     few, given = noise(tmp_path, ANSWERS[:4]), {"lr": 1e-3, "save_every": 10}
     assert small(tmp_path / "whole", earlier, few, **given).code == 0
@@ -231,6 +232,7 @@ def test_max_steps_that_are_too_few_are_named():
     assert "try --max-steps 34" in too_little(config, 10**6, 2)
 
 
+@pytest.mark.long
 def test_it_is_said_before_the_first_step_and_by_the_plan(tmp_path, mine):
     ended = run_mmv(*tiny_data().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-6, epochs=5, batch_size=16))
     lines = ended.err.splitlines()

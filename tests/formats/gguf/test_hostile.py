@@ -50,6 +50,7 @@ def test_a_model_of_the_other_generation_is_named(tmp_path):
         read_gguf(tmp_path)
 
 
+@pytest.mark.long
 def test_any_changed_byte_ends_in_words_or_in_a_model(tmp_path):
     """Of the heads of both files: numbers behind them cannot be told from others."""
     written(loaded_model(), tmp_path)
