@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import minimind_v
-from minimind_v.core.config.load import plain
+from minimind_v.core.config.load import as_settings
 from minimind_v.core.config.schema import LINEAR, RunConfig, TextConfig
 from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
@@ -49,7 +49,7 @@ INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init") 
 
 def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """All settings that decide the numbers of a run, by configuration key; of its inputs, fingerprints."""
-    flat = flatten(plain(config))
+    flat = flatten(as_settings(config))
     origin = {key: value for key, value in flat.items() if key not in FREE and key not in INPUTS}
     for key in INPUTS:
         path = Path(flat[key] or "none")
