@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import data_view, options
-from minimind_v.cli.command import Group, advanced, register
+from minimind_v.cli.command import Debug, Group, Quiet, Verbose, advanced, register, set_verbosity
 from minimind_v.cli.data_view import File, StageOfRows
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import open_all
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from minimind_v.core.curate.check import Report
     from minimind_v.core.rows.row import RowStore
 
-data = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Inspect and convert rows: check, stats, preview, convert, split."
-)
+data = typer.Typer(cls=Group, no_args_is_help=True)
+
+
+@data.callback()
+def root(verbose: Verbose = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Inspect and convert rows: check, stats, preview, convert, split."""
+    set_verbosity(verbose, quiet, debug)
 
 
 def check(

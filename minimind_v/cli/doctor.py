@@ -27,7 +27,7 @@ def doctor(
     preset: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help=f"Model size: {', '.join(PRESETS)}.", autocompletion=options.complete(*PRESETS)
+            metavar="NAME", help=f"Model size: {', '.join(PRESETS)}.", autocompletion=options.complete(PRESETS)
         ),
     ] = STANDARD_PRESET,
     json: options.Json = False,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_v.cli.command import advanced, output
+from minimind_v.core.errors import UsageError
+from minimind_v.core.extensions import load_extensions
 from minimind_v.core.paths import OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 if TYPE_CHECKING:
@@ -87,9 +90,15 @@ Json = Annotated[bool, output("--json", help="Print one JSON object and nothing 
 Overwrite = Annotated[bool, advanced("--overwrite", help="Replace existing files.")]
 
 
-def complete(*choices: str) -> Callable[[str], Iterable[str]]:
-    """The shell completion of an option with these values."""
-    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+def complete(choices: Iterable[str]) -> Callable[[str], Iterable[str]]:
+    """The shell completion of an option with these values, those of extensions among them."""
+
+    def completed(incomplete: str) -> list[str]:
+        with suppress(UsageError):
+            load_extensions()
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return completed
 
 
 def folder(name: str, standard: Path) -> Path:

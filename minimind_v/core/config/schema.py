@@ -156,6 +156,11 @@ class VisionSpec:
             raise UsageError(f"vision.resample {self.resample!r} must be one of {', '.join(RESAMPLING)}")
 
     @property
+    def preparation(self) -> tuple[int, str, str]:
+        """What pixels depend on: the size, the mode and the filter of resizing, as `load_pixels` takes them."""
+        return self.image_size, self.resize_mode, self.resample
+
+    @property
     def identity(self) -> str:
         """The text that digests are computed from. For CLIP it is that of earlier releases: digests stay valid."""
         text = (

@@ -129,9 +129,9 @@ class Report:
 
     def compare(self, held_out: Digests) -> None:
         """Find repeated rows, after all rows were added."""
-        self._first_copy = self._wholes.seen_before(self.rows)
-        self._first_shown = np.where(self._first_copy < 0, self._digests.seen_before(self.rows), -1)
-        self._held_out_copy = self._digests.seen_in(held_out, self.rows)
+        self._first_copy = self._wholes.earlier_copies(self.rows)
+        self._first_shown = np.where(self._first_copy < 0, self._digests.earlier_copies(self.rows), -1)
+        self._held_out_copy = self._digests.copies_in(held_out, self.rows)
         self.repeated = (self._first_copy >= 0) | (self._held_out_copy >= 0)
 
     def location(self, index: int) -> str:

@@ -34,7 +34,7 @@ TimeOf = Callable[[RunConfig, TypicalRow, float, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Outlook:
+class SampleCount:
     """Counts over the first rows that a run reads."""
 
     counted: Counted
@@ -48,13 +48,13 @@ class Outlook:
         return self.counted.used / self.counted_rows * self.planned_rows
 
 
-def foresee(
+def count_sample(
     rows: RowStore,
     encoder: PromptEncoder,
     config: RunConfig,
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Outlook:
+) -> SampleCount:
     """Count `limit` rows (default: SAMPLE). No picture file is read.
 
     A sample is the first rows of the first epoch, in the batches of that epoch. Raises DataError if no row is usable.
@@ -67,7 +67,7 @@ def foresee(
     if not counted.used:
         _, first = min(counted.first_skipped.values())
         raise DataError(f"none of {size} rows is usable; the first problem: {first}")
-    return Outlook(counted, size, config.epochs * every.steps_per_epoch, config.epochs * len(rows))
+    return SampleCount(counted, size, config.epochs * every.steps_per_epoch, config.epochs * len(rows))
 
 
 def describe_rows(
@@ -78,8 +78,8 @@ def describe_rows(
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Statistics of rows as JSON for programs, and by `time_of` the time of a run over the whole set; as `foresee`."""
-    outlook = foresee(rows, encoder, config, limit, progress)
+    """Statistics of rows as JSON for programs, and by `time_of` the time of a run over all rows; as `count_sample`."""
+    outlook = count_sample(rows, encoder, config, limit, progress)
     counted, count, steps, samples = outlook.counted, outlook.counted_rows, outlook.steps, outlook.samples
     typical = TypicalRow(
         *(total / counted.used for total in (counted.padded, counted.pictures_kept, counted.supervised))

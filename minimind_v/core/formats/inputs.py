@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from minimind_v.core.config.presets import name_preset, weights_name
@@ -18,14 +19,28 @@ from minimind_v.core.rows.stores import find_rows
 
 
 def find_inputs(config: RunConfig) -> None:
-    """Raises one MissingInput that names every missing input of a run."""
-    open_all(
-        lambda: read_tower_config(config.vision_model),
-        lambda: find_tokenizer(config.data.tokenizer),
-        lambda: find_rows(config.data.file),
-        lambda: find_pictures(config.data.images),
-        lambda: find_init(config),
-    )
+    """Raises one MissingInput for all missing inputs of a run, or WeightsError for `init` of the other generation."""
+    try:
+        open_all(
+            lambda: read_tower_config(config.vision_model),
+            lambda: find_tokenizer(config.data.tokenizer),
+            lambda: find_rows(config.data.file),
+            lambda: find_pictures(config.data.images),
+            lambda: find_init(config),
+        )
+    except MissingInput:
+        _check_generation(config)  # a vision model of the other generation would be missing as well
+        raise
+
+
+def _check_generation(config: RunConfig) -> None:
+    """Raises WeightsError where the weights to start from belong to the other generation."""
+    with suppress(MissingInput):  # the caller reports it
+        if init := find_init(config):
+            from minimind_v.core.formats.checkpoint import read_checkpoint  # torch: only for weights that exist
+            from minimind_v.core.formats.generations import check_base
+
+            check_base(init, read_checkpoint(init).config, config.model)
 
 
 def find_init(config: RunConfig) -> Path | None:

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from minimind_v.core.config.generation import Generation
-from minimind_v.core.config.schema import ModelConfig
+from minimind_v.core.config.generation import Generation, generation_of
+from minimind_v.core.config.schema import ModelConfig, RunConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
-from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.errors import MissingInput, UsageError, WeightsError
 from minimind_v.core.formats.checkpoint import Checkpoint, Receipt, load_into, match_tensors, read_checkpoint
 from minimind_v.core.formats.companions import Companion, tidy, tokenizer_digest, vision_digest
-from minimind_v.core.formats.generations import check_tokenizer, check_tower
+from minimind_v.core.formats.generations import check_base, check_tokenizer, check_tower
 from minimind_v.core.formats.gguf import read as gguf
 from minimind_v.core.formats.gguf.read import is_gguf
 from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.hf.read import is_export
+from minimind_v.core.formats.inputs import find_init
 from minimind_v.core.formats.vision_tower import StoredTower, build_encoder, read_tower
 from minimind_v.core.hub.sources import how_to_get, latest_model
 from minimind_v.core.model.kernels.accelerate import accelerate
@@ -85,6 +86,31 @@ def load(
         model = VLM(config.text, config.vision, stored.tokenizer.placeholder_id, encoder, config.projector)
     receipt = load_into(model, checkpoint, new_projector)
     return LoadedModel(accelerate(model.to(chosen).eval(), chosen), stored.tokenizer, checkpoint, receipt)
+
+
+def load_initial(config: RunConfig) -> tuple[VLM, Tokenizer, Receipt]:
+    """The model of a run with its initial weights in fp32, its tokenizer, and the receipt of the weights.
+
+    Without `init` all weights are random, and the receipt names them as new. Draws the run's first random numbers.
+    Raises MissingInput, UsageError, or WeightsError where the files do not belong together.
+    """
+    init, generation = find_init(config), generation_of(config.model)
+    checkpoint = read_checkpoint(init) if init else None
+    if checkpoint:  # first, since the vision model and the tokenizer of its own generation would be refused
+        check_base(checkpoint.path, checkpoint.config, config.model)
+    data = config.data
+    tower, tokenizer = read_companions(config.vision_model, data.tokenizer, data.layout, generation, init)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UsageError(
+            f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} tokens, but the model has only "
+            f"{config.model.vocab_size}: {tokenizer.last_token!r} would have no embedding — they do not "
+            f"belong together (--preset, --tokenizer, --set model.vocab_size={tokenizer.vocab_size})"
+        )
+    model = VLM(config.model, tower.spec, tokenizer.placeholder_id, build_encoder(tower), config.projector)
+    if checkpoint is None:
+        return model, tokenizer, Receipt("random weights", new=[name for name, _ in model.named_parameters()])
+    text_only = config.stage == "pretrain" or generation.stages[config.stage].start == "lm"  # its projector is new
+    return model, tokenizer, load_into(model, checkpoint, new_projector=text_only)
 
 
 def read_model_parts(
