@@ -121,6 +121,11 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def balances_batches(self) -> bool:
+        """Whether the balance loss is that of a micro-batch, so that the division of a step changes it."""
+        return self.use_moe and self.aux_loss_scope == "batch"
+
+    @property
     def parameters(self) -> int:
         """Number of parameters of the language model, the tied head counted once."""
         width = self.hidden_size

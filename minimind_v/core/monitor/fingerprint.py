@@ -25,7 +25,8 @@ PIECE = 1 << 20  # bytes read at a time
 MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
 WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
 # Keys that a resume may change: they decide where files go and what is reported, not what the model learns.
-# The division of a step's rows is free as well; their number is not, and has its own key.
+# The division of a step's rows is free as well, unless experts are balanced over micro-batches (`RunFolder.claim`);
+# their number is not, and has its own key.
 FREE = {"out", "device", "gpus", "save_every", "save_minutes", "keep", "log_every", "recall_rows", "data.workers"}
 FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "track"}
 # Packages and modules of core that decide the numbers of a run: after a change of what they compute, a resume is

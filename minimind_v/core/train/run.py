@@ -76,7 +76,7 @@ def assemble(
         overwrite, resume = False, True
     if held and world.leads:
         folder.lock(held, listener)
-    own = folder.claim(world.size, device, overwrite, resume, allowed, listener) if world.leads else None
+    own = folder.claim(world.size, device, overwrite, resume, allowed, listener, auto) if world.leads else None
     claim: Claim = world.broadcast(own)
     if auto:
         config = _choose_batch_size(config, folder, claim, device, world, listener)

@@ -86,15 +86,19 @@ class RunFolder:
         resume: bool,
         allowed: Collection[str],
         listener: Listener,
+        auto: bool = False,
     ) -> Claim:
         """Check that a run of so many processes may write here, and with `resume` read the state to resume from.
 
-        Raises UsageError if it may not, or if the folder has another run.
+        `auto` says that the batch size will be that of the state. Raises UsageError if it may not, or if the folder has
+        another run.
         """
         self._refuse_to_replace(overwrite, resume)
         self._sweep()
         origin = origin_of(self.config, device)
         origin["rows_per_update"] = self.rows * processes
+        if self.config.model.balances_batches:  # the division of a step decides numbers, too
+            origin |= {"data.batch_size": self.config.data.batch_size, "processes": processes}
         if not resume:
             self.states.supersede(at_once=processes > 1)
             return Claim(origin)
@@ -105,7 +109,10 @@ class RunFolder:
             return Claim(origin)
         if self.same_rows(state):  # more or fewer processes share the same steps
             origin["rows_per_update"] = state.origin["rows_per_update"]
-        check_origin(state.origin, origin, allowed, listener.warning)
+            if auto and "data.batch_size" in origin:
+                origin["data.batch_size"] = state.progress["split"][0]
+        division = dict(zip(("data.batch_size", "accumulate"), state.progress.get("split", ()), strict=False))
+        check_origin(state.origin | division, origin, allowed, listener.warning)
         before = state.origin.get("rows_per_update", origin["rows_per_update"])
         state.progress["step"] = state.progress["step"] * before // origin["rows_per_update"]
         return Claim(origin, state)
