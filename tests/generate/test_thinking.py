@@ -68,6 +68,16 @@ def test_an_answer_that_ends_within_its_reasoning_leaves_an_empty_turn(session, 
     assert text == "<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n"
 
 
+def test_a_mark_that_a_model_writes_stays_text(session, loaded_tokenizer):
+    session.sampler = Scripted(loaded_tokenizer, "an <image>\n</think>\n\nA <image> tag, <|image_pad|>")
+    "".join(session.ask("What is it?"))
+    text = loaded_tokenizer.backend.decode(session._pending, skip_special_tokens=False)
+    assert text == "<|im_start|>assistant\n<think>\n\n</think>\n\nA <image> tag, <|image_pad|><|im_end|>\n"
+    assert loaded_tokenizer.placeholder_id not in session._pending
+    session.sampler = Sampler(GREEDY)
+    "".join(session.ask("Is it big?", max_new_tokens=2))
+
+
 def test_a_layout_without_reasoning_is_refused():
     with pytest.raises(UsageError, match="chatml has no think block: its model cannot think"):
         Session(sighted_model(), tokenizer(), GREEDY, think=True)

@@ -13,7 +13,6 @@ from minimind_v.core.curate.count import Counted, count, plan_batches
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError
 from minimind_v.core.rows.row import RowStore
-from minimind_v.core.rows.subset import SampledRows
 
 SAMPLE = 10_000  # rows: a few seconds, and a hundred rows above the 99th percentile
 BINS = 20  # of the histogram, at most
@@ -62,8 +61,9 @@ def count_sample(
     counted = Counted()
     every = plan_batches(rows, encoder, config)
     size = min(limit or SAMPLE, len(rows))
-    sampled = rows if size == len(rows) else SampledRows(rows, every.order(0)[:size])
-    count(plan_batches(sampled, encoder, config, counted), counted, progress)
+    sampled = np.zeros(len(rows), bool)
+    sampled[every.order(0)[:size]] = True
+    count(plan_batches(rows, encoder, config, counted, sampled), counted, progress)
     if not counted.used:
         _, first = min(counted.first_skipped.values())
         raise DataError(f"none of {size} rows is usable; the first problem: {first}")

@@ -75,7 +75,8 @@ class RowDataset:
         self.max_length = max_length
         self.blank = blank
         self.preparation = image_size, resize_mode, resample  # as `load_pixels` takes it
-        self.seed: int | None = None  # of the forms of training rows; None: all rows have the plain form
+        self.seed: int | None = None  # of the forms of training rows; None: all rows have one form
+        self.evaluated = False  # whether that is the form of evaluation; else the plain one
         self.remembered: FeatureStore | None = None  # images with stored features are not decoded
 
     @classmethod
@@ -94,6 +95,14 @@ class RowDataset:
         dataset.seed = seed
         return dataset
 
+    def for_evaluation(self) -> RowDataset:
+        """The same rows, each in the form in which answers are scored: as in a chat."""
+        if not self.encoder.layout.varies:
+            return self
+        dataset = copy.copy(self)
+        dataset.seed, dataset.evaluated = None, True
+        return dataset
+
     def draw(self, index: int) -> Random | None:
         """What decides the form of a training row: the seed and the row, so it is the same whoever reads the row."""
         return None if self.seed is None else Random(f"{self.seed} {index}")
@@ -108,7 +117,9 @@ class RowDataset:
             row = self.rows.row(index)
             if row.conversations is None:
                 raise no_form(row)
-            tokens = self.encoder.row(row.conversations, len(row.images), self.max_length, self.draw(index))
+            tokens = self.encoder.row(
+                row.conversations, len(row.images), self.max_length, self.draw(index), self.evaluated
+            )
         except RowError as error:
             return BrokenRow(location, error.kind, str(error))
         tokens.notes = row.notes

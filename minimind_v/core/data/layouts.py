@@ -48,10 +48,14 @@ class ChatLayout:
     system_prompt: str | None = None  # of a conversation without a system message
     placeholder = "@"  # the token that reserves a patch's position, at a message's `<image>` mark
     end_token = "<|im_end|>"  # generation stops at it
-    varies = False  # whether `of_row` draws
+    varies = False  # whether rows have several forms
 
     def of_row(self, draw: Random | None) -> ChatLayout:
         """The layout of one row of data. A training row draws its form; without `draw` a row has the plain form."""
+        return self
+
+    def of_evaluation(self) -> ChatLayout:
+        """The layout of rows that are evaluated: what a prompt of chat ends with is there, and is not supervised."""
         return self
 
     def messages(self, conversation: list[Any]) -> list[Any]:
@@ -101,10 +105,12 @@ class ChatMLThink(ChatLayout):
 
     The tags of reasoning and tools are tokens in all messages but the user's, whose text stays text. A row in the
     plain form has no empty think block; in a training row the blocks are kept at times, and a system prompt is added.
+    An evaluated answer follows an empty block or, if it has reasoning, `<think>\\n`, as in a prompt of chat.
     """
 
     system_prompt: str | None = None
     empty_blocks: bool = True  # whether answers without reasoning begin with an empty block
+    evaluates: bool = False  # whether the beginning of an answer that a prompt contains is not supervised
 
     roles = ("system", "user", "assistant", "tool")
     placeholder = "<|image_pad|>"
@@ -116,6 +122,9 @@ class ChatMLThink(ChatLayout):
         prompt = draw.choice(SYSTEM_PROMPTS) if draw.random() < SYSTEM_SHARE else None
         return replace(self, system_prompt=prompt, empty_blocks=draw.random() >= PLAIN_SHARE)
 
+    def of_evaluation(self) -> ChatLayout:
+        return replace(self, evaluates=True)
+
     def messages(self, conversation: list[Any]) -> list[Any]:
         return plain_messages(conversation)
 
@@ -123,7 +132,10 @@ class ChatMLThink(ChatLayout):
         start = Piece("<|im_start|>", is_token=True)
         if role == "assistant":
             body = content if self.empty_blocks else content.replace(EMPTY_BLOCK, "")
-            return [start, *_tagged(f"assistant\n{body}", len("assistant\n")), *self.answer_end()]
+            prompted = ""
+            if self.evaluates:
+                prompted = EMPTY_BLOCK if body.startswith(EMPTY_BLOCK) else f"{THINK}\n"
+            return [start, *_tagged(f"assistant\n{body}", len(f"assistant\n{prompted}")), *self.answer_end()]
         end = [Piece(self.end_token, is_token=True), Piece("\n")]
         if role == "user":
             return [start, Piece(f"user\n{content}"), *end]

@@ -80,7 +80,8 @@ def open_data(
     if config.val_every:
         mask = world.broadcast(_hold_out(config, dataset, origin, folder, listener) if world.leads else None)
         kept = tokens if plain is dataset else None  # else the tokens of a few hundred rows are not kept
-        held_out, train_rows = BatchPlan(plain, data.batch_size, keep=mask, tokens=kept, **common), ~mask
+        held_out = BatchPlan(plain.for_evaluation(), data.batch_size, keep=mask, tokens=kept, **common)
+        train_rows = ~mask
     plan = BatchPlan(
         dataset,
         data.batch_size,

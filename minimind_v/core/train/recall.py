@@ -127,7 +127,7 @@ def recall_own(config: RunConfig, plan: BatchPlan) -> Recall:
     """The training rows of the run, OWN_ROWS at most."""
     return Recall(
         str(config.data.file),
-        BatchPlan(plan.dataset, BATCH, plan.pad_id, keep=plan.kept, limit=OWN_ROWS),
+        BatchPlan(plan.dataset.for_evaluation(), BATCH, plan.pad_id, keep=plan.kept, limit=OWN_ROWS),
         config.dtype,
     )
 
@@ -146,8 +146,8 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
         rows = open_rows(earlier.file, earlier.images)
         keep = np.zeros(len(rows), bool)
         keep[rows.shuffled(np.random.default_rng(config.seed))[: config.recall_rows]] = True
-        dataset = copy.copy(own)
-        dataset.rows, dataset.seed, dataset.remembered = rows, None, store
+        dataset = copy.copy(own.for_evaluation())
+        dataset.rows, dataset.remembered = rows, store
     except MmvError as error:
         return str(error)
     return Recall(str(earlier.file), BatchPlan(dataset, BATCH, plan.pad_id, keep=keep), config.dtype)
