@@ -237,6 +237,23 @@ def test_the_layout_of_2025_has_no_tools(demo_tokenizer):
         PromptEncoder(demo_tokenizer, PATCHES).row(talk, 0, PLENTY)
 
 
+@pytest.mark.parametrize(
+    ("talk", "place"),
+    [
+        (row_of("q", "", tool_calls=[{"name": "f", "arguments": {}}]), "message 2 has `tool_calls`"),
+        (row_of("q", None, tool_calls='[{"name": "f"}]'), "message 2 has `tool_calls`"),
+        ([{"role": "system", "content": None, "tools": [{"name": "f"}]}, *row_of("q", "a")], "message 1 has `tools`"),
+    ],
+)
+def test_the_layout_of_2025_refuses_tools(demo_tokenizer, talk, place):
+    encoder = PromptEncoder(demo_tokenizer, PATCHES)
+    with pytest.raises(RowError, match=f"{place}, but this chat layout has no tools — use the tokenizer of"):
+        encoder.row(talk, 0, PLENTY)
+    empty = [{name: value and ("[]" if name.startswith("tool") else value) for name, value in m.items()} for m in talk]
+    texts = [message | {"content": message["content"] or "x"} for message in empty]
+    assert encoder.row(texts, 0, PLENTY).answers == 1
+
+
 def test_other_processes_encode_the_same(encoder):
     talk = row_of("a <think> b", "<think>\nr\n</think>\n\nyes")
     expected = encoder.row(talk, 0, PLENTY)

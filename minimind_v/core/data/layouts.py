@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from minimind_v.core.data.thinking import EMPTY_BLOCK, TAGS, THINK, plain_messages
-from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.errors import RowError, UsageError, nearest
 
 # Ours, in the spirit of the published ones: half of them Chinese, some with the model's name.
 SYSTEM_PROMPTS = (
@@ -59,7 +59,13 @@ class ChatLayout:
         return self
 
     def messages(self, conversation: list[Any]) -> list[Any]:
-        """The messages with a role and a content each; further fields of a message are used here or not at all."""
+        """The messages with a role and a content each; further fields of a message are used here or not at all.
+
+        Raises RowError for tools in a layout without them.
+        """
+        for number, message in enumerate(conversation, 1):
+            if isinstance(message, dict) and len(message) > 2 and "tool" not in self.roles:
+                _refuse_tools(message, number)
         return conversation
 
     def message(self, role: str, content: str) -> list[Piece]:
@@ -146,6 +152,15 @@ class ChatMLThink(ChatLayout):
 
     def reasoning_start(self) -> list[Piece]:
         return [Piece("<|im_start|>", is_token=True), *_tagged(f"assistant\n{THINK}\n")]
+
+
+def _refuse_tools(message: dict[str, Any], number: int) -> None:
+    for key in ("tools", "tool_calls"):
+        if message.get(key) not in (None, "", [], "[]", "null"):
+            raise RowError(
+                f"message {number} has `{key}`, but this chat layout has no tools — use the tokenizer of minimind-3v",
+                "roles",
+            )
 
 
 _TAG = re.compile(f"({'|'.join(TAGS)})")
