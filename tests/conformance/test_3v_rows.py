@@ -20,6 +20,7 @@ from PIL import Image
 from minimind_v.core.data.layouts import SYSTEM_PROMPTS
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import read_rows, run_mmv
 from tests.conformance.published import open_set
@@ -162,6 +163,20 @@ def test_plain_rows_are_those_of_the_template(write, name):
     ranges = [[n, n + 1] for n, supervised in enumerate(tokens.loss_mask) if supervised]
     assert (tokens.input_ids, labels_of(tokens.input_ids, ranges)) == published(ROWS[name][0])
     assert tokens.images == sum(message["content"].count("<image>") for message in ROWS[name][0])
+
+
+def test_the_tools_of_sharegpt_are_written_as_the_template_writes_them():
+    texts = {"human": "How many?", "function_call": json.dumps(CALL), "observation": "3", "gpt": "Three."}
+    row = read_row({"conversations": [{"from": role, "value": text} for role, text in texts.items()], "tools": TOOLS})
+    encoder = PromptEncoder(Tokenizer.load(PUBLISHED.tokenizer), PATCHES)
+    words = published_tokenizer()
+    messages = [
+        *talk("How many?", "", tool_calls=CALL),
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "Three."},
+    ]
+    text = words.apply_chat_template(messages, tokenize=False, tools=TOOLS).replace(BLOCK, "")
+    assert encoder.row(row.conversations, 0, LIMIT).input_ids == words(text).input_ids
 
 
 def test_preview_shows_the_template_in_one_of_the_forms_of_training(write):

@@ -352,8 +352,9 @@ def test_tools_stand_in_the_system_message():
     assert read_row({"messages": messages, "system": "Be brief.", "tools": TOOLS}).conversations[0] == own | {
         "tools": TOOLS
     }
-    row = read_row({"messages": [own | {"tools": TOOLS}, *messages], "tools": [{"name": "f"}]})
-    assert row.conversations[0]["tools"] == TOOLS
+    for listed in (own | {"tools": TOOLS}, {"role": "system", "content": "You have <tools>\n[]</tools>"}):
+        row = read_row({"messages": [listed, *messages], "tools": [{"name": "f"}]})
+        assert row.conversations[0] == listed
 
 
 @pytest.mark.parametrize("tools", [None, "", [], "[]", "hammer, saw", ["hammer"], '["hammer"]', "[draft] saw"])

@@ -119,7 +119,7 @@ def _calls(role: str, content: Any) -> list[Any]:
 
 
 def put_tools(fields: dict[str, Any], conversation: Conversation) -> None:
-    """Put a field `tools`, a list of objects or its JSON text, into the system message, unless that has tools."""
+    """Put a field `tools`, a list of objects or its JSON text, into the system message, unless that lists tools."""
     tools, messages = fields.get("tools"), conversation.messages
     if isinstance(tools, str) and tools.lstrip().startswith("["):
         with suppress(RowError):  # any text
@@ -128,12 +128,11 @@ def put_tools(fields: dict[str, Any], conversation: Conversation) -> None:
     if not are_tools or not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
         return
     if messages[0].get("role") != "system":
-        conversation.messages = [{"role": "system", "content": None, "tools": tools}, *messages]
-    elif not messages[0].get("tools"):
-        conversation.messages = [{**messages[0], "tools": tools}, *messages[1:]]
-    else:
-        return
-    del fields["tools"]
+        messages = [{"role": "system", "content": None}, *messages]
+    system = messages[0]
+    if not system.get("tools") and "<tools>" not in str(system.get("content")):
+        conversation.messages = [{**system, "tools": tools}, *messages[1:]]
+        del fields["tools"]
 
 
 def _drop_answer(conversation: Conversation) -> None:
