@@ -60,8 +60,9 @@ def open_data(config: RunConfig, origin: Mapping[str, Any], folder: Path, world:
     """
     data = config.data
     tower, tokenizer = read_companions(
-        config.vision_model, data.tokenizer, data.layout, generation_of(config.model), find_init(config)
-    )
+        config.vision_model, data.tokenizer, data.layout, generation_of(config.model), find_init(config),
+        listener.message,
+    )  # fmt: skip
     encoder = build_encoder(tower)
     spec = projected(tower.spec, config.projector)
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -114,7 +114,7 @@ def _choose_batch_size(
 
 def _start(config: RunConfig, data: Data, loaded: Loaded, claim: Claim) -> Start:
     """The start of the run, for the diagnostics."""
-    earlier = earlier_run(config.init)
+    earlier = earlier_run(config.init, config.model)
     tokenizer = earlier.tokenizer if earlier else None
     same = None if tokenizer is None else tokenizer == claim.origin["data.tokenizer"]
     return Start(config, loaded.weights, loaded.new_projector, same, data.plan.rows)
