@@ -14,7 +14,6 @@ from minimind_v.cli.command import Debug, Group, Quiet, Verbose, advanced, regis
 from minimind_v.cli.data_view import File, StageOfRows
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import open_all
-from minimind_v.core.paths import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
@@ -34,7 +33,8 @@ def check(
     file: File,
     split: options.Split = None,
     images: options.Images = None,
-    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    preset: options.PresetOfRows = None,
+    tokenizer: options.TokenizerOfRows = None,
     vision_model: options.VisionOfRows = None,
     stage: StageOfRows = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row. [default: that of the stage]")] = None,
@@ -62,7 +62,7 @@ def check(
         find_target(fix, overwrite, file, images or images_beside(file), against)
     terminal = Terminal()
     recipe, rows, encoder, spec = data_view.open_data(
-        terminal, file, split, images, tokenizer, vision_model, stage, against
+        terminal, file, split, images, preset, tokenizer, vision_model, stage, against
     )
     length = max_length or recipe.data.max_length
     dataset = RowDataset.for_spec(rows, encoder, spec, length)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli.command import advanced, output
+from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.errors import UsageError
 from minimind_v.core.extensions import load_extensions
 from minimind_v.core.paths import OUT_DIR, TOKENIZER_DIR, VISION_DIR
@@ -49,10 +50,13 @@ VisionOfRows = Annotated[
     _folder(
         "--vision-model",
         "vision_model",
-        f"Folder of the vision encoder. [default: {VISION_DIR}; without it, the sizes of the preset's encoder]",
+        f"Folder of the vision encoder. [default: that of --preset, {VISION_DIR}; without it, the preset's sizes]",
     ),
 ]
-TokenizerDir = Annotated[Path, _folder("--tokenizer", "tokenizer", "Folder of tokenizer.json.")]
+TokenizerOfRows = Annotated[
+    Path | None,
+    _folder("--tokenizer", "tokenizer", f"Folder of tokenizer.json. [default: that of --preset, {TOKENIZER_DIR}]"),
+]
 # The same beside --model, which may be a folder that has both.
 VisionOfModel = Annotated[
     Path | None,
@@ -99,6 +103,18 @@ def complete(choices: Iterable[str]) -> Callable[[str], Iterable[str]]:
         return [choice for choice in choices if choice.startswith(incomplete)]
 
     return completed
+
+
+PresetOfRows = Annotated[
+    str | None,
+    advanced(
+        "--preset",
+        metavar="NAME",
+        help="Model size: its tokenizer and vision encoder read the rows. [default: small, or the generation of "
+        "--tokenizer]",
+        autocompletion=complete(PRESETS),
+    ),
+]
 
 
 def folder(name: str, standard: Path) -> Path:

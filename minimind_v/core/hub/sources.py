@@ -129,6 +129,16 @@ def sources_of(preset: str) -> dict[str, Source]:
     return SOURCES_3V if preset in PRESETS_3V else SOURCES
 
 
+def describe_repo(repo: str) -> str:
+    """The name of a repository, and the presets that its files are for."""
+    presets = {
+        source.presets
+        for source in (*SOURCES.values(), *SOURCES_3V.values())
+        if repo in {hub.repo for hub in source.hubs.values()}
+    }
+    return repo + "".join(f" (presets {', '.join(names)})" for names in presets if names)
+
+
 SPLITS = ("pretrain", "sft")
 
 

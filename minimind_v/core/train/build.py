@@ -37,7 +37,7 @@ class Data:
 
 def open_model(config: RunConfig, listener: Listener) -> tuple[VLM, Tokenizer, Receipt]:
     """The model with its initial weights, its tokenizer, and the receipt of the weights. Raises as `load_initial`."""
-    model, tokenizer, receipt = load_initial(config)
+    model, tokenizer, receipt = load_initial(config, listener.message)
     if receipt.loaded:
         listener.message(str(receipt))
     else:

@@ -116,7 +116,7 @@ def _choose_batch_size(
 
 def _same_tokenizer(config: RunConfig, claim: Claim) -> bool | None:
     """Whether the weights were trained with the run's tokenizer; None: unknown."""
-    earlier = earlier_run(config.init)
+    earlier = earlier_run(config.init, config.model)
     if earlier is None or earlier.tokenizer is None:
         return None
     return bool(earlier.tokenizer == claim.origin["data.tokenizer"])
