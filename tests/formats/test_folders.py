@@ -109,6 +109,13 @@ def test_a_folder_that_lacks_a_file_is_reported(tmp_path, spoil, message):
         read_checkpoint(folder)
 
 
+def test_a_folder_that_asks_for_yarn_is_refused(tmp_path):
+    read_checkpoint(published(tmp_path / "plain", inference_rope_scaling=False, rope_scaling=None))
+    folder = published(tmp_path / "yarn", inference_rope_scaling=True, rope_scaling={"type": "yarn", "factor": 16})
+    with pytest.raises(WeightsError, match=r"asks for YaRN \(inference_rope_scaling\), which mmv does not"):
+        read_checkpoint(folder)
+
+
 def test_another_llava_is_not_taken_for_ours(tmp_path):
     folder = published(tmp_path)
     (folder / "config.json").write_text(json.dumps({

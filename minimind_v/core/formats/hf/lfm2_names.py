@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.files import object_in
-from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, PROJECTOR, TEXT
+from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, PROJECTOR, TEXT, has_plain_rope
 from minimind_v.core.model.projector import PREFIX
 
 MODEL_TYPE = "lfm2_vl"
@@ -82,6 +82,7 @@ def differences(config: dict[str, Any]) -> list[str]:
         "text_config.model_type": is_moe or text.get("model_type") == "qwen3",
         "text_config.attention_bias": not text.get("attention_bias"),
         "text_config.hidden_act": text.get("hidden_act", "silu") == "silu",
+        "text_config.rope_parameters": has_plain_rope(text),
         "text_config.use_sliding_window": not text.get("use_sliding_window"),
         "text_config.norm_topk_prob": not is_moe or text.get("norm_topk_prob") is True,
         "text_config.mlp_only_layers": not text.get("mlp_only_layers") and text.get("decoder_sparse_step", 1) == 1,

@@ -20,7 +20,7 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.files import object_in, read_json
 from minimind_v.core.formats.hf import lfm2_names as lfm2
-from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, TEXT, TOWER, from_llava, module_name
+from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, TEXT, TOWER, from_llava, has_plain_rope, module_name
 from minimind_v.core.formats.tensor_files import read_tensors
 from minimind_v.core.hub.sources import META, WEIGHTS_ENDINGS
 from minimind_v.core.wording import plural
@@ -62,6 +62,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return _read_llava(folder, files, config)
     if config.get("model_type") == lfm2.MODEL_TYPE:
         return _read_lfm2(folder, files, config)
+    if config.get("inference_rope_scaling"):
+        raise WeightsError(
+            f"{folder / 'config.json'}: asks for YaRN (inference_rope_scaling), which mmv does not compute — "
+            "set it to false; the weights are the same"
+        )
     sizes = {_OLD_NAMES.get(name, name): value for name, value in config.items() if value is not None}
     if sizes.get("use_moe") is True and "moe_intermediate_size" in sizes:
         sizes["intermediate_size"] = sizes["moe_intermediate_size"]
@@ -174,6 +179,7 @@ def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
         "text_config.model_type": text.get("model_type", "llama") in ("llama", "granitemoeshared"),
         "text_config.attention_bias": not text.get("attention_bias"),
         "text_config.hidden_act": text.get("hidden_act", "silu") == "silu",
+        "text_config.rope_parameters": has_plain_rope(text),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         "vision_config.model_type": object_in(config, "vision_config").get("model_type") == "clip_vision_model",
     }
