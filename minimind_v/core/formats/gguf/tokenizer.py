@@ -139,7 +139,7 @@ def _list(reader: Reader, name: str) -> list[Any]:
     return values
 
 
-def modelfile(files: tuple[str, ...], layout: str) -> str:
+def modelfile(files: list[str], layout: str) -> str:
     """Ollama's `Modelfile` for these files beside it.
 
     Ollama itself puts the mark of an image directly before the question.

@@ -53,28 +53,30 @@ def write(loaded: LoadedModel, folder: Path, order: ExportRequest) -> None:
     `order.quantize` is the type of the language model's matrices, one of QUANTIZATIONS. Raises UsageError for another,
     MissingInput without the `gguf` package, WeightsError for a model that llama.cpp cannot compute.
     """
-    quantize = order.quantize or DEFAULT
+    quantize, config = order.quantize or DEFAULT, loaded.model.config
     check_quantization(quantize)
-    config, tensors, has_images = loaded.model.config, loaded.model.state_dict(), holds_images(loaded.config)
     name = f"MiniMind-V {name_preset(config) or config.hidden_size}"
-
     model = Writer(folder / MODEL, language.architecture(config), quantize)
     _describe(model, "model", name, loaded)
-    if not has_images:
+    if not holds_images(loaded.config):
         model.file.add_bool(LANGUAGE_ONLY, True)
     language.write_keys(model, config)
     write_tokenizer(model, loaded.tokenizer, config.vocab_size)
-    language.write_tensors(model, config, tensors)
+    language.write_tensors(model, config, loaded.model.state_dict())
     model.close()
-    files = (MODEL, MMPROJ) if has_images else (MODEL,)
+    files = [MODEL]
+    if holds_images(loaded.config):
+        _write_images(folder, loaded, name, QUANTIZATIONS[quantize])
+        files.append(MMPROJ)
     write_text(folder / MODELFILE, modelfile(files, loaded.tokenizer.layout))
-    if not has_images:
-        return
-    encoder = loaded.model.vision_encoder
+
+
+def _write_images(folder: Path, loaded: LoadedModel, name: str, type: str) -> None:
+    encoder, tensors = loaded.model.vision_encoder, loaded.model.state_dict()
     assert encoder is not None, "`load` gives every model its tower"
-    mmproj = Writer(folder / MMPROJ, "clip", QUANTIZATIONS[quantize])
+    mmproj = Writer(folder / MMPROJ, "clip", type)
     _describe(mmproj, "mmproj", f"{name}: CLIP and the projector", loaded)
-    vision.write_keys(mmproj, encoder, config.hidden_size)
+    vision.write_keys(mmproj, encoder, loaded.model.config.hidden_size)
     vision.write_tensors(mmproj, encoder, {key: value for key, value in tensors.items() if key.startswith(PREFIX)})
     mmproj.close()
 
