@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from minimind_v.core.export.prove import verify_gguf
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.paths import TOKENIZER_3V_DIR, VISION_3V_DIR
 from tests.cli.harness import run_mmv, tiny_data
@@ -87,13 +88,25 @@ def test_a_folder_for_transformers_is_described_and_evaluated(project):
     assert ours == theirs
 
 
-def test_gguf_cannot_hold_it_and_says_so_in_one_line(project):
-    ended = run_mmv("convert", "--to", "gguf", "--model", "parts/whole.pth", "--out", project / "export")
-    assert "parts/whole.pth has the vision tower 'siglip_vision_model' and the projector 'mlp'" in ended.error
-    assert (
-        "--to gguf can hold clip_vision_model with linear — `mmv convert --to safetensors` can hold any" in ended.error
-    )
-    assert not (project / "export").exists()
+@pytest.mark.parametrize("check", ["--verify", "--no-verify"])
+def test_gguf_holds_the_language_model_and_says_what_is_left_out(project, check, monkeypatch):
+    monkeypatch.setattr(verify_gguf, "_llama_is_installed", lambda: False)
+    model = ("--model", "parts/whole.pth", "--vision-model", "parts/siglip", "--tokenizer", "parts/words")
+    ended = run_mmv("convert", "--to", "gguf", *model, "--quantize", "f32", "--out", "export", check)
+    assert ended.code == 0, ended.err
+    assert "not in the export: llama.cpp has no form for siglip_vision_model" in " ".join(ended.out.split())
+    assert sorted(path.name for path in (project / "export").iterdir()) == [
+        "Modelfile", "mmv_export.json", "model.gguf",
+    ]  # fmt: skip
+    described = run_mmv("info", "export", "--json").json
+    assert (described["architecture"], described["qwen3.block_count"]) == ("qwen3", 3)
+    refused = run_mmv("chat", "Hi", "--model", "export")
+    assert "export: the language model alone, which cannot encode images" in refused.error
+    assert run_mmv("convert", "--to", "pth", "--model", "export", "--out", "out/llm_back.pth").code == 0
+    assert train("sft", "--init", "export", "--max-steps", 1).code == 0
+    whole, back = torch.load("parts/whole.pth"), torch.load("out/llm_back.pth")
+    assert whole.keys() - back.keys() == {name for name in whole if name.startswith("vision_proj.")}
+    assert all(torch.equal(whole[name].float(), tensor) for name, tensor in back.items())
 
 
 def test_what_is_missing_is_named_with_the_command_of_its_generation(tmp_path, monkeypatch):

@@ -72,6 +72,32 @@ def test_the_chat_template_writes_the_prompts_of_training(exported, think):
     assert ids == PromptEncoder(source.tokenizer, 16).prompt(TURNS, think).input_ids
 
 
+TOOLS = [{"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}, {"name": "放大"}]
+WITH_TOOLS = [
+    {"role": "user", "content": "<image>\nHow many?"},
+    {"role": "assistant", "content": "Let me count.", "reasoning_content": "A tool.", "tool_calls": [
+        {"type": "function", "function": {"name": "count", "arguments": {"what": "星"}}},
+        {"name": "count", "arguments": '{"what": "moon"}'},
+    ]},
+    {"role": "tool", "content": "3"},
+    {"role": "tool", "content": "1"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "count", "arguments": {}}}]},
+    {"role": "tool", "content": "0"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_the_chat_template_writes_tools_as_rows_have_them(exported, system):
+    order, folder = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    standard = [*opening, Case(WITH_TOOLS[:1]).standard[0], *WITH_TOOLS[1:]]
+    text = tokenizer.apply_chat_template(standard, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 16), add_special_tokens=False)["input_ids"]
+    row = [{"role": "system", "content": system, "tools": TOOLS}, *WITH_TOOLS]
+    assert ids == PromptEncoder(order.load().tokenizer, 16).prompt(row).input_ids
+
+
 def test_a_user_cannot_write_an_image_token(exported):
     _, folder = exported
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -16,7 +16,10 @@ from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import run_mmv
 from tests.formats.gguf.made import SIZES, TEXTS, loaded_model, random_texts
-from tests.formats.gguf.test_written import PUBLISHED
+from tests.formats.gguf.test_3v import PUBLISHED as PUBLISHED_3V
+from tests.formats.gguf.test_3v import loud_model
+from tests.formats.gguf.test_written import IDS, PUBLISHED
+from tests.formats.made3v import DENSE, MOE, tiny_3v
 from tests.interop.conftest import serving
 
 pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; `make interop` compiles it")
@@ -34,8 +37,20 @@ def answers(seeing):
 def test_conversion_asks_llama_cpp_itself(exported):
     verified = exported[1]
     assert verified["opened by"].startswith("llama.cpp")
-    assert float(re.search(r"at most ([\d.]+)%", verified["logits"])[1]) < 1
-    assert float(re.search(r"at most ([\d.]+)%", verified["picture features"])[1]) < 1
+    assert float(re.match(r"([\d.]+)%", verified["logits"])[1]) < 1
+    assert float(re.match(r"([\d.]+)%", verified["picture features"])[1]) < 1
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_conversion_of_minimind_3v_asks_llama_cpp_itself(config, tmp_path):
+    parts = zip(("--model", "--vision-model", "--tokenizer"), tiny_3v(tmp_path / "parts", config), strict=True)
+    named = [word for pair in parts for word in pair]
+    done = run_mmv("convert", "--to", "gguf", *named, "--out", tmp_path / "export", "--json")
+    assert done.code == 0, done.err
+    verified = done.json["verified"]
+    assert verified["opened by"].startswith("llama.cpp")
+    assert verified["prompts"] == "equal in 1 of 1"
+    assert float(re.match(r"([\d.]+)%", verified["logits"])[1]) < 1
 
 
 @pytest.mark.parametrize("quantize", ["f32", "bf16", "q8_0", "q4_0"])
@@ -47,28 +62,29 @@ def test_every_type_is_opened(quantize, seeing, tmp_path):
     assert done.code == 0, done.err
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", [*SIZES, "3v", "3v, moe"])
 def test_logits_with_a_cache_in_full_precision(name, tmp_path):
     import llama_cpp
 
-    loaded = loaded_model(name, loud=3.0)
+    of_3v = {"3v": DENSE, "3v, moe": MOE}.get(name)
+    loaded = loud_model(tmp_path / "parts", of_3v) if of_3v else loaded_model(name, loud=3.0)
     write(loaded, tmp_path, ExportRequest(tmp_path, quantize="f32"))
-    ids = [1, 57, 300, 2, 599, 34, 34, 8, 100, 100, 41, 0]
     llama = llama_cpp.Llama(
         str(tmp_path / "model.gguf"), n_ctx=256, verbose=False, logits_all=True, type_k=0, type_v=0, flash_attn=False
     )
-    llama.eval(ids)
+    llama.eval(IDS)
     with torch.inference_mode():
-        ours = loaded.model(torch.tensor([ids])).logits[0].numpy()
-    assert np.abs(ours - llama.scores[: len(ids)]).max() < 1e-4 * max(1, np.abs(ours).max())
+        ours = loaded.model(torch.tensor([IDS])).logits[0].numpy()
+    assert np.abs(ours - llama.scores[: len(IDS)]).max() < 1e-4 * max(1, np.abs(ours).max())
     llama.close()
 
 
-def test_token_ids(tmp_path):
-    if not PUBLISHED.is_dir():
-        pytest.skip(f"the published tokenizer is not at {PUBLISHED}")
+@pytest.mark.parametrize("published", [PUBLISHED, PUBLISHED_3V], ids=["2025", "3v"])
+def test_token_ids(published, tmp_path):
+    if not published.is_dir():
+        pytest.skip(f"the published tokenizer is not at {published}")
     config = type(SIZES["dense"])(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=6400)
-    loaded = loaded_model(tokenizer=PUBLISHED, config=config)
+    loaded = loaded_model(tokenizer=published, config=config)
     write(loaded, tmp_path, ExportRequest(tmp_path))
     llama = LlamaCpp(tmp_path)
     for text in (*TEXTS, *random_texts(3000)):

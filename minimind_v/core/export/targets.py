@@ -49,7 +49,12 @@ def _to_gguf(request: ExportRequest, folder: Path, check: bool) -> tuple[ExportF
     from minimind_v.core.formats.gguf import write as gguf
 
     loaded = gguf.make(request, folder)
-    return ExportFacts.of(loaded.checkpoint), verify_gguf.verify(loaded, folder, request) if check else Report()
+    report = verify_gguf.verify(loaded, folder, request) if check else Report()
+    if not gguf.holds_images(loaded.config):
+        tower, projector = loaded.config.vision.model_type, loaded.config.projector
+        report.add("images", f"not in the export: llama.cpp has no form for {tower} with the projector {projector} — "
+                             "`mmv convert --to hf` writes the whole model")  # fmt: skip
+    return ExportFacts.of(loaded.checkpoint), report
 
 
 def _to_weights(request: ExportRequest, path: Path, check: bool) -> tuple[ExportFacts, Report]:

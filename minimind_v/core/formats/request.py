@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind_v.core.errors import UsageError, WeightsError
+from minimind_v.core.errors import WeightsError
 
 if TYPE_CHECKING:  # a command that only asks for an export imports no torch
     from minimind_v.core.config.generation import Generation
-    from minimind_v.core.config.schema import ModelConfig
     from minimind_v.core.formats.checkpoint import Checkpoint
     from minimind_v.core.formats.load import LoadedModel
 
@@ -55,15 +54,3 @@ class ExportFacts:
         from minimind_v.core.config.presets import name_preset
 
         return cls(checkpoint.stage, name_preset(checkpoint.config))
-
-
-def check_target(
-    target: str, model: Path, config: ModelConfig, towers: tuple[str, ...], projectors: tuple[str, ...]
-) -> None:
-    """Raises UsageError where an export target cannot hold a model, its vision tower or its projector."""
-    if config.vision.model_type not in towers or config.projector not in projectors:
-        raise UsageError(
-            f"{model} has the vision tower {config.vision.model_type!r} and the projector {config.projector!r}; "
-            f"--to {target} can hold {' or '.join(towers)} with {' or '.join(projectors)} — "
-            f"`mmv convert --to safetensors` can hold any"
-        )

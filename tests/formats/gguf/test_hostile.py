@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minimind_v.core.errors import MmvError
-from minimind_v.core.formats.gguf.file import MADE_BY, Reader
+from minimind_v.core.formats.gguf.file import LANGUAGE_ONLY, MADE_BY, Reader
 from minimind_v.core.formats.gguf.read import describe_gguf, read_gguf, read_tokenizer, read_vision_tower
 from tests.formats.gguf.bombs import STRING, bombs, file, key, text
 from tests.formats.gguf.made import loaded_model
@@ -43,11 +43,11 @@ def test_values_of_other_kinds_are_refused(tmp_path):
             read_gguf(tmp_path / "w.gguf")
 
 
-def test_a_model_of_the_other_generation_is_named(tmp_path):
-    (tmp_path / MODEL).write_bytes(file().replace(text("llama"), text("qwen3")))
-    (tmp_path / MMPROJ).write_bytes(file([key(MADE_BY, STRING, text("us"))]))
-    with pytest.raises(MmvError, match=r"a qwen3, like minimind-3v \(2026\), which mmv does not read from GGUF"):
-        read_gguf(tmp_path)
+def test_scaled_positions_are_refused(tmp_path):
+    keys = [key("llama.rope.scaling.type", STRING, text("yarn")), key(LANGUAGE_ONLY, 7, b"\1")]
+    (tmp_path / "w.gguf").write_bytes(file(keys))
+    with pytest.raises(MmvError, match=r"w.gguf: scales its rotary positions \(yarn\), which mmv does not compute"):
+        read_gguf(tmp_path / "w.gguf")
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Answer test prompts with llama.cpp and the two exported files, without mmv.
+"""Answer test prompts with llama.cpp and the exported files, without mmv.
 
 `verify_gguf` runs it with the exported folder, and a folder with `cases.json` and picture files for `answers.npz`.
 """
@@ -17,7 +17,7 @@ NEW_TOKENS = 32
 
 
 class LlamaCpp:
-    """A model and its vision encoder, open in llama.cpp."""
+    """A model and its vision encoder, if it has one, open in llama.cpp."""
 
     def __init__(self, folder: Path, context: int = 2048) -> None:
         import llama_cpp
@@ -29,14 +29,19 @@ class LlamaCpp:
         self.llama: Any = llama_cpp.Llama(
             str(folder / "model.gguf"), n_ctx=context, n_threads=1, n_threads_batch=1, verbose=False
         )
-        options = mtmd_cpp.mtmd_context_params_default()
-        options.use_gpu = False
-        options.n_threads = self.llama.n_threads
-        self.vision = mtmd_cpp.mtmd_init_from_file(str(folder / "mmproj.gguf").encode(), self.llama.model, options)
-        if not self.vision or not mtmd_cpp.mtmd_support_vision(self.vision):
-            raise ValueError("llama.cpp could not open mmproj.gguf")
+        mmproj = folder / "mmproj.gguf"
+        self.vision = self._open_vision(mmproj) if mmproj.is_file() else None
         self.mark = mtmd_cpp.mtmd_default_marker().decode()
         self.template = Environment().from_string(self.llama.metadata["tokenizer.chat_template"])
+
+    def _open_vision(self, mmproj: Path) -> Any:
+        options = self.mtmd.mtmd_context_params_default()
+        options.use_gpu = False
+        options.n_threads = self.llama.n_threads
+        vision = self.mtmd.mtmd_init_from_file(str(mmproj).encode(), self.llama.model, options)
+        if not vision or not self.mtmd.mtmd_support_vision(vision):
+            raise ValueError("llama.cpp could not open mmproj.gguf")
+        return vision
 
     def ids(self, text: str) -> list[int]:
         """Token ids of ordinary text."""
@@ -55,8 +60,12 @@ class LlamaCpp:
         """Read a prompt. Returns the ids, -1 for each position of an image, and the projected features there [N, H]."""
         self.llama.reset()
         self.llama._ctx.kv_cache_clear()
+        if not self.vision:
+            ids = self.llama.tokenize(prompt.encode(), add_bos=False, special=True)
+            self.llama.eval(ids)
+            return ids, np.zeros((0, 0), np.float32)
         chunks = self._chunks(prompt, pictures)
-        ids: list[int] = []
+        ids = []
         features: list[np.ndarray] = []
         for number in range(self.mtmd.mtmd_input_chunks_size(chunks)):
             chunk = self.mtmd.mtmd_input_chunks_get(chunks, number)

@@ -18,6 +18,7 @@ from minimind_v.core.export.prove.ask_cases import ask
 from minimind_v.core.export.prove.cases import CASES, Case, images
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.files import size_of
+from minimind_v.core.formats.hf.write import form_of
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.request import ExportRequest
 
@@ -119,7 +120,7 @@ def _load(image: Image, spec: VisionSpec) -> Tensor:
 def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, export: dict[str, Any]) -> bool:
     """Whether the export gets the same ids and pixels; only then its answers can be compared."""
     config, std = loaded.checkpoint.config, max(loaded.model.spec.std)
-    image_id = loaded.tokenizer.placeholder_id if config.qk_norm else config.vocab_size
+    image_id = config.vocab_size if form_of(config).adds_image_token else loaded.tokenizer.placeholder_id
     same, levels = 0, 0.0
     for case, tokens, answer in zip(CASES, reader.tokens, export["answers"], strict=True):
         ids = torch.tensor(tokens.input_ids).masked_fill(torch.tensor(tokens.image_mask), image_id)

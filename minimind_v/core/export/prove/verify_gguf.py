@@ -1,4 +1,4 @@
-"""Verify the two GGUF files: read them back, and compare llama.cpp's answers if it is installed."""
+"""Verify the GGUF files of an export: read them back, and compare llama.cpp's answers if it is installed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
@@ -25,7 +26,7 @@ from minimind_v.core.formats.gguf import language, vision
 from minimind_v.core.formats.gguf.file import QUANTIZATIONS, Reader
 from minimind_v.core.formats.gguf.read import MMPROJ, MODEL
 from minimind_v.core.formats.gguf.tokenizer import read_tokenizer
-from minimind_v.core.formats.gguf.write import DEFAULT
+from minimind_v.core.formats.gguf.write import DEFAULT, holds_images
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.request import ExportRequest
 
@@ -66,24 +67,34 @@ def verify(loaded: LoadedModel, folder: Path, order: ExportRequest) -> Report:
         _compare_read_back(report, loaded, folder)
     else:
         with tempfile.TemporaryDirectory(prefix="mmv-verify-") as work:
-            _compare_llama(report, loaded, _ask(folder, Path(work), loaded.model.spec.image_size), quantize)
+            _compare_llama(report, loaded, _ask(folder, Path(work), loaded), quantize)
     report.add("size", f"{size_of(folder):,} bytes; the source has {size_of(order.model):,}")
     return report
 
 
 def _compare_weights(report: Report, loaded: LoadedModel, folder: Path, quantize: str) -> None:
     """One file after the other, so that both are never in memory together."""
-    ours, encoder = loaded.model.state_dict(), loaded.model.vision_encoder
-    assert encoder is not None
-    theirs = language.read_tensors(Reader(folder / MODEL), loaded.model.config)
-    worst = max(_apart(ours[name], tensor) for name, tensor in theirs.items())
-    del theirs
-    mmproj = Reader(folder / MMPROJ)
-    worst = max(worst, *(_apart(ours[name], tensor) for name, tensor in vision.read_projector(mmproj).items()))
+    ours, config = loaded.model.state_dict(), loaded.model.config
+    worst = _worst(ours, language.read_tensors(Reader(folder / MODEL), config).items())
+    mmproj = Reader(folder / MMPROJ) if holds_images(loaded.config) else None
+    if mmproj:
+        worst = max(worst, _worst(ours, vision.read_projector(mmproj).items()))
     report.add("weights", f"largest difference {worst:.1g} of the largest value", worst <= STEP[quantize] * 1.02)
-    tower, step = vision.tower_tensors(encoder), STEP[QUANTIZATIONS[quantize]]
-    worst = max(_apart(tower[name], tensor) for name, tensor in vision.read_tower(mmproj))
-    report.add("vision tower", f"largest difference {worst:.1g} of the largest value", worst <= step * 1.02 + 1e-6)
+    if mmproj:
+        assert loaded.model.vision_encoder is not None
+        tower, step = vision.tower_tensors(loaded.model.vision_encoder), STEP[QUANTIZATIONS[quantize]]
+        worst = _worst(tower, vision.read_tower(mmproj))
+        report.add("vision tower", f"largest difference {worst:.1g} of the largest value", worst <= step * 1.02 + 1e-6)
+
+
+def _worst(ours: dict[str, Tensor], theirs: Iterable[tuple[str, Tensor]]) -> float:
+    """The largest difference of tensors by name, as a share of the largest number of each."""
+    return max(_apart(ours[name], tensor) for name, tensor in theirs)
+
+
+def _cases(loaded: LoadedModel) -> list[Case]:
+    """The prompts that the export can answer."""
+    return [case for case in CASES if not case.images or holds_images(loaded.config)]
 
 
 def _compare_ids(report: Report, loaded: LoadedModel, theirs: list[list[int]]) -> None:
@@ -93,19 +104,23 @@ def _compare_ids(report: Report, loaded: LoadedModel, theirs: list[list[int]]) -
 
 def _compare_read_back(report: Report, loaded: LoadedModel, folder: Path) -> None:
     report.add("opened by", "mmv's own reader (install llama-cpp-python to compare llama.cpp too)")
-    ours = [_logits(loaded, case, [], _features(loaded, case)) for case in CASES]
+    ours = [_logits(loaded, case, [], _features(loaded, case)) for case in _cases(loaded)]
     _take_weights(loaded, folder)
-    theirs = [_logits(loaded, case, [], _features(loaded, case)) for case in CASES]
+    theirs = [_logits(loaded, case, [], _features(loaded, case)) for case in _cases(loaded)]
     report.add("logits", f"largest difference {max(map(_apart, ours, theirs)):.2%} of the largest logit (measured)")
 
 
 @torch.no_grad()
 def _take_weights(loaded: LoadedModel, folder: Path) -> None:
     """Replace the source's weights by the files': no second model is in memory."""
-    model, mmproj = Reader(folder / MODEL), Reader(folder / MMPROJ)
+    ours = loaded.model.state_dict()
+    for name, tensor in language.read_tensors(Reader(folder / MODEL), loaded.model.config).items():
+        ours[name].copy_(tensor)
+    if not holds_images(loaded.config):
+        return
     assert loaded.model.vision_encoder is not None
-    ours, tower = loaded.model.state_dict(), loaded.model.vision_encoder.tower.state_dict()
-    for name, tensor in (language.read_tensors(model, loaded.model.config) | vision.read_projector(mmproj)).items():
+    mmproj, tower = Reader(folder / MMPROJ), loaded.model.vision_encoder.tower.state_dict()
+    for name, tensor in vision.read_projector(mmproj).items():
         ours[name].copy_(tensor)
     for name, tensor in vision.read_tower(mmproj):
         tower[name].copy_(tensor)
@@ -118,12 +133,12 @@ def _llama_is_installed() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
+def _ask(folder: Path, work: Path, loaded: LoadedModel) -> dict[str, np.ndarray]:
     """The answers of llama.cpp in a separate process, to square images with our pixels: llama.cpp crops otherwise."""
     for number in range(len(images())):
-        square = _pixels(number, size).numpy().transpose(1, 2, 0)
+        square = _pixels(number, loaded.model.spec.image_size).numpy().transpose(1, 2, 0)
         Image.fromarray(square).save(work / f"{number}.png")
-    cases = [{"messages": case.standard, "pictures": [f"{n}.png" for n in case.images]} for case in CASES]
+    cases = [{"messages": case.standard, "pictures": [f"{n}.png" for n in case.images]} for case in _cases(loaded)]
     (work / "cases.json").write_text(json.dumps({"cases": cases, "texts": TEXTS}), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "minimind_v.core.export.prove.ask_llama", str(folder), str(work)],
@@ -139,15 +154,16 @@ def _ask(folder: Path, work: Path, size: int) -> dict[str, np.ndarray]:
 def _compare_llama(report: Report, loaded: LoadedModel, answers: dict[str, np.ndarray], quantize: str) -> None:
     report.add("opened by", f"llama.cpp ({_version()})")
     _compare_ids(report, loaded, [answers[f"text{number}"].tolist() for number in range(len(TEXTS))])
-    prompts = sum(_ids(_encode(loaded, case)) == answers[f"ids{number}"].tolist() for number, case in enumerate(CASES))
-    report.add("prompts", f"equal in {prompts} of {len(CASES)}", prompts == len(CASES))
+    cases = _cases(loaded)
+    prompts = sum(_ids(_encode(loaded, case)) == answers[f"ids{number}"].tolist() for number, case in enumerate(cases))
+    report.add("prompts", f"equal in {prompts} of {len(cases)}", prompts == len(cases))
     if report.wrong:
         return
     projected: list[float] = []
     logits: list[float] = []
     whole: list[float] = []
     likely: list[bool] = []
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(cases):
         tokens, theirs = answers[f"tokens{number}"].tolist(), torch.from_numpy(answers[f"logits{number}"])
         features = _features(loaded, case, corner=False)
         if features is not None:
@@ -160,10 +176,13 @@ def _compare_llama(report: Report, loaded: LoadedModel, answers: dict[str, np.nd
         likely += (ours.argmax(-1) == torch.tensor(tokens)).tolist()
     allowed = ALLOWED.get(quantize, float("inf"))
     for name, apart in (("picture features", projected), ("logits", logits)):
-        finding = f"{median(apart):.2%} of the largest value: median difference; largest {max(apart):.2%}"
-        report.add(name, finding, median(apart) <= allowed)
-    report.add("corner patch", f"missing in llama.cpp; it changes the logits by {median(whole):.2%} (median)")
-    report.add("greedy tokens", f"{sum(likely)} of {len(likely)} equal to the source, which has the corner patch")
+        if apart:
+            finding = f"{median(apart):.2%} of the largest value: median difference; largest {max(apart):.2%}"
+            report.add(name, finding, median(apart) <= allowed)
+    if projected:
+        report.add("corner patch", f"missing in llama.cpp; it changes the logits by {median(whole):.2%} (median)")
+    source = "the source, which has the corner patch" if projected else "the source"
+    report.add("greedy tokens", f"{sum(likely)} of {len(likely)} equal to {source}")
 
 
 def _version() -> str:

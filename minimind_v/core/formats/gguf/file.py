@@ -23,8 +23,9 @@ QUANTIZATIONS = {
     "q4_1": "q8_0",
     "q4_0": "q8_0",
 }
-MADE_BY = "minimind_v.made_by"  # the key of files that mmv wrote
-STAGE, SOURCE = "minimind_v.stage", "minimind_v.source"
+OURS = "minimind_v."  # how the keys begin that only mmv reads
+MADE_BY, STAGE, SOURCE = f"{OURS}made_by", f"{OURS}stage", f"{OURS}source"
+LANGUAGE_ONLY = f"{OURS}language_only"  # the key of a model whose vision encoder llama.cpp cannot hold
 
 
 def need_gguf() -> Any:

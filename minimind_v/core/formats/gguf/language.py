@@ -1,38 +1,56 @@
 """Write and read the language model as GGUF: llama.cpp's tensor names, row order and keys.
 
-A dense model is llama.cpp's `llama`. A mixture of experts is its `granitemoe`, whose block computes the same (softmax,
-the k best, renormalised, plus an ungated shared expert) with all its multipliers 1.
+A dense model of 2025 is llama.cpp's `llama`. A mixture of experts is its `granitemoe`, whose block computes the same
+(softmax, the k best, renormalised, plus an ungated shared expert) with all its multipliers 1. A model whose heads have
+norms is its `qwen3` or `qwen3moe`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from minimind_v.core.config.generation import V2026
+from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError, WeightsError
-from minimind_v.core.formats.gguf.file import Reader, Writer
+from minimind_v.core.formats.gguf.file import OURS, Reader, Writer
 
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+# llama.cpp's architectures, and the preset that each one holds. It has all settings that a file does not contain.
+ARCHITECTURES = {"llama": "small", "granitemoe": "moe", "qwen3": "3v", "qwen3moe": "3v-moe"}
+# Only training needs these: they are stored where they are not those of the preset, and llama.cpp ignores them.
+_OF_TRAINING = ("aux_loss_alpha", "aux_loss_scope")
 _MATRICES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
              "attn_output": "self_attn.o_proj"}  # fmt: skip
-# llama.cpp rotates neighbours of a head together, not component i and i + half: `interleave` makes them neighbours.
+# Without norms of heads, llama.cpp rotates neighbours of a head together, not component i and i + half: `interleave`
+# makes them neighbours.
 _TURNED = ("attn_q", "attn_k")
 _NARROW = ("attn_k", "attn_v")  # as wide as the key-value heads
 _FORWARD = ("gate", "up", "down")
 
 
 def architecture(config: TextConfig) -> str:
-    """llama.cpp's name for a model of these sizes."""
-    return "granitemoe" if config.use_moe else "llama"
+    """llama.cpp's name for a model of these sizes. Raises WeightsError where it has none."""
+    if config.use_moe and config.qk_norm and config.n_shared_experts:
+        raise WeightsError("llama.cpp's qwen3moe has no shared experts — convert to safetensors or pth")
+    kinds = ((name, PRESETS[preset]) for name, preset in ARCHITECTURES.items())
+    return next(name for name, kind in kinds if (kind.use_moe, kind.qk_norm) == (config.use_moe, config.qk_norm))
+
+
+def _norms(config: TextConfig) -> Iterator[tuple[str, str, int]]:
+    """The norms of a layer: llama.cpp's name, ours, and the width."""
+    yield "attn_norm", "input_layernorm", config.hidden_size
+    yield "ffn_norm", "post_attention_layernorm", config.hidden_size
+    if config.qk_norm:
+        yield "attn_q_norm", "self_attn.q_norm", config.head_dim
+        yield "attn_k_norm", "self_attn.k_norm", config.head_dim
 
 
 def write_keys(writer: Writer, config: TextConfig) -> None:
     """Write the sizes that llama.cpp needs."""
-    file = writer.file
+    file, arch = writer.file, architecture(config)
     file.add_vocab_size(config.vocab_size)
     file.add_context_length(config.max_position_embeddings)
     file.add_embedding_length(config.hidden_size)
@@ -48,11 +66,17 @@ def write_keys(writer: Writer, config: TextConfig) -> None:
     if config.use_moe:
         file.add_expert_count(config.n_routed_experts)
         file.add_expert_used_count(config.num_experts_per_tok)
+    if arch == "qwen3moe":
+        file.add_expert_feed_forward_length(config.intermediate_size)
+    if arch == "granitemoe":
         if config.n_shared_experts:
             file.add_expert_shared_feed_forward_length(config.n_shared_experts * config.intermediate_size)
         file.add_attention_scale(config.head_dim**-0.5)
         for add_scale in (file.add_embedding_scale, file.add_residual_scale, file.add_logit_scale):
             add_scale(1.0)
+    for name in _OF_TRAINING:
+        if (value := getattr(config, name)) != getattr(PRESETS[ARCHITECTURES[arch]], name):
+            (file.add_string if isinstance(value, str) else file.add_float32)(f"{OURS}{name}", value)
 
 
 def write_tensors(writer: Writer, config: TextConfig, tensors: dict[str, Tensor]) -> None:
@@ -61,11 +85,12 @@ def write_tensors(writer: Writer, config: TextConfig, tensors: dict[str, Tensor]
     writer.exact("output_norm.weight", tensors["model.norm.weight"])
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
-        for name, published in _NORMS.items():
+        for name, published, _ in _norms(config):
             writer.exact(f"{theirs}{name}.weight", tensors[f"{ours}{published}.weight"])
         for name, published in _MATRICES.items():
             weight = tensors[f"{ours}{published}.weight"]
-            writer.matrix(f"{theirs}{name}.weight", interleave(weight, config.head_dim) if name in _TURNED else weight)
+            turned = name in _TURNED and not config.qk_norm
+            writer.matrix(f"{theirs}{name}.weight", interleave(weight, config.head_dim) if turned else weight)
         _write_forward(writer, config, tensors, ours + "mlp.", theirs)
 
 
@@ -87,28 +112,25 @@ def _write_forward(writer: Writer, config: TextConfig, tensors: dict[str, Tensor
 def read_config(reader: Reader) -> TextConfig:
     """Read the sizes. Raises WeightsError where the file is that of another kind of model."""
     arch = reader.key("general.architecture")
-    if arch in ("qwen3", "qwen3moe"):
-        raise WeightsError(
-            f"{reader.path}: a {arch}, like {V2026.name}, which mmv does not read from GGUF — "
-            "give its .pth, its .safetensors or its folder for transformers"
-        )
-    if arch not in ("llama", "granitemoe"):
+    if arch not in ARCHITECTURES:
         raise WeightsError(f"{reader.path}: a llama.cpp model of architecture {arch!r}, not a MiniMind model")
+    if (scaling := reader.keys.get(f"{arch}.rope.scaling.type", "none")) != "none":
+        raise WeightsError(f"{reader.path}: scales its rotary positions ({scaling}), which mmv does not compute")
+    preset = PRESETS[ARCHITECTURES[arch]]
 
     def size(name: str) -> int:
         return int(reader.number(f"{arch}.{name}"))
 
-    experts: dict[str, Any] = {}
+    settings: dict[str, Any] = {name: reader.keys[f"{OURS}{name}"] for name in _OF_TRAINING if f"{OURS}{name}" in reader.keys}
+    if preset.use_moe:
+        settings |= {"n_routed_experts": size("expert_count"), "num_experts_per_tok": size("expert_used_count")}
     if arch == "granitemoe":
         shared_width = "expert_shared_feed_forward_length"
         shared_inner = size(shared_width) if f"{arch}.{shared_width}" in reader.keys else 0
-        experts = {
-            "n_routed_experts": size("expert_count"),
-            "num_experts_per_tok": size("expert_used_count"),
-            "n_shared_experts": shared_inner // max(size("feed_forward_length"), 1),
-        }
+        settings["n_shared_experts"] = shared_inner // max(size("feed_forward_length"), 1)
     try:
-        return TextConfig(
+        return replace(
+            preset,
             hidden_size=size("embedding_length"),
             num_hidden_layers=size("block_count"),
             num_attention_heads=size("attention.head_count"),
@@ -118,8 +140,7 @@ def read_config(reader: Reader) -> TextConfig:
             rms_norm_eps=_decimal(reader.number(f"{arch}.attention.layer_norm_rms_epsilon", float)),
             rope_theta=_decimal(reader.number(f"{arch}.rope.freq_base", float)),
             max_position_embeddings=size("context_length"),
-            use_moe=arch == "granitemoe",
-            **experts,
+            **{name: _decimal(value) if isinstance(value, float) else value for name, value in settings.items()},
         )
     except UsageError as error:
         raise WeightsError(f"{reader.path}: its sizes do not make a model ({error}) — convert again") from None
@@ -142,11 +163,12 @@ def read_tensors(reader: Reader, config: TextConfig) -> dict[str, Tensor]:
     tensors["model.norm.weight"] = reader.tensor("output_norm.weight", wide)
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
-        for name, published in _NORMS.items():
-            tensors[f"{ours}{published}.weight"] = reader.tensor(f"{theirs}{name}.weight", wide)
+        for name, published, width in _norms(config):
+            tensors[f"{ours}{published}.weight"] = reader.tensor(f"{theirs}{name}.weight", width)
         for name, published in _MATRICES.items():
             weight = reader.tensor(f"{theirs}{name}.weight", narrow if name in _NARROW else wide, wide)
-            tensors[f"{ours}{published}.weight"] = separate(weight, config.head_dim) if name in _TURNED else weight
+            turned = name in _TURNED and not config.qk_norm
+            tensors[f"{ours}{published}.weight"] = separate(weight, config.head_dim) if turned else weight
         _read_forward(reader, config, tensors, ours + "mlp.", theirs)
     return tensors
 

@@ -1,4 +1,7 @@
-"""Read a model from its two files, `model.gguf` and `mmproj.gguf`."""
+"""Read a model from its two files, `model.gguf` and `mmproj.gguf`.
+
+A model whose vision encoder llama.cpp cannot compute is the first file alone, and is read as a text-only base.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.errors import MissingInput
+from minimind_v.core.errors import MissingInput, WeightsError
 from minimind_v.core.formats.gguf import language, tokenizer, vision
-from minimind_v.core.formats.gguf.file import MADE_BY, SOURCE, STAGE, Reader
+from minimind_v.core.formats.gguf.file import LANGUAGE_ONLY, MADE_BY, SOURCE, STAGE, Reader
 from minimind_v.core.formats.vision_tower import StoredTower
 
 MODEL, MMPROJ, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
@@ -34,8 +37,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     `path` is the folder or the language model in it. Raises MissingInput where one of the two files is absent,
     WeightsError where mmv did not write them.
     """
-    reader, mmproj = _open(path), _open_mmproj(path)
-    config = language.read_config(reader)
+    reader = _open(path)
+    if LANGUAGE_ONLY in reader.keys:
+        config = language.read_config(reader)
+        return language.read_tensors(reader, config), {"stage": "lm", "model": asdict(config)}
+    mmproj, config = _open_mmproj(path), language.read_config(reader)
     tensors = language.read_tensors(reader, config) | vision.read_projector(mmproj)
     return tensors, {"stage": reader.key(STAGE), "model": asdict(config)}
 
@@ -81,6 +87,9 @@ def _open(path: Path) -> Reader:
 def _open_mmproj(path: Path) -> Reader:
     mmproj = (path if path.is_dir() else path.parent) / MMPROJ
     if not mmproj.is_file():
+        if LANGUAGE_ONLY in _open(path).keys:
+            raise WeightsError(f"{path}: the language model alone, which cannot encode images — use the model that it "
+                               "was converted from")  # fmt: skip
         raise MissingInput(f"{mmproj} is missing, so the model cannot encode images — put it beside {MODEL} again")
     reader = Reader(mmproj)
     reader.key(MADE_BY)

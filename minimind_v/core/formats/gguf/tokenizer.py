@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib import resources
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from minimind_v.core.data.layouts import ChatML
-from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.data.layouts import ChatML, find_layout
+from minimind_v.core.data.thinking import EMPTY_BLOCK
+from minimind_v.core.data.tokenizer import Tokenizer, usual_layout
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.formats.gguf.file import Reader, Writer
 
@@ -19,7 +22,7 @@ _SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
           "byte_fallback": False, "ignore_merges": False}  # fmt: skip
 
-# The published layout. Newlines join the items of a client's message; where a server has put its mark for an image
+# The layout of 2025. Newlines join the items of a client's message; where a server has put its mark for an image
 # (`<__media…__>`) right before the text, the template adds the newline of training.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
@@ -40,6 +43,14 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
+
+
+def chat_template(layout: str) -> str:
+    """The jinja template of a chat layout, without the tags that only transformers reads."""
+    if layout == "chatml":
+        return CHAT_TEMPLATE
+    file = resources.files("minimind_v.core.formats.hf").joinpath("assets", "chat_template_think.jinja")
+    return re.sub(r"{% (end)?generation %}", "", file.read_text(encoding="utf-8"))
 
 
 def write_tokenizer(writer: Writer, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -67,7 +78,7 @@ def write_tokenizer(writer: Writer, tokenizer: Tokenizer, vocab_size: int) -> No
     file.add_pad_token_id(tokenizer.pad_id)
     file.add_add_bos_token(False)
     file.add_add_space_prefix(False)
-    file.add_chat_template(CHAT_TEMPLATE)
+    file.add_chat_template(chat_template(tokenizer.layout))
 
 
 def _check_kind(description: dict[str, Any]) -> None:
@@ -93,7 +104,7 @@ def read_tokenizer(reader: Reader) -> Tokenizer:
     vocab = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=False)) if type != UNUSED}
     pad, bos, eos = (reader.number(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "bos", "eos"))
     used = sum(type != UNUSED for type in types)
-    if len(types) != len(tokens) or len(vocab) != used or ChatML.placeholder not in vocab:
+    if len(types) != len(tokens) or len(vocab) != used:
         raise WeightsError(f"{reader.path}: its tokens do not belong to a MiniMind tokenizer — convert again")
     if not max(pad, bos, eos) < len(tokens):
         raise WeightsError(
@@ -106,12 +117,18 @@ def read_tokenizer(reader: Reader) -> Tokenizer:
         raise WeightsError(f"{reader.path}: its tokenizer is damaged ({error}) — convert again") from None
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([
-        AddedToken(token, special=True, normalized=False)
-        for token, type in zip(tokens, types, strict=True) if type == CONTROL
-    ])  # fmt: skip
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        added = [
+            AddedToken(token, special=special, normalized=False)
+            for token, type in zip(tokens, types, strict=True) if type == kind
+        ]  # fmt: skip
+        (backend.add_special_tokens if special else backend.add_tokens)(added)
     backend.encode_special_tokens = True
-    return Tokenizer(backend, pad, bos, eos, vocab[ChatML.placeholder])
+    layout = usual_layout(backend)
+    placeholder = vocab.get(find_layout(layout).placeholder)
+    if placeholder is None:
+        raise WeightsError(f"{reader.path}: its tokens do not belong to a MiniMind tokenizer — convert again")
+    return Tokenizer(backend, pad, bos, eos, placeholder, layout)
 
 
 def _list(reader: Reader, name: str) -> list[Any]:
@@ -122,20 +139,23 @@ def _list(reader: Reader, name: str) -> list[Any]:
     return values
 
 
-def modelfile(model: str, mmproj: str) -> str:
-    """Ollama's `Modelfile` for these two files beside it.
+def modelfile(files: list[str], layout: str) -> str:
+    """Ollama's `Modelfile` for these files beside it.
 
     Ollama itself puts the mark of an image directly before the question.
     """
+    chat = find_layout(layout)
+    block = EMPTY_BLOCK if layout == "chatml-think" else ""
+    answer = f'{{{{ if eq .Role "assistant" }}}}{block}{{{{ end }}}}' if block else ""
+    system = f'SYSTEM """{chat.system_prompt}"""\n' if chat.system_prompt else ""
+    sources = "\n".join(f"FROM ./{name}" for name in files)
     return f'''# ollama create minimind-v -f Modelfile
-FROM ./{model}
-FROM ./{mmproj}
+{sources}
 TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
-{{{{ .Content }}}}<|im_end|>
+{answer}{{{{ .Content }}}}<|im_end|>
 {{{{ end }}}}<|im_start|>assistant
-"""
-SYSTEM """{ChatML.system_prompt}"""
-PARAMETER stop "<|im_end|>"
+{block}"""
+{system}PARAMETER stop "<|im_end|>"
 PARAMETER stop "<|im_start|>"
 PARAMETER temperature 0.65
 PARAMETER top_p 0.85

@@ -6,11 +6,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.config.generation import V2026
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.errors import MmvError
 from minimind_v.core.formats.companions import trouble_of_run
 from minimind_v.core.formats.description import shaped_sizes
+from minimind_v.core.formats.hf.form import Form
 from minimind_v.core.formats.load import ModelParts
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.monitor.metrics import read_lines
@@ -25,23 +25,17 @@ tags:
 
 # {name}
 
-A small vision-language model: frozen {encoder}, {projector}, and {reader} of {millions:.1f} million
+A small vision-language model: frozen {encoder}, {projector}, and {language_model} of {millions:.1f} million
 parameters. `mmv convert` wrote this folder; it needs no custom code.
 
 {sizes}
-"""
-
-REQUIREMENTS = """
-## Requirements
-
-The image processor of transformers' LFM2-VL needs `torchvision`. With `open_thinking=True`, `apply_chat_template` asks
-the model to reason before it answers.
 """
 
 USE = """
 ## Use
 
 ```python
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder = "."  # this folder, or the name of its repository
@@ -49,7 +43,7 @@ processor = AutoProcessor.from_pretrained(folder)
 model = AutoModelForImageTextToText.from_pretrained(folder)
 
 messages = [{"role": "user", "content": [
-    {"type": "image", "path": "picture.jpg"},
+    {"type": "image", "image": Image.open("picture.jpg")},
     {"type": "text", "text": "What is in the picture?"},
 ]}]
 inputs = processor.apply_chat_template(
@@ -68,15 +62,13 @@ objects and text in images, and it repeats the errors of its training data.
 """
 
 
-def write_card(folder: Path, source: ModelParts, order: ExportRequest) -> None:
+def write_card(folder: Path, source: ModelParts, order: ExportRequest, form: Form) -> None:
     """Write `README.md` into an exported folder."""
     config, spec = source.checkpoint.config, source.tower.spec
-    of_2026 = source.checkpoint.generation is V2026
-    reader = "a language model with a mixture of experts" if config.use_moe else "a Qwen3" if of_2026 else "a Llama"
     sizes = {
         "layers × width": f"{config.num_hidden_layers} × {config.hidden_size}",
         "attention heads, key-value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
-        "vocabulary": f"{config.vocab_size:,}{'' if of_2026 else ', and the image token'}",
+        "vocabulary": f"{config.vocab_size:,}{', and the image token' if form.adds_image_token else ''}",
         "image": f"{spec.image_size}² pixels, {spec.tokens_per_image} tokens",
         "stored as": order.dtype or "in the training's own precision",
     }
@@ -86,15 +78,14 @@ def write_card(folder: Path, source: ModelParts, order: ExportRequest) -> None:
         )
     head = HEAD.format(
         name=order.model.stem,
-        tag="lfm2_vl" if of_2026 else "llava",
+        tag=form.tag,
         encoder=source.checkpoint.generation.vision_encoder,
-        projector="a projector of two layers" if of_2026 else "one linear projector",
-        reader=reader,
+        projector=form.projects,
+        language_model="a language model with a mixture of experts" if config.use_moe else form.language_model,
         millions=source.checkpoint.parameters / 1e6,
         sizes=_table(sizes),
     )
-    use = REQUIREMENTS + USE if of_2026 else USE
-    (folder / "README.md").write_text(head + _training(source, order) + use, encoding="utf-8")
+    (folder / "README.md").write_text(head + _training(source, order) + form.requirements + USE, encoding="utf-8")
 
 
 def _table(rows: dict[str, Any]) -> str:

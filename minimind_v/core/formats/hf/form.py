@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from minimind_v.core.config.schema import TextConfig
+from minimind_v.core.config.schema import ModelConfig, TextConfig
 from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.errors import UsageError
 
 if TYPE_CHECKING:
     from minimind_v.core.formats.load import ModelParts
@@ -19,19 +21,36 @@ if TYPE_CHECKING:
 class Form:
     """A class of transformers.
 
-    towers, projectors: those that it can hold.
+    tag: its name on the hub.
+    language_model: the class of a dense one, for the card; `projects` describes its projector there.
+    adds_image_token: an image is a new token after the vocabulary, not the tokenizer's placeholder.
+    tower, projector: those that it can hold.
     tensors: a model → its tensors as transformers names and shapes them, in their own types.
     contents: a model and its dtype → the JSON files of the folder by name.
     tokenizer: the text of its `tokenizer.json`.
     template: the file of its chat template in `assets`.
+    requirements: a section of the card.
     """
 
-    towers: tuple[str, ...]
-    projectors: tuple[str, ...]
+    tag: str
+    language_model: str
+    projects: str
+    adds_image_token: bool
+    tower: str
+    projector: str
     tensors: Callable[[ModelParts], dict[str, Tensor]]
     contents: Callable[[ModelParts, str], dict[str, Any]]
     tokenizer: Callable[[ModelParts], str]
     template: str
+    requirements: str = ""
+
+    def check(self, path: Path, config: ModelConfig) -> None:
+        """Raises UsageError where it cannot hold a model, its vision tower or its projector."""
+        if (config.vision.model_type, config.projector) != (self.tower, self.projector):
+            raise UsageError(
+                f"{path} has the vision tower {config.vision.model_type!r} and the projector {config.projector!r}; "
+                f"--to hf can hold {self.tower} with {self.projector} — `mmv convert --to safetensors` can hold any"
+            )
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -111,4 +111,22 @@ def _tokenizer(source: ModelParts) -> str:
     return source.tokenizer.backend.to_str()
 
 
-LFM2 = Form((SIGLIP_VISION,), (MLP,), _tensors, _contents, _tokenizer, "chat_template_think.jinja")
+REQUIREMENTS = """
+## Requirements
+
+The image processor of transformers' LFM2-VL needs `torchvision`. With `open_thinking=True`, `apply_chat_template` asks
+the model to reason before it answers.
+"""
+LFM2 = Form(
+    tag="lfm2_vl",
+    language_model="a Qwen3",
+    projects="a projector of two layers",
+    adds_image_token=False,
+    tower=SIGLIP_VISION,
+    projector=MLP,
+    tensors=_tensors,
+    contents=_contents,
+    tokenizer=_tokenizer,
+    template="chat_template_think.jinja",
+    requirements=REQUIREMENTS,
+)

@@ -112,4 +112,15 @@ def _processor_config(spec: VisionSpec) -> dict[str, Any]:
     }
 
 
-LLAVA = Form((CLIP_VISION,), (LINEAR,), _tensors, _contents, _tokenizer, "chat_template.jinja")
+LLAVA = Form(
+    tag="llava",
+    language_model="a Llama",
+    projects="one linear projector",
+    adds_image_token=True,
+    tower=CLIP_VISION,
+    projector=LINEAR,
+    tensors=_tensors,
+    contents=_contents,
+    tokenizer=_tokenizer,
+    template="chat_template.jinja",
+)

@@ -19,7 +19,7 @@ from minimind_v.core.formats.hf.lfm2 import LFM2
 from minimind_v.core.formats.hf.llava import LLAVA
 from minimind_v.core.formats.hf.names import TOWER
 from minimind_v.core.formats.load import ModelParts, read_model_parts
-from minimind_v.core.formats.request import ExportFacts, ExportRequest, check_target
+from minimind_v.core.formats.request import ExportFacts, ExportRequest
 from minimind_v.core.formats.tensor_files import cast
 from minimind_v.core.hub.sources import META
 
@@ -35,7 +35,7 @@ def make(order: ExportRequest, folder: Path) -> ExportFacts:
         source = read_model_parts(order.model, order.vision_model, order.tokenizer)
         order.refuse_layout(source.tokenizer.layout, source.checkpoint.generation)
         form = form_of(source.checkpoint.config)
-        check_target("hf", order.model, source.config, form.towers, form.projectors)
+        form.check(order.model, source.config)
         with disk_errors(folder.parent):
             write(source, folder, order)
     return ExportFacts.of(source.checkpoint)
@@ -64,7 +64,7 @@ def write(source: ModelParts, folder: Path, order: ExportRequest) -> None:
     files["chat_template.jinja"] = chat_template(form)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    write_card(folder, source, order)
+    write_card(folder, source, order, form)
 
 
 def chat_template(form: Form) -> str:
