@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,9 @@ def read_config(reader: Reader) -> TextConfig:
     def size(name: str) -> int:
         return int(reader.number(f"{arch}.{name}"))
 
-    settings: dict[str, Any] = {name: reader.keys[f"{OURS}{name}"] for name in _OF_TRAINING if f"{OURS}{name}" in reader.keys}
+    settings: dict[str, Any] = {
+        name: reader.keys[f"{OURS}{name}"] for name in _OF_TRAINING if f"{OURS}{name}" in reader.keys
+    }
     if preset.use_moe:
         settings |= {"n_routed_experts": size("expert_count"), "num_experts_per_tok": size("expert_used_count")}
     if arch == "granitemoe":
