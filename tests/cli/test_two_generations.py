@@ -122,6 +122,22 @@ MIXES = [
 ]
 
 
+@pytest.mark.parametrize(("preset", "folder", "other"), [("3v", "old", "small"), ("small", "new", "3v")])
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_weights_of_the_other_generation_are_no_start(project, preset, folder, other, command):
+    error = train(preset, "--init", f"{folder}/{NAME}", command=command).error
+    assert f"{folder}/{NAME}: these weights belong to" in error
+    assert f"add --preset {other}, or name other weights with --init" in error
+
+
+def test_a_description_of_other_weights_is_refused_with_the_next_step(project):
+    assert train("small", "--init", "none").code == 0
+    shutil.copy(f"new/{NAME}", "out")
+    error = run_mmv("chat", "Hello", "--model", f"out/{NAME}", *SMALL).error
+    assert "the description beside it belongs to other weights" in error
+    assert "is sft_vlm_48.json from an older file? Without it, sizes are read from the tensors" in error
+
+
 @pytest.mark.parametrize(("mix", "message", "what"), MIXES)
 def test_no_command_mixes_the_generations(project, mix, message, what):
     data = tiny_data()

@@ -113,7 +113,8 @@ def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> 
     if wrong:
         raise WeightsError(
             f"{path}: the description beside it belongs to other weights ({'; '.join(wrong)}) — "
-            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} from an older file?"
+            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} from an older file? "
+            f"Without it, sizes are read from the tensors"
         )
     return config
 

@@ -23,6 +23,8 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import gpu_names, peak_memory, pick_device
 from minimind_v.core.files import write_text
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.formats.generations import check_base
 from minimind_v.core.model.projector import projected
 from minimind_v.core.model.vision.spec import read_vision_spec
 from minimind_v.core.monitor.messages import too_little
@@ -75,6 +77,8 @@ def plan(
     Rows are counted as the first epoch reads them (a sample of very many); then the real run does a few steps in a
     temporary folder, from random weights, which take as long as trained ones. Raises what a run raises.
     """
+    if config.init not in (None, NO_INIT) and config.init.exists():  # it is not needed, but the run would refuse it
+        check_base(config.init, read_checkpoint(config.init).config, config.model)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.data.layout)
     spec = projected(read_vision_spec(config.vision_model), config.projector)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
