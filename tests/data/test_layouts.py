@@ -83,6 +83,14 @@ def test_two_marks_that_touch_are_two_images(encoder):
     assert (cut.images, len(cut)) == (1, run[0] + PATCHES), "no cut goes through an image"
 
 
+@pytest.mark.parametrize("layout", ["chatml", "chatml-think"])
+def test_a_mark_in_an_earlier_answer_stays_text(encoder, demo_tokenizer, layout):
+    prompts = encoder if layout == "chatml-think" else PromptEncoder(demo_tokenizer, PATCHES)
+    tokens = prompts.prompt([*row_of("<image>what?", "an <image> tag"), {"role": "user", "content": "why?"}])
+    assert (tokens.images, sum(tokens.image_mask)) == (1, PATCHES)
+    assert "an <image> tag<|im_end|>" in written(prompts, tokens)
+
+
 def test_everything_behind_the_header_of_an_answer_is_supervised(encoder):
     tokens = encoder.row(row_of("q", "<think>\nwhy\n</think>\n\nyes"), 0, PLENTY)
     supervised = [token for token, counts in zip(tokens.input_ids, tokens.loss_mask, strict=True) if counts]

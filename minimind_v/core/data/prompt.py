@@ -146,15 +146,16 @@ class PromptEncoder:
     def turns(self, conversations: Any, think: bool = False) -> list[Tokens]:
         """`prompt` in pieces: the system message or nothing, then each question with its answer.
 
-        The start of the new answer is in the last one.
+        The start of the new answer is in the last one. An image mark in an answer, which a model wrote, is text.
         """
         messages = check_conversations(conversations, self.layout)
         turns = [Tokens()]
         turns[0] += self._opening(messages, self.layout)
         for message in messages[messages[0]["role"] == "system" :]:
-            if message["role"] != "assistant":
+            is_answer = message["role"] == "assistant"
+            if not is_answer:
                 turns.append(Tokens())
-            turns[-1] += self._message(message["role"], message["content"], self.layout)
+            turns[-1] += self._encode(self.layout.message(message["role"], message["content"]), marks=not is_answer)
         turns[-1] += self.answer_start(think)
         return turns
 
