@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.plain import IMAGE_TOKENS, SYSTEM, PlainAttention, PlainVLM
+from benchmarks.plain import PUBLISHED, SYSTEM, PlainAttention, PlainVLM, make_processor
 
 Past = tuple[Tensor, Tensor]
 
@@ -27,12 +27,13 @@ class PlainChat:
     """A model that answers conversations."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer" / "tokenizer.json"))
-        self.processor = CLIPImageProcessor()
-        image_id, self.eos_id = self.tokenizer.convert_tokens_to_ids(["@", "<|im_end|>"])
-        self.model = PlainVLM(folder, image_id, "fused").eval().to(device)
+        self.published = PUBLISHED["small"]
+        self.processor = make_processor(self.published)
+        image_id, self.eos_id = self.tokenizer.convert_tokens_to_ids([self.published.image_token, "<|im_end|>"])
+        self.model = PlainVLM(folder, self.published, image_id, "fused").eval().to(device)
         self.heads = PlainAttention.heads
 
     @torch.no_grad()
@@ -47,7 +48,8 @@ class PlainChat:
         )
         turns = [{"role": "system", "content": SYSTEM}, *messages]
         text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-        text = text.replace("<image>", "@" * IMAGE_TOKENS) + "<|im_start|>assistant\n"
+        image = self.published.image_token * self.published.image_tokens
+        text = text.replace("<image>", image) + "<|im_start|>assistant\n"
         input_ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(
             device
         )  # [1, T]

@@ -2,14 +2,15 @@
 
     python -m benchmarks.train              three rounds, some twenty minutes on two cores
     python -m benchmarks.train --quick      one round
+    python -m benchmarks.train --preset 3v  today's generation, in its own lengths
     python -m benchmarks.train --profile    which operators ours spends its time in
 
-Full size: the small preset under ViT-B/16, each stage with its recipe, on rows made for it (`material`). Ours is the
-real `Run`, in a first epoch, where every picture is looked at and remembered, and in a later one, where all are
-remembered; the other side is `plain`, with attention written out (`explicit`) and as torch has it (`fused`). Every
-measurement is a process of its own with the same number of threads; sides take turns; the first update is a warm-up.
-All sides read the same rows in the same order from the same weights, and a run whose losses or gradient norms differ
-by more than 1e-3 fails: the comparison would mean nothing.
+Full size: the small preset under ViT-B/16, or 3v under SigLIP's ViT-B/32, each stage with its recipe, on rows made for
+it (`material`). Ours is the real `Run`, in a first epoch, where every picture is looked at and remembered, and in a
+later one, where all are remembered; the other side is `plain`, with attention written out (`explicit`) and as torch has
+it (`fused`). Every measurement is a process of its own with the same number of threads; sides take turns; the first
+update is a warm-up. All sides read the same rows in the same order from the same weights, and a run whose losses or
+gradient norms differ by more than 1e-3 fails: the comparison would mean nothing.
 """
 
 from __future__ import annotations
@@ -112,16 +113,25 @@ def stopwatch_listener(watch: Stopwatch):
     return OursListener()
 
 
-def build_ours(folder: Path, stage: str, steps: int, listener, features: Path):
+def recipe_of(stage: str, preset: str):
+    """The published settings of a stage."""
+    from minimind_v.core.config.presets import PRESETS
+    from minimind_v.core.config.recipes import RECIPES
+
+    return RECIPES[stage](PRESETS[preset])
+
+
+def build_ours(folder: Path, stage: str, preset: str, steps: int, listener, features: Path):
     """The real training run, ready to start; `features` is where pictures are remembered."""
     from minimind_v.core.config.load import build_config
     from minimind_v.core.train.run import assemble
 
     options = {
+        "preset": preset,
         "data.file": folder / f"{stage}.jsonl",
         "data.images": folder / f"{stage}.zip",
         "data.tokenizer": folder / "tokenizer",
-        "vision_model": folder / "clip",
+        "vision_model": folder / "vision",
         "init": folder / "weights.safetensors",
         "out": folder / "out",
         "features": "exact",
@@ -136,16 +146,16 @@ def build_ours(folder: Path, stage: str, steps: int, listener, features: Path):
     return assemble(build_config(stage, options=options), listener, overwrite=True)
 
 
-def prepare(folder: Path, tokenizer: Path) -> dict:
+def prepare(folder: Path, tokenizer: Path, preset: str) -> dict:
     """Make the material, and remember all pictures; returns per stage the order of the rows, which all sides follow."""
     from benchmarks.material import make_material
-    from minimind_v.core.config.recipes import RECIPES
 
     steps = 1 + UPDATES["ours"]
-    make_material(folder, tokenizer, {stage: steps * RECIPES[stage]().data.batch_size for stage in STAGES}, SEED)
+    rows = {stage: steps * recipe_of(stage, preset).data.batch_size for stage in STAGES}
+    make_material(folder, tokenizer, rows, SEED, preset)
     order = {}
     for stage in STAGES:
-        run = build_ours(folder, stage, steps, stopwatch_listener(Stopwatch()), folder / "features")
+        run = build_ours(folder, stage, preset, steps, stopwatch_listener(Stopwatch()), folder / "features")
         run.run()
         plan = run.plan
         locations = [location for number in range(steps) for batch in plan[number] for location in batch.locations]
@@ -153,16 +163,15 @@ def prepare(folder: Path, tokenizer: Path) -> dict:
     return order
 
 
-def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool) -> dict:
+def measure(folder: Path, stage: str, preset: str, side: str, rows: list[int], profile: bool) -> dict:
     """Train with one side, as many updates as UPDATES says and one to warm up."""
     from benchmarks.plain import PlainRun, run_plain
-    from minimind_v.core.config.recipes import RECIPES
 
     watch, steps = Stopwatch(), 1 + UPDATES[side]
     if side in OURS:
-        measure_ours(folder, stage, side, 3 if profile else steps, watch, profile)
+        measure_ours(folder, stage, preset, side, 3 if profile else steps, watch, profile)
     else:
-        recipe = RECIPES[stage]()
+        recipe = recipe_of(stage, preset)
         batch = recipe.data.batch_size
         run_plain(
             PlainRun(
@@ -175,19 +184,20 @@ def measure(folder: Path, stage: str, side: str, rows: list[int], profile: bool)
                 total=1 + UPDATES["ours"],
                 attention=side,
                 workers=recipe.data.workers,
+                preset=preset,
             ),
             watch.update,
         )
     return asdict(watch.stop())
 
 
-def measure_ours(folder: Path, stage: str, side: str, steps: int, watch: Stopwatch, profile: bool) -> None:
+def measure_ours(folder: Path, stage: str, preset: str, side: str, steps: int, watch: Stopwatch, profile: bool) -> None:
     """The real run, with nothing remembered yet or all of it."""
     from minimind_v.core.bench import operations
 
     listener = stopwatch_listener(watch)
     features = folder / "features" if side == "later" else Path(tempfile.mkdtemp(dir=folder))
-    run = build_ours(folder, stage, steps, listener, features)
+    run = build_ours(folder, stage, preset, steps, listener, features)
     if profile:
         print_profile(stage, run.run)
     else:
@@ -204,8 +214,9 @@ def looking_operations(model) -> float:
     """What the vision tower must compute for one picture, attention's own products left out."""
     assert model.vision_encoder is not None
     tower, patches = model.vision_encoder.tower, model.spec.tokens_per_image
+    class_token = hasattr(tower.embeddings, "class_embedding")
     return sum(
-        2 * weight.numel() * (patches + (weight.ndim == 2))  # the patches' convolution sees no class token
+        2 * weight.numel() * (patches + (class_token and weight.ndim == 2))  # the convolution sees no class token
         for name, weight in tower.named_parameters()
         if weight.ndim in (2, 4) and "position" not in name
     )
@@ -237,11 +248,11 @@ def do_job(job: dict, threads: int) -> None:
     torch.set_num_threads(threads)
     folder = Path(job["folder"])
     if job["do"] == "prepare":
-        answer = prepare(folder, Path(job["tokenizer"]))
+        answer = prepare(folder, Path(job["tokenizer"]), job["preset"])
     elif job["do"] == "matmul":
         answer = measure_matmul()
     else:
-        answer = measure(folder, job["stage"], job["do"], job["rows"], job["profile"])
+        answer = measure(folder, job["stage"], job["preset"], job["do"], job["rows"], job["profile"])
     print(json.dumps(answer))
 
 
@@ -258,9 +269,11 @@ def start_job(job: dict, threads: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def find_tokenizer() -> Path:
+def find_tokenizer(preset: str = "small") -> Path:
     """The published tokenizer where it is at hand, else the demo's, which gives somewhat longer rows."""
-    published = ROOT.parent / "shared" / "tokenizer"
+    published = ROOT.parent / "shared" / ("tokenizer-3v" if preset == "3v" else "tokenizer")
+    if preset == "3v" and not published.is_dir():
+        raise SystemExit(f"--preset 3v needs its tokenizer in {published}")
     return published if published.is_dir() else ROOT / "minimind_v" / "core" / "demo" / "assets"
 
 
@@ -358,13 +371,15 @@ def page(results: dict[str, dict[str, dict]], threads: int, matmul: float) -> st
 def compare(options: argparse.Namespace) -> dict:
     """Measure every side of every stage, round by round."""
     with tempfile.TemporaryDirectory() as name:
-        prepared = start_job({"do": "prepare", "folder": name, "tokenizer": str(find_tokenizer())}, options.threads)
+        common = {"folder": name, "preset": options.preset}
+        tokenizer = str(find_tokenizer(options.preset))
+        prepared = start_job(common | {"do": "prepare", "tokenizer": tokenizer}, options.threads)
         runs: dict[str, dict[str, list[Measured]]] = {
             stage: {side: [] for side in options.sides} for stage in options.stages
         }
         if options.profile:
             for stage in options.stages:
-                job = {"do": "ours", "folder": name, "stage": stage, "rows": [], "profile": True}
+                job = common | {"do": "ours", "stage": stage, "rows": [], "profile": True}
                 start_job(job, options.threads)
             return {}
         rates = []
@@ -372,7 +387,7 @@ def compare(options: argparse.Namespace) -> dict:
             rates.append(start_job({"do": "matmul", "folder": name}, options.threads)["rate"])
             for stage in options.stages:
                 for side in options.sides:
-                    job = {"do": side, "folder": name, "stage": stage, "rows": prepared[stage], "profile": False}
+                    job = common | {"do": side, "stage": stage, "rows": prepared[stage], "profile": False}
                     result = Measured(**start_job(job, options.threads))
                     runs[stage][side].append(result)
                     where = f"round {number + 1}/{options.rounds}  {stage:9}{SIDES[side]:27}"
@@ -387,7 +402,8 @@ def compare(options: argparse.Namespace) -> dict:
     print(f"matrix products: {matmul / 1e9:.0f} GFLOP/s with {options.threads} threads")
     print(report(results, agreement))
     if options.docs:
-        write_block(PAGE, "training", page(results, options.threads, matmul))
+        block = "training" if options.preset == "small" else f"training {options.preset}"
+        write_block(PAGE, block, page(results, options.threads, matmul))
     measured = {
         stage: {side: [asdict(result) for result in measurements] for side, measurements in sides.items()}
         for stage, sides in runs.items()
@@ -400,6 +416,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="how often every side is measured [3]")
     parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--preset", choices=("small", "3v"), default="small", help="the model that is trained [small]")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--against", nargs="+", choices=[side for side in SIDES if side not in OURS], help="[both]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side [all cores]")

@@ -101,6 +101,7 @@ def test_crowded(threads, cores, others, answer, monkeypatch):
     assert crowded(others) is answer
 
 
+@pytest.mark.long
 def test_a_busy_process_is_noticed_and_its_end_too_and_every_bit_stays(tmp_path):
     """In a process of its own; what others use is told to it, since this machine is never quiet while tests run."""
     script = tmp_path / "watched.py"

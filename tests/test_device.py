@@ -30,6 +30,7 @@ def test_auto_is_what_the_device_has(asked, kind, monkeypatch):
     assert device.resolve_dtype(torch.device("cpu"), "auto") == "float32"
 
 
+@pytest.mark.long
 def test_determinism_is_strict_and_reaches_cublas():
     """In a process of its own, since it is for the whole of it."""
     script = (

@@ -36,6 +36,7 @@ def fork(tmp_path, prepare, env=None, args=("--version",)):
     return process, *paths[1:]
 
 
+@pytest.mark.long
 def test_it_has_a_session_a_folder_an_environment_and_files_of_its_own(tmp_path):
     process, out, err = fork(tmp_path, show_all_of_its_own, {"A_NAME": "a value"})
     assert process.wait(60) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Result
-from benchmarks.material import make_pictures, write_clip, write_rows, write_weights
+from benchmarks.material import make_pictures, write_rows, write_tower, write_weights
 
 SEED = 42
 ROWS = {"pretrain": 4096, "sft": 1024, "large": 512}  # `large`: for decoding only
@@ -39,6 +39,6 @@ def material(card: Card, result: Result) -> None:
             pictures = [picture for job in jobs for picture in job.result()]
             write_rows(card.folder, stage, pictures, rng)
             result[stage] = {"rows": len(pictures), "bytes_a_picture": sum(map(len, pictures)) // len(pictures)}
-    write_clip(card.folder / "clip", card.tower, SEED)
+    write_tower(card.folder / "vision", card.tower, SEED)
     write_weights(card.folder / "weights.safetensors", card.text("small"), SEED)
     card.reference = curve.start(card.tiny)

@@ -50,7 +50,7 @@ def configure(card: Card, preset: str, stage: str, data: str | None = None, **op
         "data.workers": 1 if card.tiny else None,
         "data.batch_size": 2 if card.tiny else None,
         "data.max_length": (300 if stage == "pretrain" else 800) if card.tiny else None,
-        "vision_model": card.folder / "clip",
+        "vision_model": card.folder / "vision",
         "init": card.folder / "weights.safetensors" if preset == "small" else NO_INIT,
         "out": card.folder / "out",
         "features": "off",

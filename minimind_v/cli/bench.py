@@ -17,7 +17,7 @@ from minimind_v.core.paths import STANDARD_PRESET
 def bench(
     preset: Annotated[
         str,
-        typer.Option(metavar="NAME", help=f"Model size: {', '.join(PRESETS)}.", autocompletion=complete(*PRESETS)),
+        typer.Option(metavar="NAME", help=f"Model size: {', '.join(PRESETS)}.", autocompletion=complete(PRESETS)),
     ] = STANDARD_PRESET,
     device: options.Device = "auto",
     json: options.Json = False,

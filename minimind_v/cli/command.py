@@ -15,13 +15,22 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from minimind_v.cli.terminal import Terminal, Verbosity
+from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.errors import UsageError, nearest, unusable
+from minimind_v.core.export.targets import TARGETS
 
 CHOICES = re.compile(r"(?:Value error, )?('(?P<word>[^']*)' is not one of (?P<choices>.+?))\.?$")
 # Groups of options in a command's help, in this order.
 REQUIRED, COMMON, ADVANCED, OUTPUT = "Required", "Common options", "Advanced options", "Output and help"
 # Groups of commands in the help of `mmv`, in this order.
 PIPELINE, DATA, RUNS, MACHINE = "The pipeline", "Data", "Runs and models", "This machine"
+
+# What stands in a help for the names of a table that extensions may add to; it is replaced when the help is shown.
+POLICIES, FORMATS = "{policies}", "{formats}"
+LISTED: dict[str, Callable[[], str]] = {
+    POLICIES: lambda: ", ".join(FREEZE_POLICIES),
+    FORMATS: lambda: "; ".join(f"{name}: {target.help}" for name, target in TARGETS.items()),
+}
 
 advanced = partial(typer.Option, rich_help_panel=ADVANCED)
 output = partial(typer.Option, rich_help_panel=OUTPUT)
@@ -30,6 +39,7 @@ Verbose = Annotated[bool, output("-v", "--verbose", help="Show more detail.")]
 Quiet = Annotated[bool, output("-q", "--quiet", help="Show only results and errors.")]
 Debug = Annotated[bool, output("--debug", help="Show the traceback of an error.")]
 
+Records = list[tuple[str, str]]  # names and help
 Table = Mapping[str, tuple[Any, Any]]  # option → its annotation and its default
 VERBOSITY: Table = {"verbose": (Verbose, False), "quiet": (Quiet, False), "debug": (Debug, False)}
 
@@ -67,22 +77,28 @@ class Command(TyperCommand):
         """The message about arguments that the command does not take; `values` are those of the options, by name."""
         return f"{' '.join(map(repr, extra))}: too many words — put one argument of several words in quotes"
 
+    def groups(self, ctx: Any) -> dict[str, Records]:
+        """The arguments and options by group, in the order of the help."""
+        return _in_groups(_options(self, ctx), (REQUIRED, COMMON, ADVANCED, OUTPUT))
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        _write_groups(formatter, _options_by_group(self, ctx), (REQUIRED, COMMON, ADVANCED, OUTPUT))
+        _write(formatter, self.groups(ctx))
 
 
 class Group(TyperGroup):
     """`mmv` itself, or a command with commands of its own."""
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+    def groups(self, ctx: Any) -> dict[str, Records]:
+        """The commands, and then the options, by group, in the order of the help."""
         rows = [
             (getattr(command, "rich_help_panel", None) or "Commands", (name, command.get_short_help_str(200)))
-            for name, command in commands
+            for name, command in ((name, self.commands[name]) for name in self.list_commands(ctx))
             if not command.hidden
         ]
-        _write_groups(formatter, rows, (PIPELINE, DATA, RUNS, MACHINE))
-        _write_groups(formatter, _options_by_group(self, ctx), (COMMON, OUTPUT))
+        return _in_groups(rows, (PIPELINE, DATA, RUNS, MACHINE)) | _in_groups(_options(self, ctx), (COMMON, OUTPUT))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write(formatter, self.groups(ctx))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[:2] == ["train", "plan"]:
@@ -91,7 +107,7 @@ class Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _options_by_group(command: Any, ctx: Any) -> list[tuple[str, tuple[str, str]]]:
+def _options(command: Any, ctx: Any) -> list[tuple[str, tuple[str, str]]]:
     """The name and help of each option, with its group; arguments come first."""
     rows = []
     for param in sorted(command.get_params(ctx), key=lambda param: param.param_type_name != "argument"):
@@ -100,16 +116,24 @@ def _options_by_group(command: Any, ctx: Any) -> list[tuple[str, tuple[str, str]
             general = param.name in ("help", "install_completion", "show_completion")
             group = OUTPUT if general else REQUIRED if param.required else COMMON
         if record := param.get_help_record(ctx):
-            rows.append((group, record))
+            name, text = record
+            for mark, names in LISTED.items():
+                text = text.replace(mark, names()) if mark in text else text
+            rows.append((group, (name, text)))
     return rows
 
 
-def _write_groups(formatter: Any, rows: Sequence[tuple[str, tuple[str, str]]], order: Iterable[str]) -> None:
-    """Write each group under its name: those of `order` first."""
-    for group in dict.fromkeys([*order, *(name for name, _ in rows)]):
-        if records := [record for name, record in rows if name == group]:
-            with formatter.section(group):
-                formatter.write_dl(records)
+def _in_groups(rows: Sequence[tuple[str, tuple[str, str]]], order: Iterable[str]) -> dict[str, Records]:
+    """The records of each group that has any: the groups of `order` first."""
+    names = dict.fromkeys([*order, *(name for name, _ in rows)])
+    groups = {name: [record for group, record in rows if group == name] for name in names}
+    return {name: records for name, records in groups.items() if records}
+
+
+def _write(formatter: Any, groups: dict[str, Records]) -> None:
+    for name, records in groups.items():
+        with formatter.section(name):
+            formatter.write_dl(records)
 
 
 def register(

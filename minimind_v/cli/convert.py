@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.command import advanced
+from minimind_v.cli.command import FORMATS, advanced
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import one_of
 from minimind_v.core.errors import UsageError
@@ -35,8 +35,8 @@ def convert(
         typer.Option(
             "--to",
             metavar="NAME",
-            help="; ".join(f"{name}: {target.help}" for name, target in TARGETS.items()) + ".",
-            autocompletion=options.complete(*TARGETS),
+            help=f"{FORMATS}.",
+            autocompletion=options.complete(TARGETS),
         ),
     ],
     model: options.Model = None,

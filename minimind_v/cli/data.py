@@ -10,27 +10,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import data_view, options
-from minimind_v.cli.command import Group, advanced, register
+from minimind_v.cli.command import Debug, Group, Quiet, Verbose, advanced, register, set_verbosity
 from minimind_v.cli.data_view import File, StageOfRows
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import open_all
-from minimind_v.core.paths import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.curate.check import Report
     from minimind_v.core.rows.row import RowStore
 
-data = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Inspect and convert rows: check, stats, preview, convert, split."
-)
+data = typer.Typer(cls=Group, no_args_is_help=True)
+
+
+@data.callback()
+def root(verbose: Verbose = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Inspect and convert rows: check, stats, preview, convert, split."""
+    set_verbosity(verbose, quiet, debug)
 
 
 def check(
     file: File,
     split: options.Split = None,
     images: options.Images = None,
-    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    preset: options.PresetOfRows = None,
+    tokenizer: options.TokenizerOfRows = None,
     vision_model: options.VisionOfRows = None,
     stage: StageOfRows = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row. [default: that of the stage]")] = None,
@@ -58,7 +62,7 @@ def check(
         find_target(fix, overwrite, file, images or images_beside(file), against)
     terminal = Terminal()
     recipe, rows, encoder, spec = data_view.open_data(
-        terminal, file, split, images, tokenizer, vision_model, stage, against
+        terminal, file, split, images, preset, tokenizer, vision_model, stage, against
     )
     length = max_length or recipe.data.max_length
     dataset = RowDataset.for_spec(rows, encoder, spec, length)

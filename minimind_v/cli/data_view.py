@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,14 +13,12 @@ from minimind_v.cli.command import advanced
 from minimind_v.cli.run_options import Stage
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import MmvError, UsageError, open_all
-from minimind_v.core.paths import TOKENIZER_DIR
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.config.generation import Generation
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.tokenizer import Tokenizer
     from minimind_v.core.model.vision.spec import VisionSpec
     from minimind_v.core.rows.row import RowStore
 
@@ -43,7 +39,8 @@ def stats(
     file: File,
     split: options.Split = None,
     images: options.Images = None,
-    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    preset: options.PresetOfRows = None,
+    tokenizer: options.TokenizerOfRows = None,
     vision_model: options.VisionOfRows = None,
     stage: StageOfRows = None,
     limit: Annotated[
@@ -62,7 +59,7 @@ def stats(
     terminal = Terminal()
     if html:
         check_page(html)
-    recipe, store, encoder, _ = open_data(terminal, file, split, images, tokenizer, vision_model, stage)
+    recipe, store, encoder, _ = open_data(terminal, file, split, images, preset, tokenizer, vision_model, stage)
     with terminal.progress("rows") as progress:
         report = describe_rows(store, encoder, recipe, time_of, limit, progress)
     if html:
@@ -79,7 +76,8 @@ def preview(
     file: File,
     split: options.Split = None,
     images: options.Images = None,
-    tokenizer: options.TokenizerDir = TOKENIZER_DIR,
+    preset: options.PresetOfRows = None,
+    tokenizer: options.TokenizerOfRows = None,
     vision_model: options.VisionOfRows = None,
     stage: StageOfRows = None,
     rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 12,
@@ -96,7 +94,7 @@ def preview(
 
     terminal = Terminal()
     check_page(html)
-    recipe, store, encoder, spec = open_data(terminal, file, split, images, tokenizer, vision_model, stage)
+    recipe, store, encoder, spec = open_data(terminal, file, split, images, preset, tokenizer, vision_model, stage)
     previewer = Previewer(store, encoder, spec, recipe)
     chosen = previewer.choose(rows, seed, start)
     if not chosen:
@@ -117,7 +115,8 @@ def open_data(
     file: Path,
     split: str | None,
     images: Path | None,
-    tokenizer: Path,
+    preset: str | None,
+    tokenizer: Path | None,
     vision_model: Path | None,
     stage: Stage | None,
     against: Path | None = None,
@@ -125,13 +124,12 @@ def open_data(
     """The recipe of the stage, the rows, the prompt encoder and the vision spec.
 
     Without a vision model, rows are counted for the encoder of the presets. Raises one MissingInput that names every
-    missing file, the held-out rows `against` included.
+    missing file, the held-out rows `against` included; WeightsError for a mix of generations, as training does.
     """
     from minimind_v.core.config.load import build_config
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.data.tokenizer import Tokenizer
+    from minimind_v.core.formats.generations import open_spec, open_tokenizer
     from minimind_v.core.model.projector import projected
-    from minimind_v.core.model.vision.spec import read_vision_spec
     from minimind_v.core.rows.pictures import find_pictures
     from minimind_v.core.rows.stores import find_rows, open_rows
 
@@ -140,16 +138,16 @@ def open_data(
         if stage is None:
             stage = Stage.sft
             terminal.say("reading as sft data (--stage pretrain for the other stage)")
-    load_tokenizer = cache(lambda: Tokenizer.load(tokenizer))
-    generation = _generation_of(load_tokenizer)
-    given = {"data": file, "split": split, "images": images, "tokenizer": tokenizer, "vision_model": vision_model}
-    recipe = build_config(stage.value, options=given | {"preset": generation.preset})
+    generation = _generation_of(preset, tokenizer)
+    given = {"data": file, "split": split, "images": images, "preset": preset or generation.preset,
+             "tokenizer": tokenizer, "vision_model": vision_model}  # fmt: skip
+    recipe = build_config(stage.value, options=given)
     tower = None if vision_model else generation.towers[0]
     _, _, tokens, spec, _ = open_all(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
-        load_tokenizer,
-        lambda: projected(read_vision_spec(recipe.vision_model, tower), recipe.projector),
+        lambda: open_tokenizer(recipe.data.tokenizer, None, generation, None),
+        lambda: projected(open_spec(recipe.vision_model, generation, None, tower), recipe.projector),
         lambda: against and find_rows(against),
     )
     store = open_rows(file, recipe.data.images, split, terminal.say)
@@ -161,11 +159,16 @@ def open_data(
     return recipe, store, PromptEncoder(tokens, spec.tokens_per_image), spec
 
 
-def _generation_of(load_tokenizer: Callable[[], Tokenizer]) -> Generation:
-    """The generation of models whose prompts a tokenizer is made for; that of 2025 for one that cannot be opened."""
-    from minimind_v.core.config.generation import V2025, V2026
+def _generation_of(preset: str | None, tokenizer: Path | None) -> Generation:
+    """The generation of a preset, else of the models whose prompts a tokenizer is made for, else that of 2025."""
+    from minimind_v.core.config.generation import V2025, V2026, generation_of
+    from minimind_v.core.config.presets import PRESETS, check_preset
+    from minimind_v.core.data.tokenizer import Tokenizer
 
+    if preset is not None:
+        check_preset(preset)
+        return generation_of(PRESETS[preset])
     with contextlib.suppress(MmvError):
-        if load_tokenizer().layout == V2026.layout:
+        if Tokenizer.load(tokenizer or V2025.tokenizer).layout == V2026.layout:
             return V2026
     return V2025

@@ -13,11 +13,12 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal, command_line
+from minimind_v.core.config.generation import Generation, generation_of
 from minimind_v.core.config.load import build_config
 from minimind_v.core.config.presets import PRESETS, check_preset, weights_name
-from minimind_v.core.errors import MissingInput
+from minimind_v.core.errors import MissingInput, MmvError
 from minimind_v.core.files import size_of
-from minimind_v.core.hub.sources import find_weights, how_to_pretrain, sources_of
+from minimind_v.core.hub.sources import WEIGHTS_ENDINGS, find_weights, how_to_pretrain, sources_of
 from minimind_v.core.paths import DEMO_DIR, OUT_DIR, STANDARD_PRESET
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow", "pillow", "numpy")
@@ -27,7 +28,7 @@ def doctor(
     preset: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help=f"Model size: {', '.join(PRESETS)}.", autocompletion=options.complete(*PRESETS)
+            metavar="NAME", help=f"Model size: {', '.join(PRESETS)}.", autocompletion=options.complete(PRESETS)
         ),
     ] = STANDARD_PRESET,
     json: options.Json = False,
@@ -72,11 +73,35 @@ def doctor(
         "pretrained weights": (out / weights_name("pretrain", sft.model), how_to_pretrain(preset)),
         "sft data": (sft.data.file, get["dataset"]),
     }
+    generation = generation_of(sft.model)
     for name, (path, command) in inputs.items():
-        report[name] = f"found, {path}" if path.exists() else f"missing, {path} — `{command}`"
+        if not path.exists():
+            report[name] = f"missing, {path} — `{command}`"
+        elif trouble := _trouble(name, path, command, generation):
+            report[name] = f"wrong, {trouble}"
+        else:
+            report[name] = f"found, {path}"
     report |= _demo()
     terminal = Terminal()
     terminal.json(report) if json else terminal.table(report)
+
+
+def _trouble(name: str, path: Path, command: str, generation: Generation) -> str | None:
+    """Why a file is not an input of this generation: the names of both are the same; None where it is one."""
+    from minimind_v.core.formats.checkpoint import generation_at
+    from minimind_v.core.formats.generations import open_spec, open_tokenizer
+
+    theirs = generation_at(path) if path.suffix in WEIGHTS_ENDINGS else None
+    if theirs is not None and theirs is not generation:
+        return f"{path} has weights of {theirs.name}, not of {generation.name} — `{command}`"
+    try:
+        if name == "vision model":
+            open_spec(path.parent, generation, None)
+        if name == "tokenizer":
+            open_tokenizer(path.parent, None, generation, None)
+    except MmvError as error:
+        return str(error)
+    return None
 
 
 def _demo() -> dict[str, str]:

@@ -15,6 +15,8 @@ from minimind_v.cli.command import advanced
 from minimind_v.cli.run_options import Stage
 from minimind_v.cli.terminal import BytesProgress, Terminal
 from minimind_v.core.errors import UsageError
+from minimind_v.core.hub.sources import PUBLISHED
+from minimind_v.core.paths import STANDARD_PRESET
 
 if TYPE_CHECKING:
     from minimind_v.core.hub.wanted import Item
@@ -39,16 +41,6 @@ class Hub(str, Enum):
     modelscope = "modelscope"
 
 
-class Preset(str, Enum):
-    """The published sizes."""
-
-    small = "small"
-    base = "base"
-    moe = "moe"
-    v3 = "3v"
-    v3_moe = "3v-moe"
-
-
 def download(
     what: Annotated[What, typer.Argument(metavar="WHAT", help="The files to download.")] = What.all,
     hub: Annotated[Hub, typer.Option("--hub", help="auto: hf, then modelscope if hf fails.")] = Hub.auto,
@@ -59,7 +51,12 @@ def download(
     revision: Annotated[
         str | None, advanced("--revision", metavar="NAME", help="Branch, tag or commit. [default: the pinned one]")
     ] = None,
-    preset: Annotated[Preset, typer.Option("--preset", help="Size of the language model.")] = Preset.small,
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help=f"Model size: {', '.join(PUBLISHED)}.", autocompletion=options.complete(PUBLISHED)
+        ),
+    ] = STANDARD_PRESET,
     root: Annotated[
         Path, typer.Option("--dir", metavar="DIR", help="Folder that gets model/, dataset/ and out/.")
     ] = Path(),
@@ -78,17 +75,19 @@ def download(
     Complete files stay as they are. If interrupted, run it again: it resumes. Every file is verified.
     """
     from minimind_v.core.config.presets import PRESETS, weights_name
+    from minimind_v.core.config.schema import one_of
     from minimind_v.core.hub.fetch import HUBS, Download
     from minimind_v.core.hub.sources import SPLITS
     from minimind_v.core.hub.wanted import download_parts
 
+    one_of("preset", preset, PUBLISHED)
     if (sample or split) and what not in (What.all, What.dataset):
         raise UsageError(f"--{'sample' if sample else 'split'} is only for `dataset` and `all`, not for `{what.value}`")
     if endpoint is not None and not endpoint.startswith(("http://", "https://")):
         raise UsageError(f"--endpoint {endpoint}: must begin with https:// or http://")
     terminal = Terminal()
-    file_of = partial(weights_name, config=PRESETS[preset.value])
-    groups = download_parts(what.value, root, preset.value, file_of, (split.value,) if split else SPLITS, sample)
+    file_of = partial(weights_name, config=PRESETS[preset])
+    groups = download_parts(what.value, root, preset, file_of, (split.value,) if split else SPLITS, sample)
     hubs = HUBS if hub is Hub.auto else (hub.value,)
     with BytesProgress(terminal) as progress:
         download = Download(groups, hubs, progress, endpoint, revision)

@@ -43,7 +43,7 @@ def evaluate(
     dtype: Annotated[
         str,
         advanced(
-            metavar="TYPE", help=f"Type of the computation: {', '.join(DTYPES)}.", autocompletion=complete(*DTYPES)
+            metavar="TYPE", help=f"Type of the computation: {', '.join(DTYPES)}.", autocompletion=complete(DTYPES)
         ),
     ] = "auto",
     vision_model: options.VisionOfModel = None,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_v.cli.command import advanced, output
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.errors import UsageError
+from minimind_v.core.extensions import load_extensions
 from minimind_v.core.paths import OUT_DIR, TOKENIZER_DIR, VISION_DIR
 
 if TYPE_CHECKING:
@@ -46,10 +50,13 @@ VisionOfRows = Annotated[
     _folder(
         "--vision-model",
         "vision_model",
-        f"Folder of the vision encoder. [default: {VISION_DIR}; without it, the sizes of the preset's encoder]",
+        f"Folder of the vision encoder. [default: that of --preset, {VISION_DIR}; without it, the preset's sizes]",
     ),
 ]
-TokenizerDir = Annotated[Path, _folder("--tokenizer", "tokenizer", "Folder of tokenizer.json.")]
+TokenizerOfRows = Annotated[
+    Path | None,
+    _folder("--tokenizer", "tokenizer", f"Folder of tokenizer.json. [default: that of --preset, {TOKENIZER_DIR}]"),
+]
 # The same beside --model, which may be a folder that has both.
 VisionOfModel = Annotated[
     Path | None,
@@ -87,9 +94,27 @@ Json = Annotated[bool, output("--json", help="Print one JSON object and nothing 
 Overwrite = Annotated[bool, advanced("--overwrite", help="Replace existing files.")]
 
 
-def complete(*choices: str) -> Callable[[str], Iterable[str]]:
-    """The shell completion of an option with these values."""
-    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+def complete(choices: Iterable[str]) -> Callable[[str], Iterable[str]]:
+    """The shell completion of an option with these values, those of extensions among them."""
+
+    def completed(incomplete: str) -> list[str]:
+        with suppress(UsageError):
+            load_extensions()
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return completed
+
+
+PresetOfRows = Annotated[
+    str | None,
+    advanced(
+        "--preset",
+        metavar="NAME",
+        help="Model size: its tokenizer and vision encoder read the rows. [default: small, or the generation of "
+        "--tokenizer]",
+        autocompletion=complete(PRESETS),
+    ),
+]
 
 
 def folder(name: str, standard: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.command import ADVANCED, Table, advanced
+from minimind_v.cli.command import ADVANCED, POLICIES, Table, advanced
 from minimind_v.cli.options import ENVIRONMENT, complete
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
@@ -56,7 +56,7 @@ RUN_OPTIONS: Table = {
     "images": (options.Images, None),
     "out": _common(Path, "Folder of weights and metrics.", metavar="DIR", envvar=ENVIRONMENT["out"]),
     "preset": _common(
-        str, f"Model size: {', '.join(PRESETS)}. [default: small]", metavar="NAME", autocompletion=complete(*PRESETS)
+        str, f"Model size: {', '.join(PRESETS)}. [default: small]", metavar="NAME", autocompletion=complete(PRESETS)
     ),
     "init": _common(
         Path, "Weights to start from; `none` starts from random weights. [default: those of the stage before]",
@@ -70,8 +70,7 @@ RUN_OPTIONS: Table = {
     "accumulate": _common(int, "Micro-batches per step."),
     "lr": _common(float, "Learning rate. It falls from 1.1 × this value (presets 3v: 1 ×) to 0.1 × this value."),
     "freeze": _common(
-        str, f"Trainable weights: {', '.join(FREEZE_POLICIES)}.", metavar="POLICY",
-        autocompletion=complete(*FREEZE_POLICIES),
+        str, f"Trainable weights: {POLICIES}.", metavar="POLICY", autocompletion=complete(FREEZE_POLICIES),
     ),
     "device": _common(str, "auto, cpu, cuda, cuda:1, mps …", metavar="NAME", envvar=ENVIRONMENT["device"]),
     "gpus": _common(int, "Number of GPUs on this machine; with --device cpu, number of processes."),
@@ -93,7 +92,7 @@ RUN_OPTIONS: Table = {
     "val_every": _advanced(int, "Steps between two validations on held-out rows; 0: no validation."),
     "seed": _advanced(int, "Seed of the order of rows and of new weights."),
     "dtype": _advanced(
-        str, f"Type of the computation: {', '.join(DTYPES)}.", metavar="TYPE", autocompletion=complete(*DTYPES)
+        str, f"Type of the computation: {', '.join(DTYPES)}.", metavar="TYPE", autocompletion=complete(DTYPES)
     ),
     "deterministic": (
         Annotated[
@@ -105,12 +104,12 @@ RUN_OPTIONS: Table = {
     ),
     "features": _advanced(
         str, f"Cache the features of the vision encoder on disk: {', '.join(FEATURES)}.", metavar="CHOICE",
-        autocompletion=complete(*FEATURES),
+        autocompletion=complete(FEATURES),
     ),
     "workers": _advanced(int, "Processes that prepare batches, per GPU."),
     "track": _advanced(
         str, f"Send metrics to a tracker: {', '.join(TRACKERS)}.", metavar="TRACKER",
-        autocompletion=complete(*TRACKERS),
+        autocompletion=complete(TRACKERS),
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The standard folders, relative to the working folder, and the names of model sizes that decide them."""
+"""The standard folders, relative to the working folder, and the standard model size."""
 
 from __future__ import annotations
 
@@ -15,4 +15,3 @@ OUT_DIR = Path("out")
 DEMO_DIR = Path("demo")  # of `mmv demo`: it has all the others inside
 
 STANDARD_PRESET = "small"
-PRESETS_3V = ("3v", "3v-moe")  # the presets of minimind-3v

@@ -166,6 +166,7 @@ def test_the_command_trains_there(tmp_path, apple):
     assert (tmp_path / "pretrain_vlm_128.pth").is_file()
 
 
+@pytest.mark.long
 def test_speed_is_forecast_and_measured_there(apple, monkeypatch):
     forecast = estimate(replace(sft(PRESETS["demo"]), vision_model=EYE), TypicalRow(80, 1, 10), 100, 10)
     assert forecast.seconds, forecast.how

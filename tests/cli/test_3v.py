@@ -73,6 +73,7 @@ def test_weights_are_converted_and_back(project, ending):
     assert read_checkpoint(again).config == read_checkpoint(weights).config
 
 
+@pytest.mark.long
 def test_a_folder_for_transformers_is_described_and_evaluated(project):
     model = ("--model", "parts/whole.pth", "--vision-model", "parts/siglip", "--tokenizer", "parts/words")
     ended = run_mmv("convert", "--to", "hf", *model, "--out", "export")

@@ -266,7 +266,7 @@ def thinker(monkeypatch, tmp_path):
             model=sighted_model(), tokenizer=vocabulary, checkpoint=SimpleNamespace(path="weights")
         )
         monkeypatch.setattr("minimind_v.cli.options.load", lambda *args: loaded)
-        monkeypatch.setattr("minimind_v.core.generate.session.Sampler", lambda sampling: lambda logits: ids.pop(0))
+        monkeypatch.setattr("minimind_v.core.generate.session.Sampler", lambda sampling: lambda *_: ids.pop(0))
 
     return draw
 

@@ -80,13 +80,15 @@ def test_a_second_run_asks_nobody_and_is_quick(hub, tmp_path):
     hub.delay = 0
     assert installed(*command(hub, tmp_path)).code == 0
     hub.forget()
-    seconds = []
+    times = {"--version": [], "download": []}
     for _ in range(3):
-        began = time.perf_counter()
-        assert installed(*command(hub, tmp_path), "--json").json["transferred"] == 0
-        seconds.append(time.perf_counter() - began)
+        for name, arguments in (("--version", ["--version"]), ("download", [*command(hub, tmp_path), "--json"])):
+            began = time.perf_counter()
+            ended = installed(*arguments)
+            times[name].append(time.perf_counter() - began)
+        assert ended.json["transferred"] == 0
     assert hub.requests == []
-    assert min(seconds) < 1
+    assert min(times["download"]) < 3 * min(times["--version"])  # a start of the program, on a busy machine too
 
 
 def test_progress_is_reported_in_lines_without_a_terminal(hub, tmp_path):

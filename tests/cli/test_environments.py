@@ -20,6 +20,7 @@ def nobody(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}["uid not found"])
 
 
+@pytest.mark.long
 def test_commands_work_without_a_home(nobody, tiny_data, sighted, tmp_path, monkeypatch):
     data = ("--images", tiny_data.images("sft"))
     export = ("convert", "--model", sighted, *SIGHT, "--to", "hf", "--out", tmp_path / "hf")
@@ -47,6 +48,7 @@ def run(*args, stdin="", **environment):
     return done.stdout.decode("ascii")
 
 
+@pytest.mark.long
 def test_a_question_is_utf_8_wherever_it_comes_from(sighted):
     args = ("chat", "--model", sighted, *SIGHT, "--greedy", "--max-new-tokens", 8)
     question = "有几个物体？"

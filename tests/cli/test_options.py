@@ -12,7 +12,7 @@ from tests.cli.harness import ASSETS, EYE, MMV, run_mmv
 
 COMMANDS = (
     "download", "train", "eval", "chat", "convert", "plan", "runs", "report", "info", "upload", "demo", "doctor",
-    "bench", "data check", "data stats", "data preview", "data convert", "data split",
+    "bench", "data", "data check", "data stats", "data preview", "data convert", "data split",
 )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def test_quiet_shows_results_and_errors_only(tiny_data, tmp_path):
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert refused.error
     assert run_mmv("-q", *line, "--overwrite").err == ""
+    assert run_mmv("data", "-q", *line[1:], "--overwrite").err == ""
 
 
 def test_verbose_shows_more(tiny_data, tmp_path):

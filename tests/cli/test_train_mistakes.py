@@ -208,6 +208,7 @@ def broken(tiny_data, tmp_path):
     return make
 
 
+@pytest.mark.long
 def test_a_few_broken_rows_are_named_and_counted(tiny_data, broken, tmp_path):
     data = broken(300, 7, 90, 201)
     ended = run_mmv(*tiny_data.train(tmp_path / "out", data=data, batch_size=60, workers=1, epochs=2, max_steps=7))

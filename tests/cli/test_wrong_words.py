@@ -118,6 +118,7 @@ def test_no_option_is_named_that_a_command_lacks(tmp_path, monkeypatch):
         assert "--data" not in run_mmv("data", command, "none.jsonl", "--tokenizer", ASSETS).error
 
 
+@pytest.mark.long
 def test_a_copy_without_faults_ends_well_and_one_that_cannot_be_written_does_not(tiny_data, tmp_path):
     rows = write_rows(tmp_path / "sft.jsonl", ["{", *read_rows(tiny_data.data("sft"))[:4]])
     line = ("data", "check", rows, "--images", tiny_data.images("sft"), *SIGHT)

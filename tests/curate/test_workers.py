@@ -30,10 +30,10 @@ def test_repetitions_are_those_of_a_dictionary():
                 index_of.setdefault(digest, index)
     before = [next((first[digest] for digest in some if first[digest] < n), -1) for n, some in enumerate(rows)]
     repeated = [next((kept[digest] for digest in some if digest in kept), -1) for some in rows]
-    assert ours.seen_before(60).tolist() == before
-    assert ours.seen_in(theirs, 60).tolist() == repeated
+    assert ours.earlier_copies(60).tolist() == before
+    assert ours.copies_in(theirs, 60).tolist() == repeated
     assert len({*before, *repeated}) > 10
-    assert Digests().seen_before(2).tolist() == ours.seen_in(Digests(), 60)[:2].tolist() == [-1, -1]
+    assert Digests().earlier_copies(2).tolist() == ours.copies_in(Digests(), 60)[:2].tolist() == [-1, -1]
 
 
 def test_packed_items_come_back_in_order():

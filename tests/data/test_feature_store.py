@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from minimind_v.core.data import feature_store as store_module
-from minimind_v.core.data.feature_layout import Form
+from minimind_v.core.data.feature_layout import FeatureLayout
 from minimind_v.core.data.feature_store import FeatureStore, digest, measure_reading
 
-FORM = Form("float32", patches=4, width=8)
+FORM = FeatureLayout("float32", patches=4, width=8)
 PLENTY = 1 << 30
 
 
@@ -27,7 +27,7 @@ def key(number: int) -> bytes:
     return digest(str(number).encode())
 
 
-def features(number: int, form: Form = FORM) -> torch.Tensor:
+def features(number: int, form: FeatureLayout = FORM) -> torch.Tensor:
     """Those of picture `number`, which nobody could mistake for another's."""
     return torch.randn(form.patches, form.width, generator=torch.Generator().manual_seed(number))
 
@@ -59,14 +59,14 @@ def test_what_is_written_is_read_bit_for_bit(store):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_other_types(kind, tmp_path):
-    form = Form(kind, 4, 8)
+    form = FeatureLayout(kind, 4, 8)
     store = FeatureStore(tmp_path / "eye", form, PLENTY)
     fill(store, [3])
     assert torch.equal(store.read(key(3)), form.rounded(features(3)))
 
 
 def test_eight_bits_are_within_half_a_level_per_token(tmp_path):
-    form = Form("int8", patches=4, width=8)
+    form = FeatureLayout("int8", patches=4, width=8)
     store = FeatureStore(tmp_path / "eye", form, PLENTY)
     given = features(0, form) * torch.tensor([1e-6, 1.0, 1e4, 0.0])[:, None]  # tokens of very different size
     store.write([key(0)], given[None])
@@ -99,6 +99,7 @@ def _write_in_a_process(folder, first):
         fill(store, range(begin, begin + 4))
 
 
+@pytest.mark.long
 def test_two_processes_write_at_once(store):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write_in_a_process, args=(store.folder, first)) for first in (0, 100)]

@@ -458,19 +458,19 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_walked():
     whole = bytearray(encoded(smooth(64, 64), "JPEG", progressive=True))
     struct.pack_into(">HH", whole, whole.find(b"\xff\xc2") + 5, 9990, 10_000)
     last = whole.rfind(b"\xff\xda")
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert "scans" in str(refused(bytes(whole[:last] + whole[last:-2] * 1000 + whole[-2:])))
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_text_in_a_png_unpacks_to_no_gigabytes(monkeypatch):
     whole = encoded(smooth(8, 8), "PNG")
     packed = zlib.compress(bytes(50_000_000))
     many = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 200
-    begun = time.perf_counter()
+    begun = time.process_time()
     for extra in (chunk(b"zTXt", b"a\0\0" + packed), chunk(b"iCCP", b"a\0\0" + packed), many):
         assert (load_pixels(whole[:33] + extra + whole[33:], "bomb", SIZE) == load_pixels(whole, "plain", SIZE)).all()
-    assert time.perf_counter() - begun < 1, "nothing is unpacked"
+    assert time.process_time() - begun < 1, "nothing is unpacked"
 
 
 def test_a_tiff_with_tiles_larger_than_any_picture_is_refused():
@@ -491,10 +491,10 @@ def test_a_webp_that_would_take_gigabytes_is_refused():
     ("width", "height"), [(10_001, 10_000), (13_000, 13_000), (65_535, 65_535), (2**31 - 1, 2**31 - 1)]
 )
 def test_a_decompression_bomb_is_refused_by_its_header(width, height):
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert refused(png_header(width, height)).kind == "picture too large"
     assert refused(b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + bytes(3) + b",").kind.startswith("picture")
-    assert time.perf_counter() - begun < 3
+    assert time.process_time() - begun < 3
 
 
 def test_postscript_is_never_run(monkeypatch):
@@ -618,7 +618,7 @@ def test_a_progressive_jpeg_that_lacks_its_last_scans_is_refused():
 @pytest.mark.parametrize("kind", ["baseline", "progressive", "grey"])
 def test_scans_of_every_jpeg_are_counted(kind):
     """Baseline with a scan for every component, again and again: three kilobytes took minutes."""
-    begun = time.perf_counter()
+    begun = time.process_time()
     whole = encoded(smooth(64, 64), "JPEG", progressive=kind == "progressive")
     frame = whole.find(b"\xff\xc2" if kind == "progressive" else b"\xff\xc0")
     head = bytearray(whole[: whole.find(b"\xff\xda")])
@@ -626,15 +626,15 @@ def test_scans_of_every_jpeg_are_counted(kind):
     scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" + b"\x12\x34"
     for count in (300, 50):
         assert "scans" in str(refused(bytes(head) + scan * count + END))
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_headers_without_end_are_refused_before_they_are_read():
     whole = encoded(smooth(64, 64), "JPEG")
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert "segments" in str(refused(whole[:2] + b"\xff\xe5\0\2" * 1_000_000 + whole[2:]))
     assert "segments" in str(refused(whole[:2] + bytes(20_000_000) + whole[2:]))
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 def test_exif_that_unpacks_to_gigabytes_costs_no_picture():
@@ -711,9 +711,9 @@ def test_text_between_the_pixels_of_a_png_is_passed_over():
 
 
 def test_a_png_of_a_million_chunks_is_refused():
-    whole, begun = encoded(noise(60, 40), "PNG"), time.perf_counter()
+    whole, begun = encoded(noise(60, 40), "PNG"), time.process_time()
     assert "chunks" in str(refused(whole[:33] + chunk(b"IDAT", b"") * 1_000_000 + whole[33:]))
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 # --- other files that take more than they are -------------------------------------------------------------------------
@@ -728,11 +728,11 @@ def tiff_of(fields: dict[int, tuple[int, int, int]], behind: int) -> bytes:
 def test_a_tiff_whose_fields_are_larger_than_it_is_refused():
     overlapping = {0x8000 + number: (7, 900_000, 8) for number in range(2000)}
     strips = {257: (4, 1, 500_000), 278: (4, 1, 1), 273: (4, 500_000, 200), 279: (4, 500_000, 200)}
-    begun = time.perf_counter()
+    begun = time.process_time()
     for data in (tiff_of(overlapping, 1_000_000), tiff_of(strips, 4_000_000)):
         assert "directory is larger than the file" in str(refused(data))
     assert load_pixels(tiff_of({}, 500), "small", SIZE).shape == (3, SIZE, SIZE)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_large_ppms_that_are_read_number_by_number_are_refused():

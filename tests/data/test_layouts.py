@@ -133,6 +133,44 @@ def test_all_empty_blocks_of_a_row_are_dropped_together(encoder):
     assert counts == {0, 2}
 
 
+@pytest.mark.parametrize("spare", [0, 3, 12, 40])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_draw_never_cuts_a_row(encoder, turns, spare):
+    talk = row_of("q", "yes") * turns
+    plain = encoder.row(talk, 0, PLENTY)
+    drawn = [encoder.row(talk, 0, len(plain) + spare, Random(seed)) for seed in range(100)]
+    assert not any(row.answers_cut for row in drawn)
+    assert all(len(row) <= len(plain) + spare for row in drawn)
+    assert (len({len(row) for row in drawn}) > 1) == (spare > 3), "additions that fit are made"
+
+
+def test_a_row_that_is_cut_is_cut_as_in_the_plain_form(encoder):
+    talk = [*row_of("q", "yes"), *row_of("why? " * 9, "so " * 9)]
+    whole = encoder.row(talk, 0, PLENTY)
+    for length in range(len(encoder.row(row_of("q", "y"), 0, PLENTY)), len(whole)):
+        plain = encoder.row(talk, 0, length)
+        assert all(encoder.row(talk, 0, length, Random(seed)) == plain for seed in range(20)), length
+    with pytest.raises(RowError, match="the prompt alone is longer"):
+        encoder.row(talk, 0, 5, Kept())
+
+
+@pytest.mark.parametrize(
+    ("answer", "think"), [("yes", False), (" yes", False), ("<think>\nwhy\n</think>\n\nyes", True)]
+)
+@pytest.mark.parametrize("before", [[], row_of("p", "no"), row_of("p", "no", reasoning_content="for")])
+def test_an_evaluated_answer_follows_the_prompt_of_a_chat(encoder, before, answer, think):
+    talk = [*before, *row_of("q", answer)]
+    tokens, prompt = encoder.row(talk, 0, PLENTY, evaluated=True), encoder.prompt(talk[:-1], think)
+    assert tokens.input_ids[: len(prompt)] == prompt.input_ids
+    assert all(tokens.loss_mask[len(prompt) :])
+    assert not any(tokens.loss_mask[len(prompt) - 5 : len(prompt)])
+    ends = [token for token, counts in zip(tokens.input_ids, tokens.loss_mask, strict=True) if counts]
+    text = encoder.tokenizer.backend.decode(ends, skip_special_tokens=False)
+    answers = {"": "", "no": "no<|im_end|>\n", "for": "for\n</think>\n\nno<|im_end|>\n"}
+    first = before[1].get("reasoning_content", "no") if before else ""
+    assert text == answers[first] + answer.removeprefix("<think>\n") + "<|im_end|>\n"
+
+
 def test_chatml_has_one_form(demo_tokenizer):
     encoder = PromptEncoder(demo_tokenizer, PATCHES)
     row = row_of("q", "yes", reasoning_content="unused")
@@ -197,6 +235,23 @@ def test_the_layout_of_2025_has_no_tools(demo_tokenizer):
     talk = [*row_of("q", "a"), {"role": "tool", "content": "7"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(RowError, match="has the role 'tool', not one of system, user, assistant"):
         PromptEncoder(demo_tokenizer, PATCHES).row(talk, 0, PLENTY)
+
+
+@pytest.mark.parametrize(
+    ("talk", "place"),
+    [
+        (row_of("q", "", tool_calls=[{"name": "f", "arguments": {}}]), "message 2 has `tool_calls`"),
+        (row_of("q", None, tool_calls='[{"name": "f"}]'), "message 2 has `tool_calls`"),
+        ([{"role": "system", "content": None, "tools": [{"name": "f"}]}, *row_of("q", "a")], "message 1 has `tools`"),
+    ],
+)
+def test_the_layout_of_2025_refuses_tools(demo_tokenizer, talk, place):
+    encoder = PromptEncoder(demo_tokenizer, PATCHES)
+    with pytest.raises(RowError, match=f"{place}, but this chat layout has no tools — use the tokenizer of"):
+        encoder.row(talk, 0, PLENTY)
+    empty = [{name: value and ("[]" if name.startswith("tool") else value) for name, value in m.items()} for m in talk]
+    texts = [message | {"content": message["content"] or "x"} for message in empty]
+    assert encoder.row(texts, 0, PLENTY).answers == 1
 
 
 def test_other_processes_encode_the_same(encoder):

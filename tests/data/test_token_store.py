@@ -168,6 +168,7 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("batch_size", "rows_per_step"), [(4, 4), (2, 6)])
 def test_batches_are_those_of_the_plain_way_for_any_number_of_workers(tmp_path, batch_size, rows_per_step):
     dataset = open_dataset(write(tmp_path, some_lines(300)))
@@ -182,6 +183,7 @@ def test_batches_are_those_of_the_plain_way_for_any_number_of_workers(tmp_path, 
             assert all(same(left, right) for left, right in zip(step, other, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 7, 15, 16])
 def test_every_row_is_tokenised_once_whatever_the_number_of_workers(tmp_path, tokenised, workers):
     dataset = open_dataset(write(tmp_path, some_lines(300)), encoder=Counting)

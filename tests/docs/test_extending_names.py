@@ -48,6 +48,22 @@ def test_an_example_is_one_short_file(name):
     assert len((EXAMPLES / f"extend_{name}.py").read_text(encoding="utf-8").splitlines()) < 80
 
 
+@pytest.mark.parametrize(
+    ("name", "command", "listed"),
+    [("lora", "train", "attention, all, lora."), ("target", "convert", "as published; npz: ")],
+)
+def test_help_names_what_an_extension_adds(extended, name, command, listed):
+    shown = extended(name)(command, "--help").out
+    assert listed in " ".join(shown.split())
+
+
+def test_the_shell_completes_what_an_extension_adds(extended, monkeypatch):
+    for variable, value in (("_MMV_COMPLETE", "complete_bash"), ("COMP_WORDS", "mmv train sft --freeze l")):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("COMP_CWORD", "4")
+    assert extended("lora")().out.split() == ["lora"]
+
+
 def test_a_task_scores_its_own_rows(extended, tmp_path):
     rows = read_rows(tiny_data().data("sft"))[:6]
     for row, answer in zip(rows, ["yes", "red", "No", "two", "yes", "circle"], strict=True):

@@ -11,14 +11,16 @@ from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import DataError
 from minimind_v.core.evaluate.run import evaluate
 from minimind_v.core.evaluate.tasks.exact import SHORT
-from minimind_v.core.generate.engine import generate
+from minimind_v.core.generate.rows import Row, generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.generate.session import Session
 from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import read_rows, sighted_model, tiny_data, tokenizer, write_rows
+from tests.tokenizers_made import thinking_tokenizer
 
 QUESTIONS = [
     "有几个物体？",
@@ -68,10 +70,9 @@ def row(turns, picture=None):
 def greedy(model, prompts, row, turn, shown=None):
     """What the model really answers in a turn of a row, after the true turns before it; None where it does not end."""
     tokens = prompts.prompt(row["conversations"][: 2 * turn + 1])
-    features = None if shown is None else model.vision_encoder(torch.from_numpy(shown)[None])
-    ids, mask = (torch.tensor([values]) for values in (tokens.input_ids, tokens.image_mask))
-    cache = model.new_cache(1, len(tokens) + LIMIT)
-    drawn = list(generate(model, cache, ids, Sampler(GREEDY), tokenizer().eos_id, LIMIT, features, mask))
+    images = () if shown is None else [shown]
+    answer = Row(tokens.input_ids, Sampler(GREEDY), LIMIT, tokens.image_mask, images)
+    drawn = list(generate(model, answer, tokenizer().eos_id))
     return drawn if len(drawn) < LIMIT else None
 
 
@@ -109,6 +110,25 @@ def test_the_score_agrees_with_a_conversation(model, score):
     assert sum(mark is not None for mark in marks) >= len(QUESTIONS)
     assert all(mark in (None, right) for mark, right in zip(marks, expected, strict=True))
     assert True in marks
+
+
+def test_the_score_agrees_with_a_conversation_in_the_layout_of_minimind_3v(model, tmp_path):
+    """A prompt of chat ends with an empty think block, so the scored answer follows one, too."""
+    words = Tokenizer.load(thinking_tokenizer(tmp_path / "words"))
+    session, rows, expected = Session(model, words, GREEDY), [], []
+    for number, question in enumerate(QUESTIONS):
+        session.restart()
+        own = "".join(session.ask(question, [pixels(number)], LIMIT))
+        for truth in (own, "big"):
+            if session.new_tokens < SHORT - 1 and own == words.decode(words.encode(own).ids):
+                rows.append(row([(question, truth)], number))
+                expected.append(own == truth)
+    data = open_rows(write_rows(tmp_path / "rows.jsonl", rows), tiny_data().folder)
+    dataset = RowDataset(data, PromptEncoder(words, model.spec.tokens_per_image), 64, 1536)
+    scores = evaluate(model, dataset, words.pad_id, words.eos_id, workers=0)
+    assert [marks[0] for marks in scores.answers.values()] == expected
+    assert True in expected
+    assert False in expected
 
 
 def test_every_turn_is_scored_after_the_true_turns_before_it(model, prompts, score):

@@ -154,6 +154,7 @@ def test_the_snippet_of_the_card_runs(exported, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_an_export_is_verified(exported, tmp_path, dtype):
     """With torchvision by the folder's own processor; without it by Pillow, and the report says so."""
@@ -177,3 +178,62 @@ def test_another_lfm2_vl_is_refused_by_the_keys_that_differ(exported, tmp_path):
     differences = "downsample_factor, text_config.model_type, text_config.rope_parameters"
     with pytest.raises(WeightsError, match=f"an LFM2-VL model of another kind .*{differences}"):
         read_checkpoint(tmp_path)
+
+
+def changed(folder, target, config, text=None, vision=None):
+    """The exported folder with other settings in its config.json; the other files are links."""
+    for path in folder.iterdir():
+        (target / path.name).symlink_to(path)
+    settings = json.loads((folder / "config.json").read_text())
+    for key, changes in (("text_config", text), ("vision_config", vision)):
+        settings[key] |= changes or {}
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(settings | config))
+    return target
+
+
+YARN = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e6, "original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ({"rope_parameters": YARN}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "rope_parameters"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+        ({"layer_types": ["conv", "conv", "full_attention"]}, "layer_types"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+    ],
+)
+def test_a_setting_that_mmv_does_not_compute_is_refused(exported, tmp_path, text, key):
+    folder = changed(exported[1], tmp_path, {}, text)
+    with pytest.raises(WeightsError, match=rf"another kind \(different text_config\.{key}\); mmv reads only"):
+        read_checkpoint(folder)
+
+
+def test_an_image_token_that_is_not_the_tokenizers_is_refused(exported, tmp_path):
+    with pytest.raises(WeightsError, match=r"another kind \(different image_token_id\)"):
+        read_checkpoint(changed(exported[1], tmp_path, {"image_token_id": 7}))
+
+
+def test_an_image_processor_that_makes_several_tiles_is_refused(exported, tmp_path):
+    folder = changed(exported[1], tmp_path, {})
+    settings = json.loads((folder / "preprocessor_config.json").read_text()) | {"max_tiles": 10}
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match=r"max_tiles is 10, but this vision model needs 1\)"):
+        load(folder, device="cpu")
+
+
+def test_what_transformers_saves_again_is_read(exported, tmp_path):
+    """It adds keys with their usual values, such as `layer_types`."""
+    order, folder = exported
+    AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path)
+    assert load(tmp_path, folder, folder, "cpu").config.text == order.load().config.text

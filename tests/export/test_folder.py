@@ -145,6 +145,7 @@ def prover():
         yield worker
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", SPOILT)
 def test_an_export_that_is_not_the_same_is_refused_and_gone(what, prover, tmp_path, monkeypatch):
     spoil, message = SPOILT[what]
@@ -260,6 +261,7 @@ def wide(tmp):
     return tmp / "wide.pth"
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_nothing(small_disk):
     disk = small_disk(1)
     for check in ((), ("--no-verify",)):

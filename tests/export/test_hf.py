@@ -59,6 +59,7 @@ def pixels_of(number):
     return torch.from_numpy(load_pixels(jpeg(number), "picture", source().model.spec.image_size))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "pictures"), [("dense", 20), ("moe", 20)])
 def test_it_answers_the_same_about_many_pictures(kind, pictures):
     processor, model = opened(kind)

@@ -33,6 +33,7 @@ def test_every_layout_of_a_tower_is_exported(layout, tmp_path):
     assert run_mmv("convert", "--to", "hf", "--model", weights("dense"), *paths, "--out", out, "--no-verify").code == 0
 
 
+@pytest.mark.long
 def test_reading_needs_no_transformers():
     """Whose import takes longer than all the rest."""
     code = (

@@ -212,7 +212,7 @@ def test_many_workers_that_hang_are_ended_together():
     next(steps)
     started = time.monotonic()
     steps.close()
-    assert time.monotonic() - started < 3  # torch gives each of them ten seconds
+    assert time.monotonic() - started < 9  # torch gives each of them ten seconds
     assert set(multiprocessing.active_children()) == before
 
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_killed_is_left_and_waited_for_by_nobody(monkeypatch):
     stuck = multiprocessing.active_children()
     started = time.monotonic()
     steps.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 9
     assert not set(stuck) & multiprocessing.process._children  # for which the interpreter would wait at its end
     for process in stuck:
         kill(process)

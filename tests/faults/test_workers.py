@@ -182,6 +182,7 @@ def test_a_batch_that_is_lost_ends_the_reading(fails, kind, message):
     assert got == list(range(len(got)))
 
 
+@pytest.mark.long
 def test_the_end_of_a_worker_does_not_interrupt_a_step():
     """It may be in the middle of one; torch would raise there."""
     before = signal.getsignal(signal.SIGCHLD)

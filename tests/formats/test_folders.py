@@ -109,13 +109,6 @@ def test_a_folder_that_lacks_a_file_is_reported(tmp_path, spoil, message):
         read_checkpoint(folder)
 
 
-def test_a_folder_that_asks_for_yarn_is_refused(tmp_path):
-    read_checkpoint(published(tmp_path / "plain", inference_rope_scaling=False, rope_scaling=None))
-    folder = published(tmp_path / "yarn", inference_rope_scaling=True, rope_scaling={"type": "yarn", "factor": 16})
-    with pytest.raises(WeightsError, match=r"asks for YaRN \(inference_rope_scaling\), which mmv does not"):
-        read_checkpoint(folder)
-
-
 def test_another_llava_is_not_taken_for_ours(tmp_path):
     folder = published(tmp_path)
     (folder / "config.json").write_text(json.dumps({
@@ -128,6 +121,48 @@ def test_another_llava_is_not_taken_for_ours(tmp_path):
         r"kind.*projector_hidden_act.*text_config\.model_type",
     ):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "key"),
+    [
+        ("dense", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+        ("dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "rope_parameters"),
+        ("dense", {"mlp_bias": True}, "mlp_bias"),
+        ("moe", {"attention_multiplier": 1.0}, "attention_multiplier"),
+        ("moe", {"attention_multiplier": None}, "attention_multiplier"),
+        ("moe", {"embedding_multiplier": 12.0}, "embedding_multiplier"),
+        ("moe", {"residual_multiplier": 0.2}, "residual_multiplier"),
+        ("moe", {"logits_scaling": 6.0}, "logits_scaling"),
+    ],
+)
+def test_a_llava_that_computes_otherwise_is_refused_by_its_key(tmp_path, kind, text, key):
+    config = json.loads((exported(kind) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | text}))
+    (tmp_path / "model.safetensors").symlink_to(exported(kind) / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"another kind \(different text_config\.{key}\)"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"inference_rope_scaling": True, "rope_scaling": {"type": "yarn", "factor": 16}}, "inference_rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 16}}, "rope_scaling"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"scoring_func": "sigmoid"}, "scoring_func"),
+        ({"norm_topk_prob": False}, "norm_topk_prob"),
+    ],
+)
+def test_a_published_folder_that_asks_for_more_is_refused_by_its_key(tmp_path, changes, key):
+    with pytest.raises(WeightsError, match=rf"what the published model computes \({key}\), and mmv computes only that"):
+        read_checkpoint(published(tmp_path / "folder", **changes))
+
+
+def test_a_published_folder_with_its_usual_settings_is_read(tmp_path):
+    usual = {"inference_rope_scaling": False, "rope_scaling": None, "hidden_act": "silu", "scoring_func": "softmax",
+             "norm_topk_prob": True, "flash_attn": True}  # fmt: skip
+    assert read_checkpoint(published(tmp_path / "folder", **usual)).config == DENSE
 
 
 @pytest.mark.parametrize(

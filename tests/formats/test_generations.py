@@ -175,6 +175,18 @@ def test_a_run_does_not_mix_the_generations(tmp_path):
     assert "--preset 3v" in line
 
 
+@pytest.mark.parametrize("tower", ["of its generation", "missing"])
+def test_a_base_of_the_other_generation_is_named_before_its_tower(tmp_path, tower):
+    folder, tokenizer_folder = tiny_siglip(tmp_path / "siglip"), thinking_tokenizer(tmp_path / "words")
+    init = tmp_path / "llm_48.pth"
+    torch.save({name: value for name, value in tiny_state().items() if "vision" not in name}, init)
+    folder = folder if tower == "of its generation" else tmp_path / "nothing"
+    paths = {"init": init, "vision_model": folder, "tokenizer": tokenizer_folder}
+    line = run_mmv(*tiny_data().train(tmp_path / "out", **paths)).error
+    assert "llm_48.pth: these weights belong to minimind-3v (2026), but the run trains MiniMind-V (2025)" in line
+    assert "add --preset 3v" in line
+
+
 @pytest.mark.skipif(not (SHARED / "tokenizer-3v").is_dir(), reason="the tokenizer of minimind-3v is not here")
 def test_the_real_tokenizer_of_minimind_3v_is_named():
     with pytest.raises(WeightsError, match="the tokenizer belongs to minimind-3v"):

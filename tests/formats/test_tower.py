@@ -118,8 +118,8 @@ def test_a_preprocessing_that_makes_no_picture(tmp_path, settings, message):
     "settings",
     [
         {},
-        {"size": 224, "crop_size": {"height": 224, "width": 224}},
-        {"size": {"shortest_edge": 224, "longest_edge": None}},
+        {"size": 64, "crop_size": {"height": 64, "width": 64}},
+        {"size": {"shortest_edge": 64, "longest_edge": None}},
     ],
 )
 def test_preprocessings_of_every_age_are_read(tmp_path, settings):

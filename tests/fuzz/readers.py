@@ -20,6 +20,7 @@ import torch
 from minimind_v.cli.info import _described, _trained_with
 from minimind_v.core.config.generation import V2025
 from minimind_v.core.config.load import resolve, to_yaml
+from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.curate.check import check_row
 from minimind_v.core.data.dataset import Example, RowDataset
 from minimind_v.core.data.feature_store import FeatureStore
@@ -30,6 +31,7 @@ from minimind_v.core.errors import MmvError, RowError
 from minimind_v.core.files import as_json
 from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.formats.companions import of_the_run
+from minimind_v.core.formats.description import shaped_sizes
 from minimind_v.core.formats.hf import card
 from minimind_v.core.formats.load import load
 from minimind_v.core.formats.request import ExportRequest
@@ -271,8 +273,9 @@ def read_run_report(folder: Path) -> Data:
 def read_run_notes(folder: Path) -> Data:
     """What later commands look up beside weights: what the run read, and what it was."""
     weights = folder / "pretrain_vlm_512.pth"
-    companions, earlier = of_the_run(weights), earlier_run(weights)
-    checkpoint = SimpleNamespace(stage="sft", generation=V2025)
+    model = PRESETS["small"]
+    companions, earlier = of_the_run(weights, shaped_sizes(model)), earlier_run(weights, model)
+    checkpoint = SimpleNamespace(stage="sft", generation=V2025, config=model)
     text = card._training(SimpleNamespace(checkpoint=checkpoint), ExportRequest(weights))  # type: ignore[arg-type]
     with mock.patch.object(manifest, "start", return_value={}):  # which asks git, and packages for their versions
         manifest.write_manifest(folder / "pretrain_vlm_512" / "manifest.json", seeds.config(), seeds.origin(), done=2)

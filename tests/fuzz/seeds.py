@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from minimind_v.core.config.load import build_config, to_yaml
 from minimind_v.core.config.schema import RunConfig, TextConfig
 from minimind_v.core.data.dataset import RowDataset
-from minimind_v.core.data.feature_layout import Form
+from minimind_v.core.data.feature_layout import FeatureLayout
 from minimind_v.core.data.feature_store import FeatureStore
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.token_store import TokenStore
@@ -54,7 +54,7 @@ SIZE = 32  # pixels of the side of what the model is shown
 TINY = TextConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=600)
 MOE = TextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=600, use_moe=True)
 SPEC = VisionSpec(image_size=SIZE, patch_size=16, width=32)
-FORM = Form("float32", 4, 8)
+FORM = FeatureLayout("float32", 4, 8)
 ROWS = 5
 QUESTIONS = ("What is in the picture?", "图片里有什么？", "How many dots?", "Which colour is it?", "Is it night?")
 
@@ -428,7 +428,7 @@ def origin() -> dict[str, Any]:
 
 def run_records(folder: Path) -> None:
     """All that a run leaves in its folder."""
-    from minimind_v.core.config.load import plain
+    from minimind_v.core.config.load import as_settings
 
     rng = random.Random(0)
     steps = [
@@ -447,7 +447,7 @@ def run_records(folder: Path) -> None:
     run.with_suffix(".pth").touch()
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
     (run / "events.jsonl").write_text("".join(json.dumps(record) + "\n" for record in events))
-    given = plain(config())
+    given = as_settings(config())
     start = {"time": "2026-11-27T10:00:00+0000", "after_updates": 0, "command": "mmv train pretrain", "folder": "/",
              "machine": {"platform": "Linux"}, "git": {"commit": "0" * 40, "changed": []}}  # fmt: skip
     manifest = {"mmv": "1", "stage": "pretrain", "seed": 42, "config": given | {"recall_rows": 4},

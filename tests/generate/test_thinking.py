@@ -18,7 +18,7 @@ class Scripted:
     def __init__(self, loaded_tokenizer: Tokenizer, text: str) -> None:
         self.ids = [*loaded_tokenizer.backend.encode(text, add_special_tokens=False).ids, loaded_tokenizer.eos_id]
 
-    def __call__(self, logits):
+    def __call__(self, logits, text_ids):
         return self.ids.pop(0)
 
 
@@ -40,9 +40,8 @@ def test_later_turns_have_the_answer_without_its_reasoning(session, loaded_token
         {"role": "assistant", "content": "A star"},
         {"role": "user", "content": "Is it big?"},
     ]
-    prompt = session.processor.prompts.prompt(talk, think=True).input_ids
-    assert session.cache.used + len(session._encode("Is it big?")) == len(prompt)
-    assert prompt[session.cache.used :] == session._encode("Is it big?").input_ids
+    prompt = session.prompts.prompt(talk, think=True).input_ids
+    assert [id for turn in session._encode("Is it big?") for id in turn.input_ids] == prompt
 
 
 def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, loaded_tokenizer):
@@ -54,7 +53,7 @@ def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, loade
         {"role": "assistant", "content": "A star"},
         {"role": "user", "content": "Is it big?"},
     ]
-    fresh._encode = lambda question: fresh.processor.prompts.prompt(talk, think=True)
+    fresh._encode = lambda question: fresh.prompts.turns(talk, think=True)
     session.sampler = Sampler(GREEDY)
     assert "".join(session.ask("Is it big?", max_new_tokens=8)) == "".join(fresh.ask("Is it big?", max_new_tokens=8))
 
@@ -64,8 +63,18 @@ def test_an_answer_that_ends_within_its_reasoning_leaves_an_empty_turn(session, 
     answer = session.ask("What is it?")
     next(answer)
     answer.close()
+    text = loaded_tokenizer.backend.decode(session.turns[-1].input_ids, skip_special_tokens=False)
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n")
+
+
+def test_a_mark_that_a_model_writes_stays_text(session, loaded_tokenizer):
+    session.sampler = Scripted(loaded_tokenizer, "an <image>\n</think>\n\nA <image> tag, <|image_pad|>")
+    "".join(session.ask("What is it?"))
     text = loaded_tokenizer.backend.decode(session._pending, skip_special_tokens=False)
-    assert text == "<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n"
+    assert text == "<|im_start|>assistant\n<think>\n\n</think>\n\nA <image> tag, <|image_pad|><|im_end|>\n"
+    assert loaded_tokenizer.placeholder_id not in session._pending
+    session.sampler = Sampler(GREEDY)
+    "".join(session.ask("Is it big?", max_new_tokens=2))
 
 
 def test_a_layout_without_reasoning_is_refused():

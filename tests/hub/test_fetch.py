@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import zipfile
@@ -186,7 +187,7 @@ def test_what_a_user_made_is_in_the_way_and_stays(get, hub, tmp_path, more):
         ended = get(what, *more)
         assert (
             ended.code,
-            f"these files exist and were changed after the download: {tmp_path / name} " in ended.error,
+            f"were not downloaded, or were changed after the download: {tmp_path / name} " in ended.error,
         ) == (
             2,
             True,
@@ -204,6 +205,46 @@ def test_weights_that_were_trained_on_and_samples_that_were_edited_stay(get, hub
         ended = get(*options)
         assert (ended.code, str(tmp_path / name) in ended.error) == (2, True)
         assert (tmp_path / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("presets", [("base", "3v"), ("3v", "base")])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_file_of_the_other_generation_is_neither_kept_nor_replaced(get, hub, tmp_path, presets, more):
+    """`sft_vlm_768.pth` was published in 2025 and in 2026."""
+    names, repos = ("pretrain_vlm_768.pth", "sft_vlm_768.pth"), ("MiniMind2-V-PyTorch", "minimind-3v-pytorch")
+    for repo in repos:
+        hub.repos[f"models/jingyaogong/{repo}"] |= {name: f"{repo} {name}".encode() for name in names}
+    first, second = presets
+    assert get("weights", "--preset", first).code == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in names}
+    ended = get("weights", "--preset", second, *more)
+    assert ended.code == 2
+    for text in ("sft_vlm_768.pth was downloaded from", "another --dir", *presets, *repos):
+        assert text in ended.error
+    assert "downloading it again" not in ended.err
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in names} == before
+    assert {file["action"] for file in get("weights", "--preset", first, "--json").json["files"]} == {"kept"}
+
+
+def test_a_receipt_of_both_generations_does_not_keep_the_file_of_one(get, hub, tmp_path):
+    """Earlier versions downloaded one over the other, and left the requests of both."""
+    hub.repos["models/jingyaogong/MiniMind2-V-PyTorch"] |= {"pretrain_vlm_768.pth": b"2025", "sft_vlm_768.pth": b"5"}
+    hub.repos["models/jingyaogong/minimind-3v-pytorch"] |= {"pretrain_vlm_768.pth": b"2026", "sft_vlm_768.pth": b"6"}
+    assert get("weights", "--preset", "3v").code == 0
+    receipt = tmp_path / "out" / ".mmv-download" / "receipt.json"
+    notes = json.loads(receipt.read_text())
+    request = "hf jingyaogong/MiniMind2-V-PyTorch@main weights base"
+    notes["wants"][request] = ["pretrain_vlm_768.pth", "sft_vlm_768.pth"]
+    receipt.write_text(json.dumps(notes))
+    assert get("weights", "--preset", "base").code == 2
+
+
+def test_a_mirror_keeps_the_files_of_its_hub_and_may_replace_them(get, hub):
+    assert get("lm").code == 0
+    assert get("lm", "--json", hub_name="modelscope").json["files"][0]["action"] == "kept"
+    assert get("lm").code == 0
+    hub.repos["models/gongjy/MiniMind2-V-PyTorch"]["llm_512.pth"] = LM[1:]
+    assert get("lm", "--json", hub_name="modelscope").json["files"][0]["action"] == "fetched"
 
 
 def test_files_copied_by_hand_are_checked_and_kept(get, hub, tmp_path):
@@ -306,6 +347,8 @@ def test_a_sample_of_parquet(get, hub, tmp_path, split):
     assert hub.requests == []
     get("dataset", "--split", split, "--sample", 7)
     assert pq.read_metadata(path).num_rows == 7
+    get("dataset", "--split", split, "--sample", 20)
+    assert pq.read_metadata(path).num_rows == 20
     get("dataset", "--split", split, "--sample", 99999)
     assert pq.read_table(path).equals(table)
     assert pq.read_metadata(path).row_group(0).num_rows <= 64

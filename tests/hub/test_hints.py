@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.hub.sources import PUBLISHED, how_to_get
 from minimind_v.core.paths import TOKENIZER_3V_DIR, TOKENIZER_DIR, VISION_3V_DIR, VISION_DIR
+
+
+def test_every_size_but_the_demos_is_published():
+    assert {*PUBLISHED, "demo"} == set(PRESETS)
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,19 @@ import torch
 import minimind_v
 from minimind_v.core.config.recipes import sft
 from minimind_v.core.errors import UsageError
-from minimind_v.core.monitor.fingerprint import ADDED, check_origin, code_digest, deciding_modules, origin_of
+from minimind_v.core.monitor.fingerprint import ADDED, check_origin, deciding_modules, origin_of
+from minimind_v.core.source import source_digest
 
 CORE = Path(minimind_v.__file__).parent / "core"
 # What a run imports, and what nevertheless alters no number: it reports, checks, moves files or ends processes. Values
 # of the configuration and contents of inputs and extensions are compared by themselves; validation alone uses the
 # forward pass of evaluation.
 NEUTRAL = (
-    "config/", "curate/", "errors.py", "evaluate/forward.py", "extensions.py", "files.py", "hub/", "machine.py",
-    "monitor/", "outputs.py", "pages/", "paths.py", "processes.py", "signals.py", "train/batch_size.py",
-    "train/forecast.py", "train/launch.py", "train/recall.py", "train/records.py", "train/run_folder.py",
-    "train/saver.py", "train/trial.py", "train/validate.py", "version.py", "wording.py",
+    "config/", "curate/", "errors.py", "evaluate/forward.py", "extensions.py", "files.py", "formats/companions.py",
+    "formats/generations.py", "formats/gguf/", "formats/inputs.py", "hub/", "machine.py", "monitor/", "outputs.py",
+    "pages/", "paths.py", "processes.py", "signals.py", "source.py", "train/batch_size.py", "train/forecast.py",
+    "train/launch.py", "train/recall.py", "train/records.py", "train/run_folder.py", "train/saver.py", "train/trial.py",
+    "train/validate.py", "version.py", "wording.py",
 )  # fmt: skip
 
 
@@ -62,7 +64,8 @@ def test_all_that_a_step_or_its_parts_import_decides_or_is_known_to_decide_nothi
 def test_what_reports_decides_nothing():
     deciding = names(deciding_modules(CORE))
     assert not {name for name in deciding if name.startswith(("pages/", "monitor/", "curate/", "export/", "errors.py"))}
-    for name in ("model/decoder.py", "train/step.py", "train/freeze.py", "data/loader.py", "config/schedule.py"):
+    assert not {name for name in deciding if name.startswith(("formats/gguf/", "formats/hf/card.py"))}
+    for name in ("model/decoder.py", "train/step.py", "config/freeze.py", "data/loader.py", "config/schedule.py"):
         assert name in deciding
 
 
@@ -76,15 +79,50 @@ def test_what_reports_decides_nothing():
         ("config/generation.py", True),
         ("pages/frame.py", False),
         ("monitor/messages.py", False),
+        ("formats/hf/write.py", False),
+        ("rows/writers.py", False),
         ("errors.py", False),
     ],
 )
 def test_a_change_of_deciding_code_alone_changes_the_digest(tmp_path, name, refused):
     copy = Path(shutil.copytree(CORE, tmp_path / "core", ignore=shutil.ignore_patterns("__pycache__", "assets")))
-    before = code_digest(copy)
+    before = source_digest(deciding_modules(copy))
     with (copy / name).open("a") as file:
-        file.write("# changed\n")
-    assert (code_digest(copy) != before) == refused
+        file.write("changed = 1\n")
+    assert (source_digest(deciding_modules(copy)) != before) == refused
+
+
+CODE = '''
+"""Halve."""
+def halve(x: float, listener) -> float:
+    """Half of a number."""
+    if x < 0:
+        raise UsageError(f"{x} is negative", "halve")
+    listener.message("halving")
+    return x * 0.5  # exact
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("Half of a number.", "The half.", True),
+        ("# exact", "", True),
+        ("x * 0.5", "(x\n * 0.50)", True),
+        ("{x} is negative", "it is {x:.2f}", True),
+        ("halving", "divide by two", True),
+        ("x * 0.5", "x * 0.25", False),
+        ("x < 0", "x <= 0", False),
+        ("UsageError", "ValueError", False),
+        ("return x", 'return "x"', False),
+    ],
+)
+def test_a_change_of_what_code_computes_alone_changes_its_digest(tmp_path, old, new, same):
+    assert old in CODE
+    before, after = tmp_path / "before.py", tmp_path / "after.py"
+    before.write_text(CODE)
+    after.write_text(CODE.replace(old, new))
+    assert (source_digest([before]) == source_digest([after])) == same
 
 
 def test_a_state_of_an_earlier_release_resumes_with_the_values_that_it_did_not_record():

@@ -327,6 +327,48 @@ def test_a_field_of_the_system_is_the_first_message():
     assert read_row({"system": "", "messages": talk("What?", "A.")}).conversations == talk("What?", "A.")
 
 
+TOOLS = [{"name": "count", "parameters": {"image_path": "string"}}]
+CALL = {"name": "count", "arguments": {"what": "cups"}}
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("call", [json.dumps(CALL), json.dumps([CALL]), CALL, [CALL]])
+def test_the_tools_of_sharegpt_are_those_of_messages(tools, call):
+    texts = {"human": "How many?", "function_call": call, "observation": "3", "gpt": "Three."}
+    row = read_row({"conversations": [{"from": role, "value": text} for role, text in texts.items()], "tools": tools})
+    system, question, answer, response, last = row.conversations
+    assert system == {"role": "system", "content": None, "tools": TOOLS}
+    assert (question, last) == tuple({"role": role, "content": text} for role, text in
+                                     (("user", "How many?"), ("assistant", "Three.")))  # fmt: skip
+    assert answer == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert response == {"role": "tool", "content": "3"}
+    assert row.extra == {}
+
+
+def test_tools_stand_in_the_system_message():
+    own = {"role": "system", "content": "Be brief."}
+    messages = talk("What?", "A.")
+    assert read_row({"messages": [own, *messages], "tools": TOOLS}).conversations[0] == own | {"tools": TOOLS}
+    assert read_row({"messages": messages, "system": "Be brief.", "tools": TOOLS}).conversations[0] == own | {
+        "tools": TOOLS
+    }
+    for listed in (own | {"tools": TOOLS}, {"role": "system", "content": "You have <tools>\n[]</tools>"}):
+        row = read_row({"messages": [listed, *messages], "tools": [{"name": "f"}]})
+        assert row.conversations[0] == listed
+
+
+@pytest.mark.parametrize("tools", [None, "", [], "[]", "hammer, saw", ["hammer"], '["hammer"]', "[draft] saw"])
+def test_a_field_of_tools_without_objects_is_not_read(tools):
+    row = read_row({"conversations": talk("What?", "A."), "tools": tools})
+    assert (row.conversations, row.extra) == (talk("What?", "A."), {"tools": tools})
+
+
+def test_a_call_that_is_not_json_is_named():
+    conversation = [{"from": "human", "value": "q"}, {"from": "function_call", "value": "count(cups)"}]
+    with pytest.raises(RowError, match="a message of the role function_call is not JSON"):
+        read_row({"conversations": conversation})
+
+
 @pytest.mark.parametrize("empty", ["[]", b"[]", "{}", [], None])
 def test_an_empty_conversation_gives_way_to_the_other_field(empty):
     messages = talk("What?", "A.")

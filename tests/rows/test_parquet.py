@@ -268,6 +268,7 @@ def test_batches_of_parquet_are_those_of_the_seed(tmp_path, dataset, workers):
     assert shown == [int(location.rpartition(":")[2]) - 1 for location in locations]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_read_for_themselves(tmp_path, method):
     rows = open_rows(many(tmp_path / "rows.parquet", 300))

@@ -167,6 +167,7 @@ def test_the_room_is_what_the_tightest_limit_leaves(tmp_path):
     assert Gauge(tmp_path).room() == 1000, "the older kind, seen from inside a container"
 
 
+@pytest.mark.long
 def test_what_is_measured_is_enough_for_more_rows(config):
     """The real thing, with rows so short that many go through together; in a process that has nothing to spare."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -185,6 +186,7 @@ def _taken(config):
 # --- no trace --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_is_the_same_to_the_last_bit_as_with_the_size_given(tmp_path):
     small = _yaml(tmp_path, batch_size=4, accumulate=2)
     auto = run_mmv(*tiny_data().train(tmp_path / "auto", batch_size="auto", features="off"), "--config", small)

@@ -17,7 +17,7 @@ MILLION = 10**6
 def end_of(broken_at, rows=MILLION, per_step=4, allowed=0.01, broken_before=None, start=0):
     """Rows read when the run ends, or None; `broken_at(n)` says whether the n-th row to be read is broken."""
     counted = BrokenRows(rows, per_step, allowed)
-    counted.by_place = broken_before if broken_before is not None else {}
+    counted.by_location = broken_before if broken_before is not None else {}
     for first in range(start, rows, per_step):
         numbers = range(first, min(first + per_step, rows))
         broken = [BrokenRow(f"f:{n}", "json", "no") for n in numbers if broken_at(n)]

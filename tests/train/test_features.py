@@ -19,7 +19,7 @@ from minimind_v.core.data import feature_cache as cache
 from minimind_v.core.data import feature_store as store
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
-from minimind_v.core.data.feature_layout import Form
+from minimind_v.core.data.feature_layout import FeatureLayout
 from minimind_v.core.data.feature_store import digest
 from minimind_v.core.demo.dataset import write_sft
 from minimind_v.core.formats.vision_tower import load_encoder
@@ -78,6 +78,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in run.train_step.model.state_dict().items() if "vision_encoder" not in name}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_feature_cache_changes_no_bit(dtype, workers, config, train, events):
@@ -252,7 +253,7 @@ def test_auto_keeps_what_pays(reading, encoding, kept, encoder, tmp_path, monkey
 
 
 def test_a_small_budget_is_reported_and_kept(encoder, tmp_path, monkeypatch, pictures):
-    form = Form("float32", encoder.encoder.spec.tokens_per_image, encoder.encoder.spec.width)
+    form = FeatureLayout("float32", encoder.encoder.spec.tokens_per_image, encoder.encoder.spec.width)
     monkeypatch.setattr(store, "used_and_free", lambda _: (0, 4 * 5 * (form.record + 24)))
     messages, warned = [], []
     feature_cache = open_feature_cache("exact", tmp_path / "features", encoder, 100, messages.append, warned.append)

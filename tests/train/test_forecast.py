@@ -68,6 +68,7 @@ def test_it_needs_no_base_and_says_all_in_words(tmp_path):
     assert "cost" not in rows
 
 
+@pytest.mark.long
 def test_later_epochs_do_not_encode_again(tmp_path, monkeypatch):
     encode = FeatureEncoder.encode
 

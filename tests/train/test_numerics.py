@@ -304,6 +304,7 @@ LEARNS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "freeze", "accumulate"),
     [(TINY, "all", 1), (TINY, "projector+last", 2), (EXPERTS, "all", 1)],

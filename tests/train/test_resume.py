@@ -89,6 +89,7 @@ def test_from_any_step_on(tmp_path, reference, step):
     assert_same_run(out, reference)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stage", "changes", "options"),
     [

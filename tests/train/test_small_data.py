@@ -10,6 +10,7 @@ import yaml
 
 from minimind_v.core.config.generation import V2025
 from minimind_v.core.config.load import build_config, resolve
+from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.config.recipes import OWN_KEYS, small_data
 from minimind_v.core.config.schedule import COSINE_2025, COSINE_2026
 from minimind_v.core.errors import UsageError
@@ -98,6 +99,7 @@ def test_twelve_pictures_are_learnt_and_what_was_forgotten_is_said(tmp_path, min
     assert (again.code, "this run is already finished" in again.err) == (0, True), again.err
 
 
+@pytest.mark.long
 def test_a_stopped_run_resumes_to_the_same_end(tmp_path, earlier):
     few, given = noise(tmp_path, ANSWERS[:4]), {"lr": 1e-3, "save_every": 10}
     assert small(tmp_path / "whole", earlier, few, **given).code == 0
@@ -137,11 +139,11 @@ def test_what_cannot_be_measured_is_said(tmp_path, mine, earlier, trouble):
 
 def test_companions_of_published_weights_are_searched_in_the_download_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert earlier_run(Path("sft_vlm_512.pth")) is None
+    assert earlier_run(Path("sft_vlm_512.pth"), PRESETS["small"]) is None
     Path("dataset").mkdir()
     for stage in ("pretrain", "sft"):
         Path(f"dataset/{stage}_i2t.parquet").touch()
-        assert earlier_run(Path(f"{stage}_vlm_512.pth")).file == Path(f"dataset/{stage}_i2t.parquet")
+        assert earlier_run(Path(f"{stage}_vlm_512.pth"), PRESETS["small"]).file == Path(f"dataset/{stage}_i2t.parquet")
 
 
 # --- what it is made of -----------------------------------------------------------------------------------------------
@@ -231,6 +233,7 @@ def test_max_steps_that_are_too_few_are_named():
     assert "try --max-steps 34" in too_little(config, 10**6, 2)
 
 
+@pytest.mark.long
 def test_it_is_said_before_the_first_step_and_by_the_plan(tmp_path, mine):
     ended = run_mmv(*tiny_data().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-6, epochs=5, batch_size=16))
     lines = ended.err.splitlines()
@@ -272,5 +275,6 @@ def test_the_card_of_an_export_gives_the_true_peak(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "config.yaml").write_text(yaml.safe_dump({"lr": 1e-6, "freeze": "all"}))
     order = SimpleNamespace(model=tmp_path / "w.pth")
-    text = card._training(SimpleNamespace(checkpoint=SimpleNamespace(stage="sft", generation=V2025)), order)
+    checkpoint = SimpleNamespace(stage="sft", generation=V2025, config=PRESETS["demo"])
+    text = card._training(SimpleNamespace(checkpoint=checkpoint), order)
     assert "| peak learning rate | 1.1e-06 |" in text

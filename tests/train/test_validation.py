@@ -141,6 +141,7 @@ def test_validation_changes_nothing_of_training(out, tmp_path):
     assert [record["loss"] for record in often] == [record["loss"] for record in rarely]
 
 
+@pytest.mark.long
 def test_a_resumed_run_holds_out_the_same_and_knows_the_best(out, tmp_path):
     line = tiny_data().train(tmp_path / "out", **LINE, save_every=4)
     train_until_killed(12, line)
@@ -153,6 +154,7 @@ def test_a_resumed_run_holds_out_the_same_and_knows_the_best(out, tmp_path):
     assert not (tmp_path / "out" / f"{NAME}_best.pth").exists(), "it was of the run before"
 
 
+@pytest.mark.long
 def test_overfitting_happens_and_is_reported(tmp_path):
     few = write_rows(tmp_path / "few.jsonl", read_rows(tiny_data().data("pretrain"))[:20])
     changes = {"data": few, "images": tiny_data().images("pretrain"), "lr": 6e-3, "epochs": 20, "val_every": 10}

@@ -62,6 +62,7 @@ def trained(config: RunConfig, folder: Path, **changes) -> tuple[Run, Events]:
     return run, events
 
 
+@pytest.mark.long
 def test_workers_and_caches_change_no_bit(config, tmp_path):
     plain, alone = trained(config, tmp_path / "a")
     spread, other = trained(
@@ -73,6 +74,7 @@ def test_workers_and_caches_change_no_bit(config, tmp_path):
     assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
+@pytest.mark.long
 def test_training_rows_vary_by_the_seed_and_held_out_rows_do_not(config, tmp_path):
     runs = [trained(config, tmp_path / "a", seed=1), trained(config, tmp_path / "b", seed=1)]
     assert numbers(runs[0][1]) == numbers(runs[1][1])
@@ -91,6 +93,7 @@ class Stopping(Events):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.long
 def test_a_resumed_run_reads_the_same_rows(config, tmp_path):
     plain, expected = trained(config, tmp_path / "a")
     first, rest, config = Stopping(), Events(), replace(config, out=tmp_path / "b")

@@ -167,7 +167,7 @@ def images_beside(data: Path) -> Path | None:
 
 def to_yaml(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:
     """A configuration as YAML that `--config` reads back to the same; with sources, each value's as a comment."""
-    return "".join(_yaml_lines(plain(config), sources or {}))
+    return "".join(_yaml_lines(as_settings(config), sources or {}))
 
 
 def _yaml_lines(tree: Mapping[str, Any], sources: Mapping[str, str], prefix: str = "") -> Iterator[str]:
@@ -182,7 +182,7 @@ def _yaml_lines(tree: Mapping[str, Any], sources: Mapping[str, str], prefix: str
         yield f"{indent + line:<46}  # {source}\n" if source and "\n" not in line else f"{indent}{line}\n"
 
 
-def plain(config: RunConfig) -> dict[str, Any]:
+def as_settings(config: RunConfig) -> dict[str, Any]:
     """A configuration as dicts, texts and numbers."""
     return asdict(config, dict_factory=lambda items: {key: _as_text(value) for key, value in items})
 

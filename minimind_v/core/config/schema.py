@@ -121,6 +121,11 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def balances_batches(self) -> bool:
+        """Whether the balance loss is that of a micro-batch, so that the division of a step changes it."""
+        return self.use_moe and self.aux_loss_scope == "batch"
+
+    @property
     def parameters(self) -> int:
         """Number of parameters of the language model, the tied head counted once."""
         width = self.hidden_size
@@ -154,6 +159,11 @@ class VisionSpec:
             raise UsageError(f"vision.resize_mode {self.resize_mode!r} must be one of {', '.join(RESIZE_MODES)}")
         if self.resample not in RESAMPLING:
             raise UsageError(f"vision.resample {self.resample!r} must be one of {', '.join(RESAMPLING)}")
+
+    @property
+    def preparation(self) -> tuple[int, str, str]:
+        """What pixels depend on: the size, the mode and the filter of resizing, as `load_pixels` takes them."""
+        return self.image_size, self.resize_mode, self.resample
 
     @property
     def identity(self) -> str:

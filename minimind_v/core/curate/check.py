@@ -129,9 +129,9 @@ class Report:
 
     def compare(self, held_out: Digests) -> None:
         """Find repeated rows, after all rows were added."""
-        self._first_copy = self._wholes.seen_before(self.rows)
-        self._first_shown = np.where(self._first_copy < 0, self._digests.seen_before(self.rows), -1)
-        self._held_out_copy = self._digests.seen_in(held_out, self.rows)
+        self._first_copy = self._wholes.earlier_copies(self.rows)
+        self._first_shown = np.where(self._first_copy < 0, self._digests.earlier_copies(self.rows), -1)
+        self._held_out_copy = self._digests.copies_in(held_out, self.rows)
         self.repeated = (self._first_copy >= 0) | (self._held_out_copy >= 0)
 
     def location(self, index: int) -> str:
@@ -236,8 +236,10 @@ def _check_text(dataset: RowDataset, index: int, row: Row, checked: CheckedRow) 
     """Add the problems of the text. Returns how many of the row's pictures training would read."""
     if isinstance(row.conversations, list):
         for number, message in enumerate(row.conversations, 1):
-            content = message.get("content") if isinstance(message, dict) else None
-            if isinstance(content, str) and message.get("role") == "assistant" and not content.strip():
+            if not isinstance(message, dict) or message.get("role") != "assistant" or message.get("tool_calls"):
+                continue
+            content = message.get("content")
+            if isinstance(content, str) and not content.strip():
                 checked.problems.append(("empty answer", f"message {number}, an answer, is empty"))
     try:
         whole = dataset.encoder.row(row.conversations, len(row.images), NO_LIMIT)

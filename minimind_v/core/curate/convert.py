@@ -18,7 +18,7 @@ from minimind_v.core.files import only_writer, write_text
 from minimind_v.core.outputs import keep_inputs, keep_set
 from minimind_v.core.rows.forms import no_form
 from minimind_v.core.rows.row import RowStore
-from minimind_v.core.rows.writers import Form, JsonlZip, Parquet, Whole
+from minimind_v.core.rows.writers import JsonlZip, Parquet, RowFormat, Whole
 
 FINISHING = "finishing"  # a file in the folder of the parts while the target is being made
 PART_ROWS, PART_BYTES = 1000, 2**26  # a part, and a row group of parquet, ends at either
@@ -52,7 +52,7 @@ def convert(
                 shutil.rmtree(target.folder, ignore_errors=True)
 
 
-def _convert(rows: RowStore, target: Form, progress: Callable[[int, int], None]) -> Converted:
+def _convert(rows: RowStore, target: RowFormat, progress: Callable[[int, int], None]) -> Converted:
     """Write the missing parts, and make the target from all parts."""
     done = begun = _resume(rows, target)
     pictures = 0
@@ -67,12 +67,12 @@ def _convert(rows: RowStore, target: Form, progress: Callable[[int, int], None])
     return Converted(target.files, done, pictures, begun)
 
 
-def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *others: Path | None) -> Form:
+def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *others: Path | None) -> RowFormat:
     """The format of a file that may be written.
 
     Raises UsageError for another ending, for an existing file, and if it would overwrite one of the other paths.
     """
-    form: type[Form] | None = {".jsonl": JsonlZip, ".parquet": Parquet}.get(out.suffix)  # type: ignore[assignment]
+    form: type[RowFormat] | None = {".jsonl": JsonlZip, ".parquet": Parquet}.get(out.suffix)  # type: ignore[assignment]
     if form is None:
         raise UsageError(f"{out}: must end in .jsonl or .parquet")
     if out.is_dir():
@@ -82,7 +82,7 @@ def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *
     return target
 
 
-def _only_ours(target: Form) -> bool:
+def _only_ours(target: RowFormat) -> bool:
     """Whether all existing files are of a conversion that was interrupted before it renamed the last one."""
     try:
         begun = (target.folder / FINISHING).stat().st_mtime_ns
@@ -117,7 +117,7 @@ def unreadable(rows: RowStore, index: int, error: RowError) -> DataError:
     return DataError(f"{rows.location(index)}: {error}{advice}")
 
 
-def _resume(rows: RowStore, target: Form) -> int:
+def _resume(rows: RowStore, target: RowFormat) -> int:
     """Rows in whole parts of an earlier run over the same source; removes parts of another source."""
     plan = target.folder / "source.json"
     files = [path for path in (rows.path, rows.pictures) if path]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.loader import BatchPlan
@@ -31,7 +33,7 @@ def _numbers() -> array[int]:
 
 @dataclass
 class Counted:
-    """Counts over rows. Arrays have a number per row, of the whole row, before truncation."""
+    """Counts over rows in their training form. Arrays have a number per row, of the whole row, before truncation."""
 
     total: array[int] = field(default_factory=_numbers)
     prompt: array[int] = field(default_factory=_numbers)
@@ -55,22 +57,30 @@ class Counted:
 
 
 def plan_batches(
-    rows: RowStore, encoder: PromptEncoder, config: RunConfig, counted: Counted | None = None
+    rows: RowStore,
+    encoder: PromptEncoder,
+    config: RunConfig,
+    counted: Counted | None = None,
+    keep: np.ndarray | None = None,
 ) -> BatchPlan:
-    """The plan of a run; `counted` counts rows when they are read. No picture file is read: the image size is 0."""
+    """The plan of a run; `counted` counts rows when they are read. No picture file is read: the image size is 0.
+
+    `keep`, bool [rows], selects rows.
+    """
     data = config.data
-    dataset = RowDataset(rows, encoder, 0, data.max_length).for_training(config.seed)
-    if counted is not None:  # in the plain form
+    dataset = RowDataset(rows, encoder, 0, data.max_length)
+    if counted is not None:
         dataset = _CountedRows(rows, encoder, 0, data.max_length)
         dataset.counted = counted
     rows_per_step = data.batch_size * config.accumulate * config.gpus
     return BatchPlan(
-        dataset,
+        dataset.for_training(config.seed),
         data.batch_size,
         encoder.tokenizer.pad_id,
         config.seed,
         rows_per_step=rows_per_step,
         processes=config.gpus,
+        keep=keep,
     )
 
 
@@ -131,13 +141,10 @@ class _CountedRows(RowDataset):
         counted.turns.append(self._turns(whole))
 
     def _whole(self, row: Row, read: Example | BrokenRow) -> Tokens | None:
-        """The tokens without truncation; tokenises again only if some may be missing."""
+        """The tokens without truncation; tokenises a row that is cut again. Such a row has the plain form."""
         if isinstance(read, Example):
             assert isinstance(read.tokens, Tokens)
-            written = [message["role"] for message in row.conversations].count("assistant")
-            # A cut through an answer leaves the maximum length, or less by some patches of an image.
-            uncut = self.max_length - self.encoder.tokens_per_image
-            if self._turns(read.tokens) == written and len(read.tokens) < uncut:
+            if not read.tokens.answers_cut:
                 return read.tokens
         elif read.kind != "too long":
             return None

@@ -121,15 +121,17 @@ class Previewer:
         except RowError as error:
             return RowView(location, str(error), error.kind)
         pictures = [self._picture(index, n, name) for n, name in enumerate(row.shown[:MOST_PICTURES])]
-        try:
-            whole = self._encode(index, row, NO_LIMIT)
-        except RowError as error:
-            return RowView(location, str(error), error.kind, pictures=pictures, source=_source(row))
+        draw, images = self._dataset.draw(index), len(row.images)
         trouble, kind, kept = "", "", Tokens()
         try:
-            kept = self._encode(index, row, self.config.data.max_length)
+            kept = whole = self.encoder.row(row.conversations, images, self.config.data.max_length, draw)
         except RowError as error:
             trouble, kind = str(error), error.kind
+        if trouble or kept.answers_cut:  # a row that is cut has the plain form
+            try:
+                whole = self.encoder.row(row.conversations, images, NO_LIMIT)
+            except RowError as error:
+                return RowView(location, str(error), error.kind, pictures=pictures, source=_source(row))
         bad = next((n for n, picture in enumerate(pictures[: kept.images]) if picture.trouble), None)
         if bad is not None:
             trouble, kind = pictures[bad].trouble, pictures[bad].kind
@@ -149,10 +151,6 @@ class Previewer:
             pictures,
             None if trouble else self._batch(index),
         )
-
-    def _encode(self, index: int, row: Row, max_length: int) -> Tokens:
-        """The tokens of a row in the form that training reads."""
-        return self.encoder.row(row.conversations, len(row.images), max_length, self._dataset.draw(index))
 
     def _picture(self, index: int, position: int, name: str) -> PictureView:
         try:

@@ -13,7 +13,6 @@ from minimind_v.core.curate.count import Counted, count, plan_batches
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError
 from minimind_v.core.rows.row import RowStore
-from minimind_v.core.rows.subset import SampledRows
 
 SAMPLE = 10_000  # rows: a few seconds, and a hundred rows above the 99th percentile
 BINS = 20  # of the histogram, at most
@@ -34,7 +33,7 @@ TimeOf = Callable[[RunConfig, TypicalRow, float, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Outlook:
+class SampleCount:
     """Counts over the first rows that a run reads."""
 
     counted: Counted
@@ -48,13 +47,13 @@ class Outlook:
         return self.counted.used / self.counted_rows * self.planned_rows
 
 
-def foresee(
+def count_sample(
     rows: RowStore,
     encoder: PromptEncoder,
     config: RunConfig,
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Outlook:
+) -> SampleCount:
     """Count `limit` rows (default: SAMPLE). No picture file is read.
 
     A sample is the first rows of the first epoch, in the batches of that epoch. Raises DataError if no row is usable.
@@ -62,12 +61,13 @@ def foresee(
     counted = Counted()
     every = plan_batches(rows, encoder, config)
     size = min(limit or SAMPLE, len(rows))
-    sampled = rows if size == len(rows) else SampledRows(rows, every.order(0)[:size])
-    count(plan_batches(sampled, encoder, config, counted), counted, progress)
+    sampled = np.zeros(len(rows), bool)
+    sampled[every.order(0)[:size]] = True
+    count(plan_batches(rows, encoder, config, counted, sampled), counted, progress)
     if not counted.used:
         _, first = min(counted.first_skipped.values())
         raise DataError(f"none of {size} rows is usable; the first problem: {first}")
-    return Outlook(counted, size, config.epochs * every.steps_per_epoch, config.epochs * len(rows))
+    return SampleCount(counted, size, config.epochs * every.steps_per_epoch, config.epochs * len(rows))
 
 
 def describe_rows(
@@ -78,8 +78,8 @@ def describe_rows(
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Statistics of rows as JSON for programs, and by `time_of` the time of a run over the whole set; as `foresee`."""
-    outlook = foresee(rows, encoder, config, limit, progress)
+    """Statistics of rows as JSON for programs, and by `time_of` the time of a run over all rows; as `count_sample`."""
+    outlook = count_sample(rows, encoder, config, limit, progress)
     counted, count, steps, samples = outlook.counted, outlook.counted_rows, outlook.steps, outlook.samples
     typical = TypicalRow(
         *(total / counted.used for total in (counted.padded, counted.pictures_kept, counted.supervised))

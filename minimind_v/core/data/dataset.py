@@ -72,11 +72,11 @@ class RowDataset:
         """`blank` gives a grey image in place of every real one. Resizing is that of the vision spec."""
         self.rows = rows
         self.encoder = encoder
-        self.image_size = image_size
         self.max_length = max_length
         self.blank = blank
-        self.resize_mode, self.resample = resize_mode, resample
-        self.seed: int | None = None  # of the forms of training rows; None: all rows have the plain form
+        self.preparation = image_size, resize_mode, resample  # as `load_pixels` takes it
+        self.seed: int | None = None  # of the forms of training rows; None: all rows have one form
+        self.evaluated = False  # whether that is the form of evaluation; else the plain one
         self.remembered: FeatureStore | None = None  # images with stored features are not decoded
 
     @classmethod
@@ -84,7 +84,8 @@ class RowDataset:
         cls, rows: RowStore, encoder: PromptEncoder, spec: VisionSpec, max_length: int, blank: bool = False
     ) -> RowDataset:
         """Rows with images as the vision encoder of this spec takes them."""
-        return cls(rows, encoder, spec.image_size, max_length, blank, spec.resize_mode, spec.resample)
+        size, *resizing = spec.preparation
+        return cls(rows, encoder, size, max_length, blank, *resizing)
 
     def for_training(self, seed: int) -> RowDataset:
         """The same rows, each in the form that a run with this seed trains on, where the layout has several."""
@@ -92,6 +93,14 @@ class RowDataset:
             return self
         dataset = copy.copy(self)
         dataset.seed = seed
+        return dataset
+
+    def for_evaluation(self) -> RowDataset:
+        """The same rows, each in the form in which answers are scored: as in a chat."""
+        if not self.encoder.layout.varies:
+            return self
+        dataset = copy.copy(self)
+        dataset.seed, dataset.evaluated = None, True
         return dataset
 
     def draw(self, index: int) -> Random | None:
@@ -108,7 +117,9 @@ class RowDataset:
             row = self.rows.row(index)
             if row.conversations is None:
                 raise no_form(row)
-            tokens = self.encoder.row(row.conversations, len(row.images), self.max_length, self.draw(index))
+            tokens = self.encoder.row(
+                row.conversations, len(row.images), self.max_length, self.draw(index), self.evaluated
+            )
         except RowError as error:
             return BrokenRow(location, error.kind, str(error))
         tokens.notes = row.notes
@@ -124,7 +135,7 @@ class RowDataset:
 
     def _image(self, index: int, position: int, name: str) -> LoadedImage:
         if self.blank:
-            return LoadedImage(b"", blank_pixels(self.image_size))
+            return LoadedImage(b"", blank_pixels(self.preparation[0]))
         data = self.rows.picture(index, position, name)
         key = digest(data) if self.remembered is not None else b""
         if self.remembered is not None and (features := self.remembered.read(key)) is not None:
@@ -133,4 +144,4 @@ class RowDataset:
 
     def pixels(self, data: bytes, name: str) -> np.ndarray:
         """A picture file as the vision encoder takes it: uint8 [3, S, S]. Raises RowError."""
-        return load_pixels(data, name, self.image_size, self.resize_mode, self.resample)
+        return load_pixels(data, name, *self.preparation)

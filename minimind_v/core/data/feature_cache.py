@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_layout import Form
+from minimind_v.core.data.feature_layout import FeatureLayout
 from minimind_v.core.data.feature_store import FeatureStore, measure_reading
 from minimind_v.core.data.images import RENDERING
 from minimind_v.core.device import autocast
@@ -87,11 +87,11 @@ class FeatureCache:
         self,
         encoder: FeatureEncoder | None = None,
         store: FeatureStore | None = None,
-        form: Form | None = None,
+        layout: FeatureLayout | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
-        """`form` is a layout that loses precision: it rounds the features of every image, stored or not."""
-        self.encoder, self.store, self.form, self.warn = encoder, store, form, warn
+        """`layout` is a layout that loses precision: it rounds the features of every image, stored or not."""
+        self.encoder, self.store, self.layout, self.warn = encoder, store, layout, warn
         self.encoded = self.read = 0  # images
 
     def features(self, batch: Batch) -> Tensor | None:
@@ -119,8 +119,8 @@ class FeatureCache:
             return torch.stack(list(stored.values())).to(pixel_values.device)
         assert self.encoder is not None, "pixels need an encoder"
         fresh = self.encoder.encode(pixel_values[missing] if stored else pixel_values)  # [K, P, width]
-        if self.form is not None:
-            fresh = self.form.rounded(fresh)
+        if self.layout is not None:
+            fresh = self.layout.rounded(fresh)
         self._write([keys[n] for n in missing], fresh)
         if not stored:
             return fresh
@@ -154,21 +154,21 @@ def open_feature_cache(
     them, by measurement, else off; neither changes a bit of the trained weights.
     """
     spec = encoder.encoder.spec
-    form = Form("int8" if choice == "int8" else encoder.kind, spec.tokens_per_image, spec.width)
+    layout = FeatureLayout("int8" if choice == "int8" else encoder.kind, spec.tokens_per_image, spec.width)
     if choice == "off":
         return FeatureCache(encoder)
     name, encoding = encoder.identify()
-    store = FeatureStore.below(folder, f"{name}-{form.kind}", form)
-    room = store.budget // form.record
+    store = FeatureStore.below(folder, f"{name}-{layout.kind}", layout)
+    room = store.budget // layout.record
     if choice == "auto":
-        reading = measure_reading(store.folder.parent, form.record) if room >= PROBES else None
+        reading = measure_reading(store.folder.parent, layout.record) if room >= PROBES else None
         if reading is None or reading * WORTH > encoding:
             why = f"reading an image's takes {(reading or 0) * 1e3:.2g} ms, encoding it {encoding * 1e3:.2g} ms"
             say(f"features: not cached ({f'no disk space in {folder}' if reading is None else why})")
             return FeatureCache(encoder)
-    line = f"features: cached as {form.kind} in {store.folder}, {form.record / 1e3:.0f} kB an image; "
+    line = f"features: cached as {layout.kind} in {store.folder}, {layout.record / 1e3:.0f} kB an image; "
     line += f"{store.count():,} cached, room for {room:,}"
     if room < rows and choice != "int8":
-        line += f" of the images of {rows:,} rows (--features int8: {room * form.record // form.eighth:,})"
+        line += f" of the images of {rows:,} rows (--features int8: {room * layout.record // layout.eighth:,})"
     say(line)
-    return FeatureCache(encoder, store, form if choice == "int8" else None, warn)
+    return FeatureCache(encoder, store, layout if choice == "int8" else None, warn)

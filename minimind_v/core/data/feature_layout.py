@@ -12,7 +12,7 @@ SCALE = 4  # bytes of a token's scale, a float32
 
 
 @dataclass(frozen=True)
-class Form:
+class FeatureLayout:
     """The layout of one image's features: P patches of a width; `kind` is float32, bfloat16 or int8."""
 
     kind: str

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from minimind_v.core.data.feature_layout import Form
+from minimind_v.core.data.feature_layout import FeatureLayout
 
 ENTRY = 24  # bytes: a key of 16, the checksum of its record, the checksum of both
 HEAD = 20  # bytes of an entry that its checksum covers
@@ -43,15 +43,15 @@ def digest(data: bytes) -> bytes:
 class FeatureStore:
     """Features by key. Cheap to pickle; each process, forked or spawned, opens its own files."""
 
-    def __init__(self, folder: Path, form: Form, budget: int) -> None:
+    def __init__(self, folder: Path, layout: FeatureLayout, budget: int) -> None:
         """`budget` limits the bytes of all segments in this folder and the folders beside it."""
-        self.folder, self.form, self.budget = folder, form, budget
+        self.folder, self.layout, self.budget = folder, layout, budget
         self._forget()
 
     @classmethod
-    def below(cls, root: Path, name: str, form: Form) -> FeatureStore:
+    def below(cls, root: Path, name: str, layout: FeatureLayout) -> FeatureStore:
         """The store of this name in a folder of stores, which together may take a quarter of the free bytes."""
-        return cls(root / name, form, sum(used_and_free(root / name)) // SHARE)
+        return cls(root / name, layout, sum(used_and_free(root / name)) // SHARE)
 
     def _forget(self) -> None:
         self._pid = os.getpid()
@@ -88,7 +88,7 @@ class FeatureStore:
         if data is None:  # forget the entry
             self._loose[_short(key)] = -1
             return None
-        return self.form.unpack(data)
+        return self.layout.unpack(data)
 
     def _find(self, key: bytes) -> int | None:
         """Segment and number, as one integer, of an entry that begins like the key."""
@@ -112,7 +112,7 @@ class FeatureStore:
         for name in sorted(names - self._names):  # oldest first
             self._names.add(name)
             with contextlib.suppress(OSError):  # half deleted, or unreadable
-                self._segments.append(_Segment(self.folder / name[: -len(".index")], self.form.record))
+                self._segments.append(_Segment(self.folder / name[: -len(".index")], self.layout.record))
         grown = False
         for number, segment in enumerate(self._segments):
             shorts, numbers = segment.grown()
@@ -146,13 +146,13 @@ class FeatureStore:
         try:
             if self._own is not None and self._own.deleted():
                 self.close()
-            self.trouble = self._no_room(len(fresh) * self.form.record)
+            self.trouble = self._no_room(len(fresh) * self.layout.record)
             if self.trouble:
                 return
             if self._own is None:
                 self._begin()
             assert self._own is not None
-            records = self.form.pack(features[list(fresh.values())])
+            records = self.layout.pack(features[list(fresh.values())])
             shorts, numbers = self._own.append(list(fresh), records)
         except OSError as error:
             self.trouble = f"{self.folder}: {error.strerror or error}"
@@ -162,7 +162,7 @@ class FeatureStore:
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
-        self._own = _Segment(self.folder / name, self.form.record, new=True)
+        self._own = _Segment(self.folder / name, self.layout.record, new=True)
         self._segments.append(self._own)
         self._names.add(f"{name}.index")
 
@@ -170,7 +170,7 @@ class FeatureStore:
         used, free = used_and_free(self.folder)
         if used + needed > self.budget:
             return f"the budget of {self.budget / 1e9:.1f} GB is used up"
-        if free < needed + FULL * self.form.record:
+        if free < needed + FULL * self.layout.record:
             return "the disk is full"
         return None
 

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from minimind_v.core.data.thinking import EMPTY_BLOCK, TAGS, THINK, plain_messages
-from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.errors import RowError, UsageError, nearest
 
 # Ours, in the spirit of the published ones: half of them Chinese, some with the model's name.
 SYSTEM_PROMPTS = (
@@ -48,14 +48,24 @@ class ChatLayout:
     system_prompt: str | None = None  # of a conversation without a system message
     placeholder = "@"  # the token that reserves a patch's position, at a message's `<image>` mark
     end_token = "<|im_end|>"  # generation stops at it
-    varies = False  # whether `of_row` draws
+    varies = False  # whether rows have several forms
 
     def of_row(self, draw: Random | None) -> ChatLayout:
         """The layout of one row of data. A training row draws its form; without `draw` a row has the plain form."""
         return self
 
+    def of_evaluation(self) -> ChatLayout:
+        """The layout of rows that are evaluated: what a prompt of chat ends with is there, and is not supervised."""
+        return self
+
     def messages(self, conversation: list[Any]) -> list[Any]:
-        """The messages with a role and a content each; further fields of a message are used here or not at all."""
+        """The messages with a role and a content each; further fields of a message are used here or not at all.
+
+        Raises RowError for tools in a layout without them.
+        """
+        for number, message in enumerate(conversation, 1):
+            if isinstance(message, dict) and len(message) > 2 and "tool" not in self.roles:
+                _refuse_tools(message, number)
         return conversation
 
     def message(self, role: str, content: str) -> list[Piece]:
@@ -101,10 +111,12 @@ class ChatMLThink(ChatLayout):
 
     The tags of reasoning and tools are tokens in all messages but the user's, whose text stays text. A row in the
     plain form has no empty think block; in a training row the blocks are kept at times, and a system prompt is added.
+    An evaluated answer follows an empty block or, if it has reasoning, `<think>\\n`, as in a prompt of chat.
     """
 
     system_prompt: str | None = None
     empty_blocks: bool = True  # whether answers without reasoning begin with an empty block
+    evaluates: bool = False  # whether the beginning of an answer that a prompt contains is not supervised
 
     roles = ("system", "user", "assistant", "tool")
     placeholder = "<|image_pad|>"
@@ -116,6 +128,9 @@ class ChatMLThink(ChatLayout):
         prompt = draw.choice(SYSTEM_PROMPTS) if draw.random() < SYSTEM_SHARE else None
         return replace(self, system_prompt=prompt, empty_blocks=draw.random() >= PLAIN_SHARE)
 
+    def of_evaluation(self) -> ChatLayout:
+        return replace(self, evaluates=True)
+
     def messages(self, conversation: list[Any]) -> list[Any]:
         return plain_messages(conversation)
 
@@ -123,7 +138,10 @@ class ChatMLThink(ChatLayout):
         start = Piece("<|im_start|>", is_token=True)
         if role == "assistant":
             body = content if self.empty_blocks else content.replace(EMPTY_BLOCK, "")
-            return [start, *_tagged(f"assistant\n{body}", len("assistant\n")), *self.answer_end()]
+            prompted = ""
+            if self.evaluates:
+                prompted = EMPTY_BLOCK if body.startswith(EMPTY_BLOCK) else f"{THINK}\n"
+            return [start, *_tagged(f"assistant\n{body}", len(f"assistant\n{prompted}")), *self.answer_end()]
         end = [Piece(self.end_token, is_token=True), Piece("\n")]
         if role == "user":
             return [start, Piece(f"user\n{content}"), *end]
@@ -134,6 +152,15 @@ class ChatMLThink(ChatLayout):
 
     def reasoning_start(self) -> list[Piece]:
         return [Piece("<|im_start|>", is_token=True), *_tagged(f"assistant\n{THINK}\n")]
+
+
+def _refuse_tools(message: dict[str, Any], number: int) -> None:
+    for key in ("tools", "tool_calls"):
+        if message.get(key) not in (None, "", [], "[]", "null"):
+            raise RowError(
+                f"message {number} has `{key}`, but this chat layout has no tools — use the tokenizer of minimind-3v",
+                "roles",
+            )
 
 
 _TAG = re.compile(f"({'|'.join(TAGS)})")

@@ -32,7 +32,7 @@ class Processor:
 
     def __init__(self, tokenizer: Tokenizer, spec: VisionSpec) -> None:
         self.prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
-        self.form = spec.image_size, spec.resize_mode, spec.resample  # of the pixels
+        self.spec = spec
         self.pad_id = tokenizer.pad_id
 
     def __call__(self, text: str | Sequence[str], images: Images | Sequence[Images] = None) -> dict[str, Tensor]:
@@ -68,21 +68,21 @@ class Processor:
 
     def pixels(self, image: Image) -> np.ndarray:
         """An image as uint8 [3, S, S]; such an array stays as it is. Raises UsageError, MissingInput or RowError."""
-        size = self.form[0]
+        size, *_ = preparation = self.spec.preparation
         if isinstance(image, np.ndarray):
             if image.shape == (3, size, size) and image.dtype == np.uint8:
                 return image
             image = _from_array(image)
         if isinstance(image, Pillow.Image):
-            return to_pixels(image, *self.form)
+            return to_pixels(image, *preparation)
         if isinstance(image, bytes | bytearray):
-            return load_pixels(bytes(image), "the image", *self.form)
+            return load_pixels(bytes(image), "the image", *preparation)
         if isinstance(image, str | Path):
             image = read_picture(str(image))
         if not isinstance(image, Picture):
             kind = type(image).__name__
             raise UsageError(f"not an image: {kind} — give a path, bytes, a PIL image or a numpy array")
-        return load_pixels(image.data, image.name, *self.form)
+        return load_pixels(image.data, image.name, *preparation)
 
     def pad(self, rows: Sequence[Tokens]) -> dict[str, Tensor]:
         """Rows of tokens as input_ids, attention_mask and image_mask, each [B, T], right-padded."""

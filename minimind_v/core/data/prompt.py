@@ -6,6 +6,7 @@ The tokenizer's chat layout (`layouts.py`) defines how messages become text, and
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -81,15 +82,26 @@ class PromptEncoder:
     def layout(self) -> ChatLayout:
         return self.tokenizer.chat_layout
 
-    def row(self, conversations: Any, images: int, max_length: int, draw: Random | None = None) -> Tokens:
+    def row(
+        self, conversations: Any, images: int, max_length: int, draw: Random | None = None, evaluated: bool = False
+    ) -> Tokens:
         """A row of at most `max_length` tokens, cut after the last whole turn that fits.
 
-        A training row draws its form where the layout has several; without `draw` it has the plain form. `images` is
-        the number of the row's images; `Tokens.images` counts those before the cut. A row with images and
+        A training row draws its form where the layout has several; a drawn form that does not fit whole gives way to
+        the plain one, so that a draw cuts nothing. Without `draw` a row has the plain form, or that of evaluation.
+        `images` is the number of the row's images; `Tokens.images` counts those before the cut. A row with images and
         no mark is a text row: `Tokens.unmarked` counts its images.
         Raises RowError if the conversation is malformed, marks and images differ in number, or the prompt is too long.
         """
-        layout = self.layout.of_row(draw)
+        layout = self.layout.of_evaluation() if evaluated else self.layout.of_row(None)
+        if draw is not None and (drawn := self.layout.of_row(draw)) != layout:
+            with suppress(RowError):  # of the plain form, too, or it is too long
+                tokens = self._row(conversations, images, max_length, drawn)
+                if not tokens.answers_cut:
+                    return tokens
+        return self._row(conversations, images, max_length, layout)
+
+    def _row(self, conversations: Any, images: int, max_length: int, layout: ChatLayout) -> Tokens:
         messages = check_conversations(conversations, layout)
         encoded = self._opening(messages, layout)
         turns = [message for message in messages if message["role"] != "system"]
@@ -126,13 +138,25 @@ class PromptEncoder:
 
         Raises RowError for a malformed conversation, UsageError for reasoning in a layout without it.
         """
-        messages = check_conversations(conversations, self.layout)
-        encoded = self._opening(messages, self.layout)
-        for message in messages:
-            if message["role"] != "system":
-                encoded += self._message(message["role"], message["content"], self.layout)
-        encoded += self.answer_start(think)
+        encoded = Tokens()
+        for tokens in self.turns(conversations, think):
+            encoded += tokens
         return encoded
+
+    def turns(self, conversations: Any, think: bool = False) -> list[Tokens]:
+        """`prompt` in pieces: the system message or nothing, then each question with its answer.
+
+        The start of the new answer is in the last one.
+        """
+        messages = check_conversations(conversations, self.layout)
+        turns = [Tokens()]
+        turns[0] += self._opening(messages, self.layout)
+        for message in messages[messages[0]["role"] == "system" :]:
+            if message["role"] != "assistant":
+                turns.append(Tokens())
+            turns[-1] += self._message(message["role"], message["content"], self.layout)
+        turns[-1] += self.answer_start(think)
+        return turns
 
     def follow_up(self, question: str, think: bool = False) -> Tokens:
         """A further question, after a complete answer and its end, and the start of its answer."""
@@ -141,9 +165,9 @@ class PromptEncoder:
         return encoded
 
     def answer(self, content: str) -> Tokens:
-        """A whole message of the assistant, as a later prompt has it."""
+        """A whole message of the assistant, as a later prompt has it. It is text: no mark in it becomes an image."""
         [message] = self.layout.messages([{"role": "assistant", "content": content}])
-        return self._message("assistant", message["content"], self.layout)
+        return self._encode(self.layout.message("assistant", message["content"]), marks=False)
 
     def answer_start(self, think: bool = False) -> Tokens:
         """The tokens before an answer, or before its reasoning. Raises UsageError for a layout without reasoning."""
@@ -167,13 +191,16 @@ class PromptEncoder:
     def _message(self, role: str, content: str, layout: ChatLayout) -> Tokens:
         return self._encode(layout.message(role, content))
 
-    def _encode(self, pieces: list[Piece]) -> Tokens:
+    def _encode(self, pieces: list[Piece], marks: bool = True) -> Tokens:
+        """The tokens of pieces; with `marks` each image mark in a text becomes an image's placeholders."""
         tokens = Tokens()
         for piece in pieces:
             if piece.is_token:
                 ids, starts, image_mask = [self.tokenizer.token_id(piece.text)], [0], [False]
             else:
-                ids, starts, image_mask = self._encode_text(piece.text)
+                texts = piece.text.split(IMAGE_MARK) if marks else [piece.text]
+                ids, starts, image_mask = self._encode_text(texts)
+                tokens.images += len(texts) - 1
             tokens.input_ids += ids
             tokens.image_mask += image_mask
             begin = piece.supervised_from
@@ -181,17 +208,16 @@ class PromptEncoder:
                 begin is not None and start >= begin and not image
                 for start, image in zip(starts, image_mask, strict=True)
             ]
-            tokens.images += piece.text.count(IMAGE_MARK)
         return tokens
 
-    def _encode_text(self, text: str) -> tuple[list[int], list[int], list[bool]]:
-        """Ids of a text, the character that each starts at, and which of them are patches.
+    def _encode_text(self, pieces: list[str]) -> tuple[list[int], list[int], list[bool]]:
+        """Ids of a text with an image between two pieces; the character that each starts at; which are patches.
 
-        Marks become runs of placeholders, and the whole text is encoded at once; only a mark's placeholders are
+        Images become runs of placeholders, and the whole text is encoded at once; only these placeholders are
         patches, never a user's own. If the tokenizer would merge a placeholder with its neighbours, or the placeholder
-        is a special token, the texts between marks are encoded one by one instead.
+        is a special token, the pieces are encoded one by one instead.
         """
-        pieces, placeholder = text.split(IMAGE_MARK), self.layout.placeholder
+        placeholder = self.layout.placeholder
         if len(pieces) > 1 and len(placeholder) > 1:
             return self._encode_apart(pieces)
         run = placeholder * self.tokens_per_image

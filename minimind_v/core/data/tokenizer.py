@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from minimind_v.core.data.layouts import CHAT_LAYOUTS, ChatLayout, find_layout
 from minimind_v.core.errors import MissingInput, RowError, WeightsError
 from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.paths import STANDARD_PRESET
 
 MOST_BYTES = 64 << 20  # of a tokenizer.json: twice the largest vocabularies of today
 PROBE = "Is it 1?\n它是。"  # a text that any tokenizer can encode
@@ -39,12 +40,12 @@ class Tokenizer:
     layout: str = "chatml"  # one of CHAT_LAYOUTS
 
     @classmethod
-    def load(cls, folder: Path, layout: str | None = None) -> Tokenizer:
+    def load(cls, folder: Path, layout: str | None = None, preset: str = STANDARD_PRESET) -> Tokenizer:
         """Load `tokenizer.json` from a folder; without `layout` it has the one that its tokens are made for.
 
-        Raises MissingInput or WeightsError, each with the next step.
+        Raises MissingInput or WeightsError, each with the next step: the download of `preset`.
         """
-        path = find_tokenizer(folder)
+        path = find_tokenizer(folder, preset)
         try:
             text = _read(path)
             backend = FastTokenizer.from_str(_without_image_token(text))
@@ -55,14 +56,16 @@ class Tokenizer:
         except BaseException as error:  # the Rust library raises Exception, and panics as BaseException
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            raise WeightsError(f"{path}: not a tokenizer ({error}) — {how_to_get('tokenizer', folder)}") from None
+            get = how_to_get("tokenizer", folder, preset)
+            raise WeightsError(f"{path}: not a tokenizer ({error}) — {get}") from None
         layout = layout or usual_layout(backend)
         chat_layout = find_layout(layout)
         ids: list[int] = []
         for token in ("<|endoftext|>", "<|im_start|>", chat_layout.end_token, chat_layout.placeholder):
             id = backend.token_to_id(token)
             if id is None:
-                raise WeightsError(f"{path}: not a MiniMind-V tokenizer (it has no {token!r} token)")
+                get = how_to_get("tokenizer", folder, preset)
+                raise WeightsError(f"{path}: not a MiniMind-V tokenizer (it has no {token!r} token) — {get}")
             ids.append(id)
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -161,11 +164,12 @@ def _check_ids(backend: FastTokenizer) -> None:
         raise ValueError(f"{' and '.join(repr(token) for token in ids if ids[token] == id)} have the id {id}")
 
 
-def find_tokenizer(folder: Path) -> Path:
-    """The `tokenizer.json` of a folder. Raises MissingInput."""
+def find_tokenizer(folder: Path, preset: str = STANDARD_PRESET) -> Path:
+    """The `tokenizer.json` of a folder. Raises MissingInput with the download of `preset`."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise MissingInput(f"no tokenizer in {folder} (tokenizer.json is missing) — {how_to_get('tokenizer', folder)}")
+        get = how_to_get("tokenizer", folder, preset)
+        raise MissingInput(f"no tokenizer in {folder} (tokenizer.json is missing) — {get}")
     return path
 
 

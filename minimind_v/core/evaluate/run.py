@@ -97,6 +97,9 @@ def evaluate(
 ) -> Scores:
     """Score every answer of every row, given the true turns before it, in the precision of training.
 
+    Each answer follows what a prompt of chat ends with: in the layout of minimind-3v an empty think block, or the
+    beginning of a block where the true answer has reasoning.
+
     `task` is one of TASKS; without it the USUAL ones share one pass. `memory` has features of images that were encoded
     before; without it each image is encoded here. Raises UsageError for an unknown task, DataError where no row can be
     scored.
@@ -105,6 +108,7 @@ def evaluate(
     if task is not None and type(tasks[0]).conversation is not Task.conversation:
         dataset = copy.copy(dataset)
         dataset.rows = TaskRows(dataset.rows, tasks[0], dataset.encoder)
+    dataset = dataset.for_evaluation()
     model.eval()
     started = time.perf_counter()
     plan = BatchPlan(dataset, batch_size, pad_id, limit=limit)

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from minimind_v.core.config.generation import Generation, generation_of
+from minimind_v.core.config.generation import V2025, V2026, Generation, generation_of
 from minimind_v.core.config.presets import name_preset
 from minimind_v.core.config.schema import LINEAR, ModelConfig, TextConfig, VisionSpec
-from minimind_v.core.errors import RunError, WeightsError
+from minimind_v.core.errors import MmvError, RunError, WeightsError
 from minimind_v.core.files import MOST_JSON, write_atomically, write_text
 from minimind_v.core.formats.companions import RECORD, UNKNOWN, Companions, as_record, of_the_run, read_record
 from minimind_v.core.formats.description import (
@@ -31,8 +31,9 @@ from minimind_v.core.formats.description import (
     described_projector,
     described_vision,
     infer_config,
+    shaped_sizes,
 )
-from minimind_v.core.formats.generations import check_base, check_weights
+from minimind_v.core.formats.generations import check_base, check_weights, has_head_norms
 from minimind_v.core.formats.gguf.read import is_gguf, read_gguf
 from minimind_v.core.formats.hf.read import VISION, read_folder
 from minimind_v.core.formats.tensor_files import check_numbers, read_tensors
@@ -133,9 +134,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     config = described_config(path, meta, infer_config(path, tensors))
     stage = meta.get("stage")
     stage = stage if stage and isinstance(stage, str) else _stage_of(path, tensors)
-    companions = read_record(meta[RECORD], path.parent) if RECORD in meta else of_the_run(path)
+    companions = read_record(meta[RECORD], path.parent) if RECORD in meta else of_the_run(path, shaped_sizes(config))
     vision, projector = described_vision(path, meta), described_projector(path, meta, tensors)
     return Checkpoint(path, tensors, config, stage, ignored, not meta, companions, vision, projector)
+
+
+def generation_at(path: Path) -> Generation | None:
+    """The generation of the weights in a file, by the names of its tensors; None where it has no such weights."""
+    try:
+        tensors = read_tensors(path)[0]
+    except (OSError, MmvError):
+        return None
+    if not any(name.endswith((EMBEDDING, HEAD)) for name in tensors):
+        return None
+    return V2026 if has_head_norms(tensors) else V2025
 
 
 def _unwrap(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minimind_v.core.config.schema import VisionSpec
+from minimind_v.core.config.schema import TextConfig, VisionSpec
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import MmvError
@@ -40,6 +40,7 @@ class Companions:
     vision_model: Companion | None = None
     tokenizer: Companion | None = None
     layout: str | None = None  # of the prompts, one of CHAT_LAYOUTS; None: that of the tokenizer
+    ignored: str = ""  # the sentence about a run folder that is not that of the weights
 
 
 UNKNOWN = Companions()
@@ -86,24 +87,45 @@ def read_record(record: Any, folder: Path) -> Companions:
     )
 
 
-def of_the_run(weights: Path) -> Companions:
-    """The companions that `config.yaml` in the run folder names, for weights without a record."""
+def of_the_run(weights: Path, sizes: Mapping[str, Any]) -> Companions:
+    """The companions that `config.yaml` in the run folder names, for weights of these sizes without a record."""
     if not weights.is_file():
         return UNKNOWN
-    folder = weights.with_name(weights.stem.removesuffix("_best"))
+    folder = run_folder_of(weights)
+    if trouble := trouble_of_run(folder, sizes):
+        return Companions(ignored=f"{trouble} than {weights}: it is ignored")
     try:
         config = read_settings(folder / "config.yaml")
         out = Path(config["out"])
         paths = {"vision_model": Path(config["vision_model"]), "tokenizer": Path(config["data.tokenizer"])}
     except (OSError, KeyError, TypeError, MmvError):  # no run, or its file was changed
         return UNKNOWN
-    companions = {}
+    companions: dict[str, Any] = {"layout": config.get("data.layout")}
     for name, path in paths.items():
         moved: tuple[Path, ...] = ()
         if path.is_absolute() == out.is_absolute():  # so the relative path is known
             moved = (tidy(_resolved(folder.parent) / os.path.relpath(path, out)),)
         companions[name] = Companion((*moved, path))
-    return Companions(**companions, layout=config.get("data.layout"))
+    return Companions(**companions)
+
+
+def run_folder_of(weights: Path) -> Path:
+    """The folder that has the records of the run of some weights, if there was one."""
+    return weights.with_suffix("").with_name(weights.stem.removesuffix("_best"))
+
+
+def trouble_of_run(folder: Path, sizes: Mapping[str, Any]) -> str | None:
+    """Why a run folder is not that of weights of these sizes: files of both generations have the same names."""
+    try:
+        config = read_settings(folder / "config.yaml")
+    except (OSError, MmvError):
+        return None
+    recorded = {"qk_norm": TextConfig.qk_norm}  # older releases did not record it
+    recorded |= {name: config[f"model.{name}"] for name in sizes if f"model.{name}" in config}
+    others = [
+        f"{name} {recorded.get(name)}, not {size}" for name, size in sizes.items() if recorded.get(name, size) != size
+    ]
+    return f"{folder} is the run of another model ({', '.join(others[:2])})" if others else None
 
 
 def _read(record: Any, folder: Path) -> Companion | None:

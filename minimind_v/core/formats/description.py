@@ -87,6 +87,12 @@ def _count_experts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def shaped_sizes(config: TextConfig) -> dict[str, Any]:
+    """The settings that shapes of tensors decide."""
+    names = (*_SHAPED, *(_SHAPED_EXPERTS if config.use_moe else ()))
+    return {name: getattr(config, name) for name in names}
+
+
 def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> TextConfig:
     """The described sizes, else the inferred ones. Raises WeightsError where the description is of other weights."""
     names = {item.name for item in fields(TextConfig)}
@@ -94,9 +100,9 @@ def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> 
     try:
         config = TextConfig(**(asdict(inferred) | described))
         wrong = [
-            f"{name} {getattr(config, name)}, not {getattr(inferred, name)}"
-            for name in (*_SHAPED, *(_SHAPED_EXPERTS if inferred.use_moe else ()))
-            if getattr(config, name) != getattr(inferred, name)
+            f"{name} {getattr(config, name)}, not {value}"
+            for name, value in shaped_sizes(inferred).items()
+            if getattr(config, name) != value
         ]
         if config.num_key_value_heads * config.head_dim != inferred.num_key_value_heads * inferred.head_dim or (
             config.qk_norm and config.head_dim != inferred.head_dim

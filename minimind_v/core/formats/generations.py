@@ -22,6 +22,7 @@ from minimind_v.core.data.layouts import find_layout
 from minimind_v.core.data.tokenizer import Tokenizer, usual_layout
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.model.vision.spec import read_vision_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +63,26 @@ def check_base(path: Path, weights: TextConfig, model: TextConfig) -> None:
             f"{path}: these weights belong to {theirs.name}, but the run trains {ours.name} — "
             f"add --preset {name_preset(weights) or theirs.preset}, or name other weights with --init"
         )
+
+
+def open_spec(folder: Path, generation: Generation, weights: Path | None, standard: str | None = None) -> VisionSpec:
+    """The spec of a folder's tower, which must be of the generation of the weights or the run; else `check_tower`.
+
+    Raises as `read_vision_spec`.
+    """
+    spec = read_vision_spec(folder, standard, generation.preset)
+    check_tower(folder, spec, generation, weights)
+    return spec
+
+
+def open_tokenizer(folder: Path, layout: str | None, generation: Generation, weights: Path | None) -> Tokenizer:
+    """The tokenizer in a folder, which must be of the generation of the weights or the run; else `check_tokenizer`.
+
+    Raises as `Tokenizer.load`. Without `layout` it has the one that its tokens are made for.
+    """
+    tokenizer = Tokenizer.load(folder, preset=generation.preset)
+    check_tokenizer(tokenizer, folder, generation, weights)
+    return tokenizer if layout in (None, tokenizer.layout) else Tokenizer.load(folder, layout)
 
 
 def check_tower(folder: Path, spec: VisionSpec, generation: Generation, weights: Path | None) -> None:

@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from minimind_v.core.config.generation import V2025, V2026, generation_of
 from minimind_v.core.config.presets import name_preset, weights_name
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.tokenizer import find_tokenizer
-from minimind_v.core.errors import MissingInput, open_all
+from minimind_v.core.errors import MissingInput, MmvError, open_all
+from minimind_v.core.formats.generations import open_spec, open_tokenizer
 from minimind_v.core.hub.sources import how_to_get, how_to_pretrain, latest_model, weights_at
 from minimind_v.core.model.vision.spec import read_tower_config
-from minimind_v.core.paths import OUT_DIR, STANDARD_PRESET, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import OUT_DIR
 from minimind_v.core.rows.pictures import find_pictures
 from minimind_v.core.rows.stores import find_rows
 
 
 def find_inputs(config: RunConfig) -> None:
-    """Raises one MissingInput that names every missing input of a run."""
-    open_all(
-        lambda: read_tower_config(config.vision_model),
-        lambda: find_tokenizer(config.data.tokenizer),
-        lambda: find_rows(config.data.file),
-        lambda: find_pictures(config.data.images),
-        lambda: find_init(config),
-    )
+    """Raises one MissingInput for all missing inputs of a run, or WeightsError for a mix of generations."""
+    generation, init = generation_of(config.model), config.init
+    weights = weights_at(init) if init and init != NO_INIT and init.exists() else None
+    try:
+        open_all(
+            lambda: open_spec(config.vision_model, generation, weights),
+            lambda: open_tokenizer(config.data.tokenizer, config.data.layout, generation, weights),
+            lambda: find_rows(config.data.file),
+            lambda: find_pictures(config.data.images),
+            lambda: find_init(config),
+        )
+    except MmvError:
+        _check_generation(config)  # weights of the other generation are reported before their vision model
+        raise
+
+
+def _check_generation(config: RunConfig) -> None:
+    """Raises WeightsError where the weights to start from belong to the other generation."""
+    with suppress(MissingInput):  # the caller reports it
+        if init := find_init(config):
+            from minimind_v.core.formats.checkpoint import read_checkpoint  # torch: only for weights that exist
+            from minimind_v.core.formats.generations import check_base
+
+            check_base(init, read_checkpoint(init).config, config.model)
 
 
 def find_init(config: RunConfig) -> Path | None:
@@ -35,7 +54,7 @@ def find_init(config: RunConfig) -> Path | None:
     try:
         return weights_at(config.init)
     except MissingInput as error:
-        size = name_preset(config.model) or STANDARD_PRESET
+        size = name_preset(config.model) or generation_of(config.model).preset
         from_base = config.stage == "pretrain" or config.init.name == weights_name("lm", config.model)
         step = how_to_get("lm", config.init.parent, size) if from_base else f"run `{how_to_pretrain(size)}`"
         raise MissingInput(f"{error} to start from — {step}, or name a file with --init") from None
@@ -56,9 +75,11 @@ def find_model(
     try:
         return weights_at(weights) if weights else latest_model(say, out)
     except MissingInput:
+        present = (other for other in (V2025, V2026) if (other.tokenizer / "tokenizer.json").is_file())
+        generation = next(present, V2025)  # that of the weights is not known
         open_all(
             lambda: weights_at(weights) if weights else latest_model(say, out),
-            lambda: read_tower_config(vision_model or VISION_DIR),
-            lambda: find_tokenizer(tokenizer or TOKENIZER_DIR),
+            lambda: read_tower_config(vision_model or generation.vision_model, preset=generation.preset),
+            lambda: find_tokenizer(tokenizer or generation.tokenizer, generation.preset),
         )
         raise

@@ -8,24 +8,25 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from minimind_v.core.config.generation import Generation
-from minimind_v.core.config.schema import ModelConfig
+from minimind_v.core.config.generation import Generation, generation_of
+from minimind_v.core.config.schema import ModelConfig, RunConfig
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
-from minimind_v.core.errors import MissingInput, WeightsError
+from minimind_v.core.errors import MissingInput, UsageError, WeightsError
 from minimind_v.core.formats.checkpoint import Checkpoint, Receipt, load_into, match_tensors, read_checkpoint
 from minimind_v.core.formats.companions import Companion, tidy, tokenizer_digest, vision_digest
-from minimind_v.core.formats.generations import check_tokenizer, check_tower
+from minimind_v.core.formats.generations import check_base, check_tokenizer, check_tower, open_spec, open_tokenizer
 from minimind_v.core.formats.gguf import read as gguf
 from minimind_v.core.formats.gguf.read import is_gguf
 from minimind_v.core.formats.hf.names import published_shapes
 from minimind_v.core.formats.hf.read import is_export
+from minimind_v.core.formats.inputs import find_init
 from minimind_v.core.formats.vision_tower import StoredTower, build_encoder, read_tower
 from minimind_v.core.hub.sources import how_to_get, latest_model
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.projector import projector_shapes
-from minimind_v.core.model.vision.spec import read_vision_spec
+from minimind_v.core.model.vision.preprocessing import read_preprocessing
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.paths import OUT_DIR
 
@@ -87,6 +88,31 @@ def load(
     return LoadedModel(accelerate(model.to(chosen).eval(), chosen), stored.tokenizer, checkpoint, receipt)
 
 
+def load_initial(config: RunConfig, say: Callable[[str], None] = silent) -> tuple[VLM, Tokenizer, Receipt]:
+    """The model of a run with its initial weights in fp32, its tokenizer, and the receipt of the weights.
+
+    Without `init` all weights are random, and the receipt names them as new. Draws the run's first random numbers.
+    Raises MissingInput, UsageError, or WeightsError where the files do not belong together.
+    """
+    init, generation = find_init(config), generation_of(config.model)
+    checkpoint = read_checkpoint(init) if init else None
+    if checkpoint:  # first, since the vision model and the tokenizer of its own generation would be refused
+        check_base(checkpoint.path, checkpoint.config, config.model)
+    data = config.data
+    tower, tokenizer = read_companions(config.vision_model, data.tokenizer, data.layout, generation, init, say)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UsageError(
+            f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} tokens, but the model has only "
+            f"{config.model.vocab_size}: {tokenizer.last_token!r} would have no embedding — they do not "
+            f"belong together (--preset, --tokenizer, --set model.vocab_size={tokenizer.vocab_size})"
+        )
+    model = VLM(config.model, tower.spec, tokenizer.placeholder_id, build_encoder(tower), config.projector)
+    if checkpoint is None:
+        return model, tokenizer, Receipt("random weights", new=[name for name, _ in model.named_parameters()])
+    text_only = config.stage == "pretrain" or generation.stages[config.stage].start == "lm"  # its projector is new
+    return model, tokenizer, load_into(model, checkpoint, new_projector=text_only)
+
+
 def read_model_parts(
     weights: Path | None,
     vision_model: Path | None = None,
@@ -102,9 +128,8 @@ def read_model_parts(
     """
     checkpoint = read_checkpoint(weights or latest_model(say))
     paths = find_companions(checkpoint, vision_model, tokenizer, say)
-    companions = read_companions(
-        paths.vision_model, paths.tokenizer, checkpoint.companions.layout, checkpoint.generation, checkpoint.path
-    )
+    layout, generation = checkpoint.companions.layout, checkpoint.generation
+    companions = read_companions(paths.vision_model, paths.tokenizer, layout, generation, checkpoint.path, say)
     stored = ModelParts(checkpoint, *companions)
     _check_companions(stored, paths, say)
     shapes = published_shapes(checkpoint.config)
@@ -114,7 +139,12 @@ def read_model_parts(
 
 
 def read_companions(
-    vision_model: Path, tokenizer: Path, layout: str | None, generation: Generation, weights: Path | None
+    vision_model: Path,
+    tokenizer: Path,
+    layout: str | None,
+    generation: Generation,
+    weights: Path | None,
+    say: Callable[[str], None],
 ) -> tuple[StoredTower, Tokenizer]:
     """The vision tower and the tokenizer in these folders, or GGUF files; no `layout`: that of the tokenizer.
 
@@ -124,13 +154,16 @@ def read_companions(
         tower = gguf.read_vision_tower(vision_model)
         check_tower(vision_model, tower.spec, generation, weights)
     else:
-        check_tower(vision_model, read_vision_spec(vision_model), generation, weights)  # before weights that do not fit
+        open_spec(vision_model, generation, weights)  # before weights that do not fit
         tower = read_tower(vision_model)
-    loaded = gguf.read_tokenizer(tokenizer) if is_gguf(tokenizer) else Tokenizer.load(tokenizer)
+        if read_preprocessing(vision_model) is None:
+            say(f"{vision_model} has no preprocessor_config.json: images are resized {tower.spec.resample}, and "
+                f"normalised as {generation.vision_encoder}'s processor does by default")  # fmt: skip
+    if not is_gguf(tokenizer):
+        return tower, open_tokenizer(tokenizer, layout, generation, weights)
+    loaded = gguf.read_tokenizer(tokenizer)
     check_tokenizer(loaded, tokenizer, generation, weights)
-    if layout in (None, loaded.layout) or is_gguf(tokenizer):
-        return tower, loaded
-    return tower, Tokenizer.load(tokenizer, layout)
+    return tower, loaded
 
 
 # --- the vision model and the tokenizer of some weights ---------------------------------------------------------------
@@ -172,6 +205,8 @@ def find_companions(
     Raises one MissingInput for all that is missing.
     """
     weights, companions, generation = checkpoint.path, checkpoint.companions, checkpoint.generation
+    if companions.ignored:
+        say(companions.ignored)
     has_vision = is_gguf(weights) or (weights.is_dir() and is_export(weights))
     has_tokenizer = is_gguf(weights) or TOKENIZER.is_at(weights)
     paths = CompanionPaths(
@@ -181,7 +216,7 @@ def find_companions(
     )
     pairs = ((VISION, paths.vision_model, companions.vision_model), (TOKENIZER, paths.tokenizer, companions.tokenizer))
     if missing := [
-        _missing(kind, path, None if kind in paths.named else companion)
+        _missing(kind, path, None if kind in paths.named else companion, generation)
         for kind, path, companion in pairs
         if not kind.is_at(path)
     ]:
@@ -208,9 +243,10 @@ def _find(
     return standard
 
 
-def _missing(kind: CompanionKind, path: Path, companion: Companion | None) -> str:
+def _missing(kind: CompanionKind, path: Path, companion: Companion | None, generation: Generation) -> str:
     if companion is None:
-        return f"no {kind.name} in {path} ({kind.file} is missing) — {how_to_get(kind.what, path)}"
+        get = how_to_get(kind.what, path, generation.preset)
+        return f"no {kind.name} in {path} ({kind.file} is missing) — {get}"
     return f"the run's {kind.name} is no longer in {companion.paths[-1]} — give its folder with {kind.option}"
 
 

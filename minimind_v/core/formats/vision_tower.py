@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.formats.hf.read import weight_files
 from minimind_v.core.formats.tensor_files import check_numbers, read_tensors
-from minimind_v.core.hub.sources import how_to_get
 from minimind_v.core.model.no_init import NoInit
 from minimind_v.core.model.vision.clip import ACTIVATIONS
 from minimind_v.core.model.vision.encoder import VisionEncoder
@@ -24,6 +23,7 @@ from minimind_v.core.model.vision.spec import (
     read_tower_config,
     read_vision_spec,
 )
+from minimind_v.core.paths import STANDARD_PRESET
 from minimind_v.core.wording import plural
 
 _OTHERS = ("text_model.", "text_projection", "visual_projection", "logit_scale", "language_model.",
@@ -42,20 +42,27 @@ class StoredTower:
     tensors: dict[str, Tensor]
 
 
-def read_tower(folder: Path) -> StoredTower:
-    """The tower in its own folder, a whole CLIP's, or a LLaVA's. Raises MissingInput or WeightsError."""
-    spec = read_vision_spec(folder)
+def read_tower(folder: Path, preset: str = STANDARD_PRESET) -> StoredTower:
+    """The tower in its own folder, a whole CLIP's, or a LLaVA's.
+
+    Raises MissingInput with the download of `preset`, or WeightsError.
+    """
+    spec = read_vision_spec(folder, preset=preset)
     kind, config = read_tower_config(folder)
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)
-        raise WeightsError(does_not_load(folder, f"its activation {activation!r} is not one of {names}"))
+        why = f"its activation {activation!r} is not one of {names}"
+        raise WeightsError(does_not_load(folder, why, spec.model_type))
     try:
         tensors = _read(folder, kind)
     except WeightsError as error:
         why, _, _ = str(error).removeprefix(f"{folder}").lstrip("/: ").partition(" — ")
-        raise WeightsError(does_not_load(folder, why)) from None
-    return StoredTower(kind, config, spec, _complete(folder, tensors, kind, config))
+        raise WeightsError(does_not_load(folder, why, spec.model_type)) from None
+    stored = StoredTower(kind, config, spec, tensors)
+    if trouble := _trouble_of_tensors(folder, stored):
+        raise WeightsError(does_not_load(folder, trouble, spec.model_type))
+    return replace(stored, tensors={name: tensors[name] for name in tower_shapes(kind, config)})
 
 
 def build_encoder(tower: StoredTower) -> VisionEncoder:
@@ -83,24 +90,19 @@ def _read(folder: Path, kind: TowerType) -> dict[str, Tensor]:
     return tensors
 
 
-def _complete(folder: Path, tensors: dict[str, Tensor], kind: TowerType, config: Any) -> dict[str, Tensor]:
-    """The tensors of a tower, checked. Those that features do not depend on may be missing."""
-    shapes = tower_shapes(kind, config)
-    add_unused(tensors, kind, shapes)
+def _trouble_of_tensors(folder: Path, tower: StoredTower) -> str | None:
+    """Why the tensors of a tower do not load; None where they do. Those that features do not depend on are added."""
+    tensors, shapes = tower.tensors, tower_shapes(tower.kind, tower.config)
+    add_unused(tensors, tower.kind, shapes)
     if missing := [name for name in shapes if name not in tensors]:
-        raise WeightsError(
-            f"{folder}: {len(missing)} tensors of the vision model are missing, the first is {missing[0]} "
-            f"— {how_to_get('clip', folder)}"
-        )
+        return f"{len(missing)} tensors of the vision model are missing, the first is {missing[0]}"
     if further := [name for name in tensors if name.startswith(_LAYERS) and name not in shapes]:
-        why = f"it contains {further[0]}, but config.json has {plural(config.num_hidden_layers, 'layer')}"
-        raise WeightsError(does_not_load(folder, why))
+        return f"it contains {further[0]}, but config.json has {plural(tower.config.num_hidden_layers, 'layer')}"
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            sizes = f"{list(tensors[name].shape)}, but config.json says {list(shape)}"
-            raise WeightsError(does_not_load(folder, f"{name} is {sizes}"))
+            return f"{name} is {list(tensors[name].shape)}, but config.json says {list(shape)}"
         check_numbers(folder, name, tensors[name])
-    return {name: tensors[name] for name in shapes}
+    return None
 
 
 def add_unused(tensors: dict[str, Tensor], kind: TowerType, shapes: dict[str, torch.Size]) -> None:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.hub.receipt import STAGING, Kept, Receipt
 from minimind_v.core.hub.remote import Hub, HubError, Listing, NotThere, RemoteFile, Unreachable
+from minimind_v.core.hub.sources import describe_repo
 from minimind_v.core.hub.transfer import Digests, bring, digests, matches, settle
 from minimind_v.core.hub.wanted import DownloadPart, Item, Listener
 
@@ -58,13 +59,13 @@ class Download:
         hub, listings = self._reach(missing)
         if dry:
             planned = self._plan(hub, missing, listings)
-            self._refuse_to_replace(planned)
+            self._check_replaced(planned)
             return items + planned
         with self._locked({want.folder for want in missing}):
             complete = self._complete()  # another run may have finished in the meantime
             planned = self._plan(hub, [want for want in missing if want.label not in complete], listings)
             items += [item for want in missing for item in complete.get(want.label, [])]
-            self._refuse_to_replace(planned)
+            self._check_replaced(planned)
             self._check_space(planned)
             return items + self._fetch(hub, planned)
 
@@ -76,7 +77,7 @@ class Download:
         receipts = {folder: Receipt.read(folder) for folder in {want.folder for want in self.download_parts}}
         for want in self.download_parts:
             for name in self.hubs:
-                answer = receipts[want.folder].answers(self._key(name, want))
+                answer = receipts[want.folder].answers(self._key(name, want), want.source.hubs[name].repo)
                 if answer is not None:
                     complete[want.label] = [
                         Item(
@@ -177,22 +178,26 @@ class Download:
         if kept and kept.looks_the_same(item.path) and item.remote.sha256 == kept.sha256:
             return Digests(kept.size, kept.sha256, "")
         if item.remote.size not in (None, item.path.stat().st_size):
-            self.listener.warn(f"{item.path} differs from the hub's file (size): downloading it again")
             return None
         actual = digests(item.path)
-        if matches(actual, item.remote):
-            return actual
-        self.listener.warn(f"{item.path} differs from the hub's file (SHA-256): downloading it again")
-        return None
+        return actual if matches(actual, item.remote) else None
 
-    def _refuse_to_replace(self, items: Sequence[Item]) -> None:
-        """Raises UsageError for files of the user that the download would replace, such as trained weights."""
-        mine = [str(item.path) for item in items if item.action != "kept" and item.path.exists() and _is_mine(item)]
-        if mine:
+    def _check_replaced(self, items: Sequence[Item]) -> None:
+        """Warn of files that the download replaces. Raises UsageError for those that it must not replace: files of
+        another repository, and files of the user, such as trained weights.
+        """
+        replaced = [item for item in items if item.action != "kept" and item.path.exists()]
+        if others := [_of_another_repo(item) for item in replaced if not _is_of_the_source(item)]:
+            raise UsageError(f"{'; '.join(others)} — move them, or name another --dir")
+        if mine := [str(item.path) for item in replaced if _is_mine(item)]:
             raise UsageError(
-                f"these files exist and were changed after the download: {', '.join(mine)} — move them, or "
-                f"name another --dir"
+                f"these files exist and were not downloaded, or were changed after the download: {', '.join(mine)} — "
+                f"move them, or name another --dir"
             )
+        for item in replaced:
+            if item.want.rows is None and (item.remote.sha256 or item.remote.git_sha1):
+                what = "SHA-256" if item.remote.size in (None, item.path.stat().st_size) else "size"
+                self.listener.warn(f"{item.path} differs from the hub's file ({what}): downloading it again")
 
     # --- transfer -------------------------------------------------------------------------------------------------
 
@@ -292,12 +297,26 @@ class Download:
             status.st_size, status.st_mtime_ns, item.sha256 or "", item.hub, item.repo, item.commit, item.remote.path
         )
         with _receipt(item.folder) as receipt:
-            receipt.files[item.path.name] = kept
+            receipt.record(item.path.name, kept)
 
 
 def _looks_downloaded(item: Item) -> bool:
     kept = Receipt.read(item.folder).files.get(item.path.name)
     return kept is not None and kept.looks_the_same(item.path)
+
+
+def _is_of_the_source(item: Item) -> bool:
+    """Whether an existing file is not recorded as that of another repository than the item's and its mirrors."""
+    kept = Receipt.read(item.folder).files.get(item.path.name)
+    return kept is None or kept.repo in {source.repo for source in item.want.source.hubs.values()}
+
+
+def _of_another_repo(item: Item) -> str:
+    theirs = Receipt.read(item.folder).files[item.path.name].repo
+    return (
+        f"{item.path} was downloaded from {describe_repo(theirs)}, and {describe_repo(item.repo)} has another file of "
+        f"that name"
+    )
 
 
 def _is_mine(item: Item) -> bool:

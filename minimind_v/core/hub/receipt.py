@@ -73,10 +73,16 @@ class Receipt:
         }
         write_text(self.folder / STAGING / "receipt.json", json.dumps(notes, indent=1) + "\n")
 
-    def answers(self, want: str) -> dict[str, Kept] | None:
-        """The files of the request `want`, if all of them exist unchanged; else None."""
-        names = self.download_parts.get(want)
-        if not names or not all(name in self.files for name in names):
+    def record(self, name: str, kept: Kept) -> None:
+        """Add a file. Earlier requests with a file of that name are no longer complete."""
+        self.files[name] = kept
+        for request in [request for request, names in self.download_parts.items() if name in names]:
+            del self.download_parts[request]
+
+    def answers(self, request: str, repo: str) -> dict[str, Kept] | None:
+        """The files of a request to `repo`, if all of them exist unchanged; else None."""
+        names = self.download_parts.get(request)
+        if not names or not all(name in self.files and self.files[name].repo == repo for name in names):
             return None
         files = {name: self.files[name] for name in names}
         return files if all(kept.looks_the_same(self.folder / name) for name, kept in files.items()) else None

@@ -116,7 +116,7 @@ def patiently(ask: Callable[[], Any], hub: Hub, what: str) -> Any:
                 raise Unreachable(f"{hub.endpoint}: no answer in time") from None
             continue
         except (http().HTTPError, OSError) as error:
-            raise Unreachable(f"{hub.endpoint}: {plain(error)}") from None
+            raise Unreachable(f"{hub.endpoint}: {reason_of(error)}") from None
         if response.status_code < 400:
             return response
         wait = pause(attempt, response.headers)
@@ -126,7 +126,7 @@ def patiently(ask: Callable[[], Any], hub: Hub, what: str) -> Any:
     raise AssertionError("the last attempt returns or raises")
 
 
-def plain(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """An error of the network in one line."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

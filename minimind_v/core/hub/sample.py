@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from minimind_v.core.errors import DataError
 from minimind_v.core.files import write_atomically
-from minimind_v.core.hub.remote import RETRIED, TRIES, Hub, HubError, Unreachable, http, pause, plain, refused
+from minimind_v.core.hub.remote import RETRIED, TRIES, Hub, HubError, Unreachable, http, pause, reason_of, refused
 from minimind_v.core.hub.wanted import Item, Listener
 from minimind_v.core.wording import plural
 
@@ -197,7 +197,7 @@ class RangeFile(io.RawIOBase):
             try:
                 answer = self._ask(start, stop)
             except (http().HTTPError, ConnectionError, TimeoutError) as error:
-                trouble = plain(error)
+                trouble = reason_of(error)
             else:
                 if answer.status_code == 206:
                     return self._checked(answer, start, stop)

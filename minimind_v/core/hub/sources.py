@@ -18,7 +18,6 @@ from minimind_v.core.paths import (
     DATASET_DIR,
     DEMO_DIR,
     OUT_DIR,
-    PRESETS_3V,
     STANDARD_PRESET,
     TOKENIZER_3V_DIR,
     TOKENIZER_DIR,
@@ -30,6 +29,8 @@ WEIGHTS_ENDINGS = (".pth", ".safetensors")
 META = "minimind_v"  # the key of our description in a safetensors header
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 ROWS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".tar")  # endings of files of rows
+PRESETS_2025, PRESETS_3V = ("small", "base", "moe"), ("3v", "3v-moe")  # the sizes of each generation
+PUBLISHED = PRESETS_2025 + PRESETS_3V
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # files of rows that stand beside their pictures
 
 
@@ -92,7 +93,6 @@ def _repos(name: str) -> dict[str, HubRepo]:
     return {"hf": HubRepo(f"jingyaogong/{name}", "main"), "modelscope": HubRepo(f"gongjy/{name}", "master")}
 
 
-PRESETS_2025 = ("small", "base", "moe")
 _DATASET = Source("dataset", DATASET_DIR, _repos("minimind-v_dataset"), kind="dataset")
 _WEIGHTS, _WEIGHTS_3V = _repos("MiniMind2-V-PyTorch"), _repos("minimind-3v-pytorch")
 _CLIP = {
@@ -127,6 +127,16 @@ SOURCES_3V = _by_name(
 def sources_of(preset: str) -> dict[str, Source]:
     """The sources of a preset's generation, by what they hold."""
     return SOURCES_3V if preset in PRESETS_3V else SOURCES
+
+
+def describe_repo(repo: str) -> str:
+    """The name of a repository, and the presets that its files are for."""
+    presets = {
+        source.presets
+        for source in (*SOURCES.values(), *SOURCES_3V.values())
+        if repo in {hub.repo for hub in source.hubs.values()}
+    }
+    return repo + "".join(f" (presets {', '.join(names)})" for names in presets if names)
 
 
 SPLITS = ("pretrain", "sft")

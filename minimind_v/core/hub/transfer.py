@@ -28,7 +28,7 @@ from minimind_v.core.hub.remote import (
     Unreachable,
     http,
     pause,
-    plain,
+    reason_of,
     refused,
 )
 
@@ -126,7 +126,7 @@ def _receive(hub: Hub, url: str, remote: RemoteFile, staged: Path, progress: Pro
             if wait is None:
                 raise refused(busy.status, hub, remote.path) from None
         except (http().HTTPError, ConnectionError, TimeoutError) as error:
-            trouble, wait = plain(error), pause(idle)
+            trouble, wait = reason_of(error), pause(idle)
         received = staged.stat().st_size if staged.exists() else 0
         idle = 0 if received > most else idle + 1
         most = max(most, received)

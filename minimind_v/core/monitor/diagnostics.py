@@ -295,7 +295,7 @@ def overfitting(history: History) -> str | None:
     return f"overfitting since step {best.step}: {figures}; {advice}"
 
 
-def does_not_look(history: History) -> str | None:
+def ignores_images(history: History) -> str | None:
     """A model that uses the images has a higher loss with images of other rows."""
     losses = [(it.loss, it.swapped_loss) for it in history.validations[-3:] if it.swapped_loss is not None]
     if len(losses) < 3 or not history.last or history.step < 0.3 * history.last.steps:
@@ -320,7 +320,7 @@ STEP_RULES = (
     learning_rate_too_high,
     data_is_slow,
 )
-VALIDATION_RULES = (overfitting, does_not_look)
+VALIDATION_RULES = (overfitting, ignores_images)
 
 
 def _mean(values: list[float]) -> float:

@@ -5,47 +5,52 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import minimind_v
-from minimind_v.core.config.load import plain
+from minimind_v.core.config.load import as_settings
 from minimind_v.core.config.schema import LINEAR, RunConfig, TextConfig
 from minimind_v.core.device import device_name, resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.extensions import extensions_digest
 from minimind_v.core.hub.sources import METADATA
 from minimind_v.core.monitor.records import flatten
+from minimind_v.core.source import source_digest
 
 PIECE = 1 << 20  # bytes read at a time
 MANY = 1000  # files of a folder beyond which their bytes are not read for its fingerprint
 WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; of a larger one, so many in pieces
 # Keys that a resume may change: they decide where files go and what is reported, not what the model learns.
-# The division of a step's rows is free as well; their number is not, and has its own key.
+# The division of a step's rows is free as well, unless experts are balanced over micro-batches (`RunFolder.claim`);
+# their number is not, and has its own key.
 FREE = {"out", "device", "gpus", "save_every", "save_minutes", "keep", "log_every", "recall_rows", "data.workers"}
 FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "track"}
-# Packages and modules of core that decide the numbers of a run: after a change in them, a resume is refused. The other
-# imports of a run (a test computes them) report or move files.
+# Packages and modules of core that decide the numbers of a run: after a change of what they compute, a resume is
+# refused. The other imports of a run (a test computes them) report, check or move files.
 DECIDING = (
-    "model", "rows", "data", "formats", "train/build.py", "train/distributed.py", "train/freeze.py", "train/loop.py",
-    "train/progress.py", "train/resume.py", "train/run.py", "train/step.py", "config/generation.py",
-    "config/schedule.py", "cpu_sharing.py", "device.py",
+    "model", "rows", "data", "formats/checkpoint.py", "formats/description.py", "formats/load.py",
+    "formats/tensor_files.py", "formats/torch_files.py", "formats/vision_tower.py", "formats/hf/lfm2_names.py",
+    "formats/hf/names.py", "formats/hf/read.py", "train/build.py", "train/distributed.py", "train/freeze.py",
+    "train/loop.py", "train/progress.py", "train/resume.py", "train/run.py", "train/step.py", "config/freeze.py",
+    "config/generation.py", "config/schedule.py", "cpu_sharing.py", "device.py",
 )  # fmt: skip
+OTHERS = {"rows/writers.py", "data/picture_names.py", "data/processor.py"}  # no run imports these
 # Keys that earlier releases did not record, with the values that these had.
 ADDED = {
     "projector": LINEAR,
     "model.qk_norm": TextConfig.qk_norm,
     "model.aux_loss_scope": TextConfig.aux_loss_scope,
 }
-WRITERS = {"card.py", "write.py", "writers.py"}  # in these packages: modules that a run does not import
 INPUTS = ("data.file", "data.images", "data.tokenizer", "vision_model", "init")  # compared by their bytes
 
 
 def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """All settings that decide the numbers of a run, by configuration key; of its inputs, fingerprints."""
-    flat = flatten(plain(config))
+    flat = flatten(as_settings(config))
     origin = {key: value for key, value in flat.items() if key not in FREE and key not in INPUTS}
     for key in INPUTS:
         path = Path(flat[key] or "none")
@@ -53,7 +58,7 @@ def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
             path = path / "tokenizer.json"  # its folder may hold other files
         origin[key] = fingerprint(path) if path.exists() else None
     origin["features"] = "int8" if config.features == "int8" else "exact"  # a cache does not change them
-    origin["code"] = code_digest(Path(minimind_v.__file__).parent / "core")
+    origin["code"] = _installed_code()
     if extensions := extensions_digest():
         origin["extensions"] = extensions
     origin["torch"] = torch.__version__
@@ -63,17 +68,14 @@ def origin_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
 
 
 def deciding_modules(core: Path) -> list[Path]:
-    """The files of DECIDING, sorted."""
+    """The files of DECIDING, sorted; `core` is the folder of the packages."""
     files = (file for name in DECIDING for file in ((core / name).rglob("*.py") if "." not in name else [core / name]))
-    return sorted(file for file in files if file.name not in WRITERS)
+    return sorted(file for file in files if file.relative_to(core).as_posix() not in OTHERS)
 
 
-def code_digest(core: Path) -> str:
-    """A digest of the code that decides numbers; `core` is the folder of the packages."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in deciding_modules(core):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+@cache
+def _installed_code() -> str:
+    return source_digest(deciding_modules(Path(minimind_v.__file__).parent / "core"))
 
 
 def check_origin(

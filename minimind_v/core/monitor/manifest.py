@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import minimind_v
-from minimind_v.core.config.load import plain
+from minimind_v.core.config.load import as_settings
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.device import gpu_names
 from minimind_v.core.files import read_notes, write_text
@@ -38,7 +38,7 @@ def write_manifest(path: Path, config: RunConfig, origin: Mapping[str, Any], don
         "mmv": __version__,
         "stage": config.stage,
         "seed": config.seed,
-        "config": plain(config),
+        "config": as_settings(config),
         "fingerprints": {key: origin[key] for key in INPUTS},
         "code": origin["code"],
         "versions": versions(),

@@ -144,17 +144,17 @@ class BrokenRows:
     def __init__(self, rows: int, rows_per_step: int, allowed: float) -> None:
         """`allowed` is the share of all `rows` that may be broken."""
         self.rows, self.rows_per_step, self.allowed = rows, rows_per_step, allowed
-        self.by_place: dict[str, list[str]] = {}  # place of the row → its kind and its message
+        self.by_location: dict[str, list[str]] = {}  # location of the row → its kind and its message
 
     @property
     def kinds(self) -> dict[str, int]:
         """The number of rows of each kind, the most frequent first."""
-        return dict(Counter(kind for kind, _ in self.by_place.values()).most_common())
+        return dict(Counter(kind for kind, _ in self.by_location.values()).most_common())
 
     @property
     def first(self) -> str | None:
         """The message of the first row."""
-        return next((message for _, message in self.by_place.values()), None)
+        return next((message for _, message in self.by_location.values()), None)
 
     def add(self, rows: list[BrokenRow], read: int, warn: Callable[[str], None]) -> None:
         """Add broken rows after so many rows of the set were `read`, and name the first ones.
@@ -163,12 +163,12 @@ class BrokenRows:
         The result is the same after a resume and for any number of processes.
         """
         for row in rows:
-            if row.location in self.by_place:
+            if row.location in self.by_location:
                 continue
-            self.by_place[row.location] = [row.kind, str(row)]
-            if len(self.by_place) <= NAMED_BROKEN:
+            self.by_location[row.location] = [row.kind, str(row)]
+            if len(self.by_location) <= NAMED_BROKEN:
                 warn(f"row skipped: {row}")
-        broken = len(self.by_place)
+        broken = len(self.by_location)
         if broken > self.allowed * self.rows:
             share = f"{broken} of {self.rows} rows are broken"
         elif broken > self._bearable(read):

@@ -41,12 +41,12 @@ class Digests:
         _, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
         return self.owners[first[which]]
 
-    def seen_before(self, rows: int) -> np.ndarray:
+    def earlier_copies(self, rows: int) -> np.ndarray:
         """For each of `rows` rows an earlier row with one of its digests, or -1: int64 [rows]."""
         owners, firsts = self.owners, self.firsts()
         return _of_each_row(owners, firsts, firsts < owners, rows)
 
-    def seen_in(self, other: Digests, rows: int) -> np.ndarray:
+    def copies_in(self, other: Digests, rows: int) -> np.ndarray:
         """For each of `rows` rows the first row of another set with one of its digests, or -1: int64 [rows]."""
         if not len(other._digests):
             return np.full(rows, -1, np.int64)

@@ -14,7 +14,7 @@ from minimind_v.core.errors import RowError
 from minimind_v.core.rows.cells import StoredPictures, records_of
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, FILE_NAMES, PICTURES, QUESTIONS, READ, TALKS
 from minimind_v.core.rows.marks import filled_picture_field, place_pictures, row_pictures
-from minimind_v.core.rows.messages import STANDARD, Conversation, has_messages, read_messages
+from minimind_v.core.rows.messages import STANDARD, Conversation, has_messages, put_tools, read_messages
 from minimind_v.core.rows.row import IMAGE_MARK, SEVERAL_ANSWERS, SEVERAL_CAPTIONS, Row, image_names, parse_json
 from minimind_v.core.rows.unread import refuse_unread
 
@@ -52,6 +52,7 @@ def _read_fields(fields: Mapping[str, Any]) -> Row:
     else:
         conversation = read(rest)
         _put_system(rest, conversation)
+        put_tools(rest, conversation)
     key, pictures = row_pictures(rest, conversation)
     shown = place_pictures(conversation, pictures)
     if key and conversation.form:
@@ -77,7 +78,7 @@ def _usual_row(fields: Mapping[str, Any]) -> Row | None:
     """A row in the forms of published data, by a short way; None for any other. A JSONL is read twice as fast so."""
     key = "conversations" if "conversations" in fields else "messages"
     messages = fields.get(key)
-    if type(messages) is not list or not messages or "system" in fields:
+    if type(messages) is not list or not messages or "system" in fields or "tools" in fields:
         return None
     if key == "conversations" and "messages" in fields:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,9 @@ ROLES = {
     **dict.fromkeys(("user", "human", "usr", "prompter", "question"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "chatbot", "ai", "answer"), "assistant"),
     "system": "system",
+    **dict.fromkeys(("tool", "observation", "tool_response"), "tool"),
 }
+CALLS = ("function_call", "tool_call")  # roles of messages that are calls of tools, as JSON
 PART_TEXT = ("text", "input_text", "output_text")
 PART_IMAGE = ("image", "image_url", "input_image", "image_path", "image_base64", "img")
 
@@ -103,7 +106,33 @@ def _message(message: Any) -> Any:
         if key not in ("role", "content", role_key, text_key) and value is not None
     }
     role = ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
-    return {"role": role, "content": message.get(text_key), **rest}
+    content = message.get(text_key)
+    if role in CALLS:
+        return {"role": "assistant", "content": None, "tool_calls": _calls(role, content)}
+    return {"role": role, "content": content, **rest}
+
+
+def _calls(role: str, content: Any) -> list[Any]:
+    """The calls of a message with such a role: a call or a list of them, mostly as JSON text. Raises RowError."""
+    calls = parse_json(content, f"a message of the role {role} is ") if isinstance(content, str) else content
+    return calls if isinstance(calls, list) else [calls]
+
+
+def put_tools(fields: dict[str, Any], conversation: Conversation) -> None:
+    """Put a field `tools`, a list of objects or its JSON text, into the system message, unless that lists tools."""
+    tools, messages = fields.get("tools"), conversation.messages
+    if isinstance(tools, str) and tools.lstrip().startswith("["):
+        with suppress(RowError):  # any text
+            tools = parse_json(tools)
+    are_tools = isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools)
+    if not are_tools or not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
+        return
+    if messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": None}, *messages]
+    system = messages[0]
+    if not system.get("tools") and "<tools>" not in str(system.get("content")):
+        conversation.messages = [{**system, "tools": tools}, *messages[1:]]
+        del fields["tools"]
 
 
 def _drop_answer(conversation: Conversation) -> None:

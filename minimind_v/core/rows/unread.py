@@ -28,6 +28,7 @@ ENDING = r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|jfif|ppm|svg|mp4|avi
 FILE = re.compile(rf"[^\n]*\S{ENDING}(?:[?#]\S*)?", re.IGNORECASE)
 # A picture as text: a data URI, or the beginning of a JPEG, PNG, GIF or WebP in base64.
 IN_TEXT = re.compile(r"data:(?:image|video)/|/9j/4|iVBORw0KGgo|R0lGODlh|UklGR")
+TEXTS = ("role", "content", "reasoning_content", "tools", "tool_calls")  # fields of a message that become text
 NOTHING = {"", "none", "null", "nan", "n/a", "na", "-", "[]", "{}", "false", "no"}
 
 _NAME = r"(?:image|img|picture|photo|video)"
@@ -87,10 +88,10 @@ def _questions(conversations: list[Any]) -> Iterator[str]:
 
 
 def _rests(conversations: list[Any]) -> Iterator[dict[str, Any]]:
-    """The other fields of messages than role and content."""
+    """The other fields of messages than role, content and tools, which become text."""
     for message in conversations:
         if isinstance(message, dict) and len(message) > 2:
-            yield {key: value for key, value in message.items() if key not in ("role", "content")}
+            yield {key: value for key, value in message.items() if key not in TEXTS}
 
 
 def _unread_mark(text: str) -> str | None:

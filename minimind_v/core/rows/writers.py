@@ -42,7 +42,7 @@ class Whole:
     pictures: list[bytes]
 
 
-class Form(Protocol):
+class RowFormat(Protocol):
     """A file format that rows are written in."""
 
     files: list[Path]  # the output

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from minimind_v.core.config.generation import generation_of
-from minimind_v.core.config.load import plain
+from minimind_v.core.config.load import as_settings
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.curate.stats import Outlook, TypicalRow, foresee
+from minimind_v.core.curate.stats import SampleCount, TypicalRow, count_sample
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import gpu_names, peak_memory, pick_device
@@ -78,11 +78,11 @@ def plan(
     tokenizer = Tokenizer.load(config.data.tokenizer, config.data.layout)
     spec = projected(read_vision_spec(config.vision_model), config.projector)
     rows = open_rows(config.data.file, config.data.images, config.data.split, say)
-    outlook = foresee(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
-    steps = min(outlook.steps, config.max_steps or outlook.steps)
-    first = min(outlook.steps // config.epochs, steps)  # in the epoch that encodes the images
+    sample = count_sample(rows, PromptEncoder(tokenizer, spec.tokens_per_image), config, progress=progress)
+    steps = min(sample.steps, config.max_steps or sample.steps)
+    first = min(sample.steps // config.epochs, steps)  # in the epoch that encodes the images
     watch, later, memory, disk = _measure(config, steps, first)
-    tokens, new = (_of_run(outlook, count, outlook.counted.kept) for count in (steps, first))
+    tokens, new = (_of_run(sample, count, sample.counted.kept) for count in (steps, first))
     time = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
     remembered = ", and once more with the features cached, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes assumed to be {config.gpus} times as fast as one" if config.gpus > 1 else ""
@@ -90,9 +90,9 @@ def plan(
     forecast = Forecast(
         config.stage,
         steps,
-        _of_run(outlook, steps, outlook.counted.used),
+        _of_run(sample, steps, sample.counted.used),
         tokens,
-        _of_run(outlook, steps, outlook.counted.supervised),
+        _of_run(sample, steps, sample.counted.supervised),
         time,
         memory,
         disk,
@@ -103,7 +103,7 @@ def plan(
         f"and longer rows may need more memory{most}",
         [generation_of(config.model).cosine.peak(config.lr), config.lr / 10],
         too_little(config, len(rows), steps),
-        plain(config),
+        as_settings(config),
     )
     text = json.dumps(asdict(forecast), indent=1, ensure_ascii=False)
     write_text(RunFolder(config).folder / "forecast.json", f"{text}\n")
@@ -169,9 +169,9 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
         return watch, later, memory, disk
 
 
-def _of_run(outlook: Outlook, steps: int, counted: int) -> int:
+def _of_run(sample: SampleCount, steps: int, counted: int) -> int:
     """A count over the sampled rows, scaled to so many steps of the run."""
-    return round(counted / outlook.counted_rows * outlook.planned_rows * steps / outlook.steps)
+    return round(counted / sample.counted_rows * sample.planned_rows * steps / sample.steps)
 
 
 # --- by synthetic steps -----------------------------------------------------------------------------------------------

@@ -61,11 +61,11 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """The fields of a resume state."""
         split = [self.config.data.batch_size, self.config.accumulate]
-        counts, broken = asdict(self.counts), dict(self.broken.by_place)
+        counts, broken = asdict(self.counts), dict(self.broken.by_location)
         return {"step": self.done, "counts": counts, "broken": broken, "split": split}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.done, self.broken.by_place = state["step"], state["broken"]
+        self.done, self.broken.by_location = state["step"], state["broken"]
         self.counts = Counts(**state["counts"])
 
     def rows_read(self, step: int) -> int:

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from minimind_v.core.config.load import build_config
-from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.config.schema import RunConfig, TextConfig
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.feature_store import FeatureStore
 from minimind_v.core.data.loader import BatchPlan
-from minimind_v.core.errors import MmvError
+from minimind_v.core.errors import MmvError, UsageError
 from minimind_v.core.files import read_notes
+from minimind_v.core.formats.companions import run_folder_of, trouble_of_run
+from minimind_v.core.formats.description import shaped_sizes
 from minimind_v.core.monitor.messages import recalled
 from minimind_v.core.monitor.metrics import Recalled
 from minimind_v.core.monitor.recorder import Recorder
@@ -36,16 +38,18 @@ class Earlier:
     tokenizer: str | None = None  # the fingerprint of the weights' tokenizer, where it is known
 
 
-def earlier_run(init: Path | None) -> Earlier | None:
-    """The training rows of these weights, from the folder of their run.
+def earlier_run(init: Path | None, model: TextConfig) -> Earlier | None:
+    """The training rows of weights of this model, from the folder of their run.
 
     Published weights have no such folder: theirs are the published rows. None if neither exists.
     """
     if init is None:
         return None
-    folder = init.with_suffix("").with_name(init.stem.removesuffix("_best"))
+    folder = run_folder_of(init)
     notes = read_notes(folder / "manifest.json")
     try:
+        if trouble := trouble_of_run(folder, shaped_sizes(model)):
+            raise UsageError(trouble)
         config = read_settings(folder / "config.yaml")
         file, images = Path(config["data.file"]), config["data.images"] and Path(config["data.images"])
         started = Path(notes["starts"][-1]["folder"])
@@ -127,14 +131,14 @@ def recall_own(config: RunConfig, plan: BatchPlan) -> Recall:
     """The training rows of the run, OWN_ROWS at most."""
     return Recall(
         str(config.data.file),
-        BatchPlan(plan.dataset, BATCH, plan.pad_id, keep=plan.kept, limit=OWN_ROWS),
+        BatchPlan(plan.dataset.for_evaluation(), BATCH, plan.pad_id, keep=plan.kept, limit=OWN_ROWS),
         config.dtype,
     )
 
 
 def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | None) -> Recall | str:
     """A sample of earlier training rows, drawn by the run's seed; or why there is none."""
-    earlier = earlier_run(config.init)
+    earlier = earlier_run(config.init, config.model)
     if earlier is None:
         return f"the training rows of {config.init} are not recorded, and the published rows are not on this machine"
     if not earlier.file.exists():
@@ -146,8 +150,8 @@ def recall_earlier(config: RunConfig, plan: BatchPlan, store: FeatureStore | Non
         rows = open_rows(earlier.file, earlier.images)
         keep = np.zeros(len(rows), bool)
         keep[rows.shuffled(np.random.default_rng(config.seed))[: config.recall_rows]] = True
-        dataset = copy.copy(own)
-        dataset.rows, dataset.seed, dataset.remembered = rows, None, store
+        dataset = copy.copy(own.for_evaluation())
+        dataset.rows, dataset.remembered = rows, store
     except MmvError as error:
         return str(error)
     return Recall(str(earlier.file), BatchPlan(dataset, BATCH, plan.pad_id, keep=keep), config.dtype)

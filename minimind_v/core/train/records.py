@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from minimind_v.core.config.load import plain, to_yaml
+from minimind_v.core.config.load import as_settings, to_yaml
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import MmvError, RunError
 from minimind_v.core.files import write_text
@@ -50,7 +50,7 @@ class Records:
         config, folder, tracker = self.config, self.folder.folder, None
         self._begun = done
         if config.track != "none":
-            tracker = open_tracker(config.track, folder, folder.name, plain(config), done)
+            tracker = open_tracker(config.track, folder, folder.name, as_settings(config), done)
             self.recorder.message(f"curves: {tracker.where}")
         self._describe()
         if not done:  # those of an earlier run

@@ -16,7 +16,7 @@ from minimind_v.core.monitor.diagnostics import Start
 from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.monitor.recorder import Recorder
 from minimind_v.core.train.batch_size import find_batch_size
-from minimind_v.core.train.build import Data, Loaded, build_model, open_data, open_features
+from minimind_v.core.train.build import companions_of, open_data, open_features, open_model
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.loop import Run, Summary
 from minimind_v.core.train.recall import RecallReport, earlier_run
@@ -76,24 +76,26 @@ def assemble(
         overwrite, resume = False, True
     if held and world.leads:
         folder.lock(held, listener)
-    own = folder.claim(world.size, device, overwrite, resume, allowed, listener) if world.leads else None
+    own = folder.claim(world.size, device, overwrite, resume, allowed, listener, auto) if world.leads else None
     claim: Claim = world.broadcast(own)
     if auto:
         config = _choose_batch_size(config, folder, claim, device, world, listener)
     torch.manual_seed(config.seed)
-    data = open_data(config, claim.origin, folder.folder, world, listener)
-    loaded = build_model(config, data, listener)
-    model = accelerate(loaded.model.to(device), device)
+    model, tokenizer, receipt = open_model(config, listener)
+    companions = companions_of(config, model, tokenizer)
+    data = open_data(config, model.spec, tokenizer, claim.origin, folder.folder, world, listener)
+    model = accelerate(model.to(device), device)
     features = open_features(config, model, data, listener)
     train_step = TrainStep(config, model, features, data.plan.pad_id, world)
     validator = Validator(data.held_out, config.dtype, world.gather) if data.held_out else None
     run = Run(config, data.plan, train_step, listener, world, validator)
     if world.leads:
-        start = _start(config, data, loaded, claim)
-        run.saver = Saver(config, folder, claim.origin, train_step, loaded.companions, listener)
+        loaded = bool(receipt.loaded)
+        start = Start(config, loaded, bool(receipt.new), _same_tokenizer(config, claim), data.plan.rows)
+        run.saver = Saver(config, folder, claim.origin, train_step, companions, listener)
         run.records = Records(config, folder, claim.origin, start, recorder, world.size)
         if config.recall_rows:
-            run.recall = RecallReport(config, data.plan, train_step, recorder, loaded.weights, world.size)
+            run.recall = RecallReport(config, data.plan, train_step, recorder, loaded, world.size)
     if claim.state is not None:
         run.resume(claim.state)
     return run
@@ -112,9 +114,9 @@ def _choose_batch_size(
     return config
 
 
-def _start(config: RunConfig, data: Data, loaded: Loaded, claim: Claim) -> Start:
-    """The start of the run, for the diagnostics."""
-    earlier = earlier_run(config.init)
-    tokenizer = earlier.tokenizer if earlier else None
-    same = None if tokenizer is None else tokenizer == claim.origin["data.tokenizer"]
-    return Start(config, loaded.weights, loaded.new_projector, same, data.plan.rows)
+def _same_tokenizer(config: RunConfig, claim: Claim) -> bool | None:
+    """Whether the weights were trained with the run's tokenizer; None: unknown."""
+    earlier = earlier_run(config.init, config.model)
+    if earlier is None or earlier.tokenizer is None:
+        return None
+    return bool(earlier.tokenizer == claim.origin["data.tokenizer"])

@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 
+from minimind_v.core.config.generation import V2025, V2026, generation_of
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import UsageError
 from minimind_v.core.files import Held, Lock, describe_holder, sweep
-from minimind_v.core.hub.sources import weights_at
+from minimind_v.core.formats.checkpoint import generation_at
+from minimind_v.core.formats.companions import trouble_of_run
+from minimind_v.core.hub.receipt import Receipt
+from minimind_v.core.hub.sources import describe_repo, weights_at
 from minimind_v.core.monitor.fingerprint import check_origin, origin_of
 from minimind_v.core.monitor.metrics import Listener, read_lines
 from minimind_v.core.outputs import keep_description
@@ -86,15 +90,19 @@ class RunFolder:
         resume: bool,
         allowed: Collection[str],
         listener: Listener,
+        auto: bool = False,
     ) -> Claim:
         """Check that a run of so many processes may write here, and with `resume` read the state to resume from.
 
-        Raises UsageError if it may not, or if the folder has another run.
+        `auto` says that the batch size will be that of the state. Raises UsageError if it may not, or if the folder has
+        another run.
         """
         self._refuse_to_replace(overwrite, resume)
         self._sweep()
         origin = origin_of(self.config, device)
         origin["rows_per_update"] = self.rows * processes
+        if self.config.model.balances_batches:  # the division of a step decides numbers, too
+            origin |= {"data.batch_size": self.config.data.batch_size, "processes": processes}
         if not resume:
             self.states.supersede(at_once=processes > 1)
             return Claim(origin)
@@ -105,7 +113,10 @@ class RunFolder:
             return Claim(origin)
         if self.same_rows(state):  # more or fewer processes share the same steps
             origin["rows_per_update"] = state.origin["rows_per_update"]
-        check_origin(state.origin, origin, allowed, listener.warning)
+            if auto and "data.batch_size" in origin:
+                origin["data.batch_size"] = state.progress["split"][0]
+        division = dict(zip(("data.batch_size", "accumulate"), state.progress.get("split", ()), strict=False))
+        check_origin(state.origin | division, origin, allowed, listener.warning)
         before = state.origin.get("rows_per_update", origin["rows_per_update"])
         state.progress["step"] = state.progress["step"] * before // origin["rows_per_update"]
         return Claim(origin, state)
@@ -134,22 +145,43 @@ class RunFolder:
         if overwrite and resume:
             raise UsageError("--overwrite starts a new run, --resume continues one — give only one of them")
         self._keep_others()
+        if overwrite:
+            return
         existing = [path for path in (self.weights, *self.states.paths()) if path.exists()]
+        if owner := self._other_owner(resume):
+            raise UsageError(f"{owner} — name another --out to keep it, or add --overwrite to replace it")
         if resume and self.weights.exists() and not self.states.paths():
             raise UsageError(
                 f"{self.weights} exists, but {self.states.folder} has no state to resume from — "
                 "add --overwrite to replace it, or name another --out"
             )
-        if existing and not overwrite and not resume:
+        if existing and not resume:
             raise UsageError(
                 f"{existing[0]} exists from an earlier run — add --resume to continue it, --overwrite to replace it, "
                 "or name another --out"
             )
-        if not overwrite and not resume and any(read_lines(self.metrics)):
+        if not resume and any(read_lines(self.metrics)):
             raise UsageError(
                 f"{self.metrics} exists from an earlier run without weights — add --overwrite to replace it, "
                 "or name another --out"
             )
+
+    def _other_owner(self, resume: bool) -> str | None:
+        """What has the name of this run and is not an earlier run of its generation: the names of both are the same."""
+        ours = generation_of(self.config.model)
+        if trouble_of_run(self.folder, {"qk_norm": self.config.model.qk_norm}):
+            return (
+                f"{self.folder} is a run of {V2025.name if ours is V2026 else V2026.name}, this is one of {ours.name}"
+            )
+        if not self.weights.exists() or (resume and self.states.paths()):
+            return None
+        kept = Receipt.read(self.config.out).files.get(self.weights.name)
+        if kept and kept.looks_the_same(self.weights):
+            return f"{self.weights} was downloaded from {describe_repo(kept.repo)}"
+        theirs = generation_at(self.weights)
+        if theirs is None or theirs is ours:
+            return None
+        return f"{self.weights} has weights of {theirs.name}, this run trains {ours.name}"
 
     def _keep_others(self) -> None:
         """Raises UsageError where the run would write over what it starts from, or over what no run has left."""

@@ -49,7 +49,7 @@ class TrainStep:
         """The model is on its device; this applies `config.freeze`."""
         self.config, self.model, self.features, self.pad_id, self.world = config, model, features, pad_id, world
         self.trainable = freeze(model, config.freeze)
-        self.divisible = not model.config.use_moe or model.config.aux_loss_scope == "row"
+        self.divisible = not model.config.balances_batches
         fused = has_fused_adamw(model.device)
         self.optimiser = torch.optim.AdamW(self.trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
         self.ddp_model = world.share(model)

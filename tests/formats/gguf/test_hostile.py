@@ -50,6 +50,7 @@ def test_scaled_positions_are_refused(tmp_path):
         read_gguf(tmp_path / "w.gguf")
 
 
+@pytest.mark.long
 def test_any_changed_byte_ends_in_words_or_in_a_model(tmp_path):
     """Of the heads of both files: numbers behind them cannot be told from others."""
     written(loaded_model(), tmp_path)

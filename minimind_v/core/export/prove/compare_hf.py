@@ -111,9 +111,9 @@ class _Reader:
 
 def _load(image: Image, spec: VisionSpec) -> Tensor:
     """The pixels of an image, as the model gets them from a picture file."""
-    buffer, settings = io.BytesIO(), (spec.image_size, spec.resize_mode, spec.resample)
+    buffer = io.BytesIO()
     image.save(buffer, "png")
-    return torch.from_numpy(load_pixels(buffer.getvalue(), "picture", *settings).copy())
+    return torch.from_numpy(load_pixels(buffer.getvalue(), "picture", *spec.preparation).copy())
 
 
 def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, export: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,10 @@ def read_config(reader: Reader) -> TextConfig:
     def size(name: str) -> int:
         return int(reader.number(f"{arch}.{name}"))
 
-    settings = {name: reader.keys[f"{OURS}{name}"] for name in _OF_TRAINING if f"{OURS}{name}" in reader.keys}
+    stored = {name: reader.keys[f"{OURS}{name}"] for name in _OF_TRAINING if f"{OURS}{name}" in reader.keys}
+    settings: dict[str, Any] = {
+        name: _decimal(value) if isinstance(value, float) else value for name, value in stored.items()
+    }
     if preset.use_moe:
         settings |= {"n_routed_experts": size("expert_count"), "num_experts_per_tok": size("expert_used_count")}
     if arch == "granitemoe":
@@ -140,7 +144,7 @@ def read_config(reader: Reader) -> TextConfig:
             rms_norm_eps=_decimal(reader.number(f"{arch}.attention.layer_norm_rms_epsilon", float)),
             rope_theta=_decimal(reader.number(f"{arch}.rope.freq_base", float)),
             max_position_embeddings=size("context_length"),
-            **{name: _decimal(value) if isinstance(value, float) else value for name, value in settings.items()},
+            **settings,
         )
     except UsageError as error:
         raise WeightsError(f"{reader.path}: its sizes do not make a model ({error}) — convert again") from None

@@ -8,6 +8,8 @@ from typing import Any
 
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.errors import MmvError
+from minimind_v.core.formats.companions import trouble_of_run
+from minimind_v.core.formats.description import shaped_sizes
 from minimind_v.core.formats.hf.form import Form
 from minimind_v.core.formats.load import ModelParts
 from minimind_v.core.formats.request import ExportRequest
@@ -94,6 +96,8 @@ def _training(source: ModelParts, order: ExportRequest) -> str:
     """The training of the run beside the weights, if there is one. Files by name only: folders move."""
     run = order.model.with_suffix("")
     settings, last = _settings(run / "config.yaml"), _last_step(run / "metrics.jsonl")
+    if trouble_of_run(run, shaped_sizes(source.checkpoint.config)):
+        settings, last = {}, {}
     rows: dict[str, Any] = {"stage": source.checkpoint.stage}
     for name, key in {
         "data": "data.file", "started from": "init", "vision model": "vision_model", "trained": "freeze",

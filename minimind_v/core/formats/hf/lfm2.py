@@ -18,6 +18,7 @@ from minimind_v.core.formats.hf.form import Form, special_ids, text_sizes, token
 from minimind_v.core.formats.hf.lfm2_names import MODEL_TYPE, SIGLIP2, to_lfm2
 from minimind_v.core.formats.hf.names import TOWER
 from minimind_v.core.formats.vision_tower import PATCHES
+from minimind_v.core.model.vision.preprocessing import ONE_TILE
 from minimind_v.core.model.vision.spec import FILTERS
 
 if TYPE_CHECKING:
@@ -92,14 +93,9 @@ def _image_processor_config(spec: VisionSpec) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "resample": FILTERS.index(spec.resample),
-        "do_image_splitting": True,
-        "min_tiles": 0,
-        "max_tiles": 1,
-        "max_pixels_tolerance": 0.0,
-        "use_thumbnail": False,
+        **ONE_TILE,
         "tile_size": spec.image_size,
         "encoder_patch_size": spec.patch_size,
-        "downsample_factor": 1,
         "min_image_tokens": spec.tokens_per_image,
         "max_image_tokens": spec.tokens_per_image,
         "do_rescale": True,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.files import object_in
-from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, PROJECTOR, TEXT, has_plain_rope
+from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, PROJECTOR, TEXT
 from minimind_v.core.model.projector import PREFIX
 
 MODEL_TYPE = "lfm2_vl"
@@ -67,25 +67,3 @@ def described_sizes(config: dict[str, Any]) -> dict[str, Any]:
         }
         sizes |= {"use_moe": True} | {name: value for name, value in experts.items() if value is not None}
     return sizes
-
-
-def differences(config: dict[str, Any]) -> list[str]:
-    """The keys by which an LFM2-VL computes otherwise than minimind-3v."""
-    text = object_in(config, "text_config")
-    is_moe = text.get("model_type") == "qwen3_moe"
-    conditions = {
-        "downsample_factor": config.get("downsample_factor", 2) == 1,
-        "projector_hidden_act": config.get("projector_hidden_act", "gelu") == "gelu",
-        "projector_use_layernorm": config.get("projector_use_layernorm", True) is True,
-        "projector_bias": config.get("projector_bias", True) is True,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", True)),
-        "text_config.model_type": is_moe or text.get("model_type") == "qwen3",
-        "text_config.attention_bias": not text.get("attention_bias"),
-        "text_config.hidden_act": text.get("hidden_act", "silu") == "silu",
-        "text_config.rope_parameters": has_plain_rope(text),
-        "text_config.use_sliding_window": not text.get("use_sliding_window"),
-        "text_config.norm_topk_prob": not is_moe or text.get("norm_topk_prob") is True,
-        "text_config.mlp_only_layers": not text.get("mlp_only_layers") and text.get("decoder_sparse_step", 1) == 1,
-        "vision_config.model_type": object_in(config, "vision_config").get("model_type") == SIGLIP2,
-    }
-    return [name for name, holds in conditions.items() if not holds]

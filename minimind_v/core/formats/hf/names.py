@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,12 +58,6 @@ def module_name(name: str) -> str:
     for pattern, new in _OLDER:
         name = pattern.sub(new, name)
     return name
-
-
-def has_plain_rope(text: Mapping[str, Any]) -> bool:
-    """Whether the configuration of a text model asks for rotary positions without scaling, such as YaRN's."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    return isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
 
 
 def published_shapes(config: TextConfig) -> dict[str, torch.Size]:

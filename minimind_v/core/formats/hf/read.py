@@ -20,7 +20,8 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError, WeightsError
 from minimind_v.core.files import object_in, read_json
 from minimind_v.core.formats.hf import lfm2_names as lfm2
-from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, TEXT, TOWER, from_llava, has_plain_rope, module_name
+from minimind_v.core.formats.hf.differences import refuse_other_classes, refuse_other_settings
+from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, TEXT, TOWER, from_llava, module_name
 from minimind_v.core.formats.tensor_files import read_tensors
 from minimind_v.core.hub.sources import META, WEIGHTS_ENDINGS
 from minimind_v.core.wording import plural
@@ -58,19 +59,16 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = read_json(folder / "config.json")
     if config is None:
         raise WeightsError(f"{folder / 'config.json'} is missing — download the folder again")
-    if config.get("model_type") == "llava":
-        return _read_llava(folder, files, config)
-    if config.get("model_type") == lfm2.MODEL_TYPE:
-        return _read_lfm2(folder, files, config)
-    if config.get("inference_rope_scaling"):
-        raise WeightsError(
-            f"{folder / 'config.json'}: asks for YaRN (inference_rope_scaling), which mmv does not compute — "
-            "set it to false; the weights are the same"
-        )
+    if config.get("model_type") in ("llava", lfm2.MODEL_TYPE):
+        refuse_other_classes(folder, config)
+        return (_read_llava if config["model_type"] == "llava" else _read_lfm2)(folder, files, config)
     sizes = {_OLD_NAMES.get(name, name): value for name, value in config.items() if value is not None}
     if sizes.get("use_moe") is True and "moe_intermediate_size" in sizes:
         sizes["intermediate_size"] = sizes["moe_intermediate_size"]
-    return {_published_name(name): tensor for name, tensor in _read_all(files, ())[0].items()}, {"model": sizes}
+    tensors = {_published_name(name): tensor for name, tensor in _read_all(files, ())[0].items()}
+    if f"model.{EMBEDDING}" in tensors or HEAD in tensors:  # else it is no language model
+        refuse_other_settings(folder, config)
+    return tensors, {"model": sizes}
 
 
 def _published_name(name: str) -> str:
@@ -122,7 +120,6 @@ def _read_all(files: list[Path], without: tuple[str, ...]) -> tuple[dict[str, Te
 def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     saved, metadata = _read_all(files, ("vision_tower.", TOWER))
     tensors = {module_name(name): tensor for name, tensor in saved.items()}
-    _refuse_other_llavas(folder, config)
     try:
         model = _text_sizes(config)
         _refuse_lost_tokens(folder, tensors, model["vocab_size"])
@@ -135,20 +132,11 @@ def _read_llava(folder: Path, files: list[Path], config: dict[str, Any]) -> tupl
 
 def _read_lfm2(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = _read_all(files, (TOWER,))
-    _refuse(folder, "an LFM2-VL", lfm2.differences(config))
     try:
         published = lfm2.from_lfm2(tensors)
     except KeyError as error:
         raise WeightsError(f"{folder}: {error.args[0]} is missing — convert or download it again") from None
     return published, {"stage": _stage_of(metadata), "model": lfm2.described_sizes(config)}
-
-
-def _refuse(folder: Path, name: str, different: list[str]) -> None:
-    if different:
-        raise WeightsError(
-            f"{folder}: {name} model of another kind (different {', '.join(different)}); "
-            f"mmv reads only the folders that `mmv convert --to hf` writes"
-        )
 
 
 def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int) -> None:
@@ -166,24 +154,6 @@ def _refuse_lost_tokens(folder: Path, tensors: Mapping[str, Tensor], vocab_size:
             f"({', '.join(added[:3])}): their rows of the embedding would be lost — train with a tokenizer that "
             f"contains them and with --set model.vocab_size={vocab_size + len(added)}, then convert"
         )
-
-
-def _refuse_other_llavas(folder: Path, config: dict[str, Any]) -> None:
-    """Raises WeightsError for a LLaVA that computes otherwise than a published checkpoint."""
-    text = object_in(config, "text_config")
-    conditions = {
-        "projector_hidden_act": config.get("projector_hidden_act", "gelu") == "linear",
-        "vision_feature_layer": config.get("vision_feature_layer", -2) == -1,
-        "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default") == "default",
-        "multimodal_projector_bias": config.get("multimodal_projector_bias", True) is True,
-        "text_config.model_type": text.get("model_type", "llama") in ("llama", "granitemoeshared"),
-        "text_config.attention_bias": not text.get("attention_bias"),
-        "text_config.hidden_act": text.get("hidden_act", "silu") == "silu",
-        "text_config.rope_parameters": has_plain_rope(text),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        "vision_config.model_type": object_in(config, "vision_config").get("model_type") == "clip_vision_model",
-    }
-    _refuse(folder, "a LLaVA", [name for name, holds in conditions.items() if not holds])
 
 
 def _text_sizes(config: dict[str, Any]) -> dict[str, Any]:

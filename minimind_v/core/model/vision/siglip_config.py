@@ -14,3 +14,11 @@ class SiglipConfig(ClipConfig):
     patch_size: int = 16
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Siglip2Config(SiglipConfig):
+    """The settings of a SigLIP2 tower. `image_size` is 0 where it encodes images of any size (NaFlex)."""
+
+    image_size: int = 0
+    num_patches: int = 256

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minimind_v.core.config.generation import V2026
 from minimind_v.core.config.schema import (
     CLIP_MEAN,
     CLIP_STD,
@@ -23,7 +24,9 @@ from minimind_v.core.errors import MissingInput, UsageError, WeightsError, neare
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
 from minimind_v.core.model.vision.clip_config import ClipConfig
-from minimind_v.core.model.vision.siglip_config import SiglipConfig
+from minimind_v.core.model.vision.preprocessing import FILE, read_preprocessing, trouble_of_preprocessing
+from minimind_v.core.model.vision.siglip_config import Siglip2Config, SiglipConfig
+from minimind_v.core.paths import STANDARD_PRESET
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +53,7 @@ class TowerType:
 
     config: a dataclass of the keys of `config.json` that decide what the tower computes, with their default values.
     build: a config → a module with random weights. It encodes normalised images [M, 3, S, S] as features [M, P, width].
-    describe: a config and the values of `preprocessor_config.json` → the spec of the tower.
+    describe: a config and the settings of the image processor → the spec of the tower. Raises UsageError.
     trouble: why no tower can have such a config; None if one can. It takes no memory for the sizes in the file.
     rename: the name of a tensor in the file → its name in the module.
     unused: beginnings of names of tensors on which the features do not depend, and which a file may lack.
@@ -74,45 +77,51 @@ def tower_type(model_type: str) -> TowerType:
     return TOWERS[model_type]
 
 
-def read_tower_config(folder: Path, standard: str | None = None) -> tuple[TowerType, Any]:
+def read_tower_config(
+    folder: Path, standard: str | None = None, preset: str = STANDARD_PRESET
+) -> tuple[TowerType, Any]:
     """The kind of a folder's tower, and its config from `config.json`: that of a tower, or of a whole CLIP, SigLIP or
     LLaVA.
 
-    Raises MissingInput where the folder or the file is absent, unless `standard` names a type of STANDARD; WeightsError
-    where no tower can be so.
+    Raises MissingInput where the folder or the file is absent, with the download of `preset`, unless `standard` names a
+    type of STANDARD; WeightsError where no tower can be so.
     """
     values = read_json(folder / "config.json")
     if values is None:
         if standard:
             return TOWERS[standard], STANDARD[standard]
-        raise MissingInput(f"no vision model in {folder} (config.json is missing) — {how_to_get('clip', folder)}")
+        get = how_to_get("clip", folder, preset)
+        raise MissingInput(f"no vision model in {folder} (config.json is missing) — {get}")
     whole = str(values.get("model_type", CLIP_VISION))
     values = values.get("vision_config", values)  # a whole CLIP nests its tower
     if not isinstance(values, dict):
-        raise WeightsError(does_not_load(folder, "vision_config is not an object"))
+        raise WeightsError(does_not_load(folder, "vision_config is not an object", whole))
+    model_type = str(values.get("model_type", whole if whole in TOWERS else CLIP_VISION))
     try:
-        kind = tower_type(str(values.get("model_type", whole if whole in TOWERS else CLIP_VISION)))
+        kind = tower_type(model_type)
     except UsageError as error:
         raise WeightsError(f"{folder}: {error}") from None
     config = kind.config(**{item.name: values.get(item.name, item.default) for item in fields(kind.config)})
     if trouble := kind.trouble(config):
-        raise WeightsError(does_not_load(folder, f"in config.json {trouble}"))
+        raise WeightsError(does_not_load(folder, f"in config.json {trouble}", model_type))
     return kind, config
 
 
-def read_vision_spec(folder: Path, standard: str | None = None) -> VisionSpec:
-    """The spec of a folder's tower, with `preprocessor_config.json` if it exists. Raises as `read_tower_config`."""
-    kind, config = read_tower_config(folder, standard)
-    preprocessing = read_json(folder / "preprocessor_config.json") or {}
-    mean, std = (
-        preprocessing.get(key, default) for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
-    )
-    if trouble := trouble_of_colours(mean, std) or _trouble_of_size(preprocessing):
-        raise WeightsError(does_not_load(folder, f"in preprocessor_config.json {trouble}"))
+def read_vision_spec(folder: Path, standard: str | None = None, preset: str = STANDARD_PRESET) -> VisionSpec:
+    """The spec of a folder's tower. Without the settings of an image processor it has the defaults of its class in
+    transformers. Raises as `read_tower_config`.
+    """
+    kind, config = read_tower_config(folder, standard, preset)
+    settings = read_preprocessing(folder) or {}
+    mean, std = (settings.get(key, default) for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
+    trouble = trouble_of_colours(mean, std) or _trouble_of_size(settings)
     try:
-        return kind.describe(config, preprocessing)
+        if trouble:
+            raise UsageError(trouble)
+        return kind.describe(config, settings)
     except UsageError as error:
-        raise WeightsError(does_not_load(folder, str(error))) from None
+        model_type = next(name for name, other in TOWERS.items() if other is kind)
+        raise WeightsError(does_not_load(folder, f"in {FILE} {error}", model_type)) from None
 
 
 # --- CLIP -------------------------------------------------------------------------------------------------------------
@@ -126,13 +135,21 @@ def _build_clip(config: ClipConfig) -> nn.Module:
 
 def _describe_clip(config: ClipConfig, preprocessing: dict[str, Any]) -> VisionSpec:
     mean, std = preprocessing.get("image_mean", CLIP_MEAN), preprocessing.get("image_std", CLIP_STD)
-    return VisionSpec(config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std))
+    spec = VisionSpec(config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std))
+    return _checked(spec, preprocessing)
+
+
+def _checked(spec: VisionSpec, preprocessing: dict[str, Any]) -> VisionSpec:
+    if trouble := trouble_of_preprocessing(preprocessing, spec):
+        raise UsageError(trouble)
+    return spec
 
 
 def trouble_of(config: ClipConfig) -> str | None:
     """Why no tower can be of these sizes; None where one can."""
-    for name, value in vars(config).items():
-        kind, most = type(getattr(ClipConfig, name)), MOST_SIZES.get(name, 0)
+    for item in fields(ClipConfig):
+        name, value = item.name, getattr(config, item.name)
+        kind, most = type(item.default), MOST_SIZES.get(name, 0)
         if not (isinstance(value, str) if kind is str else type(value) in (int, kind) and value > 0):
             return f"{name} is {value!r}"
         if kind is not str and not value <= most:
@@ -172,9 +189,10 @@ def _trouble_of_size(normal: dict[str, Any]) -> str | None:
     return None
 
 
-def does_not_load(folder: Path, why: str) -> str:
-    """An error about a folder, with the next step."""
-    return f"{folder}: the vision model could not be loaded ({why}) — {how_to_get('clip', folder)}"
+def does_not_load(folder: Path, why: str, model_type: str) -> str:
+    """An error about a folder with a tower of this type, with the next step."""
+    get = how_to_get("clip", folder, V2026.preset if model_type in V2026.towers else STANDARD_PRESET)
+    return f"{folder}: the vision model could not be loaded ({why}) — {get}"
 
 
 # --- SigLIP -----------------------------------------------------------------------------------------------------------
@@ -193,19 +211,34 @@ def _describe_siglip(config: SiglipConfig, preprocessing: dict[str, Any]) -> Vis
     number = preprocessing.get("resample", FILTERS.index("bicubic"))
     if type(number) is not int or not 0 <= number < len(FILTERS):
         raise UsageError(f"resample is {number!r}, not the number of a filter of Pillow, 0 to {len(FILTERS) - 1}")
-    return VisionSpec(
+    spec = VisionSpec(
         config.image_size, config.patch_size, config.hidden_size, tuple(mean), tuple(std),
         resize_mode="squeeze", resample=FILTERS[number], model_type=SIGLIP_VISION,
     )  # fmt: skip
+    return _checked(spec, preprocessing)
+
+
+def _trouble_of_siglip2(config: Siglip2Config) -> str | None:
+    if config.image_size:
+        if trouble := trouble_of(config):
+            return trouble
+        if config.num_patches == (config.image_size // config.patch_size) ** 2:
+            return None
+    return (
+        f"it is a SigLIP2 NaFlex, of {config.num_patches} patches in any aspect: {V2026.name} had it in April 2026; "
+        "mmv supports today's form, a SigLIP for images of one size"
+    )
 
 
 _CLIP = TowerType(ClipConfig, _build_clip, _describe_clip, trouble_of, unused=("post_layernorm.",))
 _SIGLIP = TowerType(SiglipConfig, _build_siglip, _describe_siglip, trouble_of)
-# SigLIP2 of a fixed size computes the same; its config.json has the size where mmv wrote it.
+# SigLIP2 for images of one size computes the same; its config.json has the size where mmv wrote it.
+_SIGLIP2 = TowerType(Siglip2Config, _build_siglip, _describe_siglip, _trouble_of_siglip2)
 TOWERS: dict[str, TowerType] = {
     CLIP_VISION: _CLIP,
     "clip": _CLIP,
     SIGLIP_VISION: _SIGLIP,
     "siglip": _SIGLIP,
-    "siglip2_vision_model": _SIGLIP,
+    "siglip2_vision_model": _SIGLIP2,
+    "siglip2": _SIGLIP2,
 }
