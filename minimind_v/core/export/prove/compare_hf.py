@@ -125,11 +125,13 @@ def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, export
         ids = torch.tensor(tokens.input_ids).masked_fill(torch.tensor(tokens.image_mask), image_id)
         same += torch.equal(ids, answer["input_ids"])
         pixels, others = reader.pixels_of(case), _images(answer["pixel_values"], spec)
-        if pixels is not None and (others is None or others.shape != pixels.shape):
+        if pixels is None:
+            continue
+        if others is None or others.shape != pixels.shape:
             levels = 255.0
-        elif pixels is not None:
-            of_level = torch.tensor(spec.std)[:, None, None] * 255
-            levels = max(levels, float(((pixels - others) * of_level).abs().max()))
+        else:
+            scale = torch.tensor(spec.std)[:, None, None] * 255
+            levels = max(levels, float(((pixels - others) * scale).abs().max()))
     report.add("token ids", f"equal in {same} of {len(CASES)} prompts", same == len(CASES))
     report.add("pixels", f"largest difference {levels:.2g} of 255 grey levels", levels <= 1.01)
     return not report.wrong
