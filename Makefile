@@ -67,7 +67,7 @@ fuzz: $(DEV)
 
 # Compiles llama.cpp the first time, which takes about half an hour on two cores; needs a C++ compiler.
 interop: $(VENV)/.interop
-	$(BIN)/python -m pytest --timeout=1800 tests/interop
+	$(BIN)/python -m pytest --timeout=1800 tests/interop tests/export/test_3v.py
 
 $(VENV)/.interop: $(DEV)
 	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/pip install --constraint constraints.txt --editable '.[dev,interop]'

@@ -1,22 +1,25 @@
 """A model of minimind-3v as transformers' LFM2-VL: the same logits, ids and pixels, and back again."""
 
 import json
-from importlib.util import find_spec
+import re
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from minimind_v.core.data.images import to_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import WeightsError
 from minimind_v.core.export.folder import export
-from minimind_v.core.export.prove.cases import Case
-from minimind_v.core.export.prove.compare_hf import _patches as patches
+from minimind_v.core.export.prove.cases import Case, images
+from minimind_v.core.export.prove.pillow_processor import has_torchvision
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.formats.hf import write as hf
 from minimind_v.core.formats.load import load
 from minimind_v.core.formats.request import ExportRequest
 from tests.formats.made3v import DENSE, MOE, tiny_3v
+
+needs_torchvision = pytest.mark.skipif(not has_torchvision(), reason="torchvision cannot be imported")
 
 TURNS = [
     {"role": "system", "content": "Answer in one word."},
@@ -34,6 +37,11 @@ def exported(request, tmp_path_factory):
     (folder / "export").mkdir()
     hf.make(order, folder / "export")
     return order, folder / "export"
+
+
+def patches(pixels, side):
+    """Images [M, 3, S, S] as the flat patches that SigLIP2 reads, [M, P, side · side · 3]."""
+    return pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -105,6 +113,47 @@ def test_a_user_cannot_write_an_image_token(exported):
     assert "<|image_pad|>" not in text
 
 
+@needs_torchvision
+@pytest.mark.parametrize("size", [(600, 40), (30, 700), (5, 7), (64, 64), (1800, 1200)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_the_own_processor_squeezes_every_image_into_one_tile(exported, size, mode):
+    order, folder = exported
+    image = images()[0].resize(size).convert(mode)
+    inputs = AutoProcessor.from_pretrained(folder)(images=[image], text="<|image_pad|>", return_tensors="pt")
+    assert inputs["spatial_shapes"].tolist() == [[4, 4]]
+    assert inputs["input_ids"].shape[1] == inputs["pixel_attention_mask"].sum() == 16
+    spec = order.load().model.spec
+    pixels = torch.tensor(to_pixels(image, spec.image_size, spec.resize_mode, spec.resample)) / 255
+    difference = patches((pixels[None] - 0.5) / 0.5, 16) - inputs["pixel_values"]
+    assert float(difference.abs().max()) * 0.5 * 255 < 1.01, "a grey level"
+
+
+@needs_torchvision
+@pytest.mark.parametrize("think", [False, True])
+def test_the_own_processor_writes_the_prompts_of_training(exported, think):
+    order, folder = exported
+    messages, pictures = Case(TURNS).standard, iter(images())
+    for message in messages:
+        message["content"] = [
+            item | {"image": next(pictures)} if item["type"] == "image" else item for item in message["content"]
+        ]
+    inputs = AutoProcessor.from_pretrained(folder).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", open_thinking=think
+    )
+    assert inputs["pixel_values"].shape == (3, 16, 3 * 16 * 16)
+    assert inputs["input_ids"][0].tolist() == PromptEncoder(order.load().tokenizer, 16).prompt(TURNS, think).input_ids
+
+
+@needs_torchvision
+def test_the_snippet_of_the_card_runs(exported, tmp_path, monkeypatch, capsys):
+    card = (exported[1] / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    images()[0].save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet.replace('folder = "."', f"folder = {str(exported[1])!r}"), {})
+    assert capsys.readouterr().out
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_an_export_is_verified(exported, tmp_path, dtype):
@@ -114,17 +163,20 @@ def test_an_export_is_verified(exported, tmp_path, dtype):
     assert not report.wrong
     assert report.findings["token ids"] == "equal in 3 of 3 prompts"
     assert "Lfm2VlForConditionalGeneration" in report.findings["opened by"]
-    assert ("images prepared by" in report.findings) == (find_spec("torchvision") is None)
+    assert ("images prepared by" in report.findings) == (not has_torchvision())
     assert load(tmp_path / "verified", device="cpu").config == order.load().config
 
 
 def test_another_lfm2_vl_is_refused_by_the_keys_that_differ(exported, tmp_path):
     _, folder = exported
     config = json.loads((folder / "config.json").read_text())
-    config |= {"downsample_factor": 2, "text_config": config["text_config"] | {"model_type": "lfm2"}}
+    yarn = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e6}
+    config["text_config"] |= {"model_type": "lfm2", "rope_parameters": yarn}
+    config |= {"downsample_factor": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"an LFM2-VL model of another kind .*downsample_factor, text_config.model_"):
+    differences = "downsample_factor, text_config.model_type, text_config.rope_parameters"
+    with pytest.raises(WeightsError, match=f"an LFM2-VL model of another kind .*{differences}"):
         read_checkpoint(tmp_path)
 
 

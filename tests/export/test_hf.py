@@ -10,7 +10,10 @@ from safetensors import safe_open
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import RunError
+from minimind_v.core.export.prove import ask_hf
+from minimind_v.core.export.prove.ask_cases import ask
 from minimind_v.core.export.prove.cases import _content
+from minimind_v.core.export.prove.compare_hf import compare
 from minimind_v.core.formats.hf import write as hf
 from minimind_v.core.formats.hf.card import _training
 from minimind_v.core.formats.load import read_model_parts
@@ -310,30 +313,21 @@ def test_it_can_be_trained_further_and_comes_back(tmp_path):
     assert float((expected - logits).abs().max()) < TOLERANCE
 
 
-def test_stock_trainer_takes_it(tmp_path):
-    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate (pip install minimind-v[interop])")
-    from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+def test_another_library_may_prepare_images_with_one_level_of_difference(monkeypatch):
+    """torchvision, where it is installed, rounds otherwise than Pillow."""
+    processor, std = opened()[0], torch.tensor(opened()[0].image_processor.image_std)
 
-    processor = opened()[0]
-    rows = [[*shown((number,)), {"role": "assistant", "content": "A star."}] for number in range(4)]
+    class RoundedUp:
+        def apply_chat_template(self, *messages, **how):
+            inputs = processor.apply_chat_template(*messages, **how)
+            if "pixel_values" in inputs:
+                inputs["pixel_values"][:, :, 20:30, 20:30] += (1 / 255 / std)[:, None, None]
+            return inputs
 
-    def collate(rows):
-        batch = asked(processor, rows, add_generation_prompt=False, padding=True)
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        batch["labels"][batch["labels"] == 600] = -100
-        return batch
-
-    trainer = Trainer(
-        AutoModelForImageTextToText.from_pretrained(exported()),
-        TrainingArguments(
-            str(tmp_path), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True,
-            remove_unused_columns=False, learning_rate=1e-3, save_strategy="no",
-        ),
-        data_collator=collate, train_dataset=rows,
-    )  # fmt: skip
-    trainer.train()
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    assert losses[-1] < losses[0]
+    monkeypatch.setattr(ask_hf, "open_processor", lambda folder: RoundedUp())
+    report = compare(order(), exported(), ask(exported()))
+    assert report.findings["pixels"] == "largest difference 1 of 255 grey levels"
+    assert not report.wrong, report.findings
 
 
 @pytest.mark.parametrize("damaged", ["[" * 100_000, "a: 2026-99-99", "\0", "\xff", "[1]", "*a", "{"])

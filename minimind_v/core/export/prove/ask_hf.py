@@ -15,14 +15,19 @@ NEW_TOKENS = 32
 
 def ask(folder: str, cases: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
     """The inputs, logits and tokens of a folder's model for each case."""
-    stands_in = PillowProcessor.replaces_the_own(folder)
-    processor = PillowProcessor(folder) if stands_in else AutoProcessor.from_pretrained(folder)
+    processor = open_processor(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     if dtype == "float64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the faster ones have no fp64
     parameters = sum(parameter.numel() for parameter in model.parameters())
     answers = [answer(model, processor, case) for case in cases]
+    stands_in = isinstance(processor, PillowProcessor)
     return {"class": type(model).__name__, "parameters": parameters, "answers": answers, "stands_in": stands_in}
+
+
+def open_processor(folder: str) -> Any:
+    """The folder's own processor, or Pillow's where transformers cannot open that here."""
+    return (PillowProcessor if PillowProcessor.replaces_the_own(folder) else AutoProcessor.from_pretrained)(folder)
 
 
 @torch.inference_mode()

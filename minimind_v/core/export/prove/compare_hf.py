@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def compare(order: ExportRequest, folder: Path, export: dict[str, Any]) -> Repor
 class _Reader:
     """The source's ids, pixels and features of the cases.
 
-    Where the export prepares images by another library, features are those of its pixels, which may differ by a level.
+    Features are those of the export's pixels: where another library has prepared its images, these differ by a level.
     """
 
     @torch.inference_mode()
@@ -83,12 +82,12 @@ class _Reader:
         self.tokens = [prompts.prompt(case.conversations) for case in CASES]
         uint8 = [_load(image, encoder.spec) for image in images()]
         self.pixels = [(pixels.float() / 255 - encoder.mean) / encoder.std for pixels in uint8]
-        features = encoder(torch.stack(self.pixels))  # [M, P, width]
-        self.features = [features[list(case.images)] if case.images else None for case in CASES]
-        for number, answer in enumerate(export["answers"]):
-            pixels, side = answer["pixel_values"], encoder.spec.patch_size
-            if pixels is not None and pixels.shape[1:] == (encoder.spec.tokens_per_image, 3 * side * side):
-                self.features[number] = encoder(_images(pixels, side))
+        self.features: list[Tensor | None] = []
+        for case, answer in zip(CASES, export["answers"], strict=True):
+            ours, theirs = self.pixels_of(case), _images(answer["pixel_values"], encoder.spec)
+            if ours is not None and theirs is not None and theirs.shape == ours.shape:
+                ours = theirs
+            self.features.append(None if ours is None else encoder(ours))  # [M, P, width]
 
     def pixels_of(self, case: Case) -> Tensor | None:
         return torch.stack([self.pixels[number] for number in case.images]) if case.images else None
@@ -119,33 +118,32 @@ def _load(image: Image, spec: VisionSpec) -> Tensor:
 
 def _compare_inputs(report: Report, loaded: LoadedModel, reader: _Reader, export: dict[str, Any]) -> bool:
     """Whether the export gets the same ids and pixels; only then its answers can be compared."""
-    config, std = loaded.checkpoint.config, max(loaded.model.spec.std)
+    config, spec = loaded.checkpoint.config, loaded.model.spec
     image_id = config.vocab_size if form_of(config).adds_image_token else loaded.tokenizer.placeholder_id
     same, levels = 0, 0.0
     for case, tokens, answer in zip(CASES, reader.tokens, export["answers"], strict=True):
         ids = torch.tensor(tokens.input_ids).masked_fill(torch.tensor(tokens.image_mask), image_id)
         same += torch.equal(ids, answer["input_ids"])
-        pixels, others = reader.pixels_of(case), answer["pixel_values"]
-        if pixels is not None and others is not None and others.ndim == 3:
-            pixels = _patches(pixels, loaded.model.spec.patch_size)
-        if pixels is not None and (others is None or others.shape != pixels.shape):
+        pixels, others = reader.pixels_of(case), _images(answer["pixel_values"], spec)
+        if pixels is None:
+            continue
+        if others is None or others.shape != pixels.shape:
             levels = 255.0
-        elif pixels is not None:
-            levels = max(levels, float((pixels - others).abs().max()) * std * 255)
+        else:
+            scale = torch.tensor(spec.std)[:, None, None] * 255
+            levels = max(levels, float(((pixels - others) * scale).abs().max()))
     report.add("token ids", f"equal in {same} of {len(CASES)} prompts", same == len(CASES))
     report.add("pixels", f"largest difference {levels:.2g} of 255 grey levels", levels <= 1.01)
     return not report.wrong
 
 
-def _patches(pixels: Tensor, side: int) -> Tensor:
-    """Images [M, 3, S, S] as the flat patches that SigLIP2 reads, [M, P, side · side · 3]."""
-    return pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-
-
-def _images(patches: Tensor, side: int) -> Tensor:
-    """The inverse of `_patches`."""
-    row = isqrt(patches.shape[1])
-    tiles = patches.unflatten(2, (side, side, 3)).unflatten(1, (row, row))  # [M, S / p, S / p, p, p, 3]
+def _images(pixels: Tensor | None, spec: VisionSpec) -> Tensor | None:
+    """The pixels of an export as images [M, 3, S, S]: SigLIP2 reads flat patches [M, P, p · p · 3]."""
+    side = spec.patch_size
+    row = spec.image_size // side
+    if pixels is None or pixels.shape[1:] != (row * row, side * side * 3):
+        return pixels
+    tiles = pixels.unflatten(2, (side, side, 3)).unflatten(1, (row, row))  # [M, S / p, S / p, p, p, 3]
     return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 

@@ -1,9 +1,8 @@
-"""LFM2-VL's inputs by Pillow and the folder's own settings, where torchvision is not installed. Without mmv."""
+"""LFM2-VL's inputs by Pillow and the folder's own settings, where torchvision cannot be imported. Without mmv."""
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,15 @@ class PillowProcessor:
     def replaces_the_own(folder: str) -> bool:
         """Whether transformers cannot open the folder's own processor here."""
         own = _read(folder, "preprocessor_config.json").get("image_processor_type")
-        return own == IMAGE_PROCESSOR and find_spec("torchvision") is None
+        return own == IMAGE_PROCESSOR and not has_torchvision()
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> BatchFeature:
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **_: Any
+    ) -> BatchFeature:
         """The inputs of the model for a prompt: ids, and patches [M, P, p · p · 3] of its images."""
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
         token = self.tokenizer.image_token
         inputs = dict(self.tokenizer(text.replace(token, token * self.image_tokens), return_tensors="pt"))
         inputs.pop("token_type_ids", None)
@@ -52,6 +55,15 @@ class PillowProcessor:
         pixels = (torch.from_numpy(np.array(squeezed)).float() / 255 - mean) / std  # [S, S, 3]
         tiles = pixels.unflatten(0, (-1, patch)).unflatten(2, (-1, patch))  # [S / p, p, S / p, p, 3]
         return tiles.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def has_torchvision() -> bool:
+    """Whether torchvision can be imported; one that was built for another torch cannot."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception:  # a build for another torch raises RuntimeError
+        return False
+    return True
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:
