@@ -229,17 +229,17 @@ def train(
     if isinstance(config, RunConfig):
         if settings:
             raise UsageError(f"{', '.join(settings)}: a RunConfig takes no settings — give them to mmv.config")
-        plan, auto = config, False
+        auto = False
     else:
         resolved = _resolve(config, settings)
-        plan, auto = resolved.config, resolved.auto
-    if plan.gpus > 1 and not World.find().placed:
+        config, auto = resolved.config, resolved.auto
+    if config.gpus > 1 and not World.find().placed:
         raise UsageError(
-            f"Python trains in one process — for {plan.gpus} run `mmv train {plan.stage} --gpus {plan.gpus}`"
+            f"Python trains in one process — for {config.gpus} run `mmv train {config.stage} --gpus {config.gpus}`"
         )
-    find_inputs(plan)
-    with _view(plan.stage) if progress else nullcontext(_Logged()) as listener:
-        return run(plan, listener, overwrite=overwrite, resume=resume, auto=auto)
+    find_inputs(config)
+    with _view(config.stage) if progress else nullcontext(_Logged()) as listener:
+        return run(config, listener, overwrite=overwrite, resume=resume, auto=auto)
 
 
 @dataclass(frozen=True)
