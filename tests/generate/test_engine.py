@@ -218,8 +218,16 @@ def test_errors_end_their_own_request_only(monkeypatch):
     engine.submit(Request(prompt_of(engine, 2), Noting(GREEDY, fail_at=2)), drawing.append)
     engine.submit(request_of(engine, 3), good.append)
     engine.submit(request_of(engine, 4), broken_receiver)
-    monkeypatch.setattr(model.vision_encoder, "forward", lambda pixels: 1 / 0)
-    engine.submit(request_of(engine, 5), image.append)
+    encode, broken = model.vision_encoder.forward, picture(99)
+
+    def encode_others(pixels):
+        if pixels.numpy().sum() == broken.sum():
+            raise ZeroDivisionError
+        return encode(pixels)
+
+    monkeypatch.setattr(model.vision_encoder, "forward", encode_others)
+    prompt = engine.prompt([{"role": "user", "content": "<image>"}], [broken])
+    engine.submit(Request(prompt, Sampler(GREEDY)), image.append)
     while engine.step():
         pass
     assert text_of(good) == expected

@@ -47,7 +47,7 @@ def test_later_turns_have_the_answer_without_its_reasoning(session, loaded_token
 def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, loaded_tokenizer):
     session.sampler = Scripted(loaded_tokenizer, "of red\n</think>\n\nA star")
     "".join(session.ask("What is it?"))
-    fresh = Session(session.model, loaded_tokenizer, GREEDY, think=True)
+    fresh = Session(session.engine.model, loaded_tokenizer, GREEDY, think=True)
     talk = [
         {"role": "user", "content": "What is it?"},
         {"role": "assistant", "content": "A star"},

@@ -84,7 +84,7 @@ class PromptCache:
         elif model.vision_encoder is None:
             raise UsageError("this model was loaded without its vision encoder")
         else:
-            features = model.vision_encoder(torch.from_numpy(image[None]).to(model.device))
+            features = model.vision_encoder(torch.from_numpy(np.stack([image])).to(model.device))
         dtype = model.lm_head.weight.dtype
         embeddings = model.vision_proj(features.to(model.device, dtype)).to(dtype)[0]
         self.images.add(key, embeddings)

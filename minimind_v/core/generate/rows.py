@@ -116,11 +116,16 @@ class Rows:
         self._rows.remove(row)
 
     @torch.inference_mode()
-    def step(self) -> list[Drawn]:
-        """Decode a token of each row whose prompt was read, and read a piece of the first prompt that was not."""
+    def step(self) -> Iterator[Drawn]:
+        """Read a piece of the first prompt that was not read, and decode a token of each row whose prompt was.
+
+        The new row is first, so that its answer begins sooner. It may be removed when it is yielded.
+        """
         unread = next((row for row in self._rows if not row.is_read), None)
-        drawn = self._decode([row for row in self._rows if row.is_read])
-        return drawn if unread is None else drawn + self._read(unread)
+        decoding = [row for row in self._rows if row.is_read]
+        if unread is not None:
+            yield from self._read(unread)
+        yield from self._decode(decoding)
 
     def _read(self, row: Row) -> list[Drawn]:
         try:
@@ -168,7 +173,7 @@ def generate(model: VLM, row: Row, eos_id: int) -> Iterator[int]:
     rows = Rows(model)
     rows.add(row)
     for _ in range(row.max_new_tokens):
-        while not (drawn := rows.step()):
+        while not (drawn := list(rows.step())):
             pass
         if drawn[0].error is not None:
             raise drawn[0].error
