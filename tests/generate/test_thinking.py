@@ -70,9 +70,10 @@ def test_an_answer_that_ends_within_its_reasoning_leaves_an_empty_turn(session, 
 def test_a_mark_that_a_model_writes_stays_text(session, loaded_tokenizer):
     session.sampler = Scripted(loaded_tokenizer, "an <image>\n</think>\n\nA <image> tag, <|image_pad|>")
     "".join(session.ask("What is it?"))
-    text = loaded_tokenizer.backend.decode(session._pending, skip_special_tokens=False)
-    assert text == "<|im_start|>assistant\n<think>\n\n</think>\n\nA <image> tag, <|image_pad|><|im_end|>\n"
-    assert loaded_tokenizer.placeholder_id not in session._pending
+    ids = session.turns[-1].input_ids
+    text = loaded_tokenizer.backend.decode(ids, skip_special_tokens=False)
+    assert text.endswith("assistant\n<think>\n\n</think>\n\nA <image> tag, <|image_pad|><|im_end|>\n")
+    assert loaded_tokenizer.placeholder_id not in ids
     session.sampler = Sampler(GREEDY)
     "".join(session.ask("Is it big?", max_new_tokens=2))
 
