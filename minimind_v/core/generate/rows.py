@@ -119,7 +119,8 @@ class Rows:
     def step(self) -> Iterator[Drawn]:
         """Read a piece of the first prompt that was not read, and decode a token of each row whose prompt was.
 
-        The new row is first, so that its answer begins sooner. It may be removed when it is yielded.
+        Yields the new row first, so that its answer begins sooner; a row may be removed when it is yielded. Nothing
+        happens unless all is iterated.
         """
         unread = next((row for row in self._rows if not row.is_read), None)
         decoding = [row for row in self._rows if row.is_read]

@@ -39,24 +39,25 @@ class Sampler:
         probs = (behind / settings.temperature).softmax(dim=-1)  # [V]
         if settings.top_p == 1 and not settings.top_k and not settings.min_p:
             return _draw(probs.cumsum(dim=-1), self.generator)
-        ordered, ids = self._likeliest(probs)
-        mass = ordered.cumsum(dim=-1)
-        top_p = settings.top_p * (mass[-1] if settings.top_k else 1)
+        ordered, ids, mass = self._likeliest(probs)
+        top_p = settings.top_p * mass[-1] if settings.top_k else settings.top_p
         end = len(ids) if settings.top_p == 1 else int((mass - ordered < top_p).sum())  # the fewest that hold p
         if settings.min_p:
             end = min(end, int((ordered >= settings.min_p * ordered[0]).sum()))
         return int(ids[_draw(mass[:end], self.generator)])
 
-    def _likeliest(self, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities and ids, the likeliest first: as many as top-p, top-k and min-p may need."""
+    def _likeliest(self, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities, ids and sums, the likeliest first: as many as top-p, top-k and min-p may need."""
         settings = self.sampling
         ordered, ids = probs.topk(min(settings.top_k or FEW, len(probs)))  # most mass is on few
-        enough = ordered.cumsum(dim=-1)[-1] >= settings.top_p or ordered[-1] < settings.min_p * ordered[0]
-        if settings.top_k or enough:
-            return ordered, ids
-        values = probs.numpy()  # numpy sorts in a quarter of the time that torch takes
-        ids = torch.from_numpy((-values).argsort())
-        return torch.from_numpy(values[ids]), ids
+        mass = ordered.cumsum(dim=-1)
+        enough = settings.top_k or mass[-1] >= settings.top_p or ordered[-1] < settings.min_p * ordered[0]
+        if not enough:
+            values = probs.numpy()  # numpy sorts in a quarter of the time that torch takes
+            ids = torch.from_numpy((-values).argsort())
+            ordered = torch.from_numpy(values[ids])
+            mass = ordered.cumsum(dim=-1)
+        return ordered, ids, mass
 
 
 def _penalised(logits: Tensor, text_ids: Sequence[int], penalty: float) -> Tensor:
