@@ -31,8 +31,7 @@ def measure(size: str, work: str, side: str) -> dict:
     from benchmarks.curves import Learner, make_batch
     from minimind_v.core.config.presets import PRESETS
     from minimind_v.core.cpu_sharing import share_cpu
-    from minimind_v.core.generate.engine import generate
-    from minimind_v.core.generate.prompt_cache import ready
+    from minimind_v.core.generate.rows import Row, generate
     from minimind_v.core.generate.sampling import GREEDY, Sampler
 
     if side == "sharing":
@@ -52,8 +51,7 @@ def measure(size: str, work: str, side: str) -> dict:
         return rows
 
     def chat() -> int:
-        cache = ready(model).decoder.new_cache(1, 200)
-        return sum(1 for _ in generate(model, cache, batch.input_ids[:1, :20], Sampler(GREEDY), -1, 48))
+        return sum(1 for _ in generate(model, Row(batch.input_ids[0, :20].tolist(), Sampler(GREEDY), 48), -1))
 
     do = {"train": train, "eval": evaluate, "chat": chat}[work]
     learner.seconds(batch)

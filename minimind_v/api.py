@@ -178,7 +178,7 @@ class LoadedVLM:
 
 
 class Conversation:
-    """Questions that follow each other: only the new tokens are read, earlier turns are kept."""
+    """Questions that follow each other. A conversation that becomes too long forgets its earliest turns."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

@@ -179,10 +179,10 @@ def test_a_seed_repeats_a_drawn_answer_and_pieces_join_to_it(m):
 def test_a_conversation_remembers_its_turns(m):
     chat = m.chat()
     chat.ask(QUESTION, STAR, max_new_tokens=4)
-    read = chat._session.cache.used
+    first = list(chat._session.turns)
     chat.ask("And now?", max_new_tokens=4)
     assert chat._session.questions == 2
-    assert chat._session.cache.used > read
+    assert chat._session.turns[: len(first)] == first
 
 
 def test_what_is_saved_is_the_model(m, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -16,8 +16,8 @@ from benchmarks.gpu.card import Card, Result
 from minimind_v.core.generate import cuda_graph as replay
 from minimind_v.core.generate import prompt_cache as memory
 from minimind_v.core.generate.cuda_graph import EAGER, SPAN, Replay, record_cuda
-from minimind_v.core.generate.engine import generate_rows
 from minimind_v.core.generate.prompt_cache import ready
+from minimind_v.core.generate.rows import Row, Rows
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
 from minimind_v.core.model.vlm import VLM
 
@@ -43,7 +43,7 @@ class Likeliest:
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
 
-    def __call__(self, logits: Tensor) -> int:
+    def __call__(self, logits: Tensor, text_ids: Sequence[int]) -> int:
         self.logits.append(logits.float().clone())
         return int(logits.argmax())
 
@@ -71,13 +71,17 @@ def answer(
     """The ids of each row, by steps that are recorded or not."""
     decoder = ready(model).decoder
     decoder.replay = Replay(recorder) if recorder else None
-    cache = decoder.new_cache(len(ids), ids.shape[1] + max(limits))
-    device, answers = model.device, [[] for _ in ids]
-    attention = None if bool(mask.all()) else mask.to(device)
-    for step in generate_rows(model, cache, ids.to(device), draws, -1, limits, attention):
-        for row, token in step:
-            answers[row].append(token)
-    return answers
+    rows = [Row(row[real].tolist(), *how) for row, real, *how in zip(ids, mask, draws, limits, strict=True)]
+    together = Rows(model)
+    for row in rows:
+        together.add(row)
+    while together:
+        for drawn in together.step():
+            if drawn.error is not None:
+                raise drawn.error
+            if len(drawn.row.drawn) == drawn.row.max_new_tokens:
+                together.remove(drawn.row)
+    return [row.drawn for row in rows]
 
 
 def decoding(card: Card, result: Result) -> None:
@@ -120,6 +124,7 @@ def compare(eager, recorded) -> Result:
     return {"same_ids": same, "ties": ties, "largest_gap": gap}
 
 
+@torch.inference_mode()
 def _after_a_rewind(card: Card, model: VLM) -> bool:
     """A conversation is taken back and goes on otherwise, with a recording that is there."""
     ids, _ = prompts(1, 40)
@@ -130,8 +135,10 @@ def _after_a_rewind(card: Card, model: VLM) -> bool:
         cache, turns = decoder.new_cache(1, SPAN), []
         for turn in range(3):
             chunk = ids[:, 10 * turn : 10 * turn + 10].to(card.device)
-            steps = generate_rows(model, cache, chunk, [Likeliest()], -1, [14])
-            turns.append([token for step in steps for _, token in step])
+            logits = decoder.read(model.embed(chunk), cache)
+            for _ in range(14):
+                turns.append(int(logits.argmax()))
+                logits = decoder.step(model.embed(logits.argmax(dim=-1, keepdim=True)), [cache])
             cache.rewind(cache.used - 9)
         sides.append(turns)
     return sides[0] == sides[1]
@@ -152,6 +159,7 @@ def talking(card: Card, result: Result) -> None:
     model = curve.make_model(card.tiny).to(card.device).eval()
     count = 16 if card.tiny else 128
     with precision(card, True):
+        ready(model).prefixes.limit = 0  # no prompt is recalled
         for streams in (1, 2) if card.tiny else (1, 8, 16, 64):
             for drawing, sampling in (("greedy", GREEDY), ("sampled", WARM)):
                 for launching, record in (("eager", None), ("graph", record_cuda if card.cuda else Recorder(card))):
@@ -175,8 +183,8 @@ def talking(card: Card, result: Result) -> None:
 
 
 def _timed(sampler: Sampler, times: list[float]):
-    def draw(logits: Tensor) -> int:
-        token = sampler(logits)
+    def draw(logits: Tensor, text_ids: Sequence[int]) -> int:
+        token = sampler(logits, text_ids)
         times.append(time.perf_counter())
         return token
 

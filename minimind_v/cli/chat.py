@@ -21,6 +21,7 @@ from minimind_v.cli.command import Command, advanced
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import MmvError, UsageError, open_all, shorten
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -266,10 +267,14 @@ class Conversation:
         read = self.session.questions
         try:
             with closing(self.session.ask(question, [pixels for _, pixels in self.waiting], self.limit)) as answer:
+                if self.session.dropped_turns:
+                    count = plural(self.session.dropped_turns, "question")
+                    self.terminal.say(f"the conversation is too long: the model forgets its beginning ({count})")
                 _show(self.terminal, answer, self.session.think)
         finally:
             if self.session.questions > read:
-                self.shown += [name for name, _ in self.waiting]
+                names = [*self.shown, *(name for name, _ in self.waiting)]
+                self.shown = names[len(names) - len(self.session.images) :]  # others went with their questions
                 self.waiting = []
 
     def contents(self) -> str:

@@ -25,8 +25,7 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureEncoder
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.device import autocast, has_fused_adamw, pick_device, wait_for
-from minimind_v.core.generate.engine import generate
-from minimind_v.core.generate.prompt_cache import ready
+from minimind_v.core.generate.rows import Row, generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
@@ -210,16 +209,12 @@ def _answer(model: VLM) -> tuple[float, float]:
     model.eval()
     batch, _ = _rows(model, 1)
     size = model.spec.image_size
-    prompt = batch.input_ids[:, :-ANSWER]
+    input_ids, image_mask = (tensor[0, :-ANSWER].tolist() for tensor in (batch.input_ids, batch.image_mask))
     first, each = [], []
     for _ in range(3):
-        cache = ready(model).decoder.new_cache(1, prompt.shape[1] + NEW_TOKENS)
         image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8).numpy()
         begun = time.perf_counter()
-        features = ready(model).features(model, [image])
-        answer = generate(
-            model, cache, prompt, Sampler(GREEDY), -1, NEW_TOKENS, features, batch.image_mask[:, :-ANSWER]
-        )  # without an end
+        answer = generate(model, Row(input_ids, Sampler(GREEDY), NEW_TOKENS, image_mask, [image]), -1)  # without an end
         next(answer)
         then = time.perf_counter()
         count = sum(1 for _ in answer)

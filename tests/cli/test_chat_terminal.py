@@ -147,6 +147,18 @@ def test_a_question_that_was_not_read_leaves_its_pictures_waiting(talk, tiny_dat
     assert talk.leave() == 0
 
 
+def test_a_conversation_that_is_too_long_forgets_its_beginning_and_says_so(talk, tiny_data):
+    talk.type(f"/image {tiny_data.picture()}")
+    answers = [talk.type("Is the star big? " * 200)]
+    while "forgets" not in answers[-1] and len(answers) < 10:
+        assert "in the conversation" in talk.type("/image")
+        answers.append(talk.type("Is the star big? " * 200))
+    assert 1 < len(answers) < 10
+    assert "the conversation is too long: the model forgets its beginning (1 question)" in answers[-1]
+    assert talk.type("/image").endswith("no image in the conversation")
+    assert talk.leave() == 0
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_posix_locale_takes_any_words(sighted, tiny_data, tmp_path, monkeypatch, encoding):
     monkeypatch.setenv("LC_ALL", "C")

@@ -19,7 +19,7 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast, pick_device
 from minimind_v.core.formats.load import load
 from minimind_v.core.generate import prompt_cache
-from minimind_v.core.generate.engine import generate
+from minimind_v.core.generate.rows import Row, generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.loss import IGNORE
@@ -110,17 +110,10 @@ def test_greedy_tokens_are_identical(arch, case, models, monkeypatch):
     model, prompt = models[arch], TENSORS[f"{case}.generation_ids"][None].to(DEVICE)
     expected = CASES[case][f"{arch}.greedy_24"]
     monkeypatch.setattr(prompt_cache, "has_bf16", lambda _: False)  # the published run was one in fp32
-    generated = generate(
-        model,
-        model.new_cache(1, prompt.shape[1] + len(expected)),
-        prompt,
-        Sampler(GREEDY),
-        eos_id=-1,  # the published run does not stop early
-        max_new_tokens=len(expected),
-        image_features=features_of(case),
-        image_mask=prompt == SET["image_placeholder_id"],
-    )
-    assert list(generated) == expected
+    features, image_mask = features_of(case), (prompt[0] == SET["image_placeholder_id"]).tolist()
+    images = () if features is None else list(features)
+    row = Row(prompt[0].tolist(), Sampler(GREEDY), len(expected), image_mask, images)
+    assert list(generate(model, row, eos_id=-1)) == expected  # the published run does not stop early
 
 
 def published_batch(record: dict, moe: bool) -> Batch:

@@ -28,7 +28,7 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import autocast, pick_device
 from minimind_v.core.formats.checkpoint import load_into, read_checkpoint
 from minimind_v.core.generate import prompt_cache as ready
-from minimind_v.core.generate.engine import generate
+from minimind_v.core.generate.rows import Row, generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.loss import IGNORE
@@ -217,17 +217,9 @@ def test_greedy_tokens_are_identical(case, arch, name, models, encoder, monkeypa
     model = models[arch]
     monkeypatch.setattr(ready, "has_bf16", lambda _: False)  # the published run was one in fp32
     features = features_of(case)
-    generated = generate(
-        model,
-        model.new_cache(1, len(tokens) + len(expected)),
-        torch.tensor([tokens.input_ids], device=DEVICE),
-        Sampler(GREEDY),
-        eos_id=-1,  # the published run does not stop early
-        max_new_tokens=len(expected),
-        image_features=None if features is None else features.to(DEVICE),
-        image_mask=torch.tensor([tokens.image_mask], device=DEVICE),
-    )
-    assert list(generated) == expected
+    images = () if features is None else list(features)
+    row = Row(tokens.input_ids, Sampler(GREEDY), len(expected), tokens.image_mask, images)
+    assert list(generate(model, row, eos_id=-1)) == expected  # the published run does not stop early
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError
 from minimind_v.core.evaluate.run import evaluate
 from minimind_v.core.evaluate.tasks.exact import SHORT
-from minimind_v.core.generate.engine import generate
+from minimind_v.core.generate.rows import Row, generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.generate.session import Session
 from minimind_v.core.rows.stores import open_rows
@@ -68,10 +68,9 @@ def row(turns, picture=None):
 def greedy(model, prompts, row, turn, shown=None):
     """What the model really answers in a turn of a row, after the true turns before it; None where it does not end."""
     tokens = prompts.prompt(row["conversations"][: 2 * turn + 1])
-    features = None if shown is None else model.vision_encoder(torch.from_numpy(shown)[None])
-    ids, mask = (torch.tensor([values]) for values in (tokens.input_ids, tokens.image_mask))
-    cache = model.new_cache(1, len(tokens) + LIMIT)
-    drawn = list(generate(model, cache, ids, Sampler(GREEDY), tokenizer().eos_id, LIMIT, features, mask))
+    images = () if shown is None else [shown]
+    answer = Row(tokens.input_ids, Sampler(GREEDY), LIMIT, tokens.image_mask, images)
+    drawn = list(generate(model, answer, tokenizer().eos_id))
     return drawn if len(drawn) < LIMIT else None
 
 

@@ -79,8 +79,20 @@ def pair(model):
     return *decoders, recorder
 
 
-def both(pair, caches, x, mask=None):
-    replayed, plain = (decoder.read(x, cache, mask) for decoder, cache in zip(pair, caches, strict=False))
+def new_rows(pair, rows, length):
+    """For each decoder a cache for each row."""
+    return [[decoder.new_cache(1, length) for _ in range(rows)] for decoder in pair[:2]]
+
+
+def read(pair, caches, x):
+    """The prompts of all rows, x [1, T, D] each."""
+    for decoder, rows in zip(pair, caches, strict=False):
+        for row, cache in zip(x, rows, strict=True):
+            decoder.read(row, cache)
+
+
+def both(pair, caches, x):
+    replayed, plain = (decoder.step(x, rows) for decoder, rows in zip(pair, caches, strict=False))
     torch.testing.assert_close(replayed, plain, **SAME)
     return replayed
 
@@ -88,8 +100,8 @@ def both(pair, caches, x, mask=None):
 @torch.no_grad()
 def test_a_conversation(model, pair):
     width, recorder = model.config.hidden_size, pair[2]
-    caches = [decoder.new_cache(1, 2 * SPAN + 50) for decoder in pair[:2]]
-    both(pair, caches, torch.randn(1, SPAN - EAGER - 5, width))
+    caches = new_rows(pair, 1, 2 * SPAN + 50)
+    read(pair, caches, [torch.randn(1, SPAN - EAGER - 5, width)])
     kept = None
     for step in range(EAGER + 12):  # wider than the first recording towards the end
         logits = both(pair, caches, torch.randn(1, 1, width))
@@ -97,36 +109,38 @@ def test_a_conversation(model, pair):
         kept = logits, logits.clone()
         assert recorder.recorded == (step >= EAGER)
     assert recorder.replayed == 5, "and then the recording was outgrown"
-    for cache in caches:
+    for [cache] in caches:
         cache.rewind(SPAN - 30)
-    both(pair, caches, torch.randn(1, 7, width))
+    read(pair, caches, [torch.randn(1, 7, width)])
     for _ in range(EAGER + 3):  # what stood behind is not seen
         both(pair, caches, torch.randn(1, 1, width))
     assert recorder.recorded == 2
 
 
 @torch.no_grad()
-def test_rows_of_different_lengths_that_leave(model, pair):
+def test_rows_of_different_lengths_that_leave_and_join(model, pair):
     width, recorder = model.config.hidden_size, pair[2]
-    mask = torch.arange(20) < torch.tensor([20, 3, 11])[:, None]
-    caches = [decoder.new_cache(3, 100) for decoder in pair[:2]]
-    both(pair, caches, torch.randn(3, 20, width), mask)
-    for left in (3, 2, 1):
+    prompts = [torch.randn(1, length, width) for length in (20, 3, 11)]
+    caches = new_rows(pair, 3, 100)
+    read(pair, caches, prompts)
+    for left in (3, 2, 1, 2):
+        if left < 3:
+            caches = [rows[-left:] for rows in caches]
+        if left > len(caches[0]):
+            caches = [[*rows, *new] for rows, new in zip(caches, new_rows(pair, 1, 50), strict=True)]
+            read(pair, [rows[-1:] for rows in caches], prompts[:1])
         for _ in range(EAGER + 3):
             both(pair, caches, torch.randn(left, 1, width))
-        if left > 1:
-            for cache in caches:
-                cache.drop(0)
-    assert recorder.recorded == 3
-    assert recorder.replayed == 9
+    assert recorder.recorded == 4
+    assert recorder.replayed == 12
 
 
 @torch.no_grad()
 def test_caches_have_recordings_of_their_own_which_go_with_them(model, pair):
     width, replay = model.config.hidden_size, pair[0].replay
-    all_caches = [[decoder.new_cache(1, 64) for decoder in pair[:2]] for _ in range(2)]
+    all_caches = [new_rows(pair, 1, 64) for _ in range(2)]
     for caches in all_caches:
-        both(pair, caches, torch.randn(1, 5, width))
+        read(pair, caches, [torch.randn(1, 5, width)])
     for _ in range(EAGER + 3):
         for caches in all_caches:
             both(pair, caches, torch.randn(1, 1, width))
@@ -191,9 +205,9 @@ def test_what_cannot_be_recorded_is_done_step_by_step(monkeypatch, recordable):
 
 @torch.no_grad()
 def test_without_recordings_answers_are_the_same(model, pair):
-    width, caches = model.config.hidden_size, [decoder.new_cache(1, 64) for decoder in pair[:2]]
+    width, caches = model.config.hidden_size, new_rows(pair, 1, 64)
     pair[0].replay = Replay(lambda work, device: None)
-    both(pair, caches, torch.randn(1, 5, width))
+    read(pair, caches, [torch.randn(1, 5, width)])
     for _ in range(EAGER + 3):
         both(pair, caches, torch.randn(1, 1, width))
 
@@ -207,7 +221,7 @@ def test_a_decoder_goes_at_once_when_nobody_has_it(model):
         cache = decoder.new_cache(1, 64)
         with torch.no_grad():
             for _ in range(EAGER + 3):
-                decoder.read(torch.randn(1, 1, model.config.hidden_size), cache)
+                decoder.step(torch.randn(1, 1, model.config.hidden_size), [cache])
         gone = weakref.ref(decoder), weakref.ref(cache), weakref.ref(decoder.replay._recordings[cache])
         del decoder, cache
         assert [reference() for reference in gone] == [None] * 3

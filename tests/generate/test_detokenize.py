@@ -38,6 +38,18 @@ def test_a_long_answer_costs_no_more_per_token():
     assert max(decoded) <= 4
 
 
+@pytest.mark.parametrize("text", ["a red star", "a red re", "rere red", "a star", "red", "一个红色的星形", ""])
+@pytest.mark.parametrize("stop", [("red",), ("star", "red s"), ("rere", "re r"), ("色",), ("",) * 0])
+def test_a_text_ends_before_the_first_stop_string(text, stop):
+    stream, pieces = TextStream(tokenizer(), stop), []
+    for token in tokenizer().encode(text).ids:
+        pieces.append(stream.add(token))
+        assert not any(mark in "".join(pieces) for mark in stop)
+    ends = [text.index(mark) for mark in stop if mark in text]
+    assert "".join(pieces) + stream.rest() == text[: min(ends, default=len(text))]
+    assert stream.stopped == bool(ends)
+
+
 REASONED = "Two cups,\n\none book.\n</think>\n\nA <b>book</b>.\n</thing>"
 
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minimind_v.core.generate.engine import generate, generate_rows
 from minimind_v.core.generate.fast_decoder import FEW
 from minimind_v.core.generate.prompt_cache import ready
+from minimind_v.core.generate.rows import Row, Rows, generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from tests.generate.made import KINDS, make_model
 
@@ -36,22 +36,20 @@ def test_chunks_and_single_tokens_give_the_models_logits(model):
 
 @pytest.mark.parametrize("rows", [3, FEW + 3])
 @torch.inference_mode()
-def test_padded_rows_give_what_each_gives_alone(model, rows):
+def test_rows_of_any_lengths_give_what_each_gives_alone(model, rows):
     decoder = ready(model).decoder
     lengths = [1 + (7 * row) % 23 for row in range(rows)]
     texts = [ids_of(model, 1, length + 5) for length in lengths]
-    ids, mask = torch.full((rows, max(lengths)), 3), torch.zeros(rows, max(lengths), dtype=torch.bool)
-    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
-        ids[row, :length], mask[row, :length] = text[0, :length], True
-    cache = decoder.new_cache(rows, max(lengths) + 5)
-    logits = decoder.read(model.embed(ids), cache, mask)
+    caches = [decoder.new_cache(1, length + 5) for length in lengths]
+    prompts = [text[:, :length] for text, length in zip(texts, lengths, strict=True)]
+    logits = torch.cat([decoder.read(model.embed(ids), cache) for ids, cache in zip(prompts, caches, strict=True)])
     for step in range(6):
         for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
             torch.testing.assert_close(logits[row], model(text[:, : length + step]).logits[0, -1], **CLOSE)
         if step < 5:
             following = torch.cat([text[:, length + step] for text, length in zip(texts, lengths, strict=True)])
-            logits = decoder.read(model.embed(following[:, None]), cache)
-    assert cache.lengths.tolist() == [length + 5 for length in lengths]
+            logits = decoder.step(model.embed(following[:, None]), caches)
+    assert [cache.used for cache in caches] == [length + 5 for length in lengths]
 
 
 @torch.inference_mode()
@@ -89,6 +87,19 @@ def plain_greedy(model, ids, mask, features, eos_id, limit):
     return tokens
 
 
+def answer_all(model, rows, eos_id=-1):
+    """The ids of each row, all side by side."""
+    together = Rows(model)
+    for row in rows:
+        together.add(row)
+    while together:
+        for drawn in together.step():
+            assert drawn.error is None
+            if drawn.token == eos_id or len(drawn.row.drawn) == drawn.row.max_new_tokens:
+                together.remove(drawn.row)
+    return [[token for token in row.drawn if token != eos_id] for row in rows]
+
+
 def test_rows_side_by_side_get_the_greedy_tokens_of_each_alone(model):
     torch.manual_seed(2)
     prompts, limit = prompts_of(model), 12
@@ -96,38 +107,24 @@ def test_rows_side_by_side_get_the_greedy_tokens_of_each_alone(model):
     eos_id = whole[3][4]  # so that some end early, and some not
     expected = [tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens for tokens in whole]
     assert len({len(tokens) for tokens in expected}) > 1
+
+    def rows(limits):
+        sampler = Sampler(GREEDY)
+        return [
+            Row(ids, sampler, limit, mask, list(features))
+            for (ids, mask, features), limit in zip(prompts, limits, strict=True)
+        ]
+
+    assert [list(generate(model, row, eos_id)) for row in rows([limit] * len(prompts))] == expected
     limits = [limit - row % 4 for row in range(len(prompts))]
-    longest = max(len(ids) for ids, *_ in prompts)
-    input_ids, shown, real = torch.full((20, longest), 3), *torch.zeros(2, 20, longest, dtype=torch.bool)
-    for row, (ids, mask, features) in enumerate(prompts):
-        input_ids[row, : len(ids)], shown[row, : len(ids)] = torch.tensor(ids), torch.tensor(mask)
-        real[row, : len(ids)] = True
-        alone = generate(
-            model,
-            ready(model).decoder.new_cache(1, 200),
-            torch.tensor([ids]),
-            Sampler(GREEDY),
-            eos_id,
-            limit,
-            features,
-            torch.tensor([mask]),
-        )
-        assert list(alone) == expected[row]
-    generated = [[] for _ in prompts]
-    cache = ready(model).decoder.new_cache(20, longest + limit)
-    features = torch.cat([image_features for *_, image_features in prompts])
-    samplers = [Sampler(GREEDY)] * 20
-    for step in generate_rows(model, cache, input_ids, samplers, eos_id, limits, real, features, shown):
-        for row, token in step:
-            generated[row].append(token)
+    generated = answer_all(model, rows(limits), eos_id)
     assert generated == [tokens[:limit] for tokens, limit in zip(expected, limits, strict=True)]
 
 
-def test_a_cache_that_is_full_ends_all_rows(model):
-    ids = ids_of(model, 2, 6)
-    cache = ready(model).decoder.new_cache(2, 9)
-    steps = list(generate_rows(model, cache, ids, [Sampler(GREEDY)] * 2, -1, [50, 50]))
-    assert [sorted(row for row, _ in step) for step in steps] == [[0, 1]] * 4  # the fourth is made, and not read
+def test_images_must_match_their_placeholders(model):
+    for images, mask in ((2, [True] * 3), (1, [False] * 3), (0, [True] * 3)):
+        with pytest.raises(ValueError, match=f"{images} images do not match {sum(mask)} placeholders"):
+            Row([7, 8, 9], Sampler(GREEDY), 5, mask, [torch.zeros(3, 4)] * images)
 
 
 def test_greedy_tokens_are_those_of_llama():
@@ -143,18 +140,12 @@ def test_greedy_tokens_are_those_of_llama():
     lengths = [3, 31, 12, 8, 50, 1, 19, 27]
     texts = [ids_of(ours, 1, length) for length in lengths]
     expected = [llama.generate(text, max_new_tokens=30, do_sample=False)[0, text.shape[1] :].tolist() for text in texts]
-    ids, real = torch.zeros(8, 50, dtype=torch.long), torch.arange(50) < torch.tensor(lengths)[:, None]
-    for row, text in enumerate(texts):
-        ids[row, : lengths[row]] = text[0]
-    generated = [[] for _ in texts]
-    cache = ready(ours).decoder.new_cache(8, 80)
-    for step in generate_rows(ours, cache, ids, [Sampler(GREEDY)] * 8, -1, [30] * 8, real):
-        for row, token in step:
-            generated[row].append(token)
-    assert generated == expected
-    for text, tokens in zip(texts, expected, strict=True):
-        cache = ready(ours).decoder.new_cache(1, 80)
-        assert list(generate(ours, cache, text, Sampler(GREEDY), -1, 30)) == tokens
+
+    def rows():
+        return [Row(text[0].tolist(), Sampler(GREEDY), 30) for text in texts]
+
+    assert answer_all(ours, rows()) == expected
+    assert [list(generate(ours, row, -1)) for row in rows()] == expected
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from PIL import Image
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate import prompt_cache as kept
 from minimind_v.core.generate.fast_decoder import FastDecoder
-from minimind_v.core.generate.prompt_cache import ready
+from minimind_v.core.generate.prompt_cache import BLOCK, ready
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import tokenizer
@@ -34,18 +34,22 @@ def model(request):
 def counted(model, monkeypatch):
     """How many pictures are looked at, and how many tokens are read, from now on."""
     counts = {"pictures": 0, "tokens": 0}
-    encode, read = model.vision_encoder.forward, FastDecoder.read
+    encode, read, step = model.vision_encoder.forward, FastDecoder.read, FastDecoder.step
 
     def encode_and_count(pixel_values):
         counts["pictures"] += len(pixel_values)
         return encode(pixel_values)
 
-    def reading(self, x, *args):
-        counts["tokens"] += x.shape[1]
-        return read(self, x, *args)
+    def count_tokens(method):
+        def counting(self, x, *args):
+            counts["tokens"] += x.shape[1]
+            return method(self, x, *args)
+
+        return counting
 
     monkeypatch.setattr(model.vision_encoder, "forward", encode_and_count)
-    monkeypatch.setattr(FastDecoder, "read", reading)
+    monkeypatch.setattr(FastDecoder, "read", count_tokens(read))
+    monkeypatch.setattr(FastDecoder, "step", count_tokens(step))
     return counts
 
 
@@ -59,18 +63,28 @@ def fresh(model, question, pictures):
     return ask(Session(model, tokenizer(), GREEDY), question, pictures)
 
 
-def test_a_new_conversation_about_the_same_picture_reads_only_the_question(model, counted):
+def test_a_new_conversation_about_the_same_picture_reads_only_what_follows_the_kept_blocks(model, counted):
+    about = "The pictures show stars and circles, large ones and small ones, red ones and blue ones. " * 4
     shown = [picture(1), picture(2)]
-    expected = fresh(model, SECOND, shown)
-    fresh(model, FIRST, shown)
-    question = len(tokenizer().encode(SECOND).ids)
+    expected = fresh(model, about + SECOND, shown)
+    fresh(model, about + FIRST, shown)
     for again in (Session(model, tokenizer(), GREEDY), Session(model, tokenizer(), GREEDY)):
         counted.update(pictures=0, tokens=0)
-        assert ask(again, SECOND, [picture(1), picture(2)]) == expected
+        assert ask(again, about + SECOND, [picture(1), picture(2)]) == expected
         assert counted["pictures"] == 0
-        assert question <= counted["tokens"] - again.new_tokens < question + 15
+        assert len(again.turns[1]) > 2 * BLOCK > counted["tokens"]
         again.restart()
-        assert ask(again, SECOND, shown) == expected
+        assert ask(again, about + SECOND, shown) == expected
+
+
+def test_a_further_question_reads_only_what_follows_the_kept_blocks(model, counted):
+    about = "The pictures show stars and circles, large ones and small ones, red ones and blue ones. " * 4
+    session = Session(model, tokenizer(), GREEDY)
+    ask(session, about + FIRST, [picture(1)])
+    counted.update(pictures=0, tokens=0)
+    ask(session, SECOND, [])
+    assert counted["pictures"] == 0
+    assert counted["tokens"] < 2 * BLOCK < sum(map(len, session.turns))
 
 
 def test_a_picture_that_was_encoded_before_the_question_is_not_encoded_again(model, counted, tmp_path):
@@ -123,16 +137,24 @@ def test_weights_that_change_are_noticed(model):
     assert ask(session, FIRST, [picture(1)]) == fresh(model, FIRST, [picture(1)])
 
 
-def test_no_more_is_kept_than_said(model, monkeypatch):
-    monkeypatch.setattr(kept, "IMAGES", 3)
-    monkeypatch.setattr(kept, "PROMPTS", 2)
-    session = Session(model, tokenizer(), GREEDY)
-    for number in range(6):
+def test_no_more_bytes_are_kept_than_allowed(model, counted):
+    memory, session = ready(model), Session(model, tokenizer(), GREEDY)
+    ask(session, FIRST * 20, [picture(0)])
+    image, blocks = memory.images.size, len(memory.prefixes)
+    memory.images.limit, memory.prefixes.limit = 3 * image, memory.prefixes.size
+    for number in range(1, 6):
         session.restart()
-        ask(session, FIRST, [picture(number)])
-    assert len(ready(model)._features) == 3
-    assert len(ready(model)._prefixes) == 2
-    assert ask(session, FIRST, [picture(number) for number in range(5)]) is not None  # more than are kept
+        ask(session, FIRST * 20, [picture(number)])
+    assert (memory.images.size, len(memory.images)) == (3 * image, 3)
+    assert len(memory.prefixes) == blocks
+    assert memory.prefixes.size <= memory.prefixes.limit
+    counted.update(pictures=0)
+    session.restart()
+    ask(session, FIRST, [picture(number) for number in range(6)])  # more than are kept
+    assert counted["pictures"] == 6, "the least recently used are dropped, so each is gone before its turn"
+    memory.images.limit = memory.prefixes.limit = 0
+    session.restart()
+    assert ask(session, FIRST, [picture(1), picture(2)]) == fresh(model, FIRST, [picture(1), picture(2)])
 
 
 def test_a_model_that_is_gone_is_not_kept(model):

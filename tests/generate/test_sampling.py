@@ -2,6 +2,14 @@
 
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
@@ -94,6 +102,60 @@ def test_greedy_is_deterministic():
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')} must"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"min_p": 1.1}, "min_p must be at least 0 and at most 1"),
+        ({"min_p": float("nan")}, "min_p must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must be above 0"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 200, "top_p": 0.9},
+        {"top_k": 12, "top_p": 0.5},
+        {"min_p": 0.1},
+        {"min_p": 0.001},
+        {"min_p": 0.05, "top_p": 0.8, "top_k": 30},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8, "top_k": 5, "min_p": 0.02, "top_p": 0.99},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+def test_limits_are_those_of_transformers(limits, temperature):
+    """The same random numbers, over the probabilities that the processors of transformers leave."""
+    settings = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} | limits
+    steps = [RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"])]
+    steps += [TemperatureLogitsWarper(temperature)] if temperature else []
+    steps += [TopKLogitsWarper(settings["top_k"])] if settings["top_k"] else []
+    steps += [TopPLogitsWarper(settings["top_p"]), MinPLogitsWarper(settings["min_p"])]
+    processors = LogitsProcessorList(steps if temperature else steps[:1])
+    for number in range(60):
+        source = torch.Generator().manual_seed(number)
+        logits = torch.randn(300, generator=source).double() * (1 + number % 4)
+        text_ids = torch.randint(0, 300, (20,), generator=source)
+        probs = processors(text_ids[None], logits[None].clone())[0].softmax(dim=-1)
+        sampler = Sampler(Sampling(temperature, seed=number, **settings))
+        drawn = sampler(logits, text_ids.tolist())
+        ordered, ids = probs.sort(descending=True, stable=True)
+        point = torch.rand(1, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        in_order = int(ids[int((ordered.cumsum(dim=-1) <= point).sum())])
+        by_id = int((probs.cumsum(dim=-1) <= point).sum())
+        unlimited = not (settings["top_k"] or settings["min_p"]) and settings["top_p"] == 1
+        assert drawn == (int(probs.argmax()) if not temperature else by_id if unlimited else in_order)
 
 
 def drawn_from_a_full_sort(logits, temperature, top_p, point):

@@ -18,7 +18,7 @@ class Scripted:
     def __init__(self, loaded_tokenizer: Tokenizer, text: str) -> None:
         self.ids = [*loaded_tokenizer.backend.encode(text, add_special_tokens=False).ids, loaded_tokenizer.eos_id]
 
-    def __call__(self, logits):
+    def __call__(self, logits, text_ids):
         return self.ids.pop(0)
 
 
@@ -40,21 +40,20 @@ def test_later_turns_have_the_answer_without_its_reasoning(session, loaded_token
         {"role": "assistant", "content": "A star"},
         {"role": "user", "content": "Is it big?"},
     ]
-    prompt = session.processor.prompts.prompt(talk, think=True).input_ids
-    assert session.cache.used + len(session._encode("Is it big?")) == len(prompt)
-    assert prompt[session.cache.used :] == session._encode("Is it big?").input_ids
+    prompt = session.prompts.prompt(talk, think=True).input_ids
+    assert [id for turn in session._encode("Is it big?") for id in turn.input_ids] == prompt
 
 
 def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, loaded_tokenizer):
     session.sampler = Scripted(loaded_tokenizer, "of red\n</think>\n\nA star")
     "".join(session.ask("What is it?"))
-    fresh = Session(session.model, loaded_tokenizer, GREEDY, think=True)
+    fresh = Session(session.engine.model, loaded_tokenizer, GREEDY, think=True)
     talk = [
         {"role": "user", "content": "What is it?"},
         {"role": "assistant", "content": "A star"},
         {"role": "user", "content": "Is it big?"},
     ]
-    fresh._encode = lambda question: fresh.processor.prompts.prompt(talk, think=True)
+    fresh._encode = lambda question: fresh.prompts.turns(talk, think=True)
     session.sampler = Sampler(GREEDY)
     assert "".join(session.ask("Is it big?", max_new_tokens=8)) == "".join(fresh.ask("Is it big?", max_new_tokens=8))
 
@@ -64,8 +63,8 @@ def test_an_answer_that_ends_within_its_reasoning_leaves_an_empty_turn(session, 
     answer = session.ask("What is it?")
     next(answer)
     answer.close()
-    text = loaded_tokenizer.backend.decode(session._pending, skip_special_tokens=False)
-    assert text == "<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n"
+    text = loaded_tokenizer.backend.decode(session.turns[-1].input_ids, skip_special_tokens=False)
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n")
 
 
 def test_a_layout_without_reasoning_is_refused():

@@ -43,6 +43,17 @@ def test_whichever_library_is_used(monkeypatch, case, biased):
         assert ours < 4 * torchs + 1e-7, "something is rounded"
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("shape", [(96, 64), (768, 512), (512, 1408)])
+@torch.no_grad()
+def test_a_row_gets_the_same_bits_in_any_company_of_few(shape, half):
+    weight, x = torch.randn(shape) * 0.05, torch.randn(FEW, shape[1])
+    multiply = product(weight.half().float() if half else weight)
+    alone = torch.cat([multiply(row) for row in x.split(1)])
+    for count in range(1, FEW + 1):
+        assert torch.equal(multiply(x[:count]), alone[:count])
+
+
 @torch.no_grad()
 def test_without_mkl(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")

@@ -126,13 +126,25 @@ class PromptEncoder:
 
         Raises RowError for a malformed conversation, UsageError for reasoning in a layout without it.
         """
-        messages = check_conversations(conversations, self.layout)
-        encoded = self._opening(messages, self.layout)
-        for message in messages:
-            if message["role"] != "system":
-                encoded += self._message(message["role"], message["content"], self.layout)
-        encoded += self.answer_start(think)
+        encoded = Tokens()
+        for tokens in self.turns(conversations, think):
+            encoded += tokens
         return encoded
+
+    def turns(self, conversations: Any, think: bool = False) -> list[Tokens]:
+        """`prompt` in pieces: the system message or nothing, then each question with its answer.
+
+        The start of the new answer is in the last one.
+        """
+        messages = check_conversations(conversations, self.layout)
+        turns = [Tokens()]
+        turns[0] += self._opening(messages, self.layout)
+        for message in messages[messages[0]["role"] == "system" :]:
+            if message["role"] != "assistant":
+                turns.append(Tokens())
+            turns[-1] += self._message(message["role"], message["content"], self.layout)
+        turns[-1] += self.answer_start(think)
+        return turns
 
     def follow_up(self, question: str, think: bool = False) -> Tokens:
         """A further question, after a complete answer and its end, and the start of its answer."""

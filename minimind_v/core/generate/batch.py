@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from minimind_v.core.data.processor import Images, Processor
-from minimind_v.core.data.prompt import Tokens
+from minimind_v.core.data.processor import Images
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.errors import UsageError
-from minimind_v.core.generate.engine import generate_rows
-from minimind_v.core.generate.prompt_cache import ready
+from minimind_v.core.generate.engine import Engine, Event, Request
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
-from minimind_v.core.generate.session import CONTEXT
 from minimind_v.core.model.vlm import VLM
 
 
@@ -24,14 +18,6 @@ class Question:
 
     text: str
     images: Images = ()
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question, encoded."""
-
-    tokens: Tokens
-    images: list[np.ndarray]  # uint8 [3, S, S] each
 
 
 def generate_many(
@@ -48,55 +34,19 @@ def generate_many(
     All images are read before the first answer begins. Raises what `Session.ask` does, for the first question that
     cannot be asked.
     """
-    model.eval()
-    processor = Processor(tokenizer, model.spec)
-    context = min(CONTEXT, model.config.max_position_embeddings)
-    prompts = [_encode(question, processor, context) for question in questions]
-    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number].tokens))
-    answers = [""] * len(prompts)
-    for start in range(0, len(prompts), at_once):
-        numbers = by_length[start : start + at_once]  # of about the same length: little padding
-        samplers = [
-            Sampler(sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + number) % 2**63))
-            for number in numbers
-        ]
-        limits = [min(max_new_tokens, context - len(prompts[number].tokens)) for number in numbers]
-        group = [prompts[number] for number in numbers]
-        ids_of_group = _answer(model, processor, tokenizer.eos_id, group, samplers, limits)
-        for number, ids in zip(numbers, ids_of_group, strict=True):
-            answers[number] = tokenizer.decode(ids)
-    return answers
-
-
-def _encode(question: Question, processor: Processor, context: int) -> Prompt:
-    text, images = processor.question(question.text, question.images)
-    tokens = processor.prompts.prompt([{"role": "user", "content": text}])
-    if len(tokens) >= context:
-        raise UsageError(f"the question {text[:40]!r} … is longer than {context} tokens — shorten it")
-    return Prompt(tokens, images)
-
-
-def _answer(
-    model: VLM, processor: Processor, eos_id: int, prompts: list[Prompt], samplers: list[Sampler], limits: list[int]
-) -> list[list[int]]:
-    """The ids of each answer."""
-    prompt_cache, device = ready(model), model.device
-    inputs = {name: tensor.to(device) for name, tensor in processor.pad([p.tokens for p in prompts]).items()}  # [B, T]
-    cache = prompt_cache.decoder.new_cache(len(prompts), inputs["input_ids"].shape[1] + max(limits))
-    features = prompt_cache.features(model, [image for prompt in prompts for image in prompt.images])
-    steps = generate_rows(
-        model,
-        cache,
-        inputs["input_ids"],
-        samplers,
-        eos_id,
-        limits,
-        inputs["attention_mask"],
-        features,
-        inputs["image_mask"],
-    )
-    answers: list[list[int]] = [[] for _ in prompts]
-    for step in steps:
-        for row, token in step:
-            answers[row].append(token)
-    return answers
+    engine = Engine(model, tokenizer, most_rows=at_once)
+    prompts = []
+    for question in questions:
+        text, pixels = engine.processor.question(question.text, question.images)
+        prompts.append(engine.prompt([{"role": "user", "content": text}], pixels, max_new_tokens))
+    events: list[list[Event]] = [[] for _ in prompts]
+    for number, prompt in enumerate(prompts):
+        seed = None if sampling.seed is None else (sampling.seed + number) % 2**63
+        request = Request(prompt, Sampler(replace(sampling, seed=seed)), max_new_tokens)
+        engine.submit(request, events[number].append)
+    while engine.step():
+        pass
+    for answer in events:
+        if (error := answer[-1].error) is not None:
+            raise error
+    return ["".join(event.text for event in answer) for answer in events]

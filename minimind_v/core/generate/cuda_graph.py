@@ -8,9 +8,9 @@ attention always spans the same columns of the cache, of which a mask hides the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ Work = Callable[[], object]
 
 
 class Columns(Protocol):
-    """The storage of a step's keys and values, and of all that it attends to."""
+    """The storage of a row's keys and values."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, KV, T, hd]; returns all stored ones, [B, KV, S, hd]."""
+        """Store [1, KV, T, hd]; returns all stored ones, [1, KV, S, hd]."""
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Columns], Tensor]  # x, positions, mask [B, 1, 1, S], columns → logits
+# x, positions, columns of each row, their masks [1, 1, 1, S] → logits
+Step = Callable[[Tensor, Tensor, Sequence[Columns], Sequence[Tensor]], Tensor]
 Record = Callable[[Work, torch.device], Work | None]  # → a function that repeats the work without Python, or None
 
 
@@ -61,51 +62,42 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Replay:
-    """The recordings of one model's steps, one for each cache, and another when the cache has grown beyond it."""
+    """The recordings of one model's steps, one for each company of rows, and another when one has grown beyond it."""
 
     def __init__(self, record: Record = record_cuda) -> None:
         self.record = record
-        self._recordings: WeakKeyDictionary[KVCache, Recording] = WeakKeyDictionary()
+        self._recordings: WeakKeyDictionary[KVCache, Recording] = WeakKeyDictionary()  # by the first row
 
-    def __call__(self, step: Step, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Logits [B, V] of one token per row, x [B, 1, D] at positions [B or 1, 1], whose column exists already.
+    def __call__(self, step: Step, x: Tensor, positions: Tensor, caches: Sequence[KVCache]) -> Tensor:
+        """Logits [B, V] of one token per row, x [B, 1, D] at positions [B, 1], whose columns exist already.
 
         The step must be the same at every call.
         """
-        recording = self._recordings.get(cache)
-        if recording is None or not recording.covers(cache):
-            recording = self._recordings[cache] = Recording(cache, x)
-        recording.prepare(x, positions, cache)
+        recording = self._recordings.get(caches[0])
+        if recording is None or not recording.covers(caches):
+            recording = self._recordings[caches[0]] = Recording(caches, x)
+        recording.x.copy_(x)
+        recording.positions.copy_(positions)
         return recording.read(step, self.record)
 
 
 class Recording:
-    """The step of a cache's rows over its first `span` columns. (It holds no step, which may hold what holds it.)"""
+    """The step of some rows. (It holds no step, which may hold what holds it.)"""
 
-    def __init__(self, cache: KVCache, x: Tensor) -> None:
-        self.rows, self.span = len(x), min(-(-cache.used // SPAN) * SPAN, cache.max_length)
-        self.keys, self.values = (tensor[..., : self.span, :] for tensor in (cache.keys, cache.values))
+    def __init__(self, caches: Sequence[KVCache], x: Tensor) -> None:
+        self.caches = [ref(cache) for cache in caches]
         self.x = torch.empty_like(x)
-        self.positions = torch.empty(self.rows, 1, dtype=torch.int64, device=x.device)
-        self.column = torch.empty(1, dtype=torch.int64, device=x.device)
-        self.columns = torch.arange(self.span, device=x.device)
-        self.mask = torch.empty(self.rows, 1, 1, self.span, dtype=torch.bool, device=x.device)
+        self.positions = torch.empty(len(x), 1, dtype=torch.int64, device=x.device)
+        self.rows = [Span(cache, position) for cache, position in zip(caches, self.positions, strict=True)]
         self.logits: Tensor | None = None
         self.steps = 0
         self.replay: Work | None = None
 
-    def covers(self, cache: KVCache) -> bool:
-        """Whether the cache has these rows, and no more columns."""
-        return cache.keys.shape[1] == self.rows and cache.used <= self.span
-
-    def prepare(self, x: Tensor, positions: Tensor, cache: KVCache) -> None:
-        """Copy the inputs of the next step into the recording's tensors."""
-        self.x.copy_(x)
-        self.positions.copy_(positions)
-        self.column.fill_(cache.used - 1)
-        self.mask.copy_(self.columns < cache.used)
-        if cache.padding is not None:
-            self.mask.logical_and_(~cache.padding[:, None, None, : self.span])
+    def covers(self, caches: Sequence[KVCache]) -> bool:
+        """Whether it is of these rows, and none has more columns."""
+        return [cache() for cache in self.caches] == list(caches) and all(
+            cache.used <= row.span for cache, row in zip(caches, self.rows, strict=True)
+        )
 
     def read(self, step: Step, record: Record) -> Tensor:
         """Do the step, or replay it → logits [B, V]."""
@@ -117,16 +109,29 @@ class Recording:
         assert self.logits is not None
         return self.logits.clone()
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As Columns.write."""
-        tensors = self.keys[layer], self.values[layer]
-        for tensor, new in zip(tensors, (keys, values), strict=True):
-            tensor.index_copy_(2, self.column, new)
-        return tensors
-
     def _work(self, step: Step) -> None:
-        logits = step(self.x, self.positions, self.mask, self)
+        logits = step(self.x, self.positions, self.rows, [row.mask() for row in self.rows])
         if self.logits is None:
             self.logits = logits
         else:
             self.logits.copy_(logits)
+
+
+class Span:
+    """The first columns of a row's cache; the present one, at the row's position [1], is the last that counts."""
+
+    def __init__(self, cache: KVCache, position: Tensor) -> None:
+        self.span, self.position = min(-(-cache.used // SPAN) * SPAN, cache.max_length), position
+        self.keys, self.values = (tensor[..., : self.span, :] for tensor in (cache.keys, cache.values))
+        self.columns = torch.arange(self.span, device=position.device)
+
+    def mask(self) -> Tensor:
+        """[1, 1, 1, S], true for columns up to the present one."""
+        return (self.columns <= self.position)[None, None, None]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As Columns.write."""
+        tensors = self.keys[layer], self.values[layer]
+        for tensor, new in zip(tensors, (keys, values), strict=True):
+            tensor.index_copy_(2, self.position, new)
+        return tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from minimind_v.core.data.thinking import END_THINK
 from minimind_v.core.data.tokenizer import Tokenizer
@@ -15,11 +15,15 @@ class TextStream:
 
     Only new ids are decoded, so a long answer costs as much per token as a short one. That needs a
     tokenizer whose text is that of its tokens side by side, as every byte-level one's is.
+
+    The text ends before the first of the strings `stop`; what may be the beginning of one waits for the next ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False  # whether one of `stop` has come
         self._waiting: list[int] = []
+        self._text = ""  # which may be the beginning of one
 
     def add(self, token: int) -> str:
         """The text that is complete with this id; empty where none is."""
@@ -28,13 +32,26 @@ class TextStream:
         if text.endswith(BROKEN):
             return ""
         self._waiting.clear()
-        return text
+        return self._before_stop(text)
 
     def rest(self) -> str:
         """The remaining text after the last id."""
         text = self.tokenizer.decode(self._waiting) if self._waiting else ""
         self._waiting.clear()
-        return text
+        complete = self._before_stop(text)
+        rest, self._text = self._text, ""
+        return complete + rest
+
+    def _before_stop(self, text: str) -> str:
+        if not self.stop or self.stopped:
+            return "" if self.stopped else text
+        self._text += text
+        if ends := [self._text.index(stop) for stop in self.stop if stop in self._text]:
+            self.stopped, complete, self._text = True, self._text[: min(ends)], ""
+            return complete
+        size = len(self._text) - max(_begun(self._text, stop) for stop in self.stop)
+        complete, self._text = self._text[:size], self._text[size:]
+        return complete
 
 
 def split_stream(pieces: Iterable[str], think: bool) -> Iterator[tuple[bool, str]]:
@@ -61,5 +78,9 @@ def split_stream(pieces: Iterable[str], think: bool) -> Iterator[tuple[bool, str
 
 def _certain(text: str) -> int:
     """Characters that are reasoning for certain: newlines at the end, and a beginning of the tag, may be of the tag."""
-    tag = next((size for size in range(len(END_THINK) - 1, 0, -1) if text.endswith(END_THINK[:size])), 0)
-    return len(text[: len(text) - tag].rstrip("\n"))
+    return len(text[: len(text) - _begun(text, END_THINK)].rstrip("\n"))
+
+
+def _begun(text: str, mark: str) -> int:
+    """Characters at the end of a text that are the beginning of a mark, which is not complete."""
+    return next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)

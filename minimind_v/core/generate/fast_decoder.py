@@ -7,6 +7,7 @@ out for products with few rows (`kernels.cpu_linear`). A wrapped Linear is calle
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -44,38 +45,39 @@ class FastDecoder:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
         return KVCache(self.config, batch, max_length, self.device, self.dtype)
 
-    def read(self, x: Tensor, cache: KVCache, attention_mask: Tensor | None = None) -> Tensor:
-        """Read x [B, T, D] behind what the cache holds → logits [B, V] in fp32; attention_mask as in `VLM.forward`."""
-        first = cache.used == 0
-        positions, mask = cache.extend(x.shape[1], attention_mask)
-        if self.replay and x.shape[1] == 1 and not first and len(x) <= FEW:
-            return self.replay(self._step, x, positions, cache)
-        last_mask = None if cache.padding is None else ~cache.padding[:, None, None, : cache.used]
-        return self._pass(x, positions, mask, last_mask, cache, first, attention_mask)
+    def read(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Read x [1, T, D] behind what the cache of a row holds → logits [1, V] of the last token, in fp32."""
+        causal = cache.used == 0
+        positions, mask = cache.extend(x.shape[1])
+        return self._pass(x, positions, [cache], [mask], causal)
 
-    def _step(self, x: Tensor, positions: Tensor, mask: Tensor, columns: Columns) -> Tensor:
-        return self._pass(x, positions, mask, mask, columns)
+    def step(self, x: Tensor, caches: Sequence[KVCache]) -> Tensor:
+        """Read a token of each row, x [B, 1, D], each behind what its own cache holds → logits [B, V] in fp32.
+
+        A row attends by itself, so a CPU computes the same bits for it in any company.
+        """
+        positions = torch.cat([cache.extend(1)[0] for cache in caches])  # [B, 1]
+        if self.replay and len(x) <= FEW:
+            return self.replay(self._pass, x, positions, caches)
+        return self._pass(x, positions, caches, [None] * len(caches))
 
     def _pass(
         self,
-        x: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,  # [B, 1, T, S] of all tokens
-        last_mask: Tensor | None,  # [B, 1, 1, S] of each row's last
-        columns: Columns,
+        x: Tensor,  # [B, T, D], of a single row where T > 1
+        positions: Tensor,  # [B, T]
+        columns: Sequence[Columns],  # of each row
+        masks: Sequence[Tensor | None],  # of each row, [1, 1, T, S]; None: nothing is hidden
         causal: bool = False,
-        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        rows = len(x)
-        angles = self._angles(positions)
+        rows, angles = len(x), self._angles(positions)
         x = x.to(self.dtype, copy=True).flatten(0, 1)  # [B·T, D], added to in place
         for layer in self.layers[:-1]:
-            q, keys, values = layer.project(x, rows, angles, columns)
-            layer.rest(x, self._attend(q, keys, values, mask, causal))
+            layer.rest(x, self._attend(*layer.project(x, rows, angles), layer.number, columns, masks, causal))
         layer = self.layers[-1]
-        q, keys, values = layer.project(x, rows, angles, columns)
-        x, q = _last(x.unflatten(0, (rows, -1)), attention_mask)[:, 0], _last(q, attention_mask)  # [B, D]
-        layer.rest(x, self._attend(q, keys, values, last_mask, False))
+        q, k, v = layer.project(x, rows, angles)
+        x, q = x.unflatten(0, (rows, -1))[:, -1], q[:, -1:]  # the next token depends on the last one only
+        last_masks = [None if mask is None else mask[:, :, -1:] for mask in masks]
+        layer.rest(x, self._attend(q, k, v, layer.number, columns, last_masks, False))
         return self.head(self.norm(x)).float()
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,14 +86,29 @@ class FastDecoder:
         sin[..., : sin.shape[-1] // 2].neg_()
         return cos, sin
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """Queries [B, T, heads, hd] over keys and values [B, KV, S, hd] → [B·T, D]."""
+    def _attend(
+        self,
+        q: Tensor,  # [B, T, heads, hd]
+        k: Tensor,  # [B, KV, T, hd], and v
+        v: Tensor,
+        layer: int,
+        columns: Sequence[Columns],
+        masks: Sequence[Tensor | None],
+        causal: bool,
+    ) -> Tensor:
+        """Store the keys and values; each row's queries over all that it has stored → [B·T, D]."""
         rows, time, _, head_dim = q.shape
         if time == 1:  # the query heads of a group have the same keys, as so many positions would
-            grouped = q.view(rows, keys.shape[1], -1, head_dim)  # [B, KV, heads/KV, hd]
-            out = self.attend(grouped, keys, values, mask)
+            q, causal = q.view(rows, k.shape[1], -1, head_dim), False  # [B, KV, heads/KV, hd]
+        else:
+            q = q.transpose(1, 2)  # [B, heads, T, hd]
+        attended = [
+            self.attend(row_q, *row.write(layer, row_k, row_v), mask, causal)
+            for row, mask, row_q, row_k, row_v in zip(columns, masks, q.split(1), k.split(1), v.split(1), strict=True)
+        ]
+        out = attended[0] if rows == 1 else torch.cat(attended)
+        if time == 1:
             return out.reshape(rows, -1)  # some kernels lay it out as [B, heads/KV, KV, hd]
-        out = self.attend(q.transpose(1, 2), keys, values, mask, causal)  # [B, heads, T, hd]
         return out.transpose(1, 2).reshape(rows * time, -1)
 
 
@@ -114,15 +131,13 @@ class FastLayer:
         self.input_norm, self.post_norm = FastNorm(block.input_layernorm), FastNorm(block.post_attention_layernorm)
         self.mlp = _fast_mlp(block.mlp, dtype)
 
-    def project(
-        self, x: Tensor, rows: int, angles: tuple[Tensor, Tensor], columns: Columns
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B·T, D] → queries [B, T, heads, hd]; all keys and values, these tokens' included, [B, KV, S, hd]."""
+    def project(self, x: Tensor, rows: int, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B·T, D] → queries [B, T, heads, hd]; these tokens' keys and values, [B, KV, T, hd]."""
         heads = self.qkv(self.input_norm(x)).view(rows, -1, self.heads + 2 * self.kv_heads, self.head_dim)
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         qk = qk if self.head_norms is None else self.head_norms(qk)
         q, k = rotated(qk, *angles).split((self.heads, self.kv_heads), dim=2)
-        return q, *columns.write(self.number, k.transpose(1, 2), v.transpose(1, 2))
+        return q, k.transpose(1, 2), v.transpose(1, 2)
 
     def rest(self, x: Tensor, attended: Tensor) -> None:
         """The rest of the block, in x [N, D]; attended [N, D]."""
@@ -166,13 +181,6 @@ class FastHeadNorms:
         return qk.div(torch.hypot(length, self.q_norm.least)).mul_(self.weight)
 
 
-def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Each row's last token: [B, T, ...] → [B, 1, ...]."""
-    if attention_mask is None:
-        return x[:, -1:]
-    return x[torch.arange(len(x), device=x.device), attention_mask.sum(dim=1) - 1][:, None]
-
-
 class FastFeedForward:
     """SwiGLU with gate and up in one matrix: [N, D] → [N, D]."""
 
@@ -197,13 +205,13 @@ class FastExperts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, D] → [N, D]."""
-        _, weights, chosen = self.router(x.to(self.router.weight.dtype))
+        weights, chosen = self._route(x)
         out = torch.zeros_like(x)
         if len(x) > FEW:
             self._sorted(x, out, weights, chosen)
-        elif len(x) == 1 and self.reads_choice:
-            for number, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
-                out.add_(self.experts[number](x), alpha=weight)
+        elif len(x) == 1 and self.reads_choice:  # in the order of experts, as several tokens add them
+            for number, pick in sorted((number, pick) for pick, number in enumerate(chosen[0].tolist())):
+                out.addcmul_(self.experts[number](x), weights[:, pick, None])
         else:
             share = weights.new_zeros(len(x), len(self.experts)).scatter(1, chosen, weights).to(x.dtype)
             for expert, weight in zip(self.experts, share.unbind(1), strict=True):
@@ -211,6 +219,12 @@ class FastExperts:
         for expert in self.shared_experts:
             out.add_(expert(x))
         return out
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and chosen experts [N, k]. Few tokens are routed one by one, for the same bits in any company."""
+        x = x.to(self.router.weight.dtype)
+        routed = [self.router(token) for token in (x.split(1) if self.reads_choice and len(x) <= FEW else (x,))]
+        return torch.cat([weights for _, weights, _ in routed]), torch.cat([chosen for *_, chosen in routed])
 
     def _sorted(self, x: Tensor, out: Tensor, weights: Tensor, chosen: Tensor) -> None:
         """One pass per expert over its own tokens."""

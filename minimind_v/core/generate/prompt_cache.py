@@ -1,4 +1,4 @@
-"""The caches of a model between questions: weights laid out for decoding, features of images, prompts.
+"""What a model keeps between questions: weights laid out for decoding, embedded images, keys and values of prompts.
 
 All follow from the weights and are dropped when these change: a model in training may answer at any time.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,101 +21,113 @@ from minimind_v.core.model.kernels.cpu_linear import state_of
 from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.vlm import VLM
 
-IMAGES = 16  # images with cached features; 0.6 MB each with ViT-B/16
-PROMPTS = 8  # cached prompts; 2 MB for each image in the small preset
+IMAGE_BYTES = 64 << 20  # of embedded images; 0.4 MB each in the small preset
+PREFIX_BYTES = 256 << 20  # of keys and values; 8 kB for a token in the small preset
+BLOCK = 64  # tokens whose keys and values are kept together
 
-PositionKeys = list[int | bytes]  # of each position of a prompt: its id, or the digest of its image
+EncodedImage = np.ndarray | Tensor  # uint8 [3, S, S], or its features [P, width]
+SIZE = 16  # bytes of a digest
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """The beginning of a prompt, and its keys and values [L, 1, KV, T, hd]."""
+class Store:
+    """Tensors by the digest of what they follow from. Beyond `limit` bytes the least recently used are dropped."""
 
-    positions: PositionKeys
-    keys: Tensor
-    values: Tensor
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._tensors: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def get(self, key: bytes) -> Tensor | None:
+        """The tensor of this key, which is used now; None without one."""
+        if key in self._tensors:
+            self._tensors.move_to_end(key)
+        return self._tensors.get(key)
+
+    def add(self, key: bytes, tensor: Tensor) -> None:
+        """Keep a tensor of a new key."""
+        self._tensors[key] = tensor
+        self.size += tensor.nbytes
+        while self.size > self.limit:
+            self.size -= self._tensors.popitem(last=False)[1].nbytes
 
 
 class PromptCache:
-    """One model, ready to decode. Images are identified by their content."""
+    """One model, ready to decode. Images are identified by their content, a block by all tokens up to its end.
+
+    A block holds what a prompt's whole piece of 64 tokens gives, at a multiple of 64: the same bits for each prompt
+    that begins so. What was decoded token by token is not kept, since its bits differ.
+    """
 
     def __init__(self, model: VLM) -> None:
         half = model.device.type == "cuda" and has_bf16(model.device)  # elsewhere it was not measured to gain
         dtype = torch.bfloat16 if half else model.lm_head.weight.dtype
         self.decoder = FastDecoder(model, dtype)
-        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._prefixes: list[Prefix] = []
+        self.images, self.prefixes = Store(IMAGE_BYTES), Store(PREFIX_BYTES)
+
+    def holds(self, image: EncodedImage) -> bool:
+        """Whether an image need not be encoded."""
+        return image_digest(image) in self.images
 
     @torch.inference_mode()
-    def features(self, model: VLM, images: Sequence[np.ndarray]) -> Tensor | None:
-        """Features [M, P, width] of uint8 images [3, S, S]; only those that are not kept are encoded."""
-        if not images:
-            return None
-        if model.vision_encoder is None:
+    def embed(self, model: VLM, image: EncodedImage) -> Tensor:
+        """The embeddings [P, D] of an image, which is encoded unless they are kept. Raises UsageError."""
+        key = image_digest(image)
+        if (embeddings := self.images.get(key)) is not None:
+            return embeddings
+        if isinstance(image, Tensor):
+            features = image[None]
+        elif model.vision_encoder is None:
             raise UsageError("this model was loaded without its vision encoder")
-        digests = [image_digest(image) for image in images]
-        new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in self._features}
-        kept = {digest: self._features[digest] for digest in digests if digest not in new}
-        if new:
-            encoded = model.vision_encoder(torch.from_numpy(np.stack(list(new.values()))).to(model.device))
-            kept |= {digest: features.clone() for digest, features in zip(new, encoded, strict=True)}
-        for digest, features in kept.items():
-            self._features[digest] = features
-            self._features.move_to_end(digest)
-        while len(self._features) > IMAGES:
-            self._features.popitem(last=False)
-        return torch.stack([kept[digest] for digest in digests])
+        else:
+            features = model.vision_encoder(torch.from_numpy(np.stack([image])).to(model.device))
+        dtype = model.lm_head.weight.dtype
+        embeddings = model.vision_proj(features.to(model.device, dtype)).to(dtype)[0]
+        self.images.add(key, embeddings)
+        return embeddings
 
-    def recall(self, positions: PositionKeys, cache: KVCache) -> int:
-        """Fill an empty cache with the longest kept beginning of a prompt; returns its number of tokens.
+    def recall(self, digests: Sequence[bytes], cache: KVCache) -> int:
+        """Fill an empty cache with the kept ones of a prompt's first blocks; returns their number of tokens."""
+        end = 0
+        for digest in digests:
+            if (block := self.prefixes.get(digest)) is None:
+                break
+            cache.keys[:, 0, :, end : end + BLOCK], cache.values[:, 0, :, end : end + BLOCK] = block
+            end += BLOCK
+        cache.rewind(end)
+        return end
 
-        The last token is never filled: its logits must be computed.
-        """
-        best, length = None, 0
-        for prefix in self._prefixes:
-            same = _common(prefix.positions, positions[:-1])
-            if same > length:
-                best, length = prefix, same
-        if best is not None:
-            self._prefixes.remove(best)
-            self._prefixes.insert(0, best)
-            cache.keys[..., :length, :] = best.keys[..., :length, :]
-            cache.values[..., :length, :] = best.values[..., :length, :]
-            cache.rewind(length)
-        return length
-
-    def remember(self, positions: PositionKeys, cache: KVCache) -> None:
-        """Keep the keys and values of a prompt up to the end of its last image."""
-        images = [at for at, key in enumerate(positions) if isinstance(key, bytes)]
-        if not images:
-            return
-        end = images[-1] + 1
-        positions = positions[:end]
-        if any(prefix.positions[:end] == positions for prefix in self._prefixes):
-            return
-        kept = Prefix(positions, cache.keys[..., :end, :].clone(), cache.values[..., :end, :].clone())
-        self._prefixes = [kept, *self._prefixes][:PROMPTS]
+    def remember(self, digests: Sequence[bytes], cache: KVCache, start: int) -> None:
+        """Keep those of a prompt's whole blocks that were read from `start`, a multiple of 64, on."""
+        for number in range(start // BLOCK, min(len(digests), cache.used // BLOCK)):
+            columns = slice(number * BLOCK, (number + 1) * BLOCK)
+            if digests[number] not in self.prefixes:
+                block = cache.keys[:, 0, :, columns], cache.values[:, 0, :, columns]
+                self.prefixes.add(digests[number], torch.stack(block))  # [2, L, KV, 64, hd]
 
 
-def image_digest(image: np.ndarray) -> bytes:
+def image_digest(image: EncodedImage) -> bytes:
     """An image's name by its content."""
-    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
+    array = image.detach().float().cpu().numpy() if isinstance(image, Tensor) else image
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=SIZE).digest()
 
 
-def position_keys(input_ids: list[int], image_mask: list[bool], images: Sequence[np.ndarray]) -> PositionKeys:
-    """The keys of a prompt with these images, in reading order."""
-    positions: PositionKeys = list(input_ids)
+def block_digests(input_ids: list[int], image_mask: list[bool], images: Sequence[EncodedImage]) -> list[bytes]:
+    """Of each whole block of a prompt with these images, in reading order: a digest of all tokens up to its end."""
+    names = [id.to_bytes(SIZE, "little") for id in input_ids]
     patches = [at for at, patch in enumerate(image_mask) if patch]
-    names = [image_digest(image) for image in images]
+    image_names = [image_digest(image) for image in images]
     for order, at in enumerate(patches):
-        positions[at] = names[order * len(names) // len(patches)]
-    return positions
-
-
-def _common(first: PositionKeys, second: PositionKeys) -> int:
-    """Length of the beginning that two prompts share."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
+        names[at] = image_names[order * len(images) // len(patches)]
+    digests = [b""]
+    for end in range(BLOCK, len(names) + 1, BLOCK):
+        content = b"".join((digests[-1], *names[end - BLOCK : end]))
+        digests.append(hashlib.blake2b(content, digest_size=SIZE).digest())
+    return digests[1:]
 
 
 # --- one per model ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,23 +25,46 @@ class Sampler:
         else:
             self.generator.seed()
 
-    def __call__(self, logits: Tensor) -> int:
-        """One id from logits [V]. Draws from what a full sort would, without sorting the unlikely."""
-        if self.sampling.temperature == 0:
+    def __call__(self, logits: Tensor, text_ids: Sequence[int] = ()) -> int:
+        """One id from logits [V] behind a text. Draws from what a full sort would, without sorting the unlikely.
+
+        In the order of transformers: the penalty, the temperature, top-k, top-p of what is left, min-p.
+        """
+        settings = self.sampling
+        if settings.repetition_penalty != 1:
+            logits = _penalised(logits, text_ids, settings.repetition_penalty)
+        if settings.temperature == 0:
             return int(logits.argmax())
         behind = (logits - logits.max()).cpu().double()  # so that the smallest temperature cannot overflow
-        probs = (behind / self.sampling.temperature).softmax(dim=-1)  # [V]
-        if self.sampling.top_p == 1:
+        probs = (behind / settings.temperature).softmax(dim=-1)  # [V]
+        if settings.top_p == 1 and not settings.top_k and not settings.min_p:
             return _draw(probs.cumsum(dim=-1), self.generator)
-        ordered, ids = probs.topk(min(FEW, len(probs)))  # most mass is on few
+        ordered, ids, mass = self._likeliest(probs)
+        top_p = settings.top_p * mass[-1] if settings.top_k else settings.top_p
+        end = len(ids) if settings.top_p == 1 else int((mass - ordered < top_p).sum())  # the fewest that hold p
+        if settings.min_p:
+            end = min(end, int((ordered >= settings.min_p * ordered[0]).sum()))
+        return int(ids[_draw(mass[:end], self.generator)])
+
+    def _likeliest(self, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities, ids and sums, the likeliest first: as many as top-p, top-k and min-p may need."""
+        settings = self.sampling
+        ordered, ids = probs.topk(min(settings.top_k or FEW, len(probs)))  # most mass is on few
         mass = ordered.cumsum(dim=-1)
-        if mass[-1] < self.sampling.top_p:  # numpy sorts in a quarter of the time that torch takes
-            values = probs.numpy()
+        enough = settings.top_k or mass[-1] >= settings.top_p or ordered[-1] < settings.min_p * ordered[0]
+        if not enough:
+            values = probs.numpy()  # numpy sorts in a quarter of the time that torch takes
             ids = torch.from_numpy((-values).argsort())
             ordered = torch.from_numpy(values[ids])
             mass = ordered.cumsum(dim=-1)
-        end = int((mass - ordered < self.sampling.top_p).sum())  # of the fewest that hold p: those before hold less
-        return int(ids[_draw(mass[:end], self.generator)])
+        return ordered, ids, mass
+
+
+def _penalised(logits: Tensor, text_ids: Sequence[int], penalty: float) -> Tensor:
+    """Logits of the text's own tokens divided by the penalty where positive, else multiplied by it."""
+    ids = torch.tensor(sorted(set(text_ids)), dtype=torch.int64, device=logits.device)
+    own = logits[ids]
+    return logits.index_copy(0, ids, torch.where(own > 0, own / penalty, own * penalty))
 
 
 def _draw(mass: Tensor, generator: torch.Generator) -> int:

@@ -39,16 +39,6 @@ class KVCache:
         """Remove all tokens from `length` on. For caches without padding."""
         self.used = length
 
-    def drop(self, row: int) -> None:
-        """Remove a whole row; the last row takes its number."""
-        last = self.keys.shape[1] - 1
-        for stored in (self.keys, self.values):
-            stored[:, row, :, : self.used] = stored[:, last, :, : self.used]
-        self.keys, self.values = self.keys[:, :last], self.values[:, :last]
-        if self.padding is not None:
-            self.padding[row] = self.padding[last]
-            self.padding = self.padding[:last]
-
     def extend(self, time: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Make room for a chunk of so many columns; attention_mask [B, T] is 0 where a row has padding.
 
