@@ -13,6 +13,8 @@ DATASET_DIR = Path("dataset")
 SAMPLE_DIR = DATASET_DIR / "sample"  # of `mmv download --sample`: the names of the whole files, the first rows only
 OUT_DIR = Path("out")
 DEMO_DIR = Path("demo")  # of `mmv demo`: it has all the others inside
+DEMO_3V_DIR = Path("demo-3v")  # of `mmv demo --generation 3v`
 
 STANDARD_PRESET = "small"
 PRESETS_3V = ("3v", "3v-moe")  # the presets of minimind-3v
+PRESET_DEMO_3V = "demo-3v"  # that of its demo, which no hub has
