@@ -73,9 +73,10 @@ $(VENV)/.interop: $(DEV)
 	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/pip install --constraint constraints.txt --editable '.[dev,interop]'
 	touch $@
 
-# About an hour on two cores: makes again what the package ships for the demo.
+# About an hour on two cores: makes again what the package ships for the demo of each generation.
 demo-assets: $(READY)
-	$(BIN)/python -m minimind_v.core.demo.forge --out minimind_v/core/demo/assets
+	$(BIN)/python -m minimind_v.core.demo.forge --generation 2025 --out minimind_v/core/demo/assets
+	$(BIN)/python -m minimind_v.core.demo.forge --generation 3v --out minimind_v/core/demo/assets/3v
 
 # Only what these targets made themselves: trained weights lie in out, and VENV may name an environment of one's own.
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,24 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal, command_line
-from minimind_v.core.paths import DEMO_DIR
+from minimind_v.core.demo.generations import DEMO_GENERATIONS
+
+
+class Generation(str, Enum):
+    """The generations of the demo."""
+
+    v2025 = "2025"
+    v3 = "3v"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of all results.")] = DEMO_DIR,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of all results. [default: demo, or demo-3v]"),
+    ] = None,
+    generation: Annotated[
+        Generation, typer.Option(help="Form of the model: that of 2025, or that of minimind-3v.")
+    ] = Generation.v2025,
     seed: Annotated[int, typer.Option(min=0, help="Seed of images, questions and new weights.")] = 0,
     short: Annotated[bool, typer.Option("--short", help="Use a quarter of the rows: faster, less accurate.")] = False,
     json: options.Json = False,
@@ -29,8 +43,10 @@ def demo(
     def announce(title: str, command: str) -> None:
         terminal.say(f"\n── {title}" + (f"\n   $ {command}" if command else ""))
 
+    form = DEMO_GENERATIONS[generation.value]
+    out = out or form.out
     with TrainView(terminal, "demo") as view:
-        summary = Demo(out, seed, view, announce, SHORT if short else FULL).run()
+        summary = Demo(out, seed, view, announce, SHORT if short else FULL, form).run()
     if json:
         terminal.json(summary)
         return

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vision.encoder import VisionEncoder
-from minimind_v.core.model.vision.spec import STANDARD, TOWERS, ClipConfig
+from minimind_v.core.model.vision.spec import DEMO, STANDARD, TOWERS
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
 
@@ -40,9 +39,6 @@ SIDE = 2048  # of the matrices whose product is timed
 SIDE_CUDA = 8192  # a large GPU must work longer than the host needs to start it
 SPREAD = range(-14, 15, 4)  # tokens by which rows of the measured steps differ: a run has rows of many lengths
 JPEG = (448, 336)
-# The vision tower of the embedded world.
-DEMO_TOWER: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "num_hidden_layers": 4,
-              "num_attention_heads": 4, "intermediate_size": 512}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def _limit(encoding: float, training: float, loading: float) -> str:
 def _make_model(preset: str) -> VLM:
     generation = generation_of(PRESETS[preset])
     tower = generation.towers[0]
-    kind, config = TOWERS[tower], ClipConfig(**DEMO_TOWER) if preset == "demo" else STANDARD[tower]
+    kind, config = TOWERS[tower], (DEMO if preset.startswith("demo") else STANDARD)[tower]
     spec = kind.describe(config, {})
     encoder = VisionEncoder(kind.build(config), spec)
     return VLM(PRESETS[preset], spec, placeholder_id=34, vision=encoder, projector=generation.projector)

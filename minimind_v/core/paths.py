@@ -13,5 +13,7 @@ DATASET_DIR = Path("dataset")
 SAMPLE_DIR = DATASET_DIR / "sample"  # of `mmv download --sample`: the names of the whole files, the first rows only
 OUT_DIR = Path("out")
 DEMO_DIR = Path("demo")  # of `mmv demo`: it has all the others inside
+DEMO_3V_DIR = Path("demo-3v")  # of `mmv demo --generation 3v`
 
 STANDARD_PRESET = "small"
+PRESET_DEMO_3V = "demo-3v"  # the preset of that demo, which no hub has

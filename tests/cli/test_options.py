@@ -141,7 +141,7 @@ def test_the_old_name_of_plan_still_works_and_names_the_new_one(tmp_path, monkey
         ("mmv tr", ["train"]),
         ("mmv train ", ["pretrain", "sft"]),
         ("mmv train sft --freeze pro", ["projector", "projector+last", "projector+ends"]),
-        ("mmv plan sft --preset ", ["small", "base", "moe", "3v", "3v-moe", "demo"]),
+        ("mmv plan sft --preset ", ["small", "base", "moe", "3v", "3v-moe", "demo", "demo-3v"]),
         ("mmv convert --to s", ["safetensors"]),
         ("mmv data check a.jsonl --stage p", ["pretrain"]),
     ],

@@ -11,22 +11,37 @@ from unittest import mock
 
 import pytest
 
+from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.demo import run
+from minimind_v.core.demo.generations import DEMO_GENERATIONS
 from minimind_v.core.errors import UsageError
+from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.monitor.metrics import Listener
 from tests.cli.harness import installed, run_mmv
 
 MMV = Path(sys.executable).with_name("mmv")
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo")
-    done = subprocess.run(
-        [MMV, "demo", "--short", "--seed", "11", "--out", out, "--json"], capture_output=True, text=True, timeout=900
-    )
+def trained_demo(out, generation, *options):
+    """The folder of a demo, its summary, and what it printed."""
+    command = [MMV, "demo", "--generation", generation, "--seed", "11", "--out", out, "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture(scope="module", params=DEMO_GENERATIONS)
+def demo(tmp_path_factory, request):
+    return trained_demo(tmp_path_factory.mktemp("demo") / request.param, request.param, "--short")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("generation", DEMO_GENERATIONS)
+def test_a_whole_demo_reaches_the_bars(tmp_path, generation):
+    _, summary, _ = trained_demo(tmp_path / "demo", generation)
+    assert summary["accuracy_heldout_scenes"] >= 0.9
+    assert summary["accuracy_heldout_pairs"] >= 0.75
+    assert summary["accuracy_blank"] <= 0.45
 
 
 @pytest.mark.long
@@ -36,6 +51,14 @@ def test_the_model_uses_the_image(demo):
     assert summary["accuracy_heldout_pairs"] >= 0.6
     assert summary["accuracy_blank"] <= 0.45
     assert summary["accuracy_before"] <= 0.45
+
+
+@pytest.mark.long
+def test_the_model_has_the_form_of_its_generation(demo):
+    form = DEMO_GENERATIONS[demo[0].name]
+    checkpoint = read_checkpoint(Path(demo[1]["example"]["model"]))
+    assert (checkpoint.config, checkpoint.projector) == (PRESETS[form.preset], form.generation.projector)
+    assert (demo[0] / form.generation.vision_model / "config.json").is_file()
 
 
 @pytest.mark.long
@@ -80,7 +103,7 @@ def shown(demo):
     """What the demo says at its end where nobody asks for JSON, over a summary that is there already."""
     out, summary, _ = demo
     with mock.patch("minimind_v.core.demo.run.Demo.run", return_value=summary):
-        ended = run_mmv("demo", "--out", out)
+        ended = run_mmv("demo", "--generation", out.name, "--out", out)
     assert ended.code == 0
     return dict(re.split(r"  +", line, maxsplit=1) for line in ended.out.splitlines()), ended.err
 
@@ -127,7 +150,7 @@ def test_the_folder_is_a_project_of_its_own(demo, monkeypatch):
     """Everything is where the standard folders are: in it no command needs an option."""
     monkeypatch.chdir(demo[0])
     assert run_mmv("chat", "--greedy", "--image", "pictures/star.jpg", demo[1]["example"]["question"]).err == ""
-    doctor = run_mmv("doctor", "--json").json
+    doctor = run_mmv("doctor", "--preset", DEMO_GENERATIONS[demo[0].name].preset, "--json").json
     assert all(
         doctor[name].startswith("found, ") for name in ("vision model", "tokenizer", "pretrain data", "sft data")
     )
@@ -136,7 +159,8 @@ def test_the_folder_is_a_project_of_its_own(demo, monkeypatch):
 @pytest.mark.long
 def test_files_stand_under_published_names(demo):
     names = {path.name for path in (demo[0] / "out").iterdir()}
-    assert {"pretrain_vlm_128.pth", "sft_vlm_128.pth", "sft_vlm_128.safetensors"} <= names
+    width = PRESETS[DEMO_GENERATIONS[demo[0].name].preset].hidden_size
+    assert {f"pretrain_vlm_{width}.pth", f"sft_vlm_{width}.pth", f"sft_vlm_{width}.safetensors"} <= names
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -160,7 +184,7 @@ def test_a_demo_is_repeated_unless_its_weights_were_trained_on_since(tmp_path, m
     with pytest.raises(InterruptedError):
         demo.run()
     demo._note_weights()
-    demo.weights["sft_vlm_128"].write_bytes(b"by its user")
+    demo.weights["sft"].write_bytes(b"by its user")
     with pytest.raises(UsageError, match=r"sft_vlm_128\.pth was changed after the demo wrote it"):
         demo.run()
-    assert demo.weights["sft_vlm_128"].read_bytes() == b"by its user"
+    assert demo.weights["sft"].read_bytes() == b"by its user"

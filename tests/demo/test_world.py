@@ -11,9 +11,16 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.data.images import load_pixels
+from minimind_v.core.data.thinking import TAGS
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import write_pictures, write_pretrain, write_sft, write_test
+from minimind_v.core.demo.generations import DEMO_GENERATIONS
+from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.model.vision.spec import DEMO, TOWERS, read_tower_config
 
 ASSETS = Path(str(files("minimind_v.core.demo") / "assets"))
 
@@ -145,9 +152,39 @@ def test_rows_name_their_pictures_and_mark_one_image(tmp_path):
         assert sum(message["content"].count("<image>") for message in row["conversations"]) == 1
 
 
-def test_assets_are_small_and_carry_the_figures_of_their_making():
-    size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
-    assert size < 8 * 2**20
-    figures = json.loads((ASSETS / "figures.json").read_text())
+def test_the_assets_are_small():
+    for folder, most in ((ASSETS, 8e6), (ASSETS / "3v", 5e6)):
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < most
+
+
+@pytest.mark.parametrize("demo", DEMO_GENERATIONS.values(), ids=DEMO_GENERATIONS)
+def test_assets_carry_the_figures_of_their_making(demo):
+    figures = json.loads((demo.assets / "figures.json").read_text())
     assert figures["tower"]["patch_shape"] > 0.95
     assert figures["base"]["answers_chords"] > 0.9
+
+
+@pytest.mark.parametrize("demo", DEMO_GENERATIONS.values(), ids=DEMO_GENERATIONS)
+def test_assets_have_the_form_of_their_generation(demo):
+    """And no word of the world is split, which would give it several positions of a text, but one of an image."""
+    folder, model = Path(str(demo.assets)), PRESETS[demo.preset]
+    tokenizer = Tokenizer.load(folder)
+    assert (tokenizer.layout, tokenizer.vocab_size) == (demo.generation.layout, model.vocab_size)
+    names = [*world.SHAPES, *world.COLOURS, *world.SIZES]
+    assert [name for name in names if len(tokenizer.encode(f" {name}").ids) > 1] == []
+    base = read_checkpoint(folder / f"{demo.weights_name('lm')}.safetensors")
+    assert (base.config, base.stage) == (model, "lm")
+    tower = demo.generation.towers[0]
+    assert read_tower_config(folder / "vision") == (TOWERS[tower], DEMO[tower])
+    assert load_encoder(folder / "vision").spec == TOWERS[tower].describe(DEMO[tower], {})
+
+
+def test_the_tokenizer_of_minimind_3v_has_the_published_added_tokens():
+    """Those with an id that the code or the published files rely on; the tags of reasoning and tools are shown."""
+    backend = Tokenizer.load(ASSETS / "3v").backend
+    ids = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<|image_pad|>": 12, "<think>": 25, "</think>": 26}
+    assert {name: backend.token_to_id(name) for name in ids} == ids
+    added = backend.get_added_tokens_decoder()
+    assert sorted(added) == list(range(36))
+    assert {added[id].content for id in range(21, 27)} == set(TAGS)
+    assert [id for id, token in added.items() if not token.special] == list(range(21, 36))

@@ -1,4 +1,4 @@
-"""Presets: the published model sizes of both generations, and the tiny one of the demo."""
+"""Presets: the published model sizes of both generations, and the tiny ones of the demo."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.paths import PRESET_DEMO_3V
 
 _3V = TextConfig(
     hidden_size=768,
@@ -26,6 +27,15 @@ PRESETS: dict[str, TextConfig] = {
     "3v": _3V,
     "3v-moe": replace(_3V, use_moe=True),
     "demo": TextConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=600),
+    PRESET_DEMO_3V: replace(
+        _3V,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=0,
+        vocab_size=633,
+    ),
 }
 
 

@@ -1,6 +1,6 @@
-"""Trains the demo's assets: a tokenizer, a tiny CLIP and a text-only language model.
+"""Trains the demo's assets of a generation: a tokenizer, a tiny vision encoder and a text-only language model.
 
-    python -m minimind_v.core.demo.forge --seed 7 --out minimind_v/core/demo/assets
+    python -m minimind_v.core.demo.forge --generation 2025 --seed 7 --out minimind_v/core/demo/assets
 
 Offline work of about an hour on two cores; `figures.json` keeps what it measured. None of it sees a held-out
 shape-colour pair, and the language model never gets an image.
@@ -14,9 +14,8 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,34 +25,59 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
+from minimind_v.core.config.generation import V2025, V2026
 from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.config.schema import SIGLIP_VISION
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.layouts import ChatML
-from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder
+from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.demo import world
+from minimind_v.core.demo import warm_start, world
+from minimind_v.core.demo.generations import DEMO_GENERATIONS, DemoGeneration
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE, supervised, supervised_loss
-from minimind_v.core.model.vision.clip import ClipVision
-from minimind_v.core.model.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionSpec
-from minimind_v.core.model.vision.spec import ClipConfig
+from minimind_v.core.model.vision.encoder import VisionEncoder, VisionSpec
+from minimind_v.core.model.vision.spec import DEMO, TOWERS
 from minimind_v.core.model.vlm import VLM
 
 log = logging.getLogger(__name__)
-VISION: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
-          "num_hidden_layers": 4, "num_attention_heads": 4}  # fmt: skip
+ROWS = 20  # of a step of the base's training
+GROUP = 5  # of them that are computed together
 MASTERY = 0.95  # share of right answers at which the training of the language model ends
 ATTRIBUTES = (list(world.SIZES), list(world.COLOURS), list(world.SHAPES), list(world.POSITIONS))
 WORDS = [word for attribute in ATTRIBUTES for word in attribute]  # all words for a patch
+# The added tokens in the order of their ids, as published: those of both generations, and those of minimind-3v alone.
+# The last are not special, so decoding keeps them.
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MEDIA = ["<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+         "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+         "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>",
+         "<tts_text_bos_single>"]  # fmt: skip
+KEPT = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+        *(f"<|buffer{number}|>" for number in range(1, 10))]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How many steps the assets of a generation take at most, and the highest learning rates."""
+
+    tower_steps: int
+    tower_lr: float
+    base_steps: int
+    base_lr: float
+
+
+RECIPES = {"2025": Recipe(1600, 1.5e-3, 7500, 2e-3), "3v": Recipe(300, 8e-4, 400, 1e-3)}  # 3v: a warm start
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(out: Path) -> None:
+def make_tokenizer(out: Path, demo: DemoGeneration) -> None:
     """A byte-level BPE with merges only inside single words, so that no token spans a shape and a colour."""
+    added = TOKENS if demo.generation is V2025 else TOKENS + MEDIA + KEPT
     vocabulary: set[str] = set()
     rng = random.Random(0)
     for _ in range(2000):
@@ -73,16 +97,20 @@ def make_tokenizer(out: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=PRESETS["demo"].vocab_size,
+        vocab_size=PRESETS[demo.preset].vocab_size,
         min_frequency=1,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=added,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(sorted(vocabulary) + chinese * 2, trainer)
 
-    assert tokenizer.get_vocab_size() == PRESETS["demo"].vocab_size, tokenizer.get_vocab_size()
-    tokenizer.save(str(out / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == PRESETS[demo.preset].vocab_size, tokenizer.get_vocab_size()
+    description = json.loads(tokenizer.to_str())
+    for token in description["added_tokens"]:
+        token["special"] = token["content"] not in KEPT  # the trainer makes all of them special
+    text = json.dumps(description, ensure_ascii=False, separators=(",", ":"))
+    (out / "tokenizer.json").write_text(text, encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
               "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": 2048}  # fmt: skip
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -101,19 +129,20 @@ def nameless_colour(rng: random.Random) -> tuple[int, int, int]:
             return colour
 
 
-def captioned_image(rng: random.Random, held_out: bool = False) -> tuple[Tensor, Tensor]:
+def captioned_image(spec: VisionSpec, rng: random.Random, held_out: bool = False) -> tuple[Tensor, Tensor]:
     """The pixels of an image [3, S, S], and the words of the object on each patch [P, words].
 
     Most objects have a colour without a name, and no word for it. With named colours alone the tower learned that red
     objects are never stars, and could not encode the shape of the held-out pairs. (With `held_out`, for measurements
     only, every image has such a pair, and all colours have names.)
     """
-    side, patches = VISION["image_size"], VISION["image_size"] // VISION["patch_size"]
+    patches = spec.image_size // spec.patch_size
     figures = [
         figure if held_out or rng.random() < 0.4 else replace(figure, colour=nameless_colour(rng), named=False)
         for figure in world.pose(world.make_scene(rng, held_out), rng)
     ]
-    pixels = load_pixels(world.jpeg(world.paint(figures, rng)), "drawn", side)
+    drawing = world.jpeg(world.paint(figures, rng))
+    pixels = load_pixels(drawing, "drawn", spec.image_size, spec.resize_mode, spec.resample)
     covers = []
     for figure in figures:
         mask = Image.new("L", (world.CANVAS, world.CANVAS))
@@ -129,14 +158,29 @@ def captioned_image(rng: random.Random, held_out: bool = False) -> tuple[Tensor,
     return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
-def batches(rng: random.Random, count: int, size: int, held_out: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    spec: VisionSpec, rng: random.Random, count: int, size: int, held_out: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """`count` fresh batches of images [B, 3, S, S] and words [B, P, words]."""
     for _ in range(count):
-        pixels, labels = zip(*(captioned_image(rng, held_out) for _ in range(size)), strict=True)
+        pixels, labels = zip(*(captioned_image(spec, rng, held_out) for _ in range(size)), strict=True)
         yield torch.stack(pixels), torch.stack(labels)
 
 
-def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
+def published_tower(model_type: str) -> nn.Module:
+    """transformers' tower of the demo's sizes, its weights drawn as those of the published ones were."""
+    sizes = vars(DEMO[model_type])
+    if model_type == SIGLIP_VISION:
+        return SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, projection_dim=sizes["hidden_size"]))
+
+
+def demo_spec(model_type: str) -> VisionSpec:
+    """The spec of the demo's tower."""
+    return TOWERS[model_type].describe(DEMO[model_type], {})
+
+
+def train_tower(out: Path, demo: DemoGeneration, seed: int, recipe: Recipe) -> dict[str, float]:
     """Train the tower to caption: from each patch a linear layer predicts the words of its object.
 
     It predicts them by regression to 0 and 1, not by logits, so that the features hold them linearly and at one scale,
@@ -144,18 +188,21 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    clip = CLIPVisionModel(CLIPVisionConfig(**VISION, projection_dim=VISION["hidden_size"]))
-    tower = ClipVision(ClipConfig(**VISION))
-    tower.load_state_dict(clip.state_dict())  # drawn as CLIP's own weights are
-    spec = VisionSpec(VISION["image_size"], VISION["patch_size"], VISION["hidden_size"])
+    model_type = demo.generation.towers[0]
+    published, tower = published_tower(model_type), TOWERS[model_type].build(DEMO[model_type])
+    tower.load_state_dict(published.state_dict())
+    if demo.generation is V2026:
+        warm_start.fill_tower(tower)
+    spec = demo_spec(model_type)
     encoder = VisionEncoder(tower, spec)
     tower.requires_grad_(True)
-    reader = nn.Linear(VISION["hidden_size"], len(WORDS))
+    reader = nn.Linear(spec.width, len(WORDS))
     parameters = [*tower.parameters(), *reader.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1.5e-3, total_steps=steps, pct_start=0.1)
+    steps, lr = recipe.tower_steps, recipe.tower_lr
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.1)
     started = time.time()
-    for step, (pixels, labels) in enumerate(batches(rng, steps, 64), 1):
+    for step, (pixels, labels) in enumerate(batches(spec, rng, steps, 64), 1):
         read = reader(_encode(encoder, pixels))  # [B, P, words]
         named = labels.any(dim=-1, keepdim=True)  # patches of objects are rare: weigh them up
         loss = ((read - labels).square() * torch.where(named, 4.0, 1.0)).mean()
@@ -170,9 +217,9 @@ def train_tower(out: Path, seed: int, steps: int) -> dict[str, float]:
     figures["seconds"] = round(time.time() - started)
     folder = out / "vision"
     folder.mkdir(exist_ok=True)
-    clip.load_state_dict(tower.state_dict())
-    clip.half().save_pretrained(folder)
-    normal = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": VISION["image_size"]}
+    published.load_state_dict(tower.state_dict())
+    published.half().save_pretrained(folder)
+    normal = {"image_mean": spec.mean, "image_std": spec.std, "size": spec.image_size}
     (folder / "preprocessor_config.json").write_text(json.dumps(normal, indent=1) + "\n")
     return figures
 
@@ -190,7 +237,7 @@ def _score_tower(encoder: VisionEncoder, reader: nn.Linear, rng: random.Random) 
     figures: dict[str, float] = {}
     for held_out, suffix in ((False, ""), (True, "_of_held_out_pairs")):
         right, total = torch.zeros(len(names)), torch.zeros(len(names))
-        for pixels, labels in batches(rng, 10, 64, held_out):
+        for pixels, labels in batches(encoder.spec, rng, 10, 64, held_out):
             chosen = sum(labels[..., s] * labels[..., c] for s, c in pairs) > 0 if held_out else labels.any(dim=-1)
             read, truth = reader(_encode(encoder, pixels))[chosen], labels[chosen]
             for n, (guess, target) in enumerate(zip(read.split(groups, -1), truth.split(groups, -1), strict=True)):
@@ -224,6 +271,10 @@ def written(scene: world.Scene, rng: random.Random) -> str:
     return world.caption(tuple(rng.sample(scene, len(scene))), rng.choice(world.LANGUAGES))
 
 
+Chords = tuple[list[list[int]], list[float]]  # token ids and weight of each position
+Row = tuple[Tokens, Chords | None]  # None: a row of text
+
+
 class ChordBook:
     """Several words at one position, like the notes of a chord.
 
@@ -238,7 +289,7 @@ class ChordBook:
         self.tokenizer = tokenizer
         self.positions = positions
 
-    def write(self, scene: world.Scene, rng: random.Random) -> tuple[list[list[int]], list[float]]:
+    def write(self, scene: world.Scene, rng: random.Random) -> Chords:
         """Token ids and weight of each position."""
         empty = self.tokenizer.encode(self.EMPTY).ids
         chords, loudness = [empty] * self.positions, [1.0] * self.positions
@@ -258,21 +309,24 @@ class ChordBook:
         return chords, loudness
 
 
-def train_base(out: Path, seed: int, steps: int, rows: int) -> dict[str, float]:
+def train_base(out: Path, demo: DemoGeneration, seed: int, recipe: Recipe) -> dict[str, float]:
     """Train the language model on the world's language until it answers questions about a text."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = Tokenizer.load(out)
-    spec = VisionSpec(VISION["image_size"], VISION["patch_size"], VISION["hidden_size"])
-    model = accelerate(VLM(PRESETS["demo"], spec, tokenizer.placeholder_id), torch.device("cpu"))
+    spec = demo_spec(demo.generation.towers[0])
+    model = accelerate(VLM(PRESETS[demo.preset], spec, tokenizer.placeholder_id), torch.device("cpu"))
     _wake(model)
+    if demo.generation is V2026:
+        warm_start.fill_base(model, tokenizer)
     reader = Reader(model, tokenizer, spec.tokens_per_image)
     parameters = list(model.model.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=2e-3, total_steps=steps, pct_start=0.05)
+    steps, lr = recipe.base_steps, recipe.base_lr
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.05)
     started = time.time()
     for step in range(1, steps + 1):
-        loss = reader.loss(rng, rows)
+        loss = reader.loss(rng, ROWS)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -284,10 +338,10 @@ def train_base(out: Path, seed: int, steps: int, rows: int) -> dict[str, float]:
             figures = reader.score(random.Random(seed + 1))
             log.info(f"base {step}: {figures}")
             kept = {k: v.half().contiguous() for k, v in model.state_dict().items() if k.startswith("model.")}
-            save_file(kept, out / f"lm_{model.config.hidden_size}.safetensors", metadata={"format": "pt"})
+            save_file(kept, out / f"{demo.weights_name('lm')}.safetensors", metadata={"format": "pt"})
             if min(figures.values()) >= MASTERY:
                 break
-    return figures | {"seconds": round(time.time() - started), "rows": step * rows}
+    return figures | {"seconds": round(time.time() - started), "rows": step * ROWS}
 
 
 def _wake(model: VLM) -> None:
@@ -311,24 +365,29 @@ class Reader:
         self.encoder = PromptEncoder(tokenizer, positions)
         self.chords = ChordBook(tokenizer, positions)
 
-    def batch(self, rng: random.Random, rows: int, written_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings [B, T, D], labels and ids [B, T] of rows that are all text or all chords."""
-        encoded, chords = [], []
+    def draw(self, rng: random.Random, rows: int, written_rows: bool) -> list[Row]:
+        """New rows, all text or all chords, from the shortest to the longest."""
+        drawn = []
         for _ in range(rows):
             scene = world.make_scene(rng)
             opening = written(scene, rng) if written_rows else IMAGE_MARK
-            encoded.append(self.encoder.row(talk(scene, rng, opening), 0 if written_rows else 1, 1024))
-            chords.append(self.chords.write(scene, rng))
+            tokens = self.encoder.row(talk(scene, rng, opening), 0 if written_rows else 1, 1024, rng)
+            drawn.append((tokens, None if written_rows else self.chords.write(scene, rng)))
+        return sorted(drawn, key=lambda row: len(row[0]))
+
+    def batch(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [B, T, D], labels and ids [B, T] of rows."""
+        encoded, chords = [tokens for tokens, _ in rows], [chord for _, chord in rows if chord]
         length = max(len(row) for row in encoded)
         ids = torch.tensor([row.input_ids + [0] * (length - len(row)) for row in encoded])
         mask = torch.tensor([row.loss_mask + [False] * (length - len(row)) for row in encoded])
         x = self.model.model.embed_tokens(ids)
-        if not written_rows:
+        if chords:
             image_mask = torch.tensor([row.image_mask + [False] * (length - len(row)) for row in encoded])
             x = x.masked_scatter(image_mask[..., None], self.sound(chords))
         return x, torch.where(mask, ids, IGNORE), ids
 
-    def sound(self, chords: list[tuple[list[list[int]], list[float]]]) -> Tensor:
+    def sound(self, chords: list[Chords]) -> Tensor:
         """Summed embeddings of every position of every row, [B · P, D], times their weights, with some noise."""
         flat = [ids for row, _ in chords for ids in row]
         offsets = torch.tensor([0, *[len(ids) for ids in flat]]).cumsum(0)[:-1]
@@ -339,11 +398,17 @@ class Reader:
         return sums * loud + noise
 
     def loss(self, rng: random.Random, rows: int) -> Tensor:
-        x, labels, _ = self.batch(rng, rows, written_rows=rng.random() < 0.4)
-        positions = supervised(labels)
-        hidden, _ = self.model.model(x, positions=positions)
-        loss_sum, correct = supervised_loss(self.model.lm_head(hidden), labels.flatten()[positions + 1])
-        return loss_sum / len(correct)
+        """The loss of new rows. Rows of about one length are computed together, since padding costs as much as text."""
+        drawn = self.draw(rng, rows, written_rows=rng.random() < 0.4)
+        losses, tokens = [], 0
+        for start in range(0, rows, GROUP):
+            x, labels, _ = self.batch(drawn[start : start + GROUP])
+            positions = supervised(labels)
+            hidden, _ = self.model.model(x, positions=positions)
+            loss_sum, correct = supervised_loss(self.model.lm_head(hidden), labels.flatten()[positions + 1])
+            losses.append(loss_sum)
+            tokens += len(correct)
+        return torch.stack(losses).sum() / tokens
 
     @torch.no_grad()
     def score(self, rng: random.Random) -> dict[str, float]:
@@ -352,7 +417,7 @@ class Reader:
         for name, in_writing in (("written", True), ("chords", False)):
             right = total = 0
             for _ in range(4):
-                x, labels, ids = self.batch(rng, 64, in_writing)
+                x, labels, ids = self.batch(self.draw(rng, 64, in_writing))
                 hidden, _ = self.model.model(x)
                 guess = self.model.lm_head(hidden).argmax(-1)[:, :-1]
                 wrong = (guess != ids[:, 1:]) & (labels[:, 1:] != IGNORE)
@@ -368,10 +433,8 @@ class Reader:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--generation", choices=DEMO_GENERATIONS, default="2025")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--tower-steps", type=int, default=1600)
-    parser.add_argument("--base-steps", type=int, default=7500)
-    parser.add_argument("--base-rows", type=int, default=20)
     parser.add_argument("--only", choices=("tokenizer", "tower", "base"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -379,12 +442,13 @@ def main() -> None:
     path = options.out / "figures.json"
     figures = json.loads(path.read_text()) if path.exists() else {}
     figures["seed"] = options.seed
+    demo, recipe = DEMO_GENERATIONS[options.generation], RECIPES[options.generation]
     if options.only in (None, "tokenizer"):
-        make_tokenizer(options.out)
+        make_tokenizer(options.out, demo)
     if options.only in (None, "tower"):
-        figures["tower"] = train_tower(options.out, options.seed, options.tower_steps)
+        figures["tower"] = train_tower(options.out, demo, options.seed, recipe)
     if options.only in (None, "base"):
-        figures["base"] = train_base(options.out, options.seed, options.base_steps, options.base_rows)
+        figures["base"] = train_base(options.out, demo, options.seed, recipe)
     path.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -12,16 +12,17 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minimind_v.core.config.load import build_config
-from minimind_v.core.data.images import blank_pixels, load_pixels
+from minimind_v.core.data.images import blank_pixels
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pictures, write_pretrain, write_sft, write_test
+from minimind_v.core.demo.generations import DEMO_GENERATIONS, DemoGeneration
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate, held_out_dataset
 from minimind_v.core.export.folder import export
@@ -34,7 +35,7 @@ from minimind_v.core.generate.session import Session
 from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.monitor.metrics import Listener, read_metrics
 from minimind_v.core.pages.demo_report import Sample, write_report
-from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DIR
+from minimind_v.core.paths import DATASET_DIR, OUT_DIR
 from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
 
@@ -62,14 +63,21 @@ class Demo:
     """One run of the demo in its own folder, which has the standard folders inside."""
 
     def __init__(
-        self, out: Path, seed: int, listener: Listener, announce: Callable[[str, str], None], size: Size = FULL
+        self,
+        out: Path,
+        seed: int,
+        listener: Listener,
+        announce: Callable[[str, str], None],
+        size: Size = FULL,
+        demo: DemoGeneration = DEMO_GENERATIONS["2025"],
     ) -> None:
         """`announce` gets the title of each stage and the equivalent command."""
         self.out, self.seed, self.listener, self.announce, self.size = out, seed, listener, announce, size
+        self.demo = demo
         self.seconds: dict[str, float] = {}
         self.runs, self.dataset = out / OUT_DIR, out / DATASET_DIR
-        self.weights = {stage: self.runs / f"{stage}.pth" for stage in ("lm_128", "pretrain_vlm_128", "sft_vlm_128")}
-        self.vision, self.tokenizer = out / VISION_DIR, out / TOKENIZER_DIR
+        self.weights = {stage: self.runs / f"{demo.weights_name(stage)}.pth" for stage in ("lm", "pretrain", "sft")}
+        self.vision, self.tokenizer = out / demo.generation.vision_model, out / demo.generation.tokenizer
 
     def run(self) -> dict[str, Any]:
         """Run all stages; returns the content of `summary.json`.
@@ -84,7 +92,7 @@ class Demo:
 
     def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
-        sft = self.weights["sft_vlm_128"]
+        sft = self.weights["sft"]
         test = ["--data", self.dataset / "heldout_scenes_data.jsonl"]
         self._stage("assets", "assets: drawing the world", SOURCES["dataset"].command(), self._assets)
         before = self._stage("before", "before training: the model guesses", "", lambda: self._score(self._untrained()))
@@ -137,14 +145,15 @@ class Demo:
     # --- stages -------------------------------------------------------------------------------------------------------
 
     def _assets(self) -> None:
-        with as_file(files("minimind_v.core.demo") / "assets") as assets:
+        base = self.weights["lm"].with_suffix(".safetensors")
+        with as_file(self.demo.assets) as assets:
             shutil.copytree(assets / "vision", self.vision, dirs_exist_ok=True)
+            self.tokenizer.mkdir(parents=True, exist_ok=True)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(assets / name, self.tokenizer / name)
             self.runs.mkdir(parents=True, exist_ok=True)
-            base = self.runs / "lm_128.safetensors"
             shutil.copy(assets / base.name, base)
-        export(ExportRequest(base), "pth", self.weights["lm_128"], overwrite=True)
+        export(ExportRequest(base), "pth", self.weights["lm"], overwrite=True)
         folder, size = self.dataset, self.size
         # Each set has its own random numbers, so that the size of one does not change another.
         dice = [random.Random(f"{self.seed}/{name}") for name in ("pretrain", "sft", "scenes", "pairs", "files")]
@@ -159,7 +168,7 @@ class Demo:
     def _untrained(self) -> LoadedModel:
         """The base with a fresh projector, as pretraining starts from it."""
         torch.manual_seed(self.seed)
-        return load(self.weights["lm_128"], self.vision, self.tokenizer, "cpu", new_projector=True)
+        return load(self.weights["lm"], self.vision, self.tokenizer, "cpu", new_projector=True)
 
     def _flags(self, stage: str) -> list[Any]:
         options = self._options(stage).items()
@@ -167,9 +176,9 @@ class Demo:
 
     def _options(self, stage: str) -> dict[str, Any]:
         data = self.dataset
-        before = "lm_128" if stage == "pretrain" else "pretrain_vlm_128"
+        before = "lm" if stage == "pretrain" else "pretrain"
         return {
-            "preset": "demo",
+            "preset": self.demo.preset,
             "data": data / f"{stage}_data.jsonl",
             "images": data / f"{stage}_images.zip",
             "vision_model": self.vision,
@@ -212,25 +221,25 @@ class Demo:
 
     def _samples(self, loaded: LoadedModel, count: int = 12) -> list[Sample]:
         """Questions about held-out images, answered before training, after it, and with a blank image."""
-        side, tests = loaded.model.spec.image_size, self.scenes[:count] + self.pairs[:count]
-        pixels = [load_pixels(test.picture, "held-out picture", side) for test in tests]
-        before, after = (_answers(model, tests, pixels) for model in (self._untrained(), loaded))
-        blank = _answers(loaded, tests, [blank_pixels(side)] * len(tests))
+        tests = self.scenes[:count] + self.pairs[:count]
+        pictures = [test.picture for test in tests]
+        before, after = (_answers(model, tests, pictures) for model in (self._untrained(), loaded))
+        blank = _answers(loaded, tests, [blank_pixels(loaded.model.spec.image_size)] * len(tests))
         return [
             Sample(test.picture, test.question.text, test.question.answer, *given)
             for test, *given in zip(tests, before, after, blank, strict=True)
         ]
 
     def _convert(self) -> None:
-        target = self.runs / "sft_vlm_128.safetensors"
-        export(ExportRequest(self.weights["sft_vlm_128"]), "safetensors", target, overwrite=True)
+        sft = self.weights["sft"]
+        export(ExportRequest(sft), "safetensors", sft.with_suffix(".safetensors"), overwrite=True)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
     def _curves(self) -> dict[str, list[tuple[int, float]]]:
         curves = {}
         for stage in ("pretrain", "sft"):
-            records = read_metrics(self.runs / f"{stage}_vlm_128" / "metrics.jsonl")
+            records = read_metrics(self.weights[stage].with_suffix("") / "metrics.jsonl")
             curves[stage] = [(record["step"], record["loss"]) for record in records]
         return curves
 
@@ -249,7 +258,7 @@ class Demo:
             "by_kind_pairs": _by_kind(after["pairs"], self.pairs),
             "questions": {"scenes": after["scenes"].short_answers, "pairs": after["pairs"].short_answers},
             "example": {
-                "model": str(self.weights["sft_vlm_128"]),
+                "model": str(self.weights["sft"]),
                 "image": str(picture),
                 "question": question.text,
                 "answer": answer,
@@ -262,7 +271,7 @@ class Demo:
             "seed": self.seed,
             "seeds": {
                 "demo": self.seed,
-                "assets": json.loads((files("minimind_v.core.demo") / "assets" / "figures.json").read_text())["seed"],
+                "assets": json.loads((self.demo.assets / "figures.json").read_text())["seed"],
             },
             "rows": {"pretrain": self.size.pretrain_rows, "sft": self.size.sft_rows},
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -273,8 +282,8 @@ def _command(*arguments: Any) -> str:
     return shlex.join(["mmv", *map(str, arguments)])
 
 
-def _answers(loaded: LoadedModel, tests: list[Test], pixels: list[Any]) -> list[str]:
-    questions = [Question(test.question.text, [image]) for test, image in zip(tests, pixels, strict=True)]
+def _answers(loaded: LoadedModel, tests: list[Test], images: list[Any]) -> list[str]:
+    questions = [Question(test.question.text, [image]) for test, image in zip(tests, images, strict=True)]
     return [answer.strip() for answer in generate_many(loaded.model, loaded.tokenizer, questions, max_new_tokens=32)]
 
 

@@ -18,6 +18,7 @@ from minimind_v.core.paths import (
     DATASET_DIR,
     DEMO_DIR,
     OUT_DIR,
+    PRESET_DEMO_3V,
     STANDARD_PRESET,
     TOKENIZER_3V_DIR,
     TOKENIZER_DIR,
@@ -126,7 +127,7 @@ SOURCES_3V = _by_name(
 
 def sources_of(preset: str) -> dict[str, Source]:
     """The sources of a preset's generation, by what they hold."""
-    return SOURCES_3V if preset in PRESETS_3V else SOURCES
+    return SOURCES_3V if preset in (*PRESETS_3V, PRESET_DEMO_3V) else SOURCES
 
 
 def describe_repo(repo: str) -> str:

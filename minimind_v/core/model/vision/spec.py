@@ -39,6 +39,9 @@ STANDARD = {  # the towers of the published models: ViT-B/16, and ViT-B/32 at 25
     CLIP_VISION: ClipConfig(patch_size=16),
     SIGLIP_VISION: SiglipConfig(image_size=256, patch_size=32),
 }
+_DEMO: dict[str, Any] = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
+         "num_hidden_layers": 4, "num_attention_heads": 4}  # fmt: skip
+DEMO = {CLIP_VISION: ClipConfig(**_DEMO), SIGLIP_VISION: SiglipConfig(**_DEMO)}  # the towers of the demo
 
 
 def _strip_prefixes(name: str) -> str:
