@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 
 from minimind_v.core.config.generation import V2025, V2026
 from minimind_v.core.config.presets import PRESETS
@@ -167,7 +167,7 @@ def batches(
         yield torch.stack(pixels), torch.stack(labels)
 
 
-def published_tower(model_type: str) -> nn.Module:
+def published_tower(model_type: str) -> PreTrainedModel:
     """transformers' tower of the demo's sizes, its weights drawn as those of the published ones were."""
     sizes = vars(DEMO[model_type])
     if model_type == SIGLIP_VISION:
