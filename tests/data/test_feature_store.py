@@ -33,7 +33,7 @@ def features(number: int, form: FeatureLayout = FORM) -> torch.Tensor:
 
 
 def fill(store: FeatureStore, numbers) -> None:
-    store.write([key(n) for n in numbers], torch.stack([features(n, store.form) for n in numbers]))
+    store.write([key(n) for n in numbers], torch.stack([features(n, store.layout) for n in numbers]))
 
 
 def segment_files(folder, suffix):
