@@ -204,10 +204,10 @@ def test_errors_end_their_own_request_only(monkeypatch):
     engine = new_engine(model)
     bad_rows, step = [], FastDecoder.step
 
-    def failing_step(self, x, caches):
+    def failing_step(self, x, caches, in_company):
         if any(answer.row.cache in caches for answer in bad_rows if len(answer.row.drawn) > 4):
             raise RuntimeError("no memory")
-        return step(self, x, caches)
+        return step(self, x, caches, in_company)
 
     def broken_receiver(event):
         raise OSError("gone")

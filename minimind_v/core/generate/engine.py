@@ -6,7 +6,8 @@
         print(event.text, end="")
 
 A server calls `submit` and `Answer.cancel` from any thread, and `run` in a thread of its own. On a CPU a request gets
-the same bits in any company and whatever is kept from earlier ones, so a seed decides its answer.
+the same bits in any company and whatever is kept from earlier ones, so a seed decides its answer. An engine for a
+single row is faster; its last bits may differ from those of the others.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Engine:
         self.processor = Processor(tokenizer, model.spec)
         self.context = min(context, model.config.max_position_embeddings)
         self.most_rows = most_rows
-        self._rows, self._answers = Rows(model), dict[Row, Answer]()
+        self._rows, self._answers = Rows(model, in_company=most_rows > 1), dict[Row, Answer]()
         self._waiting: deque[Answer] = deque()
         self._submitted, self._stepping = Condition(), Lock()
 

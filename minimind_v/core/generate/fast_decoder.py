@@ -19,7 +19,7 @@ from minimind_v.core.generate.cuda_graph import Columns, Replay
 from minimind_v.core.model.decoder import Attention, Block, RMSNorm
 from minimind_v.core.model.feed_forward import FeedForward
 from minimind_v.core.model.kernels.accelerate import attention_for
-from minimind_v.core.model.kernels.cpu_linear import FEW, Product, product
+from minimind_v.core.model.kernels.cpu_linear import FEW, SAME_BITS, Product, product
 from minimind_v.core.model.kernels.untouched import exactly_linear
 from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.model.moe import MoEFeedForward
@@ -51,15 +51,18 @@ class FastDecoder:
         positions, mask = cache.extend(x.shape[1])
         return self._pass(x, positions, [cache], [mask], causal)
 
-    def step(self, x: Tensor, caches: Sequence[KVCache]) -> Tensor:
+    def step(self, x: Tensor, caches: Sequence[KVCache], in_company: bool = False) -> Tensor:
         """Read a token of each row, x [B, 1, D], each behind what its own cache holds → logits [B, V] in fp32.
 
-        A row attends by itself, so a CPU computes the same bits for it in any company.
+        A row attends by itself. With `in_company` a CPU also computes the same bits for it beside any others, or none:
+        rows are filled up, which costs a single one a quarter of its time.
         """
         positions = torch.cat([cache.extend(1)[0] for cache in caches])  # [B, 1]
         if self.replay and len(x) <= FEW:
             return self.replay(self._pass, x, positions, caches)
-        return self._pass(x, positions, caches, [None] * len(caches))
+        if in_company and (missing := -len(x) % SAME_BITS):
+            x, positions = (torch.cat([t, t[:1].repeat(missing, *[1] * (t.ndim - 1))]) for t in (x, positions))
+        return self._pass(x, positions, caches, [None] * len(caches))[: len(caches)]
 
     def _pass(
         self,
@@ -104,8 +107,9 @@ class FastDecoder:
             q = q.transpose(1, 2)  # [B, heads, T, hd]
         attended = [
             self.attend(row_q, *row.write(layer, row_k, row_v), mask, causal)
-            for row, mask, row_q, row_k, row_v in zip(columns, masks, q.split(1), k.split(1), v.split(1), strict=True)
+            for row, mask, row_q, row_k, row_v in zip(columns, masks, q.split(1), k.split(1), v.split(1), strict=False)
         ]
+        attended += attended[:1] * (rows - len(attended))  # rows that fill up have no columns
         out = attended[0] if rows == 1 else torch.cat(attended)
         if time == 1:
             return out.reshape(rows, -1)  # some kernels lay it out as [B, heads/KV, KV, hd]
@@ -195,7 +199,7 @@ class FastFeedForward:
 
 
 class FastExperts:
-    """Few tokens are not sorted: one on a CPU meets its own experts; several meet all, the share of others being 0."""
+    """Few tokens are not sorted: all meet the experts of each, on a GPU all experts; the share of the others is 0."""
 
     def __init__(self, moe: MoEFeedForward, dtype: torch.dtype) -> None:
         self.router = moe.gate
@@ -209,13 +213,10 @@ class FastExperts:
         out = torch.zeros_like(x)
         if len(x) > FEW:
             self._sorted(x, out, weights, chosen)
-        elif len(x) == 1 and self.reads_choice:  # in the order of experts, as several tokens add them
-            for number, pick in sorted((number, pick) for pick, number in enumerate(chosen[0].tolist())):
-                out.addcmul_(self.experts[number](x), weights[:, pick, None])
         else:
             share = weights.new_zeros(len(x), len(self.experts)).scatter(1, chosen, weights).to(x.dtype)
-            for expert, weight in zip(self.experts, share.unbind(1), strict=True):
-                out.addcmul_(expert(x), weight[:, None])
+            for number in chosen.unique().tolist() if self.reads_choice else range(len(self.experts)):
+                out.addcmul_(self.experts[number](x), share[:, number, None])
         for expert in self.shared_experts:
             out.add_(expert(x))
         return out

@@ -95,10 +95,10 @@ class Drawn:
 
 
 class Rows:
-    """The rows that a model works on. Each gets the bits that it would get alone, on a CPU."""
+    """The rows that a model works on. With `in_company` each gets the bits that it would get alone, on a CPU."""
 
-    def __init__(self, model: VLM) -> None:
-        self.model = model
+    def __init__(self, model: VLM, in_company: bool = False) -> None:
+        self.model, self.in_company = model, in_company
         self._rows: list[Row] = []
 
     def __len__(self) -> int:
@@ -156,7 +156,8 @@ class Rows:
         for row in rows:
             row.cache.rewind(len(row.input_ids) + len(row.drawn) - 1)  # a step that was interrupted is done again
         latest = torch.tensor([[row.drawn[-1]] for row in rows], device=self.model.device)
-        return self._memory.decoder.step(self.model.embed(latest), [row.cache for row in rows]).cpu()
+        caches = [row.cache for row in rows]
+        return self._memory.decoder.step(self.model.embed(latest), caches, self.in_company).cpu()
 
 
 def _draw(row: Row, logits: Tensor) -> Drawn:

@@ -26,7 +26,7 @@ class Session:
 
         Raises UsageError where the chat layout has no reasoning.
         """
-        self.engine = Engine(model, tokenizer, context)
+        self.engine = Engine(model, tokenizer, context, most_rows=1)
         self.prompts = self.engine.processor.prompts
         self.think = think
         self._start = len(self.prompts.answer_start(think))  # tokens of a prompt that begin its answer

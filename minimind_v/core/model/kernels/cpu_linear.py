@@ -13,6 +13,7 @@ from torch import Tensor
 
 MADV_PAGEOUT = 21  # Linux
 FEW = 16  # rows
+SAME_BITS = 4  # a multiple of so many rows gives each row the same bits
 
 Product = Callable[[Tensor], Tensor]
 
@@ -25,8 +26,7 @@ def product(weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> Prod
 
     - few rows: a token costs the time to read the weights. If all are half-precision numbers, as published ones are,
       FBGEMM reads 2 bytes of each, and multiplies and adds in fp32: nothing is rounded. Its kernels for one and for two
-      rows add in another order than those for more, so few rows are filled up to a multiple of four: then a row gets
-      the same bits in any company, as it does from oneDNN.
+      rows add in another order than those for more: only multiples of four rows get the bits of any other (SAME_BITS).
     - else MKL for CPUs with AVX-512, where it was a tenth faster than oneDNN; without it oneDNN was.
     """
     weight = weight.detach()
@@ -38,7 +38,7 @@ def product(weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> Prod
     onednn = torch.backends.mkldnn.is_available() and hasattr(ops.mkldnn, "_linear_pointwise")
     if half and rows <= FEW and torch.equal(weight.half().float(), weight):
         packed = ops.quantized.linear_prepack_fp16(weight, bias)
-        return lambda x: ops.quantized.linear_dynamic_fp16(_filled(x), packed)[: len(x)]
+        return lambda x: ops.quantized.linear_dynamic_fp16(x, packed)
     if mkl and rows > FEW and "AVX512" in instructions:
         packed = ops.mkl._mkl_reorder_linear_weight(weight, rows)
         return lambda x: ops.mkl._mkl_linear(x, packed, weight, bias, rows)
@@ -46,13 +46,6 @@ def product(weight: Tensor, bias: Tensor | None = None, rows: int = FEW) -> Prod
         packed = ops.mkldnn._reorder_linear_weight(weight, rows)
         return lambda x: ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
-
-
-def _filled(x: Tensor) -> Tensor:
-    """Up to 16 rows and others behind them, to a multiple of four in all."""
-    if len(x) == 1:
-        return x.expand(4, -1)
-    return F.pad(x, (0, 0, 0, -len(x) % 4)) if len(x) <= FEW and len(x) % 4 else x
 
 
 def page_out(weight: Tensor) -> None:
