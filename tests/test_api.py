@@ -279,7 +279,7 @@ def test_an_evaluation_resizes_images_as_the_tower_says(m, monkeypatch):
     modes = []
 
     def score(model, dataset, *rest, **more):
-        modes.append(dataset.resize_mode)
+        modes.append(dataset.preparation[1])
         raise mmv.MmvError("enough")
 
     monkeypatch.setattr(api, "score", score)

@@ -48,6 +48,7 @@ def test_it_has_a_session_a_folder_an_environment_and_files_of_its_own(tmp_path)
     assert "A_NAME" not in os.environ
 
 
+@pytest.mark.long
 def test_a_signal_ends_it_and_is_its_exit_code(tmp_path):
     process, out, _ = fork(tmp_path, sleep_long)
     while "asleep" not in out.read_text():

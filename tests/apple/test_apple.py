@@ -158,6 +158,7 @@ def test_training_steps_are_those_of_the_cpu(tmp_path, moe, freeze):
         assert losses("mps") == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_the_command_trains_there(tmp_path, apple):
     """Pictures are looked at, features stored, rows held out: the run as the command line makes it."""
     ended = run_mmv(*tiny_data().train(tmp_path, device="auto", val_every=2, set="features=exact"), "--max-steps", 3)

@@ -57,6 +57,7 @@ def test_a_question_is_utf_8_wherever_it_comes_from(sighted):
     assert run(*args, question) == piped
 
 
+@pytest.mark.long
 def test_json_stays_json_where_the_output_is_ascii(sighted):
     """An escape of Python is none of JSON."""
     question = "😀 × 1?"

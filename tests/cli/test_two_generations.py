@@ -160,7 +160,7 @@ def test_no_command_mixes_the_generations(project, mix, message, what):
 
 
 def test_a_plan_refuses_a_mix_before_it_counts_rows(project, monkeypatch):
-    monkeypatch.setattr("minimind_v.core.train.forecast.foresee", lambda *_, **__: pytest.fail("it counted rows"))
+    monkeypatch.setattr("minimind_v.core.train.forecast.count_sample", lambda *_, **__: pytest.fail("it counted rows"))
     assert "belongs to MiniMind-V (2025)" in train("3v", *MIXES[1][0], command="plan").error
 
 

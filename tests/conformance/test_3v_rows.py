@@ -195,6 +195,7 @@ def test_preview_shows_the_template_in_one_of_the_forms_of_training(write):
     assert {name for name, row in shown.items() if not row["used"]} == set(BROKEN)
 
 
+@pytest.mark.long
 def test_check_and_stats_agree_with_what_is_broken_and_cut(write):
     path = write(EVERY)
     ended = run_mmv("data", "check", path, *FOLDERS, "--json", "--workers", 1)
@@ -213,6 +214,7 @@ def test_check_and_stats_agree_with_what_is_broken_and_cut(write):
     assert report["cut"]["rows"] == len(CUT)
 
 
+@pytest.mark.long
 def test_a_run_reads_as_many_tokens_as_stats_counts(write, tmp_path):
     path = write({name: row for name, row in EVERY.items() if name != "a mark too many"})
     sizes = [word for name in SIZES for word in ("--set", f"model.{name}={CONFIG[name]}")]

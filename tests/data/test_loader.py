@@ -258,6 +258,7 @@ raise SystemExit(3)
 """
 
 
+@pytest.mark.long
 def test_a_program_that_stops_in_the_middle_of_its_batches_ends():
     done = subprocess.run([sys.executable, "-c", HOLDING], capture_output=True, text=True, timeout=120)
     assert done.stdout == "0\n"
@@ -268,6 +269,7 @@ def _batch(plan, number):
     return plan[number][0]
 
 
+@pytest.mark.long
 def test_a_spawned_process_makes_the_same_batches(rows):
     plan = BatchPlan(rows([*some_lines(20), row("<|im_end|> and <|im_start|>", "<|im_end|>")]), 4, PAD, 1)
     batches = [plan[k][0] for k in range(len(plan))]

@@ -282,6 +282,7 @@ def test_of_many_settings_the_files_used_last_are_kept(tmp_path):
     assert sorted(tmp_path.glob(".*tokens*")) == left
 
 
+@pytest.mark.long
 def test_a_damaged_file_gives_no_wrong_tokens(tmp_path):
     dataset = open_dataset(write(tmp_path, some_lines(40)))
     texts, rng, rows = fresh(dataset), random.Random(0), np.arange(40)
@@ -483,6 +484,7 @@ def test_where_nothing_can_be_kept_it_is_said(tmp_path, monkeypatch):
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_second_run_tokenises_nothing_and_trains_the_same(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     data.write_bytes(tiny_data().data("pretrain").read_bytes())
@@ -498,6 +500,7 @@ def test_a_second_run_tokenises_nothing_and_trains_the_same(tmp_path, monkeypatc
     assert losses[0] == losses[1]
 
 
+@pytest.mark.long
 def test_a_run_says_once_that_it_keeps_no_tokens(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     data.write_bytes(tiny_data().data("pretrain").read_bytes())

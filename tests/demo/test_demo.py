@@ -30,25 +30,22 @@ def trained_demo(out, generation, *options):
     return out, json.loads(done.stdout), done.stderr
 
 
+# Options of each demo, and its bars: scenes, pairs never seen. The whole demo of 2025 is `make demo`.
+OPTIONS = {"2025": ["--short"], "3v": []}
+BARS = {"2025": (0.75, 0.6), "3v": (0.9, 0.75)}
+
+
 @pytest.fixture(scope="module", params=DEMO_GENERATIONS)
 def demo(tmp_path_factory, request):
-    return trained_demo(tmp_path_factory.mktemp("demo") / request.param, request.param, "--short")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("generation", DEMO_GENERATIONS)
-def test_a_whole_demo_reaches_the_bars(tmp_path, generation):
-    _, summary, _ = trained_demo(tmp_path / "demo", generation)
-    assert summary["accuracy_heldout_scenes"] >= 0.9
-    assert summary["accuracy_heldout_pairs"] >= 0.75
-    assert summary["accuracy_blank"] <= 0.45
+    return trained_demo(tmp_path_factory.mktemp("demo") / request.param, request.param, *OPTIONS[request.param])
 
 
 @pytest.mark.long
 def test_the_model_uses_the_image(demo):
-    _, summary, _ = demo
-    assert summary["accuracy_heldout_scenes"] >= 0.75
-    assert summary["accuracy_heldout_pairs"] >= 0.6
+    out, summary, _ = demo
+    scenes, pairs = BARS[out.name]
+    assert summary["accuracy_heldout_scenes"] >= scenes
+    assert summary["accuracy_heldout_pairs"] >= pairs
     assert summary["accuracy_blank"] <= 0.45
     assert summary["accuracy_before"] <= 0.45
 

@@ -84,6 +84,7 @@ def test_a_folder_of_a_folder(whole, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.long
 def test_chat_and_eval_take_the_folder_alone(whole, tmp_path, tiny_data, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no standard folders are
     (tmp_path / "picture.jpg").write_bytes(jpeg(0))

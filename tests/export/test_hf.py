@@ -332,6 +332,7 @@ def test_another_library_may_prepare_images_with_one_level_of_difference(monkeyp
     assert not report.wrong, report.findings
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damaged", ["[" * 100_000, "a: 2026-99-99", "\0", "\xff", "[1]", "*a", "{"])
 def test_records_of_a_run_that_are_damaged_are_left_out_of_the_card(tmp_path, damaged):
     request = ExportRequest(tmp_path / "sft_vlm_64.pth")

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from minimind_v.core.formats import load as opening
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.train import build
 from minimind_v.core.train.loop import Run
 from tests.cli.harness import Running, read_rows, run_mmv, tiny_data
 
@@ -95,7 +95,7 @@ def slow_loading():
         print("loading", file=sys.stderr)
         time.sleep(60)
 
-    build.build_encoder = load
+    opening.build_encoder = load
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_an_interrupt_that_became_another_error_on_its_way_is_an_interrupt(tmp_p
         except KeyboardInterrupt:
             raise AttributeError("module 'numpy' has no attribute 'matrix'") from None
 
-    monkeypatch.setattr(build, "build_encoder", load)
+    monkeypatch.setattr(opening, "build_encoder", load)
     before = signal.getsignal(signal.SIGINT)
     ended = run_mmv(*tiny_data().train(tmp_path / "out"))
     assert ended.code == 130

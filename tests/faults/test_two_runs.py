@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from minimind_v.core.files import Held, Lock, write_text
+from minimind_v.core.formats import load as opening
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.train import build, records
+from minimind_v.core.train import records
 from tests.cli.harness import Running, read_rows, run_mmv, sighted, tiny_data, tree
 from tests.train.test_distributed import workers_of
 
@@ -75,7 +76,7 @@ def lasting(word):
 
 def slow_loading():
     """Make loading the vision model last a minute."""
-    build.build_encoder = lasting("loading")
+    opening.build_encoder = lasting("loading")
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ from minimind_v.core.paths import TOKENIZER_3V_DIR, TOKENIZER_DIR, VISION_3V_DIR
 
 
 def test_every_size_but_the_demos_is_published():
-    assert {*PUBLISHED, "demo"} == set(PRESETS)
+    assert {*PUBLISHED, "demo", "demo-3v"} == set(PRESETS)
 
 
 @pytest.mark.parametrize(

@@ -226,12 +226,14 @@ def run(tmp_path, stage="pretrain", *options, **changes):
     return warned
 
 
+@pytest.mark.long
 def test_a_real_run_with_a_huge_learning_rate(tmp_path):
     warned = run(tmp_path, lr=0.9, epochs=4)
     assert set(warned) == {"learning_rate_too_high"}
     assert "--lr 0.09" in warned["learning_rate_too_high"]
 
 
+@pytest.mark.long
 def test_a_real_run_with_a_tiny_learning_rate(tmp_path):
     warned = run(tmp_path, lr=1e-9, epochs=6)
     assert set(warned) == {"projector_does_not_learn"}
@@ -264,6 +266,7 @@ def test_a_real_run_whose_rows_lack_their_marks(tmp_path):
     assert run(tmp_path, "pretrain", "--overwrite", data=write_rows(tmp_path / "half.jsonl", rows)) == {}
 
 
+@pytest.mark.long
 def test_a_real_run_whose_pictures_come_slowly(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnostics, "STRETCH", 0.2)
     real = archives.ZipPictures.read
@@ -272,6 +275,7 @@ def test_a_real_run_whose_pictures_come_slowly(tmp_path, monkeypatch):
     assert set(warned) == {"data_is_slow"}
 
 
+@pytest.mark.long
 def test_a_real_run_that_is_well(tmp_path):
     assert run(tmp_path, epochs=6, lr=4e-3) == {}
 

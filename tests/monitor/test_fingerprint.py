@@ -21,10 +21,10 @@ CORE = Path(minimind_v.__file__).parent / "core"
 # forward pass of evaluation.
 NEUTRAL = (
     "config/", "curate/", "errors.py", "evaluate/forward.py", "extensions.py", "files.py", "formats/companions.py",
-    "formats/generations.py", "formats/gguf/", "formats/inputs.py", "hub/", "machine.py", "monitor/", "outputs.py",
-    "pages/", "paths.py", "processes.py", "signals.py", "source.py", "train/batch_size.py", "train/forecast.py",
-    "train/launch.py", "train/recall.py", "train/records.py", "train/run_folder.py", "train/saver.py", "train/trial.py",
-    "train/validate.py", "version.py", "wording.py",
+    "formats/generations.py", "formats/gguf/", "formats/hf/differences.py", "formats/inputs.py", "hub/", "machine.py",
+    "monitor/", "outputs.py", "pages/", "paths.py", "processes.py", "signals.py", "source.py", "train/batch_size.py",
+    "train/forecast.py", "train/launch.py", "train/recall.py", "train/records.py", "train/run_folder.py",
+    "train/saver.py", "train/trial.py", "train/validate.py", "version.py", "wording.py",
 )  # fmt: skip
 
 

@@ -163,6 +163,7 @@ def test_overfitting_happens_and_is_reported(tmp_path):
     assert "overfitting since step" in ended.err, events(tmp_path / "out", "validation")
 
 
+@pytest.mark.long
 def test_a_model_trained_with_pictures_of_other_rows_ignores_the_images(tmp_path):
     rows = read_rows(tiny_data().data("pretrain"))
     mixed = [{**row, "image": other["image"]} for row, other in zip(rows, rows[7:] + rows[:7], strict=True)]

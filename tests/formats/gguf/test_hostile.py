@@ -17,6 +17,7 @@ from tests.hostile import check_refused
 CASE = Path(__file__).parents[3] / ".." / "shared" / "cases" / "hostile" / "array_u8_2e40.gguf"
 
 
+@pytest.mark.long
 def test_files_that_ask_for_more_than_they_say(tmp_path):
     files = {}
     for name, (data, message) in bombs().items():
