@@ -102,6 +102,7 @@ def test_a_batch_size_is_not_measured_there():
 # --- that it computes the same ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_answers_are_those_of_the_cpu():
     first, second = (tiny_data().picture(number) for number in (0, 1))
     asked = [Question(QUESTION, [first]), Question("有几个物体？"), Question("?", [second])]
@@ -135,6 +136,7 @@ def rows(spec: VisionSpec, vocabulary: int) -> Batch:
     return Batch(ids, mask, labels, image, None, features, locations=["a:1", "a:2"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("freeze", ["all", "projector+last"])
 def test_training_steps_are_those_of_the_cpu(tmp_path, moe, freeze):

@@ -80,6 +80,7 @@ def test_it_is_the_same_from_anywhere_and_after_a_move(project, tmp_path, monkey
     assert ask("sft_vlm_128.pth").out == expected
 
 
+@pytest.mark.long
 def test_every_command_finds_them(project):
     model = ("--model", f"{WEIGHTS}.pth")
     assert run_mmv("eval", *model, "--data", "rows/sft_data.jsonl", "--json").json["rows"] == 40

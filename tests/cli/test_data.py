@@ -102,6 +102,7 @@ def test_convert_and_split(tmp_path):
     assert len(open_rows(tmp_path / "parts" / "held_out.parquet")) == 10
 
 
+@pytest.mark.long
 def test_a_model_trains_and_is_scored_on_parquet(tmp_path):
     data = tmp_path / "rows.parquet"
     run_mmv("data", "convert", tiny_data().data("sft"), data)
@@ -170,6 +171,7 @@ def test_the_commands_read_one_split_and_say_which(splits, tmp_path, guessed_tim
     assert run_mmv("info", splits, "--json").json["split"] == "train"
 
 
+@pytest.mark.long
 def test_a_model_trains_on_one_split_and_is_scored_on_another(splits, tmp_path):
     line = tiny_data().train(tmp_path / "out", data=splits, images=None, batch_size=1)
     trained = run_mmv(*line)

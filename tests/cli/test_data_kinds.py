@@ -109,6 +109,7 @@ def test_rows_are_shown_checked_and_written_in_another_form(data, tmp_path, pict
     assert train.picture(0, 0, row.images[0]) in [(folder / name).read_bytes() for name in captions]
 
 
+@pytest.mark.long
 def test_a_model_trains_and_is_scored(data, tmp_path):
     _, file, images = data
     line = tiny_data().train(tmp_path / "out", data=file, images=images, max_steps=2, workers=1)

@@ -47,6 +47,7 @@ def test_blind_scores_the_same_rows_without_their_pictures(score):
     assert score("--limit", 10, "--json").json["loss"] == report["loss"]
 
 
+@pytest.mark.long
 def test_a_blind_score_does_not_depend_on_the_pictures(score, tiny_data):
     """A set whose pictures have been swapped around scores differently seeing, and just the same blind."""
     unswapped = score("--images", tiny_data.images("sft"), "--limit", 4, "--blind", "--json").json

@@ -101,6 +101,7 @@ def test_the_configuration_of_a_run_is_kept_and_runs_again(trained, tiny_data, t
     assert losses(tmp_path) == losses(trained.out)
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tiny_data, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         assert run_mmv(*tiny_data.train(tmp_path / name, seed=seed, max_steps=4)).code == 0
@@ -110,6 +111,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tiny_data, 
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.long
 def test_the_number_of_workers_changes_nothing(tiny_data, tmp_path):
     for workers in (0, 2):
         assert run_mmv(*tiny_data.train(tmp_path / str(workers), workers=workers, max_steps=3)).code == 0

@@ -138,6 +138,7 @@ def test_a_description_of_other_weights_is_refused_with_the_next_step(project):
     assert "is sft_vlm_48.json from an older file? Without it, sizes are read from the tensors" in error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mix", "message", "what"), MIXES)
 def test_no_command_mixes_the_generations(project, mix, message, what):
     data = tiny_data()

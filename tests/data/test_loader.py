@@ -174,6 +174,7 @@ def test_broken_rows_are_reported_with_their_batch_in_every_epoch(rows):
         assert broken == list(range(4, 61, 7))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_may_lose_all_its_rows(rows, workers):
     data = rows(
@@ -222,6 +223,7 @@ def test_little_of_a_batch_is_padding(rows):
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [None, 3])
 def test_batches_do_not_depend_on_the_number_of_workers(rows, seed):
     plan = BatchPlan(rows(some_lines(150)), 4, PAD, seed, epochs=2)

@@ -418,6 +418,7 @@ def test_what_may_be_a_reading_error_is_not_kept(tmp_path):
 # --- no room, no rights -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_disk_that_fills_up_is_said_once_and_changes_no_bit(tmp_path, monkeypatch, workers):
     dataset = open_dataset(write(tmp_path, some_lines(600)))

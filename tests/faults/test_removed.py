@@ -27,6 +27,7 @@ def remove_after(step, then=lambda out: None):
     return patched_step
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("step", "then"),
     [

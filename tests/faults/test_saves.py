@@ -99,6 +99,7 @@ def test_training_continues_while_a_state_is_written(tmp_path, monkeypatch):
 # --- by time ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_states_are_saved_by_time_and_resumed_from(tmp_path, whole, slow_disk, monkeypatch):
     real = Run._step
 
@@ -120,6 +121,7 @@ def test_states_are_saved_by_time_and_resumed_from(tmp_path, whole, slow_disk, m
     assert_same_states(states(tmp_path / "out")[-1:], whole[-1:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("minutes", "minute"), [(0, 0.0), (2, 60.0)])
 def test_before_its_time_nothing_is_saved(tmp_path, slow_disk, monkeypatch, minutes, minute):
     monkeypatch.setattr(saving, "MINUTE", minute)

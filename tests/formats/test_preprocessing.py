@@ -117,6 +117,7 @@ def naflex_tower(folder):
     return folder
 
 
+@pytest.mark.long
 def test_the_tower_of_april_is_named_wherever_it_is_opened(tmp_path):
     weights, _, tokenizer = tiny_3v(tmp_path)
     tower = naflex_tower(tmp_path / "april")

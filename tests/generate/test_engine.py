@@ -78,6 +78,7 @@ def in_half_precision(model):
 # --- company ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("half", [False, True], ids=["any weights", "half-precision weights"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_request_gets_the_same_bits_alone_and_in_any_company(kind, half):

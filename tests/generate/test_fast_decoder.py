@@ -100,6 +100,7 @@ def answer_all(model, rows, eos_id=-1):
     return [[token for token in row.drawn if token != eos_id] for row in rows]
 
 
+@pytest.mark.long
 def test_rows_side_by_side_get_the_greedy_tokens_of_each_alone(model):
     torch.manual_seed(2)
     prompts, limit = prompts_of(model), 12

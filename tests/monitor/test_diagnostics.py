@@ -240,6 +240,7 @@ def test_a_real_run_with_a_tiny_learning_rate(tmp_path):
     assert "is 2.69 after 50" in warned["projector_does_not_learn"]
 
 
+@pytest.mark.long
 def test_a_real_run_whose_answers_are_cut(tmp_path):
     warned = run(tmp_path, "sft", max_length=120, init=sighted(), epochs=2)
     assert set(warned) == {"answers_are_cut"}
@@ -254,6 +255,7 @@ def test_a_real_run_without_pictures(tmp_path):
     assert set(warned) == {"no_pictures"}
 
 
+@pytest.mark.long
 def test_a_real_run_whose_rows_lack_their_marks(tmp_path):
     rows = read_rows(tiny_data().data("pretrain"))
     for number, row in enumerate(rows):

@@ -51,6 +51,7 @@ def test_the_manifest_holds_the_inputs_of_the_run(out):
     assert start["processes"] == 1
 
 
+@pytest.mark.long
 def test_a_resumed_run_adds_a_start(tmp_path, monkeypatch):
     from minimind_v.core.train.loop import Run
 

@@ -253,6 +253,7 @@ def test_a_group_that_is_too_large_is_read_in_parts_going_on(tmp_path, counted):
     assert sorted(small.shuffled(np.random.default_rng(0), 500)) == list(range(3000))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_parquet_are_those_of_the_seed(tmp_path, dataset, workers):
     plan = BatchPlan(dataset(many(tmp_path / "rows.parquet", 700, 64)), 4, 0, seed=3)

@@ -100,6 +100,7 @@ def test_the_feature_cache_changes_no_bit(dtype, workers, config, train, events)
     assert f"{ROWS} cached" in summary
 
 
+@pytest.mark.long
 def test_eight_bits_keep_the_curve(train):
     _, exact = train(features="off", epochs=6)
     first, rough = train(features="int8", epochs=6)
@@ -174,6 +175,7 @@ def test_the_name_changes_with_all_that_decides_features(tower, monkeypatch):
     assert len(names) == 5
 
 
+@pytest.mark.long
 def test_what_another_tower_saw_is_not_used(tower, train):
     train(features="exact")
     tensors = load_file(tower / "model.safetensors")

@@ -362,6 +362,7 @@ def words_and_pictures(rows, tmp_path):
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("only_words", [False, True])
 def test_rows_without_a_picture_teach_a_projector_nothing(only_words, words_and_pictures, rows, events, tmp_path):
     path = words_and_pictures

@@ -135,6 +135,7 @@ def test_the_best_weights_are_kept(out):
     assert load(out / f"{NAME}_best.pth", EYE, ASSETS, "cpu").model is not None
 
 
+@pytest.mark.long
 def test_validation_changes_nothing_of_training(out, tmp_path):
     assert run_mmv(*tiny_data().train(tmp_path / "rarely", **LINE | {"val_every": 1000})).code == 0
     often, rarely = (read_rows(folder / NAME / "metrics.jsonl") for folder in (out, tmp_path / "rarely"))
