@@ -50,7 +50,7 @@ PUBLISHED = {
         "@",
         196,
         1e-5,
-        {"pretrain": ("vision_proj.", "layers.7."), "sft": ("vision_proj.", "model.", "lm_head.")},
+        {"pretrain": ("vision_proj.", "layers.{last}."), "sft": ("vision_proj.", "model.", "lm_head.")},
         lambda share: 0.1 + 0.5 * (1 + math.cos(math.pi * share)),
         0,
     ),
@@ -61,7 +61,7 @@ PUBLISHED = {
         "<|image_pad|>",
         64,
         1e-6,
-        {"pretrain": ("vision_proj.",), "sft": ("vision_proj.", "layers.0.", "layers.7.")},
+        {"pretrain": ("vision_proj.",), "sft": ("vision_proj.", "layers.0.", "layers.{last}.")},
         lambda share: 0.1 + 0.45 * (1 + math.cos(math.pi * share)),
         1,
     ),
@@ -96,8 +96,9 @@ def run_plain(run: PlainRun, on_step: Callable[[int, float, float], None]) -> No
     device = torch.device(run.device)
     loader = DataLoader(dataset, batch_size=run.batch_size, num_workers=run.workers, pin_memory=device.type == "cuda")
     model = PlainVLM(run.folder, run.published, dataset.image_id, run.attention).to(device)
+    last = len(model.model.layers) - 1
     for name, parameter in model.named_parameters():
-        trainable = any(piece in name for piece in run.published.trained[run.stage])
+        trainable = any(piece.format(last=last) in name for piece in run.published.trained[run.stage])
         parameter.requires_grad_(trainable and not name.startswith("vision_encoder."))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=run.lr)
