@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from minimind_v.core.config.settings import read_settings
-from minimind_v.core.errors import MmvError
 from minimind_v.core.files import read_asset
-from minimind_v.core.formats.companions import trouble_of_run
+from minimind_v.core.formats.companions import run_settings, trouble_of_run
 from minimind_v.core.formats.description import shaped_sizes
 from minimind_v.core.formats.hf.form import Form
 from minimind_v.core.formats.load import ModelParts
@@ -53,7 +50,7 @@ def _table(rows: dict[str, Any]) -> str:
 def _training(source: ModelParts, order: ExportRequest) -> str:
     """The training of the run beside the weights, if there is one. Files by name only: folders move."""
     run = order.model.with_suffix("")
-    settings, last = _settings(run / "config.yaml"), _last_step(run / "metrics.jsonl")
+    settings, last = run_settings(run), [{}, *read_lines(run / "metrics.jsonl")][-1]
     if trouble_of_run(run, shaped_sizes(source.checkpoint.config)):
         settings, last = {}, {}
     rows: dict[str, Any] = {"stage": source.checkpoint.stage}
@@ -72,17 +69,3 @@ def _training(source: ModelParts, order: ExportRequest) -> str:
             rows[name] = f"{last[key]:,}" if isinstance(last[key], int) else f"{last[key]:.3f}"
     unknown = "Nothing more is known about its training.\n\n" if len(rows) == 1 else ""
     return f"\n## Training\n\n{unknown}{_table(rows)}\n"
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        return read_settings(path)
-    except (OSError, MmvError):
-        return {}
-
-
-def _last_step(path: Path) -> dict[str, Any]:
-    try:
-        return next(iter(deque(read_lines(path), maxlen=1)), {})
-    except OSError:
-        return {}
