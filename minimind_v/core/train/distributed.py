@@ -45,8 +45,8 @@ class World:
         """The rank of this process from torchrun or Slurm; alone without them."""
 
         def placed(rank: str, size: str, local_rank: str, restarts: str) -> World:
-            others = (int(environment.get(name, 0)) for name in (local_rank, restarts))
-            return cls(int(environment[rank]), int(size), *others, placed=True)
+            local, again = (int(environment.get(name, 0)) for name in (local_rank, restarts))
+            return cls(int(environment[rank]), int(size), local, again, placed=True)
 
         try:
             if "RANK" in environment and "WORLD_SIZE" in environment:
