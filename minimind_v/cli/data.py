@@ -11,7 +11,7 @@ import typer
 
 from minimind_v.cli import data_view, options
 from minimind_v.cli.command import Debug, Group, Quiet, Verbose, advanced, register, set_verbosity
-from minimind_v.cli.data_view import File, StageOfRows
+from minimind_v.cli.data_view import ROW_OPTIONS, File
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import open_all
 from minimind_v.core.wording import plural
@@ -31,12 +31,7 @@ def root(verbose: Verbose = False, quiet: Quiet = False, debug: Debug = False) -
 
 def check(
     file: File,
-    split: options.Split = None,
-    images: options.Images = None,
-    preset: options.PresetOfRows = None,
-    tokenizer: options.TokenizerOfRows = None,
-    vision_model: options.VisionOfRows = None,
-    stage: StageOfRows = None,
+    settings: dict[str, Any],
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row. [default: that of the stage]")] = None,
     against: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Held-out rows: report images that both have.")
@@ -59,14 +54,14 @@ def check(
 
     check_workers(workers)
     if fix:
-        find_target(fix, overwrite, file, images or images_beside(file), against)
+        find_target(fix, overwrite, file, settings["images"] or images_beside(file), against)
     terminal = Terminal()
-    recipe, rows, encoder, spec = data_view.open_data(
-        terminal, file, split, images, preset, tokenizer, vision_model, stage, against
-    )
+    recipe, rows, encoder, spec = data_view.open_data(terminal, file, settings, against)
     length = max_length or recipe.data.max_length
     dataset = RowDataset.for_spec(rows, encoder, spec, length)
-    held_out = open_rows(against, images_beside(against) or images, say=terminal.say, order=SCORE) if against else None
+    held_out = None
+    if against:
+        held_out = open_rows(against, images_beside(against) or settings["images"], say=terminal.say, order=SCORE)
     with terminal.progress("check") as progress:
         report = checking.check(dataset, workers, held_out, progress)
     summary = checking.summary(report, recipe.data.bad_rows)
@@ -191,8 +186,8 @@ def _open(terminal: Terminal, file: Path, split: str | None, images: Path | None
     return open_rows(file, images, split, terminal.say)
 
 
-register(data, "check", check)
-register(data, "stats", data_view.stats)
-register(data, "preview", data_view.preview)
+register(data, "check", check, table=ROW_OPTIONS)
+register(data, "stats", data_view.stats, table=ROW_OPTIONS)
+register(data, "preview", data_view.preview, table=ROW_OPTIONS)
 register(data, "convert", convert)
 register(data, "split", split)

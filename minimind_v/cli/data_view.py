@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.command import advanced
+from minimind_v.cli.command import Table, advanced
 from minimind_v.cli.run_options import Stage
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import MmvError, UsageError, open_all
@@ -29,20 +29,26 @@ File = Annotated[
         metavar="FILE", help="Rows: JSONL, JSON, CSV, parquet or tar, or a folder of such files (docs/data.md)."
     ),
 ]
-StageOfRows = Annotated[
-    Stage | None,
-    advanced("--stage", help="Read the rows as this stage does. [default: by the file's name, else sft]"),
-]
+# Options of the commands that read rows as a stage of training does: the settings of `open_data`.
+ROW_OPTIONS: Table = {
+    "split": (options.Split, None),
+    "images": (options.Images, None),
+    "preset": (options.PresetOfRows, None),
+    "tokenizer": (options.TokenizerOfRows, None),
+    "vision_model": (options.VisionOfRows, None),
+    "stage": (
+        Annotated[
+            Stage | None,
+            advanced("--stage", help="Read the rows as this stage does. [default: by the file's name, else sft]"),
+        ],
+        None,
+    ),
+}
 
 
 def stats(
     file: File,
-    split: options.Split = None,
-    images: options.Images = None,
-    preset: options.PresetOfRows = None,
-    tokenizer: options.TokenizerOfRows = None,
-    vision_model: options.VisionOfRows = None,
-    stage: StageOfRows = None,
+    settings: dict[str, Any],
     limit: Annotated[
         int | None, typer.Option(min=1, help="Count only the first rows. [default: a sample of 10000]")
     ] = None,
@@ -59,7 +65,7 @@ def stats(
     terminal = Terminal()
     if html:
         check_page(html)
-    recipe, store, encoder, _ = open_data(terminal, file, split, images, preset, tokenizer, vision_model, stage)
+    recipe, store, encoder, _ = open_data(terminal, file, settings)
     with terminal.progress("rows") as progress:
         report = describe_rows(store, encoder, recipe, time_of, limit, progress)
     if html:
@@ -74,12 +80,7 @@ def stats(
 
 def preview(
     file: File,
-    split: options.Split = None,
-    images: options.Images = None,
-    preset: options.PresetOfRows = None,
-    tokenizer: options.TokenizerOfRows = None,
-    vision_model: options.VisionOfRows = None,
-    stage: StageOfRows = None,
+    settings: dict[str, Any],
     rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
     start: Annotated[int | None, typer.Option(min=1, metavar="ROW", help="Show the rows from this one on.")] = None,
@@ -94,7 +95,7 @@ def preview(
 
     terminal = Terminal()
     check_page(html)
-    recipe, store, encoder, spec = open_data(terminal, file, split, images, preset, tokenizer, vision_model, stage)
+    recipe, store, encoder, spec = open_data(terminal, file, settings)
     previewer = Previewer(store, encoder, spec, recipe)
     chosen = previewer.choose(rows, seed, start)
     if not chosen:
@@ -111,17 +112,9 @@ def preview(
 
 
 def open_data(
-    terminal: Terminal,
-    file: Path,
-    split: str | None,
-    images: Path | None,
-    preset: str | None,
-    tokenizer: Path | None,
-    vision_model: Path | None,
-    stage: Stage | None,
-    against: Path | None = None,
+    terminal: Terminal, file: Path, settings: dict[str, Any], against: Path | None = None
 ) -> tuple[RunConfig, RowStore, PromptEncoder, VisionSpec]:
-    """The recipe of the stage, the rows, the prompt encoder and the vision spec.
+    """The recipe of the stage, the rows, the prompt encoder and the vision spec; `settings` are of ROW_OPTIONS.
 
     Without a vision model, rows are counted for the encoder of the presets. Raises one MissingInput that names every
     missing file, the held-out rows `against` included; WeightsError for a mix of generations, as training does.
@@ -133,16 +126,14 @@ def open_data(
     from minimind_v.core.rows.pictures import find_pictures
     from minimind_v.core.rows.stores import find_rows, open_rows
 
+    stage = settings["stage"] or next((name for name in Stage if file.name.startswith(name.value)), None)
     if stage is None:
-        stage = next((name for name in Stage if file.name.startswith(name.value)), None)
-        if stage is None:
-            stage = Stage.sft
-            terminal.say("reading as sft data (--stage pretrain for the other stage)")
-    generation = _generation_of(preset, tokenizer)
-    given = {"data": file, "split": split, "images": images, "preset": preset or generation.preset,
-             "tokenizer": tokenizer, "vision_model": vision_model}  # fmt: skip
+        stage = Stage.sft
+        terminal.say("reading as sft data (--stage pretrain for the other stage)")
+    generation = _generation_of(settings["preset"], settings["tokenizer"])
+    given = settings | {"data": file, "preset": settings["preset"] or generation.preset, "stage": None}
     recipe = build_config(stage.value, options=given)
-    tower = None if vision_model else generation.towers[0]
+    tower = None if settings["vision_model"] else generation.towers[0]
     _, _, tokens, spec, _ = open_all(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
@@ -150,7 +141,7 @@ def open_data(
         lambda: projected(open_spec(recipe.vision_model, generation, None, tower), recipe.projector),
         lambda: against and find_rows(against),
     )
-    store = open_rows(file, recipe.data.images, split, terminal.say)
+    store = open_rows(file, recipe.data.images, settings["split"], terminal.say)
     if not (recipe.vision_model / "config.json").is_file():
         terminal.say(
             f"no vision model in {recipe.vision_model}: counting images as the presets do, "

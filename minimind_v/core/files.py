@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,6 +98,11 @@ def object_in(notes: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return the object under a key of JSON from an untrusted file; an empty one for anything else."""
     value = notes.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def read_asset(package: str, name: str) -> str:
+    """Return a text in the folder `assets` of a package, such as `minimind_v.core.formats.hf`."""
+    return resources.files(package).joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def size_of(path: Path) -> int:

@@ -11,8 +11,7 @@ from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import RunError
 from minimind_v.core.export.prove import ask_hf
-from minimind_v.core.export.prove.ask_cases import ask
-from minimind_v.core.export.prove.cases import _content
+from minimind_v.core.export.prove.cases import _content, ask
 from minimind_v.core.export.prove.compare_hf import compare
 from minimind_v.core.export.prove.pillow_processor import has_torchvision
 from minimind_v.core.formats.hf import write as hf

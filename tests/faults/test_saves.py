@@ -43,7 +43,7 @@ def whole(tmp_path, monkeypatch):
 
     def start(saver, step, write):
         real(saver, step, write)
-        saver._thread.join()
+        saver._running[1].exception()
 
     real = Saver.start
     monkeypatch.setattr(Saver, "start", start)

@@ -7,6 +7,7 @@ import json
 import struct
 import zlib
 
+import numpy as np
 from PIL import Image
 
 from minimind_v.core.errors import RowError
@@ -50,3 +51,8 @@ def use(rows, number):
     if row.conversations is None:
         raise RowError("no conversation")
     return [rows.picture(number, position, name) for position, name in enumerate(row.images)]
+
+
+def pixels_of(example):
+    """The pixels of an example's images, [N, 3, S, S]."""
+    return np.stack([image.pixels for image in example.images])

@@ -21,7 +21,6 @@ from minimind_v.core.data.batch import collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError, RowError
-from minimind_v.core.rows import forms
 from minimind_v.core.rows.forms import no_form, read_row
 from minimind_v.core.rows.row import ANSWER_FIRST, MARK_PER_TURN, NOTES, SEVERAL_ANSWERS, SEVERAL_CAPTIONS
 from minimind_v.core.rows.stores import open_rows
@@ -279,12 +278,6 @@ def test_a_conversion_gives_the_row_in_the_usual_form(tmp_path, form, ending):
         assert [converted.picture(index, n, name) for n, name in enumerate(row.images)] == [
             picture(number) for number in PACKED[form].pictures
         ]
-
-
-def test_the_usual_forms_are_read_alike_by_the_short_way_and_by_the_table(monkeypatch):
-    rows = [read_row(written.fields) for written in (*NAMED.values(), *INLINE.values())]
-    monkeypatch.setattr(forms, "_usual_row", lambda fields: None)
-    assert [read_row(written.fields) for written in (*NAMED.values(), *INLINE.values())] == rows
 
 
 # --- what is not read -------------------------------------------------------------------------------------------------

@@ -49,14 +49,14 @@ def test_a_resume_may_divide_a_step_anew_unless_micro_batches_are_balanced(
     if model.balances_batches and differing:
         with pytest.raises(UsageError, match=" ".join(f"--allow {key}" for key in differing)):
             claim(config, processes)
-        assert claim(config, processes, tuple(differing)).rows_per_step == 8
+        assert claim(config, processes, tuple(differing)).origin["rows_per_update"] == 8
     else:
-        assert claim(config, processes).rows_per_step == 8
+        assert claim(config, processes).origin["rows_per_update"] == 8
 
 
 def test_a_resume_that_takes_the_batch_size_of_the_state_keeps_the_division(tmp_path, model):
     assert model.balances_batches == (model is MOE)
-    assert claim(recipe(tmp_path, model, 8, 1), auto=True).rows_per_step == 8
+    assert claim(recipe(tmp_path, model, 8, 1), auto=True).origin["rows_per_update"] == 8
 
 
 def test_a_batch_size_that_was_found_is_the_one_that_is_compared(tmp_path):
@@ -66,4 +66,4 @@ def test_a_batch_size_that_was_found_is_the_one_that_is_compared(tmp_path):
     folder.states.write(5, {}, {"step": 5, "split": [2, 4]}, claim(config).origin)
     with pytest.raises(UsageError, match=r"--allow data\.batch_size"):
         claim(config)
-    assert claim(replace(config, data=replace(config.data, batch_size=2), accumulate=4)).rows_per_step == 8
+    assert claim(replace(config, data=replace(config.data, batch_size=2), accumulate=4)).origin["rows_per_update"] == 8

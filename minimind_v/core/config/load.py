@@ -143,10 +143,13 @@ def _collect(
 
 def published_file(path: Path, stage: str) -> Path:
     """The stage's rows in a folder that `mmv download dataset` filled; any other path as it is."""
-    for files in dataset_files(stage):
-        if all(os.path.isfile(path / file.name) for file in files):
-            return path / files[0].name
-    return path
+    return next(iter(_published_files(path, stage)), path)
+
+
+def _published_files(folder: Path, stage: str) -> list[Path]:
+    """The files of the first published layout of the stage's rows that a folder has; none without one."""
+    layouts = ([folder / file.name for file in files] for files in dataset_files(stage))
+    return next((paths for paths in layouts if all(map(os.path.isfile, paths))), [])
 
 
 def images_beside(data: Path) -> Path | None:
@@ -192,10 +195,8 @@ def _find_data(config: RunConfig) -> DataConfig:
     if config.data.file.is_file():
         return config.data
     for folder in (DATASET_DIR, SAMPLE_DIR):
-        for files in dataset_files(config.stage):
-            paths = [folder / file.name for file in files]
-            if all(path.is_file() for path in paths):
-                return replace(config.data, file=paths[0], images=paths[1] if len(paths) > 1 else None)
+        if paths := _published_files(folder, config.stage):
+            return replace(config.data, file=paths[0], images=paths[1] if len(paths) > 1 else None)
     return config.data
 
 

@@ -30,7 +30,6 @@ class Converted:
 
     files: list[Path]
     rows: int
-    pictures: int
     resumed_at: int  # rows of an earlier run
 
 
@@ -55,16 +54,14 @@ def convert(
 def _convert(rows: RowStore, target: RowFormat, progress: Callable[[int, int], None]) -> Converted:
     """Write the missing parts, and make the target from all parts."""
     done = begun = _resume(rows, target)
-    pictures = 0
     for batch in _batches(rows, done):
-        pictures += sum(len(whole.pictures) for whole in batch)
         target.write_chunk(done, batch)
         done += len(batch)
         progress(done, len(rows))
     write_text(target.folder / FINISHING, "")
     target.finish()
     shutil.rmtree(target.folder)
-    return Converted(target.files, done, pictures, begun)
+    return Converted(target.files, done, begun)
 
 
 def find_target(out: Path, overwrite: bool, rows: Path, pictures: Path | None, *others: Path | None) -> RowFormat:

@@ -16,7 +16,6 @@ from minimind_v.core.data.dataset import BrokenRow, Example
 from minimind_v.core.model.loss import IGNORE
 
 TOKENS = ("input_ids", "attention_mask", "image_mask", "labels")  # [B, T] each
-IMAGES = ("pixel_values", "image_features")
 
 
 @dataclass(frozen=True)
@@ -88,17 +87,6 @@ class Batch:
                 first = last
             pieces.append(Batch(**cut))
         return pieces
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Small tensors travel from a worker as arrays through the pipe: a fifth of the cost of shared memory."""
-        return {
-            name: value.numpy() if isinstance(value, Tensor) and name not in IMAGES else value
-            for name, value in self.__dict__.items()
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            self.__dict__[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
     def pin_memory(self) -> Batch:
         """torch's DataLoader calls this for transfers to a CUDA device."""

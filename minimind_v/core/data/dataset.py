@@ -49,12 +49,6 @@ class Example:
     names: list[str] = field(default_factory=list)
     images: list[LoadedImage] = field(default_factory=list)
 
-    @property
-    def pixels(self) -> np.ndarray | None:
-        """The images to encode, uint8 [N, 3, S, S]; None if there are none."""
-        pixels = [image.pixels for image in self.images if image.pixels is not None]
-        return np.stack(pixels) if pixels else None
-
 
 class RowDataset:
     """A store of rows and a prompt encoder. Picklable."""

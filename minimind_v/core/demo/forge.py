@@ -116,6 +116,27 @@ def make_tokenizer(out: Path, demo: DemoGeneration) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def descend(
+    name: str, optimiser: torch.optim.Optimizer, losses: Iterator[Tensor], steps: int, rising: float
+) -> Iterator[int]:
+    """Do a step for each loss and yield its number. The rate rises over a share of the steps, and then falls."""
+    (group,) = optimiser.param_groups
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=group["lr"], total_steps=steps, pct_start=rising)
+    started = time.time()
+    for step, loss in enumerate(losses, 1):
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 50 == 0:
+            log.info(f"{name} {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s")
+        yield step
+
+
 # --- vision -----------------------------------------------------------------------------------------------------------
 
 
@@ -198,21 +219,17 @@ def train_tower(out: Path, demo: DemoGeneration, seed: int, recipe: Recipe) -> d
     tower.requires_grad_(True)
     reader = nn.Linear(spec.width, len(WORDS))
     parameters = [*tower.parameters(), *reader.parameters()]
-    steps, lr = recipe.tower_steps, recipe.tower_lr
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(parameters, lr=recipe.tower_lr, weight_decay=0.05)
+
+    def losses() -> Iterator[Tensor]:
+        for pixels, labels in batches(spec, rng, recipe.tower_steps, 64):
+            read = reader(_encode(encoder, pixels))  # [B, P, words]
+            named = labels.any(dim=-1, keepdim=True)  # patches of objects are rare: weigh them up
+            yield ((read - labels).square() * torch.where(named, 4.0, 1.0)).mean()
+
     started = time.time()
-    for step, (pixels, labels) in enumerate(batches(spec, rng, steps, 64), 1):
-        read = reader(_encode(encoder, pixels))  # [B, P, words]
-        named = labels.any(dim=-1, keepdim=True)  # patches of objects are rare: weigh them up
-        loss = ((read - labels).square() * torch.where(named, 4.0, 1.0)).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        if step % 50 == 0:
-            log.info(f"tower {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s")
+    for _ in descend("tower", optimiser, losses(), recipe.tower_steps, 0.1):
+        pass
     figures = _score_tower(encoder, reader, random.Random(seed + 1))
     figures["seconds"] = round(time.time() - started)
     folder = out / "vision"
@@ -323,17 +340,8 @@ def train_base(out: Path, demo: DemoGeneration, seed: int, recipe: Recipe) -> di
     parameters = list(model.model.parameters())
     steps, lr = recipe.base_steps, recipe.base_lr
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.05)
-    started = time.time()
-    for step in range(1, steps + 1):
-        loss = reader.loss(rng, ROWS)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        if step % 50 == 0:
-            log.info(f"base {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s")
+    losses, started = (reader.loss(rng, ROWS) for _ in range(steps)), time.time()
+    for step in descend("base", optimiser, losses, steps, 0.05):
         if step % 500 == 0 or step == steps:
             figures = reader.score(random.Random(seed + 1))
             log.info(f"base {step}: {figures}")

@@ -94,11 +94,11 @@ def of_the_run(weights: Path, sizes: Mapping[str, Any]) -> Companions:
     folder = run_folder_of(weights)
     if trouble := trouble_of_run(folder, sizes):
         return Companions(ignored=f"{trouble} than {weights}: it is ignored")
+    config = run_settings(folder)
     try:
-        config = read_settings(folder / "config.yaml")
         out = Path(config["out"])
         paths = {"vision_model": Path(config["vision_model"]), "tokenizer": Path(config["data.tokenizer"])}
-    except (OSError, KeyError, TypeError, MmvError):  # no run, or its file was changed
+    except (KeyError, TypeError):  # no run, or its file was changed
         return UNKNOWN
     companions: dict[str, Any] = {"layout": config.get("data.layout")}
     for name, path in paths.items():
@@ -114,11 +114,18 @@ def run_folder_of(weights: Path) -> Path:
     return weights.with_suffix("").with_name(weights.stem.removesuffix("_best"))
 
 
+def run_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder's `config.yaml`; none where it is missing or no longer readable."""
+    try:
+        return read_settings(folder / "config.yaml")
+    except (OSError, MmvError):
+        return {}
+
+
 def trouble_of_run(folder: Path, sizes: Mapping[str, Any]) -> str | None:
     """Why a run folder is not that of weights of these sizes: files of both generations have the same names."""
-    try:
-        config = read_settings(folder / "config.yaml")
-    except (OSError, MmvError):
+    config = run_settings(folder)
+    if not config:
         return None
     recorded = {"qk_norm": TextConfig.qk_norm}  # older releases did not record it
     recorded |= {name: config[f"model.{name}"] for name in sizes if f"model.{name}" in config}

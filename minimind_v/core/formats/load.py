@@ -154,8 +154,7 @@ def read_companions(
         tower = gguf.read_vision_tower(vision_model)
         check_tower(vision_model, tower.spec, generation, weights)
     else:
-        open_spec(vision_model, generation, weights)  # before weights that do not fit
-        tower = read_tower(vision_model)
+        tower = read_tower(vision_model, open_spec(vision_model, generation, weights))
         if read_preprocessing(vision_model) is None:
             say(f"{vision_model} has no preprocessor_config.json: images are resized {tower.spec.resample}, and "
                 f"normalised as {generation.vision_encoder}'s processor does by default")  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
-from minimind_v.core.rows.members import ABSENT, ENTRY, ZIP64, extra_field
+from minimind_v.core.rows.members import ENCRYPTED, STORED, directory, entries
 
 MOST_TENSORS = 10_000  # of a file: ten times those of a large vision-language model
 MOST_PICKLE = 2 << 20  # bytes of the names and sizes of so many tensors, and of values saved beside them
@@ -26,8 +26,8 @@ _MOST_CALLS = 5 * MOST_TENSORS  # in a pickle: a parameter takes five
 _MOST_COPIES = 1 << 20  # entries and letters that they may copy
 _MOST_VIEWS = 4  # how many tensors may share each number of a file: tied weights are two
 
-_END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _LOCAL = 30  # bytes of the header before a record, without its name
+_END, _END64, _LOCATOR = 22, 56, 20  # bytes of what ends a zip; the last two are of a large one
 
 
 def check_torch_file(path: Path) -> None:
@@ -48,10 +48,12 @@ def check_torch_file(path: Path) -> None:
 def _check_zip(file: BinaryIO, size: int) -> None:
     records = _read_directory(file, size)
     root = next(iter(records), "").partition("/")[0]  # torch takes the folder of the first record
-    begin, length = records.get(f"{root}/data.pkl", (0, 0))
+    offset, length = records.get(f"{root}/data.pkl", (0, 0))
     if not length or length > MOST_PICKLE:
         raise ValueError(f"its data.pkl has {length:,} bytes; the maximum is {MOST_PICKLE:,}")
-    file.seek(begin)
+    file.seek(offset)
+    header = file.read(_LOCAL)
+    file.seek(sum(struct.unpack_from("<HH", header, 26)), 1)  # its name and its extra fields
     outline = Outline(
         io.BytesIO(file.read(length)), {name: bytes for name, (_, bytes) in records.items()}, f"{root}/data/"
     )
@@ -64,67 +66,30 @@ def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
 
     All zip readers agree on a file only where its directory ends it, without a comment, as torch writes it.
     """
-    count, begin, end = _find_directory(file, size)
-    file.seek(begin)
-    directory = file.read(end - begin)
-    records: dict[str, tuple[int, int]] = {}
-    at = total = 0
-    for _ in range(count):
-        (magic, _, _, flags, method, _, _, _, packed, plain, name_length, extra_length, comment_length, _, _, _,
-         offset) = ENTRY.unpack_from(directory, at)  # fmt: skip
-        at += ENTRY.size
-        name = directory[at : at + name_length].decode().lower()
-        extra = directory[at + name_length : at + name_length + extra_length]
-        at += name_length + extra_length + comment_length
-        plain, packed, offset = _in_full(extra, plain, packed, offset)
-        if magic != b"PK\x01\x02" or name in records:
-            raise ValueError("its directory is damaged")
-        if method or flags & 1 or packed != plain:
-            raise ValueError(f"its record {name} is compressed, which torch never does")
-        total += plain
-        if total > size or offset + _LOCAL + plain > size:
-            raise ValueError(f"its record {name} is larger than the file")
-        records[name] = _data_of(file, offset), plain
-    return records
-
-
-def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """The number of records, and the start and end of their directory."""
-    end = size - _END.size
-    file.seek(max(end, 0))
-    magic, _, _, _, count, length, begin, comment = _END.unpack(file.read(_END.size))
-    if magic != b"PK\x05\x06" or comment:
-        raise ValueError("its end is missing")
-    file.seek(max(end - _LOCATOR.size, 0))
-    locator = file.read(_LOCATOR.size)
-    if locator[:4] == b"PK\x06\x07":
-        end -= _LOCATOR.size + _END64.size
-        if _LOCATOR.unpack(locator)[2] != end or end < 0:
-            raise ValueError("its directory is damaged")
-        file.seek(end)
-        magic, _, _, _, _, _, _, count, length, begin = _END64.unpack(file.read(_END64.size))
-        if magic != b"PK\x06\x06":
-            raise ValueError("its directory is damaged")
+    begin, end, count, prefix = directory(file)
+    file.seek(max(size - _END - _LOCATOR, 0))
+    locator = file.read(_LOCATOR)
+    wide = locator[:4] == b"PK\x06\x07"
+    behind = _END64 + _LOCATOR + _END if wide else _END
+    if prefix or size - end != behind or (wide and int.from_bytes(locator[8:16], "little") != end):
+        raise ValueError("its directory is damaged")
     if count > MOST_TENSORS + 100:  # and a few records of torch's own
         raise ValueError(f"it has {count:,} records; the maximum is {MOST_TENSORS + 100:,}")
-    if begin + length != end:
+    records: dict[str, tuple[int, int]] = {}
+    total = 0
+    for _, record in entries(file, begin, end):
+        name = record.raw_name.decode().lower()
+        if name in records or len(records) == count:
+            raise ValueError("its directory is damaged")
+        if record.method != STORED or record.flags & ENCRYPTED or record.packed != record.size:
+            raise ValueError(f"its record {name} is compressed, which torch never does")
+        total += record.size
+        if total > size or record.offset + _LOCAL + record.size > size:
+            raise ValueError(f"its record {name} is larger than the file")
+        records[name] = record.offset, record.size
+    if len(records) < count:
         raise ValueError("its directory is damaged")
-    return count, begin, end
-
-
-def _in_full(extra: bytes, *sizes: int) -> list[int]:
-    """The sizes of a directory entry; its extra field holds those that need more than 32 bits."""
-    numbers = extra_field(extra, ZIP64)
-    wide = iter(struct.unpack_from(f"<{len(numbers) // 8}Q", numbers))
-    if sizes.count(ABSENT) > len(numbers) // 8:
-        raise ValueError("its directory is damaged")
-    return [next(wide) if size == ABSENT else size for size in sizes]
-
-
-def _data_of(file: BinaryIO, offset: int) -> int:
-    file.seek(offset)
-    header = file.read(_LOCAL)
-    return offset + _LOCAL + sum(struct.unpack_from("<HH", header, 26))
+    return records
 
 
 # --- the form before 2020: pickles, then the storages -----------------------------------------------------------------

@@ -23,7 +23,6 @@ from minimind_v.core.model.vision.spec import (
     read_tower_config,
     read_vision_spec,
 )
-from minimind_v.core.paths import STANDARD_PRESET
 from minimind_v.core.wording import plural
 
 _OTHERS = ("text_model.", "text_projection", "visual_projection", "logit_scale", "language_model.",
@@ -42,12 +41,12 @@ class StoredTower:
     tensors: dict[str, Tensor]
 
 
-def read_tower(folder: Path, preset: str = STANDARD_PRESET) -> StoredTower:
-    """The tower in its own folder, a whole CLIP's, or a LLaVA's.
+def read_tower(folder: Path, spec: VisionSpec | None = None) -> StoredTower:
+    """The tower in its own folder, a whole CLIP's, or a LLaVA's; `spec` is what `read_vision_spec` has read there.
 
-    Raises MissingInput with the download of `preset`, or WeightsError.
+    Raises MissingInput or WeightsError.
     """
-    spec = read_vision_spec(folder, preset=preset)
+    spec = spec or read_vision_spec(folder)
     kind, config = read_tower_config(folder)
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACTIVATIONS:

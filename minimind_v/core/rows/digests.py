@@ -6,12 +6,12 @@ million have the same digest once in forty million such sets.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 
 import numpy as np
 
+from minimind_v.core.rows.members import hash_bytes
 from minimind_v.core.rows.row import Row
 
 
@@ -65,18 +65,14 @@ def _of_each_row(owners: np.ndarray, values: np.ndarray, mask: np.ndarray, rows:
 
 def text_digest(row: Row) -> int:
     """A digest of a conversation."""
-    return _digest(json.dumps(row.conversations, sort_keys=True).encode())
+    return hash_bytes(json.dumps(row.conversations, sort_keys=True).encode())
 
 
 def picture_digest(data: bytes) -> int:
     """A digest of a picture's bytes."""
-    return _digest(data, b"picture")
+    return hash_bytes(data, b"picture")
 
 
 def whole_digest(text: int, pictures: list[int]) -> int:
     """A digest of a conversation and its pictures, by the digests of each."""
-    return _digest(b"".join(digest.to_bytes(8, "little") for digest in (text, *pictures)), b"row")
-
-
-def _digest(data: bytes, kind: bytes = b"") -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=kind).digest(), "little")
+    return hash_bytes(b"".join(digest.to_bytes(8, "little") for digest in (text, *pictures)), b"row")

@@ -11,17 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.cells import StoredPictures, records_of
+from minimind_v.core.rows.cells import records_of
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, FILE_NAMES, PICTURES, QUESTIONS, READ, TALKS
 from minimind_v.core.rows.marks import filled_picture_field, place_pictures, row_pictures
 from minimind_v.core.rows.messages import STANDARD, Conversation, has_messages, put_tools, read_messages
-from minimind_v.core.rows.row import IMAGE_MARK, SEVERAL_ANSWERS, SEVERAL_CAPTIONS, Row, image_names, parse_json
+from minimind_v.core.rows.row import SEVERAL_ANSWERS, SEVERAL_CAPTIONS, Row, parse_json
 from minimind_v.core.rows.unread import refuse_unread
 
 MOST_IMAGES = 10_000  # of a row: 32768 positions hold fewer
 DESCRIBE, DESCRIBE_CHINESE = "Describe this image.", "描述这张图片。"
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_DATA = ("data:", "/9j/", "iVBOR", "R0lG", "UklGR")
 _HAN, _LATIN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"), re.compile("[A-Za-z\u00c0-\u024f]+")
 
 
@@ -30,11 +28,8 @@ def read_row(fields: Mapping[str, Any]) -> Row:
 
     A row without a conversation has None for it; its user raises `no_form`.
     """
-    text = fields.get("conversations")
-    if type(text) is str and text.startswith("["):
-        fields = {**fields, "conversations": parse_json(text, "`conversations` is ")}
     try:
-        row = _usual_row(fields) or _read_fields(fields)
+        row = _read_fields(fields)
     except RecursionError:
         raise RowError("nested too deeply", "json") from None
     if len(row.images) > MOST_IMAGES:
@@ -72,55 +67,6 @@ def _put_system(fields: dict[str, Any], conversation: Conversation) -> None:
         if isinstance(first, dict) and first.get("role") == "user":
             conversation.messages = [{"role": "system", "content": text}, *messages]
             del fields["system"]
-
-
-def _usual_row(fields: Mapping[str, Any]) -> Row | None:
-    """A row in the forms of published data, by a short way; None for any other. A JSONL is read twice as fast so."""
-    key = "conversations" if "conversations" in fields else "messages"
-    messages = fields.get(key)
-    if type(messages) is not list or not messages or "system" in fields or "tools" in fields:
-        return None
-    if key == "conversations" and "messages" in fields:
-        return None
-    try:
-        if "from" in messages[0]:
-            messages = [
-                {"role": _LLAVA_ROLES[message["from"]], "content": message["value"]}
-                for message in messages
-                if len(message) == 2 or _LLAVA_ROLES[""]  # no more keys, or a KeyError
-            ]
-        marks = 0
-        for message in messages:
-            text = message["content"]
-            if len(message) != 2 or message["role"] not in STANDARD or type(text) is not str:
-                return None
-            marks += text.count(IMAGE_MARK)
-    except (KeyError, TypeError, AttributeError):
-        return None
-    first = messages[messages[0]["role"] == "system" and len(messages) > 1]
-    if first["role"] == "assistant" or (marks > 1 and len(messages) > 2):
-        return None
-    extra = dict(fields)
-    del extra[key]
-    images: list[str] = []
-    inline: dict[int, Any] = {}
-    form = key
-    for name in PICTURES:
-        if name not in extra:
-            continue
-        if form != key:  # two fields of pictures
-            return None
-        value, form = extra.pop(name), f"{key} + {name}"
-        if type(value) is str and "://" not in value and not value.startswith(_DATA):
-            images = image_names(value)
-        elif isinstance(value, StoredPictures):
-            images = [f"picture {number}" for number in range(1, (marks or len(value)) + 1)]
-            inline = dict(enumerate(range(len(images))))
-        elif value is not None:
-            return None
-    if marks and not images:
-        return None
-    return Row(messages, images, extra, inline, (), form if images else key)
 
 
 def no_form(row: Row) -> RowError:

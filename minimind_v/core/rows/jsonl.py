@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
@@ -15,7 +16,6 @@ from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import Index, columns
 from minimind_v.core.rows.json_layout import (
     CHUNK,
-    HEAD,
     LINES,
     OTHER,
     ROW_LIMIT,
@@ -28,7 +28,7 @@ from minimind_v.core.rows.json_layout import (
 from minimind_v.core.rows.row import OpenedRows, Row
 from minimind_v.core.rows.strangers import no_rows, stand_in
 
-WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # whether each byte is white space
+BOM = b"\xef\xbb\xbf"
 
 
 def open_json(path: Path, images: Path | None = None) -> OpenedRows:
@@ -99,46 +99,24 @@ class JsonlRows(TextRows):
         return self._parse(self.handle.readline(ROW_LIMIT + 1))
 
     def _find_rows(self) -> np.ndarray:
-        """Offset and line number (from 1) of every line that is not blank, from chunks of the file."""
-        offsets, lines, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
-        count = 0
         with self.path.open("rb") as file:
-            begin, fresh = 0, True  # whether a line begins where this chunk does
-            while data := file.read(CHUNK):
-                chunk = np.frombuffer(data, np.uint8)
-                starts = np.flatnonzero(chunk[:-1] == ord("\n")) + 1
-                if fresh:
-                    starts = np.concatenate([[0], starts])
-                kept = ~_blank_lines(chunk, starts)
-                offsets.append(starts[kept] + begin)
-                lines.append(np.flatnonzero(kept) + count + 1)
-                firsts.append(chunk[starts[kept]])
-                count += len(starts)
-                begin, fresh = begin + len(chunk), data.endswith(b"\n")
-            line_starts = np.concatenate(offsets)
-            # Only a line that begins with white space can be blank, and the first, after a byte order mark.
-            spaced = np.concatenate(firsts) <= ord(" ")
-            spaced[:1] = True
-            blank = [n for n in np.flatnonzero(spaced) if _is_blank(file, line_starts[n])]
-        return np.delete(np.stack([line_starts, np.concatenate(lines)]), blank, axis=1)
+            return columns(_filled_lines(file))
 
 
-def _blank_lines(chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Which of the lines that begin at `starts` are blank and end in this chunk, bool [lines]."""
-    spaced = WHITE[chunk[starts]]
-    if not spaced.any():
-        return spaced
-    text = np.append(np.flatnonzero(~WHITE[chunk]), len(chunk))
-    ends = np.append(np.flatnonzero(chunk == ord("\n")), len(chunk))
-    return spaced & (text[np.searchsorted(text, starts)] > ends[np.searchsorted(ends, starts)])
-
-
-def _is_blank(file: Any, offset: int) -> bool:
-    file.seek(offset)
-    while not (piece := file.readline(HEAD)).removeprefix(b"\xef\xbb\xbf").strip():
-        if not piece or piece.endswith(b"\n"):
-            return True
-    return False
+def _filled_lines(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Offset and number (from 1) of every line that is not blank; a long one is read in pieces."""
+    begin = end = len(BOM) if file.read(len(BOM)) == BOM else 0
+    file.seek(begin)
+    number, blank = 1, True
+    while piece := file.readline(CHUNK):
+        blank = blank and not piece.strip()
+        end += len(piece)
+        if piece.endswith(b"\n"):
+            if not blank:
+                yield begin, number
+            begin, number, blank = end, number + 1, True
+    if not blank:
+        yield begin, number
 
 
 class LlavaRows(TextRows):

@@ -168,6 +168,6 @@ def hashes(member: Member) -> set[int]:
     return {hash_name(names[-1]) for names in paths if names and not raw.endswith(b"/")}
 
 
-def hash_bytes(data: bytes) -> int:
-    """A hash of 64 bits."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+def hash_bytes(data: bytes, kind: bytes = b"") -> int:
+    """A hash of 64 bits; the same data has another for each `kind`."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=kind).digest(), "little")

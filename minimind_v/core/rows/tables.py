@@ -18,14 +18,14 @@ from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, PICTURES, QUESTIONS, READ, TALKS, is_readable
 from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import columns
-from minimind_v.core.rows.jsonl import TextRows
+from minimind_v.core.rows.jsonl import BOM, TextRows
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.unread import FILE
 from minimind_v.core.wording import plural
 
 RECORD_LIMIT = 2**25  # bytes of a record; a longer record has an open quote
 PIECE = 2**20  # bytes of a too long line that are read together
-BOM, BLANK = b"\xef\xbb\xbf", b"\r\n"
+BLANK = b"\r\n"
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 TEXTS = {*CAPTIONS, *QUESTIONS, *(key for keys in QUESTIONS.values() for key in keys)}
 KEYS = {*TALKS, "texts", *TEXTS, *PICTURES, *ALTERNATIVES}  # also recognised in capitals

@@ -17,9 +17,7 @@ from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.token_store import keep_tokens
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.formats.checkpoint import Receipt
 from minimind_v.core.formats.companions import Companion, Companions, tokenizer_digest, vision_digest
-from minimind_v.core.formats.load import load_initial
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.rows.heldout import hold_out
@@ -33,16 +31,6 @@ class Data:
 
     plan: BatchPlan
     held_out: BatchPlan | None
-
-
-def open_model(config: RunConfig, listener: Listener) -> tuple[VLM, Tokenizer, Receipt]:
-    """The model with its initial weights, its tokenizer, and the receipt of the weights. Raises as `load_initial`."""
-    model, tokenizer, receipt = load_initial(config, listener.message)
-    if receipt.loaded:
-        listener.message(str(receipt))
-    else:
-        listener.warning("starting from random weights: the language model is untrained")
-    return model, tokenizer, receipt
 
 
 def companions_of(config: RunConfig, model: VLM, tokenizer: Tokenizer) -> Companions:

@@ -43,24 +43,17 @@ class World:
     @classmethod
     def find(cls, environment: Mapping[str, str] = os.environ) -> World:
         """The rank of this process from torchrun or Slurm; alone without them."""
+
+        def placed(rank: str, size: str, local_rank: str, restarts: str) -> World:
+            local, again = (int(environment.get(name, 0)) for name in (local_rank, restarts))
+            return cls(int(environment[rank]), int(size), local, again, placed=True)
+
         try:
             if "RANK" in environment and "WORLD_SIZE" in environment:
-                return cls(
-                    int(environment["RANK"]),
-                    int(environment["WORLD_SIZE"]),
-                    int(environment.get("LOCAL_RANK", 0)),
-                    int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
-                    True,
-                )
-            tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
-            if "SLURM_PROCID" in environment and tasks > 1:
-                return cls(
-                    int(environment["SLURM_PROCID"]),
-                    tasks,
-                    int(environment.get("SLURM_LOCALID", 0)),
-                    int(environment.get("SLURM_RESTART_COUNT", 0)),
-                    True,
-                )
+                return placed("RANK", environment["WORLD_SIZE"], "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+            tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+            if "SLURM_PROCID" in environment and int(tasks) > 1:
+                return placed("SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_RESTART_COUNT")
         except ValueError as error:
             raise UsageError(f"the rank of this process cannot be read from the environment: {error}") from None
         return cls()

@@ -10,12 +10,11 @@ import numpy as np
 
 from minimind_v.core.config.load import build_config
 from minimind_v.core.config.schema import RunConfig, TextConfig
-from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.feature_store import FeatureStore
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.errors import MmvError, UsageError
 from minimind_v.core.files import read_notes
-from minimind_v.core.formats.companions import run_folder_of, trouble_of_run
+from minimind_v.core.formats.companions import run_folder_of, run_settings, trouble_of_run
 from minimind_v.core.formats.description import shaped_sizes
 from minimind_v.core.monitor.messages import recalled
 from minimind_v.core.monitor.metrics import Recalled
@@ -50,7 +49,7 @@ def earlier_run(init: Path | None, model: TextConfig) -> Earlier | None:
     try:
         if trouble := trouble_of_run(folder, shaped_sizes(model)):
             raise UsageError(trouble)
-        config = read_settings(folder / "config.yaml")
+        config = run_settings(folder)
         file, images = Path(config["data.file"]), config["data.images"] and Path(config["data.images"])
         started = Path(notes["starts"][-1]["folder"])
         if not file.exists():  # relative to the folder where that run was started

@@ -11,12 +11,13 @@ import torch
 from minimind_v.core.config.limits import check_machine
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.device import pick_device, require_determinism
+from minimind_v.core.formats.load import load_initial
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.monitor.diagnostics import Start
 from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.monitor.recorder import Recorder
 from minimind_v.core.train.batch_size import find_batch_size
-from minimind_v.core.train.build import companions_of, open_data, open_features, open_model
+from minimind_v.core.train.build import companions_of, open_data, open_features
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.loop import Run, Summary
 from minimind_v.core.train.recall import RecallReport, earlier_run
@@ -81,7 +82,11 @@ def assemble(
     if auto:
         config = _choose_batch_size(config, folder, claim, device, world, listener)
     torch.manual_seed(config.seed)
-    model, tokenizer, receipt = open_model(config, listener)
+    model, tokenizer, receipt = load_initial(config, listener.message)
+    if receipt.loaded:
+        listener.message(str(receipt))
+    else:
+        listener.warning("starting from random weights: the language model is untrained")
     companions = companions_of(config, model, tokenizer)
     data = open_data(config, model.spec, tokenizer, claim.origin, folder.folder, world, listener)
     model = accelerate(model.to(device), device)

@@ -38,10 +38,6 @@ class Claim:
     origin: dict[str, Any]
     state: State | None = None
 
-    @property
-    def rows_per_step(self) -> int:
-        return int(self.origin["rows_per_update"])
-
 
 class RunFolder:
     """The files of a run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -47,14 +47,6 @@ class Snapshot:
         return copies, ready
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a save."""
-
-    step: int
-    error: BaseException | None
-
-
 class Saver:
     """Saves the states and weights of a run, one at a time, each written by a thread.
 
@@ -75,8 +67,7 @@ class Saver:
         self._snapshot = Snapshot()
         self._owed = False  # whether a save failed, or is due
         self._saved_at = time.monotonic()  # or when the run began
-        self._thread: threading.Thread | None = None
-        self._outcome: Outcome | None = None
+        self._running: tuple[int, Future[None]] | None = None  # step and end of a save
 
     def after_step(self, step: int, logged: bool, progress: Callable[[], dict[str, Any]]) -> None:
         """Start a save if one is due, after the one before has ended."""
@@ -102,17 +93,22 @@ class Saver:
             write_checkpoint(self.folder.best_weights, tensors, model.model_config, self.config.stage, self.companions)
 
     def report(self, wait: bool = False) -> None:
-        """Report the end of the save in the background. A full disk must not end the run."""
-        ended = self.outcome(wait)
-        if ended is None:
+        """Report the end of the save in the background; without `wait`, only if it has ended.
+
+        A full disk must not end the run; other errors of the save are raised.
+        """
+        if self._running is None or (self.busy and not wait):
             return
-        if ended.error is None:
-            self.listener.saved(ended.step)
-        elif isinstance(ended.error, RunError):
+        step, ending = self._running
+        error = ending.exception()
+        self._running = None
+        if error is None:
+            self.listener.saved(step)
+        elif isinstance(error, RunError):
             self._owed = True  # it is tried again
-            self.listener.warning(f"step {ended.step}: {ended.error}")
+            self.listener.warning(f"step {step}: {error}")
         else:
-            raise ended.error
+            raise error
 
     def _is_due(self, step: int, logged: bool) -> bool:
         """After save_every steps and save_minutes; where that failed, at every logged one until it succeeds."""
@@ -147,27 +143,20 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._running is not None and not self._running[1].done()
 
-    def start(self, step: int, write: Callable[[], object]) -> None:
-        """Start to write step `step`. The outcome of the save before must have been read."""
-        assert self._thread is None
+    def start(self, step: int, write: Callable[[], None]) -> None:
+        """Start to write step `step`. The end of the save before must have been reported."""
+        assert self._running is None
+        ending: Future[None] = Future()
 
         def work() -> None:
             try:
                 write()
-                self._outcome = Outcome(step, None)
+                ending.set_result(None)
             except BaseException as error:  # raised by the thread that trains
-                self._outcome = Outcome(step, error)
+                ending.set_exception(error)
 
+        self._running = step, ending
         # A daemon: a third signal ends the run at once, even while a slow disk writes.
-        self._thread = threading.Thread(target=work, name="save", daemon=True)
-        self._thread.start()
-
-    def outcome(self, wait: bool = False) -> Outcome | None:
-        """The end of the save; None without a save or, without `wait`, while it still runs."""
-        if self._thread is None or (self.busy and not wait):
-            return None
-        self._thread.join()
-        self._thread = None
-        return self._outcome
+        threading.Thread(target=work, name="save", daemon=True).start()

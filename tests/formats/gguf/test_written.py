@@ -144,7 +144,9 @@ TALKS = (
 
 
 def rendered(messages):
-    return Environment().from_string(words.CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=True)
+    return (
+        Environment().from_string(words.chat_template("chatml")).render(messages=messages, add_generation_prompt=True)
+    )
 
 
 @pytest.mark.parametrize("talk", TALKS, ids=["question", "talk"])

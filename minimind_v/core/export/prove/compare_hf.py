@@ -13,8 +13,7 @@ from torch import Tensor
 from minimind_v.core.config.schema import VisionSpec
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
-from minimind_v.core.export.prove.ask_cases import ask
-from minimind_v.core.export.prove.cases import CASES, Case, images
+from minimind_v.core.export.prove.cases import CASES, Case, ask, images
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.files import size_of
 from minimind_v.core.formats.hf.write import form_of
@@ -25,7 +24,7 @@ TOLERANCE = 1e-4  # of a logit in fp32; rounding alone gives about 1e-6
 
 
 def compare(order: ExportRequest, folder: Path, export: dict[str, Any]) -> Report:
-    """Compare the answers of `folder` (`ask_cases.ask`) with the source of `order`.
+    """Compare the answers of `folder` (`cases.ask`) with the source of `order`.
 
     An export in another type is compared with the source's weights in that type, which must give the same; the report
     also has the cost of the type itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minimind_v.core.export.prove.ask_cases import ask
+from minimind_v.core.export.prove.cases import ask
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.files import in_use
 from minimind_v.core.formats.request import ExportRequest

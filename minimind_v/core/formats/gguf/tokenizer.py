@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from importlib import resources
+from string import Template
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -14,6 +14,7 @@ from minimind_v.core.data.layouts import ChatML, find_layout
 from minimind_v.core.data.thinking import EMPTY_BLOCK
 from minimind_v.core.data.tokenizer import Tokenizer, usual_layout
 from minimind_v.core.errors import WeightsError
+from minimind_v.core.files import read_asset
 from minimind_v.core.formats.gguf.file import Reader, Writer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
@@ -22,35 +23,18 @@ _SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
           "byte_fallback": False, "ignore_merges": False}  # fmt: skip
 
-# The layout of 2025. Newlines join the items of a client's message; where a server has put its mark for an image
-# (`<__media…__>`) right before the text, the template adds the newline of training.
-CHAT_TEMPLATE = (
-    "{%- if messages[0]['role'] != 'system' -%}"
-    "{{ '<|im_start|>system\\n" + ChatML.system_prompt + "<|im_end|>\\n' }}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string -%}"
-    "{%- if '<__media' in message['content'] -%}"
-    "{{ message['content'].replace('__>\\n', '__>').replace('__>', '__>\\n') }}"
-    "{%- else -%}{{ message['content'] }}{%- endif -%}"
-    "{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}{{ part['text'] }}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{{ '<|im_end|>\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
-
 
 def chat_template(layout: str) -> str:
-    """The jinja template of a chat layout, without the tags that only transformers reads."""
+    """The jinja template of a chat layout, without the tags that only transformers reads.
+
+    In that of 2025, newlines join the items of a client's message; where a server has put its mark for an image
+    (`<__media…__>`) right before the text, the template adds the newline of training.
+    """
     if layout == "chatml":
-        return CHAT_TEMPLATE
-    file = resources.files("minimind_v.core.formats.hf").joinpath("assets", "chat_template_think.jinja")
-    return re.sub(r"{% (end)?generation %}", "", file.read_text(encoding="utf-8"))
+        lines = read_asset("minimind_v.core.formats.gguf", "chat_template.jinja").splitlines()
+        return Template("".join(lines)).substitute(system=ChatML.system_prompt)
+    text = read_asset("minimind_v.core.formats.hf", "chat_template_think.jinja")
+    return re.sub(r"{% (end)?generation %}", "", text)
 
 
 def write_tokenizer(writer: Writer, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -146,19 +130,9 @@ def modelfile(files: list[str], layout: str) -> str:
     """
     chat = find_layout(layout)
     block = EMPTY_BLOCK if layout == "chatml-think" else ""
-    answer = f'{{{{ if eq .Role "assistant" }}}}{block}{{{{ end }}}}' if block else ""
-    system = f'SYSTEM """{chat.system_prompt}"""\n' if chat.system_prompt else ""
-    sources = "\n".join(f"FROM ./{name}" for name in files)
-    return f'''# ollama create minimind-v -f Modelfile
-{sources}
-TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
-{answer}{{{{ .Content }}}}<|im_end|>
-{{{{ end }}}}<|im_start|>assistant
-{block}"""
-{system}PARAMETER stop "<|im_end|>"
-PARAMETER stop "<|im_start|>"
-PARAMETER temperature 0.65
-PARAMETER top_p 0.85
-PARAMETER repeat_penalty 1.0
-PARAMETER num_ctx 4096
-'''
+    return Template(read_asset("minimind_v.core.formats.gguf", "Modelfile")).substitute(
+        sources="\n".join(f"FROM ./{name}" for name in files),
+        answer=f'{{{{ if eq .Role "assistant" }}}}{block}{{{{ end }}}}' if block else "",
+        block=block,
+        system=f'SYSTEM """{chat.system_prompt}"""\n' if chat.system_prompt else "",
+    )

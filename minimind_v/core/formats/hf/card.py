@@ -2,64 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from minimind_v.core.config.settings import read_settings
-from minimind_v.core.errors import MmvError
-from minimind_v.core.formats.companions import trouble_of_run
+from minimind_v.core.files import read_asset
+from minimind_v.core.formats.companions import run_settings, trouble_of_run
 from minimind_v.core.formats.description import shaped_sizes
 from minimind_v.core.formats.hf.form import Form
 from minimind_v.core.formats.load import ModelParts
 from minimind_v.core.formats.request import ExportRequest
 from minimind_v.core.monitor.metrics import read_lines
-
-HEAD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- {tag}
-- minimind-v
----
-
-# {name}
-
-A small vision-language model: frozen {encoder}, {projector}, and {language_model} of {millions:.1f} million
-parameters. `mmv convert` wrote this folder; it needs no custom code.
-
-{sizes}
-"""
-
-USE = """
-## Use
-
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder = "."  # this folder, or the name of its repository
-processor = AutoProcessor.from_pretrained(folder)
-model = AutoModelForImageTextToText.from_pretrained(folder)
-
-messages = [{"role": "user", "content": [
-    {"type": "image", "image": Image.open("picture.jpg")},
-    {"type": "text", "text": "What is in the picture?"},
-]}]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-).to(model.device, model.dtype)
-answer = model.generate(**inputs, max_new_tokens=100, do_sample=False)
-print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-For several images, add several parts; a message may also be plain text. `transformers serve` serves this folder.
-
-## Limits
-
-This model is small enough to be trained and understood in an hour. It makes many mistakes, above all about small
-objects and text in images, and it repeats the errors of its training data.
-"""
 
 
 def write_card(folder: Path, source: ModelParts, order: ExportRequest, form: Form) -> None:
@@ -76,16 +29,18 @@ def write_card(folder: Path, source: ModelParts, order: ExportRequest, form: For
         sizes["experts"] = (
             f"{config.n_routed_experts}, {config.num_experts_per_tok} per token, and {config.n_shared_experts} shared"
         )
-    head = HEAD.format(
+    card = Template(read_asset("minimind_v.core.formats.hf", "card.txt")).substitute(
         name=order.model.stem,
         tag=form.tag,
         encoder=source.checkpoint.generation.vision_encoder,
         projector=form.projects,
         language_model="a language model with a mixture of experts" if config.use_moe else form.language_model,
-        millions=source.checkpoint.parameters / 1e6,
+        millions=f"{source.checkpoint.parameters / 1e6:.1f}",
         sizes=_table(sizes),
+        training=_training(source, order),
+        requirements=form.requirements,
     )
-    (folder / "README.md").write_text(head + _training(source, order) + form.requirements + USE, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _table(rows: dict[str, Any]) -> str:
@@ -95,7 +50,7 @@ def _table(rows: dict[str, Any]) -> str:
 def _training(source: ModelParts, order: ExportRequest) -> str:
     """The training of the run beside the weights, if there is one. Files by name only: folders move."""
     run = order.model.with_suffix("")
-    settings, last = _settings(run / "config.yaml"), _last_step(run / "metrics.jsonl")
+    settings, last = run_settings(run), [{}, *read_lines(run / "metrics.jsonl")][-1]
     if trouble_of_run(run, shaped_sizes(source.checkpoint.config)):
         settings, last = {}, {}
     rows: dict[str, Any] = {"stage": source.checkpoint.stage}
@@ -114,17 +69,3 @@ def _training(source: ModelParts, order: ExportRequest) -> str:
             rows[name] = f"{last[key]:,}" if isinstance(last[key], int) else f"{last[key]:.3f}"
     unknown = "Nothing more is known about its training.\n\n" if len(rows) == 1 else ""
     return f"\n## Training\n\n{unknown}{_table(rows)}\n"
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        return read_settings(path)
-    except (OSError, MmvError):
-        return {}
-
-
-def _last_step(path: Path) -> dict[str, Any]:
-    try:
-        return next(iter(deque(read_lines(path), maxlen=1)), {})
-    except OSError:
-        return {}

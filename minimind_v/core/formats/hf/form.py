@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from minimind_v.core.config.schema import ModelConfig, TextConfig
+from minimind_v.core.config.schema import ModelConfig, TextConfig, VisionSpec
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
 
@@ -75,6 +75,20 @@ def text_sizes(config: TextConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
+    }
+
+
+def image_processor_config(kind: str, spec: VisionSpec) -> dict[str, Any]:
+    """The settings that the image processors of all classes have, for one of the class `kind`."""
+    return {
+        "image_processor_type": kind,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
     }
 
 

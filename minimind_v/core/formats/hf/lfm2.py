@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from minimind_v.core.config.schema import MLP, SIGLIP_VISION, TextConfig, VisionSpec
-from minimind_v.core.formats.hf.form import Form, special_ids, text_sizes, tokenizer_config
+from minimind_v.core.formats.hf.form import Form, image_processor_config, special_ids, text_sizes, tokenizer_config
 from minimind_v.core.formats.hf.lfm2_names import MODEL_TYPE, SIGLIP2, to_lfm2
 from minimind_v.core.formats.hf.names import TOWER
 from minimind_v.core.formats.vision_tower import PATCHES
@@ -88,21 +88,13 @@ def _text_config(config: TextConfig) -> dict[str, Any]:
 
 
 def _image_processor_config(spec: VisionSpec) -> dict[str, Any]:
-    return {
-        "image_processor_type": "Lfm2VlImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
+    return image_processor_config("Lfm2VlImageProcessor", spec) | {
         "resample": FILTERS.index(spec.resample),
         **ONE_TILE,
         "tile_size": spec.image_size,
         "encoder_patch_size": spec.patch_size,
         "min_image_tokens": spec.tokens_per_image,
         "max_image_tokens": spec.tokens_per_image,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
         "do_pad": True,
     }
 

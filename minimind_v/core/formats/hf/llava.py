@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minimind_v.core.config.schema import CLIP_VISION, LINEAR, TextConfig, VisionSpec
 from minimind_v.core.data.tokenizer import IMAGE_TOKEN, Tokenizer, with_image_token
-from minimind_v.core.formats.hf.form import Form, special_ids, text_sizes, tokenizer_config
+from minimind_v.core.formats.hf.form import Form, image_processor_config, special_ids, text_sizes, tokenizer_config
 from minimind_v.core.formats.hf.names import TOWER, to_llava
 from minimind_v.core.formats.vision_tower import StoredTower
 
@@ -86,19 +86,11 @@ def _model_config(config: TextConfig, tower: StoredTower, tokenizer: Tokenizer, 
 
 
 def _image_processor_config(spec: VisionSpec) -> dict[str, Any]:
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
+    return image_processor_config("CLIPImageProcessor", spec) | {
         "size": {"shortest_edge": spec.image_size},
         "resample": BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": spec.image_size, "width": spec.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
     }
 
 

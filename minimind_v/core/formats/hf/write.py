@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.files import disk_errors, in_use
+from minimind_v.core.files import disk_errors, in_use, read_asset
 from minimind_v.core.formats.description import describe
 from minimind_v.core.formats.hf.card import write_card
 from minimind_v.core.formats.hf.form import Form
@@ -69,8 +68,7 @@ def write(source: ModelParts, folder: Path, order: ExportRequest) -> None:
 
 def chat_template(form: Form) -> str:
     """The jinja template that writes standard messages in the layout of training."""
-    folder = resources.files("minimind_v.core.formats.hf")
-    return folder.joinpath("assets", form.template).read_text(encoding="utf-8")
+    return read_asset("minimind_v.core.formats.hf", form.template)
 
 
 def _halved(tensor: Tensor) -> Tensor:
