@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from minimind_v.core.data.processor import Images
 from minimind_v.core.data.tokenizer import Tokenizer
@@ -102,8 +103,12 @@ def generate_many(
         text, pixels = engine.processor.question(question.text, question.images)
         prompts.append(engine.prompt([{"role": "user", "content": text}], pixels, max_new_tokens))
     texts = []
-    for answer in answer_each(engine, [lambda prompt=prompt: prompt for prompt in prompts], sampling, max_new_tokens):
+    for answer in answer_each(engine, [partial(_same, prompt) for prompt in prompts], sampling, max_new_tokens):
         if answer.error is not None:
             raise answer.error
         texts.append(answer.text)
     return texts
+
+
+def _same(prompt: Prompt) -> Prompt:
+    return prompt
