@@ -12,7 +12,7 @@ from minimind_v.cli.chat_answers import RIVALS, describe_need, show_answer, show
 from minimind_v.cli.chat_images import Display, check_count, read_image
 from minimind_v.cli.chat_save import Talk, as_address, write_of
 from minimind_v.cli.terminal import Terminal
-from minimind_v.cli.typed_line import LineReader
+from minimind_v.cli.typed_line import LineReader, confirm
 from minimind_v.core.errors import MmvError, UsageError, nearest, shorten
 from minimind_v.core.files import write_text
 from minimind_v.core.pages.talk import Exchange
@@ -320,14 +320,9 @@ class Conversation:
         self._latest()
         if path.is_dir():
             raise UsageError(f"{path} is a folder — name a file")
-        if path.exists():
-            try:
-                answer = self.lines.read(f"{path} exists — replace it? [y/N] ")
-            except (KeyboardInterrupt, EOFError):
-                answer = ""
-            if answer.strip().lower() not in ("y", "yes"):
-                self.terminal.say("not saved")
-                return
+        if path.exists() and not confirm(f"{path} exists — replace it?"):
+            self.terminal.say("not saved")
+            return
         exchanges = [
             Exchange(
                 asked.text, asked.answer, asked.reasoning, [(name, as_address(pixels)) for name, pixels in asked.images]
@@ -365,9 +360,7 @@ COMMANDS = {
     "/system": TypedCommand("TEXT|none", "starts over with this system prompt", Conversation.system),
     "/again": TypedCommand("", "answers the latest question once more", Conversation.again),
     "/edit": TypedCommand("", "changes the latest question and answers it; its images stay", Conversation.edit),
-    "/blank": TypedCommand(
-        "", "answers the latest question with grey images: does the model need them?", Conversation.blank
-    ),
+    "/blank": TypedCommand("", "answers it with grey images: does the model need them?", Conversation.blank),
     "/top": TypedCommand("on|off", f"shows the {RIVALS} likeliest rivals of each token", Conversation.top),
     "/params": TypedCommand("NAME VALUE", "shows or sets temperature, top_p, seed and the others", Conversation.params),
     "/think": TypedCommand("on|off", "lets the model reason before it answers", Conversation.think),

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from minimind_v.core.paths import state_dir
 
 MOST_LINES = 1000  # of the history
+PATH_COMMANDS = ("/image", "/save")  # behind which paths are completed
 LONGEST_LINE = 10_000  # characters: a pasted address that holds an image is not kept
 
 
@@ -24,6 +25,14 @@ class LineReader(Protocol):
     def read(self, prompt: str, text: str = "") -> str:
         """Return the next line; `text` is in it to be changed. Raises EOFError at the end, KeyboardInterrupt."""
         ...
+
+
+def confirm(question: str) -> bool:
+    """Whether the user types yes; the answer is not kept in the history."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except (KeyboardInterrupt, EOFError):
+        return False
 
 
 def plain_terminal() -> bool:
@@ -58,7 +67,7 @@ class EditedLines:
     edits = True
 
     def __init__(self, commands: Iterable[str], history: Path | None = None) -> None:
-        """`commands` are completed at the beginning of a line, and paths behind /image and /save."""
+        """`commands` are completed at the beginning of a line, and paths behind those that take one."""
         from prompt_toolkit import PromptSession
 
         file = history or state_dir() / "chat_history"
@@ -80,18 +89,20 @@ def _completer(commands: list[str]) -> Any:
     paths = PathCompleter(expanduser=True)
 
     class LineCompleter(Completer):
-        """Completes a command, or the path behind one."""
+        """Completes a command, or the path behind one: the last of several."""
 
         def get_completions(self, document: Document, complete_event: Any) -> Iterator[Completion]:
-            before = document.text_before_cursor
-            command, space, path = before.partition(" ")
+            command, space, path = document.text_before_cursor.partition(" ")
             if not space and command.startswith("/"):
                 for name in commands:
                     if name.startswith(command):
                         yield Completion(name, start_position=-len(command))
-            if command in ("/image", "/save") and space:
+            if command in PATH_COMMANDS and space:
                 path = path.lstrip()
-                yield from paths.get_completions(Document(path), complete_event)
+                for text in dict.fromkeys((path, path.rpartition(" ")[2])):
+                    for match in paths.get_completions(Document(text), complete_event):
+                        folder = "/" if match.display_text.endswith("/") else ""
+                        yield Completion(match.text + folder, match.start_position, match.display)
 
     return LineCompleter()
 

@@ -47,7 +47,7 @@ def split_names(text: str) -> list[str]:
         names = list(lexer)
     except ValueError:  # an open quote
         return [whole]
-    if len(names) > 1 and not any(_exists(name, True) or ADDRESS.match(name) or glob.has_magic(name) for name in names):
+    if len(names) > 1 and not any(_exists(name, True) or ADDRESS.match(name) or "*" in name for name in names):
         return [whole]  # one name with spaces, and no such file
     return names
 
@@ -69,8 +69,10 @@ def files_of(name: str) -> list[str] | None:
         if not glob.has_magic(name) or os.path.lexists(path):
             return None
         files = sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
-        raise MissingInput(f"no image file at {shorten(name, SHOWN)} ({error})") from None
+    except (OSError, ValueError):  # a name too long, no rights, a zero byte: reading it reports that
+        return None
+    if not files and not set(name) & set("*["):
+        return None  # a question mark in a name
     if not files:
         raise MissingInput(f"no file matches {shorten(name, SHOWN)}")
     return files
