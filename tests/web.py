@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ENDLESS = 100_000  # blocks of a content that does not end by itself
@@ -34,10 +34,8 @@ class Handler(BaseHTTPRequestHandler):
         elif trouble not in ("endless", "slow"):
             self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client has had enough
             self._write(trouble)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client has had enough
 
     def _write(self, trouble: str) -> None:
         if trouble == "endless":
