@@ -1,6 +1,7 @@
 """The pieces of `mmv chat`, each by itself."""
 
 import io
+import json
 import os
 import stat
 from types import SimpleNamespace
@@ -14,10 +15,16 @@ from minimind_v.cli import typed_line
 from minimind_v.cli.chat_answers import describe_need, show_beside
 from minimind_v.cli.chat_images import Display, beside, find_display
 from minimind_v.cli.chat_save import Talk, as_address, write_of
+from minimind_v.cli.conversation import Conversation
 from minimind_v.cli.terminal import Terminal
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
+from minimind_v.core.generate.sampling import GREEDY
+from minimind_v.core.generate.session import Session
 from minimind_v.core.generate.settings import Sampling
 from minimind_v.core.pages.talk import Exchange
+from tests.cli.harness import sighted_model, tokenizer
+from tests.tokenizers_made import thinking_tokenizer
 
 
 def pixels(size=8):
@@ -130,6 +137,73 @@ def test_a_plain_terminal_writes_no_styles(capsys, monkeypatch):
     assert capsys.readouterr().err == "a warning\na thought"
     Terminal().warn("a warning")
     assert "\x1b" in capsys.readouterr().err
+
+
+# --- a model that can think -------------------------------------------------------------------------------------------
+
+
+class ScriptedLines:
+    """Someone who types these lines, and then ends the conversation; the prompts are kept."""
+
+    edits = True
+
+    def __init__(self, *lines):
+        self.lines, self.given = list(lines), []
+
+    def read(self, prompt, text=""):
+        self.given.append(text)
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+class SpokenText:
+    """Draws the tokens of these texts, one text an answer."""
+
+    def __init__(self, vocabulary, *texts):
+        encode = vocabulary.backend.encode
+        self.ids = []
+        for text in texts:
+            self.ids += [*encode(text, add_special_tokens=False).ids, vocabulary.eos_id]
+
+    def __call__(self, logits, text_ids):
+        return self.ids.pop(0)
+
+
+def test_reasoning_is_switched_on_shown_and_saved(tmp_path, capsys):
+    vocabulary = Tokenizer.load(thinking_tokenizer(tmp_path / "thinking"))
+    session = Session(sighted_model(), vocabulary, GREEDY)
+    session.sampler = SpokenText(vocabulary, "A star", "of red\n</think>\n\nA star", "A cross")
+    file = tmp_path / "talk.json"
+    lines = ScriptedLines("What is it?", "/think", "/again", f"/save {file}", "/think off", "/edit", "Which?", "/top")
+    Conversation(Terminal(), session, 20, lines).run()
+    messages = json.loads(file.read_text())["messages"]
+    assert messages[-1] == {"role": "assistant", "content": "A star", "reasoning_content": "of red"}
+    assert len(messages) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "A star\nA star\nA cross\n"
+    assert "/think is on\nof red" in captured.err
+    assert "/think is off" in captured.err
+    assert "What is it?" in lines.given, "the latest question was given to be changed"
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came(tmp_path, capsys):
+    session = Session(sighted_model(), tokenizer(), GREEDY)
+    ids = tokenizer().encode("A red star").ids
+
+    def draw(logits, text_ids):
+        if not ids:
+            raise KeyboardInterrupt
+        return ids.pop(0)
+
+    session.sampler = draw
+    file = tmp_path / "talk.json"
+    Conversation(Terminal(), session, 20, ScriptedLines("What is it?", f"/save {file}")).run()
+    assert json.loads(file.read_text())["messages"][-1]["content"] == "A red star"
+    assert capsys.readouterr().out == "A red star\n"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
