@@ -47,9 +47,11 @@ class Terminal:
 
     verbosity = Verbosity.normal  # of the whole program
 
-    def __init__(self) -> None:
-        self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=self.verbosity is Verbosity.quiet)
+    def __init__(self, plain: bool = False) -> None:
+        """`plain`: without colours and styles, also on a terminal."""
+        style: dict[str, Any] = {"highlight": False, "soft_wrap": True} | ({"color_system": None} if plain else {})
+        self.out = Console(**style)
+        self.err = Console(stderr=True, quiet=self.verbosity is Verbosity.quiet, **style)
 
     def say(self, message: str) -> None:
         """Write a message about the progress of a command."""
@@ -124,7 +126,8 @@ class ProgressLine:
         if self.terminal.is_live:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                        TextColumn("{task.fields[note]}"), TimeRemainingColumn())  # fmt: skip
-            self._bar = Progress(*columns, console=self.terminal.err, transient=True)
+            # A result that is written meanwhile stays on stdout.
+            self._bar = Progress(*columns, console=self.terminal.err, transient=True, redirect_stdout=False)
             self._task = self._bar.add_task(self.what, total=None, note="")
             self._bar.start()
         return self

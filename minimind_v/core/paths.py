@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 # The inputs of the stages. Every command has an option for another folder.
@@ -17,3 +18,10 @@ DEMO_3V_DIR = Path("demo-3v")  # of `mmv demo --generation 3v`
 
 STANDARD_PRESET = "small"
 PRESET_DEMO_3V = "demo-3v"  # the preset of that demo, which no hub has
+
+
+def state_dir() -> Path:
+    """The user's folder for what `mmv` keeps between its commands."""
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "mmv"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "mmv"

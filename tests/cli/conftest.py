@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from minimind_v.core.train import forecast
 from tests.cli import harness
 from tests.cli.harness import Ended, TinyData
+from tests.web import serving
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +23,13 @@ def tiny_data() -> TinyData:
 @pytest.fixture(scope="session")
 def sighted() -> Path:
     return harness.sighted()
+
+
+@pytest.fixture
+def web() -> Iterator[Callable[[bytes], str]]:
+    """`web(content)` is the address of a file with this content on a server of this machine."""
+    with ExitStack() as stack:
+        yield lambda content: stack.enter_context(serving(content))[0]
 
 
 @pytest.fixture

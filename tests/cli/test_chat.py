@@ -1,6 +1,7 @@
 """`mmv chat` with one question."""
 
 import base64
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -111,18 +112,15 @@ def test_a_cut_picture_is_reported(ask, tiny_data, tmp_path):
 
 def test_a_picture_that_does_not_exist_is_reported(ask, tmp_path):
     assert ask(QUESTION, "--image", "dog.jpg", code=1).error == "no image file at dog.jpg"
-    assert ask(QUESTION, "--image", tmp_path, code=1).error == f"{tmp_path} is a folder — name an image file in it"
-    (tmp_path / "cat.JPG").touch()
-    assert (
-        f"name an image file in it, for example {tmp_path / 'cat.JPG'}"
-        in ask(QUESTION, "--image", tmp_path, code=1).error
-    )
+    assert ask(QUESTION, "--image", tmp_path, code=1).error == f"no image file in the folder {tmp_path}"
+    assert ask(QUESTION, "--image", tmp_path / "*.jpg", code=1).error == f"no file matches {tmp_path / '*.jpg'}"
     assert "File name too long" in ask("dog.jpg", "--image", QUESTION * 50, code=1).error  # the two mixed up
 
 
 def test_all_missing_pictures_are_reported_at_once(ask, tiny_data, tmp_path):
-    line = ask(QUESTION, "--image", "a.jpg", "--image", tiny_data.picture(), "--image", tmp_path, code=1).error
-    assert line == f"2 inputs are missing: no image file at a.jpg; {tmp_path} is a folder — name an image file in it"
+    b = tmp_path / "b.jpg"
+    line = ask(QUESTION, "--image", "a.jpg", "--image", tiny_data.picture(), "--image", b, code=1).error
+    assert line == f"2 inputs are missing: no image file at a.jpg; no image file at {b}"
     assert "--image is empty" in ask(QUESTION, "--image", "", code=2).error
 
 
@@ -141,7 +139,7 @@ def test_an_address_is_read_or_refused(ask, tiny_data, tmp_path):
         assert ask(QUESTION, "--image", address, "--greedy").out == expected
     shown = ask(QUESTION, "--image", inline, "--greedy", "--json").json["images"]
     assert len(shown[0]) <= 120
-    for address in ("https://example.org/dog.jpg", "s3://bucket/dog.jpg", "file://elsewhere/dog.jpg"):
+    for address in ("ftp://example.org/dog.jpg", "s3://bucket/dog.jpg", "file://elsewhere/dog.jpg"):
         line = ask(QUESTION, "--image", address, code=2).error
         assert line.startswith(f"{address} is a web address")
         assert "download it first" in line
@@ -149,6 +147,91 @@ def test_an_address_is_read_or_refused(ask, tiny_data, tmp_path):
     damaged = ask(QUESTION, "--image", inline[:100] + "!", code=2).error
     assert "damaged or cut" in damaged
     assert len(damaged) < 300
+
+
+def test_an_image_may_come_from_a_pipe(ask, tiny_data):
+    content = tiny_data.picture().read_bytes()
+    piped = ask(QUESTION, "--image", "-", "--greedy", "--json", stdin=content).json
+    assert piped["images"] == ["stdin"]
+    assert piped["answer"] + "\n" == ask(QUESTION, "--image", tiny_data.picture(), "--greedy").out
+    assert "the question is missing" in ask("--image", "-", code=2, stdin=content).err
+    assert "given twice" in ask(QUESTION, "--image", "-", "--image", "-", code=2, stdin=content).error
+    assert ask(QUESTION, "--image", "-", code=1, stdin=b"").error.startswith("stdin: ")
+
+
+def test_a_web_address_is_fetched(ask, tiny_data, web):
+    address = web(tiny_data.picture().read_bytes())
+    answer = ask(QUESTION, "--image", address, "--greedy", "--json").json
+    assert answer["images"] == [address]
+    assert answer["answer"] + "\n" == ask(QUESTION, "--image", tiny_data.picture(), "--greedy").out
+    line = ask(QUESTION, "--image", f"{address}/none", code=1).error
+    assert line == f"{address}/none: the server answered HTTP 404 Not Found — check the address"
+
+
+def test_sampling_has_all_its_options(ask):
+    chance = (QUESTION, "--temperature", 3, "--top-p", 1, "--seed", 4)
+    greedy, free = ask(QUESTION, "--greedy").out, ask(*chance).out
+    assert free != greedy
+    assert ask(*chance, "--top-k", 1).out == ask(*chance, "--min-p", 1).out == greedy
+    assert ask(QUESTION, "--greedy", "--repetition-penalty", 50).out != greedy
+
+
+def test_a_system_prompt_changes_what_the_model_reads(ask):
+    assert ask(QUESTION, "--greedy", "--system", "有几个物体？" * 20).out != ask(QUESTION, "--greedy").out
+    standard = "You are a helpful assistant"
+    assert ask(QUESTION, "--greedy", "--system", standard).out == ask(QUESTION, "--greedy").out
+
+
+# --- one answer for each image ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tiny_data, tmp_path):
+    """Ten images, of which the fourth is broken."""
+    for number in range(10):
+        (tmp_path / f"{number}.jpg").write_bytes(tiny_data.picture(number % 3).read_bytes())
+    (tmp_path / "3.jpg").write_bytes(b"<!DOCTYPE html>")
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_each_image_of_a_folder_gets_the_answer_that_it_gets_alone(ask, folder):
+    ended = ask(QUESTION, "--image", folder, "--greedy", "--json", code=1)
+    lines = [json.loads(line) for line in ended.out.splitlines()]
+    assert [line["images"] for line in lines] == [[str(folder / f"{number}.jpg")] for number in range(10)]
+    for number, line in enumerate(lines):
+        if number == 3:
+            assert "an HTML page" in line["error"]
+            assert "answer" not in line
+        else:
+            alone = ask(QUESTION, "--image", folder / f"{number}.jpg", "--greedy", "--json").json
+            assert line.keys() == alone.keys()
+            assert (line["prompt"], line["answer"], line["tokens"]) == (QUESTION, alone["answer"], alone["tokens"])
+    assert ended.err.count(f"{folder / '3.jpg'}: ") == 1
+    assert "images 10/10" in ended.err
+
+
+def test_a_pattern_chooses_images_and_names_stand_before_the_answers(ask, folder):
+    ended = ask(QUESTION, "--image", folder / "[0-2].jpg", "--greedy")
+    alone = [ask(QUESTION, "--image", folder / f"{number}.jpg", "--greedy").out for number in range(3)]
+    assert ended.out == "".join(f"{folder / f'{number}.jpg'}: {answer}" for number, answer in enumerate(alone))
+    mixed = ask(QUESTION, "--image", folder / "5.jpg", "--image", folder / "[0-2].jpg", "--greedy").out
+    assert mixed == f"{folder / '5.jpg'}: {alone[2]}" + ended.out
+
+
+def test_a_folder_takes_a_question_with_one_mark_only(ask, folder):
+    assert "2 <image> marks for 1 pictures" in ask("<image><image>?", "--image", folder, code=2).error
+    ended = ask("Is <image> big?", "--image", folder / "[01].jpg", "--greedy")
+    assert ended.out.count("\n") == 2
+
+
+def test_a_seed_draws_for_each_image_of_a_folder_anew(ask, folder):
+    chance = (QUESTION, "--image", folder / "[05].jpg", "--temperature", 3, "--top-p", 1, "--seed", 4)
+    assert ask(*chance).out == ask(*chance).out
+
+
+def test_a_model_that_cannot_think_is_refused_once_for_a_folder(ask, folder):
+    assert "cannot think" in ask(QUESTION, "--image", folder, "--think", code=2).error
 
 
 def test_without_a_picture_it_says_so_once(ask, tiny_data):
@@ -200,6 +283,10 @@ def test_an_empty_question_is_still_a_question(ask):
         ("--top-p", "nan", "--top-p must be above 0"),
         ("--seed", 2**64, "--seed must be at least 0 and below 2^63"),
         ("--seed", -1, "--seed must be at least 0"),
+        ("--top-k", -1, "top_k must be at least 0"),
+        ("--min-p", 2, "min_p must be at least 0 and at most 1"),
+        ("--repetition-penalty", 0, "repetition_penalty must be above 0"),
+        ("--system", "an <image>", "<image> in the system prompt"),
         ("--device", "gpu", "--device gpu"),
     ],
 )

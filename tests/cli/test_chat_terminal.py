@@ -1,5 +1,6 @@
 """`mmv chat` as a conversation on a terminal."""
 
+import json
 import os
 import pty
 import re
@@ -21,7 +22,7 @@ class Conversation:
         self.master, slave = pty.openpty()
         os.set_blocking(self.master, False)
         self.seen = ""
-        self.mmv = Running(folder, "chat", *SIGHT, *args, terminal=os.ttyname(slave))
+        self.mmv = Running(folder, "chat", "--plain", *SIGHT, *args, terminal=os.ttyname(slave))
         self.mmv.until(lambda: self.read().count("you> ") == 1 or not self.mmv.alive)
         os.close(slave)
 
@@ -56,6 +57,7 @@ def talk(sighted, tmp_path):
 
 def test_a_conversation_from_the_first_word_to_the_last(talk, tiny_data, tmp_path):
     assert "/image FILE adds an image" in talk.seen
+    assert "\x1b" not in talk.seen
     first = talk.type("有几个物体？")
     assert first
     second = talk.type("What colour is the star?")
@@ -67,9 +69,10 @@ def test_a_conversation_from_the_first_word_to_the_last(talk, tiny_data, tmp_pat
     answer = talk.type("What colour is the star?")
     assert answer
     assert talk.type("") == ""
-    assert "/quit ends" in talk.type("/help")
+    assert re.search(r"/quit +ends the conversation", talk.type("/help"))
     assert talk.leave() == 0
     assert "Traceback" not in talk.seen
+    assert "\x1b" not in talk.seen, "a plain conversation moves no cursor and has no colours"
 
 
 def test_what_cannot_be_taken_spoils_one_question_only(sighted, tiny_data, tmp_path, monkeypatch):
@@ -116,7 +119,7 @@ def test_what_a_terminal_drops_is_taken(talk, tiny_data, tmp_path, monkeypatch):
     assert talk.type(several) == f"for the next question: {first}, {second}, {third}"
     assert talk.type("Which is bigger?")
     assert talk.type("/image").endswith(f"\nin the conversation: {first}, {second}, {third}")
-    assert talk.type("/image https://example.org/dog.jpg").startswith("https://example.org/dog.jpg is a web address")
+    assert talk.type("/image s3://bucket/dog.jpg").startswith("s3://bucket/dog.jpg is a web address")
     both = talk.type(f"/image {third} nowhere.jpg")
     assert both == "no image file at nowhere.jpg"
     assert "for the next question" not in talk.type("/image")  # all, or none
@@ -183,5 +186,185 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(sighted, tmp_path):
     assert talk.mmv.alive
     time.sleep(0.3)  # it reads from the terminal
     talk.mmv.send(signal.SIGINT)
+    talk.mmv.until(lambda: "Ctrl-C again ends the conversation" in talk.read() and talk.seen.count("you> ") == 3)
+    talk.type("")  # in between there was a line: the next one is the first again
+    talk.mmv.send(signal.SIGINT)
+    talk.mmv.until(lambda: talk.read().count("Ctrl-C again") == 2 and talk.seen.count("you> ") == 5)
+    talk.mmv.send(signal.SIGINT)
     assert talk.mmv.wait().code == 0
     assert "Traceback" not in talk.read()
+
+
+def test_sigterm_ends_the_conversation_without_a_word(talk):
+    talk.mmv.send(signal.SIGTERM)
+    assert talk.mmv.wait().code == 128 + signal.SIGTERM
+    assert "Traceback" not in talk.read()
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_word_that_is_no_command_names_the_nearest(talk):
+    assert talk.type("/imgae dog.jpg") == "unknown command /imgae (did you mean '/image'?) — /help shows all"
+    assert talk.type("/xyzzy") == "unknown command /xyzzy — /help shows all"
+    assert talk.leave() == 0
+
+
+def test_before_a_question_there_is_nothing_to_repeat(talk):
+    for command in ("/again", "/edit", "/blank", "/save talk.md"):
+        assert talk.type(command) == "no question was asked yet"
+    assert "likeliest rivals" in talk.type("/top")
+    assert talk.leave() == 0
+
+
+def test_again_answers_the_latest_question_only(talk, tiny_data):
+    first = talk.type("有几个物体？")
+    talk.type(f"/image {tiny_data.picture()}")
+    second = talk.type("What colour is the star?")
+    again = talk.type("/again")
+    assert again.startswith(second)
+    assert "temperature 0 gives the same answer each time" in again
+    assert "in the conversation: " in talk.type("/image")
+    assert "each time" not in talk.type("/params temperature 5")
+    talk.type("/params top_p 1")
+    assert second not in {talk.type("/again") for _ in range(3)}
+    assert first
+
+
+def test_edit_asks_another_question_in_place_of_the_latest(talk, tiny_data):
+    talk.type(f"/image {tiny_data.picture()}")
+    expected = talk.type("有几个物体？")
+    talk.type("/new")
+    talk.type(f"/image {tiny_data.picture()}")
+    talk.type("What colour is the star?")
+    os.write(talk.master, b"/edit\n")
+    talk.mmv.until(lambda: "edit> " in talk.read())
+    assert "the latest question: What colour is the star?" in talk.seen
+    assert talk.type("有几个物体？") == expected
+    os.write(talk.master, b"/edit\n")
+    talk.mmv.until(lambda: talk.read().count("edit> ") == 2)
+    assert talk.type("") == "the question stays as it is"
+    assert talk.leave() == 0
+
+
+def test_system_starts_over_with_another_system_prompt(talk):
+    assert talk.type("/system") == "system prompt: that of the model: You are a helpful assistant"
+    first = talk.type("有几个物体？")
+    assert talk.type("/system Be a star.").endswith("system prompt: Be a star.")
+    assert f"{BLIND}\n" not in talk.type("有几个物体？")
+    talk.type("/new")
+    assert talk.type("/system") == "system prompt: Be a star."
+    talk.type("/system none")
+    assert f"{BLIND}\n{talk.type('有几个物体？')}" == first
+    assert talk.type("/system an <image>").startswith("<image> in the system prompt")
+    assert talk.leave() == 0
+
+
+def test_settings_are_shown_changed_and_checked(talk):
+    assert talk.type("/params").split() == [
+        *("temperature", "0.0", "top_p", "0.85", "seed", "none", "top_k", "0", "min_p", "0.0"),
+        *("repetition_penalty", "1.0", "max_new_tokens", "12"),
+    ]
+    assert talk.type("/params top-k 7") == talk.type("/params top_k=7") == "top_k 7"
+    assert talk.type("/params seed 5") == "seed 5"
+    assert talk.type("/params seed none") == "seed none"
+    assert talk.type("/params max_new_tokens 1") == "max_new_tokens 1"
+    for wrong, message in (
+        ("top_q 1", "unknown setting top_q (did you mean 'top_p'?)"),
+        ("top_p 7", "--top-p must be above 0 and at most 1, not 7"),
+        ("top_k many", "top_k is a whole number, not 'many'"),
+        ("min_p x", "min_p is a number, not 'x'"),
+        ("max_new_tokens 0", "max_new_tokens must be at least 1, not 0"),
+    ):
+        assert talk.type(f"/params {wrong}").startswith(message)
+    talk.type("What colour is the star?")
+    talk.type("/top on")
+    assert len(talk.type("/again").splitlines()) <= 3, "an answer of one token, its rivals, and the note"
+    assert talk.leave() == 0
+
+
+def test_top_shows_five_rivals_for_each_token(talk, tiny_data):
+    talk.type(f"/image {tiny_data.picture()}")
+    talk.type("What colour is the star?")
+    lines = talk.type("/top").splitlines()
+    assert 0 < len(lines) <= 12
+    assert all(line.count("%") == 6 for line in lines)
+    assert talk.type("/top on").splitlines() == lines
+    assert talk.type("/again").splitlines()[1 : 1 + len(lines)] == lines
+    assert talk.type("/top") == "/top is off"
+    assert talk.type("/top maybe") == "on or off, not 'maybe'"
+    assert talk.leave() == 0
+
+
+def test_blank_compares_with_grey_images(talk, tiny_data):
+    assert talk.type("What colour is the star?")
+    assert talk.type("/blank").startswith("the conversation has no image")
+    talk.type(f"/image {tiny_data.picture()}")
+    answer = talk.type("What colour is the star?")
+    lines = talk.type("/blank").splitlines()
+    assert lines[0] == f"with the images: {answer}"
+    assert lines[1].startswith("with grey images: ")
+    assert re.fullmatch(r"the answer costs \d+\.\d bits with the images, \d+\.\d bits with grey ones: .+", lines[-1])
+    assert talk.type("/again").startswith(answer)
+    assert talk.leave() == 0
+
+
+def test_a_model_that_cannot_think_says_so(talk):
+    assert talk.type("/think") == "the chat layout chatml has no think block: its model cannot think"
+    assert talk.type("/think off") == "/think is off"
+    assert talk.leave() == 0
+
+
+def test_a_conversation_is_saved_and_no_file_replaced_unasked(talk, tiny_data, tmp_path):
+    picture = tiny_data.picture()
+    talk.type("/system Be <brief>.")
+    talk.type(f"/image {picture}")
+    first, second = talk.type("What colour is the star?"), talk.type("Is it big?")
+    for name in ("talk.json", "talk.md", "talk.html"):
+        assert talk.type(f"/save {tmp_path / name}") == f"saved {tmp_path / name}"
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved["messages"] == [
+        {"role": "system", "content": "Be <brief>."},
+        {"role": "user", "content": "What colour is the star?", "images": [str(picture)]},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "Is it big?"},
+        {"role": "assistant", "content": second},
+    ]
+    assert saved["sampling"]["temperature"] == 0
+    markdown = (tmp_path / "talk.md").read_text()
+    assert f"![]({picture})\n\n**What colour is the star?**\n\n{first}" in markdown
+    page = (tmp_path / "talk.html").read_text()
+    assert "Be &lt;brief&gt;." in page
+    assert page.count('<img src="data:image/png;base64,') == 1
+    os.write(talk.master, f"/save {tmp_path / 'talk.md'}\n".encode())
+    talk.mmv.until(lambda: "replace it? [y/N] " in talk.read())
+    talk.type("Never")
+    assert (tmp_path / "talk.md").read_text() == markdown
+    talk.type("/new")
+    talk.type("Is it big?")
+    os.write(talk.master, f"/save {tmp_path / 'talk.md'}\n".encode())
+    talk.mmv.until(lambda: talk.read().count("replace it? [y/N] ") == 2)
+    assert talk.type("y") == f"saved {tmp_path / 'talk.md'}"
+    assert "What colour" not in (tmp_path / "talk.md").read_text()
+    assert talk.type("/save talk.pdf").startswith("talk.pdf must end with one of .md, .json, .html")
+    assert talk.type("/save").startswith("/save needs a file name")
+    assert talk.leave() == 0
+
+
+def test_a_folder_and_a_pattern_name_several_images(talk, tiny_data, tmp_path):
+    pictures = tmp_path / "my pictures"
+    pictures.mkdir()
+    for name in ("b.jpg", "a.jpg", "c.png"):
+        (pictures / name).write_bytes(tiny_data.picture().read_bytes())
+    (pictures / "notes.txt").write_text("no picture")
+    a, b, c = (pictures / name for name in ("a.jpg", "b.jpg", "c.png"))
+    assert talk.type(f"/image {pictures}") == f"for the next question: {a}, {b}, {c}"
+    talk.type("/new")
+    assert talk.type(f"/image '{pictures}/*.jpg'") == f"for the next question: {a}, {b}"
+    assert talk.type(f"/image {tmp_path}/*.jpg") == f"no file matches {tmp_path}/*.jpg"
+    (tmp_path / "empty").mkdir()
+    assert talk.type(f"/image {tmp_path / 'empty'}") == f"no image file in the folder {tmp_path / 'empty'}"
+    for number in range(70):
+        (pictures / f"{number}.jpg").touch()
+    assert talk.type(f"/image {pictures}").startswith("73 images are too many for one conversation, which holds 64")
+    assert talk.leave() == 0

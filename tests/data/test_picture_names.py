@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from minimind_v.core.data.picture_names import pictures_in, read_picture, read_pictures, split_names
+from minimind_v.core.data.picture_names import files_of, pictures_in, read_picture, read_pictures, split_names
 from minimind_v.core.errors import MissingInput, UsageError
 
 PNG = base64.b64decode(
@@ -100,3 +100,44 @@ def test_every_missing_name_is_reported():
                                              ("dog.jpg nowhere.jpg", 0)])  # fmt: skip
 def test_a_question_of_nothing_but_names(text, count):
     assert len(pictures_in(text)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("dogs", ["dogs/a.JPG", "dogs/b.png"]),
+        ("~/dogs", ["dogs/a.JPG", "dogs/b.png"]),
+        ("dogs/*", ["dogs/a.JPG", "dogs/b.png", "dogs/notes.txt"]),
+        ("**/a.*", ["dogs/a.JPG", "dogs/inside/a.jpg"]),
+        ("dogs/[ab].*", ["dogs/a.JPG", "dogs/b.png"]),
+        ("?og.jpg", ["dog.jpg"]),
+        ("what?", None),
+        ("odd[1].jpg", None),
+        ("dog.jpg", None),
+        ("nowhere.jpg", None),
+        ("https://example.org/*.jpg", None),
+        ("x" * 300, None),
+        ("a\0b", None),
+    ],
+)
+def test_a_folder_or_a_pattern_stands_for_its_files(folder, name, files):
+    (folder / "dogs" / "inside").mkdir(parents=True)
+    for file in ("dogs/a.JPG", "dogs/b.png", "dogs/.hidden.jpg", "dogs/notes.txt", "dogs/inside/a.jpg", "odd[1].jpg"):
+        (folder / file).write_bytes(PNG)
+    names = files_of(name)
+    assert (names and [os.path.relpath(file, folder) for file in names]) == files
+
+
+@pytest.mark.parametrize("name", ["empty", "empty/*", "*.gif", "odd[2].jpg"])
+def test_a_folder_or_a_pattern_without_files_is_reported(folder, name):
+    (folder / "empty").mkdir()
+    with pytest.raises(MissingInput, match=r"no image file in the folder|no file matches"):
+        files_of(name)
+
+
+def test_several_patterns_and_folders_are_several_names(folder):
+    (folder / "my dogs").mkdir()
+    assert split_names("my dogs") == ["my dogs"]
+    assert split_names("'my dogs' dog.jpg") == ["my dogs", "dog.jpg"]
+    assert split_names("a*.jpg b*.jpg") == ["a*.jpg", "b*.jpg"]
+    assert split_names("Is it a dog?") == ["Is it a dog?"]

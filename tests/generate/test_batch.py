@@ -3,7 +3,8 @@
 import pytest
 
 from minimind_v.core.errors import MissingInput, RowError, UsageError
-from minimind_v.core.generate.batch import Question, generate_many
+from minimind_v.core.generate.batch import Question, answer_each, generate_many
+from minimind_v.core.generate.engine import Engine
 from minimind_v.core.generate.sampling import GREEDY, Sampling
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import sighted_model, tokenizer
@@ -75,3 +76,32 @@ def test_a_question_that_cannot_be_asked_is_reported(tmp_path):
             generate_many(model, tokenizer(), [*good, bad])
     with pytest.raises(UsageError, match=r"longer than 4096 tokens"):
         generate_many(model, tokenizer(), [*good, Question("star " * 5000)])
+
+
+def test_prompts_are_opened_as_they_are_needed_and_answers_keep_their_order():
+    """More prompts than could be open at once; some of them cannot be opened."""
+    engine, opened, begun = Engine(make_model(seed=4), tokenizer(), most_rows=3), [], []
+
+    def opener(number):
+        def prompt():
+            opened.append(number)
+            if number % 7 == 2:
+                raise RowError(f"page {number}")
+            text = f"{TEXT[number % 40 :]}"
+            return engine.prompt([{"role": "user", "content": text}], (), 1 + 20 * (number % 3 == 0))
+
+        return prompt
+
+    answers = []
+    for answer in answer_each(engine, map(opener, range(60)), GREEDY, 12):
+        answers.append(answer)
+        begun.append(len(opened))
+    assert opened == list(range(60))
+    assert all(begun[k] - k <= 3 * 4 + 3 for k in range(60)), "few are open at a time"
+    for number, answer in enumerate(answers):
+        if number % 7 == 2:
+            assert str(answer.error) == f"page {number}"
+        else:
+            assert answer.text == alone(engine.model, Question(TEXT[number % 40 :]), limit=12)
+            assert 0 < answer.seconds_to_first_token <= answer.seconds
+            assert 0 < answer.tokens <= 12

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind_v.core.data.images import load_pixels
+from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.errors import MissingInput, RowError, UsageError
 from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampling
@@ -170,6 +170,131 @@ def test_restarting_forgets_everything(talk):
     answer(session, SECOND, [pixels()])
     session.restart()
     assert answer(session, FIRST) == first
+
+
+# --- the latest question anew -----------------------------------------------------------------------------------------
+
+
+def test_a_question_in_place_of_the_latest_is_asked_as_if_that_had_never_been(model, talk):
+    session = talk()
+    turns = [(FIRST, answer(session, FIRST, [pixels()]))]
+    answer(session, SECOND, [pixels(1)])
+    "".join(session.ask(THIRD, (), 8, instead=True))
+    assert [turn.images for turn in session.turns] == [0, 1, 0]
+    assert len(session.images) == 1
+    turns.append((THIRD, list(session.latest.ids)))
+    check(model, session, turns, SECOND, [pixels()])
+
+
+def test_the_first_question_can_be_replaced_and_so_can_its_replacement(talk):
+    session, other = talk(), talk()
+    answer(session, FIRST)
+    for question in (SECOND, THIRD):
+        "".join(session.ask(question, [pixels()], 8, instead=True))
+    answer(other, THIRD, [pixels()])
+    assert session.turns == other.turns
+
+
+def test_a_replacement_that_is_not_read_leaves_the_latest_question(talk):
+    session = talk()
+    answer(session, FIRST, [pixels()])
+    turns, latest = list(session.turns), session.latest
+    session.ask(SECOND, instead=True).close()
+    with pytest.raises(UsageError):
+        session.ask("What is <image>?", instead=True)
+    assert session.turns == turns
+    assert session.latest is latest
+    assert len(session.images) == 1
+
+
+def test_a_replacement_brings_back_what_the_replaced_question_had_pushed_out(talk):
+    session = talk(context=170)
+    answer(session, FIRST, [pixels()])
+    before = list(session.turns)
+    while not session.dropped_turns:
+        before = list(session.turns)
+        answer(session, SECOND)
+    "".join(session.ask("a", (), 1, instead=True))
+    assert session.turns[1] == before[1]
+    assert session.dropped_turns == 0
+
+
+def test_before_any_question_nothing_can_be_repeated(talk):
+    for repeat in (lambda s: s.ask(FIRST, instead=True), lambda s: s.trace(), lambda s: s.answer_blank()):
+        with pytest.raises(UsageError, match="no question was asked yet"):
+            repeat(talk())
+
+
+@torch.inference_mode()
+def plain_logprobs(model, prompt, images, ids):
+    """Log-probabilities of an answer's tokens and of all tokens [T, V], in one pass without any cache."""
+    features = model.vision_encoder(torch.from_numpy(np.stack(images))) if images else None
+    mask = torch.tensor([[*prompt.tokens.image_mask, *[False] * len(ids)]])
+    tokens = torch.tensor([[*prompt.tokens.input_ids, *ids]])
+    logits = model(tokens, image_features=features, image_mask=mask).logits[0, -len(ids) - 1 : -1]
+    table = logits.log_softmax(dim=-1)
+    return table.gather(1, torch.tensor(ids)[:, None])[:, 0], table
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_a_trace_has_the_probabilities_of_a_plain_pass_and_changes_nothing(model, talk, blank):
+    session = talk(Sampling(temperature=2.0, top_p=1.0, seed=7))
+    answer(session, FIRST, [pixels()])
+    answer(session, SECOND, [pixels(1)])
+    latest, turns = session.latest, list(session.turns)
+    events = session.trace(likeliest=3, blank=blank)
+    assert [event.token for event in events] == list(latest.ids)
+    images = [blank_pixels(64)] * 2 if blank else latest.prompt.images
+    own, table = plain_logprobs(model, latest.prompt, images, list(latest.ids))
+    np.testing.assert_allclose([event.logprob for event in events], own, atol=1e-4)
+    values, _ = table.topk(3)
+    np.testing.assert_allclose([[value for _, value in event.likeliest] for event in events], values, atol=1e-4)
+    assert session.latest is latest
+    assert session.turns == turns
+
+
+def test_the_blank_answer_is_that_to_grey_images_and_is_forgotten(talk):
+    session, other = talk(), talk()
+    answer(session, FIRST, [pixels()])
+    turns = list(session.turns)
+    assert "".join(session.answer_blank()) == "".join(other.ask(FIRST, [blank_pixels(64)], 8))
+    assert session.turns == turns
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_system_prompt_is_read_first_and_lasts_until_the_restart(talk):
+    session = talk(system="Answer in one word.")
+    answer(session, FIRST)
+    expected = session.prompts.turns(
+        [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": FIRST}]
+    )
+    assert session.turns[0] == expected[0]
+    plain = talk()
+    answer(plain, FIRST)
+    assert plain.turns[0] != session.turns[0]
+    session.restart()
+    answer(session, FIRST)
+    assert session.turns == plain.turns
+    with pytest.raises(UsageError, match="system prompt"):
+        session.restart("an <image>")
+
+
+def test_a_seed_begins_anew_when_the_settings_are_set(model):
+    chance = Sampling(temperature=5.0, top_p=1.0, seed=3)
+    session = Session(model, tokenizer(), chance)
+    first = "".join(session.ask(FIRST, (), 8))
+    again = "".join(session.ask(FIRST, (), 8, instead=True))
+    session.sampling = chance
+    assert first == "".join(session.ask(FIRST, (), 8, instead=True)) != again
+
+
+def test_a_layout_without_reasoning_refuses_it_and_stays_as_it_is(talk):
+    session = talk()
+    with pytest.raises(UsageError, match="cannot think"):
+        session.think = True
+    assert not session.think
 
 
 # --- too long ---------------------------------------------------------------------------------------------------------

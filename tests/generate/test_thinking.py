@@ -41,7 +41,7 @@ def test_later_turns_have_the_answer_without_its_reasoning(session, loaded_token
         {"role": "user", "content": "Is it big?"},
     ]
     prompt = session.prompts.prompt(talk, think=True).input_ids
-    assert [id for turn in session._encode("Is it big?") for id in turn.input_ids] == prompt
+    assert [id for turn in session._encode("Is it big?", session.turns) for id in turn.input_ids] == prompt
 
 
 def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, loaded_tokenizer):
@@ -53,7 +53,7 @@ def test_a_second_question_is_answered_as_in_a_fresh_conversation(session, loade
         {"role": "assistant", "content": "A star"},
         {"role": "user", "content": "Is it big?"},
     ]
-    fresh._encode = lambda question: fresh.prompts.turns(talk, think=True)
+    fresh._encode = lambda question, before: fresh.prompts.turns(talk, think=True)
     session.sampler = Sampler(GREEDY)
     assert "".join(session.ask("Is it big?", max_new_tokens=8)) == "".join(fresh.ask("Is it big?", max_new_tokens=8))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import glob
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -36,7 +37,7 @@ class Picture:
 def split_names(text: str) -> list[str]:
     """The names in a typed or dropped text: one file as it stands, or several, quoted or escaped as for a shell."""
     whole = text.strip()
-    if not whole or _exists(whole) or INLINE.match(whole):
+    if not whole or _exists(whole, folder=True) or INLINE.match(whole):
         return [whole] if whole else []
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters = True, ""
@@ -46,18 +47,48 @@ def split_names(text: str) -> list[str]:
         names = list(lexer)
     except ValueError:  # an open quote
         return [whole]
-    if len(names) > 1 and not any(_exists(name) or ADDRESS.match(name) for name in names):
+    if len(names) > 1 and not any(_exists(name, True) or ADDRESS.match(name) or "*" in name for name in names):
         return [whole]  # one name with spaces, and no such file
     return names
 
 
-def read_pictures(names: Iterable[str]) -> list[Picture]:
-    """Read all files. Raises MissingInput or UsageError that names every file that cannot be read."""
+def files_of(name: str) -> list[str] | None:
+    """The picture files of a folder, or the files that a pattern with `*`, `?` or `[` matches, sorted.
+
+    None for any other name. Raises MissingInput for a folder or a pattern without files.
+    """
+    if ADDRESS.match(name) and not LOCAL.match(name):
+        return None
+    try:
+        path = _path(name)
+        if path.is_dir():
+            inside = sorted(str(file) for file in path.iterdir() if _may_be_picture(file))
+            if not inside:
+                raise MissingInput(f"no image file in the folder {shorten(name, SHOWN)}")
+            return inside
+        if not glob.has_magic(name) or os.path.lexists(path):
+            return None
+        files = sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
+    except (OSError, ValueError):  # a name too long, no rights, a zero byte: reading it reports that
+        return None
+    if not files and not set(name) & set("*["):
+        return None  # a question mark in a name
+    if not files:
+        raise MissingInput(f"no file matches {shorten(name, SHOWN)}")
+    return files
+
+
+def _may_be_picture(file: Path) -> bool:
+    return file.suffix.lower() in PICTURE_ENDINGS and not file.name.startswith(".") and file.is_file()
+
+
+def read_pictures(names: Iterable[str], read: Callable[[str], Picture] | None = None) -> list[Picture]:
+    """Read all files, each by `read`. Raises MissingInput or UsageError that names every file that cannot be read."""
     pictures: list[Picture] = []
     errors: list[MmvError] = []
     for name in names:
         try:
-            pictures.append(read_picture(name))
+            pictures.append((read or read_picture)(name))
         except MmvError as error:
             errors.append(error)
     if errors:
@@ -124,9 +155,10 @@ def _path(name: str) -> Path:
     return Path(name if os.path.lexists(name) else os.path.expanduser(name))
 
 
-def _exists(name: str) -> bool:
+def _exists(name: str, folder: bool = False) -> bool:
+    """Whether a name is that of a file, or of a folder where that counts."""
     try:
-        return _path(name).is_file()
+        return _path(name).is_file() or (folder and _path(name).is_dir())
     except (OSError, ValueError):
         return False
 
