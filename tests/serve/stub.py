@@ -50,7 +50,9 @@ class Stub:
     def app(self) -> Starlette:
         return Starlette(
             routes=[
-                Route("/", lambda request: FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})),
+                Route(
+                    "/", lambda request: FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})
+                ),
                 Route("/health", lambda request: JSONResponse({"status": "ok", "version": "0"})),
                 Route("/v1/models", self.list_models),
                 Route("/v1/examples", lambda request: JSONResponse({"examples": self.examples})),

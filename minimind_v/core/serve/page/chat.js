@@ -7,7 +7,7 @@ const SAVE_EVERY = 1000; // milliseconds between two saves of a growing answer
 
 export class Chat {
   /**
-   * `images` maps ids to images. `app` has `store`, `model()`, `settings.values(model)` and `settings.system`, and hears
+   * `images` maps ids to images. `app` has `store`, `model()`, `loadModels()`, `settings.values(model)` and `settings.system`, and hears
    * `changed(chat)` of other messages, `grew(chat, node)` of more text, `ended(chat, node, error)`, `storeFailed(error)`.
    */
   constructor(conversation, images, app) {
@@ -39,7 +39,8 @@ export class Chat {
 
   /** Answer a question once more. An answer without a word is replaced, any other stays as a version. */
   retry(node) {
-    const { conversation } = this;
+    const { app, conversation } = this;
+    if (!app.model()) return app.loadModels(); // the server was not there yet
     if (!node.text && !node.reasoning) conversation.nodes = conversation.nodes.filter(({ id }) => id !== node.id);
     return this.#answer(parentOf(conversation, node));
   }

@@ -3,7 +3,7 @@ import { button, h, toast } from "./dom.js";
 import { t } from "./strings.js";
 
 export class History {
-  /** `app` has `store`, `current()`, `isRunning(id)`, `open(conversation)` and `removed(conversation)`. */
+  /** `app` has `store`, `current()`, `open(conversation)`, `rename(conversation, title)` and `removed(conversation)`. */
   constructor(element, app) {
     Object.assign(this, { element, app, renaming: null });
   }
@@ -16,16 +16,17 @@ export class History {
   }
 
   #item(conversation) {
-    const { id, title } = conversation;
+    const { id } = conversation;
+    const name = conversation.title || t("untitled");
     if (this.renaming === id) return h("li", {}, this.#renameForm(conversation));
     const open = h("button", {
-      type: "button", class: "title", "data-key": `${id}:open`, title: title || t("untitled"),
+      type: "button", class: "title", "data-key": `${id}:open`, title: name,
       "aria-current": this.app.current() === id ? "true" : null, onclick: () => this.app.open(conversation),
-    }, title || t("untitled"));
+    }, name);
     return h("li", {}, open,
-      button("edit", t("rename"), () => { this.renaming = id; this.show().then(() => this.element.querySelector("input").select()); }, { "data-key": `${id}:rename` }),
-      button("export", t("export"), () => this.export([conversation]), { "data-key": `${id}:export` }),
-      button("trash", t("remove"), () => this.#remove(conversation), { "data-key": `${id}:remove` }));
+      button("edit", `${t("rename")}: ${name}`, () => { this.renaming = id; this.show().then(() => this.element.querySelector("input").select()); }, { "data-key": `${id}:rename` }),
+      button("export", `${t("export")}: ${name}`, () => this.export([conversation]), { "data-key": `${id}:export` }),
+      button("trash", `${t("remove")}: ${name}`, () => this.#remove(conversation), { "data-key": `${id}:remove` }));
   }
 
   #renameForm(conversation) {

@@ -1,7 +1,7 @@
 // The page: its state, and how its parts work together.
 import { examples, file, Gone, models, Refused, useKey } from "./api.js";
 import { Chat } from "./chat.js";
-import { announce, button, fill, h, icon, toast, translate } from "./dom.js";
+import { announce, fill, h, icon, toast, translate } from "./dom.js";
 import { History } from "./history.js";
 import { hasViewer, lookInside } from "./inside.js";
 import { MessageForm } from "./message_form.js";
@@ -207,7 +207,9 @@ class App {
       h("img", { src: example.image, alt: "" }), h("span", {}, example.question)))) : [];
     return h("div", { class: "welcome" },
       h("h1", {}, t(seesImages ? "welcome" : "welcomeText")),
-      h("p", {}, t(seesImages ? "welcomeHint" : "welcomeHintText")),
+      seesImages
+        ? h("button", { type: "button", class: "drop-here", onclick: () => this.form.choose() }, icon("image"), h("span", {}, t("welcomeHint")))
+        : h("p", {}, t("welcomeHintText")),
       cards.length > 0 && [h("h2", {}, t("examples")), h("ul", { class: "cards" }, cards)],
       model?.mmv && h("p", { class: "facts" }, this.facts(model.mmv)));
   }
@@ -256,7 +258,6 @@ class App {
     at("language").textContent = t("otherLanguage");
     at("language").setAttribute("aria-label", t("otherLanguageLabel"));
     at("language").lang = language() === "zh" ? "en" : "zh";
-    at("thread").setAttribute("aria-label", t("conversations"));
     at("memory-note").hidden = this.store.keeps;
     this.showTheme();
     this.thread.show(this.chat);

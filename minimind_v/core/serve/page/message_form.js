@@ -28,7 +28,7 @@ export class MessageForm {
     for (const input of [this.files, this.photo]) input.setAttribute("aria-label", t("chooseImages"));
     const key = (name) => ({ "data-key": `${this.id}:${name}` });
     const images = model?.mmv?.images !== false && [
-      button("image", t("chooseImages"), () => this.files.click(), key("choose")),
+      button("image", t("chooseImages"), () => this.choose(), key("choose")),
       canPhotograph() && button("camera", t("useCamera"), () => this.#photograph(), key("camera")),
     ];
     this.submit = busy && this.onstop
@@ -51,6 +51,9 @@ export class MessageForm {
     this.text.focus();
     this.text.setSelectionRange(this.text.value.length, this.text.value.length);
   }
+
+  /** Let the browser ask for files. */
+  choose() { this.files.click(); }
 
   /** Add image files; what cannot be read is said, the others are added. */
   async add(files) {
