@@ -146,7 +146,8 @@ class App {
       return;
     }
     const chosen = at("model").value || memory.get("model");
-    at("model").replaceChildren(...this.models.map(({ id }) => h("option", { value: id }, id)));
+    const options = this.models.map(({ id }) => h("option", { value: id }, id));
+    at("model").replaceChildren(...(options.length ? options : [h("option", { value: "" }, t("noModel"))]));
     if (this.models.some(({ id }) => id === chosen)) at("model").value = chosen;
     at("model").disabled = !this.models.length;
     this.showForm();
