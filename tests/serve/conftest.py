@@ -39,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """`open_page(url, **context)` is the page when it is ready; at its end it had no error and asked no other server."""
+    """`open_page(url, **context)` is the page when it is ready; it must have no error and ask no other server."""
     contexts, problems = [], []
 
     def open_one(url: str, init: str = "", **options: Any) -> Any:

@@ -16,8 +16,10 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from tests.serve.page_actions import scene
+
 PAGE = Path(__file__).parents[2] / "minimind_v" / "core" / "serve" / "page"
-POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
+HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'"}
 ABILITIES = {
     "loaded": True,
     "thinks": True,
@@ -50,9 +52,8 @@ class Stub:
     def app(self) -> Starlette:
         return Starlette(
             routes=[
-                Route(
-                    "/", lambda request: FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})
-                ),
+                Route("/", lambda request: FileResponse(PAGE / "index.html", headers=HEADERS)),
+                Route("/page/examples/scene.png", lambda request: Response(scene(), media_type="image/png")),
                 Route("/health", lambda request: JSONResponse({"status": "ok", "version": "0"})),
                 Route("/v1/models", self.list_models),
                 Route("/v1/examples", lambda request: JSONResponse({"examples": self.examples})),
@@ -113,7 +114,9 @@ class Running:
         self.start()
 
     def start(self) -> None:
-        config = uvicorn.Config(self.stub.app(), port=self.port, log_level="error", timeout_graceful_shutdown=0)
+        config = uvicorn.Config(
+            self.stub.app(), port=self.port, log_level="critical", lifespan="off", timeout_graceful_shutdown=0
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

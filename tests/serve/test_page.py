@@ -251,11 +251,12 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser, stub, stub_server
 
 
 def test_examples_are_cards_that_ask_their_question(open_page, stub, stub_server):
-    stub.examples = [{"image": "/page/icon.svg", "question": "What colour?", "answer": "blue"}]
-    (PAGE / "icon.svg").stat()
+    stub.examples = [{"image": "/page/examples/scene.png", "question": "What colour?", "answer": "blue"}]
     page = open_page(stub_server.url)
-    assert page.locator(".card").text_content() == "What colour?"
-    stub.examples = []
+    page.locator(".card", has_text="What colour?").click()
+    page.locator(".stats").wait_for()
+    assert answers(page) == [stub.answer]
+    assert sent_images(stub.requests[0]) == [scene()]
 
 
 # --- history ----------------------------------------------------------------------------------------------------------
@@ -403,11 +404,12 @@ PALE = """() => {
     const probe = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
     const rgba = (colour) => { probe.clearRect(0, 0, 1, 1); probe.fillStyle = colour; probe.fillRect(0, 0, 1, 1);
         return [...probe.getImageData(0, 0, 1, 1).data]; };
-    const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] / 255 + under[i] * (1 - top[3] / 255)).concat(255);
+    const over = (top, under) => [0, 1, 2].map((i) => (top[i] * top[3] + under[i] * (255 - top[3])) / 255).concat(255);
     const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => { const v = c[i] / 255;
         return sum + share * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); }, 0);
     const behind = (element) => { const layers = []; for (let e = element; e; e = e.parentElement) layers.unshift(e);
-        return layers.reduce((under, e) => over(rgba(getComputedStyle(e).backgroundColor), under), [255, 255, 255, 255]); };
+        const paint = (under, e) => over(rgba(getComputedStyle(e).backgroundColor), under);
+        return layers.reduce(paint, [255, 255, 255, 255]); };
     const clear = (element) => { for (let e = element; e; e = e.parentElement)
         if (getComputedStyle(e).opacity < 1 || e.disabled || e.inert) return false; return true; };
     return [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility()
@@ -478,9 +480,10 @@ def test_a_phone_never_scrolls_sideways(open_page, stub, stub_server, language):
 def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(page, stub):
     attach(page, ("a.png", scene()))
     ask_and_wait(page, "What?")
-    here = """() => { const e = document.activeElement, style = getComputedStyle(e); const box = e.closest(".message-form") && e.tagName === "TEXTAREA"
-        ? getComputedStyle(e.closest(".message-form")) : style;
-        return [e.id || e.dataset.key || e.className || e.tagName, e === document.body || box.outlineStyle !== "none"]; }"""
+    here = """() => { const e = document.activeElement;  // the frame of a field is drawn around its form
+        const style = getComputedStyle(e.tagName === "TEXTAREA" ? e.closest(".message-form") : e);
+        const name = e.id || e.dataset.key || e.className || e.tagName;
+        return [name, e === document.body || style.outlineStyle !== "none"]; }"""
     page.evaluate("() => document.activeElement.blur()")
     visited = []
     for _ in range(60):
@@ -494,16 +497,8 @@ def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(p
         pytest.fail("the focus never comes round")
     for name in ("new", "import", "export", "model", "theme", "language", "open-settings", "thread", "question"):
         assert name in visited
-    assert {name.split(":")[-1] for name in visited} >= {
-        "open",
-        "rename",
-        "remove",
-        "edit",
-        "retry",
-        "copy",
-        "choose",
-        "camera",
-    }
+    actions = {name.split(":")[-1] for name in visited}
+    assert actions >= {"open", "rename", "export", "remove", "edit", "retry", "copy", "choose", "camera"}
     page.keyboard.press("Alt+q")
     page.keyboard.press("ArrowUp")
     page.keyboard.type(" Really?")
@@ -519,8 +514,10 @@ def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(p
 
 def test_a_screen_reader_hears_the_finished_answer_and_not_each_word(page, stub):
     stub.pause = 0.1
-    page.evaluate("""() => { window.spoken = []; new MutationObserver(() => spoken.push(document.getElementById("announcer").textContent))
-        .observe(document.getElementById("announcer"), { childList: true }); }""")
+    page.evaluate("""() => {
+        const [announcer, spoken] = [document.getElementById("announcer"), (window.spoken = [])];
+        new MutationObserver(() => spoken.push(announcer.textContent)).observe(announcer, { childList: true });
+    }""")
     ask_and_wait(page, "Hi")
     assert page.evaluate("() => spoken") == [f"Answer: {stub.answer}"]
     assert page.locator("#thread").get_attribute("aria-live") is None
