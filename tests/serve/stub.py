@@ -39,7 +39,7 @@ class Stub:
         self.models = {"tiny": ABILITIES}
         self.answer = "A small red circle at the top left."
         self.reasoning = ""
-        self.pause = 0.0  # seconds between two words
+        self.pause = 0.0  # seconds before each word
         self.busy = 0  # requests that are refused with 429 before one is answered
         self.key = ""
         self.dropped_turns = 0
@@ -47,7 +47,8 @@ class Stub:
         self.error = ""  # an error in the middle of the answer
         self.breaks = False  # the answer breaks off
         self.examples: list[dict[str, str]] = []
-        self.requests: list[dict[str, Any]] = []
+        self.viewer = ""  # the module that shows what a model did; the server has none without it
+        self.requests: list[dict[str, Any]] = []  # for answers, and for looking inside
 
     def app(self) -> Starlette:
         return Starlette(
@@ -57,6 +58,9 @@ class Stub:
                 Route("/health", lambda request: JSONResponse({"status": "ok", "version": "0"})),
                 Route("/v1/models", self.list_models),
                 Route("/v1/examples", lambda request: JSONResponse({"examples": self.examples})),
+                Route("/page/look.js", self.look_module),
+                Route("/page/look.css", lambda request: Response("", media_type="text/css")),
+                Route("/v1/look", self.look, methods=["POST"]),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Mount("/page", StaticFiles(directory=PAGE)),
             ]
@@ -67,6 +71,14 @@ class Stub:
             return refusal(401, "the API key is missing or wrong")
         data = [{"id": name, "object": "model", "mmv": abilities} for name, abilities in self.models.items()]
         return JSONResponse({"object": "list", "data": data})
+
+    async def look_module(self, request: Request) -> Response:
+        return Response(self.viewer, 200 if self.viewer else 404, media_type="text/javascript")
+
+    async def look(self, request: Request) -> Response:
+        body = await request.json()
+        self.requests.append(body)
+        return JSONResponse({"answer": body.get("answer", "another answer"), "occlude": body.get("occlude")})
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
@@ -79,6 +91,7 @@ class Stub:
     async def stream(self) -> AsyncIterator[str]:
         first = {"mmv": {"dropped_turns": self.dropped_turns}} if self.dropped_turns else {}
         yield event(delta={"role": "assistant"}, **first)
+        await asyncio.sleep(self.pause)
         for word in self.reasoning.split():
             yield event(delta={"reasoning_content": f"{word} "})
             await asyncio.sleep(self.pause)

@@ -93,7 +93,7 @@ def test_an_edited_question_is_a_branch_and_the_first_one_can_be_shown_again(pag
     assert sent_images(stub.requests[-1]) == [scene()]
     assert len(stub.requests[-1]["messages"]) == 1
     page.click(".question .versions [aria-label='Previous version']")
-    assert page.locator(".question > .text").all_text_contents() == ["What colour?", "Which shape?"]
+    assert page.locator(".question .text").all_text_contents() == ["What colour?", "Which shape?"]
     assert len(answers(page)) == 2
 
 
@@ -122,6 +122,37 @@ def test_enter_of_an_input_method_does_not_send(page, stub):
     page.press("#question", "Shift+Enter")
     assert page.input_value("#question") == "nihao\n"
     assert stub.requests == []
+
+
+VIEWER = """export async function mount(element, trace, { ask, language }) {
+    element.append(`${language}: ${trace.answer}`);
+    const changed = await ask({ occlude: [[0, 3]] });
+    element.append(` → ${changed.answer} ${JSON.stringify(changed.occlude)}`);
+}"""
+
+
+def test_an_answer_about_an_image_can_be_looked_into(open_page, stub, stub_server):
+    stub.viewer = VIEWER
+    page = open_page(stub_server.url)
+    ask_and_wait(page, "Without an image")
+    assert page.locator("[data-key$=':look']").count() == 0
+    page.keyboard.press("Alt+n")
+    attach(page, ("a.png", scene()))
+    ask_and_wait(page, "What?")
+    question = stub.requests[-1]["messages"]
+    page.click("[data-key$=':look']")
+    page.locator("#look", has_text=f"en: {stub.answer} → another answer [[0,3]]").wait_for()
+    traced, painted = stub.requests[-2:]
+    assert (traced["messages"], traced["answer"], traced["model"]) == (question, stub.answer, "tiny")
+    assert "answer" not in painted
+    page.keyboard.press("Escape")
+    assert page.locator("#look").is_hidden()
+
+
+def test_without_a_viewer_nothing_offers_to_look_inside(page):
+    attach(page, ("a.png", scene()))
+    ask_and_wait(page, "What?")
+    assert page.locator("[data-key$=':look']").count() == 0
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -180,7 +211,7 @@ def test_a_question_has_no_more_images_than_the_model_has_room_for(open_page, st
     payload = [{"name": "a.png", "mimeType": "image/png", "buffer": scene()}] * 3
     page.set_input_files("#compose input[multiple]", payload)
     page.locator(".toast").wait_for()
-    assert "room for 1 images" in page.locator(".toast").text_content()
+    assert "room for one image in a question" in page.locator(".toast").text_content()
     assert page.locator(".thumbnails img").count() == 1
 
 
@@ -504,7 +535,7 @@ def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(p
     page.keyboard.type(" Really?")
     page.keyboard.press("Enter")
     page.locator(".question .versions").wait_for()
-    assert page.locator(".question > .text").all_text_contents() == ["What? Really?"]
+    assert page.locator(".question .text").all_text_contents() == ["What? Really?"]
     page.keyboard.press("Alt+k")
     assert page.locator("#shortcuts").is_visible()
     page.keyboard.press("Escape")
@@ -549,7 +580,7 @@ def test_two_conversations_can_be_answered_at_once(page, stub):
     page.locator(".answer").wait_for()
     page.keyboard.press("Alt+n")
     ask(page, "Second")
-    page.locator(".question > .text", has_text="Second").wait_for()
+    page.locator(".question .text", has_text="Second").wait_for()
     assert answers(page) == [stub.answer]
     page.click("#conversations .title >> text=First")
     assert answers(page) == [stub.answer]

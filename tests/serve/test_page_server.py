@@ -1,29 +1,23 @@
 """The page in a browser, with `mmv serve` and a small model behind it."""
 
 import base64
-import re
 import signal
+import subprocess
+import sys
 
 import httpx
 import pytest
+from PIL import Image
 
-from tests.cli.harness import SIGHT, Running, sighted
-from tests.serve.page_actions import answers, ask, ask_and_wait, attach, scene
+from tests.cli.harness import ROOT, SIGHT, sighted
+from tests.serve.page_actions import answers, ask, ask_and_wait, attach, scene, start_server
 
 pytestmark = pytest.mark.long
 QUESTION = "What colour is the circle?"
 
 
-def start(folder, *options, port=0):
-    """`mmv serve` of the small model, and its address."""
-    command = ["serve", "--model", sighted(), *SIGHT, "--device", "cpu", "--port", port, *options]
-    server = Running(folder, *command).until(lambda: "serving at" in server_text(folder))
-    return server, re.search(r"http://127\.0\.0\.1:\d+", server.err)[0]
-
-
-def server_text(folder):
-    path = folder / "stderr"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def start(folder, *options):
+    return start_server(folder, sighted(), *SIGHT, *options)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +82,7 @@ def test_a_killed_server_is_found_again_and_the_question_is_asked_again(open_pag
     server.send(signal.SIGKILL).process.wait()
     page.locator("#banner", has_text="The server does not answer").wait_for()
     assert "The connection ended" in page.locator(".notice.problem").text_content()
-    server, _ = start(tmp_path / "second", port=int(url.rpartition(":")[2]))
+    server, _ = start(tmp_path / "second", "--port", url.rpartition(":")[2])
     page.locator(".toast", has_text="The server answers again.").wait_for(timeout=60_000)
     choose_greedy(page, 8)
     page.click("[data-key$=':retry']")
@@ -111,3 +105,14 @@ def test_a_server_with_a_key_gives_the_page_and_answers_with_the_key_only(browse
     assert page.locator(".notice.problem").count() == 0
     context.close()
     server.send(signal.SIGKILL).process.wait()
+
+
+def test_the_images_of_the_docs_can_be_made_again_and_are_small(browser, tmp_path):
+    code = "import sys; from pathlib import Path; from tests.cli.harness import ROOT, SIGHT, sighted; "
+    code += "from tests.serve.screenshots import shoot; shoot(sighted(), Path(sys.argv[1]), *SIGHT)"
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, cwd=ROOT)  # a browser of its own
+    made_again = sorted(path.name for path in tmp_path.iterdir())
+    assert made_again == ["page-dark-zh-phone.png", "page-light.png"]
+    for name in made_again:
+        assert Image.open(ROOT / "docs" / "images" / name).size == Image.open(tmp_path / name).size
+        assert (ROOT / "docs" / "images" / name).stat().st_size < 150_000

@@ -13,7 +13,7 @@ const EN = {
   undo: "Undo",
   import: "Import",
   export: "Export",
-  imported: "{n} conversations imported.",
+  imported: "One conversation imported.|{n} conversations imported.",
   importFailed: "{name} is not a file that this page exported. Choose a .json file from Export.",
   nothingToExport: "There is no conversation to export.",
   memoryOnly: "This browser stores nothing for this page. The history ends when you close it. Export keeps it.",
@@ -56,7 +56,7 @@ const EN = {
   readingImages: "Reading the images…",
   describe: "Describe the image.",
   noImages: "{model} reads text only. Choose a model that reads images.",
-  tooManyImages: "{model} has room for {n} images in one question.",
+  tooManyImages: "{model} has room for one image in a question.|{model} has room for {n} images in a question.",
   notAnImage: "{name} is not an image that this browser can read. Use JPEG, PNG, WebP or GIF.",
   heic: "{name} is a HEIC photo, which this browser cannot read. Save it as JPEG, or set the camera to “Most compatible”.",
   tooLargeImage: "{name} is too large for this browser to read. Make it smaller first.",
@@ -83,14 +83,14 @@ const EN = {
   versionIs: "Version {n} of {all}",
   thinking: "The model is reading…",
   loadingModel: "{model} is being loaded…",
-  tokens: "{n} tokens",
+  tokens: "{n} token|{n} tokens",
   speed: "{n} tokens/s",
   firstToken: "first token {n} s",
   stopped: "Stopped.",
   length: "The answer ended at the limit of tokens. Raise it in the settings.",
   interrupted: "The connection ended before the answer did. Retry asks again.",
   emptyAnswer: "The model gave an empty answer.",
-  dropped: "The conversation is longer than the model can read: the earliest {n} turns were left out.",
+  dropped: "The conversation is longer than the model can read: the earliest turn was left out.|The conversation is longer than the model can read: the earliest {n} turns were left out.",
   waiting: "The server is busy. Next try in {n} s…",
   answerDone: "Answer: {text}",
   answerStopped: "The answer was stopped.",
@@ -288,9 +288,13 @@ export const STRINGS = { en: EN, zh: ZH };
 
 export const language = () => (document.documentElement.lang === "zh" ? "zh" : "en");
 
-/** A sentence in today's language; `{name}` in it is replaced by `values.name`, numbers as the language writes them. */
+/**
+ * A sentence in today's language; `{name}` in it is replaced by `values.name`, numbers as the language writes them.
+ * Of two forms with a bar between them, the first is for one thing: `values.n` is 1.
+ */
 export function t(key, values = {}) {
-  const text = STRINGS[language()][key];
+  const forms = STRINGS[language()][key].split("|");
+  const text = values.n === 1 ? forms[0] : forms.at(-1);
   return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === "number" ? number(values[name]) : values[name]));
 }
 

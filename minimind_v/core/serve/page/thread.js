@@ -72,8 +72,7 @@ export class Thread {
     const edit = !this.chat.running && button("edit", t("edit"), () => this.edit(node), { "data-key": `${node.id}:edit` });
     return [
       images.length > 0 && h("div", { class: "images" }, images),
-      h("p", { class: "text" }, node.text),
-      h("footer", {}, this.#versions(node), edit),
+      h("div", { class: "bubble" }, h("footer", {}, this.#versions(node), edit), h("p", { class: "text" }, node.text)),
     ];
   }
 
