@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.command import Command, output
+from minimind_v.cli.command import Command, advanced, output
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError
 from minimind_v.core.paths import OUT_DIR
@@ -48,6 +48,10 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0:
 Key = Annotated[
     str | None, typer.Option(metavar="KEY", envvar="MMV_API_KEY", help="Key that requests must give. [default: none]")
 ]
+ImageHosts = Annotated[
+    list[str] | None,
+    advanced(metavar="HOST", help="Host from which images are fetched; may be given several times. [default: none]"),
+]
 LogForm = Annotated[Log, output("--log", help="Form of the access log on stderr.")]
 
 
@@ -60,10 +64,12 @@ def serve(
     port: Port = 8000,
     api_key: Key = None,
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API only.")] = False,
+    allow_image_host: ImageHosts = None,
     log: LogForm = Log.lines,
 ) -> int:
     """Serve models in the form of OpenAI's API, and a page to talk to them."""
-    return _serve(model, vision_model, tokenizer, device, host, port, api_key, not no_page, log, browser=False)
+    return _serve(model, vision_model, tokenizer, device, host, port, api_key, not no_page, allow_image_host or [], log,
+                  browser=False)  # fmt: skip
 
 
 def web(
@@ -75,12 +81,12 @@ def web(
     log: LogForm = Log.lines,
 ) -> int:
     """Serve models, and open the page in a browser."""
-    return _serve(model, vision_model, tokenizer, device, "127.0.0.1", port, None, True, log, browser=True)
+    return _serve(model, vision_model, tokenizer, device, "127.0.0.1", port, None, True, [], log, browser=True)
 
 
 def _serve(
     model: list[Path] | None, vision_model: Path | None, tokenizer: Path | None, device: str, host: str, port: int,
-    api_key: str | None, page: bool, log: Log, browser: bool,
+    api_key: str | None, page: bool, hosts: list[str], log: Log, browser: bool,
 ) -> int:  # fmt: skip
     """Serve until a signal; returns the exit code."""
     terminal = Terminal()
@@ -94,13 +100,13 @@ def _serve(
 
     out = options.folder("out", OUT_DIR)
     paths = model or [find_model(None, vision_model, tokenizer, terminal.say, out)]
-    from minimind_v.core.serve.server import Settings, serve
+    from minimind_v.core.serve.server import Listener, Settings, serve
 
     def started(address: str) -> None:
         terminal.say(f"serving at {address} — Ctrl-C ends")
         if browser:
             threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
 
-    settings = Settings(paths, vision_model, tokenizer, device, host, port, api_key, page, log is Log.json)
-    stopped = serve(settings, terminal.say, started)
+    settings = Settings(paths, vision_model, tokenizer, device, host, port, api_key, page, hosts, log is Log.json)
+    stopped = serve(settings, Listener(started, terminal.say, terminal.record))
     return 130 if stopped is signal.SIGINT else 0

@@ -12,7 +12,7 @@ from typing import Any
 from minimind_v.core.demo import world
 from minimind_v.core.demo.world import Item
 from tests.cli.harness import ROOT
-from tests.serve.conftest import open_browser
+from tests.serve.browser import open_browser
 from tests.serve.page_actions import ask_and_wait, attach, encoded, start_server
 
 SCENE = (

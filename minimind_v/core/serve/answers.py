@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from minimind_v.core.curate.token_text import TokenReader
@@ -14,11 +15,21 @@ from minimind_v.core.generate.detokenize import SplitStream
 from minimind_v.core.generate.engine import Engine, Event, Prompt, Request
 from minimind_v.core.generate.sampling import Sampler
 from minimind_v.core.serve.chat_request import ChatRequest
-from minimind_v.core.serve.errors import ApiError
+from minimind_v.core.serve.errors import ApiError, encode_json
 from minimind_v.core.serve.metrics import Metrics
 
 END = b"data: [DONE]\n\n"
 LOWEST = -9999.0  # the log-probability of a token that has none, as OpenAI's
+
+
+@asynccontextmanager
+async def within(deadline: float) -> AsyncIterator[None]:
+    """Raises ApiError where the block takes longer than until a time of the event loop."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise ApiError(503, "the answer took too long and was stopped", code="timeout", retry_after=10) from None
 
 
 class Running:
@@ -39,11 +50,8 @@ class Running:
 
     async def events(self) -> list[Event]:
         """All events since the last call, at least one. Raises ApiError for an error of the answer, or no time."""
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                events = [await self._events.get()]
-        except TimeoutError:
-            raise ApiError(503, "the answer took too long and was stopped", code="timeout", retry_after=10) from None
+        async with within(self._deadline):
+            events = [await self._events.get()]
         while not self._events.empty():
             events.append(self._events.get_nowait())
         for event in events:
@@ -147,7 +155,7 @@ class Completion:
 
 def sse(value: Any) -> bytes:
     """A server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode_json(value) + b"\n\n"
 
 
 def _join(texts: list[tuple[bool, str]], reasoning: bool) -> str:

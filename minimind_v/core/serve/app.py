@@ -11,18 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minimind_v.core.pages.frame import ASSETS
 from minimind_v.core.serve.body import ClientGone
 from minimind_v.core.serve.errors import ApiError, Json
+from minimind_v.core.serve.examples import examples
 from minimind_v.core.serve.service import Service
 from minimind_v.core.version import __version__
 
@@ -39,6 +39,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "content-security-policy": POLICY,
 }
+GONE = 499  # the status in logs and metrics of a client that did not wait
 DRAIN_SECONDS = 1.0  # for the rest of a body that is not read
 Record = Callable[[dict[str, Any]], None]  # takes the fields of a line of the access log
 
@@ -74,12 +75,8 @@ def make_app(
         Route("/health", health),
         Route("/metrics", metrics),
     ]
-    app = Starlette(
-        routes=routes + (page_routes() if with_page else []),
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error},
-    )
-    app.router.redirect_slashes = False
-    return Guard(app, service, api_key, hosts, record)
+    router = Router(routes + (page_routes(service) if with_page else []), redirect_slashes=False)
+    return Guard(router, service, api_key, hosts, record)
 
 
 class Endpoint:
@@ -93,8 +90,8 @@ class Endpoint:
         await self.function(scope, receive, send)
 
 
-def page_routes() -> list[BaseRoute]:
-    """The page, its files, and those of the viewer that looks inside a model."""
+def page_routes(service: Service) -> list[BaseRoute]:
+    """The page, its files, those of the viewer that looks inside a model, and examples."""
     mimetypes.add_type("text/javascript", ".js")  # not what the system's table may say
 
     def file(path: Path) -> Callable[[Request], Any]:
@@ -105,27 +102,34 @@ def page_routes() -> list[BaseRoute]:
 
         return respond
 
+    async def list_examples(request: Request) -> Response:
+        chosen = examples() if await service.models.any_demo() else {}
+        return Json({
+            "examples": [
+                {"image": f"/page/examples/{name}", "question": question, "answer": answer}
+                for name, (_, question, answer) in chosen.items()
+            ]
+        })  # fmt: skip
+
+    async def example(request: Request) -> Response:
+        if request.path_params["name"] not in examples():
+            raise HTTPException(404)
+        return Response(examples()[request.path_params["name"]][0], media_type="image/png")
+
     return [
         Route("/", file(PAGE / "index.html")),
+        Route("/v1/examples", list_examples),
+        Route("/page/examples/{name}", example),
         Route("/page/look.js", file(ASSETS / "look.js")),
         Route("/page/look.css", file(ASSETS / "look.css")),
         Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
     ]
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        response: Response = ApiError(405, "this method is not allowed here", code="method_not_allowed").response()
-    elif error.status_code == 404:
-        response = ApiError(404, "there is nothing at this address", code="not_found").response()
-    else:
-        response = ApiError(error.status_code, error.detail).response()
+def http_error(error: HTTPException) -> Response:
+    """An error of the router, in OpenAI's form."""
+    messages = {404: "there is nothing at this address", 405: "this method is not allowed here"}
+    response = ApiError(error.status_code, messages.get(error.status_code, error.detail)).response()
     response.headers.update(error.headers or {})
     return response
 
@@ -143,15 +147,17 @@ class Guard:
         """Serve one request."""
         if scope["type"] != "http":
             return
+        scope["app"] = self  # so that the router raises errors
         scope["mmv"], begin = {}, time.perf_counter()
         exchange = Exchange(scope, receive, send)
         try:
             self._check(scope)
             await self.app(scope, exchange.receive, exchange.send)
         except ClientGone:
-            scope["mmv"]["error"] = "client gone"
+            exchange.status = exchange.status or GONE
+            scope["mmv"]["error"] = "the client is gone"
         except Exception as error:
-            response = error.response() if isinstance(error, ApiError) else self._failure(error)
+            response = self._response(error)
             if not exchange.status:
                 await response(scope, exchange.receive, exchange.send)
         finally:
@@ -168,7 +174,11 @@ class Guard:
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.api_key):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
-    def _failure(self, error: Exception) -> Response:
+    def _response(self, error: Exception) -> Response:
+        if isinstance(error, ApiError):
+            return error.response()
+        if isinstance(error, HTTPException):
+            return http_error(error)
         self.service.models.log(f"a request failed: {type(error).__name__}: {error}")
         return ApiError(500, "the request failed; the server's log says why", code="internal_error").response()
 
@@ -191,9 +201,11 @@ class Exchange:
         headers = Headers(scope=scope)
         self._receive, self._send, self.status = receive, send, 0
         self._has_more = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        self._waits = "expect" in headers  # for our word before it sends
 
     async def receive(self) -> Message:
         """The next piece of the request."""
+        self._waits = False
         message = await self._receive()
         self._has_more = self._has_more and message.get("more_body", False)
         return message
@@ -205,8 +217,9 @@ class Exchange:
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
             headers.setdefault("cache-control", "no-store")
-            if self._has_more:  # a client that is still sending would not read the response
+            if self._has_more and not self._waits:  # a client that is still sending would not read the response
                 await self._read_rest()
+            if self._has_more:
                 headers["connection"] = "close"
             message = {**message, "headers": headers.raw}
         await self._send(message)

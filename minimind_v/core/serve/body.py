@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
@@ -21,13 +22,21 @@ class ClientGone(Exception):
     """The client has closed its connection."""
 
 
+@dataclass
+class Body:
+    """A body, and its share of the memory of all."""
+
+    data: bytearray
+    bytes: int = 0
+
+
 class Bodies:
     """The bodies in memory, so that their sum stays bounded."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.bytes = limits, 0
 
-    async def read(self, scope: Scope, receive: Receive) -> bytearray:
+    async def read(self, scope: Scope, receive: Receive) -> Body:
         """The whole body, which counts until `forget`. Raises ApiError, or ClientGone."""
         headers, limits = Headers(scope=scope), self.limits
         if headers.get("content-encoding", "identity") != "identity":
@@ -37,17 +46,18 @@ class Bodies:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > limits.body:
             raise self._too_large()
-        body, more, begin = bytearray(), True, asyncio.get_running_loop().time()
+        body, more, begin = Body(bytearray()), True, asyncio.get_running_loop().time()
         try:
             while more:
-                async with asyncio.timeout_at(begin + limits.read_seconds * (1 + len(body) // MEGABYTE)):
+                async with asyncio.timeout_at(begin + limits.read_seconds * (1 + body.bytes // MEGABYTE)):
                     message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
                 piece, more = message.get("body", b""), message.get("more_body", False)
-                body += piece
+                body.data += piece
+                body.bytes += len(piece)
                 self.bytes += len(piece)
-                if len(body) > limits.body:
+                if body.bytes > limits.body:
                     raise self._too_large()
                 if self.bytes > limits.bodies:
                     raise ApiError(429, "the server is receiving too much at once", code="queue_full", retry_after=1)
@@ -59,19 +69,19 @@ class Bodies:
             raise
         return body
 
-    def forget(self, body: bytearray) -> None:
-        """Free the memory of a body."""
-        self.bytes -= len(body)
-        body.clear()
+    def forget(self, body: Body) -> None:
+        """A body, and what was read from it, is needed no longer."""
+        self.bytes -= body.bytes
+        body.data, body.bytes = bytearray(), 0
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.limits.body:,} bytes", code="request_too_large")
 
 
-def parse(body: bytearray) -> Any:
+def parse(body: Body) -> Any:
     """The JSON of a body. Raises ApiError."""
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(body.data.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8") from None
     except RecursionError:

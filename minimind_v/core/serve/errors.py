@@ -10,13 +10,18 @@ from starlette.responses import JSONResponse
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+def encode_json(value: Any) -> bytes:
+    """JSON in UTF-8. Half a surrogate pair, as a name may have, is written as its escape."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
+
+
 class Json(JSONResponse):
-    """A JSON response; half a surrogate pair, as a name may have, is written as its escape."""
+    """A JSON response."""
 
     def render(self, content: Any) -> bytes:
         """The bytes of the body."""
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8", "backslashreplace")
+        return encode_json(content)
 
 
 class ApiError(Exception):

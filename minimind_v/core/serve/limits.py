@@ -19,6 +19,7 @@ class Limits:
     stop_length: int = 256  # characters
     requests: int = 80  # accepted and not yet answered; an engine answers 16 side by side, the others wait
     preparing: int = 2  # requests whose images are decoded side by side
+    fetching: int = 4  # remote images that are fetched side by side
     connections: int = 512
     models: int = 2  # loaded ones, beyond which the least recently used idle one is dropped
     read_seconds: float = 30.0  # for the headers of a request, and for each megabyte of its body

@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.config.generation import V2025
+from minimind_v.core.config.presets import name_preset
+from minimind_v.core.data.layouts import find_layout
 from minimind_v.core.errors import MissingInput, MmvError, UsageError
 from minimind_v.core.formats.checkpoint import Checkpoint
 from minimind_v.core.formats.gguf.read import is_gguf
 from minimind_v.core.formats.load import LoadedModel, load, read_model_parts
 from minimind_v.core.generate.engine import CONTEXT, Engine
-from minimind_v.core.hub.sources import WEIGHTS_ENDINGS, weights_at
+from minimind_v.core.hub.sources import WEIGHTS_ENDINGS, find_weights, weights_at
 from minimind_v.core.model.projector import projected
 from minimind_v.core.model.vision.spec import VisionSpec
+from minimind_v.core.paths import PRESET_DEMO_3V
 from minimind_v.core.serve.errors import ApiError
 
+DEMO_PRESETS = ("demo", PRESET_DEMO_3V)
 Log = Callable[[str], None]
 
 
@@ -31,6 +35,7 @@ class Model:
     def __init__(self, loaded: LoadedModel, log: Log) -> None:
         self.engine = Engine(loaded.model, loaded.tokenizer)
         self.description = describe(loaded.checkpoint, loaded.tokenizer.layout, self.engine.processor.spec)
+        self.preset = name_preset(loaded.checkpoint.config)
         self._log, self._stop = log, threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -62,7 +67,7 @@ UNREADABLE = {
 def describe(checkpoint: Checkpoint, layout: str, spec: VisionSpec) -> dict[str, Any]:
     """What a page must know of a model; `UNREADABLE` has the same keys."""
     return {
-        "thinks": layout == "chatml-think",
+        "thinks": _has_reasoning(layout),
         "images": True,
         "context": min(CONTEXT, checkpoint.config.max_position_embeddings),
         "stage": checkpoint.stage if checkpoint.stage != "unknown" else None,
@@ -70,6 +75,13 @@ def describe(checkpoint: Checkpoint, layout: str, spec: VisionSpec) -> dict[str,
         "generation": "2025" if checkpoint.generation is V2025 else "3v",
         "tokens_per_image": spec.tokens_per_image,
     }
+
+
+def _has_reasoning(layout: str) -> bool:
+    try:
+        return bool(find_layout(layout).reasoning_start())
+    except UsageError:
+        return False
 
 
 @dataclass
@@ -84,6 +96,7 @@ class Entry:
     users: int = 0  # requests that it answers now
     used: float = 0.0  # when the last of them ended
     description: dict[str, Any] | None = None
+    preset: str | None = None  # the size of the model, where it has a name
 
 
 class Models:
@@ -129,6 +142,11 @@ class Models:
             entry.used = time.monotonic()
             self._drop_idle(self.most)
 
+    async def any_demo(self) -> bool:
+        """Whether a model is of the demo's size, and so may understand the demo's world."""
+        await self.list()
+        return any(entry.preset in DEMO_PRESETS for entry in self.entries.values())
+
     async def list(self) -> list[dict[str, Any]]:
         """OpenAI's list of models, each with what a page must know of it."""
         async with self._describing:
@@ -155,17 +173,18 @@ class Models:
     async def preload(self) -> None:
         """Load the first model. Raises MissingInput, UsageError or WeightsError where it cannot be opened."""
         entry = self.find(None)
-        entry.model = await asyncio.to_thread(self._open, entry)
-        entry.description = entry.model.description
+        self._keep(entry, await asyncio.to_thread(self._open, entry))
 
     async def _load(self, entry: Entry) -> None:
         try:
             self._drop_idle(self.most - 1)
             with self._errors(entry):
-                entry.model = await asyncio.to_thread(self._open, entry)
-            entry.description = entry.model.description
+                self._keep(entry, await asyncio.to_thread(self._open, entry))
         finally:
             entry.loading = None
+
+    def _keep(self, entry: Entry, model: Model) -> None:
+        entry.model, entry.description, entry.preset = model, model.description, model.preset
 
     def _open(self, entry: Entry) -> Model:
         return Model(load(entry.path, self.vision_model, self.tokenizer, self.device, self.log), self.log)
@@ -174,6 +193,7 @@ class Models:
         with suppress(ApiError), self._errors(entry):
             stored = read_model_parts(entry.path, self.vision_model, self.tokenizer)
             spec = projected(stored.tower.spec, stored.config.projector)
+            entry.preset = name_preset(stored.checkpoint.config)
             entry.description = describe(stored.checkpoint, stored.tokenizer.layout, spec)
 
     @contextmanager
@@ -220,7 +240,10 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _weights_in(path: Path) -> list[Path]:
-    """The weights at a path: a file, an exported folder, a run's folder, or each of a folder's, in order of names."""
+    """The weights at a path: a file, an exported folder, a run's folder, or each of a folder's.
+
+    The latest of a folder come first, the others in the order of their names.
+    """
     weights = weights_at(path)
     if weights.is_file() or _is_model(weights):
         return [weights]
@@ -230,6 +253,9 @@ def _weights_in(path: Path) -> list[Path]:
     models += [folder for folder in inside if folder.is_dir() and _is_model(folder)]
     if not models:
         raise MissingInput(f"no weights in {path} — name a file, an exported folder or a run's folder with --model")
+    with suppress(MissingInput):
+        latest = find_weights(path)
+        models.sort(key=lambda model: model != latest)
     return models
 
 

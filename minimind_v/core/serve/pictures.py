@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote_to_bytes
 
 from minimind_v.core.serve.errors import ApiError
 from minimind_v.core.serve.limits import Limits
+from minimind_v.core.serve.remote import fetch_image
 
 DATA_URI = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(;[^,;]*)*),", re.IGNORECASE)
 HOW = "send the image as a data URI: data:image/png;base64,…"
@@ -17,12 +21,21 @@ HOW = "send the image as a data URI: data:image/png;base64,…"
 class Pictures:
     """The picture files that the images of a request name."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, hosts: Sequence[str] = ()) -> None:
+        """`hosts`: those from which images are fetched."""
+        self.limits, self.hosts = limits, hosts
+        self._fetching = ThreadPoolExecutor(limits.fetching, "fetch")
 
     async def read(self, url: str) -> bytes:
         """The bytes of a picture file. Raises ApiError."""
-        return picture_bytes(url, self.limits)
+        if not url[:8].lower().startswith(("http://", "https://")):
+            return picture_bytes(url, self.limits)
+        if not self.hosts:
+            raise ApiError(400, f"this server fetches no images: {HOW}", "messages", "remote_image_refused")
+        limits, loop = self.limits, asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._fetching, fetch_image, url, self.hosts, limits.image_bytes, limits.remote_seconds
+        )
 
 
 def picture_bytes(url: str, limits: Limits) -> bytes:

@@ -41,6 +41,7 @@ class Settings:
     port: int = 8000  # 0: any free one
     api_key: str | None = None
     page: bool = True
+    image_hosts: Sequence[str] = ()  # from which remote images are fetched: HOST, or HOST:PORT
     log_json: bool = False
     limits: Limits = field(default_factory=Limits)
 
@@ -50,41 +51,45 @@ class Settings:
             raise UsageError(f"--host {self.host} serves other machines — add --api-key, or set MMV_API_KEY")
 
 
-def serve(settings: Settings, say: Callable[[str], None], started: Callable[[str], None]) -> signal.Signals | None:
-    """Serve until a signal: the first one lets running answers finish, the second one ends at once.
+@dataclass(frozen=True)
+class Listener:
+    """Receives what a server reports."""
 
-    `say` gets messages and, line by line, the access log; `started` the server's address. Returns the signal.
+    started: Callable[[str], None]  # its address
+    message: Callable[[str], None]
+    request: Callable[[str], None]  # a line of the access log
+
+
+def serve(settings: Settings, listener: Listener) -> signal.Signals | None:
+    """Serve until a signal, which is returned: the first lets running answers finish, the second ends at once.
+
     Raises UsageError, MissingInput, WeightsError, or RunError where the port is in use.
     """
     settings.check()
-    listener = _listen(settings.host, settings.port)
-    try:
-        return asyncio.run(_serve(settings, listener, say, started))
-    finally:
-        listener.close()
+    with _listen(settings.host, settings.port) as endpoint:
+        return asyncio.run(_serve(settings, endpoint, listener))
 
 
-async def _serve(
-    settings: Settings, listener: socket.socket, say: Callable[[str], None], started: Callable[[str], None]
-) -> signal.Signals | None:
+async def _serve(settings: Settings, endpoint: socket.socket, listener: Listener) -> signal.Signals | None:
     limits = settings.limits
-    models = Models(settings.models, settings.vision_model, settings.tokenizer, settings.device, limits.models, say)
+    companions = settings.vision_model, settings.tokenizer
+    models = Models(settings.models, *companions, settings.device, limits.models, listener.message)
     if len(models.entries) == 1:
         await models.preload()
-    service = Service(models, limits, Pictures(limits))
+    service = Service(models, limits, Pictures(limits, settings.image_hosts))
     hosts = (*LOOPBACK, settings.host.lower()) if is_loopback(settings.host) else None
     record = _as_json if settings.log_json else _as_line
-    app = make_app(service, settings.api_key, hosts, settings.page, lambda fields: say(record(fields)))
+    app = make_app(service, settings.api_key, hosts, settings.page, lambda fields: listener.request(record(fields)))
     config = uvicorn.Config(
         app, http=make_protocol(limits), ws="none", lifespan="off", log_config=None, log_level="critical",
         access_log=False, proxy_headers=False, server_header=False, backlog=BACKLOG, loop="asyncio",
         timeout_keep_alive=int(limits.keep_alive_seconds), timeout_graceful_shutdown=1,
     )  # fmt: skip
-    server = Server(config, service, say)
-    address, port = listener.getsockname()[:2]
-    started(f"http://{f'[{address}]' if ':' in address else address}:{port}")
+    address, port = endpoint.getsockname()[:2]
+    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    server = Server(config, service, lambda: listener.started(url))
     try:
-        await server.serve([listener])
+        await server.serve([endpoint])
     finally:
         models.close()
     return server.signal
@@ -93,11 +98,16 @@ async def _serve(
 class Server(uvicorn.Server):
     """uvicorn's server, which lets accepted requests finish before it ends."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, say: Callable[[str], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
         super().__init__(config)
-        self.service, self.say = service, say
+        self.service, self.when_started = service, started
         self.signal: signal.Signals | None = None
         self._end = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self.when_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal."""

@@ -6,15 +6,15 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
 from minimind_v.core.errors import MmvError, RowError
 from minimind_v.core.generate.engine import Engine, Prompt, PromptTooLong
-from minimind_v.core.serve.answers import END, Completion, Running, sse
-from minimind_v.core.serve.body import Bodies, ClientGone, parse, until_gone
+from minimind_v.core.serve.answers import END, Completion, Running, sse, within
+from minimind_v.core.serve.body import Bodies, Body, ClientGone, parse, until_gone
 from minimind_v.core.serve.chat_request import ChatRequest, read_request
 from minimind_v.core.serve.errors import ApiError, Json
 from minimind_v.core.serve.limits import Limits
@@ -42,7 +42,7 @@ class Service:
         body = await self.bodies.read(scope, receive)
         try:
             with self.accepted():
-                await until_gone(receive, self._chat(body, scope, send, begin))
+                await until_gone(receive, self._chat(body, scope, send))
         finally:
             self.bodies.forget(body)
         self.metrics.total.add(time.perf_counter() - begin)
@@ -71,12 +71,14 @@ class Service:
         """Call a function in one of a few threads."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
 
-    async def _chat(self, body: bytearray, scope: Scope, send: Send, begin: float) -> None:
+    async def _chat(self, body: Body, scope: Scope, send: Send) -> None:
         deadline = asyncio.get_running_loop().time() + self.limits.answer_seconds
-        request = await self.prepare(lambda: read_request(parse(body), self.limits))
-        self.bodies.forget(body)
-        async with self.models.lend(request.model) as (name, model):
-            prompt = await self.prompt(model, request)
+        async with AsyncExitStack() as lent:
+            async with within(deadline):
+                request = await self.prepare(lambda: read_request(parse(body), self.limits))
+                name, model = await lent.enter_async_context(self.models.lend(request.model))
+                prompt = await self.prompt(model, request)
+            self.bodies.forget(body)
             completion = Completion(name, request, prompt, model.engine, self.metrics)
             scope["mmv"] |= {"model": name, "prompt_tokens": len(prompt.tokens)}
             self.metrics.prompt_tokens += len(prompt.tokens)
@@ -91,6 +93,8 @@ class Service:
 
     async def prompt(self, model: Model, request: ChatRequest) -> Prompt:
         """The prompt of a request, its images decoded. Raises ApiError."""
+        if request.think and not model.description["thinks"]:
+            raise ApiError(400, "this model does not reason: leave out think", "think", "unsupported_parameter")
         files = [await self.pictures.read(url) for url in request.images]
         return await self.prepare(prepare_prompt, model.engine, request, files)
 

@@ -204,7 +204,8 @@ class App {
   welcome() {
     const model = this.model();
     const seesImages = model?.mmv?.images !== false;
-    const cards = seesImages ? this.examples.map((example) => h("li", {}, h("button", { type: "button", class: "card", onclick: () => this.tryExample(example) },
+    const own = this.examples.filter(({ question }) => /\p{Script=Han}/u.test(question) === (language() === "zh"));
+    const cards = seesImages ? (own.length ? own : this.examples).map((example) => h("li", {}, h("button", { type: "button", class: "card", onclick: () => this.tryExample(example) },
       h("img", { src: example.image, alt: "" }), h("span", {}, example.question)))) : [];
     return h("div", { class: "welcome" },
       h("h1", {}, t(seesImages ? "welcome" : "welcomeText")),
