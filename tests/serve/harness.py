@@ -19,10 +19,12 @@ QUESTION = "What do you see?"
 
 
 class Server:
-    """The installed `mmv serve` at a free port; `model` defaults to weights that can be talked to."""
+    """The installed `mmv serve`, at a free port by default; `model` defaults to weights that can be talked to."""
 
-    def __init__(self, folder: Path, *args: object, model: Path | None = None, prepare: Any = None) -> None:
-        options = ["--model", model or harness.sighted(), *SIGHT, "--port", 0, *args]
+    def __init__(
+        self, folder: Path, *args: object, model: Path | None = None, port: int = 0, prepare: Any = None
+    ) -> None:
+        options = ["--model", model or harness.sighted(), *SIGHT, "--port", port, *args]
         self.running = harness.Running(folder, "serve", *options, prepare=prepare)
         self.running.until(lambda: "serving at http://" in self.running.err)
         self.host, port = re.search(r"serving at http://(\S+):(\d+)", self.running.err).groups()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import random
-import re
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from minimind_v.core.demo import world
-from tests.cli.harness import Running
 
 
 def scene(seed: int = 1) -> bytes:
@@ -65,10 +62,3 @@ def sent_images(request: dict[str, Any]) -> list[bytes]:
         if item["type"] == "image_url"
     ]
     return [base64.b64decode(url.split(",", 1)[1]) for url in urls]
-
-
-def start_server(folder: Path, model: Path, *options: object) -> tuple[Running, str]:
-    """`mmv serve` of a model, on any free port unless the options name one, and its address."""
-    server = Running(folder, "serve", "--port", 0, "--model", model, "--device", "cpu", *options)
-    server.until(lambda: "serving at" in server.err)
-    return server, re.search(r"http://127\.0\.0\.1:\d+", server.err)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +12,8 @@ from minimind_v.core.demo import world
 from minimind_v.core.demo.world import Item
 from tests.cli.harness import ROOT
 from tests.serve.browser import open_browser
-from tests.serve.page_actions import ask_and_wait, attach, encoded, start_server
+from tests.serve.harness import Server
+from tests.serve.page_actions import ask_and_wait, attach, encoded
 
 SCENE = (
     Item("star", "yellow", "big", "top left"),
@@ -30,15 +30,15 @@ QUESTIONS = {
 }
 
 
-def shoot(model: Path, folder: Path, *options: object) -> list[Path]:
+def shoot(model: Path, folder: Path) -> list[Path]:
     """Talk to a model on the page, greedily, and write an image of each of `SHOTS`; returns their paths."""
     picture = encoded(world.draw(SCENE, random.Random(1)), "PNG")
     with tempfile.TemporaryDirectory() as scratch, open_browser() as browser:
-        server, url = start_server(Path(scratch), model, *options)
+        server = Server(Path(scratch), model=model)
         try:
-            return [_shot(browser, url, picture, folder / f"{name}.png", shot) for name, shot in SHOTS.items()]
+            return [_shot(browser, server.url, picture, folder / f"{name}.png", shot) for name, shot in SHOTS.items()]
         finally:
-            server.send(signal.SIGKILL).process.wait()
+            server.end()
 
 
 def _shot(browser: Any, url: str, picture: bytes, path: Path, options: dict[str, Any]) -> Path:
