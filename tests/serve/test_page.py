@@ -537,7 +537,8 @@ def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(p
     page.locator(".question .versions").wait_for()
     assert page.locator(".question .text").all_text_contents() == ["What? Really?"]
     page.keyboard.press("Alt+k")
-    assert page.locator("#shortcuts").is_visible()
+    keys, actions = (page.locator(f"#shortcuts {name}").all_text_contents() for name in ("dt", "dd"))
+    assert (keys[1], actions[1]) == ("ShiftEnter", "New line")
     page.keyboard.press("Escape")
     page.keyboard.press("Alt+h")
     assert page.locator("#history").is_hidden()

@@ -35,7 +35,9 @@ export class MessageForm {
       ? button("stop", t("stop"), () => this.onstop(), { class: "icon send stop", ...key("stop") })
       : button("send", t("send"), () => {}, { class: "icon send", type: "submit", ...key("send") });
     const cancel = this.oncancel && h("button", { type: "button", onclick: this.oncancel }, t("cancel"));
+    const hadFocus = this.bar.contains(document.activeElement);
     this.bar.replaceChildren(...[images || [], h("span", { class: "space" }), cancel || [], this.submit].flat().filter(Boolean));
+    if (hadFocus) (busy ? this.submit : this.text).focus();
     this.#showThumbnails();
     this.#changed();
   }

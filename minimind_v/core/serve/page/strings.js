@@ -43,7 +43,7 @@ const EN = {
   question: "Question",
   askImage: "Ask about the image…",
   askFirst: "Ask a question…",
-  askMore: "Ask more…",
+  askMore: "Ask another question…",
   chooseImages: "Choose images",
   useCamera: "Use the camera",
   send: "Send",
