@@ -30,9 +30,8 @@ def ask(client, content=QUESTION, **settings):
 
 def test_the_official_client_gets_the_answer_that_chat_gives(client, picture):
     file = tiny_data().picture()
-    ended = run_mmv(
-        "chat", QUESTION, "--image", file, "--greedy", "--max-new-tokens", 12, "--model", harness.sighted(), *SIGHT
-    )
+    greedy = ["--greedy", "--max-new-tokens", 12, "--model", harness.sighted(), *SIGHT]
+    ended = run_mmv("chat", QUESTION, "--image", file, *greedy)
     for content in ([text_item(), image_item(picture)], [image_item(picture), text_item()]):
         answer = ask(client, content)
         assert answer.choices[0].message.content == ended.out.rstrip("\n")
@@ -114,12 +113,13 @@ def test_the_default_sampling_is_that_of_chat(client):
 def test_an_answer_in_company_is_the_one_given_alone(client, picture):
     questions = [QUESTION, "What colour is the star?", [text_item(), image_item(picture)], "有几个物体？"] * 2
     settings = {"temperature": 0.9, "seed": 7, "max_tokens": 40}
-    alone = [ask(client, question, **settings).choices[0].message.content for question in questions]
+
+    def answer(question):
+        return ask(client, question, **settings).choices[0].message.content
+
+    alone = [answer(question) for question in questions]
     with ThreadPoolExecutor(8) as pool:
-        company = list(
-            pool.map(lambda question: ask(client, question, **settings).choices[0].message.content, questions)
-        )
-    assert company == alone
+        assert list(pool.map(answer, questions)) == alone
 
 
 def test_several_turns_and_a_system_message_reach_the_model(server):
