@@ -27,14 +27,13 @@ export class Chat {
   /** Ask an earlier question anew: its other words, and the answer, are a new branch. */
   edit(question, text, images) { return this.#ask(parentOf(this.conversation, question), text, images); }
 
-  async #ask(parent, text, images) {
+  #ask(parent, text, images) {
     const { conversation, app } = this;
     const added = images.filter(({ id }) => !this.images.has(id));
     for (const image of added) this.images.set(image.id, image);
     conversation.title ||= text.replace(/\s+/g, " ").trim().slice(0, 80);
     const question = append(conversation, parent, { role: "user", text, images: images.map(({ id }) => id) });
-    await app.store.saveImages(conversation, added).catch(app.storeFailed);
-    return this.#answer(question);
+    return this.#answer(question, app.store.saveImages(conversation, added).catch(app.storeFailed));
   }
 
   /** Answer a question once more. An answer without a word is replaced, any other stays as a version. */
@@ -46,9 +45,9 @@ export class Chat {
   }
 
   /** Show another version of a message. */
-  choose(node) {
+  async choose(node) {
     select(this.conversation, node);
-    this.save();
+    await this.save();
     this.app.changed(this);
   }
 
@@ -63,19 +62,21 @@ export class Chat {
   messages(last) {
     const { system } = this.app.settings;
     const turns = pathTo(this.conversation, last).map(({ role, text, images }) => {
-      const parts = images.map((id) => ({ type: "image_url", image_url: { url: this.images.get(id).src } }));
+      const parts = images.filter((id) => this.images.has(id)).map((id) => ({ type: "image_url", image_url: { url: this.images.get(id).src } }));
       return { role, content: parts.length ? [...parts, { type: "text", text }] : text };
     });
     return system ? [{ role: "system", content: system }, ...turns] : turns;
   }
 
-  async #answer(question) {
+  /** `stored`: a promise that the question's images are stored. */
+  async #answer(question, stored = null) {
     const { app, conversation } = this;
     const model = app.model();
     const body = { model: model.id, messages: this.messages(question), ...app.settings.values(model) };
     const fresh = { text: "", images: [], reasoning: "", model: model.id, end: "", error: "", dropped: 0, stats: null };
     const node = append(conversation, question, { role: "assistant", ...fresh });
     this.running = { node, controller: new AbortController(), wait: null, isLoading: model.mmv?.loaded === false };
+    await stored;
     await this.save();
     app.changed(this);
     let failure = null;

@@ -21,7 +21,7 @@ export async function lookInside(request) {
     const [{ mount }, trace] = await Promise.all([import(VIEWER), look(request, controller.signal)]);
     if (!dialog.open) return;
     const { answer: _, ...question } = request; // with patches painted over, the model answers anew
-    const ask = ({ occlude }) => look({ ...question, occlude }, controller.signal);
+    const ask = (change) => look({ ...question, ...change }, controller.signal);
     body.replaceChildren();
     mount(body, trace, { ask, language: language() });
   } catch (error) {

@@ -55,8 +55,21 @@ class App {
       this.thread.show(chat, { toEnd: Boolean(chat.running) });
       this.showForm();
     }
+    this.stored(chat.conversation);
+  }
+
+  /** A conversation was stored, renamed or removed: show it, also in other tabs. */
+  stored({ id }) {
+    otherTabs?.postMessage(id);
+    return this.history.show();
+  }
+
+  /** Another tab stored a conversation. If it is open, this tab shows it as it is now, so that neither undoes the other. */
+  async storedElsewhere(id) {
     this.history.show();
-    other?.postMessage("changed");
+    if (id !== this.current() || this.chat.running || this.thread.editing) return;
+    const conversation = (await this.store.list()).find((stored) => stored.id === id);
+    if (conversation) await this.open(conversation);
   }
 
   grew(chat, node) {
@@ -65,10 +78,9 @@ class App {
 
   ended(chat, node, error) {
     this.running.delete(chat.conversation.id);
-    if (chat === this.chat) this.thread.follows ? this.thread.show(chat, { toEnd: true }) : this.thread.show(chat);
+    if (chat === this.chat) this.thread.show(chat, { toEnd: this.thread.follows });
     this.showForm();
-    this.history.show();
-    other?.postMessage("changed");
+    this.stored(chat.conversation);
     if (node.end === "stopped") announce(t("answerStopped"));
     else announce(error ? t("answerFailed", { reason: node.error || t("interrupted") }) : t("answerDone", { text: node.text || t("emptyAnswer") }));
     if (error) this.failed(error);
@@ -110,7 +122,6 @@ class App {
 
   start(chat) {
     this.chat = chat;
-    sessionCurrent.set(chat.nodes.length ? chat.conversation.id : null);
     this.closeHistory();
     this.thread.follows = true;
     this.thread.show(chat, { toEnd: true });
@@ -128,6 +139,7 @@ class App {
     const target = chat?.conversation ?? conversation;
     target.title = title;
     await this.store.save(target).catch(this.storeFailed);
+    await this.stored(target);
   }
 
   removed(conversation) {
@@ -160,11 +172,12 @@ class App {
     const banner = at("banner");
     if (gone) {
       const words = wait === null ? t("goneTrying") : t("gone", { n: wait });
-      // A screen reader hears once that the server is gone, not each second of the countdown.
-      const fresh = !banner.firstChild;
-      const text = h("span", { "aria-hidden": fresh ? null : "true" }, words);
-      if (fresh) banner.replaceChildren(text, h("button", { type: "button", onclick: () => this.server.tryNow() }, t("tryNow")));
-      else banner.firstChild.textContent = words;
+      if (!banner.firstChild) {
+        // A screen reader hears once that the server is gone, not each second of the countdown.
+        const [spoken, shown] = [h("span", { class: "unseen" }, words), h("span", { "aria-hidden": "true" })];
+        banner.replaceChildren(spoken, shown, h("button", { type: "button", onclick: () => this.server.tryNow() }, t("tryNow")));
+      }
+      banner.children[1].textContent = words;
       return;
     }
     banner.replaceChildren();
@@ -197,6 +210,7 @@ class App {
   showForm() {
     const running = Boolean(this.chat.running);
     this.form.show({ model: this.model(), busy: running, placeholder: this.chat.nodes.length ? "askMore" : "askFirst" });
+    this.thread.form?.show({ model: this.model(), busy: running });
     sessionCurrent.set(this.chat.nodes.length ? this.current() : null);
   }
 
@@ -302,7 +316,7 @@ const sessionCurrent = {
   get: () => { try { return sessionStorage.getItem("mmv.current"); } catch { return null; } },
   set: (id) => { try { id ? sessionStorage.setItem("mmv.current", id) : sessionStorage.removeItem("mmv.current"); } catch {} },
 };
-const other = "BroadcastChannel" in window ? new BroadcastChannel("mmv") : null; // other tabs of this page
+const otherTabs = "BroadcastChannel" in window ? new BroadcastChannel("mmv") : null;
 
 function listen(app) {
   const click = (id, run) => at(id).addEventListener("click", run);
@@ -326,7 +340,7 @@ function listen(app) {
     app.showForm();
     app.thread.show(app.chat);
   });
-  if (other) other.onmessage = () => app.history.show();
+  if (otherTabs) otherTabs.onmessage = ({ data }) => app.storedElsewhere(data);
   for (const dialog of document.querySelectorAll("dialog")) {
     dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); }); // the backdrop
   }
@@ -360,7 +374,8 @@ function listenToImages(app) {
   const show = (isOver) => { at("drop").hidden = !isOver; };
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];
-    if (!files.length || document.querySelector("dialog[open]")) return;
+    // What a word processor copies has text, and an image of it; text is what was meant.
+    if (!files.length || event.clipboardData.types.includes("text/plain") || document.querySelector("dialog[open]")) return;
     event.preventDefault();
     form().add(files);
   });

@@ -7,6 +7,7 @@ export class Thread {
   /** `app` has `model()`, `canLook`, `lookInside(chat, node)`, `enlarge(image, n)` and `welcome()`, the empty page. */
   constructor(element, app) {
     Object.assign(this, { element, app, chat: null, editing: null, growing: null, form: null });
+    this.pictures = new Map(); // image id → its element: a large image is not decoded again with each change
     // Who has scrolled up reads there: the page follows an answer only from its end.
     this.follows = true;
     element.addEventListener("scroll", () => { this.follows = element.scrollHeight - element.scrollTop - element.clientHeight < 60; });
@@ -15,8 +16,12 @@ export class Thread {
 
   /** Show a conversation; the focus stays on the control that had it. */
   show(chat, { toEnd = false } = {}) {
-    const key = document.activeElement?.dataset?.key;
-    if (chat !== this.chat) this.#closeEditor();
+    const hadFocus = this.element !== document.activeElement && this.element.contains(document.activeElement);
+    const { key } = document.activeElement.dataset;
+    if (chat !== this.chat) {
+      this.#closeEditor();
+      this.pictures.clear();
+    }
     this.chat = chat;
     const { nodes } = chat;
     const scroll = this.element.scrollTop;
@@ -25,7 +30,7 @@ export class Thread {
     this.element.scrollTop = toEnd ? this.element.scrollHeight : scroll;
     this.follows ||= toEnd;
     if (!nodes.length) this.element.scrollTop = 0;
-    if (key && !document.activeElement?.dataset?.key) this.element.querySelector(`[data-key="${key}"]`)?.focus();
+    if (hadFocus) this.#focus(key);
   }
 
   /** Show more of an answer that is growing. */
@@ -45,7 +50,7 @@ export class Thread {
   edit(node) {
     const { chat } = this;
     const done = () => { this.#closeEditor(); this.show(chat); };
-    const send = (text, images) => { this.#closeEditor(); chat.edit(node, text, images); };
+    const send = (text, images) => { this.#closeEditor(); chat.edit(node, text, images); this.element.focus(); };
     const cancel = () => { done(); this.element.querySelector(`[data-key="${node.id}:edit"]`)?.focus(); };
     this.editing = node.id;
     this.form = new MessageForm({ id: `edit-${node.id}`, label: "editQuestion", send, cancel });
@@ -53,6 +58,13 @@ export class Thread {
     this.show(chat);
     this.form.fill(node.text, node.images.map((id) => chat.images.get(id)));
     this.form.focus();
+  }
+
+  /** Focus the control that was there before, else one beside it, else the conversation. */
+  #focus(key) {
+    const control = key && this.element.querySelector(`[data-key="${key}"]`);
+    const enabled = control?.disabled ? control.parentElement.querySelector("button:enabled") : control;
+    (enabled ?? this.element).focus({ preventScroll: true });
   }
 
   #closeEditor() { this.editing = this.form = null; }
@@ -78,8 +90,10 @@ export class Thread {
 
   #image(image, n) {
     if (!image) return null;
-    const picture = h("img", { src: image.src, alt: image.name, width: image.width, height: image.height });
-    return h("button", { type: "button", class: "image", "aria-label": t("showImage", { n }), onclick: () => this.app.enlarge(image, n) }, picture);
+    const { id, src, name, width, height } = image;
+    if (!this.pictures.has(id)) this.pictures.set(id, h("img", { src, alt: name, width, height }));
+    const label = { "aria-label": t("showImage", { n }), "data-key": `${id}:enlarge` };
+    return h("button", { type: "button", class: "image", ...label, onclick: () => this.app.enlarge(image, n) }, this.pictures.get(id));
   }
 
   #answer(node) {
