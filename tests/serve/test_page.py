@@ -549,6 +549,7 @@ def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(p
     page.locator(".answer .versions").wait_for()
     page.locator("[aria-label='Previous version']").focus()
     page.keyboard.press("Enter")
+    page.locator(".versions", has_text="1/2").wait_for()
     page.keyboard.press("Enter")  # the focus went to the arrow that can be used
     page.locator(".versions", has_text="2/2").wait_for()
     page.keyboard.press("Alt+q")

@@ -16,8 +16,8 @@ export class Thread {
 
   /** Show a conversation; the focus stays on the control that had it. */
   show(chat, { toEnd = false } = {}) {
-    const hadFocus = this.element !== document.activeElement && this.element.contains(document.activeElement);
-    const { key } = document.activeElement.dataset;
+    const focused = document.activeElement;
+    const hadFocus = this.element !== focused && this.element.contains(focused);
     if (chat !== this.chat) {
       this.#closeEditor();
       this.pictures.clear();
@@ -30,7 +30,7 @@ export class Thread {
     this.element.scrollTop = toEnd ? this.element.scrollHeight : scroll;
     this.follows ||= toEnd;
     if (!nodes.length) this.element.scrollTop = 0;
-    if (hadFocus) this.#focus(key);
+    if (hadFocus) this.#focus(focused);
   }
 
   /** Show more of an answer that is growing. */
@@ -60,9 +60,10 @@ export class Thread {
     this.form.focus();
   }
 
-  /** Focus the control that was there before, else one beside it, else the conversation. */
-  #focus(key) {
-    const control = key && this.element.querySelector(`[data-key="${key}"]`);
+  /** Focus what had the focus, or what stands for it now, or a control beside that, else the conversation. */
+  #focus(focused) {
+    const { key } = focused.dataset;
+    const control = focused.isConnected ? focused : key && this.element.querySelector(`[data-key="${key}"]`);
     const enabled = control?.disabled ? control.parentElement.querySelector("button:enabled") : control;
     (enabled ?? this.element).focus({ preventScroll: true });
   }
