@@ -242,6 +242,7 @@ def test_two_requests_on_one_connection_are_both_answered(server):
     assert received.count(b"HTTP/1.1 200 ") == 2
 
 
+@pytest.mark.long
 def test_a_body_that_never_ends_is_refused_at_the_limit(start):
     server = start(prepare=small_limits)
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
@@ -264,6 +265,7 @@ def test_a_body_that_never_ends_is_refused_at_the_limit(start):
     assert server.chat().status == 200
 
 
+@pytest.mark.long
 def test_a_client_that_sends_too_slowly_is_ended(start):
     server = start(prepare=small_limits)
     begin = time.monotonic()
@@ -275,6 +277,7 @@ def test_a_client_that_sends_too_slowly_is_ended(start):
     assert server.chat().status == 200
 
 
+@pytest.mark.long
 def test_more_connections_than_the_limit_are_refused(start):
     server = start(prepare=small_limits)
     connections = [server.connect() for _ in range(8)]
