@@ -183,6 +183,15 @@ def test_a_small_turned_photo_is_sent_as_it_is(page, stub):
     assert box["height"] > box["width"]
 
 
+def test_a_file_of_many_bytes_is_sent_as_a_smaller_one(page, stub):
+    noise = Image.effect_noise((2000, 1200), 90)
+    attach(page, ("noise.png", encoded(Image.merge("RGB", [noise, noise.rotate(90), noise.rotate(180)]), "PNG")))
+    ask_and_wait(page, "?")
+    (sent,) = sent_images(stub.requests[0])
+    assert len(sent) < 4 << 20
+    assert decode(sent, "sent").size == (2000, 1200)
+
+
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
 def test_an_image_that_moves_is_sent_as_its_first_frame(page, stub, form):
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]

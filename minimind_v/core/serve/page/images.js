@@ -2,6 +2,7 @@
 import { newId } from "./tree.js";
 
 const LONGEST = 2048; // pixels of the long side; the model's own images have 64 to 256
+const MOST_BYTES = 4 << 20; // of a file; a conversation is sent whole with each question
 const AS_IS = ["image/jpeg", "image/png", "image/webp"]; // what the server reads as the browser does
 
 /** An image that the browser cannot read: `key` names the sentence that says so. */
@@ -26,14 +27,14 @@ export async function readImage(file) {
   }
   const { width, height } = bitmap;
   const isLarge = Math.max(width, height) > LONGEST;
-  const asIs = AS_IS.includes(type) && !isLarge && !isAnimated(head);
+  const asIs = AS_IS.includes(type) && file.size <= MOST_BYTES && !isLarge && !isAnimated(head);
   const src = asIs ? await dataUri(new Blob([file], { type })) : await redrawn(bitmap, type === "image/jpeg" || type === "image/heic");
   bitmap.close();
   const scale = isLarge ? LONGEST / Math.max(width, height) : 1;
   return { id: newId(), src, name, width: Math.round(width * scale), height: Math.round(height * scale) };
 }
 
-/** The pixels at no more than 2048 a side: a photo as JPEG, all else as PNG, which loses nothing. */
+/** The pixels at no more than 2048 a side: a photo as JPEG, all else as PNG, which loses nothing, unless that is large. */
 async function redrawn(bitmap, isPhoto) {
   const scale = Math.min(1, LONGEST / Math.max(bitmap.width, bitmap.height));
   const width = Math.max(1, Math.round(bitmap.width * scale)), height = Math.max(1, Math.round(bitmap.height * scale));
@@ -44,7 +45,8 @@ async function redrawn(bitmap, isPhoto) {
   context.fillRect(0, 0, width, height);
   context.drawImage(smaller, 0, 0);
   smaller.close();
-  return canvas.toDataURL(isPhoto ? "image/jpeg" : "image/png", 0.95);
+  const lossless = isPhoto ? "" : canvas.toDataURL("image/png");
+  return lossless && lossless.length < (MOST_BYTES * 4) / 3 ? lossless : canvas.toDataURL("image/jpeg", 0.95);
 }
 
 /** The type by the first bytes; names and what the system says are often wrong. */
