@@ -16,6 +16,7 @@ from minimind_v.cli import (
     download,
     evaluate,
     info,
+    look,
     plan,
     report,
     runs,
@@ -76,6 +77,7 @@ register(app, "download", download.download, PIPELINE)
 register(app, "train", train.train, PIPELINE, table=RUN_OPTIONS)
 register(app, "eval", evaluate.evaluate, PIPELINE)
 register(app, "chat", chat.chat, PIPELINE, chat.ChatCommand)
+register(app, "look", look.look, PIPELINE, look.LookCommand)
 register(app, "convert", convert.convert, PIPELINE)
 app.add_typer(data.data, name="data", rich_help_panel=DATA)
 register(app, "plan", plan.plan, RUNS, table=RUN_OPTIONS)
