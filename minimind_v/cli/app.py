@@ -20,6 +20,7 @@ from minimind_v.cli import (
     plan,
     report,
     runs,
+    serve,
     train,
     upload,
 )
@@ -78,6 +79,8 @@ register(app, "train", train.train, PIPELINE, table=RUN_OPTIONS)
 register(app, "eval", evaluate.evaluate, PIPELINE)
 register(app, "chat", chat.chat, PIPELINE, chat.ChatCommand)
 register(app, "look", look.look, PIPELINE, look.LookCommand)
+register(app, "serve", serve.serve, PIPELINE, serve.ServeCommand)
+register(app, "web", serve.web, PIPELINE, serve.ServeCommand)
 register(app, "convert", convert.convert, PIPELINE)
 app.add_typer(data.data, name="data", rich_help_panel=DATA)
 register(app, "plan", plan.plan, RUNS, table=RUN_OPTIONS)
