@@ -29,7 +29,7 @@ class LookCommand(Command):
 
 
 def look(
-    words: Annotated[
+    arguments: Annotated[
         list[str], typer.Argument(metavar="IMAGE... QUESTION", help="One or more image files, and a question.")
     ],
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page to point at.")] = None,
@@ -54,23 +54,10 @@ def look(
     json: options.Json = False,
 ) -> None:
     """Look inside an answer: what each token owes to the image, attention, and the words of each patch."""
-    from minimind_v.core.data.picture_names import check_marks, pictures_in, read_pictures
-    from minimind_v.core.outputs import keep_inputs
-    from minimind_v.core.pages.frame import check_page
+    from minimind_v.core.data.picture_names import read_pictures
 
     terminal = Terminal()
-    *names, question = words
-    if not names:
-        raise UsageError(f"{words[0]!r}: an image and a question are needed — {EXAMPLE}")
-    if pictures_in(question):
-        command = shlex.join(["mmv", "look", *words, "What is in the image?"])
-        raise UsageError(f"the last argument is an image file, not a question — {command}")
-    check_marks(question, len(names))
-    if swap and len(swap) != len(names):
-        raise UsageError(f"{len(swap)} images for --swap and {len(names)} of the question — give one for each")
-    if html:
-        check_page(html)
-        keep_inputs([html], [*map(Path, [*names, *(swap or [])]), model])
+    names, question = _check(arguments, swap or [], html, model)
     pictures, others, loaded = open_all(
         lambda: read_pictures(names),
         lambda: read_pictures(swap or []),
@@ -90,6 +77,29 @@ def look(
         show_trace(terminal, trace)
     if html:
         terminal.say(f"page: {html}")
+
+
+def _check(
+    arguments: Sequence[str], swap: Sequence[str], html: Path | None, model: Path | None
+) -> tuple[list[str], str]:
+    """The names of the images, and the question. Raises UsageError before anything is read."""
+    from minimind_v.core.data.picture_names import check_marks, pictures_in
+    from minimind_v.core.outputs import keep_inputs
+    from minimind_v.core.pages.frame import check_page
+
+    *names, question = arguments
+    if not names:
+        raise UsageError(f"{question!r}: an image and a question are needed — {EXAMPLE}")
+    if pictures_in(question):
+        command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
+        raise UsageError(f"the last argument is an image file, not a question — {command}")
+    check_marks(question, len(names))
+    if swap and len(swap) != len(names):
+        raise UsageError(f"{len(swap)} images for --swap and {len(names)} of the question — give one for each")
+    if html:
+        check_page(html)
+        keep_inputs([html], [*map(Path, [*names, *swap]), model])
+    return names, question
 
 
 def _trace(

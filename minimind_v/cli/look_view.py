@@ -85,18 +85,20 @@ def _show_image(terminal: Terminal, trace: Trace, number: int, image: TracedImag
         attention = trace.attention[..., patches].mean(axis=(0, 1, 2)).reshape(image.rows, image.columns)
         out.print(HalfcellImage(heated(image.pixels, attention), width=min(PICTURE_WIDTH, out.width), height="auto"))
     out.print(Text(f"\nNearest word of each patch{which and f' of image{which}'}", "dim"))
-    out.print(_grid([patch.words[0].text if patch.words else "" for patch in trace.patches[patches]], image, out.width))
+    out.print(
+        _grid([patch.nearest[0].text if patch.nearest else "" for patch in trace.patches[patches]], image, out.width)
+    )
     if trace.occlusion is not None:
         lost = trace.occlusion[:, patches].sum(axis=0).tolist()
         out.print(Text(f"\nBits that the answer loses where a patch{which and f' of image{which}'} is grey", "dim"))
         out.print(_grid([f"{round(bits, 1) + 0:.1f}" for bits in lost], image, out.width))
 
 
-def _grid(words: Sequence[str], image: TracedImage, width: int) -> Text:
-    """Words in rows and columns, cut to equal widths."""
-    cells = max(2, min(GRID_WIDTH, width // image.columns - 1, max(map(cell_len, words))))
-    rows = [words[start : start + image.columns] for start in range(0, len(words), image.columns)]
-    return Text("\n".join(" ".join(set_cell_size(visible(word), cells) for word in row).rstrip() for row in rows))
+def _grid(texts: Sequence[str], image: TracedImage, width: int) -> Text:
+    """Texts in rows and columns, cut to equal widths."""
+    cells = max(2, min(GRID_WIDTH, width // image.columns - 1, max(map(cell_len, texts))))
+    rows = [texts[start : start + image.columns] for start in range(0, len(texts), image.columns)]
+    return Text("\n".join(" ".join(set_cell_size(visible(text), cells) for text in row).rstrip() for row in rows))
 
 
 def heated(pixels: np.ndarray, weights: np.ndarray) -> Image:

@@ -172,8 +172,8 @@ def test_words_of_a_patch_are_the_nearest_embeddings_that_are_words():
             if any(map(str.isalnum, text)) and "\N{REPLACEMENT CHARACTER}" not in text:
                 spelled.setdefault(text.strip().casefold(), (text.strip(), cosines[id]))
         expected = list(spelled.values())[:5]
-        assert [word.text for word in patch.words] == [text for text, _ in expected]
-        assert [word.value for word in patch.words] == pytest.approx([value for _, value in expected], abs=1e-5)
+        assert [word.text for word in patch.nearest] == [text for text, _ in expected]
+        assert [word.value for word in patch.nearest] == pytest.approx([value for _, value in expected], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
@@ -290,3 +290,18 @@ def test_a_question_without_an_image_is_refused():
     engine = engine_of(make_model(seed=8))
     with pytest.raises(UsageError, match="needs an image"):
         trace_answer(engine, prompt_of(engine, 0))
+
+
+def test_what_the_check_raises_ends_the_work():
+    engine = engine_of(make_model(seed=8))
+    prompt, calls = prompt_of(engine), []
+
+    def check():
+        calls.append(None)
+        if len(calls) == 2:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        trace_answer(engine, prompt, TraceSettings(max_new_tokens=500), check=check)
+    assert len(calls) == 2
+    assert engine.step() is False, "nothing is left in the engine"

@@ -101,7 +101,7 @@ class Vocabulary:
         self.model, self.reader = model, TokenReader(tokenizer)
         texts = [self.reader.text(token) for token in range(tokenizer.vocab_size)]
         is_word = [text is not None and any(map(str.isalnum, text)) for text in texts]
-        self._words = torch.tensor([token for token, word in enumerate(is_word) if word], device=model.device)
+        self._word_ids = torch.tensor([token for token, word in enumerate(is_word) if word], device=model.device)
 
     def name(self, token: int) -> str:
         """A token as text; the bytes of an incomplete character in hex."""
@@ -120,18 +120,18 @@ class Vocabulary:
         Only tokens with a letter or a digit are words: no special tokens, no bytes of incomplete characters. Tokens
         that differ in spaces and capitals only count as one word.
         """
-        if not len(self._words):
+        if not len(self._word_ids):
             return [[] for _ in embeddings]
-        table = F.normalize(self.model.model.embed_tokens.weight[self._words].float(), dim=-1)  # [W, D]
+        table = F.normalize(self.model.model.embed_tokens.weight[self._word_ids].float(), dim=-1)  # [W, D]
         cosines = F.normalize(embeddings.float(), dim=-1) @ table.T  # [P, W]
         values, indices = cosines.topk(min(SPARE * count, len(table)))
         nearest = []
-        for row_values, row in zip(values.tolist(), self._words[indices].tolist(), strict=True):
-            words: dict[str, Word] = {}
+        for row_values, row in zip(values.tolist(), self._word_ids[indices].tolist(), strict=True):
+            by_text: dict[str, Word] = {}
             for value, token in zip(row_values, row, strict=True):
                 text = self.name(token).strip()
-                words.setdefault(text.casefold(), Word(text, value))
-            nearest.append([*words.values()][:count])
+                by_text.setdefault(text.casefold(), Word(text, value))
+            nearest.append([*by_text.values()][:count])
         return nearest
 
     @torch.inference_mode()
@@ -145,4 +145,4 @@ class Vocabulary:
             values, tokens = self.model.lm_head(self.model.model.norm(state)).float().softmax(dim=-1).max(dim=-1)
             pairs = zip(tokens.tolist(), values.tolist(), strict=True)
             columns.append([Word(self.name(token), value) for token, value in pairs])
-        return [list(words) for words in zip(*columns, strict=True)]
+        return [list(column) for column in zip(*columns, strict=True)]

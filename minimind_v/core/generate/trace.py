@@ -14,7 +14,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class TracedImage:
 class TracedPatch:
     """What the language model receives for a patch, and makes of it."""
 
-    words: list[Word]  # nearest to its embedding, with their cosines
+    nearest: list[Word]  # words nearest to its embedding, with their cosines
     layers: list[Word]  # the likeliest next token of its state behind each layer, with its probability
 
 
@@ -145,7 +145,7 @@ class Trace:
             "rollout": _base64(self.rollout),
             "patches": [
                 {
-                    "words": [{"text": word.text, "similarity": _short(word.value)} for word in patch.words],
+                    "words": [{"text": word.text, "similarity": _short(word.value)} for word in patch.nearest],
                     "layers": [{"text": word.text, "probability": _short(word.value)} for word in patch.layers],
                 }
                 for patch in self.patches
@@ -161,20 +161,31 @@ class Trace:
         }  # fmt: skip
 
 
-def trace_answer(engine: Engine, prompt: Prompt, settings: TraceSettings | None = None, question: str = "") -> Trace:
+def nothing() -> None:
+    """Do nothing."""
+
+
+def trace_answer(
+    engine: Engine,
+    prompt: Prompt,
+    settings: TraceSettings | None = None,
+    question: str = "",
+    check: Callable[[], None] = nothing,
+) -> Trace:
     """Answer a prompt with images, or take the answer of the settings, and look into it.
 
-    `question` is kept in the trace. From any thread; the engine answers others meanwhile. Raises UsageError for a
-    prompt without images, an answer that is too long, patches that do not exist, or images to swap that do not match.
+    `question` is kept in the trace. `check` is called between tokens and batches: what it raises ends the work. From
+    any thread; the engine answers others meanwhile. Raises UsageError for a prompt without images, an answer that is
+    too long, patches that do not exist, or images to swap that do not match.
     """
-    return _Tracer(engine, prompt, settings or TraceSettings()).trace(question)
+    return _Tracer(engine, prompt, settings or TraceSettings(), check).trace(question)
 
 
 class _Tracer:
-    def __init__(self, engine: Engine, prompt: Prompt, settings: TraceSettings) -> None:
+    def __init__(self, engine: Engine, prompt: Prompt, settings: TraceSettings, check: Callable[[], None]) -> None:
         if not prompt.images:
             raise UsageError("looking inside needs an image: the question has none")
-        self.engine, self.prompt, self.settings = engine, prompt, settings
+        self.engine, self.prompt, self.settings, self.check = engine, prompt, settings, check
         self.model, self.tokenizer, self.images = engine.model, engine.tokenizer, list(prompt.images)
         self.side = _side(self.model)
         self.vocabulary = Vocabulary(self.model, self.tokenizer)
@@ -276,6 +287,7 @@ class _Tracer:
         text = self.model.embed(ids[None])  # [1, T, D]
         size = max(1, BATCH_TOKENS // len(ids))
         for start in range(0, len(variants), size):
+            self.check()
             batch = variants[start : start + size]
             x = text.repeat(len(batch), 1, 1)
             x[:, mask] = embed_images(self.model, batch).to(x.dtype)

@@ -14,8 +14,9 @@ const TEXTS = {
     less: "less likely with the image",
     range: (bits) => `0 – ${bits} bits or more`,
     end: "end",
-    hint: "Point at a token or a patch; click to keep it. Arrow keys move, Space paints a patch grey.",
-    hintOcclusion: "Point at a token or a patch; click to keep it. Arrow keys move, Space greys a block of patches.",
+    hint: "Arrow keys choose a patch, Enter keeps it.",
+    hintPaint: "Arrow keys choose a patch, Enter keeps it, Space paints it grey.",
+    keep: "Point at a token or a patch; a click or Enter keeps it.",
     drag: "Drag over the image to paint patches grey: the model answers again.",
     noPaint: "To paint patches grey and ask again, open this answer in the page of mmv web.",
     onePaint: "Double-click a patch to see what the answer loses without it. To paint freely, use mmv web.",
@@ -89,8 +90,9 @@ const TEXTS = {
     less: "有图片时反而更不可能",
     range: (bits) => `0 – ${bits} 比特或更多`,
     end: "结束",
-    hint: "指向词元或图块查看，点击固定。方向键移动，空格键把图块涂灰。",
-    hintOcclusion: "指向词元或图块查看，点击固定。方向键移动，空格键把一块图块变灰。",
+    hint: "方向键选择图块，回车键固定。",
+    hintPaint: "方向键选择图块，回车键固定，空格键涂灰。",
+    keep: "指向词元或图块查看，点击或回车固定。",
     drag: "在图片上拖动，把图块涂灰：模型会重新回答。",
     noPaint: "想涂灰图块并重新提问，请在 mmv web 的页面里打开这个回答。",
     onePaint: "双击一个图块，看看没有它时回答会失去什么。想随意涂抹，请用 mmv web。",
@@ -334,7 +336,7 @@ class Viewer {
     const on = (event) => this.patchAt(view, event);
     view.pad = h("div", {
       class: "pad", tabindex: 0, role: "group", "aria-roledescription": t.grid(index + 1, image.rows, image.columns),
-      "aria-label": `${t.grid(index + 1, image.rows, image.columns)}. ${this.canPaint ? t.hintOcclusion : t.hint}`,
+      "aria-label": `${t.grid(index + 1, image.rows, image.columns)}. ${this.canPaint ? t.hintPaint : t.hint}`,
       onpointermove: (event) => this.moved(event, on(event)),
       onpointerdown: (event) => this.pressed(event, on(event)),
       onpointerleave: (event) => event.pointerType === "mouse" && !this.stroke && this.point({ patch: this.keptPatch }),
@@ -573,7 +575,7 @@ class Viewer {
     this.layerLabel.lastChild.value = this.layer ?? "";
     this.headLabel.lastChild.value = this.head ?? "";
     this.eraser.hidden = !this.painted.size;
-    this.note.replaceChildren(this.ask ? t.drag : this.numbers.occlusion ? t.onePaint : t.noPaint);
+    this.note.replaceChildren(t.keep, " ", this.ask ? t.drag : this.numbers.occlusion ? t.onePaint : t.noPaint);
   }
 
   showToken() {
