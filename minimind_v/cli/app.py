@@ -16,6 +16,7 @@ from minimind_v.cli import (
     download,
     evaluate,
     info,
+    look,
     plan,
     report,
     runs,
@@ -77,6 +78,7 @@ register(app, "download", download.download, PIPELINE)
 register(app, "train", train.train, PIPELINE, table=RUN_OPTIONS)
 register(app, "eval", evaluate.evaluate, PIPELINE)
 register(app, "chat", chat.chat, PIPELINE, chat.ChatCommand)
+register(app, "look", look.look, PIPELINE, look.LookCommand)
 register(app, "serve", serve.serve, PIPELINE, serve.ServeCommand)
 register(app, "web", serve.web, PIPELINE, serve.ServeCommand)
 register(app, "convert", convert.convert, PIPELINE)

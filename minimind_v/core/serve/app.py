@@ -22,6 +22,7 @@ from minimind_v.core.pages.frame import ASSETS
 from minimind_v.core.serve.body import ClientGone
 from minimind_v.core.serve.errors import ApiError, Json
 from minimind_v.core.serve.examples import examples
+from minimind_v.core.serve.look import Traces
 from minimind_v.core.serve.service import Service
 from minimind_v.core.version import __version__
 
@@ -70,6 +71,7 @@ def make_app(
 
     routes: list[BaseRoute] = [
         Route("/v1/chat/completions", Endpoint(chat), methods=["POST"]),
+        Route("/v1/look", Endpoint(Traces(service).respond), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
