@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.pages.browser import ARGUMENTS, CHROMIUM
 from tests.serve.stub import Running, Stub
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-QUIET += ["--disable-sync", "--no-first-run", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+FAKE_CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 @contextmanager
@@ -23,7 +20,7 @@ def open_browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright  # it is missing where only the package is installed
 
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, *FAKE_CAMERA])
         yield opened
         opened.close()
 
@@ -31,7 +28,7 @@ def open_browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")  # not longer: Playwright's event loop would be in the way of tests with their own
 def browser() -> Iterator[Any]:
     pytest.importorskip("playwright", reason="Playwright is not installed")
-    if not Path(CHROMIUM).exists():
+    if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
     with open_browser() as opened:
         yield opened

@@ -54,6 +54,19 @@ def test_a_click_on_an_example_asks_its_question_about_its_image(open_page, serv
         assert page.locator(".question .image").count() == 1
 
 
+def test_looking_inside_shows_the_tokens_of_the_answer_on_the_page(open_page, server):
+    page = open_page(server.url)
+    choose_greedy(page, 8)
+    attach(page, ("a.png", scene()))
+    answer = ask_and_wait(page, QUESTION)
+    page.click("[data-key$=':look']")
+    page.locator("#look .chip").first.wait_for()
+    tokens = "".join(page.locator("#look .chip").all_text_contents())
+    assert "".join(tokens.split()).startswith("".join(answer.split()))
+    page.keyboard.press("Escape")
+    assert page.locator("#look").is_hidden()
+
+
 def test_later_questions_follow_cut_answers(open_page, server):
     page = open_page(server.url)
     choose_greedy(page, 4)
