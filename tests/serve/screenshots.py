@@ -21,7 +21,7 @@ SCENE = (
     Item("cross", "white", "small", "bottom right"),
 )
 SHOTS = {
-    "page-light": {"locale": "en-US", "color_scheme": "light", "viewport": {"width": 1100, "height": 600}},
+    "page-light": {"locale": "en-US", "color_scheme": "light", "viewport": {"width": 1100, "height": 640}},
     "page-dark-zh-phone": {"locale": "zh-CN", "color_scheme": "dark", "viewport": {"width": 390, "height": 640}},
 }
 QUESTIONS = {

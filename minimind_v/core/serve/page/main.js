@@ -139,6 +139,7 @@ class App {
     const target = chat?.conversation ?? conversation;
     target.title = title;
     await this.store.save(target).catch(this.storeFailed);
+    if (chat === this.chat) this.showForm();
     await this.stored(target);
   }
 
@@ -210,6 +211,9 @@ class App {
   showForm() {
     const running = Boolean(this.chat.running);
     this.form.show({ model: this.model(), busy: running, placeholder: this.chat.nodes.length ? "askMore" : "askFirst" });
+    const { title } = this.chat.conversation;
+    at("title").textContent = title || t("newConversation");
+    document.title = title ? `${title} · mmv` : "mmv";
     this.thread.form?.show({ model: this.model(), busy: running });
     sessionCurrent.set(this.chat.nodes.length ? this.current() : null);
   }
@@ -222,11 +226,11 @@ class App {
     const cards = seesImages ? (own.length ? own : this.examples).map((example) => h("li", {}, h("button", { type: "button", class: "card", onclick: () => this.tryExample(example) },
       h("img", { src: example.image, alt: "" }), h("span", {}, example.question)))) : [];
     return h("div", { class: "welcome" },
-      h("h1", {}, t(seesImages ? "welcome" : "welcomeText")),
+      h("h2", {}, t(seesImages ? "welcome" : "welcomeText")),
       seesImages
         ? h("button", { type: "button", class: "drop-here", onclick: () => this.form.choose() }, icon("image"), h("span", {}, t("welcomeHint")))
         : h("p", {}, t("welcomeHintText")),
-      cards.length > 0 && [h("h2", {}, t("examples")), h("ul", { class: "cards" }, cards)],
+      cards.length > 0 && [h("h3", {}, t("examples")), h("ul", { class: "cards" }, cards)],
       model?.mmv && h("p", { class: "facts" }, this.facts(model.mmv)));
   }
 
