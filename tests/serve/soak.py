@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ class Client:
     async def _cut(self, case: Case, at_once: bool) -> None:
         reader, writer = await self._send(case.body | {"stream": self.random.random() < 0.7})
         if not at_once:
-            await asyncio.wait((asyncio.create_task(reader.read(300)),), timeout=self.random.random())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(reader.read(300), self.random.random())
         writer.transport.abort()
         self.report.counts["cut"] += 1
 
@@ -198,7 +200,8 @@ def soak(folder: Path, clients: int, seconds: float) -> Report:
         print(f"{clients} clients, {seconds:g} s: {dict(report.counts)}; {tokens / seconds:.0f} tokens/s")
         median, late = waits[len(waits) // 2], waits[len(waits) * 99 // 100]
         print(f"first byte of an accepted answer: median {median:.2f} s, 99 % {late:.2f} s")
-        print(f"memory: {report.memory[0]:.0f} MB at first, {first:.0f} MB after a third, {last:.0f} MB at last")
+        tenths = [f"{report.memory[(len(report.memory) - 1) * tenth // 10]:.0f}" for tenth in range(11)]
+        print(f"memory in MB, each tenth of the time: {' '.join(tenths)}")
         assert not report.troubles, f"{len(report.troubles)} troubles: {report.troubles[:5]}"
         assert report.counts["accepted"] == report.counts["equal to alone"] > 0
         assert not left, f"{left} requests were left behind"

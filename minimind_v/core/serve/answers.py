@@ -37,11 +37,13 @@ class Running:
 
     def __init__(self, engine: Engine, prompt: Prompt, request: ChatRequest, deadline: float) -> None:
         """`deadline` is a time of the event loop."""
-        self._deadline, self._events = deadline, asyncio.Queue[Event]()
-        loop = asyncio.get_running_loop()
+        events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
+        self._deadline, self._events = deadline, events
 
-        def deliver(event: Event) -> None:  # in the engine's thread
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
+        # In the engine's thread. It does not know this object, which knows the answer: a circle would keep keys and
+        # values until the next full collection.
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
         sampler = Sampler(request.sampling)
         self._answer = engine.submit(
