@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 from minimind_v.core.formats.inputs import find_inputs, find_model
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.formats.load import load as load_model
+from minimind_v.core.generate.engine import Engine
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
+from minimind_v.core.generate.trace import Trace, TraceSettings, trace_answer
 from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
 from minimind_v.core.model.vlm import VLM, Output
 from minimind_v.core.monitor.metrics import Listener
@@ -157,6 +159,36 @@ class LoadedVLM:
         >>> second = chat.ask("How many objects are there?", max_new_tokens=8)
         """
         return Conversation(Session(self.model, self.tokenizer, Sampling(temperature, top_p, seed)))
+
+    def look(
+        self,
+        question: str,
+        images: Images,
+        answer: str | None = None,
+        swap: Images = None,
+        occlusion: bool = False,
+        max_new_tokens: int = 128,
+    ) -> Trace:
+        """Look inside an answer: the bits that the images give to each token, attention, and the words of patches.
+
+        The answer is the model's own, with the likeliest tokens, or the text `answer`. `swap` has another image for
+        each, for the variant `swapped`; without it a single image is mirrored. With `occlusion` every patch is painted
+        grey in turn. Of the T tokens and P patches the trace has `tokens` with `probability`, `bits`, `bits_blank` and
+        `rivals`; `attention` float32 [T, L, H, P] of L layers and H heads, `rollout` [T, P], `patches` with `nearest`
+        words and `layers`, `variants`, and `occlusion` [T, P] or None; `as_json()` is what `mmv look --json` prints.
+        Raises UsageError, MissingInput or RowError where an image cannot be read or does not fit the question.
+
+        >>> m = mmv.load("out/sft_vlm_128.pth")
+        >>> trace = m.look("What colour is the star?", "pictures/star.jpg", max_new_tokens=8)
+        >>> trace.attention.shape == (len(trace.tokens), m.config.num_hidden_layers, m.config.num_attention_heads, 64)
+        True
+        """
+        engine = Engine(self.model, self.tokenizer, most_rows=1)
+        text, pixels = self.processor.question(question, images)
+        others = [] if swap is None else swap if isinstance(swap, list | tuple) else [swap]
+        settings = TraceSettings(answer, max_new_tokens, [*map(self.processor.pixels, others)], occlusion=occlusion)
+        prompt = engine.prompt([{"role": "user", "content": text}], pixels, max_new_tokens)
+        return replace(trace_answer(engine, prompt, settings, question), model=str(self.path))
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the present weights in half precision to a `.pth` or a `.safetensors`; returns the path.

@@ -57,6 +57,12 @@ class Terminal:
         """Write a message about the progress of a command."""
         self.err.print(escape(message))
 
+    def record(self, line: str) -> None:
+        """Write a line of a log to stderr, unchanged."""
+        if not self.err.quiet:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
     @property
     def is_live(self) -> bool:
         """Whether progress is drawn: on a terminal, without --quiet."""

@@ -74,6 +74,16 @@ class TokenReader:
             return bytes(BYTES[character] for character in name)
         return name.encode("utf-8", "surrogatepass")
 
+    def text(self, token: int) -> str | None:
+        """The text of a token; None for a special token, and for bytes that are no whole characters."""
+        return None if token in self._specials else _whole(self.bytes_of(token))
+
+    def name(self, token: int) -> str:
+        """A token as text that is never empty: a special one by its name, incomplete characters in hex."""
+        if token in self._specials:
+            return self._name(token)
+        return self.text(token) or self.bytes_of(token).hex(" ").upper()
+
     def _name(self, token: int) -> str:
         return self._backend.id_to_token(token) or f"#{token}"
 

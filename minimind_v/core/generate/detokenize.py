@@ -59,21 +59,38 @@ def split_stream(pieces: Iterable[str], think: bool) -> Iterator[tuple[bool, str
 
     The texts of both are those of `split_answer`.
     """
-    waiting, reasoning, begun = "", think, not think
+    split = SplitStream(think)
     for piece in pieces:
-        waiting += piece
-        if reasoning and END_THINK in waiting:
-            last, _, waiting = waiting.partition(END_THINK)
+        yield from split.add(piece)
+    yield from split.rest()
+
+
+class SplitStream:
+    """`split_stream` piece by piece."""
+
+    def __init__(self, think: bool) -> None:
+        self._waiting, self._reasoning, self._begun = "", think, not think
+
+    def add(self, piece: str) -> list[tuple[bool, str]]:
+        """The texts that are complete with a piece."""
+        texts: list[tuple[bool, str]] = []
+        self._waiting += piece
+        if self._reasoning and END_THINK in self._waiting:
+            last, _, self._waiting = self._waiting.partition(END_THINK)
             if last := last.rstrip("\n"):
-                yield True, last if begun else last.lstrip("\n")
-            reasoning = begun = False
-        if not begun:
-            waiting = waiting.lstrip("\n")
-        if size := _certain(waiting) if reasoning else len(waiting):
-            yield reasoning, waiting[:size]
-            waiting, begun = waiting[size:], True
-    if rest := waiting.rstrip("\n"):
-        yield True, rest
+                texts.append((True, last if self._begun else last.lstrip("\n")))
+            self._reasoning = self._begun = False
+        if not self._begun:
+            self._waiting = self._waiting.lstrip("\n")
+        if size := _certain(self._waiting) if self._reasoning else len(self._waiting):
+            texts.append((self._reasoning, self._waiting[:size]))
+            self._waiting, self._begun = self._waiting[size:], True
+        return texts
+
+    def rest(self) -> list[tuple[bool, str]]:
+        """The remaining text after the last piece."""
+        rest, self._waiting = self._waiting.rstrip("\n"), ""
+        return [(True, rest)] if rest else []
 
 
 def _certain(text: str) -> int:

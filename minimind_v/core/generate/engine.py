@@ -37,6 +37,10 @@ IDLE = 0.1  # seconds after which an idle engine sees that it must stop
 End = Literal["stop", "length", "cancelled", "error"]
 
 
+class PromptTooLong(UsageError):
+    """A question that is longer than the context."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The tokens before an answer, and their images."""
@@ -140,7 +144,7 @@ class Engine:
         for turn in (opening, *later[dropped:]):
             tokens += turn
         if len(tokens) >= self.context:
-            raise UsageError(f"the question is longer than {self.context} tokens — shorten it, or send fewer images")
+            raise PromptTooLong(f"the question is longer than {self.context} tokens — shorten it, or send fewer images")
         first = opening.images + sum(turn.images for turn in later[:dropped])
         return Prompt(tokens, [*images[: opening.images], *images[first:]], dropped)
 

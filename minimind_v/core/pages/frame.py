@@ -1,7 +1,9 @@
-"""The frame of every HTML page: one self-contained file without scripts, in a light and a dark theme."""
+"""The frame of every HTML page: one self-contained file, in a light and a dark theme; few have a script."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -16,7 +18,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 ASSETS = Path(__file__).with_name("assets")
 BEGIN = (
     f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}'
 )
 
 
@@ -34,13 +36,20 @@ def write_page(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def page(title: str, body: str, *sheets: str) -> str:
-    """A whole page. `body` is already HTML; `sheets` name its style sheets in `assets`, besides that of the frame."""
+def page(title: str, body: str, *sheets: str, script: str = "") -> str:
+    """A whole page. `body` is already HTML; `sheets` name its style sheets in `assets`, besides that of the frame.
+
+    A browser runs `script`, an ES module, by its digest, and no other script.
+    """
+    policy, module = "", ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy, module = f"; script-src 'sha256-{digest}'", f'<script type="module">{script}</script>'
     style = "".join((ASSETS / f"{name}.css").read_text(encoding="utf-8") for name in ("frame", *sheets))
     return (
-        f"{BEGIN}"
+        f'{BEGIN}{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(visible(title))}</title><style>\n{style}</style></head><body>{body}</body></html>\n"
+        f"<title>{escape(visible(title))}</title><style>\n{style}</style></head><body>{body}{module}</body></html>\n"
     )
 
 

@@ -1,0 +1,116 @@
+"""`mmv look`: where an answer about an image comes from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.command import Command, advanced
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.errors import UsageError, open_all
+
+if TYPE_CHECKING:
+    from minimind_v.core.formats.load import LoadedModel
+    from minimind_v.core.generate.trace import Trace
+
+EXAMPLE = "mmv look dog.jpg 'What is this?'"
+
+
+class LookCommand(Command):
+    """A command whose last argument is a question."""
+
+    once = (*Command.once, "html", "answer")
+
+
+def look(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="IMAGE... QUESTION", help="One or more image files, and a question.")
+    ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page to point at.")] = None,
+    model: options.Model = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Look into this answer. [default: the model's own]")
+    ] = None,
+    swap: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Ask again with this image; one for each image. [default: mirrored]"),
+    ] = None,
+    occlusion: Annotated[
+        bool, typer.Option("--occlusion", help="Paint every patch grey in turn: what does the answer lose?")
+    ] = False,
+    think: Annotated[
+        bool, typer.Option("--think", help="Let the model reason before it answers; models of 2026 only.")
+    ] = False,
+    max_new_tokens: Annotated[int, advanced(min=1, max=1024, help="Longest answer, in tokens.")] = 128,
+    vision_model: options.VisionOfModel = None,
+    tokenizer: options.TokenizerOfModel = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Look inside an answer: what each token owes to the image, attention, and the words of each patch."""
+    from minimind_v.core.data.picture_names import read_pictures
+
+    terminal = Terminal()
+    names, question = _check(arguments, swap or [], html, model)
+    pictures, others, loaded = open_all(
+        lambda: read_pictures(names),
+        lambda: read_pictures(swap or []),
+        lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
+    )
+    how = {"answer": answer, "max_new_tokens": max_new_tokens, "occlusion": occlusion}
+    trace = _trace(loaded, question, pictures, others, think, how)
+    if html:
+        from minimind_v.core.pages.microscope import write_microscope
+
+        write_microscope(html, trace.as_json())
+    if json:
+        terminal.json(trace.as_json())
+    else:
+        from minimind_v.cli.look_view import show_trace
+
+        show_trace(terminal, trace)
+    if html:
+        terminal.say(f"page: {html}")
+
+
+def _check(
+    arguments: Sequence[str], swap: Sequence[str], html: Path | None, model: Path | None
+) -> tuple[list[str], str]:
+    """The names of the images, and the question. Raises UsageError before anything is read."""
+    from minimind_v.core.data.picture_names import check_marks, pictures_in
+    from minimind_v.core.outputs import keep_inputs
+    from minimind_v.core.pages.frame import check_page
+
+    *names, question = arguments
+    if not names:
+        raise UsageError(f"{question!r}: an image and a question are needed — {EXAMPLE}")
+    if pictures_in(question):
+        command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
+        raise UsageError(f"the last argument is an image file, not a question — {command}")
+    check_marks(question, len(names))
+    if swap and len(swap) != len(names):
+        raise UsageError(f"{len(swap)} images for --swap and {len(names)} of the question — give one for each")
+    if html:
+        check_page(html)
+        keep_inputs([html], [*map(Path, [*names, *swap]), model])
+    return names, question
+
+
+def _trace(
+    loaded: LoadedModel, question: str, pictures: Sequence[Any], others: Sequence[Any], think: bool, how: dict[str, Any]
+) -> Trace:
+    from minimind_v.core.generate.engine import Engine
+    from minimind_v.core.generate.trace import TraceSettings, trace_answer
+
+    engine = Engine(loaded.model, loaded.tokenizer, most_rows=1)
+    text, pixels = engine.processor.question(question, list(pictures))
+    settings = TraceSettings(**how, swap=[engine.processor.pixels(picture) for picture in others])
+    messages = [{"role": "user", "content": text}]
+    prompt = engine.prompt(messages, pixels, settings.max_new_tokens, think)
+    return replace(trace_answer(engine, prompt, settings, question), model=str(loaded.checkpoint.path))

@@ -1,0 +1,47 @@
+// Whether the server is there. It is asked only after it was gone, ever more seldom, and at once when there is a reason.
+import { isHealthy } from "./api.js";
+
+const LONGEST = 30; // seconds between two tries
+
+/** Reports `changed({ gone, wait })` with the seconds until the next try (null: trying now). */
+export class Server {
+  constructor(changed) {
+    this.changed = changed;
+    this.gone = false;
+    addEventListener("online", () => this.tryNow());
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) this.tryNow(); });
+  }
+
+  /** A call failed: ask until the server is back. */
+  lost() {
+    if (this.gone) return;
+    this.gone = true;
+    this.delay = 1;
+    this.#countdown(this.delay);
+  }
+
+  tryNow() {
+    if (this.gone && !this.trying) this.#try();
+  }
+
+  #countdown(seconds) {
+    this.changed({ gone: true, wait: seconds });
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => (seconds > 1 ? this.#countdown(seconds - 1) : this.#try()), 1000);
+  }
+
+  async #try() {
+    clearTimeout(this.timer);
+    this.trying = true;
+    this.changed({ gone: true, wait: null });
+    const healthy = await isHealthy();
+    this.trying = false;
+    if (healthy) {
+      this.gone = false;
+      this.changed({ gone: false, wait: null });
+    } else {
+      this.delay = Math.min(2 * this.delay, LONGEST);
+      this.#countdown(this.delay);
+    }
+  }
+}
