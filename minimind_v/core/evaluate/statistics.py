@@ -22,6 +22,7 @@ DRAWS = 2000  # of the bootstrap
 # Chance can make few clusters look more even than independent rows. Their rows count at most once, those of a paired
 # difference at most so many times: by simulation each covers 94 to 97 %, from 15 clusters on.
 EVEN = 1.5
+SKEWED = 0.75  # the most skewness over the root of the clusters: beyond it Hall's correction stretches without bound
 FLAT = 1e-9  # a variance or skewness below it counts as none
 
 Array = np.ndarray[Any, Any]
@@ -44,6 +45,7 @@ class Metric:
     name: str
     value: Callable[[Array], Array] = ratio  # sums [..., k] → values [...]
     is_share: bool = True
+    bounds: tuple[float, float] = (-np.inf, np.inf)  # that no value can leave; those of a share are 0 and 1
     link: Callable[[float], float] | None = None
 
 
@@ -155,6 +157,8 @@ def estimate(metric: Metric, rows: Array, clusters: Sequence[str]) -> Estimate:
         degrees = np.inf if state.is_independent else state.degrees
         low, high = _wilson(state.value, independent, degrees)
         plain = replace(plain, low=low, high=high)
+    elif plain.low is not None and plain.high is not None:
+        plain = replace(plain, low=max(plain.low, metric.bounds[0]), high=min(plain.high, metric.bounds[1]))
     return _linked(metric, plain)
 
 
@@ -189,7 +193,7 @@ def _with_interval(name: str, state: Influences, tests: bool = False) -> Estimat
         return Estimate(name, state.value, None, None, state.n, weighty)
     error, degrees = float(np.sqrt(state.variance)), state.degrees
     point = float(stdtrit(degrees, (1 + LEVEL) / 2))
-    skew = state.skewness / np.sqrt(weighty)
+    skew = float(np.clip(state.skewness / np.sqrt(weighty), -SKEWED, SKEWED))
     low = state.value - error * _hall_inverse(point, skew)
     high = state.value - error * _hall_inverse(-point, skew)
     p = None
