@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.command import Command
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import UsageError, open_all
 
 BETWEEN = "--"  # between the two sides
 SHOWN = 10  # questions that turned
@@ -40,7 +41,8 @@ def compare(
     from minimind_v.core.evaluate.compare import read_predictions
 
     first, second = _sides(evaluations)
-    report = compared([read_predictions(path) for path in first], [read_predictions(path) for path in second])
+    opened = open_all(*(partial(read_predictions, path) for path in (*first, *second)))
+    report = compared(opened[: len(first)], opened[len(first) :])
     terminal = Terminal()
     if json:
         terminal.json(report)
@@ -64,6 +66,8 @@ def _show(terminal: Terminal, report: dict[str, Any]) -> None:
     terminal.result(f"{report['rows']} questions{unpaired}; B - A:")
     width = max(len(metric["name"]) for metric in report["metrics"])
     for metric in report["metrics"]:
+        if metric["difference"] is None:
+            continue
         interval = "" if metric["ci_low"] is None else f"  [{metric['ci_low']:+.4f}, {metric['ci_high']:+.4f}]"
         chance = "" if metric["p"] is None else f"  p {metric['p']:.3g}"
         rows = metric["rows_to_see_half"]

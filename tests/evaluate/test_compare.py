@@ -45,6 +45,14 @@ def test_the_difference_is_b_less_a_on_the_questions_with_their_images(predictio
     assert report["changed"][0]["second"] == "a 1"
 
 
+def test_a_report_leads_to_its_predictions(predictions):
+    path = predictions("a", [0, 1])
+    for name, indent in (("report.json", 1), ("shown.json", None)):
+        report = path.parent / name
+        report.write_text(json.dumps({"predictions": "elsewhere/predictions.jsonl", "rows": 2}, indent=indent))
+        assert read_predictions(report).path == path
+
+
 def test_an_evaluation_and_its_copy_differ_in_nothing_and_prove_nothing(predictions):
     scores = [0, 1, 1, 0, 1, 1, 0, 1]
     report = compare(*([read_predictions(predictions(name, scores))] for name in "ab"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from minimind_v.core.rows.row import IMAGE_MARK
@@ -28,7 +29,7 @@ class Ask:
     most_tokens: int = 16
     images: tuple[str, ...] = ()  # digests of the images, in the order of the marks
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A name by its content: equal asks are answered once."""
         content = [self.messages, self.method, self.candidates, self.most_tokens, self.images]

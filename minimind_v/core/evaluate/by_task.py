@@ -46,7 +46,6 @@ from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
 
 PREDICTIONS, REPORT, REPLIES = "predictions.jsonl", "report.json", ".replies.jsonl"
-EVALUATIONS = OUT_DIR / "eval"
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
 
 
@@ -95,6 +94,7 @@ def evaluate_task(
     chosen: ChosenTask,
     rows: RowStore,
     out: Path | None = None,
+    root: Path = OUT_DIR,
     limit: int | None = None,
     dtype: str = "auto",
     memory: FeatureCache | None = None,
@@ -102,9 +102,9 @@ def evaluate_task(
 ) -> Evaluation:
     """Measure a model, and write `predictions.jsonl` and `report.json` into the folder `out`.
 
-    Without `out` each evaluation has a folder of its own in `out/eval`. `memory` has features that were encoded before.
-    An evaluation that was interrupted is resumed. Raises DataError where no question can be measured, UsageError for a
-    folder with other files, RunError where it cannot be written.
+    Without `out` each evaluation has a folder of its own in `eval` below `root`. `memory` has features that were
+    encoded before. An evaluation that was interrupted is resumed. Raises DataError where no question can be measured,
+    UsageError for a folder with other files, RunError where it cannot be written.
     """
     if out is not None:
         _keep_others(out)
@@ -120,7 +120,7 @@ def evaluate_task(
     guesses = [truth for question in plan.questions for truth in question.truths]
     answering = Answering(loaded.model, tokenizer, features, guesses, dtype)
     origin = _origin(loaded, guesses, dtype)
-    folder = out or _folder(loaded, task, rows, origin, limit)
+    folder = out or _folder(root, loaded, task, rows, origin, limit)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / PREDICTIONS):
@@ -192,11 +192,13 @@ def _keep_others(out: Path) -> None:
         raise UsageError(f"--out {out} is a file — name a folder")
 
 
-def _folder(loaded: LoadedModel, task: Task, rows: RowStore, origin: dict[str, Any], limit: int | None) -> Path:
+def _folder(
+    root: Path, loaded: LoadedModel, task: Task, rows: RowStore, origin: dict[str, Any], limit: int | None
+) -> Path:
     """A folder for this evaluation alone: another model, task or data has another name."""
     what = [origin, task.name, task.settings, str(rows.path.resolve()), rows.split, limit]
     name = hashlib.blake2b(json.dumps(what).encode(), digest_size=4).hexdigest()
-    return EVALUATIONS / f"{loaded.checkpoint.path.stem}-{task.name}-{name}"
+    return root / "eval" / f"{loaded.checkpoint.path.stem}-{task.name}-{name}"
 
 
 def _report(

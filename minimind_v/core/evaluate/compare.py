@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ def read_predictions(path: Path) -> Predictions:
     if not file.is_file():
         raise MissingInput(f"no predictions at {file} — `mmv eval --task` writes them")
     text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":  # a report, on one line or several
+        text = json.dumps(parse_json(text, f"{file}: "))
     lines = [_line(file, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if len(lines) == 1 and isinstance(named := lines[0].get("predictions"), str):
         return read_predictions(Path(named) if Path(named).is_file() else file.parent / Path(named).name)

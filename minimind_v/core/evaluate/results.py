@@ -88,7 +88,7 @@ def gain_metric(task: type[Task]) -> Metric:
 def visual_gain(lines: Sequence[Line]) -> dict[str, Any]:
     """How much better the image makes the answers than each replacement: value, interval and p, paired.
 
-    A replacement that no question has is left out.
+    A replacement that no question has gives None.
     """
     variants = by_variant(lines)
     with_image = {line["id"]: line for line in variants.get(SEEN, [])}
@@ -98,12 +98,14 @@ def visual_gain(lines: Sequence[Line]) -> dict[str, Any]:
     for variant in VARIANTS[1:]:
         others = variants.get(variant, [])
         if not others:
+            gains[variant] = dict.fromkeys(("value", "ci_low", "ci_high", "p"))
             continue
         pairs = [with_image[line["id"]] for line in others]
         sides = rows_of(metric, others), rows_of(metric, pairs)
         worse, better = reversed(sides) if kind.lower_is_better else sides
         result = difference(metric, worse, better, clusters_of(pairs))
-        gains[variant] = {"value": result.value, "ci_low": result.low, "ci_high": result.high, "p": result.p}
+        report = result.report(difference=True)
+        gains[variant] = {"value": report["difference"]} | {key: report[key] for key in ("ci_low", "ci_high", "p")}
     return gains
 
 

@@ -64,8 +64,8 @@ class Estimate:
     degrees: float | None = None  # of freedom
 
     def report(self, difference: bool = False) -> dict[str, Any]:
-        """The estimate as `mmv eval` and `mmv compare` print it."""
-        value = {"difference" if difference else "value": self.value}
+        """The estimate as `mmv eval` and `mmv compare` print it; None for what is no number."""
+        value = {"difference" if difference else "value": self.value if np.isfinite(self.value) else None}
         interval = {"ci_low": self.low, "ci_high": self.high, **({"p": self.p} if difference else {})}
         return {"name": self.name, **value, **interval, "n": self.n, "clusters": self.clusters}
 

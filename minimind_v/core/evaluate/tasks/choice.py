@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from minimind_v.core.errors import RowError
 from minimind_v.core.evaluate.ask import Ask, Reply
 from minimind_v.core.evaluate.questions import LETTERS, OPTIONS, Question
 from minimind_v.core.evaluate.statistics import Metric
@@ -31,6 +32,8 @@ class Choice(Task):
     def check(self, question: Question) -> None:
         if len(question.choices) < 2:
             raise question.needs("choices", "`choices`, `options`, or columns `A`, `B` …")
+        if len(question.choices) > len(LETTERS):
+            raise RowError(f"{len(question.choices)} choices; a question has at most {len(LETTERS)}", "too long")
         if question.correct is None:
             raise question.needs("right choice", "`answer`: its letter, its text or its number from 0")
 
