@@ -156,7 +156,9 @@ def test_a_swapped_image_is_that_of_another_row_and_blank_and_none_are_asked_onc
     chosen = choose_task("vqa")
     rows = [{**record, "question": ASKED[0]} for record in records(5)]
     data = write_rows(tmp_path / "rows.jsonl", [*rows, {"question": "Text?", "answer": "no"}])
-    plan = plan_questions(open_benchmark(data, tiny_data().folder), chosen.task, None, lambda question: None)
+    plan = plan_questions(
+        open_benchmark(data, tiny_data().folder), chosen.task, None, lambda question: None, lambda *_: None
+    )
     asked = all_asks(plan, chosen.task)
     images = {(entry.question.id, entry.variant): entry.asks[0].images for entry in asked}
     for record in rows:
@@ -181,14 +183,12 @@ def test_a_limit_takes_a_share_of_each_kind_whatever_the_order(run):
 
 
 def test_what_cannot_be_measured_is_skipped_with_its_reason(run):
-    rows = [
-        *records(2),
-        {"question": "Which?", "image": tiny_data().picture(0).name},
-        records(1)[0] | {"image": "no.jpg"},
-    ]
+    (tiny_data().folder / "broken.jpg").write_bytes(tiny_data().picture(0).read_bytes()[:300])
+    rows = [*records(2), {"question": "Which?", "image": tiny_data().picture(0).name}]
+    rows += [records(1)[0] | {"image": name} for name in ("no.jpg", "broken.jpg")]
     report, _ = run("vqa", rows)
-    assert (report["rows"], report["skipped"]) == (4, 2)
-    assert report["skipped_reasons"] == {"missing field": 1, "picture missing": 1}
+    assert (report["rows"], report["skipped"]) == (4, 3)
+    assert report["skipped_reasons"] == {"missing field": 1, "picture missing": 1, "picture broken": 1}
     with pytest.raises(DataError, match=r"no question for the task choice; the first problem: .*no choices"):
         run("choice")
 

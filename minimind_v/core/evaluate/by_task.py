@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
 
 PREDICTIONS, REPORT, REPLIES = "predictions.jsonl", "report.json", ".replies.jsonl"
+PIXELS = 256 * 2**20  # bytes of decoded images that wait to be encoded
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
 
 
@@ -115,8 +115,9 @@ def evaluate_task(
         for ask in task.asks(question):
             encode_prompt(prompts, ask.messages, len(question.images))
 
-    plan = plan_questions(rows, task, limit, check)
-    features = Features(_encoder(loaded, rows, plan, dtype, memory))
+    images = Images(loaded, dtype, memory)
+    plan = plan_questions(rows, task, limit, check, images.decode)
+    features = Features(lambda digest: images.encode(digest, rows, plan))
     guesses = [truth for question in plan.questions for truth in question.truths]
     answering = Answering(loaded.model, tokenizer, features, guesses, dtype)
     origin = _origin(loaded, guesses, dtype)
@@ -137,29 +138,45 @@ def evaluate_task(
     return Evaluation(report, plan.skipped)
 
 
-def _encoder(
-    loaded: LoadedModel, rows: RowStore, plan: Plan, dtype: str, memory: FeatureCache | None
-) -> Callable[[str], Tensor]:
-    """Encodes the image of a digest: its features [P, width]."""
-    spec = loaded.model.spec
-    vision_encoder = loaded.model.vision_encoder
-    assert vision_encoder is not None, "a loaded model has one"
-    encoder = FeatureEncoder(vision_encoder, loaded.model.device, dtype)
+class Images:
+    """The images of an evaluation: decoded when their question is read, encoded when it is asked.
 
-    def encode(digest: str) -> Tensor:
-        if digest == BLANK_IMAGE:
-            pixels = blank_pixels(spec.preparation[0])
-        else:
-            stored = memory.store.read(bytes.fromhex(digest)) if memory and memory.store else None
+    Pixels are kept between the two, up to a limit; beyond it an image is decoded twice.
+    """
+
+    def __init__(self, loaded: LoadedModel, dtype: str, memory: FeatureCache | None) -> None:
+        vision_encoder = loaded.model.vision_encoder
+        assert vision_encoder is not None, "a loaded model has one"
+        self._device, self._spec = loaded.model.device, loaded.model.spec
+        self._encoder = FeatureEncoder(vision_encoder, self._device, dtype)
+        self._store = memory.store if memory else None
+        self._pixels: dict[str, np.ndarray] = {}  # uint8 [3, S, S] each
+        self._bytes = 0
+
+    def decode(self, digest: str, data: bytes, name: str) -> None:
+        """Decode a picture file. Raises RowError."""
+        pixels = self._load(data, name)
+        if self._bytes + pixels.nbytes <= PIXELS:
+            self._pixels[digest] = pixels
+            self._bytes += pixels.nbytes
+
+    def encode(self, digest: str, rows: RowStore, plan: Plan) -> Tensor:
+        """The features [P, width] of an image; a training run may have stored them."""
+        if digest != BLANK_IMAGE and self._store is not None:
+            stored = self._store.read(bytes.fromhex(digest))
             if stored is not None:
                 return stored
+        pixels = self._pixels.get(digest)
+        if pixels is None and digest == BLANK_IMAGE:
+            pixels = blank_pixels(self._spec.preparation[0])
+        elif pixels is None:
             index, position, name = plan.sources[digest]
-            data = read_picture(rows, rows.row(index), index, position, name)
-            pixels = load_pixels(data, name, *spec.preparation)
-        images = torch.from_numpy(np.stack([pixels])).to(loaded.model.device)  # [1, 3, S, S]
-        return encoder.encode(images)[0]
+            pixels = self._load(read_picture(rows, rows.row(index), index, position, name), name)
+        images = torch.from_numpy(np.stack([pixels])).to(self._device)  # [1, 3, S, S]
+        return self._encoder.encode(images)[0]
 
-    return encode
+    def _load(self, data: bytes, name: str) -> np.ndarray:
+        return load_pixels(data, name, *self._spec.preparation)
 
 
 def _origin(loaded: LoadedModel, guesses: list[str], dtype: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ BLANK_IMAGE = "blank"  # instead of a digest
 SEED = 0  # of the questions that --limit takes
 
 Progress = Callable[[int, int], None]
+Decode = Callable[[str, bytes, str], None]  # digest, bytes and name of a picture; raises RowError
 
 
 @dataclass
@@ -66,17 +67,20 @@ class Plan:
         return len(self.sources)
 
 
-def plan_questions(rows: RowStore, task: Task, limit: int | None, check: Callable[[Question], None]) -> Plan:
+def plan_questions(
+    rows: RowStore, task: Task, limit: int | None, check: Callable[[Question], None], decode: Decode
+) -> Plan:
     """Read all rows, take `limit` of the task's questions, and find their images.
 
-    `check` raises RowError for a question that the model cannot read. Raises DataError where nothing is left.
+    `check` raises RowError for a question that the model cannot read, `decode` for an image. Raises DataError where
+    nothing is left.
     """
     plan = Plan()
     questions = list(_read_questions(rows, task, plan))
     for question in _stratified(questions, limit):
         try:
             check(question)
-            _find_images(rows, question, plan)
+            _find_images(rows, question, plan, decode)
             plan.questions.append(question)
         except RowError as error:
             plan.skipped.append(Skipped(question.location, error.kind, str(error)))
@@ -129,18 +133,24 @@ def _draw(name: str) -> str:
     return hashlib.blake2b(f"{SEED} {name}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _find_images(rows: RowStore, question: Question, plan: Plan) -> None:
+def _find_images(rows: RowStore, question: Question, plan: Plan, decode: Decode) -> None:
     """Note the digests of a question's images. Raises RowError where one cannot be read."""
-    digests = []
+    digests: list[str] = []
+    sources: dict[str, tuple[int, int, str]] = {}
     row = rows.row(question.index) if question.images else None
     for position, name in enumerate(question.images):
         assert row is not None
-        key = digest(read_picture(rows, row, question.index, position, name)).hex()
+        data = read_picture(rows, row, question.index, position, name)
+        key = digest(data).hex()
         digests.append(key)
-        plan.sources.setdefault(key, (question.index, position, name))
+        if key not in plan.sources:
+            decode(key, data, name)
+            sources[key] = question.index, position, name
+    plan.images[question.id] = tuple(digests)
+    plan.sources |= sources
+    for key, name in zip(digests, question.images, strict=True):
         shown = key if NUMBERED.fullmatch(name) else name
         plan.names[key] = min(plan.names.get(key, shown), shown)
-    plan.images[question.id] = tuple(digests)
 
 
 def variants_of(question: Question, plan: Plan, others: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
