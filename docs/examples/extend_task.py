@@ -1,27 +1,32 @@
-"""An evaluation task: `mmv eval --task yesno` measures the answers to questions that are answered by yes or no."""
+"""An evaluation task: `mmv eval --task length` measures whether an answer has as many words as the true one."""
 
-from minimind_v.core.evaluate.forward import Answer
+from collections.abc import Sequence
+
+from minimind_v.core.errors import RowError
+from minimind_v.core.evaluate.ask import Reply
+from minimind_v.core.evaluate.questions import Question
+from minimind_v.core.evaluate.statistics import Metric
 from minimind_v.core.evaluate.tasks import TASKS
-from minimind_v.core.evaluate.tasks.task import Task
-from minimind_v.core.rows.row import Row
+from minimind_v.core.evaluate.tasks.task import Task, Verdict, share
 
 
-class YesNo(Task):
-    """The share of right answers; `mmv eval --json` has it under this name, beside the number of answers."""
+class Length(Task):
+    """The share of answers of the right length; `mmv eval --json` has it under the name of the metric."""
 
-    name = "yesno_accuracy"
+    metrics = (Metric("right_length"),)
+    gain = "right_length"
 
-    def conversation(self, row: Row) -> list[dict[str, str]] | None:
-        """Which rows, and what the model reads of them: the first turn, where its answer is yes or no."""
-        system = [message for message in row.conversations[:1] if message["role"] == "system"]
-        question, *answers = row.conversations[len(system) :]
-        if not answers or answers[0]["content"].strip(" .").lower() not in ("yes", "no"):
-            return None
-        return [*system, question, answers[0]]
+    def check(self, question: Question) -> None:
+        """Which questions: those whose answer is one to three words."""
+        super().check(question)
+        if not 1 <= len(question.truths[0].split()) <= 3:
+            raise RowError("not a short answer", "not of this task")
 
-    def score(self, answer: Answer) -> float | None:
-        """How an answer scores: 1 where the model would give each of its tokens."""
-        return float(answer.correct.all())
+    def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
+        """How a reply scores: 1 where its number of words is the true one."""
+        answer, truth = replies[0].text, question.truths[0]
+        score = float(len(answer.split()) == len(truth.split()))
+        return Verdict(answer, truth, score, {"right_length": share(score)})
 
 
-TASKS["yesno"] = YesNo
+TASKS["length"] = Length

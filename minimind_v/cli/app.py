@@ -9,6 +9,7 @@ import typer
 from minimind_v.cli import (
     bench,
     chat,
+    compare,
     convert,
     data,
     demo,
@@ -78,6 +79,7 @@ def root(
 register(app, "download", download.download, PIPELINE)
 register(app, "train", train.train, PIPELINE, table=RUN_OPTIONS)
 register(app, "eval", evaluate.evaluate, PIPELINE)
+register(app, "compare", compare.compare, PIPELINE, compare.CompareCommand)
 register(app, "chat", chat.chat, PIPELINE, chat.ChatCommand)
 register(app, "look", look.look, PIPELINE, look.LookCommand)
 register(app, "convert", convert.convert, PIPELINE)

@@ -13,9 +13,11 @@ from minimind_v.cli.command import advanced
 from minimind_v.cli.options import complete
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, one_of
-from minimind_v.core.errors import open_all
+from minimind_v.core.errors import UsageError, open_all
+from minimind_v.core.paths import OUT_DIR
 
 if TYPE_CHECKING:
+    from minimind_v.core.evaluate.by_task import ChosenTask
     from minimind_v.core.evaluate.run import Scores
     from minimind_v.core.formats.load import LoadedModel
     from minimind_v.core.rows.row import RowStore
@@ -23,39 +25,59 @@ if TYPE_CHECKING:
 FIRST = 200  # rows that are scored where no --data names others
 
 
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help=f"Held-out rows: file or folder. [default: {FIRST} rows of the sft data]"),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="NAME|FILE",
+        help="Measure by a task, with intervals: loss, vqa, yesno, choice, caption, or a .yaml file of your own.",
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Score only the first rows; with --task so many, drawn from each kind.")
+]
+Blind = Annotated[
+    bool, typer.Option("--blind", help="Score again with a blank image: the difference is what images add.")
+]
+Split = Annotated[
+    str | None, advanced(metavar="NAME", help="Split of a folder. [default: test, validation or held_out]")
+]
+Out = Annotated[
+    Path | None,
+    advanced(metavar="DIR", help="Folder of the predictions of --task. [default: one of its own in ./out/eval]"),
+]
+BatchSize = Annotated[int, advanced(min=1, help="Rows per batch; --task has its own, so that it changes no digit.")]
+Dtype = Annotated[
+    str,
+    advanced(metavar="TYPE", help=f"Type of the computation: {', '.join(DTYPES)}.", autocompletion=complete(DTYPES)),
+]
+
+
 def evaluate(
     model: options.Model = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help=f"Held-out rows: file or folder. [default: {FIRST} rows of the sft data]"),
-    ] = None,
+    data: Data = None,
     images: options.Images = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
-    blind: Annotated[
-        bool, typer.Option("--blind", help="Score again with a blank image: the difference is what images add.")
-    ] = False,
-    split: Annotated[
-        str | None,
-        advanced(metavar="NAME", help="Split of a folder. [default: test, validation or held_out]"),
-    ] = None,
+    task: TaskName = None,
+    limit: Limit = None,
+    blind: Blind = False,
+    split: Split = None,
+    out: Out = None,
     max_length: Annotated[int, advanced(min=1, help="Tokens per row, image tokens included.")] = 1536,
-    batch_size: Annotated[int, advanced(min=1, help="Rows per batch.")] = 8,
-    dtype: Annotated[
-        str,
-        advanced(
-            metavar="TYPE", help=f"Type of the computation: {', '.join(DTYPES)}.", autocompletion=complete(DTYPES)
-        ),
-    ] = "auto",
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
     vision_model: options.VisionOfModel = None,
     tokenizer: options.TokenizerOfModel = None,
-    task: Annotated[
-        str | None,
-        advanced(metavar="NAME", help="Measure this only: loss, exact or a task of your own. [default: loss, exact]"),
-    ] = None,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Measure the loss on held-out rows and, where answers are short, the share of exactly right answers."""
+    """Measure the loss on held-out rows and, where answers are short, the share of exactly right answers.
+
+    With --task: its metrics with intervals, what the images add, and every answer in a file for `mmv compare`.
+    """
     from minimind_v.core.config.load import build_config, images_beside
     from minimind_v.core.rows.pictures import find_pictures
     from minimind_v.core.rows.splits import SCORE
@@ -68,14 +90,20 @@ def evaluate(
         data, images, limit = standard.file, images or standard.images, limit or FIRST
         terminal.warn(f"scoring rows of {data}, which may be training data: name held-out rows with --data")
     images = images or images_beside(data)
+    chosen = _choose(task, blind, out)
     _, _, loaded = open_all(
         lambda: find_rows(data),
         lambda: find_pictures(images),
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
-    rows = open_rows(data, images, split, terminal.say, SCORE)
     terminal.say(str(loaded.receipt))
-    how = {"batch_size": batch_size, "limit": limit, "dtype": dtype, "task": task}
+    if chosen is not None:
+        how = {"out": out, "root": options.folder("out", OUT_DIR), "limit": limit, "dtype": dtype}
+        by_task = _by_task(terminal, loaded, chosen, data, images, split, how)
+        terminal.json(by_task) if json else _show_report(terminal, by_task)
+        return
+    rows = open_rows(data, images, split, terminal.say, SCORE)
+    how = {"batch_size": batch_size, "limit": limit, "dtype": dtype}
     scores = _score(terminal, loaded, rows, max_length, blind, how)
     _show_rows(terminal, scores["seeing"])
     report = _report(loaded.checkpoint.path, data, rows.split, scores)
@@ -83,6 +111,70 @@ def evaluate(
         terminal.json(report)
     else:
         terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
+
+
+def _choose(task: str | None, blind: bool, out: Path | None) -> ChosenTask | None:
+    """The task. Raises UsageError before the model is loaded."""
+    if task is None:
+        if out is not None:
+            raise UsageError("--out is for an evaluation with --task — name a task, or leave it out")
+        return None
+    if blind:
+        raise UsageError("--blind is for an evaluation without --task, which has the blank image anyway — leave it out")
+    from minimind_v.core.evaluate.by_task import choose_task
+
+    return choose_task(task)
+
+
+def _by_task(
+    terminal: Terminal,
+    loaded: LoadedModel,
+    chosen: ChosenTask,
+    data: Path,
+    images: Path | None,
+    split: str | None,
+    how: dict[str, Any],
+) -> dict[str, Any]:
+    """Measure by a task; returns the report."""
+    from minimind_v.core.evaluate.benchmarks import open_benchmark
+    from minimind_v.core.evaluate.by_task import evaluate_task
+    from minimind_v.core.evaluate.run import features_beside
+
+    rows = open_benchmark(data, images, split, terminal.say, chosen.names)
+    model, weights = loaded.model, loaded.checkpoint.path
+    cache = features_beside(model, weights, how["dtype"], len(rows), terminal.say, terminal.warn)
+    with terminal.progress(f"eval {chosen.task.name}") as progress:
+        result = evaluate_task(loaded, chosen, rows, memory=cache, progress=progress, **how)
+    for skipped in result.skipped[:5]:
+        terminal.warn(f"skipped: {skipped}")
+    return result.report
+
+
+def _show_report(terminal: Terminal, report: dict[str, Any]) -> None:
+    """What the images add first, then the metrics, then the same for each kind of question."""
+    lines = {key: report[key] for key in ("model", "data", "task", "rows", "pictures", "skipped")}
+    gains = {variant: gain for variant, gain in report["visual_gain"].items() if gain["value"] is not None}
+    for variant, gain in gains.items():
+        lines[f"gain over {variant}"] = f"{_figure(gain)}{_chance(gain)}"
+    for metric in report["metrics"]:
+        lines[metric["name"]] = f"{_figure(metric)}  (n {metric['n']}, images {metric['clusters']})"
+    for kind, metric in report.get("kinds", {}).items():
+        gain = metric["visual_gain"]["blank"]
+        lines[f"  {kind}"] = _figure(metric) + (
+            f"  gain over blank {_figure(gain)}" if gain["value"] is not None else ""
+        )
+    terminal.table(lines | {"predictions": report["predictions"]})
+
+
+def _figure(figure: dict[str, Any]) -> str:
+    if figure["value"] is None:
+        return "no such answers"
+    interval = "" if figure["ci_low"] is None else f"  [{figure['ci_low']:.4f}, {figure['ci_high']:.4f}]"
+    return f"{figure['value']:.4f}{interval}"
+
+
+def _chance(gain: dict[str, Any]) -> str:
+    return "" if gain["p"] is None else f"  p {gain['p']:.3g}"
 
 
 def _score(
@@ -121,12 +213,10 @@ def _report(model: Path, data: Path, split: str, scores: dict[str, Scores]) -> d
     report: dict[str, Any] = {
         "model": str(model), "data": str(data), **({"split": split} if split else {}),
         "rows": seeing.rows, "broken_rows": len(seeing.broken), "text_rows": seeing.text_rows,
-        "supervised_tokens": seeing.supervised_tokens,
+        "supervised_tokens": seeing.supervised_tokens, "short_answers": seeing.short_answers,
     }  # fmt: skip
     for name, score in scores.items():
-        counts = {key: value for key, value in score.metrics.items() if isinstance(value, int)}
-        if name == "seeing":
-            report |= counts
         suffix = "" if name == "seeing" else "_blind"
-        report |= {key + suffix: value for key, value in score.metrics.items() if key not in counts}
+        report |= {f"loss{suffix}": score.loss, f"perplexity{suffix}": score.perplexity}
+        report |= {f"accuracy{suffix}": score.accuracy}
     return report | {"seconds": sum(score.seconds for score in scores.values())}

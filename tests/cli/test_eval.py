@@ -123,3 +123,70 @@ def test_an_unknown_precision_is_refused_before_anything_is_read(tiny_data):
     ended = run_mmv("eval", "--model", "nothing.pth", "--data", "nothing.jsonl", "--dtype", "bfloat")
     assert ended.code == 2
     assert "--dtype 'bfloat' must be one of auto, float32, bfloat16" in ended.err
+
+
+# --- tasks and comparison ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_a_task_prints_one_object_and_compare_reads_its_folder(score, tmp_path):
+    reports = [score("--task", "vqa", "--limit", 6, "--out", tmp_path / name, "--json").json for name in "ab"]
+    assert reports[0]["rows"] == 6
+    assert reports[0]["visual_gain"].keys() == {"blank", "swapped", "none"}
+    assert reports[0]["predictions"] == str(tmp_path / "a" / "predictions.jsonl")
+    assert reports[0] | {"predictions": ""} == reports[1] | {"predictions": ""}
+    ended = run_mmv("compare", tmp_path / "a", tmp_path / "b", "--json")
+    assert [metric["difference"] for metric in ended.json["metrics"]] == [0, 0]
+    assert ended.json["changed"] == []
+    seeds = run_mmv("compare", tmp_path / "a", tmp_path / "b", "--", tmp_path / "b", tmp_path / "a").out
+    assert "between seeds: A ±0.0000, B ±0.0000" in seeds
+
+
+def test_a_task_is_shown_as_a_table_that_begins_with_what_the_images_add(score, tmp_path):
+    lines = score("--task", "loss", "--limit", 3, "--out", tmp_path / "a").out.splitlines()
+    names = [line.split("  ")[0] for line in lines]
+    assert names[6:10] == ["gain over blank", "gain over swapped", "gain over none", "loss"]
+    assert names[-1] == "predictions"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "vqa", "--blind"], "--blind is for an evaluation without --task"),
+        (["--out", "a"], "--out is for an evaluation with --task"),
+        (["--task", "vqu"], "no task 'vqu' (did you mean 'vqa'?) — there are loss, vqa, yesno, choice, caption"),
+        (["--task", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_a_wrong_task_is_refused_before_the_model_is_loaded(score, words, message):
+    ended = score(*words, code=1 if "none.yaml" in words else 2)
+    assert message in ended.error
+    assert "tensors loaded" not in ended.err
+
+
+def test_a_folder_with_other_files_is_not_written_to(score, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    ended = score("--task", "vqa", "--limit", 1, "--out", tmp_path, code=2)
+    assert "holds notes.txt, and no evaluation" in ended.error
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a"], "two sides are compared"),
+        (["a", "b", "c"], "give -- once, between the two sides"),
+        (["a", "--", "b", "--", "c"], "give -- once, between the two sides"),
+        (["a", "--"], "two sides are compared"),
+    ],
+)
+def test_a_comparison_needs_two_sides(words, message):
+    ended = run_mmv("compare", *words)
+    assert ended.code == 2
+    assert message in ended.error
+
+
+def test_all_missing_evaluations_are_named_at_once(tmp_path):
+    ended = run_mmv("compare", tmp_path / "x", tmp_path / "y")
+    assert ended.code == 1
+    assert "2 inputs are missing" in ended.error

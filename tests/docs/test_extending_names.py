@@ -65,19 +65,30 @@ def test_the_shell_completes_what_an_extension_adds(extended, monkeypatch):
 
 
 def test_a_task_scores_its_own_rows(extended, tmp_path):
-    rows = read_rows(tiny_data().data("sft"))[:6]
-    for row, answer in zip(rows, ["yes", "red", "No", "two", "yes", "circle"], strict=True):
-        row["conversations"][1]["content"] = answer
+    rows = read_rows(tiny_data().data("sft"))[:4]
+    for row, answer in zip(rows, ["yes", "it is a red star", "a star", "two"], strict=True):
+        row["conversations"] = [row["conversations"][0], {"role": "assistant", "content": answer}]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    command = ["eval", "--model", sighted(), *SIGHT, "--data", data, "--images", tiny_data().images("sft"), "--json"]
-    report = extended("task")(*command, "--task", "yesno").json
-    assert (report["rows"], report["answers"]) == (3, 3)
-    assert 0 <= report["yesno_accuracy"] <= 1
-    assert "loss" not in report
-    refused = installed(*command, "--task", "yesno")
+    command = [
+        "eval",
+        "--model",
+        sighted(),
+        *SIGHT,
+        "--data",
+        data,
+        "--images",
+        tiny_data().images("sft"),
+        "--json",
+        "--out",
+        tmp_path / "eval",
+    ]
+    report = extended("task")(*command, "--task", "length").json
+    assert (report["rows"], report["skipped"]) == (3, 1)
+    assert [metric["name"] for metric in report["metrics"]] == ["right_length"]
+    refused = installed(*command, "--task", "length")
     assert refused.code == 2
-    assert "loss, exact" in refused.error
+    assert "loss, vqa, yesno, choice, caption" in refused.error
 
 
 def test_a_target_writes_and_proves_its_file(extended, tmp_path):

@@ -13,8 +13,7 @@ from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import DataError
-from minimind_v.core.evaluate.run import evaluate
-from minimind_v.core.evaluate.tasks.exact import SHORT
+from minimind_v.core.evaluate.run import SHORT, evaluate
 from minimind_v.core.generate.rows import Row, generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.generate.session import Session

@@ -1,31 +1,27 @@
-"""Evaluate a model on held-out rows: one forward pass over them, scored by tasks."""
+"""Evaluate a model on held-out rows: one forward pass gives the loss and the share of exact short answers."""
 
 from __future__ import annotations
 
-import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from minimind_v.core.config.schema import one_of
 from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder, open_feature_cache
 from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import DataError
-from minimind_v.core.evaluate.forward import batch_losses
-from minimind_v.core.evaluate.tasks import TASKS
-from minimind_v.core.evaluate.tasks.task import Task, TaskRows
+from minimind_v.core.evaluate.forward import Answer, BatchLosses, batch_losses
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.rows.row import RowStore
 
-USUAL = ("loss", "exact")  # the tasks of an evaluation that names none
+SHORT = 12  # tokens, the end token included: longer answers are not judged
 
 
 @dataclass
@@ -34,8 +30,10 @@ class Scores:
 
     rows: int = 0
     supervised_tokens: int = 0
-    metrics: dict[str, Any] = field(default_factory=dict)  # of all its tasks, by name
-    answers: dict[str, list[float | None]] = field(default_factory=dict)  # per row: a score each; None: not judged
+    loss_sum: float = 0.0  # nats, of all supervised tokens
+    answers: dict[str, list[bool | None]] = field(
+        default_factory=dict
+    )  # per row: whether each is exact; None: not judged
     seconds: float = 0.0
     broken: list[BrokenRow] = field(default_factory=list)
     text_rows: int = 0  # of the rows, those with images that no mark shows
@@ -43,22 +41,40 @@ class Scores:
 
     @property
     def loss(self) -> float:
-        """Nats per supervised token. Needs the task `loss`."""
-        return float(self.metrics["loss"])
+        """Nats per supervised token."""
+        return self.loss_sum / max(self.supervised_tokens, 1)
 
     @property
     def perplexity(self) -> float:
-        return float(self.metrics["perplexity"])
+        return math.exp(min(self.loss, 50.0))
+
+    @property
+    def _judged(self) -> list[bool]:
+        return [score for row in self.answers.values() for score in row if score is not None]
 
     @property
     def short_answers(self) -> int:
-        return int(self.metrics["short_answers"])
+        return len(self._judged)
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the short answers that are exactly correct; None where there are none. Needs `exact`."""
-        accuracy: float | None = self.metrics["accuracy"]
-        return accuracy
+        """Share of the short answers that are exactly correct; None where there are none."""
+        judged = self._judged
+        return sum(judged) / len(judged) if judged else None
+
+    def add(self, losses: BatchLosses, end_id: int) -> None:
+        """Score the answers of a batch."""
+        self.loss_sum += float(losses.loss_sum)
+        self.supervised_tokens += len(losses.correct)
+        for row in losses.batch.locations:
+            self.answers[row] = []
+        for answer in losses.answers(end_id):
+            self.answers[losses.batch.locations[answer.row]].append(_is_exact(answer))
+
+
+def _is_exact(answer: Answer) -> bool | None:
+    """Whether every token of a short answer, and its end, is the likeliest; None for a long or cut one."""
+    return bool(answer.correct.all()) if answer.ended and len(answer.labels) <= SHORT else None
 
 
 def held_out_dataset(
@@ -93,21 +109,15 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     dtype: str = "auto",
     memory: FeatureCache | None = None,
-    task: str | None = None,
 ) -> Scores:
     """Score every answer of every row, given the true turns before it, in the precision of training.
 
     Each answer follows what a prompt of chat ends with: in the layout of minimind-3v an empty think block, or the
     beginning of a block where the true answer has reasoning.
 
-    `task` is one of TASKS; without it the USUAL ones share one pass. `memory` has features of images that were encoded
-    before; without it each image is encoded here. Raises UsageError for an unknown task, DataError where no row can be
-    scored.
+    `memory` has features of images that were encoded before; without it each image is encoded here. Raises DataError
+    where no row can be scored.
     """
-    tasks = open_tasks(task, eos_id)
-    if task is not None and type(tasks[0]).conversation is not Task.conversation:
-        dataset = copy.copy(dataset)
-        dataset.rows = TaskRows(dataset.rows, tasks[0], dataset.encoder)
     dataset = dataset.for_evaluation()
     model.eval()
     started = time.perf_counter()
@@ -122,25 +132,13 @@ def evaluate(
         if len(batch):
             moved = batch.to(model.device)
             losses = batch_losses(model, moved, memory.features(moved), dtype)
-            for each in tasks:
-                each.add(losses)
+            scores.add(losses, eos_id)
             scores.rows += len(batch)
             scores.text_rows += batch.text_rows
             scores.notes += Counter(batch.notes)
-            scores.supervised_tokens += len(losses.correct)
         progress(number, len(plan))
     if not scores.supervised_tokens:
         trouble = f"; the first problem: {scores.broken[0]}" if scores.broken else ""
         raise DataError(f"{dataset.rows.path}: no row could be evaluated{trouble}")
-    for each in tasks:
-        scores.metrics |= each.metrics()
-        scores.answers |= each.scores
     scores.seconds = time.perf_counter() - started
     return scores
-
-
-def open_tasks(task: str | None, end_id: int) -> list[Task]:
-    """The task of this name, or the usual ones; answers end with `end_id`. Raises UsageError."""
-    if task is not None:
-        one_of("task", task, TASKS)
-    return [TASKS[name](end_id) for name in ([task] if task else USUAL)]

@@ -9,7 +9,6 @@ from typing import Any
 from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 from minimind_v.core.rows.field_names import picture_field
 from minimind_v.core.rows.file_rows import FileRows
-from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.parquet import columns_of_bytes
 from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.splits import ALL, LEARN, choose
@@ -71,7 +70,7 @@ class SavedRows(FileRows):
         except Exception as error:  # the library raises many kinds
             raise RowError(f"cannot be read ({' '.join(str(error).split())})", "json") from None
         others = {name: fields.pop(name) for name in self._others if name in fields}
-        row = read_row(fields)
+        row = self.read(fields)
         row.extra.pop(self._bytes, None)  # of a row with its pictures elsewhere, or none
         return row if row.images else refuse_unread(row, others)
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from minimind_v.core.errors import DataError, RowError, UsageError
 from minimind_v.core.rows.field_names import TALKS
-from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.json_layout import CHUNK, DECODER, JsonText
 from minimind_v.core.rows.jsonl import TextRows
 from minimind_v.core.rows.members import hash_bytes
@@ -78,7 +77,7 @@ class CocoRows(TextRows):
 
     def row(self, index: int) -> Row:
         first, second = (int(number) for number in self._index.array[:, self._rows[index]])
-        return read_row(self._sentence(first, second) if self._sentences else self._annotation(first, second))
+        return self.read(self._sentence(first, second) if self._sentences else self._annotation(first, second))
 
     def picture(self, index: int, position: int, name: str) -> bytes:
         try:

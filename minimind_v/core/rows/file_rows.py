@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from minimind_v.core.rows.cells import decode_inline
+from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.pictures import Pictures, open_pictures
 from minimind_v.core.rows.row import NUMBERED, Reopened, Row
 from minimind_v.core.rows.splits import Choice
+
+Read = Callable[[Mapping[str, Any]], Row]  # from the fields of a row
 
 
 class SplitRows:
@@ -17,6 +22,7 @@ class SplitRows:
 
     choice = Choice("")
     left_out = ""
+    read: Read = staticmethod(read_row)  # an evaluation reads the fields of a row in another way
     _images: Pictures
 
     @property

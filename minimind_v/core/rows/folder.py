@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from minimind_v.core.errors import DataError
 from minimind_v.core.hub.sources import METADATA
-from minimind_v.core.rows.file_rows import ShardedRows
+from minimind_v.core.rows.file_rows import Read, ShardedRows
 from minimind_v.core.rows.jsonl import open_json
 from minimind_v.core.rows.parquet import ParquetRows, source_of
 from minimind_v.core.rows.row import OpenedRows, RowStore
@@ -80,6 +80,15 @@ class FolderRows(RowsOfStores, ShardedRows):
     @property
     def pictures(self) -> Path | None:
         return self._pictures
+
+    @property
+    def read(self) -> Read:
+        return self._stores[0].read
+
+    @read.setter
+    def read(self, read: Read) -> None:
+        for store in self._stores:
+            store.read = read
 
     def _store(self, index: int) -> tuple[RowStore, int]:
         file, row = self._at(index)

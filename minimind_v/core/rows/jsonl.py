@@ -12,7 +12,6 @@ import numpy as np
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.field_names import READ
 from minimind_v.core.rows.file_rows import FileRows
-from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import Index, columns
 from minimind_v.core.rows.json_layout import (
     CHUNK,
@@ -78,7 +77,7 @@ class TextRows(FileRows):
             raise RowError(f"not JSON ({error})", "json") from None
         if not isinstance(fields, dict):
             raise RowError(f"not a JSON object{_array(data)}", "json")
-        return read_row(fields)
+        return self.read(fields)
 
 
 def _array(data: bytes) -> str:

@@ -22,7 +22,6 @@ from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.cells import Picture, StoredPictures, decode_inline, pictures_of
 from minimind_v.core.rows.field_names import PICTURES, READ, TALKS, is_readable, picture_field
 from minimind_v.core.rows.file_rows import ShardedRows
-from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
 from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import Row
@@ -86,7 +85,7 @@ class ParquetRows(ShardedRows):
         fields = {name: value for name, value in self._text.row(index).items() if value is not None}
         if self._bytes:
             fields[self._bytes] = StoredPictures(lambda: self._count(index))
-        row = read_row(fields)
+        row = self.read(fields)
         row.extra.pop(self._bytes, None)  # of a row with its pictures elsewhere, or none
         if len(row.extra) == 1 and isinstance(text := row.extra.get("extra"), str):
             row = replace(row, extra=_unpack_extra(text))

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +101,7 @@ class OpenedRows(RowStore, Protocol):
     """A store with the messages about its opening."""
 
     left_out: str  # a message about ignored columns; empty for none
+    read: Callable[[Mapping[str, Any]], Row]  # how the fields of a row are read
 
     @property
     def choice(self) -> Choice:

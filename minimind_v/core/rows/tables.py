@@ -16,7 +16,6 @@ import numpy as np
 
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, PICTURES, QUESTIONS, READ, TALKS, is_readable
-from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import columns
 from minimind_v.core.rows.jsonl import BOM, TextRows
 from minimind_v.core.rows.row import Row
@@ -51,7 +50,7 @@ class CsvRows(TextRows):
         return int(self._index.array[1, index])
 
     def row(self, index: int) -> Row:
-        return read_row(self._fields(self._record(index)))
+        return self.read(self._fields(self._record(index)))
 
     @cached_property
     def _first_line(self) -> bytes:

@@ -16,7 +16,6 @@ from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
 from minimind_v.core.rows.field_names import TALKS
 from minimind_v.core.rows.file_rows import ShardedRows
-from minimind_v.core.rows.forms import read_row
 from minimind_v.core.rows.index import Index
 from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import NO_NAME, Reopened, Row, check_size, image_names, parse_json
@@ -79,7 +78,7 @@ class TarRows(ShardedRows):
         if pictures:
             fields = {key: value for key, value in fields.items() if key not in NAMES}
             fields["image"] = [name for name, _ in pictures]
-        return read_row(fields)
+        return self.read(fields)
 
     def picture(self, index: int, position: int, name: str) -> bytes:
         member = dict(self._sample(index)[1]).get(name)

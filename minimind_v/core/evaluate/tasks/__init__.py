@@ -1,10 +1,19 @@
-"""Evaluation tasks by name. Each chooses rows and their messages, and scores the answers."""
+"""Evaluation tasks by name. Each says what is asked about a question, and judges the replies."""
 
 from __future__ import annotations
 
-from minimind_v.core.evaluate.tasks.exact import Exact
+from minimind_v.core.evaluate.tasks.caption import Caption
+from minimind_v.core.evaluate.tasks.choice import Choice
 from minimind_v.core.evaluate.tasks.loss import Loss
 from minimind_v.core.evaluate.tasks.task import Task
+from minimind_v.core.evaluate.tasks.vqa import Vqa
+from minimind_v.core.evaluate.tasks.yesno import YesNo
 
-# A task is made anew for each evaluation, with the id of the token that ends an answer.
-TASKS: dict[str, type[Task]] = {"loss": Loss, "exact": Exact}
+# A task is made anew for each evaluation, with its name and the settings of a YAML file.
+TASKS: dict[str, type[Task]] = {
+    "loss": Loss,
+    "vqa": Vqa,
+    "yesno": YesNo,
+    "choice": Choice,
+    "caption": Caption,
+}

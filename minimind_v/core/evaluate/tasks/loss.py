@@ -1,27 +1,42 @@
-"""The held-out loss: nats per supervised token, and the perplexity."""
+"""The loss on true answers: nats per token, the perplexity, and both by language."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
-from minimind_v.core.evaluate.forward import BatchLosses
-from minimind_v.core.evaluate.tasks.task import Task
+from minimind_v.core.evaluate.ask import Ask, Reply
+from minimind_v.core.evaluate.questions import Question
+from minimind_v.core.evaluate.statistics import Metric
+from minimind_v.core.evaluate.tasks.task import Task, Verdict
+
+LANGUAGES = ("", "_zh", "_en")
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 50.0))
 
 
 class Loss(Task):
-    """The mean over all supervised tokens of all rows."""
+    """The mean loss over all tokens of the true answers, their ends included. A verdict's score is its own mean."""
 
-    name = "loss"
+    metrics = tuple(
+        metric
+        for language in LANGUAGES
+        for metric in (
+            Metric(f"loss{language}", is_share=False),
+            Metric(f"perplexity{language}", is_share=False, link=_perplexity),
+        )
+    )
+    gain = "loss"
+    lower_is_better = True
 
-    def __init__(self, end_id: int) -> None:
-        super().__init__(end_id)
-        self.loss_sum, self.supervised_tokens = 0.0, 0
+    def asks(self, question: Question) -> list[Ask]:
+        return [Ask(self.messages(question), "likelihood", question.truths[:1])]
 
-    def add(self, losses: BatchLosses) -> None:
-        self.loss_sum += float(losses.loss_sum)
-        self.supervised_tokens += len(losses.correct)
-
-    def metrics(self) -> dict[str, Any]:
-        loss = self.loss_sum / max(self.supervised_tokens, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+    def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
+        [logprob], [tokens] = replies[0].logprobs, replies[0].tokens
+        sums = [-logprob, float(tokens)]
+        own = LANGUAGES[1 if question.chinese else 2]
+        names = (f"{name}{language}" for language in ("", own) for name in ("loss", "perplexity"))
+        return Verdict("", question.truths[0], -logprob / tokens, dict.fromkeys(names, sums))

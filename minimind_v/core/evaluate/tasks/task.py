@@ -1,71 +1,98 @@
-"""The base of all evaluation tasks: it chooses rows, scores answers, and reports the mean."""
+"""The base of all evaluation tasks: what is asked about a question, and how the replies are judged."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from minimind_v.core.data.prompt import PromptEncoder, check_conversations
-from minimind_v.core.errors import RowError
-from minimind_v.core.evaluate.forward import Answer, BatchLosses
-from minimind_v.core.rows.row import Row, RowStore
-from minimind_v.core.rows.subset import SampledRows
+from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.evaluate.ask import Ask, Reply
+from minimind_v.core.evaluate.questions import Question
+from minimind_v.core.evaluate.statistics import Metric
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement about the replies to one question.
+
+    `statistics` holds by metric the sums that this question adds, its weight last; a metric without an entry gets
+    nothing from it.
+    """
+
+    answer: str
+    truth: str
+    score: float
+    statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Task:
-    """A task. A subclass overrides `score`, and where it needs to `conversation`, `add` and `metrics`.
+    """A task. A subclass names its metrics and overrides `judge`, and where it needs to `check` and `asks`.
 
-    One forward pass serves all tasks that read a row in the same way: the model predicts every token of the true
-    answers after the true tokens before it, so a greedy answer equals the truth exactly where all are predicted right.
+    `settings` are the keys of a user's YAML file.
     """
 
-    name = ""
+    metrics: tuple[Metric, ...] = (Metric("accuracy"),)
+    gain = "accuracy"  # the metric by which images help
+    lower_is_better = False  # whether that is a loss
+    most_tokens = 16  # of an answer
+    instruction = ""  # text behind every question
+    options: Mapping[str, Any] = MappingProxyType({})  # further keys of a YAML file, with their defaults
 
-    def __init__(self, end_id: int) -> None:
-        self.end_id = end_id
-        self.scores: dict[str, list[float | None]] = {}  # place of the row → one score per answer
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Raises UsageError for an unknown setting, or one of another type."""
+        usual = {"most_tokens": self.most_tokens, "instruction": self.instruction, **self.options}
+        for key, value in settings.items():
+            if key not in usual:
+                choices = ["task", "fields", *usual]
+                raise UsageError(f"{name}: no setting {key!r}{nearest(key, choices)} — there are {', '.join(choices)}")
+            if type(value) is not type(usual[key]):
+                raise UsageError(f"{name}: {key} must be of the type {type(usual[key]).__name__}, not {value!r}")
+        self.name = name
+        self.settings = usual | dict(settings)
+        self.most_tokens, self.instruction = self.settings["most_tokens"], self.settings["instruction"]
 
-    def conversation(self, row: Row) -> list[dict[str, str]] | None:
-        """The messages that the model reads, true answers included; None for a row that is not of this task."""
-        messages: list[dict[str, str]] | None = row.conversations
-        return messages
+    def select(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions of this task among those of all rows; a caption's references may be in several rows."""
+        return list(questions)
 
-    def score(self, answer: Answer) -> float | None:
-        """The score of one answer; None where the task does not judge it."""
+    def check(self, question: Question) -> None:
+        """Raises RowError where a question lacks what the task needs."""
+        if not question.truths:
+            raise question.needs("true answer", "`answer` or `answers`")
+
+    def asks(self, question: Question) -> list[Ask]:
+        """What the model is asked, images left out: the answer to the question."""
+        return [Ask(self.messages(question), most_tokens=self.most_tokens)]
+
+    def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
+        """Judge the replies to `asks`."""
         raise NotImplementedError
 
-    def add(self, losses: BatchLosses) -> None:
-        """Score the answers of a batch."""
-        for row in losses.batch.locations:
-            self.scores[row] = []
-        for answer in losses.answers(self.end_id):
-            self.scores[losses.batch.locations[answer.row]].append(self.score(answer))
+    def complete(self, questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """The verdicts, with what needs those of all questions."""
+        return list(verdicts)
 
-    def metrics(self) -> dict[str, Any]:
-        """The results by the names that `mmv eval --json` gives them."""
-        scores = [score for row in self.scores.values() for score in row if score is not None]
-        return {"answers": len(scores), self.name: sum(scores) / len(scores) if scores else None}
+    def messages(self, question: Question, text: str | None = None) -> tuple[tuple[str, str], ...]:
+        """The prompt: earlier turns, and the question with the instruction behind it."""
+        *before, (role, content) = question.messages
+        content = content if text is None else text
+        return (*before, (role, f"{content}\n{self.instruction}" if self.instruction else content))
+
+    def rows(self, metric: Metric, verdicts: Sequence[Verdict]) -> np.ndarray:
+        """The statistics of a metric [n, k], zeros where a question adds nothing."""
+        return statistics_of(metric, [verdict.statistics for verdict in verdicts])
 
 
-class TaskRows(SampledRows):
-    """The rows of a store that a task takes, with the conversations that it makes of them."""
+def statistics_of(metric: Metric, statistics: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarray:
+    """The rows [n, k] of a metric, zeros where a question adds nothing to it."""
+    width = max((len(own[metric.name]) for own in statistics if metric.name in own), default=2)
+    return np.array([own.get(metric.name, [0.0] * width) for own in statistics], float).reshape(-1, width)
 
-    def __init__(self, rows: RowStore, task: Task, encoder: PromptEncoder) -> None:
-        self._task, self._encoder = task, encoder
-        super().__init__(rows, np.array([index for index in range(len(rows)) if self._takes(rows, index)], np.int64))
 
-    def _takes(self, rows: RowStore, index: int) -> bool:
-        """Whether the task takes a row; one that is broken stays, so that it is counted."""
-        try:
-            row = rows.row(index)
-            check_conversations(row.conversations, self._encoder.layout)
-        except RowError:
-            return True
-        return self._task.conversation(row) is not None
-
-    def row(self, index: int) -> Row:
-        row = super().row(index)
-        check_conversations(row.conversations, self._encoder.layout)
-        return replace(row, conversations=self._task.conversation(row))
+def share(value: float) -> list[float]:
+    """The statistics of a question with this score, of weight 1."""
+    return [float(value), 1.0]

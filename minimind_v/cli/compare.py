@@ -1,0 +1,83 @@
+"""`mmv compare`: is one evaluation really better than another."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minimind_v.cli import options
+from minimind_v.cli.command import Command
+from minimind_v.cli.terminal import Terminal
+from minimind_v.core.errors import UsageError, open_all
+
+BETWEEN = "--"  # between the two sides
+SHOWN = 10  # questions that turned
+
+
+class CompareCommand(Command):
+    """The command keeps the word `--`, which otherwise only ends the options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = [word for word in args if word.startswith("-") and word != BETWEEN]
+        arguments = [word for word in args if word not in flags]
+        return super().parse_args(ctx, [*flags, BETWEEN, *arguments])
+
+
+def compare(
+    evaluations: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A B | A1 A2 … -- B1 B2 …",
+            help="Folders or predictions.jsonl of `mmv eval --task`: two, or several seeds on each side of --.",
+        ),
+    ],
+    json: options.Json = False,
+) -> None:
+    """Compare two evaluations, or several seeds of two: the difference B - A, its interval, p, what turned."""
+    from minimind_v.core.evaluate.compare import compare as compared
+    from minimind_v.core.evaluate.compare import read_predictions
+
+    first, second = _sides(evaluations)
+    opened = open_all(*(partial(read_predictions, path) for path in (*first, *second)))
+    report = compared(opened[: len(first)], opened[len(first) :])
+    terminal = Terminal()
+    if json:
+        terminal.json(report)
+    else:
+        _show(terminal, report)
+
+
+def _sides(evaluations: list[Path]) -> tuple[list[Path], list[Path]]:
+    between = [number for number, path in enumerate(evaluations) if str(path) == BETWEEN]
+    if len(between) > 1 or (len(evaluations) > 2 and not between):
+        raise UsageError("give -- once, between the two sides: mmv compare A1 A2 -- B1 B2")
+    end = between[0] if between else 1
+    first, second = evaluations[:end], evaluations[end + len(between) :]
+    if not first or not second:
+        raise UsageError("two sides are compared — name an evaluation for each: mmv compare A B")
+    return first, second
+
+
+def _show(terminal: Terminal, report: dict[str, Any]) -> None:
+    unpaired = f" ({report['unpaired']} without a pair are left out)" if report["unpaired"] else ""
+    terminal.result(f"{report['rows']} questions{unpaired}; B - A:")
+    width = max(len(metric["name"]) for metric in report["metrics"])
+    for metric in report["metrics"]:
+        if metric["difference"] is None:
+            continue
+        interval = "" if metric["ci_low"] is None else f"  [{metric['ci_low']:+.4f}, {metric['ci_high']:+.4f}]"
+        chance = "" if metric["p"] is None else f"  p {metric['p']:.3g}"
+        rows = metric["rows_to_see_half"]
+        power = "" if rows is None else f"  half of it needs {rows:,} questions"
+        terminal.result(f"{metric['name']:<{width}}  {metric['difference']:+.4f}{interval}{chance}{power}")
+    for seeds in report.get("seeds", []):
+        deviations = ["one seed" if value is None else f"±{value:.4f}" for value in seeds["deviations"]]
+        terminal.result(f"{seeds['name']:<{width}}  between seeds: A {deviations[0]}, B {deviations[1]}")
+    terminal.result(f"{len(report['changed'])} questions changed their score")
+    for entry in report["changed"][:SHOWN]:
+        terminal.result(
+            f"  {entry['id']}: {entry['question']} → {entry['truth']}: {entry['first']} / {entry['second']}"
+        )

@@ -1,0 +1,56 @@
+"""What a task asks a model, as plain data: a prompt, and how it is answered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from minimind_v.core.rows.row import IMAGE_MARK
+
+Messages = tuple[tuple[str, str], ...]  # role and content each, an `<image>` mark per image; the last is a question
+Method = Literal["answer", "likelihood", "first"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt, and what the model does with it.
+
+    `answer`: the likeliest answer of up to `most_tokens`; `candidates` are answers that it may be, to find it sooner.
+    `likelihood`: the log-probability of each candidate with its end, and its tokens. `first`: the log-probability of
+    each candidate's first token.
+    """
+
+    messages: Messages
+    method: Method = "answer"
+    candidates: tuple[str, ...] = ()
+    most_tokens: int = 16
+    images: tuple[str, ...] = ()  # digests of the images, in the order of the marks
+
+    @cached_property
+    def key(self) -> str:
+        """A name by its content: equal asks are answered once."""
+        content = [self.messages, self.method, self.candidates, self.most_tokens, self.images]
+        return hashlib.blake2b(json.dumps(content).encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+    def showing(self, images: tuple[str, ...]) -> Ask:
+        """The same with these images; without any, the marks go as well."""
+        if images:
+            return replace(self, images=images)
+        messages = tuple((role, _without_marks(content)) for role, content in self.messages)
+        return replace(self, messages=messages, images=())
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model gave: a text, or a log-probability and a number of tokens for each candidate."""
+
+    text: str = ""
+    logprobs: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+def _without_marks(content: str) -> str:
+    return content.replace(f"{IMAGE_MARK}\n", "").replace(f"\n{IMAGE_MARK}", "").replace(IMAGE_MARK, "")

@@ -1,0 +1,240 @@
+"""`mmv eval --task`: a model, a task and data become predictions and a report in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind_v.core.config.settings import read_settings
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
+from minimind_v.core.data.images import blank_pixels, load_pixels
+from minimind_v.core.data.prompt import PromptEncoder
+from minimind_v.core.device import resolve_dtype
+from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.evaluate.answering import Answering, Features, encode_prompt
+from minimind_v.core.evaluate.benchmarks import read_picture
+from minimind_v.core.evaluate.measure import (
+    BLANK_IMAGE,
+    SEEN,
+    Plan,
+    Progress,
+    Replies,
+    Skipped,
+    all_asks,
+    plan_questions,
+    verdicts_of,
+)
+from minimind_v.core.evaluate.questions import Question
+from minimind_v.core.evaluate.results import by_variant, checks, kinds_of, lines_of, measured, visual_gain
+from minimind_v.core.evaluate.tasks import TASKS
+from minimind_v.core.evaluate.tasks.task import Task
+from minimind_v.core.extensions import extensions_digest
+from minimind_v.core.files import as_json, disk_errors, only_writer, write_text
+from minimind_v.core.formats.companions import tokenizer_digest
+from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.paths import OUT_DIR
+from minimind_v.core.rows.row import RowStore
+from minimind_v.core.version import __version__
+
+PREDICTIONS, REPORT, REPLIES = "predictions.jsonl", "report.json", ".replies.jsonl"
+PIXELS = 256 * 2**20  # bytes of decoded images that wait to be encoded
+FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
+
+
+@dataclass(frozen=True)
+class ChosenTask:
+    """A task by name or from a user's file."""
+
+    task: Task
+    base: str  # its name in TASKS
+    names: dict[str, str]  # field that is read → field of the rows
+
+
+def choose_task(name: str) -> ChosenTask:
+    """The task of this name, or of a YAML file with a `task`. Raises UsageError or MissingInput."""
+    if not name.endswith((".yaml", ".yml")):
+        return ChosenTask(_find(name, name)(name, {}), name, {})
+    path = Path(name)
+    settings = read_settings(path)
+    if not isinstance(base := settings.pop("task", None), str):
+        raise UsageError(f"{path}: no `task` — name one of {', '.join(TASKS)}")
+    names = {key.removeprefix(FIELDS): settings.pop(key) for key in list(settings) if key.startswith(FIELDS)}
+    if wrong := [key for key, value in names.items() if not isinstance(value, str)]:
+        raise UsageError(f"{path}: {FIELDS}{wrong[0]} must name a field of the rows")
+    return ChosenTask(_find(base, str(path))(path.stem, settings), base, names)
+
+
+def _find(name: str, where: str) -> type[Task]:
+    if name not in TASKS:
+        file = "" if where == name else f"{where}: "
+        raise UsageError(
+            f"{file}no task {name!r}{nearest(name, TASKS)} — there are {', '.join(TASKS)}, or a file that ends in .yaml"
+        )
+    return TASKS[name]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The report of an evaluation, and what was skipped."""
+
+    report: dict[str, Any]
+    skipped: list[Skipped]
+
+
+def evaluate_task(
+    loaded: LoadedModel,
+    chosen: ChosenTask,
+    rows: RowStore,
+    out: Path | None = None,
+    root: Path = OUT_DIR,
+    limit: int | None = None,
+    dtype: str = "auto",
+    memory: FeatureCache | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Evaluation:
+    """Measure a model, and write `predictions.jsonl` and `report.json` into the folder `out`.
+
+    Without `out` each evaluation has a folder of its own in `eval` below `root`. `memory` has features that were
+    encoded before. An evaluation that was interrupted is resumed. Raises DataError where no question can be measured,
+    UsageError for a folder with other files, RunError where it cannot be written.
+    """
+    if out is not None:
+        _keep_others(out)
+    task, tokenizer = chosen.task, loaded.tokenizer
+    prompts = PromptEncoder(tokenizer, loaded.model.spec.tokens_per_image)
+
+    def check(question: Question) -> None:
+        for ask in task.asks(question):
+            encode_prompt(prompts, ask.messages, len(question.images))
+
+    images = Images(loaded, dtype, memory)
+    plan = plan_questions(rows, task, limit, check, images.decode)
+    features = Features(lambda digest: images.encode(digest, rows, plan))
+    guesses = [truth for question in plan.questions for truth in question.truths]
+    answering = Answering(loaded.model, tokenizer, features, guesses, dtype)
+    origin = _origin(loaded, guesses, dtype)
+    folder = out or _folder(root, loaded, task, rows, origin, limit)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder / PREDICTIONS):
+        replies = Replies(folder / REPLIES, origin)
+        try:
+            verdicts = verdicts_of(all_asks(plan, task), task, answering, replies, progress)
+        finally:
+            replies.close()
+        lines = lines_of(plan, chosen.base, verdicts)
+        report = _report(loaded, rows, task, plan, lines, folder)
+        write_text(folder / PREDICTIONS, "".join(f"{as_json(line)}\n" for line in lines))
+        write_text(folder / REPORT, f"{json.dumps(report, ensure_ascii=False, indent=1)}\n")
+        replies.remove()
+    return Evaluation(report, plan.skipped)
+
+
+class Images:
+    """The images of an evaluation: decoded when their question is read, encoded when it is asked.
+
+    Pixels are kept between the two, up to a limit; beyond it an image is decoded twice.
+    """
+
+    def __init__(self, loaded: LoadedModel, dtype: str, memory: FeatureCache | None) -> None:
+        vision_encoder = loaded.model.vision_encoder
+        assert vision_encoder is not None, "a loaded model has one"
+        self._device, self._spec = loaded.model.device, loaded.model.spec
+        self._encoder = FeatureEncoder(vision_encoder, self._device, dtype)
+        self._store = memory.store if memory else None
+        self._pixels: dict[str, np.ndarray] = {}  # uint8 [3, S, S] each
+        self._bytes = 0
+
+    def decode(self, digest: str, data: bytes, name: str) -> None:
+        """Decode a picture file. Raises RowError."""
+        pixels = self._load(data, name)
+        if self._bytes + pixels.nbytes <= PIXELS:
+            self._pixels[digest] = pixels
+            self._bytes += pixels.nbytes
+
+    def encode(self, digest: str, rows: RowStore, plan: Plan) -> Tensor:
+        """The features [P, width] of an image; a training run may have stored them."""
+        if digest != BLANK_IMAGE and self._store is not None:
+            stored = self._store.read(bytes.fromhex(digest))
+            if stored is not None:
+                return stored
+        pixels = self._pixels.get(digest)
+        if pixels is None and digest == BLANK_IMAGE:
+            pixels = blank_pixels(self._spec.preparation[0])
+        elif pixels is None:
+            index, position, name = plan.sources[digest]
+            pixels = self._load(read_picture(rows, rows.row(index), index, position, name), name)
+        images = torch.from_numpy(np.stack([pixels])).to(self._device)  # [1, 3, S, S]
+        return self._encoder.encode(images)[0]
+
+    def _load(self, data: bytes, name: str) -> np.ndarray:
+        return load_pixels(data, name, *self._spec.preparation)
+
+
+def _origin(loaded: LoadedModel, guesses: list[str], dtype: str) -> dict[str, Any]:
+    """What decides the replies to given asks."""
+    weights = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(loaded.model.state_dict().items()):
+        weights.update(f"{name} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    answers = json.dumps(sorted(Counter(guesses).items())).encode()
+    return {
+        "version": __version__,
+        "weights": weights.hexdigest(),
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
+        "layout": loaded.tokenizer.layout,
+        "answers": hashlib.blake2b(answers, digest_size=8).hexdigest(),
+        "precision": resolve_dtype(loaded.model.device, dtype),
+        "device": str(loaded.model.device),
+        "torch": torch.__version__,
+        "extensions": extensions_digest(),
+    }
+
+
+def _keep_others(out: Path) -> None:
+    """Raises UsageError for a file, or a folder with other files than those of an evaluation."""
+    if out.is_dir():
+        others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        if others and PREDICTIONS not in others:
+            raise UsageError(f"--out {out} holds {others[0]}, and no evaluation — name another folder")
+    elif out.exists():
+        raise UsageError(f"--out {out} is a file — name a folder")
+
+
+def _folder(
+    root: Path, loaded: LoadedModel, task: Task, rows: RowStore, origin: dict[str, Any], limit: int | None
+) -> Path:
+    """A folder for this evaluation alone: another model, task or data has another name."""
+    what = [origin, task.name, task.settings, str(rows.path.resolve()), rows.split, limit]
+    name = hashlib.blake2b(json.dumps(what).encode(), digest_size=4).hexdigest()
+    return root / "eval" / f"{loaded.checkpoint.path.stem}-{task.name}-{name}"
+
+
+def _report(
+    loaded: LoadedModel, rows: RowStore, task: Task, plan: Plan, lines: list[dict[str, Any]], folder: Path
+) -> dict[str, Any]:
+    with_image = by_variant(lines)[SEEN]
+    kinds = kinds_of(lines)
+    return {
+        "model": str(loaded.checkpoint.path),
+        "data": str(rows.path),
+        **({"split": rows.split} if rows.split else {}),
+        "task": task.name,
+        "rows": len(plan.questions),
+        "pictures": plan.pictures,
+        "skipped": len(plan.skipped),
+        "visual_gain": visual_gain(lines),
+        "metrics": [result.report() for result in measured(with_image)],
+        **({"kinds": kinds} if kinds else {}),
+        "bootstrap": checks(with_image),
+        "skipped_reasons": dict(Counter(skipped.kind for skipped in plan.skipped)),
+        "predictions": str(folder / PREDICTIONS),
+    }

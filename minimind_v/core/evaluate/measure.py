@@ -1,0 +1,270 @@
+"""Measure a model by a task: every question with its image, a blank one, that of another row, and without any.
+
+The asks of all questions and variants are sorted by their image, so that each image is encoded once, and cut into
+groups, the unit that is computed and saved. Which asks share a group depends on all of them together: so a digit
+depends on neither the order of the rows nor on an interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from minimind_v.core.data.feature_store import digest
+from minimind_v.core.errors import DataError, RowError
+from minimind_v.core.evaluate.answering import Answering
+from minimind_v.core.evaluate.ask import Ask, Reply
+from minimind_v.core.evaluate.benchmarks import read_picture
+from minimind_v.core.evaluate.questions import Question, questions_of
+from minimind_v.core.evaluate.tasks.task import Task, Verdict
+from minimind_v.core.rows.row import NUMBERED, RowStore
+
+SEEN, BLANK, SWAPPED, NONE = VARIANTS = ("seen", "blank", "swapped", "none")
+GROUP = 64  # asks that are computed and saved together
+BLANK_IMAGE = "blank"  # instead of a digest
+SEED = 0  # of the questions that --limit takes
+
+Progress = Callable[[int, int], None]
+Decode = Callable[[str, bytes, str], None]  # digest, bytes and name of a picture; raises RowError
+
+
+@dataclass
+class Skipped:
+    """A row or question that is not measured, and why."""
+
+    location: str
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.message}"
+
+
+@dataclass
+class Plan:
+    """The questions that are measured, and their images."""
+
+    questions: list[Question] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    images: dict[str, tuple[str, ...]] = field(default_factory=dict)  # question → digests of its images
+    sources: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # digest → row, position and name
+    names: dict[str, str] = field(default_factory=dict)  # digest → the name of the image
+
+    def cluster(self, question: Question) -> str:
+        """What a question shares with others that are not independent of it: its images, or itself without any."""
+        digests = self.images[question.id]
+        return "+".join(self.names[digest] for digest in digests) or f"question {question.id}"
+
+    @property
+    def pictures(self) -> int:
+        """The number of different images."""
+        return len(self.sources)
+
+
+def plan_questions(
+    rows: RowStore, task: Task, limit: int | None, check: Callable[[Question], None], decode: Decode
+) -> Plan:
+    """Read all rows, take `limit` of the task's questions, and find their images.
+
+    `check` raises RowError for a question that the model cannot read, `decode` for an image. Raises DataError where
+    nothing is left.
+    """
+    plan = Plan()
+    questions = list(_read_questions(rows, task, plan))
+    for question in _stratified(questions, limit):
+        try:
+            check(question)
+            _find_images(rows, question, plan, decode)
+            plan.questions.append(question)
+        except RowError as error:
+            plan.skipped.append(Skipped(question.location, error.kind, str(error)))
+    if not plan.questions:
+        first = f"; the first problem: {plan.skipped[0]}" if plan.skipped else ""
+        raise DataError(f"{rows.path}: no question for the task {task.name}{first}")
+    return plan
+
+
+def _read_questions(rows: RowStore, task: Task, plan: Plan) -> Iterator[Question]:
+    questions: list[Question] = []
+    for index in range(len(rows)):
+        location = rows.location(index)
+        try:
+            questions += questions_of(rows.row(index), index, rows.number(index), location)
+        except RowError as error:
+            plan.skipped.append(Skipped(location, error.kind, str(error)))
+    taken: Counter[str] = Counter()
+    for question in task.select(questions):
+        try:
+            task.check(question)
+        except RowError as error:
+            plan.skipped.append(Skipped(question.location, error.kind, str(error)))
+            continue
+        taken[question.id] += 1
+        yield question if taken[question.id] == 1 else replace(question, id=f"{question.id}#{taken[question.id]}")
+
+
+def _stratified(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """So many questions, of each kind a share as in all, drawn by a fixed seed; in the order of the rows."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    kinds: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        kinds[question.kind].append(question)
+    shares = {kind: len(own) * limit / len(questions) for kind, own in kinds.items()}
+    counts = {kind: int(share) for kind, share in shares.items()}
+    by_rest = sorted(kinds, key=lambda kind: (counts[kind] - shares[kind], kind))
+    for kind in by_rest[: limit - sum(counts.values())]:
+        counts[kind] += 1
+    drawn = {
+        question.id
+        for kind, own in kinds.items()
+        for question in sorted(own, key=lambda own_question: _draw(own_question.id))[: counts[kind]]
+    }
+    return [question for question in questions if question.id in drawn]
+
+
+def _draw(name: str) -> str:
+    return hashlib.blake2b(f"{SEED} {name}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _find_images(rows: RowStore, question: Question, plan: Plan, decode: Decode) -> None:
+    """Note the digests of a question's images. Raises RowError where one cannot be read."""
+    digests: list[str] = []
+    sources: dict[str, tuple[int, int, str]] = {}
+    row = rows.row(question.index) if question.images else None
+    for position, name in enumerate(question.images):
+        assert row is not None
+        data = read_picture(rows, row, question.index, position, name)
+        key = digest(data).hex()
+        digests.append(key)
+        if key not in plan.sources:
+            decode(key, data, name)
+            sources[key] = question.index, position, name
+    plan.images[question.id] = tuple(digests)
+    plan.sources |= sources
+    for key, name in zip(digests, question.images, strict=True):
+        shown = key if NUMBERED.fullmatch(name) else name
+        plan.names[key] = min(plan.names.get(key, shown), shown)
+
+
+def variants_of(question: Question, plan: Plan, others: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The images of a question by variant; `others` has the image of another row for each. Only its own: no image."""
+    own = plan.images[question.id]
+    if not own:
+        return {SEEN: ()}
+    swapped = {SWAPPED: tuple(others[image] for image in own)} if len(others) > 1 else {}
+    return {SEEN: own, BLANK: (BLANK_IMAGE,) * len(own), **swapped, NONE: ()}
+
+
+def other_images(plan: Plan) -> dict[str, str]:
+    """Another image for each: the next one in an order that the content of the images decides."""
+    order = sorted(plan.sources, key=_draw)
+    return dict(zip(order, [*order[1:], *order[:1]], strict=True))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in one variant, and what is asked."""
+
+    question: Question
+    variant: str
+    asks: tuple[Ask, ...]
+
+
+def all_asks(plan: Plan, task: Task) -> list[Asked]:
+    """What is asked about each question in each variant, in the order of the questions."""
+    others = other_images(plan)
+    asked = []
+    for question in plan.questions:
+        plain = task.asks(question)
+        for variant, images in variants_of(question, plan, others).items():
+            asked.append(Asked(question, variant, tuple(ask.showing(images) for ask in plain)))
+    return asked
+
+
+def groups_of(asked: Sequence[Asked]) -> list[list[Ask]]:
+    """All different asks, those of an image together, in groups."""
+    asks = {ask.key: ask for entry in asked for ask in entry.asks}
+    ordered = sorted(asks.items(), key=lambda item: ([_draw(image) for image in item[1].images], item[0]))
+    return [[ask for _, ask in ordered[begin : begin + GROUP]] for begin in range(0, len(ordered), GROUP)]
+
+
+class Replies:
+    """The replies to asks in a file, a line for each group: whole lines are read again after an interruption."""
+
+    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
+        """`origin` decides the digits; the replies of another one are not used."""
+        self.path, self._groups = path, dict[str, list[Reply]]()
+        lines = _whole_lines(path)
+        if lines and lines[0] == {"origin": dict(origin)}:
+            for line in lines[1:]:
+                self._groups[line["group"]] = [
+                    Reply(text, tuple(logprobs), tuple(tokens)) for text, logprobs, tokens in line["replies"]
+                ]
+        kept = [{"group": name, "replies": _plain(replies)} for name, replies in self._groups.items()]
+        text = "".join(f"{json.dumps(line)}\n" for line in ({"origin": dict(origin)}, *kept))
+        path.write_text(text, encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def of(self, group: Sequence[Ask], answer: Callable[[Sequence[Ask]], list[Reply]]) -> list[Reply]:
+        """The replies to a group, computed and saved unless they are in the file."""
+        name = hashlib.blake2b("".join(ask.key for ask in group).encode(), digest_size=8).hexdigest()
+        if name not in self._groups:
+            self._groups[name] = answer(group)
+            self._file.write(f"{json.dumps({'group': name, 'replies': _plain(self._groups[name])})}\n")
+            self._file.flush()
+        return self._groups[name]
+
+    def close(self) -> None:
+        """Close the file; it stays until `remove`."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Remove the file: its replies are in the predictions."""
+        self.close()
+        with suppress(OSError):
+            self.path.unlink()
+
+
+def _plain(replies: Sequence[Reply]) -> list[list[Any]]:
+    return [[reply.text, reply.logprobs, reply.tokens] for reply in replies]
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    """The lines of JSON in a file up to the first that is cut."""
+    lines: list[Any] = []
+    with suppress(OSError, ValueError):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            lines.append(json.loads(line))
+    return lines
+
+
+def verdicts_of(
+    asked: Sequence[Asked], task: Task, answering: Answering, replies: Replies, progress: Progress
+) -> dict[str, list[tuple[Question, Verdict]]]:
+    """The verdicts by variant, in the order of the questions."""
+    groups = groups_of(asked)
+    by_key: dict[str, Reply] = {}
+    for number, group in enumerate(groups, 1):
+        by_key |= zip([ask.key for ask in group], replies.of(group, answering.reply), strict=True)
+        progress(number, len(groups))
+    judged: dict[str, list[tuple[Question, Verdict]]] = {variant: [] for variant in VARIANTS}
+    for entry in asked:
+        verdict = task.judge(entry.question, [by_key[ask.key] for ask in entry.asks])
+        judged[entry.variant].append((entry.question, verdict))
+    return {
+        variant: list(zip(*_completed(task, entries), strict=True)) for variant, entries in judged.items() if entries
+    }
+
+
+def _completed(task: Task, entries: Sequence[tuple[Question, Verdict]]) -> tuple[list[Question], list[Verdict]]:
+    questions, verdicts = [question for question, _ in entries], [verdict for _, verdict in entries]
+    return questions, task.complete(questions, verdicts)

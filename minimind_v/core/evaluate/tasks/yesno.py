@@ -1,0 +1,52 @@
+"""Questions that are answered by yes or no: POPE's five figures (Li et al., 2023)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from minimind_v.core.evaluate.ask import Reply
+from minimind_v.core.evaluate.questions import Question
+from minimind_v.core.evaluate.statistics import Metric
+from minimind_v.core.evaluate.tasks.task import Task, Verdict, share
+
+NO = re.compile(r"\b(?:no|not|nope|false|n)\b|n't\b|没有|不|否|无|非|错")
+YES = re.compile(r"\b(?:yes|yeah|yep|true|y)\b|有|是|对|会|能|可以")
+
+
+def yes_or_no(text: str) -> bool | None:
+    """Whether a text says yes; None where it says neither.
+
+    As POPE reads answers, its first sentence decides, and a denial in it is a no.
+    """
+    first = re.split(r"[.,。，!！\n]", text.strip().lower(), maxsplit=1)[0]
+    if NO.search(first):
+        return False
+    return True if YES.search(first) else None
+
+
+class YesNo(Task):
+    """The generated answer as yes or no. What is neither is wrong, and not a yes.
+
+    Precision, recall and F1 are those of yes.
+    """
+
+    metrics = tuple(map(Metric, ("accuracy", "precision", "recall", "f1", "yes_share")))
+
+    def check(self, question: Question) -> None:
+        super().check(question)
+        if yes_or_no(question.truths[0]) is None:
+            raise question.needs("answer of yes or no", f"the answer is {question.truths[0]!r:.40}")
+
+    def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
+        answer, truth = yes_or_no(replies[0].text), yes_or_no(question.truths[0])
+        right, yes = float(answer is truth), float(answer is True)
+        both = float(answer is True and truth is True)
+        statistics = {
+            "accuracy": share(right),
+            "precision": [both, yes],
+            "recall": [both, float(truth is True)],
+            "f1": [2 * both, yes + float(truth is True)],
+            "yes_share": share(yes),
+        }
+        return Verdict(replies[0].text, "yes" if truth else "no", right, statistics)

@@ -1,0 +1,301 @@
+"""A task from rows to its report: what is asked, once and in any order, after a kill, and with which images."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_v.core.errors import DataError, UsageError
+from minimind_v.core.evaluate import by_task
+from minimind_v.core.evaluate.answering import Answering, Features
+from minimind_v.core.evaluate.ask import Ask, Reply
+from minimind_v.core.evaluate.benchmarks import open_benchmark
+from minimind_v.core.evaluate.by_task import choose_task, evaluate_task
+from minimind_v.core.evaluate.measure import BLANK_IMAGE, all_asks, groups_of, plan_questions
+from minimind_v.core.formats.load import load
+from minimind_v.core.generate.sampling import GREEDY
+from minimind_v.core.generate.session import Session
+from tests.cli.harness import ASSETS, EYE, sighted, tiny_data, write_rows
+
+ASKED = ["What colour is the star?", "有几个物体？", "Is there a red star?", "Is the cross big or small?"]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(sighted(), EYE, ASSETS, "cpu")
+
+
+def records(count=6, each=2):
+    """Questions about `count` pictures."""
+    return [
+        {
+            "question_id": f"q{number}.{turn}", "question": ASKED[(number + turn) % len(ASKED)],
+            "answer": ["red", "两", "no", "big"][(number + turn) % len(ASKED)],
+            "image": tiny_data().picture(number).name, "category": "ab"[number % 2],
+        }
+        for number in range(count)
+        for turn in range(each)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(loaded, tmp_path):
+    """`run(task, rows)` is the report and the predictions by question and variant."""
+
+    def measure(task="vqa", rows=None, out="out", **how):
+        chosen = choose_task(str(task))
+        data = write_rows(tmp_path / "rows.jsonl", records() if rows is None else rows)
+        store = open_benchmark(data, tiny_data().folder, names=chosen.names)
+        report = evaluate_task(loaded, chosen, store, tmp_path / out, **how).report
+        with open(report["predictions"], encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        return report, {(line["id"], line["variant"]): line for line in lines}
+
+    return measure
+
+
+def test_the_report_has_its_keys_and_every_question_a_line_in_each_variant(run):
+    report, lines = run("vqa")
+    assert [report[key] for key in ("task", "rows", "pictures", "skipped")] == ["vqa", 12, 6, 0]
+    assert set(report["metrics"][0]) == {"name", "value", "ci_low", "ci_high", "n", "clusters"}
+    assert [(metric["name"], metric["n"], metric["clusters"]) for metric in report["metrics"]] == [
+        ("vqa", 12, 6), ("exact", 12, 6),
+    ]  # fmt: skip
+    assert set(report["visual_gain"]) == {"blank", "swapped", "none"}
+    assert all(set(gain) == {"value", "ci_low", "ci_high", "p"} for gain in report["visual_gain"].values())
+    assert set(report["kinds"]) == {"a", "b"}
+    assert len(lines) == 12 * 4
+    line = lines["q0.0", "seen"]
+    assert {"id", "picture", "question", "answer", "truth", "score", "variant"} <= set(line)
+    assert line["picture"] == tiny_data().picture(0).name
+    assert report["metrics"][0]["value"] == pytest.approx(
+        sum(line["score"] for (_, variant), line in lines.items() if variant == "seen") / 12
+    )
+
+
+def test_answers_are_those_of_a_conversation(run, loaded):
+    """Guessed or decoded, each variant's answer is what the model says when it is asked so."""
+    _, lines = run("vqa")
+    session = Session(loaded.model, loaded.tokenizer, GREEDY)
+    for record in records():
+        for variant, images in (("seen", [tiny_data().folder / record["image"]]), ("none", [])):
+            session.restart()
+            answer = "".join(session.ask(record["question"], [str(path) for path in images], 16))
+            assert lines[record["question_id"], variant]["answer"] == answer.strip()
+
+
+def test_the_order_of_the_rows_changes_no_digit(run):
+    rows = records()
+    first, lines = run("loss", rows)
+    random.Random(3).shuffle(rows)
+    second, shuffled = run("loss", rows, out="other")
+    assert second["metrics"] == first["metrics"]
+    assert second["visual_gain"] == first["visual_gain"]
+    assert {key: line["score"] for key, line in shuffled.items()} == {key: line["score"] for key, line in lines.items()}
+
+
+def test_an_interrupted_evaluation_is_resumed_and_ends_the_same(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimind_v.core.evaluate.measure.GROUP", 8)
+    computed, reply = [], Answering.reply
+
+    def counted(self, asks):
+        computed.append(len(asks))
+        return reply(self, asks)
+
+    monkeypatch.setattr(Answering, "reply", counted)
+    whole, _ = run("loss", out="whole")
+    groups = len(computed)
+    text = Path(whole["predictions"]).read_text(encoding="utf-8")
+    computed.clear()
+
+    def killed(self, asks):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        return counted(self, asks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answering, "reply", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("loss")
+    left = tmp_path / "out" / ".replies.jsonl"
+    with left.open("a") as file:
+        file.write('{"group": "cut')  # by the kill
+    resumed, _ = run("loss")
+    assert Path(resumed["predictions"]).read_text(encoding="utf-8") == text
+    assert resumed["metrics"] == whole["metrics"]
+    assert len(computed) == groups, "none is computed twice"
+    assert groups > 3
+    assert not left.exists()
+
+
+def test_each_image_is_encoded_once_for_all_questions_and_variants(run, monkeypatch):
+    encoded = []
+    features = by_task.Features
+
+    def counted(encode):
+        return features(lambda digest: encoded.append(digest) or encode(digest))
+
+    monkeypatch.setattr(by_task, "Features", counted)
+    run("vqa")
+    assert len(encoded) == len(set(encoded)) == 6 + 1, "six pictures and the blank one"
+
+
+def test_features_that_are_dropped_are_encoded_again():
+    encoded = []
+    features = Features(lambda digest: encoded.append(digest) or torch.zeros(10), limit=100)
+    for digest in "ababcab":
+        features(digest)
+    assert encoded == ["a", "b", "c", "a", "b"]
+
+
+def test_a_swapped_image_is_that_of_another_row_and_blank_and_none_are_asked_once(loaded, tmp_path):
+    chosen = choose_task("vqa")
+    rows = [{**record, "question": ASKED[0]} for record in records(5)]
+    data = write_rows(tmp_path / "rows.jsonl", [*rows, {"question": "Text?", "answer": "no"}])
+    plan = plan_questions(
+        open_benchmark(data, tiny_data().folder), chosen.task, None, lambda question: None, lambda *_: None
+    )
+    asked = all_asks(plan, chosen.task)
+    images = {(entry.question.id, entry.variant): entry.asks[0].images for entry in asked}
+    for record in rows:
+        own, other = images[record["question_id"], "seen"], images[record["question_id"], "swapped"]
+        assert own != other
+        assert other[0] in plan.sources
+        assert images[record["question_id"], "blank"] == (BLANK_IMAGE,)
+        assert images[record["question_id"], "none"] == ()
+    assert [variant for (name, variant) in images if name == "6" or name == "11"] == ["seen"]
+    unique = {ask for group in groups_of(asked) for ask in group}
+    assert len(unique) == 5 + 1 + 1 + 1, "five pictures, blank, none, and the text alone"
+
+
+def test_a_limit_takes_a_share_of_each_kind_whatever_the_order(run):
+    rows = records(8, 3)
+    report, lines = run("loss", rows, limit=6)
+    assert report["rows"] == 6
+    assert {kind["n"] for kind in report["kinds"].values()} == {3}
+    _, again = run("loss", rows[::-1], limit=6, out="other")
+    assert set(again) == set(lines)
+    assert run("loss", rows, limit=99, out="all")[0]["rows"] == 24
+
+
+def test_what_cannot_be_measured_is_skipped_with_its_reason(run):
+    (tiny_data().folder / "broken.jpg").write_bytes(tiny_data().picture(0).read_bytes()[:300])
+    rows = [*records(2), {"question": "Which?", "image": tiny_data().picture(0).name}]
+    rows += [records(1)[0] | {"image": name} for name in ("no.jpg", "broken.jpg")]
+    report, _ = run("vqa", rows)
+    assert (report["rows"], report["skipped"]) == (4, 3)
+    assert report["skipped_reasons"] == {"missing field": 1, "picture missing": 1, "picture broken": 1}
+    with pytest.raises(DataError, match=r"no question for the task choice; the first problem: .*no choices"):
+        run("choice")
+
+
+def test_a_users_task_is_a_yaml_file(run, tmp_path):
+    file = tmp_path / "short.yaml"
+    file.write_text("task: vqa\ninstruction: One word.\nmost_tokens: 3\nfields:\n  question: frage\n")
+    rows = [{"frage": "What colour is the star?", "answer": "red", "image": tiny_data().picture(0).name}]
+    report, lines = run(file, rows)
+    assert report["task"] == "short"
+    assert lines["1", "seen"]["question"] == "What colour is the star?"
+    file.write_text("task: vqa\nmost_token: 3\n")
+    with pytest.raises(UsageError, match="no setting 'most_token' \\(did you mean 'most_tokens'\\?\\)"):
+        run(file, rows)
+    file.write_text("most_tokens: 3\n")
+    with pytest.raises(UsageError, match="no `task` — name one of loss, vqa"):
+        run(file, rows)
+    with pytest.raises(UsageError, match="no task 'vqua' \\(did you mean 'vqa'\\?\\)"):
+        run("vqua")
+
+
+def test_what_has_no_number_is_null(run):
+    """One picture can be swapped with no other; and where no answer is yes, there is no precision."""
+    report, _ = run("yesno", [records(1)[0] | {"answer": "no"}])
+    assert report["visual_gain"]["swapped"] == {"value": None, "ci_low": None, "ci_high": None, "p": None}
+    text = (Path(report["predictions"]).parent / "report.json").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    assert next(metric for metric in report["metrics"] if metric["name"] == "recall")["value"] is None
+
+
+@pytest.mark.parametrize("task", ["choice", "caption", "yesno"])
+def test_each_task_measures(run, task):
+    rows = [
+        {"caption": "a red star", "image": record["image"]}
+        if task == "caption"
+        else record | {"answer": "no", "choices": ["no", "yes"]}
+        for record in records(3, 1)
+    ]  # fmt: skip
+    report, lines = run(task, rows)
+    assert len(lines) == 12
+    assert all(metric["n"] in (0, 3) for metric in report["metrics"])
+
+
+# --- models of known behaviour ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def behave(run, monkeypatch):
+    """`behave(answer)` is the report on a model that answers an ask by this function."""
+
+    def measure(answer, rows, task="yesno"):
+        monkeypatch.setattr(Answering, "reply", lambda self, asks: [Reply(answer(ask)) for ask in asks])
+        return run(task, rows)[0]
+
+    return measure
+
+
+def yes_no_rows(count=40):
+    """Of each picture a question whose answer is yes, and one whose answer is no."""
+    rng = random.Random(1)
+    return [
+        {"question_id": f"{number}{truth}", "question": f"Is there a thing {rng.random()}?", "answer": truth,
+         "image": tiny_data().picture(number).name}
+        for number in range(count)
+        for truth in ("yes", "no")
+    ]  # fmt: skip
+
+
+def figures(report):
+    return {metric["name"]: metric["value"] for metric in report["metrics"]}
+
+
+def test_a_model_that_always_says_yes_gains_nothing_and_shows_it(behave):
+    report = behave(lambda ask: "Yes.", yes_no_rows())
+    assert figures(report) == pytest.approx(
+        {"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_share": 1}
+    )
+    for gain in report["visual_gain"].values():
+        assert gain["value"] == 0
+        assert gain["p"] == pytest.approx(1)
+        assert gain["ci_low"] < 0 < gain["ci_high"]
+
+
+def test_a_model_that_sees_gains_and_one_that_reads_the_question_only_does_not(behave):
+    rows = yes_no_rows()
+    truths = {row["question"]: row["answer"] for row in rows}
+    seeing = behave(lambda ask: truths[_text(ask)] if ask.images and ask.images[0] != BLANK_IMAGE else "no", rows)
+    assert seeing["visual_gain"]["blank"]["value"] == 0.5
+    assert seeing["visual_gain"]["blank"]["ci_low"] > 0.3
+    assert seeing["visual_gain"]["swapped"]["value"] == 0, "it does not care whose image it is"
+    blind = behave(lambda ask: truths[_text(ask)], rows)
+    assert figures(blind)["accuracy"] == 1
+    assert all(abs(gain["value"]) < 1e-9 and gain["p"] > 0.9 for gain in blind["visual_gain"].values())
+
+
+def test_coins_are_within_their_intervals_of_a_half(behave):
+    """Each of ten coins has its own; 95 of 100 hold the truth."""
+    held, gains = 0, 0
+    for coin in range(10):
+        coin_rng = random.Random(coin)
+        report = behave(lambda ask, draw=coin_rng: draw.choice(["yes", "no"]), yes_no_rows())
+        accuracy = report["metrics"][0]
+        held += accuracy["ci_low"] < 0.5 < accuracy["ci_high"]
+        gains += report["visual_gain"]["blank"]["p"] < 0.05
+    assert held >= 8
+    assert gains <= 2
+
+
+def _text(ask: Ask) -> str:
+    return ask.messages[-1][1].rpartition("\n")[2]

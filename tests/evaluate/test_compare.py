@@ -1,0 +1,115 @@
+"""Two evaluations on the same questions: the difference and what it is worth, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from scipy import stats as reference
+
+from minimind_v.core.errors import DataError, MissingInput, UsageError
+from minimind_v.core.evaluate.compare import compare, read_predictions
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    """`predictions(name, scores)` is a file with a question for each score, two for each picture."""
+
+    def make(name, scores, **changes):
+        lines = [
+            {"id": f"q{n}", "picture": f"p{n // 2}", "question": f"What is {n}?", "answer": f"a {score}",
+             "truth": "cat", "score": score, "variant": variant, **changes}
+            for n, score in enumerate(scores)
+            for variant in ("seen", "blank")
+        ]  # fmt: skip
+        path = tmp_path / name / "predictions.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return make
+
+
+def test_the_difference_is_b_less_a_on_the_questions_with_their_images(predictions):
+    first, second = predictions("a", [0, 0, 1, 1, 0, 1]), predictions("b", [1, 0, 1, 1, 1, 0])
+    report = compare([read_predictions(first)], [read_predictions(second.parent)])
+    (metric,) = report["metrics"]
+    assert {"name", "difference", "ci_low", "ci_high", "p", "n", "clusters"} <= set(metric)
+    assert metric["difference"] == pytest.approx(1 / 6)
+    assert (metric["name"], metric["n"], metric["clusters"]) == ("score", 6, 3)
+    assert metric["ci_low"] < 0 < metric["ci_high"]
+    assert [(entry["id"], entry["score_first"], entry["score_second"]) for entry in report["changed"]] == [
+        ("q0", 0, 1), ("q4", 0, 1), ("q5", 1, 0),
+    ]  # fmt: skip
+    assert report["changed"][0]["second"] == "a 1"
+
+
+def test_a_report_leads_to_its_predictions(predictions):
+    path = predictions("a", [0, 1])
+    for name, indent in (("report.json", 1), ("shown.json", None)):
+        report = path.parent / name
+        report.write_text(json.dumps({"predictions": "elsewhere/predictions.jsonl", "rows": 2}, indent=indent))
+        assert read_predictions(report).path == path
+
+
+def test_an_evaluation_and_its_copy_differ_in_nothing_and_prove_nothing(predictions):
+    scores = [0, 1, 1, 0, 1, 1, 0, 1]
+    report = compare(*([read_predictions(predictions(name, scores))] for name in "ab"))
+    (metric,) = report["metrics"]
+    assert (metric["difference"], metric["rows_to_see_half"], report["changed"]) == (0, None, [])
+    assert metric["p"] == pytest.approx(1)
+    assert metric["ci_low"] == pytest.approx(-metric["ci_high"])
+    assert metric["ci_high"] > 0.1
+
+
+def test_scores_that_are_no_shares_are_compared_by_students_t(predictions):
+    first, second = [1.5, 2.5, 3.0, 2.0], [1.0, 2.25, 2.0, 1.5]
+    report = compare(*([read_predictions(predictions(name, s))] for name, s in (("a", first), ("b", second))))
+    differences = [(second[n] + second[n + 1] - first[n] - first[n + 1]) / 2 for n in (0, 2)]
+    (metric,) = report["metrics"]
+    assert metric["difference"] == pytest.approx(sum(differences) / 2)
+    error = reference.sem(differences)
+    half = reference.t.ppf(0.975, 1) * error
+    assert (metric["ci_low"], metric["ci_high"]) == pytest.approx(
+        (metric["difference"] - half, metric["difference"] + half)
+    )
+    assert metric["rows_to_see_half"] == math.ceil(
+        4 * ((1.959964 + 0.841621) * error / (metric["difference"] / 2)) ** 2
+    )
+
+
+def test_only_questions_of_both_are_paired(predictions):
+    report = compare(
+        [read_predictions(predictions("a", [0, 1, 0, 1]))], [read_predictions(predictions("b", [1, 1, 0, 1, 1, 1]))]
+    )
+    assert (report["rows"], report["unpaired"]) == (4, 2)
+
+
+def test_seeds_of_a_side_show_their_spread(predictions):
+    runs = {"a1": [0, 1, 0, 1, 0, 0], "a2": [0, 1, 0, 1, 1, 1], "b1": [1, 1, 1, 1, 0, 1], "b2": [1, 1, 0, 1, 1, 1]}
+    read = {name: read_predictions(predictions(name, scores)) for name, scores in runs.items()}
+    report = compare([read["a1"], read["a2"]], [read["b1"], read["b2"]])
+    (seeds,), (metric,) = report["seeds"], report["metrics"]
+    assert seeds["first"] == pytest.approx([2 / 6, 4 / 6])
+    assert seeds["second"] == pytest.approx([5 / 6, 5 / 6])
+    assert seeds["deviations"] == pytest.approx([math.sqrt(2) / 6, 0])
+    assert metric["difference"] == pytest.approx(2 / 6)
+
+
+def test_what_cannot_be_compared_is_refused(predictions, tmp_path):
+    first = read_predictions(predictions("a", [0, 1]))
+    with pytest.raises(DataError, match=r"the question q0 differs: truth 'cat' in .*, 'dog' in "):
+        compare([first], [read_predictions(predictions("other", [0, 1], truth="dog"))])
+    with pytest.raises(UsageError, match="different tasks: "):
+        compare([first], [read_predictions(predictions("task", [0, 1], task="vqa"))])
+    with pytest.raises(DataError, match="no question in common"):
+        compare([first], [read_predictions(predictions("ids", [1], id="x"))])
+    with pytest.raises(DataError, match="a second prediction for the question x"):
+        read_predictions(predictions("twice", [1, 1], id="x"))
+    with pytest.raises(MissingInput, match=r"no predictions at .*none"):
+        read_predictions(tmp_path / "none")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"id": 1}\n')
+    with pytest.raises(DataError, match=r"broken\.jsonl:1: no score — not a prediction"):
+        read_predictions(broken)
