@@ -21,7 +21,7 @@ from minimind_v.core.data.batch import collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError, RowError
-from minimind_v.core.rows.forms import no_form, read_row
+from minimind_v.core.rows.forms import check_form, read_row
 from minimind_v.core.rows.row import ANSWER_FIRST, MARK_PER_TURN, NOTES, SEVERAL_ANSWERS, SEVERAL_CAPTIONS
 from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import PATCHES, SIZE, picture
@@ -384,7 +384,8 @@ def test_an_empty_answer_is_named(tmp_path, fields):
 def test_a_row_of_no_form_is_named_with_what_would_be_read(tmp_path):
     row = read_row({"prompt": "a", "x": 1})
     assert row.form == ""
-    assert "no conversation in prompt, x — a row needs `conversations`" in str(no_form(row))
+    with pytest.raises(RowError, match="no conversation in prompt, x — a row needs `conversations`"):
+        check_form(row)
     assert read_row({"messages": talk(CIRCLE, "red"), "images": ["a.png"]}).form == "messages + images"
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"no column `conversations`, only prompt — a row needs"):

@@ -23,7 +23,7 @@ from minimind_v.core.data.dataset import BrokenRow, RowDataset
 from minimind_v.core.data.images import is_dark_on_transparent
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.digests import Digests, picture_digest, text_digest, whole_digest
-from minimind_v.core.rows.forms import no_form
+from minimind_v.core.rows.forms import check_form
 from minimind_v.core.rows.heldout import digests_of
 from minimind_v.core.rows.row import NOTES, Row, RowStore, describe_notes, describe_text_rows
 
@@ -200,9 +200,7 @@ def check_row(dataset: RowDataset, index: int) -> CheckedRow:
     """Find all problems of one row."""
     checked = CheckedRow(index)
     try:
-        row = dataset.rows.row(index)
-        if row.conversations is None:
-            raise no_form(row)
+        row = check_form(dataset.rows.row(index))
     except RowError as error:
         checked.problems.append((error.kind, str(error)))
         return checked

@@ -16,7 +16,7 @@ from pathlib import Path
 from minimind_v.core.errors import DataError, RowError, UsageError
 from minimind_v.core.files import only_writer, write_text
 from minimind_v.core.outputs import keep_inputs, keep_set
-from minimind_v.core.rows.forms import no_form
+from minimind_v.core.rows.forms import check_form
 from minimind_v.core.rows.row import RowStore
 from minimind_v.core.rows.writers import JsonlZip, Parquet, RowFormat, Whole
 
@@ -100,9 +100,7 @@ def check_files(files: list[Path], overwrite: bool, rows: Path, *others: Path | 
 def read_whole(rows: RowStore, index: int) -> Whole:
     """A row with its pictures. Raises DataError with its file:row."""
     try:
-        row = rows.row(index)
-        if row.conversations is None:
-            raise no_form(row)
+        row = check_form(rows.row(index))
         return Whole(row, [rows.picture(index, position, name) for position, name in enumerate(row.images)])
     except RowError as error:
         raise unreadable(rows, index, error) from None

@@ -14,7 +14,7 @@ from minimind_v.core.data.feature_store import FeatureStore, digest
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PackedTokens, PromptEncoder, Tokens
 from minimind_v.core.errors import RowError
-from minimind_v.core.rows.forms import no_form
+from minimind_v.core.rows.forms import check_form
 from minimind_v.core.rows.row import RowStore
 
 
@@ -108,9 +108,7 @@ class RowDataset:
         """The tokens of a row; its picture files are not read."""
         location = self.rows.location(index)
         try:
-            row = self.rows.row(index)
-            if row.conversations is None:
-                raise no_form(row)
+            row = check_form(self.rows.row(index))
             tokens = self.encoder.row(
                 row.conversations, len(row.images), self.max_length, self.draw(index), self.evaluated
             )

@@ -26,7 +26,7 @@ _HAN, _LATIN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"), re.compi
 def read_row(fields: Mapping[str, Any]) -> Row:
     """Read a row from its fields. Raises RowError where they hold anything unsupported.
 
-    A row without a conversation has None for it; its user raises `no_form`.
+    A row without a conversation has None for it, which `check_form` refuses.
     """
     try:
         row = _read_fields(fields)
@@ -69,13 +69,15 @@ def _put_system(fields: dict[str, Any], conversation: Conversation) -> None:
             del fields["system"]
 
 
-def no_form(row: Row) -> RowError:
-    """The error for a row without a conversation."""
+def check_form(row: Row) -> Row:
+    """Return the row. Raises RowError for one without a conversation."""
+    if row.conversations is not None:
+        return row
     for key in (*CAPTIONS, *(answer for answers in QUESTIONS.values() for answer in answers)):
         if key in row.extra and row.extra[key] in (None, "", []):
-            return RowError(f"`{key}` is empty", "conversations")
+            raise RowError(f"`{key}` is empty", "conversations")
     names = ", ".join([*row.extra, *(["image"] if row.images else [])])
-    return RowError(f"no conversation in {names or 'an empty row':.300} — a row needs {READ}", "conversations")
+    raise RowError(f"no conversation in {names or 'an empty row':.300} — a row needs {READ}", "conversations")
 
 
 # --- questions, answers and captions ----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from minimind_v.core.rows.file_rows import ShardedRows
 from minimind_v.core.rows.parquet_bounds import BATCH_LIMIT, check_footer, dictionary_size
 from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import Row
-from minimind_v.core.rows.splits import LEARN, Choice, shards_of
+from minimind_v.core.rows.splits import LEARN, shards_of
 from minimind_v.core.rows.strangers import no_rows, stand_in
 from minimind_v.core.rows.unread import refuse_unread
 
@@ -49,9 +49,9 @@ class ParquetRows(ShardedRows):
         Raises DataError, MissingInput or UsageError.
         """
         self.path = path
-        files, self.choice = shards_of(path, ".parquet", split, order) if path.is_dir() else ([path], Choice(""))
+        self.files, self.choice = shards_of(path, ".parquet", split, order)
+        files = self.files
         footers = [_read_footer(file) for file in files]
-        self.files = files
         schema = _common_schema(files, footers)
         binary = columns_of_bytes(files[0], schema)
         self._bytes = picture_field(binary) or ""

@@ -52,10 +52,12 @@ def _terms(name: str) -> list[str]:
 
 
 def shards_of(folder: Path, ending: str, requested: str | None, order: Sequence[str]) -> tuple[list[Path], Choice]:
-    """The files of one split below a folder, with this ending, and the split.
+    """The files of one split below a folder, with this ending, and the split; of a path that is a file, this file.
 
     Raises DataError without files, UsageError for an unknown split.
     """
+    if not folder.is_dir():
+        return [folder], Choice("")
     files = [
         file
         for file in sorted(filter(Path.is_file, folder.rglob(f"*{ending}")))

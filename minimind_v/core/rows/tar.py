@@ -19,7 +19,7 @@ from minimind_v.core.rows.file_rows import ShardedRows
 from minimind_v.core.rows.index import Index
 from minimind_v.core.rows.pictures import open_pictures
 from minimind_v.core.rows.row import NO_NAME, Reopened, Row, check_size, image_names, parse_json
-from minimind_v.core.rows.splits import LEARN, Choice, shards_of
+from minimind_v.core.rows.splits import LEARN, shards_of
 from minimind_v.core.rows.strangers import stand_in
 from minimind_v.core.rows.tar_members import BLOCK, DamagedTar, Member, read_exactly, read_members
 from minimind_v.core.wording import plural
@@ -44,7 +44,7 @@ class TarRows(ShardedRows):
         Raises DataError, MissingInput or UsageError.
         """
         self.path = path
-        self.files, self.choice = shards_of(path, ".tar", split, order) if path.is_dir() else ([path], Choice(""))
+        self.files, self.choice = shards_of(path, ".tar", split, order)
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         kind = KIND if path.is_file() else f"{KIND} {stamps}"
         self._index = Index(path.resolve(), kind, self._find_samples, self.choice.name)
