@@ -85,7 +85,7 @@ def terminal(monkeypatch, tmp_path):
 
 @pytest.fixture
 def start(terminal, sighted, tmp_path):
-    return lambda *args, **how: EditedTalk(
+    return lambda *args, kind=EditedTalk, **how: kind(
         tmp_path, "--model", sighted, "--greedy", "--max-new-tokens", 4, *args, **how
     )
 
@@ -162,6 +162,27 @@ def test_an_image_is_shown_in_half_blocks(start, tiny_data):
     lines = [line for line in talk.read().split("\n") if "▀" in line]
     assert 8 <= len(lines) <= 16
     assert 40 <= max(line.count("▀") for line in lines) <= 64
+    assert talk.leave() == 0
+
+
+@pytest.mark.parametrize("form", ["sixel", "kitty"])
+def test_an_image_is_shown_as_graphics_where_the_terminal_has_them(start, tiny_data, form):
+    graphics = {"sixel": b"\x1b[?62;4c", "kitty": b"\x1b[?62c"}
+    query = re.compile(rb"\x1b_Gi=(\d+),[^;]*a=q[^;]*;AAAA\x1b\\")
+
+    class Terminal(EditedTalk):
+        def read(self):
+            text, answered = super().read(), getattr(self, "answered", 0)
+            if form == "kitty" and len(ids := query.findall(self.raw)) > answered:
+                self.answered = len(ids)
+                os.write(self.master, b"\x1b_Gi=" + ids[-1] + b";OK\x1b\\")
+            return text
+
+    talk = start("--image", tiny_data.picture(), kind=Terminal, answers=ANSWERS | {b"\x1b[c": graphics[form]})
+    drawn = {"sixel": b"\x1bP0;0;0q", "kitty": b"\x1b_Ga=p,"}[form]
+    assert drawn in talk.raw, talk.raw[:300] + talk.raw[-300:]
+    assert "▀" not in talk.read()
+    assert "for the next question: " in talk.read()
     assert talk.leave() == 0
 
 
