@@ -421,6 +421,18 @@ def test_an_error_in_the_answer_is_shown_with_what_had_come(page, stub):
     assert stub.answer.startswith(answers(page)[0])
 
 
+def test_an_answer_that_breaks_off_says_so_and_the_server_is_not_called_gone(page, stub):
+    stub.breaks = True
+    ask_and_wait(page, "Hi")
+    assert "The connection ended" in page.locator(".notice.problem").text_content()
+    page.wait_for_timeout(500)
+    assert page.locator("#banner").text_content() == ""
+    stub.breaks = False
+    page.click("[data-key$=':retry']")
+    page.locator(".versions", has_text="2/2").wait_for()
+    assert answers(page) == [stub.answer]
+
+
 def test_a_server_that_is_gone_is_said_and_found_again(page, stub, stub_server):
     stub.pause = SLOW
     ask(page, "Hi")

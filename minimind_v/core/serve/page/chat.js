@@ -7,8 +7,9 @@ const SAVE_EVERY = 1000; // milliseconds between two saves of a growing answer
 
 export class Chat {
   /**
-   * `images` maps ids to images. `app` has `store`, `model()`, `loadModels()`, `settings.values(model)` and `settings.system`, and hears
-   * `changed(chat)` of other messages, `grew(chat, node)` of more text, `ended(chat, node, error)`, `storeFailed(error)`.
+   * `images` maps ids to images. `app` has `store`, `settings`, `model()` and `loadModels()`, and hears `changed(chat)`
+   * of other messages, `grew(chat, node)` of more text, `ended(chat, node, error)`, `stored(conversation)` and
+   * `storeFailed(error)`.
    */
   constructor(conversation, images, app) {
     Object.assign(this, { conversation, images, app, running: null });
@@ -47,8 +48,9 @@ export class Chat {
   /** Show another version of a message. */
   async choose(node) {
     select(this.conversation, node);
-    await this.save();
     this.app.changed(this);
+    await this.save();
+    this.app.stored(this.conversation);
   }
 
   stop() { this.running?.controller.abort(); }

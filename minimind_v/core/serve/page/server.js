@@ -12,9 +12,13 @@ export class Server {
     document.addEventListener("visibilitychange", () => { if (!document.hidden) this.tryNow(); });
   }
 
-  /** A call failed: ask until the server is back. */
-  lost() {
-    if (this.gone) return;
+  /** A call failed: if the server is gone, and not only that call's connection, ask until it is back. */
+  async lost() {
+    if (this.gone || this.trying) return;
+    this.trying = true;
+    const healthy = await isHealthy();
+    this.trying = false;
+    if (healthy) return;
     this.gone = true;
     this.delay = 1;
     this.#countdown(this.delay);
