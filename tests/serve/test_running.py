@@ -16,6 +16,7 @@ from PIL import Image
 from tests.cli import harness
 from tests.cli.harness import run_mmv
 from tests.serve.harness import QUESTION, Server, image_item, raw_request, text_item
+from tests.serve.soak import soak
 
 pytestmark = pytest.mark.long
 LONG = {"temperature": 2, "top_p": 1, "seed": 3, "max_tokens": 3000}
@@ -211,6 +212,8 @@ def test_the_models_of_a_folder_are_loaded_when_they_are_asked_for(start, folder
     good = next(model["mmv"] for model in models if model["id"] == "sft_vlm_128")
     assert good == {"loaded": False, "thinks": False, "images": True, "context": 4096, "stage": "sft",
                     "parameters": 880896, "generation": "2025", "tokens_per_image": 64}  # fmt: skip
+    [unreadable] = [model["mmv"] for model in models if model["id"] == "sft_vlm_7"]
+    assert unreadable.keys() == good.keys()
     broken = server.chat(model="sft_vlm_7")
     assert broken.status == 503
     assert broken.error["code"] == "model_unavailable"
@@ -364,3 +367,40 @@ def test_images_are_decoded_while_others_are_answered(start):
     assert server.request("GET", "/health").status == 200
     assert time.monotonic() - begin < 1
     heavy.join()
+
+
+def test_web_opens_the_page_in_a_browser(tmp_path, monkeypatch):
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser))
+    running = harness.Running(tmp_path, "web", "--model", harness.sighted(), *harness.SIGHT, "--port", 0)
+    try:
+        running.until(lambda: opened.exists() and opened.read_text())
+        assert opened.read_text().strip() in running.err
+    finally:
+        assert running.send(signal.SIGTERM).wait().code == 0
+
+
+def test_an_error_inside_an_answer_is_logged_and_not_told(start):
+    server = start(prepare=breaks_in_the_engine)
+    response = server.chat()
+    assert response.status == 500
+    assert "secret reason" not in response.error["message"]
+    assert "ZeroDivisionError: secret reason" in server.log
+    assert server.request("GET", "/health").status == 200
+
+
+def breaks_in_the_engine():
+    from minimind_v.core.serve import answers
+
+    def broken(*arguments):
+        raise ZeroDivisionError("secret reason")
+
+    answers.Sampler = lambda sampling: broken
+
+
+def test_a_short_siege_loses_nothing(tmp_path):
+    report = soak(tmp_path, clients=12, seconds=5)
+    assert report.counts["cut"]
+    assert report.counts["refused"]

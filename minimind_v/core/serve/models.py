@@ -58,7 +58,7 @@ class Model:
         self._thread.join()
 
 
-UNREADABLE = {
+UNREADABLE: dict[str, Any] = {
     "thinks": False, "images": False, "context": 0, "stage": None, "parameters": None, "generation": None,
     "tokens_per_image": 0,
 }  # fmt: skip
@@ -155,7 +155,7 @@ class Models:
                     await asyncio.to_thread(self._describe, entry)
         return [
             {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "mmv",
-             "mmv": {"loaded": entry.model is not None, **(entry.description or UNREADABLE)}}
+             "mmv": {"loaded": entry.model is not None, **(entry.description or {})}}
             for entry in self.entries.values()
         ]  # fmt: skip
 
@@ -190,6 +190,7 @@ class Models:
         return Model(load(entry.path, self.vision_model, self.tokenizer, self.device, self.log), self.log)
 
     def _describe(self, entry: Entry) -> None:
+        entry.description = UNREADABLE  # until it is loaded
         with suppress(ApiError), self._errors(entry):
             stored = read_model_parts(entry.path, self.vision_model, self.tokenizer)
             spec = projected(stored.tower.spec, stored.config.projector)
