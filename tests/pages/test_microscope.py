@@ -104,16 +104,14 @@ def test_the_map_shows_the_weights_of_the_chosen_layer_and_head(trace, page_file
         viewer = opened(page, page_file)
         viewer.locator(".chip").nth(1).click()
         for layer, head in ((None, None), (1, 2)):
-            viewer.get_by_label("Layer").select_option("" if layer is None else str(layer))
-            viewer.get_by_label("Head").select_option("" if head is None else str(head))
+            viewer.get_by_label("Layer").select_option(value="" if layer is None else str(layer))
+            viewer.get_by_label("Head").select_option(value="" if head is None else str(head))
             weights = trace.attention[1].mean((0, 1)) if layer is None else trace.attention[1, layer, head]
-            page.wait_for_timeout(100)
-            assert percent(float(weights.max())) in viewer.locator(".scale").inner_text()
+            viewer.locator(".scale").get_by_text(percent(float(weights.max()))).wait_for()
         viewer.get_by_label("Map").select_option("rollout")
-        page.wait_for_timeout(100)
-        assert percent(float(trace.rollout[1].max())) in viewer.locator(".scale").inner_text()
+        viewer.locator(".scale").get_by_text(percent(float(trace.rollout[1].max()))).wait_for()
         viewer.get_by_label("Map").select_option("none")
-        page.wait_for_timeout(100)
+        viewer.locator(".scale span").first.wait_for(state="detached")
         pixels = page.evaluate("""() => {
           const canvas = document.querySelector(".pad canvas"), context = canvas.getContext("2d");
           return Array.from({ length: 64 }, (_, at) => {

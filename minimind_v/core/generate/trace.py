@@ -111,6 +111,7 @@ class Trace:
     occlusion: np.ndarray | None = None  # float32 [T, P]: bits that a token loses when the patch is grey
     block: int = 1  # patches on a side of what was painted at a time for `occlusion`
     occluded: list[tuple[int, int]] = field(default_factory=list)  # the patches that were painted
+    given: bool = False  # whether the answer was given as a text, and not the model's own
     model: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -126,6 +127,7 @@ class Trace:
             "model": self.model,
             "question": self.question,
             "answer": self.answer,
+            "given": self.given,
             "images": [
                 {"src": data_uri(_png(image.pixels), "png"), "rows": image.rows, "columns": image.columns}
                 for image in self.images
@@ -219,6 +221,7 @@ class _Tracer:
             occlusion=occlusion,
             block=block,
             occluded=list(self.settings.occlude),
+            given=self.settings.answer is not None,
         )
 
     # --- answers ------------------------------------------------------------------------------------------------------

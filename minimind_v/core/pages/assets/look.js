@@ -3,7 +3,8 @@
 //   mount(element, trace, { ask, language })
 //
 // `trace` is what `mmv look --json` prints. `ask({ occlude, answer })`, if there is one, returns the trace of the same
-// answer with the patches `occlude` ([[image, patch], …]) painted grey. `language` is "en" or "zh".
+// answer with the patches `occlude` ([[image, patch], …]) painted grey; it has an `answer` where that of the trace was
+// given, else the model's own is meant. `language` is "en" or "zh".
 
 const TEXTS = {
   en: {
@@ -23,6 +24,8 @@ const TEXTS = {
     paint: "Paint",
     clear: "Clear",
     asking: "The model answers …",
+    notAsked: "–",
+    nothing: "(nothing)",
     image: (n, of) => (of > 1 ? `Image ${n} of ${of}` : "The image as the model receives it"),
     grid: (n, rows, columns) => `Image ${n}: ${rows} × ${columns} patches`,
     map: "Map",
@@ -99,6 +102,8 @@ const TEXTS = {
     paint: "涂抹",
     clear: "清除",
     asking: "模型正在回答……",
+    notAsked: "–",
+    nothing: "（没有内容）",
     image: (n, of) => (of > 1 ? `第 ${n} 张图片，共 ${of} 张` : "模型收到的图片"),
     grid: (n, rows, columns) => `第 ${n} 张图片：${rows} × ${columns} 个图块`,
     map: "显示",
@@ -498,23 +503,22 @@ class Viewer {
     clearTimeout(this.timer);
     if (!this.ask) return;
     if (!this.painted.size) { this.clear(); return; }
+    const turn = ++this.asked;
+    this.busy = true;
+    this.result = this.problem = null;
+    this.show();
     this.timer = setTimeout(async () => {
-      const turn = ++this.asked;
-      this.busy = true;
-      this.problem = null;
-      this.show();
       try {
         const occlude = [...this.painted].sort((a, b) => a - b).map((p) => {
           const n = this.firsts.findLastIndex((first) => first <= p);
           return [n, p - this.firsts[n]];
         });
-        const result = await this.ask({ occlude, answer: this.trace.answer });
+        const result = await this.ask(this.trace.given ? { occlude, answer: this.trace.answer } : { occlude });
         if (turn !== this.asked) return;
         this.result = result;
         this.status.textContent = `${this.texts.painted}: ${result.variants.occluded?.answer ?? result.answer}`;
       } catch (error) {
         if (turn !== this.asked) return;
-        this.result = null;
         this.problem = error.message;
       }
       this.busy = false;
@@ -528,6 +532,14 @@ class Viewer {
     if (!this.ask) return this.numbers.lost(this.painted.values().next().value);
     const bits = this.result?.answer === this.trace.answer && this.result.variants.occluded?.bits;
     return bits?.length === this.trace.tokens.length ? bits.map((value, t) => value - this.trace.tokens[t].bits) : null;
+  }
+
+  /** The bits that the whole answer loses; known also where its tokens are others than before. */
+  get lostInAll() {
+    if (this.ask && this.result?.answer === this.trace.answer && this.result.variants.occluded) {
+      return sum(this.result.variants.occluded.bits) - sum(this.result.tokens.map((token) => token.bits));
+    }
+    return this.lost && sum(this.lost);
   }
 
   // --- showing --------------------------------------------------------------------------------------------------------
@@ -659,12 +671,12 @@ class Viewer {
     const { texts: t, trace } = this;
     const whole = sum(trace.tokens.map((token) => token.bits));
     const row = (name, answer, change, kind) => h("tr", { class: kind },
-      h("th", { scope: "row" }, name), h("td", { class: answer === trace.answer ? "same" : null }, answer), h("td", { class: "value" }, change));
+      h("th", { scope: "row" }, name), h("td", { class: answer === trace.answer ? "same" : null }, answer.trim() ? answer : t.nothing), h("td", { class: "value" }, change));
     const rows = [row(t.now, trace.answer, `${number(whole)}`, "now")];
-    const { lost } = this;
     if (this.painted.size) {
-      const answer = this.busy ? t.asking : this.problem ?? this.result?.variants.occluded?.answer ?? (this.ask ? "" : "–");
-      rows.push(row(t.painted, answer, lost && !this.busy ? signed(sum(lost)) : "", this.problem ? "painted problem" : "painted"));
+      const lost = this.lostInAll;
+      const answer = this.busy ? t.asking : this.problem ?? this.result?.variants.occluded?.answer ?? t.notAsked;
+      rows.push(row(t.painted, answer, lost !== null && !this.busy ? signed(lost) : "", this.problem ? "painted problem" : "painted"));
     }
     for (const [name, { answer, bits, images }] of Object.entries(trace.variants)) {
       rows.push(row(t[images === "grey" ? "blank" : images] ?? name, answer, signed(sum(bits) - whole)));
