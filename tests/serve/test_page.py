@@ -352,6 +352,19 @@ def test_conversations_can_be_renamed_deleted_and_restored(page):
     assert len(answers(page)) == 1
 
 
+def test_a_conversation_that_is_deleted_while_it_is_answered_does_not_come_back(page, stub):
+    stub.pause = SLOW
+    ask(page, "Forget this")
+    page.locator(".answer > .text:visible").wait_for()
+    page.locator("#conversations li").hover()
+    page.locator("#conversations [data-key$=':remove']").click()
+    page.locator(".welcome").wait_for()
+    page.wait_for_timeout(1500)
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("#conversations li").count() == 0
+
+
 def test_an_export_can_be_imported_by_another_browser(open_page, page, stub, stub_server, tmp_path):
     attach(page, ("a.png", scene()))
     ask_and_wait(page, "Keep this")

@@ -55,7 +55,14 @@ export class Chat {
 
   stop() { this.running?.controller.abort(); }
 
+  /** The conversation was deleted: its answer stops and is not stored. */
+  remove() {
+    this.isRemoved = true;
+    this.stop();
+  }
+
   async save() {
+    if (this.isRemoved) return;
     this.saved = Date.now();
     await this.app.store.save(this.conversation).catch(this.app.storeFailed);
   }

@@ -144,7 +144,7 @@ class App {
   }
 
   removed(conversation) {
-    this.running.get(conversation.id)?.stop();
+    this.running.get(conversation.id)?.remove();
     if (conversation.id === this.current()) this.start(new Chat(newConversation(), new Map(), this));
   }
 
