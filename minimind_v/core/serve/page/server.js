@@ -1,4 +1,4 @@
-// Whether the server is there. It is asked only after it was gone, ever more seldom, and at once when there is a reason.
+// Whether the server is there. It is asked only after a failure, ever more seldom, and at once when there is a reason.
 import { isHealthy } from "./api.js";
 
 const LONGEST = 30; // seconds between two tries
@@ -9,7 +9,9 @@ export class Server {
     this.changed = changed;
     this.gone = false;
     addEventListener("online", () => this.tryNow());
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) this.tryNow(); });
+    document.addEventListener("visibilitychange", () => {
+      if (!document.hidden) this.tryNow();
+    });
   }
 
   /** A call failed: if the server is gone, and not only that call's connection, ask until it is back. */
