@@ -111,7 +111,7 @@ def test_reasoning_is_folded_and_notices_are_shown(page, stub):
     page.click(".reasoning summary")
     assert page.locator(".reasoning p").is_visible()
     notices = " ".join(page.locator(".notice").all_text_contents())
-    assert "the earliest 3 turns" in notices
+    assert "earliest 3 turns" in notices
     assert "limit of tokens" in notices
 
 

@@ -125,7 +125,8 @@ export class MessageForm {
   }
 
   async #photograph() {
-    if (matchMedia("(pointer: coarse)").matches || !navigator.mediaDevices) return this.photo.click(); // the phone's own camera
+    // A phone has a camera of its own.
+    if (matchMedia("(pointer: coarse)").matches || !navigator.mediaDevices) return this.photo.click();
     const file = await takePhoto();
     if (file) await this.add([file]);
   }

@@ -58,7 +58,7 @@ const EN = {
   noImages: "{model} reads text only. Choose a model that reads images.",
   tooManyImages: "{model} has room for one image in a question.|{model} has room for {n} images in a question.",
   notAnImage: "{name} is not an image that this browser can read. Use JPEG, PNG, WebP or GIF.",
-  heic: "{name} is a HEIC photo, which this browser cannot read. Save it as JPEG, or set the camera to “Most compatible”.",
+  heic: "{name} is a HEIC photo, which this browser cannot read. Save it as JPEG, or set the camera to “Most Compatible”.",
   tooLargeImage: "{name} is too large for this browser to read. Make it smaller first.",
 
   camera: "Camera",
@@ -91,7 +91,8 @@ const EN = {
   interrupted: "The connection ended before the answer did. Retry asks again.",
   emptyAnswer: "The model gave an empty answer.",
   dropped:
-    "The conversation is longer than the model can read: the earliest turn was left out.|The conversation is longer than the model can read: the earliest {n} turns were left out.",
+    "The conversation is longer than the model can read. Its earliest turn was left out." +
+    "|The conversation is longer than the model can read. Its earliest {n} turns were left out.",
   waiting: "The server is busy. Next try in {n} s…",
   answerDone: "Answer: {text}",
   answerStopped: "The answer was stopped.",
