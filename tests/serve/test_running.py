@@ -219,6 +219,7 @@ def test_the_models_of_a_folder_are_loaded_when_they_are_asked_for(start, folder
     assert broken.error["code"] == "model_unavailable"
     assert str(folder) not in broken.error["message"]
     assert "sft_vlm_7 cannot be opened" in server.log
+    assert server.chat(model="sft_vlm_128.pth").json["model"] == "sft_vlm_128"
     for name in ("sft_vlm_128", "pretrain_vlm_128", "sft_vlm_128_copy"):
         assert server.chat(model=name).json["model"] == name
     assert server.metric("mmv_models_loaded") == 2  # the first one was dropped
@@ -242,8 +243,11 @@ def test_names_are_unique(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert list(named([tmp_path / "a"])) == ["x.pth", "x.safetensors"]
-    assert list(named([tmp_path / "a" / "x.pth", tmp_path / "b", tmp_path / "c"])) == ["a/x.pth", "b/x.pth", "y"]
+    assert list(named([tmp_path / "a"])) == ["x", "x.safetensors"]
+    paths = [tmp_path / name for name in ("a/x.pth", "b", "c", "a/x.safetensors", "b/../b2/x.pth")]
+    (tmp_path / "b2").mkdir()
+    (tmp_path / "b2" / "x.pth").touch()
+    assert list(named(paths)) == ["x", "x.pth", "y", "x.safetensors", "b2/x.pth"]
 
 
 def test_a_single_model_that_cannot_be_opened_ends_the_command(tmp_path):
