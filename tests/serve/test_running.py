@@ -144,6 +144,7 @@ def test_the_first_signal_lets_answers_finish_and_accepts_no_others(start):
         patiently(lambda: server.metric("mmv_requests_active") == 1)
         server.running.send(signal.SIGTERM)
         patiently(lambda: server.request("GET", "/health").status == 503)
+        patiently(lambda: "finishing 1 answer; a second signal ends at once" in server.log)
         kept.sendall(raw_request(long_body()))
         assert kept.recv(1000).startswith(b"HTTP/1.1 503 ")
         assert answer.result().json["usage"]["completion_tokens"] == 1500
