@@ -314,11 +314,14 @@ def test_examples_are_images_of_the_demo_with_their_answers(server):
 
 
 def test_the_access_log_has_a_json_line_for_each_request_and_no_text(start):
-    server = start("--log", "json")
+    server = start("--log", "json", "--model", harness.BASE)
     tokens = server.chat("my secret question").json["usage"]["completion_tokens"]
     server.request("GET", "/nothing%0aforged?key=hidden")
     patiently(lambda: server.log.count("\n") >= 3)
     lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+    server.chat(model="lm_128")
+    patiently(lambda: "lm_128 cannot be opened" in server.log)
+    assert all(json.loads(line)["time"] for line in server.log.splitlines()[1:])
     chat = lines[0]
     assert (chat["method"], chat["path"], chat["status"]) == ("POST", "/v1/chat/completions", 200)
     assert chat["model"] == "sft_vlm_128"

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,6 +73,8 @@ def serve(settings: Settings, listener: Listener) -> signal.Signals | None:
 
 async def _serve(settings: Settings, endpoint: socket.socket, listener: Listener) -> signal.Signals | None:
     limits = settings.limits
+    if settings.log_json:
+        listener = replace(listener, message=lambda text: listener.request(_as_json({"message": text})))
     companions = settings.vision_model, settings.tokenizer
     models = Models(settings.models, *companions, settings.device, limits.models, listener.message)
     if len(models.entries) == 1:
