@@ -115,7 +115,7 @@ def test_the_map_shows_the_weights_of_the_chosen_layer_and_head(trace, page_file
         pixels = page.evaluate("""() => {
           const canvas = document.querySelector(".pad canvas"), context = canvas.getContext("2d");
           return Array.from({ length: 64 }, (_, at) => {
-            const x = (at % 8 + 0.5) * canvas.width / 8, y = (Math.floor(at / 8) + 0.5) * canvas.height / 8;
+            const x = (at % 8 * 8 + 4.5) * canvas.width / 64, y = (Math.floor(at / 8) * 8 + 4.5) * canvas.height / 64;
             return [...context.getImageData(x, y, 1, 1).data.slice(0, 3)];
           });
         }""")

@@ -319,6 +319,7 @@ class Viewer {
         h("dl", { class: "help" }, t.help.map(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]))),
       this.tables());
     this.root.addEventListener("pointerup", () => this.endStroke());
+    this.root.addEventListener("pointercancel", () => { this.stroke = null; }); // a finger scrolls the page
   }
 
   chip(token, index) {
