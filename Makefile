@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: setup demo test test-long lint format reference bench gpu soak fuzz interop demo-assets clean
+.PHONY: setup demo test test-long lint format reference bench gpu soak soak-serve fuzz interop demo-assets clean
 
 setup: $(READY)
 
@@ -60,6 +60,10 @@ gpu: $(DEV)
 # Hundreds of kills, each followed by a resume: hours.
 soak: $(DEV)
 	$(BIN)/python -m tests.faults.soak
+
+# A hundred clients of a server for five minutes: slow readers, cut connections, odd images, floods.
+soak-serve: $(DEV)
+	$(BIN)/python -m tests.serve.soak
 
 # Changed files of every format, read in processes with limits: ten minutes. What did harm is kept in out/fuzz.
 fuzz: $(DEV)

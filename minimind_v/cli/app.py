@@ -29,6 +29,7 @@ from minimind_v.cli.command import (
     MACHINE,
     PIPELINE,
     RUNS,
+    USE,
     Debug,
     Group,
     Quiet,
@@ -78,10 +79,10 @@ register(app, "download", download.download, PIPELINE)
 register(app, "train", train.train, PIPELINE, table=RUN_OPTIONS)
 register(app, "eval", evaluate.evaluate, PIPELINE)
 register(app, "chat", chat.chat, PIPELINE, chat.ChatCommand)
-register(app, "look", look.look, PIPELINE, look.LookCommand)
-register(app, "serve", serve.serve, PIPELINE, serve.ServeCommand)
-register(app, "web", serve.web, PIPELINE, serve.ServeCommand)
 register(app, "convert", convert.convert, PIPELINE)
+register(app, "look", look.look, USE, look.LookCommand)
+register(app, "serve", serve.serve, USE, serve.ServeCommand)
+register(app, "web", serve.web, USE, serve.ServeCommand)
 app.add_typer(data.data, name="data", rich_help_panel=DATA)
 register(app, "plan", plan.plan, RUNS, table=RUN_OPTIONS)
 register(app, "runs", runs.runs, RUNS)

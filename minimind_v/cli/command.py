@@ -23,7 +23,7 @@ CHOICES = re.compile(r"(?:Value error, )?('(?P<word>[^']*)' is not one of (?P<ch
 # Groups of options in a command's help, in this order.
 REQUIRED, COMMON, ADVANCED, OUTPUT = "Required", "Common options", "Advanced options", "Output and help"
 # Groups of commands in the help of `mmv`, in this order.
-PIPELINE, DATA, RUNS, MACHINE = "The pipeline", "Data", "Runs and models", "This machine"
+PIPELINE, USE, DATA, RUNS, MACHINE = "The pipeline", "Use a model", "Data", "Runs and models", "This machine"
 
 # What stands in a help for the names of a table that extensions may add to; it is replaced when the help is shown.
 POLICIES, FORMATS = "{policies}", "{formats}"
@@ -95,7 +95,9 @@ class Group(TyperGroup):
             for name, command in ((name, self.commands[name]) for name in self.list_commands(ctx))
             if not command.hidden
         ]
-        return _in_groups(rows, (PIPELINE, DATA, RUNS, MACHINE)) | _in_groups(_options(self, ctx), (COMMON, OUTPUT))
+        return _in_groups(rows, (PIPELINE, USE, DATA, RUNS, MACHINE)) | _in_groups(
+            _options(self, ctx), (COMMON, OUTPUT)
+        )
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _write(formatter, self.groups(ctx))

@@ -108,7 +108,7 @@ def text_item(text: str = QUESTION) -> dict[str, Any]:
 def raw_request(body: bytes, *headers: str) -> bytes:
     """A chat request as bytes, with a length unless the headers have another form."""
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]
-    if not any(header.lower().startswith("transfer-encoding") for header in headers):
+    if not any(header.lower().startswith(("transfer-encoding", "content-length")) for header in headers):
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode() + body
 

@@ -15,8 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route, Router
-from starlette.staticfiles import StaticFiles
+from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minimind_v.core.pages.frame import ASSETS
@@ -28,6 +27,7 @@ from minimind_v.core.serve.service import Service
 from minimind_v.core.version import __version__
 
 PAGE = Path(__file__).with_name("page")
+VIEWER = ("look.js", "look.css")  # in the assets of all pages
 # A page may show images that were dropped on it, and fetches from this server only.
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'; base-uri 'none'; "
@@ -118,13 +118,13 @@ def page_routes(service: Service) -> list[BaseRoute]:
             raise HTTPException(404)
         return Response(examples()[request.path_params["name"]][0], media_type="image/png")
 
+    files = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()}
+    files |= {name: ASSETS / name for name in VIEWER}
     return [
         Route("/", file(PAGE / "index.html")),
         Route("/v1/examples", list_examples),
         Route("/page/examples/{name}", example),
-        Route("/page/look.js", file(ASSETS / "look.js")),
-        Route("/page/look.css", file(ASSETS / "look.css")),
-        Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
+        *(Route(f"/page/{name}", file(path)) for name, path in files.items()),
     ]
 
 
@@ -151,7 +151,7 @@ class Guard:
             return
         scope["app"] = self  # so that the router raises errors
         scope["mmv"], begin = {}, time.perf_counter()
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, 2 * self.service.limits.body)
         try:
             self._check(scope)
             await self.app(scope, exchange.receive, exchange.send)
@@ -178,16 +178,17 @@ class Guard:
 
     def _response(self, error: Exception) -> Response:
         if isinstance(error, ApiError):
+            self.service.report(error)
             return error.response()
         if isinstance(error, HTTPException):
             return http_error(error)
-        self.service.models.log(f"a request failed: {type(error).__name__}: {error}")
+        self.service.report(error)
         return ApiError(500, "the request failed; the server's log says why", code="internal_error").response()
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = scope.get("route")
-        path = route.path if isinstance(route, Route | Mount) else "other"
-        self.service.metrics.requests[path or "/", status] += 1
+        path = route.path if isinstance(route, Route) else "other"
+        self.service.metrics.requests[path, status] += 1
         client = scope.get("client") or ("", 0)
         path = scope["raw_path"].decode("latin-1")
         self.record({
@@ -199,7 +200,9 @@ class Guard:
 class Exchange:
     """One request and its response: adds the headers of every response, and reads a body that nobody else reads."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
+        """`most`: bytes that are read of a body that nobody else reads."""
+        self._most = most
         headers = Headers(scope=scope)
         self._receive, self._send, self.status = receive, send, 0
         self._has_more = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
@@ -209,6 +212,7 @@ class Exchange:
         """The next piece of the request."""
         self._waits = False
         message = await self._receive()
+        self._most -= len(message.get("body", b""))
         self._has_more = self._has_more and message.get("more_body", False)
         return message
 
@@ -228,7 +232,7 @@ class Exchange:
 
     async def _read_rest(self) -> None:
         begin = time.perf_counter()
-        while self._has_more and (left := DRAIN_SECONDS - (time.perf_counter() - begin)) > 0:
+        while self._has_more and self._most > 0 and (left := DRAIN_SECONDS - (time.perf_counter() - begin)) > 0:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self.receive()

@@ -107,6 +107,7 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
             task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
+        del job, gone, task  # which have an error whose traceback has this frame: a circle would keep the request
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -67,6 +67,12 @@ class Service:
         finally:
             self.metrics.accepted -= 1
 
+    def report(self, error: Exception) -> None:
+        """Write to the log what a client is not told."""
+        cause = error.__cause__ if isinstance(error, ApiError) else error
+        if cause is not None:
+            self.models.log(f"a request failed: {type(cause).__name__}: {cause}")
+
     async def prepare(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function in one of a few threads."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
@@ -123,6 +129,7 @@ class Service:
                 events = await running.events()
             await _write(send, b"".join(map(sse, [*chunks, *completion.last_chunks()])) + END)
         except ApiError as error:
+            self.report(error)
             scope["mmv"]["error"] = error.code or error.message
             await _write(send, sse(error.as_json()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
