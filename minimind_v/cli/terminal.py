@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,9 +59,10 @@ class Terminal:
 
     def record(self, line: str) -> None:
         """Write a line of a log to stderr, unchanged."""
-        if not self.err.quiet:
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+        with suppress(OSError, ValueError):  # a reader that is gone ends no server
+            if not self.err.quiet:
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
 
     @property
     def is_live(self) -> bool:

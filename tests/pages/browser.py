@@ -32,8 +32,13 @@ def open_browser(**settings: Any) -> Iterator[Any]:
         ).new_page()
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+        page.on("console", lambda message: _is_error(message) and page.errors.append(message.text))
         try:
             yield page
         finally:
             browser.close()
+
+
+def _is_error(message: Any) -> bool:
+    """Whether a line of the console is an error; that a server has no icon is none."""
+    return bool(message.type == "error" and not message.location["url"].endswith("/favicon.ico"))

@@ -104,8 +104,8 @@ def test_the_map_shows_the_weights_of_the_chosen_layer_and_head(trace, page_file
         viewer = opened(page, page_file)
         viewer.locator(".chip").nth(1).click()
         for layer, head in ((None, None), (1, 2)):
-            viewer.get_by_label("Layer").select_option(value="" if layer is None else str(layer))
-            viewer.get_by_label("Head").select_option(value="" if head is None else str(head))
+            viewer.get_by_label("Layer").select_option(index=0 if layer is None else layer + 1)
+            viewer.get_by_label("Head").select_option(index=0 if head is None else head + 1)
             weights = trace.attention[1].mean((0, 1)) if layer is None else trace.attention[1, layer, head]
             viewer.locator(".scale").get_by_text(percent(float(weights.max()))).wait_for()
         viewer.get_by_label("Map").select_option("rollout")
@@ -115,7 +115,7 @@ def test_the_map_shows_the_weights_of_the_chosen_layer_and_head(trace, page_file
         pixels = page.evaluate("""() => {
           const canvas = document.querySelector(".pad canvas"), context = canvas.getContext("2d");
           return Array.from({ length: 64 }, (_, at) => {
-            const x = (at % 8 + 0.5) * canvas.width / 8, y = (Math.floor(at / 8) + 0.5) * canvas.height / 8;
+            const x = (at % 8 * 8 + 4.5) * canvas.width / 64, y = (Math.floor(at / 8) * 8 + 4.5) * canvas.height / 64;
             return [...context.getImageData(x, y, 1, 1).data.slice(0, 3)];
           });
         }""")

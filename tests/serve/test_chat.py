@@ -10,6 +10,7 @@ import torch
 
 from tests.cli import harness
 from tests.cli.harness import SIGHT, run_mmv, tiny_data
+from tests.formats.made3v import tiny_3v
 from tests.serve.harness import QUESTION, image_item, text_item
 
 
@@ -92,6 +93,9 @@ def test_an_answer_ends_before_a_stop_text(client):
         assert answer.choices[0].finish_reason == "stop"
         pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, stop=stops, stream=True)]
         assert "".join(pieces) == whole[: whole.index(stop)]
+        listed = ask(client, stop=stops, logprobs=True).choices[0]
+        assert "".join(token.token for token in listed.logprobs.content).startswith(listed.message.content)
+        assert len(listed.logprobs.content) < answer.usage.completion_tokens
 
 
 def test_a_seed_repeats_an_answer_and_another_seed_does_not(client):
@@ -202,3 +206,36 @@ def test_the_client_raises_the_error_of_each_kind(client, server):
     assert raised.value.param == "n"
     assert [model.id for model in client.models.list()] == ["sft_vlm_128"]
     assert client.models.retrieve("sft_vlm_128").owned_by == "mmv"
+
+
+@pytest.mark.long
+def test_reasoning_comes_apart_from_the_answer(start, tmp_path):
+    weights, tower, tokenizer = tiny_3v(tmp_path)
+    companions = ["--vision-model", tower, "--tokenizer", tokenizer]
+    server = start(*companions, model=weights, prepare=reasons_about_a_star)
+    [model] = server.request("GET", "/v1/models").json["data"]
+    assert model["mmv"]["thinks"]
+    assert model["mmv"]["generation"] == "3v"
+    message = server.chat(think=True).json["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("of red", "A star")
+    chunks = [chunk.choices[0].delta for chunk in ask(server.client(), model=model["id"], stream=True,
+                                                      extra_body={"think": True})]  # fmt: skip
+    assert "".join(getattr(chunk, "reasoning_content", None) or "" for chunk in chunks) == "of red"
+    assert "".join(chunk.content or "" for chunk in chunks) == "A star"
+    assert "reasoning_content" not in server.chat().json["choices"][0]["message"]
+
+
+def reasons_about_a_star():
+    """The tokens of one text are drawn, and then the end token."""
+    from minimind_v.core.serve import answers
+
+    run = answers.Running.__init__
+
+    def begin(self, engine, *arguments):
+        tokenizer = engine.tokenizer
+        text = "of red\n</think>\n\nA star"
+        ids = [*tokenizer.backend.encode(text, add_special_tokens=False).ids, tokenizer.eos_id]
+        answers.Sampler = lambda sampling: lambda *_: ids.pop(0)
+        run(self, engine, *arguments)
+
+    answers.Running.__init__ = begin

@@ -111,7 +111,7 @@ def test_reasoning_is_folded_and_notices_are_shown(page, stub):
     page.click(".reasoning summary")
     assert page.locator(".reasoning p").is_visible()
     notices = " ".join(page.locator(".notice").all_text_contents())
-    assert "the earliest 3 turns" in notices
+    assert "earliest 3 turns" in notices
     assert "limit of tokens" in notices
 
 
@@ -352,6 +352,19 @@ def test_conversations_can_be_renamed_deleted_and_restored(page):
     assert len(answers(page)) == 1
 
 
+def test_a_conversation_that_is_deleted_while_it_is_answered_does_not_come_back(page, stub):
+    stub.pause = SLOW
+    ask(page, "Forget this")
+    page.locator(".answer > .text:visible").wait_for()
+    page.locator("#conversations li").hover()
+    page.locator("#conversations [data-key$=':remove']").click()
+    page.locator(".welcome").wait_for()
+    page.wait_for_timeout(1500)
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("#conversations li").count() == 0
+
+
 def test_an_export_can_be_imported_by_another_browser(open_page, page, stub, stub_server, tmp_path):
     attach(page, ("a.png", scene()))
     ask_and_wait(page, "Keep this")
@@ -419,6 +432,18 @@ def test_an_error_in_the_answer_is_shown_with_what_had_come(page, stub):
     ask_and_wait(page, "Hi")
     assert page.locator(".notice.problem").text_content() == stub.error
     assert stub.answer.startswith(answers(page)[0])
+
+
+def test_an_answer_that_breaks_off_says_so_and_the_server_is_not_called_gone(page, stub):
+    stub.breaks = True
+    ask_and_wait(page, "Hi")
+    assert "The connection ended" in page.locator(".notice.problem").text_content()
+    page.wait_for_timeout(500)
+    assert page.locator("#banner").text_content() == ""
+    stub.breaks = False
+    page.click("[data-key$=':retry']")
+    page.locator(".versions", has_text="2/2").wait_for()
+    assert answers(page) == [stub.answer]
 
 
 def test_a_server_that_is_gone_is_said_and_found_again(page, stub, stub_server):

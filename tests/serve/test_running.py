@@ -16,6 +16,7 @@ from PIL import Image
 from tests.cli import harness
 from tests.cli.harness import run_mmv
 from tests.serve.harness import QUESTION, Server, image_item, raw_request, text_item
+from tests.serve.soak import soak
 
 pytestmark = pytest.mark.long
 LONG = {"temperature": 2, "top_p": 1, "seed": 3, "max_tokens": 3000}
@@ -143,6 +144,7 @@ def test_the_first_signal_lets_answers_finish_and_accepts_no_others(start):
         patiently(lambda: server.metric("mmv_requests_active") == 1)
         server.running.send(signal.SIGTERM)
         patiently(lambda: server.request("GET", "/health").status == 503)
+        patiently(lambda: "finishing 1 answer; a second signal ends at once" in server.log)
         kept.sendall(raw_request(long_body()))
         assert kept.recv(1000).startswith(b"HTTP/1.1 503 ")
         assert answer.result().json["usage"]["completion_tokens"] == 1500
@@ -211,11 +213,14 @@ def test_the_models_of_a_folder_are_loaded_when_they_are_asked_for(start, folder
     good = next(model["mmv"] for model in models if model["id"] == "sft_vlm_128")
     assert good == {"loaded": False, "thinks": False, "images": True, "context": 4096, "stage": "sft",
                     "parameters": 880896, "generation": "2025", "tokens_per_image": 64}  # fmt: skip
+    [unreadable] = [model["mmv"] for model in models if model["id"] == "sft_vlm_7"]
+    assert unreadable.keys() == good.keys()
     broken = server.chat(model="sft_vlm_7")
     assert broken.status == 503
     assert broken.error["code"] == "model_unavailable"
     assert str(folder) not in broken.error["message"]
     assert "sft_vlm_7 cannot be opened" in server.log
+    assert server.chat(model="sft_vlm_128.pth").json["model"] == "sft_vlm_128"
     for name in ("sft_vlm_128", "pretrain_vlm_128", "sft_vlm_128_copy"):
         assert server.chat(model=name).json["model"] == name
     assert server.metric("mmv_models_loaded") == 2  # the first one was dropped
@@ -239,8 +244,11 @@ def test_names_are_unique(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert list(named([tmp_path / "a"])) == ["x.pth", "x.safetensors"]
-    assert list(named([tmp_path / "a" / "x.pth", tmp_path / "b", tmp_path / "c"])) == ["a/x.pth", "b/x.pth", "y"]
+    assert list(named([tmp_path / "a"])) == ["x", "x.safetensors"]
+    paths = [tmp_path / name for name in ("a/x.pth", "b", "c", "a/x.safetensors", "b/../b2/x.pth")]
+    (tmp_path / "b2").mkdir()
+    (tmp_path / "b2" / "x.pth").touch()
+    assert list(named(paths)) == ["x", "x.pth", "y", "x.safetensors", "b2/x.pth"]
 
 
 def test_a_single_model_that_cannot_be_opened_ends_the_command(tmp_path):
@@ -306,11 +314,14 @@ def test_examples_are_images_of_the_demo_with_their_answers(server):
 
 
 def test_the_access_log_has_a_json_line_for_each_request_and_no_text(start):
-    server = start("--log", "json")
+    server = start("--log", "json", "--model", harness.BASE)
     tokens = server.chat("my secret question").json["usage"]["completion_tokens"]
     server.request("GET", "/nothing%0aforged?key=hidden")
     patiently(lambda: server.log.count("\n") >= 3)
     lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+    server.chat(model="lm_128")
+    patiently(lambda: "lm_128 cannot be opened" in server.log)
+    assert all(json.loads(line)["time"] for line in server.log.splitlines()[1:])
     chat = lines[0]
     assert (chat["method"], chat["path"], chat["status"]) == ("POST", "/v1/chat/completions", 200)
     assert chat["model"] == "sft_vlm_128"
@@ -364,3 +375,40 @@ def test_images_are_decoded_while_others_are_answered(start):
     assert server.request("GET", "/health").status == 200
     assert time.monotonic() - begin < 1
     heavy.join()
+
+
+def test_web_opens_the_page_in_a_browser(tmp_path, monkeypatch):
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser))
+    running = harness.Running(tmp_path, "web", "--model", harness.sighted(), *harness.SIGHT, "--port", 0)
+    try:
+        running.until(lambda: opened.exists() and opened.read_text())
+        assert opened.read_text().strip() in running.err
+    finally:
+        assert running.send(signal.SIGTERM).wait().code == 0
+
+
+def test_an_error_inside_an_answer_is_logged_and_not_told(start):
+    server = start(prepare=breaks_in_the_engine)
+    response = server.chat()
+    assert response.status == 500
+    assert "secret reason" not in response.error["message"]
+    assert "ZeroDivisionError: secret reason" in server.log
+    assert server.request("GET", "/health").status == 200
+
+
+def breaks_in_the_engine():
+    from minimind_v.core.serve import answers
+
+    def broken(*arguments):
+        raise ZeroDivisionError("secret reason")
+
+    answers.Sampler = lambda sampling: broken
+
+
+def test_a_short_siege_loses_nothing(tmp_path):
+    report = soak(tmp_path, clients=12, seconds=5)
+    assert report.counts["cut"]
+    assert report.counts["refused"]

@@ -99,7 +99,8 @@ class Vocabulary:
 
     def __init__(self, model: VLM, tokenizer: Tokenizer) -> None:
         self.model, self.reader = model, TokenReader(tokenizer)
-        texts = [self.reader.text(token) for token in range(tokenizer.vocab_size)]
+        added = tokenizer.backend.get_added_tokens_decoder()
+        texts = [None if token in added else self.reader.text(token) for token in range(tokenizer.vocab_size)]
         is_word = [text is not None and any(map(str.isalnum, text)) for text in texts]
         self._word_ids = torch.tensor([token for token, word in enumerate(is_word) if word], device=model.device)
 
@@ -117,7 +118,7 @@ class Vocabulary:
     def nearest(self, embeddings: Tensor, count: int) -> list[list[Word]]:
         """The words whose embeddings are nearest to each of embeddings [P, D], and their cosines.
 
-        Only tokens with a letter or a digit are words: no special tokens, no bytes of incomplete characters. Tokens
+        Only tokens with a letter or a digit are words: no added tokens, no bytes of incomplete characters. Tokens
         that differ in spaces and capitals only count as one word.
         """
         if not len(self._word_ids):

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from minimind_v.core.curate.token_text import TokenReader
 from minimind_v.core.errors import MmvError
 from minimind_v.core.generate.detokenize import SplitStream
 from minimind_v.core.generate.engine import Engine, Event, Prompt, Request
@@ -17,9 +16,9 @@ from minimind_v.core.generate.sampling import Sampler
 from minimind_v.core.serve.chat_request import ChatRequest
 from minimind_v.core.serve.errors import ApiError, encode_json
 from minimind_v.core.serve.metrics import Metrics
+from minimind_v.core.serve.token_list import TokenList
 
 END = b"data: [DONE]\n\n"
-LOWEST = -9999.0  # the log-probability of a token that has none, as OpenAI's
 
 
 @asynccontextmanager
@@ -58,7 +57,7 @@ class Running:
             events.append(self._events.get_nowait())
         for event in events:
             if event.error is not None:
-                raise _failure(event.error)
+                raise _failure(event.error) from event.error
         return events
 
     def cancel(self) -> None:
@@ -78,13 +77,13 @@ class Completion:
     def __init__(self, name: str, request: ChatRequest, prompt: Prompt, engine: Engine, metrics: Metrics) -> None:
         self.request, self.prompt, self.metrics = request, prompt, metrics
         self.tokens, self.finish_reason = 0, ""
-        self._reader, self._tokenizer = TokenReader(engine.tokenizer), engine.tokenizer
+        self._token_list = TokenList(engine.tokenizer)
         self._split = SplitStream(request.think)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         self._begin = time.perf_counter()
 
     def take(self, event: Event) -> tuple[list[tuple[bool, str]], list[dict[str, Any]]]:
-        """The texts of an event, each with whether it is reasoning, and its token with its log-probability."""
+        """The texts of an event, each with whether it is reasoning, and the tokens that are complete with it."""
         if event.token is not None:
             if not self.tokens:
                 self.metrics.first_token.add(time.perf_counter() - self._begin)
@@ -94,8 +93,7 @@ class Completion:
         if event.end is not None:
             texts += self._split.rest()
             self.finish_reason = "length" if event.end == "length" else "stop"
-        tokens = [] if event.logprob is None or event.token is None else [self._token(event)]
-        return texts, tokens
+        return texts, self._token_list.add(event)
 
     def whole(self, texts: list[tuple[bool, str]], tokens: list[dict[str, Any]]) -> dict[str, Any]:
         """The answer as one object."""
@@ -144,15 +142,6 @@ class Completion:
 
     def _logprobs(self, tokens: Any) -> dict[str, Any] | None:
         return {"content": list(tokens), "refusal": None} if self.request.logprobs is not None and tokens else None
-
-    def _token(self, event: Event) -> dict[str, Any]:
-        assert event.token is not None
-        own = self._named(event.token, event.logprob if event.logprob is not None else LOWEST)
-        return {**own, "top_logprobs": [self._named(token, logprob) for token, logprob in event.likeliest]}
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self._reader.bytes_of(token)
-        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, LOWEST), "bytes": list(data)}
 
 
 def sse(value: Any) -> bytes:

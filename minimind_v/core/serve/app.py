@@ -178,10 +178,11 @@ class Guard:
 
     def _response(self, error: Exception) -> Response:
         if isinstance(error, ApiError):
+            self.service.report(error)
             return error.response()
         if isinstance(error, HTTPException):
             return http_error(error)
-        self.service.models.log(f"a request failed: {type(error).__name__}: {error}")
+        self.service.report(error)
         return ApiError(500, "the request failed; the server's log says why", code="internal_error").response()
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:

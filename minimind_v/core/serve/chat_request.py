@@ -143,7 +143,7 @@ def _refuse_fields(body: Mapping[str, Any], extra: frozenset[str]) -> None:
             raise ApiError(400, f"unknown field {shown!r}{guess}", shown, "unknown_parameter")
         if isinstance(value, bool) != isinstance(next(iter(NEUTRAL[name]), None), bool) or value not in NEUTRAL[name]:
             neutral = f": leave it out, or give {NEUTRAL[name][0]!r}" if NEUTRAL[name] else ": leave it out"
-            raise ApiError(400, f"this server does not compute {name}{neutral}", name, "unsupported_parameter")
+            raise ApiError(400, f"this server does not support {name}{neutral}", name, "unsupported_parameter")
 
 
 def _sampling(fields: Fields) -> Sampling:
@@ -230,7 +230,7 @@ def _read_message(message: Any, at: str) -> tuple[str, str, list[str]]:
         raise ApiError(400, f"{at}.role must be one of {', '.join(ROLES)}, not {shown!r}", f"{at}.role")
     for name in ("tool_calls", "function_call", "audio"):
         if message.get(name):
-            raise ApiError(400, f"this server does not compute {name}", f"{at}.{name}", "unsupported_parameter")
+            raise ApiError(400, f"this server does not support {name}", f"{at}.{name}", "unsupported_parameter")
     content = message.get("content")
     if content is None and ("content" in message or role == "assistant"):
         content = ""

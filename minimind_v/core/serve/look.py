@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -58,8 +59,8 @@ class Traces:
                 name, model = await lent.enter_async_context(service.models.lend(request.model))
                 scope["mmv"] |= {"model": name}
                 prompt = await service.prompt(model, request)
-                work = _trace, model.engine, name, request, prompt, settings, stop
-                data = await asyncio.get_running_loop().run_in_executor(self._thread, *work)
+                work = partial(_trace, model.engine, name, request, prompt, settings, stop)
+                data = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         finally:
             stop.set()
         await Response(data, media_type="application/json")(scope, receive, send)

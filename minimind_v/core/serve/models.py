@@ -58,7 +58,7 @@ class Model:
         self._thread.join()
 
 
-UNREADABLE = {
+UNREADABLE: dict[str, Any] = {
     "thinks": False, "images": False, "context": 0, "stage": None, "parameters": None, "generation": None,
     "tokens_per_image": 0,
 }  # fmt: skip
@@ -120,6 +120,9 @@ class Models:
         if name is None:
             return next(iter(self.entries.values()))
         if name not in self.entries:
+            by_file = [entry for entry in self.entries.values() if entry.path.name == name]
+            if len(by_file) == 1:
+                return by_file[0]
             some = ", ".join(list(self.entries)[:10])
             raise ApiError(
                 404, f"the model {name[:100]!r} does not exist; there are: {some}", "model", "model_not_found"
@@ -155,7 +158,7 @@ class Models:
                     await asyncio.to_thread(self._describe, entry)
         return [
             {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "mmv",
-             "mmv": {"loaded": entry.model is not None, **(entry.description or UNREADABLE)}}
+             "mmv": {"loaded": entry.model is not None, **(entry.description or {})}}
             for entry in self.entries.values()
         ]  # fmt: skip
 
@@ -190,6 +193,7 @@ class Models:
         return Model(load(entry.path, self.vision_model, self.tokenizer, self.device, self.log), self.log)
 
     def _describe(self, entry: Entry) -> None:
+        entry.description = UNREADABLE  # until it is loaded
         with suppress(ApiError), self._errors(entry):
             stored = read_model_parts(entry.path, self.vision_model, self.tokenizer)
             spec = projected(stored.tower.spec, stored.config.projector)
@@ -224,6 +228,7 @@ class Models:
 def named(paths: Sequence[Path]) -> dict[str, Path]:
     """The weights that paths stand for, by names that are unique: a folder of several stands for each of them.
 
+    The first of a name has it without its ending; so a converted copy beside weights does not change their name.
     Raises MissingInput for a path without weights, UsageError for the same weights twice.
     """
     files = [file for path in paths for file in _weights_in(path)]
@@ -231,11 +236,14 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
         raise UsageError(f"{twice[0]} is given twice — give each model once")
     names: dict[str, Path] = {}
     for file in files:
-        same = [other for other in files if _name(other) == _name(file)]
-        name = _name(file) if len(same) == 1 else file.name
-        if len(same) > 1 and len({other.name for other in same}) < len(same):
-            name = f"{file.resolve().parent.name}/{file.name}"
-        names[name if name not in names else f"{name}-{len(names) + 1}"] = file
+        parent = file.resolve().parent.name
+        forms = [
+            _name(file),
+            file.name,
+            f"{parent}/{file.name}",
+            *(f"{_name(file)}-{n}" for n in range(2, len(files) + 2)),
+        ]
+        names[next(form for form in forms if form not in names)] = file
     return names
 
 
@@ -255,7 +263,7 @@ def _weights_in(path: Path) -> list[Path]:
         raise MissingInput(f"no weights in {path} — name a file, an exported folder or a run's folder with --model")
     with suppress(MissingInput):
         latest = find_weights(path)
-        models.sort(key=lambda model: model != latest)
+        models.sort(key=lambda model: _name(model) != _name(latest))
     return models
 
 

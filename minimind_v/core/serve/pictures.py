@@ -25,14 +25,15 @@ class Pictures:
         """`hosts`: those from which images are fetched."""
         self.limits, self.hosts = limits, hosts
         self._fetching = ThreadPoolExecutor(limits.fetching, "fetch")
+        self._decoding = ThreadPoolExecutor(1, "base64")
 
     async def read(self, url: str) -> bytes:
         """The bytes of a picture file. Raises ApiError."""
+        limits, loop = self.limits, asyncio.get_running_loop()
         if not url[:8].lower().startswith(("http://", "https://")):
-            return picture_bytes(url, self.limits)
+            return await loop.run_in_executor(self._decoding, picture_bytes, url, limits)
         if not self.hosts:
             raise ApiError(400, f"this server fetches no images: {HOW}", "messages", "remote_image_refused")
-        limits, loop = self.limits, asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._fetching, fetch_image, url, self.hosts, limits.image_bytes, limits.remote_seconds
         )

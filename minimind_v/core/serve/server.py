@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ from minimind_v.core.serve.models import Models
 from minimind_v.core.serve.pictures import Pictures
 from minimind_v.core.serve.protocol import make_protocol
 from minimind_v.core.serve.service import Service
+from minimind_v.core.wording import plural
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 BACKLOG = 256
@@ -72,6 +73,8 @@ def serve(settings: Settings, listener: Listener) -> signal.Signals | None:
 
 async def _serve(settings: Settings, endpoint: socket.socket, listener: Listener) -> signal.Signals | None:
     limits = settings.limits
+    if settings.log_json:
+        listener = replace(listener, message=lambda text: listener.request(_as_json({"message": text})))
     companions = settings.vision_model, settings.tokenizer
     models = Models(settings.models, *companions, settings.device, limits.models, listener.message)
     if len(models.entries) == 1:
@@ -87,7 +90,7 @@ async def _serve(settings: Settings, endpoint: socket.socket, listener: Listener
     )  # fmt: skip
     address, port = endpoint.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-    server = Server(config, service, lambda: listener.started(url))
+    server = Server(config, service, url, listener)
     try:
         await server.serve([endpoint])
     finally:
@@ -98,16 +101,16 @@ async def _serve(settings: Settings, endpoint: socket.socket, listener: Listener
 class Server(uvicorn.Server):
     """uvicorn's server, which lets accepted requests finish before it ends."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, url: str, listener: Listener) -> None:
         super().__init__(config)
-        self.service, self.when_started = service, started
+        self.service, self.url, self.listener = service, url, listener
         self.signal: signal.Signals | None = None
-        self._end = 0.0
+        self._end, self._reported = 0.0, False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
-        self.when_started()
+        self.listener.started(self.url)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal."""
@@ -120,7 +123,11 @@ class Server(uvicorn.Server):
         """Whether to end, asked ten times a second."""
         if self.signal is None:
             return await super().on_tick(counter)
-        return not self.service.metrics.accepted or time.monotonic() > self._end
+        accepted = self.service.metrics.accepted
+        if accepted and not self._reported:
+            self.listener.message(f"finishing {plural(accepted, 'answer')}; a second signal ends at once")
+            self._reported = True
+        return not accepted or time.monotonic() > self._end
 
 
 def is_loopback(host: str) -> bool:

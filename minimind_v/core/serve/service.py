@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 from starlette.types import Receive, Scope, Send
 
 from minimind_v.core.errors import MmvError, RowError
@@ -67,6 +68,12 @@ class Service:
         finally:
             self.metrics.accepted -= 1
 
+    def report(self, error: Exception) -> None:
+        """Write to the log what a client is not told."""
+        cause = error.__cause__ if isinstance(error, ApiError) else error
+        if cause is not None:
+            self.models.log(f"a request failed: {type(cause).__name__}: {cause}")
+
     async def prepare(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function in one of a few threads."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
@@ -95,8 +102,11 @@ class Service:
         """The prompt of a request, its images decoded. Raises ApiError."""
         if request.think and not model.description["thinks"]:
             raise ApiError(400, "this model does not reason: leave out think", "think", "unsupported_parameter")
-        files = [await self.pictures.read(url) for url in request.images]
-        return await self.prepare(prepare_prompt, model.engine, request, files)
+        pixels = []
+        for number, url in enumerate(request.images, 1):  # one at a time: a client that leaves ends the rest
+            which = f"image {number}" if len(request.images) > 1 else "the image"
+            pixels.append(await self.prepare(decode_image, model.engine, await self.pictures.read(url), which))
+        return await self.prepare(encode_messages, model.engine, request, pixels)
 
     async def _whole(self, running: Running, completion: Completion, scope: Scope, send: Send) -> None:
         texts: list[tuple[bool, str]] = []
@@ -123,22 +133,24 @@ class Service:
                 events = await running.events()
             await _write(send, b"".join(map(sse, [*chunks, *completion.last_chunks()])) + END)
         except ApiError as error:
+            self.report(error)
             scope["mmv"]["error"] = error.code or error.message
             await _write(send, sse(error.as_json()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def prepare_prompt(engine: Engine, request: ChatRequest, files: list[bytes]) -> Prompt:
-    """Decode the picture files and encode the messages. Raises ApiError."""
+def decode_image(engine: Engine, data: bytes, which: str) -> np.ndarray:
+    """A picture file as the model takes it, uint8 [3, S, S]. Raises ApiError."""
     try:
-        pixels = []
-        for number, data in enumerate(files, 1):
-            try:
-                pixels.append(engine.processor.pixels(data))
-            except RowError as error:
-                which = f"image {number}" if len(files) > 1 else "the image"
-                reason = str(error).removeprefix("the image: ")
-                raise ApiError(400, f"{which}: {reason}", "messages", "invalid_image") from None
+        return engine.processor.pixels(data)
+    except RowError as error:
+        reason = str(error).removeprefix("the image: ")
+        raise ApiError(400, f"{which}: {reason}", "messages", "invalid_image") from None
+
+
+def encode_messages(engine: Engine, request: ChatRequest, pixels: list[np.ndarray]) -> Prompt:
+    """The prompt of a request with these images. Raises ApiError."""
+    try:
         return engine.prompt(request.messages, pixels, request.max_new_tokens, request.think)
     except PromptTooLong as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None

@@ -38,6 +38,7 @@ const TEXTS = {
     all: "all",
     nth: (n) => `${n}`,
     none: "0",
+    inBits: (bits) => `${bits} bits`,
     wholeAnswer: "Whole answer",
     token: "Token",
     probability: (p) => `probability ${p}`,
@@ -116,6 +117,7 @@ const TEXTS = {
     all: "全部",
     nth: (n) => `第 ${n}`,
     none: "0",
+    inBits: (bits) => `${bits} 比特`,
     wholeAnswer: "整个回答",
     token: "词元",
     probability: (p) => `概率 ${p}`,
@@ -317,6 +319,7 @@ class Viewer {
         h("dl", { class: "help" }, t.help.map(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]))),
       this.tables());
     this.root.addEventListener("pointerup", () => this.endStroke());
+    this.root.addEventListener("pointercancel", () => { this.stroke = null; }); // a finger scrolls the page
   }
 
   chip(token, index) {
@@ -721,7 +724,7 @@ class Viewer {
     const values = source === "none" ? null : this.numbers.map(this, this.token);
     const most = values && Math.max(...values, source === "occlusion" ? LEAST : 1e-9);
     for (const view of this.views) this.drawImage(view, values?.subarray(view.first, this.firsts[view.index + 1]), most);
-    const unit = source === "occlusion" ? (value) => `${number(value)} bits` : percent;
+    const unit = source === "occlusion" ? (value) => this.texts.inBits(number(value)) : percent;
     this.scale.replaceChildren(...(values ? [h("span", {}, this.texts.none), h("span", { class: "inferno" }), h("span", {}, unit(most))] : []));
   }
 
@@ -733,9 +736,7 @@ class Viewer {
     const rectangle = (p) => [((p - first) % image.columns) * wide, Math.floor((p - first) / image.columns) * high, wide, high];
     context.imageSmoothingEnabled = picture.naturalWidth > 160; // the pixels of a small image can be seen
     context.drawImage(picture, 0, 0, size, size);
-    context.fillStyle = GREY;
     const painted = [...this.painted].filter((p) => p >= first && p < first + image.rows * image.columns);
-    for (const p of painted) context.fillRect(...rectangle(p));
     if (values) {
       const small = new OffscreenCanvas(image.columns, image.rows);
       small.getContext("2d").putImageData(heat(values, image, most, VEIL), 0, 0);
@@ -745,6 +746,8 @@ class Viewer {
     }
     const line = Math.max(1.5, size / 260);
     for (const p of painted) {
+      context.fillStyle = GREY;
+      context.fillRect(...rectangle(p));
       context.strokeStyle = "#ffffffb0";
       context.lineWidth = line / 2;
       context.strokeRect(...rectangle(p));

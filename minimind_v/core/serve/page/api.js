@@ -12,18 +12,26 @@ export class Refused extends Error {
 }
 
 let key = "";
-try { key = sessionStorage.getItem("mmv.key") ?? ""; } catch {}
+try {
+  key = sessionStorage.getItem("mmv.key") ?? "";
+} catch {}
 
 /** Use an API key until the tab is closed. */
 export function useKey(text) {
   key = text;
-  try { sessionStorage.setItem("mmv.key", text); } catch {} // then until the page is reloaded
+  try {
+    sessionStorage.setItem("mmv.key", text);
+  } catch {} // then until the page is reloaded
 }
 
 /** Call the server. Raises Refused, Gone, or the abort of `signal`. */
 async function call(path, body = null, signal = null) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
-  const post = body && { method: "POST", body: JSON.stringify(body), headers: { ...headers, "Content-Type": "application/json" } };
+  const post = body && {
+    method: "POST",
+    body: JSON.stringify(body),
+    headers: { ...headers, "Content-Type": "application/json" },
+  };
   let response;
   try {
     response = await fetch(path, { headers, signal, cache: "no-store", ...post });
@@ -32,7 +40,10 @@ async function call(path, body = null, signal = null) {
     throw new Gone(error.message);
   }
   if (response.ok) return response;
-  const message = await response.json().then((json) => json.error?.message, () => "");
+  const message = await response.json().then(
+    (json) => json.error?.message,
+    () => "",
+  );
   const wait = Number(response.headers.get("Retry-After"));
   throw new Refused(message || "", response.status, Number.isFinite(wait) && wait > 0 ? wait : null);
 }
@@ -43,7 +54,11 @@ export const models = async () => (await (await call("/v1/models")).json()).data
 export const examples = async () => (await (await call("/v1/examples")).json()).examples;
 
 /** Whether the server can give answers. */
-export const isHealthy = async () => call("/health", null, AbortSignal.timeout(5000)).then(() => true, () => false);
+export const isHealthy = async () =>
+  call("/health", null, AbortSignal.timeout(5000)).then(
+    () => true,
+    () => false,
+  );
 
 export const look = async (body, signal) => (await call("/v1/look", body, signal)).json();
 
@@ -52,7 +67,11 @@ export const file = async (path) => (await call(path)).blob();
 
 /** The chunks of a streamed answer. Raises Refused for an error in the stream, Gone where it ends before its end. */
 export async function* answer(body, signal) {
-  const response = await call("/v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, signal);
+  const response = await call(
+    "/v1/chat/completions",
+    { ...body, stream: true, stream_options: { include_usage: true } },
+    signal,
+  );
   for await (const data of events(response.body, signal)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);

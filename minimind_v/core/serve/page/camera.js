@@ -11,19 +11,38 @@ export function takePhoto() {
   fill(dialog, t("camera"), video, problem, h("div", { class: "pair" }, take));
   dialog.showModal();
   let stream = null;
-  navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1280 } } }).then((opened) => {
-    stream = opened;
-    if (!dialog.open) return release();
-    video.srcObject = stream;
-    video.onloadeddata = () => { take.disabled = false; take.focus(); };
-  }, (error) => { problem.textContent = t(error.name === "NotFoundError" ? "cameraMissing" : "cameraRefused"); });
+  navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1280 } } }).then(
+    (opened) => {
+      stream = opened;
+      if (!dialog.open) return release();
+      video.srcObject = stream;
+      video.onloadeddata = () => {
+        take.disabled = false;
+        take.focus();
+      };
+    },
+    (error) => {
+      problem.textContent = t(error.name === "NotFoundError" ? "cameraMissing" : "cameraRefused");
+    },
+  );
   const release = () => stream?.getTracks().forEach((track) => track.stop());
   return new Promise((resolve) => {
     take.onclick = () => {
       const canvas = h("canvas", { width: video.videoWidth, height: video.videoHeight });
       canvas.getContext("2d").drawImage(video, 0, 0);
-      canvas.toBlob((blob) => { resolve(new File([blob], "camera.jpg", { type: "image/jpeg" })); dialog.close(); }, "image/jpeg", 0.95);
+      canvas.toBlob(
+        (blob) => {
+          resolve(new File([blob], "camera.jpg", { type: "image/jpeg" }));
+          dialog.close();
+        },
+        "image/jpeg",
+        0.95,
+      );
     };
-    dialog.onclose = () => { release(); dialog.replaceChildren(); resolve(null); };
+    dialog.onclose = () => {
+      release();
+      dialog.replaceChildren();
+      resolve(null);
+    };
   });
 }

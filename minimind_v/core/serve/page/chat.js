@@ -7,25 +7,36 @@ const SAVE_EVERY = 1000; // milliseconds between two saves of a growing answer
 
 export class Chat {
   /**
-   * `images` maps ids to images. `app` has `store`, `model()`, `loadModels()`, `settings.values(model)` and `settings.system`, and hears
-   * `changed(chat)` of other messages, `grew(chat, node)` of more text, `ended(chat, node, error)`, `storeFailed(error)`.
+   * `images` maps ids to images. `app` has `store`, `settings`, `model()` and `loadModels()`, and hears `changed(chat)`
+   * of other messages, `grew(chat, node)` of more text, `ended(chat, node, error)`, `stored(conversation)` and
+   * `storeFailed(error)`.
    */
   constructor(conversation, images, app) {
     Object.assign(this, { conversation, images, app, running: null });
   }
 
-  get nodes() { return path(this.conversation); }
+  get nodes() {
+    return path(this.conversation);
+  }
 
-  versions(node) { return versions(this.conversation, node); }
+  versions(node) {
+    return versions(this.conversation, node);
+  }
 
   /** Whether an image stands in the conversation before this answer. */
-  hasImages(node) { return pathTo(this.conversation, node).some(({ images }) => images.length); }
+  hasImages(node) {
+    return pathTo(this.conversation, node).some(({ images }) => images.length);
+  }
 
   /** Ask a question at the end of the selected way. */
-  ask(text, images) { return this.#ask(this.nodes.at(-1) ?? null, text, images); }
+  ask(text, images) {
+    return this.#ask(this.nodes.at(-1) ?? null, text, images);
+  }
 
   /** Ask an earlier question anew: its other words, and the answer, are a new branch. */
-  edit(question, text, images) { return this.#ask(parentOf(this.conversation, question), text, images); }
+  edit(question, text, images) {
+    return this.#ask(parentOf(this.conversation, question), text, images);
+  }
 
   #ask(parent, text, images) {
     const { conversation, app } = this;
@@ -47,13 +58,23 @@ export class Chat {
   /** Show another version of a message. */
   async choose(node) {
     select(this.conversation, node);
-    await this.save();
     this.app.changed(this);
+    await this.save();
+    this.app.stored(this.conversation);
   }
 
-  stop() { this.running?.controller.abort(); }
+  stop() {
+    this.running?.controller.abort();
+  }
+
+  /** The conversation was deleted: its answer stops and is not stored. */
+  remove() {
+    this.isRemoved = true;
+    this.stop();
+  }
 
   async save() {
+    if (this.isRemoved) return;
     this.saved = Date.now();
     await this.app.store.save(this.conversation).catch(this.app.storeFailed);
   }
@@ -62,7 +83,9 @@ export class Chat {
   messages(last) {
     const { system } = this.app.settings;
     const turns = pathTo(this.conversation, last).map(({ role, text, images }) => {
-      const parts = images.filter((id) => this.images.has(id)).map((id) => ({ type: "image_url", image_url: { url: this.images.get(id).src } }));
+      const parts = images
+        .filter((id) => this.images.has(id))
+        .map((id) => ({ type: "image_url", image_url: { url: this.images.get(id).src } }));
       return { role, content: parts.length ? [...parts, { type: "text", text }] : text };
     });
     return system ? [{ role: "system", content: system }, ...turns] : turns;
@@ -99,7 +122,8 @@ export class Chat {
       try {
         return await this.#stream(body, node);
       } catch (error) {
-        if (!(error instanceof Refused) || ![429, 503].includes(error.status) || !error.wait || tries === PATIENCE) throw error;
+        if (!(error instanceof Refused) || ![429, 503].includes(error.status) || !error.wait || tries === PATIENCE)
+          throw error;
         await this.#wait(Math.ceil(error.wait), node);
       }
     }
@@ -112,7 +136,14 @@ export class Chat {
       this.app.grew(this, node);
       await new Promise((resolve) => {
         const timer = setTimeout(resolve, 1000);
-        signal.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, { once: true });
+        signal.addEventListener(
+          "abort",
+          () => {
+            clearTimeout(timer);
+            resolve();
+          },
+          { once: true },
+        );
       });
       signal.throwIfAborted();
     }
@@ -122,11 +153,12 @@ export class Chat {
 
   async #stream(body, node) {
     const asked = performance.now();
-    let first = 0, last = 0;
+    let first = 0,
+      last = 0;
     for await (const chunk of answer(body, this.running.controller.signal)) {
       const [choice] = chunk.choices ?? [];
       const { content, reasoning_content: reasoning } = choice?.delta ?? {};
-      if (content || reasoning) first ||= (last = performance.now());
+      if (content || reasoning) first ||= last = performance.now();
       if (content || reasoning) last = performance.now();
       node.text += content ?? "";
       node.reasoning += reasoning ?? "";
@@ -143,5 +175,9 @@ export class Chat {
 /** Tokens, seconds to the first one, and tokens per second from then on. */
 function stats(tokens, asked, first, last) {
   if (!first) return { tokens };
-  return { tokens, first: (first - asked) / 1000, ...(tokens > 2 && last > first ? { speed: ((tokens - 1) * 1000) / (last - first) } : {}) };
+  return {
+    tokens,
+    first: (first - asked) / 1000,
+    ...(tokens > 2 && last > first ? { speed: ((tokens - 1) * 1000) / (last - first) } : {}),
+  };
 }

@@ -1,7 +1,7 @@
 // Elements, icons, and small things that every module shows. Text is always set as text, never as HTML.
 import { t } from "./strings.js";
 
-/** An element. `on…` attributes are listeners; true and false set or leave out an attribute; text becomes text nodes. */
+/** An element. `on…` attributes are listeners; true and false set or leave out an attribute; texts become nodes. */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -32,7 +32,8 @@ const PATHS = {
   export: "M12 15V4M7 9l5-5 5 5M5 20h14",
   sliders: "M5 4v6M5 14v6M12 4v2M12 10v10M19 4v9M19 17v3M2.5 12h5M9.5 8h5M16.5 15h5",
   keyboard: "M3 7h18v10H3zM7 10.5v.01M11 10.5v.01M15 10.5v.01M18 10.5v.01M8 14h8",
-  light: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4M18.7 5.3l-1.4 1.4M6.7 17.3l-1.4 1.4",
+  light:
+    "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4M18.7 5.3l-1.4 1.4M6.7 17.3l-1.4 1.4",
   dark: "M19.5 14.5A8 8 0 0 1 9.5 4.5a8 8 0 1 0 10 10z",
   system: "M4 5h16v11H4zM9 20h6M12 16v4",
 };
@@ -52,14 +53,20 @@ export function icon(name) {
 export function button(symbol, text, onclick, { visible = false, ...attributes } = {}) {
   const label = visible ? {} : { "aria-label": text, title: text };
   const style = visible ? "" : "icon";
-  return h("button", { type: "button", class: style, onclick, ...label, ...attributes }, icon(symbol), visible && h("span", {}, text));
+  return h(
+    "button",
+    { type: "button", class: style, onclick, ...label, ...attributes },
+    icon(symbol),
+    visible && h("span", {}, text),
+  );
 }
 
 /** Give the fixed parts of the page their words and icons, in today's language. */
 export function translate(root = document) {
   for (const element of root.querySelectorAll("[data-text],[data-icon],[data-label]")) {
     const { text, icon: symbol, label } = element.dataset;
-    if (text || symbol) element.replaceChildren(...(symbol ? [icon(symbol)] : []), ...(text ? [h("span", {}, t(text))] : []));
+    if (text || symbol)
+      element.replaceChildren(...(symbol ? [icon(symbol)] : []), ...(text ? [h("span", {}, t(text))] : []));
     if (label) {
       element.setAttribute("aria-label", t(label));
       if (element.matches("button, select")) element.title = t(label);
@@ -77,14 +84,33 @@ export function fill(dialog, title, ...content) {
 export function toast(text, action = null, seconds = 7) {
   const element = h("div", { class: "toast" }, h("span", {}, text));
   const remove = () => element.remove();
-  if (action) element.append(h("button", { type: "button", onclick: () => { remove(); action.run(); } }, action.text));
+  if (action)
+    element.append(
+      h(
+        "button",
+        {
+          type: "button",
+          onclick: () => {
+            remove();
+            action.run();
+          },
+        },
+        action.text,
+      ),
+    );
   element.append(button("close", t("close"), remove));
   document.getElementById("toasts").append(element);
   let timer = setTimeout(remove, seconds * 1000);
   // Nobody must hurry: while it is read or has the focus it stays.
   for (const event of ["pointerenter", "focusin"]) element.addEventListener(event, () => clearTimeout(timer));
-  for (const event of ["pointerleave", "focusout"]) element.addEventListener(event, () => { clearTimeout(timer); timer = setTimeout(remove, 3000); });
+  for (const event of ["pointerleave", "focusout"])
+    element.addEventListener(event, () => {
+      clearTimeout(timer);
+      timer = setTimeout(remove, 3000);
+    });
 }
 
 /** Let a screen reader say something when it has time. */
-export const announce = (text) => { document.getElementById("announcer").textContent = text; };
+export const announce = (text) => {
+  document.getElementById("announcer").textContent = text;
+};

@@ -3,7 +3,7 @@ import { button, h, toast } from "./dom.js";
 import { t } from "./strings.js";
 
 export class History {
-  /** `app` has `store`, `current()`, `open(conversation)`, `rename(conversation, title)` and `removed(conversation)`. */
+  /** `app` has `store`, `current()`, `open(conversation)`, `rename(conversation, title)`, `removed(conversation)`. */
   constructor(element, app) {
     Object.assign(this, { element, app, renaming: null });
   }
@@ -19,14 +19,34 @@ export class History {
     const { id } = conversation;
     const name = conversation.title || t("untitled");
     if (this.renaming === id) return h("li", {}, this.#renameForm(conversation));
-    const open = h("button", {
-      type: "button", class: "title", "data-key": `${id}:open`, title: name,
-      "aria-current": this.app.current() === id ? "true" : null, onclick: () => this.app.open(conversation),
-    }, name);
-    return h("li", {}, open,
-      button("edit", `${t("rename")}: ${name}`, () => { this.renaming = id; this.show().then(() => this.element.querySelector("input").select()); }, { "data-key": `${id}:rename` }),
+    const open = h(
+      "button",
+      {
+        type: "button",
+        class: "title",
+        "data-key": `${id}:open`,
+        title: name,
+        "aria-current": this.app.current() === id ? "true" : null,
+        onclick: () => this.app.open(conversation),
+      },
+      name,
+    );
+    return h(
+      "li",
+      {},
+      open,
+      button(
+        "edit",
+        `${t("rename")}: ${name}`,
+        () => {
+          this.renaming = id;
+          this.show().then(() => this.element.querySelector("input").select());
+        },
+        { "data-key": `${id}:rename` },
+      ),
       button("export", `${t("export")}: ${name}`, () => this.export([conversation]), { "data-key": `${id}:export` }),
-      button("trash", `${t("remove")}: ${name}`, () => this.#remove(conversation), { "data-key": `${id}:remove` }));
+      button("trash", `${t("remove")}: ${name}`, () => this.#remove(conversation), { "data-key": `${id}:remove` }),
+    );
   }
 
   #renameForm(conversation) {
@@ -39,8 +59,22 @@ export class History {
       this.element.querySelector(`[data-key="${conversation.id}:rename"]`)?.focus();
     };
     input.addEventListener("blur", () => done(true));
-    input.addEventListener("keydown", (event) => { if (event.key === "Escape") { event.stopPropagation(); done(false); } });
-    return h("form", { onsubmit: (event) => { event.preventDefault(); done(true); } }, input);
+    input.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        done(false);
+      }
+    });
+    return h(
+      "form",
+      {
+        onsubmit: (event) => {
+          event.preventDefault();
+          done(true);
+        },
+      },
+      input,
+    );
   }
 
   async #remove(conversation) {

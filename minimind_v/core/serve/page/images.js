@@ -28,16 +28,19 @@ export async function readImage(file) {
   const { width, height } = bitmap;
   const isLarge = Math.max(width, height) > LONGEST;
   const asIs = AS_IS.includes(type) && file.size <= MOST_BYTES && !isLarge && !isAnimated(head);
-  const src = asIs ? await dataUri(new Blob([file], { type })) : await redrawn(bitmap, type === "image/jpeg" || type === "image/heic");
+  const src = asIs
+    ? await dataUri(new Blob([file], { type }))
+    : await redrawn(bitmap, type === "image/jpeg" || type === "image/heic");
   bitmap.close();
   const scale = isLarge ? LONGEST / Math.max(width, height) : 1;
   return { id: newId(), src, name, width: Math.round(width * scale), height: Math.round(height * scale) };
 }
 
-/** The pixels at no more than 2048 a side: a photo as JPEG, all else as PNG, which loses nothing, unless that is large. */
+/** The pixels at no more than 2048 a side: a photo as JPEG, all else as PNG, unless that is large. */
 async function redrawn(bitmap, isPhoto) {
   const scale = Math.min(1, LONGEST / Math.max(bitmap.width, bitmap.height));
-  const width = Math.max(1, Math.round(bitmap.width * scale)), height = Math.max(1, Math.round(bitmap.height * scale));
+  const width = Math.max(1, Math.round(bitmap.width * scale)),
+    height = Math.max(1, Math.round(bitmap.height * scale));
   const smaller = await createImageBitmap(bitmap, { resizeWidth: width, resizeHeight: height, resizeQuality: "high" });
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");
@@ -67,9 +70,10 @@ function isAnimated(head) {
   return text.includes("acTL") || (text.slice(12, 16) === "VP8X" && Boolean(head[20] & 2));
 }
 
-const dataUri = (blob) => new Promise((resolve, reject) => {
-  const reader = new FileReader();
-  reader.onload = () => resolve(reader.result);
-  reader.onerror = () => reject(reader.error);
-  reader.readAsDataURL(blob);
-});
+const dataUri = (blob) =>
+  new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });

@@ -3,20 +3,33 @@ import { look } from "./api.js";
 import { fill, h } from "./dom.js";
 import { language, t } from "./strings.js";
 
-const VIEWER = "/page/look.js", STYLE = "/page/look.css";
+const VIEWER = "/page/look.js",
+  STYLE = "/page/look.css";
 
 /** Whether the server has the viewer. */
-export const hasViewer = async () => fetch(VIEWER, { method: "HEAD" }).then(({ ok }) => ok, () => false);
+export const hasViewer = async () =>
+  fetch(VIEWER, { method: "HEAD" }).then(
+    ({ ok }) => ok,
+    () => false,
+  );
 
 /** Open the panel for an answer: a request `{ model, messages, answer, max_tokens }`. */
 export async function lookInside(request) {
   const dialog = document.getElementById("look");
   const controller = new AbortController();
-  const body = h("div", { class: "look-body" }, h("p", { class: "status" }, h("span", { class: "spinner" }), t("lookComputing")));
+  const body = h(
+    "div",
+    { class: "look-body" },
+    h("p", { class: "status" }, h("span", { class: "spinner" }), t("lookComputing")),
+  );
   fill(dialog, t("look"), body);
-  dialog.onclose = () => { controller.abort(); dialog.replaceChildren(); };
+  dialog.onclose = () => {
+    controller.abort();
+    dialog.replaceChildren();
+  };
   dialog.showModal();
-  if (!document.querySelector(`link[href="${STYLE}"]`)) document.head.append(h("link", { rel: "stylesheet", href: STYLE }));
+  if (!document.querySelector(`link[href="${STYLE}"]`))
+    document.head.append(h("link", { rel: "stylesheet", href: STYLE }));
   try {
     const [{ mount }, trace] = await Promise.all([import(VIEWER), look(request, controller.signal)]);
     if (!dialog.open) return;
@@ -25,6 +38,13 @@ export async function lookInside(request) {
     body.replaceChildren();
     mount(body, trace, { ask, language: language() });
   } catch (error) {
-    if (!controller.signal.aborted) body.replaceChildren(h("p", { class: "notice problem", role: "alert" }, error.message || t("serverError", { status: error.status ?? "" })));
+    if (!controller.signal.aborted)
+      body.replaceChildren(
+        h(
+          "p",
+          { class: "notice problem", role: "alert" },
+          error.message || t("serverError", { status: error.status ?? "" }),
+        ),
+      );
   }
 }

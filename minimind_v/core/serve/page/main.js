@@ -15,8 +15,15 @@ import { newConversation } from "./tree.js";
 const at = (id) => document.getElementById(id);
 const THEMES = ["system", "light", "dark"];
 const SHORTCUTS = [
-  ["keyEnter", "Enter"], ["keyShiftEnter", "Shift", "Enter"], ["keyEscape", "Esc"], ["keyUp", "↑"],
-  ["keyNew", "Alt", "N"], ["keyHistory", "Alt", "H"], ["keySettings", "Alt", "S"], ["keyQuestion", "Alt", "Q"], ["keyShortcuts", "Alt", "K"],
+  ["keyEnter", "Enter"],
+  ["keyShiftEnter", "Shift", "Enter"],
+  ["keyEscape", "Esc"],
+  ["keyUp", "↑"],
+  ["keyNew", "Alt", "N"],
+  ["keyHistory", "Alt", "H"],
+  ["keySettings", "Alt", "S"],
+  ["keyQuestion", "Alt", "Q"],
+  ["keyShortcuts", "Alt", "K"],
 ];
 
 class App {
@@ -42,9 +49,13 @@ class App {
 
   // --- what the parts ask -------------------------------------------------------------------------------------------
 
-  model() { return this.models.find(({ id }) => id === at("model").value) ?? null; }
+  model() {
+    return this.models.find(({ id }) => id === at("model").value) ?? null;
+  }
 
-  current() { return this.chat.conversation.id; }
+  current() {
+    return this.chat.conversation.id;
+  }
 
   storeFailed = (error) => toast(t("storeFailed", { reason: error.message }));
 
@@ -64,7 +75,7 @@ class App {
     return this.history.show();
   }
 
-  /** Another tab stored a conversation. If it is open, this tab shows it as it is now, so that neither undoes the other. */
+  /** Another tab stored a conversation: where it is open, show it as it is now, so that neither undoes the other. */
   async storedElsewhere(id) {
     this.history.show();
     if (id !== this.current() || this.chat.running || this.thread.editing) return;
@@ -82,7 +93,12 @@ class App {
     this.showForm();
     this.stored(chat.conversation);
     if (node.end === "stopped") announce(t("answerStopped"));
-    else announce(error ? t("answerFailed", { reason: node.error || t("interrupted") }) : t("answerDone", { text: node.text || t("emptyAnswer") }));
+    else
+      announce(
+        error
+          ? t("answerFailed", { reason: node.error || t("interrupted") })
+          : t("answerDone", { text: node.text || t("emptyAnswer") }),
+      );
     if (error) this.failed(error);
     else if (!this.model()?.mmv?.loaded) this.loadModels();
   }
@@ -101,7 +117,11 @@ class App {
 
   enlarge(image, n) {
     const dialog = at("image");
-    fill(dialog, t("imageN", { n }), h("img", { src: image.src, alt: image.name, width: image.width, height: image.height }));
+    fill(
+      dialog,
+      t("imageN", { n }),
+      h("img", { src: image.src, alt: image.name, width: image.width, height: image.height }),
+    );
     dialog.showModal();
   }
 
@@ -144,7 +164,7 @@ class App {
   }
 
   removed(conversation) {
-    this.running.get(conversation.id)?.stop();
+    this.running.get(conversation.id)?.remove();
     if (conversation.id === this.current()) this.start(new Chat(newConversation(), new Map(), this));
   }
 
@@ -155,7 +175,8 @@ class App {
       this.models = await models();
     } catch (error) {
       this.failed(error);
-      if (error instanceof Refused && error.status !== 401) toast(error.message || t("serverError", { status: error.status }));
+      if (error instanceof Refused && error.status !== 401)
+        toast(error.message || t("serverError", { status: error.status }));
       return;
     }
     const chosen = at("model").value || memory.get("model");
@@ -176,7 +197,11 @@ class App {
       if (!banner.firstChild) {
         // A screen reader hears once that the server is gone, not each second of the countdown.
         const [spoken, shown] = [h("span", { class: "unseen" }, words), h("span", { "aria-hidden": "true" })];
-        banner.replaceChildren(spoken, shown, h("button", { type: "button", onclick: () => this.server.tryNow() }, t("tryNow")));
+        banner.replaceChildren(
+          spoken,
+          shown,
+          h("button", { type: "button", onclick: () => this.server.tryNow() }, t("tryNow")),
+        );
       }
       banner.children[1].textContent = words;
       return;
@@ -189,7 +214,13 @@ class App {
   askKey() {
     const dialog = at("key");
     if (dialog.open) return;
-    const input = h("input", { type: "password", id: "key-input", autocomplete: "off", required: true, spellcheck: "false" });
+    const input = h("input", {
+      type: "password",
+      id: "key-input",
+      autocomplete: "off",
+      required: true,
+      spellcheck: "false",
+    });
     const submit = (event) => {
       event.preventDefault();
       useKey(input.value.trim());
@@ -197,11 +228,18 @@ class App {
       dialog.close();
       this.loadModels();
     };
-    fill(dialog, t("keyTitle"), h("form", { onsubmit: submit },
-      h("p", {}, t("keyText")),
-      this.keyWasAsked && h("p", { class: "problem", role: "alert" }, t("keyWrong")),
-      h("div", { class: "field" }, h("label", { for: "key-input" }, t("keyTitle")), input),
-      h("div", { class: "pair" }, h("button", { class: "primary" }, t("keyUse")))));
+    fill(
+      dialog,
+      t("keyTitle"),
+      h(
+        "form",
+        { onsubmit: submit },
+        h("p", {}, t("keyText")),
+        this.keyWasAsked && h("p", { class: "problem", role: "alert" }, t("keyWrong")),
+        h("div", { class: "field" }, h("label", { for: "key-input" }, t("keyTitle")), input),
+        h("div", { class: "pair" }, h("button", { class: "primary" }, t("keyUse"))),
+      ),
+    );
     dialog.showModal();
     input.focus();
   }
@@ -210,7 +248,11 @@ class App {
 
   showForm() {
     const running = Boolean(this.chat.running);
-    this.form.show({ model: this.model(), busy: running, placeholder: this.chat.nodes.length ? "askMore" : "askFirst" });
+    this.form.show({
+      model: this.model(),
+      busy: running,
+      placeholder: this.chat.nodes.length ? "askMore" : "askFirst",
+    });
     const { title } = this.chat.conversation;
     at("title").textContent = title || t("newConversation");
     document.title = title ? `${title} · mmv` : "mmv";
@@ -223,19 +265,44 @@ class App {
     const model = this.model();
     const seesImages = model?.mmv?.images !== false;
     const own = this.examples.filter(({ question }) => /\p{Script=Han}/u.test(question) === (language() === "zh"));
-    const cards = seesImages ? (own.length ? own : this.examples).map((example) => h("li", {}, h("button", { type: "button", class: "card", onclick: () => this.tryExample(example) },
-      h("img", { src: example.image, alt: "" }), h("span", {}, example.question)))) : [];
-    return h("div", { class: "welcome" },
+    const cards = seesImages
+      ? (own.length ? own : this.examples).map((example) =>
+          h(
+            "li",
+            {},
+            h(
+              "button",
+              { type: "button", class: "card", onclick: () => this.tryExample(example) },
+              h("img", { src: example.image, alt: "" }),
+              h("span", {}, example.question),
+            ),
+          ),
+        )
+      : [];
+    return h(
+      "div",
+      { class: "welcome" },
       h("h2", {}, t(seesImages ? "welcome" : "welcomeText")),
       seesImages
-        ? h("button", { type: "button", class: "drop-here", onclick: () => this.form.choose() }, icon("image"), h("span", {}, t("welcomeHint")))
+        ? h(
+            "button",
+            { type: "button", class: "drop-here", onclick: () => this.form.choose() },
+            icon("image"),
+            h("span", {}, t("welcomeHint")),
+          )
         : h("p", {}, t("welcomeHintText")),
       cards.length > 0 && [h("h3", {}, t("examples")), h("ul", { class: "cards" }, cards)],
-      model?.mmv && h("p", { class: "facts" }, this.facts(model.mmv)));
+      model?.mmv && h("p", { class: "facts" }, this.facts(model.mmv)),
+    );
   }
 
   facts({ parameters, stage, context, images, tokens_per_image }) {
-    const words = { size: parameters ? compact(parameters) : "?", stage: stage || t("stageUnknown"), context, image: tokens_per_image };
+    const words = {
+      size: parameters ? compact(parameters) : "?",
+      stage: stage || t("stageUnknown"),
+      context,
+      image: tokens_per_image,
+    };
     return t(images === false ? "modelFactsText" : "modelFacts", words);
   }
 
@@ -286,14 +353,23 @@ class App {
   }
 
   openShortcuts() {
-    const rows = SHORTCUTS.map(([key, ...keys]) => [h("dt", {}, keys.map((name) => h("kbd", {}, name))), h("dd", {}, t(key))]);
+    const rows = SHORTCUTS.map(([key, ...keys]) => [
+      h(
+        "dt",
+        {},
+        keys.map((name) => h("kbd", {}, name)),
+      ),
+      h("dd", {}, t(key)),
+    ]);
     fill(at("shortcuts"), t("shortcuts"), h("dl", {}, rows));
     at("shortcuts").showModal();
   }
 
   // --- history's drawer ---------------------------------------------------------------------------------------------
 
-  get isNarrow() { return matchMedia("(max-width: 820px)").matches; }
+  get isNarrow() {
+    return matchMedia("(max-width: 820px)").matches;
+  }
 
   showHistory(isOpen) {
     document.body.classList.toggle("history-open", isOpen);
@@ -317,8 +393,18 @@ class App {
 
 // The conversation of this tab, which a reload opens again.
 const sessionCurrent = {
-  get: () => { try { return sessionStorage.getItem("mmv.current"); } catch { return null; } },
-  set: (id) => { try { id ? sessionStorage.setItem("mmv.current", id) : sessionStorage.removeItem("mmv.current"); } catch {} },
+  get: () => {
+    try {
+      return sessionStorage.getItem("mmv.current");
+    } catch {
+      return null;
+    }
+  },
+  set: (id) => {
+    try {
+      id ? sessionStorage.setItem("mmv.current", id) : sessionStorage.removeItem("mmv.current");
+    } catch {}
+  },
 };
 const otherTabs = "BroadcastChannel" in window ? new BroadcastChannel("mmv") : null;
 
@@ -346,9 +432,13 @@ function listen(app) {
   });
   if (otherTabs) otherTabs.onmessage = ({ data }) => app.storedElsewhere(data);
   for (const dialog of document.querySelectorAll("dialog")) {
-    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); }); // the backdrop
+    dialog.addEventListener("click", (event) => {
+      if (event.target === dialog) dialog.close();
+    }); // the backdrop
   }
-  matchMedia("(max-width: 820px)").addEventListener("change", ({ matches }) => app.showHistory(!matches && memory.get("history") !== "closed"));
+  matchMedia("(max-width: 820px)").addEventListener("change", ({ matches }) =>
+    app.showHistory(!matches && memory.get("history") !== "closed"),
+  );
 }
 
 function listenToKeys(app) {
@@ -375,17 +465,26 @@ function listenToKeys(app) {
 function listenToImages(app) {
   const form = () => (app.thread.form?.element.isConnected ? app.thread.form : app.form);
   const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
-  const show = (isOver) => { at("drop").hidden = !isOver; };
+  const show = (isOver) => {
+    at("drop").hidden = !isOver;
+  };
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];
     // What a word processor copies has text, and an image of it; text is what was meant.
-    if (!files.length || event.clipboardData.types.includes("text/plain") || document.querySelector("dialog[open]")) return;
+    if (!files.length || event.clipboardData.types.includes("text/plain") || document.querySelector("dialog[open]"))
+      return;
     event.preventDefault();
     form().add(files);
   });
-  document.addEventListener("dragenter", (event) => { if (hasFiles(event)) show(true); });
-  document.addEventListener("dragover", (event) => { if (hasFiles(event)) event.preventDefault(); });
-  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) show(false); });
+  document.addEventListener("dragenter", (event) => {
+    if (hasFiles(event)) show(true);
+  });
+  document.addEventListener("dragover", (event) => {
+    if (hasFiles(event)) event.preventDefault();
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) show(false);
+  });
   document.addEventListener("drop", (event) => {
     show(false);
     if (!hasFiles(event)) return;

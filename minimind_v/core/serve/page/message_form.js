@@ -1,4 +1,4 @@
-// A question as it is written: text, images from files, the clipboard, a drop or the camera, and a button that sends it.
+// A question as it is written: text, images from files, the clipboard, a drop or the camera, and what sends it.
 import { takePhoto } from "./camera.js";
 import { announce, button, h, toast } from "./dom.js";
 import { readImage, Unreadable } from "./images.js";
@@ -11,13 +11,38 @@ export class MessageForm {
     this.images = [];
     this.reading = 0;
     this.text = h("textarea", { id, rows: 1, oninput: () => this.#changed(), onkeydown: (event) => this.#key(event) });
-    this.files = h("input", { type: "file", accept: "image/*", multiple: true, hidden: true, onchange: () => this.#chosen(this.files) });
-    this.photo = h("input", { type: "file", accept: "image/*", capture: "environment", hidden: true, onchange: () => this.#chosen(this.photo) });
+    this.files = h("input", {
+      type: "file",
+      accept: "image/*",
+      multiple: true,
+      hidden: true,
+      onchange: () => this.#chosen(this.files),
+    });
+    this.photo = h("input", {
+      type: "file",
+      accept: "image/*",
+      capture: "environment",
+      hidden: true,
+      onchange: () => this.#chosen(this.photo),
+    });
     this.thumbnails = h("ul", { class: "thumbnails" });
     this.bar = h("div", { class: "form-bar" });
-    const submit = (event) => { event.preventDefault(); this.#send(); };
-    this.element = h("form", { class: "message-form", onsubmit: submit }, this.thumbnails, this.text, this.bar, this.files, this.photo);
-    this.element.addEventListener("pointerdown", (event) => { if (event.target === this.element) this.text.focus(); });
+    const submit = (event) => {
+      event.preventDefault();
+      this.#send();
+    };
+    this.element = h(
+      "form",
+      { class: "message-form", onsubmit: submit },
+      this.thumbnails,
+      this.text,
+      this.bar,
+      this.files,
+      this.photo,
+    );
+    this.element.addEventListener("pointerdown", (event) => {
+      if (event.target === this.element) this.text.focus();
+    });
   }
 
   /** Show the form for a model, in today's language; `busy`: an answer is running, `placeholder` names a sentence. */
@@ -31,12 +56,15 @@ export class MessageForm {
       button("image", t("chooseImages"), () => this.choose(), key("choose")),
       canPhotograph() && button("camera", t("useCamera"), () => this.#photograph(), key("camera")),
     ];
-    this.submit = busy && this.onstop
-      ? button("stop", t("stop"), () => this.onstop(), { class: "icon send stop", ...key("stop") })
-      : button("send", t("send"), () => {}, { class: "icon send", type: "submit", ...key("send") });
+    this.submit =
+      busy && this.onstop
+        ? button("stop", t("stop"), () => this.onstop(), { class: "icon send stop", ...key("stop") })
+        : button("send", t("send"), () => {}, { class: "icon send", type: "submit", ...key("send") });
     const cancel = this.oncancel && h("button", { type: "button", onclick: this.oncancel }, t("cancel"));
     const hadFocus = this.bar.contains(document.activeElement);
-    this.bar.replaceChildren(...[images || [], h("span", { class: "space" }), cancel || [], this.submit].flat().filter(Boolean));
+    this.bar.replaceChildren(
+      ...[images || [], h("span", { class: "space" }), cancel || [], this.submit].flat().filter(Boolean),
+    );
     if (hadFocus) (busy ? this.submit : this.text).focus();
     this.#showThumbnails();
     this.#changed();
@@ -55,7 +83,9 @@ export class MessageForm {
   }
 
   /** Let the browser ask for files. */
-  choose() { this.files.click(); }
+  choose() {
+    this.files.click();
+  }
 
   /** Add image files; what cannot be read is said, the others are added. */
   async add(files) {
@@ -67,7 +97,10 @@ export class MessageForm {
       try {
         const image = await readImage(file);
         if (this.images.length < this.#room()) this.images.push(image);
-        else { toast(t("tooManyImages", { model: model.id, n: this.#room() })); break; }
+        else {
+          toast(t("tooManyImages", { model: model.id, n: this.#room() }));
+          break;
+        }
       } catch (error) {
         if (!(error instanceof Unreadable)) throw error;
         toast(t(error.key, { name: error.name }));
@@ -92,16 +125,24 @@ export class MessageForm {
   }
 
   async #photograph() {
-    if (matchMedia("(pointer: coarse)").matches || !navigator.mediaDevices) return this.photo.click(); // the phone's own camera
+    // A phone has a camera of its own.
+    if (matchMedia("(pointer: coarse)").matches || !navigator.mediaDevices) return this.photo.click();
     const file = await takePhoto();
     if (file) await this.add([file]);
   }
 
   #showThumbnails() {
-    const items = this.images.map((image, index) => h("li", {},
-      h("img", { src: image.src, alt: t("imageOf", { ...image, n: index + 1 }) }),
-      button("close", t("removeImage", { n: index + 1 }), () => this.#remove(index))));
-    const reading = this.reading > 0 && h("li", { class: "reading", "aria-label": t("readingImages") }, h("span", { class: "spinner" }));
+    const items = this.images.map((image, index) =>
+      h(
+        "li",
+        {},
+        h("img", { src: image.src, alt: t("imageOf", { ...image, n: index + 1 }) }),
+        button("close", t("removeImage", { n: index + 1 }), () => this.#remove(index)),
+      ),
+    );
+    const reading =
+      this.reading > 0 &&
+      h("li", { class: "reading", "aria-label": t("readingImages") }, h("span", { class: "spinner" }));
     this.thumbnails.replaceChildren(...items, ...(reading ? [reading] : []));
     if (this.reading > 0) announce(t("readingImages"));
   }
@@ -117,7 +158,9 @@ export class MessageForm {
     this.text.style.height = "auto";
     this.text.style.height = `${this.text.scrollHeight}px`;
     if (this.submit?.type === "submit") this.submit.disabled = !this.#isReady();
-    this.text.placeholder = t(this.images.length && this.placeholder !== "askMore" ? "askImage" : this.placeholder ?? "askFirst");
+    this.text.placeholder = t(
+      this.images.length && this.placeholder !== "askMore" ? "askImage" : (this.placeholder ?? "askFirst"),
+    );
   }
 
   #isReady() {

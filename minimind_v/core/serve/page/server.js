@@ -1,4 +1,4 @@
-// Whether the server is there. It is asked only after it was gone, ever more seldom, and at once when there is a reason.
+// Whether the server is there. It is asked only after a failure, ever more seldom, and at once when there is a reason.
 import { isHealthy } from "./api.js";
 
 const LONGEST = 30; // seconds between two tries
@@ -9,12 +9,18 @@ export class Server {
     this.changed = changed;
     this.gone = false;
     addEventListener("online", () => this.tryNow());
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) this.tryNow(); });
+    document.addEventListener("visibilitychange", () => {
+      if (!document.hidden) this.tryNow();
+    });
   }
 
-  /** A call failed: ask until the server is back. */
-  lost() {
-    if (this.gone) return;
+  /** A call failed: if the server is gone, and not only that call's connection, ask until it is back. */
+  async lost() {
+    if (this.gone || this.trying) return;
+    this.trying = true;
+    const healthy = await isHealthy();
+    this.trying = false;
+    if (healthy) return;
     this.gone = true;
     this.delay = 1;
     this.#countdown(this.delay);

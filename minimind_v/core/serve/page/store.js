@@ -1,10 +1,11 @@
 // The history in this browser: IndexedDB, or memory where a browser (in a private window) refuses it.
 import { checked } from "./tree.js";
 
-const asPromise = (request) => new Promise((resolve, reject) => {
-  request.onsuccess = () => resolve(request.result);
-  request.onerror = () => reject(request.error);
-});
+const asPromise = (request) =>
+  new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
 
 function openDatabase() {
   const request = indexedDB.open("mmv", 1);
@@ -42,7 +43,9 @@ export class Store {
 
   /** All conversations, the latest first. */
   async list() {
-    const all = this.memory ? [...this.memory.conversations.values()] : await this.#do("conversations", "readonly", (s) => s.getAll());
+    const all = this.memory
+      ? [...this.memory.conversations.values()]
+      : await this.#do("conversations", "readonly", (s) => s.getAll());
     return all.sort((a, b) => b.changed - a.changed);
   }
 
@@ -56,7 +59,10 @@ export class Store {
   async saveImages(conversation, images) {
     const records = images.map((image) => ({ ...image, conversation: conversation.id }));
     if (this.memory) for (const record of records) this.memory.images.set(record.id, record);
-    else await this.#do("images", "readwrite", (s) => { for (const record of records) s.put(record); });
+    else
+      await this.#do("images", "readwrite", (s) => {
+        for (const record of records) s.put(record);
+      });
   }
 
   async images(conversation) {
@@ -70,30 +76,44 @@ export class Store {
       for (const { id } of images) this.memory.images.delete(id);
       this.memory.conversations.delete(conversation.id);
     } else {
-      await this.#do("images", "readwrite", (s) => { for (const { id } of images) s.delete(id); });
+      await this.#do("images", "readwrite", (s) => {
+        for (const { id } of images) s.delete(id);
+      });
       await this.#do("conversations", "readwrite", (s) => s.delete(conversation.id));
     }
   }
 
   /** Conversations with their images, as a file holds them. */
   async export(conversations) {
-    const records = await Promise.all(conversations.map(async (conversation) => {
-      const images = (await this.images(conversation)).map(({ id, src, name, width, height }) => ({ id, src, name, width, height }));
-      return { ...conversation, images };
-    }));
+    const records = await Promise.all(
+      conversations.map(async (conversation) => {
+        const images = (await this.images(conversation)).map(({ id, src, name, width, height }) => ({
+          id,
+          src,
+          name,
+          width,
+          height,
+        }));
+        return { ...conversation, images };
+      }),
+    );
     return { mmv: "conversations", version: 1, conversations: records };
   }
 
   /** Add the conversations of such a file, beside those that exist; returns them. Raises TypeError for another file. */
   async import(file) {
-    if (file?.mmv !== "conversations" || file.version !== 1 || !Array.isArray(file.conversations)) throw new TypeError("not an export");
+    if (file?.mmv !== "conversations" || file.version !== 1 || !Array.isArray(file.conversations))
+      throw new TypeError("not an export");
     const entries = file.conversations.map((record) => [checked(record), checkedImages(record?.images)]);
     if (entries.some(([conversation, images]) => !conversation || !images)) throw new TypeError("a damaged export");
     for (const [conversation, images] of entries) {
       // Ids of images are those of the file: they could be those of another conversation here.
       const own = new Map(images.map((image, index) => [image.id, `${conversation.id}.${index}`]));
       for (const node of conversation.nodes) node.images = node.images.map((id) => own.get(id)).filter(Boolean);
-      await this.saveImages(conversation, images.map((image) => ({ ...image, id: own.get(image.id) })));
+      await this.saveImages(
+        conversation,
+        images.map((image) => ({ ...image, id: own.get(image.id) })),
+      );
       await this.save(conversation);
     }
     return entries.map(([conversation]) => conversation);
@@ -102,7 +122,10 @@ export class Store {
 
 function checkedImages(images) {
   if (!Array.isArray(images)) return null;
-  const isImage = ({ id, src, name, width, height }) => typeof id === "string" && typeof name === "string"
-    && /^data:image\/(png|jpeg|webp|gif);base64,/.test(src) && [width, height].every(Number.isFinite);
+  const isImage = ({ id, src, name, width, height }) =>
+    typeof id === "string" &&
+    typeof name === "string" &&
+    /^data:image\/(png|jpeg|webp|gif);base64,/.test(src) &&
+    [width, height].every(Number.isFinite);
   return images.every((image) => image && isImage(image)) ? images : null;
 }

@@ -58,7 +58,7 @@ const EN = {
   noImages: "{model} reads text only. Choose a model that reads images.",
   tooManyImages: "{model} has room for one image in a question.|{model} has room for {n} images in a question.",
   notAnImage: "{name} is not an image that this browser can read. Use JPEG, PNG, WebP or GIF.",
-  heic: "{name} is a HEIC photo, which this browser cannot read. Save it as JPEG, or set the camera to “Most compatible”.",
+  heic: "{name} is a HEIC photo, which this browser cannot read. Save it as JPEG, or set the camera to “Most Compatible”.",
   tooLargeImage: "{name} is too large for this browser to read. Make it smaller first.",
 
   camera: "Camera",
@@ -90,7 +90,9 @@ const EN = {
   length: "The answer ended at the limit of tokens. Raise it in the settings.",
   interrupted: "The connection ended before the answer did. Retry asks again.",
   emptyAnswer: "The model gave an empty answer.",
-  dropped: "The conversation is longer than the model can read: the earliest turn was left out.|The conversation is longer than the model can read: the earliest {n} turns were left out.",
+  dropped:
+    "The conversation is longer than the model can read. Its earliest turn was left out." +
+    "|The conversation is longer than the model can read. Its earliest {n} turns were left out.",
   waiting: "The server is busy. Next try in {n} s…",
   answerDone: "Answer: {text}",
   answerStopped: "The answer was stopped.",
@@ -295,10 +297,13 @@ export const language = () => (document.documentElement.lang === "zh" ? "zh" : "
 export function t(key, values = {}) {
   const forms = STRINGS[language()][key].split("|");
   const text = values.n === 1 ? forms[0] : forms.at(-1);
-  return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === "number" ? number(values[name]) : values[name]));
+  return text.replace(/\{(\w+)\}/g, (_, name) =>
+    typeof values[name] === "number" ? number(values[name]) : values[name],
+  );
 }
 
 export const number = (value, digits = 0) => value.toLocaleString(language(), { maximumFractionDigits: digits });
 
 /** A count in few digits: 26.1M, 2610万. */
-export const compact = (count) => Intl.NumberFormat(language(), { notation: "compact", maximumSignificantDigits: 3 }).format(count);
+export const compact = (count) =>
+  Intl.NumberFormat(language(), { notation: "compact", maximumSignificantDigits: 3 }).format(count);

@@ -4,7 +4,8 @@
 // The first question's parent is "". Nodes are in the order in which they were made.
 
 /** An id that no other has. `crypto.randomUUID` exists only where the page came over HTTPS or from this machine. */
-export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+export const newId = () =>
+  Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 export const newConversation = () => ({ id: newId(), title: "", changed: Date.now(), nodes: [], selected: {} });
 
@@ -49,17 +50,32 @@ export function checked(value) {
   const nodes = [];
   for (const node of value.nodes) {
     const { id, parent, role, text, images = [] } = node ?? {};
-    if (!isText(id) || ids.has(id) || !ids.has(parent) || !["user", "assistant"].includes(role) || !isText(text)) return null;
+    if (!isText(id) || ids.has(id) || !ids.has(parent) || !["user", "assistant"].includes(role) || !isText(text))
+      return null;
     if (!Array.isArray(images) || !images.every(isText)) return null;
     ids.add(id);
     const { reasoning = "", model = "", end = "", error = "", dropped = 0, stats = null } = node;
     if (![reasoning, model, end, error].every(isText) || !Number.isFinite(dropped)) return null;
-    nodes.push({ id, parent, role, text, images, ...(role === "assistant" ? { reasoning, model, end, error, dropped, stats: checkedStats(stats) } : {}) });
+    nodes.push({
+      id,
+      parent,
+      role,
+      text,
+      images,
+      ...(role === "assistant" ? { reasoning, model, end, error, dropped, stats: checkedStats(stats) } : {}),
+    });
   }
-  const selected = Object.fromEntries(Object.entries(value.selected ?? {}).filter(([parent, id]) => ids.has(parent) && ids.has(id)));
+  const selected = Object.fromEntries(
+    Object.entries(value.selected ?? {}).filter(([parent, id]) => ids.has(parent) && ids.has(id)),
+  );
   return { id: newId(), title: value.title, changed: value.changed, nodes, selected };
 }
 
-const checkedStats = (stats) => (stats && Number.isFinite(stats.tokens)
-  ? { tokens: stats.tokens, ...(Number.isFinite(stats.speed) ? { speed: stats.speed } : {}), ...(Number.isFinite(stats.first) ? { first: stats.first } : {}) }
-  : null);
+const checkedStats = (stats) =>
+  stats && Number.isFinite(stats.tokens)
+    ? {
+        tokens: stats.tokens,
+        ...(Number.isFinite(stats.speed) ? { speed: stats.speed } : {}),
+        ...(Number.isFinite(stats.first) ? { first: stats.first } : {}),
+      }
+    : null;
