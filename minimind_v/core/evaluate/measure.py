@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,14 @@ class Plan:
 
     def cluster(self, question: Question) -> str:
         """What a question shares with others that are not independent of it: its images, or itself without any."""
-        digests = self.images[question.id]
-        return "+".join(self.names[digest] for digest in digests) or f"question {question.id}"
+        clusters = [self._clusters[digest] for digest in self.images[question.id]]
+        return "+".join(clusters) or f"question {question.id}"
+
+    @cached_property
+    def _clusters(self) -> dict[str, str]:
+        """The name of each image; with its digest where several have one name, as in ScienceQA. Of a complete plan."""
+        counts = Counter(self.names.values())
+        return {digest: name if counts[name] == 1 else f"{name} {digest[:8]}" for digest, name in self.names.items()}
 
     @property
     def pictures(self) -> int:
