@@ -337,6 +337,7 @@ def test_a_model_that_sees_gains_and_one_that_reads_the_question_only_does_not(b
     assert all(abs(gain["value"]) < 1e-9 and gain["p"] > 0.9 for gain in blind["visual_gain"].values())
 
 
+@pytest.mark.long
 def test_coins_are_within_their_intervals_of_a_half(behave):
     """Each of ten coins has its own; 95 of 100 hold the truth."""
     held, gains = 0, 0
