@@ -18,7 +18,7 @@ Method = Literal["answer", "likelihood", "first"]
 class Ask:
     """A prompt, and what the model does with it.
 
-    `answer`: the likeliest answer of up to `most_tokens`; `candidates` are answers that it may be, to find it sooner.
+    `answer`: the likeliest answer, of up to `most_tokens`, token by token.
     `likelihood`: the log-probability of each candidate with its end, and its tokens. `first`: the log-probability of
     each candidate's first token.
     """
