@@ -11,6 +11,7 @@ from typing import Literal
 from minimind_v.core.rows.row import IMAGE_MARK
 
 Messages = tuple[tuple[str, str], ...]  # role and content each, an `<image>` mark per image; the last is a question
+SEEN, BLANK, SWAPPED, NONE = VARIANTS = ("seen", "blank", "swapped", "none")  # images of a question
 Method = Literal["answer", "likelihood", "first"]
 
 

@@ -20,13 +20,12 @@ from typing import Any
 from minimind_v.core.data.feature_store import digest
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.evaluate.answering import Answering
-from minimind_v.core.evaluate.ask import Ask, Reply
+from minimind_v.core.evaluate.ask import BLANK, NONE, SEEN, SWAPPED, VARIANTS, Ask, Reply
 from minimind_v.core.evaluate.benchmarks import read_picture
 from minimind_v.core.evaluate.questions import Question, questions_of
 from minimind_v.core.evaluate.tasks.task import Task, Verdict
 from minimind_v.core.rows.row import NUMBERED, RowStore
 
-SEEN, BLANK, SWAPPED, NONE = VARIANTS = ("seen", "blank", "swapped", "none")
 GROUP = 64  # asks that are computed and saved together
 BLANK_IMAGE = "blank"  # instead of a digest
 SEED = 0  # of the questions that --limit takes
