@@ -1,10 +1,11 @@
 """`mmv eval`: one report, for people or for programs."""
 
 import math
+import signal
 
 import pytest
 
-from tests.cli.harness import ASSETS, EYE, SIGHT, installed, read_rows, run_mmv, write_rows
+from tests.cli.harness import ASSETS, EYE, SIGHT, Running, installed, read_rows, run_mmv, write_rows
 
 
 @pytest.fixture
@@ -140,6 +141,23 @@ def test_a_task_prints_one_object_and_compare_reads_its_folder(score, tmp_path):
     assert ended.json["changed"] == []
     seeds = run_mmv("compare", tmp_path / "a", tmp_path / "b", "--", tmp_path / "b", tmp_path / "a").out
     assert "between seeds: A ±0.0000, B ±0.0000" in seeds
+
+
+@pytest.mark.long
+def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_data, tmp_path):
+    words = ["eval", "--model", sighted, "--data", tiny_data.data("sft"), *SIGHT, "--task", "loss", "--json", "--out"]
+    replies = tmp_path / "killed" / ".replies.jsonl"
+    running = Running(tmp_path / "log", *words, tmp_path / "killed")
+    running.until(lambda: replies.exists() and replies.read_bytes().count(b"\n") >= 3).send(signal.SIGKILL).wait()
+    kept = replies.read_text().splitlines(keepends=True)
+    assert not (tmp_path / "killed" / "predictions.jsonl").exists()
+    whole = installed(*words, tmp_path / "whole").json
+    resumed = installed(*words, tmp_path / "killed").json
+    assert len(kept) >= 3
+    assert resumed["metrics"] == whole["metrics"]
+    files = [tmp_path / name / "predictions.jsonl" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(path.name for path in replies.parent.iterdir()) == ["predictions.jsonl", "report.json"]
 
 
 def test_a_task_is_shown_as_a_table_that_begins_with_what_the_images_add(score, tmp_path):

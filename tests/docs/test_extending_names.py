@@ -64,6 +64,7 @@ def test_the_shell_completes_what_an_extension_adds(extended, monkeypatch):
     assert extended("lora")().out.split() == ["lora"]
 
 
+@pytest.mark.long
 def test_a_task_scores_its_own_rows(extended, tmp_path):
     rows = read_rows(tiny_data().data("sft"))[:4]
     for row, answer in zip(rows, ["yes", "it is a red star", "a star", "two"], strict=True):

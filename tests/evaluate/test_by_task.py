@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import DataError, UsageError
 from minimind_v.core.evaluate import by_task
 from minimind_v.core.evaluate.answering import Answering, Features
@@ -20,6 +21,7 @@ from minimind_v.core.formats.load import load
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from tests.cli.harness import ASSETS, EYE, sighted, tiny_data, write_rows
+from tests.tokenizers_made import thinking_tokenizer
 
 ASKED = ["What colour is the star?", "有几个物体？", "Is there a red star?", "Is the cross big or small?"]
 
@@ -86,6 +88,37 @@ def test_answers_are_those_of_a_conversation(run, loaded):
             session.restart()
             answer = "".join(session.ask(record["question"], [str(path) for path in images], 16))
             assert lines[record["question_id"], variant]["answer"] == answer.strip()
+
+
+def test_answers_in_the_layout_of_minimind_3v_are_those_of_a_conversation(loaded, tmp_path):
+    """Its prompt ends with an empty think block. Guesses that are right, wrong and none give the same answers."""
+    words = Tokenizer.load(thinking_tokenizer(tmp_path / "words"))
+    session, expected = Session(loaded.model, words, GREEDY), []
+    for question in ASKED:
+        session.restart()
+        expected.append("".join(session.ask(question, (), 16)).strip())
+    asks = [Ask((("user", question),)) for question in ASKED]
+    for guesses in ([], expected, ["red", expected[0][:1], *expected[1:]]):
+        answering = Answering(loaded.model, words, Features(lambda digest: torch.zeros(0)), guesses, "auto")
+        assert [reply.text for reply in answering.reply(asks)] == expected
+
+
+def test_likelihoods_are_those_of_one_row_alone(loaded):
+    """The log-probability of each token of a choice and its end, in a plain pass over prompt and choice."""
+    answering = Answering(loaded.model, loaded.tokenizer, Features(lambda digest: torch.zeros(0)), [], "float32")
+    choices = ("red", "a blue circle", "两")
+    whole, letters = answering.reply([
+        Ask((("user", ASKED[0]),), "likelihood", choices), Ask((("user", ASKED[0]),), "first", ("A", "B")),
+    ])  # fmt: skip
+    prompt = answering.prompts.prompt([{"role": "user", "content": ASKED[0]}]).input_ids
+    for choice, logprob, count in zip(choices, whole.logprobs, whole.tokens, strict=True):
+        ids = [*loaded.tokenizer.encode(choice).ids, loaded.tokenizer.eos_id]
+        with torch.inference_mode():
+            table = loaded.model(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(dim=-1)
+        expected = sum(float(table[len(prompt) - 1 + n, id]) for n, id in enumerate(ids))
+        assert (logprob, count) == (pytest.approx(expected, rel=1e-4), len(ids))
+    first = [float(table[len(prompt) - 1, loaded.tokenizer.encode(letter).ids[0]]) for letter in "AB"]
+    assert letters.logprobs == pytest.approx(first, rel=1e-4)
 
 
 def test_the_order_of_the_rows_changes_no_digit(run):
@@ -180,6 +213,26 @@ def test_a_limit_takes_a_share_of_each_kind_whatever_the_order(run):
     _, again = run("loss", rows[::-1], limit=6, out="other")
     assert set(again) == set(lines)
     assert run("loss", rows, limit=99, out="all")[0]["rows"] == 24
+
+
+def test_images_are_told_apart_by_their_content_and_named_by_their_file(run):
+    """A copy under another name is the same image; two images in folders of their own may have one name."""
+    folder = tiny_data().folder
+    rows = []
+    for number in (0, 1):
+        (folder / f"test/{number}").mkdir(parents=True, exist_ok=True)
+        (folder / f"test/{number}/image.png").write_bytes(tiny_data().picture(number).read_bytes())
+        rows.append({"pid": str(number), "split": "test", "question": ASKED[0], "answer": "red", "image": "image.png"})
+    (folder / "copy.jpg").write_bytes(tiny_data().picture(2).read_bytes())
+    rows += [
+        {"question": ASKED[0], "answer": "red", "image": name} for name in ("copy.jpg", tiny_data().picture(2).name)
+    ]
+    report, lines = run("loss", rows)
+    assert (report["pictures"], report["metrics"][0]["clusters"]) == (3, 3)
+    names = [line["picture"] for (_, variant), line in lines.items() if variant == "seen"]
+    assert len(set(names[:2])) == 2
+    assert all(name.startswith("image.png ") for name in names[:2])
+    assert names[2:] == ["copy.jpg"] * 2
 
 
 def test_what_cannot_be_measured_is_skipped_with_its_reason(run):
@@ -284,6 +337,7 @@ def test_a_model_that_sees_gains_and_one_that_reads_the_question_only_does_not(b
     assert all(abs(gain["value"]) < 1e-9 and gain["p"] > 0.9 for gain in blind["visual_gain"].values())
 
 
+@pytest.mark.long
 def test_coins_are_within_their_intervals_of_a_half(behave):
     """Each of ten coins has its own; 95 of 100 hold the truth."""
     held, gains = 0, 0

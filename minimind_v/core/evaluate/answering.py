@@ -83,9 +83,8 @@ class Answering:
         self.prompts: PromptEncoder = self.engine.processor.prompts
         counts = Counter(guesses)
         ordered = sorted(counts, key=lambda text: (-counts[text], text))
-        self._guesses = [ids for ids in map(self._ended, ordered) if len(ids) <= SHORT]
         self._next: dict[tuple[int, ...], tuple[int, ...]] = {}  # beginning → the most frequent guess that has it
-        for ids in self._guesses:
+        for ids in (ids for ids in map(self._ended, ordered) if len(ids) <= SHORT):
             for end in range(len(ids)):
                 self._next.setdefault(ids[:end], ids)
 

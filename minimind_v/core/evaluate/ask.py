@@ -11,6 +11,7 @@ from typing import Literal
 from minimind_v.core.rows.row import IMAGE_MARK
 
 Messages = tuple[tuple[str, str], ...]  # role and content each, an `<image>` mark per image; the last is a question
+SEEN, BLANK, SWAPPED, NONE = VARIANTS = ("seen", "blank", "swapped", "none")  # images of a question
 Method = Literal["answer", "likelihood", "first"]
 
 
@@ -18,7 +19,7 @@ Method = Literal["answer", "likelihood", "first"]
 class Ask:
     """A prompt, and what the model does with it.
 
-    `answer`: the likeliest answer of up to `most_tokens`; `candidates` are answers that it may be, to find it sooner.
+    `answer`: the likeliest answer, of up to `most_tokens`, token by token.
     `likelihood`: the log-probability of each candidate with its end, and its tokens. `first`: the log-probability of
     each candidate's first token.
     """

@@ -20,10 +20,10 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.device import resolve_dtype
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.evaluate.answering import Answering, Features, encode_prompt
+from minimind_v.core.evaluate.ask import SEEN
 from minimind_v.core.evaluate.benchmarks import read_picture
 from minimind_v.core.evaluate.measure import (
     BLANK_IMAGE,
-    SEEN,
     Plan,
     Progress,
     Replies,

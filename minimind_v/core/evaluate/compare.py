@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minimind_v.core.errors import DataError, MissingInput, UsageError
-from minimind_v.core.evaluate.measure import SEEN
+from minimind_v.core.evaluate.ask import SEEN
 from minimind_v.core.evaluate.results import Line, clusters_of, metrics_for, rows_of
 from minimind_v.core.evaluate.statistics import Estimate, Metric, difference, rows_to_see, seeds_difference
 from minimind_v.core.rows.row import parse_json

@@ -13,19 +13,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from minimind_v.core.data.feature_store import digest
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.evaluate.answering import Answering
-from minimind_v.core.evaluate.ask import Ask, Reply
+from minimind_v.core.evaluate.ask import BLANK, NONE, SEEN, SWAPPED, VARIANTS, Ask, Reply
 from minimind_v.core.evaluate.benchmarks import read_picture
 from minimind_v.core.evaluate.questions import Question, questions_of
 from minimind_v.core.evaluate.tasks.task import Task, Verdict
 from minimind_v.core.rows.row import NUMBERED, RowStore
 
-SEEN, BLANK, SWAPPED, NONE = VARIANTS = ("seen", "blank", "swapped", "none")
 GROUP = 64  # asks that are computed and saved together
 BLANK_IMAGE = "blank"  # instead of a digest
 SEED = 0  # of the questions that --limit takes
@@ -58,8 +58,14 @@ class Plan:
 
     def cluster(self, question: Question) -> str:
         """What a question shares with others that are not independent of it: its images, or itself without any."""
-        digests = self.images[question.id]
-        return "+".join(self.names[digest] for digest in digests) or f"question {question.id}"
+        clusters = [self._clusters[digest] for digest in self.images[question.id]]
+        return "+".join(clusters) or f"question {question.id}"
+
+    @cached_property
+    def _clusters(self) -> dict[str, str]:
+        """The name of each image; with its digest where several have one name, as in ScienceQA. Of a complete plan."""
+        counts = Counter(self.names.values())
+        return {digest: name if counts[name] == 1 else f"{name} {digest[:8]}" for digest, name in self.names.items()}
 
     @property
     def pictures(self) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minimind_v.core.evaluate.measure import SEEN, VARIANTS, Plan
+from minimind_v.core.evaluate.ask import SEEN, VARIANTS
 from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.statistics import Estimate, Metric, bootstrap, difference, estimate
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.evaluate.tasks.task import Task, Verdict, statistics_of
+
+if TYPE_CHECKING:
+    from minimind_v.core.evaluate.measure import Plan
 
 Line = dict[str, Any]
 SCORE = "score"  # the metric of predictions that name no task
