@@ -12,7 +12,7 @@ setup: $(READY)
 # What running takes: this is all that the demo installs.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --constraint constraints.txt --editable .
+	$(BIN)/pip install --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 # What working on it takes besides: tests, linters, and what they look into.

@@ -55,7 +55,7 @@ def installs(calls):
 
 def test_the_demo_installs_what_running_takes_and_shows_how_far_it_is(make):
     calls = make("demo")
-    assert installs(calls) == ["pip install --constraint constraints.txt --editable ."]
+    assert installs(calls) == ["pip install --constraint constraints.txt --editable .[serve]"]
     assert calls[-1] == "mmv demo"
     assert make("demo") == ["mmv demo"]
 
