@@ -60,7 +60,7 @@ def test_the_rows_that_are_cut_are_marked():
 def test_no_table_breaks_a_word():
     """`anywhere` lets a column shrink to a letter; what is too wide is scrolled instead."""
     sheets = {sheet.stem: sheet.read_text(encoding="utf-8") for sheet in page.ASSETS.glob("*.css")}
-    assert sheets.keys() >= {"frame", "plot", "preview", "stats", "run_report", "demo_report", "talk"}
+    assert sheets.keys() >= {"frame", "plot", "preview", "stats", "run_report", "demo_report", "talk", "look"}
     for sheet in sheets.values():
         rules = re.findall(r"([^{}]+)\{([^{}]*)\}", sheet)
         assert [name for name, rule in rules if re.search(r"\b(td|th|table)\b", name) and "anywhere" in rule] == []
