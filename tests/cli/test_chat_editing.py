@@ -105,7 +105,7 @@ def test_a_line_is_edited_completed_and_remembered(start, terminal, tmp_path, ti
     (tmp_path / "my folder" / "a dog.jpg").write_bytes(tiny_data.picture().read_bytes())
     talk.keys("/ima\t", "/image")
     talk.keys(f" {tmp_path}/my f\t", "my folder/")
-    talk.keys("a\t", "a dog.jpg")
+    talk.keys("a\t", "dog.jpg")  # the first letter may be drawn before
     talk.keys("\r", f"for the next question: {tmp_path / 'my folder' / 'a dog.jpg'}")
     assert talk.leave() == 0
 
