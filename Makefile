@@ -52,6 +52,7 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks.company
 	$(BIN)/python -m benchmarks.curves --docs --plot docs/images
 	$(BIN)/python -m benchmarks.train --docs
+	$(BIN)/python -m benchmarks.train --preset 3v --docs
 
 # On a machine with a CUDA card: some eight minutes. Writes out/gpu/gpu.json and gpu.md.
 gpu: $(DEV)

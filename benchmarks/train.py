@@ -271,10 +271,9 @@ def start_job(job: dict, threads: int) -> dict:
 
 def find_tokenizer(preset: str = "small") -> Path:
     """The published tokenizer where it is at hand, else the demo's, which gives somewhat longer rows."""
-    published = ROOT.parent / "shared" / ("tokenizer-3v" if preset == "3v" else "tokenizer")
-    if preset == "3v" and not published.is_dir():
-        raise SystemExit(f"--preset 3v needs its tokenizer in {published}")
-    return published if published.is_dir() else ROOT / "minimind_v" / "core" / "demo" / "assets"
+    suffix, folder = ("-3v", "3v") if preset == "3v" else ("", "")
+    published = ROOT.parent / "shared" / f"tokenizer{suffix}"
+    return published if published.is_dir() else ROOT / "minimind_v" / "core" / "demo" / "assets" / folder
 
 
 def check_agreement(stage: str, sides: dict[str, list[Measured]]) -> float:
@@ -354,7 +353,8 @@ def page(results: dict[str, dict[str, dict]], threads: int, matmul: float) -> st
                 (f"{summary['matmul_share']:.0%}", f"{summary['waiting']:.1%}") if side in OURS else ("", "")
             )
             ratios = [
-                f"{summary['samples_per_second'] / sides[other]['samples_per_second']:.2f}×, "
+                f"{summary['samples_per_second'] / sides[other]['samples_per_second']:.2f}× "
+                f"({sides[other]['cpu_seconds_per_sample'] / summary['cpu_seconds_per_sample']:.2f}× by CPU time), "
                 f"{summary['peak_bytes'] / sides[other]['peak_bytes']:.2f} of the memory"
                 if side in OURS and other in sides
                 else ""
