@@ -252,6 +252,7 @@ def test_settings_are_sent_when_they_are_set_and_valid(page, stub):
     ask_and_wait(page, "Before")
     assert set(stub.requests[0]) == {"model", "messages", "stream", "stream_options"}
     page.click("#open-settings")
+    assert "false" not in page.inner_text("#settings")  # this model does not reason
     for name, value in values.items():
         page.fill(f"#set-{name}", str(value))
     page.fill("#set-system", "Be brief.")
