@@ -251,7 +251,9 @@ class Conversation:
         elif self.asked:
             self._show_rivals()
         else:
-            self.terminal.say(f"/top is on: each token of an answer is shown with its {RIVALS} likeliest rivals")
+            self.terminal.say(
+                f"/top is on: each token of an answer is shown with the {RIVALS} likeliest tokens in its place"
+            )
 
     def _show_rivals(self) -> None:
         show_rivals(self.terminal, self.session.trace(RIVALS), self.session.engine.tokenizer)
@@ -361,7 +363,7 @@ COMMANDS = {
     "/again": TypedCommand("", "answers the latest question once more", Conversation.again),
     "/edit": TypedCommand("", "changes the latest question and answers it; its images stay", Conversation.edit),
     "/blank": TypedCommand("", "answers it with grey images: does the model need them?", Conversation.blank),
-    "/top": TypedCommand("on|off", f"shows the {RIVALS} likeliest rivals of each token", Conversation.top),
+    "/top": TypedCommand("on|off", f"shows the {RIVALS} likeliest tokens in the place of each token", Conversation.top),
     "/params": TypedCommand("NAME VALUE", "shows or sets temperature, top_p, seed and the others", Conversation.params),
     "/think": TypedCommand("on|off", "lets the model reason before it answers", Conversation.think),
     "/save": TypedCommand("FILE", "writes the conversation as .md, .json or .html", Conversation.save),

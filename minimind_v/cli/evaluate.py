@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from minimind_v.core.rows.row import RowStore
 
 FIRST = 200  # rows that are scored where no --data names others
+MAX_LENGTH, BATCH_SIZE = 1536, 8  # of an evaluation without --task; a task has its own
 
 
 Data = Annotated[
@@ -50,7 +51,11 @@ Out = Annotated[
     Path | None,
     advanced(metavar="DIR", help="Folder of the predictions of --task. [default: one of its own in ./out/eval]"),
 ]
-BatchSize = Annotated[int, advanced(min=1, help="Rows per batch; --task has its own, so that it changes no digit.")]
+MaxLength = Annotated[
+    int | None,
+    advanced(min=1, help=f"Tokens per row, image tokens included; without --task only. [default: {MAX_LENGTH}]"),
+]
+BatchSize = Annotated[int | None, advanced(min=1, help=f"Rows per batch; without --task only. [default: {BATCH_SIZE}]")]
 Dtype = Annotated[
     str,
     advanced(metavar="TYPE", help=f"Type of the computation: {', '.join(DTYPES)}.", autocompletion=complete(DTYPES)),
@@ -66,8 +71,8 @@ def evaluate(
     blind: Blind = False,
     split: Split = None,
     out: Out = None,
-    max_length: Annotated[int, advanced(min=1, help="Tokens per row, image tokens included.")] = 1536,
-    batch_size: BatchSize = 8,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = None,
     dtype: Dtype = "auto",
     vision_model: options.VisionOfModel = None,
     tokenizer: options.TokenizerOfModel = None,
@@ -85,12 +90,12 @@ def evaluate(
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
+    chosen = _choose(task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}, out)
     if data is None:
         standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
         data, images, limit = standard.file, images or standard.images, limit or FIRST
         terminal.warn(f"scoring rows of {data}, which may be training data: name held-out rows with --data")
     images = images or images_beside(data)
-    chosen = _choose(task, blind, out)
     _, _, loaded = open_all(
         lambda: find_rows(data),
         lambda: find_pictures(images),
@@ -103,8 +108,8 @@ def evaluate(
         terminal.json(by_task) if json else _show_report(terminal, by_task)
         return
     rows = open_rows(data, images, split, terminal.say, SCORE)
-    how = {"batch_size": batch_size, "limit": limit, "dtype": dtype}
-    scores = _score(terminal, loaded, rows, max_length, blind, how)
+    how = {"batch_size": batch_size or BATCH_SIZE, "limit": limit, "dtype": dtype}
+    scores = _score(terminal, loaded, rows, max_length or MAX_LENGTH, blind, how)
     _show_rows(terminal, scores["seeing"])
     report = _report(loaded.checkpoint.path, data, rows.split, scores)
     if json:
@@ -113,14 +118,17 @@ def evaluate(
         terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
 
 
-def _choose(task: str | None, blind: bool, out: Path | None) -> ChosenTask | None:
-    """The task. Raises UsageError before the model is loaded."""
+def _choose(task: str | None, without: dict[str, int | None], out: Path | None) -> ChosenTask | None:
+    """The task; `without` has the options that a task has no use for. Raises UsageError before the model is loaded."""
     if task is None:
         if out is not None:
             raise UsageError("--out is for an evaluation with --task — name a task, or leave it out")
         return None
-    if blind:
-        raise UsageError("--blind is for an evaluation without --task, which has the blank image anyway — leave it out")
+    if given := [option for option, value in without.items() if value]:
+        verb = "are" if len(given) > 1 else "is"
+        reason = ": a task always asks with a blank image, too" if given == ["--blind"] else ""
+        them = "them" if len(given) > 1 else "it"
+        raise UsageError(f"{', '.join(given)} {verb} for an evaluation without --task{reason} — leave {them} out")
     from minimind_v.core.evaluate.by_task import choose_task
 
     return choose_task(task)

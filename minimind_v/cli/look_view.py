@@ -41,7 +41,7 @@ def show_trace(terminal: Terminal, trace: Trace) -> None:
     for number, image in enumerate(trace.images):
         _show_image(terminal, trace, number, image)
     for variant in trace.variants.values():
-        out.print(Text.assemble((f"{IMAGES[variant.images]}: ", "dim"), visible(variant.answer)))
+        out.print(Text.assemble((f"answer to the {IMAGES[variant.images]}: ", "dim"), visible(variant.answer)))
 
 
 def _answer(trace: Trace) -> Text:

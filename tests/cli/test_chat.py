@@ -10,6 +10,7 @@ import pytest
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
+from minimind_v.core.wording import plural
 from tests.cli.harness import ASSETS, BASE, EYE, SIGHT, installed, run_mmv, sighted_model, tokenizer
 from tests.tokenizers_made import thinking_tokenizer
 
@@ -87,7 +88,7 @@ def test_several_pictures_and_marks_that_place_them(ask, tiny_data):
 def test_marks_and_pictures_must_be_as_many(ask, tiny_data, marks, pictures):
     images = [word for number in range(pictures) for word in ("--image", tiny_data.picture(number))]
     line = ask("<image>" * marks + "?", *images, code=2).error
-    assert line == f"the question has {marks} <image> marks for {pictures} pictures"
+    assert line == f"the question has {plural(marks, '<image> mark')} for {plural(pictures, 'image')}"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_a_pattern_chooses_images_and_names_stand_before_the_answers(ask, folder
 
 
 def test_a_folder_takes_a_question_with_one_mark_only(ask, folder):
-    assert "2 <image> marks for 1 pictures" in ask("<image><image>?", "--image", folder, code=2).error
+    assert "2 <image> marks for 1 image" in ask("<image><image>?", "--image", folder, code=2).error
     ended = ask("Is <image> big?", "--image", folder / "[01].jpg", "--greedy")
     assert ended.out.count("\n") == 2
 

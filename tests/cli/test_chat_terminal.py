@@ -87,7 +87,7 @@ def test_what_cannot_be_taken_spoils_one_question_only(sighted, tiny_data, tmp_p
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html>")
     assert "cannot be decoded" in talk.type(f"/image {tmp_path / 'page.jpg'}")
     assert "cannot be decoded" not in talk.type("What is it?")
-    assert "1 <image> marks for 0 pictures" in talk.type("What is <image>?")
+    assert "1 <image> mark for 0 images" in talk.type("What is <image>?")
     assert talk.leave("\x04") == 0  # Ctrl-D
 
 
@@ -143,7 +143,7 @@ def test_pictures_typed_as_a_question_are_offered(talk, tiny_data):
 
 def test_a_question_that_was_not_read_leaves_its_pictures_waiting(talk, tiny_data):
     talk.type(f"/image {tiny_data.picture()}")
-    assert talk.type("<image> or <image>?") == "the question has 2 <image> marks for 1 pictures"
+    assert talk.type("<image> or <image>?") == "the question has 2 <image> marks for 1 image"
     assert talk.type("/image").endswith(f"for the next question: {tiny_data.picture()}")
     assert "marks" not in talk.type("What is it?")
     assert talk.type("/image").endswith(f"in the conversation: {tiny_data.picture()}")
@@ -213,7 +213,7 @@ def test_a_word_that_is_no_command_names_the_nearest(talk):
 def test_before_a_question_there_is_nothing_to_repeat(talk):
     for command in ("/again", "/edit", "/blank", "/save talk.md"):
         assert talk.type(command) == "no question was asked yet"
-    assert "likeliest rivals" in talk.type("/top")
+    assert "likeliest tokens" in talk.type("/top")
     assert talk.leave() == 0
 
 
@@ -304,7 +304,9 @@ def test_blank_compares_with_grey_images(talk, tiny_data):
     lines = talk.type("/blank").splitlines()
     assert lines[0] == f"with the images: {answer}"
     assert lines[1].startswith("with grey images: ")
-    assert re.fullmatch(r"the answer costs \d+\.\d bits with the images, \d+\.\d bits with grey ones: .+", lines[-1])
+    assert re.fullmatch(
+        r"the answer has \d+\.\d bits of surprise with the images, \d+\.\d with grey ones: .+", lines[-1]
+    )
     assert talk.type("/again").startswith(answer)
     assert talk.leave() == 0
 

@@ -171,6 +171,8 @@ def test_a_task_is_shown_as_a_table_that_begins_with_what_the_images_add(score, 
     ("words", "message"),
     [
         (["--task", "vqa", "--blind"], "--blind is for an evaluation without --task"),
+        (["--task", "vqa", "--batch-size", 2], "--batch-size is for an evaluation without --task"),
+        (["--task", "vqa", "--max-length", 9, "--blind"], "--blind, --max-length are for an evaluation without --task"),
         (["--out", "a"], "--out is for an evaluation with --task"),
         (["--task", "vqu"], "no task 'vqu' (did you mean 'vqa'?) — there are loss, vqa, yesno, choice, caption"),
         (["--task", "none.yaml"], "none.yaml"),

@@ -48,7 +48,7 @@ def test_text_has_the_answer_its_tokens_and_the_words_of_patches(sighted, tiny_d
     lines = ended.out.splitlines()
     gain = sum(token.bits_blank - token.bits for token in trace.tokens)
     assert f"The image gives {gain:.1f} bits to this answer" in ended.out
-    assert f"grey image: {trace.variants['blank'].answer}" in ended.out
+    assert f"answer to the grey image: {trace.variants['blank'].answer}" in ended.out
     assert f"mirrored image: {trace.variants['swapped'].answer}" in ended.out
     start = lines.index("Nearest word of each patch") + 1
     words = [trace.patches[patch].nearest[0].text for patch in range(0, 64, 8)]
@@ -113,9 +113,10 @@ def test_a_page_is_written_and_replaces_only_a_page(sighted, tiny_data, tmp_path
     ("args", "message"),
     [
         (["dog.jpg"], "an image and a question are needed — mmv look dog.jpg 'What is this?'"),
+        (["dog.jpg", "What", "is", "this?"], "put the question in quotes: mmv look dog.jpg 'What is this?'"),
         (["dog.jpg", "cat.png"], "the last argument is an image file, not a question"),
         (["dog.jpg", "What?", "--swap", "a.jpg", "--swap", "b.jpg"], "2 images for --swap and 1 of the question"),
-        (["dog.jpg", "<image><image> What?"], "2 <image> marks for 1 pictures"),
+        (["dog.jpg", "<image><image> What?"], "2 <image> marks for 1 image"),
         (["dog.jpg", "What?", "--swap", "cat.jpg"], "no image file at dog.jpg; no image file at cat.jpg"),
     ],
 )

@@ -302,6 +302,8 @@ def test_a_conversation_that_is_too_long_loses_its_earliest_turns_and_their_imag
     assert not engine.prompt([system, *conversation(1)], images[:1]).dropped_turns
     with pytest.raises(UsageError, match="the question is longer than 120 tokens — shorten it"):
         engine.prompt([{"role": "user", "content": TEXT * 9}])
+    with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not 0"):
+        engine.prompt(conversation(1), images[:1], max_new_tokens=0)
 
 
 def test_a_prompt_is_that_of_the_layout_with_and_without_thinking(tmp_path):

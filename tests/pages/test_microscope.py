@@ -136,6 +136,13 @@ def test_a_double_click_shows_what_each_token_loses_with_a_grey_patch(trace, pag
         change = float(trace.occlusion[:, 27].sum())
         text = painted.locator("td").last.inner_text().replace("−", "-")
         assert float(text) == pytest.approx(change, abs=0.0051)
+        for patch in (trace.occlusion.sum(axis=0).argmax(), trace.occlusion.sum(axis=0).argmin()):
+            lost = trace.occlusion[:, patch].sum()
+            page.mouse.move(
+                box["x"] + box["width"] * (patch % 8 + 0.5) / 8, box["y"] + box["height"] * (patch // 8 + 0.5) / 8
+            )
+            sentence = viewer.locator(".patch .big").inner_text()
+            assert sentence.startswith(f"When this patch is grey, the answer {'loses' if lost >= 0 else 'gains'} ")
         viewer.get_by_role("button", name="Clear").click()
         painted.wait_for(state="detached")
         assert page.errors == []

@@ -234,6 +234,7 @@ def test_the_page_offers_what_the_chosen_model_can(open_page, stub, stub_server)
     assert page.locator(".facts").text_content() == "26.1M parameters · sft · one image takes 64 of 4,096 tokens"
     page.keyboard.press("Alt+s")
     assert page.locator("#set-think").count() == 0
+    assert "false" not in page.inner_text("#settings")
     page.keyboard.press("Escape")
     page.select_option("#model", "reads")
     assert page.locator("[data-key='question:choose']").count() == 0

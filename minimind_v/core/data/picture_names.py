@@ -18,6 +18,7 @@ from minimind_v.core.data.images import FORMATS
 from minimind_v.core.errors import MissingInput, MmvError, UsageError, shorten
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
 from minimind_v.core.rows.row import IMAGE_MARK
+from minimind_v.core.wording import plural
 
 SHOWN = 120  # characters of a name
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # longer than the letter of a drive
@@ -142,7 +143,7 @@ def check_marks(question: str, images: int) -> None:
     """Raises UsageError if a question's marks differ in number from its images."""
     marks = question.count(IMAGE_MARK)
     if marks and marks != images:
-        raise UsageError(f"the question has {marks} {IMAGE_MARK} marks for {images} pictures")
+        raise UsageError(f"the question has {plural(marks, f'{IMAGE_MARK} mark')} for {plural(images, 'image')}")
 
 
 def _path(name: str) -> Path:

@@ -134,8 +134,10 @@ class Engine:
         """The prompt of an opening and turns, without the earliest turns where the context is too small.
 
         A quarter of the context, or `max_new_tokens`, stays free for the answer. Raises UsageError where the last turn
-        does not fit.
+        does not fit, or for an answer of no tokens.
         """
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         room, dropped = self.context - min(max_new_tokens, self.context // 4), 0
         opening, *later = turns
         while dropped < len(later) - 1 and len(opening) + sum(map(len, later[dropped:])) > room:

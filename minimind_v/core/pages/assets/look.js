@@ -6,6 +6,9 @@
 // answer with the patches `occlude` ([[image, patch], …]) painted grey; it has an `answer` where that of the trace was
 // given, else the model's own is meant. `language` is "en" or "zh".
 
+const greyed = (block) => (block > 1 ? `this block of ${block} × ${block} patches is` : "this patch is");
+const greyedZh = (block) => (block > 1 ? `这 ${block} × ${block} 个图块` : "这个图块");
+
 const TEXTS = {
   en: {
     question: "Question",
@@ -55,8 +58,8 @@ const TEXTS = {
     words: "Nearest words",
     lens: "What each layer would say next",
     attends: "Tokens that attend to it most",
-    lostHere: (bits, block) => `Grey${block > 1 ? ` (with its block of ${block} × ${block})` : ""}, it costs the answer ${bits} bits`,
-    gainsHere: (bits) => `Grey, it gives the answer ${bits} bits`,
+    lostHere: (bits, block) => `When ${greyed(block)} grey, the answer loses ${bits} bits`,
+    gainsHere: (bits, block) => `When ${greyed(block)} grey, the answer gains ${bits} bits`,
     pickPatch: "Point at a patch of the image.",
     others: "The same question with other images",
     now: "as it is",
@@ -134,8 +137,8 @@ const TEXTS = {
     words: "最接近的词",
     lens: "每一层接下来会说什么",
     attends: "最关注它的词元",
-    lostHere: (bits, block) => `变灰后${block > 1 ? `（连同 ${block} × ${block} 的一块）` : ""}，回答失去 ${bits} 比特`,
-    gainsHere: (bits) => `变灰后，回答反而多得 ${bits} 比特`,
+    lostHere: (bits, block) => `${greyedZh(block)}变灰时，回答失去 ${bits} 比特`,
+    gainsHere: (bits, block) => `${greyedZh(block)}变灰时，回答反而多得 ${bits} 比特`,
     pickPatch: "请指向图片上的一个图块。",
     others: "同一个问题，换一张图片",
     now: "原图",
@@ -661,7 +664,7 @@ class Viewer {
     const bits = this.numbers.occlusion && sum(this.numbers.lost(p));
     this.patchCard.replaceChildren(
       h("h3", {}, this.patchName(p)),
-      this.numbers.occlusion ? h("p", { class: "big" }, bits >= 0 ? t.lostHere(number(bits), trace.occlusion.block) : t.gainsHere(number(-bits))) : "",
+      this.numbers.occlusion ? h("p", { class: "big" }, bits >= 0 ? t.lostHere(number(bits), trace.occlusion.block) : t.gainsHere(number(-bits), trace.occlusion.block)) : "",
       h("h4", {}, t.words),
       h("ol", { class: "bars" }, words.map(({ text, similarity }) => bar(text, similarity, number(similarity, 2)))),
       h("h4", {}, t.lens),

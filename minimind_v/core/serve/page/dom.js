@@ -77,7 +77,8 @@ export function translate(root = document) {
 /** Fill a dialog: a title, a button that closes it, and its content. */
 export function fill(dialog, title, ...content) {
   const close = button("close", t("close"), () => dialog.close());
-  dialog.replaceChildren(h("div", { class: "bar" }, h("h2", { id: `${dialog.id}-title` }, title), close), ...content);
+  const shown = content.filter((child) => child != null && child !== false);
+  dialog.replaceChildren(h("div", { class: "bar" }, h("h2", { id: `${dialog.id}-title` }, title), close), ...shown);
 }
 
 /** Say something for a while; `action` is a word and what happens when it is chosen. */
