@@ -15,6 +15,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -242,13 +243,14 @@ class _Tracer:
     def _generate(self, prompt: Prompt) -> list[int]:
         """The likeliest token each time; the end token is among them where the answer ends before the limit."""
         ids: list[int] = []
-        for event in self.engine.stream(
-            Request(prompt, Sampler(GREEDY), min(self.settings.max_new_tokens, MOST_TOKENS))
-        ):
-            if event.token is not None:
-                ids.append(event.token)
-            elif event.end == "stop":
-                ids.append(self.tokenizer.eos_id)
+        request = Request(prompt, Sampler(GREEDY), min(self.settings.max_new_tokens, MOST_TOKENS))
+        with closing(self.engine.stream(request)) as events:  # also where `check` raises: the engine forgets it at once
+            for event in events:
+                self.check()
+                if event.token is not None:
+                    ids.append(event.token)
+                elif event.end == "stop":
+                    ids.append(self.tokenizer.eos_id)
         return ids
 
     # --- passes over the answer ---------------------------------------------------------------------------------------
