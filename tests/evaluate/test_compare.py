@@ -113,3 +113,26 @@ def test_what_cannot_be_compared_is_refused(predictions, tmp_path):
     broken.write_text('{"id": 1}\n')
     with pytest.raises(DataError, match=r"broken\.jsonl:1: no score — not a prediction"):
         read_predictions(broken)
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        (b"\xf4\x00", "not JSON"),
+        (b'{"id": 1, "score": "high"}', "score or statistics are no numbers — not a prediction"),
+        (b'{"id": 1, "score": 1, "statistics": {"vqa": [null]}}', "score or statistics are no numbers"),
+        (b'{"id": 1, "score": 1, "statistics": []}', "score or statistics are no numbers"),
+    ],
+)
+def test_a_file_that_holds_no_predictions_is_refused_with_the_line(second_line, message, tmp_path):
+    file = tmp_path / "other.jsonl"
+    file.write_bytes(b'{"id": 0, "score": 1}\n\n' + second_line)
+    with pytest.raises(DataError, match=rf"other\.jsonl:3: {message}"):
+        read_predictions(file)
+
+
+def test_an_answer_may_hold_a_character_that_ends_lines_elsewhere(predictions):
+    path = predictions("a", [1])
+    line = json.loads(path.read_text(encoding="utf-8").splitlines()[0]) | {"answer": "a\u2028b\x85c"}
+    path.write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    assert read_predictions(path).lines["q0"]["answer"] == "a\u2028b\x85c"
