@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import glob
 import os
 import re
@@ -17,6 +16,7 @@ from PIL import Image
 from minimind_v.core.data.images import FORMATS
 from minimind_v.core.errors import MissingInput, MmvError, UsageError, shorten
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
+from minimind_v.core.rows.cells import decode_base64
 from minimind_v.core.rows.row import IMAGE_MARK
 
 SHOWN = 120  # characters of a name
@@ -176,8 +176,7 @@ def _inline(shown: str, head: str, body: str) -> bytes:
     data = unquote_to_bytes(body)
     if head.lower().split(";")[-1].strip() != "base64":
         return data
-    data = re.sub(rb"\s", b"", data).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
-        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+        return decode_base64(data.decode("latin-1"))
     except ValueError:
         raise UsageError(f"{shown}: its base64 is damaged or cut — copy the whole address again") from None
