@@ -61,12 +61,12 @@ def describe_need(with_images: Sequence[Event], blank: Sequence[Event]) -> str:
     """How much likelier an answer is with its images than with grey ones; both traces are of the same tokens."""
     bits, blank_bits = (-sum(event.logprob or 0.0 for event in trace) / log(2) for trace in (with_images, blank))
     more = blank_bits - bits
-    costs = f"the answer costs {bits:.1f} bits with the images, {blank_bits:.1f} bits with grey ones"
+    surprise = f"{bits:.1f} bits of surprise with the images, {blank_bits:.1f} with grey ones"
     if more > FEW_BITS:
-        return f"{costs}: the model uses the images"
+        return f"{surprise}: the model uses the images"
     if more < -FEW_BITS:
-        return f"{costs}: the images speak against it"
-    return f"{costs}: the model would answer so without the images"
+        return f"{surprise}: the images make this answer less likely"
+    return f"{surprise}: the model would answer so without the images"
 
 
 def _ids(trace: Sequence[Event]) -> set[int]:

@@ -304,7 +304,7 @@ def test_blank_compares_with_grey_images(talk, tiny_data):
     lines = talk.type("/blank").splitlines()
     assert lines[0] == f"with the images: {answer}"
     assert lines[1].startswith("with grey images: ")
-    assert re.fullmatch(r"the answer costs \d+\.\d bits with the images, \d+\.\d bits with grey ones: .+", lines[-1])
+    assert re.fullmatch(r"\d+\.\d bits of surprise with the images, \d+\.\d with grey ones: .+", lines[-1])
     assert talk.type("/again").startswith(answer)
     assert talk.leave() == 0
 

@@ -106,11 +106,11 @@ def test_a_folder_that_cannot_be_written_is_no_trouble(tmp_path):
 @pytest.mark.parametrize(
     ("logprob", "blank", "verdict"),
     [
-        (-0.1, -5.0, "the answer costs 0.3 bits with the images, 14.4 bits with grey ones: the model uses the images"),
+        (-0.1, -5.0, "0.3 bits of surprise with the images, 14.4 with grey ones: the model uses the images"),
         (
             -5.0,
             -0.1,
-            "the answer costs 14.4 bits with the images, 0.3 bits with grey ones: the images speak against it",
+            "14.4 bits of surprise with the images, 0.3 with grey ones: the images make this answer less likely",
         ),
         (-1.0, -1.1, "the model would answer so without the images"),
     ],

@@ -107,6 +107,9 @@ def test_what_cannot_be_compared_is_refused(predictions, tmp_path):
         compare([first], [read_predictions(predictions("ids", [1], id="x"))])
     with pytest.raises(DataError, match="a second prediction for the question x"):
         read_predictions(predictions("twice", [1, 1], id="x"))
+    with_sums = read_predictions(predictions("sums", [0, 1], task="vqa", statistics={"vqa": [0, 1]}))
+    with pytest.raises(DataError, match="no metric in common — evaluate both by the same task"):
+        compare([with_sums], [read_predictions(predictions("plain", [0, 1], task="vqa"))])
     with pytest.raises(MissingInput, match=r"no predictions at .*none"):
         read_predictions(tmp_path / "none")
     broken = tmp_path / "broken.jsonl"

@@ -111,8 +111,7 @@ def read_picture(name: str) -> Picture:
             raise UsageError(f"{shown}: a data: address without content — the form is data:image/png;base64,CONTENT")
         if ADDRESS.match(name) and not LOCAL.match(name):
             raise UsageError(
-                f"{shown} is a web address; mmv reads local files — "
-                "download it first (curl -LO ADDRESS), then give the file's name"
+                f"{shown} is a web address — download it first (curl -LO ADDRESS), then give the file's name"
             )
     path = _path(name)
     if LOCAL.match(name):

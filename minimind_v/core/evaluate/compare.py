@@ -75,7 +75,8 @@ def _check_line(location: str, line: Line) -> None:
 def compare(first: Sequence[Predictions], second: Sequence[Predictions]) -> dict[str, Any]:
     """`second` less `first`, one evaluation each or one for each seed, on the questions that all of them have.
 
-    Raises DataError where these are no questions, or not the same, UsageError for different tasks.
+    Raises DataError where these are no questions, or not the same, or without a common metric, UsageError for
+    different tasks.
     """
     runs = [*first, *second]
     _check_tasks(runs)
@@ -86,6 +87,8 @@ def compare(first: Sequence[Predictions], second: Sequence[Predictions]) -> dict
     sides = [[[run.lines[name] for name in names] for run in side] for side in (first, second)]
     clusters = clusters_of(sides[0][0])
     metrics = _shared_metrics([lines for side in sides for lines in side])
+    if not metrics:
+        raise DataError(f"{runs[0].path} and {runs[1].path} have no metric in common — evaluate both by the same task")
     report: dict[str, Any] = {
         "first": [str(run.path) for run in first],
         "second": [str(run.path) for run in second],
