@@ -36,7 +36,7 @@ def compare(
     ],
     json: options.Json = False,
 ) -> None:
-    """Compare two evaluations, or several seeds of two: the difference B - A, its interval and p, and changed scores."""
+    """Compare two evaluations, or several seeds of two: the difference B - A, interval, p, changed scores."""
     from minimind_v.core.evaluate.compare import compare as compared
     from minimind_v.core.evaluate.compare import read_predictions
 
