@@ -214,6 +214,22 @@ def test_files_that_are_no_images_are_named_and_the_others_are_added(page):
     assert page.locator(".thumbnails img").count() == 1
 
 
+def test_a_file_that_the_browser_cannot_read_is_reported_and_blocks_nothing(page, stub):
+    page.evaluate("""() => {
+        const { slice } = Blob.prototype;
+        Blob.prototype.slice = () => {
+            Blob.prototype.slice = slice;
+            return { arrayBuffer: () => Promise.reject(new Error("the file is gone")) };
+        };
+    }""")
+    files = [{"name": f"{n}.png", "mimeType": "image/png", "buffer": scene(n)} for n in (1, 2)]
+    page.set_input_files("#compose input[multiple]", files)
+    page.locator(".toast", has_text="the file is gone").wait_for()
+    page.locator(".thumbnails img").wait_for()
+    ask_and_wait(page, "What is this?")
+    assert sent_images(stub.requests[0]) == [scene(2)]
+
+
 def test_a_question_has_no_more_images_than_the_model_has_room_for(open_page, stub, stub_server):
     stub.models = {"small": ABILITIES | {"context": 512, "tokens_per_image": 196}}
     page = open_page(stub_server.url)
