@@ -149,6 +149,20 @@ def test_an_answer_about_an_image_can_be_looked_into(open_page, stub, stub_serve
     assert page.locator("#look").is_hidden()
 
 
+def test_a_further_question_inside_an_answer_ends_the_one_before(open_page, stub, stub_server):
+    stub.viewer = """export async function mount(element, trace, { ask }) {
+        const first = ask({ occlude: [[0, 1]] }).then(() => "answered", (error) => error.name);
+        await ask({ occlude: [[0, 3]] });
+        element.append(`first: ${await first}`);
+    }"""
+    page = open_page(stub_server.url)
+    attach(page, ("a.png", scene()))
+    ask_and_wait(page, "What?")
+    page.click("[data-key$=':look']")
+    page.locator("#look", has_text="first: ").wait_for()
+    assert "first: AbortError" in page.locator("#look").text_content()
+
+
 def test_without_a_viewer_nothing_offers_to_look_inside(page):
     attach(page, ("a.png", scene()))
     ask_and_wait(page, "What?")

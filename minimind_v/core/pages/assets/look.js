@@ -490,6 +490,7 @@ class Viewer {
   }
 
   clear() {
+    clearTimeout(this.timer);
     this.painted.clear();
     this.result = this.problem = null;
     this.asked++;
