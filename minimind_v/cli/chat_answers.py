@@ -65,7 +65,7 @@ def describe_need(with_images: Sequence[Event], blank: Sequence[Event]) -> str:
     if more > FEW_BITS:
         return f"{surprise}: the model uses the images"
     if more < -FEW_BITS:
-        return f"{surprise}: the images speak against it"
+        return f"{surprise}: the images make it less likely"
     return f"{surprise}: the model would answer so without the images"
 
 

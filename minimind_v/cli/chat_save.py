@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -41,11 +39,10 @@ def write_of(path: Path) -> Callable[[Talk], str]:
 
 def as_address(pixels: np.ndarray) -> str:
     """Pixels [3, S, S] as a data URI of a PNG."""
-    from PIL import Image
+    from minimind_v.core.data.images import encode_png
+    from minimind_v.core.rows.cells import data_uri
 
-    file = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(encode_png(pixels), "png")
 
 
 def _markdown(talk: Talk) -> str:

@@ -11,10 +11,10 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.command import Command
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import UsageError, open_all
+from minimind_v.core.errors import UsageError, open_all, readable
 
 BETWEEN = "--"  # between the two sides
-SHOWN = 10  # questions that turned
+SHOWN = 10  # questions whose score changed
 
 
 class CompareCommand(Command):
@@ -36,7 +36,7 @@ def compare(
     ],
     json: options.Json = False,
 ) -> None:
-    """Compare two evaluations, or several seeds of two: the difference B - A, its interval, p, what turned."""
+    """Compare two evaluations, or several seeds of two: the difference B - A, interval, p, changed scores."""
     from minimind_v.core.evaluate.compare import compare as compared
     from minimind_v.core.evaluate.compare import read_predictions
 
@@ -71,13 +71,12 @@ def _show(terminal: Terminal, report: dict[str, Any]) -> None:
         interval = "" if metric["ci_low"] is None else f"  [{metric['ci_low']:+.4f}, {metric['ci_high']:+.4f}]"
         chance = "" if metric["p"] is None else f"  p {metric['p']:.3g}"
         rows = metric["rows_to_see_half"]
-        power = "" if rows is None else f"  half of it needs {rows:,} questions"
+        power = "" if rows is None else f"  half of this difference needs {rows:,} questions"
         terminal.result(f"{metric['name']:<{width}}  {metric['difference']:+.4f}{interval}{chance}{power}")
     for seeds in report.get("seeds", []):
         deviations = ["one seed" if value is None else f"±{value:.4f}" for value in seeds["deviations"]]
         terminal.result(f"{seeds['name']:<{width}}  between seeds: A {deviations[0]}, B {deviations[1]}")
     terminal.result(f"{len(report['changed'])} questions changed their score")
     for entry in report["changed"][:SHOWN]:
-        terminal.result(
-            f"  {entry['id']}: {entry['question']} → {entry['truth']}: {entry['first']} / {entry['second']}"
-        )
+        line = f"{entry['id']}: {entry['question']} → {entry['truth']}: {entry['first']} / {entry['second']}"
+        terminal.result(f"  {readable(line)}")

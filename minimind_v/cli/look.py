@@ -32,7 +32,9 @@ def look(
     arguments: Annotated[
         list[str], typer.Argument(metavar="IMAGE... QUESTION", help="One or more image files, and a question.")
     ],
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page to point at.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page that shows more of what you point at.")
+    ] = None,
     model: options.Model = None,
     answer: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Look into this answer. [default: the model's own]")

@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_written_is_no_trouble(tmp_path):
         (
             -5.0,
             -0.1,
-            "the answer has 14.4 bits of surprise with the images, 0.3 with grey ones: the images speak against it",
+            "the answer has 14.4 bits of surprise with the images, 0.3 with grey ones: the images make it less likely",
         ),
         (-1.0, -1.1, "the model would answer so without the images"),
     ],

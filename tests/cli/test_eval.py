@@ -1,5 +1,6 @@
 """`mmv eval`: one report, for people or for programs."""
 
+import json
 import math
 import signal
 
@@ -210,3 +211,11 @@ def test_all_missing_evaluations_are_named_at_once(tmp_path):
     ended = run_mmv("compare", tmp_path / "x", tmp_path / "y")
     assert ended.code == 1
     assert "2 inputs are missing" in ended.error
+
+
+def test_compare_shows_a_question_with_lines_and_control_characters_on_one_line(tmp_path):
+    for name, score in (("a", 0), ("b", 1)):
+        line = {"id": 1, "score": score, "question": "first\nsecond\x1b[31m", "truth": "cat", "answer": name}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    out = run_mmv("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl").out
+    assert out.splitlines()[-1] == r"  1: first second\x1b[31m → cat: a / b"

@@ -107,9 +107,35 @@ def test_what_cannot_be_compared_is_refused(predictions, tmp_path):
         compare([first], [read_predictions(predictions("ids", [1], id="x"))])
     with pytest.raises(DataError, match="a second prediction for the question x"):
         read_predictions(predictions("twice", [1, 1], id="x"))
+    with_sums = read_predictions(predictions("sums", [0, 1], task="vqa", statistics={"vqa": [0, 1]}))
+    with pytest.raises(DataError, match="no metric in common — evaluate both by the same task"):
+        compare([with_sums], [read_predictions(predictions("plain", [0, 1], task="vqa"))])
     with pytest.raises(MissingInput, match=r"no predictions at .*none"):
         read_predictions(tmp_path / "none")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"id": 1}\n')
     with pytest.raises(DataError, match=r"broken\.jsonl:1: no score — not a prediction"):
         read_predictions(broken)
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        (b"\xf4\x00", "not JSON"),
+        (b'{"id": 1, "score": "high"}', "score or statistics are no numbers — not a prediction"),
+        (b'{"id": 1, "score": 1, "statistics": {"vqa": [null]}}', "score or statistics are no numbers"),
+        (b'{"id": 1, "score": 1, "statistics": []}', "score or statistics are no numbers"),
+    ],
+)
+def test_a_file_that_holds_no_predictions_is_refused_with_the_line(second_line, message, tmp_path):
+    file = tmp_path / "other.jsonl"
+    file.write_bytes(b'{"id": 0, "score": 1}\n\n' + second_line)
+    with pytest.raises(DataError, match=rf"other\.jsonl:3: {message}"):
+        read_predictions(file)
+
+
+def test_an_answer_may_hold_a_character_that_ends_lines_elsewhere(predictions):
+    path = predictions("a", [1])
+    line = json.loads(path.read_text(encoding="utf-8").splitlines()[0]) | {"answer": "a\u2028b\x85c"}
+    path.write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    assert read_predictions(path).lines["q0"]["answer"] == "a\u2028b\x85c"

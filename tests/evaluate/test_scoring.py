@@ -15,7 +15,13 @@ from minimind_v.core.evaluate.normalise import is_exact, normalise, soft_score
 from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.statistics import estimate
 from minimind_v.core.evaluate.tasks import TASKS
+from minimind_v.core.evaluate.tasks.task import statistics_of
 from minimind_v.core.evaluate.tasks.yesno import yes_or_no
+
+
+def rows_of(metric, verdicts):
+    """The statistics of a metric [n, k] of these verdicts."""
+    return statistics_of(metric, [verdict.statistics for verdict in verdicts])
 
 
 def ask(*truths, name="1", choices=(), correct=None):
@@ -73,7 +79,7 @@ def test_popes_five_figures_are_those_of_the_confusion():
     true = ["yes", "yes", "yes", "no", "no", "yes", "no", "no", "no", "yes"]
     verdicts = [task.judge(ask(truth), [Reply(text)]) for text, truth in zip(said, true, strict=True)]
     values = {
-        metric.name: estimate(metric, task.rows(metric, verdicts), [str(n) for n in range(10)]).value
+        metric.name: estimate(metric, rows_of(metric, verdicts), [str(n) for n in range(10)]).value
         for metric in task.metrics
     }
     assert values == pytest.approx(
@@ -112,7 +118,7 @@ def test_bleu_and_chrf_of_all_captions_are_sacrebleus():
         "cider": np.mean(cider(CAPTIONS, REFERENCES)),
     }
     clusters = list("abcd")
-    results = {metric.name: estimate(metric, task.rows(metric, verdicts), clusters) for metric in task.metrics}
+    results = {metric.name: estimate(metric, rows_of(metric, verdicts), clusters) for metric in task.metrics}
     assert {name: result.value for name, result in results.items()} == pytest.approx(expected)
     assert all(result.low < result.value < result.high for result in results.values())
     assert verdicts[0].score == pytest.approx(sacrebleu.sentence_chrf(CAPTIONS[0], REFERENCES[0]).score)
@@ -159,7 +165,7 @@ def test_the_loss_is_by_token_and_by_language():
     task = TASKS["loss"]("loss", {})
     replies = [Reply("", (-6.0,), (2,)), Reply("", (-4.0,), (8,))]
     verdicts = [task.judge(ask(truth), [reply]) for truth, reply in zip(["红色", "red"], replies, strict=True)]
-    results = {m.name: estimate(m, task.rows(m, verdicts), ["a", "b"]) for m in task.metrics}
+    results = {m.name: estimate(m, rows_of(m, verdicts), ["a", "b"]) for m in task.metrics}
     values = {name: result.value for name, result in results.items()}
     assert values == pytest.approx({
         "loss": 1.0, "perplexity": math.e, "loss_zh": 3.0, "perplexity_zh": math.exp(3), "loss_en": 0.5,

@@ -292,9 +292,11 @@ def test_a_question_without_an_image_is_refused():
         trace_answer(engine, prompt_of(engine, 0))
 
 
-def test_what_the_check_raises_ends_the_work():
+@pytest.mark.parametrize("settings", [{}, {"answer": "a star"}])
+def test_what_the_check_raises_ends_the_work_between_tokens_and_between_batches(settings, monkeypatch):
     engine = engine_of(make_model(seed=8))
-    prompt, calls = prompt_of(engine), []
+    prompt, calls, steps, step = prompt_of(engine), [], [], engine.step
+    monkeypatch.setattr(engine, "step", lambda: steps.append(None) or step())
 
     def check():
         calls.append(None)
@@ -302,6 +304,7 @@ def test_what_the_check_raises_ends_the_work():
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        trace_answer(engine, prompt, TraceSettings(max_new_tokens=500), check=check)
+        trace_answer(engine, prompt, TraceSettings(max_new_tokens=500, **settings), check=check)
     assert len(calls) == 2
+    assert len(steps) < 10
     assert engine.step() is False, "nothing is left in the engine"

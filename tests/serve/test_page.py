@@ -149,6 +149,20 @@ def test_an_answer_about_an_image_can_be_looked_into(open_page, stub, stub_serve
     assert page.locator("#look").is_hidden()
 
 
+def test_a_further_question_inside_an_answer_ends_the_one_before(open_page, stub, stub_server):
+    stub.viewer = """export async function mount(element, trace, { ask }) {
+        const first = ask({ occlude: [[0, 1]] }).then(() => "answered", (error) => error.name);
+        await ask({ occlude: [[0, 3]] });
+        element.append(`first: ${await first}`);
+    }"""
+    page = open_page(stub_server.url)
+    attach(page, ("a.png", scene()))
+    ask_and_wait(page, "What?")
+    page.click("[data-key$=':look']")
+    page.locator("#look", has_text="first: ").wait_for()
+    assert "first: AbortError" in page.locator("#look").text_content()
+
+
 def test_without_a_viewer_nothing_offers_to_look_inside(page):
     attach(page, ("a.png", scene()))
     ask_and_wait(page, "What?")
@@ -212,6 +226,22 @@ def test_files_that_are_no_images_are_named_and_the_others_are_added(page):
     assert "notes.txt is not an image" in said
     assert "IMG_1.HEIC is a HEIC photo" in said
     assert page.locator(".thumbnails img").count() == 1
+
+
+def test_a_file_that_the_browser_cannot_read_is_reported_and_blocks_nothing(page, stub):
+    page.evaluate("""() => {
+        const { slice } = Blob.prototype;
+        Blob.prototype.slice = () => {
+            Blob.prototype.slice = slice;
+            return { arrayBuffer: () => Promise.reject(new Error("the file is gone")) };
+        };
+    }""")
+    files = [{"name": f"{n}.png", "mimeType": "image/png", "buffer": scene(n)} for n in (1, 2)]
+    page.set_input_files("#compose input[multiple]", files)
+    page.locator(".toast", has_text="the file is gone").wait_for()
+    page.locator(".thumbnails img").wait_for()
+    ask_and_wait(page, "What is this?")
+    assert sent_images(stub.requests[0]) == [scene(2)]
 
 
 def test_a_question_has_no_more_images_than_the_model_has_room_for(open_page, stub, stub_server):

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.curate.count import NO_LIMIT, plan_batches
 from minimind_v.core.curate.token_text import Piece, TokenReader
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
-from minimind_v.core.data.images import decode
+from minimind_v.core.data.images import decode, encode_png
 from minimind_v.core.data.loader import WINDOW, BatchPlan
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.errors import RowError
@@ -161,11 +160,10 @@ class Previewer:
             return PictureView(name, str(error), error.kind)
         width, height = original.size
         original.thumbnail((THUMBNAIL, THUMBNAIL))
-        thumbnail, model = io.BytesIO(), io.BytesIO()
+        thumbnail = io.BytesIO()
         original.save(thumbnail, "JPEG", quality=80)
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(model, "PNG")
         squeezed = self.spec.resize_mode == "squeeze"
-        return PictureView(name, "", "", width, height, len(data), thumbnail.getvalue(), model.getvalue(), squeezed)
+        return PictureView(name, "", "", width, height, len(data), thumbnail.getvalue(), encode_png(pixels), squeezed)
 
     def _batch(self, index: int) -> BatchView | None:
         """The row's batch in the plan: the batch decides how much padding a row gets."""

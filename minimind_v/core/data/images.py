@@ -140,6 +140,13 @@ def blank_pixels(size: int) -> np.ndarray:
     return np.full((3, size, size), 128, dtype=np.uint8)
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """The PNG file of an image, uint8 [3, H, W]."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "PNG")
+    return file.getvalue()
+
+
 # --- from bytes -------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import glob
 import os
 import re
@@ -17,6 +16,7 @@ from PIL import Image
 from minimind_v.core.data.images import FORMATS
 from minimind_v.core.errors import MissingInput, MmvError, UsageError, shorten
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
+from minimind_v.core.rows.cells import decode_base64
 from minimind_v.core.rows.row import IMAGE_MARK
 from minimind_v.core.wording import plural
 
@@ -112,8 +112,7 @@ def read_picture(name: str) -> Picture:
             raise UsageError(f"{shown}: a data: address without content — the form is data:image/png;base64,CONTENT")
         if ADDRESS.match(name) and not LOCAL.match(name):
             raise UsageError(
-                f"{shown} is a web address; mmv reads local files — "
-                "download it first (curl -LO ADDRESS), then give the file's name"
+                f"{shown} is a web address — download it first (curl -LO ADDRESS), then give the file's name"
             )
     path = _path(name)
     if LOCAL.match(name):
@@ -177,8 +176,7 @@ def _inline(shown: str, head: str, body: str) -> bytes:
     data = unquote_to_bytes(body)
     if head.lower().split(";")[-1].strip() != "base64":
         return data
-    data = re.sub(rb"\s", b"", data).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
-        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+        return decode_base64(data.decode("latin-1"))
     except ValueError:
         raise UsageError(f"{shown}: its base64 is damaged or cut — copy the whole address again") from None

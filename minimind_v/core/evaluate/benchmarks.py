@@ -84,8 +84,7 @@ def read_picture(rows: RowStore, row: Row, index: int, position: int, name: str)
 def _other_names(row: Row, name: str) -> list[str]:
     fields = row.extra
     if "pid" in fields:  # ScienceQA has a folder for each question
-        folders = [str(fields["pid"])]
-        return [f"{folder}/{name}" for folder in (*(f"{fields.get('split')}/{own}" for own in folders), *folders)]
+        return [f"{fields.get('split')}/{fields['pid']}/{name}", f"{fields['pid']}/{name}"]
     numbered = [form.format(int(name)) for form in COCO_NAMES] if name.isdigit() else []
     return [*numbered, *(name + ending for ending in ENDINGS)]
 

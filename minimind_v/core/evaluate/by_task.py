@@ -165,7 +165,7 @@ class Images:
         if digest != BLANK_IMAGE and self._store is not None:
             stored = self._store.read(bytes.fromhex(digest))
             if stored is not None:
-                return stored
+                return stored.to(self._device)
         pixels = self._pixels.get(digest)
         if pixels is None and digest == BLANK_IMAGE:
             pixels = blank_pixels(self._spec.preparation[0])

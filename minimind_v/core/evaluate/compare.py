@@ -36,36 +36,47 @@ def read_predictions(path: Path) -> Predictions:
     file = path / PREDICTIONS if path.is_dir() else path
     if not file.is_file():
         raise MissingInput(f"no predictions at {file} — `mmv eval --task` writes them")
-    text = file.read_text(encoding="utf-8")
+    data = file.read_bytes()
     if file.suffix == ".json":  # a report, on one line or several
-        text = json.dumps(parse_json(text, f"{file}: "))
-    lines = [_line(file, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if len(lines) == 1 and isinstance(named := lines[0].get("predictions"), str):
+        data = json.dumps(parse_json(data, f"{file}: ")).encode()
+    rows = enumerate(data.splitlines(), 1)  # of bytes: a text may have other ends of lines, in an answer
+    lines = {f"{file}:{number}": _line(f"{file}:{number}", row) for number, row in rows if row.strip()}
+    if len(lines) == 1 and isinstance(named := next(iter(lines.values())).get("predictions"), str):
         return read_predictions(Path(named) if Path(named).is_file() else file.parent / Path(named).name)
     with_image: dict[str, Line] = {}
-    for number, line in enumerate(lines, 1):
-        if missing := [key for key in NEEDED if key not in line]:
-            raise DataError(f"{file}:{number}: no {' and no '.join(missing)} — not a prediction of `mmv eval --task`")
+    for location, line in lines.items():
+        _check_line(location, line)
         if str(line.get("variant") or SEEN) == SEEN:
             if str(line["id"]) in with_image:
-                raise DataError(f"{file}:{number}: a second prediction for the question {line['id']}")
+                raise DataError(f"{location}: a second prediction for the question {line['id']}")
             with_image[str(line["id"])] = line
     if not with_image:
         raise DataError(f"{file}: no prediction for a question with its image")
     return Predictions(file, with_image)
 
 
-def _line(file: Path, number: int, text: str) -> Line:
-    value = parse_json(text, f"{file}:{number}: ")
+def _line(location: str, text: bytes) -> Line:
+    value = parse_json(text, f"{location}: ")
     if not isinstance(value, dict):
-        raise DataError(f"{file}:{number}: not a JSON object")
+        raise DataError(f"{location}: not a JSON object")
     return value
+
+
+def _check_line(location: str, line: Line) -> None:
+    """Raises DataError for a line that is no prediction."""
+    if missing := [key for key in NEEDED if key not in line]:
+        raise DataError(f"{location}: no {' and no '.join(missing)} — not a prediction of `mmv eval --task`")
+    sums = line.get("statistics", {})
+    rows = [[line["score"]], *(sums.values() if isinstance(sums, dict) else [None])]
+    if not all(isinstance(row, list) and row and all(isinstance(value, int | float) for value in row) for row in rows):
+        raise DataError(f"{location}: score or statistics are no numbers — not a prediction of `mmv eval --task`")
 
 
 def compare(first: Sequence[Predictions], second: Sequence[Predictions]) -> dict[str, Any]:
     """`second` less `first`, one evaluation each or one for each seed, on the questions that all of them have.
 
-    Raises DataError where these are no questions, or not the same, UsageError for different tasks.
+    Raises DataError where these are no questions, or not the same, or without a common metric, UsageError for
+    different tasks.
     """
     runs = [*first, *second]
     _check_tasks(runs)
@@ -76,6 +87,8 @@ def compare(first: Sequence[Predictions], second: Sequence[Predictions]) -> dict
     sides = [[[run.lines[name] for name in names] for run in side] for side in (first, second)]
     clusters = clusters_of(sides[0][0])
     metrics = _shared_metrics([lines for side in sides for lines in side])
+    if not metrics:
+        raise DataError(f"{runs[0].path} and {runs[1].path} have no metric in common — evaluate both by the same task")
     report: dict[str, Any] = {
         "first": [str(run.path) for run in first],
         "second": [str(run.path) for run in second],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minimind_v.core.errors import RowError
+from minimind_v.core.evaluate.normalise import HAN
 from minimind_v.core.rows.cells import StoredPictures
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, FILE_NAMES, PICTURES, TALKS, plain_names
 from minimind_v.core.rows.forms import DESCRIBE, DESCRIBE_CHINESE, read_row
@@ -29,10 +30,9 @@ IDS = ("question_id", "id", "index", "pid")
 IMAGE_IDS = ("image_id", "imageId", "data_id")  # a picture file's name without its beginning and ending
 CONTEXTS = ("hint",)  # a text before the question
 LETTERS = "ABCDEFGHIJ"
-NOTHING = ("", "nan", "none", "null")  # how tables write an empty cell
+NOTHING = ("", "nan")  # how tables write an empty cell
 IN_TEXT = re.compile(r"(?:^|[\s,;(])\(?([A-J])[.:)]\s*(.+?)(?=[\s,;]*\(?[A-J][.:)]\s|\s*$)", re.DOTALL)
 OPTIONS = re.compile(r"\n\s*(?:Options|Choices|选项)\s*[:：]", re.IGNORECASE)
-HAN = re.compile("[\u3400-\u9fff]")
 DESCRIBED = "the description that stands for a question"
 
 
@@ -219,7 +219,7 @@ def _kind(fields: Mapping[str, Any]) -> str:
 def _filled(value: Any) -> bool:
     if isinstance(value, float):
         return value == value  # a table's empty number is not a number
-    return value is not None and value != [] and not (isinstance(value, str) and value.strip().lower() in NOTHING[:2])
+    return value is not None and value != [] and not (isinstance(value, str) and value.strip().lower() in NOTHING)
 
 
 def _text(value: Any) -> str:

@@ -11,19 +11,18 @@ before it, each token has a probability p and the information −log₂ p, in bi
 from __future__ import annotations
 
 import base64
-import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as Pillow
 from torch import Tensor
 
-from minimind_v.core.data.images import blank_pixels
+from minimind_v.core.data.images import blank_pixels, encode_png
 from minimind_v.core.data.thinking import TAGS
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.detokenize import TextStream
@@ -129,7 +128,7 @@ class Trace:
             "answer": self.answer,
             "given": self.given,
             "images": [
-                {"src": data_uri(_png(image.pixels), "png"), "rows": image.rows, "columns": image.columns}
+                {"src": data_uri(encode_png(image.pixels), "png"), "rows": image.rows, "columns": image.columns}
                 for image in self.images
             ],
             "tokens": [
@@ -242,13 +241,14 @@ class _Tracer:
     def _generate(self, prompt: Prompt) -> list[int]:
         """The likeliest token each time; the end token is among them where the answer ends before the limit."""
         ids: list[int] = []
-        for event in self.engine.stream(
-            Request(prompt, Sampler(GREEDY), min(self.settings.max_new_tokens, MOST_TOKENS))
-        ):
-            if event.token is not None:
-                ids.append(event.token)
-            elif event.end == "stop":
-                ids.append(self.tokenizer.eos_id)
+        request = Request(prompt, Sampler(GREEDY), min(self.settings.max_new_tokens, MOST_TOKENS))
+        with closing(self.engine.stream(request)) as events:  # also where `check` raises: the engine forgets it at once
+            for event in events:
+                self.check()
+                if event.token is not None:
+                    ids.append(event.token)
+                elif event.end == "stop":
+                    ids.append(self.tokenizer.eos_id)
         return ids
 
     # --- passes over the answer ---------------------------------------------------------------------------------------
@@ -387,12 +387,6 @@ def _check_patches(patches: Patches, images: int, count: int) -> None:
                 f"patch {patch} of image {image} cannot be painted: images are 0 to {images - 1}, "
                 f"patches 0 to {count - 1}"
             )
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Pillow.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _base64(array: np.ndarray) -> str:

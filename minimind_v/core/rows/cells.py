@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,11 +103,17 @@ def decode_inline(data: Any, name: str) -> bytes:
         text = data.partition(",")[2] if data.startswith("data:") else data
         check_size(name, len(text) * 3 // 4)
         try:
-            data = base64.b64decode("".join(text.split()).replace("-", "+").replace("_", "/"), validate=True)
-        except (binascii.Error, ValueError) as error:
+            data = decode_base64(text)
+        except ValueError as error:
             raise RowError(f"{name}: not base64 ({error})", "picture broken") from None
     check_size(name, len(data))
     return bytes(data)
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of base64, also in the alphabet of addresses, on several lines or unpadded. Raises ValueError."""
+    text = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def data_uri(data: bytes, kind: str) -> str:

@@ -50,9 +50,6 @@ def make_app(
 ) -> ASGIApp:
     """The application. `hosts` are the names that a Host header may have; None: any. `record` gets each request."""
 
-    async def chat(scope: Scope, receive: Receive, send: Send) -> None:
-        await service.chat(scope, receive, send)
-
     async def models(request: Request) -> Response:
         return Json({"object": "list", "data": await service.models.list()})
 
@@ -70,7 +67,7 @@ def make_app(
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     routes: list[BaseRoute] = [
-        Route("/v1/chat/completions", Endpoint(chat), methods=["POST"]),
+        Route("/v1/chat/completions", Endpoint(service.chat), methods=["POST"]),
         Route("/v1/look", Endpoint(Traces(service).respond), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),

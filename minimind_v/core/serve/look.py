@@ -14,12 +14,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minimind_v.core.data.prompt import IMAGE_MARK
 from minimind_v.core.errors import MmvError
 from minimind_v.core.generate.engine import Engine, Prompt
 from minimind_v.core.generate.trace import TraceSettings, trace_answer
+from minimind_v.core.rows.row import IMAGE_MARK
 from minimind_v.core.serve.answers import within
-from minimind_v.core.serve.body import Body, parse, until_gone
+from minimind_v.core.serve.body import Body, parse
 from minimind_v.core.serve.chat_request import ChatRequest, Fields, read_request
 from minimind_v.core.serve.errors import ApiError, encode_json
 from minimind_v.core.serve.limits import Limits
@@ -42,13 +42,7 @@ class Traces:
 
     async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the trace of an answer. Raises ApiError, or ClientGone."""
-        self.service.check_room()
-        body = await self.service.bodies.read(scope, receive)
-        try:
-            with self.service.accepted():
-                await until_gone(receive, self._respond(body, scope, receive, send))
-        finally:
-            self.service.bodies.forget(body)
+        await self.service.accept(scope, receive, lambda body: self._respond(body, scope, receive, send))
 
     async def _respond(self, body: Body, scope: Scope, receive: Receive, send: Send) -> None:
         service, stop = self.service, threading.Event()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote_to_bytes
 
+from minimind_v.core.rows.cells import decode_base64
 from minimind_v.core.serve.errors import ApiError
 from minimind_v.core.serve.limits import Limits
 from minimind_v.core.serve.remote import fetch_image
@@ -55,11 +54,9 @@ def picture_bytes(url: str, limits: Limits) -> bytes:
         raise ApiError(413, f"an image is larger than {limits.image_bytes:,} bytes", "messages", "image_too_large")
     if "base64" not in match["parameters"].lower().split(";"):
         return unquote_to_bytes(url[match.end() :].encode("utf-8", "replace"))
-    text = re.sub(r"\s+", "", unquote_to_bytes(url[match.end() :].encode("ascii", "replace")).decode("latin-1"))
-    try:  # some programs leave out the padding, or use the alphabet of addresses
-        text = text.replace("-", "+").replace("_", "/").rstrip("=")
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError):
+    try:
+        return decode_base64(unquote_to_bytes(url[match.end() :].encode("ascii", "replace")).decode("latin-1"))
+    except ValueError:
         raise ApiError(
             400, f"the data URI of an image is not valid base64: {HOW}", "messages", "invalid_image"
         ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any, TypeVar
@@ -39,16 +39,23 @@ class Service:
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a chat completion. Raises ApiError before anything was sent, or ClientGone."""
         begin = time.perf_counter()
-        self.check_room()
-        body = await self.bodies.read(scope, receive)
-        try:
-            with self.accepted():
-                await until_gone(receive, self._chat(body, scope, send))
-        finally:
-            self.bodies.forget(body)
+        await self.accept(scope, receive, lambda body: self._chat(body, scope, send))
         self.metrics.total.add(time.perf_counter() - begin)
 
-    def check_room(self) -> None:
+    async def accept(self, scope: Scope, receive: Receive, work: Callable[[Body], Coroutine[Any, Any, None]]) -> None:
+        """Read the body of a request and await `work` on it. Raises ApiError, or ClientGone when the client leaves.
+
+        A request that is accepted is answered, also while the server ends.
+        """
+        self._check_room()
+        body = await self.bodies.read(scope, receive)
+        try:
+            with self._accepted():
+                await until_gone(receive, work(body))
+        finally:
+            self.bodies.forget(body)
+
+    def _check_room(self) -> None:
         """Raises ApiError where no further request is accepted."""
         if self.draining:
             raise ApiError(503, "the server is ending", code="shutting_down", retry_after=5)
@@ -56,9 +63,9 @@ class Service:
             raise ApiError(429, "the queue is full: try again later", code="queue_full", retry_after=1)
 
     @contextmanager
-    def accepted(self) -> Iterator[None]:
-        """Count a request as accepted; one that is accepted is answered, also while the server ends."""
-        self.check_room()
+    def _accepted(self) -> Iterator[None]:
+        """Count a request as accepted."""
+        self._check_room()
         self.metrics.accepted += 1
         try:
             yield

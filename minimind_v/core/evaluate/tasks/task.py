@@ -82,10 +82,6 @@ class Task:
         content = content if text is None else text
         return (*before, (role, f"{content}\n{self.instruction}" if self.instruction else content))
 
-    def rows(self, metric: Metric, verdicts: Sequence[Verdict]) -> np.ndarray:
-        """The statistics of a metric [n, k], zeros where a question adds nothing."""
-        return statistics_of(metric, [verdict.statistics for verdict in verdicts])
-
 
 def statistics_of(metric: Metric, statistics: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarray:
     """The rows [n, k] of a metric, zeros where a question adds nothing to it."""

@@ -77,8 +77,6 @@ const TEXTS = {
     withImage: "bits",
     withBlank: "bits, grey image",
     fromImage: "from the image",
-    row: "row",
-    column: "column",
     lastLayer: "last layer",
     how: "How to read this",
     help: [
@@ -156,8 +154,6 @@ const TEXTS = {
     withImage: "比特",
     withBlank: "灰色图片时的比特",
     fromImage: "来自图片",
-    row: "行",
-    column: "列",
     lastLayer: "最后一层",
     how: "怎样读这些图",
     help: [
@@ -497,6 +493,7 @@ class Viewer {
   }
 
   clear() {
+    clearTimeout(this.timer);
     this.painted.clear();
     this.result = this.problem = null;
     this.asked++;
@@ -698,18 +695,17 @@ class Viewer {
       h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))),
       h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, at) => h(at ? "td" : "th", at ? {} : { scope: "row" }, cell)))))));
     const details = h("details", { class: "card" }, h("summary", {}, t.tables));
-    details.addEventListener("toggle", () => details.childElementCount > 1 || details.append(
-      table(t.tokens, [t.token, t.probability("").trim(), t.withImage, t.withBlank, t.fromImage, t.rivals], trace.tokens.map((token, at) => [
+    details.addEventListener("toggle", () => {
+      if (details.childElementCount > 1) return;
+      const attention = this.numbers.map({ source: "attention", layer: null, head: null }, null); // once for all patches
+      details.append(table(t.tokens, [t.token, t.probability("").trim(), t.withImage, t.withBlank, t.fromImage, t.rivals], trace.tokens.map((token, at) => [
         visible(token.text), percent(token.probability), number(token.bits, 2), number(token.bits_blank, 2), signed(this.gains[at]),
         token.rivals.map((rival) => `${visible(rival.text)} ${percent(rival.probability)}`).join(", ")])),
       table(t.patches, [t.patch, t.words, t.lastLayer, t.wholeAnswer], trace.patches.map(({ words, layers }, p) => [
         this.patchName(p), words.map((word) => `${word.text} ${number(word.similarity, 2)}`).join(", "), visible(layers.at(-1).text),
-        `${t.attention} ${percent(this.meanAttention[p])}`]))));
+        `${t.attention} ${percent(attention[p])}`])));
+    });
     return details;
-  }
-
-  get meanAttention() {
-    return this.numbers.map({ source: "attention", layer: null, head: null }, null);
   }
 
   // --- drawing --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ export const hasViewer = async () =>
 export async function lookInside(request) {
   const dialog = document.getElementById("look");
   const controller = new AbortController();
+  let asking = new AbortController();
   const body = h(
     "div",
     { class: "look-body" },
@@ -25,6 +26,7 @@ export async function lookInside(request) {
   fill(dialog, t("look"), body);
   dialog.onclose = () => {
     controller.abort();
+    asking.abort();
     dialog.replaceChildren();
   };
   dialog.showModal();
@@ -34,7 +36,11 @@ export async function lookInside(request) {
     const [{ mount }, trace] = await Promise.all([import(VIEWER), look(request, controller.signal)]);
     if (!dialog.open) return;
     const { answer: _, ...question } = request; // with patches painted over, the model answers anew
-    const ask = (change) => look({ ...question, ...change }, controller.signal);
+    const ask = (change) => {
+      asking.abort(); // the server traces one answer at a time: an earlier one must not keep this one waiting
+      asking = new AbortController();
+      return look({ ...question, ...change }, asking.signal);
+    };
     body.replaceChildren();
     mount(body, trace, { ask, language: language() });
   } catch (error) {

@@ -78,9 +78,9 @@ class App {
   /** Another tab stored a conversation: where it is open, show it as it is now, so that neither undoes the other. */
   async storedElsewhere(id) {
     this.history.show();
-    if (id !== this.current() || this.chat.running || this.thread.editing) return;
     const conversation = (await this.store.list()).find((stored) => stored.id === id);
-    if (conversation) await this.open(conversation);
+    const isBusy = this.opening || this.chat.running || this.thread.editing;
+    if (conversation && id === this.current() && !isBusy) await this.open(conversation);
   }
 
   grew(chat, node) {
@@ -135,12 +135,15 @@ class App {
   // --- conversations ------------------------------------------------------------------------------------------------
 
   async open(conversation) {
+    this.opening = conversation;
     const running = this.running.get(conversation.id);
     const images = running ? null : new Map((await this.store.images(conversation)).map((image) => [image.id, image]));
+    if (this.opening !== conversation) return; // another one was chosen meanwhile
     this.start(running ?? new Chat(conversation, images, this));
   }
 
   start(chat) {
+    this.opening = null;
     this.chat = chat;
     this.closeHistory();
     this.thread.follows = true;

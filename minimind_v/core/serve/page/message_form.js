@@ -102,8 +102,8 @@ export class MessageForm {
           break;
         }
       } catch (error) {
-        if (!(error instanceof Unreadable)) throw error;
-        toast(t(error.key, { name: error.name }));
+        const message = error instanceof Unreadable ? t(error.key, { name: error.name }) : error.message;
+        toast(message); // other errors are the browser's: of a file that is gone meanwhile
       }
     }
     this.reading -= 1;
