@@ -21,6 +21,7 @@ from minimind_v.core.data.batch import collate
 from minimind_v.core.data.dataset import BrokenRow, Example, RowDataset
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError, RowError
+from minimind_v.core.rows.cells import decode_base64
 from minimind_v.core.rows.forms import check_form, read_row
 from minimind_v.core.rows.row import ANSWER_FIRST, MARK_PER_TURN, NOTES, SEVERAL_ANSWERS, SEVERAL_CAPTIONS
 from minimind_v.core.rows.stores import open_rows
@@ -608,3 +609,12 @@ def test_a_row_has_a_bounded_number_of_pictures_and_messages(demo_tokenizer):
     conversation = read_row({"messages": talk("What?", "A.") * 10_000}).conversations
     with pytest.raises(RowError, match="20,000 messages; a row has at most 10,000"):
         PromptEncoder(demo_tokenizer, PATCHES).row(conversation, 0, 512)
+
+
+def test_base64_is_read_on_several_lines_unpadded_and_in_the_alphabet_of_addresses():
+    data = bytes(range(256)) + b"\xff"  # whose base64 has both letters of that alphabet, and ends with padding
+    plain = base64.b64encode(data).decode()
+    for text in (plain, plain.rstrip("="), base64.urlsafe_b64encode(data).decode(), f"{plain[:40]}\r\n {plain[40:]}"):
+        assert decode_base64(text) == data
+    with pytest.raises(ValueError, match="base64"):
+        decode_base64("not base64!")

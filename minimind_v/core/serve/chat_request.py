@@ -76,13 +76,13 @@ def read_request(body: Any, limits: Limits, extra: frozenset[str] = frozenset())
     options = body.get("stream_options")
     if options is not None and not (isinstance(options, dict) and stream):
         raise ApiError(400, "stream_options must be an object, and needs stream: true", "stream_options")
-    fewest = fields.whole("max_completion_tokens", 1)
+    longest = fields.whole("max_completion_tokens", 1) or fields.whole("max_tokens", 1)
     return ChatRequest(
         fields.text("model"),
         messages,
         images,
         _sampling(fields),
-        fewest or fields.whole("max_tokens", 1) or MAX_NEW_TOKENS,
+        longest or MAX_NEW_TOKENS,
         _stop(body.get("stop"), limits),
         stream,
         Fields(options or {}, "stream_options.").flag("include_usage"),
