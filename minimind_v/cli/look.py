@@ -93,9 +93,9 @@ def _check(
     if pictures_in(question):
         command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
         raise UsageError(f"the last argument is an image file, not a question — {command}")
-    words = [index for index, name in enumerate(names) if index and name.isalpha() and not Path(name).exists()]
-    if words:
-        command = shlex.join(["mmv", "look", *names[: words[0]], " ".join([*names[words[0] :], question])])
+    unquoted = [index for index, name in enumerate(names) if index and name.isalpha() and not Path(name).exists()]
+    if unquoted:
+        command = shlex.join(["mmv", "look", *names[: unquoted[0]], " ".join([*names[unquoted[0] :], question])])
         raise UsageError(f"put the question in quotes: {command}")
     check_marks(question, len(names))
     if swap and len(swap) != len(names):

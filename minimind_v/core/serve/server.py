@@ -148,9 +148,10 @@ def _listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
-        taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
-        reason = os.strerror(error.errno) if taken else getattr(error, "strerror", None) or str(error)
-        option = "--port" if taken else "--host or --port"
+        number = getattr(error, "errno", None) or 0
+        is_port = number in (errno.EADDRINUSE, errno.EACCES)
+        reason = os.strerror(number) if is_port else getattr(error, "strerror", None) or str(error)
+        option = "--port" if is_port else "--host or --port"
         raise RunError(f"the server cannot listen at {host}:{port} ({reason}) — choose another {option}") from None
 
 
