@@ -47,7 +47,8 @@ class ChatCommand(Command):
         if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in questions[:-1]):
             options = [word for picture in [*values["image"], *questions[:-1]] for word in ("--image", picture)]
             return f"each image needs its own --image: {shlex.join(['mmv', 'chat', *options, questions[-1]])}"
-        return f"put the question in quotes: {shlex.join(['mmv', 'chat', ' '.join(questions)])}"
+        options = [word for picture in values.get("image") or [] for word in ("--image", str(picture))]
+        return f"put the question in quotes: {shlex.join(['mmv', 'chat', *options, ' '.join(questions)])}"
 
 
 QuestionText = Annotated[

@@ -91,16 +91,17 @@ def evaluate(
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
     chosen = _choose(task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}, out)
-    if data is None:
+    if is_standard := data is None:
         standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
         data, images, limit = standard.file, images or standard.images, limit or FIRST
-        terminal.warn(f"scoring rows of {data}, which may be training data: name held-out rows with --data")
     images = images or images_beside(data)
     _, _, loaded = open_all(
         lambda: find_rows(data),
         lambda: find_pictures(images),
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
+    if is_standard:
+        terminal.warn(f"scoring rows of {data}, which may be training data: name held-out rows with --data")
     terminal.say(str(loaded.receipt))
     if chosen is not None:
         how = {"out": out, "root": options.folder("out", OUT_DIR), "limit": limit, "dtype": dtype}

@@ -114,6 +114,7 @@ def test_with_nothing_there_the_command_that_makes_the_data_is_named(tmp_path, m
     ended = run_mmv("eval")
     assert ended.code == 1
     assert "mmv download dataset" in ended.error
+    assert "may be training data" not in ended.err  # nothing is scored
 
 
 @pytest.mark.parametrize("option", ["--limit", "--batch-size", "--max-length"])

@@ -28,7 +28,7 @@ from tests.cli.harness import ASSETS, SIGHT, installed, read_rows, run_mmv, writ
         ("chat --image a.jpg b.png 'What is this?'", "mmv chat --image a.jpg --image b.png 'What is this?'"),
         ("chat --image a.jpg b.png c.webp 'Which?'", "mmv chat --image a.jpg --image b.png --image c.webp 'Which?'"),
         ("chat what is this", "mmv chat 'what is this'"),
-        ("chat --image a.jpg what is this", "in quotes: mmv chat"),
+        ("chat --image a.jpg what is this", "in quotes: mmv chat --image a.jpg 'what is this'"),
         ("data check x.jsonl y.jsonl", "'y.jsonl'"),
         ("info x y", "'y': too many words"),
         # twice what can be one thing only

@@ -67,7 +67,7 @@ def test_a_question_that_cannot_be_asked_is_reported(tmp_path):
     model, good = make_model(), questions(2)
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
     cases = {
-        UsageError: (Question("Is <image> big?"), "1 <image> marks for 0 pictures"),
+        UsageError: (Question("Is <image> big?"), "1 <image> mark for 0 images"),
         MissingInput: (Question("?", [tmp_path / "none.jpg"]), "no image file at"),
         RowError: (Question("?", [tmp_path / "page.jpg"]), "an HTML page"),
     }

@@ -366,7 +366,7 @@ def test_the_k_th_picture_goes_to_the_k_th_mark(model, talk):
 def test_a_users_own_placeholders_are_no_picture(talk):
     session = talk()
     answer(session, "@" * 64)
-    with pytest.raises(UsageError, match="1 <image> marks for 0 pictures"):
+    with pytest.raises(UsageError, match="1 <image> mark for 0 images"):
         session.ask("<image>")
 
 

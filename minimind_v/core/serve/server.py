@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import os
@@ -147,10 +148,11 @@ def _listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RunError(
-            f"the server cannot listen at {host}:{port} ({reason}) — choose another --host or --port"
-        ) from None
+        number = getattr(error, "errno", None) or 0
+        is_port = number in (errno.EADDRINUSE, errno.EACCES)
+        reason = os.strerror(number) if is_port else getattr(error, "strerror", None) or str(error)
+        option = "--port" if is_port else "--host or --port"
+        raise RunError(f"the server cannot listen at {host}:{port} ({reason}) — choose another {option}") from None
 
 
 def _as_json(fields: dict[str, Any]) -> str:
