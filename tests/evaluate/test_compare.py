@@ -113,3 +113,43 @@ def test_what_cannot_be_compared_is_refused(predictions, tmp_path):
     broken.write_text('{"id": 1}\n')
     with pytest.raises(DataError, match=r"broken\.jsonl:1: no score — not a prediction"):
         read_predictions(broken)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"score": "high"}, r":2: the score 'high' is no number"),
+        ({"score": None}, r":2: the score None is no number"),
+        ({"score": float("nan")}, r":2: the score nan is no number"),
+        ({"score": 1e308}, r":2: the score 1e\+308 is no number"),
+        ({"score": 1, "statistics": 5}, r":2: the statistics are not lists of numbers by metric"),
+        ({"score": 1, "statistics": {"vqa": [1, None]}}, r":2: the statistics are not lists of numbers by metric"),
+        ({"score": 1, "statistics": {"vqa": 1}}, r":2: the statistics are not lists of numbers by metric"),
+        (b"\xff", r"damaged\.jsonl: the text is not UTF-8"),
+        (b"[1]", r":2: not a JSON object"),
+    ],
+)
+def test_a_line_with_odd_values_is_named(tmp_path, line, message):
+    file = tmp_path / "damaged.jsonl"
+    text = line if isinstance(line, bytes) else json.dumps({"id": 1, **line}).encode()
+    file.write_bytes(b"\n" + text + b"\n")
+    with pytest.raises(DataError, match=message):
+        read_predictions(file)
+
+
+def test_a_report_that_names_no_predictions_is_refused(tmp_path):
+    for name in ("report.json", "report.jsonl"):
+        report = tmp_path / name
+        report.write_text(json.dumps({"predictions": str(report)}))
+        with pytest.raises(DataError, match="no id and no score"):
+            read_predictions(report)
+    report.write_text(json.dumps({"predictions": "gone.jsonl"}))
+    with pytest.raises(MissingInput, match=r"gone\.jsonl, which .* names"):
+        read_predictions(report)
+
+
+def test_an_answer_may_have_every_line_separator_of_unicode(tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    answer = "a\u2028b\u2029c\x85d"
+    file.write_text(json.dumps({"id": answer, "answer": answer, "score": 1}, ensure_ascii=False) + "\n", "utf-8")
+    assert read_predictions(file).lines[answer]["answer"] == answer
