@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.errors import DataError, UsageError
+from minimind_v.core.errors import DataError, RunError, UsageError
 from minimind_v.core.evaluate import by_task
 from minimind_v.core.evaluate.answering import Answering, Features
 from minimind_v.core.evaluate.ask import Ask, Reply
@@ -370,3 +370,9 @@ def test_questions_that_cannot_be_read_are_skipped_and_the_others_measured(run):
 def test_a_question_may_have_very_many_annotators(run):
     report, _ = run("vqa", [records(1, 1)[0] | {"answer": [f"answer {number}" for number in range(20000)] + ["red"]}])
     assert report["rows"] == 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file/out: the predictions cannot be written there"):
+        run("vqa", records(1, 1), out="file/out")

@@ -296,7 +296,7 @@ def test_a_key_is_asked_for(tmp_path, monkeypatch):
 def test_a_port_that_is_in_use_is_reported(server):
     ended = run_mmv("serve", "--port", server.port, "--model", harness.sighted(), *harness.SIGHT)
     assert ended.code == 1
-    assert f"cannot listen at 127.0.0.1:{server.port}" in ended.error
+    assert f"cannot listen at 127.0.0.1:{server.port} (Address already in use) — " in ended.error
 
 
 def test_the_page_can_be_left_out(start):

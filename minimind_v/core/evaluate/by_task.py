@@ -134,7 +134,7 @@ def evaluate_task(
     answering = Answering(loaded.model, tokenizer, features, guesses, dtype)
     origin = _origin(loaded, guesses, dtype)
     folder = out or _folder(root, loaded, task, rows, origin, limit)
-    with disk_errors(folder):
+    with disk_errors(folder, "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / PREDICTIONS):
         replies = Replies(folder / REPLIES, origin)
