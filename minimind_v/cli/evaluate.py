@@ -13,7 +13,7 @@ from minimind_v.cli.command import advanced
 from minimind_v.cli.options import complete
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, one_of
-from minimind_v.core.errors import UsageError, open_all
+from minimind_v.core.errors import UsageError, open_all, shorten
 from minimind_v.core.paths import OUT_DIR
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _show_report(terminal: Terminal, report: dict[str, Any]) -> None:
         lines[metric["name"]] = f"{_figure(metric)}  (n {metric['n']}, images {metric['clusters']})"
     for kind, metric in report.get("kinds", {}).items():
         gain = metric["visual_gain"]["blank"]
-        lines[f"  {kind}"] = _figure(metric) + (
+        lines[f"  {shorten(kind, 40)}"] = _figure(metric) + (
             f"  gain over blank {_figure(gain)}" if gain["value"] is not None else ""
         )
     terminal.table(lines | {"predictions": report["predictions"]})

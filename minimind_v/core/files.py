@@ -345,8 +345,8 @@ def _read_note(handle: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn the different errors of libraries on a full disk into one RunError that names `folder`."""
+def disk_errors(folder: Path, what: str = "export") -> Iterator[None]:
+    """Turn the different errors of libraries on a full disk into one RunError: `what` cannot be written in `folder`."""
     from safetensors import SafetensorError
 
     try:
@@ -355,7 +355,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunError(
-            f"{folder}: the export cannot be written there ({_reason(error)}); nothing was written"
+            f"{folder}: the {what} cannot be written there ({_reason(error)}); nothing was written"
         ) from error
 
 

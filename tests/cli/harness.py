@@ -33,6 +33,7 @@ from minimind_v.cli.terminal import run_app
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import write_pretrain, write_sft
+from minimind_v.core.files import as_json
 from minimind_v.core.formats.checkpoint import export_tensors, load_into, read_checkpoint, write_checkpoint
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.model.vlm import VLM
@@ -305,7 +306,7 @@ def _folder() -> Path:
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
     """A JSONL file; a text is taken as the line that it is."""
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    lines = [row if isinstance(row, str) else as_json(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.errors import DataError, UsageError
+from minimind_v.core.errors import DataError, RunError, UsageError
 from minimind_v.core.evaluate import by_task
 from minimind_v.core.evaluate.answering import Answering, Features
 from minimind_v.core.evaluate.ask import Ask, Reply
@@ -353,3 +353,26 @@ def test_coins_are_within_their_intervals_of_a_half(behave):
 
 def _text(ask: Ask) -> str:
     return ask.messages[-1][1].rpartition("\n")[2]
+
+
+def test_questions_that_cannot_be_read_are_skipped_and_the_others_measured(run):
+    good = records(1, 1)[0]
+    odd = [
+        good | {"question_id": "\ud800", "question": "half \ud800"},
+        good | {"question_id": "half an answer", "answer": "\ud800"},
+        good | {"question_id": "long", "answer": "red " * 20000},
+    ]
+    for task, rows in (("loss", 1), ("vqa", 2)):  # a true answer that nobody can give scores nothing
+        report, _ = run(task, [*odd, good | {"question_id": "\ud801", "category": "\ud802"}], out=task)
+        assert (report["rows"], report["skipped"]) == (rows, 4 - rows)
+
+
+def test_a_question_may_have_very_many_annotators(run):
+    report, _ = run("vqa", [records(1, 1)[0] | {"answer": [f"answer {number}" for number in range(20000)] + ["red"]}])
+    assert report["rows"] == 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file/out: the predictions cannot be written there"):
+        run("vqa", records(1, 1), out="file/out")

@@ -119,23 +119,40 @@ def test_what_cannot_be_compared_is_refused(predictions, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("second_line", "message"),
+    ("line", "message"),
     [
-        (b"\xf4\x00", "not JSON"),
-        (b'{"id": 1, "score": "high"}', "score or statistics are no numbers — not a prediction"),
-        (b'{"id": 1, "score": 1, "statistics": {"vqa": [null]}}', "score or statistics are no numbers"),
-        (b'{"id": 1, "score": 1, "statistics": []}', "score or statistics are no numbers"),
+        ({"score": "high"}, r":2: the score 'high' is no number"),
+        ({"score": None}, r":2: the score None is no number"),
+        ({"score": float("nan")}, r":2: the score nan is no number"),
+        ({"score": 1e308}, r":2: the score 1e\+308 is no number"),
+        ({"score": 1, "statistics": 5}, r":2: the statistics are not lists of numbers by metric"),
+        ({"score": 1, "statistics": {"vqa": [1, None]}}, r":2: the statistics are not lists of numbers by metric"),
+        ({"score": 1, "statistics": {"vqa": 1}}, r":2: the statistics are not lists of numbers by metric"),
+        (b"\xff", r"damaged\.jsonl: the text is not UTF-8"),
+        (b"[1]", r":2: not a JSON object"),
     ],
 )
-def test_a_file_that_holds_no_predictions_is_refused_with_the_line(second_line, message, tmp_path):
-    file = tmp_path / "other.jsonl"
-    file.write_bytes(b'{"id": 0, "score": 1}\n\n' + second_line)
-    with pytest.raises(DataError, match=rf"other\.jsonl:3: {message}"):
+def test_a_line_with_odd_values_is_named(tmp_path, line, message):
+    file = tmp_path / "damaged.jsonl"
+    text = line if isinstance(line, bytes) else json.dumps({"id": 1, **line}).encode()
+    file.write_bytes(b"\n" + text + b"\n")
+    with pytest.raises(DataError, match=message):
         read_predictions(file)
 
 
-def test_an_answer_may_hold_a_character_that_ends_lines_elsewhere(predictions):
-    path = predictions("a", [1])
-    line = json.loads(path.read_text(encoding="utf-8").splitlines()[0]) | {"answer": "a\u2028b\x85c"}
-    path.write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
-    assert read_predictions(path).lines["q0"]["answer"] == "a\u2028b\x85c"
+def test_a_report_that_names_no_predictions_is_refused(tmp_path):
+    for name in ("report.json", "report.jsonl"):
+        report = tmp_path / name
+        report.write_text(json.dumps({"predictions": str(report)}))
+        with pytest.raises(DataError, match="no id and no score"):
+            read_predictions(report)
+    report.write_text(json.dumps({"predictions": "gone.jsonl"}))
+    with pytest.raises(MissingInput, match=r"gone\.jsonl, which .* names"):
+        read_predictions(report)
+
+
+def test_an_answer_may_have_every_line_separator_of_unicode(tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    answer = "a\u2028b\u2029c\x85d"
+    file.write_text(json.dumps({"id": answer, "answer": answer, "score": 1}, ensure_ascii=False) + "\n", "utf-8")
+    assert read_predictions(file).lines[answer]["answer"] == answer

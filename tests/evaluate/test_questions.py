@@ -202,6 +202,19 @@ def test_what_a_task_misses_is_named(tmp_path, task, record, missing):
         TASKS[task](task, {}).check(question)
 
 
+@pytest.mark.parametrize("answer", ["²", "10" * 3000, "-1", 2, True])
+def test_an_answer_that_is_no_number_of_a_choice_is_none_of_them(tmp_path, answer):
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [{"question": "Q", "choices": ["a", "b"], "answer": answer}]))
+    assert question.correct is None
+
+
+@pytest.mark.parametrize("name", ["²", "9" * 5000])
+def test_an_image_id_that_is_no_number_names_no_image(tmp_path, pictures, name):
+    rows = open_benchmark(write_rows(tmp_path / "rows.jsonl", [{"question": "Q", "answer": "a"}]), pictures("a.jpg"))
+    with pytest.raises(RowError):
+        read_picture(rows, rows.row(0), 0, 0, name)
+
+
 def test_halves_that_do_not_belong_together_are_refused(tmp_path):
     dump(tmp_path / "a_questions.json", {"questions": [{"question_id": 1, "question": "What?", "image_id": 1}]})
     data = dump(tmp_path / "a_annotations.json", {"annotations": [{"question_id": 2, "answers": [], "image_id": 1}]})

@@ -418,6 +418,32 @@ def test_an_export_can_be_imported_by_another_browser(open_page, page, stub, stu
     assert other.locator("#conversations li").count() == 1
 
 
+def test_a_hostile_import_neither_hangs_the_page_nor_runs_anything(page, stub, tmp_path):
+    ask_and_wait(page, "First")
+    bad = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
+    circle = {
+        "id": bad, "title": bad, "changed": 1, "images": [],
+        "nodes": [
+            {"id": '"]', "parent": "", "role": "user", "text": bad},
+            {"id": "__proto__", "parent": '"]', "role": "assistant", "text": bad, "reasoning": bad, "model": bad,
+             "end": bad, "error": bad},
+        ],
+        "selected": {"": '"]', '"]': "__proto__", "__proto__": '"]'},
+    }  # fmt: skip
+    itself = {**circle, "selected": {"": '"]', '"]': '"]'}}
+    file = tmp_path / f"{bad.replace('/', '')[:40]}.json"
+    for conversation in (circle, itself):
+        file.write_text(json.dumps({"mmv": "conversations", "version": 1, "conversations": [conversation]}))
+        page.set_input_files("#import-file", file)
+        page.locator(".question .text", has_text="onerror").wait_for()
+        page.reload()
+        page.wait_for_selector("html[data-ready]")
+    page.locator("#conversations .title", has_text="onerror").first.click()
+    page.locator(".question .text", has_text="onerror").wait_for()
+    ask_and_wait(page, "Second")
+    assert page.evaluate("window.hacked") is None
+
+
 def test_two_tabs_with_one_conversation_keep_what_either_asks(page, stub, stub_server):
     ask_and_wait(page, "First")
     other = page.context.new_page()

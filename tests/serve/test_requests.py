@@ -236,6 +236,13 @@ def test_a_chunked_body_is_read(server):
     assert received.startswith(b"HTTP/1.1 200 "), received
 
 
+def test_a_request_with_two_lengths_is_refused_and_nothing_behind_it_is_read(server):
+    chunked = raw_request(b"0\r\n\r\n", "Content-Length: 5", "Transfer-Encoding: chunked")
+    received = exchange(server, chunked + b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 400 "), received
+    assert received.count(b"HTTP/1.1") == 1
+
+
 def test_two_requests_on_one_connection_are_both_answered(server):
     body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2}).encode()
     received = exchange(server, raw_request(body) + raw_request(body, "Connection: close"))

@@ -269,6 +269,13 @@ def test_other_machines_need_a_key(monkeypatch):
     assert "--api-key" in ended.error
 
 
+@pytest.mark.parametrize("key", ["", " ", "key "])
+def test_a_key_that_no_request_can_give_is_refused(key):
+    ended = run_mmv("serve", "--api-key", key, "--model", harness.sighted(), *harness.SIGHT)
+    assert ended.code == 2
+    assert "--api-key is empty, or has spaces around it" in ended.error
+
+
 def test_a_key_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("MMV_API_KEY", "sésame")
     server = Server(tmp_path / "keyed", "--host", "0.0.0.0")

@@ -23,6 +23,7 @@ from minimind_v.core.rows.stores import find_rows, open_rows
 LISTS = ("questions", "annotations", "data")  # keys of a list of records
 # The names of picture files whose ids alone a file gives: of COCO with its zeros, of others with an ending.
 COCO_NAMES = ("COCO_val2014_{:012d}.jpg", "COCO_train2014_{:012d}.jpg", "COCO_test2015_{:012d}.jpg", "{:012d}.jpg")
+COCO_DIGITS = 12
 ENDINGS = (".jpg", ".png", ".jpeg", ".webp")
 
 
@@ -85,7 +86,8 @@ def _other_names(row: Row, name: str) -> list[str]:
     fields = row.extra
     if "pid" in fields:  # ScienceQA has a folder for each question
         return [f"{fields.get('split')}/{fields['pid']}/{name}", f"{fields['pid']}/{name}"]
-    numbered = [form.format(int(name)) for form in COCO_NAMES] if name.isdigit() else []
+    is_number = name.isascii() and name.isdigit() and len(name) <= COCO_DIGITS
+    numbered = [form.format(int(name)) for form in COCO_NAMES] if is_number else []
     return [*numbered, *(name + ending for ending in ENDINGS)]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.device import resolve_dtype
-from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.errors import RowError, UsageError, nearest
 from minimind_v.core.evaluate.answering import Answering, Features, encode_prompt
 from minimind_v.core.evaluate.ask import SEEN
 from minimind_v.core.evaluate.benchmarks import read_picture
@@ -40,11 +41,13 @@ from minimind_v.core.extensions import extensions_digest
 from minimind_v.core.files import as_json, disk_errors, only_writer, write_text
 from minimind_v.core.formats.companions import tokenizer_digest
 from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.generate.engine import CONTEXT
 from minimind_v.core.paths import OUT_DIR
 from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
 
 PREDICTIONS, REPORT, REPLIES = "predictions.jsonl", "report.json", ".replies.jsonl"
+FEW_TEXTS = 4096  # answers whose numbers of tokens are kept
 PIXELS = 256 * 2**20  # bytes of decoded images that wait to be encoded
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
 
@@ -111,9 +114,18 @@ def evaluate_task(
     task, tokenizer = chosen.task, loaded.tokenizer
     prompts = PromptEncoder(tokenizer, loaded.model.spec.tokens_per_image)
 
+    @lru_cache(FEW_TEXTS)
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text))
+
     def check(question: Question) -> None:
+        for truth in question.truths:
+            length(truth)
         for ask in task.asks(question):
-            encode_prompt(prompts, ask.messages, len(question.images))
+            room = CONTEXT - len(encode_prompt(prompts, ask.messages, len(question.images)))
+            longest = max(map(length, ask.candidates), default=0)
+            if longest >= room:
+                raise RowError(f"an answer has {longest:,} tokens, but there is room for {room - 1:,}", "too long")
 
     images = Images(loaded, dtype, memory)
     plan = plan_questions(rows, task, limit, check, images.decode)
@@ -122,7 +134,7 @@ def evaluate_task(
     answering = Answering(loaded.model, tokenizer, features, guesses, dtype)
     origin = _origin(loaded, guesses, dtype)
     folder = out or _folder(root, loaded, task, rows, origin, limit)
-    with disk_errors(folder):
+    with disk_errors(folder, "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / PREDICTIONS):
         replies = Replies(folder / REPLIES, origin)

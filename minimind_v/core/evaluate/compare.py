@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from minimind_v.core.rows.row import parse_json
 
 PREDICTIONS = "predictions.jsonl"
 NEEDED = ("id", "score")  # keys of a prediction
+MOST = 1e15  # of a score or a sum: squares of larger ones lose the digits of others
 
 
 @dataclass(frozen=True)
@@ -36,40 +36,55 @@ def read_predictions(path: Path) -> Predictions:
     file = path / PREDICTIONS if path.is_dir() else path
     if not file.is_file():
         raise MissingInput(f"no predictions at {file} — `mmv eval --task` writes them")
-    data = file.read_bytes()
-    if file.suffix == ".json":  # a report, on one line or several
-        data = json.dumps(parse_json(data, f"{file}: ")).encode()
-    rows = enumerate(data.splitlines(), 1)  # of bytes: a text may have other ends of lines, in an answer
-    lines = {f"{file}:{number}": _line(f"{file}:{number}", row) for number, row in rows if row.strip()}
-    if len(lines) == 1 and isinstance(named := next(iter(lines.values())).get("predictions"), str):
-        return read_predictions(Path(named) if Path(named).is_file() else file.parent / Path(named).name)
+    lines = _lines(file)
+    if len(lines) == 1 and isinstance(named := next(iter(lines.values())).get("predictions"), str):  # a report
+        file = Path(named) if Path(named).is_file() else file.parent / Path(named).name
+        if not file.is_file():
+            raise MissingInput(f"no predictions at {file}, which {path} names — `mmv eval --task` writes them")
+        lines = _lines(file)
     with_image: dict[str, Line] = {}
-    for location, line in lines.items():
-        _check_line(location, line)
+    for number, line in lines.items():
+        _check(line, f"{file}:{number}: ")
         if str(line.get("variant") or SEEN) == SEEN:
             if str(line["id"]) in with_image:
-                raise DataError(f"{location}: a second prediction for the question {line['id']}")
+                raise DataError(f"{file}:{number}: a second prediction for the question {line['id']}")
             with_image[str(line["id"])] = line
     if not with_image:
         raise DataError(f"{file}: no prediction for a question with its image")
     return Predictions(file, with_image)
 
 
-def _line(location: str, text: bytes) -> Line:
-    value = parse_json(text, f"{location}: ")
-    if not isinstance(value, dict):
-        raise DataError(f"{location}: not a JSON object")
-    return value
+def _lines(file: Path) -> dict[int, Line]:
+    """The objects in a file by the numbers of their lines; a report is one, on one line or several."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: the text is not UTF-8 — name the predictions of `mmv eval --task`") from None
+    except OSError as error:
+        raise MissingInput(f"{file} cannot be read ({error.strerror})") from None
+    texts = [text] if file.suffix == ".json" else text.split("\n")  # other line separators may be in an answer
+    lines = {number: parse_json(own, f"{file}:{number}: ") for number, own in enumerate(texts, 1) if own.strip()}
+    if wrong := [number for number, line in lines.items() if not isinstance(line, dict)]:
+        raise DataError(f"{file}:{wrong[0]}: not a JSON object")
+    return lines
 
 
-def _check_line(location: str, line: Line) -> None:
-    """Raises DataError for a line that is no prediction."""
+def _check(line: Line, at: str) -> None:
+    """Raises DataError for an object that is no prediction; `at` begins the message."""
     if missing := [key for key in NEEDED if key not in line]:
-        raise DataError(f"{location}: no {' and no '.join(missing)} — not a prediction of `mmv eval --task`")
-    sums = line.get("statistics", {})
-    rows = [[line["score"]], *(sums.values() if isinstance(sums, dict) else [None])]
-    if not all(isinstance(row, list) and row and all(isinstance(value, int | float) for value in row) for row in rows):
-        raise DataError(f"{location}: score or statistics are no numbers — not a prediction of `mmv eval --task`")
+        raise DataError(f"{at}no {' and no '.join(missing)} — not a prediction of `mmv eval --task`")
+    if not _is_number(line["score"]):
+        raise DataError(f"{at}the score {line['score']!r:.80} is no number")
+    statistics = line.get("statistics", {})
+    good = isinstance(statistics, dict) and all(
+        isinstance(sums, list) and len(sums) > 1 and all(map(_is_number, sums)) for sums in statistics.values()
+    )
+    if not good:
+        raise DataError(f"{at}the statistics are not lists of numbers by metric")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < MOST
 
 
 def compare(first: Sequence[Predictions], second: Sequence[Predictions]) -> dict[str, Any]:

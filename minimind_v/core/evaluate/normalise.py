@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 ARTICLES = {"a", "an", "the"}
@@ -73,4 +74,9 @@ def soft_score(answer: str, truths: Sequence[str]) -> float:
 def is_exact(answer: str, truths: Sequence[str]) -> bool:
     """Whether an answer equals the most frequent true one, both normalised; the first of several such."""
     plain = [normalise(truth) for truth in truths]
-    return bool(plain) and normalise(answer) == max(plain, key=plain.count)
+    return bool(plain) and normalise(answer) == most_frequent(plain)
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """The most frequent of some answers; the first of several such."""
+    return Counter(answers).most_common(1)[0][0]

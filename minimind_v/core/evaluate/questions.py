@@ -196,7 +196,7 @@ def _number_of(answer: Any, choices: tuple[str, ...]) -> int | None:
     letter = text.strip("().: ").upper()
     if len(letter) == 1 and letter in LETTERS[: len(choices)]:
         return LETTERS.index(letter)
-    return int(text) if text.isdigit() and int(text) < len(choices) else None
+    return next((number for number in range(len(choices)) if text == str(number)), None)
 
 
 def _answer(value: Any) -> Any:

@@ -164,6 +164,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        if has_two_lengths(headers):
+            raise ApiError(400, "a request has either Content-Length or Transfer-Encoding, not both")
         host = headers.get("host", "").lower()
         name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
         if self.hosts is not None and name and name not in self.hosts:
@@ -194,6 +196,11 @@ class Guard:
         })  # fmt: skip
 
 
+def has_two_lengths(headers: Headers) -> bool:
+    """Whether a request gives the length of its body in two ways."""
+    return "content-length" in headers and "transfer-encoding" in headers
+
+
 class Exchange:
     """One request and its response: adds the headers of every response, and reads a body that nobody else reads."""
 
@@ -204,6 +211,7 @@ class Exchange:
         self._receive, self._send, self.status = receive, send, 0
         self._has_more = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         self._waits = "expect" in headers  # for our word before it sends
+        self._is_last = has_two_lengths(headers)  # what follows may be a request that a proxy took for a body
 
     async def receive(self) -> Message:
         """The next piece of the request."""
@@ -222,7 +230,7 @@ class Exchange:
             headers.setdefault("cache-control", "no-store")
             if self._has_more and not self._waits:  # a client that is still sending would not read the response
                 await self._read_rest()
-            if self._has_more:
+            if self._has_more or self._is_last:
                 headers["connection"] = "close"
             message = {**message, "headers": headers.raw}
         await self._send(message)

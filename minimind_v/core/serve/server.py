@@ -48,7 +48,9 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
     def check(self) -> None:
-        """Raises UsageError for a server that others could use without a key."""
+        """Raises UsageError for a key that nobody could give, and a server that others could use without one."""
+        if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
+            raise UsageError("--api-key is empty, or has spaces around it — give a key, or leave the option out")
         if not is_loopback(self.host) and not self.api_key:
             raise UsageError(f"--host {self.host} serves other machines — add --api-key, or set MMV_API_KEY")
 

@@ -42,31 +42,37 @@ export function pathTo(conversation, node) {
   return nodes;
 }
 
-/** Check a conversation that came from a file; returns a copy with nothing but what this page knows, or null. */
+/**
+ * Check a conversation that came from a file; returns a copy with nothing but what this page knows, or null. Its ids are
+ * new, and it selects no message but a child: a circle would never end.
+ */
 export function checked(value) {
   const isText = (text) => typeof text === "string";
   if (!value || !isText(value.title) || !Number.isFinite(value.changed) || !Array.isArray(value.nodes)) return null;
-  const ids = new Set([""]);
+  const own = new Map([["", ""]]); // id in the file → id here
   const nodes = [];
   for (const node of value.nodes) {
     const { id, parent, role, text, images = [] } = node ?? {};
-    if (!isText(id) || ids.has(id) || !ids.has(parent) || !["user", "assistant"].includes(role) || !isText(text))
+    if (!isText(id) || own.has(id) || !own.has(parent) || !["user", "assistant"].includes(role) || !isText(text))
       return null;
     if (!Array.isArray(images) || !images.every(isText)) return null;
-    ids.add(id);
+    own.set(id, newId());
     const { reasoning = "", model = "", end = "", error = "", dropped = 0, stats = null } = node;
     if (![reasoning, model, end, error].every(isText) || !Number.isFinite(dropped)) return null;
     nodes.push({
-      id,
-      parent,
+      id: own.get(id),
+      parent: own.get(parent),
       role,
       text,
       images,
       ...(role === "assistant" ? { reasoning, model, end, error, dropped, stats: checkedStats(stats) } : {}),
     });
   }
+  const children = new Set(nodes.map(({ id, parent }) => `${parent} ${id}`));
   const selected = Object.fromEntries(
-    Object.entries(value.selected ?? {}).filter(([parent, id]) => ids.has(parent) && ids.has(id)),
+    Object.entries(value.selected ?? {})
+      .map(([parent, id]) => [own.get(parent), own.get(id)])
+      .filter(([parent, id]) => children.has(`${parent} ${id}`)),
   );
   return { id: newId(), title: value.title, changed: value.changed, nodes, selected };
 }
