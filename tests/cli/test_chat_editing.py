@@ -56,6 +56,15 @@ class EditedTalk:
         self.until(until, start)
         return self.read()[start:]
 
+    def complete(self, typed, until):
+        """Type a text and Tab, and wait for its completion: a menu may show it before the line has it."""
+        self.keys(f"{typed}\t", until)
+        drawn = -1
+        while drawn != len(self.raw):
+            drawn = len(self.raw)
+            time.sleep(1)
+            self.read()
+
     def command(self, line, until, end="\r"):
         """Type a line, and wait until a text comes behind it, and then the prompt."""
         start = len(self.read())
@@ -103,9 +112,9 @@ def test_a_line_is_edited_completed_and_remembered(start, terminal, tmp_path, ti
     assert saved(talk, tmp_path) == ["What is big?"]
     (tmp_path / "my folder").mkdir()
     (tmp_path / "my folder" / "a dog.jpg").write_bytes(tiny_data.picture().read_bytes())
-    talk.keys("/ima\t", "/image")
-    talk.keys(f" {tmp_path}/my f\t", "my folder/")
-    talk.keys("a\t", "dog.jpg")  # the first letter may be drawn before
+    talk.complete("/ima", "/image")
+    talk.complete(f" {tmp_path}/my f", "my folder/")
+    talk.complete("a", "dog.jpg")  # the first letter may be drawn before
     talk.keys("\r", f"for the next question: {tmp_path / 'my folder' / 'a dog.jpg'}")
     assert talk.leave() == 0
 

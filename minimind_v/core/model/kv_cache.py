@@ -22,8 +22,6 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        # Of each layer: a view that is made once costs each token half the time of a write (8 of 17 µs on a CPU).
-        self._layers = [(self.keys[layer], self.values[layer]) for layer in range(shape[0])]
         self.used = 0  # columns, on the host: slicing by it costs no device synchronisation
         self.padding: Tensor | None = None  # [B, max_length], true where a row has no token; None: in no row
 
@@ -66,7 +64,7 @@ class KVCache:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest chunk's [B, KV, T, hd]; returns all that is stored, [B, KV, S, hd]."""
         time = keys.shape[2]
-        stored_keys, stored_values = self._layers[layer]
-        stored_keys.narrow(2, self.used - time, time).copy_(keys)
-        stored_values.narrow(2, self.used - time, time).copy_(values)
-        return stored_keys.narrow(2, 0, self.used), stored_values.narrow(2, 0, self.used)
+        stored = self.keys[layer], self.values[layer]
+        for target, chunk in zip(stored, (keys, values), strict=True):
+            target.narrow(2, self.used - time, time).copy_(chunk)
+        return stored[0].narrow(2, 0, self.used), stored[1].narrow(2, 0, self.used)
