@@ -25,7 +25,7 @@ class EditedTalk:
 
     def __init__(self, folder, *args, answers=ANSWERS):
         self.master, slave = pty.openpty()
-        termios.tcsetwinsize(self.master, (40, 100))
+        termios.tcsetwinsize(self.master, (40, 300))  # no path is wrapped, so each is found as it is
         os.set_blocking(self.master, False)
         self.raw, self.answers = b"", answers
         self.before = termios.tcgetattr(slave)

@@ -42,6 +42,11 @@ class Conversation:
         shown = self.seen[before:].replace("\r", "").removeprefix(f"{line}\n").removesuffix("you> ")
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).strip()
 
+    def interrupt(self):
+        """Press Ctrl-C once the line is being read: `input` loses one that comes just behind its prompt."""
+        time.sleep(0.3)
+        self.mmv.send(signal.SIGINT)
+
     def leave(self, line="/quit\n"):
         os.write(self.master, line.encode())
         ended = self.mmv.wait()
@@ -184,13 +189,12 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(sighted, tmp_path):
     os.write(talk.master, b"\x03")
     talk.mmv.until(lambda: talk.read().count("you> ") == 2)
     assert talk.mmv.alive
-    time.sleep(0.3)  # it reads from the terminal
-    talk.mmv.send(signal.SIGINT)
+    talk.interrupt()
     talk.mmv.until(lambda: "Ctrl-C again ends the conversation" in talk.read() and talk.seen.count("you> ") == 3)
     talk.type("")  # in between there was a line: the next one is the first again
-    talk.mmv.send(signal.SIGINT)
+    talk.interrupt()
     talk.mmv.until(lambda: talk.read().count("Ctrl-C again") == 2 and talk.seen.count("you> ") == 5)
-    talk.mmv.send(signal.SIGINT)
+    talk.interrupt()
     assert talk.mmv.wait().code == 0
     assert "Traceback" not in talk.read()
 
