@@ -61,6 +61,7 @@ def demo(
         "report": str(out / "report.html"),
         "images": f"{Path(example['image']).parent}: a dozen images for your questions",
         "ask the model": command_line(*chat),
+        "or on a page": command_line("web", "--model", example["model"]),
         "free the disk": f"{shlex.join(['rm', '-r', str(out)])} ({size_of(out) / 1e6:,.0f} MB)",
     })  # fmt: skip
     terminal.say(f"\n{summary['knows']}")

@@ -116,6 +116,7 @@ def test_the_last_lines_can_be_pasted(demo, shown):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == demo[1]["example"]["answer"]
     assert {"--vision-model", "--tokenizer", "PICTURE"}.isdisjoint(shlex.split(line))
+    assert shlex.split(shown[0]["or on a page"])[-3:] == ["web", "--model", demo[1]["example"]["model"]]
 
 
 @pytest.mark.long
