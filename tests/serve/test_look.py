@@ -55,9 +55,9 @@ def test_a_given_answer_is_traced_with_patches_painted_over(server, picture):
     assert set(trace["variants"]) == {"blank", "occluded"}
     assert trace["variants"]["occluded"]["answer"] == trace["variants"]["blank"]["answer"]
     assert trace["variants"]["occluded"]["bits"] == trace["variants"]["blank"]["bits"]
-    one = look(server, picture, answer="a red star", occlude=[[0, 27], [0, 27]]).json
-    assert one["occluded"] == [[0, 27]]
-    assert one["variants"]["occluded"]["bits"] != one["variants"]["blank"]["bits"]
+    twice = look(server, picture, answer="a red star", occlude=[[0, 27], [0, 27]]).json
+    assert twice["occluded"] == [[0, 27]]
+    assert twice["variants"]["occluded"]["bits"] != twice["variants"]["blank"]["bits"]
 
 
 def test_several_images_and_earlier_turns_are_traced(server, picture):

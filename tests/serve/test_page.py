@@ -616,7 +616,7 @@ def test_a_phone_never_scrolls_sideways(open_page, stub, stub_server, language):
 def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(page, stub):
     attach(page, ("a.png", scene()))
     ask_and_wait(page, "What?")
-    here = """() => { const e = document.activeElement;  // the frame of a field is drawn around its form
+    focused = """() => { const e = document.activeElement;  // the frame of a field is drawn around its form
         const style = getComputedStyle(e.tagName === "TEXTAREA" ? e.closest(".message-form") : e);
         const name = e.id || e.dataset.key || e.className || e.tagName;
         return [name, e === document.body || style.outlineStyle !== "none"]; }"""
@@ -624,7 +624,7 @@ def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(p
     visited = []
     for _ in range(60):
         page.keyboard.press("Tab")
-        name, is_visible = page.evaluate(here)
+        name, is_visible = page.evaluate(focused)
         assert is_visible, name
         if name == "BODY" or (visited and name == visited[0]):
             break

@@ -20,7 +20,7 @@ from minimind_v.core.rows.row import RowStore
 
 @dataclass(frozen=True)
 class BrokenRow:
-    """A row that training skips: its file:row, and why."""
+    """A row, or a question of it, that is skipped: its file:row, and why."""
 
     location: str
     kind: str

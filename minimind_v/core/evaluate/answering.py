@@ -7,7 +7,7 @@ token, by the engine.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from minimind_v.core.errors import RowError
 from minimind_v.core.evaluate.ask import Ask, Messages, Reply
 from minimind_v.core.evaluate.forward import answer_logprobs
 from minimind_v.core.generate.engine import CONTEXT, Engine, Event, Prompt, Request
+from minimind_v.core.generate.prompt_cache import Store
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.vlm import VLM
 
@@ -59,16 +60,13 @@ class Features:
     """Features of images by digest, the latest kept; `encode` is called for an image that is not kept."""
 
     def __init__(self, encode: Callable[[str], Tensor], limit: int = FEATURES) -> None:
-        self._encode, self._limit = encode, limit
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()  # [P, width] each
+        self._encode, self._kept = encode, Store(limit)  # [P, width] each
 
     def __call__(self, digest: str) -> Tensor:
-        if digest not in self._kept:
-            self._kept[digest] = features = self._encode(digest)
-            while len(self._kept) > max(1, self._limit // max(features.nbytes, 1)):
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(digest)
-        return self._kept[digest]
+        if (features := self._kept.get(digest.encode())) is None:
+            features = self._encode(digest)
+            self._kept.add(digest.encode(), features)
+        return features
 
 
 class Answering:

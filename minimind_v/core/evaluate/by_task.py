@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minimind_v.core.config.settings import read_settings
+from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
@@ -28,13 +29,12 @@ from minimind_v.core.evaluate.measure import (
     Plan,
     Progress,
     Replies,
-    Skipped,
     all_asks,
     plan_questions,
     verdicts_of,
 )
 from minimind_v.core.evaluate.questions import Question
-from minimind_v.core.evaluate.results import by_variant, checks, kinds_of, lines_of, measured, visual_gain
+from minimind_v.core.evaluate.results import PREDICTIONS, by_variant, checks, kinds_of, lines_of, measured, visual_gain
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.evaluate.tasks.task import Task
 from minimind_v.core.extensions import extensions_digest
@@ -46,7 +46,7 @@ from minimind_v.core.paths import OUT_DIR
 from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
 
-PREDICTIONS, REPORT, REPLIES = "predictions.jsonl", "report.json", ".replies.jsonl"
+REPORT, REPLIES = "report.json", ".replies.jsonl"
 FEW_TEXTS = 4096  # answers whose numbers of tokens are kept
 PIXELS = 256 * 2**20  # bytes of decoded images that wait to be encoded
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
@@ -89,7 +89,7 @@ class Evaluation:
     """The report of an evaluation, and what was skipped."""
 
     report: dict[str, Any]
-    skipped: list[Skipped]
+    skipped: list[BrokenRow]
 
 
 def evaluate_task(

@@ -11,11 +11,10 @@ import numpy as np
 
 from minimind_v.core.errors import DataError, MissingInput, UsageError
 from minimind_v.core.evaluate.ask import SEEN
-from minimind_v.core.evaluate.results import Line, clusters_of, metrics_for, rows_of
+from minimind_v.core.evaluate.results import PREDICTIONS, Line, clusters_of, metrics_for, rows_of
 from minimind_v.core.evaluate.statistics import Estimate, Metric, difference, rows_to_see, seeds_difference
 from minimind_v.core.rows.row import parse_json
 
-PREDICTIONS = "predictions.jsonl"
 NEEDED = ("id", "score")  # keys of a prediction
 MOST = 1e15  # of a score or a sum: squares of larger ones lose the digits of others
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.feature_store import digest
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.evaluate.answering import Answering
@@ -35,23 +36,11 @@ Decode = Callable[[str, bytes, str], None]  # digest, bytes and name of a pictur
 
 
 @dataclass
-class Skipped:
-    """A row or question that is not measured, and why."""
-
-    location: str
-    kind: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.location}: {self.message}"
-
-
-@dataclass
 class Plan:
     """The questions that are measured, and their images."""
 
     questions: list[Question] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[BrokenRow] = field(default_factory=list)
     images: dict[str, tuple[str, ...]] = field(default_factory=dict)  # question → digests of its images
     sources: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # digest → row, position and name
     names: dict[str, str] = field(default_factory=dict)  # digest → the name of the image
@@ -89,7 +78,7 @@ def plan_questions(
             _find_images(rows, question, plan, decode)
             plan.questions.append(question)
         except RowError as error:
-            plan.skipped.append(Skipped(question.location, error.kind, str(error)))
+            plan.skipped.append(BrokenRow(question.location, error.kind, str(error)))
     if not plan.questions:
         first = f"; the first problem: {plan.skipped[0]}" if plan.skipped else ""
         raise DataError(f"{rows.path}: no question for the task {task.name}{first}")
@@ -103,13 +92,13 @@ def _read_questions(rows: RowStore, task: Task, plan: Plan) -> Iterator[Question
         try:
             questions += questions_of(rows.row(index), index, rows.number(index), location)
         except RowError as error:
-            plan.skipped.append(Skipped(location, error.kind, str(error)))
+            plan.skipped.append(BrokenRow(location, error.kind, str(error)))
     taken: Counter[str] = Counter()
     for question in task.select(questions):
         try:
             task.check(question)
         except RowError as error:
-            plan.skipped.append(Skipped(question.location, error.kind, str(error)))
+            plan.skipped.append(BrokenRow(question.location, error.kind, str(error)))
             continue
         taken[question.id] += 1
         yield question if taken[question.id] == 1 else replace(question, id=f"{question.id}#{taken[question.id]}")

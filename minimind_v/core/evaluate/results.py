@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minimind_v.core.evaluate.measure import Plan
 
 Line = dict[str, Any]
+PREDICTIONS = "predictions.jsonl"  # in the folder of an evaluation
 SCORE = "score"  # the metric of predictions that name no task
 
 
