@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import options
-from minimind_v.cli.chat_answers import show_answer
+from minimind_v.cli.chat_answers import NO_IMAGE, show_answer, split
 from minimind_v.cli.chat_images import STDIN, ImageNames, check_count, find_display, named, read_image
 from minimind_v.cli.command import Command, advanced, output
 from minimind_v.cli.terminal import Terminal
@@ -184,7 +184,7 @@ def _read(texts: Sequence[str], prompt: str | None) -> tuple[ImageNames, list[Pi
 
 def _once(terminal: Terminal, session: Session, prompt: str, pictures: list[Picture], limit: int, json: bool) -> None:
     if not pictures and not json:
-        terminal.say("no image: the model answers from the text alone (add one with --image FILE)")
+        terminal.say(f"{NO_IMAGE} (add one with --image FILE)")
     started = time.perf_counter()
     answer = session.ask(prompt, pictures, limit)
     if not json:
@@ -257,12 +257,8 @@ def _opener(
 
 def _texts(text: str, think: bool) -> dict[str, str]:
     """The answer in a generated text, and its reasoning where the model was asked to reason."""
-    from minimind_v.core.data.thinking import split_answer
-
-    if not think:
-        return {"answer": text}
-    reasoning, answer = split_answer(text)
-    return {"reasoning": reasoning, "answer": answer}
+    reasoning, answer = split(text, think)
+    return {"reasoning": reasoning, "answer": answer} if think else {"answer": answer}
 
 
 @contextlib.contextmanager

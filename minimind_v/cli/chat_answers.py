@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 RIVALS = 5  # likeliest tokens that /top shows
 SIDE_BY_SIDE = 60  # columns of a terminal that holds two answers beside each other
+NO_IMAGE = "no image: the model answers from the text alone"
 FEW_BITS = 1.0  # by which an answer is not said to depend on its images
 
 
@@ -34,6 +35,13 @@ def show_answer(terminal: Terminal, answer: Iterable[str], think: bool) -> None:
         else:
             terminal.result(piece, end="")
     terminal.result("")
+
+
+def split(text: str, think: bool) -> tuple[str, str]:
+    """The reasoning and the answer in a generated text; without `think` all of it is the answer."""
+    from minimind_v.core.data.thinking import split_answer
+
+    return split_answer(text) if think else ("", text)
 
 
 def show_rivals(terminal: Terminal, trace: Sequence[Event], tokenizer: Tokenizer) -> None:

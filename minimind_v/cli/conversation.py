@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimind_v.cli.chat_answers import RIVALS, describe_need, show_answer, show_beside, show_rivals
+from minimind_v.cli.chat_answers import NO_IMAGE, RIVALS, describe_need, show_answer, show_beside, show_rivals, split
 from minimind_v.cli.chat_images import Display, check_count, read_image
 from minimind_v.cli.chat_save import Talk, as_address, write_of
 from minimind_v.cli.terminal import Terminal
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from minimind_v.core.generate.session import Session
 
 HELP = "/image FILE adds an image, /new starts over, /help shows all commands, /quit ends; Ctrl-C stops an answer"
-NO_IMAGE = "no image: the model answers from the text alone"
 PROMPT = "you> "
 MOST_SHOWN = 4  # images of one line that are drawn
 NONE = "none"  # the value that removes a system prompt or a seed
@@ -203,14 +202,8 @@ class Conversation:
             self.asked.pop()
         else:
             self.waiting = []
-        self.asked.append(Question(question, images, *self._split(text)))
-
-    def _split(self, text: str) -> tuple[str, str]:
-        """The answer and the reasoning of a generated text."""
-        from minimind_v.core.data.thinking import split_answer
-
-        reasoning, answer = split_answer(text) if self.session.think else ("", text)
-        return answer, reasoning
+        reasoning, answer = split(text, self.session.think)
+        self.asked.append(Question(question, images, answer, reasoning))
 
     def again(self, _: str) -> None:
         """Answer the latest question once more."""
@@ -239,7 +232,7 @@ class Conversation:
         if not self.session.images:
             raise UsageError("the conversation has no image — add one with /image FILE")
         with closing(self.session.answer_blank()) as answer:
-            blank, _ = self._split("".join(answer))
+            _, blank = split("".join(answer), self.session.think)
         show_beside(self.terminal, ("with the images", "with grey images"), (before.answer, blank))
         self.terminal.say(describe_need(self.session.trace(), self.session.trace(blank=True)))
 

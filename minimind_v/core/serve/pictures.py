@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote_to_bytes
 
+from minimind_v.core.hub.web import is_web
 from minimind_v.core.rows.cells import decode_base64
 from minimind_v.core.serve.errors import ApiError
 from minimind_v.core.serve.limits import Limits
@@ -29,7 +30,7 @@ class Pictures:
     async def read(self, url: str) -> bytes:
         """The bytes of a picture file. Raises ApiError."""
         limits, loop = self.limits, asyncio.get_running_loop()
-        if not url[:8].lower().startswith(("http://", "https://")):
+        if not is_web(url):
             return await loop.run_in_executor(self._decoding, picture_bytes, url, limits)
         if not self.hosts:
             raise ApiError(400, f"this server fetches no images: {HOW}", "messages", "remote_image_refused")
