@@ -121,8 +121,9 @@ def test_a_client_that_is_gone_ends_its_trace(server, picture):
     head = f"POST /v1/look HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with server.connect() as connection:
         connection.sendall(f"{head}\r\n\r\n".encode() + body)
-        time.sleep(0.3)
-    end = time.monotonic() + harness.PATIENCE
+        end = time.monotonic() + harness.PATIENCE
+        while not server.metric("mmv_requests_queued"):
+            assert time.monotonic() < end
     while server.metric("mmv_requests_cancelled_total") == cancelled or server.metric("mmv_requests_queued"):
         assert time.monotonic() < end
         time.sleep(0.05)
