@@ -77,8 +77,9 @@ class LoadedVLM:
         self._companions = loaded.checkpoint.companions
 
     def __repr__(self) -> str:
-        count = sum(parameter.numel() for parameter in self.parameters())
-        return f"LoadedVLM({str(self.path)!r}, {count / 1e6:.1f}M parameters, {self.device})"
+        names = self.model.named_parameters()
+        count = sum(weight.numel() for name, weight in names if not name.startswith("vision_encoder."))
+        return f"LoadedVLM({str(self.path)!r}, {count / 1e6:.1f}M parameters and a vision encoder, {self.device})"
 
     @property
     def config(self) -> TextConfig:
@@ -168,14 +169,16 @@ class LoadedVLM:
         swap: Images = None,
         occlusion: bool = False,
         max_new_tokens: int = 128,
+        think: bool = False,
     ) -> Trace:
         """Look inside an answer: the bits that the images give to each token, attention, and the words of patches.
 
         The answer is the model's own, with the likeliest tokens, or the text `answer`. `swap` has another image for
         each, for the variant `swapped`; without it a single image is mirrored. With `occlusion` every patch is painted
-        grey in turn. Of the T tokens and P patches the trace has `tokens` with `probability`, `bits`, `bits_blank` and
-        `rivals`; `attention` float32 [T, L, H, P] of L layers and H heads, `rollout` [T, P], `patches` with `nearest`
-        words and `layers`, `variants`, and `occlusion` [T, P] or None; `as_json()` is what `mmv look --json` prints.
+        grey in turn; `think` lets a model of 2026 reason before it answers. Of the T tokens and P patches the trace has
+        `tokens` with `probability`, `bits`, `bits_blank` and `rivals`; `attention` float32 [T, L, H, P] of L layers and
+        H heads, `rollout` [T, P], `patches` with `nearest` words and `layers`, `variants`, and `occlusion` [T, P] or
+        None; `as_json()` is what `mmv look --json` prints.
         Raises UsageError, MissingInput or RowError where an image cannot be read or does not fit the question.
 
         >>> m = mmv.load("out/sft_vlm_128.pth")
@@ -187,7 +190,7 @@ class LoadedVLM:
         text, pixels = self.processor.question(question, images)
         others = [] if swap is None else swap if isinstance(swap, list | tuple) else [swap]
         settings = TraceSettings(answer, max_new_tokens, [*map(self.processor.pixels, others)], occlusion=occlusion)
-        prompt = engine.prompt([{"role": "user", "content": text}], pixels, max_new_tokens)
+        prompt = engine.prompt([{"role": "user", "content": text}], pixels, max_new_tokens, think)
         return replace(trace_answer(engine, prompt, settings, question), model=str(self.path))
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_v.cli import options
+from minimind_v.cli.chat_images import read_image
 from minimind_v.cli.command import Command, advanced
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError, open_all
 
 if TYPE_CHECKING:
+    from minimind_v.core.data.picture_names import Picture
     from minimind_v.core.formats.load import LoadedModel
     from minimind_v.core.generate.trace import Trace
 
@@ -30,7 +32,7 @@ class LookCommand(Command):
 
 def look(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="IMAGE... QUESTION", help="One or more image files, and a question.")
+        list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Image files or web addresses, and a question.")
     ],
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a page that shows more of what you point at.")
@@ -61,8 +63,8 @@ def look(
     terminal = Terminal()
     names, question = _check(arguments, swap or [], html, model)
     pictures, others, loaded = open_all(
-        lambda: read_pictures(names),
-        lambda: read_pictures(swap or []),
+        lambda: read_pictures(names, _read),
+        lambda: read_pictures(swap or [], _read),
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
     how = {"answer": answer, "max_new_tokens": max_new_tokens, "occlusion": occlusion}
@@ -79,6 +81,10 @@ def look(
         show_trace(terminal, trace)
     if html:
         terminal.say(f"page: {html}")
+
+
+def _read(name: str) -> Picture:
+    return read_image(name, stdin=False)
 
 
 def _check(

@@ -275,7 +275,7 @@ def test_settings_are_shown_changed_and_checked(talk):
     assert talk.type("/params max_new_tokens 1") == "max_new_tokens 1"
     for wrong, message in (
         ("top_q 1", "unknown setting top_q (did you mean 'top_p'?)"),
-        ("top_p 7", "--top-p must be above 0 and at most 1, not 7"),
+        ("top_p 7", "top_p must be above 0 and at most 1, not 7"),
         ("top_k many", "top_k is a whole number, not 'many'"),
         ("min_p x", "min_p is a number, not 'x'"),
         ("max_new_tokens 0", "max_new_tokens must be at least 1, not 0"),

@@ -109,6 +109,19 @@ def test_a_page_is_written_and_replaces_only_a_page(sighted, tiny_data, tmp_path
     assert ended.code == 2
 
 
+def test_images_are_fetched_from_web_addresses(sighted, tiny_data, web):
+    address = web(tiny_data.picture().read_bytes())
+    ended = run_look(address, QUESTION, "--swap", address, "--json", sighted=sighted).json
+    assert ended["answer"] == run_look(tiny_data.picture(), QUESTION, "--json", sighted=sighted).json["answer"]
+    refused = run_look(f"{address}/none", QUESTION, sighted=sighted)
+    assert refused.error == f"{address}/none: the server answered HTTP 404 Not Found — check the address"
+
+
+def test_an_empty_answer_is_refused(sighted, tiny_data):
+    ended = run_look(tiny_data.picture(), QUESTION, "--answer", " ", sighted=sighted)
+    assert (ended.code, ended.error) == (2, "the answer is empty — give a text, or leave it out for the model's own")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

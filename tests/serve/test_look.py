@@ -83,6 +83,7 @@ def test_several_images_and_earlier_turns_are_traced(server, picture):
         ({"occlude": [[0, 64]]}, None, "patch 64 of image 0"),
         ({"occlude": [[-1, 0]]}, None, "cannot be painted"),
         ({"answer": 5}, "answer", "must be a text"),
+        ({"answer": " "}, "answer", "the answer is empty"),
         ({"answer": "star " * 5000}, None, "there is room for"),
         ({"stream": True}, "stream", "does not take stream"),
         ({"temperature": 1.0}, "temperature", "does not take temperature"),

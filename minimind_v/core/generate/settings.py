@@ -20,11 +20,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise UsageError(f"--temperature must be at least 0, not {self.temperature:g}")
+            raise UsageError(f"temperature must be at least 0, not {self.temperature:g}")
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p must be above 0 and at most 1, not {self.top_p:g}")
+            raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p:g}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
+            raise UsageError(f"seed must be at least 0 and below 2^63, not {self.seed}")
         if self.top_k < 0:
             raise UsageError(f"top_k must be at least 0, not {self.top_k}")
         if not 0 <= self.min_p <= 1:

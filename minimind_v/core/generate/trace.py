@@ -52,6 +52,10 @@ class TraceSettings:
     occlude: Patches = ()  # patches that are painted grey for the variant `occluded`
     occlusion: bool = False  # whether every patch is painted in turn
 
+    def __post_init__(self) -> None:
+        if self.answer is not None and not self.answer.strip():
+            raise UsageError("the answer is empty — give a text, or leave it out for the model's own")
+
 
 @dataclass(frozen=True)
 class TracedToken:

@@ -205,5 +205,6 @@ def find_weights(folder: Path) -> Path:
         if paths := [path for ending in WEIGHTS_ENDINGS for path in folder.glob(f"{stage}_vlm_*{ending}")]:
             return max(paths, key=lambda path: path.stat().st_mtime)
     raise MissingInput(
-        f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or give a file with --model"
+        f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or `mmv demo` for a small model; "
+        "or name a file with --model"
     )

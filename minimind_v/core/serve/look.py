@@ -14,7 +14,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minimind_v.core.errors import MmvError
+from minimind_v.core.errors import MmvError, UsageError
 from minimind_v.core.generate.engine import Engine, Prompt
 from minimind_v.core.generate.trace import TraceSettings, trace_answer
 from minimind_v.core.rows.row import IMAGE_MARK
@@ -72,7 +72,10 @@ def read_look(body: Any, limits: Limits) -> tuple[ChatRequest, TraceSettings]:
     if answer is not None and len(answer) > limits.text:
         raise ApiError(400, f"the answer has more than {limits.text:,} characters", "answer")
     occlude = _read_patches(body.get("occlude"))
-    return request, TraceSettings(answer=answer, max_new_tokens=request.max_new_tokens, occlude=occlude)
+    try:
+        return request, TraceSettings(answer=answer, max_new_tokens=request.max_new_tokens, occlude=occlude)
+    except UsageError as error:
+        raise ApiError(400, str(error), "answer") from None
 
 
 def _read_patches(pairs: Any) -> Sequence[tuple[int, int]]:
