@@ -41,6 +41,7 @@ PLAIN_METRIC = {"metric", "aggregation", "higher_is_better"}
 LOOSE = {"ignore_case", "ignore_punctuation"}  # as VQA's normalisation compares answers
 FORMATS = ("parquet", "json", "csv", "arrow")  # instead of a dataset's name, where its files are named
 FIELDS = {"doc_to_text": "question", "doc_to_target": "answer", "doc_to_visual": "image", "doc_to_choice": "options"}
+UNTIL = ["\n\n"]  # what ends an answer where a file does not say
 DEEPEST = 8  # files that include each other
 
 
@@ -188,7 +189,7 @@ class _Translation:
     def _generation(self) -> tuple[int | None, tuple[str, ...]]:
         """Tokens of the longest answer, and what ends one."""
         settings = dict(self.keys.get("generation_kwargs") or {})
-        most_tokens, until = settings.pop("max_new_tokens", None), settings.pop("until", None) or []
+        most_tokens, until = settings.pop("max_new_tokens", None), settings.pop("until", UNTIL) or []
         until = [until] if isinstance(until, str) else until
         if most_tokens is not None and (type(most_tokens) is not int or most_tokens < 1):
             self._refuse(f"generation_kwargs.max_new_tokens must be a number of tokens, not {most_tokens!r:.40}")

@@ -29,7 +29,7 @@ NUMBERING = (
     "lecture",
     "skill",
     "pid",
-)  # fields of ScienceQA, whose answer is a number even where the choices are numbers
+)  # fields of ScienceQA, which always numbers its choices
 CHOICES = ("choices", "options", "candidates", "multiple_choices")
 KINDS = (
     *("kind", "category", "answer_type", "question_type", "type", "types", "l2_category", "data_type", "subject"),

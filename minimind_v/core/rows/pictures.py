@@ -8,6 +8,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
@@ -53,6 +54,9 @@ def open_pictures(path: Path | None) -> Pictures:
     if path is None:
         return NoPictures()
     find_pictures(path)
+    if path.is_dir() and any(path.glob("*.parquet")):  # imported late: it opens rows, which open pictures
+        pictures: Pictures = import_module("minimind_v.core.rows.parquet_pictures").ParquetPictures(path)
+        return pictures
     if path.suffix == ".tar" and path.is_file():
         return TarPictures(path)
     return FolderPictures(path) if path.is_dir() else ZipPictures(path)
