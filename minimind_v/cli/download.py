@@ -41,38 +41,44 @@ class Hub(str, Enum):
     modelscope = "modelscope"
 
 
+Endpoint = Annotated[
+    str | None,
+    advanced("--endpoint", metavar="URL", help="Address of a mirror. [default: HF_ENDPOINT, or the hub's own]"),
+]
+Revision = Annotated[
+    str | None, advanced("--revision", metavar="NAME", help="Branch, tag or commit. [default: the pinned one]")
+]
+Preset = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help=f"Model size: {', '.join(PUBLISHED)}.", autocompletion=options.complete(PUBLISHED)
+    ),
+]
+Root = Annotated[Path, typer.Option("--dir", metavar="DIR", help="Folder that gets model/, dataset/ and out/.")]
+Sample = Annotated[
+    int | None,
+    typer.Option("--sample", min=1, metavar="N", help="Download only the first N rows, into dataset/sample."),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Download a benchmark for `mmv eval --task`, and nothing else: {', '.join(BENCHMARKS)}.",
+        autocompletion=options.complete(tuple(BENCHMARKS)),
+    ),
+]
+
+
 def download(
     what: Annotated[What, typer.Argument(metavar="WHAT", help="The files to download.")] = What.all,
     hub: Annotated[Hub, typer.Option("--hub", help="auto: hf, then modelscope if hf fails.")] = Hub.auto,
-    endpoint: Annotated[
-        str | None,
-        advanced("--endpoint", metavar="URL", help="Address of a mirror. [default: HF_ENDPOINT, or the hub's own]"),
-    ] = None,
-    revision: Annotated[
-        str | None, advanced("--revision", metavar="NAME", help="Branch, tag or commit. [default: the pinned one]")
-    ] = None,
-    preset: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help=f"Model size: {', '.join(PUBLISHED)}.", autocompletion=options.complete(PUBLISHED)
-        ),
-    ] = STANDARD_PRESET,
-    root: Annotated[
-        Path, typer.Option("--dir", metavar="DIR", help="Folder that gets model/, dataset/ and out/.")
-    ] = Path(),
+    endpoint: Endpoint = None,
+    revision: Revision = None,
+    preset: Preset = STANDARD_PRESET,
+    root: Root = Path(),
     split: Annotated[Stage | None, typer.Option("--split", help="Download only this stage's data.")] = None,
-    sample: Annotated[
-        int | None,
-        typer.Option("--sample", min=1, metavar="N", help="Download only the first N rows, into dataset/sample."),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Download a benchmark for `mmv eval --task`, and nothing else: {', '.join(BENCHMARKS)}.",
-            autocompletion=options.complete(tuple(BENCHMARKS)),
-        ),
-    ] = None,
+    sample: Sample = None,
+    task: Task = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List files, sources and sizes without downloading.")
     ] = False,

@@ -124,11 +124,9 @@ class _Translation:
 
     def result(self) -> Theirs:
         keys = self.keys
-        for place, name in _functions(keys, ""):
-            field = (
-                f"name a field in its place, as in `{place}: {FIELDS[place]}`" if place in FIELDS else "leave it out"
-            )
-            self.problems.append(f"{place} is Python (!function {name}), which is not run — {field}")
+        for key, name in _functions(keys, ""):
+            advice = f"name a field in its place, as in `{key}: {FIELDS[key]}`" if key in FIELDS else "leave it out"
+            self.problems.append(f"{key} is Python (!function {name}), which is not run — {advice}")
         for key, value in keys.items():
             if key not in READ | WITHOUT_EFFECT and value != UNUSED.get(key) and not isinstance(value, Function):
                 self.problems.append(f"{key} has no equal here — leave it out, or write a task in Python")
@@ -161,8 +159,10 @@ class _Translation:
         if output not in METRICS:
             self._refuse(f"output_type {output!r:.40} has no equal here — there are {', '.join(METRICS)}")
             return ""
-        known, tasks = METRICS[output], []
-        for metric in self.keys.get("metric_list") or [{"metric": next(iter(known))} | dict.fromkeys(LOOSE, True)]:
+        tasks: list[str] = []
+        for metric in self.keys.get("metric_list") or [
+            {"metric": next(iter(METRICS[output]))} | dict.fromkeys(LOOSE, True)
+        ]:
             tasks += self._metric(metric, output)
         if len(set(tasks)) > 1:
             self._refuse(f"metric_list has metrics of several tasks ({', '.join(sorted(set(tasks)))}) — keep one's")

@@ -15,7 +15,7 @@ from minimind_v.core.errors import RowError, UsageError
 
 BRACES = re.compile(r"\{\{((?:(?!\}\}).)*)\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 # A field, then names and numbers inside it: `choices[0]`, `choices.text`; `.strip()` leaves outer spaces out.
-PLACE = re.compile(r"\s*([\w-]+)((?:\.\w+(?!\()|\[\d+\]|\['\w+'\])*)(\.strip\(\))?\s*")
+FIELD = re.compile(r"\s*([\w-]+)((?:\.\w+(?!\()|\[\d+\]|\['\w+'\])*)(\.strip\(\))?\s*")
 STEP = re.compile(r"\w+")
 
 
@@ -33,13 +33,12 @@ class Template:
             return ()
         if not BRACES.search(self.text):
             return () if self.is_literal and len(self.text.split()) > 1 else (self.text,)
-        places = [PLACE.fullmatch(match[1] or "") for match in BRACES.finditer(self.text)]
-        if None in places:
-            wrong = next(match[0] for match in BRACES.finditer(self.text) if not PLACE.fullmatch(match[1] or ""))
+        matches = [(match[0], FIELD.fullmatch(match[1] or "")) for match in BRACES.finditer(self.text)]
+        if wrong := next((text for text, field in matches if field is None), None):
             raise UsageError(
                 f"{wrong:.60} is more than a field — write fields in braces only: {{{{question}}}}, {{{{choices[0]}}}}"
             )
-        return tuple(dict.fromkeys(place[1] for place in places if place))
+        return tuple(dict.fromkeys(field[1] for _, field in matches if field))
 
     def fill(self, row: Mapping[str, Any]) -> Any:
         """The value for a row; None where the row lacks the field. Raises RowError where a text lacks one."""
@@ -54,8 +53,8 @@ class Template:
         return BRACES.sub(lambda match: _written(_value(match[1], row), match[0]), self.text)
 
 
-def _value(place: str, row: Mapping[str, Any]) -> Any:
-    match = PLACE.fullmatch(place)
+def _value(expression: str, row: Mapping[str, Any]) -> Any:
+    match = FIELD.fullmatch(expression)
     assert match is not None, "`fields` has checked it"
     value = row.get(match[1])
     for step in STEP.findall(match[2]):
@@ -66,7 +65,7 @@ def _value(place: str, row: Mapping[str, Any]) -> Any:
     return value.strip() if match[3] and isinstance(value, str) else value
 
 
-def _written(value: Any, place: str) -> str:
+def _written(value: Any, expression: str) -> str:
     if value is None:
-        raise RowError(f"no value for {place}", "missing field")
+        raise RowError(f"no value for {expression}", "missing field")
     return str(value)

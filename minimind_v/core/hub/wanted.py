@@ -126,8 +126,8 @@ def download_parts(
 def benchmark_parts(benchmark: Benchmark, root: Path) -> list[DownloadPart]:
     """The rows of a benchmark and, where these have none, its images, below `root`."""
     source = benchmark.source
-    parts = [DownloadPart(source.what, source, (), root / source.folder, pattern=benchmark.pattern)]
-    if benchmark.images:
-        label = f"{source.what} images"
-        parts.append(DownloadPart(label, source, (), root / benchmark.images_folder, pattern=benchmark.images))
-    return parts
+    rows = DownloadPart(source.what, source, (), root / source.folder, pattern=benchmark.pattern)
+    if not benchmark.images:
+        return [rows]
+    label = f"{source.what} images"
+    return [rows, DownloadPart(label, source, (), root / benchmark.images_folder, pattern=benchmark.images)]

@@ -20,7 +20,7 @@ class ParquetPictures:
     def __init__(self, path: Path) -> None:
         """Raises DataError for files without these columns."""
         self.path = path
-        self._places: dict[str, tuple[Path, int, int]] = {}  # file, row group, row in it
+        self._positions: dict[str, tuple[Path, int, int]] = {}  # file, row group, row in it
         self._group: tuple[tuple[Path, int] | None, list[Any]] = None, []
         for file in sorted(path.glob("*.parquet")):
             try:
@@ -28,7 +28,7 @@ class ParquetPictures:
                     lacking = {ID, IMAGE} - set(opened.schema_arrow.names)
                     for group in range(0 if lacking else opened.num_row_groups):
                         ids = opened.read_row_group(group, columns=[ID])[ID].to_pylist()
-                        self._places |= {str(name): (file, group, row) for row, name in enumerate(ids)}
+                        self._positions |= {str(name): (file, group, row) for row, name in enumerate(ids)}
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{file}: not a parquet file that can be read ({error})") from None
             if lacking:
@@ -36,9 +36,9 @@ class ParquetPictures:
 
     def read(self, name: str) -> bytes:
         """Read a picture by its id. Raises RowError."""
-        if name not in self._places:
+        if name not in self._positions:
             raise RowError(f"{name}: no picture with this id in {self.path}", "picture missing")
-        file, group, row = self._places[name]
+        file, group, row = self._positions[name]
         if self._group[0] != (file, group):
             with pq.ParquetFile(file) as opened:
                 self._group = (file, group), opened.read_row_group(group, columns=[IMAGE])[IMAGE].to_pylist()
