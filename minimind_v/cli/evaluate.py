@@ -35,7 +35,7 @@ TaskName = Annotated[
     typer.Option(
         "--task",
         metavar="NAME|FILE",
-        help="Measure by a task, with intervals: loss, vqa, yesno, choice, caption, or a .yaml file of yours.",
+        help="Measure by a task, with intervals: loss, vqa, yesno, choice, caption, or a .yaml file of your own.",
     ),
 ]
 Limit = Annotated[
