@@ -112,6 +112,12 @@ def test_choices_are_compared_by_likelihood_and_may_stand_in_the_file(folder):
     assert (question.choices, question.correct) == (("A", "B"), None), "blue is neither A nor B"
 
 
+def test_popes_metrics_are_those_of_yes_and_no(folder):
+    start, end = SHORT.index("metric_list:"), SHORT.index("lmms_eval_specific")
+    metrics = "metric_list:\n  - metric: pope_accuracy\n  - metric: pope_f1_score\n    higher_is_better: true\n"
+    assert chosen(folder, SHORT[:start] + metrics + SHORT[end:]).base == "yesno"
+
+
 def test_an_index_is_an_index_even_where_choices_are_numbers(folder):
     rows = [{"question": "How many?", "answer": 1, "options": ["1", "2"]}]
     pq.write_table(pa.Table.from_pylist(rows), folder / "data/test-00000-of-00001.parquet")
@@ -163,7 +169,9 @@ lmms_eval_specific_kwargs: {default: {format: mcq, pre_prompt: ""}}
     for problem in (
         "doc_to_visual is Python (!function utils.pope_doc_to_visual), which is not run — name a field in its place, "
         "as in `doc_to_visual: image`",
-        "doc_to_text is Python", "process_results is Python", "process_docs is Python", "metric_list.aggregation is",
+        "doc_to_text is Python (!function utils.pope_doc_to_text)",
+        "Python, which is not run: process_results (!function utils.pope_process_results), process_docs (!function "
+        "utils.docs), metric_list.aggregation (!function utils.aggregate) — leave it out",
         "repeats has no equal", "filter_list has no equal", "max_new_tokens must be a number", "temperature 0.7",
         "until must be", "metric 'anls' has no equal", "exact_match without ignore_case and ignore_punctuation",
         "regexes_to_ignore has no equal", "lmms_eval_specific_kwargs.format",
@@ -171,6 +179,22 @@ lmms_eval_specific_kwargs: {default: {format: mcq, pre_prompt: ""}}
         assert problem in message
     assert "num_fewshot" not in message
     assert "top_p" not in message
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "generation_kwargs: 3", "generation_kwargs: !function a.b", "lmms_eval_specific_kwargs: [x]",
+        "lmms_eval_specific_kwargs: {default: x}", "metric_list: exact_match", "metric_list: [[1], 2]",
+        "dataset_kwargs: x", "output_type: [a]", "doc_to_text: 3", "doc_to_text: {a: b}", "doc_to_choice: [1, 2]",
+        "1: 2", "test_split: [a]", "dataset_path: 4", "? [a, b]\n: c",
+    ],
+)  # fmt: skip
+def test_a_value_of_a_strange_type_is_a_usage_error(folder, lines):
+    usual = "dataset_path: data\ndoc_to_text: question\ndoc_to_target: answer\n"
+    key = lines.partition(":")[0]
+    with pytest.raises(UsageError):
+        chosen(folder, "".join(line + "\n" for line in usual.splitlines() if not line.startswith(key)) + lines)
 
 
 @pytest.mark.parametrize(

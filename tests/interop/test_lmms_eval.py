@@ -66,7 +66,7 @@ def theirs(task, out, model, **arguments):
     samples = list((out / "logs").rglob("*samples_scenes.jsonl"))
     assert samples, (ended.stdout + ended.stderr)[-2000:]
     lines = sorted(map(json.loads, samples[0].read_text().splitlines()), key=lambda line: line["doc_id"])
-    return [line["filtered_resps"][0].strip() for line in lines], [line["exact_match"] for line in lines]
+    return [line["filtered_resps"].strip() for line in lines], [line["exact_match"] for line in lines]
 
 
 def ours(task, out, *model):

@@ -16,7 +16,7 @@ from minimind_v.core.config.settings import read_yaml_text
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.template import Template
 
-MARKS = {"dataset_path", "output_type", "doc_to_text", "doc_to_target", "doc_to_visual", "include"}
+MARKS = {"dataset_path", "output_type", "doc_to_text", "doc_to_target", "doc_to_visual", "include", "group"}
 # What changes no answer and no score of ours.
 WITHOUT_EFFECT = {
     *("metadata", "tag", "group", "task_alias", "group_alias", "full_docs", "training_split", "fewshot_split"),
@@ -27,14 +27,11 @@ READ = {
     *("doc_to_visual", "doc_to_text", "doc_to_target", "doc_to_choice", "description", "generation_kwargs"),
     *("metric_list", "lmms_eval_specific_kwargs"),
 }
-UNUSED = {
-    "num_fewshot": 0,
-    "repeats": 1,
-    "should_decontaminate": False,
-}  # keys that may only say that they are not used
+UNUSED = {"num_fewshot": 0, "repeats": 1, "should_decontaminate": False}  # the only values without an effect
 # The metrics that are measured here, by the kind of output: our task that has them.
+POPE = ("pope_accuracy", "pope_precision", "pope_recall", "pope_f1_score", "pope_yes_ratio")
 METRICS = {
-    "generate_until": {"exact_match": "vqa", "bleu": "caption", "chrf": "caption"},
+    "generate_until": {"exact_match": "vqa", "bleu": "caption", "chrf": "caption", **dict.fromkeys(POPE, "yesno")},
     "multiple_choice": {"acc": "choice"},
 }
 PLAIN_METRIC = {"metric", "aggregation", "higher_is_better"}
@@ -124,12 +121,18 @@ class _Translation:
 
     def result(self) -> Theirs:
         keys = self.keys
-        for key, name in _functions(keys, ""):
-            advice = f"name a field in its place, as in `{key}: {FIELDS[key]}`" if key in FIELDS else "leave it out"
-            self.problems.append(f"{key} is Python (!function {name}), which is not run — {advice}")
+        functions = list(_functions(keys, ""))
+        for key, name in functions:
+            if key in FIELDS:
+                self._refuse(
+                    f"{key} is Python (!function {name}), which is not run — name a field in its place, as in "
+                    f"`{key}: {FIELDS[key]}`"
+                )
+        if others := [f"{key} (!function {name})" for key, name in functions if key not in FIELDS]:
+            self._refuse(f"Python, which is not run: {', '.join(others)} — leave it out")
         for key, value in keys.items():
             if key not in READ | WITHOUT_EFFECT and value != UNUSED.get(key) and not isinstance(value, Function):
-                self.problems.append(f"{key} has no equal here — leave it out, or write a task in Python")
+                self._refuse(f"{key} has no equal here — leave it out, or write a task in Python")
         task = self._task()
         most_tokens, until = self._generation()
         names = self._names()
@@ -152,20 +155,28 @@ class _Translation:
             self._refuse(f"{key} must be a text, not {value!r:.40}")
         return None
 
+    def _mapping(self, key: str) -> dict[str, Any]:
+        value = self.keys.get(key) or {}
+        if not isinstance(value, Mapping | Function):
+            self._refuse(f"{key} must be a mapping, not {value!r:.40}")
+        return dict(value) if isinstance(value, Mapping) else {}
+
     def _task(self) -> str:
         if not isinstance(self.keys.get("task", ""), str):
             self._refuse("task names several tasks — name the file of one of them")
         output = self.keys.get("output_type", "generate_until")
-        if output not in METRICS:
+        if not isinstance(output, str) or output not in METRICS:
             self._refuse(f"output_type {output!r:.40} has no equal here — there are {', '.join(METRICS)}")
             return ""
-        tasks: list[str] = []
-        for metric in self.keys.get("metric_list") or [
-            {"metric": next(iter(METRICS[output]))} | dict.fromkeys(LOOSE, True)
-        ]:
-            tasks += self._metric(metric, output)
-        if len(set(tasks)) > 1:
-            self._refuse(f"metric_list has metrics of several tasks ({', '.join(sorted(set(tasks)))}) — keep one's")
+        metrics = self.keys.get("metric_list")
+        if not metrics:
+            return next(iter(METRICS[output].values()))
+        if not isinstance(metrics, list):
+            self._refuse("metric_list must be a list of metrics")
+            return ""
+        tasks = sorted({task for metric in metrics for task in self._metric(metric, output)})
+        if len(tasks) > 1:
+            self._refuse(f"metric_list has metrics of several tasks here ({', '.join(tasks)}) — keep those of one")
         return tasks[0] if tasks else ""
 
     def _metric(self, metric: Any, output: str) -> list[str]:
@@ -188,7 +199,7 @@ class _Translation:
 
     def _generation(self) -> tuple[int | None, tuple[str, ...]]:
         """Tokens of the longest answer, and what ends one."""
-        settings = dict(self.keys.get("generation_kwargs") or {})
+        settings = self._mapping("generation_kwargs")
         most_tokens, until = settings.pop("max_new_tokens", None), settings.pop("until", UNTIL) or []
         until = [until] if isinstance(until, str) else until
         if most_tokens is not None and (type(most_tokens) is not int or most_tokens < 1):
@@ -230,8 +241,11 @@ class _Translation:
 
     def _prompts(self) -> tuple[str, str]:
         """The texts before and behind the question."""
-        kwargs = self.keys.get("lmms_eval_specific_kwargs") or {}
-        own = kwargs.get("default", kwargs) or {}
+        kwargs = self._mapping("lmms_eval_specific_kwargs")
+        own = (
+            kwargs.get("default", {key: value for key, value in kwargs.items() if not isinstance(value, Mapping)}) or {}
+        )
+        own = own if isinstance(own, Mapping) else {"default": own}
         for key, value in own.items():
             if key not in ("pre_prompt", "post_prompt") and value and not isinstance(value, Mapping | Function):
                 self._refuse(f"lmms_eval_specific_kwargs.{key} is read by Python only — leave it out")
@@ -254,7 +268,7 @@ class _Translation:
 
     def _data(self) -> tuple[Path, str | None]:
         """The data on this machine: a folder or a file, relative to the working folder or to the task's."""
-        kwargs = dict(self.keys.get("dataset_kwargs") or {})
+        kwargs = self._mapping("dataset_kwargs")
         files = kwargs.pop("data_files", None)
         for key in ("token", "load_from_disk", "cache_dir", "data_dir"):
             kwargs.pop(key, None)

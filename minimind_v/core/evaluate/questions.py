@@ -25,11 +25,7 @@ from minimind_v.core.rows.row import IMAGE_MARK, Row
 QUESTIONS = ("question", "query", "prompt")
 ANSWERS = ("answers", "answer", "multiple_choice_answer", "label", "response", "gpt_answer", "gpt4_answer")
 ANSWER_NUMBERS = ("answer_index", "correct_choice_idx")  # the number of the right choice, from 0
-NUMBERING = (
-    "lecture",
-    "skill",
-    "pid",
-)  # fields of ScienceQA, which always numbers its choices
+NUMBERING = ("lecture", "skill", "pid")  # fields of ScienceQA, which always numbers its choices
 CHOICES = ("choices", "options", "candidates", "multiple_choices")
 KINDS = (
     *("kind", "category", "answer_type", "question_type", "type", "types", "l2_category", "data_type", "subject"),
@@ -42,9 +38,9 @@ LETTERS = "ABCDEFGHIJ"
 LETTERED = ("{}", "choice_{}", "option_{}")  # columns of choices, with a letter of either case
 # What a task's file may give under `fields`.
 FIELDS = (
-    *QUESTIONS, *ANSWERS, *CHOICES, *ANSWER_NUMBERS, *KINDS, *IDS, *CONTEXTS, *IMAGE_IDS, *PICTURES, *ALTERNATIVES,
-    *CAPTIONS, *LETTERS,
-)  # fmt: skip
+    *(*QUESTIONS, *ANSWERS, *CHOICES, *ANSWER_NUMBERS, *KINDS, *IDS, *CONTEXTS, *IMAGE_IDS, *PICTURES, *ALTERNATIVES),
+    *(*CAPTIONS, *LETTERS),
+)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 LONGEST_LIST = 1 << 16  # characters of a list that is written as text
 NOTHING = ("", "nan")  # how tables write an empty cell
