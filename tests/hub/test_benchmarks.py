@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.evaluate.benchmarks import open_benchmark, read_picture
 from minimind_v.core.evaluate.questions import questions_of
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.hub.sources import BENCHMARKS
+from minimind_v.core.rows.pictures import open_pictures
 from tests.cli.harness import run_mmv, tiny_data
 from tests.hub.server import Hub
 
@@ -81,6 +83,23 @@ def test_images_in_files_of_their_own_are_found_by_id(get):
     [question] = questions_of(rows.row(0), 0, 1, "gqa:1")
     assert (task, question.truths, question.images) == ("vqa", ("cat",), ("n7",))
     assert read_picture(rows, rows.row(0), 0, 0, "n7") == PICTURE
+
+
+def test_parquet_files_of_images_need_an_id_and_bytes(tmp_path):
+    file = tmp_path / "images/a.parquet"
+    file.parent.mkdir()
+    file.write_bytes(parquet({"name": "n1", "image": {"bytes": PICTURE}}))
+    with pytest.raises(DataError, match=r"a.parquet: no column `id` — pictures need `id`, `image`"):
+        open_pictures(file.parent)
+    file.write_bytes(parquet({"id": 1, "image": {"bytes": PICTURE}}, {"id": 2, "image": None}))
+    pictures = open_pictures(file.parent)
+    assert pictures.read("1") == PICTURE
+    for name, problem in (("2", "no bytes of this picture"), ("3", "no picture with this id")):
+        with pytest.raises(RowError, match=problem):
+            pictures.read(name)
+    file.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="not a parquet file that can be read"):
+        open_pictures(file.parent)
 
 
 def test_nothing_is_written_by_a_dry_run_and_what_is_missing_is_named(get, tmp_path):

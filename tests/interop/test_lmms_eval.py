@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
 
-from tests.cli.harness import ROOT, run_mmv
-from tests.formats.made3v import DENSE, tiny_3v
+from minimind_v.core.config.schema import MLP
+from minimind_v.core.data.tokenizer import Tokenizer
+from minimind_v.core.formats.checkpoint import export_tensors, load_into, read_checkpoint, write_checkpoint
+from minimind_v.core.formats.vision_tower import load_encoder
+from minimind_v.core.model.vlm import VLM
+from tests.cli.harness import ASSETS, ROOT, run_mmv
 
 # `make interop` brings it; a path of one's own may name another environment with lmms-eval.
 PYTHON = Path(os.environ.get("LMMS_PYTHON", Path(sys.prefix) / "lmms/bin/python"))
@@ -86,12 +91,23 @@ def test_an_exported_folder_answers_as_the_model_does(seeing, task, tmp_path):
     assert sum(expected[1]) > 10, "the model has learnt something, so equal answers are no accident"
 
 
+def sighted_3v(folder):
+    """Weights of minimind-3v that can be talked to: the demo's base behind a projector that has learnt nothing."""
+    torch.manual_seed(0)
+    base, encoder = read_checkpoint(ASSETS / "3v/llm_128.safetensors"), load_encoder(ASSETS / "3v/vision")
+    placeholder = Tokenizer.load(ASSETS / "3v").placeholder_id
+    model = VLM(base.config, encoder.spec, placeholder, encoder, projector=MLP)
+    load_into(model, base, new_projector=True)
+    path = folder / "sft_vlm_128.pth"
+    write_checkpoint(path, export_tensors(model), model.model_config, "sft")
+    return path
+
+
 @pytest.mark.parametrize("generation", ["2025", "3v"])
 def test_the_adapter_answers_as_the_model_does(seeing, task, tmp_path, generation):
-    if generation == "2025":
-        weights, vision, tokenizer = seeing.weights, seeing.sight[1], seeing.sight[3]
-    else:
-        weights, vision, tokenizer = tiny_3v(tmp_path / "parts", DENSE)[:3]
+    weights, vision, tokenizer = seeing.weights, seeing.sight[1], seeing.sight[3]
+    if generation == "3v":
+        weights, vision, tokenizer = sighted_3v(tmp_path), ASSETS / "3v/vision", ASSETS / "3v"
     expected = ours(task, tmp_path / "ours", weights, "--vision-model", vision, "--tokenizer", tokenizer)
     assert theirs(task, tmp_path, "mmv", pretrained=weights, vision_model=vision, tokenizer=tokenizer) == expected
     assert len(set(expected[0])) > 1

@@ -30,7 +30,9 @@ class ParquetPictures:
                         ids = opened.read_row_group(group, columns=[ID])[ID].to_pylist()
                         self._positions |= {str(name): (file, group, row) for row, name in enumerate(ids)}
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{file}: not a parquet file that can be read ({error})") from None
+                raise DataError(
+                    f"{file}: not a parquet file that can be read ({' '.join(str(error).split()):.120})"
+                ) from None
             if lacking:
                 raise DataError(f"{file}: no column `{'`, `'.join(sorted(lacking))}` — pictures need `{ID}`, `{IMAGE}`")
 

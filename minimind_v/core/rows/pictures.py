@@ -8,7 +8,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from minimind_v.core.rows.names import (
 )
 from minimind_v.core.rows.row import check_size
 
+FEW_NAMES = 32  # of a folder, to see what it holds
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}  # the errors for a name without a file
 
 
@@ -54,12 +55,22 @@ def open_pictures(path: Path | None) -> Pictures:
     if path is None:
         return NoPictures()
     find_pictures(path)
-    if path.is_dir() and any(path.glob("*.parquet")):  # imported late: it opens rows, which open pictures
-        pictures: Pictures = import_module("minimind_v.core.rows.parquet_pictures").ParquetPictures(path)
-        return pictures
+    if path.is_dir() and _holds_parquet(path):
+        from minimind_v.core.rows.parquet_pictures import ParquetPictures  # here: pyarrow takes its time to import
+
+        return ParquetPictures(path)
     if path.suffix == ".tar" and path.is_file():
         return TarPictures(path)
     return FolderPictures(path) if path.is_dir() else ZipPictures(path)
+
+
+def _holds_parquet(folder: Path) -> bool:
+    """Whether a folder holds parquet files; of a folder with very many files only some names are read."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.endswith(".parquet") for entry in islice(entries, FEW_NAMES))
+    except OSError:
+        return False
 
 
 class NoPictures:
