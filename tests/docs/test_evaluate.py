@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from minimind_v.core.evaluate.tasks import TASKS
+from minimind_v.core.hub.sources import BENCHMARKS
 from tests.cli.harness import ROOT, run_mmv, tiny_data, write_rows
 from tests.docs.conftest import commands
 
@@ -27,6 +28,12 @@ def test_the_table_names_every_task_and_its_metrics(page):
     for name, cells in rows:
         metrics = {metric.name.removesuffix("_zh").removesuffix("_en") for metric in TASKS[name].metrics}
         assert metrics == set(re.findall(r"`(\w+)`", cells))
+
+
+@BOTH
+def test_the_page_names_every_benchmark(page):
+    [paragraph] = (text for text in page.split("\n\n") if text.startswith("`mmv download --task pope`"))
+    assert set(re.findall(r"`([a-z0-9-]+)`", paragraph)) - {"--dry-run"} == set(BENCHMARKS)
 
 
 @pytest.mark.long

@@ -53,6 +53,7 @@ REPORT, REPLIES = "report.json", ".replies.jsonl"
 FEW_TEXTS = 4096  # answers whose numbers of tokens are kept
 PIXELS = 256 * 2**20  # bytes of decoded images that wait to be encoded
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
+USUAL = "question, answer, choices, image, hint, kind, id"  # for a message; those of the benchmarks are read, too
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def choose_task(name: str) -> ChosenTask:
     kind = _find(base, str(path))
     fields = {key.removeprefix(FIELDS): settings.pop(key) for key in list(settings) if key.startswith(FIELDS)}
     problems = [
-        f"{FIELDS}{field} is no field that a task reads{nearest(field, READ)}" for field in fields if field not in READ
+        f"{FIELDS}{field} is no field that a task reads{nearest(field, READ)} — there are {USUAL}"
+        for field in fields
+        if field not in READ
     ]
     problems += [
         f"{FIELDS}{field} must name a field of the rows, not {value!r:.40}"
