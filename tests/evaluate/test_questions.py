@@ -188,6 +188,22 @@ def test_a_users_names_of_fields_are_read_as_the_usual_ones(tmp_path, pictures):
     assert (question.text, question.truths, question.images) == ("Was?", ("rot",), ("a.jpg",))
 
 
+def test_a_users_name_counts_before_all_usual_ones(tmp_path, pictures):
+    row = {
+        "question_id": 1,
+        "own_id": 2,
+        "prompt": "Q?",
+        "answers": ["a"],
+        "label": "b",
+        "image": "a.jpg",
+        "img": "b.jpg",
+    }
+    data = write_rows(tmp_path / "rows.jsonl", [row | {"category": "x", "level": "y"}])
+    own = {"id": "own_id", "answer": "label", "image": "img", "kind": "level"}
+    [question] = read(data, pictures("a.jpg", "b.jpg"), {name: Template(field) for name, field in own.items()})
+    assert (question.id, question.truths, question.images, question.kind) == ("2", ("b",), ("b.jpg",), "y")
+
+
 @pytest.mark.parametrize(
     ("task", "record", "missing"),
     [

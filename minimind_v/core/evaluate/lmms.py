@@ -270,7 +270,7 @@ class _Translation:
         """The data on this machine: a folder or a file, relative to the working folder or to the task's."""
         kwargs = self._mapping("dataset_kwargs")
         files = kwargs.pop("data_files", None)
-        for key in ("token", "load_from_disk", "cache_dir", "data_dir"):
+        for key in ("token", "load_from_disk", "cache_dir"):
             kwargs.pop(key, None)
         for key in kwargs:
             self._refuse(f"dataset_kwargs.{key} has no equal here — leave it out")

@@ -41,6 +41,8 @@ FIELDS = (
     *(*QUESTIONS, *ANSWERS, *CHOICES, *ANSWER_NUMBERS, *KINDS, *IDS, *CONTEXTS, *IMAGE_IDS, *PICTURES, *ALTERNATIVES),
     *(*CAPTIONS, *LETTERS),
 )
+# Names of one thing: where a task's file gives one of them, the row's others do not count.
+GROUPS = (QUESTIONS, (*ANSWERS, *ANSWER_NUMBERS), (*CHOICES, *LETTERS), KINDS, IDS, (*PICTURES, *ALTERNATIVES))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 LONGEST_LIST = 1 << 16  # characters of a list that is written as text
 NOTHING = ("", "nan")  # how tables write an empty cell
@@ -95,7 +97,7 @@ class QuestionReader:
             self.present |= set(fields)
             self.absent = {own: name for own, name in self.absent.items() if own not in fields}
         filled = {name: template.fill(fields) for name, template in self._names.items()}
-        others = (*PICTURES, *ALTERNATIVES) if "image" in filled else ()
+        others = {key for group in GROUPS if not filled.keys().isdisjoint(group) for key in group}
         fields = {key: value for key, value in fields.items() if key not in others}
         fields |= {name: value for name, value in filled.items() if value is not None}
         notes = {key: value for key, value in fields.items() if not isinstance(value, StoredPictures | bytes)}
