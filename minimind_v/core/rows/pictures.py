@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from minimind_v.core.errors import MissingInput, RowError
-from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.hub.sources import METADATA, how_to_get
 from minimind_v.core.rows.archives import TarPictures, ZipPictures
 from minimind_v.core.rows.names import (
     PicturePath,
@@ -55,7 +55,7 @@ def open_pictures(path: Path | None) -> Pictures:
     if path is None:
         return NoPictures()
     find_pictures(path)
-    if path.is_dir() and _holds_parquet(path):
+    if path.is_dir() and _is_parquet(path):
         from minimind_v.core.rows.parquet_pictures import ParquetPictures  # here: pyarrow takes its time to import
 
         return ParquetPictures(path)
@@ -64,13 +64,14 @@ def open_pictures(path: Path | None) -> Pictures:
     return FolderPictures(path) if path.is_dir() else ZipPictures(path)
 
 
-def _holds_parquet(folder: Path) -> bool:
-    """Whether a folder holds parquet files; of a folder with very many files only some names are read."""
+def _is_parquet(folder: Path) -> bool:
+    """Whether a folder holds parquet files and nothing else; of a folder with very many files few names are read."""
     try:
         with os.scandir(folder) as entries:
-            return any(entry.name.endswith(".parquet") for entry in islice(entries, FEW_NAMES))
+            names = [entry.name for entry in islice(entries, FEW_NAMES) if not entry.name.startswith(".")]
     except OSError:
         return False
+    return bool(names) and all(name.endswith(".parquet") and name not in METADATA for name in names)
 
 
 class NoPictures:
