@@ -45,7 +45,11 @@ class Mmv(lmms):
         encoder = FeatureEncoder(model.model.vision_encoder, model.device, "auto")
         self.processor = model.processor
         self._pixels: dict[str, np.ndarray] = {}  # of the images of one group, by digest
-        features = Features(lambda digest: encoder.encode(torch.from_numpy(np.stack([self._pixels[digest]])))[0])
+
+        def encode(digest: str) -> torch.Tensor:
+            return encoder.encode(torch.from_numpy(np.stack([self._pixels[digest]])).to(model.device))[0]
+
+        features = Features(encode)
         self._answering = Answering(model.model, model.tokenizer, features, [], "auto")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
