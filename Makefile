@@ -71,11 +71,21 @@ fuzz: $(DEV)
 	$(BIN)/python -m tests.fuzz --minutes 10
 
 # Compiles llama.cpp the first time, which takes about half an hour on two cores; needs a C++ compiler.
-interop: $(VENV)/.interop
+interop: $(VENV)/.interop $(VENV)/lmms/.ready
 	$(BIN)/python -m pytest --timeout=1800 tests/interop tests/export/test_3v.py
 
 $(VENV)/.interop: $(DEV)
 	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/pip install --constraint constraints.txt --editable '.[dev,interop]'
+	touch $@
+
+# lmms-eval in an environment of its own, which sees the packages of the other one and replaces those that it needs in
+# other releases. A torchvision that was built for another torch is worse than none.
+$(VENV)/lmms/.ready: $(DEV)
+	$(PYTHON) -m venv $(VENV)/lmms
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(' + repr(sysconfig.get_path('purelib')) + ')')" \
+		> "$$($(VENV)/lmms/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+	$(VENV)/lmms/bin/pip install --constraint constraints.txt lmms-eval==0.7.3 'filelock<4' decord
+	$(VENV)/lmms/bin/python -c "import torchvision" || $(VENV)/lmms/bin/pip uninstall --yes torchvision
 	touch $@
 
 # About an hour on two cores: makes again what the package ships for the demo of each generation.

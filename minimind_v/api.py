@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class LoadedVLM:
         self.processor = Processor(loaded.tokenizer, loaded.model.spec)
         self.path, self.stage = loaded.checkpoint.path, loaded.checkpoint.stage
         self._companions = loaded.checkpoint.companions
+        self._loaded = loaded
 
     def __repr__(self) -> str:
         names = self.model.named_parameters()
@@ -288,6 +289,7 @@ class Evaluation:
     short_answers: int
 
 
+@overload
 def evaluate(
     model: LoadedVLM | str | Path | None,
     data: str | Path,
@@ -299,17 +301,56 @@ def evaluate(
     max_length: int = 1536,
     batch_size: int = 8,
     dtype: str = "auto",
-) -> Evaluation:
+) -> Evaluation: ...
+@overload
+def evaluate(
+    model: LoadedVLM | str | Path | None,
+    data: str | Path | None,
+    images: str | Path | None = None,
+    *,
+    task: str | Path,
+    out: str | Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+) -> dict[str, Any]: ...
+def evaluate(
+    model: LoadedVLM | str | Path | None,
+    data: str | Path | None,
+    images: str | Path | None = None,
+    *,
+    task: str | Path | None = None,
+    out: str | Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    blank: bool = False,
+    max_length: int = 1536,
+    batch_size: int = 8,
+    dtype: str = "auto",
+) -> Evaluation | dict[str, Any]:
     """Evaluate a model (from `mmv.load`, or a path) on held-out rows.
 
     `data` and `images` are as in `mmv eval`; without `images`, the zip, folder or tar beside the rows. `limit` takes
     only the first rows; `blank` replaces every image by a grey one, which shows how much the images help.
+
+    With `task`, a name or a YAML file, it returns the report of `mmv eval --task --json` as a dict, and writes the
+    predictions to the folder `out`, without it to one of their own in `./out/eval`. Then `limit` draws from each kind
+    of question, and `blank`, `max_length` and `batch_size` are not for it; `data` may be None where the file names it.
     Raises MissingInput, UsageError, WeightsError, or DataError where no row can be read.
 
     >>> scores = mmv.evaluate("out/sft_vlm_128.pth", "dataset/heldout_scenes_data.jsonl", limit=4)
     >>> scores.n, scores.loss > 0
     (4, True)
+    >>> report = mmv.evaluate("out/sft_vlm_128.pth", "dataset/heldout_scenes_data.jsonl", task="vqa", limit=4)
+    >>> report["rows"], [metric["name"] for metric in report["metrics"]]
+    (4, ['vqa', 'exact'])
     """
+    if task is not None:
+        if blank or (max_length, batch_size) != (1536, 8):
+            raise UsageError("blank, max_length and batch_size are for an evaluation without a task — leave them out")
+        return _evaluate_by_task(model, _path(data), _path(images), str(task), _path(out), split, limit, dtype)
+    if out is not None or data is None:
+        raise UsageError("out, and None for data, are for an evaluation with a task — name one with task=")
     m = model if isinstance(model, LoadedVLM) else load(model)
     file = Path(data)
     rows = open_rows(file, _path(images) or images_beside(file), split, log.info, SCORE)
@@ -320,6 +361,32 @@ def evaluate(
     for row in scores.broken[:5]:
         log.warning("row skipped: %s", row)
     return Evaluation(scores.loss, scores.accuracy, scores.rows, scores.supervised_tokens, scores.short_answers)
+
+
+def _evaluate_by_task(
+    model: LoadedVLM | str | Path | None,
+    data: Path | None,
+    images: Path | None,
+    task: str,
+    out: Path | None,
+    split: str | None,
+    limit: int | None,
+    dtype: str,
+) -> dict[str, Any]:
+    from minimind_v.core.evaluate.benchmarks import open_benchmark  # here: their metrics take a second to import
+    from minimind_v.core.evaluate.by_task import choose_task, evaluate_task
+
+    chosen = choose_task(task)
+    data, split = chosen.source(data, split)
+    if data is None:
+        raise UsageError(f"the task {task} names no data — give them")
+    m = model if isinstance(model, LoadedVLM) else load(model)
+    rows = open_benchmark(data, images or images_beside(data), split, log.info, chosen.names)
+    cache = features_beside(m.model, m.path, dtype, len(rows), log.info, log.warning)
+    result = evaluate_task(m._loaded, chosen, rows, out, limit=limit, dtype=dtype, memory=cache)
+    for skipped in result.skipped[:5]:
+        log.warning("skipped: %s", skipped)
+    return result.report
 
 
 class _Logged(Listener):

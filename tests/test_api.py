@@ -1,6 +1,7 @@
 """The front door: `import minimind_v as mmv`."""
 
 import doctest
+import json
 import logging
 import os
 import subprocess
@@ -258,6 +259,32 @@ def test_an_evaluation_counts_its_rows_and_shows_what_images_are_worth(m):
     assert 0 <= scores.accuracy <= 1
     assert mmv.evaluate(m, rows, blank=True).loss != scores.loss
     assert mmv.evaluate("out/sft_vlm_128.pth", rows, limit=5).n == 5
+
+
+def test_an_evaluation_by_a_task_returns_the_report_of_the_command(m, tmp_path):
+    rows = "dataset/heldout_scenes_data.jsonl"
+    report = mmv.evaluate(m, rows, task="vqa", limit=4, out=tmp_path / "out")
+    assert [metric["name"] for metric in report["metrics"]] == ["vqa", "exact"]
+    assert (report["rows"], set(report["visual_gain"])) == (4, {"blank", "swapped", "none"})
+    assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(report))
+    own = tmp_path / "own.yaml"
+    own.write_text("task: loss\nfields:\n  question: nothing\n")
+    with pytest.raises(mmv.MmvError, match="no row has the field `nothing`"):
+        mmv.evaluate(m, rows, task=own)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"task": "vqa", "blank": True}, "for an evaluation without a task"),
+        ({"task": "vqa", "batch_size": 4}, "for an evaluation without a task"),
+        ({"task": "vqua"}, "no task 'vqua' .did you mean 'vqa'"),
+        ({"out": "x"}, "name one with task="),
+    ],
+)
+def test_settings_of_another_kind_of_evaluation_are_refused(m, more, message):
+    with pytest.raises(mmv.MmvError, match=message):
+        mmv.evaluate(m, "dataset/heldout_scenes_data.jsonl", **more)
 
 
 def test_an_evaluation_reads_the_features_beside_the_weights(m, monkeypatch, tmp_path):

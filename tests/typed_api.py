@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -30,4 +31,5 @@ def train(rows: str) -> float:
     config: mmv.RunConfig = mmv.config("sft", data=rows, max_steps=10)
     summary: mmv.Summary = mmv.train(config)
     scores: mmv.Evaluation = mmv.evaluate(mmv.load(summary.weights), rows, limit=8)
-    return scores.loss
+    report: dict[str, Any] = mmv.evaluate(summary.weights, rows, task="vqa", out="out")
+    return scores.loss + float(report["rows"])

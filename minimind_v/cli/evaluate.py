@@ -91,6 +91,8 @@ def evaluate(
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
     chosen = _choose(task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}, out)
+    if chosen is not None:
+        data, split = chosen.source(data, split)
     if is_standard := data is None:
         standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
         data, images, limit = standard.file, images or standard.images, limit or FIRST

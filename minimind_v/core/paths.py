@@ -12,6 +12,7 @@ TOKENIZER_3V_DIR = Path("model/minimind-3v")  # of minimind-3v, beside those of 
 VISION_3V_DIR = Path("model/vision_model/siglip2-base-p32-256-ve")
 DATASET_DIR = Path("dataset")
 SAMPLE_DIR = DATASET_DIR / "sample"  # of `mmv download --sample`: the names of the whole files, the first rows only
+BENCHMARK_DIR = DATASET_DIR / "benchmarks"  # of `mmv download --task`
 OUT_DIR = Path("out")
 DEMO_DIR = Path("demo")  # of `mmv demo`: it has all the others inside
 DEMO_3V_DIR = Path("demo-3v")  # of `mmv demo --generation 3v`

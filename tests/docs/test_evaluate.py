@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from minimind_v.core.evaluate.tasks import TASKS
+from minimind_v.core.hub.sources import BENCHMARKS
 from tests.cli.harness import ROOT, run_mmv, tiny_data, write_rows
 from tests.docs.conftest import commands
 
@@ -29,6 +30,12 @@ def test_the_table_names_every_task_and_its_metrics(page):
         assert metrics == set(re.findall(r"`(\w+)`", cells))
 
 
+@BOTH
+def test_the_page_names_every_benchmark(page):
+    [paragraph] = (text for text in page.split("\n\n") if text.startswith("`mmv download --task pope`"))
+    assert set(re.findall(r"`([a-z0-9-]+)`", paragraph)) - {"--dry-run"} == set(BENCHMARKS)
+
+
 @pytest.mark.long
 def test_the_commands_run(workplace):
     (workplace / "pictures").mkdir()
@@ -38,16 +45,20 @@ def test_the_commands_run(workplace):
         image = tiny_data().picture(number).name
         rows.append({"question": "What colour is the star?", "answer": "red", "image": image})
     write_rows(workplace / "heldout.jsonl", rows)
-    (workplace / "short.yaml").write_text(re.search(r"```yaml\n(.*?)```", ENGLISH, re.DOTALL)[1])
-    results = [run_mmv(*shlex.split(line)[1:]) for line in commands(ENGLISH)[:-1]]
+    own, theirs = re.findall(r"```yaml\n(.*?)```", ENGLISH, re.DOTALL)
+    (workplace / "short.yaml").write_text(own)
+    (workplace / "scenes.yaml").write_text(theirs)
+    *lines, short, scenes = commands(ENGLISH)
+    results = [run_mmv(*shlex.split(line)[1:]) for line in (*lines, scenes)]
     assert [ended.err for ended in results if ended.code] == []
     assert "gain over blank" in results[0].out
     assert "4 questions; B - A:" in results[2].out
     assert "between seeds" in results[3].out
+    assert re.search(r"task +scenes", results[4].out)
     assert json.loads((workplace / "first" / "report.json").read_text())["task"] == "vqa"
     write_rows(workplace / "heldout.jsonl", [
         {"prompt_text": row["question"], "label": row["answer"], "image": row["image"]} for row in rows
     ])  # fmt: skip
-    own = run_mmv(*shlex.split(commands(ENGLISH)[-1])[1:])
-    assert own.code == 0, own.err
-    assert "short" in own.out
+    ended = run_mmv(*shlex.split(short)[1:])
+    assert ended.code == 0, ended.err
+    assert "short" in ended.out

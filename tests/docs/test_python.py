@@ -22,4 +22,5 @@ def test_every_block_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
     assert "logits          [1, " in printed
     assert "10 steps, weights in ten_steps/sft_vlm_128.pth" in printed
     assert re.search(r"12 rows: loss \d", printed)
+    assert re.search(r"exact \d\.\d+, 95 % interval", printed)
     assert "no image file at pictures/moon.jpg" in printed

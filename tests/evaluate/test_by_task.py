@@ -263,6 +263,38 @@ def test_a_users_task_is_a_yaml_file(run, tmp_path):
         run("vqua")
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("tusk: vqa\nmost_tokens: 3\n", "no `task`"),
+        ("task: vqa\nfields:\n  quesion: frage\n", r"fields.quesion is no field that a task reads .*'question'"),
+        ("task: vqa\nfields:\n  question: 3\n", "fields.question must name a field of the rows, not 3"),
+        ("task: vqa\nfields: question\n", "no setting 'fields'"),
+        ("task: vqa\nfields:\n  question: 'Q: {{q|upper}}'\n", "more than a field — write fields in braces only"),
+        ("task: vqa\nletters: true\nmost_token: 3\n", "no setting 'letters'.*no setting 'most_token' .did you mean"),
+        ("task: choice\nletters: 1\n", "letters must be of the type bool, not 1"),
+    ],
+)
+def test_what_is_wrong_in_a_tasks_file_is_named_with_the_file(tmp_path, text, problem):
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=problem) as error:
+        choose_task(str(file))
+    assert str(error.value).startswith(f"{file}: ")
+
+
+def test_a_named_field_that_no_row_has_is_reported(run, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("task: vqa\nfields:\n  question: quest1on\n  hint: context\n")
+    rows = [record | {"context": "Look."} if number else record for number, record in enumerate(records(2))]
+    with pytest.raises(DataError, match=r"no row has the field `quest1on` .for question. .did you mean 'question'"):
+        run(file, rows)
+    file.write_text("task: vqa\nfields:\n  question: '{{category}}: {{question}}'\n  hint: context\n")
+    _, lines = run(file, rows)
+    assert lines["q0.0", "seen"]["question"] == f"a: {ASKED[0]}"
+    assert lines["q0.1", "seen"]["question"] == f"Look.\na: {ASKED[1]}"
+
+
 def test_what_has_no_number_is_null(run):
     """One picture can be swapped with no other; and where no answer is yes, there is no precision."""
     report, _ = run("yesno", [records(1)[0] | {"answer": "no"}])

@@ -13,6 +13,7 @@ from minimind_v.core.errors import DataError, MissingInput, RowError
 from minimind_v.core.evaluate.benchmarks import open_benchmark, read_picture
 from minimind_v.core.evaluate.questions import questions_of
 from minimind_v.core.evaluate.tasks import TASKS
+from minimind_v.core.evaluate.template import Template
 from minimind_v.core.rows.forms import DESCRIBE, DESCRIBE_CHINESE
 from tests.cli.harness import tiny_data, write_rows
 
@@ -182,9 +183,25 @@ def test_every_turn_of_a_conversation_is_a_question_after_the_true_turns(tmp_pat
 
 def test_a_users_names_of_fields_are_read_as_the_usual_ones(tmp_path, pictures):
     data = write_rows(tmp_path / "rows.jsonl", [{"frage": "Was?", "antwort": "rot", "bild": "a.jpg"}])
-    names = {"question": "frage", "answer": "antwort", "image": "bild"}
+    names = {"question": Template("frage"), "answer": Template("antwort"), "image": Template("bild")}
     [question] = read(data, pictures("a.jpg"), names)
     assert (question.text, question.truths, question.images) == ("Was?", ("rot",), ("a.jpg",))
+
+
+def test_a_users_name_counts_before_all_usual_ones(tmp_path, pictures):
+    row = {
+        "question_id": 1,
+        "own_id": 2,
+        "prompt": "Q?",
+        "answers": ["a"],
+        "label": "b",
+        "image": "a.jpg",
+        "img": "b.jpg",
+    }
+    data = write_rows(tmp_path / "rows.jsonl", [row | {"category": "x", "level": "y"}])
+    own = {"id": "own_id", "answer": "label", "image": "img", "kind": "level"}
+    [question] = read(data, pictures("a.jpg", "b.jpg"), {name: Template(field) for name, field in own.items()})
+    assert (question.id, question.truths, question.images, question.kind) == ("2", ("b",), ("b.jpg",), "y")
 
 
 @pytest.mark.parametrize(
@@ -220,3 +237,103 @@ def test_halves_that_do_not_belong_together_are_refused(tmp_path):
     data = dump(tmp_path / "a_annotations.json", {"annotations": [{"question_id": 2, "answers": [], "image_id": 1}]})
     with pytest.raises(DataError, match="no question_id has its other half"):
         read(data)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "more", "correct"),
+    [
+        (["2", "3", "4"], 3, {}, 1),  # a value
+        (["2", "3", "4"], 2, {}, 0),
+        (["2", "3", "4"], 1, {}, 1),  # no value, so a number
+        (["2", "3", "4"], 3, {"lecture": ""}, None),  # ScienceQA numbers its choices
+        (["0", "1", "2"], 1, {"pid": "7"}, 1),
+        (["1", "2", "3"], 1, {"pid": "7"}, 1),
+        (["1", "2", "3"], "1", {}, 0),
+        (["1 apple", "2"], 1, {}, 1),  # not all are numbers
+        (["1.5", "2"], 2, {}, 1),
+        (["4", "5"], "B", {}, 1),
+        (["4", "5"], 5, {"answer_index": 0}, 0),
+        (["a", "b"], None, {"correct_choice_idx": 1}, 1),
+        (["a", "b"], "a", {"correct_choice_idx": 7}, 0),
+    ],
+)
+def test_a_whole_number_that_is_one_of_numeric_choices_is_that_choice(tmp_path, choices, answer, more, correct):
+    row = {"question": "How many?", "choices": choices, "answer": answer} | more
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert question.correct == correct
+    assert question.truths == ((choices[correct],) if correct is not None else (str(answer),))
+
+
+@pytest.mark.parametrize(
+    ("fields", "choices", "truths"),
+    [
+        ({"options": '["a cat", "a dog"]', "answer": "B"}, ("a cat", "a dog"), ("a dog",)),
+        ({"options": "['a cat', \"a dog's\"]", "answer": "A"}, ("a cat", "a dog's"), ("a cat",)),  # as MMMU writes it
+        ({"choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answer": "B"}, ("x", "y"), ("y",)),
+        ({"A": "x", "B": "y", "C": "nan", "answer": "A"}, ("x", "y"), ("x",)),
+        ({"option_a": "x", "option_b": "y", "answer": "B"}, ("x", "y"), ("y",)),
+        ({"answers": '["red", "dark red"]'}, (), ("red", "dark red")),
+        ({"answers": {"answer": ["red", "blue"], "answer_id": [1, 2]}}, (), ("red", "blue")),
+        ({"answer": "[left] and right"}, (), ("[left] and right",)),
+        ({"answer": "[" * 3000}, (), ("[" * 3000,)),
+    ],
+)
+def test_lists_are_read_in_every_form_in_which_tables_hold_them(tmp_path, fields, choices, truths):
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [{"question": "Which?"} | fields]))
+    assert (question.choices, question.truths) == (choices, truths)
+
+
+def picture_struct(data=PICTURE):
+    return None if data is None else {"bytes": data, "path": None}
+
+
+def test_the_parquet_forms_of_the_benchmarks_are_read(tmp_path):
+    """The columns of the repositories that `mmv download --task` names, with a picture in the row."""
+    shapes = {
+        "pope": {"id": "0", "question_id": "1", "question": "Is there a dog?", "answer": "no", "image_source": "COCO_1",
+                 "category": "adversarial", "image": picture_struct()},
+        "mme": {"question_id": "code/1.png", "image": picture_struct(), "question": "Is it? yes or no", "answer": "No",
+                "category": "code"},
+        "vqav2": {"question_type": "what", "multiple_choice_answer": "cat", "image_id": 42, "answer_type": "other",
+                  "answers": [{"answer": "cat", "answer_confidence": "yes", "answer_id": 1}], "question_id": 42000,
+                  "question": "What?", "image": picture_struct()},
+        "textvqa": {"image_id": "ab", "question_id": 3, "question": "Time?", "question_tokens": ["time"],
+                    "image": picture_struct(), "image_width": 9, "flickr_original_url": "https://x.org/a.jpg",
+                    "answers": ["5:41"] * 10, "image_classes": ["Clock"], "ocr_tokens": ["5:41"]},
+        "mmbench": {"index": 241, "question": "Which?", "hint": "nan", "answer": "B", "A": "a cat", "B": "a dog",
+                    "C": "nan", "D": "nan", "category": "identity", "image": picture_struct(), "source": "x",
+                    "l2-category": "y", "comment": "nan", "split": "dev"},
+        "seed": {"answer": "C", "choice_a": "1", "choice_b": "2", "choice_c": "3", "choice_d": "4", "data_id": "x_1",
+                 "data_type": "image", "question": "How many?", "question_id": "7", "question_type_id": 4,
+                 "image": [picture_struct()], "segment": []},
+        "scienceqa": {"image": picture_struct(), "question": "Which?", "choices": ["1", "2", "3"], "answer": 1,
+                      "hint": "Look.", "task": "closed choice", "grade": "grade2", "subject": "natural science",
+                      "topic": "biology", "category": "c", "skill": "s", "lecture": "", "solution": "So."},
+        "coco": {"question_id": "1.jpg", "image": picture_struct(), "question": "Describe the image.",
+                 "answer": ["a cat", "the cat"], "id": 1, "license": 3, "file_name": "1.jpg",
+                 "coco_url": "http://x.org/1.jpg", "height": 9, "width": 9, "date_captured": "2013"},
+        "llava": {"question_id": 0, "question": "What?", "image": picture_struct(), "category": "conv",
+                  "caption": "A hill.", "gpt_answer": "A high hill.", "image_id": "001.jpg"},
+    }  # fmt: skip
+    expected = {
+        "pope": (("no",), None), "mme": (("No",), None), "vqav2": (("cat",), None), "textvqa": (("5:41",) * 10, None),
+        "mmbench": (("a dog",), 1), "seed": (("3",), 2), "scienceqa": (("2",), 1),
+        "coco": (("a cat", "the cat"), None), "llava": (("A high hill.",), None),
+    }  # fmt: skip
+    for name, row in shapes.items():
+        file = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist([row]), file)
+        [question] = read(file)
+        assert len(question.images) == 1, name
+        assert (question.truths, question.correct) == expected[name], name
+        assert "nan" not in question.text, name
+
+
+def test_a_row_whose_picture_is_null_is_a_question_without_one(tmp_path):
+    rows = [
+        {"question": "Which?", "image": picture_struct(data), "choices": ["x", "y"], "answer": 0, "lecture": None}
+        for data in (PICTURE, None)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    shown, plain = read(tmp_path / "rows.parquet")
+    assert (len(shown.images), plain.images, plain.correct) == (1, (), 0)

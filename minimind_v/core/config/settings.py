@@ -63,7 +63,7 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def _settings(path: Path) -> list[Setting]:
-    text = _read_text(path)
+    text = read_yaml_text(path)
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -87,7 +87,8 @@ def _settings(path: Path) -> list[Setting]:
     return _Walk(path, text).mapping(node, "", 0)
 
 
-def _read_text(path: Path) -> str:
+def read_yaml_text(path: Path) -> str:
+    """The text of a YAML file of a usual size. Raises MissingInput or UsageError."""
     if not path.is_file():
         raise MissingInput(f"no configuration file {path}")
     with path.open("rb") as file:

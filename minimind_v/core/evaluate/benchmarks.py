@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.errors import DataError, MissingInput, RowError
-from minimind_v.core.evaluate.questions import question_reader
+from minimind_v.core.errors import DataError, MissingInput, RowError, nearest
+from minimind_v.core.evaluate.questions import QuestionReader
+from minimind_v.core.evaluate.template import Template
 from minimind_v.core.rows.file_rows import FileRows
 from minimind_v.core.rows.json_layout import HEAD
 from minimind_v.core.rows.row import Row, RowStore
@@ -32,19 +34,33 @@ def open_benchmark(
     images: Path | None = None,
     split: str | None = None,
     say: Callable[[str], None] = lambda message: None,
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, Template] | None = None,
 ) -> RowStore:
-    """The rows of a benchmark; `names` gives fields of the file under the names that `questions` reads.
+    """The rows of a benchmark; `names` gives values of a row under the names that `questions` reads.
 
-    Raises MissingInput, DataError or UsageError.
+    Raises MissingInput, DataError (also for a field of `names` that no row has) or UsageError.
     """
-    read = question_reader(names or {})
+    read = QuestionReader(names or {})
     records = _records(find_rows(data), split)
     if records is not None:
-        return JsonRecords(data, records, images, read)
-    rows = open_rows(data, images, split, say, SCORE)
-    rows.read = read  # type: ignore[attr-defined]
+        rows: RowStore = JsonRecords(data, records, images, read)
+    else:
+        rows = open_rows(data, images, split, say, SCORE)
+        rows.read = read  # type: ignore[attr-defined]
+    _refuse_absent(rows, read)
     return rows
+
+
+def _refuse_absent(rows: RowStore, read: QuestionReader) -> None:
+    """Raises DataError for named fields that no row has. It reads rows until each field has occurred."""
+    for index in range(len(rows)):
+        if not read.absent:
+            return
+        with suppress(RowError):
+            rows.row(index)
+    if read.absent:
+        missing = ", ".join(f"`{own}` (for {name}){nearest(own, read.present)}" for own, name in read.absent.items())
+        raise DataError(f"{rows.path}: no row has the field {missing} — rows have {', '.join(sorted(read.present))}")
 
 
 class JsonRecords(FileRows):

@@ -20,7 +20,8 @@ from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.data.images import blank_pixels, load_pixels
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.device import resolve_dtype
-from minimind_v.core.errors import RowError, UsageError, nearest
+from minimind_v.core.errors import MissingInput, RowError, UsageError, nearest
+from minimind_v.core.evaluate import lmms
 from minimind_v.core.evaluate.answering import Answering, Features, encode_prompt
 from minimind_v.core.evaluate.ask import SEEN
 from minimind_v.core.evaluate.benchmarks import read_picture
@@ -33,10 +34,12 @@ from minimind_v.core.evaluate.measure import (
     plan_questions,
     verdicts_of,
 )
+from minimind_v.core.evaluate.questions import FIELDS as READ
 from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.results import PREDICTIONS, by_variant, checks, kinds_of, lines_of, measured, visual_gain
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.evaluate.tasks.task import Task
+from minimind_v.core.evaluate.template import Template
 from minimind_v.core.extensions import extensions_digest
 from minimind_v.core.files import as_json, disk_errors, only_writer, write_text
 from minimind_v.core.formats.companions import tokenizer_digest
@@ -50,15 +53,26 @@ REPORT, REPLIES = "report.json", ".replies.jsonl"
 FEW_TEXTS = 4096  # answers whose numbers of tokens are kept
 PIXELS = 256 * 2**20  # bytes of decoded images that wait to be encoded
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
+USUAL = "question, answer, choices, image, hint, kind, id"  # for a message; those of the benchmarks are read, too
 
 
 @dataclass(frozen=True)
 class ChosenTask:
-    """A task by name or from a user's file."""
+    """A task by name or from a file: one of this program, or of lmms-eval, which may name its data."""
 
     task: Task
     base: str  # its name in TASKS
-    names: dict[str, str]  # field that is read → field of the rows
+    names: dict[str, Template]  # field that is read → what of a row it is
+    data: Path | None = None
+    split: str | None = None
+
+    def source(self, data: Path | None, split: str | None) -> tuple[Path | None, str | None]:
+        """The data and its split: those that are given, else the file's own. Raises MissingInput."""
+        if data is None and self.data is not None and not self.data.exists():
+            raise MissingInput(f"{self.task.name}: its data {self.data} is not on this machine — name it with --data")
+        data = data or self.data
+        own = None if data is None or data.is_file() else self.split
+        return data, split or own
 
 
 def choose_task(name: str) -> ChosenTask:
@@ -66,13 +80,35 @@ def choose_task(name: str) -> ChosenTask:
     if not name.endswith((".yaml", ".yml")):
         return ChosenTask(_find(name, name)(name, {}), name, {})
     path = Path(name)
+    if lmms.is_theirs(path):
+        theirs = lmms.translate(path)
+        task = TASKS[theirs.task](theirs.name, theirs.settings, theirs.until)
+        return ChosenTask(task, theirs.task, theirs.names, theirs.data, theirs.split)
     settings = read_settings(path)
     if not isinstance(base := settings.pop("task", None), str):
         raise UsageError(f"{path}: no `task` — name one of {', '.join(TASKS)}")
-    names = {key.removeprefix(FIELDS): settings.pop(key) for key in list(settings) if key.startswith(FIELDS)}
-    if wrong := [key for key, value in names.items() if not isinstance(value, str)]:
-        raise UsageError(f"{path}: {FIELDS}{wrong[0]} must name a field of the rows")
-    return ChosenTask(_find(base, str(path))(path.stem, settings), base, names)
+    kind = _find(base, str(path))
+    fields = {key.removeprefix(FIELDS): settings.pop(key) for key in list(settings) if key.startswith(FIELDS)}
+    problems = [
+        f"{FIELDS}{field} is no field that a task reads{nearest(field, READ)} — there are {USUAL}"
+        for field in fields
+        if field not in READ
+    ]
+    problems += [
+        f"{FIELDS}{field} must name a field of the rows, not {value!r:.40}"
+        for field, value in fields.items()
+        if not isinstance(value, str) or not value
+    ]
+    names = {field: Template(value) for field, value in fields.items() if isinstance(value, str)}
+    try:
+        task = kind(path.stem, settings)
+        for template in names.values():
+            _ = template.fields
+    except UsageError as error:
+        problems.append(str(error))
+    if problems:
+        raise UsageError(f"{path}: {'; '.join(problems)}")
+    return ChosenTask(task, base, names)
 
 
 def _find(name: str, where: str) -> type[Task]:

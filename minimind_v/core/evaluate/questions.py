@@ -7,20 +7,25 @@ it needs.
 
 from __future__ import annotations
 
+import ast
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from minimind_v.core.errors import RowError
 from minimind_v.core.evaluate.normalise import HAN
-from minimind_v.core.rows.cells import StoredPictures
+from minimind_v.core.evaluate.template import Template
+from minimind_v.core.rows.cells import StoredPictures, records_of
 from minimind_v.core.rows.field_names import ALTERNATIVES, CAPTIONS, FILE_NAMES, PICTURES, TALKS, plain_names
 from minimind_v.core.rows.forms import DESCRIBE, DESCRIBE_CHINESE, read_row
 from minimind_v.core.rows.row import IMAGE_MARK, Row
 
 QUESTIONS = ("question", "query", "prompt")
 ANSWERS = ("answers", "answer", "multiple_choice_answer", "label", "response", "gpt_answer", "gpt4_answer")
+ANSWER_NUMBERS = ("answer_index", "correct_choice_idx")  # the number of the right choice, from 0
+NUMBERING = ("lecture", "skill", "pid")  # fields of ScienceQA, which always numbers its choices
 CHOICES = ("choices", "options", "candidates", "multiple_choices")
 KINDS = (
     *("kind", "category", "answer_type", "question_type", "type", "types", "l2_category", "data_type", "subject"),
@@ -30,6 +35,16 @@ IDS = ("question_id", "id", "index", "pid")
 IMAGE_IDS = ("image_id", "imageId", "data_id")  # a picture file's name without its beginning and ending
 CONTEXTS = ("hint",)  # a text before the question
 LETTERS = "ABCDEFGHIJ"
+LETTERED = ("{}", "choice_{}", "option_{}")  # columns of choices, with a letter of either case
+# What a task's file may give under `fields`.
+FIELDS = (
+    *(*QUESTIONS, *ANSWERS, *CHOICES, *ANSWER_NUMBERS, *KINDS, *IDS, *CONTEXTS, *IMAGE_IDS, *PICTURES, *ALTERNATIVES),
+    *(*CAPTIONS, *LETTERS),
+)
+# Names of one thing: where a task's file gives one of them, the row's others do not count.
+GROUPS = (QUESTIONS, (*ANSWERS, *ANSWER_NUMBERS), (*CHOICES, *LETTERS), KINDS, IDS, (*PICTURES, *ALTERNATIVES))
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+LONGEST_LIST = 1 << 16  # characters of a list that is written as text
 NOTHING = ("", "nan")  # how tables write an empty cell
 IN_TEXT = re.compile(r"(?:^|[\s,;(])\(?([A-J])[.:)]\s*(.+?)(?=[\s,;]*\(?[A-J][.:)]\s|\s*$)", re.DOTALL)
 OPTIONS = re.compile(r"\n\s*(?:Options|Choices|选项)\s*[:：]", re.IGNORECASE)
@@ -66,21 +81,30 @@ class Question:
         return RowError(f"no {what} ({fields}) in {self.written or 'the row'}", "missing field")
 
 
-def question_reader(names: Mapping[str, str]) -> Callable[[Mapping[str, Any]], Row]:
-    """How a store reads rows for an evaluation; `names` gives fields of the file under the names that are read here.
+class QuestionReader:
+    """How a store reads rows for an evaluation; `names` gives values of the row under the names that are read here.
 
     The fields stay in `Row.extra`, without the bytes of pictures.
     """
 
-    def read(fields: Mapping[str, Any]) -> Row:
-        fields = dict(fields) | {name: fields[own] for name, own in names.items() if own in fields}
+    def __init__(self, names: Mapping[str, Template]) -> None:
+        self._names = names
+        self.absent = {own: name for name, template in names.items() for own in template.fields}  # in no row so far
+        self.present: set[str] = set()
+
+    def __call__(self, fields: Mapping[str, Any]) -> Row:
+        if self.absent:
+            self.present |= set(fields)
+            self.absent = {own: name for own, name in self.absent.items() if own not in fields}
+        filled = {name: template.fill(fields) for name, template in self._names.items()}
+        others = {key for group in GROUPS if not filled.keys().isdisjoint(group) for key in group}
+        fields = {key: value for key, value in fields.items() if key not in others}
+        fields |= {name: value for name, value in filled.items() if value is not None}
         notes = {key: value for key, value in fields.items() if not isinstance(value, StoredPictures | bytes)}
         if any(fields.get(key) for key in (*TALKS, "texts")):
             return replace(read_row(fields), extra=notes)
         row = read_row({"question": _question_text(fields), "answer": "-", **_pictures(fields)})
         return replace(row, extra=notes | {DESCRIBED: _stands_for_question(fields)})
-
-    return read
 
 
 def questions_of(row: Row, index: int, number: int, location: str) -> list[Question]:
@@ -151,13 +175,13 @@ def _pictures(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    value = next((fields[key] for key in CHOICES if _filled(fields.get(key))), None)
+    value = _listed(next((fields[key] for key in CHOICES if _filled(fields.get(key))), None))
     if isinstance(value, Mapping):
-        value = [value[key] for key in sorted(value)]
+        value = value["text"] if isinstance(value.get("text"), list) else [value[key] for key in sorted(value)]
     if isinstance(value, list | tuple):
         return tuple(_text(choice) for choice in value if _filled(choice))
-    for key in (lambda letter: letter, lambda letter: f"choice_{letter.lower()}", lambda letter: f"option_{letter}"):
-        columns = [fields.get(key(letter)) for letter in LETTERS]
+    for form in LETTERED:
+        columns = [fields.get(form.format(letter), fields.get(form.format(letter.lower()))) for letter in LETTERS]
         count = next((number for number, cell in enumerate(columns) if not _filled(cell)), len(columns))
         if count > 1:
             return tuple(map(_text, columns[:count]))
@@ -169,27 +193,51 @@ def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
 
 
+def _listed(value: Any) -> Any:
+    """A list or a mapping that a table holds as text, in JSON or as Python writes it; any other value as it is."""
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{") or len(value) > LONGEST_LIST:
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            parsed = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return parsed if isinstance(parsed, list | dict) else value
+    return value
+
+
 def _truths(fields: Mapping[str, Any], choices: tuple[str, ...]) -> tuple[tuple[str, ...], int | None]:
     """The true answers, and the number of the right choice."""
+    number = next((fields[key] for key in ANSWER_NUMBERS if _is_number(fields.get(key), choices)), None)
+    if number is not None:
+        return (choices[number],), number
     keys = [*ANSWERS, *CAPTIONS]
     if choices:  # the one answer is the choice
         keys = ["answer", *keys]
     key = next((key for key in keys if _filled(fields.get(key))), None)
     if key is None or (key == "text" and not _stands_for_question(fields)):
         return (), None
-    value = fields[key]
+    value = _listed(fields[key])
+    if isinstance(value, dict) and any(isinstance(column, list) for column in value.values()):
+        value = records_of(value)
     values = value if isinstance(value, list | tuple) else [value]
     truths = tuple(_text(_answer(answer)) for answer in values if _filled(_answer(answer)))
     if not choices or not truths:
         return truths, None
-    correct = _number_of(_answer(values[0]), choices)
+    correct = _number_of(_answer(values[0]), choices, any(key in fields for key in NUMBERING))
     return ((choices[correct],) if correct is not None else truths), correct
 
 
-def _number_of(answer: Any, choices: tuple[str, ...]) -> int | None:
-    """The number of a choice given by its text, its letter or, as a whole number, its number from 0."""
+def _number_of(answer: Any, choices: tuple[str, ...], is_numbered: bool) -> int | None:
+    """The number of a choice given by its text, its letter or, as a whole number, its number from 0.
+
+    Where all choices are numbers, a whole number that is one of them is that choice, unless the benchmark numbers its
+    choices: `3` among 2, 3, 4 is the second.
+    """
     if isinstance(answer, int) and not isinstance(answer, bool):
-        return answer if 0 <= answer < len(choices) else None
+        if not is_numbered and all(map(NUMBER.fullmatch, choices)) and str(answer) in choices:
+            return choices.index(str(answer))
+        return answer if _is_number(answer, choices) else None
     text = _text(answer).strip()
     if text in choices:
         return choices.index(text)
@@ -197,6 +245,10 @@ def _number_of(answer: Any, choices: tuple[str, ...]) -> int | None:
     if len(letter) == 1 and letter in LETTERS[: len(choices)]:
         return LETTERS.index(letter)
     return next((number for number in range(len(choices)) if text == str(number)), None)
+
+
+def _is_number(value: Any, choices: tuple[str, ...]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices)
 
 
 def _answer(value: Any) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minimind_v.core.errors import MissingInput, nearest
 from minimind_v.core.paths import (
+    BENCHMARK_DIR,
     DATASET_DIR,
     DEMO_DIR,
     OUT_DIR,
@@ -139,6 +140,48 @@ def describe_repo(repo: str) -> str:
     }
     return repo + "".join(f" (presets {', '.join(names)})" for names in presets if names)
 
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Files of rows that `mmv eval` reads: their repository, their names there, and the task that fits."""
+
+    source: Source
+    pattern: str  # of the names, with `*`
+    task: str
+    images: str = ""  # of files with the images by their id, where the rows have none
+
+    @property
+    def images_folder(self) -> Path:
+        """The folder of those images, beside that of the rows."""
+        return self.source.folder.with_name(f"{self.source.what}-images")
+
+    def command(self, root: Path = Path()) -> str:
+        """The command that measures a model by it."""
+        arguments = ["mmv", "eval", "--task", self.task, "--data", str(root / self.source.folder)]
+        return shlex.join([*arguments, *(["--images", str(root / self.images_folder)] if self.images else [])])
+
+
+def _benchmark(name: str, repo: str, pattern: str, task: str, images: str = "") -> tuple[str, Benchmark]:
+    source = Source(name, BENCHMARK_DIR / name, {"hf": HubRepo(repo, "main")}, kind="dataset")
+    return name, Benchmark(source, pattern, task, images)
+
+
+# The parquet forms that lmms-eval reads, too. Every split has true answers.
+BENCHMARKS = dict([
+    _benchmark("coco", "lmms-lab-encoder/COCO-Caption2017", "data/val-*.parquet", "caption"),
+    _benchmark("vqav2", "lmms-lab-encoder/VQAv2", "data/validation-*.parquet", "vqa"),
+    _benchmark("gqa", "lmms-lab-encoder/GQA", "testdev_balanced_instructions/testdev-*.parquet", "vqa",
+               "testdev_balanced_images/testdev-*.parquet"),
+    _benchmark("ok-vqa", "lmms-lab-encoder/OK-VQA", "data/val2014-*.parquet", "vqa"),
+    _benchmark("textvqa", "lmms-lab-encoder/textvqa", "data/validation-*.parquet", "vqa"),
+    _benchmark("pope", "lmms-lab-encoder/POPE", "data/test-*.parquet", "yesno"),
+    _benchmark("mmstar", "Lin-Chen/MMStar", "mmstar.parquet", "choice"),
+    _benchmark("mmbench", "lmms-lab-encoder/MMBench", "en/dev-*.parquet", "choice"),
+    _benchmark("seed-bench", "lmms-lab-encoder/SEED-Bench", "data/test-*.parquet", "choice"),
+    _benchmark("mme", "lmms-lab-encoder/MME", "data/test-*.parquet", "yesno"),
+    _benchmark("scienceqa", "lmms-lab-encoder/ScienceQA", "ScienceQA-IMG/test-*.parquet", "choice"),
+    _benchmark("llava-bench", "lmms-lab-encoder/llava-bench-in-the-wild", "data/train-*.parquet", "caption"),
+])  # fmt: skip
 
 SPLITS = ("pretrain", "sft")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from minimind_v.core.hub.receipt import STAGING
 from minimind_v.core.hub.remote import Listing, NotThere, RemoteFile
-from minimind_v.core.hub.sources import SPLITS, Layout, Source, dataset_files, sources_of, weights_files
+from minimind_v.core.hub.sources import SPLITS, Benchmark, Layout, Source, dataset_files, sources_of, weights_files
 from minimind_v.core.paths import SAMPLE_DIR
 
 
@@ -22,9 +23,13 @@ class DownloadPart:
     layouts: tuple[Layout, ...]
     folder: Path
     rows: int | None = None  # only the first rows
+    pattern: str = ""  # of remote names, instead of layouts
 
     def choose(self, listing: Listing, repo: str) -> dict[str, RemoteFile]:
         """Local name → remote file, by the first layout that the repository has. Raises NotThere, naming its files."""
+        matching = [file for name, file in sorted(listing.files.items()) if fnmatchcase(name, self.pattern)]
+        if matching:
+            return {PurePosixPath(file.path).name: file for file in matching}
         for layout in self.layouts:
             chosen = {
                 file.name: listing.files[next(name for name in file.remote if name in listing.files)]
@@ -37,10 +42,10 @@ class DownloadPart:
             [file.name for file in layout if not any(name in listing.files for name in file.remote)]
             for layout in self.layouts
         ]
-        closest = min(map(len, lacks))
+        closest = min(map(len, lacks), default=0)
         nothing = all(len(names) == len(layout) for names, layout in zip(lacks, self.layouts, strict=True))
         # The missing files of the most complete layout; if every layout lacks all files, those of each.
-        lacking = " / ".join(", ".join(names) for names in lacks if nothing or len(names) == closest)
+        lacking = " / ".join(", ".join(names) for names in lacks if nothing or len(names) == closest) or self.pattern
         present = [name for name in sorted(listing.files) if not name.startswith(".")]
         shown = ", ".join(present[:20]) + (f" and {len(present) - 20} more" if len(present) > 20 else "")
         raise NotThere(
@@ -116,3 +121,13 @@ def download_parts(
                     DownloadPart(f"{split}{some}", source, dataset_files(split), target, rows) for split in splits
                 ]
     return groups
+
+
+def benchmark_parts(benchmark: Benchmark, root: Path) -> list[DownloadPart]:
+    """The rows of a benchmark and, where these have none, its images, below `root`."""
+    source = benchmark.source
+    rows = DownloadPart(source.what, source, (), root / source.folder, pattern=benchmark.pattern)
+    if not benchmark.images:
+        return [rows]
+    label = f"{source.what} images"
+    return [rows, DownloadPart(label, source, (), root / benchmark.images_folder, pattern=benchmark.images)]

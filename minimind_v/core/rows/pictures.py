@@ -8,11 +8,12 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from minimind_v.core.errors import MissingInput, RowError
-from minimind_v.core.hub.sources import how_to_get
+from minimind_v.core.hub.sources import METADATA, how_to_get
 from minimind_v.core.rows.archives import TarPictures, ZipPictures
 from minimind_v.core.rows.names import (
     PicturePath,
@@ -25,6 +26,7 @@ from minimind_v.core.rows.names import (
 )
 from minimind_v.core.rows.row import check_size
 
+FEW_NAMES = 32  # of a folder, to see what it holds
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}  # the errors for a name without a file
 
 
@@ -53,9 +55,23 @@ def open_pictures(path: Path | None) -> Pictures:
     if path is None:
         return NoPictures()
     find_pictures(path)
+    if path.is_dir() and _is_parquet(path):
+        from minimind_v.core.rows.parquet_pictures import ParquetPictures  # here: pyarrow takes its time to import
+
+        return ParquetPictures(path)
     if path.suffix == ".tar" and path.is_file():
         return TarPictures(path)
     return FolderPictures(path) if path.is_dir() else ZipPictures(path)
+
+
+def _is_parquet(folder: Path) -> bool:
+    """Whether a folder holds parquet files and nothing else; of a folder with very many files few names are read."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in islice(entries, FEW_NAMES) if not entry.name.startswith(".")]
+    except OSError:
+        return False
+    return bool(names) and all(name.endswith(".parquet") and name not in METADATA for name in names)
 
 
 class NoPictures:

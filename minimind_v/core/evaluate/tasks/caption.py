@@ -58,7 +58,7 @@ class Caption(Task):
         return list(together.values())
 
     def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
-        answer, references = replies[0].text, [[truth] for truth in question.truths]
+        answer, references = self.answer(replies), [[truth] for truth in question.truths]
         statistics = {
             name: [*map(float, scorer._extract_corpus_statistics([answer], references)[0]), 1.0]
             for name, scorer in (("chrf", CHRF_SCORER), ("bleu", BLEU_SCORER))

@@ -67,8 +67,9 @@ class Choice(Task):
 
 
 def _without_choices(question: Question) -> str:
-    """The question as its row has it, without choices that are written in it."""
-    return OPTIONS.split(question.messages[-1][1], maxsplit=1)[0]
+    """The question as its row has it, without choices that are written in it. Choices that are letters need these."""
+    text = question.messages[-1][1]
+    return text if "".join(question.choices) in LETTERS else OPTIONS.split(text, maxsplit=1)[0]
 
 
 def _lettered(question: Question, turn: int) -> str:

@@ -42,18 +42,26 @@ class Task:
     instruction = ""  # text behind every question
     options: Mapping[str, Any] = MappingProxyType({})  # further keys of a YAML file, with their defaults
 
-    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        """Raises UsageError for an unknown setting, or one of another type."""
+    def __init__(self, name: str, settings: Mapping[str, Any], until: Sequence[str] = ()) -> None:
+        """An answer ends before the first text of `until`.
+
+        Raises UsageError for unknown settings, and for those of another type.
+        """
         usual = {"most_tokens": self.most_tokens, "instruction": self.instruction, **self.options}
-        for key, value in settings.items():
-            if key not in usual:
-                choices = ["task", "fields", *usual]
-                raise UsageError(f"{name}: no setting {key!r}{nearest(key, choices)} — there are {', '.join(choices)}")
-            if type(value) is not type(usual[key]):
-                raise UsageError(f"{name}: {key} must be of the type {type(usual[key]).__name__}, not {value!r}")
+        choices = ["task", "fields", *usual]
+        problems = [
+            f"no setting {key!r}{nearest(key, choices)} — there are {', '.join(choices)}"
+            if key not in usual
+            else f"{key} must be of the type {type(usual[key]).__name__}, not {value!r}"
+            for key, value in settings.items()
+            if key not in usual or type(value) is not type(usual[key])
+        ]
+        if problems:
+            raise UsageError("; ".join(problems))
         self.name = name
-        self.settings = usual | dict(settings)
+        self.settings = usual | dict(settings) | ({"until": list(until)} if until else {})
         self.most_tokens, self.instruction = self.settings["most_tokens"], self.settings["instruction"]
+        self.until = tuple(until)
 
     def select(self, questions: Sequence[Question]) -> list[Question]:
         """The questions of this task among those of all rows; a caption's references may be in several rows."""
@@ -75,6 +83,11 @@ class Task:
     def complete(self, questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[Verdict]:
         """The verdicts, with what needs those of all questions."""
         return list(verdicts)
+
+    def answer(self, replies: Sequence[Reply]) -> str:
+        """The answer of the first reply."""
+        text = replies[0].text
+        return text[: min((at for end in self.until if (at := text.find(end)) >= 0), default=len(text))].strip()
 
     def messages(self, question: Question, text: str | None = None) -> tuple[tuple[str, str], ...]:
         """The prompt: earlier turns, and the question with the instruction behind it."""

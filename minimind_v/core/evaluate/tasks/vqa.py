@@ -18,7 +18,7 @@ class Vqa(Task):
     gain = "vqa"
 
     def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
-        answer = replies[0].text
+        answer = self.answer(replies)
         soft = soft_score(answer, question.truths)
         statistics = {"vqa": share(soft), "exact": share(is_exact(answer, question.truths))}
         return Verdict(answer, most_frequent(question.truths), soft, statistics)

@@ -39,7 +39,8 @@ class YesNo(Task):
             raise question.needs("answer of yes or no", f"the answer is {question.truths[0]!r:.40}")
 
     def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
-        answer, truth = yes_or_no(replies[0].text), yes_or_no(question.truths[0])
+        text = self.answer(replies)
+        answer, truth = yes_or_no(text), yes_or_no(question.truths[0])
         right, yes = float(answer is truth), float(answer is True)
         both = float(answer is True and truth is True)
         statistics = {
@@ -49,4 +50,4 @@ class YesNo(Task):
             "f1": [2 * both, yes + float(truth is True)],
             "yes_share": share(yes),
         }
-        return Verdict(replies[0].text, "yes" if truth else "no", right, statistics)
+        return Verdict(text, "yes" if truth else "no", right, statistics)
