@@ -148,8 +148,11 @@ def _by_task(
     from minimind_v.core.evaluate.benchmarks import open_benchmark
     from minimind_v.core.evaluate.by_task import evaluate_task
     from minimind_v.core.evaluate.run import features_beside
-    from minimind_v.core.pages.eval_report import write_eval_report
+    from minimind_v.core.pages.eval_report import PAGE, write_eval_report
+    from minimind_v.core.pages.frame import check_page
 
+    if how["out"]:
+        check_page(how["out"] / PAGE)
     rows = open_benchmark(data, images, split, terminal.say, chosen.names)
     model, weights = loaded.model, loaded.checkpoint.path
     cache = features_beside(model, weights, how["dtype"], len(rows), terminal.say, terminal.warn)

@@ -65,7 +65,7 @@ def calibration(lines: Sequence[Line]) -> dict[str, Any] | None:
     sure = [line for line in lines if line["confidence"] is not None]
     if not sure or not all(0 <= line["score"] <= 1 for line in sure):
         return None
-    sure.sort(key=lambda line: line["confidence"])
+    sure.sort(key=lambda line: (line["confidence"], str(line["id"])))
     rows = [[line["confidence"] - line["score"], 1.0] for line in sure]
     bins = [_bin(own) for own in _by_confidence(sure)] if len(sure) >= 2 * FEWEST else []
     error = sum(own["n"] * abs(own["confidence"] - own["value"]) for own in bins) / len(sure)
@@ -111,15 +111,14 @@ def answer_length(lines: Sequence[Line]) -> dict[str, Any] | None:
     """
     if TASKS[lines[0]["task"]].answers == "none":
         return None
-    lengths = {key: np.array([len(WORD.findall(line[key])) for line in lines]) for key in ("answer", "truth")}
-    top = int(np.quantile(np.concatenate(list(lengths.values())), 0.99, method="higher"))
+    model, truth = (np.array([len(WORD.findall(line[key])) for line in lines]) for key in ("answer", "truth"))
+    both = np.concatenate([model, truth])
+    longest, top = int(both.max()), int(np.quantile(both, 0.99, method="higher"))
     width = top // BARS + 1
     bars = top // width + 1
-    model, truth = (
-        np.bincount(np.minimum(own // width, bars - 1), minlength=bars).tolist() for own in lengths.values()
-    )
-    means = {"model_mean": float(lengths["answer"].mean()), "truth_mean": float(lengths["truth"].mean())}
-    return means | {"width": width, "model": model, "truth": truth}
+    counts = (np.bincount(np.minimum(own // width, bars - 1), minlength=bars).tolist() for own in (model, truth))
+    means = {"model_mean": float(model.mean()), "truth_mean": float(truth.mean())}
+    return means | {"longest": longest, "width": width} | dict(zip(("model", "truth"), counts, strict=True))
 
 
 def languages(lines: Sequence[Line]) -> list[dict[str, Any]]:

@@ -263,6 +263,7 @@ def _folder(
 def _report(
     loaded: LoadedModel, rows: RowStore, task: Task, plan: Plan, lines: list[dict[str, Any]], folder: Path
 ) -> dict[str, Any]:
+    lines = sorted(lines, key=lambda line: str(line["id"]))  # so that sums do not depend on the order of the rows
     with_image = by_variant(lines)[SEEN]
     kinds = kinds_of(lines)
     return {

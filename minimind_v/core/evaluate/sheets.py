@@ -55,7 +55,7 @@ def sheets_of(lines: Sequence[Line]) -> dict[str, list[Card]]:
     return {
         "best": [card for score, card in by_score if score > FLAT][:CARDS],
         "worst": [card for score, card in worst if score < -FLAT][:CARDS],
-        "random": cards[:CARDS],
+        "random": cards[-CARDS:],
         "helped": [card for card in turned if gains[id(card)] > 0][:CARDS],
         "misled": [card for card in reversed(turned) if gains[id(card)] < 0][:CARDS],
     }

@@ -99,7 +99,9 @@ def _metrics(report: Figure) -> str:
         is_share = all(0 <= end <= 1 for end in ends)
         groups.setdefault("" if is_share else metric["name"].partition("_")[0], []).append(metric)
     charts = "".join(
-        intervals([interval_of(metric["name"], metric) for metric in group], (0.0, 1.0) if not unit else (0.0,))
+        intervals(
+            [interval_of(_with_n(metric["name"], metric), metric) for metric in group], (0.0, 0.0 if unit else 1.0)
+        )
         for unit, group in groups.items()
     )
     wide = [
@@ -110,7 +112,7 @@ def _metrics(report: Figure) -> str:
     note = f"<p>These data say little about {safe(', '.join(wide))}: the interval is wide.</p>" if wide else ""
     if report["metrics"] and all(metric["ci_low"] is None for metric in report["metrics"]):
         note = "<p>No figure has an interval: the questions are about a single image.</p>"
-    return section("Metrics", charts + note + reading("A dot is the figure, its line"))
+    return section("Metrics", charts + note)
 
 
 def _kinds(report: Figure) -> str:
@@ -124,7 +126,7 @@ def _kinds(report: Figure) -> str:
         for name in shown
         if kinds[name]["visual_gain"]["blank"]["value"] is not None
     ]
-    rows = [interval_of(f"{name} (n {kinds[name]['n']:,})", kinds[name]) for name in shown]
+    rows = [interval_of(_with_n(name, kinds[name]), kinds[name]) for name in shown]
     rest = f"<p>{len(names) - KINDS:,} kinds with fewer questions are in report.json.</p>" if names[KINDS:] else ""
     gain = f"<h3>Gain over a grey image</h3>{intervals(gains)}" if gains else ""
     around = (0.0, 1.0) if all((row.high or row.value or 0) <= 1 for row in rows) else (0.0,)
@@ -164,8 +166,8 @@ def _confusion(report: Figure) -> str:
 
 def _cell(row: Sequence[int], row_number: int, column: int, labels: Sequence[str]) -> str:
     share = row[column] / sum(row)
-    kind = ' class="same"' if row_number == column < len(labels) - 1 else ""
-    return f'<td{kind} style="--share:{50 * share:.0f}%">{row[column]:,}</td>'
+    kind = "same" if row_number == column < len(labels) - 1 else "" if row[column] else "dim"
+    return f'<td class="{kind}" style="--share:{50 * share:.0f}%">{row[column]:,}</td>'
 
 
 def _label(label: str) -> str:
@@ -173,7 +175,7 @@ def _label(label: str) -> str:
 
 
 def _calibration(report: Figure) -> str:
-    head, calibration = "Is it as sure as it is right?", report["calibration"]
+    head, calibration = "Calibration: is it as sure as it is right?", report["calibration"]
     if calibration is None:
         return section(head, '<p class="dim">No figure: the answers of this task have no probability of their own.</p>')
     over = calibration["overconfidence"]
@@ -239,7 +241,8 @@ def _lengths(report: Figure) -> str:
         ((bar + 0.5) / bars, str(bar) if width == 1 else f"{bar * width}–{bar * width + width - 1}")
         for bar in range(bars)
     ]
-    labels[-1] = labels[-1][0], f"{(bars - 1) * width} or more"
+    if lengths["longest"] >= bars * width:
+        labels[-1] = labels[-1][0], f"{(bars - 1) * width} or more"
     shown = [*labels[: -(bars > LABELS) - 1 : -(-bars // LABELS)], labels[-1]]
     key = legend([(sides["model"], "answers of the model"), (sides["truth"], "true answers")])
     return section(
@@ -253,12 +256,13 @@ def _lengths(report: Figure) -> str:
 def _languages(report: Figure) -> str:
     names = {"zh": "Chinese", "other": "other languages"}
     languages = report["language"]
+    has_answers = report["answer_length"] is not None
     answers = "".join(
-        f"<li>Questions in {names[own['language']]}: {own['n']:,}. "
-        + f"Chinese in {own['answers_zh']:,} answers and {own['truths_zh']:,} true ones.</li>"
+        f"<li>{plural(own['n'], 'question')} in {names[own['language']]}: Chinese in {own['truths_zh']:,} true answers"
+        + (f" and {own['answers_zh']:,} of the model.</li>" if has_answers else ".</li>")
         for own in languages
     )
-    rows = [interval_of(names[own["language"]], own) for own in languages]
+    rows = [interval_of(_with_n(names[own["language"]], own), own) for own in languages]
     drawn = (
         f"<h3>{safe(languages[0]['name'])}</h3>{intervals(rows)}<p>Questions in two languages are different questions: "
         "a difference may come from these.</p>"
@@ -323,6 +327,10 @@ def _files(report: Figure) -> str:
 def _gain_name(report: Figure) -> str:
     """The metric of the gains: that of the kinds and languages."""
     return str(report["language"][0]["name"])
+
+
+def _with_n(name: str, figure: Figure) -> str:
+    return f"{name} (n {figure['n']:,})"
 
 
 def _listed(names: Iterable[str]) -> str:
