@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.files import as_json, write_text
 from minimind_v.core.rows.row import parse_json
 
-CARDS = 8  # of a sheet
+CARDS = 9  # of a sheet
 THUMBNAILS = "thumbnails.jsonl"  # in the folder of an evaluation
 MOST_IMAGES, OF_QUESTION = 1000, 4  # that have a thumbnail; images of a question at most
 SIDE = 112  # pixels of a thumbnail
@@ -40,24 +40,29 @@ class Card:
 def sheets_of(lines: Sequence[Line]) -> dict[str, list[Card]]:
     """`best` and `worst` answers, some at `random`, those that the image `helped`, and those that it `misled`.
 
-    Better or worse than the mean, the surest answers first; random draws are the same in any order of the lines.
+    The best are better than the mean, the worst worse; all are the same in any order of the lines.
     """
-    task, variants = TASKS[lines[0]["task"]], by_variant(lines)
-    sign = -1 if task.lower_is_better else 1
+    variants, sign = by_variant(lines), -1 if TASKS[lines[0]["task"]].lower_is_better else 1
     blank = {line["id"]: line for line in variants.get(BLANK, [])}
     ordered = sorted(variants[SEEN], key=lambda line: str(line["id"]))
+    mean = float(np.mean([line["score"] for line in ordered]))
     cards = [Card(line, blank.get(line["id"])) for line in random.Random(0).sample(ordered, len(ordered))]
-    scores = [sign * card.seen["score"] - sign * float(np.mean([line["score"] for line in ordered])) for card in cards]
-    by_score = sorted(zip(scores, cards, strict=True), key=lambda pair: (-pair[0], -(pair[1].seen["confidence"] or 0)))
-    worst = sorted(by_score, key=lambda pair: (pair[0], -(pair[1].seen["confidence"] or 0)))
-    gains = {id(card): sign * (card.seen["score"] - card.blank["score"]) for card in cards if card.blank is not None}
-    turned = sorted((card for card in cards if gains.get(id(card))), key=lambda card: -gains[id(card)])
+
+    def first(amount: Callable[[Card], float]) -> list[Card]:
+        """The cards of the largest amounts above 0, the surest answers first."""
+        amounts = [(amount(card), card.seen["confidence"] or 0.0, card) for card in cards]
+        above = [entry for entry in amounts if entry[0] > FLAT]
+        return [card for *_, card in sorted(above, key=lambda entry: entry[:2], reverse=True)[:CARDS]]
+
+    def gain(card: Card) -> float:
+        return sign * (card.seen["score"] - card.blank["score"]) if card.blank is not None else 0.0
+
     return {
-        "best": [card for score, card in by_score if score > FLAT][:CARDS],
-        "worst": [card for score, card in worst if score < -FLAT][:CARDS],
+        "best": first(lambda card: sign * (card.seen["score"] - mean)),
+        "worst": first(lambda card: sign * (mean - card.seen["score"])),
         "random": cards[-CARDS:],
-        "helped": [card for card in turned if gains[id(card)] > 0][:CARDS],
-        "misled": [card for card in reversed(turned) if gains[id(card)] < 0][:CARDS],
+        "helped": first(gain),
+        "misled": first(lambda card: -gain(card)),
     }
 
 

@@ -51,7 +51,7 @@ def _verdict(metric: Mapping[str, Any]) -> str:
     if metric["ci_low"] is None:
         return f"{name}: one image alone has no interval, so nothing is shown."
     rows = metric["rows_to_see_half"]
-    power = "" if rows is None else f" To show half of this difference takes some {plural(rows, 'question')}."
+    power = "" if rows is None else f" Some {plural(rows, 'question')} would show half of it in 80 of 100 cases."
     chance = f"p {metric['p']:.2g}" if metric["p"] >= 0.001 else "p below 0.001"
     if metric["ci_low"] <= 0 <= metric["ci_high"]:
         return f"{name}: the interval contains 0. These data <b>do not show</b> a difference ({chance}).{power}"

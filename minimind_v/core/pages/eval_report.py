@@ -11,6 +11,7 @@ from minimind_v.core.curate.token_text import visible
 from minimind_v.core.errors import shorten
 from minimind_v.core.evaluate.by_task import Evaluation
 from minimind_v.core.evaluate.sheets import Card
+from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import COLOURS, HEIGHT, WIDTH, Interval, axis, chart, intervals, legend, number
 from minimind_v.core.rows.cells import data_uri
@@ -25,10 +26,16 @@ SKIPPED = 5  # that are listed
 UNSHARP = 0.3  # the width of an interval from which the page says that it is wide
 REPLACEMENTS = {"blank": "a grey image", "swapped": "the image of another row", "none": "no image"}
 SHEETS = {
-    "helped": ("Helped by the image", "Better with their image than with a grey one: the largest differences."),
-    "misled": ("Misled by the image", "Worse with their image than with a grey one: the largest differences."),
-    "best": ("Best answers", "Of the best scores those of which the model was most sure."),
-    "worst": ("Worst answers", "Of the worst scores those of which the model was most sure. Some truths may be wrong."),
+    "helped": (
+        "Helped by the image",
+        "Better with their image than with a grey one: the largest differences, the surest answers first.",
+    ),
+    "misled": (
+        "Misled by the image",
+        "Worse with their image than with a grey one: the largest differences, the surest answers first.",
+    ),
+    "best": ("Best answers", "The best scores, of equal ones the surest answers first."),
+    "worst": ("Worst answers", "The worst scores, of equal ones the surest answers first. A truth may be wrong."),
     "random": ("Random questions", "Drawn by chance: these alone say what a usual answer looks like."),
 }
 
@@ -276,12 +283,17 @@ def _languages(report: Figure) -> str:
 
 
 def _card(card: Card) -> dict[str, Any]:
-    seen, blank = card.seen, card.blank
-    sure = "" if seen["confidence"] is None else f", {seen['confidence']:.0%} sure"
-    answers = [("answer", seen["answer"], f"score {number(seen['score'])}{sure}")]
-    if blank is not None:
-        answers.append(("grey image", blank["answer"], f"score {number(blank['score'])}"))
-    return {"picture": seen["picture"], "question": seen["question"], "truth": seen["truth"], "answers": answers}
+    answers = []
+    for name, line in (("answer", card.seen), ("grey image", card.blank)):
+        if line is None:
+            continue
+        score = f"score {number(line['score'])}"
+        if TASKS[line["task"]].answers == "none":
+            answers.append((name if line is card.blank else "own image", score, ""))
+        else:
+            sure = "" if line["confidence"] is None else f", {line['confidence']:.0%} sure"
+            answers.append((name, line["answer"], score + sure))
+    return {key: card.seen[key] for key in ("picture", "question", "truth")} | {"answers": answers}
 
 
 def cards(entries: Iterable[Mapping[str, Any]], thumbnails: Mapping[str, Sequence[bytes]]) -> str:
@@ -300,7 +312,7 @@ def _drawn_card(entry: Mapping[str, Any], thumbnails: Mapping[str, Sequence[byte
         for name, text, note in texts
     )
     return (
-        f'<article>{images}<div><p class="question" dir="auto">{_clipped(entry["question"])}</p><dl>{lines}</dl></div>'
+        f'<article><div>{images}<p class="question" dir="auto">{_clipped(entry["question"])}</p></div><dl>{lines}</dl>'
         "</article>"
     )
 
