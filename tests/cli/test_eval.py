@@ -223,3 +223,22 @@ def test_compare_shows_a_question_with_lines_and_control_characters_on_one_line(
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line), encoding="utf-8")
     out = run_mmv("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl").out
     assert out.splitlines()[-1] == r"  1: first second\x1b[31m → cat: a / b"
+
+
+def test_a_comparison_is_written_as_a_page_from_scores_alone(tmp_path):
+    for name, score in (("a", 0), ("b", 1)):
+        lines = (json.dumps({"id": number, "score": score}) for number in range(3))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    first, second, page = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "page.html"
+    for arguments in (["--html", page, first, "--", second], [first, second, f"--html={page}"]):
+        ended = run_mmv("compare", *arguments)
+        assert ended.code == 0, ended.err
+        assert f"page: {page}" in ended.err
+        html = page.read_text(encoding="utf-8")
+        assert "Higher score in B" in html
+        assert "None" not in html
+        page.unlink()
+    first.with_suffix(".html").write_text("mine")
+    assert "is not a page by mmv" in run_mmv("compare", first, second, "--html", first.with_suffix(".html")).error
+    assert "requires an argument" in run_mmv("compare", first, second, "--html").error
+    assert run_mmv("compare", first, second, "--html", first).code == 2

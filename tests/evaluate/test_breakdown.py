@@ -13,7 +13,15 @@ import torch
 
 from minimind_v.core.evaluate.answering import Answering, Features
 from minimind_v.core.evaluate.ask import Ask, Reply
-from minimind_v.core.evaluate.breakdown import FEWEST, LABELS, answer_length, calibration, confusion, languages
+from minimind_v.core.evaluate.breakdown import (
+    FEWEST,
+    LABELS,
+    answer_length,
+    calibration,
+    confusion,
+    languages,
+    most_frequent_answer,
+)
 from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.sheets import CARDS, read_thumbnails, sheets_of, thumbnail, write_thumbnails
 from minimind_v.core.evaluate.tasks import TASKS
@@ -62,6 +70,14 @@ def test_truths_that_are_long_or_hardly_repeat_have_no_confusion():
     assert confusion([prediction(n, f"t{n}") for n in range(5)]) is None
     for task in ("caption", "loss"):
         assert confusion([prediction(n, task=task) for n in range(10)]) is None
+
+
+def test_the_most_frequent_answer_is_counted_whatever_its_wording():
+    lines = [prediction(n, "no" if n % 2 else "yes", "Yes!" if n % 3 else "是的", task="yesno") for n in range(12)]
+    assert most_frequent_answer(lines) == {"answer": "yes", "n": 12, "truths": 6}
+    assert most_frequent_answer([prediction(0, task="loss")]) is None
+    captions = [prediction(n, f"a {n}", "A photo.", task="caption") for n in range(4)]
+    assert most_frequent_answer(captions) == {"answer": "photo", "n": 4, "truths": 0}
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_of_a_model_that_always_says_yes_the_page_says_so(evaluate):
     evaluation = evaluate(lambda ask: saying("Yes."), yes_no_rows())
     text = text_of(eval_report_page(evaluation))
     assert evaluation.report["confusion"] == {"labels": ["no", "yes"], "counts": [[0, 40, 0], [0, 40, 0], [0, 0, 0]]}
-    assert "All answers are the same: yes." in text
+    assert "80 of 80 answers are the same: yes. It is the true answer to 40 questions." in text
     assert "Always answering no would agree in 50% of 80 questions" in text
     assert text.count("do not show that the image improves the answers") == 3
     assert "better with the image" not in text
@@ -93,7 +93,7 @@ def test_a_model_that_reads_the_question_only_gains_nothing_with_right_answers(e
     text = text_of(eval_report_page(evaluate(lambda ask: saying(truths_of(rows)[question_of(ask)]), rows)))
     assert text.count("do not show that the image improves the answers") == 3
     assert "accuracy (n 80)1.000" in text
-    assert "All answers are the same" not in text
+    assert "answers are the same" not in text
     assert "Best answers" not in text, "none is better than another"
 
 

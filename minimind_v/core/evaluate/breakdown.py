@@ -28,10 +28,25 @@ RIGHT = Metric("right")
 def breakdown(lines: Sequence[Line]) -> dict[str, Any]:
     """All of them."""
     return {
+        "most_frequent_answer": most_frequent_answer(lines),
         "confusion": confusion(lines),
         "calibration": calibration(lines),
         "answer_length": answer_length(lines),
         "language": languages(lines),
+    }
+
+
+def most_frequent_answer(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """The answer that is given most, how often, and how often it is the true one; None without answers."""
+    task = TASKS[lines[0]["task"]]
+    if task.answers == "none":
+        return None
+    answers = Counter(task.label(line["answer"]) for line in lines)
+    answer = min(answers, key=lambda label: (-answers[label], label))
+    return {
+        "answer": answer,
+        "n": answers[answer],
+        "truths": sum(task.label(line["truth"]) == answer for line in lines),
     }
 
 

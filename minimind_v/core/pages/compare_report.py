@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minimind_v.core.pages.eval_report import cards, interval_of, reading, safe, section
+from minimind_v.core.pages.eval_report import cards, chance, charts, reading, safe, section
 from minimind_v.core.pages.frame import page
-from minimind_v.core.pages.plot import intervals, number
+from minimind_v.core.pages.plot import number
 from minimind_v.core.wording import plural
 
 CARDS = 12  # of a sheet
@@ -32,16 +32,9 @@ def compare_page(report: Mapping[str, Any], thumbnails: Mapping[str, Sequence[by
 
 
 def _differences(report: Mapping[str, Any]) -> str:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for metric in report["metrics"]:
-        ends = [metric[key] for key in ("difference", "ci_low", "ci_high") if metric[key] is not None]
-        is_share = all(-1 <= end <= 1 for end in ends)
-        groups.setdefault("" if is_share else metric["name"].partition("_")[0], []).append(metric)
-    charts = "".join(
-        intervals([interval_of(metric["name"], metric, "difference") for metric in group]) for group in groups.values()
-    )
+    drawn = charts(report["metrics"], "difference")
     verdicts = "".join(f"<li>{_verdict(metric)}</li>" for metric in report["metrics"])
-    return section("B − A", f"{charts}<ul>{verdicts}</ul>{reading('A dot is the difference, its line')}")
+    return section("B − A", f"{drawn}<ul>{verdicts}</ul>{reading('A dot is the difference, its line')}")
 
 
 def _verdict(metric: Mapping[str, Any]) -> str:
@@ -52,10 +45,10 @@ def _verdict(metric: Mapping[str, Any]) -> str:
         return f"{name}: one image alone has no interval, so nothing is shown."
     rows = metric["rows_to_see_half"]
     power = "" if rows is None else f" Some {plural(rows, 'question')} would show half of it in 80 of 100 cases."
-    chance = f"p {metric['p']:.2g}" if metric["p"] >= 0.001 else "p below 0.001"
+    verdict = f"<b>{'higher' if metric['ci_low'] > 0 else 'lower'} in B</b>"
     if metric["ci_low"] <= 0 <= metric["ci_high"]:
-        return f"{name}: the interval contains 0. These data <b>do not show</b> a difference ({chance}).{power}"
-    return f"{name}: <b>{'higher' if metric['ci_low'] > 0 else 'lower'} in B</b> ({chance}).{power}"
+        verdict = "the interval contains 0. These data <b>do not show</b> a difference"
+    return f"{name}: {verdict} ({chance(metric['p'])}).{power}"
 
 
 def _seeds(report: Mapping[str, Any]) -> str:
@@ -92,6 +85,6 @@ def _sheet(head: str, entries: Sequence[Mapping[str, Any]], thumbnails: Mapping[
     return section(head, f'<p class="dim">{note}</p>{cards(shown, thumbnails)}')
 
 
-def _answer(answer: Any) -> str:
+def _answer(answer: Any) -> Any:
     """An answer, or those of several seeds."""
-    return " · ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+    return " · ".join(map(str, answer)) if isinstance(answer, list) else answer

@@ -19,10 +19,11 @@ from minimind_v.core.wording import plural
 
 PAGE = "report.html"  # in the folder of an evaluation
 Figure = Mapping[str, Any]  # an entry of a report: value, ci_low, ci_high …
-LONGEST = 300  # characters of a text on a card
+LONGEST, SHORT = 300, 60  # characters of a text on a card, and of a name in a figure
 LABELS = 6  # below a histogram, without the last
 KINDS = 20  # that are drawn, the most frequent ones
 SKIPPED = 5  # that are listed
+ALIKE = 0.9  # the share of equal answers from which the page says that they are
 UNSHARP = 0.3  # the width of an interval from which the page says that it is wide
 REPLACEMENTS = {"blank": "a grey image", "swapped": "the image of another row", "none": "no image"}
 SHEETS = {
@@ -87,39 +88,34 @@ def _verdict(name: str, gain: Figure) -> str:
     """What a gain shows, and no more."""
     if gain["ci_low"] is None:
         return f"Against {name}: one image alone has no interval, so nothing is shown."
-    chance = f"p {gain['p']:.2g}" if gain["p"] >= 0.001 else "p below 0.001"
     if gain["ci_low"] > 0:
-        return f"Against {name}: the answers are <b>better with the image</b> ({chance})."
-    if gain["ci_high"] < 0:
-        return f"Against {name}: the answers are <b>worse with the image</b> ({chance})."
-    return (
-        f"Against {name}: the interval contains 0. These data <b>do not show</b> that the image improves the answers, "
-        f"nor that it does not ({chance})."
-    )
+        verdict = "the answers are <b>better with the image</b>"
+    elif gain["ci_high"] < 0:
+        verdict = "the answers are <b>worse with the image</b>"
+    else:
+        verdict = (
+            "the interval contains 0. These data <b>do not show</b> that the image improves the answers, nor that it "
+            "does not"
+        )
+    return f"Against {name}: {verdict} ({chance(gain['p'])})."
 
 
 def _metrics(report: Figure) -> str:
-    """Metrics of one unit on one axis: shares together, others by the first word of their names."""
-    groups: dict[str, list[Figure]] = {}
-    for metric in report["metrics"]:
-        ends = [metric[key] for key in ("value", "ci_low", "ci_high") if metric[key] is not None]
-        is_share = all(0 <= end <= 1 for end in ends)
-        groups.setdefault("" if is_share else metric["name"].partition("_")[0], []).append(metric)
-    charts = "".join(
-        intervals(
-            [interval_of(_with_n(metric["name"], metric), metric) for metric in group], (0.0, 0.0 if unit else 1.0)
-        )
-        for unit, group in groups.items()
-    )
+    metrics, answer = report["metrics"], report["most_frequent_answer"]
     wide = [
         metric["name"]
-        for metric in groups.get("", [])
-        if metric["ci_low"] is not None and metric["ci_high"] - metric["ci_low"] > UNSHARP
+        for metric in metrics
+        if metric["ci_low"] is not None and metric["ci_high"] <= 1 and metric["ci_high"] - metric["ci_low"] > UNSHARP
     ]
-    note = f"<p>These data say little about {safe(', '.join(wide))}: the interval is wide.</p>" if wide else ""
-    if report["metrics"] and all(metric["ci_low"] is None for metric in report["metrics"]):
-        note = "<p>No figure has an interval: the questions are about a single image.</p>"
-    return section("Metrics", charts + note)
+    notes = [f"These data say little about {safe(', '.join(wide))}: the interval is wide."] if wide else []
+    if all(metric["ci_low"] is None for metric in metrics):
+        notes.append("No figure has an interval: the questions are about a single image.")
+    if answer is not None and answer["n"] > max(1, ALIKE * report["rows"]):
+        notes.append(
+            f"<b>{answer['n']:,} of {report['rows']:,} answers are the same: {_label(answer['answer'])}.</b> It is the "
+            f"true answer to {plural(answer['truths'], 'question')}."
+        )
+    return section("Metrics", charts(metrics) + "".join(f"<p>{note}</p>" for note in notes))
 
 
 def _kinds(report: Figure) -> str:
@@ -133,7 +129,7 @@ def _kinds(report: Figure) -> str:
         for name in shown
         if kinds[name]["visual_gain"]["blank"]["value"] is not None
     ]
-    rows = [interval_of(_with_n(name, kinds[name]), kinds[name]) for name in shown]
+    rows = [interval_of(name, kinds[name]) for name in shown]
     rest = f"<p>{len(names) - KINDS:,} kinds with fewer questions are in report.json.</p>" if names[KINDS:] else ""
     gain = f"<h3>Gain over a grey image</h3>{intervals(gains)}" if gains else ""
     around = (0.0, 1.0) if all((row.high or row.value or 0) <= 1 for row in rows) else (0.0,)
@@ -160,12 +156,9 @@ def _confusion(report: Figure) -> str:
     )
     n, most = sum(map(sum, counts)), max(map(sum, counts[:-1]))
     baseline = f"Always answering {_label(labels[0])} would agree in {most / n:.0%} of {plural(n, 'question')}."
-    answered = [sum(row[column] for row in counts) for column in range(len(labels) - 1)]
-    same = next((labels[column] for column, count in enumerate(answered) if count == n), None)
-    alike = f"<p><b>All answers are the same: {_label(same)}.</b></p>" if same is not None else ""
     return section(
         "Which answers are taken for which",
-        f'{alike}<div class="wide"><table class="confusion"><tr><th>true answer ↓ answered →</th>{head}<th>all</th>'
+        f'<div class="wide"><table class="confusion"><tr><th>true answer ↓ answered →</th>{head}<th>all</th>'
         f"</tr>{rows}</table></div><p>A row has the questions of one true answer (of several, the most frequent one), "
         f"and its right answers in the framed cell. {baseline}</p>",
     )
@@ -178,7 +171,7 @@ def _cell(row: Sequence[int], row_number: int, column: int, labels: Sequence[str
 
 
 def _label(label: str) -> str:
-    return safe(label) if label.strip() else "(nothing)"
+    return safe(shorten(label, SHORT)) if label.strip() else "(nothing)"
 
 
 def _calibration(report: Figure) -> str:
@@ -191,8 +184,8 @@ def _calibration(report: Figure) -> str:
         "of these answers are right": f"{calibration['score']:.0%}",
     }
     if calibration["ece"] is not None:
-        chance = f"{calibration['ece_by_chance']:.3f}"
-        numbers[f"expected calibration error; by chance alone some {chance}"] = f"{calibration['ece']:.3f}"
+        label = f"expected calibration error; by chance alone some {calibration['ece_by_chance']:.3f}"
+        numbers[label] = f"{calibration['ece']:.3f}"
     if over["ci_low"] is None:
         verdict = "One image alone has no interval, so nothing is shown."
     elif over["ci_low"] > 0:
@@ -211,8 +204,8 @@ def _calibration(report: Figure) -> str:
     difference = intervals([interval_of("probability − score", over)])
     return section(
         head,
-        f"{figures(numbers)}{difference}<p>{verdict} The probability is that of exactly these words: a right answer in "
-        f"other words has its own.</p>{drawn}",
+        f"{figures(numbers)}{difference}<p>{verdict} The probability is that of the answer in these words; of a "
+        f"choice, that among the choices.</p>{drawn}",
     )
 
 
@@ -238,11 +231,11 @@ def _lengths(report: Figure) -> str:
     bars = len(lengths["model"])
     ticks, step = axis(0, max(lengths["model"] + lengths["truth"])), WIDTH / bars
     shapes = "".join(
-        f'<rect x="{step * (bar + 0.08 + 0.42 * side):.2f}" y="{HEIGHT - tall:.2f}" width="{step * 0.42:.2f}" '
-        f'height="{tall:.2f}" style="fill:{colour}"><title>{count:,}</title></rect>'
+        f'<rect x="{step * (bar + 0.08 + 0.42 * side):.2f}" y="{HEIGHT * (1 - count / ticks[-1]):.2f}" '
+        f'width="{step * 0.42:.2f}" height="{HEIGHT * count / ticks[-1]:.2f}" style="fill:{colour}">'
+        f"<title>{count:,}</title></rect>"
         for side, (name, colour) in enumerate(sides.items())
         for bar, count in enumerate(lengths[name])
-        if (tall := HEIGHT * count / ticks[-1]) >= 0
     )
     labels = [
         ((bar + 0.5) / bars, str(bar) if width == 1 else f"{bar * width}–{bar * width + width - 1}")
@@ -269,7 +262,7 @@ def _languages(report: Figure) -> str:
         + (f" and {own['answers_zh']:,} of the model.</li>" if has_answers else ".</li>")
         for own in languages
     )
-    rows = [interval_of(_with_n(names[own["language"]], own), own) for own in languages]
+    rows = [interval_of(names[own["language"]], own) for own in languages]
     drawn = (
         f"<h3>{safe(languages[0]['name'])}</h3>{intervals(rows)}<p>Questions in two languages are different questions: "
         "a difference may come from these.</p>"
@@ -341,10 +334,6 @@ def _gain_name(report: Figure) -> str:
     return str(report["language"][0]["name"])
 
 
-def _with_n(name: str, figure: Figure) -> str:
-    return f"{name} (n {figure['n']:,})"
-
-
 def _listed(names: Iterable[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
@@ -366,10 +355,26 @@ def reading(subject: str) -> str:
 def interval_of(name: str, figure: Figure, value: str = "value") -> Interval:
     """A figure of a report for a chart."""
     low, high, middle = figure["ci_low"], figure["ci_high"], figure[value]
+    name = visible(shorten(name, SHORT)) + (f" (n {figure['n']:,})" if "n" in figure else "")
     if middle is None:
-        return Interval(visible(name), "no such answers", None)
+        return Interval(name, "no such answers", None)
     text = f"{middle:.3f}" + ("  no interval" if low is None else f"  [{low:.3f}, {high:.3f}]")
-    return Interval(visible(name), text.replace("-", "−"), middle, low, high)
+    return Interval(name, text.replace("-", "−"), middle, low, high)
+
+
+def charts(metrics: Iterable[Figure], value: str = "value") -> str:
+    """Metrics of one unit on one axis: shares and their differences together, others by the first word of the name."""
+    lowest, groups = 0 if value == "value" else -1, dict[str, list[Interval]]()
+    for metric in metrics:
+        ends = [metric[key] for key in (value, "ci_low", "ci_high") if metric[key] is not None]
+        unit = "" if all(lowest <= end <= 1 for end in ends) else metric["name"].partition("_")[0]
+        groups.setdefault(unit, []).append(interval_of(metric["name"], metric, value))
+    return "".join(intervals(rows, (0.0, 0.0 if unit or value != "value" else 1.0)) for unit, rows in groups.items())
+
+
+def chance(p: float) -> str:
+    """The probability of a difference this large by chance."""
+    return f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
 
 
 def safe(text: Any) -> str:
@@ -378,4 +383,4 @@ def safe(text: Any) -> str:
 
 
 def _clipped(text: Any) -> str:
-    return safe(shorten(str(text), LONGEST))
+    return "" if text is None else safe(shorten(str(text), LONGEST))
