@@ -171,13 +171,13 @@ def test_sheets_show_sure_answers_of_the_best_and_worst_scores_and_those_that_tu
         lines.append(prediction(n, score=right, confidence=n / 60))
         lines.append(prediction(n, score=right_blank, variant="blank"))
     sheets = sheets_of(lines)
-    numbers = {name: [int(card.seen["id"][1:]) for card in cards] for name, cards in sheets.items()}
+    numbers = {name: [int(card.with_image["id"][1:]) for card in cards] for name, cards in sheets.items()}
     assert numbers["best"] == [59, 57, 55, 53, 51, 49, 47, 45, 43]
     assert numbers["worst"] == [58, 56, 54, 52, 50, 48, 46, 44, 42]
     assert all(n % 2 and n % 3 for n in numbers["helped"])
     assert all(n % 2 == 0 and n % 3 == 0 for n in numbers["misled"])
     assert {len(cards) for cards in sheets.values()} == {CARDS}
-    assert all(card.seen["id"] == card.blank["id"] for cards in sheets.values() for card in cards)
+    assert all(card.with_image["id"] == card.blank["id"] for cards in sheets.values() for card in cards)
     assert sheets_of(random.Random(1).sample(lines, len(lines))) == sheets
 
 
@@ -192,9 +192,9 @@ def test_a_low_loss_is_best():
     lines = [prediction(n, score=float(n), task="loss", variant=v) for n in range(3) for v in ("seen", "blank")]
     lines[5] |= {"score": 9.0}
     sheets = sheets_of(lines)
-    assert [card.seen["score"] for card in sheets["best"]] == [0]
-    assert [card.seen["score"] for card in sheets["worst"]] == [2]
-    assert [card.seen["score"] for card in sheets["helped"]] == [2]
+    assert [card.with_image["score"] for card in sheets["best"]] == [0]
+    assert [card.with_image["score"] for card in sheets["worst"]] == [2]
+    assert [card.with_image["score"] for card in sheets["helped"]] == [2]
 
 
 def test_thumbnails_are_read_as_they_were_written_and_damaged_ones_left_out(tmp_path):

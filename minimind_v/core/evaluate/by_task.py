@@ -212,7 +212,7 @@ class Images:
 def _thumbnails(images: Images, rows: RowStore, plan: Plan, sheets: dict[str, list[Card]]) -> dict[str, list[bytes]]:
     """Those of the images on the sheets, and of others, as a comparison may show them."""
     digests = {plan.cluster(question): plan.images[question.id] for question in plan.questions}
-    shown = [card.seen["picture"] for cards in sheets.values() for card in cards]
+    shown = [card.with_image["picture"] for cards in sheets.values() for card in cards]
     thumbnails: dict[str, list[bytes]] = {}
     for name in list(dict.fromkeys([*shown, *sorted(digests)]))[:MOST_IMAGES]:
         with suppress(RowError):

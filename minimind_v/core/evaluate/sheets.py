@@ -33,7 +33,7 @@ Thumbnails = Mapping[str, Sequence[bytes]]  # the `picture` of predictions → J
 class Card:
     """A question with its image, and with a blank one."""
 
-    seen: Line
+    with_image: Line
     blank: Line | None
 
 
@@ -50,16 +50,16 @@ def sheets_of(lines: Sequence[Line]) -> dict[str, list[Card]]:
 
     def first(amount: Callable[[Card], float]) -> list[Card]:
         """The cards of the largest amounts above 0, the surest answers first."""
-        amounts = [(amount(card), card.seen["confidence"] or 0.0, card) for card in cards]
+        amounts = [(amount(card), card.with_image["confidence"] or 0.0, card) for card in cards]
         above = [entry for entry in amounts if entry[0] > FLAT]
         return [card for *_, card in sorted(above, key=lambda entry: entry[:2], reverse=True)[:CARDS]]
 
     def gain(card: Card) -> float:
-        return sign * (card.seen["score"] - card.blank["score"]) if card.blank is not None else 0.0
+        return sign * (card.with_image["score"] - card.blank["score"]) if card.blank is not None else 0.0
 
     return {
-        "best": first(lambda card: sign * (card.seen["score"] - mean)),
-        "worst": first(lambda card: sign * (mean - card.seen["score"])),
+        "best": first(lambda card: sign * (card.with_image["score"] - mean)),
+        "worst": first(lambda card: sign * (mean - card.with_image["score"])),
         "random": cards[-CARDS:],
         "helped": first(gain),
         "misled": first(lambda card: -gain(card)),

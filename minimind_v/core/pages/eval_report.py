@@ -277,7 +277,7 @@ def _languages(report: Figure) -> str:
 
 def _card(card: Card) -> dict[str, Any]:
     answers = []
-    for name, line in (("answer", card.seen), ("grey image", card.blank)):
+    for name, line in (("answer", card.with_image), ("grey image", card.blank)):
         if line is None:
             continue
         score = f"score {number(line['score'])}"
@@ -286,7 +286,7 @@ def _card(card: Card) -> dict[str, Any]:
         else:
             sure = "" if line["confidence"] is None else f", {line['confidence']:.0%} sure"
             answers.append((name, line["answer"], score + sure))
-    return {key: card.seen[key] for key in ("picture", "question", "truth")} | {"answers": answers}
+    return {key: card.with_image[key] for key in ("picture", "question", "truth")} | {"answers": answers}
 
 
 def cards(entries: Iterable[Mapping[str, Any]], thumbnails: Mapping[str, Sequence[bytes]]) -> str:
