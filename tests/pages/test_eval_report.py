@@ -238,8 +238,9 @@ def test_the_page_lies_beside_the_report_and_replaces_only_its_own_kind(evaluate
 
 
 def test_the_page_is_the_same_in_any_order_of_the_rows(evaluate):
-    rows = yes_no_rows(9, 3, category="a")
-    answers = {row["question"]: saying(random.Random(row["question"]).choice(["yes", "no"]), 0.7) for row in rows}
+    rows = yes_no_rows(9, 5, category="a")
+    draws = {row["question"]: random.Random(row["question"]).random() for row in rows}
+    answers = {question: saying("yes" if draw > 0.5 else "no", draw) for question, draw in draws.items()}
 
     def measured(order, out):
         evaluation = evaluate(lambda ask: answers[question_of(ask)], order, out=out)

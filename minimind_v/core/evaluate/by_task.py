@@ -211,13 +211,14 @@ class Images:
 
 def _thumbnails(images: Images, rows: RowStore, plan: Plan, sheets: dict[str, list[Card]]) -> dict[str, list[bytes]]:
     """Those of the images on the sheets, and of others, as a comparison may show them."""
-    digests = {plan.cluster(question): plan.images[question.id] for question in plan.questions}
+    digests = {plan.cluster(question): own for question in plan.questions if (own := plan.images[question.id])}
     shown = [card.with_image["picture"] for cards in sheets.values() for card in cards]
+    names = [name for name in dict.fromkeys([*shown, *sorted(digests)]) if name in digests]
     thumbnails: dict[str, list[bytes]] = {}
-    for name in list(dict.fromkeys([*shown, *sorted(digests)]))[:MOST_IMAGES]:
+    for name in names[:MOST_IMAGES]:
         with suppress(RowError):
-            own = [thumbnail(images.pixels(digest, rows, plan)) for digest in digests[name][:OF_QUESTION]]
-            thumbnails |= {name: own} if own else {}
+            own = digests[name][:OF_QUESTION]
+            thumbnails[name] = [thumbnail(images.pixels(digest, rows, plan)) for digest in own]
     return thumbnails
 
 

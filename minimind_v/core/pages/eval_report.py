@@ -158,7 +158,7 @@ def _confusion(report: Figure) -> str:
     baseline = f"Always answering {_label(labels[0])} would agree in {most / n:.0%} of {plural(n, 'question')}."
     return section(
         "Which answers are taken for which",
-        f'<div class="wide"><table class="confusion"><tr><th>true answer ↓ answered →</th>{head}<th>all</th>'
+        f'<div class="wide"><table class="confusion"><tr><th>truth ↓ answer →</th>{head}<th>all</th>'
         f"</tr>{rows}</table></div><p>A row has the questions of one true answer (of several, the most frequent one), "
         f"and its right answers in the framed cell. {baseline}</p>",
     )
