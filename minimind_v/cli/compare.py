@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,15 @@ class CompareCommand(Command):
     """The command keeps the word `--`, which otherwise only ends the options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        flags = [word for word in args if word.startswith("-") and word != BETWEEN]
-        arguments = [word for word in args if word not in flags]
-        return super().parse_args(ctx, [*flags, BETWEEN, *arguments])
+        with_value = {name for param in self.params if not getattr(param, "is_flag", True) for name in param.opts}
+        if args and args[-1] in with_value:  # the value is missing, and the parser says so
+            return super().parse_args(ctx, args[-1:])
+        options_given: list[str] = []
+        arguments: list[str] = []
+        for before, word in pairwise(["", *args]):
+            is_option = before in with_value or (word.startswith("-") and word != BETWEEN)
+            (options_given if is_option else arguments).append(word)
+        return super().parse_args(ctx, [*options_given, BETWEEN, *arguments])
 
 
 def compare(
@@ -34,20 +41,32 @@ def compare(
             help="Folders or predictions.jsonl of `mmv eval --task`: two, or several seeds on each side of --.",
         ),
     ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with images.")] = None,
     json: options.Json = False,
 ) -> None:
     """Compare two evaluations, or several seeds of two: the difference B - A, interval, p, changed scores."""
     from minimind_v.core.evaluate.compare import compare as compared
     from minimind_v.core.evaluate.compare import read_predictions
+    from minimind_v.core.evaluate.sheets import read_thumbnails
+    from minimind_v.core.pages.compare_report import compare_page
+    from minimind_v.core.pages.frame import check_page, write_page
 
+    if html:
+        check_page(html)
     first, second = _sides(evaluations)
     opened = open_all(*(partial(read_predictions, path) for path in (*first, *second)))
     report = compared(opened[: len(first)], opened[len(first) :])
     terminal = Terminal()
+    if html:
+        thumbnails = [own for run in opened for own in read_thumbnails(run.path.parent).items()]
+        write_page(html, compare_page(report, dict(thumbnails)))
+        report["page"] = str(html)
     if json:
         terminal.json(report)
     else:
         _show(terminal, report)
+        if html:
+            terminal.say(f"page: {html}")
 
 
 def _sides(evaluations: list[Path]) -> tuple[list[Path], list[Path]]:

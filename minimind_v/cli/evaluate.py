@@ -146,11 +146,15 @@ def _by_task(
     split: str | None,
     how: dict[str, Any],
 ) -> dict[str, Any]:
-    """Measure by a task; returns the report."""
+    """Measure by a task and write its page; returns the report."""
     from minimind_v.core.evaluate.benchmarks import open_benchmark
     from minimind_v.core.evaluate.by_task import evaluate_task
     from minimind_v.core.evaluate.run import features_beside
+    from minimind_v.core.pages.eval_report import PAGE, write_eval_report
+    from minimind_v.core.pages.frame import check_page
 
+    if how["out"]:
+        check_page(how["out"] / PAGE)
     rows = open_benchmark(data, images, split, terminal.say, chosen.names)
     model, weights = loaded.model, loaded.checkpoint.path
     cache = features_beside(model, weights, how["dtype"], len(rows), terminal.say, terminal.warn)
@@ -158,7 +162,7 @@ def _by_task(
         result = evaluate_task(loaded, chosen, rows, memory=cache, progress=progress, **how)
     for skipped in result.skipped[:5]:
         terminal.warn(f"skipped: {skipped}")
-    return result.report
+    return result.report | {"page": str(write_eval_report(result))}
 
 
 def _show_report(terminal: Terminal, report: dict[str, Any]) -> None:
@@ -174,7 +178,7 @@ def _show_report(terminal: Terminal, report: dict[str, Any]) -> None:
         lines[f"  {shorten(kind, 40)}"] = _figure(metric) + (
             f"  gain over blank {_figure(gain)}" if gain["value"] is not None else ""
         )
-    terminal.table(lines | {"predictions": report["predictions"]})
+    terminal.table(lines | {key: report[key] for key in ("predictions", "page")})
 
 
 def _figure(figure: dict[str, Any]) -> str:

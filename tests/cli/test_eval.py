@@ -137,7 +137,8 @@ def test_a_task_prints_one_object_and_compare_reads_its_folder(score, tmp_path):
     assert reports[0]["rows"] == 6
     assert reports[0]["visual_gain"].keys() == {"blank", "swapped", "none"}
     assert reports[0]["predictions"] == str(tmp_path / "a" / "predictions.jsonl")
-    assert reports[0] | {"predictions": ""} == reports[1] | {"predictions": ""}
+    files = {"predictions": "", "page": ""}
+    assert reports[0] | files == reports[1] | files
     ended = run_mmv("compare", tmp_path / "a", tmp_path / "b", "--json")
     assert [metric["difference"] for metric in ended.json["metrics"]] == [0, 0]
     assert ended.json["changed"] == []
@@ -159,14 +160,16 @@ def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_da
     assert resumed["metrics"] == whole["metrics"]
     files = [tmp_path / name / "predictions.jsonl" for name in ("whole", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert sorted(path.name for path in replies.parent.iterdir()) == ["predictions.jsonl", "report.json"]
+    assert sorted(path.name for path in replies.parent.iterdir()) == [
+        "predictions.jsonl", "report.html", "report.json", "thumbnails.jsonl",
+    ]  # fmt: skip
 
 
 def test_a_task_is_shown_as_a_table_that_begins_with_what_the_images_add(score, tmp_path):
     lines = score("--task", "loss", "--limit", 3, "--out", tmp_path / "a").out.splitlines()
     names = [line.split("  ")[0] for line in lines]
     assert names[6:10] == ["gain over blank", "gain over swapped", "gain over none", "loss"]
-    assert names[-1] == "predictions"
+    assert names[-2:] == ["predictions", "page"]
 
 
 @pytest.mark.parametrize(
@@ -220,3 +223,22 @@ def test_compare_shows_a_question_with_lines_and_control_characters_on_one_line(
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line), encoding="utf-8")
     out = run_mmv("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl").out
     assert out.splitlines()[-1] == r"  1: first second\x1b[31m → cat: a / b"
+
+
+def test_a_comparison_is_written_as_a_page_from_scores_alone(tmp_path):
+    for name, score in (("a", 0), ("b", 1)):
+        lines = (json.dumps({"id": number, "score": score}) for number in range(3))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    first, second, page = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "page.html"
+    for arguments in (["--html", page, first, "--", second], [first, second, f"--html={page}"]):
+        ended = run_mmv("compare", *arguments)
+        assert ended.code == 0, ended.err
+        assert f"page: {page}" in ended.err
+        html = page.read_text(encoding="utf-8")
+        assert "Higher score in B" in html
+        assert "None" not in html
+        page.unlink()
+    first.with_suffix(".html").write_text("mine")
+    assert "is not a page by mmv" in run_mmv("compare", first, second, "--html", first.with_suffix(".html")).error
+    assert "requires an argument" in run_mmv("compare", first, second, "--html").error
+    assert run_mmv("compare", first, second, "--html", first).code == 2

@@ -55,6 +55,8 @@ def test_the_commands_run(workplace):
     assert "4 questions; B - A:" in results[2].out
     assert "between seeds" in results[3].out
     assert re.search(r"task +scenes", results[4].out)
+    assert (workplace / "first" / "report.html").is_file()
+    assert (workplace / "better.html").is_file()
     assert json.loads((workplace / "first" / "report.json").read_text())["task"] == "vqa"
     write_rows(workplace / "heldout.jsonl", [
         {"prompt_text": row["question"], "label": row["answer"], "image": row["image"]} for row in rows

@@ -1,9 +1,10 @@
-"""The screenshots of docs/look.md: `python -m tests.pages.screenshots demo-3v`, with the folder of a demo."""
+"""Screenshots of docs/look.md and docs/evaluate.md: `python -m tests.pages.screenshots demo-3v`, a demo's folder."""
 
 from __future__ import annotations
 
 import io
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from minimind_v.core.generate.engine import Engine
 from minimind_v.core.generate.trace import TraceSettings, trace_answer
 from minimind_v.core.pages.frame import ASSETS
 from minimind_v.core.pages.microscope import microscope_page
-from tests.cli.harness import ROOT
+from tests.cli.harness import ROOT, run_mmv
 from tests.pages.browser import open_browser
 
 IMAGES = ROOT / "docs" / "images"
+MODEL = "out/sft_vlm_128.pth"  # in the folder of a demo
 QUESTION, PICTURE = "Describe the picture.", "three_objects.jpg"
 ADDRESS = "http://mmv.example/"
-QUALITY = 88  # of a screenshot
+QUALITY = 78  # of a screenshot
 BLANK = "<!doctype html><style>:root { color-scheme: light dark } body { margin: 1.5rem }</style><main></main>"
 MOUNT = """async ([style, language]) => {
   document.head.append(Object.assign(document.createElement("style"), { textContent: style }));
@@ -29,9 +31,10 @@ MOUNT = """async ([style, language]) => {
 }"""
 
 
-def save(page: Any, name: str) -> None:
-    """Save what the browser shows."""
+def save(page: Any, name: str, height: float | None = None) -> None:
+    """Save what the browser shows, or so many pixels of it from the top."""
     image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    image = image.crop((0, 0, image.width, int(height or image.height)))
     image.save(IMAGES / name, quality=QUALITY, method=6)
     print(IMAGES / name, (IMAGES / name).stat().st_size)
 
@@ -56,12 +59,22 @@ def drag(page: Any, *corners: tuple[float, float]) -> None:
     page.mouse.up()
 
 
-def main() -> None:
-    """Make all of them."""
-    demo = Path(sys.argv[1])
-    model = mmv.load(demo / "out" / "sft_vlm_128.pth")
+def evaluation(demo: Path) -> None:
+    """The page of an evaluation, as far as the figure of the confusion."""
+    data = demo / "dataset" / "heldout_pairs_data.jsonl"
+    with tempfile.TemporaryDirectory() as out:
+        run_mmv("eval", "--model", demo / MODEL, "--data", data, "--task", "vqa", "--out", out)
+        with open_browser(viewport={"width": 1000, "height": 700}) as page:
+            page.goto(Path(out, "report.html").as_uri())
+            box = page.locator("section", has=page.locator(".confusion")).bounding_box()
+            save(page, "eval-report.webp", box["y"] + box["height"] + 16)
+
+
+def microscope(demo: Path) -> None:
+    """The page of an answer, alone and in the page of `mmv serve`."""
+    model = mmv.load(demo / MODEL)
     trace = model.look(QUESTION, demo / "pictures" / PICTURE, occlusion=True)
-    html = microscope_page(trace.as_json() | {"model": "out/sft_vlm_128.pth"})
+    html = microscope_page(trace.as_json() | {"model": MODEL})
     engine = Engine(model.model, model.tokenizer, most_rows=1)
     messages = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
     prompt = engine.prompt(messages, [demo / "pictures" / PICTURE])
@@ -101,4 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    microscope(Path(sys.argv[1]))
+    evaluation(Path(sys.argv[1]))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from minimind_v.core.pages import frame as page
-from minimind_v.core.pages.plot import GRID, axis, curves, number
+from minimind_v.core.pages.plot import GRID, Interval, axis, curves, intervals, number
 from minimind_v.core.pages.stats import _plot
 
 RANGES = [(0, 1.97), (0, 0.446), (0, 1), (0, 0), (0, 4217), (0, 0.0011), (0, 3e-7), (-2, 5), (0, 7e9), (0, 0.998)]
@@ -42,6 +42,20 @@ def test_several_curves_have_a_legend_and_one_has_none():
     assert "a&lt;b" in drawn
     assert "empty" not in drawn
     assert drawn.count("<polyline") == 2
+
+
+def test_intervals_stand_at_their_values_on_one_axis_with_0():
+    drawn = intervals(
+        [Interval("a<b", "0.5 [0.25, 1]", 0.5, 0.25, 1.0), Interval("c", "–", None), Interval("d", "", -0.5)]
+    )
+    assert re.findall(r'class="range" x1="([\d.]+)" x2="([\d.]+)"', drawn) == [("500.0", "1000.0")]
+    assert re.findall(r'class="point" x1="([\d.]+)"', drawn) == ["666.7", "0.0"]
+    assert re.findall(r'class="zero" x1="([\d.]+)"', drawn) == ["333.3"] * 3
+    assert re.findall(r'left:([\d.]+)%">([^<]+)', drawn) == [
+        ("0.00", "−0.5"), ("33.33", "0"), ("66.67", "0.5"), ("100.00", "1"),
+    ]  # fmt: skip
+    assert "a&lt;b" in drawn
+    assert "<text" not in drawn
 
 
 def test_what_is_not_finite_is_left_out():

@@ -49,10 +49,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Scored:
-    """Of each token of a reading's answer: its log-probability, and the likeliest token in its place."""
+    """Of each token of a reading's answer: its log-probability, and the likeliest token in its place with its own."""
 
     logprobs: list[float]
     likeliest: list[int]
+    highest: list[float]
     firsts: tuple[float, ...] = ()
 
 
@@ -121,15 +122,17 @@ class Answering:
         """The greedy answers: guessed where the answers are short, the rest decoded side by side."""
         prompts = [self._prompt(ask) for ask in asks]
         begun: list[tuple[int, ...]] = [() for _ in asks]  # what each answer begins with, for certain
+        logprobs: list[list[float]] = [[] for _ in asks]  # of these tokens
         ended: dict[int, tuple[int, ...]] = {}
         for _ in range(GUESSES):
             open_asks = [n for n, ask in enumerate(asks) if n not in ended and self._guess(ask, begun[n])]
             readings = [Reading(prompts[n], self._guess(asks[n], begun[n]), asks[n].images) for n in open_asks]
             for n, reading, scored in zip(open_asks, readings, self._read(readings), strict=True):
                 begun[n] = _agreed(reading.answer, scored.likeliest)
+                logprobs[n] = scored.highest[: len(begun[n])]
                 if begun[n][-1] == self.tokenizer.eos_id:
                     ended[n] = begun[n][:-1]
-        replies = {n: Reply(self.tokenizer.decode(list(ids)).strip()) for n, ids in ended.items()}
+        replies = {n: _reply(self.tokenizer.decode(list(ids)), logprobs[n][:-1]) for n, ids in ended.items()}
         rest = [n for n in range(len(asks)) if n not in ended]
         replies |= zip(rest, self._decode([asks[n] for n in rest], [prompts[n] for n in rest]), strict=True)
         return [replies[n] for n in range(len(asks))]
@@ -142,14 +145,17 @@ class Answering:
         events: list[list[Event]] = [[] for _ in asks]
         for ask, tokens, received in zip(asks, prompts, events, strict=True):
             images = [self.features(digest) for digest in ask.images]
-            request = Request(Prompt(tokens, images), Sampler(GREEDY), ask.most_tokens)  # type: ignore[arg-type]
+            request = Request(Prompt(tokens, images), Sampler(GREEDY), ask.most_tokens, logprobs=0)  # type: ignore[arg-type]
             self.engine.submit(request, received.append)
         while self.engine.step():
             pass
         for received in events:
             if (error := received[-1].error) is not None:
                 raise error
-        return [Reply("".join(event.text for event in received).strip()) for received in events]
+        return [
+            _reply("".join(event.text for event in own), [event.logprob for event in own if event.logprob is not None])
+            for own in events
+        ]
 
     def _read(self, readings: Sequence[Reading]) -> list[Scored]:
         """Score readings in groups of like length, of a fixed number of rows."""
@@ -179,12 +185,12 @@ class Answering:
             self.model, ids, attention_mask, image_mask, features, torch.tensor(positions, device=device), self.dtype
         )  # [S, V]
         answers = torch.tensor([id for reading in readings for id in reading.answer])
-        chosen, likeliest = logprobs.gather(1, answers[:, None])[:, 0], logprobs.argmax(dim=1)
+        chosen, (highest, likeliest) = logprobs.gather(1, answers[:, None])[:, 0], logprobs.max(dim=1)
         results, at = [], 0
         for reading in readings:
             own = slice(at, at + len(reading.answer))
             firsts = tuple(logprobs[at, list(reading.firsts)].tolist())
-            results.append(Scored(chosen[own].tolist(), likeliest[own].tolist(), firsts))
+            results.append(Scored(chosen[own].tolist(), likeliest[own].tolist(), highest[own].tolist(), firsts))
             at = own.stop
         return results
 
@@ -197,6 +203,11 @@ def encode_prompt(prompts: PromptEncoder, messages: Messages, images: int) -> To
     if len(tokens) >= CONTEXT // 2:
         raise RowError(f"the question is longer than {CONTEXT // 2} tokens", "too long")
     return tokens
+
+
+def _reply(text: str, logprobs: Sequence[float]) -> Reply:
+    """The reply of an answer whose tokens have these log-probabilities."""
+    return Reply(text.strip(), (float(np.sum(logprobs)),), (len(logprobs),)) if logprobs else Reply(text.strip())
 
 
 def _agreed(guess: Sequence[int], likeliest: Sequence[int]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -46,11 +47,19 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model gave: a text, or a log-probability and a number of tokens for each candidate."""
+    """What a model gave: a text, or for each candidate a log-probability and a number of tokens.
+
+    A text has these two as well, without its end; an empty text has none.
+    """
 
     text: str = ""
     logprobs: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
+
+    @property
+    def probability(self) -> float | None:
+        """How probable the model's text was; None where that is not known."""
+        return math.exp(min(self.logprobs[0], 0.0)) if self.logprobs else None
 
 
 def _without_marks(content: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from minimind_v.core.evaluate import lmms
 from minimind_v.core.evaluate.answering import Answering, Features, encode_prompt
 from minimind_v.core.evaluate.ask import SEEN
 from minimind_v.core.evaluate.benchmarks import read_picture
+from minimind_v.core.evaluate.breakdown import breakdown
 from minimind_v.core.evaluate.measure import (
     BLANK_IMAGE,
     Plan,
@@ -37,6 +39,15 @@ from minimind_v.core.evaluate.measure import (
 from minimind_v.core.evaluate.questions import FIELDS as READ
 from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.results import PREDICTIONS, by_variant, checks, kinds_of, lines_of, measured, visual_gain
+from minimind_v.core.evaluate.sheets import (
+    MOST_IMAGES,
+    OF_QUESTION,
+    Card,
+    Thumbnails,
+    sheets_of,
+    thumbnail,
+    write_thumbnails,
+)
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.evaluate.tasks.task import Task
 from minimind_v.core.evaluate.template import Template
@@ -122,10 +133,12 @@ def _find(name: str, where: str) -> type[Task]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The report of an evaluation, and what was skipped."""
+    """The report of an evaluation, what was skipped, and the questions that its page shows."""
 
     report: dict[str, Any]
     skipped: list[BrokenRow]
+    sheets: dict[str, list[Card]]
+    thumbnails: Thumbnails
 
 
 def evaluate_task(
@@ -139,7 +152,7 @@ def evaluate_task(
     memory: FeatureCache | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Evaluation:
-    """Measure a model, and write `predictions.jsonl` and `report.json` into the folder `out`.
+    """Measure a model, and write `predictions.jsonl`, `report.json` and thumbnails into the folder `out`.
 
     Without `out` each evaluation has a folder of its own in `eval` below `root`. `memory` has features that were
     encoded before. An evaluation that was interrupted is resumed. Raises DataError where no question can be measured,
@@ -179,11 +192,13 @@ def evaluate_task(
         finally:
             replies.close()
         lines = lines_of(plan, chosen.base, verdicts)
-        report = _report(loaded, rows, task, plan, lines, folder)
+        report, sheets = _report(loaded, rows, task, plan, lines, folder), sheets_of(lines)
+        thumbnails = _thumbnails(images, rows, plan, sheets)
         write_text(folder / PREDICTIONS, "".join(f"{as_json(line)}\n" for line in lines))
         write_text(folder / REPORT, f"{json.dumps(report, ensure_ascii=False, indent=1)}\n")
+        write_thumbnails(folder, thumbnails)
         replies.remove()
-    return Evaluation(report, plan.skipped)
+    return Evaluation(report, plan.skipped, sheets, thumbnails)
 
 
 class Images:
@@ -214,17 +229,33 @@ class Images:
             stored = self._store.read(bytes.fromhex(digest))
             if stored is not None:
                 return stored.to(self._device)
-        pixels = self._pixels.get(digest)
-        if pixels is None and digest == BLANK_IMAGE:
-            pixels = blank_pixels(self._spec.preparation[0])
-        elif pixels is None:
-            index, position, name = plan.sources[digest]
-            pixels = self._load(read_picture(rows, rows.row(index), index, position, name), name)
+        is_blank = digest == BLANK_IMAGE
+        pixels = blank_pixels(self._spec.preparation[0]) if is_blank else self.pixels(digest, rows, plan)
         images = torch.from_numpy(np.stack([pixels])).to(self._device)  # [1, 3, S, S]
         return self._encoder.encode(images)[0]
 
+    def pixels(self, digest: str, rows: RowStore, plan: Plan) -> np.ndarray:
+        """The pixels of an image, uint8 [3, S, S]. Raises RowError for one that has become unreadable."""
+        if (pixels := self._pixels.get(digest)) is not None:
+            return pixels
+        index, position, name = plan.sources[digest]
+        return self._load(read_picture(rows, rows.row(index), index, position, name), name)
+
     def _load(self, data: bytes, name: str) -> np.ndarray:
         return load_pixels(data, name, *self._spec.preparation)
+
+
+def _thumbnails(images: Images, rows: RowStore, plan: Plan, sheets: dict[str, list[Card]]) -> dict[str, list[bytes]]:
+    """Those of the images on the sheets, and of others, as a comparison may show them."""
+    digests = {plan.cluster(question): own for question in plan.questions if (own := plan.images[question.id])}
+    shown = [card.with_image["picture"] for cards in sheets.values() for card in cards]
+    names = [name for name in dict.fromkeys([*shown, *sorted(digests)]) if name in digests]
+    thumbnails: dict[str, list[bytes]] = {}
+    for name in names[:MOST_IMAGES]:
+        with suppress(RowError):
+            own = digests[name][:OF_QUESTION]
+            thumbnails[name] = [thumbnail(images.pixels(digest, rows, plan)) for digest in own]
+    return thumbnails
 
 
 def _origin(loaded: LoadedModel, guesses: list[str], dtype: str) -> dict[str, Any]:
@@ -269,6 +300,7 @@ def _folder(
 def _report(
     loaded: LoadedModel, rows: RowStore, task: Task, plan: Plan, lines: list[dict[str, Any]], folder: Path
 ) -> dict[str, Any]:
+    lines = sorted(lines, key=lambda line: str(line["id"]))  # so that sums do not depend on the order of the rows
     with_image = by_variant(lines)[SEEN]
     kinds = kinds_of(lines)
     return {
@@ -283,6 +315,7 @@ def _report(
         "metrics": [result.report() for result in measured(with_image)],
         **({"kinds": kinds} if kinds else {}),
         "bootstrap": checks(with_image),
+        **breakdown(with_image),
         "skipped_reasons": dict(Counter(skipped.kind for skipped in plan.skipped)),
         "predictions": str(folder / PREDICTIONS),
     }

@@ -32,6 +32,7 @@ def lines_of(plan: Plan, base: str, verdicts: Mapping[str, Sequence[tuple[Questi
             "truth": verdict.truth,
             "score": verdict.score,
             "variant": variant,
+            "confidence": verdict.confidence,
             "kind": question.kind,
             "task": base,
             "statistics": {name: list(sums) for name, sums in verdict.statistics.items()},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
@@ -52,6 +53,43 @@ def chart(shapes: str, ticks: list[float], labels: Iterable[tuple[float, str]]) 
         f'<div class="chart"><div class="y">{names}</div><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'preserveAspectRatio="none">{grid}{shapes}</svg><div class="x">{below}</div></div>'
     )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure of a chart of intervals: its name, what stands behind it, and what is drawn; None is not."""
+
+    name: str
+    text: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def intervals(rows: Sequence[Interval], around: tuple[float, ...] = (0.0,)) -> str:
+    """Figures with their intervals, one below the other on one axis, which also spans the values `around`."""
+    ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None]
+    ticks = axis(min((*around, *ends)), max((*around, *ends)))
+
+    def across(value: float) -> float:
+        return (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    def line(kind: str, first: float, last: float, heights: tuple[int, int]) -> str:
+        x1, x2 = (f"{WIDTH * across(end):.1f}" for end in (first, last))
+        return f'<line{kind} x1="{x1}" x2="{x2}" y1="{heights[0]}" y2="{heights[1]}"/>'
+
+    grid = "".join(line(' class="zero"' * (abs(tick) < 1e-9), tick, tick, (0, HEIGHT)) for tick in ticks)
+    middle, drawn = (HEIGHT // 2, HEIGHT // 2), []
+    for row in rows:
+        shapes = grid
+        if row.low is not None and row.high is not None:
+            shapes += line(' class="range"', row.low, row.high, middle)
+        if row.value is not None:
+            shapes += line(' class="point"', row.value, row.value, middle)
+        svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
+        drawn.append(f'<div class="row"><b dir="auto">{escape(row.name)}</b>{svg}<span>{escape(row.text)}</span></div>')
+    labels = "".join(f'<span style="left:{across(tick):.2%}">{number(tick)}</span>' for tick in ticks)
+    return f'<div class="intervals">{"".join(drawn)}<div class="row x"><div>{labels}</div></div></div>'
 
 
 def legend(colours: Iterable[tuple[str, str]]) -> str:

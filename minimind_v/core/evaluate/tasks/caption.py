@@ -45,6 +45,7 @@ class Caption(Task):
     )
     gain = "chrf"
     most_tokens = 64
+    answers = "long"
 
     def select(self, questions: Sequence[Question]) -> list[Question]:
         together: dict[tuple[Any, ...], Question] = {}

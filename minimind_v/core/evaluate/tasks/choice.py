@@ -63,7 +63,9 @@ class Choice(Task):
             statistics["accuracy_circular"] = share(all(letter == question.correct for letter in letters))
         assert question.correct is not None
         truth = question.choices[question.correct]
-        return Verdict(question.choices[per_token], truth, float(per_token == question.correct), statistics)
+        among = np.exp(sums - np.logaddexp.reduce(sums))  # probabilities, if the answer is one of the choices
+        answer, score = question.choices[per_token], float(per_token == question.correct)
+        return Verdict(answer, truth, score, statistics, float(among[per_token]))
 
 
 def _without_choices(question: Question) -> str:

@@ -30,6 +30,7 @@ class Loss(Task):
     )
     gain = "loss"
     lower_is_better = True
+    answers = "none"
 
     def asks(self, question: Question) -> list[Ask]:
         return [Ask(self.messages(question), "likelihood", question.truths[:1])]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.evaluate.ask import Ask, Reply
+from minimind_v.core.evaluate.normalise import normalise
 from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.statistics import Metric
 
@@ -27,6 +28,7 @@ class Verdict:
     truth: str
     score: float
     statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    confidence: float | None = None  # how probable the answer was to the model, where its score says how right it is
 
 
 class Task:
@@ -41,6 +43,7 @@ class Task:
     most_tokens = 16  # of an answer
     instruction = ""  # text behind every question
     options: Mapping[str, Any] = MappingProxyType({})  # further keys of a YAML file, with their defaults
+    answers: Literal["short", "long", "none"] = "short"  # short ones are counted
 
     def __init__(self, name: str, settings: Mapping[str, Any], until: Sequence[str] = ()) -> None:
         """An answer ends before the first text of `until`.
@@ -79,6 +82,11 @@ class Task:
     def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
         """Judge the replies to `asks`."""
         raise NotImplementedError
+
+    @staticmethod
+    def label(answer: str) -> str:
+        """The form in which equal answers are counted as one."""
+        return normalise(answer)
 
     def complete(self, questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[Verdict]:
         """The verdicts, with what needs those of all questions."""

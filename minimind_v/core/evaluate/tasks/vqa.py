@@ -21,4 +21,4 @@ class Vqa(Task):
         answer = self.answer(replies)
         soft = soft_score(answer, question.truths)
         statistics = {"vqa": share(soft), "exact": share(is_exact(answer, question.truths))}
-        return Verdict(answer, most_frequent(question.truths), soft, statistics)
+        return Verdict(answer, most_frequent(question.truths), soft, statistics, replies[0].probability)

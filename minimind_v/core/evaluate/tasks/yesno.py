@@ -50,4 +50,8 @@ class YesNo(Task):
             "f1": [2 * both, yes + float(truth is True)],
             "yes_share": share(yes),
         }
-        return Verdict(text, "yes" if truth else "no", right, statistics)
+        return Verdict(text, "yes" if truth else "no", right, statistics, replies[0].probability)
+
+    @staticmethod
+    def label(answer: str) -> str:
+        return {True: "yes", False: "no", None: "neither"}[yes_or_no(answer)]
