@@ -1,8 +1,9 @@
 """Write easy-VQA as rows that mmv reads: `python easy_vqa.py FOLDER`, where FOLDER is `easy_vqa/data` of the package.
 
-Each split gets a `metadata.jsonl` beside its images. In training all questions about an image are one conversation, in
-an order drawn by a fixed seed; in the test split each question stands alone. Prints what two guessers reach that never
-get an image: one gives the most frequent answer, the other the most frequent answer to each question.
+Each split gets a `metadata.jsonl` beside its images. In training up to three questions about an image are one
+conversation, in an order drawn by a fixed seed: the image's tokens are then read once for all three. In the test split
+each question stands alone. Prints what two guessers reach that never get an image: one gives the most frequent answer,
+the other the most frequent answer to each question.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+TURNS = 3  # of a conversation; an answer can give away later ones, so more of them teach less about the image
 KINDS = {"yes or no": ("yes", "no"), "shape": ("circle", "rectangle", "triangle")}  # all other answers are colours
 
 folder = Path(sys.argv[1])
@@ -22,17 +24,18 @@ def write(split: str, rows: list[dict[str, object]]) -> None:
     print(f"{split}: {len(rows)} rows")
 
 
-turns = defaultdict(list)
+by_image = defaultdict(list)
 for question, answer, image in train:
-    turns[image].append((question, answer))
+    by_image[image].append((question, answer))
 rows = []
-for image, pairs in turns.items():
+for image, pairs in by_image.items():
     random.Random(image).shuffle(pairs)
-    messages = []
-    for question, answer in pairs:
-        mark = "" if messages else "<image>\n"
-        messages += [{"role": "user", "content": mark + question}, {"role": "assistant", "content": answer}]
-    rows.append({"file_name": f"images/{image}.png", "conversations": messages})
+    for start in range(0, len(pairs), TURNS):
+        messages = []
+        for question, answer in pairs[start : start + TURNS]:
+            mark = "" if messages else "<image>\n"
+            messages += [{"role": "user", "content": mark + question}, {"role": "assistant", "content": answer}]
+        rows.append({"file_name": f"images/{image}.png", "conversations": messages})
 write("train", rows)
 
 rows = []

@@ -44,7 +44,7 @@ def test_the_commands_run_on_the_public_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo_folder(tmp_path / "demo")
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
-    download, unpack, convert, train, evaluate = commands(ENGLISH)[-5:]
+    download, unpack, convert, enter, train, evaluate = commands(ENGLISH)[-6:]
     pip = subprocess.run([sys.executable, *shlex.split(download)[1:]], capture_output=True, text=True, timeout=60)
     if pip.returncode:
         pytest.skip(f"the package index is out of reach: {pip.stderr.strip().splitlines()[-1]}")
@@ -53,6 +53,7 @@ def test_the_commands_run_on_the_public_set(tmp_path, monkeypatch):
     always, by_question = re.findall(r"([\d.]+)%", written.stdout)
     assert f'| always "yes" | {always} % |' in ENGLISH
     assert f"| the most frequent answer to each question | {by_question} % |" in ENGLISH
+    monkeypatch.chdir(enter.removeprefix("cd "))
     for command, shorter in ((train, "--max-steps 2"), (evaluate, "--limit 12 --json")):
         ended = run_mmv(*shlex.split(command)[1:], *shorter.split())
         assert ended.code == 0, ended.err
