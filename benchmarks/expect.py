@@ -25,9 +25,15 @@ from minimind_v.core.monitor.metrics import Listener, read_metrics
 
 SIZE = FULL
 PAGES = {language: PAGE.with_name(f"expect{language}.md") for language in ("", "_zh")}
-HEADS = {
-    "": "Seeds {seeds}; {machine}. Mean over seeds, [its 95 % interval], standard deviation between seeds.",
-    "_zh": "种子 {seeds}；{machine}。各种子的平均值，[它的 95 % 区间]，种子之间的标准差。",
+HEADS = {  # the line above a table, and the head of a column
+    "": (
+        "On {cores} CPU cores. Mean over seeds [its 95 % interval] ± standard deviation between seeds.",
+        "{generation}, seeds 0 to {last}",
+    ),
+    "_zh": (
+        "{cores} 个 CPU 核。各种子的平均值 [它的 95 % 区间] ± 种子之间的标准差。",
+        "{generation}，种子 0 到 {last}",
+    ),
 }
 SHARES = {  # by the key of `summary.json`
     "accuracy_heldout_scenes": ("new scenes", "新场景"),
@@ -74,12 +80,12 @@ def over_seeds(values: Sequence[float], is_share: bool) -> str:
     return f"{scale * mean:.{digits}f}{unit} [{ends}] ± {scale * deviation:.{digits}f}"
 
 
-def table(measured: dict[str, list[Figures]], machine: str, language: str) -> str:
-    """The table of all generations in Markdown."""
+def table(measured: dict[str, list[Figures]], language: str) -> str:
+    """The figures of all seeds of each generation in Markdown."""
     column = list(PAGES).index(language)
-    seeds = f"0–{len(next(iter(measured.values()))) - 1}"
-    lines = [HEADS[language].format(seeds=seeds, machine=machine), "", f"| | {' | '.join(measured)} |"]
-    lines.append("|---|" + "---|" * len(measured))
+    line, head = HEADS[language]
+    heads = [head.format(generation=generation, last=len(runs) - 1) for generation, runs in measured.items()]
+    lines = [line.format(cores=os.cpu_count()), "", f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for key, names in {**SHARES, **LOSSES}.items():
         cells = [over_seeds([values[key] for values in runs], key in SHARES) for runs in measured.values()]
         lines.append(f"| {' | '.join([names[column], *cells])} |")
@@ -96,9 +102,8 @@ def main() -> None:
         generation: [figures(options.out, generation, seed) for seed in range(options.seeds)]
         for generation in DEMO_GENERATIONS
     }
-    machine = f"{os.cpu_count()} CPU cores"
     for language, page in PAGES.items():
-        text = table(measured, machine, language)
+        text = table(measured, language)
         print(f"\n{text}")
         if options.docs:
             write_block(page, "expect", text)

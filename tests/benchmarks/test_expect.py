@@ -48,7 +48,7 @@ def test_complete_demos_are_read_and_not_run_again(tmp_path, pages, monkeypatch)
     monkeypatch.setattr(expect.Demo, "run", lambda self: pytest.fail("the demo ran again"))
     run_expect(monkeypatch, tmp_path, 2)
     english, chinese = (page.read_text() for page in pages.values())
-    assert "Seeds 0–1" in english
+    assert "| | 2025, seeds 0 to 1 | 3v, seeds 0 to 1 |" in english
     assert "| new scenes | 95.0 % [31.5, 100.0] ± 7.1 | 95.0 % [31.5, 100.0] ± 7.1 |" in english
     assert "| pretrain: first loss | 4.00 [4.00, 4.00] ± 0.00 |" in english
     assert "| sft: last loss | 1.00 " in english

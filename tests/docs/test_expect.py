@@ -59,4 +59,4 @@ def test_the_commands_run_on_the_public_set(tmp_path, monkeypatch):
         assert ended.code == 0, ended.err
     report = json.loads(ended.out)
     assert report["rows"] == 12
-    assert {row["kind"] for row in report["kinds"]} == {"yes or no", "shape", "colour"}
+    assert report["kinds"].keys() == {"yes or no", "shape", "colour"}
