@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import shlex
 import shutil
@@ -12,7 +13,11 @@ import pytest
 
 from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.presets import PRESETS
-from tests.cli.harness import ROOT, run_mmv
+from minimind_v.core.demo.dataset import write_pretrain
+from minimind_v.core.export.folder import export
+from minimind_v.core.formats.request import ExportRequest
+from minimind_v.core.hub.sources import DATASET_DIR, OUT_DIR
+from tests.cli.harness import BASE, ROOT, run_mmv
 from tests.demo_folder import demo_folder
 from tests.docs.conftest import commands
 
@@ -42,9 +47,11 @@ def test_guessing_gives_the_loss_that_the_page_names():
 @pytest.mark.long
 def test_the_commands_run_on_the_public_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo_folder(tmp_path / "demo")
+    demo = demo_folder(tmp_path / "demo")
+    export(ExportRequest(BASE), "pth", demo / OUT_DIR / "lm_128.pth")
+    write_pretrain(demo / DATASET_DIR, random.Random(0), 32)
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
-    download, unpack, convert, enter, train, evaluate = commands(ENGLISH)[-6:]
+    download, unpack, convert, enter, train, evaluate, pretrain = commands(ENGLISH)[-7:]
     pip = subprocess.run([sys.executable, *shlex.split(download)[1:]], capture_output=True, text=True, timeout=60)
     if pip.returncode:
         pytest.skip(f"the package index is out of reach: {pip.stderr.strip().splitlines()[-1]}")
@@ -54,7 +61,7 @@ def test_the_commands_run_on_the_public_set(tmp_path, monkeypatch):
     assert f'| always "yes" | {always} % |' in ENGLISH
     assert f"| the most frequent answer to each question | {by_question} % |" in ENGLISH
     monkeypatch.chdir(enter.removeprefix("cd "))
-    for command, shorter in ((train, "--max-steps 2"), (evaluate, "--limit 12 --json")):
+    for command, shorter in ((pretrain, "--max-steps 2"), (train, "--max-steps 2"), (evaluate, "--limit 12 --json")):
         ended = run_mmv(*shlex.split(command)[1:], *shorter.split())
         assert ended.code == 0, ended.err
     report = json.loads(ended.out)
