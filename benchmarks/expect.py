@@ -70,7 +70,7 @@ def figures(out: Path, generation: str, seed: int) -> Figures:
 def over_seeds(values: Sequence[float], is_share: bool) -> str:
     """The mean, Student's interval of it over seeds and their standard deviation; the mean alone of one seed."""
     mean, count = float(np.mean(values)), len(values)
-    scale, digits, unit = (100, 1, " %") if is_share else (1, 2, "")
+    scale, digits, unit = (100, 1, " %") if is_share else (1, 3, "")
     if count == 1:
         return f"{scale * mean:.{digits}f}{unit}"
     deviation = float(np.std(values, ddof=1))

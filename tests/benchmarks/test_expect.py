@@ -16,7 +16,7 @@ def test_the_interval_is_that_of_scipy():
     low, high = stats.t.interval(0.95, len(SEEN) - 1, loc=sum(SEEN) / len(SEEN), scale=stats.sem(SEEN))
     assert over_seeds(SEEN, is_share=True) == f"99.6 % [{100 * low:.1f}, {100 * min(high, 1):.1f}] ± 0.3"
     losses = [value + 1 for value in SEEN]
-    assert over_seeds(losses, is_share=False) == f"2.00 [{low + 1:.2f}, {high + 1:.2f}] ± 0.00"
+    assert over_seeds(losses, is_share=False) == f"1.996 [{low + 1:.3f}, {high + 1:.3f}] ± 0.003"
     assert over_seeds([0.5], is_share=True) == "50.0 %"
 
 
@@ -50,8 +50,8 @@ def test_complete_demos_are_read_and_not_run_again(tmp_path, pages, monkeypatch)
     english, chinese = (page.read_text() for page in pages.values())
     assert "| | 2025, seeds 0 to 1 | 3v, seeds 0 to 1 |" in english
     assert "| new scenes | 95.0 % [31.5, 100.0] ± 7.1 | 95.0 % [31.5, 100.0] ± 7.1 |" in english
-    assert "| pretrain: first loss | 4.00 [4.00, 4.00] ± 0.00 |" in english
-    assert "| sft: last loss | 1.00 " in english
+    assert "| pretrain: first loss | 4.000 [4.000, 4.000] ± 0.000 |" in english
+    assert "| sft: last loss | 1.000 " in english
     assert "| 新场景 | 95.0 %" in chinese
 
 
