@@ -103,5 +103,5 @@ def encoded_pieces(batch: Batch, features: FeatureCache, device: torch.device, d
     It stays whole if it is not divisible: a balance of experts over all its tokens is no sum over its rows.
     """
     moved = batch.to(device)
-    encoded = replace(moved, pixel_values=None, image_features=features.features(moved), remembered=None)
+    encoded = replace(moved, pixel_values=None, image_features=features.features(moved), image_order=None)
     return encoded.split(CPU_POSITIONS) if divisible and device.type == "cpu" else [encoded]
