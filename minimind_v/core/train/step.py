@@ -105,7 +105,7 @@ class TrainStep:
         """
         device, losses = self.model.device, list[Tensor]()
         correct = torch.zeros((), device=device)
-        batches = batches or [stand_in(self.pad_id)]
+        counted, batches = bool(batches), batches or [stand_in(self.pad_id)]
         for number, batch in enumerate(batches, 1):
             losses.append(torch.zeros((), device=device))
             pieces = encoded_pieces(batch, self.features, device, self.divisible)
@@ -113,7 +113,7 @@ class TrainStep:
                 with alone_or_last(self.ddp_model, number == len(batches) and piece is pieces[-1]):
                     with autocast(device, self.config.dtype):
                         out = self.ddp_model(**piece.tokens, image_features=piece.image_features)
-                    share = len(piece) / rows if batch.supervised else 0.0
+                    share = len(piece) / rows if counted else 0.0
                     loss = out.loss_sum / supervised + out.aux_loss * share
                     (loss * self.world.size).backward()  # gradients of several processes are averaged
                 losses[-1] += loss.detach()
