@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimind_v.core.config.schema import DataConfig, RunConfig
@@ -16,6 +18,7 @@ from minimind_v.core.model.kernels import cuda_moe
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE, supervised
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.graph import Recording, StepGraphs
 from minimind_v.core.train.step import TrainStep
 from tests.model.conftest import NORMED, NORMED_EXPERTS, PLACEHOLDER_ID, SPEC, tiny_vlm
 
@@ -101,3 +104,57 @@ def tensors_of(train_step: TrainStep) -> dict[str, torch.Tensor]:
         for name, parameter in named.items()
         for key, tensor in {"": parameter, **train_step.optimiser.state.get(parameter, {})}.items()
     }
+
+
+class Tape(TorchDispatchMode):
+    """Notes torch's operators and repeats them on the same tensors, as a CUDA graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)  # else a view, or in place
+
+
+class Tapes:
+    """Records with tapes. To record is not to do: what the work changes is put back."""
+
+    def __init__(self, recordings: Callable[[], list[Recording]]):
+        self.recordings, self.made, self.replayed = recordings, 0, 0
+        self.spoil = lambda tape: None
+
+    def __call__(self, work, device, pool):
+        tape, changed = Tape(), [tensor for recording in self.recordings() for tensor in recording._changed()]
+        before = [tensor.clone() for tensor in changed]
+        with no_waits(), tape:
+            work()
+        with torch.no_grad():
+            for tensor, copy in zip(changed, before, strict=True):
+                tensor.copy_(copy)
+        self.spoil(tape)
+        self.made += 1
+
+        def replay():
+            self.replayed += 1
+            tape.replay()
+
+        return replay
+
+
+def record_steps(train_step: TrainStep, warn: Callable[[str], None]) -> Tapes:
+    """Let a step use recordings, as on a GPU."""
+    tapes = Tapes(lambda: [*train_step.graphs._passes.values(), *train_step.graphs._updates.values()])
+    train_step.late = True
+    train_step.graphs = StepGraphs(train_step.config, train_step.model, train_step.optimiser, tapes, warn)
+    return tapes

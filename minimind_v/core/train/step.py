@@ -15,9 +15,11 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.device import autocast, has_fused_adamw
+from minimind_v.core.generate.cuda_graph import record_cuda
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.distributed import ALONE, World, alone_or_last
 from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.graph import StepGraphs
 
 # Positions that a CPU computes together, or one row. Of 1,200 a step takes some 2 % longer; 2,400 save another 1 % and
 # take a sixth more of the run's memory.
@@ -63,9 +65,15 @@ class TrainStep:
     """A model with its optimiser; a call is one step."""
 
     def __init__(
-        self, config: RunConfig, model: VLM, features: FeatureCache, pad_id: int = 0, world: World = ALONE
+        self,
+        config: RunConfig,
+        model: VLM,
+        features: FeatureCache,
+        pad_id: int = 0,
+        world: World = ALONE,
+        warn: Callable[[str], None] = print,
     ) -> None:
-        """The model is on its device; this applies `config.freeze`."""
+        """The model is on its device; this applies `config.freeze`. `warn` gets what slows its steps down."""
         self.config, self.model, self.features, self.pad_id, self.world = config, model, features, pad_id, world
         self.trainable = freeze(model, config.freeze)
         self.divisible = not model.config.balances_batches
@@ -74,6 +82,7 @@ class TrainStep:
         fused = has_fused_adamw(model.device)
         self.optimiser = torch.optim.AdamW(self.trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
         self.ddp_model = world.share(model)
+        self.graphs = StepGraphs(config, model, self.optimiser, record_cuda, warn) if self.late else None
 
     def __call__(self, batches: list[Batch], supervised: int, rows: int, lr: float, total: Total = list) -> PendingStep:
         """One step over this process's micro-batches: the loss is a mean over `supervised` tokens in `rows` rows.
@@ -83,6 +92,12 @@ class TrainStep:
         """
         if not supervised:
             return PendingStep(torch.zeros(2), total)
+        if self.graphs:
+            device, features = self.model.device, self.features
+            pieces = (piece for batch in batches for piece in encoded_pieces(batch, features, device, False))
+            numbers = self.graphs(pieces, supervised, rows, lr)
+            increment_version(self.trainable)
+            return PendingStep(numbers, total)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         losses, correct = self.backward(batches, supervised, rows)
