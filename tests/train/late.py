@@ -154,7 +154,7 @@ class Tapes:
 
 def record_steps(train_step: TrainStep, warn: Callable[[str], None]) -> Tapes:
     """Let a step use recordings, as on a GPU."""
-    tapes = Tapes(lambda: [*train_step.graphs._passes.values(), *train_step.graphs._updates.values()])
+    tapes = Tapes(lambda: [*train_step.graphs._pass_recordings.values(), *train_step.graphs._adamw_recordings.values()])
     train_step.late = True
     train_step.graphs = StepGraphs(train_step.config, train_step.model, train_step.optimiser, tapes, warn)
     return tapes

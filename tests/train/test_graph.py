@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,13 @@ from minimind_v.core.train import graph
 from minimind_v.core.train.graph import EAGER, padded_count, padded_length
 from tests.conftest import Events
 from tests.train.late import (
-    MODELS, POLICIES, group_experts, make_batch, make_step, record_steps, tensors_of,
+    MODELS,
+    POLICIES,
+    group_experts,
+    make_batch,
+    make_step,
+    record_steps,
+    tensors_of,
 )  # fmt: skip
 from tests.train.test_late import count_on_device, same
 
@@ -71,7 +78,7 @@ def test_padded_sizes():
     sizes = sorted({padded_count(n) for n in range(1, 5000)})
     assert sizes[:6] == [16, 32, 48, 64, 80, 112]
     assert all(padded_count(n) >= n for n in range(1, 5000))
-    assert all(later <= 1.5 * size for size, later in zip(sizes[1:], sizes[2:], strict=False))
+    assert all(later <= 1.5 * size for size, later in pairwise(sizes[1:]))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -84,7 +91,7 @@ def test_a_padded_micro_batch_has_the_same_gradients(kind, tmp_path, warnings):
     for gradient in padded.graphs._gradients:
         gradient.zero_()
     padded.graphs._pass(batch)()
-    torch.testing.assert_close(padded.graphs._part, losses[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(padded.graphs._share_of_loss, losses[0], atol=1e-6, rtol=1e-6)
     assert padded.graphs._correct == correct
     for weight, gradient in zip(exact.trainable, padded.graphs._gradients, strict=True):
         expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -160,6 +167,37 @@ def test_what_cannot_be_recorded_or_is_wrong_is_launched_and_said_once(trouble, 
     assert_same(train(eager, steps), train(recorded, steps))
     assert_same_weights(eager, recorded)
     assert warnings == [f"{reason}: this run's steps are launched kernel by kernel, which takes longer"]
+
+
+def test_memory_that_recordings_take_is_given_back(tmp_path, warnings):
+    eager, recorded = pair(tmp_path)
+    record_steps(recorded, warnings.append)
+    steps = [[batch] for batch in shapes(EAGER + 6)]
+    wide, full = [make_batch([50, 40], [1, 1], [9, 2])], []
+
+    def run_out(*call):
+        if not full:
+            full.append(True)
+            raise torch.OutOfMemoryError
+
+    numbers = train(recorded, steps)
+    recorded.model.register_forward_pre_hook(run_out)
+    assert_same(train(eager, steps), numbers)
+    assert_same(train(eager, [wide]), train(recorded, [wide]))
+    assert_same_weights(eager, recorded)
+    assert len(warnings) == 1
+    assert "there is no memory for CUDA graphs" in warnings[0]
+    assert not any(recording.replay for recording in recorded.graphs._pass_recordings.values())
+
+
+def test_a_notice_of_torch_about_its_warnings_is_no_wait(tmp_path, warnings, monkeypatch):
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(graph, "_waits", lambda device: nullcontext([SimpleNamespace(message=notice)]))
+    train_step = make_step(tmp_path)
+    tapes = record_steps(train_step, warnings.append)
+    train(train_step, [[batch] for batch in shapes(EAGER)])
+    assert tapes.made == 2
+    assert not warnings
 
 
 def test_recordings_share_their_inputs_and_are_few(tmp_path, warnings, monkeypatch):

@@ -28,7 +28,7 @@ Record = Callable[[Work, torch.device, Any], Work | None]  # work, its device an
 
 EAGER = 8  # times that a shape is computed kernel by kernel before it is recorded
 MOST = 192  # recordings, of some MB each; further shapes stay as they are
-WAITED = "called a synchronizing"  # in torch's warning
+WAITED = "called a synchronizing"  # in torch's warning of a wait; its notice about such warnings has other words
 CLOSE = 0.05  # of the change of a tensor: a replay that differs more is wrong; attention's sums differ by far less
 
 
@@ -63,12 +63,12 @@ class StepGraphs:
         self.recorder = Recorder(self.device, record, warn)
         self._gradients: list[Tensor] = []
         self._inputs: dict[tuple[object, ...], Tensor] = {}
-        self._passes: dict[tuple[object, ...], Recording] = {}  # by the shapes of their inputs
-        self._updates: dict[tuple[int, ...], Recording] = {}  # by the weights that have a gradient
+        self._pass_recordings: dict[tuple[object, ...], Recording] = {}  # by the shapes of their inputs
+        self._adamw_recordings: dict[tuple[int, ...], Recording] = {}  # by the weights that have a gradient
         # Of a step: its supervised tokens, a micro-batch's share of its rows, and its loss, which decides if it counts.
         self._supervised, self._share, self._loss = (torch.zeros((), device=self.device) for _ in range(3))
         # Of a micro-batch: what it adds to the loss, and its tokens that are predicted right; of a step, its norm.
-        self._part, self._correct, self._norm = (torch.zeros((), device=self.device) for _ in range(3))
+        self._share_of_loss, self._correct, self._norm = (torch.zeros((), device=self.device) for _ in range(3))
         self._skipped = torch.zeros((), device=self.device)  # 1: loss or gradient is not finite
         for group in optimiser.param_groups:  # numbers that a recording reads anew
             group["lr"] = torch.tensor(group["lr"], device=self.device)
@@ -85,12 +85,12 @@ class StepGraphs:
         for batch in micro_batches:
             self._share.fill_(len(batch) / rows)
             reached.update(self._pass(batch)())
-            losses.append(self._part.clone())
+            losses.append(self._share_of_loss.clone())
             correct += self._correct
         self._loss.copy_(torch.stack(losses).sum())
         for number, (weight, gradient) in enumerate(zip(self.trainable, self._gradients, strict=True)):
             weight.grad = gradient if number in reached else None
-        self._update(tuple(sorted(reached)))()
+        self._adamw(tuple(sorted(reached)))()
         self.optimiser.zero_grad(set_to_none=True)
         return torch.stack([*losses, correct, self._norm])
 
@@ -117,12 +117,14 @@ class StepGraphs:
         if batch.image_features is not None:
             features = batch.image_features
             inputs["image_features"] = self._input("features", features, features.shape)
-            places = batch.image_positions
-            inputs["image_positions"] = self._input("places", moved(places), places.shape)
+            positions = batch.image_positions
+            inputs["image_positions"] = self._input("image_positions", moved(positions), positions.shape)
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.values())
-        if key not in self._passes:
-            self._passes[key] = Recording(lambda: self._forward_backward(inputs), self._changed_by_pass, self.recorder)
-        return self._passes[key]
+        if key not in self._pass_recordings:
+            self._pass_recordings[key] = Recording(
+                lambda: self._forward_backward(inputs), self._changed_by_pass, self.recorder
+            )
+        return self._pass_recordings[key]
 
     def _input(self, name: str, values: Tensor, shape: tuple[int, ...], fill: int = 0) -> Tensor:
         """The tensor for an input of this shape, which all recordings share; behind the values it is filled up."""
@@ -143,18 +145,18 @@ class StepGraphs:
         gradients = torch.autograd.grad(loss, self.trainable, allow_unused=True)
         reached = [number for number, gradient in enumerate(gradients) if gradient is not None]
         torch._foreach_add_([self._gradients[n] for n in reached], [gradients[n] for n in reached])
-        self._part.copy_(loss.detach())
+        self._share_of_loss.copy_(loss.detach())
         self._correct.copy_(out.correct.sum())
         return reached
 
     def _changed_by_pass(self) -> list[Tensor]:
-        return [*self._gradients, self._part, self._correct]
+        return [*self._gradients, self._share_of_loss, self._correct]
 
     # --- AdamW --------------------------------------------------------------------------------------------------------
 
-    def _update(self, reached: tuple[int, ...]) -> Recording:
+    def _adamw(self, reached: tuple[int, ...]) -> Recording:
         """Clipping and AdamW of the weights that have a gradient: without an image the projector has none."""
-        if reached not in self._updates:
+        if reached not in self._adamw_recordings:
             weights = [self.trainable[number] for number in reached]
 
             def changed() -> list[Tensor]:
@@ -162,8 +164,8 @@ class StepGraphs:
                 gradients = [self._gradients[number] for number in reached]
                 return [*(weight.detach() for weight in weights), *moments, *gradients, self._norm, self._skipped]
 
-            self._updates[reached] = Recording(self._clip_and_step, changed, self.recorder)
-        return self._updates[reached]
+            self._adamw_recordings[reached] = Recording(self._clip_and_step, changed, self.recorder)
+        return self._adamw_recordings[reached]
 
     def _clip_and_step(self) -> list[int]:
         self._norm.copy_(nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip))
@@ -178,21 +180,26 @@ class Recorder:
 
     def __init__(self, device: torch.device, record: Record, warn: Callable[[str], None]) -> None:
         self.device, self.warn, self.on = device, warn, True
-        self._record, self._left = record, MOST
+        self._record = record
+        self._recordings: list[Recording] = []
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def __call__(self, work: Work) -> Work | None:
-        """A function that repeats the work, which is not done; None if no more recordings are made."""
-        if not self.on or not self._left:
-            return None
-        self._left -= 1
-        replay = self._record(work, self.device, self._pool)
-        if replay is None:
+    def __call__(self, recording: Recording) -> None:
+        """Record its work, which is not done."""
+        if not self.on or len(self._recordings) == MOST:
+            return
+        self._recordings.append(recording)
+        recording.replay = self._record(recording.work, self.device, self._pool)
+        if recording.replay is None:
             self.give_up("a step cannot be recorded as a CUDA graph")
-        return replay
 
     def give_up(self, reason: str) -> None:
+        """Record and replay no more, and free the recordings' memory."""
         self.on = False
+        for recording in self._recordings:
+            recording.replay = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.warn(f"{reason}: this run's steps are launched kernel by kernel, which takes longer")
 
 
@@ -201,40 +208,52 @@ class Recording:
 
     def __init__(self, work: Callable[[], list[int]], changed: Callable[[], list[Tensor]], recorder: Recorder) -> None:
         """`changed` gives all that the work changes and later work reads."""
-        self._work, self._changed, self._recorder = work, changed, recorder
+        self.work, self._changed, self._recorder = work, changed, recorder
+        self.replay: Work | None = None
         self._calls, self._proven = 0, False
-        self._replay: Work | None = None
         self._result: list[int] = []
 
     def __call__(self) -> list[int]:
         """Do or replay the work; returns what the work returned when it was last done."""
         self._calls += 1
-        if self._replay is None or not self._recorder.on:
+        if self.replay is None:
             self._do_and_record()
         elif self._proven:
-            self._replay()
+            self.replay()
         else:
-            self._prove(self._replay)
+            self._prove()
         return self._result
+
+    def _do(self) -> None:
+        """Do the work; where its memory is taken by recordings, without them."""
+        try:
+            self._result = self.work()
+        except torch.OutOfMemoryError:
+            if not self._recorder.on:
+                raise
+            self._recorder.give_up("there is no memory for CUDA graphs")
+            self._result = self.work()
 
     def _do_and_record(self) -> None:
         if self._calls != EAGER or not self._recorder.on:
-            self._result = self._work()
+            self._do()
             return
         with _waits(self._recorder.device) as caught:
-            self._result = self._work()
+            self._do()
         if any(WAITED in str(warning.message) for warning in caught):
             self._recorder.give_up("a step waits for the GPU, so it cannot be a CUDA graph")
         else:
-            self._replay = self._recorder(self._work)
+            self._recorder(self)
 
     @torch.no_grad()
-    def _prove(self, replay: Work) -> None:
-        """Do the work, then replay it from the same state; other inputs than those it was recorded with."""
+    def _prove(self) -> None:
+        """Do the work, then replay it from the same state; its inputs are not those that it was recorded with."""
         before = self._copies()
         with torch.enable_grad():
-            self._result = self._work()
+            self._do()
         expected = self._copies() if before else None
+        if self.replay is None:  # given up meanwhile
+            return
         if before is None or expected is None:
             self._recorder.give_up("there is no memory to check a CUDA graph")
             return
@@ -242,7 +261,7 @@ class Recording:
         if not torch.isfinite(moves).all():  # a bad step proves nothing
             return
         self._restore(before)
-        replay()
+        self.replay()
         gaps = torch.stack([_distance(new, old) for new, old in zip(self._changed(), expected, strict=True)])
         self._proven = bool((gaps <= CLOSE * (moves + 0.01 * torch.linalg.vector_norm(moves))).all())
         if not self._proven:
