@@ -181,14 +181,14 @@ class Recorder:
     def __init__(self, device: torch.device, record: Record, warn: Callable[[str], None]) -> None:
         self.device, self.warn, self.on = device, warn, True
         self._record = record
-        self._recordings: list[Recording] = []
+        self.recordings: list[Recording] = []
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __call__(self, recording: Recording) -> None:
         """Record its work, which is not done."""
-        if not self.on or len(self._recordings) == MOST:
+        if not self.on or len(self.recordings) == MOST:
             return
-        self._recordings.append(recording)
+        self.recordings.append(recording)
         recording.replay = self._record(recording.work, self.device, self._pool)
         if recording.replay is None:
             self.give_up("a step cannot be recorded as a CUDA graph")
@@ -196,7 +196,7 @@ class Recorder:
     def give_up(self, reason: str) -> None:
         """Record and replay no more, and free the recordings' memory."""
         self.on = False
-        for recording in self._recordings:
+        for recording in self.recordings:
             recording.replay = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
