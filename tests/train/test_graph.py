@@ -25,6 +25,7 @@ from tests.train.late import (
     group_experts,
     make_batch,
     make_step,
+    no_waits,
     record_steps,
     tensors_of,
 )  # fmt: skip
@@ -121,6 +122,27 @@ def test_micro_batches_of_several_shapes_with_and_without_images(tmp_path, warni
     assert_same(train(eager, steps), train(recorded, steps))
     assert_same_weights(eager, recorded)
     assert tapes.made == 5, "three shapes, updates with and without the projector"
+    assert not warnings
+
+
+def test_padding_and_replaying_ask_a_gpu_nothing(tmp_path, warnings):
+    train_step = make_step(tmp_path)
+    tapes = record_steps(train_step, warnings.append)
+    for n, batch in enumerate(shapes(EAGER + 6)):
+        supervised = batch.supervised
+        with nullcontext() if n in (EAGER - 1, EAGER) else no_waits():  # where it is recorded, and compared
+            train_step([batch], supervised, 2, 1e-3)
+    assert tapes.replayed == 12
+    assert not warnings
+
+
+def test_images_that_are_encoded_for_a_step(tmp_path, warnings):
+    eager, recorded = pair(tmp_path)
+    tapes = record_steps(recorded, warnings.append)
+    steps = [[make_batch([32 - n % 3, 20], [2, 1], [3, 2], pixels=True)] for n in range(EAGER + 5)]
+    assert_same(train(eager, steps), train(recorded, steps))
+    assert_same_weights(eager, recorded)
+    assert tapes.made == 2
     assert not warnings
 
 

@@ -48,8 +48,9 @@ class PendingStep:
 
     def __init__(self, numbers: Tensor, total: Total) -> None:
         """numbers [n + 2]: what each micro-batch of this process adds to the loss, tokens predicted right, norm."""
-        self._numbers, self._total, self._ready = numbers.to("cpu", non_blocking=True), total, lambda: None
-        if numbers.device.type == "cuda":  # the copy is in pinned memory
+        late = numbers.device.type == "cuda"  # to pinned memory
+        self._numbers, self._total, self._ready = numbers.to("cpu", non_blocking=late), total, lambda: None
+        if late:
             self._ready = torch.cuda.current_stream(numbers.device).record_event().synchronize
 
     @cached_property
