@@ -32,7 +32,7 @@ def test_every_part_is_done_and_no_check_fails(outputs):
     assert not report.failures(parts)
     # Without the published numbers one part has nothing to check, and parts that only measure never have.
     unchecked = {name for name, part in parts.items() if not list(report._checks(part))}
-    assert unchecked <= {"conformance", "ceilings", "material", "plans", "waits", "training", "talking", "feeding"}
+    assert unchecked <= {"conformance", "ceilings", "material", "plans", "training", "talking", "feeding"}
 
 
 @pytest.mark.long
@@ -48,6 +48,7 @@ def test_what_is_measured_is_there(outputs):
     assert plain["ratio, small pretrain, features read"] == pytest.approx(
         read["samples_s"] / plain["samples_s"], rel=0.05
     )
+    assert parts["steps"]["small pretrain, graph"]["median_ms"] > 0
     assert parts["talking"]["1 streams, greedy, graph"]["tokens_s"] > 0
     assert set(parts["feeding"]) >= {"128² JPEG", "stored features", "448×336 JPEG"}
     assert parts["resident"]["pretrain, graph"]["loss"] == pytest.approx(parts["resident"]["pretrain, eager"]["loss"])
