@@ -92,25 +92,29 @@ class Evaluation:
     skipped: list[BrokenRow]
 
 
-def evaluate_task(
+@dataclass(frozen=True)
+class Prepared:
+    """What one or several evaluations of a model ask: the questions, and the features of their images."""
+
+    rows: RowStore
+    limit: int | None
+    plan: Plan
+    features: Features
+
+
+def prepare(
     loaded: LoadedModel,
     chosen: ChosenTask,
     rows: RowStore,
-    out: Path | None = None,
-    root: Path = OUT_DIR,
     limit: int | None = None,
     dtype: str = "auto",
     memory: FeatureCache | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Evaluation:
-    """Measure a model, and write `predictions.jsonl` and `report.json` into the folder `out`.
+) -> Prepared:
+    """Read the questions and decode their images; `memory` has features that were encoded before.
 
-    Without `out` each evaluation has a folder of its own in `eval` below `root`. `memory` has features that were
-    encoded before. An evaluation that was interrupted is resumed. Raises DataError where no question can be measured,
-    UsageError for a folder with other files, RunError where it cannot be written.
+    The weights of the language model may change between two evaluations. Raises DataError where no question can be
+    measured.
     """
-    if out is not None:
-        _keep_others(out)
     task, tokenizer = chosen.task, loaded.tokenizer
     prompts = PromptEncoder(tokenizer, loaded.model.spec.tokens_per_image)
 
@@ -129,11 +133,47 @@ def evaluate_task(
 
     images = Images(loaded, dtype, memory)
     plan = plan_questions(rows, task, limit, check, images.decode)
-    features = Features(lambda digest: images.encode(digest, rows, plan))
+    return Prepared(rows, limit, plan, Features(lambda digest: images.encode(digest, rows, plan)))
+
+
+def evaluate_task(
+    loaded: LoadedModel,
+    chosen: ChosenTask,
+    rows: RowStore,
+    out: Path | None = None,
+    root: Path = OUT_DIR,
+    limit: int | None = None,
+    dtype: str = "auto",
+    memory: FeatureCache | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Evaluation:
+    """Measure a model: `prepare` its questions, and `measure`."""
+    if out is not None:
+        _keep_others(out)
+    return measure(loaded, chosen, prepare(loaded, chosen, rows, limit, dtype, memory), out, root, dtype, progress)
+
+
+def measure(
+    loaded: LoadedModel,
+    chosen: ChosenTask,
+    prepared: Prepared,
+    out: Path | None = None,
+    root: Path = OUT_DIR,
+    dtype: str = "auto",
+    progress: Progress = lambda done, total: None,
+) -> Evaluation:
+    """Measure a model, and write `predictions.jsonl` and `report.json` into the folder `out`.
+
+    Without `out` each evaluation has a folder of its own in `eval` below `root`. An evaluation that was interrupted is
+    resumed. Raises UsageError for a folder with other files, RunError where it cannot be written.
+    """
+    if out is not None:
+        _keep_others(out)
+    task, rows, plan = chosen.task, prepared.rows, prepared.plan
     guesses = [truth for question in plan.questions for truth in question.truths]
-    answering = Answering(loaded.model, tokenizer, features, guesses, dtype)
+    answering = Answering(loaded.model, loaded.tokenizer, prepared.features, guesses, dtype)
     origin = _origin(loaded, guesses, dtype)
-    folder = out or _folder(root, loaded, task, rows, origin, limit)
+    folder = out or _folder(root, loaded, task, rows, origin, prepared.limit)
     with disk_errors(folder, "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / PREDICTIONS):

@@ -21,7 +21,8 @@ from minimind_v.core.rows.stores import find_rows
 
 
 def find_inputs(config: RunConfig) -> None:
-    """Raises one MissingInput for all missing inputs of a run, or WeightsError for a mix of generations."""
+    """Raises one MissingInput for all missing inputs of a run, WeightsError for a mix of generations, or UsageError."""
+    config.check_evaluation()
     generation, init = generation_of(config.model), config.init
     weights = weights_at(init) if init and init != NO_INIT and init.exists() else None
     try:
@@ -31,6 +32,8 @@ def find_inputs(config: RunConfig) -> None:
             lambda: find_rows(config.data.file),
             lambda: find_pictures(config.data.images),
             lambda: find_init(config),
+            lambda: find_rows(config.eval_data) if config.eval_data else None,
+            lambda: find_pictures(config.eval_images),
         )
     except MmvError:
         _check_generation(config)  # weights of the other generation are reported before their vision model
