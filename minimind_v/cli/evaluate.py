@@ -38,6 +38,14 @@ TaskName = Annotated[
         help="Measure by a task, with intervals: loss, vqa, yesno, choice, caption, or a .yaml file of your own.",
     ),
 ]
+Watch = Annotated[
+    Path | None,
+    advanced(
+        "--watch",
+        metavar="RUN",
+        help="With --task: measure a run that is training, by its folder or name, whenever it has saved weights.",
+    ),
+]
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Score only the first rows; with --task so many, drawn from each kind.")
 ]
@@ -69,6 +77,7 @@ def evaluate(
     task: TaskName = None,
     limit: Limit = None,
     blind: Blind = False,
+    watch: Watch = None,
     split: Split = None,
     out: Out = None,
     max_length: MaxLength = None,
@@ -91,6 +100,19 @@ def evaluate(
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
     chosen = _choose(task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}, out)
+    if watch is not None:
+        from minimind_v.cli.watch import Measuring, watch_run
+
+        of_variable = model is not None and str(model) == os.environ.get(options.ENVIRONMENT["model"])
+        unusable = {"--model": model is not None and not of_variable, "--out": out is not None}
+        if given := [option for option, value in unusable.items() if value]:
+            raise UsageError(f"--watch has the weights of its run and writes there — leave out {' and '.join(given)}")
+        if chosen is None or data is None:
+            raise UsageError("--watch needs --task and --data")
+        images = images or images_beside(data)
+        asked = Measuring(chosen, data, images, split, limit, dtype, vision_model, tokenizer, device)
+        watch_run(terminal, watch, asked, json)
+        return
     if is_standard := data is None:
         standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
         data, images, limit = standard.file, images or standard.images, limit or FIRST

@@ -283,7 +283,7 @@ class RunConfig:
         missing = [flag for flag, value in options.items() if value is None]
         if self.eval_every and missing:
             raise UsageError(f"--eval-every needs {' and '.join(missing)}")
-        given = [flag for flag, value in (options | {"--eval-images": self.eval_images}).items() if value is not None]
+        given = [flag for flag in options if flag not in missing] or ["--eval-images"] * (self.eval_images is not None)
         if given and not self.eval_every:
             raise UsageError(f"{' and '.join(given)} without --eval-every: give the steps between two evaluations")
         if self.best_by and not (self.val_every if self.best_by == VALIDATION else self.eval_every):

@@ -155,8 +155,8 @@ def _of_evaluation(measured: dict[str, Any]) -> str:
             return f"{key} is {_shown(measured.get(key))}"
     for figures, keys in ((measured, (*INTERVAL, "blank")), (gain, INTERVAL)):
         for key in keys:
-            if figures.get(key) is not None and not is_number(figures[key]):
-                return f"{key} is {_shown(figures[key])}"
+            if key not in figures or not (figures[key] is None or is_number(figures[key])):
+                return f"{key} is {_shown(figures[key])}" if key in figures else f"no {key}"
     return ""
 
 

@@ -194,8 +194,9 @@ def _evaluation(title: str, scores: list[dict[str, Any]]) -> str:
     gain = curves({"gain": _points(gains, "value")}, {"gain": _band(gains)})
     return (
         f"<section><h2>Does it look? {escape(title)}</h2><p>{_begins_to_look(gains)}</p>"
-        f'<div class="cols"><div><h3>{metric}</h3>{with_image}</div><div><h3>Gain by the image, in {metric}</h3>{gain}</div>'
-        f'</div><p class="dim">Shaded: 95 % intervals over images. Where that of the gain contains 0, the data do not '
+        f'<div class="cols"><div><h3>{metric}</h3>{with_image}</div>'
+        f"<div><h3>Gain by the image, in {metric}</h3>{gain}</div></div>"
+        f'<p class="dim">Shaded: 95 % intervals over images. Where that of the gain contains 0, the data do not '
         f"show that the model uses its images.</p></section>"
     )
 
