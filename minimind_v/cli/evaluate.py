@@ -101,17 +101,7 @@ def evaluate(
     terminal = Terminal()
     chosen = _choose(task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}, out)
     if watch is not None:
-        from minimind_v.cli.watch import Measuring, watch_run
-
-        of_variable = model is not None and str(model) == os.environ.get(options.ENVIRONMENT["model"])
-        unusable = {"--model": model is not None and not of_variable, "--out": out is not None}
-        if given := [option for option, value in unusable.items() if value]:
-            raise UsageError(f"--watch has the weights of its run and writes there — leave out {' and '.join(given)}")
-        if chosen is None or data is None:
-            raise UsageError("--watch needs --task and --data")
-        images = images or images_beside(data)
-        asked = Measuring(chosen, data, images, split, limit, dtype, vision_model, tokenizer, device)
-        watch_run(terminal, watch, asked, json)
+        _watch(watch, (model, out), chosen, data, images, (split, limit, dtype, vision_model, tokenizer, device), json)
         return
     if is_standard := data is None:
         standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
@@ -155,6 +145,29 @@ def _choose(task: str | None, without: dict[str, int | None], out: Path | None) 
     from minimind_v.core.evaluate.by_task import choose_task
 
     return choose_task(task)
+
+
+def _watch(
+    run: Path,
+    others: tuple[Path | None, Path | None],
+    chosen: ChosenTask | None,
+    data: Path | None,
+    images: Path | None,
+    how: tuple[Any, ...],
+    json: bool,
+) -> None:
+    """Measure a run that is training. Raises UsageError for `others`, which are --model and --out, and without data."""
+    from minimind_v.cli.watch import Measuring, watch_run
+    from minimind_v.core.config.load import images_beside
+
+    model, out = others
+    of_variable = str(model) == os.environ.get(options.ENVIRONMENT["model"])
+    unusable = {"--model": model is not None and not of_variable, "--out": out is not None}
+    if given := [option for option, value in unusable.items() if value]:
+        raise UsageError(f"--watch has the weights of its run and writes there — leave out {' and '.join(given)}")
+    if chosen is None or data is None:
+        raise UsageError("--watch needs --task and --data")
+    watch_run(Terminal(), run, Measuring(chosen, data, images or images_beside(data), *how), json)
 
 
 def _by_task(

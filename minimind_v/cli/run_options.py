@@ -98,7 +98,8 @@ RUN_OPTIONS: Table = {
     "eval_images": _advanced(Path, "Images of these questions.", metavar="DIR|ZIP|TAR"),
     "eval_limit": _advanced(int, "Questions of each evaluation, the same ones each time."),
     "best_by": _advanced(
-        str, f"Keep the best weights by {VALIDATION} (its loss) or by a metric of --eval-task.", metavar="METRIC"
+        str, f"Keep the weights that are best by this metric of --eval-task. [default: {VALIDATION}, its loss]",
+        metavar="METRIC",
     ),
     "seed": _advanced(int, "Seed of the order of rows and of new weights."),
     "dtype": _advanced(

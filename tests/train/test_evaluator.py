@@ -23,12 +23,13 @@ NAME = "sft_vlm_128"
 def line(out, **changes):
     """A run of six steps that measures eight questions at steps 0, 4 and 6."""
     asked = {"eval_every": 4, "eval_task": "loss", "eval_data": tiny_data().data("sft"), "eval_limit": 8}
-    short = {"init": sighted(), "max_steps": 6, "lr": 2e-3, "features": "off"}
+    short = {"init": sighted(), "max_steps": 6, "lr": 2e-3, "features": "off", "best_by": "loss"}
     return tiny_data().train(out, "sft", **short | asked | changes)
 
 
 def without_evaluation(out, **changes):
-    return line(out, **{"eval_every": None, "eval_task": None, "eval_data": None, "eval_limit": None} | changes)
+    nothing = dict.fromkeys(("eval_every", "eval_task", "eval_data", "eval_limit", "best_by"))
+    return line(out, **nothing | changes)
 
 
 def events(out, kind):
@@ -208,7 +209,7 @@ def test_all_that_is_missing_is_named_at_once(tmp_path):
 
 
 def test_questions_that_a_task_cannot_use_are_refused_before_the_first_step(tmp_path):
-    ended = run_mmv(*line(tmp_path / "out", eval_task="choice"))
+    ended = run_mmv(*line(tmp_path / "out", eval_task="choice", best_by=None))
     assert ended.code == 1
     assert "no question for the task choice" in ended.error
     assert not (tmp_path / "out" / NAME / "metrics.jsonl").exists()
@@ -247,7 +248,7 @@ def figures(out):
 
 @pytest.mark.long
 def test_a_run_killed_during_an_evaluation_resumes_to_the_same_end(tmp_path):
-    changes = {"max_steps": 7, "eval_every": 2, "eval_task": "vqa", "save_every": 3}
+    changes = {"max_steps": 7, "eval_every": 2, "eval_task": "vqa", "best_by": "exact", "save_every": 3}
     whole, killed = line(tmp_path / "whole", **changes), line(tmp_path / "killed", **changes)
     assert run_mmv(*whole).code == 0
     run, folder = Running(tmp_path, *killed), tmp_path / "killed" / NAME / "eval"

@@ -250,7 +250,7 @@ class RunConfig:
     eval_data: Path | None = None  # its questions
     eval_images: Path | None = None  # their pictures
     eval_limit: int = 200  # questions, the same ones each time
-    best_by: str | None = None  # the best weights: VALIDATION, or a metric of eval_task; none: what is measured
+    best_by: str | None = None  # the best weights: VALIDATION, or a metric of eval_task; none: VALIDATION
     until_right: bool = False  # end before the last epoch, after two in which every answer was predicted right
     recall_rows: int = 0  # rows of the data behind `init`, to measure what the run forgets; 0: not measured
     track: str = "none"  # a tracker: one of TRACKERS

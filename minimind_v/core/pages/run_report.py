@@ -181,10 +181,11 @@ def _recalled(run: RunRecords) -> str:
 
 def _evaluations(run: RunRecords) -> str:
     """What the images add, over the steps."""
-    return "".join(_evaluation(title, scores) for title, scores in run.evaluations.items())
+    return "".join(image_gains(f"Does it look? {title}", scores) for title, scores in run.evaluations.items())
 
 
-def _evaluation(title: str, scores: list[dict[str, Any]]) -> str:
+def image_gains(heading: str, scores: list[dict[str, Any]]) -> str:
+    """A section with the metric with and without images, and the gain, over the steps of a run's evaluations."""
     gains = [score["visual_gain"]["blank"] | {"step": score["step"]} for score in scores]
     metric = escape(scores[0]["metric"])
     with_image = curves(
@@ -193,7 +194,7 @@ def _evaluation(title: str, scores: list[dict[str, Any]]) -> str:
     )
     gain = curves({"gain": _points(gains, "value")}, {"gain": _band(gains)})
     return (
-        f"<section><h2>Does it look? {escape(title)}</h2><p>{_begins_to_look(gains)}</p>"
+        f"<section><h2>{escape(heading)}</h2><p>{_first_gain(gains)}</p>"
         f'<div class="cols"><div><h3>{metric}</h3>{with_image}</div>'
         f"<div><h3>Gain by the image, in {metric}</h3>{gain}</div></div>"
         f'<p class="dim">Shaded: 95 % intervals over images. Where that of the gain contains 0, the data do not '
@@ -201,7 +202,7 @@ def _evaluation(title: str, scores: list[dict[str, Any]]) -> str:
     )
 
 
-def _begins_to_look(gains: list[dict[str, Any]]) -> str:
+def _first_gain(gains: list[dict[str, Any]]) -> str:
     """From which step on all intervals of the gain are above 0."""
     shows = [gain["ci_low"] is not None and gain["ci_low"] > 0 for gain in gains]
     since = next((n for n in range(len(gains)) if all(shows[n:])), None)

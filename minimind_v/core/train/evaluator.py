@@ -122,10 +122,8 @@ class Evaluator:
         return scores_of(result.report, self.chosen, step, time.perf_counter() - begun)
 
     def best_of(self, scores: TaskScores) -> Best | None:
-        """The value by which the best weights are chosen; None where it is no number, or validation decides."""
-        if self.config.best_by_validation:
-            return None
-        name = self.config.best_by or scores.metric
+        """The value by which the best weights are chosen; None where it is no number, or no metric decides."""
+        name = self.config.best_by
         value = next((figure["value"] for figure in scores.metrics if figure["name"] == name), None)
         label = name if name == scores.task else f"{scores.task} {name}"
         by = f"{label} on {plural(scores.rows, 'question')} of {scores.data}"

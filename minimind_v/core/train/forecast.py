@@ -163,7 +163,7 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
         run.run()
         folder = RunFolder(few)
         state = sum(path.stat().st_size for path in folder.states.paths())
-        best = folder.weights.stat().st_size if config.val_every or config.eval_every else 0
+        best = folder.weights.stat().st_size if config.val_every or config.best_by else 0
         saves = -(-steps // config.save_every) if config.save_every else 1
         memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
         if steps > first and run.train_step.features.store is not None:
