@@ -39,11 +39,16 @@ def test_the_commands_run(workplace):
         rows.append({"question": "What colour is the star?", "answer": "red", "image": image})
     write_rows(workplace / "heldout.jsonl", rows)
     (workplace / "short.yaml").write_text(re.search(r"```yaml\n(.*?)```", ENGLISH, re.DOTALL)[1])
+    asked = [{"role": "user", "content": "<image>\nWhat colour is the star?"}, {"role": "assistant", "content": "red"}]
+    write_rows(workplace / "train.jsonl", [{"image": row["image"], "conversations": asked} for row in rows])
     results = [run_mmv(*shlex.split(line)[1:]) for line in commands(ENGLISH)[:-1]]
     assert [ended.err for ended in results if ended.code] == []
     assert "gain over blank" in results[0].out
     assert "4 questions; B - A:" in results[2].out
     assert "between seeds" in results[3].out
+    assert "best weights: run/sft_vlm_128_best.pth, of step" in results[4].err
+    assert "gain" in results[5].out
+    assert "Does it look?" in (workplace / "run" / "sft_vlm_128" / "report.html").read_text()
     assert json.loads((workplace / "first" / "report.json").read_text())["task"] == "vqa"
     write_rows(workplace / "heldout.jsonl", [
         {"prompt_text": row["question"], "label": row["answer"], "image": row["image"]} for row in rows

@@ -256,8 +256,7 @@ class Demo:
 
     def _use_of_images(self) -> list[dict[str, Any]]:
         """The evaluations during pretraining."""
-        (evaluations,) = read_run(self.weights["pretrain"].with_suffix("")).evaluations.values()
-        return evaluations
+        return next(iter(read_run(self.weights["pretrain"].with_suffix("")).evaluations.values()), [])
 
     def _summary(
         self, before: dict[str, Scores], after: dict[str, Scores], answer: str, seconds: float

@@ -54,6 +54,8 @@ def write_report(
     plots = "".join(
         f"<h2>Loss of {escape(stage)}</h2>{draw({'loss': list(points)})}" for stage, points in curves.items()
     )
+    heading = "When does it begin to look? New pairs, during pretraining"
+    looks = image_gains(heading, evaluations) if evaluations else ""  # a full disk costs them
     half = len(samples) // 2
     sheets = "".join(
         f"<h3>{title}</h3><div class='sheet'>{''.join(map(_card, cards))}</div>"
@@ -70,7 +72,7 @@ def write_report(
         f"{escape(summary['machine'])}. An answer is correct if it equals the expected answer exactly.</p>"
         f"<p>{escape(about)}</p>"
         f"{figures({name: f'{share:.1%}' for name, share in shares.items()})}{plots}"
-        f"{image_gains('When does it begin to look? New pairs, during pretraining', evaluations)}"
+        f"{looks}"
         f'<h2>By kind of question</h2><div class="wide"><table>'
         f"<tr><th>question</th><th>new scenes</th><th>new pairs</th></tr>{kinds}</table></div>"
         f"<h2>Held-out images, with questions and answers</h2>"
