@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 from minimind_v.core.config.load import build_config
 from minimind_v.core.evaluate import by_task
 from minimind_v.core.formats.checkpoint import read_checkpoint
-from minimind_v.core.monitor.metrics import Best, TaskScores
+from minimind_v.core.monitor.diagnostics import Start
+from minimind_v.core.monitor.metrics import Best, Listener, TaskScores
+from minimind_v.core.monitor.recorder import Recorder
 from minimind_v.core.pages.run_report import read_run, report_page
 from minimind_v.core.train.run import assemble, train
 from tests.cli.harness import SIGHT, Running, in_forks, installed, read_rows, run_mmv, sighted, tiny_data
@@ -149,6 +152,16 @@ def test_a_damaged_evaluation_is_named_and_left_out(out, tmp_path):
     assert "Does it look?" in report_page(run)
 
 
+def test_a_tracker_receives_the_figures(out, tmp_path):
+    scores, logged = TaskScores(**events(out, "evaluation")[0] | {"step": 0}), []
+    recorder = Recorder(tmp_path / "events.jsonl", Listener())
+    recorder.begin(Start(build_config("sft"), True, False, None, 40))
+    recorder._tracker = SimpleNamespace(log=lambda step, values: logged.append((step, values)))
+    recorder.evaluated(scores)
+    names = {"evaluation/loss": scores.value, "evaluation/loss_blank": scores.blank}
+    assert logged == [(0, names | {"evaluation/visual_gain": scores.gain["value"]})]
+
+
 # --- interruptions and errors -----------------------------------------------------------------------------------------
 
 
@@ -203,9 +216,10 @@ def test_wrong_options_are_refused_before_anything_is_written(tmp_path, changes,
 
 def test_all_that_is_missing_is_named_at_once(tmp_path):
     changes = {"data": "rows.jsonl", "images": None, "eval_data": "asked.jsonl", "eval_images": "shown.zip"}
+    changes |= {"eval_task": "mine.yaml"}
     ended = run_mmv(*line(tmp_path / "out", **changes))
-    assert "3 inputs are missing" in ended.error
-    assert all(name in ended.error for name in ("rows.jsonl", "asked.jsonl", "shown.zip"))
+    assert "4 inputs are missing" in ended.error
+    assert all(name in ended.error for name in ("rows.jsonl", "asked.jsonl", "shown.zip", "mine.yaml"))
 
 
 def test_questions_that_a_task_cannot_use_are_refused_before_the_first_step(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind_v.core.config.settings import read_settings
+from minimind_v.core.config.settings import is_settings, read_settings
 from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.data.images import blank_pixels, load_pixels
@@ -63,7 +63,7 @@ class ChosenTask:
 
 def choose_task(name: str) -> ChosenTask:
     """The task of this name, or of a YAML file with a `task`. Raises UsageError or MissingInput."""
-    if not name.endswith((".yaml", ".yml")):
+    if not is_settings(name):
         return ChosenTask(_find(name, name)(name, {}), name, {})
     path = Path(name)
     settings = read_settings(path)
