@@ -20,7 +20,7 @@ from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.device import pick_device
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
+from minimind_v.core.monitor.metrics import Listener, StepMetrics, TaskScores, Validation
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.run import train
 from minimind_v.core.train.step import TrainStep
@@ -34,6 +34,7 @@ class Events(Listener):
         self.warnings: list[str] = []
         self.steps: list[StepMetrics] = []
         self.validations: list[Validation] = []
+        self.evaluations: list[TaskScores] = []
         self.saves: list[int] = []
 
     def message(self, text: str) -> None:
@@ -47,6 +48,9 @@ class Events(Listener):
 
     def validated(self, result: Validation) -> None:
         self.validations.append(result)
+
+    def evaluated(self, scores: TaskScores) -> None:
+        self.evaluations.append(scores)
 
     def saved(self, step: int) -> None:
         self.saves.append(step)

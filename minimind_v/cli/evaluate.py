@@ -38,6 +38,14 @@ TaskName = Annotated[
         help="Measure by a task, with intervals: loss, vqa, yesno, choice, caption, or a .yaml file of your own.",
     ),
 ]
+Watch = Annotated[
+    Path | None,
+    advanced(
+        "--watch",
+        metavar="RUN",
+        help="With --task: measure a run that is training, by its folder or name, whenever it has saved weights.",
+    ),
+]
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Score only the first rows; with --task so many, drawn from each kind.")
 ]
@@ -69,6 +77,7 @@ def evaluate(
     task: TaskName = None,
     limit: Limit = None,
     blind: Blind = False,
+    watch: Watch = None,
     split: Split = None,
     out: Out = None,
     max_length: MaxLength = None,
@@ -93,6 +102,9 @@ def evaluate(
     chosen = _choose(task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}, out)
     if chosen is not None:
         data, split = chosen.source(data, split)
+    if watch is not None:
+        _watch(watch, (model, out), chosen, data, images, (split, limit, dtype, vision_model, tokenizer, device), json)
+        return
     if is_standard := data is None:
         standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
         data, images, limit = standard.file, images or standard.images, limit or FIRST
@@ -135,6 +147,29 @@ def _choose(task: str | None, without: dict[str, int | None], out: Path | None) 
     from minimind_v.core.evaluate.by_task import choose_task
 
     return choose_task(task)
+
+
+def _watch(
+    run: Path,
+    others: tuple[Path | None, Path | None],
+    chosen: ChosenTask | None,
+    data: Path | None,
+    images: Path | None,
+    how: tuple[Any, ...],
+    json: bool,
+) -> None:
+    """Measure a run that is training. Raises UsageError for `others`, which are --model and --out, and without data."""
+    from minimind_v.cli.watch import Measuring, watch_run
+    from minimind_v.core.config.load import images_beside
+
+    model, out = others
+    of_variable = str(model) == os.environ.get(options.ENVIRONMENT["model"])
+    unusable = {"--model": model is not None and not of_variable, "--out": out is not None}
+    if given := [option for option, value in unusable.items() if value]:
+        raise UsageError(f"--watch has the weights of its run and writes there — leave out {' and '.join(given)}")
+    if chosen is None or data is None:
+        raise UsageError("--watch needs --task and --data")
+    watch_run(Terminal(), run, Measuring(chosen, data, images or images_beside(data), *how), json)
 
 
 def _by_task(

@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
+from minimind_v.core.monitor.metrics import Listener, StepMetrics, TaskScores, Validation, describe_scores
 
 BARS = "▁▂▃▄▅▆▇█"
 RECENT = 20  # steps over which rates are measured
@@ -93,6 +93,8 @@ class TrainView(Listener):
         self.recent: deque[StepMetrics] = deque(maxlen=RECENT + 1)
         self.validation: Validation | None = None
         self.best: Validation | None = None
+        self.scores: TaskScores | None = None
+        self.gains: list[float] = []
         self.saved_at: int | None = None
 
     def __enter__(self) -> TrainView:
@@ -121,7 +123,7 @@ class TrainView(Listener):
 
     def validated(self, result: Validation) -> None:
         self.validation = result
-        self.best = result if result.best or self.best is None else self.best
+        self.best = result if self.best is None or result.loss < self.best.loss else self.best
         if not self._live.is_started:
             swapped = result.swapped_loss
             other = "" if swapped is None else f", {swapped:.4f} with images of other rows"
@@ -129,6 +131,14 @@ class TrainView(Listener):
                 f"step {result.step}  validation loss {result.loss:.4f}{other}  "
                 f"token accuracy {result.token_accuracy:.0%}" + ("  (the best so far)" if result.best else "")
             )
+
+    def evaluated(self, scores: TaskScores) -> None:
+        self.scores = scores
+        if (gain := scores.gain["value"]) is not None:
+            self.gains.append(gain)
+        if not self._live.is_started:
+            best = "  (the best so far)" if scores.best else ""
+            self.terminal.say(f"step {scores.step}  {describe_scores(scores)}{best}")
 
     def saved(self, step: int) -> None:
         self.saved_at = step
@@ -179,6 +189,9 @@ class TrainView(Listener):
             yield Text(f"validation {last.loss:.4f} at {last.step}{best}")
             if last.swapped_loss is not None:
                 yield Text(f"with images of other rows {last.swapped_loss:.4f}")
+        if scores := self.scores:
+            yield Text(f"{describe_scores(scores)} at {scores.step}")
+            yield Text.assemble("images add ", (sparkline(self.gains, POINTS), "cyan"))
         yield Text("not saved yet" if self.saved_at is None else f"saved at {self.saved_at}")
 
 

@@ -14,7 +14,7 @@ from minimind_v.cli import options
 from minimind_v.cli.command import ADVANCED, POLICIES, Table, advanced
 from minimind_v.cli.options import ENVIRONMENT, complete
 from minimind_v.core.config.presets import PRESETS
-from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS
+from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS, VALIDATION
 
 if TYPE_CHECKING:
     from minimind_v.core.config.load import Resolved
@@ -90,6 +90,17 @@ RUN_OPTIONS: Table = {
     "save_minutes": _advanced(float, "Minutes between two saved states; 0: never save by time."),
     "log_every": _advanced(int, "Steps between two log lines."),
     "val_every": _advanced(int, "Steps between two validations on held-out rows; 0: no validation."),
+    "eval_every": _advanced(
+        int, "Steps between two evaluations by --eval-task: when does the model begin to use its images? 0: none."
+    ),
+    "eval_task": _advanced(str, "Task of the evaluations, as of `mmv eval --task`.", metavar="NAME|FILE"),
+    "eval_data": _advanced(Path, "Questions of the evaluations.", metavar="FILE"),
+    "eval_images": _advanced(Path, "Images of these questions.", metavar="DIR|ZIP|TAR"),
+    "eval_limit": _advanced(int, "Questions of each evaluation, the same ones each time."),
+    "best_by": _advanced(
+        str, f"Keep the weights that are best by this metric of --eval-task. [default: {VALIDATION}, its loss]",
+        metavar="METRIC",
+    ),
     "seed": _advanced(int, "Seed of the order of rows and of new weights."),
     "dtype": _advanced(
         str, f"Type of the computation: {', '.join(DTYPES)}.", metavar="TYPE", autocompletion=complete(DTYPES)

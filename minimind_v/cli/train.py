@@ -116,6 +116,8 @@ def _show_summary(terminal: Terminal, summary: Summary) -> None:
     terminal.say(f"{end} after {plural(summary.steps, 'step')}{_skipped(summary)}; {_results(summary)}")
     if summary.steps and not summary.weights.is_file():
         raise RunError(f"{summary.weights} was removed during the run — start the run again")
+    if summary.best and summary.best_weights.is_file():
+        terminal.say(f"best weights: {summary.best_weights}, {summary.best}")
     report = summary.metrics.with_name("report.html")
     if report.is_file():
         terminal.say(f"report: {report}")

@@ -193,6 +193,12 @@ def only_writer(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the `Lock` of this file; on a system without locks, whether the file exists."""
+    with _left(path) as dead:
+        return not dead
+
+
 def describe_holder(note: Mapping[str, Any]) -> str:
     """Describe the process that wrote a lock's note."""
     if "process" not in note:

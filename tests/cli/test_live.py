@@ -15,7 +15,7 @@ from rich.console import Console
 
 from minimind_v.cli.live import POINTS, Curve, TrainView, clock, sparkline
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.monitor.metrics import StepMetrics, Validation
+from minimind_v.core.monitor.metrics import StepMetrics, TaskScores, Validation
 from tests.cli.harness import Running, tiny_data
 
 
@@ -33,6 +33,11 @@ def view(width, terminal=True):
     return TrainView(shown, "pretrain")
 
 
+def scores(step, gain, low=None):
+    gains = {"blank": {"value": gain, "ci_low": low, "ci_high": low and 0.3}}
+    return TaskScores(step, "vqa", "d.jsonl", 9, 8, "vqa", 0.5, 0.4, 0.6, 0.25, gains, [], "p.jsonl", 1.0)
+
+
 def lines(shown):
     return shown._draw().plain.split("\n")
 
@@ -45,11 +50,13 @@ def test_everything_is_there_and_no_line_is_wider_than_the_terminal(width):
         shown.step(show_step(step, 2 - step / 100), step % 20 == 0)
     shown.validated(Validation(100, 1.25, 0.6, 1.75, 10, True))
     shown.validated(Validation(110, 1.35, 0.6, 1.75, 10, False))
+    shown.evaluated(scores(100, 0.0, -0.1))
+    shown.evaluated(scores(110, 0.25, 0.2))
     shown.saved(100)
     text = "\n".join(lines(shown))
     for phrase in ("step 119/200", "loss 0.8100", "token accuracy 50%", "lr 4.00e-04", "grad 1.50", "4.0 samples/s",
                   "900 tokens/s", "data 30%", "memory ", "left 1:21", "validation 1.3500", "(best 1.2500 at 100)",
-                  "1.7500", "saved at 100", "█", "▁"):  # fmt: skip
+                  "1.7500", "saved at 100", "█", "▁", "images add ▁█"):  # fmt: skip
         assert phrase in text
     console = Console(file=io.StringIO(), width=width)
     console.print(shown._draw())
@@ -138,3 +145,13 @@ def test_ctrl_c_on_a_terminal_leaves_it_in_order(tmp_path):
     os.close(side)
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0, "the cursor is back"
     assert b"resume with: mmv train" in shown
+
+
+def test_an_evaluation_is_a_line_elsewhere():
+    shown = view(200, terminal=False)
+    shown.evaluated(scores(110, 0.25, 0.2))
+    shown.evaluated(scores(120, None))
+    assert shown.terminal.err.file.getvalue().splitlines() == [
+        "step 110  vqa 0.5 [0.4, 0.6], blank 0.25, gain 0.25 [0.2, 0.3]",
+        "step 120  vqa 0.5 [0.4, 0.6], blank 0.25",
+    ]

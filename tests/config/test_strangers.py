@@ -158,7 +158,7 @@ def test_an_absurd_size_is_refused_with_key_value_and_bound(tmp_path, key, value
 
 
 @pytest.mark.parametrize(
-    "key", ["max_steps", "save_every", "log_every", "val_every", "val_rows", "keep", "recall_rows"]
+    "key", ["max_steps", "save_every", "log_every", "val_every", "val_rows", "keep", "recall_rows", "eval_every"]
 )
 def test_other_numbers_of_a_run_fit_into_64_bits(key):
     assert getattr(build_config("sft", sets=[f"{key}={10**18}"]), key) == 10**18

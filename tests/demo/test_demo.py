@@ -70,7 +70,9 @@ def test_summary_is_written_and_complete(demo):
 @pytest.mark.long
 def test_report_is_one_file_with_curves_and_pictures(demo):
     page = (demo[0] / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4
+    assert "When does it begin to look?" in page
+    assert "the model uses its images: <b>step" in page
     assert all(f"<dt>{word}</dt>" in page for word in ("truth", "after", "before", "blank"))  # the legend
     assert "understands nothing else" in page
     assert page.count("data:image/jpeg;base64,") == 24

@@ -48,15 +48,20 @@ def test_the_commands_run(workplace):
     own, theirs = re.findall(r"```yaml\n(.*?)```", ENGLISH, re.DOTALL)
     (workplace / "short.yaml").write_text(own)
     (workplace / "scenes.yaml").write_text(theirs)
+    asked = [{"role": "user", "content": "<image>\nWhat colour is the star?"}, {"role": "assistant", "content": "red"}]
+    write_rows(workplace / "train.jsonl", [{"image": row["image"], "conversations": asked} for row in rows])
     *lines, short, scenes = commands(ENGLISH)
     results = [run_mmv(*shlex.split(line)[1:]) for line in (*lines, scenes)]
     assert [ended.err for ended in results if ended.code] == []
     assert "gain over blank" in results[0].out
     assert "4 questions; B - A:" in results[2].out
     assert "between seeds" in results[3].out
-    assert re.search(r"task +scenes", results[4].out)
     assert (workplace / "first" / "report.html").is_file()
     assert (workplace / "better.html").is_file()
+    assert "best weights: run/sft_vlm_128_best.pth, of step" in results[4].err
+    assert "gain" in results[5].out
+    assert "Does it look?" in (workplace / "run" / "sft_vlm_128" / "report.html").read_text()
+    assert re.search(r"task +scenes", results[-1].out)
     assert json.loads((workplace / "first" / "report.json").read_text())["task"] == "vqa"
     write_rows(workplace / "heldout.jsonl", [
         {"prompt_text": row["question"], "label": row["answer"], "image": row["image"]} for row in rows

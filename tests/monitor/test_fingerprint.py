@@ -17,14 +17,15 @@ from minimind_v.core.source import source_digest
 
 CORE = Path(minimind_v.__file__).parent / "core"
 # What a run imports, and what nevertheless alters no number: it reports, checks, moves files or ends processes. Values
-# of the configuration and contents of inputs and extensions are compared by themselves; validation alone uses the
-# forward pass of evaluation.
+# of the configuration and contents of inputs and extensions are compared by themselves; measurements alone use
+# evaluation and generation.
 NEUTRAL = (
-    "config/", "curate/", "errors.py", "evaluate/forward.py", "extensions.py", "files.py", "formats/companions.py",
-    "formats/generations.py", "formats/gguf/", "formats/hf/differences.py", "formats/inputs.py", "hub/", "machine.py",
-    "monitor/", "outputs.py", "pages/", "paths.py", "processes.py", "signals.py", "source.py", "train/batch_size.py",
-    "train/forecast.py", "train/launch.py", "train/recall.py", "train/records.py", "train/run_folder.py",
-    "train/saver.py", "train/trial.py", "train/validate.py", "version.py", "wording.py",
+    "config/", "curate/", "data/picture_names.py", "data/processor.py", "errors.py", "evaluate/", "extensions.py",
+    "files.py", "formats/companions.py", "formats/generations.py", "formats/gguf/", "formats/hf/differences.py",
+    "formats/inputs.py", "generate/", "hub/", "machine.py", "monitor/", "outputs.py", "pages/", "paths.py",
+    "processes.py", "signals.py", "source.py", "train/batch_size.py", "train/evaluator.py", "train/forecast.py",
+    "train/launch.py", "train/recall.py", "train/records.py", "train/run_folder.py", "train/saver.py", "train/trial.py",
+    "train/validate.py", "version.py", "wording.py",
 )  # fmt: skip
 
 

@@ -76,6 +76,9 @@ def resolve(
         if "data.images" not in changes:
             changes["data.images"] = images_beside(changes["data.file"])
             sources["data.images"] = "found beside data.file"
+    if "eval_data" in changes and "eval_images" not in changes and changes["eval_data"]:
+        changes["eval_images"] = images_beside(Path(changes["eval_data"]))
+        sources["eval_images"] = "found beside eval_data"
     preset = changes.pop("preset", STANDARD_PRESET)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(f"preset {preset!r} must be one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")

@@ -16,6 +16,7 @@ STAGES = ("pretrain", "sft")
 DTYPES = ("auto", "float32", "bfloat16")
 FEATURES = ("off", "auto", "exact", "int8")
 MOST_WORKERS = 16  # data workers without --workers: more than any of today's GPUs needs
+VALIDATION = "validation"  # in place of a metric's name
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 # The largest sizes of a language model, ten times those of any that this system trains: a file or a configuration with
 # more is refused before memory is taken. `limits` checks whether this machine can hold them together.
@@ -244,6 +245,12 @@ class RunConfig:
     log_every: int = 20
     val_every: int = 0  # steps between two validations on held-out rows; 0: all rows are training rows
     val_rows: int = 256  # held-out rows, at most a tenth of all
+    eval_every: int = 0  # steps between two evaluations by a task, also before the first and after the last; 0: none
+    eval_task: str | None = None  # a name, or a YAML file
+    eval_data: Path | None = None  # its questions
+    eval_images: Path | None = None  # their pictures
+    eval_limit: int = 200  # questions, the same ones each time
+    best_by: str | None = None  # the best weights: VALIDATION, or a metric of eval_task; none: VALIDATION
     until_right: bool = False  # end before the last epoch, after two in which every answer was predicted right
     recall_rows: int = 0  # rows of the data behind `init`, to measure what the run forgets; 0: not measured
     track: str = "none"  # a tracker: one of TRACKERS
@@ -254,9 +261,9 @@ class RunConfig:
         one_of("dtype", self.dtype, DTYPES)
         one_of("features", self.features, FEATURES)
         one_of("track", self.track, TRACKERS)
-        for flag in ("epochs", "accumulate", "gpus", "keep", "log_every", "val_rows"):
+        for flag in ("epochs", "accumulate", "gpus", "keep", "log_every", "val_rows", "eval_limit"):
             _option(flag, getattr(self, flag), 1)
-        for flag in ("max_steps", "save_every", "val_every", "recall_rows"):
+        for flag in ("max_steps", "save_every", "val_every", "recall_rows", "eval_every"):
             _option(flag, getattr(self, flag), 0)
         if self.save_minutes and not self.save_minutes >= 1:
             raise UsageError(f"--save-minutes must be at least 1, or 0 for never, not {self.save_minutes:g}")
@@ -269,6 +276,26 @@ class RunConfig:
             raise UsageError(f"weight_decay must be at least 0 and below 1, not {self.weight_decay:g}")
         if not self.grad_clip > 0:
             raise UsageError(f"grad_clip must be above 0 (.inf: no clipping), not {self.grad_clip:g}")
+
+    def check_evaluation(self) -> None:
+        """Raises UsageError for options of an evaluation or of the best weights that lack another option."""
+        options = {"--eval-task": self.eval_task, "--eval-data": self.eval_data}
+        missing = [flag for flag, value in options.items() if value is None]
+        if self.eval_every and missing:
+            raise UsageError(f"--eval-every needs {' and '.join(missing)}")
+        given = [flag for flag in options if flag not in missing] or ["--eval-images"] * (self.eval_images is not None)
+        if given and not self.eval_every:
+            raise UsageError(f"{' and '.join(given)} without --eval-every: give the steps between two evaluations")
+        if self.best_by and not (self.val_every if self.best_by == VALIDATION else self.eval_every):
+            raise UsageError(
+                f"--best-by {self.best_by} needs --{'val' if self.best_by == VALIDATION else 'eval'}-every: "
+                f"{VALIDATION} is the loss on held-out rows, other names are metrics of --eval-task"
+            )
+
+    @property
+    def best_by_validation(self) -> bool:
+        """Whether the best weights are those with the lowest loss on held-out rows."""
+        return bool(self.val_every) and self.best_by in (None, VALIDATION)
 
 
 def _at_least(name: str, value: float, least: int) -> None:

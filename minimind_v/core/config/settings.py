@@ -41,6 +41,11 @@ class _Loader(yaml.SafeLoader):
     }
 
 
+def is_settings(name: str) -> bool:
+    """Whether a name is that of a YAML file."""
+    return name.endswith((".yaml", ".yml"))
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The values of a YAML file by dotted key. Raises MissingInput for no file, UsageError for one that is no YAML."""
     settings: dict[str, Any] = {}

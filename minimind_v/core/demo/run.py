@@ -35,6 +35,7 @@ from minimind_v.core.generate.session import Session
 from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.monitor.metrics import Listener, read_metrics
 from minimind_v.core.pages.demo_report import Sample, write_report
+from minimind_v.core.pages.run_report import read_run
 from minimind_v.core.paths import DATASET_DIR, OUT_DIR
 from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
@@ -55,6 +56,8 @@ class Size:
 
 FULL = Size()
 SHORT = Size(pretrain_rows=1200, sft_rows=1500, test_rows=300)  # for tests; less accurate
+BATCH = 16  # rows of a step
+EVALUATIONS = 3  # evaluations during pretraining, besides the one before it
 PICTURES = "pictures"  # the folder of the picture files
 EXAMPLE = "star"  # the picture of the example question
 
@@ -112,7 +115,7 @@ class Demo:
         self._note_weights()
         summary = self._summary(before, after, answer, time.perf_counter() - started)
         write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        write_report(self.out / "report.html", summary, self._curves(), samples, world.knows())
+        write_report(self.out / "report.html", summary, self._curves(), self._use_of_images(), samples, world.knows())
         return summary
 
     def _stage(self, name: str, title: str, command: str, work: Callable[[], Any]) -> Any:
@@ -175,8 +178,15 @@ class Demo:
         return [text for flag, value in options for text in (f"--{flag.replace('_', '-')}", value)]
 
     def _options(self, stage: str) -> dict[str, Any]:
-        data = self.dataset
+        data, evaluation = self.dataset, dict[str, Any]()
         before = "lm" if stage == "pretrain" else "pretrain"
+        if stage == "pretrain":  # it teaches the model to use images
+            evaluation = {
+                "eval_every": -(-self.size.pretrain_rows // BATCH // EVALUATIONS),
+                "eval_task": "vqa",
+                "eval_data": data / "heldout_pairs_data.jsonl",
+                "eval_limit": 40,
+            }
         return {
             "preset": self.demo.preset,
             "data": data / f"{stage}_data.jsonl",
@@ -187,11 +197,12 @@ class Demo:
             "out": self.runs,
             "features": "off",  # each image is encoded once, and a cache would take 300 MB
             "epochs": 1,
-            "batch_size": 16,
+            "batch_size": BATCH,
             "lr": self.size.pretrain_lr if stage == "pretrain" else self.size.sft_lr,
             "log_every": 10,
             "seed": self.seed,
             "device": "cpu",
+            **evaluation,
         }
 
     def _train(self, stage: str) -> None:
@@ -242,6 +253,10 @@ class Demo:
             records = read_metrics(self.weights[stage].with_suffix("") / "metrics.jsonl")
             curves[stage] = [(record["step"], record["loss"]) for record in records]
         return curves
+
+    def _use_of_images(self) -> list[dict[str, Any]]:
+        """The evaluations during pretraining."""
+        return next(iter(read_run(self.weights["pretrain"].with_suffix("")).evaluations.values()), [])
 
     def _summary(
         self, before: dict[str, Scores], after: dict[str, Scores], answer: str, seconds: float

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind_v.core.config.settings import read_settings
+from minimind_v.core.config.settings import is_settings, read_settings
 from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 from minimind_v.core.data.images import blank_pixels, load_pixels
@@ -88,7 +88,7 @@ class ChosenTask:
 
 def choose_task(name: str) -> ChosenTask:
     """The task of this name, or of a YAML file with a `task`. Raises UsageError or MissingInput."""
-    if not name.endswith((".yaml", ".yml")):
+    if not is_settings(name):
         return ChosenTask(_find(name, name)(name, {}), name, {})
     path = Path(name)
     if lmms.is_theirs(path):
@@ -141,25 +141,30 @@ class Evaluation:
     thumbnails: Thumbnails
 
 
-def evaluate_task(
+@dataclass(frozen=True)
+class Prepared:
+    """What one or several evaluations of a model ask: the questions, and the features of their images."""
+
+    rows: RowStore
+    limit: int | None
+    plan: Plan
+    images: Images
+    features: Features
+
+
+def prepare(
     loaded: LoadedModel,
     chosen: ChosenTask,
     rows: RowStore,
-    out: Path | None = None,
-    root: Path = OUT_DIR,
     limit: int | None = None,
     dtype: str = "auto",
     memory: FeatureCache | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Evaluation:
-    """Measure a model, and write `predictions.jsonl`, `report.json` and thumbnails into the folder `out`.
+) -> Prepared:
+    """Read the questions and decode their images; `memory` has features that were encoded before.
 
-    Without `out` each evaluation has a folder of its own in `eval` below `root`. `memory` has features that were
-    encoded before. An evaluation that was interrupted is resumed. Raises DataError where no question can be measured,
-    UsageError for a folder with other files, RunError where it cannot be written.
+    The weights of the language model may change between two evaluations. Raises DataError where no question can be
+    measured.
     """
-    if out is not None:
-        _keep_others(out)
     task, tokenizer = chosen.task, loaded.tokenizer
     prompts = PromptEncoder(tokenizer, loaded.model.spec.tokens_per_image)
 
@@ -178,11 +183,47 @@ def evaluate_task(
 
     images = Images(loaded, dtype, memory)
     plan = plan_questions(rows, task, limit, check, images.decode)
-    features = Features(lambda digest: images.encode(digest, rows, plan))
+    return Prepared(rows, limit, plan, images, Features(lambda digest: images.encode(digest, rows, plan)))
+
+
+def evaluate_task(
+    loaded: LoadedModel,
+    chosen: ChosenTask,
+    rows: RowStore,
+    out: Path | None = None,
+    root: Path = OUT_DIR,
+    limit: int | None = None,
+    dtype: str = "auto",
+    memory: FeatureCache | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Evaluation:
+    """Measure a model: `prepare` its questions, and `measure`."""
+    if out is not None:
+        _keep_others(out)
+    return measure(loaded, chosen, prepare(loaded, chosen, rows, limit, dtype, memory), out, root, dtype, progress)
+
+
+def measure(
+    loaded: LoadedModel,
+    chosen: ChosenTask,
+    prepared: Prepared,
+    out: Path | None = None,
+    root: Path = OUT_DIR,
+    dtype: str = "auto",
+    progress: Progress = lambda done, total: None,
+) -> Evaluation:
+    """Measure a model, and write `predictions.jsonl`, `report.json` and thumbnails into the folder `out`.
+
+    Without `out` each evaluation has a folder of its own in `eval` below `root`. An evaluation that was interrupted is
+    resumed. Raises UsageError for a folder with other files, RunError where it cannot be written.
+    """
+    if out is not None:
+        _keep_others(out)
+    task, rows, plan = chosen.task, prepared.rows, prepared.plan
     guesses = [truth for question in plan.questions for truth in question.truths]
-    answering = Answering(loaded.model, tokenizer, features, guesses, dtype)
+    answering = Answering(loaded.model, loaded.tokenizer, prepared.features, guesses, dtype)
     origin = _origin(loaded, guesses, dtype)
-    folder = out or _folder(root, loaded, task, rows, origin, limit)
+    folder = out or _folder(root, loaded, task, rows, origin, prepared.limit)
     with disk_errors(folder, "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / PREDICTIONS):
@@ -193,7 +234,7 @@ def evaluate_task(
             replies.close()
         lines = lines_of(plan, chosen.base, verdicts)
         report, sheets = _report(loaded, rows, task, plan, lines, folder), sheets_of(lines)
-        thumbnails = _thumbnails(images, rows, plan, sheets)
+        thumbnails = _thumbnails(prepared.images, rows, plan, sheets)
         write_text(folder / PREDICTIONS, "".join(f"{as_json(line)}\n" for line in lines))
         write_text(folder / REPORT, f"{json.dumps(report, ensure_ascii=False, indent=1)}\n")
         write_thumbnails(folder, thumbnails)

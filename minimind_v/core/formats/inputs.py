@@ -10,6 +10,7 @@ from minimind_v.core.config.generation import V2025, V2026, generation_of
 from minimind_v.core.config.presets import name_preset, weights_name
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.config.settings import is_settings, read_settings
 from minimind_v.core.data.tokenizer import find_tokenizer
 from minimind_v.core.errors import MissingInput, MmvError, open_all
 from minimind_v.core.formats.generations import open_spec, open_tokenizer
@@ -21,7 +22,8 @@ from minimind_v.core.rows.stores import find_rows
 
 
 def find_inputs(config: RunConfig) -> None:
-    """Raises one MissingInput for all missing inputs of a run, or WeightsError for a mix of generations."""
+    """Raises one MissingInput for all missing inputs of a run, WeightsError for a mix of generations, or UsageError."""
+    config.check_evaluation()
     generation, init = generation_of(config.model), config.init
     weights = weights_at(init) if init and init != NO_INIT and init.exists() else None
     try:
@@ -31,6 +33,9 @@ def find_inputs(config: RunConfig) -> None:
             lambda: find_rows(config.data.file),
             lambda: find_pictures(config.data.images),
             lambda: find_init(config),
+            lambda: find_rows(config.eval_data) if config.eval_data else None,
+            lambda: find_pictures(config.eval_images),
+            lambda: read_settings(Path(config.eval_task or "")) if is_settings(config.eval_task or "") else None,
         )
     except MmvError:
         _check_generation(config)  # weights of the other generation are reported before their vision model

@@ -29,6 +29,7 @@ WHOLE = 1 << 30  # bytes up to which a file is read whole for its fingerprint; o
 # their number is not, and has its own key.
 FREE = {"out", "device", "gpus", "save_every", "save_minutes", "keep", "log_every", "recall_rows", "data.workers"}
 FREE |= {"data.bad_rows", "data.batch_size", "accumulate", "features_dir", "track"}
+FREE |= {"eval_every", "eval_task", "eval_data", "eval_images", "eval_limit", "best_by"}
 # Packages and modules of core that decide the numbers of a run: after a change of what they compute, a resume is
 # refused. The other imports of a run (a test computes them) report, check or move files.
 DECIDING = (
@@ -38,7 +39,7 @@ DECIDING = (
     "train/loop.py", "train/progress.py", "train/resume.py", "train/run.py", "train/step.py", "config/freeze.py",
     "config/generation.py", "config/schedule.py", "cpu_sharing.py", "device.py",
 )  # fmt: skip
-OTHERS = {"rows/writers.py", "data/picture_names.py", "data/processor.py"}  # no run imports these
+OTHERS = {"rows/writers.py", "data/picture_names.py", "data/processor.py"}  # no step imports these
 # Keys that earlier releases did not record, with the values that these had.
 ADDED = {
     "projector": LINEAR,

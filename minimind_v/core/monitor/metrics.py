@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind_v.core.errors import DataError, MissingInput, RunError
 from minimind_v.core.files import write_text
-from minimind_v.core.monitor.records import LONGEST, LOSS, read_records
+from minimind_v.core.monitor.records import INTERVAL, LONGEST, LOSS, read_records
 
 if TYPE_CHECKING:
     from minimind_v.core.data.batch import Batch
@@ -49,7 +49,71 @@ class Validation:
     token_accuracy: float  # share of the supervised tokens that were the likeliest
     swapped_loss: float | None  # with the images of other rows; None where the rows have no images
     rows: int
-    best: bool = False  # lower than at every validation before
+    best: bool = False  # its weights are the best of the run until then
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The figures of a task for the weights of a step, as `report.json` of an evaluation has them."""
+
+    step: int
+    task: str
+    data: str
+    rows: int  # questions
+    pictures: int
+    metric: str  # the task's main one, with the images:
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    blank: float | None  # the same with blank images
+    visual_gain: dict[str, dict[str, float | None]]  # value and interval by what replaces the images
+    metrics: list[dict[str, Any]]
+    predictions: str  # the file
+    seconds: float
+    best: bool = False  # its weights are the best of the run until then
+
+    @property
+    def gain(self) -> dict[str, float | None]:
+        """What the images add to the metric, with its interval; no values where no question has an image."""
+        return self.visual_gain["blank"]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Value, value with blank images and gain by their names, those that are known."""
+        figures = {self.metric: self.value, f"{self.metric}_blank": self.blank, "visual_gain": self.gain["value"]}
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+def describe_scores(scores: TaskScores) -> str:
+    """The figures in words: `vqa 0.41 [0.35, 0.47], blank 0.29, gain 0.12 [0.05, 0.19]`."""
+    blank = "" if scores.blank is None else f", blank {scores.blank:.3g}"
+    main, gain = interval(vars(scores)), interval(scores.gain)
+    return f"{scores.metric} {main or 'unknown'}{blank}" + (f", gain {gain}" if gain else "")
+
+
+def interval(figure: Mapping[str, Any]) -> str:
+    """A value with its interval: `0.41 [0.35, 0.47]`; empty without a value."""
+    value, *ends = (None if figure[key] is None else f"{figure[key]:.3g}" for key in INTERVAL)
+    return "" if value is None else value if None in ends else f"{value} [{', '.join(map(str, ends))}]"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The weights that are kept as the best of a run: their step, and the value that decided."""
+
+    step: int
+    by: str  # what was measured
+    value: float
+    lower_is_better: bool = True
+
+    def beats(self, other: Best | None) -> bool:
+        """Whether these are better; weights that were chosen by anything else do not count."""
+        if other is None or other.by != self.by:
+            return True
+        return self.value < other.value if self.lower_is_better else self.value > other.value
+
+    def __str__(self) -> str:
+        return f"of step {self.step} ({self.by}: {self.value:.4f})"
 
 
 @dataclass(frozen=True)
@@ -79,6 +143,9 @@ class Listener:
 
     def validated(self, result: Validation) -> None:
         """Held-out rows were measured."""
+
+    def evaluated(self, scores: TaskScores) -> None:
+        """The weights were measured by a task."""
 
     def saved(self, step: int) -> None:
         """Weights and state of this step are on the disk."""

@@ -16,10 +16,19 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import peak_memory
 from minimind_v.core.errors import RunError
 from minimind_v.core.monitor.diagnostics import Diagnostics, Start
-from minimind_v.core.monitor.metrics import JsonLines, Listener, Recalled, StepMetrics, Validation, read_lines
+from minimind_v.core.monitor.metrics import (
+    Best,
+    JsonLines,
+    Listener,
+    Recalled,
+    StepMetrics,
+    TaskScores,
+    Validation,
+    read_lines,
+)
 from minimind_v.core.monitor.trackers import Tracker
 
-Kept = TypeVar("Kept", Validation, Recalled)
+Kept = TypeVar("Kept", Validation, Recalled, Best)
 
 
 class Recorder(Listener):
@@ -29,7 +38,8 @@ class Recorder(Listener):
         """`path` is written from `begin` on; earlier events wait until then."""
         self.path, self.listener = path, listener
         self.diagnostics: Diagnostics | None = None
-        self.best: Validation | None = None
+        self.best: Best | None = None
+        self.evaluated_step: int | None = None  # of the last evaluation by a task
         self.recalled: dict[str, Recalled] = {}  # by `before`, `after`, `own`
         self._tracker: Tracker | None = None
         self._file: JsonLines | None = None
@@ -43,8 +53,9 @@ class Recorder(Listener):
         events = list(read_lines(self.path))
         rules = [event["sign"] for event in events if "sign" in event]
         validations = [_restored(Validation, event["validation"]) for event in events if "validation" in event]
-        self.best = min(validations, key=lambda validation: validation.loss, default=None)
         for event in events:
+            self.best = _restored(Best, event["best"]) if "best" in event else self.best
+            self.evaluated_step = event["step"] if "evaluation" in event else self.evaluated_step
             self.recalled |= {when: _restored(Recalled, rows) for when, rows in event.get("recalled", {}).items()}
         self.diagnostics = Diagnostics(start, rules, validations)
         self._step = start.done
@@ -80,8 +91,6 @@ class Recorder(Listener):
             self._track(tracked(metrics))
 
     def validated(self, result: Validation) -> None:
-        if result.best:
-            self.best = result
         self._keep(validation=asdict(result))
         self.listener.validated(result)
         if self.diagnostics:
@@ -90,6 +99,16 @@ class Recorder(Listener):
             swapped = {} if result.swapped_loss is None else {"validation/swapped_loss": result.swapped_loss}
             accuracy = {"validation/token_accuracy": result.token_accuracy}
             self._track({"validation/loss": result.loss} | accuracy | swapped)
+
+    def evaluated(self, scores: TaskScores) -> None:
+        self._keep(evaluation=asdict(scores))
+        self.listener.evaluated(scores)
+        if self._tracker:
+            self._track({f"evaluation/{name}": value for name, value in scores.figures.items()})
+
+    def keep_best(self, best: Best) -> None:
+        """Note which weights are kept as the best."""
+        self._keep(best=asdict(best))
 
     def saved(self, step: int) -> None:
         self.listener.saved(step)

@@ -21,6 +21,8 @@ MEASURED = ("loss", "token_accuracy", "lr", "grad_norm", "swapped_loss")  # they
 LOSS = ("loss",)  # keys of a logged step
 REPORTED = ("loss", "samples", "seconds")  # keys that a report needs
 RECALLED = ("rows", "loss", "token_accuracy")
+EVALUATIONS = "evaluations.jsonl"  # in a run folder: the lines of `mmv eval --watch`
+INTERVAL = ("value", "ci_low", "ci_high")
 
 
 def read_records(
@@ -120,6 +122,9 @@ def _trouble(record: dict[str, Any], needed: tuple[str, ...]) -> str:
             return f"{name} is {_shown(measured)}"
         if name in record and (trouble := _of_numbers(measured, kind)):
             return f"{name}: {trouble}"
+    for name, check in (("evaluation", _of_evaluation), ("best", _of_best)):
+        if name in record and (trouble := check(record[name]) if isinstance(record[name], dict) else "no mapping"):
+            return f"{name}: {trouble}"
     for when, rows in record.get("recalled", {}).items():
         if not isinstance(rows, dict) or not isinstance(rows.get("data"), str):
             return f"recalled.{when} is {_shown(rows)}"
@@ -138,6 +143,27 @@ def _of_numbers(record: dict[str, Any], required: tuple[str, ...]) -> str:
         if not absent and not is_number(value, finite=key in COUNTS):
             return f"{key} is {_shown(value)}"
     return ""
+
+
+def _of_evaluation(measured: dict[str, Any]) -> str:
+    gains = measured.get("visual_gain")
+    gain = gains.get("blank") if isinstance(gains, dict) else None
+    if not isinstance(gain, dict):
+        return "no visual_gain over blank"
+    for key in ("task", "metric", "data"):
+        if not isinstance(measured.get(key), str):
+            return f"{key} is {_shown(measured.get(key))}"
+    for figures, keys in ((measured, (*INTERVAL, "blank")), (gain, INTERVAL)):
+        for key in keys:
+            if key not in figures or not (figures[key] is None or is_number(figures[key])):
+                return f"{key} is {_shown(figures[key])}" if key in figures else f"no {key}"
+    return ""
+
+
+def _of_best(best: dict[str, Any]) -> str:
+    numbers = [best.get("step"), best.get("value")]
+    usable = all(map(is_number, numbers)) and isinstance(best.get("by"), str)
+    return "" if usable else "no step, value and measure"
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import curves as draw
+from minimind_v.core.pages.run_report import image_gains
 from minimind_v.core.rows.cells import data_uri
 
 
@@ -36,10 +37,14 @@ def write_report(
     path: Path,
     summary: dict[str, Any],
     curves: dict[str, list[tuple[int, float]]],
+    evaluations: list[dict[str, Any]],
     samples: list[Sample],
     about: str,
 ) -> None:
-    """Write the page atomically, as one self-contained file. `about` describes what the model understands."""
+    """Write the page atomically, as one self-contained file.
+
+    `evaluations` are those of pretraining; `about` describes what the model understands.
+    """
     shares = {
         "correct on new scenes": summary["accuracy_heldout_scenes"],
         "correct on new shape-colour pairs": summary["accuracy_heldout_pairs"],
@@ -49,6 +54,8 @@ def write_report(
     plots = "".join(
         f"<h2>Loss of {escape(stage)}</h2>{draw({'loss': list(points)})}" for stage, points in curves.items()
     )
+    heading = "When does it begin to look? New pairs, during pretraining"
+    looks = image_gains(heading, evaluations) if evaluations else ""  # a full disk costs them
     half = len(samples) // 2
     sheets = "".join(
         f"<h3>{title}</h3><div class='sheet'>{''.join(map(_card, cards))}</div>"
@@ -65,6 +72,7 @@ def write_report(
         f"{escape(summary['machine'])}. An answer is correct if it equals the expected answer exactly.</p>"
         f"<p>{escape(about)}</p>"
         f"{figures({name: f'{share:.1%}' for name, share in shares.items()})}{plots}"
+        f"{looks}"
         f'<h2>By kind of question</h2><div class="wide"><table>'
         f"<tr><th>question</th><th>new scenes</th><th>new pairs</th></tr>{kinds}</table></div>"
         f"<h2>Held-out images, with questions and answers</h2>"

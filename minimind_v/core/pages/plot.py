@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from types import MappingProxyType
 
 WIDTH, HEIGHT = 1000, 100  # of the drawing, before it is stretched
 POINTS = 400  # of a curve at most; the mean of neighbours replaces them if there are more
@@ -14,15 +15,20 @@ COLOURS = ("var(--accent)", "#d9685d", "#35a35c", "#d98a2b")
 GRID = 4  # steps of the vertical axis, at most
 
 Points = list[tuple[float, float]]
+Band = list[tuple[float, float, float]]
 
 
-def curves(series: dict[str, Points]) -> str:
-    """Curves of (step, y) by name, without infinite values, on one axis from 0; a legend if there are several."""
+def curves(series: dict[str, Points], bands: Mapping[str, Band] = MappingProxyType({})) -> str:
+    """Curves of (step, y) by name, without infinite values, on one axis from 0; a legend if there are several.
+
+    `bands` has (step, low, high) of the intervals around a curve.
+    """
     finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
     shown = {name: thin(points) for name, points in finite.items() if points}
     if not shown:
         return '<p class="dim">no data</p>'
-    xs, ys = zip(*(point for points in shown.values() for point in points), strict=True)
+    ends = [(x, y) for name in shown for x, low, high in bands.get(name, ()) for y in (low, high)]
+    xs, ys = zip(*(point for points in (*shown.values(), ends) for point in points), strict=True)
     x_low, x_high, ticks = min(xs), max(xs), axis(min(0.0, *ys), max(ys))
 
     def position(x: float, y: float) -> str:
@@ -30,7 +36,11 @@ def curves(series: dict[str, Points]) -> str:
         return f"{across * WIDTH:.1f},{HEIGHT * (ticks[-1] - y) / (ticks[-1] - ticks[0]):.2f}"
 
     lines = []
-    for colour, points in zip(COLOURS * len(shown), shown.values(), strict=False):
+    for colour, (name, points) in zip(COLOURS * len(shown), shown.items(), strict=False):
+        if band := bands.get(name):
+            around = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
+            corners = " ".join(position(*corner) for corner in around)
+            lines.append(f'<polygon points="{corners}" style="fill:{colour}"/>')
         kind = ' class="point"' if len(points) == 1 else ""  # a line of length 0, with round ends
         positions = " ".join(position(*point) for point in points * (2 if len(points) == 1 else 1))
         lines.append(f'<polyline{kind} points="{positions}" style="stroke:{colour}"/>')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any
 from minimind_v.core.errors import DataError, MissingInput
 from minimind_v.core.files import object_in
 from minimind_v.core.monitor.metrics import read_lines, read_metrics
-from minimind_v.core.monitor.records import REPORTED, flatten, read_part
+from minimind_v.core.monitor.records import EVALUATIONS, REPORTED, flatten, read_part
 from minimind_v.core.pages.frame import figures, page, write_page
-from minimind_v.core.pages.plot import Points, curves
+from minimind_v.core.pages.plot import Band, Points, curves
 from minimind_v.core.wording import plural
 
 SHOWN = 5  # damaged records that are listed one by one
@@ -43,6 +43,17 @@ class RunRecords:
     manifest: dict[str, Any]
     forecast: dict[str, Any]
     damaged: list[str]  # `file:line: problem` of each unreadable record
+    watched: list[dict[str, Any]] = field(default_factory=list)  # events of `mmv eval --watch`
+
+    @property
+    def evaluations(self) -> dict[str, list[dict[str, Any]]]:
+        """Evaluations by a task, the last of each step, in the order of the steps; by what was measured."""
+        by_step: dict[str, dict[int, dict[str, Any]]] = {}
+        for event in (*self.events, *self.watched):
+            if scores := event.get("evaluation"):
+                title = f"{scores['task']} on {scores['data']}"
+                by_step.setdefault(title, {})[event["step"]] = scores | {"step": event["step"]}
+        return {title: [own[step] for step in sorted(own)] for title, own in by_step.items()}
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -87,7 +98,8 @@ def read_run(folder: Path) -> RunRecords:
     events = list(read_lines(folder / "events.jsonl", damaged.append))
     manifest = read_part(folder / "manifest.json", MANIFEST, damaged.append)
     forecast = read_part(folder / "forecast.json", FORECAST, damaged.append)
-    return RunRecords(folder, metrics, events, manifest, forecast, damaged)
+    watched = list(read_lines(folder / EVALUATIONS, damaged.append))
+    return RunRecords(folder, metrics, events, manifest, forecast, damaged, watched)
 
 
 def write_report(folder: Path, warn: Callable[[str], object] = lambda _: None) -> Path:
@@ -113,7 +125,7 @@ def report_page(run: RunRecords) -> str:
     body = (
         f'<h1>{escape(title)}</h1><p class="dim">{last["step"]:,} of {last.get("steps", 0):,} steps, {how}, epoch '
         f"{last.get('epoch', 0):.2f}; <code>{escape(str(run.folder))}</code></p>"
-        f"{_figures(run)}{_damaged(run)}{_warnings(run)}{_recalled(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
+        f"{_figures(run)}{_damaged(run)}{_warnings(run)}{_recalled(run)}{_evaluations(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
     )
     return page(f"{title} — report", body, "plot", "run_report")
 
@@ -165,6 +177,45 @@ def _recalled(run: RunRecords) -> str:
     note = "" if "after" in run.recalled else "<p>How much the model has forgotten was not measured.</p>"
     head = "<tr><th></th><th>rows</th><th>token accuracy</th><th>loss</th></tr>"
     return f"<section><h2>Learnt and kept</h2>{f'<table>{head}{rows}</table>' if rows else ''}{note}</section>"
+
+
+def _evaluations(run: RunRecords) -> str:
+    """What the images add, over the steps."""
+    return "".join(image_gains(f"Does it look? {title}", scores) for title, scores in run.evaluations.items())
+
+
+def image_gains(heading: str, scores: list[dict[str, Any]]) -> str:
+    """A section with the metric with and without images, and the gain, over the steps of a run's evaluations."""
+    gains = [score["visual_gain"]["blank"] | {"step": score["step"]} for score in scores]
+    metric = escape(scores[0]["metric"])
+    with_image = curves(
+        {"with its image": _points(scores, "value"), "with a blank image": _points(scores, "blank")},
+        {"with its image": _band(scores)},
+    )
+    gain = curves({"gain": _points(gains, "value")}, {"gain": _band(gains)})
+    return (
+        f"<section><h2>{escape(heading)}</h2><p>{_first_gain(gains)}</p>"
+        f'<div class="cols"><div><h3>{metric}</h3>{with_image}</div>'
+        f"<div><h3>Gain by the image, in {metric}</h3>{gain}</div></div>"
+        f'<p class="dim">Shaded: 95 % intervals over images. Where that of the gain contains 0, the data do not '
+        f"show that the model uses its images.</p></section>"
+    )
+
+
+def _first_gain(gains: list[dict[str, Any]]) -> str:
+    """From which step on all intervals of the gain are above 0."""
+    shows = [gain["ci_low"] is not None and gain["ci_low"] > 0 for gain in gains]
+    since = next((n for n in range(len(gains)) if all(shows[n:])), None)
+    if since is None:
+        return "These evaluations do not show that the model uses its images."
+    begins = "From the first evaluation on" if not since else "From this step on"
+    return f"{begins} the model uses its images: <b>step {gains[since]['step']:,}</b>."
+
+
+def _band(figures: list[dict[str, Any]]) -> Band:
+    """The intervals of figures that have one."""
+    ends = [(figure["step"], figure["ci_low"], figure["ci_high"]) for figure in figures]
+    return [(step, low, high) for step, low, high in ends if low is not None and high is not None]
 
 
 def _curves(run: RunRecords) -> str:

@@ -156,14 +156,14 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as out:
         few = replace(
             config, out=Path(out), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
-            recall_rows=0, track="none", gpus=1,
+            recall_rows=0, track="none", gpus=1, eval_every=0,
             max_steps=min(steps, max(first, max(WARM.values()) + ENOUGH)),
         )  # fmt: skip
         watch.run = run = assemble(few, watch)
         run.run()
         folder = RunFolder(few)
         state = sum(path.stat().st_size for path in folder.states.paths())
-        best = folder.weights.stat().st_size if config.val_every else 0
+        best = folder.weights.stat().st_size if config.val_every or config.best_by else 0
         saves = -(-steps // config.save_every) if config.save_every else 1
         memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
         if steps > first and run.train_step.features.store is not None:

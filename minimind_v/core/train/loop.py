@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
+from typing import TYPE_CHECKING
 
 from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.loader import BatchPlan, load_steps
-from minimind_v.core.errors import DataError
+from minimind_v.core.errors import DataError, MmvError
 from minimind_v.core.monitor.messages import announcement, before_the_start, explained
-from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
+from minimind_v.core.monitor.metrics import Best, Listener, StepMetrics
 from minimind_v.core.signals import StopRequest
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.progress import Progress, StepRows
@@ -28,6 +29,9 @@ from minimind_v.core.train.saver import Saver
 from minimind_v.core.train.step import PendingStep, TrainStep
 from minimind_v.core.train.validate import Validator
 
+if TYPE_CHECKING:
+    from minimind_v.core.train.evaluator import Evaluator
+
 RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers wrong again
 
 
@@ -36,6 +40,7 @@ class Summary:
     """The end of a run."""
 
     weights: Path
+    best_weights: Path
     metrics: Path
     steps: int
     stopped_by: Signals | None  # None: the run reached its end
@@ -44,6 +49,7 @@ class Summary:
     notes: dict[str, int]  # rows that are read in another way than they are written, of
     rows: int  # of the set that were read
     bad_steps: int  # skipped, since loss or gradient was not finite
+    best: Best | None  # of the weights in `best_weights`
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Launched:
 
 @dataclass
 class Run:
-    """A run, ready to train. The leading process alone has a saver, records and a recall report."""
+    """A run, ready to train. The leading process alone has a saver, records, a recall report and an evaluator."""
 
     config: RunConfig
     plan: BatchPlan
@@ -70,11 +76,12 @@ class Run:
     saver: Saver | None = None
     records: Records | None = None
     recall: RecallReport | None = None
+    evaluator: Evaluator | None = None
 
     def __post_init__(self) -> None:
         self.total = min(len(self.plan), self.config.max_steps or len(self.plan))
         self.progress = Progress(self.config, self.plan, self.listener, self.world)
-        self.best: Validation | None = None
+        self.best: Best | None = None
         self.stopped_by: Signals | None = None
         self._launched: Launched | None = None  # the last step, until its result is read
 
@@ -118,7 +125,10 @@ class Run:
         return self._summary()
 
     def _loop(self) -> None:
-        for step, batches in enumerate(self._batches(), self.progress.done + 1):
+        begun = self.progress.done
+        if self._evaluates_at(begun) and self.records and self.records.evaluated_step != begun:
+            self._evaluate()  # before the first step, or where an interruption came before it
+        for step, batches in enumerate(self._batches(), begun + 1):
             launched = self._launch(step, batches)
             self._finish()  # the step before, while a GPU does this one
             if launched is None:  # a signal came before the data
@@ -129,6 +139,8 @@ class Run:
             self._finish()
             if self.validator and self._validates(step):
                 self._validate(self.validator, step)
+            if self._evaluates_at(step):
+                self._evaluate()
             if self.saver and self._saves(step):
                 self.saver.save(step, self.progress.state())
             if self.world.size == 1:  # several must stop after the same step
@@ -141,7 +153,8 @@ class Run:
         ends_epoch = self.config.until_right and step % self.plan.steps_per_epoch == 0
         stops = step >= self.total or ends_epoch or self.stop.signal is not None
         # After a bad step the next one may end the run, and must then be the last that was launched.
-        return stops or self.progress.counts.skipped > 0 or self._validates(step) or self._saves(step)
+        stops = stops or self.progress.counts.skipped > 0
+        return stops or self._validates(step) or self._evaluates_at(step) or self._saves(step)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step in (1, self.total)
@@ -226,13 +239,43 @@ class Run:
 
     def _validate(self, validator: Validator, step: int) -> None:
         """Measure the held-out rows, and keep the weights if they are the best so far."""
-        result = validator(self.train_step.model, self.train_step.features.features, step, self.best)
+        result = validator(self.train_step.model, self.train_step.features.features, step)
         if result is None:
             return
-        self.best = result if result.best else self.best
-        self.listener.validated(result)
-        if result.best and self.saver:
-            self.saver.save_best(step)
+        best = Best(step, "loss on held-out rows", result.loss)
+        is_best = self.config.best_by_validation and best.beats(self.best)
+        self.listener.validated(replace(result, best=is_best))
+        if is_best:
+            self._keep_best(best)
+
+    def _evaluates_at(self, step: int) -> bool:
+        return self.evaluator is not None and (step % self.config.eval_every == 0 or step == self.total)
+
+    def _evaluate(self) -> None:
+        """Measure the weights by a task, and keep them if they are the best so far. Its time is not the run's.
+
+        It ends early where the run is asked to stop, and comes again after a resume. Several processes stop at the next
+        step together, so there it goes on.
+        """
+        assert self.evaluator is not None
+        begun, step = time.perf_counter(), self.progress.done
+        try:
+            scores = self.evaluator(step, lambda: self.world.size == 1 and self.stop.signal is not None)
+        except MmvError as error:
+            self.listener.warning(f"step {step}: not evaluated: {error}")
+        else:
+            if scores is not None:
+                best = self.evaluator.best_of(scores)
+                is_best = best is not None and best.beats(self.best)
+                self.listener.evaluated(replace(scores, best=is_best))
+                if best is not None and is_best:
+                    self._keep_best(best)
+        self._clock += time.perf_counter() - begun
+
+    def _keep_best(self, best: Best) -> None:
+        if self.saver and self.records and self.saver.save_best(best.step):
+            self.best = best
+            self.records.keep_best(best)
 
     def _end(self, save: bool) -> None:
         """Save and write the records, after a save that still runs."""
@@ -258,5 +301,16 @@ class Run:
 
     def _summary(self) -> Summary:
         folder, progress, counts = RunFolder(self.config), self.progress, self.progress.counts
-        rows = (progress.broken.kinds, counts.text_rows, counts.notes, progress.rows_read(progress.done))
-        return Summary(folder.weights, folder.metrics, progress.done, self.stopped_by, *rows, counts.bad)
+        return Summary(
+            folder.weights,
+            folder.best_weights,
+            folder.metrics,
+            progress.done,
+            self.stopped_by,
+            progress.broken.kinds,
+            counts.text_rows,
+            counts.notes,
+            progress.rows_read(progress.done),
+            counts.bad,
+            self.best,
+        )

@@ -69,7 +69,7 @@ class Recall:
 
     def __call__(self, train_step: TrainStep) -> Recalled | None:
         """Loss and token accuracy; None where no row can be used."""
-        result = self._validate(train_step.model, train_step.features.features, 0, None)
+        result = self._validate(train_step.model, train_step.features.features, 0)
         if result is None:
             return None
         return Recalled(self.name, result.rows, result.loss, result.token_accuracy)

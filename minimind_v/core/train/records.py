@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,8 +14,9 @@ from minimind_v.core.errors import MmvError, RunError
 from minimind_v.core.files import write_text
 from minimind_v.core.monitor.diagnostics import Start
 from minimind_v.core.monitor.manifest import write_manifest
-from minimind_v.core.monitor.metrics import JsonLines, Listener, StepMetrics, Validation
+from minimind_v.core.monitor.metrics import Best, JsonLines, Listener, StepMetrics
 from minimind_v.core.monitor.recorder import Recorder
+from minimind_v.core.monitor.records import EVALUATIONS
 from minimind_v.core.monitor.trackers import open_tracker
 from minimind_v.core.pages.run_report import write_report
 from minimind_v.core.train.run_folder import RunFolder
@@ -45,8 +47,8 @@ class Records:
         self.recorder, self.processes = recorder, processes
         self._begun = 0
 
-    def open(self, done: int) -> Validation | None:
-        """Start the records of a run, or resume them after `done` steps; returns the best validation until then."""
+    def open(self, done: int) -> Best | None:
+        """Start the records of a run, or resume them after `done` steps; returns the best weights until then."""
         config, folder, tracker = self.config, self.folder.folder, None
         self._begun = done
         if config.track != "none":
@@ -55,8 +57,9 @@ class Records:
         self._describe()
         if not done:  # those of an earlier run
             best = self.folder.best_weights
-            for path in (best, best.with_suffix(".json")):
+            for path in (best, best.with_suffix(".json"), self.folder.folder / EVALUATIONS):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(self.folder.evaluations, ignore_errors=True)
         self.recorder.begin(replace(self.start, done=done), tracker)
         self._metrics = JsonLines(self.folder.metrics, done)
         return self.recorder.best
@@ -70,6 +73,15 @@ class Records:
                     f"— check what else is missing in {self.config.out}"
                 )
                 self._describe()
+
+    def keep_best(self, best: Best) -> None:
+        """Note which weights are kept as the best."""
+        self.recorder.keep_best(best)
+
+    @property
+    def evaluated_step(self) -> int | None:
+        """The step of the last evaluation by a task."""
+        return self.recorder.evaluated_step
 
     def restore(self, done: int) -> None:
         """Write removed files again, so that the report at the end is true."""

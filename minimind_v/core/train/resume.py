@@ -56,6 +56,11 @@ class States:
         """The paths of all states, the newest first; they are not checked."""
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
 
+    @staticmethod
+    def step_of(path: Path) -> int:
+        """The step of a state."""
+        return int(path.name.split("-")[1])
+
     def write(self, step: int, tensors: Mapping[str, Tensor], progress: dict[str, Any], origin: dict[str, Any]) -> None:
         """Add a state, then delete the oldest. Raises RunError, and then deletes none."""
         meta = {"progress": json.dumps(progress), "origin": json.dumps(origin)}

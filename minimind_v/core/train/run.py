@@ -65,6 +65,11 @@ def assemble(
 
     `held` gets the lock of what the run writes, and releases it after the run; without `held` the run takes no lock.
     """
+    chosen = None
+    if config.eval_every:
+        from minimind_v.core.train.evaluator import Evaluator, choose_run_task
+
+        chosen = choose_run_task(config)
     folder = RunFolder(config)
     recorder = Recorder(folder.folder / "events.jsonl", listener)
     listener = recorder if world.leads else Listener()  # one process reports
@@ -99,6 +104,8 @@ def assemble(
         start = Start(config, loaded, bool(receipt.new), _same_tokenizer(config, claim), data.plan.rows)
         run.saver = Saver(config, folder, claim.origin, train_step, companions, listener)
         run.records = Records(config, folder, claim.origin, start, recorder, world.size)
+        if chosen:
+            run.evaluator = Evaluator(config, chosen, model, tokenizer, features, listener)
         if config.recall_rows:
             run.recall = RecallReport(config, data.plan, train_step, recorder, loaded, world.size)
     if claim.state is not None:

@@ -48,6 +48,7 @@ class RunFolder:
         self.best_weights = self.weights.with_name(f"{self.weights.stem}_best.pth")
         self.folder = self.weights.with_suffix("")  # all files of a run besides weights
         self.metrics = self.folder / "metrics.jsonl"
+        self.evaluations = self.folder / "eval"  # the predictions of each evaluation
         self.states = States(self.folder / "states", config.keep)
         self.rows = config.data.batch_size * config.accumulate  # of a step, per process
 

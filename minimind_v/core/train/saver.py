@@ -89,12 +89,14 @@ class Saver:
             raise RunError(f"{error} — {self.folder.next_step()}") from None
         self.listener.saved(progress["step"])
 
-    def save_best(self, step: int) -> None:
-        """Keep the weights of this step, the best so far."""
+    def save_best(self, step: int) -> bool:
+        """Keep the weights of this step as the best so far; returns whether that succeeded."""
         with errors_as_warnings(self.listener, step):
             model = self.train_step.model
             tensors = export_tensors(model)
             write_checkpoint(self.folder.best_weights, tensors, model.model_config, self.config.stage, self.companions)
+            return True
+        return False
 
     def report(self, wait: bool = False) -> None:
         """Report the end of the save in the background; without `wait`, only if it has ended.

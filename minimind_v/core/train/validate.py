@@ -33,7 +33,7 @@ class Validator:
         self.plan, self.dtype, self.gather, self.swapped = plan, dtype, gather, swapped
         self._batches: list[Batch] | None = None  # a few hundred rows: they stay
 
-    def __call__(self, model: VLM, encode: Encode, step: int, best: Validation | None) -> Validation | None:
+    def __call__(self, model: VLM, encode: Encode, step: int) -> Validation | None:
         """Loss and token accuracy after `step` steps; None where no held-out row can be used."""
         if self._batches is None:
             self._batches = [batch for batch in load_batches(self.plan, workers=0) if batch.supervised]
@@ -49,8 +49,7 @@ class Validator:
         if not supervised:
             return None
         mean, swapped_mean = loss / supervised, swapped / supervised if images else None
-        better = best is None or mean < best.loss
-        return Validation(step, mean, correct / supervised, swapped_mean, int(rows), better)
+        return Validation(step, mean, correct / supervised, swapped_mean, int(rows))
 
     @torch.no_grad()
     def _encoded(self, model: VLM, batch: Batch, encode: Encode) -> Batch:
