@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from minimind_v.core.model.vlm import VLM
 ROWS, TOKENS = 64, 16384  # of a pass, with all that its rows have read; fixed, so that no setting changes a digit
 GUESSES = 4  # passes for an answer before it is decoded token by token
 SHORT = 12  # tokens of the longest answer that is guessed
+FEW_PROMPTS = 4096  # prompts that are kept: many questions are asked about several images
 FEATURES = 512 * 2**20  # bytes of features that are kept
 
 
@@ -53,6 +55,7 @@ class Answering:
         """`guesses` are the true answers of all questions: what the model may say as well."""
         self.model, self.tokenizer, self.features, self.dtype = model.eval(), tokenizer, features, dtype
         self.prompts = PromptEncoder(tokenizer, model.spec.tokens_per_image)
+        self._prompt = lru_cache(FEW_PROMPTS)(partial(encode_prompt, self.prompts))
         self.context = min(CONTEXT, model.config.max_position_embeddings)
         counts = Counter(guesses)
         ordered = sorted(counts, key=lambda text: (-counts[text], text))
@@ -61,10 +64,14 @@ class Answering:
             for end in range(1, len(ids)):
                 self._next.setdefault(ids[:end], ids)
 
+    def replies(self, groups: Sequence[Sequence[Ask]]) -> Iterator[list[Reply]]:
+        """The replies to groups, one after another."""
+        return map(self.reply, groups)
+
     @torch.inference_mode()
     def reply(self, asks: Sequence[Ask]) -> list[Reply]:
         """The replies to asks, in their order. Raises RowError for a prompt that cannot be encoded."""
-        prompts = [encode_prompt(self.prompts, ask.messages, len(ask.images)) for ask in asks]
+        prompts = [self._prompt(ask.messages, len(ask.images)) for ask in asks]
         order = sorted(range(len(asks)), key=lambda n: (prompts[n].input_ids, asks[n].images, asks[n].key))
         replies: dict[int, Reply] = {}
         for reply in (self._answers, self._scores):

@@ -5,27 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.dataset import BrokenRow
-from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
-from minimind_v.core.data.images import blank_pixels, load_pixels
+from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.device import resolve_dtype
 from minimind_v.core.errors import RowError, UsageError, nearest
-from minimind_v.core.evaluate.answering import Answering, Features, encode_prompt
-from minimind_v.core.evaluate.ask import SEEN
-from minimind_v.core.evaluate.benchmarks import read_picture
+from minimind_v.core.evaluate.answering import encode_prompt
+from minimind_v.core.evaluate.ask import SEEN, Messages
+from minimind_v.core.evaluate.images import Images
 from minimind_v.core.evaluate.measure import (
-    BLANK_IMAGE,
     Plan,
     Progress,
     Replies,
@@ -37,6 +34,7 @@ from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.results import PREDICTIONS, by_variant, checks, kinds_of, lines_of, measured, visual_gain
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.evaluate.tasks.task import Task
+from minimind_v.core.evaluate.work import OpenModel, Work, answer_in_processes
 from minimind_v.core.extensions import extensions_digest
 from minimind_v.core.files import as_json, disk_errors, only_writer, write_text
 from minimind_v.core.formats.companions import tokenizer_digest
@@ -47,8 +45,7 @@ from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
 
 REPORT, REPLIES = "report.json", ".replies.jsonl"
-FEW_TEXTS = 4096  # answers whose numbers of tokens are kept
-PIXELS = 256 * 2**20  # bytes of decoded images that wait to be encoded
+FEW_TEXTS = 4096  # questions and answers whose numbers of tokens are kept
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
 
 
@@ -102,12 +99,14 @@ def evaluate_task(
     dtype: str = "auto",
     memory: FeatureCache | None = None,
     progress: Progress = lambda done, total: None,
+    models: Sequence[OpenModel] = (),
 ) -> Evaluation:
     """Measure a model, and write `predictions.jsonl` and `report.json` into the folder `out`.
 
     Without `out` each evaluation has a folder of its own in `eval` below `root`. `memory` has features that were
-    encoded before. An evaluation that was interrupted is resumed. Raises DataError where no question can be measured,
-    UsageError for a folder with other files, RunError where it cannot be written.
+    encoded before. An evaluation that was interrupted is resumed. Each of `models` is opened in a process of its own,
+    and these share the work; without any this process does it. Raises DataError where no question can be measured,
+    UsageError for a folder with other files, RunError where it cannot be written or a process was killed.
     """
     if out is not None:
         _keep_others(out)
@@ -118,20 +117,24 @@ def evaluate_task(
     def length(text: str) -> int:
         return len(tokenizer.encode(text))
 
+    @lru_cache(FEW_TEXTS)
+    def room(messages: Messages, images: int) -> int:
+        return CONTEXT - len(encode_prompt(prompts, messages, images))
+
     def check(question: Question) -> None:
         for truth in question.truths:
             length(truth)
         for ask in task.asks(question):
-            room = CONTEXT - len(encode_prompt(prompts, ask.messages, len(question.images)))
-            longest = max(map(length, ask.candidates), default=0)
-            if longest >= room:
-                raise RowError(f"an answer has {longest:,} tokens, but there is room for {room - 1:,}", "too long")
+            free, longest = room(ask.messages, len(question.images)), max(map(length, ask.candidates), default=0)
+            if longest >= free:
+                raise RowError(f"an answer has {longest:,} tokens, but there is room for {free - 1:,}", "too long")
 
-    images = Images(loaded, dtype, memory)
+    store = memory.store if memory else None
+    images = Images(loaded.model, dtype, store)
     plan = plan_questions(rows, task, limit, check, images.decode)
-    features = Features(lambda digest: images.encode(digest, rows, plan))
     guesses = [truth for question in plan.questions for truth in question.truths]
-    answering = Answering(loaded.model, tokenizer, features, guesses, dtype)
+    work = Work(rows, plan.sources, guesses, dtype, store)
+    answer = partial(answer_in_processes, work, models) if models else work.answering(loaded, images).replies
     origin = _origin(loaded, guesses, dtype)
     folder = out or _folder(root, loaded, task, rows, origin, limit)
     with disk_errors(folder, "predictions"):
@@ -139,7 +142,7 @@ def evaluate_task(
     with only_writer(folder / PREDICTIONS):
         replies = Replies(folder / REPLIES, origin)
         try:
-            verdicts = verdicts_of(all_asks(plan, task), task, answering, replies, progress)
+            verdicts = verdicts_of(all_asks(plan, task), task, answer, replies, progress)
         finally:
             replies.close()
         lines = lines_of(plan, chosen.base, verdicts)
@@ -148,47 +151,6 @@ def evaluate_task(
         write_text(folder / REPORT, f"{json.dumps(report, ensure_ascii=False, indent=1)}\n")
         replies.remove()
     return Evaluation(report, plan.skipped)
-
-
-class Images:
-    """The images of an evaluation: decoded when their question is read, encoded when it is asked.
-
-    Pixels are kept between the two, up to a limit; beyond it an image is decoded twice.
-    """
-
-    def __init__(self, loaded: LoadedModel, dtype: str, memory: FeatureCache | None) -> None:
-        vision_encoder = loaded.model.vision_encoder
-        assert vision_encoder is not None, "a loaded model has one"
-        self._device, self._spec = loaded.model.device, loaded.model.spec
-        self._encoder = FeatureEncoder(vision_encoder, self._device, dtype)
-        self._store = memory.store if memory else None
-        self._pixels: dict[str, np.ndarray] = {}  # uint8 [3, S, S] each
-        self._bytes = 0
-
-    def decode(self, digest: str, data: bytes, name: str) -> None:
-        """Decode a picture file. Raises RowError."""
-        pixels = self._load(data, name)
-        if self._bytes + pixels.nbytes <= PIXELS:
-            self._pixels[digest] = pixels
-            self._bytes += pixels.nbytes
-
-    def encode(self, digest: str, rows: RowStore, plan: Plan) -> Tensor:
-        """The features [P, width] of an image; a training run may have stored them."""
-        if digest != BLANK_IMAGE and self._store is not None:
-            stored = self._store.read(bytes.fromhex(digest))
-            if stored is not None:
-                return stored.to(self._device)
-        pixels = self._pixels.get(digest)
-        if pixels is None and digest == BLANK_IMAGE:
-            pixels = blank_pixels(self._spec.preparation[0])
-        elif pixels is None:
-            index, position, name = plan.sources[digest]
-            pixels = self._load(read_picture(rows, rows.row(index), index, position, name), name)
-        images = torch.from_numpy(np.stack([pixels])).to(self._device)  # [1, 3, S, S]
-        return self._encoder.encode(images)[0]
-
-    def _load(self, data: bytes, name: str) -> np.ndarray:
-        return load_pixels(data, name, *self._spec.preparation)
 
 
 def _origin(loaded: LoadedModel, guesses: list[str], dtype: str) -> dict[str, Any]:

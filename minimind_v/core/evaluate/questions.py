@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from minimind_v.core.errors import RowError
@@ -71,16 +72,16 @@ def question_reader(names: Mapping[str, str]) -> Callable[[Mapping[str, Any]], R
 
     The fields stay in `Row.extra`, without the bytes of pictures.
     """
+    return partial(_read_question, dict(names))
 
-    def read(fields: Mapping[str, Any]) -> Row:
-        fields = dict(fields) | {name: fields[own] for name, own in names.items() if own in fields}
-        notes = {key: value for key, value in fields.items() if not isinstance(value, StoredPictures | bytes)}
-        if any(fields.get(key) for key in (*TALKS, "texts")):
-            return replace(read_row(fields), extra=notes)
-        row = read_row({"question": _question_text(fields), "answer": "-", **_pictures(fields)})
-        return replace(row, extra=notes | {DESCRIBED: _stands_for_question(fields)})
 
-    return read
+def _read_question(names: Mapping[str, str], fields: Mapping[str, Any]) -> Row:
+    fields = dict(fields) | {name: fields[own] for name, own in names.items() if own in fields}
+    notes = {key: value for key, value in fields.items() if not isinstance(value, StoredPictures | bytes)}
+    if any(fields.get(key) for key in (*TALKS, "texts")):
+        return replace(read_row(fields), extra=notes)
+    row = read_row({"question": _question_text(fields), "answer": "-", **_pictures(fields)})
+    return replace(row, extra=notes | {DESCRIBED: _stands_for_question(fields)})
 
 
 def questions_of(row: Row, index: int, number: int, location: str) -> list[Question]:

@@ -55,8 +55,9 @@ class KVCache:
         new = copy(self)
         for name in ("keys", "values"):
             stored = getattr(self, name)[:, :, :, : self.used]
-            tensor = stored.new_zeros((len(stored), len(rows), stored.shape[2], max_length, stored.shape[4]))
-            tensor[:, :, :, : self.used] = stored[:, rows]
+            tensor = stored.new_empty((len(stored), len(rows), stored.shape[2], max_length, stored.shape[4]))
+            for layer, rows_of_layer in zip(tensor, stored, strict=True):
+                layer[:, :, : self.used] = rows_of_layer[rows]
             setattr(new, name, tensor)
         if self.padding is not None:
             new.padding = new._no_padding()
