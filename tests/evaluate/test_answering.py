@@ -7,6 +7,7 @@ import os
 import signal
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,7 +168,7 @@ def test_features_that_a_training_run_left_are_read(measure, tmp_path, monkeypat
     for number in range(5):
         data = tiny_data().picture(number).read_bytes()
         pixels = load_pixels(data, "picture", *measure.model.spec.preparation)
-        memory.store.write([digest(data)], encoder.encode(torch.from_numpy(pixels)[None]))
+        memory.store.write([digest(data)], encoder.encode(torch.from_numpy(np.stack([pixels]))))
     monkeypatch.setattr(FeatureEncoder, "encode", lambda self, images: encoded.append(1) or encode(self, images))
     assert measure("with", memory=memory) == expected
     assert len(encoded) == 3 + 1
