@@ -54,7 +54,7 @@ QUESTIONS, SCENES = 9673, 1000  # of easy-VQA's test set
 FULL_QUESTIONS, ABOUT_EACH = 1000, 4
 LIMIT = 16  # tokens of an answer, as the task allows
 QUESTION = "Is there a {} in the picture?"
-LESSONS, UNDECIDED = 60, 0.45  # steps that teach yes and no at most, and the loss of one who knows only these two
+LESSONS, UNDECIDED = 60, 0.4  # steps that teach yes and no at most, and the loss of one who knows only these two
 SEED = 42
 
 

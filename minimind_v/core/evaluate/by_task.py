@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -110,28 +110,9 @@ def evaluate_task(
     """
     if out is not None:
         _keep_others(out)
-    task, tokenizer = chosen.task, loaded.tokenizer
-    prompts = PromptEncoder(tokenizer, loaded.model.spec.tokens_per_image)
-
-    @lru_cache(FEW_TEXTS)
-    def length(text: str) -> int:
-        return len(tokenizer.encode(text))
-
-    @lru_cache(FEW_TEXTS)
-    def room(messages: Messages, images: int) -> int:
-        return CONTEXT - len(encode_prompt(prompts, messages, images))
-
-    def check(question: Question) -> None:
-        for truth in question.truths:
-            length(truth)
-        for ask in task.asks(question):
-            free, longest = room(ask.messages, len(question.images)), max(map(length, ask.candidates), default=0)
-            if longest >= free:
-                raise RowError(f"an answer has {longest:,} tokens, but there is room for {free - 1:,}", "too long")
-
-    store = memory.store if memory else None
+    task, store = chosen.task, memory.store if memory else None
     images = Images(loaded.model, dtype, store)
-    plan = plan_questions(rows, task, limit, check, images.decode)
+    plan = plan_questions(rows, task, limit, _checking(loaded, task), images.decode)
     guesses = [truth for question in plan.questions for truth in question.truths]
     work = Work(rows, plan.sources, guesses, dtype, store)
     answer = partial(answer_in_processes, work, models) if models else work.answering(loaded, images).replies
@@ -151,6 +132,30 @@ def evaluate_task(
         write_text(folder / REPORT, f"{json.dumps(report, ensure_ascii=False, indent=1)}\n")
         replies.remove()
     return Evaluation(report, plan.skipped)
+
+
+def _checking(loaded: LoadedModel, task: Task) -> Callable[[Question], None]:
+    """The check of a question: it raises RowError where the model cannot read it."""
+    tokenizer = loaded.tokenizer
+    prompts = PromptEncoder(tokenizer, loaded.model.spec.tokens_per_image)
+
+    @lru_cache(FEW_TEXTS)
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    @lru_cache(FEW_TEXTS)
+    def room(messages: Messages, images: int) -> int:
+        return CONTEXT - len(encode_prompt(prompts, messages, images))
+
+    def check(question: Question) -> None:
+        for truth in question.truths:
+            length(truth)
+        for ask in task.asks(question):
+            free, longest = room(ask.messages, len(question.images)), max(map(length, ask.candidates), default=0)
+            if longest >= free:
+                raise RowError(f"an answer has {longest:,} tokens, but there is room for {free - 1:,}", "too long")
+
+    return check
 
 
 def _origin(loaded: LoadedModel, guesses: list[str], dtype: str) -> dict[str, Any]:
