@@ -90,18 +90,20 @@ class Answering:
 
     def _read(self, asks: Sequence[Ask], prompts: Sequence[Tokens], room: int) -> tuple[Reading, Tensor]:
         """The prompts of asks, with room for so many further tokens, and the logits [B, V] behind each."""
-        beginnings: dict[tuple[Any, ...], Tokens] = {}  # up to the end of the last image, each different one once
-        shared: list[int] = []  # the beginning of each prompt
+        numbers: dict[tuple[Any, ...], int] = {}  # of different beginnings, up to the end of the last image
+        beginnings: list[Tokens] = []
+        rows: list[int] = []  # the beginning of each prompt
         pieces: list[list[int]] = []  # the rest of it
         for ask, prompt in zip(asks, prompts, strict=True):
             end = len(prompt) - prompt.image_mask[::-1].index(True) if ask.images else 0
-            key = (tuple(prompt.input_ids[:end]), ask.images)
-            beginnings.setdefault(key, prompt.cut(end, self.prompts.tokens_per_image))
-            shared.append(list(beginnings).index(key))
+            number = numbers.setdefault((tuple(prompt.input_ids[:end]), ask.images), len(numbers))
+            if number == len(beginnings):
+                beginnings.append(prompt.cut(end, self.prompts.tokens_per_image))
+            rows.append(number)
             pieces.append(prompt.input_ids[end:])
-        images = [self.features(digest) for _, digests in beginnings for digest in digests]
-        reading = Reading.begin(self.model, self.dtype, list(beginnings.values()), images)
-        reading = reading.select(shared, max(map(len, pieces)) + room)
+        images = [self.features(digest) for _, digests in numbers for digest in digests]
+        reading = Reading.begin(self.model, self.dtype, beginnings, images)
+        reading = reading.select(rows, max(map(len, pieces)) + room)
         return reading, reading.read(pieces, last=True)
 
     def _answers(self, asks: Sequence[Ask], prompts: Sequence[Tokens]) -> list[Reply]:
