@@ -57,9 +57,7 @@ MaxLength = Annotated[
     int | None,
     advanced(min=1, help=f"Tokens per row, image tokens included; without --task only. [default: {MAX_LENGTH}]"),
 ]
-Gpus = Annotated[
-    int, advanced(min=1, help="Number of GPUs, with --task only; with --device cpu, number of processes. [default: 1]")
-]
+Gpus = Annotated[int, advanced(min=1, help="Number of GPUs, with --task only; with --device cpu, number of processes.")]
 BatchSize = Annotated[int | None, advanced(min=1, help=f"Rows per batch; without --task only. [default: {BATCH_SIZE}]")]
 Dtype = Annotated[
     str,
@@ -158,7 +156,8 @@ def _models(
     if gpus == 1:
         return []
     check_room(device, gpus)
-    devices = [str(pick_device(device, number)) for number in range(gpus)]
+    kind = loaded.model.device.type
+    devices = [f"{kind}:{number}" if kind == "cuda" else str(pick_device(kind, number)) for number in range(gpus)]
     return [partial(load, loaded.checkpoint.path, vision_model, tokenizer, name) for name in devices]
 
 

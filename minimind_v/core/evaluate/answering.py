@@ -26,7 +26,7 @@ from minimind_v.core.generate.engine import CONTEXT
 from minimind_v.core.generate.prompt_cache import Store
 from minimind_v.core.model.vlm import VLM
 
-ROWS, TOKENS = 64, 16384  # of a pass, with all that its rows have read; fixed, so that no setting changes a digit
+ROWS, TOKENS = 64, 8192  # of a pass, with all that its rows have read; fixed, so that no setting changes a digit
 GUESSES = 4  # passes for an answer before it is decoded token by token
 SHORT = 12  # tokens of the longest answer that is guessed
 FEW_PROMPTS = 4096  # prompts that are kept: many questions are asked about several images
