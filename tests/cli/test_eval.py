@@ -146,15 +146,16 @@ def test_a_task_prints_one_object_and_compare_reads_its_folder(score, tmp_path):
 
 
 @pytest.mark.long
-def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_data, tmp_path):
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_data, tmp_path, gpus):
     words = ["eval", "--model", sighted, "--data", tiny_data.data("sft"), *SIGHT, "--task", "loss", "--json", "--out"]
     replies = tmp_path / "killed" / ".replies.jsonl"
-    running = Running(tmp_path / "log", *words, tmp_path / "killed")
+    running = Running(tmp_path / "log", *words, tmp_path / "killed", "--gpus", gpus)
     running.until(lambda: replies.exists() and replies.read_bytes().count(b"\n") >= 3).send(signal.SIGKILL).wait()
     kept = replies.read_text().splitlines(keepends=True)
     assert not (tmp_path / "killed" / "predictions.jsonl").exists()
     whole = installed(*words, tmp_path / "whole").json
-    resumed = installed(*words, tmp_path / "killed").json
+    resumed = installed(*words, tmp_path / "killed", "--gpus", gpus).json
     assert len(kept) >= 3
     assert resumed["metrics"] == whole["metrics"]
     files = [tmp_path / name / "predictions.jsonl" for name in ("whole", "killed")]
