@@ -86,7 +86,7 @@ class Answering:
 
     def _room(self, ask: Ask, prompt: Tokens) -> int:
         """The most tokens of a generated answer."""
-        return min(ask.most_tokens, self.context - len(prompt)) if ask.method == "answer" else 0
+        return max(1, min(ask.most_tokens, self.context - len(prompt))) if ask.method == "answer" else 0
 
     def _read(self, asks: Sequence[Ask], prompts: Sequence[Tokens], room: int) -> tuple[Reading, Tensor]:
         """The prompts of asks, with room for so many further tokens, and the logits [B, V] behind each."""
@@ -124,7 +124,7 @@ class Answering:
                 (answers[n][-1], *guess[len(answers[n]) : -1]) if n in going else answers[n][-1:]
                 for n, guess in zip(rows, guesses, strict=True)
             ]
-            likeliest = reading.read(pieces).argmax(dim=-1).split(list(map(len, pieces)))
+            likeliest = reading.read(pieces).argmax(dim=-1).cpu().split(list(map(len, pieces)))
             kept = []
             for n, piece, tokens in zip(rows, pieces, likeliest, strict=True):
                 agreed = _agreed(piece[1:], tokens.tolist())
@@ -147,7 +147,7 @@ class Answering:
             own = reading.select([candidates[n][0] for n in numbers], max(map(len, answers)))
             targets = torch.tensor([id for ids in answers for id in ids[1:]], device=self.model.device)
             losses = cross_entropy(own.read([ids[:-1] for ids in answers]), targets, reduction="none")  # [S]
-            for n, values in zip(numbers, losses.split([len(ids) - 1 for ids in answers]), strict=True):
+            for n, values in zip(numbers, losses.cpu().split([len(ids) - 1 for ids in answers]), strict=True):
                 logprobs[n] += (-values).tolist()
         results = iter(logprobs)
         own_results = [[next(results) for _ in ask.candidates] for ask in asks]
