@@ -50,6 +50,7 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.generate --docs
 	$(BIN)/python -m benchmarks.company
+	$(BIN)/python -m benchmarks.evaluate --docs
 	$(BIN)/python -m benchmarks.curves --docs --plot docs/images
 	$(BIN)/python -m benchmarks.train --docs
 	$(BIN)/python -m benchmarks.train --preset 3v --docs

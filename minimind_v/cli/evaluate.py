@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +65,7 @@ MaxLength = Annotated[
     int | None,
     advanced(min=1, help=f"Tokens per row, image tokens included; without --task only. [default: {MAX_LENGTH}]"),
 ]
+Gpus = Annotated[int, advanced(min=1, help="Number of GPUs, with --task only; with --device cpu, number of processes.")]
 BatchSize = Annotated[int | None, advanced(min=1, help=f"Rows per batch; without --task only. [default: {BATCH_SIZE}]")]
 Dtype = Annotated[
     str,
@@ -83,6 +86,7 @@ def evaluate(
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
+    gpus: Gpus = 1,
     vision_model: options.VisionOfModel = None,
     tokenizer: options.TokenizerOfModel = None,
     device: options.Device = "auto",
@@ -99,11 +103,16 @@ def evaluate(
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
-    chosen = _choose(task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}, out)
+    chosen = _choose(
+        task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size},
+        {"--out": out is not None, "--gpus": gpus > 1},
+    )  # fmt: skip
     if chosen is not None:
         data, split = chosen.source(data, split)
     if watch is not None:
-        _watch(watch, (model, out), chosen, data, images, (split, limit, dtype, vision_model, tokenizer, device), json)
+        of_variable = str(model) == os.environ.get(options.ENVIRONMENT["model"])
+        others = {"--model": model is not None and not of_variable, "--out": out is not None, "--gpus": gpus > 1}
+        _watch(watch, others, chosen, data, images, (split, limit, dtype, vision_model, tokenizer, device), json)
         return
     if is_standard := data is None:
         standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
@@ -118,7 +127,8 @@ def evaluate(
         terminal.warn(f"scoring rows of {data}, which may be training data: name held-out rows with --data")
     terminal.say(str(loaded.receipt))
     if chosen is not None:
-        how = {"out": out, "root": options.folder("out", OUT_DIR), "limit": limit, "dtype": dtype}
+        how: dict[str, Any] = {"out": out, "root": options.folder("out", OUT_DIR), "limit": limit, "dtype": dtype}
+        how["models"] = _models(loaded, gpus, device, vision_model, tokenizer)
         by_task = _by_task(terminal, loaded, chosen, data, images, split, how)
         terminal.json(by_task) if json else _show_report(terminal, by_task)
         return
@@ -133,11 +143,14 @@ def evaluate(
         terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
 
 
-def _choose(task: str | None, without: dict[str, int | None], out: Path | None) -> ChosenTask | None:
-    """The task; `without` has the options that a task has no use for. Raises UsageError before the model is loaded."""
+def _choose(task: str | None, without: dict[str, int | None], with_task: dict[str, bool]) -> ChosenTask | None:
+    """The task; `without` has the options that a task has no use for, `with_task` those that only a task uses.
+
+    Raises UsageError before the model is loaded.
+    """
     if task is None:
-        if out is not None:
-            raise UsageError("--out is for an evaluation with --task — name a task, or leave it out")
+        for option in (option for option, is_given in with_task.items() if is_given):
+            raise UsageError(f"{option} is for an evaluation with --task — name a task, or leave it out")
         return None
     if given := [option for option, value in without.items() if value]:
         verb = "are" if len(given) > 1 else "is"
@@ -151,25 +164,39 @@ def _choose(task: str | None, without: dict[str, int | None], out: Path | None) 
 
 def _watch(
     run: Path,
-    others: tuple[Path | None, Path | None],
+    others: dict[str, Any],
     chosen: ChosenTask | None,
     data: Path | None,
     images: Path | None,
     how: tuple[Any, ...],
     json: bool,
 ) -> None:
-    """Measure a run that is training. Raises UsageError for `others`, which are --model and --out, and without data."""
+    """Measure a run that is training. Raises UsageError for `others`, options without a use here, or without data."""
     from minimind_v.cli.watch import Measuring, watch_run
     from minimind_v.core.config.load import images_beside
 
-    model, out = others
-    of_variable = str(model) == os.environ.get(options.ENVIRONMENT["model"])
-    unusable = {"--model": model is not None and not of_variable, "--out": out is not None}
-    if given := [option for option, value in unusable.items() if value]:
-        raise UsageError(f"--watch has the weights of its run and writes there — leave out {' and '.join(given)}")
+    if given := [option for option, value in others.items() if value]:
+        raise UsageError(
+            f"--watch measures the run's weights in one process, and writes there — leave out {' and '.join(given)}"
+        )
     if chosen is None or data is None:
         raise UsageError("--watch needs --task and --data")
     watch_run(Terminal(), run, Measuring(chosen, data, images or images_beside(data), *how), json)
+
+
+def _models(
+    loaded: LoadedModel, gpus: int, device: str, vision_model: Path | None, tokenizer: Path | None
+) -> list[Callable[[], LoadedModel]]:
+    """How each of several processes opens this model; empty for one. Raises UsageError where there are fewer GPUs."""
+    from minimind_v.core.device import check_room, pick_device
+    from minimind_v.core.formats.load import load
+
+    if gpus == 1:
+        return []
+    check_room(device, gpus)
+    kind = loaded.model.device.type
+    devices = [f"{kind}:{number}" if kind == "cuda" else str(pick_device(kind, number)) for number in range(gpus)]
+    return [partial(load, loaded.checkpoint.path, vision_model, tokenizer, name) for name in devices]
 
 
 def _by_task(

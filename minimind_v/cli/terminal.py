@@ -22,6 +22,8 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -120,7 +122,7 @@ class Terminal:
 
 
 class ProgressLine:
-    """A progress bar on a terminal; elsewhere one line for each tenth."""
+    """A progress bar on a terminal; elsewhere one line for each tenth. Both with the rate and the time that is left."""
 
     def __init__(self, terminal: Terminal, what: str) -> None:
         self.terminal = terminal
@@ -128,11 +130,12 @@ class ProgressLine:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._tenth = 0  # the last reported one
+        self._then = (time.monotonic(), 0)  # when it was reported, and what was done
 
     def __enter__(self) -> ProgressLine:
         if self.terminal.is_live:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                       TextColumn("{task.fields[note]}"), TimeRemainingColumn())  # fmt: skip
+                       TextColumn("{task.fields[note]}"), RateColumn(), TimeRemainingColumn())  # fmt: skip
             # A result that is written meanwhile stays on stdout.
             self._bar = Progress(*columns, console=self.terminal.err, transient=True, redirect_stdout=False)
             self._task = self._bar.add_task(self.what, total=None, note="")
@@ -148,7 +151,16 @@ class ProgressLine:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif not note and done * 10 // max(total, 1) > self._tenth:
             self._tenth = done * 10 // max(total, 1)
-            self.terminal.say(f"{self.what} {done}/{total}")
+            (then, done_then), self._then = self._then, (time.monotonic(), done)
+            rate = (done - done_then) / max(self._then[0] - then, 1e-3)
+            self.terminal.say(f"{self.what} {done}/{total}, {rate:,.1f}/s, {(total - done) / rate:,.0f} s left")
+
+
+class RateColumn(ProgressColumn):
+    """How much is done in a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.1f}/s" if task.speed else "")
 
 
 class BytesProgress:

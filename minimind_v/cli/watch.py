@@ -76,7 +76,7 @@ class WeightsTask:
         begun, how = time.perf_counter(), self.how
         with self.terminal.progress(f"step {saved.step}") as progress:
             folder = predictions_of(self.folder, saved.step)
-            result = measure(loaded, how.chosen, prepared, folder, dtype=how.dtype, progress=progress)
+            result = measure(loaded, how.chosen, prepared, folder, progress=progress)
         return scores_of(result.report, how.chosen, saved.step, time.perf_counter() - begun)
 
     def _open(self, weights: Path) -> tuple[LoadedModel, Prepared]:

@@ -147,15 +147,16 @@ def test_a_task_prints_one_object_and_compare_reads_its_folder(score, tmp_path):
 
 
 @pytest.mark.long
-def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_data, tmp_path):
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_data, tmp_path, gpus):
     words = ["eval", "--model", sighted, "--data", tiny_data.data("sft"), *SIGHT, "--task", "loss", "--json", "--out"]
     replies = tmp_path / "killed" / ".replies.jsonl"
-    running = Running(tmp_path / "log", *words, tmp_path / "killed")
+    running = Running(tmp_path / "log", *words, tmp_path / "killed", "--gpus", gpus)
     running.until(lambda: replies.exists() and replies.read_bytes().count(b"\n") >= 3).send(signal.SIGKILL).wait()
     kept = replies.read_text().splitlines(keepends=True)
     assert not (tmp_path / "killed" / "predictions.jsonl").exists()
     whole = installed(*words, tmp_path / "whole").json
-    resumed = installed(*words, tmp_path / "killed").json
+    resumed = installed(*words, tmp_path / "killed", "--gpus", gpus).json
     assert len(kept) >= 3
     assert resumed["metrics"] == whole["metrics"]
     files = [tmp_path / name / "predictions.jsonl" for name in ("whole", "killed")]
@@ -179,6 +180,7 @@ def test_a_task_is_shown_as_a_table_that_begins_with_what_the_images_add(score, 
         (["--task", "vqa", "--batch-size", 2], "--batch-size is for an evaluation without --task"),
         (["--task", "vqa", "--max-length", 9, "--blind"], "--blind, --max-length are for an evaluation without --task"),
         (["--out", "a"], "--out is for an evaluation with --task"),
+        (["--gpus", 2], "--gpus is for an evaluation with --task"),
         (["--task", "vqu"], "no task 'vqu' (did you mean 'vqa'?) — there are loss, vqa, yesno, choice, caption"),
         (["--task", "none.yaml"], "none.yaml"),
     ],

@@ -44,7 +44,7 @@ def test_packed_items_come_back_in_order():
 
 
 def test_every_row_that_kills_is_named():
-    assert list(each_row(killed_by_some, range(50), 2, lambda index: f"killed by {index}")) == [
+    assert list(each_row([killed_by_some] * 2, range(50), lambda index: f"killed by {index}")) == [
         "killed by 39" if n == 39 else n for n in range(50)
     ]
 
@@ -52,10 +52,10 @@ def test_every_row_that_kills_is_named():
 def test_nothing_is_left_when_it_ends_however_it_ends():
     """What is left would still be at work while the interpreter ends, which shows as a traceback on a busy machine."""
     threads = set(threading.enumerate())
-    results = each_row(killed_by_some, range(39), 2, str)
+    results = each_row([killed_by_some] * 2, range(39), str)
     assert [*results] == [*range(39)]
     assert (multiprocessing.active_children(), set(threading.enumerate())) == ([], threads)
-    begun = each_row(killed_by_some, range(39), 2, str)
+    begun = each_row([killed_by_some] * 2, range(39), str)
     assert next(begun) == 0
     begun.close()
     assert (multiprocessing.active_children(), set(threading.enumerate())) == ([], threads)
@@ -63,13 +63,13 @@ def test_nothing_is_left_when_it_ends_however_it_ends():
 
 def test_an_error_over_a_row_is_raised_where_the_rows_are_asked_for():
     with pytest.raises(ZeroDivisionError):
-        list(each_row(divided_by, range(40), 1, str))
+        list(each_row([divided_by] * 1, range(40), str))
     assert multiprocessing.active_children() == []
 
 
 def test_a_process_that_cannot_begin_is_not_the_fault_of_a_row():
     with pytest.raises(RunError, match="ended before it started"):
-        list(each_row(divided_by, EndsItsReader(), 2, str))
+        list(each_row([divided_by] * 2, EndsItsReader(), str))
     assert multiprocessing.active_children() == []
 
 

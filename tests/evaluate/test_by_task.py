@@ -11,7 +11,7 @@ import torch
 
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import DataError, RunError, UsageError
-from minimind_v.core.evaluate import by_task
+from minimind_v.core.evaluate import work
 from minimind_v.core.evaluate.answering import Answering, Features
 from minimind_v.core.evaluate.ask import Ask, Reply
 from minimind_v.core.evaluate.benchmarks import open_benchmark
@@ -167,12 +167,12 @@ def test_an_interrupted_evaluation_is_resumed_and_ends_the_same(run, tmp_path, m
 
 def test_each_image_is_encoded_once_for_all_questions_and_variants(run, monkeypatch):
     encoded = []
-    features = by_task.Features
+    features = work.Features
 
     def counted(encode):
         return features(lambda digest: encoded.append(digest) or encode(digest))
 
-    monkeypatch.setattr(by_task, "Features", counted)
+    monkeypatch.setattr(work, "Features", counted)
     run("vqa")
     assert len(encoded) == len(set(encoded)) == 6 + 1, "six pictures and the blank one"
 

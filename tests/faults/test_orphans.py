@@ -53,7 +53,7 @@ def slow(rows, index):
 
 def start_row_processes():
     print("now", flush=True)
-    list(each_row(slow, range(1000), WORKERS, str))
+    list(each_row([slow] * WORKERS, range(1000), str))
 
 
 def start_export_worker():

@@ -77,6 +77,23 @@ def test_rewound_cache_forgets(model):
 
 
 @torch.inference_mode()
+def test_rows_that_share_a_beginning_go_on_by_themselves(model):
+    """A row may stand for several, and of a chunk each keeps its own first tokens."""
+    beginnings, later = torch.randint(0, 61, (2, 9)), torch.randint(0, 61, (3, 6))
+    cache = model.new_cache(2, 9)
+    model(beginnings, cache=cache)
+    cache.hide((9, 5), 9)
+    cache = cache.select(torch.tensor([1, 0, 1]), 30)
+    model(later, cache=cache)
+    cache.hide((2, 6, 4), 6)
+    lasts = torch.randint(0, 61, (3, 2))
+    logits = model(lasts, cache=cache).logits
+    for row, (first, of_first, of_later) in enumerate(((1, 5, 2), (0, 9, 6), (1, 5, 4))):
+        whole = torch.cat((beginnings[first, :of_first], later[row, :of_later], lasts[row]))[None]
+        torch.testing.assert_close(logits[row], model(whole, logits_to_keep=2).logits[0], **CLOSE)
+
+
+@torch.inference_mode()
 def test_images_of_an_earlier_chunk_stay_in_the_cache(model):
     """Features are given with the first chunk only."""
     features = torch.randn(1, 4, 24)

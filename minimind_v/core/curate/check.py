@@ -171,7 +171,7 @@ def check(
     """Check all rows in several processes. If a row crashes its process, a new one continues after it."""
     report = Report(dataset.rows, held_out)
     kept = _all_digests(held_out) if held_out else Digests()
-    for checked_row in each_row(check_row, dataset, workers, _crashed):
+    for checked_row in each_row([check_row] * workers, dataset, _crashed):
         report.add(checked_row)
         if checked_row.index % 100 == 99 or checked_row.index + 1 == len(dataset):
             progress(checked_row.index + 1, len(dataset))

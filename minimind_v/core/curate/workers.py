@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -25,20 +25,23 @@ Span = tuple[int, int]  # rows from the first number on, up to the second
 START: Literal["spawn"] = "spawn"  # a fork would inherit the libraries' threads
 TOGETHER = 32  # rows that a process gets at a time
 QUEUED = 2  # spans that a process has: one to work on, and the next
-AHEAD = 4 * TOGETHER  # rows per process that may be done ahead of the next row in order
+AHEAD = 4  # spans per process that may be done ahead of the next row in order
 
 
-def each_row(function: RowFunction[T], rows: Sized, workers: int, crashed: Callable[[int], T]) -> Iterator[T]:
-    """`function(rows, index)` for every row, in order; `crashed(index)` for a row that crashes its process.
+def each_row(
+    functions: Sequence[RowFunction[T]], rows: Sized, crashed: Callable[[int], T], together: int = TOGETHER
+) -> Iterator[T]:
+    """`function(rows, index)` for every row, in order, in a process for each of `functions`.
 
-    All arguments are pickled. Raises the errors of `function`, and RunError if a process ends before it has started.
+    `crashed(index)` stands for a row that crashes its process; a process gets `together` rows at a time. Functions and
+    rows are pickled. Raises the errors of functions, and RunError if a process ends before it has started.
     """
     pool: list[_Worker[T]] = []
-    todo = deque((begin, min(begin + TOGETHER, len(rows))) for begin in range(0, len(rows), TOGETHER))
+    todo = deque((begin, min(begin + together, len(rows))) for begin in range(0, len(rows), together))
     done: dict[int, list[T]] = {}  # results by their first row
     at = 0  # the next row in order
     try:
-        for _ in range(min(workers, len(todo))):
+        for function in functions[: len(todo)]:
             pool.append(_Worker(function, rows))
         while at < len(rows):
             if at in done:
@@ -47,7 +50,7 @@ def each_row(function: RowFunction[T], rows: Sized, workers: int, crashed: Calla
                 at += len(results)
                 continue
             for worker in pool:
-                while todo and todo[0][0] < at + AHEAD * workers and len(worker.spans) < QUEUED:
+                while todo and todo[0][0] < at + AHEAD * together * len(pool) and len(worker.spans) < QUEUED:
                     worker.give(todo.popleft())
             by_pipe: dict[Any, _Worker[T]] = {worker.pipe: worker for worker in pool if worker.spans}
             for pipe in wait(list(by_pipe)):
@@ -72,7 +75,7 @@ def each_row(function: RowFunction[T], rows: Sized, workers: int, crashed: Calla
                 else:
                     todo.extendleft((index, index + 1) for index in reversed(range(begin, end)))
                 worker.end()
-                pool[pool.index(worker)] = _Worker(function, rows)
+                pool[pool.index(worker)] = _Worker(worker.function, rows)
     finally:
         with _no_ctrl_c():
             for worker in pool:
@@ -83,6 +86,7 @@ class _Worker(Generic[T]):
     """A process that reads rows, the pipe to it, and its spans."""
 
     def __init__(self, function: RowFunction[T], rows: Sized) -> None:
+        self.function = function
         context = multiprocessing.get_context(START)
         self.spans: deque[Span] = deque()
         self.begun = False
@@ -115,7 +119,7 @@ class _Worker(Generic[T]):
 
 
 def _too_early() -> RunError:
-    return RunError("a worker process ended before it started, perhaps for lack of memory — try fewer --workers")
+    return RunError("a worker process ended before it started, perhaps for lack of memory — try fewer of them")
 
 
 def _work(parent: Parent, pipe: Connection, function: RowFunction[T], rows: Any) -> None:

@@ -1,60 +1,36 @@
-"""Answers of a model to many asks: images encoded once, teacher-forced passes in groups of like length.
+"""Answers of a model to many asks: what prompts have in common is read once, the rest side by side.
 
-A greedy answer is found by guessing: the model reads a likely answer behind the prompt in one pass, and where it would
-have said something else, the next guess begins with that. Only an answer that no guess reaches is decoded token by
-token, by the engine.
+A prompt up to the end of its last image is read once for all asks that share it, and a prompt once for all its
+candidates. A greedy answer is found by guessing: the model reads a likely answer in one pass, and where it would have
+said something else, the next guess begins with that; behind the last guess it is decoded token by token.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import cross_entropy
 
 from minimind_v.core.data.prompt import PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import RowError
 from minimind_v.core.evaluate.ask import Ask, Messages, Reply
-from minimind_v.core.evaluate.forward import answer_logprobs
-from minimind_v.core.generate.engine import CONTEXT, Engine, Event, Prompt, Request
+from minimind_v.core.evaluate.reading import Reading
+from minimind_v.core.generate.engine import CONTEXT
 from minimind_v.core.generate.prompt_cache import Store
-from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.vlm import VLM
 
-TOGETHER = 16  # rows of a forward pass; fixed, so that no setting changes a digit
-GUESSES = 4  # passes for an answer before it is decoded
+ROWS, TOKENS = 64, 8192  # of a pass, with all that its rows have read; fixed, so that no setting changes a digit
+GUESSES = 4  # passes for an answer before it is decoded token by token
 SHORT = 12  # tokens of the longest answer that is guessed
+FEW_PROMPTS = 4096  # prompts that are kept: many questions are asked about several images
 FEATURES = 512 * 2**20  # bytes of features that are kept
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A row that the model reads: a prompt and an answer behind it, whose tokens are scored."""
-
-    prompt: Tokens
-    answer: tuple[int, ...]
-    images: tuple[str, ...]
-    firsts: tuple[int, ...] = ()  # tokens whose log-probabilities in the answer's first place are of interest
-
-    @property
-    def order(self) -> tuple[int, list[int], tuple[int, ...], tuple[str, ...]]:
-        """Rows of like length together; equal rows beside each other, so that the file's order changes nothing."""
-        return len(self.prompt) + len(self.answer), self.prompt.input_ids, self.answer, self.images
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Of each token of a reading's answer: its log-probability, and the likeliest token in its place with its own."""
-
-    logprobs: list[float]
-    likeliest: list[int]
-    highest: list[float]
-    firsts: tuple[float, ...] = ()
 
 
 class Features:
@@ -78,121 +54,115 @@ class Answering:
     ) -> None:
         """`guesses` are the true answers of all questions: what the model may say as well."""
         self.model, self.tokenizer, self.features, self.dtype = model.eval(), tokenizer, features, dtype
-        self.engine = Engine(model, tokenizer, most_rows=TOGETHER)
-        self.prompts: PromptEncoder = self.engine.processor.prompts
+        self.prompts = PromptEncoder(tokenizer, model.spec.tokens_per_image)
+        self._prompt = lru_cache(FEW_PROMPTS)(partial(encode_prompt, self.prompts))
+        self.context = min(CONTEXT, model.config.max_position_embeddings)
         counts = Counter(guesses)
         ordered = sorted(counts, key=lambda text: (-counts[text], text))
         self._next: dict[tuple[int, ...], tuple[int, ...]] = {}  # beginning → the most frequent guess that has it
         for ids in (ids for ids in map(self._ended, ordered) if len(ids) <= SHORT):
-            for end in range(len(ids)):
+            for end in range(1, len(ids)):
                 self._next.setdefault(ids[:end], ids)
 
+    def replies(self, groups: Sequence[Sequence[Ask]]) -> Iterator[list[Reply]]:
+        """The replies to groups, one after another."""
+        return map(self.reply, groups)
+
+    @torch.inference_mode()
     def reply(self, asks: Sequence[Ask]) -> list[Reply]:
         """The replies to asks, in their order. Raises RowError for a prompt that cannot be encoded."""
-        replies: dict[Ask, Reply] = {}
-        scored = [ask for ask in asks if ask.method != "answer"]
-        readings = [self._readings(ask) for ask in scored]
-        results = iter(self._read([reading for group in readings for reading in group]))
-        for ask, group in zip(scored, readings, strict=True):
-            replies[ask] = self._scored(ask, [next(results) for _ in group])
-        asked = [ask for ask in asks if ask.method == "answer"]
-        replies |= zip(asked, self._answers(asked), strict=True)
-        return [replies[ask] for ask in asks]
+        prompts = [self._prompt(ask.messages, len(ask.images)) for ask in asks]
+        order = sorted(range(len(asks)), key=lambda n: (prompts[n].input_ids, asks[n].images, asks[n].key))
+        replies: dict[int, Reply] = {}
+        for reply in (self._answers, self._scores):
+            own = [n for n in order if (asks[n].method == "answer") is (reply == self._answers)]
+            for together in _side_by_side([len(prompts[n]) + self._room(asks[n], prompts[n]) for n in own]):
+                numbers = [own[n] for n in together]
+                replies |= zip(numbers, reply([asks[n] for n in numbers], [prompts[n] for n in numbers]), strict=True)
+        return [replies[n] for n in range(len(asks))]
 
     def _ended(self, text: str) -> tuple[int, ...]:
         return (*self.tokenizer.encode(text).ids, self.tokenizer.eos_id)
 
-    def _prompt(self, ask: Ask) -> Tokens:
-        return encode_prompt(self.prompts, ask.messages, len(ask.images))
+    def _room(self, ask: Ask, prompt: Tokens) -> int:
+        """The most tokens of a generated answer."""
+        return max(1, min(ask.most_tokens, self.context - len(prompt))) if ask.method == "answer" else 0
 
-    def _readings(self, ask: Ask) -> list[Reading]:
-        prompt = self._prompt(ask)
-        ends = [self._ended(text) for text in ask.candidates]
-        if ask.method == "first":  # one pass: its position has the probability of every token
-            return [Reading(prompt, ends[0][:1], ask.images, tuple(ids[0] for ids in ends))]
-        return [Reading(prompt, ids, ask.images) for ids in ends]
+    def _read(self, asks: Sequence[Ask], prompts: Sequence[Tokens], room: int) -> tuple[Reading, Tensor]:
+        """The prompts of asks, with room for so many further tokens, and the logits [B, V] behind each."""
+        numbers: dict[tuple[Any, ...], int] = {}  # of different beginnings, up to the end of the last image
+        beginnings: list[Tokens] = []
+        rows: list[int] = []  # the beginning of each prompt
+        pieces: list[list[int]] = []  # the rest of it
+        for ask, prompt in zip(asks, prompts, strict=True):
+            end = len(prompt) - prompt.image_mask[::-1].index(True) if ask.images else 0
+            number = numbers.setdefault((tuple(prompt.input_ids[:end]), ask.images), len(numbers))
+            if number == len(beginnings):
+                beginnings.append(prompt.cut(end, self.prompts.tokens_per_image))
+            rows.append(number)
+            pieces.append(prompt.input_ids[end:])
+        images = [self.features(digest) for _, digests in numbers for digest in digests]
+        reading = Reading.begin(self.model, self.dtype, beginnings, images)
+        reading = reading.select(rows, max(map(len, pieces)) + room)
+        return reading, reading.read(pieces, last=True)
 
-    def _scored(self, ask: Ask, results: Sequence[Scored]) -> Reply:
-        if ask.method == "first":
-            return Reply("", results[0].firsts, (1,) * len(ask.candidates))
-        sums = tuple(float(np.sum(result.logprobs)) for result in results)
-        return Reply("", sums, tuple(len(result.logprobs) for result in results))
+    def _answers(self, asks: Sequence[Ask], prompts: Sequence[Tokens]) -> list[Reply]:
+        """The greedy answers."""
+        most = [self._room(ask, prompt) for ask, prompt in zip(asks, prompts, strict=True)]
+        room, end = GUESSES * SHORT + max(most), self.tokenizer.eos_id
+        reading, logits = self._read(asks, prompts, room)
+        answers = [[token] for token in logits.argmax(dim=-1).tolist()]
+        logprobs = [[value] for value in _highest(logits)]  # of the tokens of each answer
+        rows = list(range(len(asks)))  # of the reading: whose answer each is
+        for number in range(max(most)):
+            going = [n for n in rows if answers[n][-1] != end and len(answers[n]) < most[n]]
+            if not going:
+                break
+            if len(going) <= len(rows) // 2:  # rows that have ended cost more than a copy of the others
+                reading, rows = reading.select([rows.index(n) for n in going], room), going
+            guesses = [self._next.get(tuple(answers[n]), ()) if number < GUESSES else () for n in rows]
+            pieces = [
+                (answers[n][-1], *guess[len(answers[n]) : -1]) if n in going else answers[n][-1:]
+                for n, guess in zip(rows, guesses, strict=True)
+            ]
+            logits = reading.read(pieces)
+            likeliest, highest = iter(logits.argmax(dim=-1).tolist()), iter(_highest(logits))
+            kept = []
+            for n, piece in zip(rows, pieces, strict=True):
+                agreed = _agreed(piece[1:], [next(likeliest) for _ in piece])
+                values = [next(highest) for _ in piece]
+                kept.append(len(agreed))
+                if n in going:
+                    answers[n] += agreed
+                    logprobs[n] += values[: len(agreed)]
+            reading.keep(kept, max(map(len, pieces)))
+        replies = []
+        for ids, values, limit in zip(answers, logprobs, most, strict=True):
+            count = sum(id != end for id in ids[:limit])  # an end is the last
+            total = (float(np.sum(values[:count])),) if count else ()
+            replies.append(Reply(self.tokenizer.decode(ids[:count]).strip(), total, (count,) * len(total)))
+        return replies
 
-    def _answers(self, asks: Sequence[Ask]) -> list[Reply]:
-        """The greedy answers: guessed where the answers are short, the rest decoded side by side."""
-        prompts = [self._prompt(ask) for ask in asks]
-        begun: list[tuple[int, ...]] = [() for _ in asks]  # what each answer begins with, for certain
-        logprobs: list[list[float]] = [[] for _ in asks]  # of these tokens
-        ended: dict[int, tuple[int, ...]] = {}
-        for _ in range(GUESSES):
-            open_asks = [n for n, ask in enumerate(asks) if n not in ended and self._guess(ask, begun[n])]
-            readings = [Reading(prompts[n], self._guess(asks[n], begun[n]), asks[n].images) for n in open_asks]
-            for n, reading, scored in zip(open_asks, readings, self._read(readings), strict=True):
-                begun[n] = _agreed(reading.answer, scored.likeliest)
-                logprobs[n] = scored.highest[: len(begun[n])]
-                if begun[n][-1] == self.tokenizer.eos_id:
-                    ended[n] = begun[n][:-1]
-        replies = {n: _reply(self.tokenizer.decode(list(ids)), logprobs[n][:-1]) for n, ids in ended.items()}
-        rest = [n for n in range(len(asks)) if n not in ended]
-        replies |= zip(rest, self._decode([asks[n] for n in rest], [prompts[n] for n in rest]), strict=True)
-        return [replies[n] for n in range(len(asks))]
-
-    def _guess(self, ask: Ask, begun: tuple[int, ...]) -> tuple[int, ...]:
-        """The most frequent answer that begins so; empty for none."""
-        return self._next.get(begun, ()) if ask.most_tokens >= SHORT else ()
-
-    def _decode(self, asks: Sequence[Ask], prompts: Sequence[Tokens]) -> list[Reply]:
-        events: list[list[Event]] = [[] for _ in asks]
-        for ask, tokens, received in zip(asks, prompts, events, strict=True):
-            images = [self.features(digest) for digest in ask.images]
-            request = Request(Prompt(tokens, images), Sampler(GREEDY), ask.most_tokens, logprobs=0)  # type: ignore[arg-type]
-            self.engine.submit(request, received.append)
-        while self.engine.step():
-            pass
-        for received in events:
-            if (error := received[-1].error) is not None:
-                raise error
+    def _scores(self, asks: Sequence[Ask], prompts: Sequence[Tokens]) -> list[Reply]:
+        """The log-probabilities of candidates: of first tokens behind the prompt, of the others in further passes."""
+        reading, logits = self._read(asks, prompts, 0)
+        firsts = logits.log_softmax(dim=-1).cpu()  # [B, V]
+        candidates = [(row, self._ended(text)) for row, ask in enumerate(asks) for text in ask.candidates]
+        logprobs = [[float(firsts[row, ids[0]])] for row, ids in candidates]
+        longer = [n for n, (row, ids) in enumerate(candidates) if asks[row].method == "likelihood" and len(ids) > 1]
+        for together in _side_by_side([len(prompts[candidates[n][0]]) + len(candidates[n][1]) for n in longer]):
+            numbers = [longer[n] for n in together]
+            answers = [candidates[n][1] for n in numbers]
+            own = reading.select([candidates[n][0] for n in numbers], max(map(len, answers)))
+            targets = torch.tensor([id for ids in answers for id in ids[1:]], device=self.model.device)
+            losses = cross_entropy(own.read([ids[:-1] for ids in answers]), targets, reduction="none")  # [S]
+            for n, values in zip(numbers, losses.cpu().split([len(ids) - 1 for ids in answers]), strict=True):
+                logprobs[n] += (-values).tolist()
+        results = iter(logprobs)
+        own_results = [[next(results) for _ in ask.candidates] for ask in asks]
         return [
-            _reply("".join(event.text for event in own), [event.logprob for event in own if event.logprob is not None])
-            for own in events
+            Reply("", tuple(float(np.sum(own)) for own in results), tuple(map(len, results))) for results in own_results
         ]
-
-    def _read(self, readings: Sequence[Reading]) -> list[Scored]:
-        """Score readings in groups of like length, of a fixed number of rows."""
-        order = sorted(range(len(readings)), key=lambda n: readings[n].order)
-        results: dict[int, Scored] = {}
-        for begin in range(0, len(order), TOGETHER):
-            group = order[begin : begin + TOGETHER]
-            results |= zip(group, self._forward([readings[n] for n in group]), strict=True)
-        return [results[n] for n in range(len(readings))]
-
-    @torch.inference_mode()
-    def _forward(self, readings: Sequence[Reading]) -> list[Scored]:
-        device = self.model.device
-        rows = [[*reading.prompt.input_ids, *reading.answer[:-1]] for reading in readings]  # the last predicts nothing
-        masks = [[*r.prompt.image_mask, *[False] * (len(r.answer) - 1)] for r in readings]
-        ids = _padded(rows, self.tokenizer.pad_id).to(device)  # [B, T]
-        image_mask = _padded(masks, False).to(device)
-        attention_mask = _padded([[True] * len(row) for row in rows], False).to(device)
-        positions = [
-            number * ids.shape[1] + len(reading.prompt) - 1 + token
-            for number, reading in enumerate(readings)
-            for token in range(len(reading.answer))
-        ]
-        images = [self.features(digest) for reading in readings for digest in reading.images]
-        features = torch.stack(images).to(device) if images else None  # [M, P, width]
-        logprobs = answer_logprobs(
-            self.model, ids, attention_mask, image_mask, features, torch.tensor(positions, device=device), self.dtype
-        )  # [S, V]
-        answers = torch.tensor([id for reading in readings for id in reading.answer])
-        chosen, (highest, likeliest) = logprobs.gather(1, answers[:, None])[:, 0], logprobs.max(dim=1)
-        results, at = [], 0
-        for reading in readings:
-            own = slice(at, at + len(reading.answer))
-            firsts = tuple(logprobs[at, list(reading.firsts)].tolist())
-            results.append(Scored(chosen[own].tolist(), likeliest[own].tolist(), highest[own].tolist(), firsts))
-            at = own.stop
-        return results
 
 
 def encode_prompt(prompts: PromptEncoder, messages: Messages, images: int) -> Tokens:
@@ -205,16 +175,25 @@ def encode_prompt(prompts: PromptEncoder, messages: Messages, images: int) -> To
     return tokens
 
 
-def _reply(text: str, logprobs: Sequence[float]) -> Reply:
-    """The reply of an answer whose tokens have these log-probabilities."""
-    return Reply(text.strip(), (float(np.sum(logprobs)),), (len(logprobs),)) if logprobs else Reply(text.strip())
+def _highest(logits: Tensor) -> list[float]:
+    """The log-probability of the likeliest token of each position; logits [S, V]."""
+    highest: list[float] = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).tolist()
+    return highest
 
 
 def _agreed(guess: Sequence[int], likeliest: Sequence[int]) -> tuple[int, ...]:
     """The beginning of the greedy answer: the guess as far as it is right, and the token that is right behind it."""
-    same = next((n for n, (token, best) in enumerate(zip(guess, likeliest, strict=True)) if token != best), len(guess))
+    same = next((n for n, (token, best) in enumerate(zip(guess, likeliest, strict=False)) if token != best), len(guess))
     return tuple(likeliest[: same + 1])
 
 
-def _padded(rows: Sequence[Sequence[int]], value: float) -> Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+def _side_by_side(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """The numbers of rows of these tokens, the short ones first, in passes."""
+    rows: list[int] = []
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if rows and (len(rows) == ROWS or (len(rows) + 1) * sizes[number] > TOKENS):
+            yield rows
+            rows = []
+        rows.append(number)
+    if rows:
+        yield rows

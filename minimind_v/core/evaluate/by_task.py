@@ -5,30 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from minimind_v.core.config.settings import is_settings, read_settings
 from minimind_v.core.data.dataset import BrokenRow
-from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
-from minimind_v.core.data.images import blank_pixels, load_pixels
+from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.device import resolve_dtype
 from minimind_v.core.errors import MissingInput, RowError, UsageError, nearest
 from minimind_v.core.evaluate import lmms
-from minimind_v.core.evaluate.answering import Answering, Features, encode_prompt
-from minimind_v.core.evaluate.ask import SEEN
-from minimind_v.core.evaluate.benchmarks import read_picture
+from minimind_v.core.evaluate.answering import Features, encode_prompt
+from minimind_v.core.evaluate.ask import SEEN, Messages
 from minimind_v.core.evaluate.breakdown import breakdown
+from minimind_v.core.evaluate.images import Images
 from minimind_v.core.evaluate.measure import (
-    BLANK_IMAGE,
     Plan,
     Progress,
     Replies,
@@ -51,6 +49,7 @@ from minimind_v.core.evaluate.sheets import (
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.evaluate.tasks.task import Task
 from minimind_v.core.evaluate.template import Template
+from minimind_v.core.evaluate.work import OpenModel, Work, answer_in_processes
 from minimind_v.core.extensions import extensions_digest
 from minimind_v.core.files import as_json, disk_errors, only_writer, write_text
 from minimind_v.core.formats.companions import tokenizer_digest
@@ -61,8 +60,7 @@ from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
 
 REPORT, REPLIES = "report.json", ".replies.jsonl"
-FEW_TEXTS = 4096  # answers whose numbers of tokens are kept
-PIXELS = 256 * 2**20  # bytes of decoded images that wait to be encoded
+FEW_TEXTS = 4096  # questions and answers whose numbers of tokens are kept
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
 USUAL = "question, answer, choices, image, hint, kind, id"  # for a message; those of the benchmarks are read, too
 
@@ -145,9 +143,9 @@ class Evaluation:
 class Prepared:
     """What one or several evaluations of a model ask: the questions, and the features of their images."""
 
-    rows: RowStore
     limit: int | None
     plan: Plan
+    work: Work
     images: Images
     features: Features
 
@@ -165,25 +163,12 @@ def prepare(
     The weights of the language model may change between two evaluations. Raises DataError where no question can be
     measured.
     """
-    task, tokenizer = chosen.task, loaded.tokenizer
-    prompts = PromptEncoder(tokenizer, loaded.model.spec.tokens_per_image)
-
-    @lru_cache(FEW_TEXTS)
-    def length(text: str) -> int:
-        return len(tokenizer.encode(text))
-
-    def check(question: Question) -> None:
-        for truth in question.truths:
-            length(truth)
-        for ask in task.asks(question):
-            room = CONTEXT - len(encode_prompt(prompts, ask.messages, len(question.images)))
-            longest = max(map(length, ask.candidates), default=0)
-            if longest >= room:
-                raise RowError(f"an answer has {longest:,} tokens, but there is room for {room - 1:,}", "too long")
-
-    images = Images(loaded, dtype, memory)
-    plan = plan_questions(rows, task, limit, check, images.decode)
-    return Prepared(rows, limit, plan, images, Features(lambda digest: images.encode(digest, rows, plan)))
+    store = memory.store if memory else None
+    images = Images(loaded.model, dtype, store)
+    plan = plan_questions(rows, chosen.task, limit, _checking(loaded, chosen.task), images.decode)
+    guesses = [truth for question in plan.questions for truth in question.truths]
+    work = Work(rows, plan.sources, guesses, dtype, store)
+    return Prepared(limit, plan, work, images, work.features(images))
 
 
 def evaluate_task(
@@ -196,11 +181,12 @@ def evaluate_task(
     dtype: str = "auto",
     memory: FeatureCache | None = None,
     progress: Progress = lambda done, total: None,
+    models: Sequence[OpenModel] = (),
 ) -> Evaluation:
     """Measure a model: `prepare` its questions, and `measure`."""
     if out is not None:
         _keep_others(out)
-    return measure(loaded, chosen, prepare(loaded, chosen, rows, limit, dtype, memory), out, root, dtype, progress)
+    return measure(loaded, chosen, prepare(loaded, chosen, rows, limit, dtype, memory), out, root, progress, models)
 
 
 def measure(
@@ -209,27 +195,28 @@ def measure(
     prepared: Prepared,
     out: Path | None = None,
     root: Path = OUT_DIR,
-    dtype: str = "auto",
     progress: Progress = lambda done, total: None,
+    models: Sequence[OpenModel] = (),
 ) -> Evaluation:
     """Measure a model, and write `predictions.jsonl`, `report.json` and thumbnails into the folder `out`.
 
     Without `out` each evaluation has a folder of its own in `eval` below `root`. An evaluation that was interrupted is
-    resumed. Raises UsageError for a folder with other files, RunError where it cannot be written.
+    resumed. Each of `models` is opened in a process of its own, and these share the work; without any this process does
+    it. Raises UsageError for a folder with other files, RunError where it cannot be written or a process was killed.
     """
     if out is not None:
         _keep_others(out)
-    task, rows, plan = chosen.task, prepared.rows, prepared.plan
-    guesses = [truth for question in plan.questions for truth in question.truths]
-    answering = Answering(loaded.model, loaded.tokenizer, prepared.features, guesses, dtype)
-    origin = _origin(loaded, guesses, dtype)
+    task, plan, work = chosen.task, prepared.plan, prepared.work
+    rows, guesses = work.rows, work.guesses
+    answer = partial(answer_in_processes, work, models) if models else work.answering(loaded, prepared.features).replies
+    origin = _origin(loaded, guesses, work.dtype)
     folder = out or _folder(root, loaded, task, rows, origin, prepared.limit)
     with disk_errors(folder, "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / PREDICTIONS):
         replies = Replies(folder / REPLIES, origin)
         try:
-            verdicts = verdicts_of(all_asks(plan, task), task, answering, replies, progress)
+            verdicts = verdicts_of(all_asks(plan, task), task, answer, replies, progress)
         finally:
             replies.close()
         lines = lines_of(plan, chosen.base, verdicts)
@@ -242,48 +229,28 @@ def measure(
     return Evaluation(report, plan.skipped, sheets, thumbnails)
 
 
-class Images:
-    """The images of an evaluation: decoded when their question is read, encoded when it is asked.
+def _checking(loaded: LoadedModel, task: Task) -> Callable[[Question], None]:
+    """The check of a question: it raises RowError where the model cannot read it."""
+    tokenizer = loaded.tokenizer
+    prompts = PromptEncoder(tokenizer, loaded.model.spec.tokens_per_image)
 
-    Pixels are kept between the two, up to a limit; beyond it an image is decoded twice.
-    """
+    @lru_cache(FEW_TEXTS)
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text))
 
-    def __init__(self, loaded: LoadedModel, dtype: str, memory: FeatureCache | None) -> None:
-        vision_encoder = loaded.model.vision_encoder
-        assert vision_encoder is not None, "a loaded model has one"
-        self._device, self._spec = loaded.model.device, loaded.model.spec
-        self._encoder = FeatureEncoder(vision_encoder, self._device, dtype)
-        self._store = memory.store if memory else None
-        self._pixels: dict[str, np.ndarray] = {}  # uint8 [3, S, S] each
-        self._bytes = 0
+    @lru_cache(FEW_TEXTS)
+    def room(messages: Messages, images: int) -> int:
+        return CONTEXT - len(encode_prompt(prompts, messages, images))
 
-    def decode(self, digest: str, data: bytes, name: str) -> None:
-        """Decode a picture file. Raises RowError."""
-        pixels = self._load(data, name)
-        if self._bytes + pixels.nbytes <= PIXELS:
-            self._pixels[digest] = pixels
-            self._bytes += pixels.nbytes
+    def check(question: Question) -> None:
+        for truth in question.truths:
+            length(truth)
+        for ask in task.asks(question):
+            free, longest = room(ask.messages, len(question.images)), max(map(length, ask.candidates), default=0)
+            if longest >= free:
+                raise RowError(f"an answer has {longest:,} tokens, but there is room for {free - 1:,}", "too long")
 
-    def encode(self, digest: str, rows: RowStore, plan: Plan) -> Tensor:
-        """The features [P, width] of an image; a training run may have stored them."""
-        if digest != BLANK_IMAGE and self._store is not None:
-            stored = self._store.read(bytes.fromhex(digest))
-            if stored is not None:
-                return stored.to(self._device)
-        is_blank = digest == BLANK_IMAGE
-        pixels = blank_pixels(self._spec.preparation[0]) if is_blank else self.pixels(digest, rows, plan)
-        images = torch.from_numpy(np.stack([pixels])).to(self._device)  # [1, 3, S, S]
-        return self._encoder.encode(images)[0]
-
-    def pixels(self, digest: str, rows: RowStore, plan: Plan) -> np.ndarray:
-        """The pixels of an image, uint8 [3, S, S]. Raises RowError for one that has become unreadable."""
-        if (pixels := self._pixels.get(digest)) is not None:
-            return pixels
-        index, position, name = plan.sources[digest]
-        return self._load(read_picture(rows, rows.row(index), index, position, name), name)
-
-    def _load(self, data: bytes, name: str) -> np.ndarray:
-        return load_pixels(data, name, *self._spec.preparation)
+    return check
 
 
 def _thumbnails(images: Images, rows: RowStore, plan: Plan, sheets: dict[str, list[Card]]) -> dict[str, list[bytes]]:
@@ -295,16 +262,16 @@ def _thumbnails(images: Images, rows: RowStore, plan: Plan, sheets: dict[str, li
     for name in names[:MOST_IMAGES]:
         with suppress(RowError):
             own = digests[name][:OF_QUESTION]
-            thumbnails[name] = [thumbnail(images.pixels(digest, rows, plan)) for digest in own]
+            thumbnails[name] = [thumbnail(images.pixels(digest, rows, plan.sources)) for digest in own]
     return thumbnails
 
 
-def _origin(loaded: LoadedModel, guesses: list[str], dtype: str) -> dict[str, Any]:
+def _origin(loaded: LoadedModel, guesses: Sequence[str], dtype: str) -> dict[str, Any]:
     """What decides the replies to given asks."""
     weights = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(loaded.model.state_dict().items()):
-        weights.update(f"{name} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        checksum = crc32(tensor.detach().float().cpu().contiguous().numpy())
+        weights.update(f"{name} {tuple(tensor.shape)} {checksum};".encode())
     answers = json.dumps(sorted(Counter(guesses).items())).encode()
     return {
         "version": __version__,

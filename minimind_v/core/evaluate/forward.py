@@ -57,23 +57,3 @@ def batch_losses(model: VLM, batch: Batch, features: Tensor | None, dtype: str) 
     assert out.loss_sum is not None
     assert out.correct is not None
     return BatchLosses(batch, out.loss_sum, out.correct)
-
-
-def answer_logprobs(
-    model: VLM,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    image_mask: Tensor,
-    features: Tensor | None,
-    positions: Tensor,
-    dtype: str,
-) -> Tensor:
-    """Log-probabilities [S, V] of the token behind each of `positions` [S] in the flattened batch, in fp32, on the CPU.
-
-    input_ids, attention_mask and image_mask [B, T], right-padded; features [M, P, width] of all images.
-    """
-    with autocast(model.device, dtype):
-        x = model.embed(input_ids, features, image_mask)
-        hidden, _ = model.model(x, attention_mask, None, positions)  # [S, D]
-        logits = model.lm_head(hidden)
-    return logits.float().log_softmax(dim=-1).cpu()

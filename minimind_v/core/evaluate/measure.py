@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.feature_store import digest
 from minimind_v.core.errors import DataError, RowError
-from minimind_v.core.evaluate.answering import Answering
 from minimind_v.core.evaluate.ask import BLANK, NONE, SEEN, SWAPPED, VARIANTS, Ask, Reply
 from minimind_v.core.evaluate.benchmarks import read_picture
 from minimind_v.core.evaluate.questions import Question, questions_of
@@ -31,7 +31,9 @@ GROUP = 64  # asks that are computed and saved together
 BLANK_IMAGE = "blank"  # instead of a digest
 SEED = 0  # of the questions that --limit takes
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # asks that are answered, and all
+Source = tuple[int, int, str]  # of an image: its row, its position there and its name
+Answer = Callable[[Sequence[Sequence[Ask]]], Iterator[list[Reply]]]  # groups → the replies to each, in their order
 Decode = Callable[[str, bytes, str], None]  # digest, bytes and name of a picture; raises RowError
 
 
@@ -42,7 +44,7 @@ class Plan:
     questions: list[Question] = field(default_factory=list)
     skipped: list[BrokenRow] = field(default_factory=list)
     images: dict[str, tuple[str, ...]] = field(default_factory=dict)  # question → digests of its images
-    sources: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # digest → row, position and name
+    sources: dict[str, Source] = field(default_factory=dict)  # by digest
     names: dict[str, str] = field(default_factory=dict)  # digest → the name of the image
 
     def cluster(self, question: Question) -> str:
@@ -131,7 +133,7 @@ def _draw(name: str) -> str:
 def _find_images(rows: RowStore, question: Question, plan: Plan, decode: Decode) -> None:
     """Note the digests of a question's images. Raises RowError where one cannot be read."""
     digests: list[str] = []
-    sources: dict[str, tuple[int, int, str]] = {}
+    sources: dict[str, Source] = {}
     row = rows.row(question.index) if question.images else None
     for position, name in enumerate(question.images):
         assert row is not None
@@ -184,10 +186,18 @@ def all_asks(plan: Plan, task: Task) -> list[Asked]:
 
 
 def groups_of(asked: Sequence[Asked]) -> list[list[Ask]]:
-    """All different asks, those of an image together, in groups."""
+    """All different asks in groups; those of an image are together, and begin a new group rather than be divided."""
     asks = {ask.key: ask for entry in asked for ask in entry.asks}
     ordered = sorted(asks.items(), key=lambda item: ([_draw(image) for image in item[1].images], item[0]))
-    return [[ask for _, ask in ordered[begin : begin + GROUP]] for begin in range(0, len(ordered), GROUP)]
+    groups: list[list[Ask]] = []
+    for _, items in groupby(ordered, key=lambda item: item[1].images):
+        own = [ask for _, ask in items]
+        for piece in (own[begin : begin + GROUP] for begin in range(0, len(own), GROUP)):
+            if groups and len(groups[-1]) + len(piece) <= GROUP:
+                groups[-1] += piece
+            else:
+                groups.append(piece)
+    return groups
 
 
 class Replies:
@@ -207,14 +217,18 @@ class Replies:
         path.write_text(text, encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
-    def of(self, group: Sequence[Ask], answer: Callable[[Sequence[Ask]], list[Reply]]) -> list[Reply]:
-        """The replies to a group, computed and saved unless they are in the file."""
-        name = hashlib.blake2b("".join(ask.key for ask in group).encode(), digest_size=8).hexdigest()
-        if name not in self._groups:
-            self._groups[name] = answer(group)
-            self._file.write(f"{json.dumps({'group': name, 'replies': _plain(self._groups[name])})}\n")
-            self._file.flush()
-        return self._groups[name]
+    def of(self, groups: Sequence[Sequence[Ask]], answer: Answer) -> Iterator[list[Reply]]:
+        """The replies to groups in their order; `answer` computes those that are not in the file, and each is saved."""
+        names = [
+            hashlib.blake2b("".join(ask.key for ask in group).encode(), digest_size=8).hexdigest() for group in groups
+        ]
+        computed = answer([group for name, group in zip(names, groups, strict=True) if name not in self._groups])
+        for name in names:
+            if name not in self._groups:
+                self._groups[name] = next(computed)
+                self._file.write(f"{json.dumps({'group': name, 'replies': _plain(self._groups[name])})}\n")
+                self._file.flush()
+            yield self._groups[name]
 
     def close(self) -> None:
         """Close the file; it stays until `remove`."""
@@ -243,14 +257,15 @@ def _whole_lines(path: Path) -> list[Any]:
 
 
 def verdicts_of(
-    asked: Sequence[Asked], task: Task, answering: Answering, replies: Replies, progress: Progress
+    asked: Sequence[Asked], task: Task, answer: Answer, replies: Replies, progress: Progress
 ) -> dict[str, list[tuple[Question, Verdict]]]:
     """The verdicts by variant, in the order of the questions."""
     groups = groups_of(asked)
+    total = sum(map(len, groups))
     by_key: dict[str, Reply] = {}
-    for number, group in enumerate(groups, 1):
-        by_key |= zip([ask.key for ask in group], replies.of(group, answering.reply), strict=True)
-        progress(number, len(groups))
+    for group, own in zip(groups, replies.of(groups, answer), strict=True):
+        by_key |= zip([ask.key for ask in group], own, strict=True)
+        progress(len(by_key), total)
     judged: dict[str, list[tuple[Question, Verdict]]] = {variant: [] for variant in VARIANTS}
     for entry in asked:
         verdict = task.judge(entry.question, [by_key[ask.key] for ask in entry.asks])

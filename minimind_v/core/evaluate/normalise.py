@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {
@@ -33,6 +34,7 @@ CONTRACTIONS = {
 }
 
 
+@lru_cache(4096)  # the same few answers to most questions
 def normalise(text: str) -> str:
     """A text as VQA compares it: lower case, digits, no articles, no marks, contractions with their apostrophes.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,28 @@ class KVCache:
         """Remove all tokens from `length` on. For caches without padding."""
         self.used = length
 
+    def hide(self, counts: Sequence[int], time: int) -> None:
+        """Turn the newest `time` columns of each row into padding, except the first `counts` of them."""
+        if min(counts) < time:
+            if self.padding is None:
+                self.padding = self._no_padding()
+            hidden = torch.arange(time) >= torch.tensor(counts)[:, None]  # [B, T]
+            self.padding[:, self.used - time : self.used] |= hidden.to(self.padding.device)
+
+    def select(self, rows: Tensor, max_length: int) -> KVCache:
+        """A cache of these rows [N], which may repeat, with room for `max_length` columns."""
+        new = copy(self)
+        for name in ("keys", "values"):
+            stored = getattr(self, name)[:, :, :, : self.used]
+            tensor = stored.new_empty((len(stored), len(rows), stored.shape[2], max_length, stored.shape[4]))
+            for layer, rows_of_layer in zip(tensor, stored, strict=True):
+                layer[:, :, : self.used] = rows_of_layer[rows]
+            setattr(new, name, tensor)
+        if self.padding is not None:
+            new.padding = new._no_padding()
+            new.padding[:, : self.used] = self.padding[rows, : self.used]
+        return new
+
     def extend(self, time: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Make room for a chunk of so many columns; attention_mask [B, T] is 0 where a row has padding.
 
@@ -53,8 +78,7 @@ class KVCache:
         self.used = end
         if attention_mask is not None and not attention_mask.all():
             if self.padding is None:
-                shape = (self.keys.shape[1], self.max_length)
-                self.padding = torch.zeros(shape, dtype=torch.bool, device=self.keys.device)
+                self.padding = self._no_padding()
             self.padding[:, start:end] = ~attention_mask.bool()
         if start == 0 or (time == 1 and self.padding is None):
             return positions, None
@@ -68,3 +92,6 @@ class KVCache:
         for target, chunk in zip(stored, (keys, values), strict=True):
             target.narrow(2, self.used - time, time).copy_(chunk)
         return stored[0].narrow(2, 0, self.used), stored[1].narrow(2, 0, self.used)
+
+    def _no_padding(self) -> Tensor:
+        return torch.zeros((self.keys.shape[1], self.max_length), dtype=torch.bool, device=self.keys.device)

@@ -89,8 +89,8 @@ class Evaluator:
         weights = self.folder.weights  # what they will be; these are not on the disk
         checkpoint = Checkpoint(weights, {}, config.model, config.stage, ignored=[], guessed=False)
         self._loaded = LoadedModel(model, tokenizer, checkpoint, Receipt(str(weights)))
-        data, split = chosen.source(config.eval_data, None)
-        rows = open_benchmark(data, config.eval_images, split, listener.message, chosen.names)
+        _, split = chosen.source(config.eval_data, None)
+        rows = open_benchmark(config.eval_data, config.eval_images, split, listener.message, chosen.names)
         self._prepared = prepare(self._loaded, chosen, rows, config.eval_limit, config.dtype, features)
         plan = self._prepared.plan
         for skipped in plan.skipped[:SHOWN]:
@@ -113,9 +113,7 @@ class Evaluator:
         try:
             with torch.random.fork_rng(devices):
                 folder = predictions_of(self.folder.evaluations, step)
-                result = measure(
-                    self._loaded, self.chosen, self._prepared, folder, dtype=self.config.dtype, progress=check
-                )
+                result = measure(self._loaded, self.chosen, self._prepared, folder, progress=check)
         except _Stopped:
             return None
         finally:
