@@ -98,15 +98,12 @@ def evaluate(
     """
     from minimind_v.core.config.load import build_config, images_beside
     from minimind_v.core.rows.pictures import find_pictures
-    from minimind_v.core.rows.splits import SCORE
-    from minimind_v.core.rows.stores import find_rows, open_rows
+    from minimind_v.core.rows.stores import find_rows
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
-    chosen = _choose(
-        task, {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size},
-        {"--out": out is not None, "--gpus": gpus > 1},
-    )  # fmt: skip
+    without = {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}
+    chosen = _choose(task, without, {"--out": out is not None, "--gpus": gpus > 1})
     if chosen is not None:
         data, split = chosen.source(data, split)
     if watch is not None:
@@ -132,15 +129,32 @@ def evaluate(
         by_task = _by_task(terminal, loaded, chosen, data, images, split, how)
         terminal.json(by_task) if json else _show_report(terminal, by_task)
         return
-    rows = open_rows(data, images, split, terminal.say, SCORE)
     how = {"batch_size": batch_size or BATCH_SIZE, "limit": limit, "dtype": dtype}
-    scores = _score(terminal, loaded, rows, max_length or MAX_LENGTH, blind, how)
-    _show_rows(terminal, scores["seeing"])
-    report = _report(loaded.checkpoint.path, data, rows.split, scores)
+    report = _by_loss(terminal, loaded, data, images, split, max_length or MAX_LENGTH, blind, how)
     if json:
         terminal.json(report)
     else:
         terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
+
+
+def _by_loss(
+    terminal: Terminal,
+    loaded: LoadedModel,
+    data: Path,
+    images: Path | None,
+    split: str | None,
+    max_length: int,
+    blind: bool,
+    how: dict[str, Any],
+) -> dict[str, Any]:
+    """Measure without a task; returns the report."""
+    from minimind_v.core.rows.splits import SCORE
+    from minimind_v.core.rows.stores import open_rows
+
+    rows = open_rows(data, images, split, terminal.say, SCORE)
+    scores = _score(terminal, loaded, rows, max_length, blind, how)
+    _show_rows(terminal, scores["seeing"])
+    return _report(loaded.checkpoint.path, data, rows.split, scores)
 
 
 def _choose(task: str | None, without: dict[str, int | None], with_task: dict[str, bool]) -> ChosenTask | None:
