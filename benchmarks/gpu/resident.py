@@ -56,9 +56,8 @@ def resident(card: Card, result: Result) -> None:
 
 def _prepare(card: Card, rows: int, length: int, answer: int) -> Batch:
     batch = curve.make_batch(length, rows, length, answer).to(card.device)
-    read = supervised(batch.labels)
     positions = batch.image_mask.flatten().nonzero()[:, 0]
-    return batch.input_ids, batch.image_features, positions, read, batch.labels.flatten()[read + 1]
+    return batch.input_ids, batch.image_features, positions, *supervised(batch.labels)
 
 
 def _steps(card: Card, batches: list[Batch], policy: str, compiled: bool, graph: bool):

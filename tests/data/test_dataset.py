@@ -164,13 +164,13 @@ def test_a_row_error_keeps_its_kind_on_the_way_home():
 
 def example(length, number, pictures=0) -> Example:
     ids = [number * 100 + n for n in range(length)]
-    tokens = Tokens(ids, [n % 3 == 1 for n in range(length)], [n % 5 == 2 for n in range(length)], pictures)
+    tokens = Tokens(ids, [n % 3 == 1 for n in range(length)], [n < pictures for n in range(length)], pictures)
     shown = [LoadedImage(b"", np.full((3, SIZE, SIZE), number, np.uint8)) for _ in range(pictures)]
     return Example(number, f"f:{number}", tokens, [], shown)
 
 
 def test_a_batch_is_as_long_as_its_longest_row():
-    examples = [example(4, 1, 1), example(7, 2), example(1, 3, 2)]
+    examples = [example(4, 1, 1), example(7, 2), example(3, 3, 2)]
     broken = [BrokenRow("f:9", "json", "no")]
     batch = collate(examples, broken, pad_id=9)
     assert len(batch) == 3
@@ -187,6 +187,26 @@ def test_a_batch_is_as_long_as_its_longest_row():
         taught = [i if m else IGNORE for i, m in zip(item.tokens.input_ids, item.tokens.loss_mask, strict=True)]
         assert batch.labels[n].tolist() == taught + [IGNORE] * (7 - length)
     assert batch.supervised == sum(sum(item.tokens.loss_mask[1:]) for item in examples)
+    assert torch.equal(batch.input_ids.flatten()[batch.supervised_positions + 1], batch.targets)
+    assert len(batch.targets) == batch.supervised
+    assert torch.equal(batch.image_mask.flatten().nonzero()[:, 0], batch.image_positions)
+
+
+def test_rows_with_placeholders_for_other_images_than_their_own_are_refused():
+    wrong = example(4, 2, 1)
+    wrong.images *= 2
+    with pytest.raises(ValueError, match="f:1: 1 for 1, f:2: 1 for 2"):
+        collate([example(4, 1, 1), wrong], [], 0)
+
+
+def test_stored_and_decoded_images_stay_in_reading_order():
+    row = example(5, 1, 4)
+    for n in (1, 3):
+        row.images[n] = LoadedImage(b"", features=torch.full((1, 2), n))
+    batch = collate([row], [], 0)
+    pixels = torch.tensor([0, 2])[:, None, None].expand(-1, 1, 2)
+    order = torch.cat((batch.image_features, pixels)).index_select(0, batch.image_order)
+    assert order[:, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_a_batch_without_pictures_and_a_batch_without_rows():

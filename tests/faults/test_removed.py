@@ -16,7 +16,7 @@ NAME = "pretrain_vlm_128"
 
 def remove_after(step, then=lambda out: None):
     """Let somebody remove the folder of the run after one of its steps."""
-    real = Run._step
+    real = Run._launch
 
     def patched_step(run, number, batches):
         if number == step + 1:
@@ -40,7 +40,7 @@ def remove_after(step, then=lambda out: None):
 )
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_run_whose_folder_is_removed_leaves_all_that_it_says(tmp_path, monkeypatch, step, then, every):
-    monkeypatch.setattr(Run, "_step", remove_after(step, then))
+    monkeypatch.setattr(Run, "_launch", remove_after(step, then))
     ended = run_mmv(*tiny_data().train(tmp_path / "out", log_every=every))
     folder = tmp_path / "out" / NAME
     assert ended.code == 0, ended.err
@@ -55,7 +55,7 @@ def test_a_run_whose_folder_is_removed_leaves_all_that_it_says(tmp_path, monkeyp
 
 
 def test_a_folder_that_cannot_be_made_again_is_reported_and_the_run_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "_step", remove_after(3, lambda out: out.write_text("")))
+    monkeypatch.setattr(Run, "_launch", remove_after(3, lambda out: out.write_text("")))
     ended = run_mmv(*tiny_data().train(tmp_path / "out"))
     assert ended.code == 1
     assert "cannot be written" in ended.error

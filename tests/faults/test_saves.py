@@ -78,7 +78,7 @@ def test_a_state_is_that_of_its_update_however_late_it_is_written(tmp_path, whol
 
 
 def test_training_continues_while_a_state_is_written(tmp_path, monkeypatch):
-    real_write, real_step, later = States.write, Run._step, threading.Event()
+    real_write, real_step, later = States.write, Run._launch, threading.Event()
 
     def write(states, step, *rest):
         assert step != 4 or later.wait(100), "the training waits for the disk"
@@ -90,7 +90,7 @@ def test_training_continues_while_a_state_is_written(tmp_path, monkeypatch):
         return real_step(run, step, batches)
 
     monkeypatch.setattr(States, "write", write)
-    monkeypatch.setattr(Run, "_step", patched_step)
+    monkeypatch.setattr(Run, "_launch", patched_step)
     ended = run_mmv(*tiny_data().train(tmp_path / "out", **LINE | {"save_every": 4}))
     assert ended.code == 0, ended.err
     assert [step_of(path) for path in states(tmp_path / "out")] == [8, 10]
@@ -101,7 +101,7 @@ def test_training_continues_while_a_state_is_written(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_states_are_saved_by_time_and_resumed_from(tmp_path, whole, slow_disk, monkeypatch):
-    real = Run._step
+    real = Run._launch
 
     def patched_step(run, step, batches):
         if step > 8:
@@ -109,12 +109,12 @@ def test_states_are_saved_by_time_and_resumed_from(tmp_path, whole, slow_disk, m
         return real(run, step, batches)
 
     monkeypatch.setattr(saving, "MINUTE", 0.0)
-    monkeypatch.setattr(Run, "_step", patched_step)
+    monkeypatch.setattr(Run, "_launch", patched_step)
     begun = slow_disk(0)
     line = tiny_data().train(tmp_path / "out", **LINE | {"save_minutes": 1})
     assert run_mmv(*line).code == 130
     assert 2 <= len(begun) <= 8, "a save that still runs is not waited for"
-    monkeypatch.setattr(Run, "_step", real)
+    monkeypatch.setattr(Run, "_launch", real)
     ended = run_mmv(*line, "--resume")
     assert ended.code == 0, ended.err
     assert f"resuming after step {max(step for step in begun if step < 9)} of 10" in ended.err

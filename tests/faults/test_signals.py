@@ -66,7 +66,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 def slow_steps():
     """Make every update but the first last a minute."""
-    real = Run._step
+    real = Run._launch
 
     def patched_step(run, step, batches):
         if step > 1:
@@ -75,7 +75,7 @@ def slow_steps():
                 time.sleep(0.1)
         return real(run, step, batches)
 
-    Run._step = patched_step
+    Run._launch = patched_step
 
 
 @pytest.mark.long

@@ -59,6 +59,31 @@ def test_pictures_of_all_rows_in_reading_order(make_vlm):
         assert torch.equal(x[row, at : at + P], projected[picture])
 
 
+def test_embeddings_are_copied_as_masked_scatter_does_with_equal_gradients(make_vlm):
+    model, features = make_vlm(), torch.randn(3, P, 24)
+    rows = torch.cat((ids_of(PICTURE, [7], PICTURE), ids_of([7, 8, 9], PICTURE, [7, 8])))
+    mask = find_placeholders(rows, AT, P)
+    projected, text = model.vision_proj(features), model.model.embed_tokens(rows)
+    expected = text.masked_scatter(mask[..., None], projected.flatten(0, 1))
+    x = model.embed(rows, features, mask)
+    assert torch.equal(x, expected)
+    weights = [*model.vision_proj.parameters(), model.model.embed_tokens.weight]
+    flow = torch.randn_like(x)
+    for ours, theirs in zip(
+        torch.autograd.grad(x, weights, flow), torch.autograd.grad(expected, weights, flow), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_positions_that_are_given_are_checked_by_their_number(make_vlm):
+    model, positions = make_vlm(), torch.arange(P)
+    with pytest.raises(ValueError, match="2 images do not match 4 placeholders"):
+        model.embed(ids_of(PICTURE), torch.randn(2, P, 24), image_positions=positions)
+    with pytest.raises(ValueError, match="4 image placeholders, but no images"):
+        model.embed(ids_of(PICTURE), image_positions=positions)
+
+
 @pytest.mark.parametrize(
     ("run", "pictures"), [(1, 0), (P - 1, 0), (P, 1), (P + 1, 1), (2 * P - 1, 1), (2 * P, 2), (3 * P, 3)]
 )

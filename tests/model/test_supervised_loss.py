@@ -21,8 +21,8 @@ def full_loss(hidden, labels, head):
 
 def loss_of(hidden, labels, head):
     """As the model asks for it: only the hidden states that are read are there."""
-    read = supervised(labels)
-    return supervised_loss(hidden.flatten(0, 1)[read] @ head.T, labels.flatten()[read + 1])
+    positions, targets = supervised(labels)
+    return supervised_loss(hidden.flatten(0, 1)[positions] @ head.T, targets)
 
 
 @pytest.fixture

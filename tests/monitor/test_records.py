@@ -55,7 +55,7 @@ def test_the_manifest_holds_the_inputs_of_the_run(out):
 def test_a_resumed_run_adds_a_start(tmp_path, monkeypatch):
     from minimind_v.core.train.loop import Run
 
-    real = Run._step
+    real = Run._launch
 
     def patched_step(run, step, batches):
         if step == 5:
@@ -63,7 +63,7 @@ def test_a_resumed_run_adds_a_start(tmp_path, monkeypatch):
         return real(run, step, batches)
 
     line = tiny_data().train(tmp_path, save_every=2)
-    monkeypatch.setattr(Run, "_step", patched_step)
+    monkeypatch.setattr(Run, "_launch", patched_step)
     assert run_mmv(*line).code == 130
     monkeypatch.undo()
     assert run_mmv(*line, "--resume").code == 0

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind_v.core.data.dataset import BrokenRow, Example
-from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.data.dataset import BrokenRow, Example, LoadedImage
+from minimind_v.core.model.loss import IGNORE, supervised
 
 TOKENS = ("input_ids", "attention_mask", "image_mask", "labels")  # [B, T] each
+POSITIONS = ("image_positions", "supervised_positions", "targets")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Batch:
     image_mask: Tensor  # [B, T], true for placeholders of patches
     pixel_values: Tensor | None = None  # uint8 [images without stored features, 3, S, S]
     image_features: Tensor | None = None  # [images with stored features, P, width]
-    remembered: Tensor | None = None  # [M], true for images in image_features, if some are in each
+    image_order: Tensor | None = None  # [M], of each image among image_features and then pixel_values, if both exist
     keys: list[bytes] = field(default_factory=list)  # of the images in pixel_values, to store their features
     locations: list[str] = field(default_factory=list)  # file:row of each row
     broken: list[BrokenRow] = field(default_factory=list)  # rows that were left out of this batch
@@ -37,6 +38,10 @@ class Batch:
     text_rows: int = 0  # rows with pictures and no mark
     notes: dict[str, int] = field(default_factory=dict)  # rows by how their reading differs from their text
     trouble: str = ""  # a worker's warning, for the trainer to report
+    # What image_mask and labels say, worked out beforehand so that a GPU need not be asked; None: the model does it.
+    image_positions: Tensor | None = None  # [M · P], of the placeholders in the flattened batch
+    supervised_positions: Tensor | None = None  # [S], whose next token is supervised
+    targets: Tensor | None = None  # [S], these next tokens
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -49,7 +54,7 @@ class Batch:
     @property
     def tokens(self) -> dict[str, Any]:
         """The arguments of the model's forward besides the images."""
-        return {name: getattr(self, name) for name in TOKENS}
+        return {name: getattr(self, name) for name in (*TOKENS, *POSITIONS)}
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; a copy from pinned memory to CUDA overlaps with computing.
@@ -100,7 +105,10 @@ class Batch:
 
 
 def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Batch:
-    """Right-pad examples into a batch; no examples give a batch of no rows."""
+    """Right-pad examples into a batch; no examples give a batch of no rows.
+
+    Raises ValueError if the placeholders of a row do not fit its images.
+    """
     length = max((len(example.tokens) for example in examples), default=0)
     shape = (len(examples), length)
     input_ids = np.full(shape, pad_id, np.int64)
@@ -111,18 +119,24 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
         attention_mask[row, :end] = True
         image_mask[row, :end] = tokens.image_mask
         loss_mask[row, :end] = tokens.loss_mask
-    labels = np.where(loss_mask, input_ids, IGNORE)
+    labels = torch.from_numpy(np.where(loss_mask, input_ids, IGNORE))
+    supervised_positions, targets = supervised(labels)
     images = [image for example in examples for image in example.images]
+    placeholders = image_mask.sum(axis=1)
+    if images and any(placeholders * len(images) != [len(row.images) * placeholders.sum() for row in examples]):
+        rows = zip(examples, placeholders.tolist(), strict=True)
+        counts = ", ".join(f"{row.location}: {count} for {len(row.images)}" for row, count in rows)
+        raise ValueError(f"the placeholders do not fit the images: {counts}")
     pixels = [image.pixels for image in images if image.pixels is not None]
     features = [image.features for image in images if image.features is not None]
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(attention_mask),
-        torch.from_numpy(labels),
+        labels,
         torch.from_numpy(image_mask),
         _stack(pixels, torch.uint8) if pixels else None,
         _stack(features, features[0].dtype) if features else None,
-        torch.tensor([image.features is not None for image in images]) if pixels and features else None,
+        _order(images) if pixels and features else None,
         [image.key for image in images if image.pixels is not None],
         locations=[example.location for example in examples],
         broken=broken,
@@ -130,7 +144,16 @@ def collate(examples: list[Example], broken: list[BrokenRow], pad_id: int) -> Ba
         answers_cut=sum(example.tokens.answers_cut for example in examples),
         text_rows=sum(example.tokens.unmarked > 0 for example in examples),
         notes=dict(Counter(note for example in examples for note in example.tokens.notes)),
+        image_positions=torch.from_numpy(image_mask.ravel().nonzero()[0]),
+        supervised_positions=supervised_positions,
+        targets=targets,
     )
+
+
+def _order(images: Sequence[LoadedImage]) -> Tensor:
+    """The place of each image among those with features and then those with pixels, [M]."""
+    decoded = np.array([image.pixels is not None for image in images])
+    return torch.from_numpy(decoded.argsort(kind="stable").argsort(kind="stable"))
 
 
 def _stack(arrays: Sequence[Tensor | np.ndarray], kind: torch.dtype) -> Tensor:

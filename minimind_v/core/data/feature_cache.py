@@ -52,7 +52,7 @@ class FeatureEncoder:
         count = len(images)
         exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         if count < self.group and exact:
-            images = images[torch.arange(self.group) % count]
+            images = images[torch.arange(self.group, device=images.device) % count]
         with torch.inference_mode(), autocast(self.device, self.dtype):
             features = self.encoder(images)[:count]
         return features.to(torch.bfloat16 if self.kind == "bfloat16" else torch.float32)
@@ -103,11 +103,8 @@ class FeatureCache:
         if batch.image_features is None:
             return encoded
         self.read += len(batch.image_features)
-        assert batch.remembered is not None
-        features = encoded.new_empty(len(batch.remembered), *encoded.shape[1:])  # [M, P, width]
-        features[batch.remembered] = batch.image_features
-        features[~batch.remembered] = encoded
-        return features
+        assert batch.image_order is not None
+        return torch.cat((batch.image_features.to(encoded), encoded)).index_select(0, batch.image_order)
 
     def _of_pixels(self, pixel_values: Tensor, keys: list[bytes]) -> Tensor:
         """Features of images that had none in the store when a data worker read ahead; some may be stored by now."""

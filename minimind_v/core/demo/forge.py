@@ -411,9 +411,9 @@ class Reader:
         losses, tokens = [], 0
         for start in range(0, rows, GROUP):
             x, labels, _ = self.batch(drawn[start : start + GROUP])
-            positions = supervised(labels)
+            positions, targets = supervised(labels)
             hidden, _ = self.model.model(x, positions=positions)
-            loss_sum, correct = supervised_loss(self.model.lm_head(hidden), labels.flatten()[positions + 1])
+            loss_sum, correct = supervised_loss(self.model.lm_head(hidden), targets)
             losses.append(loss_sum)
             tokens += len(correct)
         return torch.stack(losses).sum() / tokens

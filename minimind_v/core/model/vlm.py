@@ -81,6 +81,9 @@ class VLM(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
+        image_positions: Tensor | None = None,
+        supervised_positions: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Output:
         """Logits of a right-padded batch of rows, or with `labels` the loss.
 
@@ -90,6 +93,10 @@ class VLM(nn.Module):
         an image's feature goes (None: runs of the placeholder id); labels [B, T], -100 where not supervised;
         logits_to_keep: only the last K positions (0: all).
 
+        A data worker may know beforehand what would be read off the masks, for which a GPU would have to wait:
+        image_positions [M · P], in the flattened batch, what image_mask says; supervised_positions [S] and their next
+        tokens targets [S], what labels say.
+
         Raises ValueError naming the row whose placeholders do not fit its images.
         """
         per_row = None
@@ -98,13 +105,13 @@ class VLM(nn.Module):
             if self.vision_encoder is None:
                 raise ValueError("this model was built without a vision encoder: give image_features")
             image_features = self.vision_encoder(pixel_values)  # [M, P, width]
-        x = self.embed(input_ids, image_features, image_mask, per_row)  # [B, T, D]
-        if labels is None:
+        x = self.embed(input_ids, image_features, image_mask, per_row, image_positions)  # [B, T, D]
+        if targets is None and labels is not None:
+            supervised_positions, targets = supervised(labels)  # [S] each
+        if targets is None:
             hidden, aux_loss = self.model(x, attention_mask, cache)  # [B, T, D]
             return Output(self.lm_head(hidden[:, -logits_to_keep:]), None, None, aux_loss)  # [B, K, V]
-        positions = supervised(labels)  # [S]
-        hidden, aux_loss = self.model(x, attention_mask, cache, positions)  # [S, D]
-        targets = labels.flatten()[positions + 1]  # [S]
+        hidden, aux_loss = self.model(x, attention_mask, cache, supervised_positions)  # [S, D]
         loss_sum, correct = supervised_loss(self.lm_head(hidden), targets)
         if torch.is_grad_enabled() and not loss_sum.requires_grad:  # only the projector trains, and there is no image
             loss_sum = loss_sum + 0 * sum(weight.sum() for weight in self.vision_proj.parameters())
@@ -116,24 +123,33 @@ class VLM(nn.Module):
         image_features: Tensor | None = None,
         image_mask: Tensor | None = None,
         per_row: int | None = None,
+        image_positions: Tensor | None = None,
     ) -> Tensor:
         """The input of the language model: embeddings [B, T, D] of ids, and projected features at the placeholders.
 
         Arguments and errors are those of `forward`; per_row is the number of images that each row must have, if known.
         """
         x = self.model.embed_tokens(input_ids)  # [B, T, D]
-        if image_features is not None:
-            return self._insert_images(x, input_ids, image_features, image_mask, per_row)
-        if image_mask is not None and image_mask.any():
-            row = int(image_mask.any(dim=1).nonzero()[0])
-            raise ValueError(f"row {row} has image placeholders, but no images")
-        return x
+        if image_features is None:
+            if image_positions is not None:
+                if len(image_positions):
+                    raise ValueError(f"there are {len(image_positions)} image placeholders, but no images")
+            elif image_mask is not None and image_mask.any():
+                row = int(image_mask.any(dim=1).nonzero()[0])
+                raise ValueError(f"row {row} has image placeholders, but no images")
+            return x
+        embeddings = self.vision_proj(image_features.to(x.dtype)).to(x.dtype)  # [M, P, D]
+        if image_positions is None:
+            image_positions = self._find_positions(input_ids, embeddings, image_mask, per_row)  # [M · P]
+        if len(image_positions) != embeddings.shape[:2].numel():
+            raise ValueError(f"{len(embeddings)} images do not match {len(image_positions)} placeholders")
+        return x.flatten(0, 1).index_copy(0, image_positions, embeddings.flatten(0, 1)).view_as(x)  # [B, T, D]
 
-    def _insert_images(
-        self, x: Tensor, input_ids: Tensor, features: Tensor, image_mask: Tensor | None, per_row: int | None
+    def _find_positions(
+        self, input_ids: Tensor, embeddings: Tensor, image_mask: Tensor | None, per_row: int | None
     ) -> Tensor:
-        embeddings = self.vision_proj(features.to(x.dtype)).to(x.dtype)  # [M, P, D]
-        tokens = embeddings.shape[1]
+        """The positions of the placeholders in the flattened batch, [M · P]; embeddings [M, P, D]."""
+        images, tokens, _ = embeddings.shape
         if image_mask is None:
             image_mask = find_placeholders(input_ids, self.placeholder_id, tokens)  # [B, T]
         counts = image_mask.sum(dim=1) / tokens  # images per row [B]
@@ -141,10 +157,10 @@ class VLM(nn.Module):
             if (per_row is not None and count != per_row) or count != int(count):
                 expected = "needs a whole number" if per_row is None else f"is given {per_row}"
                 raise ValueError(f"row {row} has placeholders for {count:g} images, but {expected}")
-        if int(counts.sum()) != len(features):
+        if int(counts.sum()) != images:
             row_counts = ", ".join(f"row {row}: {int(count)}" for row, count in enumerate(counts.tolist()))
-            raise ValueError(f"{len(features)} images do not match the placeholders: {row_counts}")
-        return x.masked_scatter(image_mask[..., None], embeddings.flatten(0, 1))  # [B, T, D]
+            raise ValueError(f"{images} images do not match the placeholders: {row_counts}")
+        return image_mask.flatten().nonzero()[:, 0]
 
 
 def find_placeholders(input_ids: Tensor, placeholder_id: int, patches: int) -> Tensor:

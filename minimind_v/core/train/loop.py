@@ -19,13 +19,13 @@ from minimind_v.core.monitor.messages import announcement, before_the_start, exp
 from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
 from minimind_v.core.signals import StopRequest
 from minimind_v.core.train.distributed import ALONE, World
-from minimind_v.core.train.progress import Progress
+from minimind_v.core.train.progress import Progress, StepRows
 from minimind_v.core.train.recall import RecallReport
 from minimind_v.core.train.records import Records
 from minimind_v.core.train.resume import State, named_trainable, unpack
 from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.train.saver import Saver
-from minimind_v.core.train.step import TrainStep
+from minimind_v.core.train.step import PendingStep, TrainStep
 from minimind_v.core.train.validate import Validator
 
 RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers wrong again
@@ -44,6 +44,17 @@ class Summary:
     notes: dict[str, int]  # rows that are read in another way than they are written, of
     rows: int  # of the set that were read
     bad_steps: int  # skipped, since loss or gradient was not finite
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that is launched, and what its report needs besides its result."""
+
+    number: int
+    batches: list[Batch]
+    rows: StepRows
+    lr: float
+    step: PendingStep
 
 
 @dataclass
@@ -65,6 +76,7 @@ class Run:
         self.progress = Progress(self.config, self.plan, self.listener, self.world)
         self.best: Validation | None = None
         self.stopped_by: Signals | None = None
+        self._launched: Launched | None = None  # the last step, until its result is read
 
     def resume(self, state: State) -> None:
         """Continue from a state, bit for bit as if the run had never been interrupted."""
@@ -97,6 +109,8 @@ class Run:
                 torn = True
                 raise
             finally:
+                if not torn:
+                    self._finish()
                 self._end(save=progress.done > begun and bool(progress.counts.supervised) and not torn)
         if not progress.counts.supervised and not self.stopped_by:
             trouble = progress.broken.first or "every answer is cut off"
@@ -104,24 +118,39 @@ class Run:
         return self._summary()
 
     def _loop(self) -> None:
-        config, progress = self.config, self.progress
-        for step, batches in enumerate(self._batches(), progress.done + 1):
-            metrics = self._step(step, batches)
-            if metrics is None:  # a signal came before the data
+        for step, batches in enumerate(self._batches(), self.progress.done + 1):
+            launched = self._launch(step, batches)
+            self._finish()  # the step before, while a GPU does this one
+            if launched is None:  # a signal came before the data
                 return
-            progress.done = step
-            logged = step % config.log_every == 0 or step in (1, self.total)
-            if logged and self.records:
-                self.records.log(metrics)
-            self.listener.step(metrics, logged)
-            if self.validator and (step % config.val_every == 0 or step == self.total):
+            self._launched = launched
+            if self.train_step.late and not self._is_stop(step):
+                continue
+            self._finish()
+            if self.validator and self._validates(step):
                 self._validate(self.validator, step)
-            if self.saver and step < self.total:
-                self.saver.after_step(step, logged, progress.state)
+            if self.saver and self._saves(step):
+                self.saver.save(step, self.progress.state())
             if self.world.size == 1:  # several must stop after the same step
                 self.stopped_by = self.stop.signal
-            if self.stopped_by or step == self.total:
+            if self.stopped_by or step >= self.total:
                 return
+
+    def _is_stop(self, step: int) -> bool:
+        """Whether what follows a step needs its result and its weights, so that the next step may not be launched."""
+        ends_epoch = self.config.until_right and step % self.plan.steps_per_epoch == 0
+        stops = step >= self.total or ends_epoch or self.stop.signal is not None
+        # After a bad step the next one may end the run, and must then be the last that was launched.
+        return stops or self.progress.counts.skipped > 0 or self._validates(step) or self._saves(step)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step in (1, self.total)
+
+    def _validates(self, step: int) -> bool:
+        return self.validator is not None and (step % self.config.val_every == 0 or step == self.total)
+
+    def _saves(self, step: int) -> bool:
+        return self.saver is not None and step < self.total and self.saver.is_due(step, self._is_logged(step))
 
     def _batches(self) -> Iterator[list[Batch] | None]:
         """The micro-batches of each step for this process, fetched when they are needed.
@@ -137,28 +166,37 @@ class Run:
                 self.progress.counts.waited += time.perf_counter() - asked
                 yield batches
 
-    def _step(self, step: int, fetched: list[Batch] | None) -> StepMetrics | None:
-        """One step over all processes; None, without a step, if a process was stopped before it had its batches."""
-        progress, counts = self.progress, self.progress.counts
+    def _launch(self, step: int, fetched: list[Batch] | None) -> Launched | None:
+        """Begin a step over all processes; None, without a step, if one was stopped before it had its batches."""
         self.listener.batches(fetched or [])
         batches = [batch for batch in fetched or () if batch.supervised]
-        rows = progress.count(step, fetched, batches, self._total)
+        rows = self.progress.count(step, fetched, batches, self._total)
         if rows is None:
             return None
         lr = generation_of(self.config.model).cosine.rate(step, self.total, self.config.lr)
-        result = self.train_step(batches, rows.supervised, rows.rows, lr, self._total)
+        pending = self.train_step(batches, rows.supervised, rows.rows, lr, self._total)
+        return Launched(step, batches, rows, lr, pending)
+
+    def _finish(self) -> None:
+        """Read the result of the step that was launched last, if it has not been read, and report it."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        step, rows, result = launched.number, launched.rows, launched.step.result
+        progress, counts = self.progress, self.progress.counts
         if rows.supervised:
-            progress.check_finite(step, result, batches, self.total)
+            progress.check_finite(step, result, launched.batches, self.total)
         progress.add(step, rows, result)
         counts.seconds = time.perf_counter() - self._clock
         self._end_if_right(step)
-        return StepMetrics(
+        progress.done = step
+        metrics = StepMetrics(
             step,
             self.total,
             round(step / self.plan.steps_per_epoch, 4),
             result.loss,
             result.correct / max(rows.supervised, 1),
-            lr,
+            launched.lr,
             result.grad_norm,
             counts.samples,
             counts.tokens,
@@ -166,6 +204,12 @@ class Run:
             counts.seconds,
             counts.waited,
         )
+        logged = self._is_logged(step)
+        if logged and self.records:
+            self.records.log(metrics)
+        self.listener.step(metrics, logged)
+        if self.saver:
+            self.saver.report()
 
     def _total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over all processes. A signal to one of them is gathered too, so that all stop together."""

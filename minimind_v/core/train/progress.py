@@ -57,6 +57,7 @@ class Progress:
         self.counts = Counts()
         self.broken = BrokenRows(plan.rows, plan.rows_per_step, config.data.bad_rows)
         self._troubles: set[str] = set()  # of data workers, each reported once
+        self._noted: set[str] = set()  # what was reported about rows, before it is counted
 
     def state(self) -> dict[str, Any]:
         """The fields of a resume state."""
@@ -103,9 +104,13 @@ class Progress:
 
     def _report_notes(self, step: int, rows: int, text_rows: int, notes: dict[str, int]) -> None:
         """Report rows that are read in another way than written, each kind once."""
-        lines = describe_notes({note: notes[note] for note in notes.keys() - self.counts.notes.keys()}, rows)
-        if text_rows and not self.counts.text_rows:
+        lines = describe_notes(
+            {note: notes[note] for note in notes.keys() - self.counts.notes.keys() - self._noted}, rows
+        )
+        if text_rows and not self.counts.text_rows and "" not in self._noted:
             lines.insert(0, describe_text_rows(text_rows, rows))
+            self._noted.add("")
+        self._noted |= notes.keys()
         for line in lines:
             self.listener.message(f"step {step}: {line}; further ones are only counted")
 

@@ -65,17 +65,21 @@ class Saver:
         self.config, self.folder, self.origin = config, folder, origin
         self.train_step, self.companions, self.listener = train_step, companions, listener
         self._snapshot = Snapshot()
-        self._owed = False  # whether a save failed, or is due
+        self._owed = False  # whether a save failed
         self._saved_at = time.monotonic()  # or when the run began
         self._running: tuple[int, Future[None]] | None = None  # step and end of a save
 
-    def after_step(self, step: int, logged: bool, progress: Callable[[], dict[str, Any]]) -> None:
-        """Start a save if one is due, after the one before has ended."""
-        self.report()
-        if self._is_due(step, logged):
-            self.report(wait=True)
-            self._owed, self._saved_at = False, time.monotonic()
-            self.start(step, self._writer(progress()))
+    def is_due(self, step: int, logged: bool) -> bool:
+        """Whether to save: after save_every steps and save_minutes; where that failed, at every logged step."""
+        every, minutes = self.config.save_every, self.config.save_minutes
+        late = bool(minutes) and time.monotonic() - self._saved_at >= minutes * MINUTE and not self.busy
+        return late or (bool(every) and step % every == 0) or (self._owed and logged)
+
+    def save(self, step: int, progress: dict[str, Any]) -> None:
+        """Start a save, after the one before has ended."""
+        self.report(wait=True)
+        self._owed, self._saved_at = False, time.monotonic()
+        self.start(step, self._writer(progress))
 
     def save_now(self, progress: dict[str, Any]) -> None:
         """Save at the end of a run. Raises RunError with the next step to take."""
@@ -109,14 +113,6 @@ class Saver:
             self.listener.warning(f"step {step}: {error}")
         else:
             raise error
-
-    def _is_due(self, step: int, logged: bool) -> bool:
-        """After save_every steps and save_minutes; where that failed, at every logged one until it succeeds."""
-        every, minutes = self.config.save_every, self.config.save_minutes
-        late = bool(minutes) and time.monotonic() - self._saved_at >= minutes * MINUTE and not self.busy
-        due = late or (bool(every) and step % every == 0)
-        self._owed = self._owed or due
-        return due or (self._owed and logged)
 
     def _writer(self, progress: dict[str, Any]) -> Callable[[], None]:
         """A function that writes the present state and weights."""

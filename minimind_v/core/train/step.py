@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,24 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+class PendingStep:
+    """A step that is launched. A device may still be doing it."""
+
+    def __init__(self, numbers: Tensor, total: Total) -> None:
+        """numbers [n + 2]: what each micro-batch of this process adds to the loss, tokens predicted right, norm."""
+        self._numbers, self._total, self._ready = numbers.to("cpu", non_blocking=True), total, lambda: None
+        if numbers.device.type == "cuda":  # the copy is in pinned memory
+            self._ready = torch.cuda.current_stream(numbers.device).record_event().synchronize
+
+    @cached_property
+    def result(self) -> StepResult:
+        """The numbers of the step, over all processes. The first call waits for the device."""
+        self._ready()
+        *losses, correct, grad_norm = self._numbers.tolist()
+        loss, correct_of_all = self._total([sum(losses), correct])
+        return StepResult(float(loss), grad_norm, int(correct_of_all), losses)
+
+
 class TrainStep:
     """A model with its optimiser; a call is one step."""
 
@@ -50,30 +69,35 @@ class TrainStep:
         self.config, self.model, self.features, self.pad_id, self.world = config, model, features, pad_id, world
         self.trainable = freeze(model, config.freeze)
         self.divisible = not model.config.balances_batches
+        # A lone GPU decides itself whether a step counts, so that its numbers can be read when it has the next one.
+        self.late = model.device.type == "cuda" and world.size == 1
         fused = has_fused_adamw(model.device)
         self.optimiser = torch.optim.AdamW(self.trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
         self.ddp_model = world.share(model)
 
-    def __call__(self, batches: list[Batch], supervised: int, rows: int, lr: float, total: Total = list) -> StepResult:
+    def __call__(self, batches: list[Batch], supervised: int, rows: int, lr: float, total: Total = list) -> PendingStep:
         """One step over this process's micro-batches: the loss is a mean over `supervised` tokens in `rows` rows.
 
-        Both are counted over all processes, for which `total` adds up. Without a supervised token nothing changes.
+        Both are counted over all processes, for which `total` adds up. Without a supervised token nothing changes, and
+        neither does it where the loss or the gradient is not finite.
         """
+        if not supervised:
+            return PendingStep(torch.zeros(2), total)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        losses, correct = self.backward(batches, supervised, rows) if supervised else ([], 0)
-        loss, correct_of_all = total([sum(losses), correct])
-        grad_norm = float(nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)) if supervised else 0.0
-        result = StepResult(float(loss), grad_norm, int(correct_of_all), losses)
-        if supervised:
-            if result.finite:
-                self.optimiser.step()
-                # A fused step keeps the version, and caches of the weights would stay.
-                increment_version(self.trainable)
-            self.optimiser.zero_grad(set_to_none=True)
-        return result
+        losses, correct = self.backward(batches, supervised, rows)
+        grad_norm = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
+        step = PendingStep(torch.stack([*losses, correct, grad_norm]), total)
+        if self.late:
+            self.optimiser.found_inf = (~torch.isfinite(sum(losses, grad_norm))).float()  # type: ignore[attr-defined]
+        if self.late or step.result.finite:
+            self.optimiser.step()
+            # A fused step keeps the version, and caches of the weights would stay.
+            increment_version(self.trainable)
+        self.optimiser.zero_grad(set_to_none=True)
+        return step
 
-    def backward(self, batches: list[Batch], supervised: int, rows: int) -> tuple[list[float], int]:
+    def backward(self, batches: list[Batch], supervised: int, rows: int) -> tuple[list[Tensor], Tensor]:
         """Gradients of this process's micro-batches, averaged with those of the others in the last backward pass.
 
         Returns what each adds to the loss, and how many tokens were predicted right. A process without a micro-batch
@@ -94,7 +118,7 @@ class TrainStep:
                     (loss * self.world.size).backward()  # gradients of several processes are averaged
                 losses[-1] += loss.detach()
                 correct += out.correct.sum()
-        return [float(loss) for loss in losses], int(correct)
+        return losses, correct
 
 
 def encoded_pieces(batch: Batch, features: FeatureCache, device: torch.device, divisible: bool) -> list[Batch]:
@@ -103,5 +127,5 @@ def encoded_pieces(batch: Batch, features: FeatureCache, device: torch.device, d
     It stays whole if it is not divisible: a balance of experts over all its tokens is no sum over its rows.
     """
     moved = batch.to(device)
-    encoded = replace(moved, pixel_values=None, image_features=features.features(moved), remembered=None)
+    encoded = replace(moved, pixel_values=None, image_features=features.features(moved), image_order=None)
     return encoded.split(CPU_POSITIONS) if divisible and device.type == "cpu" else [encoded]

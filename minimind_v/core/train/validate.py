@@ -58,7 +58,7 @@ class Validator:
         moved = batch.to(model.device)
         with autocast(model.device, self.dtype):
             features = encode(moved)
-        return replace(moved, pixel_values=None, image_features=features, remembered=None, keys=[])
+        return replace(moved, pixel_values=None, image_features=features, image_order=None, keys=[])
 
     @torch.no_grad()
     def _measure(self, model: VLM, batch: Batch) -> tuple[float, ...]:
