@@ -14,6 +14,7 @@ from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.loader import BatchPlan, load_steps
+from minimind_v.core.data.vision_stage import encode_ahead
 from minimind_v.core.errors import DataError
 from minimind_v.core.monitor.messages import announcement, before_the_start, explained
 from minimind_v.core.monitor.metrics import Listener, StepMetrics, Validation
@@ -118,7 +119,8 @@ class Run:
         return self._summary()
 
     def _loop(self) -> None:
-        for step, batches in enumerate(self._batches(), self.progress.done + 1):
+        steps = encode_ahead(self._batches(), self.train_step.features)
+        for step, batches in enumerate(steps, self.progress.done + 1):
             launched = self._launch(step, batches)
             self._finish()  # the step before, while a GPU does this one
             if launched is None:  # a signal came before the data
@@ -160,7 +162,7 @@ class Run:
         pin, workers = self.train_step.model.device.type == "cuda", self.config.data.workers
         done = self.progress.done
         with closing(load_steps(self.plan, workers, pin, done, self.listener.warning)) as steps:
-            for _ in range(done, len(self.plan)):
+            for _ in range(done, self.total):
                 asked = time.perf_counter()
                 batches = self.stop.wait(partial(next, steps))
                 self.progress.counts.waited += time.perf_counter() - asked
@@ -235,7 +237,8 @@ class Run:
             self.saver.save_best(step)
 
     def _end(self, save: bool) -> None:
-        """Save and write the records, after a save that still runs."""
+        """Save and write the records, after what still runs."""
+        self.train_step.features.flush()
         if self.saver:
             self.saver.report(wait=True)
             if save:
