@@ -20,6 +20,10 @@ PREDICTED = {
         "small sft, encoded and stored": "0.2–0.3 K",
         "small sft, features read": "0.4–0.5 K",
     },
+    "vision": {
+        "pretrain, groups of 64, graph": "12 K images", "small pretrain, pictures encoded, at their step": "1.5–1.8 K",
+        "small sft, pictures encoded, at their step": "0.3 K",
+    },
     "resident": {
         "pretrain, eager": "6–8 ms of the host", "pretrain, graph": "3.0 ms", "pretrain, both": "1.9 ms",
         "sft, eager": "8–10 ms of the host", "sft, graph": "2.4 ms", "sft, both": "1.8 ms",

@@ -176,7 +176,7 @@ class Run:
         if rows is None:
             return None
         lr = generation_of(self.config.model).cosine.rate(step, self.total, self.config.lr)
-        pending = self.train_step(batches, rows.supervised, rows.rows, lr, self._total)
+        pending = self.train_step(batches, rows.supervised, rows.rows, lr, self._total, rows.images)
         return Launched(step, batches, rows, lr, pending)
 
     def _finish(self) -> None:
