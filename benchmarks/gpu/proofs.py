@@ -29,6 +29,7 @@ from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
 from minimind_v.core.train.batch_size import find_batch_size
+from minimind_v.core.train.graph import WAITED
 from minimind_v.core.train.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,9 +175,7 @@ def waits(card: Card, result: Result) -> None:
         finally:
             _watch_waits(card, "default")
         locations = Counter(
-            f"{Path(warning.filename).name}:{warning.lineno}"
-            for warning in caught
-            if "synchroniz" in str(warning.message)
+            f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if WAITED in str(warning.message)
         )
         result[f"{preset} {stage}"] = {
             "waits": round(sum(locations.values()) / steps, 2),
@@ -303,7 +302,7 @@ def experts(card: Card, result: Result) -> None:
             loss.backward()
             _watch_waits(card, "default")
         gradients = {name: item.grad for name, item in layer.named_parameters() if item.grad is not None}
-        count = sum("synchroniz" in str(item.message) for item in caught)
+        count = sum(WAITED in str(item.message) for item in caught)
         return out.detach(), gradients | {"x": given.grad}, count
 
     truth, truth_gradients, _ = once("fp32")

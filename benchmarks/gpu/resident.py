@@ -1,7 +1,7 @@
 """A step alone, on batches that lie on the card: eager, compiled, as a CUDA graph, and both.
 
-What a step that asks the card nothing could reach; the run does not work so yet. Positions of patches and of supervised
-tokens are worked out beforehand, the optimiser takes its numbers from the card, and no number is read.
+What a run's step could reach if nothing else had to be done: no batch is copied, padded or read, and each length has a
+graph of its own.
 """
 
 from __future__ import annotations

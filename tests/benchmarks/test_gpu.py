@@ -50,6 +50,7 @@ def test_what_is_measured_is_there(outputs):
     )
     assert parts["vision"]["sft, groups of 4, graph"]["images_s"] > 0
     assert parts["vision"]["stored by a thread"]["images_s"] > 0
+    assert parts["steps"]["small pretrain, graph"]["median_ms"] > 0
     assert parts["talking"]["1 streams, greedy, graph"]["tokens_s"] > 0
     assert set(parts["feeding"]) >= {"128² JPEG", "stored features", "448×336 JPEG"}
     assert parts["resident"]["pretrain, graph"]["loss"] == pytest.approx(parts["resident"]["pretrain, eager"]["loss"])

@@ -100,7 +100,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """torch's DataLoader calls this for transfers to a CUDA device."""
-        return self._map(Tensor.pin_memory)
+        return self._map(lambda tensor: tensor.pin_memory() if tensor.numel() else tensor)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         tensors: dict[str, Any] = {

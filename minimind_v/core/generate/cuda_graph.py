@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -35,15 +35,18 @@ Step = Callable[[Tensor, Tensor, Sequence[Columns], Sequence[Tensor]], Tensor]
 Record = Callable[[Work, torch.device], Work | None]  # → a function that repeats the work without Python, or None
 
 
-def record_cuda(work: Work, device: torch.device) -> Work | None:
-    """The work as a CUDA graph; None if it cannot be recorded, and None at every later call."""
+def record_cuda(work: Work, device: torch.device, pool: Any = None) -> Work | None:
+    """The work as a CUDA graph; None if it cannot be recorded, and None at every later call.
+
+    `pool` is memory that several graphs may share if none is replayed during another.
+    """
     if _FAILED:  # the allocator may believe that it still records
         return None
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
         with (
             torch.cuda.device(device),
-            torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool, _stream(device), capture_error_mode="thread_local"),
         ):
             work()
     except RuntimeError:

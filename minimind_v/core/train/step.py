@@ -15,9 +15,11 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch, stand_in
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.device import autocast, has_fused_adamw
+from minimind_v.core.generate.cuda_graph import record_cuda
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.distributed import ALONE, World, alone_or_last
 from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.graph import StepGraphs
 
 # Positions that a CPU computes together, or one row. Of 1,200 a step takes some 2 % longer; 2,400 save another 1 % and
 # take a sixth more of the run's memory.
@@ -46,8 +48,9 @@ class PendingStep:
 
     def __init__(self, numbers: Tensor, total: Total) -> None:
         """numbers [n + 2]: what each micro-batch of this process adds to the loss, tokens predicted right, norm."""
-        self._numbers, self._total, self._ready = numbers.to("cpu", non_blocking=True), total, lambda: None
-        if numbers.device.type == "cuda":  # the copy is in pinned memory
+        late = numbers.device.type == "cuda"  # to pinned memory
+        self._numbers, self._total, self._ready = numbers.to("cpu", non_blocking=late), total, lambda: None
+        if late:
             self._ready = torch.cuda.current_stream(numbers.device).record_event().synchronize
 
     @cached_property
@@ -63,9 +66,15 @@ class TrainStep:
     """A model with its optimiser; a call is one step."""
 
     def __init__(
-        self, config: RunConfig, model: VLM, features: FeatureCache, pad_id: int = 0, world: World = ALONE
+        self,
+        config: RunConfig,
+        model: VLM,
+        features: FeatureCache,
+        pad_id: int = 0,
+        world: World = ALONE,
+        warn: Callable[[str], None] = print,
     ) -> None:
-        """The model is on its device; this applies `config.freeze`."""
+        """The model is on its device; this applies `config.freeze`. `warn` gets what slows its steps down."""
         self.config, self.model, self.features, self.pad_id, self.world = config, model, features, pad_id, world
         self.trainable = freeze(model, config.freeze)
         self.divisible = not model.config.balances_batches
@@ -76,6 +85,7 @@ class TrainStep:
         self.ddp_model = world.share(model, pad_id)
         projector = list(model.vision_proj.parameters())
         self.needs_images = projector if len(projector) < len(self.trainable) else []
+        self.graphs = StepGraphs(config, model, self.optimiser, record_cuda, warn) if self.late else None
 
     def __call__(
         self, batches: list[Batch], supervised: int, rows: int, lr: float, total: Total = list, images: int = 1
@@ -87,6 +97,12 @@ class TrainStep:
         """
         if not supervised:
             return PendingStep(torch.zeros(2), total)
+        if self.graphs:
+            device, features = self.model.device, self.features
+            pieces = (piece for batch in batches for piece in encoded_pieces(batch, features, device, False))
+            numbers = self.graphs(pieces, supervised, rows, lr)
+            increment_version(self.trainable)
+            return PendingStep(numbers, total)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         losses, correct = self.backward(batches, supervised, rows)
@@ -112,7 +128,7 @@ class TrainStep:
         """
         device, losses = self.model.device, list[Tensor]()
         correct = torch.zeros((), device=device)
-        batches = batches or [stand_in(self.pad_id)]
+        counted, batches = bool(batches), batches or [stand_in(self.pad_id)]
         for number, batch in enumerate(batches, 1):
             losses.append(torch.zeros((), device=device))
             pieces = encoded_pieces(batch, self.features, device, self.divisible)
@@ -120,7 +136,7 @@ class TrainStep:
                 with alone_or_last(self.ddp_model, number == len(batches) and piece is pieces[-1]):
                     with autocast(device, self.config.dtype):
                         out = self.ddp_model(**piece.tokens, image_features=piece.image_features)
-                    share = len(piece) / rows if batch.supervised else 0.0
+                    share = len(piece) / rows if counted else 0.0
                     loss = out.loss_sum / supervised + out.aux_loss * share
                     (loss * self.world.size).backward()  # gradients of several processes are averaged
                 losses[-1] += loss.detach()

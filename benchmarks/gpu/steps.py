@@ -1,0 +1,54 @@
+"""A run's steps by each way of launching them, one lever more in each line."""
+
+from __future__ import annotations
+
+from benchmarks.gpu.card import Card, Result, quantiles
+from benchmarks.gpu.runs import StepListener, Window, configure, make_run
+from benchmarks.gpu.training import AGREEMENT
+from minimind_v.core.generate.cuda_graph import record_cuda
+from minimind_v.core.train.graph import StepGraphs
+from minimind_v.core.train.step import TrainStep
+
+WAYS = ("read at once", "read late", "padded", "graph")
+STAGES = (("small", "pretrain"), ("small", "sft"), ("moe", "sft"))
+
+
+def steps(card: Card, results: Result) -> None:
+    """Milliseconds of a step: read before the next is launched or behind it, of padded shapes, and as a CUDA graph."""
+    results["checks"] = checks = {}
+    for preset, stage in STAGES[:1] if card.tiny else STAGES:
+        name, first = f"{preset} {stage}", f"{preset} {stage}, {WAYS[0]}"
+        for way in WAYS:
+            results[f"{name}, {way}"] = result = _measure(card, preset, stage, way)
+            if way != WAYS[0]:
+                losses = list(zip(result["losses"], results[first]["losses"], strict=False))
+                ours, theirs = map(sum, zip(*losses, strict=True))  # of as many steps as both have done
+                result["loss_gap"] = abs(ours / theirs - 1)
+                checks[f"{name}: {way} has the losses of {WAYS[0]}"] = result["loss_gap"] <= AGREEMENT
+            if way == "graph" and card.cuda:
+                checks[f"{name}: recorded"] = result["recordings"] > 0
+
+
+def _measure(card: Card, preset: str, stage: str, way: str) -> Result:
+    # A shape is recorded when it comes for the eighth time: a graph is measured after most have been.
+    window = Window(0.3, 0, 1) if card.tiny else Window(2.5, 8.0 if way == "graph" else 1.0, 20)
+    listener = StepListener(window)
+    run = make_run(configure(card, preset, stage, features="exact"), listener)
+    _launch(run.train_step, way, card, listener)
+    run.run()
+    graphs = run.train_step.graphs
+    return quantiles(window.times) | {
+        "samples_s": round(window.difference("samples") / window.seconds, 1),
+        "recordings": sum(recording.replay is not None for recording in graphs.recorder.recordings) if graphs else 0,
+        "gave_up": any("kernel by kernel" in line for line in listener.messages),
+        "losses": listener.losses,
+    }
+
+
+def _launch(train_step: TrainStep, way: str, card: Card, listener: StepListener) -> None:
+    """Use a way of launching steps. A CPU that stands in for a card records nothing."""
+    train_step.late, train_step.graphs = way != "read at once", None
+    if way in ("padded", "graph"):
+        model, optimiser = train_step.model, train_step.optimiser
+        train_step.graphs = StepGraphs(train_step.config, model, optimiser, record_cuda, listener.warning)
+        train_step.graphs.recorder.on = way == "graph" and card.cuda

@@ -1,0 +1,273 @@
+"""Recorded steps are those that are launched kernel by kernel.
+
+A tape of torch's operators stands in for a CUDA graph: it, too, freezes what Python decided and works on the same
+tensors again.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+
+from minimind_v.core.train import graph
+from minimind_v.core.train.graph import EAGER, padded_count, padded_length
+from tests.conftest import Events
+from tests.train.late import (
+    MODELS,
+    POLICIES,
+    group_experts,
+    make_batch,
+    make_step,
+    no_waits,
+    record_steps,
+    tensors_of,
+)  # fmt: skip
+from tests.train.test_late import count_on_device, same
+
+CLOSE = {"atol": 5e-6, "rtol": 1e-5}  # of weights after many steps: AdamW makes much of small gradients
+
+
+@pytest.fixture
+def warnings():
+    return []
+
+
+def shapes(count, text=False):
+    """Micro-batches of one padded shape, of different lengths and answers."""
+    torch.manual_seed(5)
+    images = [0, 0] if text else [2, 1]
+    return [make_batch([32 - n % 5, 20 + n % 7], images, [3 + n % 5, 1 + n % 3]) for n in range(count)]
+
+
+def pair(tmp_path, kind="small", policy="all", **options):
+    """A step that is launched kernel by kernel on exact shapes, and an equal one to be recorded."""
+    return [make_step(tmp_path, kind, policy, **options) for _ in range(2)]
+
+
+def train(train_step, steps):
+    """The numbers of steps over lists of micro-batches."""
+    numbers = []
+    for count, batches in enumerate(steps):
+        supervised, rows = sum(batch.supervised for batch in batches), sum(map(len, batches))
+        numbers.append(train_step(batches, supervised, rows, 1e-3 / (count + 1)).result)
+    return numbers
+
+
+def assert_same(left, right):
+    for one_step, other in zip(left, right, strict=True):
+        assert other.loss == pytest.approx(one_step.loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(one_step.grad_norm, rel=1e-4)
+        assert other.correct == one_step.correct
+        assert other.batch_losses == pytest.approx(one_step.batch_losses, rel=1e-5)
+
+
+def assert_same_weights(left, right):
+    mine, other = tensors_of(left), tensors_of(right)
+    for name in mine.keys() | other.keys():
+        torch.testing.assert_close(mine[name], other[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_padded_sizes():
+    assert [padded_length(n) for n in (1, 32, 33, 512, 513, 640)] == [32, 32, 64, 512, 576, 640]
+    sizes = sorted({padded_count(n) for n in range(1, 5000)})
+    assert sizes[:6] == [16, 32, 48, 64, 80, 112]
+    assert all(padded_count(n) >= n for n in range(1, 5000))
+    assert all(later <= 1.5 * size for size, later in pairwise(sizes[1:]))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_padded_micro_batch_has_the_same_gradients(kind, tmp_path, warnings):
+    exact, padded = pair(tmp_path, kind)
+    record_steps(padded, warnings.append)
+    batch = make_batch([50, 33, 7], [2, 0, 1], [30, 9, 3])
+    losses, correct = exact.backward([batch], 42, 3)
+    padded([batch], 42, 3, 0.0)  # makes room for gradients
+    for gradient in padded.graphs._gradients:
+        gradient.zero_()
+    padded.graphs._pass(batch)()
+    torch.testing.assert_close(padded.graphs._share_of_loss, losses[0], atol=1e-6, rtol=1e-6)
+    assert padded.graphs._correct == correct
+    for weight, gradient in zip(exact.trainable, padded.graphs._gradients, strict=True):
+        expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_ten_replayed_steps_equal_those_on_exact_shapes(kind, policy, tmp_path, warnings, monkeypatch):
+    group_experts(monkeypatch)
+    monkeypatch.setattr(F, "one_hot", count_on_device)
+    eager, recorded = pair(tmp_path, kind, POLICIES[policy])
+    tapes, steps = record_steps(recorded, warnings.append), [[batch] for batch in shapes(EAGER + 11)]
+    assert_same(train(eager, steps), train(recorded, steps))
+    assert_same_weights(eager, recorded)
+    assert not warnings
+    assert (tapes.made, tapes.replayed) == (2, 22), "the passes and the update"
+
+
+def test_micro_batches_of_several_shapes_with_and_without_images(tmp_path, warnings):
+    """A step without an image leaves the projector and its moments as they are."""
+    eager, recorded = pair(tmp_path)
+    tapes = record_steps(recorded, warnings.append)
+    wide = [make_batch([50, 40], [1, 0], [9, 2]) for _ in range(30)]
+    images, text = shapes(30), shapes(30, text=True)
+    steps = [([images[n], wide[n]], [text[n], images[n]], [text[n]])[n % 3] for n in range(30)]
+    assert_same(train(eager, steps), train(recorded, steps))
+    assert_same_weights(eager, recorded)
+    assert tapes.made == 5, "three shapes, updates with and without the projector"
+    assert not warnings
+
+
+def test_padding_and_replaying_ask_a_gpu_nothing(tmp_path, warnings):
+    train_step = make_step(tmp_path)
+    tapes = record_steps(train_step, warnings.append)
+    for n, batch in enumerate(shapes(EAGER + 6)):
+        supervised = batch.supervised
+        with nullcontext() if n in (EAGER - 1, EAGER) else no_waits():  # where it is recorded, and compared
+            train_step([batch], supervised, 2, 1e-3)
+    assert tapes.replayed == 12
+    assert not warnings
+
+
+def test_images_that_are_encoded_for_a_step(tmp_path, warnings):
+    eager, recorded = pair(tmp_path)
+    tapes = record_steps(recorded, warnings.append)
+    steps = [[make_batch([32 - n % 3, 20], [2, 1], [3, 2], pixels=True)] for n in range(EAGER + 5)]
+    assert_same(train(eager, steps), train(recorded, steps))
+    assert_same_weights(eager, recorded)
+    assert tapes.made == 2
+    assert not warnings
+
+
+def test_a_bad_step_is_skipped_by_a_recording_too(tmp_path, warnings):
+    train_step = make_step(tmp_path)
+    tapes, batches = record_steps(train_step, warnings.append), shapes(EAGER + 8)
+    bad = {3, EAGER, EAGER + 3}  # among them the first replay, which proves nothing
+    for n in bad:
+        batches[n].image_features[0] = math.nan
+    for n, batch in enumerate(batches):
+        before = tensors_of(train_step)
+        [result] = train(train_step, [[batch]])
+        assert result.finite == (n not in bad)
+        assert same(before, tensors_of(train_step)) == (n in bad)
+    assert tapes.replayed > 2
+    assert not warnings
+
+
+def freeze_inputs(tape, inputs):
+    """Let a recording read copies."""
+    copies = {id(tensor): tensor.clone() for tensor in inputs}
+    tape.calls = [
+        (func, pytree.tree_map(lambda value: copies.get(id(value), value), args), kwargs, result)
+        for func, args, kwargs, result in tape.calls
+    ]
+
+
+@pytest.mark.parametrize("trouble", ["wrong", "stale", "not recorded", "a wait"])
+def test_what_cannot_be_recorded_or_is_wrong_is_launched_and_said_once(trouble, tmp_path, warnings, monkeypatch):
+    eager, recorded = pair(tmp_path)
+    tapes, steps = record_steps(recorded, warnings.append), [[batch] for batch in shapes(EAGER + 6)]
+    reason = "a CUDA graph of a step differs from the step"
+    if trouble == "wrong":  # a kernel is missing
+        tapes.spoil = lambda tape: tape.calls.pop(len(tape.calls) // 2)
+    if trouble == "stale":  # what it reads is not what later steps write
+        tapes.spoil = lambda tape: freeze_inputs(tape, recorded.graphs._inputs.values())
+    if trouble == "not recorded":
+        recorded.graphs.recorder._record = lambda *call: None
+        reason = "a step cannot be recorded as a CUDA graph"
+    if trouble == "a wait":
+        caught = [SimpleNamespace(message="called a synchronizing CUDA operation")]
+        monkeypatch.setattr(graph, "_waits", lambda device: nullcontext(caught))
+        reason = "a step waits for the GPU, so it cannot be a CUDA graph"
+    assert_same(train(eager, steps), train(recorded, steps))
+    assert_same_weights(eager, recorded)
+    assert warnings == [f"{reason}: this run's steps are launched kernel by kernel, which takes longer"]
+
+
+def test_memory_that_recordings_take_is_given_back(tmp_path, warnings):
+    eager, recorded = pair(tmp_path)
+    record_steps(recorded, warnings.append)
+    steps = [[batch] for batch in shapes(EAGER + 6)]
+    wide, full = [make_batch([50, 40], [1, 1], [9, 2])], []
+
+    def run_out(*call):
+        if not full:
+            full.append(True)
+            raise torch.OutOfMemoryError
+
+    numbers = train(recorded, steps)
+    recorded.model.register_forward_pre_hook(run_out)
+    assert_same(train(eager, steps), numbers)
+    assert_same(train(eager, [wide]), train(recorded, [wide]))
+    assert_same_weights(eager, recorded)
+    assert len(warnings) == 1
+    assert "there is no memory for CUDA graphs" in warnings[0]
+    assert not any(recording.replay for recording in recorded.graphs._pass_recordings.values())
+
+
+def test_a_notice_of_torch_about_its_warnings_is_no_wait(tmp_path, warnings, monkeypatch):
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(graph, "_waits", lambda device: nullcontext([SimpleNamespace(message=notice)]))
+    train_step = make_step(tmp_path)
+    tapes = record_steps(train_step, warnings.append)
+    train(train_step, [[batch] for batch in shapes(EAGER)])
+    assert tapes.made == 2
+    assert not warnings
+
+
+def test_recordings_share_their_inputs_and_are_few(tmp_path, warnings, monkeypatch):
+    monkeypatch.setattr(graph, "MOST", 3)
+    train_step = make_step(tmp_path)
+    tapes = record_steps(train_step, warnings.append)
+    for answer in (3, 20, 35, 50):
+        for _ in range(EAGER + 2):
+            train(train_step, [[make_batch([60, 60], [1, 1], [answer, answer])]])
+    assert tapes.made == 3
+    assert len(train_step.graphs._inputs) == 4 + 2 * 4, "ids, mask, features and places once, answers by their size"
+    assert not warnings
+
+
+def test_a_run_that_is_recorded_resumes_from_its_state(tmp_path, warnings):
+    from minimind_v.core.train.resume import named_trainable, pack, unpack
+
+    whole, first, rest = (make_step(tmp_path) for _ in range(3))
+    for train_step in (whole, first, rest):
+        record_steps(train_step, warnings.append)
+    steps = [[batch] for batch in shapes(EAGER + 6)]
+    expected = train(whole, steps)
+    numbers = train(first, steps[: EAGER + 3])
+    state = {
+        name: tensor.detach().clone() for name, tensor in pack(named_trainable(first.model), first.optimiser).items()
+    }
+    unpack(state, named_trainable(rest.model), rest.optimiser)
+    for count, batches in enumerate(steps[EAGER + 3 :], EAGER + 3):
+        numbers.append(rest(batches, batches[0].supervised, 2, 1e-3 / (count + 1)).result)
+    assert numbers == expected, "on a CPU to the last bit"
+
+
+def test_a_whole_run_is_recorded(tmp_path, run_over):
+    """Through the loop, with its reading one step late."""
+    from tests.model.conftest import tiny_vlm
+    from tests.train.late import make_config
+
+    runs = [run_over(make_config(tiny_vlm(3), tmp_path, lr=1e-2), tiny_vlm(3), shapes(EAGER + 6)) for _ in range(2)]
+    runs[0].listener, events = Events(), Events()
+    runs[1].listener = events
+    for run in runs:
+        run.progress.listener = run.listener
+    tapes = record_steps(runs[1].train_step, events.warning)
+    for run in runs:
+        run.run()
+    assert [step.step for step in events.steps] == list(range(1, EAGER + 7))
+    assert [step.loss for step in events.steps] == pytest.approx(
+        [step.loss for step in runs[0].listener.steps], rel=1e-5
+    )
+    assert tapes.made == 2
+    assert not events.warnings

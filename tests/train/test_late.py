@@ -1,0 +1,199 @@
+"""A lone GPU's steps ask it nothing, and are read when the next one is launched: the run is the same."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimind_v.core.errors import DataError
+from minimind_v.core.train.progress import PATIENCE
+from tests.conftest import Events
+from tests.model.conftest import tiny_vlm
+from tests.train.late import (
+    MODELS,
+    POLICIES,
+    group_experts,
+    make_batch,
+    make_config,
+    make_step,
+    no_waits,
+    tensors_of,
+)
+
+# --- no waits ---------------------------------------------------------------------------------------------------------
+
+
+def count_on_device(chosen: torch.Tensor, classes: int) -> torch.Tensor:
+    """`F.one_hot`, which looks at its input on a CPU alone."""
+    return (chosen[..., None] == torch.arange(classes)).long()
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["features", "pixels"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_step_asks_a_gpu_nothing(kind, policy, pixels, tmp_path, monkeypatch):
+    group_experts(monkeypatch)
+    monkeypatch.setattr(F, "one_hot", count_on_device)
+    train_step = make_step(tmp_path, kind, POLICIES[policy], dtype="bfloat16" if "moe" in kind else "float32")
+    batches = [make_batch([20, 11], [1, 2], [5, 1], pixels), make_batch([9, 8], [0, 0], [4, 4])]
+    for _ in range(2):
+        with no_waits():
+            step = train_step(batches, 14, 4, 1e-3)
+        assert step.result.finite
+        assert step.result.grad_norm > 0
+
+
+def test_the_mode_finds_what_waits():
+    x, mask = torch.ones(4), torch.tensor([True, False, True, False])
+    for wait in (
+        lambda: float(x.sum()), lambda: x.tolist(), lambda: x[mask], lambda: x.masked_select(mask), lambda: bool(x[0]),
+        lambda: mask.nonzero(), lambda: torch.equal(x, x), lambda: x.clone().__setitem__(mask, torch.ones(2)),
+    ):  # fmt: skip
+        with no_waits(), pytest.raises(AssertionError, match="waits for the device"):
+            wait()
+
+
+# --- one step late ----------------------------------------------------------------------------------------------------
+
+
+class Order(Events):
+    """Also keeps the order in which steps are launched and reported."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = []
+
+    def batches(self, batches):
+        self.order.append("launch")
+
+    def step(self, metrics, logged):
+        super().step(metrics, logged)
+        self.order.append(metrics.step)
+
+
+class MemorySaver:
+    """Saves copies of the weights instead of files."""
+
+    def __init__(self, train_step, every=0):
+        self.train_step, self.every, self.saved = train_step, every, {}
+
+    def report(self, wait=False):
+        pass
+
+    def is_due(self, step, logged):
+        return bool(self.every) and step % self.every == 0
+
+    def save(self, step, progress):
+        assert progress["step"] == step
+        self.save_now(progress)
+
+    def save_now(self, progress):
+        self.saved[progress["step"]] = tensors_of(self.train_step)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A run over batches, read late or at once."""
+
+    def make(batches, late, events, every=0, **options):
+        from tests.conftest import given_run
+
+        model = tiny_vlm(3)
+        run = given_run(make_config(model, tmp_path, lr=1e-2, **options), model, batches, events)
+        run.train_step.late = late
+        run.saver = MemorySaver(run.train_step, every)
+        return run
+
+    return make
+
+
+def numbers_of(events):
+    return [replace(metrics, seconds=0.0, data_seconds=0.0) for metrics in events.steps]
+
+
+def batches_with(bad=(), count=8):
+    torch.manual_seed(0)
+    batches = [make_batch([12, 9 + n % 3], [1, 1], [3, 2 + n % 3]) for n in range(count)]
+    for n in bad:
+        batches[n - 1].image_features[0] = math.nan
+    return batches
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("bad", [(), (3,), (3, 4, 6)])
+def test_steps_that_are_read_late_are_the_same(bad, make_run):
+    at_once, late = Order(), Order()
+    runs = [make_run(batches_with(bad), late=events is late, events=events, every=4) for events in (at_once, late)]
+    summaries = [run.run() for run in runs]
+    assert repr(numbers_of(late)) == repr(numbers_of(at_once))  # NaN is not equal to itself
+    assert late.warnings == at_once.warnings
+    assert len(late.warnings) == summaries[0].bad_steps == summaries[1].bad_steps == len(bad)
+    assert runs[0].progress.counts.skipped == runs[1].progress.counts.skipped == 0
+    assert runs[0].saver.saved.keys() == runs[1].saver.saved.keys() == {4, 8}
+    assert all(same(saved, runs[1].saver.saved[step]) for step, saved in runs[0].saver.saved.items())
+    # Step 4 is read before it is saved, the last one at once; the first step is read behind the second's launch.
+    assert late.order[:4] == ["launch", "launch", 1, "launch"]
+    assert late.order[late.order.index(4) - 1] != "launch" or 3 in bad or late.order.index(4) == 7
+    assert late.order[-1] == 8
+
+
+def test_the_step_behind_a_bad_one_is_read_at_once(make_run):
+    events = Order()
+    make_run(batches_with((3,)), late=True, events=events).run()
+    launches = {step: events.order[: events.order.index(step)].count("launch") for step in range(1, 9)}
+    assert launches == {1: 2, 2: 3, 3: 4, 4: 4, 5: 6, 6: 7, 7: 8, 8: 8}
+
+
+def test_a_run_ends_after_the_same_bad_step(make_run):
+    from minimind_v.core.errors import RunError
+
+    saved = []
+    for late in (False, True):
+        events = Order()
+        run = make_run(batches_with(range(3, 9)), late, events)
+        with pytest.raises(RunError, match=f"{PATIENCE} steps in a row"):
+            run.run()
+        assert run.progress.done == 2 + PATIENCE - 1
+        saved.append(run.saver.saved)
+    assert saved[0].keys() == saved[1].keys()
+    assert all(same(tensors, saved[1][step]) for step, tensors in saved[0].items())
+
+
+def test_data_that_ends_a_run_does_not_lose_the_step_before(make_run):
+    events = Order()
+    run = make_run(batches_with(), late=True, events=events)
+    load = run.plan.__class__.__getitem__
+
+    class Broken(run.plan.__class__):
+        def __getitem__(self, number):
+            if number == 4:
+                raise DataError("no more rows")
+            return load(self, number)
+
+    run.plan.__class__ = Broken
+    with pytest.raises(DataError):
+        run.run()
+    expected = make_run(batches_with(), late=False, events=Events(), every=4)
+    expected.run()
+    assert run.progress.done == len(events.steps) == 4
+    assert same(run.saver.saved[4], expected.saver.saved[4])
+
+
+def test_a_bad_step_changes_no_bit(tmp_path):
+    train_step = make_step(tmp_path)
+    for batch in batches_with(count=2):
+        train_step([batch], batch.supervised, 2, 1e-2)
+    before = tensors_of(train_step)
+    [bad] = batches_with((1,), count=1)
+    assert not train_step([bad], bad.supervised, 2, 1e-2).result.finite
+    assert same(before, tensors_of(train_step))
+    [good] = batches_with(count=1)
+    assert train_step([good], good.supervised, 2, 1e-2).result.finite
+    assert not same(before, tensors_of(train_step))
