@@ -228,11 +228,12 @@ class Recording:
         """Do the work; where its memory is taken by recordings, without them."""
         try:
             self._result = self.work()
+            return
         except torch.OutOfMemoryError:
             if not self._recorder.on:
                 raise
-            self._recorder.give_up("there is no memory for CUDA graphs")
-            self._result = self.work()
+        self._recorder.give_up("there is no memory for CUDA graphs")  # outside: an error holds what failed in memory
+        self._result = self.work()
 
     def _do_and_record(self) -> None:
         if self._calls != EAGER or not self._recorder.on:
