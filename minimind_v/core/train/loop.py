@@ -237,12 +237,12 @@ class Run:
             self.saver.save_best(step)
 
     def _end(self, save: bool) -> None:
-        """Save and write the records, after what still runs."""
-        self.train_step.features.flush()
+        """Save and write the records, after a save that still runs."""
         if self.saver:
             self.saver.report(wait=True)
             if save:
                 self.saver.save_now(self.progress.state())
+        self.train_step.features.flush()
         if self.records and save:
             self.records.restore(self.progress.done)
             if self.recall and self.progress.done >= self.total:
