@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -92,8 +93,14 @@ def make_step(tmp_path, kind: str = "small", freeze: str = "all", seed: int = 0,
 
 
 def group_experts(monkeypatch) -> None:
-    """Multiply experts as a GPU does whose torch has that in one kernel."""
+    """Compute experts as on a GPU whose torch multiplies them in one kernel."""
+
+    def one_hot(chosen: Tensor, classes: int) -> Tensor:
+        """`F.one_hot`, which reads its input on a CPU only."""
+        return (chosen[..., None] == torch.arange(classes)).long()
+
     monkeypatch.setattr(cuda_moe, "is_grouped", lambda x, *widths: True)
+    monkeypatch.setattr(F, "one_hot", one_hot)
 
 
 def tensors_of(train_step: TrainStep) -> dict[str, torch.Tensor]:
@@ -104,6 +111,11 @@ def tensors_of(train_step: TrainStep) -> dict[str, torch.Tensor]:
         for name, parameter in named.items()
         for key, tensor in {"": parameter, **train_step.optimiser.state.get(parameter, {})}.items()
     }
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether two such copies are equal to the bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 class Tape(TorchDispatchMode):

@@ -13,23 +13,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from minimind_v.core.train import graph
 from minimind_v.core.train.graph import EAGER, padded_count, padded_length
+from minimind_v.core.train.resume import named_trainable, pack, unpack
 from tests.conftest import Events
+from tests.model.conftest import tiny_vlm
 from tests.train.late import (
     MODELS,
     POLICIES,
     group_experts,
     make_batch,
+    make_config,
     make_step,
     no_waits,
     record_steps,
+    same,
     tensors_of,
 )  # fmt: skip
-from tests.train.test_late import count_on_device, same
 
 CLOSE = {"atol": 5e-6, "rtol": 1e-5}  # of weights after many steps: AdamW makes much of small gradients
 
@@ -103,7 +105,6 @@ def test_a_padded_micro_batch_has_the_same_gradients(kind, tmp_path, warnings):
 @pytest.mark.parametrize("kind", MODELS)
 def test_ten_replayed_steps_equal_those_on_exact_shapes(kind, policy, tmp_path, warnings, monkeypatch):
     group_experts(monkeypatch)
-    monkeypatch.setattr(F, "one_hot", count_on_device)
     eager, recorded = pair(tmp_path, kind, POLICIES[policy])
     tapes, steps = record_steps(recorded, warnings.append), [[batch] for batch in shapes(EAGER + 11)]
     assert_same(train(eager, steps), train(recorded, steps))
@@ -235,8 +236,6 @@ def test_recordings_share_their_inputs_and_are_few(tmp_path, warnings, monkeypat
 
 
 def test_a_run_that_is_recorded_resumes_from_its_state(tmp_path, warnings):
-    from minimind_v.core.train.resume import named_trainable, pack, unpack
-
     whole, first, rest = (make_step(tmp_path) for _ in range(3))
     for train_step in (whole, first, rest):
         record_steps(train_step, warnings.append)
@@ -254,9 +253,6 @@ def test_a_run_that_is_recorded_resumes_from_its_state(tmp_path, warnings):
 
 def test_a_whole_run_is_recorded(tmp_path, run_over):
     """Through the loop, with its reading one step late."""
-    from tests.model.conftest import tiny_vlm
-    from tests.train.late import make_config
-
     runs = [run_over(make_config(tiny_vlm(3), tmp_path, lr=1e-2), tiny_vlm(3), shapes(EAGER + 6)) for _ in range(2)]
     runs[0].listener, events = Events(), Events()
     runs[1].listener = events

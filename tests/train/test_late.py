@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from minimind_v.core.errors import DataError
+from minimind_v.core.errors import DataError, RunError
 from minimind_v.core.train.progress import PATIENCE
-from tests.conftest import Events
+from tests.conftest import Events, given_run
 from tests.model.conftest import tiny_vlm
 from tests.train.late import (
     MODELS,
@@ -21,15 +20,11 @@ from tests.train.late import (
     make_config,
     make_step,
     no_waits,
+    same,
     tensors_of,
 )
 
 # --- no waits ---------------------------------------------------------------------------------------------------------
-
-
-def count_on_device(chosen: torch.Tensor, classes: int) -> torch.Tensor:
-    """`F.one_hot`, which looks at its input on a CPU alone."""
-    return (chosen[..., None] == torch.arange(classes)).long()
 
 
 @pytest.mark.parametrize("pixels", [False, True], ids=["features", "pixels"])
@@ -37,7 +32,6 @@ def count_on_device(chosen: torch.Tensor, classes: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_step_asks_a_gpu_nothing(kind, policy, pixels, tmp_path, monkeypatch):
     group_experts(monkeypatch)
-    monkeypatch.setattr(F, "one_hot", count_on_device)
     train_step = make_step(tmp_path, kind, POLICIES[policy], dtype="bfloat16" if "moe" in kind else "float32")
     batches = [make_batch([20, 11], [1, 2], [5, 1], pixels), make_batch([9, 8], [0, 0], [4, 4])]
     for _ in range(2):
@@ -74,6 +68,10 @@ class Order(Events):
         super().step(metrics, logged)
         self.order.append(metrics.step)
 
+    def launches(self):
+        """How many steps were launched when each was reported."""
+        return {step: self.order[:place].count("launch") for place, step in enumerate(self.order) if step != "launch"}
+
 
 class MemorySaver:
     """Saves copies of the weights instead of files."""
@@ -95,17 +93,28 @@ class MemorySaver:
         self.saved[progress["step"]] = tensors_of(self.train_step)
 
 
+class MemoryValidator:
+    """Copies the weights that it is to measure."""
+
+    def __init__(self, train_step):
+        self.train_step, self.copies = train_step, {}
+
+    def __call__(self, model, encode, step, best):
+        self.copies[step] = tensors_of(self.train_step)
+
+
 @pytest.fixture
 def make_run(tmp_path):
     """A run over batches, read late or at once."""
 
     def make(batches, late, events, every=0, **options):
-        from tests.conftest import given_run
-
         model = tiny_vlm(3)
         run = given_run(make_config(model, tmp_path, lr=1e-2, **options), model, batches, events)
         run.train_step.late = late
-        run.saver = MemorySaver(run.train_step, every)
+        run.saver, run.validator = (
+            MemorySaver(run.train_step, every),
+            MemoryValidator(run.train_step) if run.config.val_every else None,
+        )
         return run
 
     return make
@@ -123,37 +132,35 @@ def batches_with(bad=(), count=8):
     return batches
 
 
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 @pytest.mark.parametrize("bad", [(), (3,), (3, 4, 6)])
 def test_steps_that_are_read_late_are_the_same(bad, make_run):
     at_once, late = Order(), Order()
-    runs = [make_run(batches_with(bad), late=events is late, events=events, every=4) for events in (at_once, late)]
+    runs = [
+        make_run(batches_with(bad), late=events is late, events=events, every=4, val_every=3)
+        for events in (at_once, late)
+    ]
     summaries = [run.run() for run in runs]
     assert repr(numbers_of(late)) == repr(numbers_of(at_once))  # NaN is not equal to itself
     assert late.warnings == at_once.warnings
-    assert len(late.warnings) == summaries[0].bad_steps == summaries[1].bad_steps == len(bad)
+    assert sum("step skipped" in line for line in late.warnings) == len(bad)
+    assert summaries[0].bad_steps == summaries[1].bad_steps == len(bad)
     assert runs[0].progress.counts.skipped == runs[1].progress.counts.skipped == 0
     assert runs[0].saver.saved.keys() == runs[1].saver.saved.keys() == {4, 8}
     assert all(same(saved, runs[1].saver.saved[step]) for step, saved in runs[0].saver.saved.items())
-    # Step 4 is read before it is saved, the last one at once; the first step is read behind the second's launch.
-    assert late.order[:4] == ["launch", "launch", 1, "launch"]
-    assert late.order[late.order.index(4) - 1] != "launch" or 3 in bad or late.order.index(4) == 7
-    assert late.order[-1] == 8
+    launches = late.launches()
+    assert launches[1] == 2, "the first step is read behind the second's launch"
+    assert all(launches[step] == step for step in (3, 4, 6, 8)), "before a save, a validation and the end, at once"
+    assert runs[0].validator.copies.keys() == runs[1].validator.copies.keys() == {3, 6, 8}
+    assert all(same(copy, runs[1].validator.copies[step]) for step, copy in runs[0].validator.copies.items())
 
 
 def test_the_step_behind_a_bad_one_is_read_at_once(make_run):
     events = Order()
     make_run(batches_with((3,)), late=True, events=events).run()
-    launches = {step: events.order[: events.order.index(step)].count("launch") for step in range(1, 9)}
-    assert launches == {1: 2, 2: 3, 3: 4, 4: 4, 5: 6, 6: 7, 7: 8, 8: 8}
+    assert events.launches() == {1: 2, 2: 3, 3: 4, 4: 4, 5: 6, 6: 7, 7: 8, 8: 8}
 
 
 def test_a_run_ends_after_the_same_bad_step(make_run):
-    from minimind_v.core.errors import RunError
-
     saved = []
     for late in (False, True):
         events = Order()

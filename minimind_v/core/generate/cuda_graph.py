@@ -46,7 +46,7 @@ def record_cuda(work: Work, device: torch.device, pool: Any = None) -> Work | No
     try:
         with (
             torch.cuda.device(device),
-            torch.cuda.graph(graph, pool, _stream(device), capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
         ):
             work()
     except RuntimeError:
