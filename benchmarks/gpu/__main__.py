@@ -32,7 +32,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 
-from benchmarks.gpu import answers, ceilings, feeding, proofs, report, resident, steps, training  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    answers,
+    ceilings,
+    feeding,
+    proofs,
+    report,
+    resident,
+    steps,
+    training,
+    vision,
+)
 from benchmarks.gpu.card import Card, Result  # noqa: E402
 from benchmarks.gpu.material import material  # noqa: E402
 from minimind_v.core.device import device_name, pick_device  # noqa: E402
@@ -65,6 +75,7 @@ PARTS = (
     Part("automatic batch", 30, proofs.automatic_batch),
     Part("experts", 30, proofs.experts),
     Part("training", 160, training.ours),
+    Part("vision", 90, vision.vision),
     Part("plain", 80, training.plain),
     Part("steps", 120, steps.steps),
     Part("talking", 50, answers.talking),

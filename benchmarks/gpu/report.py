@@ -20,6 +20,10 @@ PREDICTED = {
         "small sft, encoded and stored": "0.2–0.3 K",
         "small sft, features read": "0.4–0.5 K",
     },
+    "vision": {
+        "pretrain, groups of 64, graph": "12 K images", "small pretrain, pictures encoded, at their step": "1.5–1.8 K",
+        "small sft, pictures encoded, at their step": "0.3 K",
+    },
     "steps": {
         "small pretrain, read late": "10–20 % less", "small pretrain, graph": "2.3 times as fast as eager",
         "small sft, read late": "10–20 % less", "small sft, graph": "3.5–4 times as fast as eager",

@@ -39,12 +39,13 @@ def ours(card: Card, results: Result) -> None:
             continue
         results[name] = result = {}
         try:
-            _measure(card, result, preset, stage, features, options)
+            measure(card, result, preset, stage, features, options)
         finally:
             torch.use_deterministic_algorithms(False)
 
 
-def _measure(card: Card, result: Result, preset: str, stage: str, features: str, options: dict) -> None:
+def measure(card: Card, result: Result, preset: str, stage: str, features: str, options: dict) -> None:
+    """A run for some seconds."""
     storing = features == "store"  # a single epoch, since a second one would read
     window = Window(0.3, 0, 1) if card.tiny else Window(12.0, 0.5, 8) if storing else Window(6.0, 2.0, 20)
     kernels, profiled = Kernels(card), 2 if card.tiny else 20

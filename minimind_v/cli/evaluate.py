@@ -107,10 +107,8 @@ def evaluate(
     if chosen is not None:
         data, split = chosen.source(data, split)
     if watch is not None:
-        of_variable = str(model) == os.environ.get(options.ENVIRONMENT["model"])
-        others = {"--model": model is not None and not of_variable, "--out": out is not None, "--gpus": gpus > 1}
-        _watch(watch, others, chosen, data, images, (split, limit, dtype, vision_model, tokenizer, device), json)
-        return
+        how = (split, limit, dtype, vision_model, tokenizer, device)
+        return _watch(watch, (model, out, gpus), chosen, data, images, how, json)
     if is_standard := data is None:
         standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
         data, images, limit = standard.file, images or standard.images, limit or FIRST
@@ -124,13 +122,13 @@ def evaluate(
         terminal.warn(f"scoring rows of {data}, which may be training data: name held-out rows with --data")
     terminal.say(str(loaded.receipt))
     if chosen is not None:
-        how: dict[str, Any] = {"out": out, "root": options.folder("out", OUT_DIR), "limit": limit, "dtype": dtype}
-        how["models"] = _models(loaded, gpus, device, vision_model, tokenizer)
-        by_task = _by_task(terminal, loaded, chosen, data, images, split, how)
+        settings: dict[str, Any] = {"out": out, "root": options.folder("out", OUT_DIR), "limit": limit, "dtype": dtype}
+        settings["models"] = _models(loaded, gpus, device, vision_model, tokenizer)
+        by_task = _by_task(terminal, loaded, chosen, data, images, split, settings)
         terminal.json(by_task) if json else _show_report(terminal, by_task)
         return
-    how = {"batch_size": batch_size or BATCH_SIZE, "limit": limit, "dtype": dtype}
-    report = _by_loss(terminal, loaded, data, images, split, max_length or MAX_LENGTH, blind, how)
+    settings = {"batch_size": batch_size or BATCH_SIZE, "limit": limit, "dtype": dtype}
+    report = _by_loss(terminal, loaded, data, images, split, max_length or MAX_LENGTH, blind, settings)
     if json:
         terminal.json(report)
     else:
@@ -178,18 +176,21 @@ def _choose(task: str | None, without: dict[str, int | None], with_task: dict[st
 
 def _watch(
     run: Path,
-    others: dict[str, Any],
+    others: tuple[Path | None, Path | None, int],
     chosen: ChosenTask | None,
     data: Path | None,
     images: Path | None,
     how: tuple[Any, ...],
     json: bool,
 ) -> None:
-    """Measure a run that is training. Raises UsageError for `others`, options without a use here, or without data."""
+    """Measure a run that is training. Raises UsageError for --model, --out and --gpus, and without data."""
     from minimind_v.cli.watch import Measuring, watch_run
     from minimind_v.core.config.load import images_beside
 
-    if given := [option for option, value in others.items() if value]:
+    model, out, gpus = others
+    of_variable = str(model) == os.environ.get(options.ENVIRONMENT["model"])
+    unusable = {"--model": model is not None and not of_variable, "--out": out is not None, "--gpus": gpus > 1}
+    if given := [option for option, value in unusable.items() if value]:
         raise UsageError(
             f"--watch measures the run's weights in one process, and writes there — leave out {' and '.join(given)}"
         )

@@ -48,6 +48,8 @@ def test_what_is_measured_is_there(outputs):
     assert plain["ratio, small pretrain, features read"] == pytest.approx(
         read["samples_s"] / plain["samples_s"], rel=0.05
     )
+    assert parts["vision"]["sft, groups of 4, graph"]["images_s"] > 0
+    assert parts["vision"]["stored by a thread"]["images_s"] > 0
     assert parts["steps"]["small pretrain, graph"]["median_ms"] > 0
     assert parts["talking"]["1 streams, greedy, graph"]["tokens_s"] > 0
     assert set(parts["feeding"]) >= {"128² JPEG", "stored features", "448×336 JPEG"}

@@ -15,13 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from minimind_v.core.config.freeze import FREEZE_POLICIES
+from minimind_v.core.config.schema import DataConfig, RunConfig
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.data.loader import BatchPlan
 from minimind_v.core.errors import UsageError
 from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.train.distributed import World, slurm_address
+from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.launch import Launch
+from minimind_v.core.train.step import TrainStep
 from tests.cli.harness import ROOT, Running, installed, read_rows, run_mmv, tiny_data, tokenizer, write_rows
+from tests.model.conftest import SPEC, tiny_vlm
 
 NAME = "pretrain_vlm_128"
 ROWS = {"epochs": 2, "batch_size": 8, "save_every": 3}  # 40 rows: 10 steps, none of them short
@@ -78,12 +87,14 @@ def test_two_processes_learn_what_one_does(pair, alone):
 
 
 @pytest.mark.long
-def test_fifty_steps_of_fine_tuning_with_experts_uneven_ends_and_accumulation(tmp_path):
-    """Rows that no number here divides: processes without a row, text-only batches, experts that nobody chose."""
-    options = ("--set", "model.use_moe=true", "--set", "model.num_hidden_layers=2")
+@pytest.mark.parametrize("experts", [True, False])
+def test_fifty_steps_of_fine_tuning_with_uneven_ends_and_accumulation(tmp_path, experts):
+    """Rows that no number here divides: processes without a row, text-only steps, experts that nobody chose."""
+    options = ("--set", f"model.use_moe={str(experts).lower()}", "--set", "model.num_hidden_layers=2")
+    name = "sft_vlm_128_moe" if experts else "sft_vlm_128"
     lines = [json.loads(line) for line in tiny_data().data("sft").read_text().splitlines()][:31]
     text = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "red"}]}
-    lines[3:3] = [text] * 3
+    lines[3:3] = [text] * (3 if experts else 9)
     data = write_rows(tmp_path / "rows.jsonl", lines)
     common = {
         "data": data,
@@ -97,8 +108,8 @@ def test_fifty_steps_of_fine_tuning_with_experts_uneven_ends_and_accumulation(tm
     assert single.code == 0, single.err
     two = installed(*tiny_data().train(tmp_path / "two", "sft", batch_size=1, accumulate=3, gpus=2, **common), *options)
     assert two.code == 0, two.err
-    assert len(curve(tmp_path / "two", "sft_vlm_128_moe")) == 50
-    assert_close(tmp_path / "two", tmp_path / "one", "sft_vlm_128_moe", weights=2e-4)
+    assert len(curve(tmp_path / "two", name)) == 50
+    assert_close(tmp_path / "two", tmp_path / "one", name, weights=2e-4)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
@@ -143,6 +154,21 @@ def test_a_run_of_two_processes_resumes_with_another_number(tmp_path, pair, alon
     assert ended.code == 0, ended.err
     assert "resuming after step 9 of 10" in ended.err
     assert_close(out, alone)
+
+
+@pytest.mark.long
+def test_three_processes_resume_with_the_same_bits(tmp_path):
+    """Three numbers have no sum of their own: torch's buckets, which decide the order, must be those of the run."""
+    whole = tmp_path / "whole"
+    ended = installed(*tiny_data().train(whole, **ROWS | {"batch_size": 4, "gpus": 3}))
+    assert ended.code == 0, ended.err
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / NAME / "states" / max(path.name for path in (out / NAME / "states").iterdir())).unlink()
+    ended = installed(*tiny_data().train(out, **ROWS | {"batch_size": 4, "gpus": 3}), "--resume")
+    assert ended.code == 0, ended.err
+    assert "resuming after step" in ended.err
+    entry, other = newest_state(out), newest_state(whole)
+    assert all(torch.equal(entry[key], other[key]) for key in other)
 
 
 @pytest.mark.long
@@ -400,19 +426,67 @@ def test_bf16_that_a_gpu_only_imitates_is_not_taken(native, monkeypatch):
     assert not has_bf16(torch.device("cpu"))
 
 
-def test_the_tower_that_each_process_has_read_is_not_sent_again(tmp_path):
-    from torch import distributed, nn
+@pytest.fixture
+def meeting(tmp_path):
+    """A process that has met itself."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield World(size=2)
+    torch.distributed.destroy_process_group()
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vision_encoder, self.vision_proj = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
 
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    try:
-        model = Model()
-        ddp_model = World(size=2).share(model)
-        assert ddp_model.parameters_to_ignore == {"vision_encoder.weight", "vision_encoder.bias"}
-        assert model.vision_encoder.weight._version < model.vision_proj.weight._version
-    finally:
-        distributed.destroy_process_group()
+def test_the_tower_that_each_process_has_read_is_not_sent_again(meeting):
+    for experts in (False, True):
+        model = tiny_vlm(with_tower=True, use_moe=experts)
+        freeze(model, "all")
+        ddp_model = meeting.share(model, 0)
+        ignored = {name.removeprefix("model.") for name in ddp_model.parameters_to_ignore}
+        assert ignored > {f"vision_encoder.{name}" for name, _ in model.vision_encoder.named_parameters()}
+        tower, projector = (next(module.parameters()) for module in (model.vision_encoder, model.vision_proj))
+        assert tower._version < projector._version
+
+
+class Unused(nn.Module):
+    """A layer with a second layer that it never uses, as an extension may add it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.spare = layer, nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("policy", FREEZE_POLICIES)
+def test_only_what_may_leave_parameters_out_is_searched_for_them(policy, fast, meeting):
+    def searches(change=lambda model: None, **sizes) -> bool:
+        model = tiny_vlm(**sizes)
+        change(model)
+        trainable = freeze(accelerate(model, torch.device("cpu")) if fast else model, policy)
+        ddp_model = meeting.share(model, 0)
+        assert all(parameter.grad is None for parameter in trainable)
+        return ddp_model.find_unused_parameters
+
+    assert not searches()
+    assert not searches(qk_norm=True)
+    assert searches(use_moe=True)
+    if policy == "all":
+        assert searches(lambda model: setattr(mlp := model.model.layers[0].mlp, "down_proj", Unused(mlp.down_proj)))
+
+
+def test_without_an_image_in_the_step_the_projector_stays_as_it_is(meeting, tmp_path):
+    """As in a process alone: AdamW would move a weight whose gradient is 0."""
+    none = tmp_path / "none"  # no input is read
+    for world in (World(), meeting):
+        model = tiny_vlm()
+        config = RunConfig("sft", model.config, DataConfig(none, none, none), none, none, dtype="float32")
+        train_step = TrainStep(config, model, FeatureCache(), 0, world)
+        labels = torch.arange(12).view(2, 6)
+        mask = torch.ones_like(labels, dtype=torch.bool)
+        image = Batch(labels, mask, labels, mask & (labels % 6 < 4), image_features=torch.ones(2, 4, SPEC.width))
+        text = Batch(labels, mask, labels, ~mask)
+        for batch in (image, text, text, image):
+            before = next(model.vision_proj.parameters()).clone()
+            train_step([batch], 10, 2, 1e-2, images=batch.images)
+            moved = not torch.equal(before, next(model.vision_proj.parameters()))
+            assert moved == (batch is image)

@@ -21,6 +21,8 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
 from minimind_v.core.data.feature_layout import FeatureLayout
 from minimind_v.core.data.feature_store import digest
+from minimind_v.core.data.feature_writer import FeatureWriter
+from minimind_v.core.data.vision_stage import VisionStage
 from minimind_v.core.demo.dataset import write_sft
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.train.loop import Run
@@ -70,10 +72,6 @@ def train(config, events, tmp_path):
     return train
 
 
-def encoded_and_read(run: Run) -> tuple[int, int]:
-    return run.train_step.features.encoded, run.train_step.features.read
-
-
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in run.train_step.model.state_dict().items() if "vision_encoder" not in name}
 
@@ -92,10 +90,8 @@ def test_the_feature_cache_changes_no_bit(dtype, workers, config, train, events)
         assert torch.equal(tensor, weights(again)[name]), name
     pictures = 3 * ROWS
     assert plain.train_step.features.encoded == pictures
-    assert (first.train_step.features.encoded, first.train_step.features.read) == (ROWS, 2 * ROWS), (
-        "each is looked at once"
-    )
-    assert encoded_and_read(again) == (0, pictures)
+    assert first.train_step.features.encoded == ROWS, "each is encoded once"
+    assert again.train_step.features.encoded == 0
     (summary,) = [line for line in events.messages if line.startswith("features:")]
     assert f"{ROWS} cached" in summary
 
@@ -126,6 +122,48 @@ def test_a_resumed_run_is_the_same_whatever_is_cached(config, events, train):
     shutil.rmtree(config.features_dir)
     events.steps.clear()
     resumed = assemble(replace(half, features="auto"), events, resume=True)
+    resumed.run()
+    assert [(step.loss, step.grad_norm) for step in first.steps + events.steps] == expected
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(plain).items())
+
+
+@pytest.fixture
+def staged(monkeypatch) -> None:
+    """Runs on the CPU encode ahead and store in a thread, as on a GPU."""
+
+    def encode_ahead(steps, features):
+        if features.store is not None:
+            features.writer = FeatureWriter(features.store, features.warn, threaded=True)
+        return VisionStage(features, features.encoder, lambda encode: encode).steps(steps)
+
+    monkeypatch.setattr("minimind_v.core.train.loop.encode_ahead", encode_ahead)
+
+
+def stored(folder: Path) -> dict[bytes, bytes]:
+    """The stored features, by key."""
+    (index,), (data,) = folder.glob("*/*.index"), folder.glob("*/*.features")
+    keys = [index.read_bytes()[at : at + 16] for at in range(0, index.stat().st_size, store.ENTRY)]
+    record = data.stat().st_size // len(keys)
+    return {key: data.read_bytes()[n * record : (n + 1) * record] for n, key in enumerate(keys)}
+
+
+def test_encoding_ahead_changes_no_bit_and_stores_the_same(config, train, request, tmp_path):
+    plain, expected = train(features="exact", features_dir=tmp_path / "plain")
+    request.getfixturevalue("staged")
+    ahead, curve = train(features="exact", features_dir=tmp_path / "ahead")
+    again, later = train(features="off")
+    assert expected == curve == later
+    assert all(torch.equal(tensor, weights(ahead)[name]) for name, tensor in weights(plain).items())
+    assert (ahead.train_step.features.encoded, again.train_step.features.encoded) == (ROWS, 3 * ROWS)
+    assert stored(tmp_path / "plain") == stored(tmp_path / "ahead")
+
+
+def test_a_run_that_encodes_ahead_stops_and_resumes_as_if_it_had_not(config, events, train, staged):
+    plain, expected = train(features="off")
+    first = Stopping()
+    assert assemble(replace(config, features="exact"), first).run().steps == 1
+    events.steps.clear()
+    resumed = assemble(replace(config, features="exact"), events, resume=True)
     resumed.run()
     assert [(step.loss, step.grad_norm) for step in first.steps + events.steps] == expected
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(plain).items())

@@ -52,6 +52,11 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     @property
+    def images(self) -> int:
+        """Images, as pixels or features."""
+        return sum(len(images) for images in (self.pixel_values, self.image_features) if images is not None)
+
+    @property
     def tokens(self) -> dict[str, Any]:
         """The arguments of the model's forward besides the images."""
         return {name: getattr(self, name) for name in (*TOKENS, *POSITIONS)}

@@ -19,13 +19,15 @@ from torch import Tensor
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_layout import FeatureLayout
 from minimind_v.core.data.feature_store import FeatureStore, measure_reading
+from minimind_v.core.data.feature_writer import FeatureWriter
 from minimind_v.core.data.images import RENDERING
-from minimind_v.core.device import autocast
+from minimind_v.core.device import autocast, wait_for
 from minimind_v.core.model.vision.encoder import VisionEncoder
 
 # Images that are encoded together. One image fits into a CPU's cache; for GPUs the number was not measured.
-GROUP = {"cpu": 1}
+GROUP = {"cpu": 1, "cuda": 32}
 GROUP_ELSEWHERE = 16
+TIMED = 8  # groups in a row that measure a GPU, which begins one before the host has asked for the last
 WORTH = 2  # encoding an image must take at least so many times as long as reading its features
 PROBES = 4  # fewer images are not worth a folder
 
@@ -58,7 +60,7 @@ class FeatureEncoder:
         return features.to(torch.bfloat16 if self.kind == "bfloat16" else torch.float32)
 
     def identify(self) -> tuple[str, float]:
-        """A name that no other encoder has, and the seconds to encode an image.
+        """A name that no other encoder has, and the seconds per image that is encoded, groups in a row.
 
         The name depends on weights, preprocessing and the features of some images on this machine: the bits differ
         between machines, precisions and releases, and features with other bits must not be used.
@@ -72,11 +74,13 @@ class FeatureEncoder:
             checksum = zlib.crc32(tensor.detach().float().cpu().contiguous().numpy())
             digest.update(f"{name} {tuple(tensor.shape)} {checksum};".encode())
         digest.update(f"{self.encoder.spec.identity} {RENDERING}".encode())
-        self.encode(images)  # warm-up
+        digest.update(self.encode(images).float().cpu().numpy().tobytes())  # and warm up
+        groups = TIMED if self.device.type == "cuda" else 1
         begun = time.perf_counter()
-        features = self.encode(images).float().cpu()
-        seconds = (time.perf_counter() - begun) / self.group
-        digest.update(features.numpy().tobytes())
+        for _ in range(groups):
+            self.encode(images)
+        wait_for(self.device)
+        seconds = (time.perf_counter() - begun) / (groups * self.group)
         return digest.hexdigest(), seconds
 
 
@@ -92,33 +96,35 @@ class FeatureCache:
     ) -> None:
         """`layout` is a layout that loses precision: it rounds the features of every image, stored or not."""
         self.encoder, self.store, self.layout, self.warn = encoder, store, layout, warn
-        self.encoded = self.read = 0  # images
+        threaded = encoder is not None and encoder.device.type == "cuda"
+        self.writer = FeatureWriter(store, warn, threaded) if store is not None else None
+        self.encoded = 0  # images
 
     def features(self, batch: Batch) -> Tensor | None:
         """Features of a batch's images on the device, in reading order [M, P, width]; None if it has none."""
         if batch.pixel_values is None:
-            self.read += 0 if batch.image_features is None else len(batch.image_features)
             return batch.image_features
-        encoded = self._of_pixels(batch.pixel_values, batch.keys)
+        return self.merged(batch, self._of_pixels(batch.pixel_values, batch.keys))
+
+    def merged(self, batch: Batch, encoded: Tensor) -> Tensor:
+        """The stored features of a batch and those of its pixels, in reading order [M, P, width]."""
         if batch.image_features is None:
             return encoded
-        self.read += len(batch.image_features)
         assert batch.image_order is not None
-        return torch.cat((batch.image_features.to(encoded), encoded)).index_select(0, batch.image_order)
+        overlapping = encoded.device.type == "cuda"
+        stored = batch.image_features.to(encoded, non_blocking=overlapping)
+        order = batch.image_order.to(encoded.device, non_blocking=overlapping)
+        return torch.cat((stored, encoded)).index_select(0, order)
 
     def _of_pixels(self, pixel_values: Tensor, keys: list[bytes]) -> Tensor:
         """Features of images that had none in the store when a data worker read ahead; some may be stored by now."""
         stored = {n: features for n, key in enumerate(keys) if (features := self._read(key)) is not None}
         missing = [n for n in range(len(pixel_values)) if n not in stored]
-        self.read += len(stored)
-        self.encoded += len(missing)
         if not missing:
             return torch.stack(list(stored.values())).to(pixel_values.device)
         assert self.encoder is not None, "pixels need an encoder"
         fresh = self.encoder.encode(pixel_values[missing] if stored else pixel_values)  # [K, P, width]
-        if self.layout is not None:
-            fresh = self.layout.rounded(fresh)
-        self._write([keys[n] for n in missing], fresh)
+        fresh = self.keep([keys[n] for n in missing], fresh)
         if not stored:
             return fresh
         features = fresh.new_empty(len(pixel_values), *fresh.shape[1:])
@@ -129,12 +135,18 @@ class FeatureCache:
     def _read(self, key: bytes) -> Tensor | None:
         return self.store.read(key) if self.store is not None else None
 
-    def _write(self, keys: list[bytes], features: Tensor) -> None:
-        if self.store is None or self.store.trouble:
-            return
-        self.store.write(keys, features.cpu())
-        if self.store.trouble:
-            self.warn(f"no more features are cached: {self.store.trouble}")
+    def keep(self, keys: list[bytes], encoded: Tensor) -> Tensor:
+        """Store the features of images that were encoded now [K, P, width]; returns them as they will be read."""
+        self.encoded += len(encoded)
+        features = encoded if self.layout is None else self.layout.rounded(encoded)
+        if self.writer is not None:
+            self.writer.write(keys, features)
+        return features
+
+    def flush(self) -> None:
+        """Wait until all features are stored, or cannot be."""
+        if self.writer is not None:
+            self.writer.flush()
 
 
 def open_feature_cache(
@@ -144,11 +156,12 @@ def open_feature_cache(
     rows: int,
     say: Callable[[str], None],
     warn: Callable[[str], None],
+    readers: int = 1,
 ) -> FeatureCache:
     """The cache, below `folder`, of a run over `rows` rows; `choice` is off, auto, exact or int8.
 
-    `say` gets the decision in one line. `auto` is `exact` if reading features takes at most half as long as computing
-    them, by measurement, else off; neither changes a bit of the trained weights.
+    `say` gets the decision in one line. `auto` is `exact` if reading features, by so many readers at once, takes at
+    most half as long as computing them, by measurement, else off; neither changes a bit of the trained weights.
     """
     spec = encoder.encoder.spec
     layout = FeatureLayout("int8" if choice == "int8" else encoder.kind, spec.tokens_per_image, spec.width)
@@ -158,7 +171,7 @@ def open_feature_cache(
     store = FeatureStore.below(folder, f"{name}-{layout.kind}", layout)
     room = store.budget // layout.record
     if choice == "auto":
-        reading = measure_reading(store.folder.parent, layout.record) if room >= PROBES else None
+        reading = measure_reading(store.folder.parent, layout.record, readers) if room >= PROBES else None
         if reading is None or reading * WORTH > encoding:
             why = f"reading an image's takes {(reading or 0) * 1e3:.2g} ms, encoding it {encoding * 1e3:.2g} ms"
             say(f"features: not cached ({f'no disk space in {folder}' if reading is None else why})")

@@ -16,9 +16,11 @@ import hashlib
 import os
 import secrets
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,12 @@ def digest(data: bytes) -> bytes:
 
 
 class FeatureStore:
-    """Features by key. Cheap to pickle; each process, forked or spawned, opens its own files."""
+    """Features by key, for several threads. Cheap to pickle; each process, forked or spawned, opens its own files."""
 
     def __init__(self, folder: Path, layout: FeatureLayout, budget: int) -> None:
         """`budget` limits the bytes of all segments in this folder and the folders beside it."""
         self.folder, self.layout, self.budget = folder, layout, budget
-        self._forget()
+        self._begin_process()
 
     @classmethod
     def below(cls, root: Path, name: str, layout: FeatureLayout) -> FeatureStore:
@@ -54,7 +56,6 @@ class FeatureStore:
         return cls(root / name, layout, sum(used_and_free(root / name)) // SHARE)
 
     def _forget(self) -> None:
-        self._pid = os.getpid()
         self._segments: list[_Segment] = []
         self._names: set[str] = set()
         self._sorted = np.empty(0, np.uint64), np.empty(0, np.int64)  # beginnings of keys, and their entries
@@ -67,33 +68,43 @@ class FeatureStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
+        self._begin_process()
+
+    def _begin_process(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.RLock()
         self._forget()
+
+    def _locked(self) -> threading.RLock:
+        """The lock of this process. A fork gets its own: a thread of its parent may have held the lock of both."""
+        if self._pid != os.getpid():
+            self._begin_process()
+        return self._lock
 
     def count(self) -> int:
         """Images with stored features."""
-        self._refresh()
-        return len(self._sorted[0]) + len(self._loose)
+        with self._locked():
+            self._refresh()
+            return len(self._sorted[0]) + len(self._loose)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def read(self, key: bytes) -> Tensor | None:
         """The features of an image [P, width]; None if they are missing or damaged."""
-        entry = self._find(key)
-        if entry is None and self._refresh():
+        with self._locked():
             entry = self._find(key)
-        if entry is None:
-            return None
-        segment, number = self._segments[entry >> 40], entry & (1 << 40) - 1
-        data = segment.read(key, number)
-        if data is None:  # forget the entry
-            self._loose[_short(key)] = -1
-            return None
+            if entry is None and self._refresh():
+                entry = self._find(key)
+            if entry is None:
+                return None
+            segment, number = self._segments[entry >> 40], entry & (1 << 40) - 1
+            data = segment.read(key, number)
+            if data is None:  # forget the entry
+                self._loose[_short(key)] = -1
+                return None
         return self.layout.unpack(data)
 
     def _find(self, key: bytes) -> int | None:
         """Segment and number, as one integer, of an entry that begins like the key."""
-        if self._pid != os.getpid():
-            self._forget()
         short = _short(key)
         entry = self._loose.get(short)
         if entry is None:
@@ -104,8 +115,6 @@ class FeatureStore:
 
     def _refresh(self) -> bool:
         """Read new entries; returns whether there were any. Costs some microseconds."""
-        if self._pid != os.getpid():
-            self._forget()
         names: set[str] = set()
         with contextlib.suppress(OSError):
             names = {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".index")}
@@ -140,6 +149,10 @@ class FeatureStore:
 
         Without room or rights it sets `trouble` and does not raise.
         """
+        with self._locked():
+            self._write(keys, features)
+
+    def _write(self, keys: Sequence[bytes], features: Tensor) -> None:
         fresh = {key: n for n, key in enumerate(keys) if self._find(key) is None}
         if self.trouble or not fresh:
             return
@@ -176,9 +189,10 @@ class FeatureStore:
 
     def close(self) -> None:
         """Close all files. The next use opens them again."""
-        for segment in self._segments:
-            segment.close()
-        self._forget()
+        with self._locked():
+            for segment in self._segments:
+                segment.close()
+            self._forget()
 
 
 class _Segment:
@@ -269,20 +283,29 @@ def used_and_free(folder: Path) -> tuple[int, int]:
     return used, disk.f_bavail * disk.f_frsize
 
 
-def measure_reading(root: Path, record: int) -> float | None:
-    """Seconds to read a record below `root` that is not in the page cache; None if none can be written."""
+def measure_reading(root: Path, record: int, readers: int = 1) -> float | None:
+    """Seconds per record that is read below `root` and is not in the page cache, by so many readers at once.
+
+    None if none can be written.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root) as file:
-            file.write(os.urandom(record) * PROBES)
+            for _ in range(readers):
+                file.write(os.urandom(record) * PROBES)
             file.flush()
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            begun = time.perf_counter()
-            for n in range(PROBES):
-                zlib.crc32(os.pread(file.fileno(), record, n * record))
-            return (time.perf_counter() - begun) / PROBES
+
+            def read(first: int) -> None:
+                for n in range(first, first + PROBES):
+                    zlib.crc32(os.pread(file.fileno(), record, n * record))
+
+            with ThreadPoolExecutor(readers) as threads:
+                begun = time.perf_counter()
+                list(threads.map(read, range(0, readers * PROBES, PROBES)))
+                return (time.perf_counter() - begun) / (readers * PROBES)
     except OSError:
         return None
 

@@ -96,8 +96,7 @@ class Diagnostics:
         """The micro-batches that the next step trains on."""
         history = self.history
         for batch in batches:
-            history.images += 0 if batch.pixel_values is None else len(batch.pixel_values)
-            history.images += 0 if batch.image_features is None else len(batch.image_features)
+            history.images += batch.images
             history.rows += len(batch)
             history.text_rows += batch.text_rows
             history.answers += batch.answers

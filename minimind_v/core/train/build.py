@@ -96,7 +96,10 @@ def open_features(config: RunConfig, model: VLM, data: Data, listener: Listener)
         return FeatureCache()
     folder = config.features_dir or config.out / "features"
     encoder = FeatureEncoder(model.vision_encoder, model.device, config.dtype)
-    cache = open_feature_cache(config.features, folder, encoder, data.plan.rows, listener.message, listener.warning)
+    # On a CPU the readers would take their time from the encoder.
+    readers = max(1, config.data.workers) if model.device.type == "cuda" else 1
+    report = listener.message, listener.warning
+    cache = open_feature_cache(config.features, folder, encoder, data.plan.rows, *report, readers)
     for plan in filter(None, (data.plan, data.held_out)):
         plan.dataset.remembered = cache.store
     return cache

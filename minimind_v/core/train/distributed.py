@@ -18,12 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported after the processes have met, it would keep their group for ever
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from minimind_v.core.data.batch import stand_in
 from minimind_v.core.errors import LostContact, UsageError
 from minimind_v.core.formats.hf.read import VISION
+from minimind_v.core.model.vlm import VLM, Output
 from minimind_v.core.train.launch import way_to
 
 # Messages of torch's backends after another process has ended.
@@ -128,18 +130,51 @@ class World:
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
-    def share(self, model: nn.Module) -> nn.Module:
+    def share(self, model: VLM, pad_id: int) -> nn.Module:
         """The model with gradients averaged over all processes during the backward pass.
 
-        Each pass searches for parameters without a gradient, such as an expert without a token. That also keeps the
-        first buckets, so that three and more numbers are added up in the same order after a resume.
+        Where a pass may leave out parameters, such as an expert without a token, each pass searches for them. That also
+        keeps the first buckets, so that three and more numbers are added up in the same order after a resume. Elsewhere
+        a pass before the first step decides the buckets, and the projector gets a gradient of 0 without an image.
         """
         if self.size == 1:
             return model
-        frozen = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.startswith(VISION)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each process has read it
+        padding = stand_in(pad_id).to(model.device).tokens
+        whole = _WholeModel(model)
+        search = model.config.use_moe or not whole.reaches_all(padding)
+        given: nn.Module = model if search else whole
+        named = (*given.named_parameters(), *given.named_buffers())
+        frozen = [name for name, _ in named if name.removeprefix("model.").startswith(VISION)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(given, frozen)  # each process has read it
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about a name that older versions need
-            return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+            ddp_model = DistributedDataParallel(
+                given, find_unused_parameters=search, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if not search:
+            ddp_model(**padding).loss_sum.backward()
+            model.zero_grad(set_to_none=True)
+        return ddp_model
+
+
+class _WholeModel(nn.Module):
+    """A model each pass of which reaches the projector too: without an image its gradient is 0."""
+
+    def __init__(self, model: VLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image_features: Tensor | None = None, **tokens: Tensor) -> Output:
+        """As VLM.forward, with labels."""
+        out: Output = self.model(image_features=image_features, **tokens)
+        if image_features is None:
+            assert out.loss_sum is not None
+            out.loss_sum = out.loss_sum + 0 * sum(weight.sum() for weight in self.model.vision_proj.parameters())
+        return out
+
+    def reaches_all(self, tokens: dict[str, Tensor]) -> bool:
+        """Whether a pass over these tokens gives every trainable parameter a gradient."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return None not in torch.autograd.grad(self(**tokens).loss_sum, trainable, allow_unused=True)
 
 
 ALONE = World()

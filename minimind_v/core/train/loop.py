@@ -15,6 +15,7 @@ from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.loader import BatchPlan, load_steps
+from minimind_v.core.data.vision_stage import encode_ahead
 from minimind_v.core.errors import DataError, MmvError
 from minimind_v.core.monitor.messages import announcement, before_the_start, explained
 from minimind_v.core.monitor.metrics import Best, Listener, StepMetrics
@@ -128,7 +129,8 @@ class Run:
         begun = self.progress.done
         if self._evaluates_at(begun) and self.records and self.records.evaluated_step != begun:
             self._evaluate()  # before the first step, or where an interruption came before it
-        for step, batches in enumerate(self._batches(), begun + 1):
+        steps = encode_ahead(self._batches(), self.train_step.features)
+        for step, batches in enumerate(steps, begun + 1):
             launched = self._launch(step, batches)
             self._finish()  # the step before, while a GPU does this one
             if launched is None:  # a signal came before the data
@@ -173,7 +175,7 @@ class Run:
         pin, workers = self.train_step.model.device.type == "cuda", self.config.data.workers
         done = self.progress.done
         with closing(load_steps(self.plan, workers, pin, done, self.listener.warning)) as steps:
-            for _ in range(done, len(self.plan)):
+            for _ in range(done, self.total):
                 asked = time.perf_counter()
                 batches = self.stop.wait(partial(next, steps))
                 self.progress.counts.waited += time.perf_counter() - asked
@@ -187,7 +189,7 @@ class Run:
         if rows is None:
             return None
         lr = generation_of(self.config.model).cosine.rate(step, self.total, self.config.lr)
-        pending = self.train_step(batches, rows.supervised, rows.rows, lr, self._total)
+        pending = self.train_step(batches, rows.supervised, rows.rows, lr, self._total, rows.images)
         return Launched(step, batches, rows, lr, pending)
 
     def _finish(self) -> None:
@@ -283,6 +285,7 @@ class Run:
             self.saver.report(wait=True)
             if save:
                 self.saver.save_now(self.progress.state())
+        self.train_step.features.flush()
         if self.records and save:
             self.records.restore(self.progress.done)
             if self.recall and self.progress.done >= self.total:

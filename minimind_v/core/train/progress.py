@@ -44,6 +44,7 @@ class StepRows:
     supervised: int  # tokens
     rows: int
     tokens: int
+    images: int
     text_rows: int
     notes: dict[str, int]
 
@@ -89,10 +90,11 @@ class Progress:
             sum(batch.supervised for batch in usable),
             sum(map(len, usable)),
             sum(int(batch.attention_mask.sum()) for batch in usable),
+            sum(batch.images for batch in usable),
             sum(batch.text_rows for batch in usable),
             *(sum(batch.notes.get(note, 0) for batch in usable) for note in NOTES),
         ]
-        stopped, broken, supervised, rows, tokens, text_rows, *noted = map(int, total(numbers))
+        stopped, broken, supervised, rows, tokens, images, text_rows, *noted = map(int, total(numbers))
         if stopped:
             return None
         if broken:
@@ -100,7 +102,7 @@ class Progress:
             self.broken.add(everyone, self.rows_read(step), self.listener.warning)
         notes = {note: count for note, count in zip(NOTES, noted, strict=True) if count}
         self._report_notes(step, rows, text_rows, notes)
-        return StepRows(supervised, rows, tokens, text_rows, notes)
+        return StepRows(supervised, rows, tokens, images, text_rows, notes)
 
     def _report_notes(self, step: int, rows: int, text_rows: int, notes: dict[str, int]) -> None:
         """Report rows that are read in another way than written, each kind once."""

@@ -82,14 +82,18 @@ class TrainStep:
         self.late = model.device.type == "cuda" and world.size == 1
         fused = has_fused_adamw(model.device)
         self.optimiser = torch.optim.AdamW(self.trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
-        self.ddp_model = world.share(model)
+        self.ddp_model = world.share(model, pad_id)
+        projector = list(model.vision_proj.parameters())
+        self.needs_images = projector if len(projector) < len(self.trainable) else []
         self.graphs = StepGraphs(config, model, self.optimiser, record_cuda, warn) if self.late else None
 
-    def __call__(self, batches: list[Batch], supervised: int, rows: int, lr: float, total: Total = list) -> PendingStep:
+    def __call__(
+        self, batches: list[Batch], supervised: int, rows: int, lr: float, total: Total = list, images: int = 1
+    ) -> PendingStep:
         """One step over this process's micro-batches: the loss is a mean over `supervised` tokens in `rows` rows.
 
-        Both are counted over all processes, for which `total` adds up. Without a supervised token nothing changes, and
-        neither does it where the loss or the gradient is not finite.
+        Both, and `images`, are counted over all processes, for which `total` adds up. Without a supervised token
+        nothing changes, and neither does it where the loss or the gradient is not finite.
         """
         if not supervised:
             return PendingStep(torch.zeros(2), total)
@@ -102,6 +106,9 @@ class TrainStep:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         losses, correct = self.backward(batches, supervised, rows)
+        if not images:  # as without other processes, so that AdamW leaves it alone
+            for weight in self.needs_images:
+                weight.grad = None
         grad_norm = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
         step = PendingStep(torch.stack([*losses, correct, grad_norm]), total)
         if self.late:

@@ -1,0 +1,196 @@
+"""The vision encoder as a stage of its own: beside a step on a GPU, the images of later steps are encoded.
+
+Images of several steps go into one group, so every group is full, however few images a step has: a smaller one would
+use a GPU badly, or would have to be filled up where bits must be the same. The groups are launched on a stream of their
+own, as a CUDA graph, and a step is handed out when the group after its last one has been launched.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minimind_v.core.data.batch import Batch
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
+
+AHEAD = 32  # steps that are held at most: where few rows have images, a group is launched before it is full
+
+Encode = Callable[[], Tensor]
+Record = Callable[[Encode], Encode]  # → the same work without Python, into the same tensor; raises RuntimeError
+
+
+def encode_ahead(steps: Iterator[list[Batch] | None], cache: FeatureCache) -> Iterator[list[Batch] | None]:
+    """Steps in their order, on CUDA with features in place of pixels; elsewhere they stay as they are.
+
+    None ends them.
+    """
+    if cache.encoder is None or cache.encoder.device.type != "cuda":
+        return steps
+    return VisionStage(cache, cache.encoder).steps(steps)
+
+
+@dataclass
+class _Images:
+    """The images of a batch that wait, and the features of those that do not."""
+
+    pixel_values: Tensor  # uint8 [K, 3, S, S]
+    keys: list[bytes]
+    features: list[tuple[Tensor, torch.cuda.Event | None]]  # [k, P, width] each, and when they are computed
+
+
+@dataclass
+class _Step:
+    batches: list[Batch] | None
+    images: dict[int, _Images]  # by the number of the batch
+    end: int  # images that were taken up to this step
+
+
+class VisionStage:
+    """Encodes the images of steps before these begin; the current stream never waits for the group of a later step."""
+
+    def __init__(self, cache: FeatureCache, encoder: FeatureEncoder, record: Record | None = None) -> None:
+        """`record` replaces the recording of CUDA, where there is none."""
+        self.cache, self.encoder = cache, encoder
+        self._stream = _side_stream(encoder.device)
+        self._graph = _GroupGraph(encoder, record or self._record, cache.warn)
+        self._waiting: deque[_Images] = deque()
+        self._taken = self._launched = 0  # images
+
+    def steps(self, steps: Iterator[list[Batch] | None]) -> Iterator[list[Batch] | None]:
+        """The steps with features in place of pixels, up to the first None."""
+        queue: deque[_Step] = deque()
+        for batches in steps:
+            queue.append(self._take(batches))
+            while self._taken - self._launched >= self.encoder.group:
+                self._launch()
+            while queue and (self._is_ahead(queue[0]) or len(queue) > AHEAD):
+                yield self._hand_out(queue.popleft())
+            if batches is None:
+                break
+        while queue:
+            yield self._hand_out(queue.popleft())
+
+    def _is_ahead(self, step: _Step) -> bool:
+        """Whether a group is launched beyond those of a step."""
+        return not step.images or step.end <= self._launched - self.encoder.group
+
+    def _take(self, batches: list[Batch] | None) -> _Step:
+        images = {
+            number: _Images(batch.pixel_values, batch.keys, [])
+            for number, batch in enumerate(batches or ())
+            if batch.pixel_values is not None and batch.supervised  # nothing is computed of other batches
+        }
+        self._waiting += images.values()
+        self._taken += sum(len(each.keys) for each in images.values())
+        return _Step(batches, images, self._taken)
+
+    def _hand_out(self, step: _Step) -> list[Batch] | None:
+        if step.batches is None:
+            return None
+        while step.images and self._launched < step.end:
+            self._launch()
+        batches = list(step.batches)
+        for number, images in step.images.items():
+            encoded = torch.cat([_on_current_stream(*features) for features in images.features])  # [K, P, width]
+            batch = batches[number]
+            features = self.cache.merged(batch, encoded)  # [M, P, width]
+            batches[number] = replace(batch, pixel_values=None, image_features=features, image_order=None, keys=[])
+        return batches
+
+    def _launch(self) -> None:
+        """Begin to encode the images that wait, up to a group."""
+        keys: list[bytes] = []
+        owners, counts = list[_Images](), list[int]()  # of the pieces of the group
+        with self._beside():
+            while self._waiting and len(keys) < self.encoder.group:
+                images = self._waiting[0]
+                count = min(len(images.keys), self.encoder.group - len(keys))
+                self._graph.put(len(keys), images.pixel_values[:count])
+                keys += images.keys[:count]
+                owners.append(images)
+                counts.append(count)
+                images.pixel_values, images.keys = images.pixel_values[count:], images.keys[count:]
+                if not images.keys:
+                    self._waiting.popleft()
+            features = self.cache.keep(keys, self._graph.encode(len(keys)))  # [K, P, width]
+            computed = self._stream.record_event() if self._stream else None
+        for images, piece in zip(owners, features.split(counts), strict=True):
+            images.features.append((piece, computed))
+        self._launched += len(keys)
+
+    def _beside(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
+
+    def _record(self, encode: Encode) -> Encode:
+        """The work as a CUDA graph. Other threads may use CUDA meanwhile."""
+        self._recording = graph = torch.cuda.CUDAGraph()  # kept if it fails: the allocator may still have its address
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            features = encode()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return features
+
+        return replay
+
+
+class _GroupGraph:
+    """The encoder for one group, whose images always lie in the same memory, so that its work can be recorded."""
+
+    def __init__(self, encoder: FeatureEncoder, record: Record, warn: Callable[[str], None]) -> None:
+        self.encoder, self.record, self.warn = encoder, record, warn
+        self._pixels = torch.empty(0)  # uint8 [group, 3, S, S]
+        self._replay: Encode | None = None
+        self._tried = False
+
+    def put(self, position: int, pixel_values: Tensor) -> None:
+        """Copy images [K, 3, S, S] into the group."""
+        if not len(self._pixels):
+            shape = self.encoder.group, *pixel_values.shape[1:]
+            self._pixels = torch.empty(shape, dtype=pixel_values.dtype, device=self.encoder.device)
+        self._pixels[position : position + len(pixel_values)].copy_(pixel_values, non_blocking=True)
+
+    def encode(self, count: int) -> Tensor:
+        """Features of the first `count` images of the group [K, P, width]."""
+        if count == len(self._pixels) and self._replay:
+            return self._replay().clone()
+        features = self.encoder.encode(self._pixels[:count])
+        if count == len(self._pixels) and not self._tried:
+            self._tried = True
+            self._replay = self._recorded(features)
+        return features
+
+    def _recorded(self, expected: Tensor) -> Encode | None:
+        """A recording of the present group's encoding that gave the same bits as it did, [group, P, width]; or none."""
+        try:
+            replay = self.record(lambda: self.encoder.encode(self._pixels))
+            if torch.equal(replay(), expected):
+                return replay
+            reason = "its features differ"
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.warn(f"images are encoded without a CUDA graph: {reason}")
+        return None
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream that begins after what is launched so far; None where only tests run this."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+def _on_current_stream(features: Tensor, computed: torch.cuda.Event | None) -> Tensor:
+    """Features of the side stream, once the current one has waited for them."""
+    if computed is not None:
+        current = torch.cuda.current_stream(features.device)
+        current.wait_event(computed)
+        features.record_stream(current)
+    return features
