@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class CudaLinear(nn.Linear):
             return super().forward(input)
         return F.linear(input, *self._cast(parameters, dtype))
 
-    def _cast(self, parameters: list[nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
+    def _cast(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         state = dtype, state_of(parameters)
         kept = vars(self).get("_kept")
         if kept is None or kept[0] != state:
