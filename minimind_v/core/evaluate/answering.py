@@ -77,7 +77,7 @@ class Answering:
     ) -> None:
         """`guesses` are the true answers of all questions: what the model may say as well."""
         self.model, self.tokenizer, self.features, self.dtype = model.eval(), tokenizer, features, dtype
-        self.engine = Engine(model, tokenizer, most_rows=TOGETHER)
+        self.engine = Engine(model, tokenizer)
         self.prompts: PromptEncoder = self.engine.processor.prompts
         counts = Counter(guesses)
         ordered = sorted(counts, key=lambda text: (-counts[text], text))
