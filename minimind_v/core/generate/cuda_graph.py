@@ -22,7 +22,7 @@ Work = Callable[[], object]
 Record = Callable[[Work, torch.device, Any], Work | None]  # work, its device and a pool → a function that repeats it
 
 
-def record_cuda(work: Work, device: torch.device, pool: Any) -> Work | None:
+def record_cuda(work: Work, device: torch.device, pool: Any = None) -> Work | None:
     """The work as a CUDA graph; None if it cannot be recorded, and None at every later call.
 
     `pool` is memory that several graphs may share if none is replayed during another.
@@ -63,29 +63,38 @@ class Recordings:
     def clear(self) -> None:
         """Forget all: the tensors are replaced by others."""
         self._replays: dict[Hashable, Work] = {}
+        self._proven = set[Hashable]()
         self._steps = Counter[Hashable]()
 
     def run(self, key: Hashable, work: Work, logits: Tensor) -> None:
         """Do the work, or replay it. It writes to `logits`, and doing it twice is doing it once.
 
-        A first replay must give what the work gave; if it does not, or cannot be recorded, nothing is recorded from
-        then on.
+        A first replay, of other numbers than those that were recorded, must give what the work gives. If it does not,
+        or cannot be recorded, nothing is recorded from then on.
         """
-        if key in self._replays:
+        if key in self._proven:
             self._replays[key]()
             return
         work()
         self._steps[key] += 1
         if self._steps[key] <= EAGER or self.has_failed or torch.are_deterministic_algorithms_enabled():
             return
-        expected = logits.clone()
-        replay = self.record(work, self.device, self.pool)
-        if replay is not None:
-            replay()
-            if bool((logits - expected).abs().max() <= CLOSE * expected.abs().max()):
+        if key not in self._replays:
+            replay = self.record(work, self.device, self.pool)
+            if replay is None:
+                self._give_up()
+            else:
                 self._replays[key] = replay
-                return
+            return
+        expected = logits.clone()
+        self._replays[key]()
+        if bool((logits - expected).abs().max() <= CLOSE * expected.abs().max()):
+            self._proven.add(key)
+        else:
+            self._give_up()
+            work()
+
+    def _give_up(self) -> None:
         self.has_failed = True
         self.clear()
-        warnings.warn("a decoding step cannot be recorded: answers are slower", RuntimeWarning, stacklevel=2)
-        work()
+        warnings.warn("a decoding step cannot be recorded: answers are slower", RuntimeWarning, stacklevel=4)
