@@ -74,7 +74,7 @@ PARTS = (
     Part("curve", 60, proofs.loss_curve),
     Part("automatic batch", 30, proofs.automatic_batch),
     Part("experts", 30, proofs.experts),
-    Part("training", 160, training.ours),
+    Part("training", 240, training.ours),
     Part("vision", 90, vision.vision),
     Part("plain", 80, training.plain),
     Part("steps", 120, steps.steps),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -13,15 +14,24 @@ from torch import Tensor
 
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Result
-from minimind_v.core.generate import cuda_graph as replay
+from minimind_v.core.generate import cuda_graph
 from minimind_v.core.generate import prompt_cache as memory
-from minimind_v.core.generate.cuda_graph import EAGER, SPAN, Replay, record_cuda
+from minimind_v.core.generate.cuda_graph import EAGER, record_cuda
 from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.rows import Row, Rows
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
+from minimind_v.core.generate.slots import SPAN
 from minimind_v.core.model.vlm import VLM
 
 WARM = Sampling(0.65, 0.85, seed=1)  # as published
+# Name, sampling, whether the host draws, whether steps are recorded.
+WAYS = (
+    ("greedy, eager", GREEDY, False, False),
+    ("greedy, graph", GREEDY, False, True),
+    ("sampled, eager", WARM, False, False),
+    ("sampled, graph", WARM, False, True),
+    ("sampled by the host, graph", WARM, True, True),
+)
 
 
 class Recorder:
@@ -30,8 +40,8 @@ class Recorder:
     def __init__(self, card: Card) -> None:
         self.card, self.made, self.failed = card, 0, 0
 
-    def __call__(self, work, device):
-        replayed = record_cuda(work, device) if self.card.cuda else work
+    def __call__(self, work, device, pool):
+        replayed = record_cuda(work, device, pool) if self.card.cuda else work
         self.made += replayed is not None
         self.failed += replayed is None
         return replayed
@@ -65,12 +75,24 @@ def prompts(rows: int, longest: int) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(longest) < lengths[:, None]
 
 
-def answer(
-    model: VLM, recorder: Callable | None, ids: Tensor, mask: Tensor, limits: list[int], draws: list
-) -> list[list[int]]:
-    """The ids of each row, by steps that are recorded or not."""
+@contextmanager
+def launching(model: VLM, record: Callable | None, together: bool = True) -> Iterator[None]:
+    """How steps are launched: recorded, or one by one; and whether rows are decoded together in slots."""
     decoder = ready(model).decoder
-    decoder.replay = Replay(recorder) if recorder else None
+    decoder.uses_slots, decoder._free_slots = together, []
+    if together:
+        slots = decoder.take_slots()
+        slots.recordings.has_failed = record is None
+        slots.recordings.record = record or slots.recordings.record
+        decoder.give_back(slots)
+    yield
+    decoder._free_slots = []
+
+
+def answer(
+    model: VLM, ids: Tensor, mask: Tensor, limits: list[int], draws: Sequence, times: list[float] | None = None
+) -> list[list[int]]:
+    """The ids of each row; `times` gets the second of each."""
     rows = [Row(row[real].tolist(), *how) for row, real, *how in zip(ids, mask, draws, limits, strict=True)]
     together = Rows(model)
     for row in rows:
@@ -79,33 +101,37 @@ def answer(
         for drawn in together.step():
             if drawn.error is not None:
                 raise drawn.error
+            if times is not None:
+                times.append(time.perf_counter())
             if len(drawn.row.drawn) == drawn.row.max_new_tokens:
                 together.remove(drawn.row)
     return [row.drawn for row in rows]
 
 
 def decoding(card: Card, result: Result) -> None:
-    """Graph = eager: ids and logits, over the end of a recording's span, with rows that leave, after a rewind."""
+    """Recorded steps of rows in slots = rows by themselves: ids and logits, over the end of a span, as rows leave."""
     model = curve.make_model(card.tiny).to(card.device).eval()
     begin, count = (SPAN - 12, 24) if card.tiny else (SPAN - 60, 160)
     checks = result.setdefault("checks", {})
     for half in (False, True):
         with precision(card, half):
-            for rows in (1, 2) if card.tiny else (1, 8, 16):
+            for rows in (1, 2) if card.tiny else (1, 8, 16, 64):
                 ids, mask = prompts(rows, begin)
                 limits = [count - 5 * (row % 4) for row in range(rows)]  # some leave before others
                 sides: list[tuple[list[list[int]], list[Likeliest]]] = []
                 recorder = Recorder(card)
-                for record in (None, recorder):
+                for record, together in ((None, False), (recorder, True)):
                     draws = [Likeliest() for _ in range(rows)]
-                    sides.append((answer(model, record, ids, mask, limits, draws), draws))
+                    with launching(model, record, together):
+                        sides.append((answer(model, ids, mask, limits, draws), draws))
                 name = f"{'bf16' if half else 'fp32'}, {rows} rows"
                 result[name] = comparison = compare(*sides) | {"recorded": recorder.made, "failed": recorder.failed}
-                checks[f"{name}: recorded"] = recorder.made > 0 and not recorder.failed and not replay._FAILED
+                checks[f"{name}: recorded"] = recorder.made > 0 and not recorder.failed and not cuda_graph._FAILED
                 checks[f"{name}: as eager"] = comparison["largest_gap"] <= (0.05 if half else 1e-3)
                 checks[f"{name}: the same ids"] = comparison["same_ids"] or (half and comparison["ties"])
             if not half:
-                checks["the same after a rewind"] = _after_a_rewind(card, model)
+                checks["drawn on the card as on the host"] = _drawn_alike(card, model)
+                checks["a conversation in used slots is as in new ones"] = _conversation_again(card, model)
     if card.cuda:
         result["pool"] = pool = _conversations(card, model)
         checks["20 conversations take no more memory than 3"] = pool["after_20"] <= 1.05 * pool["after_3"]
@@ -124,31 +150,41 @@ def compare(eager, recorded) -> Result:
     return {"same_ids": same, "ties": ties, "largest_gap": gap}
 
 
-@torch.inference_mode()
-def _after_a_rewind(card: Card, model: VLM) -> bool:
-    """A conversation is taken back and goes on otherwise, with a recording that is there."""
-    ids, _ = prompts(1, 40)
+def _drawn_alike(card: Card, model: VLM) -> bool:
+    """Rows of several settings in fp32, by the card's own draws and by those of the host."""
+    settings = [GREEDY, WARM, Sampling(1.2, 1.0), Sampling(1.3, 0.9, top_k=20, repetition_penalty=1.2)]
+    settings = [replace(sampling, seed=row) for row, sampling in enumerate(settings)]
+    ids, mask = prompts(len(settings), 40)
     sides = []
-    for record in (None, Recorder(card)):
-        decoder = ready(model).decoder
-        decoder.replay = Replay(record) if record else None
-        cache, turns = decoder.new_cache(1, SPAN), []
-        for turn in range(3):
-            chunk = ids[:, 10 * turn : 10 * turn + 10].to(card.device)
-            logits = decoder.read(model.embed(chunk), cache)
-            for _ in range(14):
-                turns.append(int(logits.argmax()))
-                logits = decoder.step(model.embed(logits.argmax(dim=-1, keepdim=True)), [cache])
-            cache.rewind(cache.used - 9)
-        sides.append(turns)
+    for on_host in (False, True):
+        with launching(model, Recorder(card)):
+            samplers = [Sampler(sampling) for sampling in settings]
+            draws = [_host_draw(sampler) for sampler in samplers] if on_host else samplers
+            sides.append(answer(model, ids, mask, [24] * len(settings), draws))
     return sides[0] == sides[1]
+
+
+def _host_draw(sampler: Sampler) -> Callable[[Tensor, Sequence[int]], int]:
+    """What is no Sampler draws on the host."""
+    return lambda logits, text_ids: sampler(logits, text_ids)
+
+
+def _conversation_again(card: Card, model: VLM) -> bool:
+    """The same answer in new slots, and after others that were longer and more, by recordings that are there."""
+    recorder = Recorder(card)
+    with launching(model, recorder):
+        ids, mask = prompts(1, 40)
+        first = answer(model, ids, mask, [EAGER + 8], [Sampler(GREEDY)])
+        for rows in (3, 1):
+            answer(model, *prompts(rows, 90), [EAGER + 8] * rows, [Sampler(WARM) for _ in range(rows)])
+        return first == answer(model, ids, mask, [EAGER + 8], [Sampler(GREEDY)])
 
 
 def _conversations(card: Card, model: VLM) -> Result:
     reserved = {}
     for number in range(1, 21):
         ids, mask = prompts(1, 100 + 3 * number)
-        answer(model, record_cuda, ids, mask, [24], [Likeliest()])
+        answer(model, ids, mask, [24], [Likeliest()])
         if number in (3, 20):
             reserved[f"after_{number}"] = torch.cuda.memory_reserved(card.device)
     return reserved
@@ -161,34 +197,27 @@ def talking(card: Card, result: Result) -> None:
     with precision(card, True):
         ready(model).prefixes.limit = 0  # no prompt is recalled
         for streams in (1, 2) if card.tiny else (1, 8, 16, 64):
-            for drawing, sampling in (("greedy", GREEDY), ("sampled", WARM)):
-                for launching, record in (("eager", None), ("graph", record_cuda if card.cuda else Recorder(card))):
-                    if launching == "graph" and streams > 16:
-                        continue  # more rows are not recorded
-                    times: list[float] = []
-                    ids, mask = prompts(streams, 240)
+            for name, sampling, on_host, record in WAYS:
+                times: list[float] = []
+                ids, mask = prompts(streams, 240)
+                recorder = Recorder(card) if record else None
+                with launching(model, recorder):
                     for tokens in (8, count):  # the first time makes what stays
                         times.clear()
-                        draws = [_timed(Sampler(sampling), times) for _ in range(streams)]
-                        answer(model, record, ids, mask, [tokens] * streams, draws)
-                    later = times[(EAGER + 3) * streams :]  # behind the steps in which a recording is made
-                    result[f"{streams} streams, {drawing}, {launching}"] = {
-                        "tokens_s": round((len(later) - streams) / (later[-1] - later[streams - 1]), 1)
-                    }
+                        samplers = [Sampler(sampling) for _ in range(streams)]
+                        draws = [_host_draw(sampler) for sampler in samplers] if on_host else samplers
+                        answer(model, ids, mask, [tokens] * streams, draws, times)
+                # A prompt is read in each of the first steps, and those in which a recording is made come next.
+                begin = streams * (streams + 1) // 2 + (EAGER + 3) * streams
+                times = times[begin : streams * count - streams * (streams - 1) // 2]
+                result[f"{streams} streams, {name}"] = {
+                    "tokens_s": round((len(times) - streams) / (times[-1] - times[streams - 1]), 1)
+                }
         repeated, new = _first_tokens(card, model)
         result["first token, length seen"] = {"ms": round(repeated * 1e3, 2)}
         result["first token, new length"] = {"ms": round(new * 1e3, 2)}
     if (card.folder / "vision").is_dir():
         result["plain, 1 stream, sampled"] = _plain(card, count)
-
-
-def _timed(sampler: Sampler, times: list[float]):
-    def draw(logits: Tensor, text_ids: Sequence[int]) -> int:
-        token = sampler(logits, text_ids)
-        times.append(time.perf_counter())
-        return token
-
-    return draw
 
 
 def _first_tokens(card: Card, model: VLM) -> tuple[float, float]:
@@ -200,7 +229,7 @@ def _first_tokens(card: Card, model: VLM) -> tuple[float, float]:
             ids, mask = prompts(1, length)
             card.wait()
             begun = time.perf_counter()
-            answer(model, None, ids, mask, [1], [Likeliest()])
+            answer(model, ids, mask, [1], [Likeliest()])
             times.append(time.perf_counter() - begun)
         medians.append(sorted(times)[len(times) // 2])
     return medians[0], medians[1]

@@ -33,9 +33,8 @@ PREDICTED = {
         "sft, eager": "8–10 ms of the host", "sft, graph": "2.4 ms", "sft, both": "1.8 ms",
     },
     "talking": {
-        "1 streams, sampled, eager": "550–650", "1 streams, sampled, graph": "1.1–1.4 K",
-        "8 streams, greedy, eager": "3 K", "8 streams, sampled, graph": "4–5 K", "8 streams, greedy, graph": "8–9 K",
-        "64 streams, greedy, eager": "30 K", "64 streams, sampled, eager": "6–8 K",
+        "1 streams, sampled, graph": "4–5 K", "8 streams, sampled, graph": "25–30 K",
+        "64 streams, sampled, graph": "120–200 K",
     },
     "plans": {"cuDNN": "23–440 ms for a plan", "flash": "none"},
 }  # fmt: skip

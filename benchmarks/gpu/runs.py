@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.material import SEED
@@ -13,8 +14,8 @@ from minimind_v.core.config.load import build_config
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.monitor.metrics import Listener, StepMetrics
+from minimind_v.core.train import run as run_module
 from minimind_v.core.train.loop import Run
-from minimind_v.core.train.run import assemble
 
 EPOCHS = 1000  # so that a run ends when its listener says so
 
@@ -64,9 +65,13 @@ def configure(card: Card, preset: str, stage: str, data: str | None = None, **op
     return replace(config, model=card.text(preset))
 
 
-def make_run(config: RunConfig, listener: StepListener, saves: bool = False, **how: Any) -> Run:
-    """The run, ready to start. Unless it `saves` it leaves nothing behind: saving is not what is measured."""
-    run = assemble(config, listener, **({"overwrite": True} | how))
+def make_run(config: RunConfig, listener: StepListener, saves: bool = False, compiled: bool = False, **how: Any) -> Run:
+    """The run, ready to start. Unless it `saves` it leaves nothing behind: saving is not what is measured.
+
+    Its decoder is `compiled` or not, however many steps it has.
+    """
+    with mock.patch.object(run_module, "WORTH_COMPILING", 0 if compiled else float("inf")):
+        run = run_module.assemble(config, listener, **({"overwrite": True} | how))
     if not saves:
         run.saver = run.records = None
     listener.run = run

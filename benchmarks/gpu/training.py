@@ -28,6 +28,7 @@ OURS = {
     "base pretrain, features read": ("base", "pretrain", "exact", {}),
     "base sft, features read": ("base", "sft", "exact", {}),
     "moe sft, features read": ("moe", "sft", "exact", {}),
+    "small pretrain, features read, compiled": ("small", "pretrain", "exact", {"compiled": True}),
 }
 TINY = ("small pretrain, encoded and stored", "small pretrain, features read", "moe sft, features read")
 
@@ -39,7 +40,7 @@ def ours(card: Card, results: Result) -> None:
             continue
         results[name] = result = {}
         try:
-            measure(card, result, preset, stage, features, options)
+            measure(card, result, preset, stage, features, dict(options))
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -66,10 +67,14 @@ def measure(card: Card, result: Result, preset: str, stage: str, features: str, 
         return False
 
     changes = {"epochs": 1} if storing else {}
+    compiled = options.pop("compiled", False)
     config = configure(card, preset, stage, features="exact" if storing else features, **changes, **options)
     listener = StepListener(on_step)
-    run = make_run(config, listener)
+    run = make_run(config, listener, compiled=compiled)
     result["features"] = next((line for line in listener.messages if line.startswith("features")), "")
+    if compiled:
+        lines = [line for line in listener.messages if "is not compiled" in line]
+        result["checks"] = {"the compiled decoder is the decoder": not lines}
     result["schedule"], result["rows"] = run.total, row_numbers(run, COMPARED)
     with card.memory(result):
         run.run()

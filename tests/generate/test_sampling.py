@@ -1,5 +1,7 @@
 """Drawing the next token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -12,7 +14,7 @@ from transformers import (
 )
 
 from minimind_v.core.errors import UsageError
-from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
+from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling, draw_tokens
 
 PROBS = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1])
 
@@ -183,3 +185,66 @@ def test_without_a_full_sort_the_draw_is_the_same(spread):
 def test_equal_tokens_are_cut_to_the_fewest():
     frequencies = shares(Sampling(1.0, 0.5, seed=0), torch.zeros(10), 300)
     assert (frequencies > 0).sum() == 5
+
+
+# --- rows side by side, as on a GPU -----------------------------------------------------------------------------------
+
+MIXED = [
+    GREEDY,
+    Sampling(0.0, repetition_penalty=1.5),
+    Sampling(1.0, 1.0),
+    Sampling(0.65, 0.85),
+    Sampling(1.5, 0.3),
+    Sampling(1.0, 1.0, top_k=1),
+    Sampling(1.3, 0.9, top_k=40),
+    Sampling(1.3, 1.0, top_k=10_000),
+    Sampling(2.0, 1.0, min_p=0.02),
+    Sampling(1.1, 0.97, top_k=90, min_p=0.01, repetition_penalty=1.3),
+    Sampling(0.9, 1.0, repetition_penalty=0.8),
+    Sampling(float("inf"), 1.0),
+    Sampling(1e-320, 0.5),
+]
+
+
+def drawn_side_by_side(logits, texts, samplers):
+    in_text = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, text in zip(in_text, texts, strict=True):
+        row[text] = True
+    settings = [sampler.sampling for sampler in samplers]
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    columns = [[getattr(setting, name) for setting in settings] for name in names]
+    points = [sampler.point for sampler in samplers]
+    return draw_tokens(logits, in_text, *torch.tensor([points, *columns], dtype=torch.float64)).tolist()
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0, 12.0])
+def test_rows_side_by_side_draw_what_each_sampler_draws(spread):
+    source = torch.Generator().manual_seed(int(2 * spread))
+    for number in range(40):
+        logits = torch.randn(len(MIXED), 700, generator=source) * spread
+        texts = [torch.randint(0, 700, (20,), generator=source).tolist() for _ in MIXED]
+        samplers = [Sampler(replace(sampling, seed=number + row)) for row, sampling in enumerate(MIXED)]
+        together = drawn_side_by_side(logits, texts, samplers)
+        assert together == [draw(*row) for draw, *row in zip(samplers, logits, texts, strict=True)]
+
+
+def test_a_row_of_no_numbers_draws_some_token_and_the_others_theirs():
+    logits = torch.randn(len(MIXED), 50, generator=torch.Generator().manual_seed(0))
+    samplers = [Sampler(replace(sampling, seed=1)) for sampling in MIXED]
+    expected = drawn_side_by_side(logits, [[]] * len(MIXED), samplers)
+    for row in range(len(MIXED)):
+        broken = logits.clone()
+        broken[row] = torch.nan
+        drawn = drawn_side_by_side(broken, [[]] * len(MIXED), samplers)
+        assert 0 <= drawn.pop(row) < 50
+        assert drawn == expected[:row] + expected[row + 1 :]
+
+
+def test_random_numbers_are_made_ahead_and_come_in_their_order():
+    sampler, points = Sampler(Sampling(1.0, 1.0, seed=3)), []
+    for _ in range(70):
+        points.append(sampler.point)
+        assert sampler.point == points[-1], "it stays until it is spent"
+        sampler.spend()
+    source = torch.Generator().manual_seed(3)
+    assert points == [float(torch.rand(1, dtype=torch.float64, generator=source)) for _ in points]

@@ -28,6 +28,7 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.detokenize import TextStream
 from minimind_v.core.generate.rows import Draw, Drawn, Row, Rows
+from minimind_v.core.generate.slots import MOST_ROWS
 from minimind_v.core.model.kernels.cpu_linear import FEW
 from minimind_v.core.model.vlm import VLM
 
@@ -105,14 +106,14 @@ class Answer:
 
 
 class Engine:
-    """A model that answers up to `most_rows` requests side by side; more wait."""
+    """A model that answers up to `most_rows` requests side by side (None: 16, on a GPU 64); more wait."""
 
-    def __init__(self, model: VLM, tokenizer: Tokenizer, context: int = CONTEXT, most_rows: int = FEW) -> None:
+    def __init__(self, model: VLM, tokenizer: Tokenizer, context: int = CONTEXT, most_rows: int | None = None) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.processor = Processor(tokenizer, model.spec)
         self.context = min(context, model.config.max_position_embeddings)
-        self.most_rows = most_rows
-        self._rows, self._answers = Rows(model, in_company=most_rows > 1), dict[Row, Answer]()
+        self.most_rows = most_rows or (MOST_ROWS if model.device.type == "cuda" else FEW)
+        self._rows, self._answers = Rows(model, in_company=self.most_rows > 1), dict[Row, Answer]()
         self._waiting: deque[Answer] = deque()
         self._submitted, self._stepping = Condition(), Lock()
 

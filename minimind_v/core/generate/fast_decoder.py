@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_v.core.generate.cuda_graph import Columns, Replay
+from minimind_v.core.generate.slots import MOST_ROWS, Attend, Slots
 from minimind_v.core.model.decoder import Attention, Block, RMSNorm
 from minimind_v.core.model.feed_forward import FeedForward
 from minimind_v.core.model.kernels.accelerate import attention_for
@@ -39,7 +39,9 @@ class FastDecoder:
             self.layers = list(pool.map(partial(FastLayer, dtype=dtype), model.model.layers))
         self.norm = FastNorm(model.model.norm)
         self.head = head.result()
-        self.replay = Replay() if model.device.type == "cuda" else None
+        self.embed = model.model.embed_tokens
+        self.uses_slots = self.device.type == "cuda"
+        self._free_slots: list[Slots] = []
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens."""
@@ -49,7 +51,7 @@ class FastDecoder:
         """Read x [1, T, D] behind what the cache of a row holds → logits [1, V] of the last token, in fp32."""
         causal = cache.used == 0
         positions, mask = cache.extend(x.shape[1])
-        return self._pass(x, positions, [cache], [mask], causal)
+        return self.decode(x, positions, partial(self._attend, [cache], [mask], causal))
 
     def step(self, x: Tensor, caches: Sequence[KVCache], in_company: bool = False) -> Tensor:
         """Read a token of each row, x [B, 1, D], each behind what its own cache holds → logits [B, V] in fp32.
@@ -58,29 +60,32 @@ class FastDecoder:
         rows are filled up, which costs a single one a quarter of its time.
         """
         positions = torch.cat([cache.extend(1)[0] for cache in caches])  # [B, 1]
-        if self.replay and len(x) <= FEW:
-            return self.replay(self._pass, x, positions, caches)
         if in_company and (missing := -len(x) % SAME_BITS):
             x, positions = (torch.cat([t, t[:1].repeat(missing, *[1] * (t.ndim - 1))]) for t in (x, positions))
-        return self._pass(x, positions, caches, [None] * len(caches))[: len(caches)]
+        attend = partial(self._attend, caches, [None] * len(caches), False)
+        return self.decode(x, positions, attend)[: len(caches)]
 
-    def _pass(
-        self,
-        x: Tensor,  # [B, T, D], of a single row where T > 1
-        positions: Tensor,  # [B, T]
-        columns: Sequence[Columns],  # of each row
-        masks: Sequence[Tensor | None],  # of each row, [1, 1, T, S]; None: nothing is hidden
-        causal: bool = False,
-    ) -> Tensor:
+    def take_slots(self) -> Slots:
+        """Slots for rows that a GPU decodes together, with the recordings of earlier rows; to be given back."""
+        try:
+            return self._free_slots.pop()
+        except IndexError:
+            return Slots(self.config, self.device, self.dtype, self.embed, self.attend)
+
+    def give_back(self, slots: Slots) -> None:
+        """Keep slots that no row has."""
+        self._free_slots.append(slots)
+
+    def decode(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x [B, T, D] at positions [B, T], of a single row where T > 1 → logits [B, V] of each row's last, in fp32."""
         rows, angles = len(x), self._angles(positions)
         x = x.to(self.dtype, copy=True).flatten(0, 1)  # [B·T, D], added to in place
         for layer in self.layers[:-1]:
-            layer.rest(x, self._attend(*layer.project(x, rows, angles), layer.number, columns, masks, causal))
+            layer.rest(x, attend(layer.number, *layer.project(x, rows, angles)))
         layer = self.layers[-1]
         q, k, v = layer.project(x, rows, angles)
         x, q = x.unflatten(0, (rows, -1))[:, -1], q[:, -1:]  # the next token depends on the last one only
-        last_masks = [None if mask is None else mask[:, :, -1:] for mask in masks]
-        layer.rest(x, self._attend(q, k, v, layer.number, columns, last_masks, False))
+        layer.rest(x, attend(layer.number, q, k, v))
         return self.head(self.norm(x)).float()
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,25 +96,26 @@ class FastDecoder:
 
     def _attend(
         self,
-        q: Tensor,  # [B, T, heads, hd]
+        caches: Sequence[KVCache],  # of each row
+        masks: Sequence[Tensor | None],  # of each row, [1, 1, T, S]; None: nothing is hidden
+        causal: bool,
+        layer: int,
+        q: Tensor,  # [B, T or 1, heads, hd]
         k: Tensor,  # [B, KV, T, hd], and v
         v: Tensor,
-        layer: int,
-        columns: Sequence[Columns],
-        masks: Sequence[Tensor | None],
-        causal: bool,
     ) -> Tensor:
         """Store the keys and values; each row's queries over all that it has stored → [B·T, D]."""
         rows, time, _, head_dim = q.shape
         if time == 1:  # the query heads of a group have the same keys, as so many positions would
             q, causal = q.view(rows, k.shape[1], -1, head_dim), False  # [B, KV, heads/KV, hd]
+            masks = [None if mask is None else mask[:, :, -1:] for mask in masks]  # the last layer reads the last one
         else:
             q = q.transpose(1, 2)  # [B, heads, T, hd]
         attended = [
-            self.attend(row_q, *row.write(layer, row_k, row_v), mask, causal)
-            for row, mask, row_q, row_k, row_v in zip(columns, masks, q.split(1), k.split(1), v.split(1), strict=False)
+            self.attend(row_q, *cache.write(layer, row_k, row_v), mask, causal)
+            for cache, mask, row_q, row_k, row_v in zip(caches, masks, q.split(1), k.split(1), v.split(1), strict=False)
         ]
-        attended += attended[:1] * (rows - len(attended))  # rows that fill up have no columns
+        attended += attended[:1] * (rows - len(attended))  # rows that fill up have no cache
         out = attended[0] if rows == 1 else torch.cat(attended)
         if time == 1:
             return out.reshape(rows, -1)  # some kernels lay it out as [B, heads/KV, KV, hd]
@@ -211,7 +217,7 @@ class FastExperts:
         """[N, D] → [N, D]."""
         weights, chosen = self._route(x)
         out = torch.zeros_like(x)
-        if len(x) > FEW:
+        if len(x) > (FEW if self.reads_choice else MOST_ROWS):
             self._sorted(x, out, weights, chosen)
         else:
             share = weights.new_zeros(len(x), len(self.experts)).scatter(1, chosen, weights).to(x.dtype)

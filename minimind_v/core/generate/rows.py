@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from minimind_v.core.generate.prompt_cache import BLOCK, EncodedImage, PromptCache, block_digests, ready
+from minimind_v.core.generate.sampling import Sampler
+from minimind_v.core.generate.slots import Numbers, Slots
 from minimind_v.core.model.kernels.cpu_linear import FEW
 from minimind_v.core.model.vlm import VLM
 
@@ -43,7 +45,8 @@ class Row:
     def begin(self, memory: PromptCache) -> None:
         """Make room for keys and values, and recall those of an earlier prompt that began in the same way."""
         self.memory = memory
-        self.cache = memory.decoder.new_cache(1, len(self.input_ids) + self.max_new_tokens)
+        decoded = 0 if memory.decoder.uses_slots else self.max_new_tokens
+        self.cache = memory.decoder.new_cache(1, len(self.input_ids) + decoded)
         self.digests = block_digests(self.input_ids, self.image_mask, self.images)
         last = len(self.input_ids) - 1  # its logits must be computed
         self.recalled = self.read = memory.recall(self.digests[: last // BLOCK], self.cache)
@@ -86,7 +89,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step gave a row: a token and the logits [V] that it was drawn from, or the error that ends the row."""
+    """What a step gave a row: a token and the logits [V] that it was drawn from, or the error that ends the row.
+
+    On a GPU the logits stay until the next step.
+    """
 
     row: Row
     token: int = -1
@@ -100,6 +106,7 @@ class Rows:
     def __init__(self, model: VLM, in_company: bool = False) -> None:
         self.model, self.in_company = model, in_company
         self._rows: list[Row] = []
+        self._slots: Slots | None = None  # on a GPU, while there are rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -109,11 +116,21 @@ class Rows:
         if not self._rows:  # weights that have changed do not change amid an answer
             self._memory = ready(self.model)
         row.begin(self._memory)
+        decoder = self._memory.decoder
+        if not self._rows and decoder.uses_slots:
+            self._slots = decoder.take_slots()
         self._rows.append(row)
 
     def remove(self, row: Row) -> None:
         """Let a row leave."""
         self._rows.remove(row)
+        if self._slots is None:
+            return
+        if row in self._slots.rows:
+            self._slots.leave(row)
+        if not self._rows:
+            self._memory.decoder.give_back(self._slots)
+            self._slots = None
 
     @torch.inference_mode()
     def step(self) -> Iterator[Drawn]:
@@ -126,7 +143,7 @@ class Rows:
         decoding = [row for row in self._rows if row.is_read]
         if unread is not None:
             yield from self._read(unread)
-        yield from self._decode(decoding)
+        yield from self._decode(decoding) if self._slots is None else self._decode_together(self._slots, decoding)
 
     def _read(self, row: Row) -> list[Drawn]:
         try:
@@ -159,12 +176,52 @@ class Rows:
         caches = [row.cache for row in rows]
         return self._memory.decoder.step(self.model.embed(latest), caches, self.in_company).cpu()
 
+    def _decode_together(self, slots: Slots, rows: Sequence[Row]) -> list[Drawn]:
+        """A step on a GPU, which also draws for every row with a Sampler."""
+        drawn: list[Drawn] = []
+        for row in rows:
+            try:
+                if row not in slots.rows:
+                    slots.enter(row, row.cache, row.text_ids, len(row.input_ids) + row.max_new_tokens)
+            except Exception as error:  # no memory for this row
+                drawn.append(Drawn(row, error=error))
+        decoding = [row for row in slots.rows if isinstance(row, Row)]
+        if not decoding:
+            return drawn
+        try:
+            tokens = slots.step(self._memory.decoder.decode, [_numbers(row) for row in decoding])
+        except Exception as error:
+            return [Drawn(row, error=error) for row in rows]
+        for row, token, logits in zip(decoding, tokens, slots.logits, strict=False):
+            if (sampler := _sampler(row)) is None:
+                drawn.append(_draw(row, logits.cpu()))
+            else:
+                drawn.append(_keep(row, token, logits))
+                sampler.spend()
+        return drawn
+
+
+def _sampler(row: Row) -> Sampler | None:
+    """The sampler of a row whose draws a GPU can do; it has no deterministic sums."""
+    return row.draw if isinstance(row.draw, Sampler) and not torch.are_deterministic_algorithms_enabled() else None
+
+
+def _numbers(row: Row) -> Numbers:
+    """What a GPU needs to know of a row for its next token."""
+    latest = row.drawn[-1], len(row.input_ids) + len(row.drawn) - 1
+    sampler = _sampler(row)
+    return Numbers(*latest) if sampler is None else Numbers(*latest, sampler.point, sampler.sampling)
+
 
 def _draw(row: Row, logits: Tensor) -> Drawn:
     try:
         token = row.draw(logits, row.text_ids)
     except Exception as error:
         return Drawn(row, error=error)
+    return _keep(row, token, logits)
+
+
+def _keep(row: Row, token: int, logits: Tensor) -> Drawn:
     row.drawn.append(token)
     row.text_ids.append(token)
     return Drawn(row, token, logits)
@@ -174,11 +231,14 @@ def generate(model: VLM, row: Row, eos_id: int) -> Iterator[int]:
     """Yield the ids of a single row's answer up to, and not with, `eos_id`, or `max_new_tokens` of them."""
     rows = Rows(model)
     rows.add(row)
-    for _ in range(row.max_new_tokens):
-        while not (drawn := list(rows.step())):
-            pass
-        if drawn[0].error is not None:
-            raise drawn[0].error
-        if drawn[0].token == eos_id:
-            return
-        yield drawn[0].token
+    try:
+        for _ in range(row.max_new_tokens):
+            while not (drawn := list(rows.step())):
+                pass
+            if drawn[0].error is not None:
+                raise drawn[0].error
+            if drawn[0].token == eos_id:
+                return
+            yield drawn[0].token
+    finally:
+        rows.remove(row)

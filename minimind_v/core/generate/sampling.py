@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from minimind_v.core.generate.settings import GREEDY, Sampling
 __all__ = ["GREEDY", "Sampler", "Sampling"]
 
 FEW = 64  # of the likeliest, in which a draw mostly ends
+AHEAD = 32  # random numbers that are made at a time
 
 
 class Sampler:
@@ -24,6 +26,19 @@ class Sampler:
             self.generator.manual_seed(sampling.seed)
         else:
             self.generator.seed()
+        self._points: deque[float] = deque()
+
+    @property
+    def point(self) -> float:
+        """The random number of the next draw, from 0 to 1. It stays until it is spent."""
+        if not self._points:
+            self._points.extend(torch.rand(AHEAD, dtype=torch.float64, generator=self.generator).tolist())
+        return self._points[0]
+
+    def spend(self) -> None:
+        """The random number was used: the next draw has another. At temperature 0 none is used."""
+        if self.sampling.temperature:
+            self._points.popleft()
 
     def __call__(self, logits: Tensor, text_ids: Sequence[int] = ()) -> int:
         """One id from logits [V] behind a text. Draws from what a full sort would, without sorting the unlikely.
@@ -38,13 +53,19 @@ class Sampler:
         behind = (logits - logits.max()).cpu().double()  # so that the smallest temperature cannot overflow
         probs = (behind / settings.temperature).softmax(dim=-1)  # [V]
         if settings.top_p == 1 and not settings.top_k and not settings.min_p:
-            return _draw(probs.cumsum(dim=-1), self.generator)
+            return self._draw(probs.cumsum(dim=-1))
         ordered, ids, mass = self._likeliest(probs)
         top_p = settings.top_p * mass[-1] if settings.top_k else settings.top_p
         end = len(ids) if settings.top_p == 1 else int((mass - ordered < top_p).sum())  # the fewest that hold p
         if settings.min_p:
             end = min(end, int((ordered >= settings.min_p * ordered[0]).sum()))
-        return int(ids[_draw(mass[:end], self.generator)])
+        return int(ids[self._draw(mass[:end])])
+
+    def _draw(self, mass: Tensor) -> int:
+        """An index as likely as its step in the ascending sums `mass`."""
+        point = self.point * float(mass[-1])
+        self.spend()
+        return int(torch.searchsorted(mass, point, right=True).clamp(max=len(mass) - 1))
 
     def _likeliest(self, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities, ids and sums, the likeliest first: as many as top-p, top-k and min-p may need."""
@@ -67,7 +88,32 @@ def _penalised(logits: Tensor, text_ids: Sequence[int], penalty: float) -> Tenso
     return logits.index_copy(0, ids, torch.where(own > 0, own / penalty, own * penalty))
 
 
-def _draw(mass: Tensor, generator: torch.Generator) -> int:
-    """An index as likely as its step in the ascending sums `mass`."""
-    point = torch.rand(1, dtype=mass.dtype, generator=generator) * mass[-1]
-    return int(torch.searchsorted(mass, point, right=True).clamp(max=len(mass) - 1))
+def draw_tokens(
+    logits: Tensor,  # [B, V]
+    in_text: Tensor,  # [B, V], true for tokens of the row's own text
+    point: Tensor,  # [B] in fp64, a random number of each row; and its settings:
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
+    repetition_penalty: Tensor,
+) -> Tensor:
+    """The tokens [B] that a `Sampler` of each row draws with these random numbers, by operators that wait for none."""
+    rows = point, temperature, top_p, top_k, min_p, repetition_penalty
+    point, temperature, top_p, top_k, min_p, penalty = (row[:, None] for row in rows)  # [B, 1] each
+    penalty = penalty.to(logits.dtype)
+    logits = torch.where(in_text, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    behind = (logits - logits.amax(dim=-1, keepdim=True)).double()
+    probs = (behind / torch.where(temperature == 0, 1.0, temperature)).softmax(dim=-1)  # [B, V]
+    limited = (top_p != 1) | (top_k != 0) | (min_p != 0)
+    indices = torch.arange(logits.shape[-1], device=logits.device)[None]
+    ids = torch.where(limited, logits.argsort(dim=-1, descending=True, stable=True), indices)
+    ordered = probs.gather(1, ids)
+    mass = ordered.cumsum(dim=-1)
+    most = torch.where(top_k == 0, indices.shape[1], top_k).long().clamp(max=indices.shape[1])  # [B, 1]
+    share = torch.where(top_k == 0, top_p, top_p * mass.gather(1, most - 1))
+    kept = (indices < most) & ((top_p == 1) | (mass - ordered < share)) & (ordered >= min_p * ordered[:, :1])
+    end = kept.sum(dim=-1, keepdim=True).clamp(min=1)
+    drawn = (mass <= point * mass.gather(1, end - 1)).sum(dim=-1, keepdim=True)
+    drawn = torch.where(temperature == 0, logits.argmax(dim=-1, keepdim=True), ids.gather(1, drawn.minimum(end - 1)))
+    return drawn[:, 0]

@@ -87,7 +87,8 @@ class Attention(nn.Module):
         if context.cache is not None:
             keys, values = context.cache.write(self.layer, k, v)
             k, v = keys.to(q.dtype), values.to(q.dtype)  # [B, KV, S, hd]
-        is_causal = context.mask is None and x.shape[1] > 1  # a single new token attends to all before it
+        # A single token behind a cache attends to all before it.
+        is_causal = context.mask is None and (context.cache is None or x.shape[1] > 1)
         out = self.attend(q, k, v, context.mask, is_causal)  # [B, heads, T, hd]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

@@ -17,7 +17,7 @@ class Limits:
     image_bytes: int = 16 << 20  # of one picture file
     stops: int = 16
     stop_length: int = 256  # characters
-    requests: int = 80  # accepted and not yet answered; an engine answers 16 side by side, the others wait
+    requests: int = 80  # accepted and not yet answered; an engine answers 16 of them (on a GPU 64), others wait
     preparing: int = 2  # requests whose images are decoded side by side
     fetching: int = 4  # remote images that are fetched side by side
     connections: int = 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from minimind_v.core.config.freeze import FREEZE_POLICIES
+from minimind_v.core.model.kernels.accelerate import cast_frozen_once
 from minimind_v.core.model.vlm import VLM
 
 
@@ -15,4 +16,5 @@ def freeze(model: VLM, policy: str) -> list[nn.Parameter]:
     for name, parameter in model.named_parameters():
         trainable = name.startswith("vision_proj.") or chosen.trains(name, layers)
         parameter.requires_grad_(trainable and not name.startswith("vision_encoder."))
+    cast_frozen_once(model)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from minimind_v.core.config.limits import check_machine
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.device import pick_device, require_determinism
+from minimind_v.core.device import autocast, pick_device, require_determinism
 from minimind_v.core.formats.load import load_initial
 from minimind_v.core.model.kernels.accelerate import accelerate
+from minimind_v.core.model.kernels.compiled import compile_decoder
 from minimind_v.core.monitor.diagnostics import Start
 from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.monitor.recorder import Recorder
@@ -26,6 +28,9 @@ from minimind_v.core.train.run_folder import Claim, RunFolder
 from minimind_v.core.train.saver import Saver
 from minimind_v.core.train.step import TrainStep
 from minimind_v.core.train.validate import Validator
+
+# Steps; not measured. A compiler takes a minute, and a step is predicted to save some milliseconds on a slow host.
+WORTH_COMPILING = 1000
 
 
 def train(
@@ -110,7 +115,21 @@ def assemble(
             run.recall = RecallReport(config, data.plan, train_step, recorder, loaded, world.size)
     if claim.state is not None:
         run.resume(claim.state)
+    # A compiler chooses by time, so that another process may add in another order.
+    if device.type == "cuda" and world.size == 1 and not config.deterministic:
+        _compile(run, listener)
     return run
+
+
+def _compile(run: Run, listener: Listener) -> None:
+    """Compile the decoder if enough steps are left; after a failure the run goes on without that."""
+    if run.total - run.progress.done < WORTH_COMPILING:
+        return
+    listener.message("compiling the decoder takes a minute or two; TORCH_COMPILE_DISABLE=1 leaves it out")
+    model = run.train_step.model.train()
+    reason = compile_decoder(model.model, partial(autocast, model.device, run.config.dtype))
+    if reason is not None:
+        listener.warning(f"the decoder is not compiled, so steps take longer: {reason}")
 
 
 def _choose_batch_size(

@@ -19,6 +19,7 @@ from minimind_v.core.model.kernels import apple
 from minimind_v.core.model.kernels.apple import AppleAttention, AppleClipAttention, AppleRMSNorm
 from minimind_v.core.model.kernels.cpu_clip import CpuClipVision, CpuSiglipVision
 from minimind_v.core.model.kernels.cpu_training import CpuAttention, CpuFeedForward, CpuRMSNorm
+from minimind_v.core.model.kernels.cuda_linear import CudaLinear
 from minimind_v.core.model.kernels.cuda_moe import GroupedExperts
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.model.vision.clip import ClipAttention, ClipVision
@@ -35,7 +36,7 @@ FAST: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
     "cuda": {MoEFeedForward: GroupedExperts},
     "mps": {Attention: AppleAttention, RMSNorm: AppleRMSNorm, ClipAttention: AppleClipAttention},
 }
-_PLAIN = {fast: slow for modules in FAST.values() for slow, fast in modules.items()}
+_PLAIN = {fast: slow for modules in FAST.values() for slow, fast in modules.items()} | {CudaLinear: nn.Linear}
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,6 +52,14 @@ def plain(model: Module) -> Module:
     """Undo `accelerate`; returns the model."""
     _replace(model, _PLAIN)
     return model
+
+
+def cast_frozen_once(model: nn.Module) -> None:
+    """Let frozen Linears on a GPU keep their casts. Call it when all modules are in place: their class changes."""
+    for module in model.modules():
+        frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if type(module) is nn.Linear and module.weight.device.type == "cuda" and frozen:
+            module.__class__ = CudaLinear
 
 
 def attention_for(device: torch.device) -> Callable[..., Tensor]:

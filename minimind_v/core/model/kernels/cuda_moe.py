@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_v.core.model.kernels.cuda_linear import computing_dtype
 from minimind_v.core.model.kernels.untouched import exactly_linear, unhooked
 from minimind_v.core.model.moe import MoEFeedForward
 
@@ -48,9 +49,3 @@ def is_grouped(x: Tensor, *widths: int) -> bool:
         and torch.cuda.get_device_capability(x.device)[0] in GROUPED_ON
         and not any(width % 8 for width in widths)
     )
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """The type that products of x are computed in."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

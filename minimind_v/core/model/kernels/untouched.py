@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from minimind_v.core.model.kernels.cuda_linear import CudaLinear
+
 
 def unhooked(modules: Iterable[nn.Module]) -> bool:
     """No module has a hook, or a forward of its own."""
@@ -20,5 +22,5 @@ def unhooked(modules: Iterable[nn.Module]) -> bool:
 
 
 def exactly_linear(*modules: nn.Module) -> bool:
-    """Each is torch's own Linear and unhooked: one that was wrapped or replaced (LoRA) must be called."""
-    return all(type(module) is nn.Linear for module in modules) and unhooked(modules)
+    """Each is a Linear of torch or a CudaLinear, unhooked: one that was wrapped or replaced (LoRA) must be called."""
+    return all(type(module) in (nn.Linear, CudaLinear) for module in modules) and unhooked(modules)

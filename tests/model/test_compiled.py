@@ -1,0 +1,118 @@
+"""The compiled decoder is the decoder: one piece, for any length, with every gradient."""
+
+import shutil
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimind_v.core.model.kernels import cuda_moe
+from minimind_v.core.model.kernels.accelerate import accelerate
+from minimind_v.core.model.kernels.compiled import _batch, _passes, compile_decoder
+from minimind_v.core.train.freeze import freeze
+from tests.model.conftest import NORMED, NORMED_EXPERTS, tiny_vlm
+
+KINDS = {
+    "small, base": {},
+    "moe": {"use_moe": True},
+    "3v": NORMED,
+    "3v-moe": NORMED_EXPERTS,
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request, monkeypatch):
+    """A decoder with the parts of a GPU, and its precision: experts are grouped in bf16 only."""
+    monkeypatch.setattr(cuda_moe, "is_grouped", lambda *_: hasattr(F, "grouped_mm"))
+    torch._dynamo.reset()
+    lower = partial(torch.autocast, "cpu", torch.bfloat16)
+    yield new_decoder(**request.param), lower if request.param.get("use_moe") else nullcontext
+    torch._dynamo.reset()
+
+
+def new_decoder(**sizes):
+    model = accelerate(tiny_vlm(num_hidden_layers=2, **sizes).train(), torch.device("cuda"))
+    freeze(model, "projector+last")
+    return model.model
+
+
+@pytest.mark.long
+def test_it_is_one_piece_of_real_numbers_for_all_lengths(kind):
+    (decoder, precision), graphs = kind, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    batches = [_batch(decoder, *shape) for shape in ((2, 48), (3, 80), (2, 57), (1, 33))]
+    expected = [_passes(decoder, precision, batch) for batch in batches]
+    decoder.compile(dynamic=True, fullgraph=True, backend=backend)
+    results = [_passes(decoder, precision, batch) for batch in batches]
+    assert len(graphs) <= 2, "a single row may have its own"
+    for tensors, others in zip(results, expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(tensors, others, strict=True))
+    values = [
+        node.meta["example_value"] for graph in graphs for node in graph.graph.nodes if "example_value" in node.meta
+    ]
+    assert sum(isinstance(value, torch.Tensor) for value in values) > 50
+    assert not any(value.is_complex() for value in values if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.long
+def test_forward_and_backward_are_those_of_the_decoder(kind):
+    decoder, precision = kind
+    batches = [_batch(decoder, *shape) for shape in ((2, 48), (3, 80), (2, 57))]
+    expected = [_passes(decoder, precision, batch) for batch in batches]
+    assert compile_decoder(decoder, precision, "aot_eager") is None
+    for batch, others in zip(batches, expected, strict=True):
+        tensors = _passes(decoder, precision, batch)
+        assert len(tensors) == len(others) > 5
+        for tensor, other in zip(tensors, others, strict=True):
+            gap = torch.linalg.vector_norm(tensor - other) / torch.linalg.vector_norm(other).clamp(min=1e-9)
+            assert gap < (1e-5 if precision is nullcontext else 0.02)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler here")
+def test_inductors_kernels_compute_the_same():
+    torch._dynamo.reset()
+    decoder = new_decoder(**NORMED)
+    batch = _batch(decoder, 2, 57)
+    expected = _passes(decoder, nullcontext, batch)
+    assert compile_decoder(decoder, nullcontext) is None
+    for tensor, other in zip(_passes(decoder, nullcontext, batch), expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=1e-6 * max(1, float(other.abs().max())))
+    torch._dynamo.reset()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("suppressed", [False, True], ids=["", "after another was compiled"])
+def test_what_cannot_be_compiled_stays_as_it_is(suppressed):
+    decoder = new_decoder()
+    batch = _batch(decoder, 2, 20)
+    expected = _passes(decoder, nullcontext, batch)
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler\nhere")
+
+    with torch._dynamo.config.patch(suppress_errors=suppressed):
+        reason = compile_decoder(decoder, nullcontext, backend)
+    assert "no compiler here" in reason
+    assert all(torch.equal(*pair) for pair in zip(_passes(decoder, nullcontext, batch), expected, strict=True))
+
+
+@pytest.mark.long
+def test_what_computes_something_else_is_not_used():
+    decoder = new_decoder()
+    batch = _batch(decoder, 2, 20)
+    expected = _passes(decoder, nullcontext, batch)
+    draws = torch.get_rng_state()
+
+    def backend(graph, inputs):
+        return lambda *inputs: [1.5 * value if isinstance(value, torch.Tensor) else value for value in graph(*inputs)]
+
+    assert compile_decoder(decoder, nullcontext, backend) == "it computes something else"
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert all(torch.equal(*pair) for pair in zip(_passes(decoder, nullcontext, batch), expected, strict=True))
