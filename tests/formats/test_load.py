@@ -71,7 +71,7 @@ def touch(folder, name, time):
 
 
 def test_the_latest_stage_is_found_and_of_it_the_newest(tmp_path):
-    with pytest.raises(MissingInput, match="run `mmv train pretrain`, `mmv train sft`, or give a file with --model"):
+    with pytest.raises(MissingInput, match="run `mmv train pretrain`, `mmv train sft`, or `mmv demo`"):
         find_weights(tmp_path)
     with pytest.raises(MissingInput):
         find_weights(tmp_path / "nowhere")

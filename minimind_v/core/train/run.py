@@ -70,11 +70,7 @@ def assemble(
 
     `held` gets the lock of what the run writes, and releases it after the run; without `held` the run takes no lock.
     """
-    chosen = None
-    if config.eval_every:
-        from minimind_v.core.train.evaluator import Evaluator, choose_run_task
-
-        chosen = choose_run_task(config)
+    _check_task(config)
     folder = RunFolder(config)
     recorder = Recorder(folder.folder / "events.jsonl", listener)
     listener = recorder if world.leads else Listener()  # one process reports
@@ -109,21 +105,33 @@ def assemble(
         start = Start(config, loaded, bool(receipt.new), _same_tokenizer(config, claim), data.plan.rows)
         run.saver = Saver(config, folder, claim.origin, train_step, companions, listener)
         run.records = Records(config, folder, claim.origin, start, recorder, world.size)
-        if chosen:
-            run.evaluator = Evaluator(config, chosen, model, tokenizer, features, listener)
+        if config.eval_every:
+            from minimind_v.core.train.evaluator import Evaluator, choose_run_task
+
+            run.evaluator = Evaluator(config, choose_run_task(config), model, tokenizer, features, listener)
         if config.recall_rows:
             run.recall = RecallReport(config, data.plan, train_step, recorder, loaded, world.size)
     if claim.state is not None:
         run.resume(claim.state)
-    # A compiler chooses by time, so that another process may add in another order.
-    if device.type == "cuda" and world.size == 1 and not config.deterministic:
-        _compile(run, listener)
+    _compile(run, listener)
     return run
 
 
+def _check_task(config: RunConfig) -> None:
+    """Raises UsageError or MissingInput for a task that cannot be chosen, before anything is written."""
+    if config.eval_every:
+        from minimind_v.core.train.evaluator import choose_run_task
+
+        choose_run_task(config)
+
+
 def _compile(run: Run, listener: Listener) -> None:
-    """Compile the decoder if enough steps are left; after a failure the run goes on without that."""
-    if run.total - run.progress.done < WORTH_COMPILING:
+    """Compile the decoder of one GPU if enough steps are left; after a failure the run goes on without that.
+
+    A compiler chooses by time, so that another process may add in another order: not in a deterministic run.
+    """
+    alone = run.train_step.model.device.type == "cuda" and run.world.size == 1
+    if not alone or run.config.deterministic or run.total - run.progress.done < WORTH_COMPILING:
         return
     listener.message("compiling the decoder takes a minute or two; TORCH_COMPILE_DISABLE=1 leaves it out")
     model = run.train_step.model.train()
