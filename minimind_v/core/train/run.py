@@ -12,6 +12,7 @@ import torch
 from minimind_v.core.config.limits import check_machine
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.device import autocast, pick_device, require_determinism
+from minimind_v.core.formats.checkpoint import Receipt
 from minimind_v.core.formats.load import load_initial
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.kernels.compiled import compile_decoder
@@ -93,10 +94,7 @@ def assemble(
         config = _choose_batch_size(config, folder, claim, device, world, listener)
     torch.manual_seed(config.seed)
     model, tokenizer, receipt = load_initial(config, listener.message)
-    if receipt.loaded:
-        listener.message(str(receipt))
-    else:
-        listener.warning("starting from random weights: the language model is untrained")
+    _report_weights(receipt, listener)
     companions = companions_of(config, model, tokenizer)
     data = open_data(config, model.spec, tokenizer, claim.origin, folder.folder, world, listener)
     model = accelerate(model.to(device), device)
@@ -119,6 +117,13 @@ def assemble(
     if device.type == "cuda" and world.size == 1 and not config.deterministic:
         _compile(run, listener)
     return run
+
+
+def _report_weights(receipt: Receipt, listener: Listener) -> None:
+    if receipt.loaded:
+        listener.message(str(receipt))
+    else:
+        listener.warning("starting from random weights: the language model is untrained")
 
 
 def _compile(run: Run, listener: Listener) -> None:
