@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from minimind_v.core.model.kernels import cuda_moe
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.kernels.compiled import _batch, _passes, compile_decoder
+from minimind_v.core.model.kv_cache import KVCache
 from minimind_v.core.train.freeze import freeze
 from tests.model.conftest import NORMED, NORMED_EXPERTS, tiny_vlm
 
@@ -72,6 +73,29 @@ def test_forward_and_backward_are_those_of_the_decoder(kind):
         for tensor, other in zip(tensors, others, strict=True):
             gap = torch.linalg.vector_norm(tensor - other) / torch.linalg.vector_norm(other).clamp(min=1e-9)
             assert gap < (1e-5 if precision is nullcontext else 0.02)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_only_passes_with_gradients_are_compiled(mode):
+    torch._dynamo.reset()
+    decoder, graphs = new_decoder(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x, mask, positions = _batch(decoder, 2, 20)
+    expected, _ = decoder(x, mask, None, positions)
+    assert compile_decoder(decoder, nullcontext, backend) is None
+    compiled = len(graphs)
+    assert compiled
+    with mode():
+        hidden, _ = decoder.eval()(x, mask, None, positions)
+        decoder(x, None, KVCache(decoder.config, 2, 30, x.device, x.dtype))
+    assert torch.equal(hidden, expected)
+    assert len(graphs) == compiled
+    torch._dynamo.reset()
 
 
 @pytest.mark.long

@@ -17,8 +17,8 @@ from minimind_v.core.source import source_digest
 
 CORE = Path(minimind_v.__file__).parent / "core"
 # What a run imports, and what nevertheless alters no number: it reports, checks, moves files or ends processes. Values
-# of the configuration and contents of inputs and extensions are compared by themselves; measurements alone use
-# evaluation and generation.
+# of the configuration and contents of inputs and extensions are compared by themselves; measurements use
+# evaluation and generation, and a step the recording of the latter.
 NEUTRAL = (
     "config/", "curate/", "data/picture_names.py", "data/processor.py", "errors.py", "evaluate/", "extensions.py",
     "files.py", "formats/companions.py", "formats/generations.py", "formats/gguf/", "formats/hf/differences.py",

@@ -130,16 +130,16 @@ def test_a_gpu_is_tried_from_the_largest_down(config, monkeypatch):
         ]
     )
     gone, limit = [], 9
-    size, why = fitting._by_trial(Full(gone), [24, 12, 8, 6], several=False)
+    size, why = fitting._by_trial(Full(gone), [24, 12, 8, 6])
     assert (size, gone, len(asked)) == (8, [8], 3)
-    assert asked[0] == 10 * MIB + int(0.08 * 8 * 2**30), "what a run holds besides, and some more"
+    assert asked[0] == 15 * MIB + int(0.08 * 8 * 2**30), "what a run holds besides, and some more"
     assert why == "measured with rows of 128 tokens on 8.0 GiB"
     limit, share = 0, 0.25
     with pytest.raises(RunError, match="a single row of 128 tokens does not fit into 4"):
-        fitting._by_trial(Full(gone), [2, 1], several=True)
+        fitting._by_trial(Full(gone), [2, 1])
     errors = cycle([RuntimeError("CUDA error: an illegal memory access was encountered")])
     with pytest.raises(RuntimeError, match="illegal"):
-        fitting._by_trial(Full(gone), [2, 1], several=True)
+        fitting._by_trial(Full(gone), [2, 1])
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

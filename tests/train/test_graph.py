@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from minimind_v.core.train import graph
-from minimind_v.core.train.graph import EAGER, padded_count, padded_length
+from minimind_v.core.train.graph import EAGER, Recorder, Recording, padded_count, padded_length
 from minimind_v.core.train.resume import named_trainable, pack, unpack
 from tests.conftest import Events
 from tests.model.conftest import tiny_vlm
@@ -190,6 +190,18 @@ def test_what_cannot_be_recorded_or_is_wrong_is_launched_and_said_once(trouble, 
     assert_same(train(eager, steps), train(recorded, steps))
     assert_same_weights(eager, recorded)
     assert warnings == [f"{reason}: this run's steps are launched kernel by kernel, which takes longer"]
+
+
+def test_a_failed_recording_ends_no_run_where_torch_frees_no_memory(warnings, monkeypatch):
+    def refuse():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    recorder = Recorder(torch.device("cuda"), lambda *call: None, warnings.append)
+    recorder(Recording(list, list, recorder))
+    assert not recorder.on
+    assert len(warnings) == 1
 
 
 def test_memory_that_recordings_take_is_given_back(tmp_path, warnings):

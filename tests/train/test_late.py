@@ -99,7 +99,7 @@ class MemoryValidator:
     def __init__(self, train_step):
         self.train_step, self.copies = train_step, {}
 
-    def __call__(self, model, encode, step, best):
+    def __call__(self, model, encode, step):
         self.copies[step] = tensors_of(self.train_step)
 
 

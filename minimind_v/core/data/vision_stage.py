@@ -59,6 +59,8 @@ class VisionStage:
         self._stream = _side_stream(encoder.device)
         self._graph = _GroupGraph(encoder, record or self._record, cache.warn)
         self._waiting: deque[_Images] = deque()
+        # Features that the current stream reads, until the event: freed earlier, the side stream would overwrite them.
+        self._read: deque[tuple[torch.cuda.Event, list[tuple[Tensor, torch.cuda.Event | None]]]] = deque()
         self._taken = self._launched = 0  # images
 
     def steps(self, steps: Iterator[list[Batch] | None]) -> Iterator[list[Batch] | None]:
@@ -96,14 +98,28 @@ class VisionStage:
             self._launch()
         batches = list(step.batches)
         for number, images in step.images.items():
-            encoded = torch.cat([_on_current_stream(*features) for features in images.features])  # [K, P, width]
+            encoded = self._on_current_stream(images)  # [K, P, width]
             batch = batches[number]
             features = self.cache.merged(batch, encoded)  # [M, P, width]
             batches[number] = replace(batch, pixel_values=None, image_features=features, image_order=None, keys=[])
         return batches
 
+    def _on_current_stream(self, images: _Images) -> Tensor:
+        """The features of a batch, once the current stream has waited for them, in memory of that stream."""
+        if self._stream is None:
+            return torch.cat([features for features, _ in images.features])
+        current = torch.cuda.current_stream(self.encoder.device)
+        for _, computed in images.features:
+            if computed is not None:
+                current.wait_event(computed)
+        encoded = torch.cat([features for features, _ in images.features])
+        self._read.append((current.record_event(), images.features))
+        return encoded
+
     def _launch(self) -> None:
         """Begin to encode the images that wait, up to a group."""
+        while self._read and self._read[0][0].query():
+            self._read.popleft()
         keys: list[bytes] = []
         owners, counts = list[_Images](), list[int]()  # of the pieces of the group
         with self._beside():
@@ -185,12 +201,3 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return stream
-
-
-def _on_current_stream(features: Tensor, computed: torch.cuda.Event | None) -> Tensor:
-    """Features of the side stream, once the current one has waited for them."""
-    if computed is not None:
-        current = torch.cuda.current_stream(features.device)
-        current.wait_event(computed)
-        features.record_stream(current)
-    return features

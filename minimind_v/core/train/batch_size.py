@@ -110,7 +110,7 @@ def find_batch_size(
         if device.type == "cpu":
             largest, why = _by_measure(trial, sizes, world, config.gpus, gauge or Gauge())
         else:
-            largest, why = _by_trial(trial, sizes, world.size > 1)
+            largest, why = _by_trial(trial, sizes)
         del trial
     size = int(min(answer for (answer,) in world.gather([largest])))
     if size < largest:
@@ -132,11 +132,11 @@ def _discarded(device: torch.device) -> Iterator[None]:
             torch.cuda.reset_peak_memory_stats(device)
 
 
-def _by_trial(trial: Trial, sizes: Sequence[int], several: bool) -> tuple[int, str]:
+def _by_trial(trial: Trial, sizes: Sequence[int]) -> tuple[int, str]:
     """On a GPU, which raises when it is full: the largest of the sizes (in falling order) that fits."""
     total = _gpu_memory(trial.device)
-    # A run also holds the optimiser's moments and, with several processes, a second copy of the gradients.
-    besides = (trial.moments * 3 // 2 if several else trial.moments) + int(total * GPU_HEADROOM)
+    # A run also holds the optimiser's moments, and gradients that stay: those of recorded steps, or DDP's buckets.
+    besides = trial.moments * 3 // 2 + int(total * GPU_HEADROOM)
     for size in sizes:
         in_memory = _goes_through(trial, size, besides)
         gc.collect()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast
-from minimind_v.core.generate.cuda_graph import Work
+from minimind_v.core.generate.cuda_graph import Record, Work
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM
-
-Record = Callable[[Work, torch.device, Any], Work | None]  # work, its device and a pool → a function that repeats it
 
 EAGER = 8  # times that a shape is computed kernel by kernel before it is recorded
 MOST = 192  # recordings, of some MB each; further shapes stay as they are
@@ -199,7 +197,8 @@ class Recorder:
         for recording in self.recordings:
             recording.replay = None
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # after a failed recording torch believes that it still records, and refuses
+                torch.cuda.empty_cache()
         self.warn(f"{reason}: this run's steps are launched kernel by kernel, which takes longer")
 
 

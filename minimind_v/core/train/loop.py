@@ -117,9 +117,11 @@ class Run:
                 torn = True
                 raise
             finally:
-                if not torn:
-                    self._finish()
-                self._end(save=progress.done > begun and bool(progress.counts.supervised) and not torn)
+                try:
+                    if not torn:
+                        self._finish()
+                finally:
+                    self._end(save=progress.done > begun and bool(progress.counts.supervised) and not torn)
         if not progress.counts.supervised and not self.stopped_by:
             trouble = progress.broken.first or "every answer is cut off"
             raise DataError(f"{self.config.data.file}: no row is usable; the first problem: {trouble}")

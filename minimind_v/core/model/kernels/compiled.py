@@ -29,7 +29,7 @@ def compile_decoder(
         # An earlier decoder may have let errors pass.
         with torch.enable_grad(), torch._dynamo.config.patch(suppress_errors=False):
             expected = [_passes(decoder, precision, batch) for batch in batches]
-            decoder.compile(dynamic=True, backend=backend)
+            _compile_training(decoder, backend)
             results = [_passes(decoder, precision, batch) for batch in batches]
         pairs = [pair for tensors in zip(results, expected, strict=True) for pair in zip(*tensors, strict=True)]
         reason = None if all(_is_close(*pair) for pair in pairs) else "it computes something else"
@@ -41,6 +41,14 @@ def compile_decoder(
         decoder._compiled_call_impl = None
         torch._dynamo.reset()
     return reason
+
+
+def _compile_training(decoder: Decoder, backend: str) -> None:
+    """Compile the passes with gradients alone: those of a measurement, with caches, would be compiled one by one."""
+    decoder.compile(dynamic=True, backend=backend)
+    compiled, plain = decoder._compiled_call_impl, decoder._call_impl
+    assert compiled is not None
+    decoder._compiled_call_impl = lambda *args: (compiled if torch.is_grad_enabled() else plain)(*args)
 
 
 def _batch(decoder: Decoder, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
