@@ -283,6 +283,69 @@ def test_lists_are_read_in_every_form_in_which_tables_hold_them(tmp_path, fields
     assert (question.choices, question.truths) == (choices, truths)
 
 
+@pytest.mark.parametrize(
+    ("options", "answer", "truth"),
+    [
+        ({"1": "cat", "2": "dog", "3": "cow"}, "2", "dog"),
+        ({"1": "cat", "2": "dog", "3": "cow"}, 2, "dog"),
+        ({"1": "cat", "2": "dog", "3": "cow"}, "B", "dog"),
+        ({"1": "cat", "2": "dog", "3": "cow"}, 0, None),
+        ({"1": "2", "2": "1"}, "1", "2"),
+        ({"B": "cat", "C": "dog", "D": "cow"}, "C", "dog"),
+        ({"B": "cat", "C": "dog", "D": "cow"}, "(c)", "dog"),
+        ({"B": "cat", "C": "dog", "D": "cow"}, "A", None),
+        ({"1": "cat", "10": "cow", "2": "dog"}, "C", "cow"),
+        ({"text": ["cat", "dog"], "label": ["1", "2"]}, "1", "cat"),
+        (["", "cat", "dog"], "B", "cat"),
+        ([None, "cat", "dog"], 1, "cat"),
+        (["", "cat", "dog"], "A", None),
+        (["cat", "dog", None], "C", None),
+        (["nan", "cat"], "A", "nan"),
+        (["4", "5"], 5.0, "5"),
+        (["a", "b"], ["B", "B"], "b"),
+        (["a", "b", "c"], ["B", "C"], None),
+    ],
+)
+def test_a_key_a_letter_and_a_number_mean_the_choice_at_their_place(tmp_path, options, answer, truth):
+    row = {"question": "Which?", "options": options, "answer": answer}
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert (question.correct, question.correct is None or question.choices[question.correct]) == (
+        (None, True) if truth is None else (question.choices.index(truth), truth)
+    )
+
+
+def test_numbered_keys_are_sorted_as_numbers_and_absent_columns_at_the_end_left_out(tmp_path):
+    rows = [
+        {"question": "Q", "options": {"1": "a", "10": "c", "2": "b"}, "answer": "10"},
+        {"question": "Q", "A": None, "B": "cat", "C": "dog", "D": float("nan"), "answer": "B"},
+    ]
+    keyed, columns = read(write_rows(tmp_path / "rows.jsonl", rows))
+    assert (keyed.choices, columns.choices, columns.truths) == (("a", "b", "c"), ("", "cat", "dog"), ("cat",))
+
+
+def test_several_right_choices_are_refused_by_name(tmp_path):
+    row = {"question": "Q", "options": ["a", "b", "c"], "answer": ["B", "C"]}
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(RowError, match="no single right choice"):
+        TASKS["choice"]("choice", {}).check(question)
+
+
+@pytest.mark.parametrize(
+    ("fields", "identity", "truths"),
+    [
+        ({"id": 1234567.0, "answer": 1234567.0}, "1234567", ("1234567",)),
+        ({"answer": 0.1234567}, "1", ("0.1234567",)),
+        ({"answer": "[0, 1]"}, "1", ("[0, 1]",)),
+        ({"answers": ["nan", None, "x"]}, "1", ("nan", "x")),
+        ({"options": ["a", "b"], "answer_index": "1"}, "1", ("b",)),
+        ({"options": ["a", "b"], "answer_index": 1.0}, "1", ("b",)),
+    ],
+)
+def test_numbers_and_texts_keep_what_they_say(tmp_path, fields, identity, truths):
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [{"question": "Q"} | fields]))
+    assert (question.id, question.truths) == (identity, truths)
+
+
 def picture_struct(data=PICTURE):
     return None if data is None else {"bytes": data, "path": None}
 
