@@ -268,6 +268,8 @@ def test_a_users_task_is_a_yaml_file(run, tmp_path):
         run(file, rows)
     with pytest.raises(UsageError, match="no task 'vqua' \\(did you mean 'vqa'\\?\\)"):
         run("vqua")
+    with pytest.raises(UsageError, match="`mmv download --task pope`, and measure with --task yesno"):
+        run("pope")
 
 
 @pytest.mark.parametrize(

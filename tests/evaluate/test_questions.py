@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minimind_v.core.errors import DataError, MissingInput, RowError
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 from minimind_v.core.evaluate.benchmarks import open_benchmark, read_picture
 from minimind_v.core.evaluate.questions import questions_of
 from minimind_v.core.evaluate.tasks import TASKS
@@ -141,6 +141,52 @@ def test_scienceqa_numbers_its_choices_and_has_a_folder_for_each_image(tmp_path,
     shown, plain = read(dump(tmp_path / "problems.json", problems), pictures("test/21/image.png"))
     assert (shown.correct, shown.truths, shown.kind) == (1, ("sugar",), "natural science")
     assert plain.images == ()
+
+
+def test_scienceqa_without_a_split_is_its_test_split_and_says_so(tmp_path):
+    problems = {
+        str(n): {"question": "Q", "choices": ["a", "b"], "answer": 0, "split": split}
+        for n, split in enumerate(["train", "val", "test"])
+    }
+    notices = []
+    data = dump(tmp_path / "problems.json", problems)
+    rows = open_benchmark(data, say=notices.append)
+    assert [rows.row(index).extra["pid"] for index in range(len(rows))] == ["2"]
+    assert "reading the split test (1 question)" in notices[0]
+    assert [len(open_benchmark(data, split=split)) for split in ("val", "all")] == [1, 3]
+    with pytest.raises(UsageError, match="has only the splits"):
+        open_benchmark(data, split="minitest")
+
+
+@pytest.mark.parametrize(
+    ("whole", "annotations", "expected"),
+    [
+        ({"data": [{"question": "Q", "answer": "a"}, None, 7]}, None, ["a", "row", "row"]),
+        ({"1": {"question": "Q", "answer": "a"}, "2": None}, None, ["a", "row"]),
+        (
+            {"questions": [None, {"question": "Q", "question_type_id": [1], "answer": "a"}], "question_type": {"k": 1}},
+            None,
+            ["row", "a"],
+        ),
+        (
+            {"questions": [{"question": "Q", "question_id": name} for name in ("1", 2, [3], 4)] + [{"question": "Q"}]},
+            [None, {"question_id": [3]}, {"answers": ["x"]}, *({"question_id": n, "answers": ["a"]} for n in (1, "2"))],
+            ["a", "a", "", "", ""],
+        ),
+    ],
+)
+def test_a_record_that_cannot_be_read_costs_only_itself(tmp_path, whole, annotations, expected):
+    if annotations is not None:
+        dump(tmp_path / "v2_annotations.json", {"annotations": annotations})
+    rows = open_benchmark(dump(tmp_path / "v2_questions.json", whole))
+    truths = []
+    for index in range(len(rows)):
+        try:
+            [question] = questions_of(rows.row(index), index, rows.number(index), rows.location(index))
+            truths.append("".join(question.truths))
+        except RowError as error:
+            truths.append("row" if "not an object" in str(error) else str(error))
+    assert truths == expected
 
 
 def test_mme_and_llava_bench_are_records(tmp_path, pictures):

@@ -76,7 +76,8 @@ def test_a_single_annotator_is_right_or_wrong():
         ("Yes, there is.", True), ("no", False), ("There is not a cat", False), ("No. Yes.", False), ("maybe", None),
         ("", None), ("是的", True), ("没有", False), ("不是", False), ("Yesterday", None), ("there isn't one", False),
         ("沒有", False), ("無", False), ("I cannot see one", False), ("It isn’t", False), ("ＮＯ", False),
-        (". no", False), ("Well, no", False), ("Yes, not there", False), ("Yes, there. Not", True), ("是的，不远", True),
+        (". no", False), ("Well, no", False), ("Yes, not there", False), ("Yes, there. Not", True),
+        ("是的，不远", True),
     ],
 )  # fmt: skip
 def test_yes_and_no_are_read(text, expected):

@@ -184,9 +184,9 @@ def _choices(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...
     value = _listed(next((fields[key] for key in CHOICES if _filled(fields.get(key))), None))
     if isinstance(value, Mapping):
         value, keys = _keyed(value)
-        return _places(value), keys
+        return _texts(value), keys
     if isinstance(value, list | tuple):
-        return _places(value), ()
+        return _texts(value), ()
     for form in LETTERED:
         names = [
             next((name for name in (form.format(letter), form.format(letter.lower())) if name in fields), None)
@@ -194,7 +194,7 @@ def _choices(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...
         ]
         count = names.index(None) if None in names else len(names)
         columns = [fields[name] for name in names[:count] if name is not None]
-        choices = _places([cell if _filled(cell) else None for cell in columns])
+        choices = _texts([cell if _filled(cell) else None for cell in columns])
         if len(choices) - choices.count("") > 1:
             return choices, ()
     text = _question_text(fields)
@@ -218,7 +218,7 @@ def _keyed(value: Mapping[Any, Any]) -> tuple[list[Any], tuple[str, ...]]:
     return [by_key[key] for key in keys], tuple(keys)
 
 
-def _places(values: Iterable[Any]) -> tuple[str, ...]:
+def _texts(values: Iterable[Any]) -> tuple[str, ...]:
     """The texts of choices, empty for an absent one; those at the end are left out."""
     texts = ["" if _is_absent(value) else _text(value) for value in values]
     while texts and not texts[-1]:
