@@ -366,7 +366,7 @@ def test_numbered_keys_are_sorted_as_numbers_and_absent_columns_at_the_end_left_
         {"question": "Q", "A": None, "B": "cat", "C": "dog", "D": float("nan"), "answer": "B"},
     ]
     keyed, columns = read(write_rows(tmp_path / "rows.jsonl", rows))
-    assert (keyed.choices, columns.choices, columns.truths) == (("a", "b", "c"), ("", "cat", "dog"), ("cat",))
+    assert (keyed.choices, columns.choices, columns.truths) == (("a", "b", "c"), ("cat", "dog"), ("cat",))
 
 
 def test_several_right_choices_are_refused_by_name(tmp_path):

@@ -123,6 +123,9 @@ def questions_of(row: Row, index: int, number: int, location: str) -> list[Quest
         ]
     choices, keys = _choices(fields)
     truths, correct = _truths(fields, choices, keys)
+    if correct is not None:
+        correct -= choices[:correct].count("")
+    choices = tuple(filter(None, choices))  # an empty one is no choice to make
     messages = (*messages[:-2], ("user", messages[-2][1])) if len(messages) > 1 else messages
     question = Question(name, index, location, messages, tuple(row.shown), truths, choices, correct, kind, written)
     if fields[DESCRIBED] and question.chinese:
