@@ -205,6 +205,13 @@ def test_a_swapped_image_is_that_of_another_row_and_blank_and_none_are_asked_onc
     assert len(unique) == 5 + 1 + 1 + 1, "five pictures, blank, none, and the text alone"
 
 
+def test_equal_ids_get_a_number_that_no_other_question_has(tmp_path):
+    rows = [{"question_id": name, "question": "Q?", "answer": "no"} for name in ("q", "q", "q#2", "q")]
+    store = open_benchmark(write_rows(tmp_path / "rows.jsonl", rows), tiny_data().folder)
+    plan = plan_questions(store, choose_task("vqa").task, None, lambda question: None, lambda *_: None)
+    assert [question.id for question in plan.questions] == ["q", "q#3", "q#2", "q#4"]
+
+
 def test_a_limit_takes_a_share_of_each_kind_whatever_the_order(run):
     rows = records(8, 3)
     report, lines = run("loss", rows, limit=6)
@@ -261,6 +268,8 @@ def test_a_users_task_is_a_yaml_file(run, tmp_path):
         run(file, rows)
     with pytest.raises(UsageError, match="no task 'vqua' \\(did you mean 'vqa'\\?\\)"):
         run("vqua")
+    with pytest.raises(UsageError, match="`mmv download --task pope`, and measure with --task yesno"):
+        run("pope")
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,27 @@ def test_popes_metrics_are_those_of_yes_and_no(folder):
     assert chosen(folder, SHORT[:start] + metrics + SHORT[end:]).base == "yesno"
 
 
+@pytest.mark.parametrize(
+    ("metrics", "problem"),
+    [
+        ("[exact_match]", "metric exact_match without ignore_case and ignore_punctuation"),
+        ("[accuracy]", "metric 'accuracy' has no equal here"),
+        ("&f [*f]", "an alias of itself"),
+        ("[2020-99-99]", "not readable YAML"),
+    ],
+)
+def test_a_strange_list_of_metrics_is_refused_with_its_reason(folder, metrics, problem):
+    start, end = SHORT.index("metric_list:"), SHORT.index("lmms_eval_specific")
+    with pytest.raises(UsageError, match=problem):
+        chosen(folder, f"{SHORT[:start]}metric_list: {metrics}\n{SHORT[end:]}")
+
+
+def test_what_the_aliases_stand_for_is_counted(folder):
+    lists = [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9) if n else 'lol'}]" for n in range(15)]
+    with pytest.raises(UsageError, match="aliases included"):
+        chosen(folder, SHORT + "\n".join(lists))
+
+
 def test_an_index_is_an_index_even_where_choices_are_numbers(folder):
     rows = [{"question": "How many?", "answer": 1, "options": ["1", "2"]}]
     pq.write_table(pa.Table.from_pylist(rows), folder / "data/test-00000-of-00001.parquet")

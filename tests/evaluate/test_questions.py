@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minimind_v.core.errors import DataError, MissingInput, RowError
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError
 from minimind_v.core.evaluate.benchmarks import open_benchmark, read_picture
 from minimind_v.core.evaluate.questions import questions_of
 from minimind_v.core.evaluate.tasks import TASKS
@@ -141,6 +141,52 @@ def test_scienceqa_numbers_its_choices_and_has_a_folder_for_each_image(tmp_path,
     shown, plain = read(dump(tmp_path / "problems.json", problems), pictures("test/21/image.png"))
     assert (shown.correct, shown.truths, shown.kind) == (1, ("sugar",), "natural science")
     assert plain.images == ()
+
+
+def test_scienceqa_without_a_split_is_its_test_split_and_says_so(tmp_path):
+    problems = {
+        str(n): {"question": "Q", "choices": ["a", "b"], "answer": 0, "split": split}
+        for n, split in enumerate(["train", "val", "test"])
+    }
+    notices = []
+    data = dump(tmp_path / "problems.json", problems)
+    rows = open_benchmark(data, say=notices.append)
+    assert [rows.row(index).extra["pid"] for index in range(len(rows))] == ["2"]
+    assert "reading the split test (1 question)" in notices[0]
+    assert [len(open_benchmark(data, split=split)) for split in ("val", "all")] == [1, 3]
+    with pytest.raises(UsageError, match="has only the splits"):
+        open_benchmark(data, split="minitest")
+
+
+@pytest.mark.parametrize(
+    ("whole", "annotations", "expected"),
+    [
+        ({"data": [{"question": "Q", "answer": "a"}, None, 7]}, None, ["a", "row", "row"]),
+        ({"1": {"question": "Q", "answer": "a"}, "2": None}, None, ["a", "row"]),
+        (
+            {"questions": [None, {"question": "Q", "question_type_id": [1], "answer": "a"}], "question_type": {"k": 1}},
+            None,
+            ["row", "a"],
+        ),
+        (
+            {"questions": [{"question": "Q", "question_id": name} for name in ("1", 2, [3], 4)] + [{"question": "Q"}]},
+            [None, {"question_id": [3]}, {"answers": ["x"]}, *({"question_id": n, "answers": ["a"]} for n in (1, "2"))],
+            ["a", "a", "", "", ""],
+        ),
+    ],
+)
+def test_a_record_that_cannot_be_read_costs_only_itself(tmp_path, whole, annotations, expected):
+    if annotations is not None:
+        dump(tmp_path / "v2_annotations.json", {"annotations": annotations})
+    rows = open_benchmark(dump(tmp_path / "v2_questions.json", whole))
+    truths = []
+    for index in range(len(rows)):
+        try:
+            [question] = questions_of(rows.row(index), index, rows.number(index), rows.location(index))
+            truths.append("".join(question.truths))
+        except RowError as error:
+            truths.append("row" if "not an object" in str(error) else str(error))
+    assert truths == expected
 
 
 def test_mme_and_llava_bench_are_records(tmp_path, pictures):
@@ -281,6 +327,69 @@ def test_a_whole_number_that_is_one_of_numeric_choices_is_that_choice(tmp_path, 
 def test_lists_are_read_in_every_form_in_which_tables_hold_them(tmp_path, fields, choices, truths):
     [question] = read(write_rows(tmp_path / "rows.jsonl", [{"question": "Which?"} | fields]))
     assert (question.choices, question.truths) == (choices, truths)
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "truth"),
+    [
+        ({"1": "cat", "2": "dog", "3": "cow"}, "2", "dog"),
+        ({"1": "cat", "2": "dog", "3": "cow"}, 2, "dog"),
+        ({"1": "cat", "2": "dog", "3": "cow"}, "B", "dog"),
+        ({"1": "cat", "2": "dog", "3": "cow"}, 0, None),
+        ({"1": "2", "2": "1"}, "1", "2"),
+        ({"B": "cat", "C": "dog", "D": "cow"}, "C", "dog"),
+        ({"B": "cat", "C": "dog", "D": "cow"}, "(c)", "dog"),
+        ({"B": "cat", "C": "dog", "D": "cow"}, "A", None),
+        ({"1": "cat", "10": "cow", "2": "dog"}, "C", "cow"),
+        ({"text": ["cat", "dog"], "label": ["1", "2"]}, "1", "cat"),
+        (["", "cat", "dog"], "B", "cat"),
+        ([None, "cat", "dog"], 1, "cat"),
+        (["", "cat", "dog"], "A", None),
+        (["cat", "dog", None], "C", None),
+        (["nan", "cat"], "A", "nan"),
+        (["4", "5"], 5.0, "5"),
+        (["a", "b"], ["B", "B"], "b"),
+        (["a", "b", "c"], ["B", "C"], None),
+    ],
+)
+def test_a_key_a_letter_and_a_number_mean_the_choice_at_their_place(tmp_path, options, answer, truth):
+    row = {"question": "Which?", "options": options, "answer": answer}
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert (question.correct, question.correct is None or question.choices[question.correct]) == (
+        (None, True) if truth is None else (question.choices.index(truth), truth)
+    )
+
+
+def test_numbered_keys_are_sorted_as_numbers_and_absent_columns_at_the_end_left_out(tmp_path):
+    rows = [
+        {"question": "Q", "options": {"1": "a", "10": "c", "2": "b"}, "answer": "10"},
+        {"question": "Q", "A": None, "B": "cat", "C": "dog", "D": float("nan"), "answer": "B"},
+    ]
+    keyed, columns = read(write_rows(tmp_path / "rows.jsonl", rows))
+    assert (keyed.choices, columns.choices, columns.truths) == (("a", "b", "c"), ("cat", "dog"), ("cat",))
+
+
+def test_several_right_choices_are_refused_by_name(tmp_path):
+    row = {"question": "Q", "options": ["a", "b", "c"], "answer": ["B", "C"]}
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(RowError, match="no single right choice"):
+        TASKS["choice"]("choice", {}).check(question)
+
+
+@pytest.mark.parametrize(
+    ("fields", "identity", "truths"),
+    [
+        ({"id": 1234567.0, "answer": 1234567.0}, "1234567", ("1234567",)),
+        ({"answer": 0.1234567}, "1", ("0.1234567",)),
+        ({"answer": "[0, 1]"}, "1", ("[0, 1]",)),
+        ({"answers": ["nan", None, "x"]}, "1", ("nan", "x")),
+        ({"options": ["a", "b"], "answer_index": "1"}, "1", ("b",)),
+        ({"options": ["a", "b"], "answer_index": 1.0}, "1", ("b",)),
+    ],
+)
+def test_numbers_and_texts_keep_what_they_say(tmp_path, fields, identity, truths):
+    [question] = read(write_rows(tmp_path / "rows.jsonl", [{"question": "Q"} | fields]))
+    assert (question.id, question.truths) == (identity, truths)
 
 
 def picture_struct(data=PICTURE):

@@ -56,6 +56,14 @@ def test_the_soft_score_over_ten_annotators_is_the_published_one(agree, expected
     assert soft_score("Yes.", truths) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [("", "A", 0.0), ("A.", "A", 1.0), ("the", "A", 0.0), ("B", "A", 0.0), ("", "?", 0.0), ("?", "?", 1.0)],
+)
+def test_an_empty_answer_is_not_one_that_is_an_article_or_a_mark(answer, truth, score):
+    assert (soft_score(answer, [truth]), is_exact(answer, [truth])) == (score, score == 1)
+
+
 def test_a_single_annotator_is_right_or_wrong():
     assert (soft_score("the cat", ["cat"]), soft_score("dog", ["cat"])) == (1.0, 0.0)
     assert is_exact("Cat", ["cat", "dog", "cat"])
@@ -67,6 +75,9 @@ def test_a_single_annotator_is_right_or_wrong():
     [
         ("Yes, there is.", True), ("no", False), ("There is not a cat", False), ("No. Yes.", False), ("maybe", None),
         ("", None), ("是的", True), ("没有", False), ("不是", False), ("Yesterday", None), ("there isn't one", False),
+        ("沒有", False), ("無", False), ("I cannot see one", False), ("It isn’t", False), ("ＮＯ", False),
+        (". no", False), ("Well, no", False), ("Yes, not there", False), ("Yes, there. Not", True),
+        ("是的，不远", True),
     ],
 )  # fmt: skip
 def test_yes_and_no_are_read(text, expected):

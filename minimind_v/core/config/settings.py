@@ -92,6 +92,11 @@ def _settings(path: Path) -> list[Setting]:
     return _Walk(path, text).mapping(node, "", 0)
 
 
+def limit_tree(path: Path, node: yaml.Node) -> None:
+    """Raises UsageError for a tree that is too deep or too large, what an alias stands for counted each time."""
+    _Walk(path, "").limit(node, 0)
+
+
 def read_yaml_text(path: Path) -> str:
     """The text of a YAML file of a usual size. Raises MissingInput or UsageError."""
     if not path.is_file():
@@ -136,6 +141,14 @@ class _Walk:
                 own.append(Setting(name, _value(value, self._at(value, name), self.text), value.start_mark.line + 1))
         first = {setting.key: setting for setting in reversed(merged)}
         return own + [setting for key, setting in first.items() if not names & set(_beginnings(key))]
+
+    def limit(self, node: yaml.Node, depth: int) -> None:
+        """Count a node and all below it."""
+        self._count(node, "", depth)
+        if isinstance(node, yaml.CollectionNode):
+            for entry in node.value:
+                for inner in entry if isinstance(entry, tuple) else (entry,):
+                    self.limit(inner, depth + 1)
 
     def _merged(self, node: yaml.Node, prefix: str, depth: int) -> list[Setting]:
         sources = node.value if isinstance(node, yaml.SequenceNode) else [node]

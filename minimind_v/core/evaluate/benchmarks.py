@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from minimind_v.core.evaluate.template import Template
 from minimind_v.core.rows.file_rows import FileRows
 from minimind_v.core.rows.json_layout import HEAD
 from minimind_v.core.rows.row import Row, RowStore
-from minimind_v.core.rows.splits import SCORE
+from minimind_v.core.rows.splits import ALL, SCORE, choose
 from minimind_v.core.rows.stores import find_rows, open_rows
 
 LISTS = ("questions", "annotations", "data")  # keys of a list of records
@@ -41,7 +42,7 @@ def open_benchmark(
     Raises MissingInput, DataError (also for a field of `names` that no row has) or UsageError.
     """
     read = QuestionReader(names or {})
-    records = _records(find_rows(data), split)
+    records = _records(find_rows(data), split, say)
     if records is not None:
         rows: RowStore = JsonRecords(data, records, images, read)
     else:
@@ -69,7 +70,7 @@ class JsonRecords(FileRows):
     file_kind = "JSON of a benchmark"
 
     def __init__(
-        self, path: Path, records: list[dict[str, Any]], images: Path | None, read: Callable[[Mapping[str, Any]], Row]
+        self, path: Path, records: list[Any], images: Path | None, read: Callable[[Mapping[str, Any]], Row]
     ) -> None:
         super().__init__(path, images)
         self._records = records
@@ -79,7 +80,10 @@ class JsonRecords(FileRows):
         return len(self._records)
 
     def row(self, index: int) -> Row:
-        return self.read(self._records[index])
+        record = self._records[index]
+        if not isinstance(record, dict):
+            raise RowError("a record that is not an object of fields", "json")
+        return self.read(record)
 
 
 def read_picture(rows: RowStore, row: Row, index: int, position: int, name: str) -> bytes:
@@ -107,8 +111,8 @@ def _other_names(row: Row, name: str) -> list[str]:
     return [*numbered, *(name + ending for ending in ENDINGS)]
 
 
-def _records(path: Path, split: str | None) -> list[dict[str, Any]] | None:
-    """The records of a file that only a benchmark has; None for any other."""
+def _records(path: Path, split: str | None, say: Callable[[str], None]) -> list[Any] | None:
+    """The records of a file that only a benchmark has, some of them perhaps no objects; None for any other."""
     if not path.is_file() or path.suffix != ".json":
         return None
     with path.open("rb") as file:
@@ -121,43 +125,60 @@ def _records(path: Path, split: str | None) -> list[dict[str, Any]] | None:
         return None  # rows, one after the other
     for key in LISTS:
         records = value.get(key)
-        if isinstance(records, list) and records and isinstance(records[0], dict):
-            if "caption" in records[0] or "conversations" in records[0]:
+        first = next(filter(_is_object, records), None) if isinstance(records, list) else None
+        if first is not None:
+            if "caption" in first or "conversations" in first:
                 return None
-            return _joined(path, key, records, value)
-    by_id = [{**record, _id_name(record): name} for name, record in value.items() if isinstance(record, dict)]
-    if len(by_id) == len(value) > 0 and all("question" in record for record in by_id):
-        splits = {record.get("split") for record in by_id}
-        if split is not None and split not in splits:
-            raise DataError(f"{path}: no question of the split {split!r} — it has {', '.join(map(str, splits))}")
-        return [record for record in by_id if split is None or record.get("split") == split]
-    return None
+            return _joined(path, key, records, first, value)
+    objects = [record for record in value.values() if record is not None]
+    if not objects or not all(_is_object(record) and "question" in record for record in objects):
+        return None
+    by_id = [record and {**record, _id_name(record): name} for name, record in value.items()]
+    sizes = Counter(record["split"] for record in objects if isinstance(record.get("split"), str))
+    if not sizes and split in (None, ALL):
+        return by_id
+    choice = choose(path, sizes, split, SCORE, "question")
+    if choice.notice:
+        say(choice.notice)
+    return [record for record in by_id if record is None or choice.name in (ALL, record.get("split"))]
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _id_name(record: Mapping[str, Any]) -> str:
     return "pid" if "choices" in record else "question_id"  # ScienceQA, GQA
 
 
-def _joined(path: Path, key: str, records: list[dict[str, Any]], whole: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions with their annotations, which VQAv2 and OK-VQA have in two files.
+def _joined(path: Path, key: str, records: list[Any], first: dict[str, Any], whole: dict[str, Any]) -> list[Any]:
+    """The questions with their annotations, which VQAv2 and OK-VQA have in two files; `first` is the first object.
 
     Raises MissingInput or DataError.
     """
     kinds = whole.get("question_type")  # SEED-Bench: numbers by name
     if isinstance(kinds, dict):
-        by_number = {number: name for name, number in kinds.items()}
-        return [{"kind": by_number.get(record.get("question_type_id"), ""), **record} for record in records]
-    alone = "question" in records[0] and any(name in records[0] for name in ("answer", "answers", "label"))
-    if alone or "question_id" not in records[0]:
+        by_number = {str(number): name for name, number in kinds.items()}
+        return [
+            {"kind": by_number.get(str(record.get("question_type_id")), ""), **record} if _is_object(record) else record
+            for record in records
+        ]
+    alone = "question" in first and any(name in first for name in ("answer", "answers", "label"))
+    if alone or "question_id" not in first:
         return records
-    other = _find_other(path, key)
-    others = {record.get("question_id"): record for record in other}
-    if not any(record.get("question_id") in others for record in records):
+    others = {_id_of(record): record for record in _find_other(path, key) if _id_of(record) is not None}
+    if not any(_id_of(record) in others for record in records):
         raise DataError(f"{path}: no question_id has its other half in the file beside it")
-    return [{**others.get(record["question_id"], {}), **record} for record in records]
+    return [{**others.get(_id_of(record), {}), **record} if _is_object(record) else record for record in records]
 
 
-def _find_other(path: Path, key: str) -> list[dict[str, Any]]:
+def _id_of(record: Any) -> str | None:
+    """The id of a question as text, which the two files may write as a number or a text; None without one."""
+    value = record.get("question_id") if isinstance(record, dict) else None
+    return str(value) if isinstance(value, str | int) else None
+
+
+def _find_other(path: Path, key: str) -> list[Any]:
     """The other half beside a file of questions or annotations: the file with the most similar name."""
     other_key = "annotations" if key == "questions" else "questions"
 

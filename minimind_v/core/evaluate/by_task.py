@@ -55,6 +55,7 @@ from minimind_v.core.files import as_json, disk_errors, only_writer, write_text
 from minimind_v.core.formats.companions import tokenizer_digest
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.generate.engine import CONTEXT
+from minimind_v.core.hub.sources import BENCHMARKS
 from minimind_v.core.paths import OUT_DIR
 from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
@@ -123,6 +124,12 @@ def choose_task(name: str) -> ChosenTask:
 def _find(name: str, where: str) -> type[Task]:
     if name not in TASKS:
         file = "" if where == name else f"{where}: "
+        if name in BENCHMARKS:
+            task = BENCHMARKS[name].task
+            raise UsageError(
+                f"{file}{name} is a benchmark, no task — get it with `mmv download --task {name}`, and measure with "
+                f"--task {task}"
+            )
         raise UsageError(
             f"{file}no task {name!r}{nearest(name, TASKS)} — there are {', '.join(TASKS)}, or a file that ends in .yaml"
         )

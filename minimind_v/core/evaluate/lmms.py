@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from minimind_v.core.config.settings import read_yaml_text
+from minimind_v.core.config.settings import limit_tree, read_yaml_text
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.template import Template
 
@@ -86,9 +86,13 @@ def translate(path: Path) -> Theirs:
 
 def _read(path: Path, depth: int = 0) -> dict[str, Any]:
     """The keys of a file and of those that it includes, its own first."""
+    loader = _Loader(read_yaml_text(path))
     try:
-        own = yaml.load(read_yaml_text(path), Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        node = loader.get_single_node()
+        if node is not None:
+            limit_tree(path, node)
+        own = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"{path}: not readable YAML ({' '.join(str(error).split()):.120})") from None
     if not isinstance(own, dict):
         raise UsageError(f"{path}: not a mapping of keys to values")
@@ -181,7 +185,8 @@ class _Translation:
 
     def _metric(self, metric: Any, output: str) -> list[str]:
         """Our task that has the metric, if any."""
-        name = metric.get("metric") if isinstance(metric, dict) else metric
+        metric = metric if isinstance(metric, dict) else {"metric": metric}
+        name = metric.get("metric")
         task = METRICS[output].get(name) if isinstance(name, str) else None
         if task is None:
             if not isinstance(name, Function):

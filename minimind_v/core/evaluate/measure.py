@@ -95,15 +95,22 @@ def _read_questions(rows: RowStore, task: Task, plan: Plan) -> Iterator[Question
             questions += questions_of(rows.row(index), index, rows.number(index), location)
         except RowError as error:
             plan.skipped.append(BrokenRow(location, error.kind, str(error)))
+    selected = task.select(questions)
+    names = {question.id for question in selected}
     taken: Counter[str] = Counter()
-    for question in task.select(questions):
+    for question in selected:
         try:
             task.check(question)
         except RowError as error:
             plan.skipped.append(BrokenRow(question.location, error.kind, str(error)))
             continue
         taken[question.id] += 1
-        yield question if taken[question.id] == 1 else replace(question, id=f"{question.id}#{taken[question.id]}")
+        if taken[question.id] > 1:
+            while (name := f"{question.id}#{taken[question.id]}") in names:
+                taken[question.id] += 1
+            names.add(name)
+            question = replace(question, id=name)
+        yield question
 
 
 def _stratified(questions: Sequence[Question], limit: int | None) -> list[Question]:

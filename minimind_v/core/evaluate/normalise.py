@@ -39,12 +39,15 @@ def normalise(text: str) -> str:
     """A text as VQA compares it: lower case, digits, no articles, no marks, contractions with their apostrophes.
 
     Of Chinese answers the marks, the spaces and the last full stop go.
+
+    Unlike the official code, it keeps a text of which nothing would stay: the answer `A`, or a mark. That code also
+    normalises only where annotators differ; here all answers are.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     if HAN.search(text):
         text = text.translate(FULL_WIDTH).strip(" .,!?;:")
         return "".join(text.lower().split())
-    return _digits_and_articles(_punctuation(text))
+    return _digits_and_articles(_punctuation(text)) or text.lower()
 
 
 def _punctuation(text: str) -> str:
@@ -58,7 +61,7 @@ def _punctuation(text: str) -> str:
 
 def _digits_and_articles(text: str) -> str:
     plain = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in plain if word not in ARTICLES)
+    return " ".join(CONTRACTIONS.get(word, word) for word in plain if word not in ARTICLES) or " ".join(plain)
 
 
 def soft_score(answer: str, truths: Sequence[str]) -> float:

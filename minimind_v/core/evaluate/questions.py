@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,8 +44,9 @@ FIELDS = (
 # Names of one thing: where a task's file gives one of them, the row's others do not count.
 GROUPS = (QUESTIONS, (*ANSWERS, *ANSWER_NUMBERS), (*CHOICES, *LETTERS), KINDS, IDS, (*PICTURES, *ALTERNATIVES))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+FEW_DIGITS = re.compile(r"[0-9]{1,4}")  # of a choice's number
+PLURAL = ("answers", "captions")  # may be a list that is written as text; the one answer `[0, 1]` is a text
 LONGEST_LIST = 1 << 16  # characters of a list that is written as text
-NOTHING = ("", "nan")  # how tables write an empty cell
 IN_TEXT = re.compile(r"(?:^|[\s,;(])\(?([A-J])[.:)]\s*(.+?)(?=[\s,;]*\(?[A-J][.:)]\s|\s*$)", re.DOTALL)
 OPTIONS = re.compile(r"\n\s*(?:Options|Choices|选项)\s*[:：]", re.IGNORECASE)
 DESCRIBED = "the description that stands for a question"
@@ -120,8 +121,11 @@ def questions_of(row: Row, index: int, number: int, location: str) -> list[Quest
             replace(question, kind=kind, written=written)
             for question in _turns(messages, tuple(row.shown), name, index, location)
         ]
-    choices = _choices(fields)
-    truths, correct = _truths(fields, choices)
+    choices, keys = _choices(fields)
+    truths, correct = _truths(fields, choices, keys)
+    if correct is not None:
+        correct -= choices[:correct].count("")
+    choices = tuple(filter(None, choices))  # an empty one is no choice to make
     messages = (*messages[:-2], ("user", messages[-2][1])) if len(messages) > 1 else messages
     question = Question(name, index, location, messages, tuple(row.shown), truths, choices, correct, kind, written)
     if fields[DESCRIBED] and question.chinese:
@@ -174,23 +178,55 @@ def _pictures(fields: Mapping[str, Any]) -> dict[str, Any]:
     return pictures
 
 
-def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
+def _choices(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The choices, and their keys where the row has some.
+
+    An absent one has no text and keeps its place, so that a letter or a number means the same choice; behind the last
+    one there is none.
+    """
     value = _listed(next((fields[key] for key in CHOICES if _filled(fields.get(key))), None))
     if isinstance(value, Mapping):
-        value = value["text"] if isinstance(value.get("text"), list) else [value[key] for key in sorted(value)]
+        value, keys = _keyed(value)
+        return _texts(value), keys
     if isinstance(value, list | tuple):
-        return tuple(_text(choice) for choice in value if _filled(choice))
+        return _texts(value), ()
     for form in LETTERED:
-        columns = [fields.get(form.format(letter), fields.get(form.format(letter.lower()))) for letter in LETTERS]
-        count = next((number for number, cell in enumerate(columns) if not _filled(cell)), len(columns))
-        if count > 1:
-            return tuple(map(_text, columns[:count]))
+        names = [
+            next((name for name in (form.format(letter), form.format(letter.lower())) if name in fields), None)
+            for letter in LETTERS
+        ]
+        count = names.index(None) if None in names else len(names)
+        columns = [fields[name] for name in names[:count] if name is not None]
+        choices = _texts([cell if _filled(cell) else None for cell in columns])
+        if len(choices) - choices.count("") > 1:
+            return choices, ()
     text = _question_text(fields)
     match = OPTIONS.search(text)
     inline = IN_TEXT.findall(text[match.end() :]) if match else []
     if len(inline) > 1 and [letter for letter, _ in inline] == list(LETTERS[: len(inline)]):
-        return tuple(choice.strip().rstrip(",;") for _, choice in inline)
-    return ()
+        return tuple(choice.strip().rstrip(",;") for _, choice in inline), ()
+    return (), ()
+
+
+def _keyed(value: Mapping[Any, Any]) -> tuple[list[Any], tuple[str, ...]]:
+    """The choices of a mapping by key, and their keys in order, numbers as numbers; or its lists `text` and `label`."""
+    if isinstance(texts := value.get("text"), list):
+        labels = value.get("label")
+        labels = labels if isinstance(labels, list) and len(labels) == len(texts) else []
+        return texts, tuple(map(_text, labels))
+    by_key = {_text(key): choice for key, choice in value.items()}
+    keys = sorted(by_key)
+    if all(map(NUMBER.fullmatch, keys)):
+        keys.sort(key=float)
+    return [by_key[key] for key in keys], tuple(keys)
+
+
+def _texts(values: Iterable[Any]) -> tuple[str, ...]:
+    """The texts of choices, empty for an absent one; those at the end are left out."""
+    texts = ["" if _is_absent(value) else _text(value) for value in values]
+    while texts and not texts[-1]:
+        del texts[-1]
+    return tuple(texts)
 
 
 def _listed(value: Any) -> Any:
@@ -206,49 +242,62 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _truths(fields: Mapping[str, Any], choices: tuple[str, ...]) -> tuple[tuple[str, ...], int | None]:
-    """The true answers, and the number of the right choice."""
-    number = next((fields[key] for key in ANSWER_NUMBERS if _is_number(fields.get(key), choices)), None)
+def _truths(
+    fields: Mapping[str, Any], choices: tuple[str, ...], keys: tuple[str, ...]
+) -> tuple[tuple[str, ...], int | None]:
+    """The true answers, and the number of the right choice; None where several are right."""
+    numbers = (_whole(fields.get(name), is_text=True) for name in ANSWER_NUMBERS)
+    number = next((number for number in numbers if number in range(len(choices))), None)
     if number is not None:
-        return (choices[number],), number
-    keys = [*ANSWERS, *CAPTIONS]
+        return ((choices[number],), number) if choices[number] else ((), None)
+    names = [*ANSWERS, *CAPTIONS]
     if choices:  # the one answer is the choice
-        keys = ["answer", *keys]
-    key = next((key for key in keys if _filled(fields.get(key))), None)
-    if key is None or (key == "text" and not _stands_for_question(fields)):
+        names = ["answer", "multiple_choice_answer", *names]
+    name = next((name for name in names if _filled(fields.get(name))), None)
+    if name is None or (name == "text" and not _stands_for_question(fields)):
         return (), None
-    value = _listed(fields[key])
+    value = _listed(fields[name]) if name in PLURAL else fields[name]
     if isinstance(value, dict) and any(isinstance(column, list) for column in value.values()):
         value = records_of(value)
-    values = value if isinstance(value, list | tuple) else [value]
-    truths = tuple(_text(_answer(answer)) for answer in values if _filled(_answer(answer)))
-    if not choices or not truths:
-        return truths, None
-    correct = _number_of(_answer(values[0]), choices, any(key in fields for key in NUMBERING))
-    return ((choices[correct],) if correct is not None else truths), correct
+    answers = [_answer(answer) for answer in (value if isinstance(value, list | tuple) else [value])]
+    truths = tuple(_text(answer) for answer in answers if not _is_absent(answer))
+    is_numbered = any(name in fields for name in NUMBERING)
+    right = {_number_of(answer, choices, keys, is_numbered) for answer in answers if not _is_absent(answer)}
+    correct = right.pop() if choices and len(right) == 1 else None
+    return (truths, None) if correct is None else ((choices[correct],), correct)
 
 
-def _number_of(answer: Any, choices: tuple[str, ...], is_numbered: bool) -> int | None:
-    """The number of a choice given by its text, its letter or, as a whole number, its number from 0.
+def _number_of(answer: Any, choices: tuple[str, ...], keys: tuple[str, ...], is_numbered: bool) -> int | None:
+    """The number of a choice given by its key, its text, its letter or, as a whole number, its number from 0.
 
     Where all choices are numbers, a whole number that is one of them is that choice, unless the benchmark numbers its
-    choices: `3` among 2, 3, 4 is the second.
+    choices: `3` among 2, 3, 4 is the second. Keys that are letters or numbers stand for all of their sort.
     """
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if not is_numbered and all(map(NUMBER.fullmatch, choices)) and str(answer) in choices:
-            return choices.index(str(answer))
-        return answer if _is_number(answer, choices) else None
     text = _text(answer).strip()
-    if text in choices:
-        return choices.index(text)
     letter = text.strip("().: ").upper()
-    if len(letter) == 1 and letter in LETTERS[: len(choices)]:
-        return LETTERS.index(letter)
-    return next((number for number in range(len(choices)) if text == str(number)), None)
+    if name := next((name for name in (text, letter, letter.lower()) if name in keys), None):
+        return _real(keys.index(name), choices)
+    whole = _whole(answer)
+    is_value = not is_numbered and all(map(NUMBER.fullmatch, filter(None, choices)))
+    if text and text in choices and (whole is None or is_value):
+        return choices.index(text)
+    if whole is None and len(letter) == 1 and letter in LETTERS:
+        return None if keys and set(keys) <= {*LETTERS, *LETTERS.lower()} else _real(LETTERS.index(letter), choices)
+    return None if keys and all(map(NUMBER.fullmatch, keys)) else _real(_whole(answer, is_text=True), choices)
 
 
-def _is_number(value: Any, choices: tuple[str, ...]) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices)
+def _whole(value: Any, is_text: bool = False) -> int | None:
+    """A whole number, which a table may hold as a float or, with `is_text`, a text; None for any other value."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if is_text and isinstance(value, str) and FEW_DIGITS.fullmatch(value.strip()):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _real(number: int | None, choices: tuple[str, ...]) -> int | None:
+    """The number of a choice; None where there is none of this number, or one without a text."""
+    return number if number is not None and 0 <= number < len(choices) and choices[number] else None
 
 
 def _answer(value: Any) -> Any:
@@ -269,10 +318,17 @@ def _kind(fields: Mapping[str, Any]) -> str:
 
 
 def _filled(value: Any) -> bool:
-    if isinstance(value, float):
-        return value == value  # a table's empty number is not a number
-    return value is not None and value != [] and not (isinstance(value, str) and value.strip().lower() in NOTHING)
+    """Whether a cell has a value; a table may write an empty one as a text."""
+    return not _is_absent(value) and value != [] and not (isinstance(value, str) and value.strip().lower() == "nan")
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether an entry of a list is empty: a table's empty number is not a number."""
+    return (
+        value is None or (isinstance(value, float) and value != value) or (isinstance(value, str) and not value.strip())
+    )
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value as text, a number with all its digits; a table makes floats of whole numbers."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -35,7 +35,11 @@ class Choice(Task):
         if len(question.choices) > len(LETTERS):
             raise RowError(f"{len(question.choices)} choices; a question has at most {len(LETTERS)}", "too long")
         if question.correct is None:
-            raise question.needs("right choice", "`answer`: its letter, its text or its number from 0")
+            several = len(question.truths) > 1
+            raise question.needs(
+                "single right choice" if several else "right choice",
+                "`answer`: its letter, its text or its number from 0",
+            )
 
     def asks(self, question: Question) -> list[Ask]:
         plain = self.messages(question, _without_choices(question))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from minimind_v.core.evaluate.ask import Reply
@@ -10,16 +11,19 @@ from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.statistics import Metric
 from minimind_v.core.evaluate.tasks.task import Task, Verdict, share
 
-NO = re.compile(r"\b(?:no|not|nope|false|n)\b|n't\b|没有|不|否|无|非|错")
-YES = re.compile(r"\b(?:yes|yeah|yep|true|y)\b|有|是|对|会|能|可以")
+NO = re.compile(r"\b(?:no|not|nope|false|n|cannot)\b|n't\b|没有|沒有|不|否|无|無|非|错|錯")
+YES = re.compile(r"\b(?:yes|yeah|yep|true|y)\b|有|是|对|對|会|會|能|可以")
+ENDS = re.compile(r"[.。!！\n，]")  # of a sentence, in Chinese of its first clause
+BEFORE = re.compile(r"^[\W_]+")
 
 
 def yes_or_no(text: str) -> bool | None:
     """Whether a text says yes; None where it says neither.
 
-    As POPE reads answers, its first sentence decides, and a denial in it is a no.
+    As POPE reads answers, its first sentence decides, and a denial anywhere in it is a no. POPE takes any other
+    sentence for a yes.
     """
-    first = re.split(r"[.,。，!！\n]", text.strip().lower(), maxsplit=1)[0]
+    first = unicodedata.normalize("NFKC", ENDS.split(BEFORE.sub("", text), maxsplit=1)[0]).lower().replace("’", "'")
     if NO.search(first):
         return False
     return True if YES.search(first) else None
