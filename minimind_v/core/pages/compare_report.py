@@ -42,7 +42,7 @@ def _verdict(metric: Mapping[str, Any]) -> str:
     if metric["difference"] is None:
         return f"{name}: no such answers on one of the sides."
     if metric["ci_low"] is None:
-        return f"{name}: one image alone has no interval, so nothing is shown."
+        return f"{name}: no interval (a single image, or nothing varies), so nothing is shown."
     rows = metric["rows_to_see_half"]
     power = "" if rows is None else f" Some {plural(rows, 'question')} would show half of it in 80 of 100 cases."
     verdict = f"<b>{'higher' if metric['ci_low'] > 0 else 'lower'} in B</b>"

@@ -87,7 +87,7 @@ def _gains(report: Figure) -> str:
 def _verdict(name: str, gain: Figure) -> str:
     """What a gain shows, and no more."""
     if gain["ci_low"] is None:
-        return f"Against {name}: one image alone has no interval, so nothing is shown."
+        return f"Against {name}: no interval (a single image, or nothing varies), so nothing is shown."
     if gain["ci_low"] > 0:
         verdict = "the answers are <b>better with the image</b>"
     elif gain["ci_high"] < 0:
@@ -109,7 +109,7 @@ def _metrics(report: Figure) -> str:
     ]
     notes = [f"These data say little about {safe(', '.join(wide))}: the interval is wide."] if wide else []
     if all(metric["ci_low"] is None for metric in metrics):
-        notes.append("No figure has an interval: the questions are about a single image.")
+        notes.append("No figure has an interval: the questions are about a single image, or nothing varies.")
     if answer is not None and answer["n"] > max(1, ALIKE * report["rows"]):
         notes.append(
             f"<b>{answer['n']:,} of {report['rows']:,} answers are the same: {_label(answer['answer'])}.</b> It is the "
@@ -187,7 +187,7 @@ def _calibration(report: Figure) -> str:
         label = f"expected calibration error; by chance alone some {calibration['ece_by_chance']:.3f}"
         numbers[label] = f"{calibration['ece']:.3f}"
     if over["ci_low"] is None:
-        verdict = "One image alone has no interval, so nothing is shown."
+        verdict = "No interval (a single image, or nothing varies), so nothing is shown."
     elif over["ci_low"] > 0:
         verdict = "The model is <b>surer than it is right</b>."
     elif over["ci_high"] < 0:
