@@ -266,7 +266,9 @@ def _figure(figure: dict[str, Any]) -> str:
 
 
 def _chance(gain: dict[str, Any]) -> str:
-    return "" if gain["p"] is None else f"  p {gain['p']:.3g}"
+    from minimind_v.core.wording import chance
+
+    return "" if gain["p"] is None else f"  {chance(gain['p'])}"
 
 
 def _score(

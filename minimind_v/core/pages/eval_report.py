@@ -15,7 +15,7 @@ from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import COLOURS, HEIGHT, WIDTH, Interval, axis, chart, intervals, legend, number
 from minimind_v.core.rows.cells import data_uri
-from minimind_v.core.wording import plural
+from minimind_v.core.wording import chance, plural
 
 PAGE = "report.html"  # in the folder of an evaluation
 Figure = Mapping[str, Any]  # an entry of a report: value, ci_low, ci_high …
@@ -370,11 +370,6 @@ def charts(metrics: Iterable[Figure], value: str = "value") -> str:
         unit = "" if all(lowest <= end <= 1 for end in ends) else metric["name"].partition("_")[0]
         groups.setdefault(unit, []).append(interval_of(metric["name"], metric, value))
     return "".join(intervals(rows, (0.0, 0.0 if unit or value != "value" else 1.0)) for unit, rows in groups.items())
-
-
-def chance(p: float) -> str:
-    """The probability of a difference this large by chance."""
-    return f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
 
 
 def safe(text: Any) -> str:
