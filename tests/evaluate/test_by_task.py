@@ -81,6 +81,10 @@ def test_the_report_has_its_keys_and_every_question_a_line_in_each_variant(run):
     assert all(set(gain) == {"value", "ci_low", "ci_high", "p"} for gain in report["visual_gain"].values())
     assert set(report["kinds"]) == {"a", "b"}
     assert len(lines) == 12 * 4
+    assert report["variants"] == pytest.approx({
+        variant: sum(line["score"] for (_, own), line in lines.items() if own == variant) / 12
+        for variant in ("seen", "blank", "swapped", "none")
+    })  # fmt: skip
     line = lines["q0.0", "seen"]
     assert {"id", "picture", "question", "answer", "truth", "score", "variant"} <= set(line)
     assert line["picture"] == tiny_data().picture(0).name
@@ -407,6 +411,11 @@ def test_questions_that_cannot_be_read_are_skipped_and_the_others_measured(run):
     for task, rows in (("loss", 1), ("vqa", 2)):  # a true answer that nobody can give scores nothing
         report, _ = run(task, [*odd, good | {"question_id": "\ud801", "category": "\ud802"}], out=task)
         assert (report["rows"], report["skipped"]) == (rows, 4 - rows)
+
+
+def test_the_truth_of_predictions_is_the_most_frequent_one_after_normalisation(run):
+    _, lines = run("vqa", [records(1, 1)[0] | {"answer": ["blue", "blue", "Red", "red", "red."]}])
+    assert lines["q0.0", "seen"]["truth"] == "Red"
 
 
 def test_a_question_may_have_very_many_annotators(run):

@@ -36,7 +36,16 @@ from minimind_v.core.evaluate.measure import (
 )
 from minimind_v.core.evaluate.questions import FIELDS as READ
 from minimind_v.core.evaluate.questions import Question
-from minimind_v.core.evaluate.results import PREDICTIONS, by_variant, checks, kinds_of, lines_of, measured, visual_gain
+from minimind_v.core.evaluate.results import (
+    PREDICTIONS,
+    by_variant,
+    checks,
+    kinds_of,
+    lines_of,
+    main_values,
+    measured,
+    visual_gain,
+)
 from minimind_v.core.evaluate.sheets import (
     MOST_IMAGES,
     OF_QUESTION,
@@ -345,6 +354,7 @@ def _report(
         "pictures": plan.pictures,
         "skipped": len(plan.skipped),
         "visual_gain": visual_gain(lines),
+        "variants": main_values(lines),
         "metrics": [result.report() for result in measured(with_image)],
         **({"kinds": kinds} if kinds else {}),
         "bootstrap": checks(with_image),
