@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -453,6 +454,11 @@ def test_replies_are_kept_up_to_a_damaged_line_and_never_rewritten(tmp_path, dam
     replies = Replies(path, {"version": 1})
     assert len(list(replies.of(groups, lambda asked: ([Reply(ask.key)] for own in asked for ask in own)))) == 2
     replies.close()
+    odd = tmp_path / "odd"
+    odd.write_text(re.sub(r'"replies": .*', '"replies": []}', path.read_text()))
+    again = Replies(odd, {"version": 1})
+    assert [len(own) for own in again.of(groups[:1], lambda asked: iter([[Reply("computed")]]))] == [1]
+    again.close()
     whole, node = path.read_bytes(), path.stat().st_ino
     path.write_bytes(whole + damage.encode(errors="surrogateescape") + b"\n")
     again = Replies(path, {"version": 1})

@@ -247,6 +247,9 @@ class Replies:
         names = [
             hashlib.blake2b("".join(ask.key for ask in group).encode(), digest_size=8).hexdigest() for group in groups
         ]
+        for name, group in zip(names, groups, strict=True):
+            if len(self._groups.get(name, group)) != len(group):  # damaged
+                del self._groups[name]
         computed = answer([group for name, group in zip(names, groups, strict=True) if name not in self._groups])
         for name in names:
             if name not in self._groups:
