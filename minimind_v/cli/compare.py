@@ -81,6 +81,9 @@ def _sides(evaluations: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _show(terminal: Terminal, report: dict[str, Any]) -> None:
+    from minimind_v.core.evaluate.compare import direction
+    from minimind_v.core.wording import chance
+
     unpaired = f" ({report['unpaired']} without a pair are left out)" if report["unpaired"] else ""
     terminal.result(f"{report['rows']} questions{unpaired}; B - A:")
     width = max(len(metric["name"]) for metric in report["metrics"])
@@ -88,14 +91,20 @@ def _show(terminal: Terminal, report: dict[str, Any]) -> None:
         if metric["difference"] is None:
             continue
         interval = "" if metric["ci_low"] is None else f"  [{metric['ci_low']:+.4f}, {metric['ci_high']:+.4f}]"
-        chance = "" if metric["p"] is None else f"  p {metric['p']:.3g}"
+        by_chance = "" if metric["p"] is None else f"  {chance(metric['p'])}"
+        shown = f"  {direction(metric, True)}".rstrip() if report["lower_is_better"] else ""
         rows = metric["rows_to_see_half"]
         power = "" if rows is None else f"  half of this difference needs {rows:,} questions"
-        terminal.result(f"{metric['name']:<{width}}  {metric['difference']:+.4f}{interval}{chance}{power}")
+        terminal.result(f"{metric['name']:<{width}}  {metric['difference']:+.4f}{interval}{by_chance}{shown}{power}")
     for seeds in report.get("seeds", []):
         deviations = ["one seed" if value is None else f"±{value:.4f}" for value in seeds["deviations"]]
         terminal.result(f"{seeds['name']:<{width}}  between seeds: A {deviations[0]}, B {deviations[1]}")
     terminal.result(f"{len(report['changed'])} questions changed their score")
     for entry in report["changed"][:SHOWN]:
-        line = f"{entry['id']}: {entry['question']} → {entry['truth']}: {entry['first']} / {entry['second']}"
+        sides = (entry["first"], entry["second"])
+        if not any(sides):  # a loss has no answers
+            sides = (f"{entry['score_first']:.4f}", f"{entry['score_second']:.4f}")
+        line = f"{entry['id']}: {entry['question']} → {entry['truth']}: {sides[0]} / {sides[1]}"
         terminal.result(f"  {readable(line)}")
+    if (more := len(report["changed"]) - SHOWN) > 0:
+        terminal.result(f"  {more:,} more with --json")

@@ -244,17 +244,25 @@ def _by_task(
 
 def _show_report(terminal: Terminal, report: dict[str, Any]) -> None:
     """What the images add first, then the metrics, then the same for each kind of question."""
+    from minimind_v.core.curate.token_text import visible
+    from minimind_v.core.evaluate.results import most_frequent_kinds
+
     lines = {key: report[key] for key in ("model", "data", "task", "rows", "pictures", "skipped")}
     gains = {variant: gain for variant, gain in report["visual_gain"].items() if gain["value"] is not None}
     for variant, gain in gains.items():
-        lines[f"gain over {variant}"] = f"{_figure(gain)}{_chance(gain)}"
+        value = report["variants"][variant]
+        lines[f"gain over {variant}"] = f"{_figure(gain)}{_chance(gain)}  ({variant} {value:.4f})"
     for metric in report["metrics"]:
         lines[metric["name"]] = f"{_figure(metric)}  (n {metric['n']}, images {metric['clusters']})"
-    for kind, metric in report.get("kinds", {}).items():
+    shown, more = most_frequent_kinds(kinds := report.get("kinds", {}))
+    for kind in shown:
+        metric = kinds[kind]
         gain = metric["visual_gain"]["blank"]
-        lines[f"  {shorten(kind, 40)}"] = _figure(metric) + (
+        lines[f"  {visible(shorten(kind, 40))}"] = _figure(metric) + (
             f"  gain over blank {_figure(gain)}" if gain["value"] is not None else ""
         )
+    if more:
+        lines["  and"] = f"{more:,} more in report.json"
     terminal.table(lines | {key: report[key] for key in ("predictions", "page")})
 
 
@@ -266,7 +274,9 @@ def _figure(figure: dict[str, Any]) -> str:
 
 
 def _chance(gain: dict[str, Any]) -> str:
-    return "" if gain["p"] is None else f"  p {gain['p']:.3g}"
+    from minimind_v.core.wording import chance
+
+    return "" if gain["p"] is None else f"  {chance(gain['p'])}"
 
 
 def _score(

@@ -36,6 +36,7 @@ class Measuring:
 def watch_run(terminal: Terminal, run_path: Path, how: Measuring, json: bool) -> None:
     """Measure all weights that a run saves, until it ends; write a line for each."""
     from minimind_v.core.errors import open_all
+    from minimind_v.core.evaluate.by_task import measuring_digest
     from minimind_v.core.monitor.metrics import describe_scores
     from minimind_v.core.rows.pictures import find_pictures
     from minimind_v.core.rows.stores import find_rows
@@ -46,7 +47,9 @@ def watch_run(terminal: Terminal, run_path: Path, how: Measuring, json: bool) ->
         lambda: find_rows(how.data),
         lambda: find_pictures(how.images),
     )
-    measure = WeightsTask(terminal, how, run.folder / "eval" / f"{how.chosen.task.name}-{how.data.stem}")
+    digest = measuring_digest(how.chosen.task, how.data, how.split, how.limit, how.dtype)
+    name = f"{how.chosen.task.name}-{how.data.stem}-{digest}"
+    measure = WeightsTask(terminal, how, run.folder / "eval" / name)
     for scores in watch(run, measure, terminal.say):
         if json:
             terminal.json(asdict(scores))

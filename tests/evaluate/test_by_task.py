@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,18 @@ from minimind_v.core.evaluate import work
 from minimind_v.core.evaluate.answering import Answering, Features
 from minimind_v.core.evaluate.ask import Ask, Reply
 from minimind_v.core.evaluate.benchmarks import open_benchmark
-from minimind_v.core.evaluate.by_task import choose_task, evaluate_task
-from minimind_v.core.evaluate.measure import BLANK_IMAGE, all_asks, groups_of, plan_questions
+from minimind_v.core.evaluate.by_task import choose_task, evaluate_task, measuring_digest
+from minimind_v.core.evaluate.measure import (
+    BLANK_IMAGE,
+    Plan,
+    Replies,
+    all_asks,
+    groups_of,
+    other_images,
+    plan_questions,
+    variants_of,
+)
+from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.formats.load import load
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
@@ -71,6 +82,10 @@ def test_the_report_has_its_keys_and_every_question_a_line_in_each_variant(run):
     assert all(set(gain) == {"value", "ci_low", "ci_high", "p"} for gain in report["visual_gain"].values())
     assert set(report["kinds"]) == {"a", "b"}
     assert len(lines) == 12 * 4
+    assert report["variants"] == pytest.approx({
+        variant: sum(line["score"] for (_, own), line in lines.items() if own == variant) / 12
+        for variant in ("seen", "blank", "swapped", "none")
+    })  # fmt: skip
     line = lines["q0.0", "seen"]
     assert {"id", "picture", "question", "answer", "truth", "score", "variant"} <= set(line)
     assert line["picture"] == tiny_data().picture(0).name
@@ -408,6 +423,11 @@ def test_questions_that_cannot_be_read_are_skipped_and_the_others_measured(run):
         assert (report["rows"], report["skipped"]) == (rows, 4 - rows)
 
 
+def test_the_truth_of_predictions_is_the_most_frequent_one_after_normalisation(run):
+    _, lines = run("vqa", [records(1, 1)[0] | {"answer": ["blue", "blue", "Red", "red", "red."]}])
+    assert lines["q0.0", "seen"]["truth"] == "Red"
+
+
 def test_a_question_may_have_very_many_annotators(run):
     report, _ = run("vqa", [records(1, 1)[0] | {"answer": [f"answer {number}" for number in range(20000)] + ["red"]}])
     assert report["rows"] == 1
@@ -417,3 +437,63 @@ def test_a_folder_that_cannot_be_made_is_named(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file/out: the predictions cannot be written there"):
         run("vqa", records(1, 1), out="file/out")
+
+
+@pytest.mark.parametrize("other", [{"task": "loss"}, {"limit": 1}, {"rows": records(3, 1), "limit": 2}])
+def test_a_finished_evaluation_is_replaced_by_its_own_kind_only(run, tmp_path, other):
+    report, lines = run("vqa", records(2, 1))
+    assert run("vqa", records(2, 1)) == (report, lines)
+    text = (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"out holds another finished evaluation, of .* by vqa on 2 .* — name another"):
+        run(**{"task": "vqa", "rows": records(2, 1)} | other)
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == text
+
+
+def test_data_of_the_same_name_in_another_folder_is_measured_under_another_name(tmp_path):
+    task = choose_task("vqa").task
+    digest = measuring_digest(task, tmp_path / "da" / "t.jsonl", None, None)
+    others = [(tmp_path / "db" / "t.jsonl", None, None), (tmp_path / "da" / "t.jsonl", "val", None)]
+    others.append((tmp_path / "da" / "t.jsonl", None, 5))
+    assert digest not in {measuring_digest(task, *other) for other in others}
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"group": 1}', '{"group": "c", "replies": [1]}', '{"group": "cut', "\udcff"])
+def test_replies_are_kept_up_to_a_damaged_line_and_never_rewritten(tmp_path, damage):
+    path, groups = tmp_path / "replies", [[Ask((("user", text),))] for text in "ab"]
+    replies = Replies(path, {"version": 1})
+    assert len(list(replies.of(groups, lambda asked: ([Reply(ask.key)] for own in asked for ask in own)))) == 2
+    replies.close()
+    odd = tmp_path / "odd"
+    odd.write_text(re.sub(r'"replies": .*', '"replies": []}', path.read_text()))
+    again = Replies(odd, {"version": 1})
+    assert [len(own) for own in again.of(groups[:1], lambda asked: iter([[Reply("computed")]]))] == [1]
+    again.close()
+    whole, node = path.read_bytes(), path.stat().st_ino
+    path.write_bytes(whole + damage.encode(errors="surrogateescape") + b"\n")
+    again = Replies(path, {"version": 1})
+    again.close()
+    assert (path.read_bytes(), path.stat().st_ino) == (whole, node)
+    assert [own[0].text for own in again.of(groups, lambda asked: iter(()))] == [ask.key for [ask] in groups]
+
+
+def test_a_reply_that_cannot_be_saved_is_an_error_with_its_place(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no full device")
+    replies = Replies(tmp_path / "replies", {})
+    replies._file = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(
+        RunError, match=r"replies: a reply cannot be saved there .No space left on device. — free space"
+    ):
+        list(replies.of([[Ask((("user", "a"),))]], lambda asked: iter([[Reply("b")]])))
+    replies.close()
+
+
+def test_a_swapped_image_is_none_of_the_questions_own():
+    plan = Plan(sources={name: (0, 0, name) for name in "abcde"})
+    others = other_images(plan)
+    for first in "abcde":
+        question = Question("q", 0, "?", (), (), ("yes",))
+        plan.images["q"] = (first, others[first])
+        assert not set(variants_of(question, plan, others)["swapped"]) & set(plan.images["q"])
+    plan.images["q"] = tuple("abcde")
+    assert "swapped" not in variants_of(question, plan, others)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from scipy import stats as reference
 
 from minimind_v.core.errors import DataError, MissingInput, UsageError
 from minimind_v.core.evaluate.compare import compare, read_predictions
+from minimind_v.core.pages.compare_report import compare_page
+from tests.cli.harness import run_mmv
 
 
 @pytest.fixture
@@ -156,3 +159,34 @@ def test_an_answer_may_have_every_line_separator_of_unicode(tmp_path):
     answer = "a\u2028b\u2029c\x85d"
     file.write_text(json.dumps({"id": answer, "answer": answer, "score": 1}, ensure_ascii=False) + "\n", "utf-8")
     assert read_predictions(file).lines[answer]["answer"] == answer
+
+
+def test_statistics_of_unequal_length_are_refused(predictions):
+    first = read_predictions(predictions("a", [0, 1], task="vqa", statistics={"vqa": [0, 1]}))
+    second = read_predictions(predictions("b", [0, 1], task="vqa", statistics={"vqa": [0, 1]}))
+    second.lines["q1"]["statistics"] = {"vqa": [0, 0, 1]}
+    with pytest.raises(
+        DataError, match=r"b.predictions.jsonl: the statistics of vqa of the question q1 are not as many"
+    ):
+        compare([first], [second])
+
+
+@pytest.mark.parametrize(("shift", "word"), [(1.0, "worse"), (-1.0, "better")])
+def test_of_a_loss_it_is_said_whether_b_is_worse_and_the_losses_are_shown(predictions, shift, word):
+    losses = [3 + n / 8 for n in range(12)]
+    paths = []
+    for name, own in (("a", losses), ("b", [loss + shift + n % 5 / 10 for n, loss in enumerate(losses)])):
+        paths.append(predictions(name, own, task="loss", answer=""))
+        lines = [json.loads(line) for line in paths[-1].read_text().splitlines()]
+        sums = [{**line, "statistics": {"loss": [line["score"], 1.0]}} for line in lines]
+        paths[-1].write_text("".join(f"{json.dumps(line)}\n" for line in sums), encoding="utf-8")
+    ended = run_mmv("compare", *paths)
+    assert ended.out.count(f"{word} in B (lower is better)") == 1
+    assert "p below 0.001" in ended.out
+    assert len(re.findall(r"→ cat: \d\.\d{4} / \d\.\d{4}", ended.out)) == 10
+    assert "2 more" in ended.out
+    report = compare(*([read_predictions(path)] for path in paths))
+    html = compare_page(report, {})
+    assert f"<b>{word} in B (lower is better)</b>" in html
+    assert f"<h2>{word.capitalize()} in B</h2>" in html
+    assert "igher" not in html

@@ -298,7 +298,7 @@ def test_seeds_that_differ_widen_the_interval():
     assert result.p == pytest.approx(expected.pvalue, rel=1e-6), "the questions add nothing: they are paired"
     single, one_seed = seeds_difference(MEAN, runs[0][:1], runs[1][:1], clusters)
     assert one_seed.deviations == (None, None)
-    assert single.high - single.low < 1e-6
+    assert (single.low, single.p) == (None, None), "all questions differ by the same"
 
 
 def test_a_growing_function_is_applied_to_the_value_and_both_ends():
@@ -322,3 +322,41 @@ def test_influences_of_a_mean_are_its_residuals():
     state = influences(MEAN, rows_of([1.0, 2, 6]), list("abc"))
     assert isinstance(state, Influences)
     assert state.changes == pytest.approx([-2 / 3, -1 / 3, 1])
+
+
+def yes_no_sums(says_yes, is_yes):
+    """The statistics of accuracy and precision of these answers, as the task `yesno` has them."""
+    says_yes, is_yes = np.array(says_yes), np.array(is_yes)
+    return rows_of(says_yes == is_yes), rows_of(says_yes & is_yes, says_yes)
+
+
+@pytest.mark.parametrize("mistakes", [0, 1, 3])
+def test_all_right_against_all_wrong_is_strong_evidence_inside_the_bounds(mistakes):
+    is_yes = np.arange(200) % 2 == 0
+    better = is_yes.copy()
+    better[:mistakes] = ~better[:mistakes]
+    for first, second in zip(yes_no_sums(~is_yes, is_yes), yes_no_sums(better, is_yes), strict=True):
+        for result in (
+            difference(SHARE, first, second, names([2] * 100)),
+            seeds_difference(SHARE, [first] * 2, [second] * 2, names([2] * 100))[0],
+        ):
+            assert result.p < 1e-6
+            assert 0.9 < result.low <= result.value <= 1
+            assert result.value - 0.05 < result.high <= 1
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 95.19, -1e6])
+def test_two_equal_differences_that_are_no_shares_prove_nothing(shift):
+    first = rows_of([1.25, 1.25])
+    second = rows_of([1.25 + shift] * 2)
+    for result in (
+        difference(MEAN, first, second, list("ab")),
+        seeds_difference(MEAN, [first] * 2, [second] * 2, list("ab"))[0],
+        estimate(MEAN, second, list("ab")),
+    ):
+        assert (result.low, result.high, result.p) == (None, None, None)
+
+
+def test_a_value_that_rounding_lifts_above_its_bound_is_the_bound():
+    metric = Metric("bleu", lambda sums: np.full(sums.shape[:-1], 100.00000000000004), False, (0, 100))
+    assert estimate(metric, rows_of([1, 2, 3]), list("abc")).value == 100

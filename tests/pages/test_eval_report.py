@@ -9,6 +9,8 @@ import re
 
 import pytest
 
+from minimind_v.cli.evaluate import _show_report
+from minimind_v.cli.terminal import Terminal
 from minimind_v.core.errors import UsageError
 from minimind_v.core.evaluate.answering import Answering
 from minimind_v.core.evaluate.ask import Reply
@@ -83,7 +85,6 @@ def test_of_a_model_that_always_says_yes_the_page_says_so(evaluate):
     assert "Always answering no would agree in 50% of 80 questions" in text
     assert text.count("do not show that the image improves the answers") == 3
     assert "better with the image" not in text
-    assert "surer than it is right" in text
     assert evaluation.report["calibration"]["ece"] == pytest.approx(0.4)
     assert "Helped by the image" not in text
 
@@ -111,6 +112,43 @@ def test_a_model_that_sees_is_helped_by_the_image_and_one_that_sees_badly_is_mis
     )
     assert "Against a grey image: the answers are worse with the image" in misled
     assert "Misled by the image" in misled
+
+
+@pytest.mark.parametrize(
+    ("interval", "ece", "said"),
+    [
+        ((0.01, 0.1), 0.1, "surer than it is right"),
+        ((-0.1, -0.01), 0.1, "less sure than it is right"),
+        ((-0.1, -0.01), 0.03, "not shown to be more than that of chance"),
+        ((-0.1, -0.01), None, "not shown to be more than that of chance"),
+        ((-0.1, 0.01), 0.1, "neither that the model is too sure nor that it is not"),
+        ((None, None), 0.1, "so nothing is shown"),
+    ],
+)
+def test_an_error_of_calibration_is_said_where_it_is_more_than_chance(evaluate, interval, ece, said):
+    evaluation = evaluate(lambda ask: saying("yes"), yes_no_rows(1))
+    own = evaluation.report["calibration"]
+    own |= {"score": 0.9999, "ece": ece, "ece_by_chance": None if ece is None else 0.05}
+    own["overconfidence"] |= dict(zip(("ci_low", "ci_high"), interval, strict=True))
+    text = text_of(eval_report_page(evaluation))
+    sayings = ["surer than", "less sure than", "not shown to be", "neither that the model", "so nothing is shown. The"]
+    assert said in text
+    assert sum(saying in text for saying in sayings) == 1
+    assert "over 99%" in text
+
+
+def test_the_values_behind_the_gains_are_on_the_page_and_the_terminal(evaluate, capsys):
+    rows = [row | {"category": f"\x1b[31m {n % 25}"} for n, row in enumerate(yes_no_rows(25))]
+    truths = truths_of(rows)
+    evaluation = evaluate(lambda ask: saying(truths[question_of(ask)] if sees(ask) else "no"), rows)
+    text = text_of(eval_report_page(evaluation))
+    assert "with the image1.000with a grey image0.500" in text
+    _show_report(Terminal(), evaluation.report | {"page": "report.html"})
+    shown = capsys.readouterr().out
+    assert "(blank 0.5000)" in shown
+    assert shown.count("\\u001b[31m") == 20
+    assert "\x1b" not in shown
+    assert "5 more in report.json" in shown
 
 
 def test_a_coin_shows_nothing(evaluate):
@@ -148,7 +186,7 @@ def test_five_questions_about_one_image_show_nothing_and_the_page_says_so(evalua
     evaluation = evaluate(lambda ask: saying("yes" if sees(ask) else "no"), yes_no_rows(1, 5))
     text = text_of(eval_report_page(evaluation))
     assert "5 questions about 1 image, 0 skipped" in text
-    assert "Against a grey image: one image alone has no interval, so nothing is shown" in text
+    assert "Against a grey image: no interval (a single image, or nothing varies), so nothing is shown" in text
     assert "No figure has an interval: the questions are about a single image" in text
     assert "5 answers: too few for groups by probability" in text
     assert "better with the image" not in text

@@ -36,7 +36,16 @@ from minimind_v.core.evaluate.measure import (
 )
 from minimind_v.core.evaluate.questions import FIELDS as READ
 from minimind_v.core.evaluate.questions import Question
-from minimind_v.core.evaluate.results import PREDICTIONS, by_variant, checks, kinds_of, lines_of, measured, visual_gain
+from minimind_v.core.evaluate.results import (
+    PREDICTIONS,
+    by_variant,
+    checks,
+    kinds_of,
+    lines_of,
+    main_values,
+    measured,
+    visual_gain,
+)
 from minimind_v.core.evaluate.sheets import (
     MOST_IMAGES,
     OF_QUESTION,
@@ -190,10 +199,16 @@ def evaluate_task(
     progress: Progress = lambda done, total: None,
     models: Sequence[OpenModel] = (),
 ) -> Evaluation:
-    """Measure a model: `prepare` its questions, and `measure`."""
+    """Measure a model: `prepare` its questions, and `measure`.
+
+    Raises UsageError where `out` has a finished evaluation of another model, task or data.
+    """
     if out is not None:
         _keep_others(out)
-    return measure(loaded, chosen, prepare(loaded, chosen, rows, limit, dtype, memory), out, root, progress, models)
+    prepared = prepare(loaded, chosen, rows, limit, dtype, memory)
+    if out is not None:
+        _keep_finished(out, _identity(_origin(loaded, prepared.work.guesses, dtype), chosen.task, rows, limit))
+    return measure(loaded, chosen, prepared, out, root, progress, models)
 
 
 def measure(
@@ -217,7 +232,8 @@ def measure(
     rows, guesses = work.rows, work.guesses
     answer = partial(answer_in_processes, work, models) if models else work.answering(loaded, prepared.features).replies
     origin = _origin(loaded, guesses, work.dtype)
-    folder = out or _folder(root, loaded, task, rows, origin, prepared.limit)
+    identity = _identity(origin, task, rows, prepared.limit)
+    folder = out or root / "eval" / f"{loaded.checkpoint.path.stem}-{task.name}-{identity}"
     with disk_errors(folder, "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / PREDICTIONS):
@@ -227,7 +243,8 @@ def measure(
         finally:
             replies.close()
         lines = lines_of(plan, chosen.base, verdicts)
-        report, sheets = _report(loaded, rows, task, plan, lines, folder), sheets_of(lines)
+        report = _report(loaded, rows, task, plan, lines, folder) | {"identity": identity}
+        sheets = sheets_of(lines)
         thumbnails = _thumbnails(prepared.images, rows, plan, sheets)
         write_text(folder / PREDICTIONS, "".join(f"{as_json(line)}\n" for line in lines))
         write_text(folder / REPORT, f"{json.dumps(report, ensure_ascii=False, indent=1)}\n")
@@ -303,13 +320,30 @@ def _keep_others(out: Path) -> None:
         raise UsageError(f"--out {out} is a file — name a folder")
 
 
-def _folder(
-    root: Path, loaded: LoadedModel, task: Task, rows: RowStore, origin: dict[str, Any], limit: int | None
-) -> Path:
-    """A folder for this evaluation alone: another model, task or data has another name."""
-    what = [origin, task.name, task.settings, str(rows.path.resolve()), rows.split, limit]
-    name = hashlib.blake2b(json.dumps(what).encode(), digest_size=4).hexdigest()
-    return root / "eval" / f"{loaded.checkpoint.path.stem}-{task.name}-{name}"
+def _keep_finished(out: Path, identity: str) -> None:
+    """Raises UsageError for a folder with the finished evaluation of another identity."""
+    try:
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(report, dict) and report.get("identity") != identity:
+        what = (
+            f"{report.get('model')} by {report.get('task')} on {report.get('rows')} questions of {report.get('data')}"
+        )
+        raise UsageError(
+            f"--out {out} holds another finished evaluation, of {what} — name another folder, or delete this one"
+        )
+
+
+def _identity(origin: dict[str, Any], task: Task, rows: RowStore, limit: int | None) -> str:
+    """A name of an evaluation by the model and `measuring_digest`."""
+    return measuring_digest(task, rows.path, rows.split, limit, origin)
+
+
+def measuring_digest(task: Task, data: Path, split: str | None, limit: int | None, *more: Any) -> str:
+    """A name by task, data, split and limit: another of these has another name."""
+    what = [*more, task.name, task.settings, str(data.resolve()), split, limit]
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=4).hexdigest()
 
 
 def _report(
@@ -327,6 +361,7 @@ def _report(
         "pictures": plan.pictures,
         "skipped": len(plan.skipped),
         "visual_gain": visual_gain(lines),
+        "variants": main_values(lines),
         "metrics": [result.report() for result in measured(with_image)],
         **({"kinds": kinds} if kinds else {}),
         "bootstrap": checks(with_image),

@@ -13,6 +13,7 @@ from minimind_v.core.errors import DataError, MissingInput, UsageError
 from minimind_v.core.evaluate.ask import SEEN
 from minimind_v.core.evaluate.results import PREDICTIONS, Line, clusters_of, metrics_for, rows_of
 from minimind_v.core.evaluate.statistics import Estimate, Metric, difference, rows_to_see, seeds_difference
+from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.rows.row import parse_json
 
 NEEDED = ("id", "score")  # keys of a prediction
@@ -103,7 +104,10 @@ def compare(first: Sequence[Predictions], second: Sequence[Predictions]) -> dict
     metrics = _shared_metrics([lines for side in sides for lines in side])
     if not metrics:
         raise DataError(f"{runs[0].path} and {runs[1].path} have no metric in common — evaluate both by the same task")
+    _check_statistics(runs, names, metrics)
+    task = TASKS.get(str(sides[0][0][0].get("task")))
     report: dict[str, Any] = {
+        "lower_is_better": task is not None and task.lower_is_better,
         "first": [str(run.path) for run in first],
         "second": [str(run.path) for run in second],
         "rows": len(names),
@@ -162,6 +166,30 @@ def _check_questions(runs: Sequence[Predictions], names: Sequence[str]) -> None:
                         f"the question {name} differs: {key} {pair[0]!r:.80} in {runs[0].path}, {pair[1]!r:.80} in "
                         f"{run.path} — evaluate the same data"
                     )
+
+
+def _check_statistics(runs: Sequence[Predictions], names: Sequence[str], metrics: Sequence[Metric]) -> None:
+    """Raises DataError where a metric has more sums of one question than of another."""
+    for metric in metrics:
+        lengths: set[int] = set()
+        for run in runs:
+            for name in names:
+                lengths |= {len(run.lines[name].get("statistics", {}).get(metric.name, ()))} - {0}
+                if len(lengths) > 1:
+                    raise DataError(
+                        f"{run.path}: the statistics of {metric.name} of the question {name} are not as many as those "
+                        "of others — evaluate again with `mmv eval --task`"
+                    )
+
+
+def direction(metric: Mapping[str, Any], lower_is_better: bool) -> str:
+    """What a difference shows about B; empty where it shows nothing. Only of a loss it is known what is better."""
+    if metric["ci_low"] is None or metric["ci_low"] <= 0 <= metric["ci_high"]:
+        return ""
+    is_higher = metric["ci_low"] > 0
+    if lower_is_better:
+        return f"{'worse' if is_higher else 'better'} in B (lower is better)"
+    return f"{'higher' if is_higher else 'lower'} in B"
 
 
 def _changed(names: Sequence[str], sides: Sequence[Sequence[Sequence[Line]]]) -> list[dict[str, Any]]:

@@ -20,11 +20,12 @@ from typing import Any
 
 from minimind_v.core.data.dataset import BrokenRow
 from minimind_v.core.data.feature_store import digest
-from minimind_v.core.errors import DataError, RowError
+from minimind_v.core.errors import DataError, RowError, RunError
 from minimind_v.core.evaluate.ask import BLANK, NONE, SEEN, SWAPPED, VARIANTS, Ask, Reply
 from minimind_v.core.evaluate.benchmarks import read_picture
 from minimind_v.core.evaluate.questions import Question, questions_of
 from minimind_v.core.evaluate.tasks.task import Task, Verdict
+from minimind_v.core.files import write_text
 from minimind_v.core.rows.row import NUMBERED, RowStore
 
 GROUP = 64  # asks that are computed and saved together
@@ -158,12 +159,21 @@ def _find_images(rows: RowStore, question: Question, plan: Plan, decode: Decode)
 
 
 def variants_of(question: Question, plan: Plan, others: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The images of a question by variant; `others` has the image of another row for each. Only its own: no image."""
+    """The images of a question by variant; `others` has the image of another row for each.
+
+    No image replaces one of its own question; where there is no other, nothing is swapped.
+    """
     own = plan.images[question.id]
     if not own:
         return {SEEN: ()}
-    swapped = {SWAPPED: tuple(others[image] for image in own)} if len(others) > 1 else {}
+    swapped = {SWAPPED: tuple(_other(image, own, others) for image in own)} if set(own) != set(others) else {}
     return {SEEN: own, BLANK: (BLANK_IMAGE,) * len(own), **swapped, NONE: ()}
+
+
+def _other(image: str, own: Sequence[str], others: Mapping[str, str]) -> str:
+    while image in own:
+        image = others[image]
+    return image
 
 
 def other_images(plan: Plan) -> dict[str, str]:
@@ -213,33 +223,59 @@ class Replies:
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
         """`origin` decides the digits; the replies of another one are not used."""
         self.path, self._groups = path, dict[str, list[Reply]]()
-        lines = _whole_lines(path)
-        if lines and lines[0] == {"origin": dict(origin)}:
-            for line in lines[1:]:
-                self._groups[line["group"]] = [
-                    Reply(text, tuple(logprobs), tuple(tokens)) for text, logprobs, tokens in line["replies"]
+        head = f"{json.dumps({'origin': dict(origin)})}\n".encode()
+        with suppress(OSError):
+            head = self._read(path.read_bytes(), head)
+        if not self._groups:
+            write_text(path, head.decode())
+        self._file = path.open("r+b")
+        self._file.truncate(len(head))
+        self._file.seek(len(head))
+
+    def _read(self, data: bytes, head: bytes) -> bytes:
+        """Take the replies behind `head` up to the first line that is cut or damaged; returns what is before it."""
+        if not data.startswith(head):
+            return head
+        whole = head
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            for own in data[len(head) :].splitlines(keepends=True):
+                line = json.loads(own)
+                replies = [
+                    Reply(str(text), tuple(logprobs), tuple(tokens)) for text, logprobs, tokens in line["replies"]
                 ]
-        kept = [{"group": name, "replies": _plain(replies)} for name, replies in self._groups.items()]
-        text = "".join(f"{json.dumps(line)}\n" for line in ({"origin": dict(origin)}, *kept))
-        path.write_text(text, encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+                if not own.endswith(b"\n") or not isinstance(line["group"], str):
+                    break
+                self._groups[line["group"]] = replies
+                whole += own
+        return whole
 
     def of(self, groups: Sequence[Sequence[Ask]], answer: Answer) -> Iterator[list[Reply]]:
         """The replies to groups in their order; `answer` computes those that are not in the file, and each is saved."""
         names = [
             hashlib.blake2b("".join(ask.key for ask in group).encode(), digest_size=8).hexdigest() for group in groups
         ]
+        for name, group in zip(names, groups, strict=True):
+            if len(self._groups.get(name, group)) != len(group):  # damaged
+                del self._groups[name]
         computed = answer([group for name, group in zip(names, groups, strict=True) if name not in self._groups])
         for name in names:
             if name not in self._groups:
                 self._groups[name] = next(computed)
-                self._file.write(f"{json.dumps({'group': name, 'replies': _plain(self._groups[name])})}\n")
-                self._file.flush()
+                line = f"{json.dumps({'group': name, 'replies': _plain(self._groups[name])})}\n"
+                try:
+                    self._file.write(line.encode())
+                    self._file.flush()
+                except OSError as error:
+                    raise RunError(
+                        f"{self.path}: a reply cannot be saved there ({error.strerror}) — free space and start again: "
+                        "the saved ones are kept"
+                    ) from error
             yield self._groups[name]
 
     def close(self) -> None:
         """Close the file; it stays until `remove`."""
-        self._file.close()
+        with suppress(OSError):  # what could not be written
+            self._file.close()
 
     def remove(self) -> None:
         """Remove the file: its replies are in the predictions."""
@@ -250,17 +286,6 @@ class Replies:
 
 def _plain(replies: Sequence[Reply]) -> list[list[Any]]:
     return [[reply.text, reply.logprobs, reply.tokens] for reply in replies]
-
-
-def _whole_lines(path: Path) -> list[Any]:
-    """The lines of JSON in a file up to the first that is cut."""
-    lines: list[Any] = []
-    with suppress(OSError, ValueError):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
-            lines.append(json.loads(line))
-    return lines
 
 
 def verdicts_of(

@@ -82,6 +82,12 @@ def is_exact(answer: str, truths: Sequence[str]) -> bool:
     return bool(plain) and normalise(answer) == most_frequent(plain)
 
 
+def usual_truth(truths: Sequence[str]) -> str:
+    """The first true answer that equals the most frequent one, all normalised."""
+    frequent = most_frequent([normalise(truth) for truth in truths])
+    return next(truth for truth in truths if normalise(truth) == frequent)
+
+
 def most_frequent(answers: Sequence[str]) -> str:
     """The most frequent of some answers; the first of several such."""
     return Counter(answers).most_common(1)[0][0]

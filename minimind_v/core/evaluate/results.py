@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Line = dict[str, Any]
 PREDICTIONS = "predictions.jsonl"  # in the folder of an evaluation
+KINDS = 20  # that are shown, the most frequent ones
 SCORE = "score"  # the metric of predictions that name no task
 
 
@@ -114,6 +115,15 @@ def visual_gain(lines: Sequence[Line]) -> dict[str, Any]:
     return gains
 
 
+def main_values(lines: Sequence[Line]) -> dict[str, float | None]:
+    """The task's main metric by variant; None for one that no question has."""
+    variants, metric = by_variant(lines), gain_metric(TASKS[lines[0]["task"]])
+    results = {
+        name: estimate(metric, rows_of(metric, own), clusters_of(own)).report() for name, own in variants.items()
+    }
+    return {variant: results[variant]["value"] if variant in results else None for variant in VARIANTS}
+
+
 def kinds_of(lines: Sequence[Line]) -> dict[str, Any]:
     """The task's main metric and the gains for each kind of question; empty where rows name no kinds."""
     names = sorted({line["kind"] for line in lines if line["kind"]})
@@ -125,3 +135,9 @@ def kinds_of(lines: Sequence[Line]) -> dict[str, Any]:
         main = estimate(metric, rows_of(metric, with_image), clusters_of(with_image))
         kinds[name] = main.report() | {"visual_gain": visual_gain(own)}
     return kinds
+
+
+def most_frequent_kinds(kinds: Mapping[str, Any]) -> tuple[list[str], int]:
+    """The kinds that are shown, the most frequent first, and how many others there are."""
+    names = sorted(kinds, key=lambda name: (-kinds[name]["n"], name))
+    return names[:KINDS], len(names[KINDS:])

@@ -51,7 +51,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval. `p` tests that a difference is 0; a single cluster has neither."""
+    """A value with its interval. `p` tests that a difference is 0. One cluster, or equal ones, have neither."""
 
     name: str
     value: float
@@ -152,13 +152,14 @@ def estimate(metric: Metric, rows: Array, clusters: Sequence[str]) -> Estimate:
     rows = np.asarray(rows, float)
     state = influences(metric, rows, clusters)
     plain = _with_interval(metric.name, state)
+    plain = replace(plain, value=float(np.clip(plain.value, *metric.bounds)))
     if metric.is_share and plain.low is not None:
         independent = _independent_rows(state)
         degrees = np.inf if state.is_independent else state.degrees
         low, high = _wilson(state.value, independent, degrees)
         plain = replace(plain, low=low, high=high)
-    elif plain.low is not None and plain.high is not None:
-        plain = replace(plain, low=max(plain.low, metric.bounds[0]), high=min(plain.high, metric.bounds[1]))
+    else:
+        plain = _within(plain, *metric.bounds)
     return _linked(metric, plain)
 
 
@@ -168,10 +169,28 @@ def difference(metric: Metric, first: Array, second: Array, clusters: Sequence[s
     state = _paired(metric, [first], [second], clusters)
     plain = _with_interval(metric.name, state, tests=True)
     equal_weights = bool((first[:, -1] == second[:, -1]).all())
-    if metric.is_share and plain.low is not None and (equal_weights or state.variance < FLAT**2):
-        squares = ((second[:, 0] - first[:, 0]) ** 2).sum() / max(second[:, -1].sum(), 1.0) if equal_weights else 0.0
+    if metric.is_share and plain.low is not None and equal_weights:
+        squares = ((second[:, 0] - first[:, 0]) ** 2).sum() / max(second[:, -1].sum(), 1.0)
         return _share_difference(plain, state, float(squares))
-    return plain
+    return _difference_within(metric, plain, state)
+
+
+def _within(plain: Estimate, lowest: float, highest: float) -> Estimate:
+    """The interval inside these bounds; without a variance none, and no p: equal clusters do not say how others are."""
+    if plain.low is None or plain.high is None or plain.error is None or _is_flat(plain.error, plain.value):
+        return replace(plain, low=None, high=None, p=None)
+    return replace(plain, low=max(plain.low, lowest), high=min(plain.high, highest))
+
+
+def _difference_within(metric: Metric, plain: Estimate, state: Influences) -> Estimate:
+    if metric.is_share and plain.error is not None and _is_flat(plain.error, plain.value):
+        return _share_difference(plain, state, 0.0)
+    span = 1.0 if metric.is_share else metric.bounds[1] - metric.bounds[0]
+    return _within(plain, -span, span)
+
+
+def _is_flat(error: float, value: float) -> bool:
+    return error < FLAT * max(1.0, abs(value))
 
 
 def _paired(metric: Metric, first: Sequence[Array], second: Sequence[Array], clusters: Sequence[str]) -> Influences:
@@ -196,11 +215,7 @@ def _with_interval(name: str, state: Influences, tests: bool = False) -> Estimat
     skew = float(np.clip(state.skewness / np.sqrt(weighty), -SKEWED, SKEWED))
     low = state.value - error * _hall_inverse(point, skew)
     high = state.value - error * _hall_inverse(-point, skew)
-    p = None
-    if tests:
-        p = 1.0 if error < FLAT and abs(state.value) < FLAT else 0.0
-        if error >= FLAT:
-            p = _two_sided(_hall(state.value / error, skew), degrees)
+    p = _two_sided(_hall(state.value / error, skew), degrees) if tests and error >= FLAT else None
     return Estimate(name, state.value, low, high, state.n, weighty, p, error, degrees)
 
 
@@ -240,8 +255,10 @@ def _wilson(value: float, count: float, degrees: float) -> tuple[float, float]:
 def _share_difference(plain: Estimate, state: Influences, squares: float) -> Estimate:
     """Bonett and Price (2012): two more rows, one for each side, so that equal answers do not prove equal models.
 
-    `squares` is the mean square of the rows' differences; for answers right or wrong, the share that turned.
+    `squares` is the mean square of the rows' differences; for answers right or wrong, the share that turned. It is at
+    least the square of their mean.
     """
+    squares = max(squares, state.value**2)
     spread = squares - state.value**2
     flat = state.variance < FLAT**2 or spread <= 0
     count = float(1 / (state.shares**2).sum()) if flat else min(spread / state.variance, EVEN * state.n)
@@ -321,7 +338,7 @@ def seeds_difference(
     spread = SeedSpread(*sides)
     usable = [deviation for deviation in spread.deviations if deviation is not None]
     if not usable or plain.error is None or plain.degrees is None:
-        return plain, spread
+        return _difference_within(metric, plain, state), spread
     pooled = float(np.sqrt(np.mean(np.square(usable))))
     terms = [(plain.error**2, plain.degrees)]
     for deviation, values in zip(spread.deviations, sides, strict=True):
@@ -329,10 +346,11 @@ def seeds_difference(
         terms.append(((pooled if deviation is None else deviation) ** 2 / len(values), float(max(freedom, 1))))
     variance = sum(term for term, _ in terms)
     if variance < FLAT**2:
-        return plain, spread
+        return _difference_within(metric, plain, state), spread
     degrees = float(variance**2 / sum(term**2 / freedom for term, freedom in terms))
     error = float(np.sqrt(variance))
     half = float(stdtrit(degrees, (1 + LEVEL) / 2)) * error
     p = _two_sided(plain.value / error, degrees)
     low, high = plain.value - half, plain.value + half
-    return replace(plain, low=low, high=high, p=p, error=error, degrees=degrees), spread
+    plain = replace(plain, low=low, high=high, p=p, error=error, degrees=degrees)
+    return _difference_within(metric, plain, state), spread

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minimind_v.core.pages.eval_report import cards, chance, charts, reading, safe, section
+from minimind_v.core.evaluate.compare import direction
+from minimind_v.core.pages.eval_report import cards, charts, reading, safe, section
 from minimind_v.core.pages.frame import page
 from minimind_v.core.pages.plot import number
-from minimind_v.core.wording import plural
+from minimind_v.core.wording import chance, plural
 
 CARDS = 12  # of a sheet
 
@@ -23,31 +24,31 @@ def compare_page(report: Mapping[str, Any], thumbnails: Mapping[str, Sequence[by
     changed = report["changed"]
     higher = [entry for entry in changed if entry["score_second"] > entry["score_first"]]
     lower = [entry for entry in changed if entry["score_second"] < entry["score_first"]]
+    heads = ("Worse", "Better") if report["lower_is_better"] else ("Higher score", "Lower score")
     body = (
         f"<h1>Is B better than A?</h1><ul>{sides}</ul><p class='dim'>{plural(report['rows'], 'question')} in both"
         f"{unpaired}. {plural(len(changed), 'question')} changed the score.</p>{_differences(report)}{_seeds(report)}"
-        f"{_sheet('Higher score in B', higher, thumbnails)}{_sheet('Lower score in B', lower, thumbnails)}"
+        f"{_sheet(f'{heads[0]} in B', higher, thumbnails)}{_sheet(f'{heads[1]} in B', lower, thumbnails)}"
     )
     return page("A and B — comparison", body, "plot", "eval_report")
 
 
 def _differences(report: Mapping[str, Any]) -> str:
     drawn = charts(report["metrics"], "difference")
-    verdicts = "".join(f"<li>{_verdict(metric)}</li>" for metric in report["metrics"])
+    verdicts = "".join(f"<li>{_verdict(metric, report['lower_is_better'])}</li>" for metric in report["metrics"])
     return section("B − A", f"{drawn}<ul>{verdicts}</ul>{reading('A dot is the difference, its line')}")
 
 
-def _verdict(metric: Mapping[str, Any]) -> str:
+def _verdict(metric: Mapping[str, Any], lower_is_better: bool) -> str:
     name = f"<b>{safe(metric['name'])}</b>"
     if metric["difference"] is None:
         return f"{name}: no such answers on one of the sides."
     if metric["ci_low"] is None:
-        return f"{name}: one image alone has no interval, so nothing is shown."
+        return f"{name}: no interval (a single image, or nothing varies), so nothing is shown."
     rows = metric["rows_to_see_half"]
     power = "" if rows is None else f" Some {plural(rows, 'question')} would show half of it in 80 of 100 cases."
-    verdict = f"<b>{'higher' if metric['ci_low'] > 0 else 'lower'} in B</b>"
-    if metric["ci_low"] <= 0 <= metric["ci_high"]:
-        verdict = "the interval contains 0. These data <b>do not show</b> a difference"
+    shown = direction(metric, lower_is_better)
+    verdict = f"<b>{shown}</b>" if shown else "the interval contains 0. These data <b>do not show</b> a difference"
     return f"{name}: {verdict} ({chance(metric['p'])}).{power}"
 
 

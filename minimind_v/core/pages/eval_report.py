@@ -9,19 +9,20 @@ from typing import Any
 
 from minimind_v.core.curate.token_text import visible
 from minimind_v.core.errors import shorten
+from minimind_v.core.evaluate.ask import SEEN
 from minimind_v.core.evaluate.by_task import Evaluation
+from minimind_v.core.evaluate.results import most_frequent_kinds
 from minimind_v.core.evaluate.sheets import Card
 from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import COLOURS, HEIGHT, WIDTH, Interval, axis, chart, intervals, legend, number
 from minimind_v.core.rows.cells import data_uri
-from minimind_v.core.wording import plural
+from minimind_v.core.wording import chance, plural
 
 PAGE = "report.html"  # in the folder of an evaluation
 Figure = Mapping[str, Any]  # an entry of a report: value, ci_low, ci_high …
 LONGEST, SHORT = 300, 60  # characters of a text on a card, and of a name in a figure
 LABELS = 6  # below a histogram, without the last
-KINDS = 20  # that are drawn, the most frequent ones
 SKIPPED = 5  # that are listed
 ALIKE = 0.9  # the share of equal answers from which the page says that they are
 UNSHARP = 0.3  # the width of an interval from which the page says that it is wide
@@ -73,21 +74,29 @@ def eval_report_page(evaluation: Evaluation) -> str:
 
 def _gains(report: Figure) -> str:
     gains = {REPLACEMENTS[name]: gain for name, gain in report["visual_gain"].items() if gain["value"] is not None}
+    values = {REPLACEMENTS[name]: report["variants"][name] for name in REPLACEMENTS}
     if not gains:
         return section("Does it use its image?", "<p>No question has an image that could be replaced.</p>")
     rows = [interval_of(f"over {name}", gain) for name, gain in gains.items()]
+    table = "".join(f"<tr><td>with {name}</td><td>{_value(values[name])}</td></tr>" for name in gains)
     verdicts = "".join(f"<li>{_verdict(name, gain)}</li>" for name, gain in gains.items())
     return section(
         "Does it use its image?",
         f"<p>How much better <b>{safe(_gain_name(report))}</b> is with the image than with {_listed(gains)}.</p>"
+        f"<table><tr><th></th><th>{safe(_gain_name(report))}</th></tr><tr><td>with the image</td>"
+        f"<td>{_value(report['variants'][SEEN])}</td></tr>{table}</table>"
         f"{intervals(rows)}<ul>{verdicts}</ul>{reading('A dot is the measured difference, its line')}",
     )
+
+
+def _value(value: float | None) -> str:
+    return "no such answers" if value is None else f"{value:.3f}"
 
 
 def _verdict(name: str, gain: Figure) -> str:
     """What a gain shows, and no more."""
     if gain["ci_low"] is None:
-        return f"Against {name}: one image alone has no interval, so nothing is shown."
+        return f"Against {name}: no interval (a single image, or nothing varies), so nothing is shown."
     if gain["ci_low"] > 0:
         verdict = "the answers are <b>better with the image</b>"
     elif gain["ci_high"] < 0:
@@ -109,7 +118,7 @@ def _metrics(report: Figure) -> str:
     ]
     notes = [f"These data say little about {safe(', '.join(wide))}: the interval is wide."] if wide else []
     if all(metric["ci_low"] is None for metric in metrics):
-        notes.append("No figure has an interval: the questions are about a single image.")
+        notes.append("No figure has an interval: the questions are about a single image, or nothing varies.")
     if answer is not None and answer["n"] > max(1, ALIKE * report["rows"]):
         notes.append(
             f"<b>{answer['n']:,} of {report['rows']:,} answers are the same: {_label(answer['answer'])}.</b> It is the "
@@ -122,15 +131,14 @@ def _kinds(report: Figure) -> str:
     kinds = report.get("kinds", {})
     if not kinds:
         return ""
-    names = sorted(kinds, key=lambda name: (-kinds[name]["n"], name))
-    shown = names[:KINDS]
+    shown, more = most_frequent_kinds(kinds)
     gains = [
         interval_of(name, kinds[name]["visual_gain"]["blank"])
         for name in shown
         if kinds[name]["visual_gain"]["blank"]["value"] is not None
     ]
     rows = [interval_of(name, kinds[name]) for name in shown]
-    rest = f"<p>{len(names) - KINDS:,} kinds with fewer questions are in report.json.</p>" if names[KINDS:] else ""
+    rest = f"<p>{more:,} kinds with fewer questions are in report.json.</p>" if more else ""
     gain = f"<h3>Gain over a grey image</h3>{intervals(gains)}" if gains else ""
     around = (0.0, 1.0) if all((row.high or row.value or 0) <= 1 for row in rows) else (0.0,)
     metric = next(iter(kinds.values()))["name"]
@@ -180,20 +188,22 @@ def _calibration(report: Figure) -> str:
         return section(head, '<p class="dim">No figure: the answers of this task have no probability of their own.</p>')
     over = calibration["overconfidence"]
     numbers = {
-        "mean probability of its answers": f"{calibration['confidence']:.0%}",
-        "of these answers are right": f"{calibration['score']:.0%}",
+        "mean probability of its answers": _percent(calibration["confidence"]),
+        "of these answers are right": _percent(calibration["score"]),
     }
     if calibration["ece"] is not None:
         label = f"expected calibration error; by chance alone some {calibration['ece_by_chance']:.3f}"
         numbers[label] = f"{calibration['ece']:.3f}"
     if over["ci_low"] is None:
-        verdict = "One image alone has no interval, so nothing is shown."
+        verdict = "No interval (a single image, or nothing varies), so nothing is shown."
+    elif over["ci_low"] <= 0 <= over["ci_high"]:
+        verdict = "The interval contains 0: these data show neither that the model is too sure nor that it is not."
+    elif calibration["ece"] is None or calibration["ece"] <= calibration["ece_by_chance"]:
+        verdict = "The interval leaves out 0, but the error is not shown to be more than that of chance."
     elif over["ci_low"] > 0:
         verdict = "The model is <b>surer than it is right</b>."
-    elif over["ci_high"] < 0:
-        verdict = "The model is <b>less sure than it is right</b>."
     else:
-        verdict = "The interval contains 0: these data show neither that the model is too sure nor that it is not."
+        verdict = "The model is <b>less sure than it is right</b>."
     drawn = (
         f'<div class="square">{_reliability(calibration["bins"])}</div><p>Each dot is a group of answers: to the '
         "right the model was surer, upwards it was more often right. On the dashed line both agree; a line through a "
@@ -207,6 +217,12 @@ def _calibration(report: Figure) -> str:
         f"{figures(numbers)}{difference}<p>{verdict} The probability is that of the answer in these words; of a "
         f"choice, that among the choices.</p>{drawn}",
     )
+
+
+def _percent(share: float) -> str:
+    """A share that is not whole is rounded neither to all nor to nothing."""
+    text = f"{share:.0%}"
+    return {"100%": "over 99%", "0%": "under 1%"}.get(text, text) if 0 < share < 1 else text
 
 
 def _reliability(bins: Sequence[Figure]) -> str:
@@ -284,7 +300,7 @@ def _card(card: Card) -> dict[str, Any]:
         if TASKS[line["task"]].answers == "none":
             answers.append((name if line is card.blank else "own image", score, ""))
         else:
-            sure = "" if line["confidence"] is None else f", {line['confidence']:.0%} sure"
+            sure = "" if line["confidence"] is None else f", {_percent(line['confidence'])} sure"
             answers.append((name, line["answer"], score + sure))
     return {key: card.with_image[key] for key in ("picture", "question", "truth")} | {"answers": answers}
 
@@ -370,11 +386,6 @@ def charts(metrics: Iterable[Figure], value: str = "value") -> str:
         unit = "" if all(lowest <= end <= 1 for end in ends) else metric["name"].partition("_")[0]
         groups.setdefault(unit, []).append(interval_of(metric["name"], metric, value))
     return "".join(intervals(rows, (0.0, 0.0 if unit or value != "value" else 1.0)) for unit, rows in groups.items())
-
-
-def chance(p: float) -> str:
-    """The probability of a difference this large by chance."""
-    return f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
 
 
 def safe(text: Any) -> str:

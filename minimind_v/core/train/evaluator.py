@@ -5,7 +5,6 @@ Only a run with `eval_every` imports this module, and with it the statistics of 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,7 @@ from minimind_v.core.errors import UsageError, nearest
 from minimind_v.core.evaluate.ask import BLANK
 from minimind_v.core.evaluate.benchmarks import open_benchmark
 from minimind_v.core.evaluate.by_task import ChosenTask, choose_task, measure, prepare
-from minimind_v.core.evaluate.results import by_variant, clusters_of, gain_metric, rows_of
-from minimind_v.core.evaluate.statistics import estimate
+from minimind_v.core.evaluate.results import gain_metric
 from minimind_v.core.formats.checkpoint import Checkpoint, Receipt
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.model.vlm import VLM
@@ -53,15 +51,12 @@ def scores_of(report: dict[str, Any], chosen: ChosenTask, step: int, seconds: fl
     """The figures of an evaluation of the weights of a step."""
     metric = gain_metric(type(chosen.task))
     main = next(figure for figure in report["metrics"] if figure["name"] == metric.name)
-    with Path(report["predictions"]).open(encoding="utf-8") as file:
-        blank = by_variant([json.loads(line) for line in file]).get(BLANK, [])
-    without = estimate(metric, rows_of(metric, blank), clusters_of(blank)).report() if blank else {"value": None}
     return TaskScores(
         step=step,
         **{key: report[key] for key in ("task", "data", "rows", "pictures", "visual_gain", "metrics", "predictions")},
         metric=metric.name,
         **{key: main[key] for key in ("value", "ci_low", "ci_high")},
-        blank=without["value"],
+        blank=report["variants"][BLANK],
         seconds=round(seconds, 2),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minimind_v.core.evaluate.ask import Reply
-from minimind_v.core.evaluate.normalise import is_exact, most_frequent, soft_score
+from minimind_v.core.evaluate.normalise import is_exact, soft_score, usual_truth
 from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.statistics import Metric
 from minimind_v.core.evaluate.tasks.task import Task, Verdict, share
@@ -21,4 +21,4 @@ class Vqa(Task):
         answer = self.answer(replies)
         soft = soft_score(answer, question.truths)
         statistics = {"vqa": share(soft), "exact": share(is_exact(answer, question.truths))}
-        return Verdict(answer, most_frequent(question.truths), soft, statistics, replies[0].probability)
+        return Verdict(answer, usual_truth(question.truths), soft, statistics, replies[0].probability)
