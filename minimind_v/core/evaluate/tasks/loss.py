@@ -18,7 +18,7 @@ def _perplexity(loss: float) -> float:
 
 
 class Loss(Task):
-    """The mean loss over all supervised tokens of the true answers, as in training. A verdict's score is its own mean."""
+    """The mean loss over the supervised tokens of all true answers. A verdict's score is its own mean."""
 
     metrics = tuple(
         metric
