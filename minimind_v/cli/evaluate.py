@@ -130,10 +130,9 @@ def evaluate(
         return
     settings = {"batch_size": batch_size or BATCH_SIZE, "limit": limit, "dtype": dtype}
     report = _by_loss(terminal, loaded, data, images, split, max_length or MAX_LENGTH, blind, settings)
-    if json:
-        terminal.json(report | ({"note": note} if note else {}))
-    else:
-        terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
+    report |= {"note": note} if note else {}
+    shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()}
+    terminal.json(report) if json else terminal.table(shown)
 
 
 def _by_loss(
