@@ -1,6 +1,6 @@
 """What the demo reaches over several seeds: means with 95 % intervals, and the spread between seeds.
 
-    python -m benchmarks.expect                 five seeds of both generations, half an hour on two idle cores
+    python -m benchmarks.expect                 five seeds of both generations, an hour on two busy cores
     python -m benchmarks.expect --docs          writes the tables into docs/expect.md and docs/expect_zh.md
 
 Each demo leaves its folder in --out. One that has a summary is not run again, so an interrupted benchmark continues.

@@ -118,21 +118,21 @@ def evaluate(
         lambda: find_pictures(images),
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
-    if is_standard:
-        terminal.warn(f"scoring rows of {data}, which may be training data: name held-out rows with --data")
+    note = f"scoring rows of {data}, which may be training data: name held-out rows with --data" if is_standard else ""
+    if note:
+        terminal.warn(note)
     terminal.say(str(loaded.receipt))
     if chosen is not None:
         settings: dict[str, Any] = {"out": out, "root": options.folder("out", OUT_DIR), "limit": limit, "dtype": dtype}
-        settings["models"] = _models(loaded, gpus, device, vision_model, tokenizer)
+        settings["note"], settings["models"] = note, _models(loaded, gpus, device, vision_model, tokenizer)
         by_task = _by_task(terminal, loaded, chosen, data, images, split, settings)
         terminal.json(by_task) if json else _show_report(terminal, by_task)
         return
     settings = {"batch_size": batch_size or BATCH_SIZE, "limit": limit, "dtype": dtype}
     report = _by_loss(terminal, loaded, data, images, split, max_length or MAX_LENGTH, blind, settings)
-    if json:
-        terminal.json(report)
-    else:
-        terminal.table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()})
+    report |= {"note": note} if note else {}
+    shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()}
+    terminal.json(report) if json else terminal.table(shown)
 
 
 def _by_loss(

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.cli.harness import Running, installed, tree
+from tests.cli.harness import Running, installed, run_mmv, tree
 from tests.hub.server import Hub
 
 LM = random.Random(5).randbytes(8 << 20)
@@ -106,3 +106,15 @@ def test_hf_endpoint_is_heeded(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert installed("download", "lm", "--dir", tmp_path).code == 0
     assert "no hub can be reached" in installed("download", "lm", "--hub", "hf", "--dir", tmp_path / "new").err
+
+
+@pytest.mark.parametrize(
+    ("what", "files"),
+    [
+        (["--task", "pope"], "copy data/test-*.parquet of lmms-lab-encoder/POPE into "),
+        (["lm"], "copy lm_512.pth of jingyaogong/MiniMind2-V-PyTorch into "),
+    ],
+)
+def test_without_a_network_the_files_and_their_repository_are_named(tmp_path, monkeypatch, what, files):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert files in run_mmv("download", *what, "--hub", "hf", "--dir", tmp_path).error

@@ -117,6 +117,17 @@ def test_with_nothing_there_the_command_that_makes_the_data_is_named(tmp_path, m
     assert "may be training data" not in ended.err  # nothing is scored
 
 
+def test_a_report_of_standard_rows_says_that_they_may_be_training_data(sighted, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMV_DATA", str(tiny_data.data("sft")))
+    note = f"scoring rows of {tiny_data.data('sft')}, which may be training data: name held-out rows with --data"
+    asked = ("eval", "--model", sighted, *SIGHT, "--limit", 2, "--json")
+    assert run_mmv(*asked).json["note"] == note
+    assert run_mmv(*asked, "--task", "loss", "--out", tmp_path / "out").json["note"] == note
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["note"] == note
+    assert note in (tmp_path / "out" / "report.html").read_text()
+    assert "note" not in run_mmv(*asked, "--data", tiny_data.data("sft")).json
+
+
 @pytest.mark.parametrize("option", ["--limit", "--batch-size", "--max-length"])
 def test_numbers_are_at_least_one(score, option):
     assert option in score(option, 0, code=2).err

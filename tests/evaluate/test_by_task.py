@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,11 @@ from minimind_v.core.evaluate.measure import (
     variants_of,
 )
 from minimind_v.core.evaluate.questions import Question
+from minimind_v.core.evaluate.run import evaluate, held_out_dataset
 from minimind_v.core.formats.load import load
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
+from minimind_v.core.rows.stores import open_rows
 from tests.cli.harness import ASSETS, EYE, sighted, tiny_data, write_rows
 from tests.tokenizers_made import thinking_tokenizer
 
@@ -497,3 +500,24 @@ def test_a_swapped_image_is_none_of_the_questions_own():
         assert not set(variants_of(question, plan, others)["swapped"]) & set(plan.images["q"])
     plan.images["q"] = tuple("abcde")
     assert "swapped" not in variants_of(question, plan, others)
+
+
+@pytest.mark.parametrize("words", ["chatml", "chatml-think"])
+def test_the_task_and_the_evaluation_without_a_task_give_the_same_loss(loaded, tmp_path, words):
+    """Both count the tokens that training supervises: the answer, its end and what follows the end."""
+    if words == "chatml-think":
+        loaded = replace(loaded, tokenizer=Tokenizer.load(thinking_tokenizer(tmp_path / "words")))
+    rows = [
+        {"image": record["image"], "conversations": [
+            {"role": "user", "content": f"<image>\n{record['question']}"},
+            {"role": "assistant", "content": record["answer"]},
+        ]}
+        for record in records()
+    ]  # fmt: skip
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    store = open_benchmark(data, tiny_data().folder)
+    by_task = evaluate_task(loaded, choose_task("loss"), store, tmp_path / "out", dtype="float32").report
+    tokenizer = loaded.tokenizer
+    dataset = held_out_dataset(loaded.model, tokenizer, open_rows(data, tiny_data().folder), 512)
+    scores = evaluate(loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id, dtype="float32")
+    assert by_task["metrics"][0]["value"] == pytest.approx(scores.loss, rel=1e-6)

@@ -17,7 +17,7 @@ from minimind_v.core.monitor.metrics import Best, Listener, TaskScores
 from minimind_v.core.monitor.recorder import Recorder
 from minimind_v.core.pages.run_report import read_run, report_page
 from minimind_v.core.train.run import assemble, train
-from tests.cli.harness import SIGHT, Running, in_forks, installed, read_rows, run_mmv, sighted, tiny_data
+from tests.cli.harness import SIGHT, Running, in_forks, installed, read_rows, run_mmv, sighted, tiny_data, write_rows
 from tests.conftest import train_until_killed
 
 NAME = "sft_vlm_128"
@@ -59,6 +59,7 @@ def test_the_weights_are_measured_before_the_first_step_every_n_steps_and_after_
         assert scores["blank"] - scores["value"] == pytest.approx(scores["visual_gain"]["blank"]["value"])
         assert len(read_rows(out / NAME / "eval" / f"step-{scores['step']:010d}" / "predictions.jsonl")) == 4 * 8
     assert (out / "said").read_text().count(", gain ") == 3
+    assert (out / "said").read_text().count("--eval-data are the training rows of") == 1
 
 
 def test_an_evaluation_changes_no_bit_of_training(out, tmp_path):
@@ -93,6 +94,7 @@ def test_the_weights_with_the_lowest_loss_are_kept_and_named(out):
         f"best weights: {out / NAME}_best.pth, of step {best['step']} (loss on 8 questions of"
         in (out / "said").read_text()
     )
+    assert f"or with the best: mmv chat --model {out / NAME}_best.pth" in (out / "said").read_text()
 
 
 def test_best_weights_are_chosen_by_the_value_that_is_named():
@@ -227,6 +229,14 @@ def test_questions_that_a_task_cannot_use_are_refused_before_the_first_step(tmp_
     assert ended.code == 1
     assert "no question for the task choice" in ended.error
     assert not (tmp_path / "out" / NAME / "metrics.jsonl").exists()
+
+
+def test_images_that_are_missing_are_named_with_their_option_before_anything_is_written(tmp_path):
+    alone = write_rows(tmp_path / "alone.jsonl", ["{", *read_rows(tiny_data().data("sft"))[:2]])
+    ended = run_mmv(*line(tmp_path / "out", eval_data=alone))
+    assert ended.code == 1
+    assert ended.error == f"{alone}: its rows name pictures — give their folder, zip or tar with --eval-images"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_ends_early_and_evaluates_after_a_resume(tmp_path, events, monkeypatch):

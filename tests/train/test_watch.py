@@ -79,17 +79,17 @@ def test_new_weights_are_measured_until_the_run_has_ended(run, monkeypatch):
 
     def pause(seconds):
         if tried == [7, 7]:
-            written(run.folder / "states" / "step-0000000009-bb.safetensors", 3700)
+            written(run.folder / "states" / "step-0000000008-bb.safetensors", 3700)
             written(run.weights, 3700)
             lock.release()
 
     monkeypatch.setattr(watching.time, "sleep", pause)
-    assert [own.step for own in watch(run, measure, said.append)] == [7, 9]
-    assert tried == [7, 7, 9]
+    assert [own.step for own in watch(run, measure, said.append)] == [7, 8]
+    assert tried == [7, 7, 8]
     assert "waiting for its next weights" in said[0]
-    assert "was stopped at step 7 of 9" in said[1]
+    assert "was stopped at step 8 of 9" in said[1], "the newest state is newer than the last line of the curve"
     lines = read_rows(run.folder / "evaluations.jsonl")
-    assert [(line["step"], line["evaluation"]["value"]) for line in lines] == [(7, 0.5), (9, 0.5)]
+    assert [(line["step"], line["evaluation"]["value"]) for line in lines] == [(7, 0.5), (8, 0.5)]
 
 
 def test_a_run_that_has_ended_is_measured_once_and_the_end_is_told(run):

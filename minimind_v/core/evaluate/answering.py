@@ -147,9 +147,14 @@ class Answering:
         """The log-probabilities of candidates: of first tokens behind the prompt, of the others in further passes."""
         reading, logits = self._read(asks, prompts, 0)
         firsts = logits.log_softmax(dim=-1).cpu()  # [B, V]
-        candidates = [(row, self._ended(text)) for row, ask in enumerate(asks) for text in ask.candidates]
+        behind = self.prompts.answer_end().input_ids[1:]  # the end token
+        candidates = [
+            (row, (*self._ended(text), *(behind if ask.method == "supervised" else ())))
+            for row, ask in enumerate(asks)
+            for text in ask.candidates
+        ]
         logprobs = [[float(firsts[row, ids[0]])] for row, ids in candidates]
-        longer = [n for n, (row, ids) in enumerate(candidates) if asks[row].method == "likelihood" and len(ids) > 1]
+        longer = [n for n, (row, ids) in enumerate(candidates) if asks[row].method != "first" and len(ids) > 1]
         for together in _side_by_side([len(prompts[candidates[n][0]]) + len(candidates[n][1]) for n in longer]):
             numbers = [longer[n] for n in together]
             answers = [candidates[n][1] for n in numbers]

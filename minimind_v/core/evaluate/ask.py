@@ -13,7 +13,7 @@ from minimind_v.core.rows.row import IMAGE_MARK
 
 Messages = tuple[tuple[str, str], ...]  # role and content each, an `<image>` mark per image; the last is a question
 SEEN, BLANK, SWAPPED, NONE = VARIANTS = ("seen", "blank", "swapped", "none")  # images of a question
-Method = Literal["answer", "likelihood", "first"]
+Method = Literal["answer", "likelihood", "supervised", "first"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Ask:
     """A prompt, and what the model does with it.
 
     `answer`: the likeliest answer, of up to `most_tokens`, token by token.
-    `likelihood`: the log-probability of each candidate with its end, and its tokens. `first`: the log-probability of
+    `likelihood`: the log-probability of each candidate with its end token, and its tokens. `supervised`: the same of
+    all tokens that training supervises, which include the text behind the end token. `first`: the log-probability of
     each candidate's first token.
     """
 

@@ -198,6 +198,7 @@ def evaluate_task(
     memory: FeatureCache | None = None,
     progress: Progress = lambda done, total: None,
     models: Sequence[OpenModel] = (),
+    note: str = "",
 ) -> Evaluation:
     """Measure a model: `prepare` its questions, and `measure`.
 
@@ -208,7 +209,7 @@ def evaluate_task(
     prepared = prepare(loaded, chosen, rows, limit, dtype, memory)
     if out is not None:
         _keep_finished(out, _identity(_origin(loaded, prepared.work.guesses, dtype), chosen.task, rows, limit))
-    return measure(loaded, chosen, prepared, out, root, progress, models)
+    return measure(loaded, chosen, prepared, out, root, progress, models, note)
 
 
 def measure(
@@ -219,12 +220,14 @@ def measure(
     root: Path = OUT_DIR,
     progress: Progress = lambda done, total: None,
     models: Sequence[OpenModel] = (),
+    note: str = "",
 ) -> Evaluation:
     """Measure a model, and write `predictions.jsonl`, `report.json` and thumbnails into the folder `out`.
 
     Without `out` each evaluation has a folder of its own in `eval` below `root`. An evaluation that was interrupted is
     resumed. Each of `models` is opened in a process of its own, and these share the work; without any this process does
-    it. Raises UsageError for a folder with other files, RunError where it cannot be written or a process was killed.
+    it. `note` is what a reader of the report must know about the data. Raises UsageError for a folder with other files,
+    RunError where it cannot be written or a process was killed.
     """
     if out is not None:
         _keep_others(out)
@@ -243,7 +246,7 @@ def measure(
         finally:
             replies.close()
         lines = lines_of(plan, chosen.base, verdicts)
-        report = _report(loaded, rows, task, plan, lines, folder) | {"identity": identity}
+        report = _report(loaded, rows, task, plan, lines, folder, note) | {"identity": identity}
         sheets = sheets_of(lines)
         thumbnails = _thumbnails(prepared.images, rows, plan, sheets)
         write_text(folder / PREDICTIONS, "".join(f"{as_json(line)}\n" for line in lines))
@@ -347,7 +350,7 @@ def measuring_digest(task: Task, data: Path, split: str | None, limit: int | Non
 
 
 def _report(
-    loaded: LoadedModel, rows: RowStore, task: Task, plan: Plan, lines: list[dict[str, Any]], folder: Path
+    loaded: LoadedModel, rows: RowStore, task: Task, plan: Plan, lines: list[dict[str, Any]], folder: Path, note: str
 ) -> dict[str, Any]:
     lines = sorted(lines, key=lambda line: str(line["id"]))  # so that sums do not depend on the order of the rows
     with_image = by_variant(lines)[SEEN]
@@ -356,6 +359,7 @@ def _report(
         "model": str(loaded.checkpoint.path),
         "data": str(rows.path),
         **({"split": rows.split} if rows.split else {}),
+        **({"note": note} if note else {}),
         "task": task.name,
         "rows": len(plan.questions),
         "pictures": plan.pictures,

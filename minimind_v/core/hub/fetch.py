@@ -114,10 +114,10 @@ class Download:
             self.listener.say(f"from {name}, {hub.endpoint}")
             return hub, listings
         if all(isinstance(error, Unreachable) for error in failures):
-            folders = ", ".join(dict.fromkeys(str(want.folder) for want in missing))
+            files = ", ".join(want.describe() for want in missing)
             raise Unreachable(
                 f"no hub can be reached (tried {'; '.join(map(str, failures))}) — name a mirror with --endpoint URL "
-                f"or HF_ENDPOINT, or copy the files into {folders} yourself and run this command again to verify them"
+                f"or HF_ENDPOINT, or copy {files} yourself and run this command again to verify them"
             )
         raise failures[0] if len(failures) == 1 else HubError("; ".join(map(str, failures)))
 

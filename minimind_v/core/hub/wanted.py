@@ -25,6 +25,11 @@ class DownloadPart:
     rows: int | None = None  # only the first rows
     pattern: str = ""  # of remote names, instead of layouts
 
+    def describe(self) -> str:
+        """Its files, where they are and where they belong, in words."""
+        names = self.pattern or ", ".join(file.name for file in next(iter(self.layouts), ())) or "the files"
+        return f"{names} of {next(iter(self.source.hubs.values())).repo} into {self.folder}"
+
     def choose(self, listing: Listing, repo: str) -> dict[str, RemoteFile]:
         """Local name → remote file, by the first layout that the repository has. Raises NotThere, naming its files."""
         matching = [file for name, file in sorted(listing.files.items()) if fnmatchcase(name, self.pattern)]

@@ -54,15 +54,16 @@ def eval_report_page(evaluation: Evaluation) -> str:
     report, thumbnails = evaluation.report, evaluation.thumbnails
     title = f"{report['task']} · {Path(report['model']).name}"
     split = f", split {report['split']}" if report.get("split") else ""
+    note = f"<p><b>{safe(report['note'])}</b></p>" if report.get("note") else ""
     sheets = "".join(
-        section(head, f'<p class="dim">{note}</p>{cards(map(_card, evaluation.sheets[name]), thumbnails)}')
-        for name, (head, note) in SHEETS.items()
+        section(head, f'<p class="dim">{text}</p>{cards(map(_card, evaluation.sheets[name]), thumbnails)}')
+        for name, (head, text) in SHEETS.items()
         if evaluation.sheets[name]
     )
     body = (
         f'<h1>{safe(title)}</h1><p class="dim"><code>{safe(report["model"])}</code> on '
         f"<code>{safe(report['data'])}</code>{safe(split)}: {plural(report['rows'], 'question')} about "
-        f"{plural(report['pictures'], 'image')}, {report['skipped']:,} skipped.</p>"
+        f"{plural(report['pictures'], 'image')}, {report['skipped']:,} skipped.</p>{note}"
         f"{_gains(report)}{_metrics(report)}{_kinds(report)}{_confusion(report)}{_calibration(report)}"
         f"{_lengths(report)}{_languages(report)}{sheets}{_skipped(evaluation)}{_files(report)}"
     )

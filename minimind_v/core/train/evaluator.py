@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import torch
 from minimind_v.core.config.schema import VALIDATION, RunConfig
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.data.tokenizer import Tokenizer
-from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.errors import MissingInput, RowError, UsageError, nearest
 from minimind_v.core.evaluate.ask import BLANK
-from minimind_v.core.evaluate.benchmarks import open_benchmark
+from minimind_v.core.evaluate.benchmarks import open_benchmark, read_picture
 from minimind_v.core.evaluate.by_task import ChosenTask, choose_task, measure, prepare
 from minimind_v.core.evaluate.results import gain_metric
 from minimind_v.core.formats.checkpoint import Checkpoint, Receipt
 from minimind_v.core.formats.load import LoadedModel
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.monitor.metrics import Best, Listener, TaskScores
+from minimind_v.core.rows.row import RowStore
+from minimind_v.core.rows.splits import LEARN
 from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.wording import plural
 
@@ -45,6 +48,33 @@ def choose_run_task(config: RunConfig) -> ChosenTask:
             f"({', '.join(names)}){nearest(config.best_by, names)}"
         )
     return chosen
+
+
+def check_images(config: RunConfig, chosen: ChosenTask) -> None:
+    """Raises MissingInput where the questions name images, and there are no --eval-images."""
+    if config.eval_images is not None:
+        return
+    rows = _open_rows(config, chosen, Listener())
+    for index in range(len(rows)):
+        with suppress(RowError):
+            row = rows.row(index)
+            if row.shown:
+                break
+    else:
+        return
+    try:
+        read_picture(rows, row, index, 0, row.shown[0])
+    except RowError as error:
+        if error.kind == "picture missing":
+            raise MissingInput(
+                f"{config.eval_data}: its rows name pictures — give their folder, zip or tar with --eval-images"
+            ) from None
+
+
+def _open_rows(config: RunConfig, chosen: ChosenTask, listener: Listener) -> RowStore:
+    assert config.eval_data is not None, "the configuration checks it"
+    _, split = chosen.source(config.eval_data, None)
+    return open_benchmark(config.eval_data, config.eval_images, split, listener.message, chosen.names)
 
 
 def scores_of(report: dict[str, Any], chosen: ChosenTask, step: int, seconds: float) -> TaskScores:
@@ -79,13 +109,16 @@ class Evaluator:
         listener: Listener,
     ) -> None:
         """Reads the questions. Raises MissingInput, DataError or UsageError."""
-        assert config.eval_data is not None, "the configuration checks it"
         self.config, self.chosen, self.folder = config, chosen, RunFolder(config)
         weights = self.folder.weights  # what they will be; these are not on the disk
         checkpoint = Checkpoint(weights, {}, config.model, config.stage, ignored=[], guessed=False)
         self._loaded = LoadedModel(model, tokenizer, checkpoint, Receipt(str(weights)))
-        _, split = chosen.source(config.eval_data, None)
-        rows = open_benchmark(config.eval_data, config.eval_images, split, listener.message, chosen.names)
+        rows = _open_rows(config, chosen, listener)
+        if rows.path.resolve() == config.data.file.resolve() and rows.split in ("", *LEARN):
+            listener.warning(
+                f"evaluation: --eval-data are the training rows of {rows.path}, so the figures say nothing about new "
+                f"images — name held-out rows"
+            )
         self._prepared = prepare(self._loaded, chosen, rows, config.eval_limit, config.dtype, features)
         plan = self._prepared.plan
         for skipped in plan.skipped[:SHOWN]:

@@ -118,11 +118,11 @@ def assemble(
 
 
 def _check_task(config: RunConfig) -> None:
-    """Raises UsageError or MissingInput for a task that cannot be chosen, before anything is written."""
+    """Raises an error for a task that cannot be chosen, or has no images, before anything is written."""
     if config.eval_every:
-        from minimind_v.core.train.evaluator import choose_run_task
+        from minimind_v.core.train.evaluator import check_images, choose_run_task
 
-        choose_run_task(config)
+        check_images(config, choose_run_task(config))
 
 
 def _compile(run: Run, listener: Listener) -> None:

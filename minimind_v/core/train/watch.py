@@ -96,7 +96,8 @@ class WatchedRun:
         records = list(read_lines(self.folder / "metrics.jsonl"))
         if not records:
             return f"{self.folder} has ended before its first step"
-        step, steps = records[-1]["step"], records[-1].get("steps", 0)
+        saved = self.saved(running=True)
+        step, steps = max(records[-1]["step"], saved.step if saved else 0), records[-1].get("steps", 0)
         if step >= steps:
             return f"{self.folder} has ended after all {step} steps"
         return f"{self.folder} was stopped at step {step} of {steps} — `mmv train … --resume` continues it"

@@ -18,7 +18,7 @@ def _perplexity(loss: float) -> float:
 
 
 class Loss(Task):
-    """The mean loss over all tokens of the true answers, their ends included. A verdict's score is its own mean."""
+    """The mean loss over the supervised tokens of all true answers. A verdict's score is its own mean."""
 
     metrics = tuple(
         metric
@@ -33,7 +33,7 @@ class Loss(Task):
     answers = "none"
 
     def asks(self, question: Question) -> list[Ask]:
-        return [Ask(self.messages(question), "likelihood", question.truths[:1])]
+        return [Ask(self.messages(question), "supervised", question.truths[:1])]
 
     def judge(self, question: Question, replies: Sequence[Reply]) -> Verdict:
         [logprob], [tokens] = replies[0].logprobs, replies[0].tokens
