@@ -113,7 +113,8 @@ def assemble(
             run.recall = RecallReport(config, data.plan, train_step, recorder, loaded, world.size)
     if claim.state is not None:
         run.resume(claim.state)
-    _compile(run, listener)
+    if device.type == "cuda" and world.size == 1 and not config.deterministic:
+        _compile(run, listener)
     return run
 
 
@@ -126,12 +127,11 @@ def _check_task(config: RunConfig) -> None:
 
 
 def _compile(run: Run, listener: Listener) -> None:
-    """Compile the decoder of one GPU if enough steps are left; after a failure the run goes on without that.
+    """Compile the decoder if enough steps are left; after a failure the run goes on without that.
 
-    A compiler chooses by time, so that another process may add in another order: not in a deterministic run.
+    A compiler chooses by time, so that another process may add in another order.
     """
-    alone = run.train_step.model.device.type == "cuda" and run.world.size == 1
-    if not alone or run.config.deterministic or run.total - run.progress.done < WORTH_COMPILING:
+    if run.total - run.progress.done < WORTH_COMPILING:
         return
     listener.message("compiling the decoder takes a minute or two; TORCH_COMPILE_DISABLE=1 leaves it out")
     model = run.train_step.model.train()
