@@ -154,6 +154,7 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
         image[n, :end] = torch.tensor(tokens.image_mask)
         labels[n, :end] = torch.where(torch.tensor(tokens.loss_mask), torch.tensor(tokens.input_ids), IGNORE)
     pixels = [torch.from_numpy(picture.pixels.copy()) for example in examples for picture in example.images]
+    pairs = [(n, t) for n, row in enumerate(labels.tolist()) for t, label in enumerate(row) if t and label != IGNORE]
     return Batch(
         ids,
         attention,
@@ -165,6 +166,9 @@ def plain_batch(dataset: RowDataset, texts) -> Batch:
         broken=[text for text in read if isinstance(text, BrokenRow)],
         answers=sum(example.tokens.answers for example in examples),
         answers_cut=sum(example.tokens.answers_cut for example in examples),
+        image_positions=image.flatten().nonzero().flatten(),
+        supervised_positions=torch.tensor([n * shape[1] + t - 1 for n, t in pairs], dtype=torch.int64),
+        targets=torch.tensor([ids[n, t] for n, t in pairs], dtype=torch.int64),
     )
 
 

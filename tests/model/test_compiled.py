@@ -107,7 +107,7 @@ def test_inductors_kernels_compute_the_same():
     expected = _passes(decoder, nullcontext, batch)
     assert compile_decoder(decoder, nullcontext) is None
     for tensor, other in zip(_passes(decoder, nullcontext, batch), expected, strict=True):
-        torch.testing.assert_close(tensor, other, rtol=0, atol=1e-6 * max(1, float(other.abs().max())))
+        torch.testing.assert_close(tensor, other, rtol=0, atol=2e-6 * max(1, float(other.abs().max())))
     torch._dynamo.reset()
 
 
