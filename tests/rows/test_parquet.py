@@ -206,13 +206,13 @@ def test_damage_within_the_file_is_the_rows_trouble(tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """The pieces that are read, each time that one is: columns and number."""
-    read, original = [], parquet._Pieces._read
+    read, original = [], parquet.Pieces._read
 
     def count(pieces, number):
         read.append((*pieces.columns, number))
         return original(pieces, number)
 
-    monkeypatch.setattr(parquet._Pieces, "_read", count)
+    monkeypatch.setattr(parquet.Pieces, "_read", count)
     return read
 
 
@@ -243,7 +243,7 @@ def test_a_group_that_is_too_large_is_read_in_parts_going_on(tmp_path, counted):
     path = many(tmp_path / "rows.parquet", group=3000)
     rows = ParquetRows(path)
     size = int(rows._data.sizes.sum())
-    small = parquet._Pieces([path], [pq.read_metadata(path)], ["image_bytes"], size // 4)
+    small = parquet.Pieces([path], [pq.read_metadata(path)], ["image_bytes"], size // 4)
     assert len(small.groups) == 33
     assert [small.row(n)["image_bytes"] == picture(n % 50) for n in range(3000)] == [True] * 3000
     assert len(counted) == 33

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind_v.core.errors import DataError, RowError
-from minimind_v.core.rows import parquet, parquet_bounds
+from minimind_v.core.rows import parquet_bounds, parquet_pieces
 from minimind_v.core.rows.parquet import ParquetRows
 from minimind_v.core.rows.parquet_bounds import _pages, dictionary_size
+from minimind_v.core.rows.pictures import open_pictures
 from tests.hostile import MOST_BYTES, MOST_SECONDS, opened
 
 TALK = json.dumps([{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A circle."}])
@@ -35,10 +36,10 @@ def zigzag(number):
     return data + bytes([number])
 
 
-def write_false_page(path, size, field):
+def write_false_page(path, size, field, names=("conversations", "image_bytes")):
     """An honest file but for one page header: its size unpacked (field 2) or packed (field 3) is replaced."""
     pictures = [random.Random(n).randbytes(30_000) for n in range(4)]
-    table = pa.table({"conversations": [TALK] * 4, "image_bytes": pictures})
+    table = pa.table(dict(zip(names, ([TALK] * 4, pictures), strict=True)))
     pq.write_table(table, path, compression="zstd", use_dictionary=False)
     data, at = path.read_bytes(), pq.read_metadata(path).row_group(0).column(1).data_page_offset
     assert data[at : at + 3] == b"\x15\x00\x15"  # the page's type, 0, and the header of the next field
@@ -79,6 +80,13 @@ def test_a_page_that_asks_for_too_much_is_refused_by_its_header(tmp_path, field,
     path = write_false_page(tmp_path / "page.parquet", size, field)
     with pytest.raises(DataError, match=message):
         read_all(path)
+
+
+def test_pages_of_pictures_beside_the_rows_are_bounded_as_those_of_rows(tmp_path):
+    write_false_page(tmp_path / "pictures.parquet", 2**31 - 5, 2, ("id", "image"))
+    pictures = open_pictures(tmp_path)
+    with pytest.raises(RowError, match="a page of image unpacks to 2,147,483,643 bytes; the maximum is 536,870,912"):
+        pictures.read(TALK)
 
 
 def test_more_rows_than_a_file_can_hold_are_refused(tmp_path, monkeypatch):
@@ -122,8 +130,8 @@ def test_rows_of_a_large_dictionary_are_put_together_of_fewer(tmp_path, monkeypa
     pq.write_table(pa.table({"conversations": talks}), path, row_group_size=128)
     plain = [ParquetRows(path).row(index) for index in range(300)]
     size = dictionary_size(path, pq.read_metadata(path).row_group(0), [0])
-    monkeypatch.setattr(parquet, "BATCH_LIMIT", 10 * size)  # two rows at a time
+    monkeypatch.setattr(parquet_pieces, "BATCH_LIMIT", 10 * size)  # two rows at a time
     with pytest.raises(RowError, match=r"more than [\d,]+ bytes in \d+ rows"):
         ParquetRows(path).row(0)
-    monkeypatch.setattr(parquet, "BATCH_LIMIT", 127 * size)
+    monkeypatch.setattr(parquet_pieces, "BATCH_LIMIT", 127 * size)
     assert [ParquetRows(path).row(index) for index in range(300)] == plain

@@ -20,7 +20,8 @@ from minimind_v.core.errors import DataError
 from minimind_v.core.hub.sources import METADATA
 from minimind_v.core.rows.file_rows import Read, ShardedRows
 from minimind_v.core.rows.jsonl import open_json
-from minimind_v.core.rows.parquet import ParquetRows, source_of
+from minimind_v.core.rows.parquet import ParquetRows
+from minimind_v.core.rows.parquet_pieces import source_of
 from minimind_v.core.rows.row import OpenedRows, RowStore
 from minimind_v.core.rows.splits import LEARN, of_one_split
 from minimind_v.core.rows.subset import RowsOfStores

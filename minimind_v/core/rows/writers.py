@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from minimind_v.core.files import as_json, write_atomically, write_text
 from minimind_v.core.rows.names import PicturePath
-from minimind_v.core.rows.parquet import source_of
+from minimind_v.core.rows.parquet_pieces import source_of
 from minimind_v.core.rows.row import NUMBERED, Row, names_as_text
 
 LONGEST = 2**15  # bytes of a member's name; a zip allows twice as many
