@@ -218,10 +218,10 @@ def test_every_request_gets_the_text_that_a_cpu_draws_alone_and_in_company(model
     requests = [(number, SAMPLINGS[number % len(SAMPLINGS)]) for number in range(14)]
 
     def ask(engine):
-        made = [request_of(engine, number, 12, sampling, logprobs=2) for number, sampling in requests]
-        for request in made[1:]:  # one draws on the host
+        submitted = [request_of(engine, number, 12, sampling, logprobs=2) for number, sampling in requests]
+        for request in submitted[1:]:  # one draws on the host
             object.__setattr__(request, "draw", request.draw.sampler)
-        return answer_all(engine, made, 1)
+        return answer_all(engine, submitted, 1)
 
     expected, drawn = ask(new_engine(model)), ask(engine_on_a_gpu(model))
     assert len({text_of(events) for events in expected}) > 8
