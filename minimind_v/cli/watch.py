@@ -79,7 +79,7 @@ class WeightsTask:
         begun, how = time.perf_counter(), self.how
         with self.terminal.progress(f"step {saved.step}") as progress:
             folder = predictions_of(self.folder, saved.step)
-            result = measure(loaded, how.chosen, prepared, folder, progress=progress)
+            result = measure(loaded, how.chosen, prepared, folder, progress=progress, replaces=True)
         return scores_of(result.report, how.chosen, saved.step, time.perf_counter() - begun)
 
     def _open(self, weights: Path) -> tuple[LoadedModel, Prepared]:

@@ -200,15 +200,10 @@ def evaluate_task(
     models: Sequence[OpenModel] = (),
     note: str = "",
 ) -> Evaluation:
-    """Measure a model: `prepare` its questions, and `measure`.
-
-    Raises UsageError where `out` has a finished evaluation of another model, task or data.
-    """
+    """Measure a model: `prepare` its questions, and `measure`."""
     if out is not None:
-        _keep_others(out)
+        _keep_others(out)  # before the questions are read
     prepared = prepare(loaded, chosen, rows, limit, dtype, memory)
-    if out is not None:
-        _keep_finished(out, _identity(_origin(loaded, prepared.work.guesses, dtype), chosen.task, rows, limit))
     return measure(loaded, chosen, prepared, out, root, progress, models, note)
 
 
@@ -221,13 +216,15 @@ def measure(
     progress: Progress = lambda done, total: None,
     models: Sequence[OpenModel] = (),
     note: str = "",
+    replaces: bool = False,
 ) -> Evaluation:
     """Measure a model, and write `predictions.jsonl`, `report.json` and thumbnails into the folder `out`.
 
     Without `out` each evaluation has a folder of its own in `eval` below `root`. An evaluation that was interrupted is
     resumed. Each of `models` is opened in a process of its own, and these share the work; without any this process does
-    it. `note` is what a reader of the report must know about the data. Raises UsageError for a folder with other files,
-    RunError where it cannot be written or a process was killed.
+    it. `note` is what a reader of the report must know about the data. Raises UsageError for a folder with other files
+    or, unless it `replaces` that, with a finished evaluation of another model, task or data; RunError where it cannot
+    be written or a process was killed.
     """
     if out is not None:
         _keep_others(out)
@@ -235,7 +232,9 @@ def measure(
     rows, guesses = work.rows, work.guesses
     answer = partial(answer_in_processes, work, models) if models else work.answering(loaded, prepared.features).replies
     origin = _origin(loaded, guesses, work.dtype)
-    identity = _identity(origin, task, rows, prepared.limit)
+    identity = measuring_digest(task, rows.path, rows.split, prepared.limit, origin)
+    if out is not None and not replaces:
+        _keep_finished(out, identity)
     folder = out or root / "eval" / f"{loaded.checkpoint.path.stem}-{task.name}-{identity}"
     with disk_errors(folder, "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -338,13 +337,8 @@ def _keep_finished(out: Path, identity: str) -> None:
         )
 
 
-def _identity(origin: dict[str, Any], task: Task, rows: RowStore, limit: int | None) -> str:
-    """A name of an evaluation by the model and `measuring_digest`."""
-    return measuring_digest(task, rows.path, rows.split, limit, origin)
-
-
 def measuring_digest(task: Task, data: Path, split: str | None, limit: int | None, *more: Any) -> str:
-    """A name by task, data, split and limit: another of these has another name."""
+    """A name by task, data, split, limit and `more`, as the origin of the replies: another of these has another one."""
     what = [*more, task.name, task.settings, str(data.resolve()), split, limit]
     return hashlib.blake2b(json.dumps(what).encode(), digest_size=4).hexdigest()
 

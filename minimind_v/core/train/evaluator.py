@@ -141,7 +141,7 @@ class Evaluator:
         try:
             with torch.random.fork_rng(devices):
                 folder = predictions_of(self.folder.evaluations, step)
-                result = measure(self._loaded, self.chosen, self._prepared, folder, progress=check)
+                result = measure(self._loaded, self.chosen, self._prepared, folder, progress=check, replaces=True)
         except _Stopped:
             return None
         finally:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +29,9 @@ from minimind_v.core.train.run_folder import Claim, RunFolder
 from minimind_v.core.train.saver import Saver
 from minimind_v.core.train.step import TrainStep
 from minimind_v.core.train.validate import Validator
+
+if TYPE_CHECKING:
+    from minimind_v.core.evaluate.by_task import ChosenTask
 
 # Steps; not measured. A compiler takes a minute, and a step is predicted to save some milliseconds on a slow host.
 WORTH_COMPILING = 1000
@@ -70,7 +74,7 @@ def assemble(
 
     `held` gets the lock of what the run writes, and releases it after the run; without `held` the run takes no lock.
     """
-    _check_task(config)
+    chosen = _choose_task(config)
     folder = RunFolder(config)
     recorder = Recorder(folder.folder / "events.jsonl", listener)
     listener = recorder if world.leads else Listener()  # one process reports
@@ -105,10 +109,10 @@ def assemble(
         start = Start(config, loaded, bool(receipt.new), _same_tokenizer(config, claim), data.plan.rows)
         run.saver = Saver(config, folder, claim.origin, train_step, companions, listener)
         run.records = Records(config, folder, claim.origin, start, recorder, world.size)
-        if config.eval_every:
-            from minimind_v.core.train.evaluator import Evaluator, choose_run_task
+        if chosen:
+            from minimind_v.core.train.evaluator import Evaluator
 
-            run.evaluator = Evaluator(config, choose_run_task(config), model, tokenizer, features, listener)
+            run.evaluator = Evaluator(config, chosen, model, tokenizer, features, listener)
         if config.recall_rows:
             run.recall = RecallReport(config, data.plan, train_step, recorder, loaded, world.size)
     if claim.state is not None:
@@ -118,12 +122,15 @@ def assemble(
     return run
 
 
-def _check_task(config: RunConfig) -> None:
-    """Raises an error for a task that cannot be chosen, or has no images, before anything is written."""
-    if config.eval_every:
-        from minimind_v.core.train.evaluator import check_images, choose_run_task
+def _choose_task(config: RunConfig) -> ChosenTask | None:
+    """The task of the run's evaluations; None without any. Raises an error before anything is written."""
+    if not config.eval_every:
+        return None
+    from minimind_v.core.train.evaluator import check_images, choose_run_task
 
-        check_images(config, choose_run_task(config))
+    chosen = choose_run_task(config)
+    check_images(config, chosen)
+    return chosen
 
 
 def _compile(run: Run, listener: Listener) -> None:
