@@ -69,6 +69,22 @@ def test_flipped_bits_are_refused_or_harmless(tmp_path, kind):
         assert_opened_or_refused_in_one_line(tmp_path / "w")
 
 
+def test_a_flipped_bit_of_any_tensor_in_a_zip_is_noticed(tmp_path):
+    whole = FORMATS["pth"]()
+    for name, tensor in state().items():
+        damaged = bytearray(whole)
+        damaged[whole.index(tensor.numpy().tobytes()) + tensor.nbytes // 2] ^= 64
+        assert "has other bytes than were written) — download it again" in refused(tmp_path / "w", damaged), name
+
+
+def test_a_zip_whose_writer_left_check_sums_out_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "get_crc32_options", lambda: False)
+    (tmp_path / "w").write_bytes(packed(state()))
+    with zipfile.ZipFile(tmp_path / "w") as records:
+        assert not any(record.CRC for record in records.infolist())
+    assert read_checkpoint(tmp_path / "w").tensors
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_numbers_put_anywhere_are_refused_or_harmless(tmp_path, kind):
     """Lengths, counts and sizes are what takes memory."""

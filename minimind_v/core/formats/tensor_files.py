@@ -58,8 +58,8 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
         # A file, not its name: torch goes by the ending of a name. Its warnings are about files that are refused here.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            check_torch_file(path)
             mapped = path.suffix == ".bin" and file.peek(4)[:4] == b"PK\x03\x04"  # reads only tensors that are used
+            check_torch_file(path, whole=not mapped)
             state_dict = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch's reader raises a dozen kinds on damaged files
         raise WeightsError(f"{path}: {_why_unreadable(error)}") from None

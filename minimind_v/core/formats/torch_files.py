@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
-from minimind_v.core.rows.members import ENCRYPTED, STORED, directory, entries
+from minimind_v.core.rows.members import ENCRYPTED, PIECE, STORED, Member, directory, entries
 
 MOST_TENSORS = 10_000  # of a file: ten times those of a large vision-language model
 MOST_PICKLE = 2 << 20  # bytes of the names and sizes of so many tensors, and of values saved beside them
@@ -30,13 +31,16 @@ _LOCAL = 30  # bytes of the header before a record, without its name
 _END, _END64, _LOCATOR = 22, 56, 20  # bytes of what ends a zip; the last two are of a large one
 
 
-def check_torch_file(path: Path) -> None:
-    """Raise pickle.UnpicklingError, ValueError or another error of a reader where torch did not write a file."""
+def check_torch_file(path: Path, whole: bool = True) -> None:
+    """Raise pickle.UnpicklingError, ValueError or another error of a reader where torch did not write a file.
+
+    `whole`: also where a byte has changed since, which torch itself never notices. This reads the file.
+    """
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         if file.read(4) == b"PK\x03\x04":
-            _check_zip(file, size)
+            _check_zip(file, size, whole)
         else:
             file.seek(0)
             _check_old(file, size)
@@ -45,24 +49,43 @@ def check_torch_file(path: Path) -> None:
 # --- the zip ----------------------------------------------------------------------------------------------------------
 
 
-def _check_zip(file: BinaryIO, size: int) -> None:
+def _check_zip(file: BinaryIO, size: int, whole: bool) -> None:
     records = _read_directory(file, size)
     root = next(iter(records), "").partition("/")[0]  # torch takes the folder of the first record
-    offset, length = records.get(f"{root}/data.pkl", (0, 0))
-    if not length or length > MOST_PICKLE:
+    pickled = records.get(f"{root}/data.pkl")
+    length = pickled.size if pickled else 0
+    if pickled is None or not length or length > MOST_PICKLE:
         raise ValueError(f"its data.pkl has {length:,} bytes; the maximum is {MOST_PICKLE:,}")
-    file.seek(offset)
-    header = file.read(_LOCAL)
-    file.seek(sum(struct.unpack_from("<HH", header, 26)), 1)  # its name and its extra fields
-    outline = Outline(
-        io.BytesIO(file.read(length)), {name: bytes for name, (_, bytes) in records.items()}, f"{root}/data/"
-    )
+    _seek(file, pickled)
+    sizes = {name: record.size for name, record in records.items()}
+    outline = Outline(io.BytesIO(file.read(length)), sizes, f"{root}/data/")
     outline.load()
     outline.check_views()
+    for name, record in records.items() if whole else ():
+        _check_sum(file, name, record)
 
 
-def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
-    """The start and size of each record, by its name in lower case: torch ignores case.
+def _seek(file: BinaryIO, record: Member) -> None:
+    """Go to the data of a record, behind its header, its name and its extra fields."""
+    file.seek(record.offset)
+    header = file.read(_LOCAL)
+    file.seek(sum(struct.unpack_from("<HH", header, 26)), 1)
+
+
+def _check_sum(file: BinaryIO, name: str, record: Member) -> None:
+    """Raise ValueError where the bytes of a record are not those that were written."""
+    if not record.crc:  # torch was told to write none
+        return
+    _seek(file, record)
+    crc, rest = 0, record.size
+    while rest and (data := file.read(min(rest, PIECE))):
+        crc, rest = zlib.crc32(data, crc), rest - len(data)
+    if crc != record.crc:
+        raise ValueError(f"its record {name} has other bytes than were written")
+
+
+def _read_directory(file: BinaryIO, size: int) -> dict[str, Member]:
+    """The records by their names in lower case: torch ignores case.
 
     All zip readers agree on a file only where its directory ends it, without a comment, as torch writes it.
     """
@@ -75,7 +98,7 @@ def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         raise ValueError("its directory is damaged")
     if count > MOST_TENSORS + 100:  # and a few records of torch's own
         raise ValueError(f"it has {count:,} records; the maximum is {MOST_TENSORS + 100:,}")
-    records: dict[str, tuple[int, int]] = {}
+    records: dict[str, Member] = {}
     total = 0
     for _, record in entries(file, begin, end):
         name = record.raw_name.decode().lower()
@@ -86,7 +109,7 @@ def _read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         total += record.size
         if total > size or record.offset + _LOCAL + record.size > size:
             raise ValueError(f"its record {name} is larger than the file")
-        records[name] = record.offset, record.size
+        records[name] = record
     if len(records) < count:
         raise ValueError("its directory is damaged")
     return records
